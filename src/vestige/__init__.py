@@ -1,0 +1,1 @@
+"""Vestige: which training examples made a language model behave as it does."""

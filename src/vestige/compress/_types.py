@@ -1,0 +1,49 @@
+"""What a compressor is: three linear maps, so that compressing a sum is the sum of the compressed."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class LinearMap(Protocol):
+    """A fixed linear map from `in_size` to `out_size` numbers, acting on the last axis.
+
+    The same (seed, name) gives the same map on every device, worker and batch order.
+    """
+
+    in_size: int
+    out_size: int
+
+    def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The image of each vector, in the vector's dtype (float32 accumulation for halves)."""
+        ...
+
+    def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
+        """The image of the unit vectors `ids`: `apply(one_hot(ids))` without forming the one-hot."""
+        ...
+
+    def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """The transposed map: `apply(x) @ y == x @ adjoint(y)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Maps the gradient `[out, in]` of one component to `size` numbers, from its factors.
+
+    With `paired` False the gradient is `tail(flatten(sum_t left(l_t) (x) right(r_t)))`, flattened with `out` major. With
+    `paired` True both sides keep the same number of entries and are multiplied entry by entry: the coordinates of a
+    mask over the whole matrix, gathered without forming the matrix.
+    """
+
+    left: LinearMap
+    right: LinearMap
+    tail: LinearMap
+    paired: bool = False
+
+    @property
+    def size(self) -> int:
+        """Numbers per example."""
+        return self.tail.out_size

@@ -1,0 +1,93 @@
+"""The nouns of the data room: an example as it was given, and a data set as the model sees it."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+NO_TARGET = -100
+"""Label of a position whose prediction does not enter the loss (the value PyTorch's cross-entropy ignores)."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data source, before tokenising.
+
+    Exactly one of `text`, `completion` (with `prompt`) and `messages` is filled. A query may have a prompt and no
+    completion: the model's own answer is generated later.
+    """
+
+    id: str
+    row: int
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Message, ...] = ()
+    source: str | None = None
+    label: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def display(self) -> str:
+        """All text of the example as one string for reading and for lexical search."""
+        if self.messages:
+            return "\n".join(f"{message.role}: {message.content}" for message in self.messages)
+        if self.text is not None:
+            return self.text
+        return "\n".join(part for part in (self.prompt, self.completion) if part)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """A data set as the model sees it; row `i` of every list is example `i`.
+
+    `input_ids[i]` is a one-dimensional int32 array. `targets[i]` is a bool array of the same length: True where the
+    prediction *of that token* enters the loss (position 0 never does: nothing predicts it).
+    """
+
+    examples: list[Example]
+    input_ids: list[np.ndarray]
+    targets: list[np.ndarray]
+    truncated: np.ndarray
+    """bool [example]: True where tokens beyond the context were cut off."""
+    fingerprint: str
+    """sha256 over ids, tokens and targets, in order."""
+    name: str = "data"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int64 [example]."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """Positions that enter the loss, per example, int64 [example]."""
+        return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)
+
+
+class Batch(NamedTuple):
+    """Right-padded tensors of a few examples; any causal model may ignore the padding without a mask."""
+
+    rows: Int[Tensor, "example"]
+    """Positions of the examples in their data set."""
+    input_ids: Int[Tensor, "example token"]
+    labels: Int[Tensor, "example token"]
+    """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))

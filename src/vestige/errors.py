@@ -1,0 +1,55 @@
+"""Everything Vestige raises on purpose.
+
+VestigeError
+├── UserError            the caller can mend it; the command line prints the message alone and exits with 2
+│   ├── DataError        a source, a row or a column is not what was announced
+│   ├── ModelError       a model cannot be found, loaded or differentiated
+│   ├── SpecError        a compression spec, a component pattern or a setting does not parse
+│   ├── IndexMismatch    an index or a run on disk was made with other settings
+│   ├── DiskSpaceError   the result would not fit where it is to be written
+│   └── MissingExtra     an optional dependency is not installed
+├── CorruptFile          a file on disk is not what its checksum says
+└── NonFinite            a loss or a gradient is NaN or infinite
+
+A message says what was given, what was expected, and what to type next.
+"""
+
+
+class VestigeError(Exception):
+    """Base of every error that Vestige raises on purpose."""
+
+
+class UserError(VestigeError):
+    """A mistake that the caller can mend: shown without a traceback, exit status 2."""
+
+
+class DataError(UserError):
+    """A data source, a row or a column is not what was announced."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, loaded or differentiated."""
+
+
+class SpecError(UserError):
+    """A compression spec, a component pattern or a setting does not parse."""
+
+
+class IndexMismatch(UserError):
+    """An index or a run on disk was made with other settings; nothing was changed."""
+
+
+class DiskSpaceError(UserError):
+    """The result would not fit on the disk that it is to be written to."""
+
+
+class MissingExtra(UserError):
+    """An optional dependency is needed; the message holds the pip command."""
+
+
+class CorruptFile(VestigeError):
+    """A file on disk does not match the checksum in its marker."""
+
+
+class NonFinite(UserError):
+    """A loss or a gradient is NaN or infinite; the message names the example."""

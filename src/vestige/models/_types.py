@@ -1,0 +1,84 @@
+"""The nouns of the models room: a loaded model, a component of it, and what a selection covers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Role = Literal["weight", "bias"]
+LayerKind = Literal["linear", "conv1d", "embedding", "norm"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with every weight frozen, and what identifies it."""
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase | None"
+    name: str
+    """What the user gave: hub id, folder, or the class name of a live module."""
+    fingerprint: str
+    """sha256 over parameter names, shapes, dtypes and bytes."""
+    context_length: int | None
+    """Most tokens that the model accepts, None if it does not say."""
+
+
+class Use(NamedTuple):
+    """One place where a parameter enters the computation."""
+
+    module: str
+    """Dotted path of the module in the model."""
+    kind: LayerKind
+    role: Role
+
+
+@dataclass(frozen=True)
+class Component:
+    """One parameter tensor that is attributed to, with every place where it is used (two for tied weights)."""
+
+    name: str
+    """The parameter's name; for tied weights the first name that the model lists."""
+    shape: tuple[int, int]
+    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`. A GPT-2 Conv1D weight is turned round."""
+    uses: tuple[Use, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.shape[0] * self.shape[1]
+
+
+class CoverageRow(NamedTuple):
+    """One parameter of the model and whether it is attributed to."""
+
+    name: str
+    parameters: int
+    selected: bool
+    reason: str
+    """Why it was skipped; empty when selected."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The components that are attributed to, in the model's own order, and what that leaves out."""
+
+    components: tuple[Component, ...]
+    coverage: tuple[CoverageRow, ...]
+
+    @property
+    def selected_parameters(self) -> int:
+        """Number of parameters in the selected components."""
+        return sum(component.size for component in self.components)
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters in the model, tied ones once."""
+        return sum(row.parameters for row in self.coverage)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the model's parameters that is attributed to."""
+        return self.selected_parameters / max(self.total_parameters, 1)

@@ -1,0 +1,151 @@
+"""What a person sees while work goes on: a bar with rate and time left, or plain lines where nobody watches.
+
+Everything goes to stderr, so that a command's answer on stdout stays clean; `VESTIGE_QUIET=1` silences it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Plain lines come at most this often: a log of an hour's work stays readable."""
+
+
+class Progress(Protocol):
+    """Counts finished units of work."""
+
+    def advance(self, n: int = 1) -> None:
+        """Note that `n` more units are done."""
+        ...
+
+
+def announce(line: str) -> None:
+    """Show one line on stderr, unless `VESTIGE_QUIET` is set."""
+    if not _quiet():
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progress]:
+    """Shows how far `total` units of work have come, for as long as the block runs.
+
+    On a terminal a bar with rate and time left; elsewhere a first line, a last line and at most one every ten
+    seconds between them; nothing at all with `VESTIGE_QUIET=1`.
+
+    Args:
+        total: Units of work; `advance` may stop short of it when the block is left early.
+        label: What is being done, such as "Indexing".
+        unit: What is counted, in the plural.
+
+    Yields:
+        An object whose `advance(n)` notes n more finished units.
+    """
+    if _quiet():
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with _bar(total, label, unit) as bar:
+            yield bar
+    else:
+        lines = _PlainLines(total, label, unit)
+        yield lines
+        lines.close()
+
+
+def format_bytes(n: float) -> str:
+    """A size for reading, in decimal units: 999 B, 1.5 kB, 20 GB."""
+    if n < 1000:
+        return f"{int(n)} B"
+    for name in ("kB", "MB", "GB", "TB", "PB"):
+        n /= 1000
+        # 999.5 would round to "1000 kB"; it belongs to the next unit.
+        if n < 999.5 or name == "PB":
+            break
+    return f"{n:.1f} {name}" if n < 9.95 else f"{n:.0f} {name}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for reading: 0.3 s, 45 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def _quiet() -> bool:
+    return os.environ.get("VESTIGE_QUIET", "") not in ("", "0")
+
+
+class _Silent:
+    def advance(self, n: int = 1) -> None:
+        """Count nothing."""
+
+
+class _PlainLines:
+    """Progress for logs and pipes."""
+
+    def __init__(
+        self, total: int, label: str, unit: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._label, self._unit, self._clock = total, label, unit, clock
+        self._done = 0
+        self._start = self._last_line = clock()
+        announce(f"{label}: {total:,} {unit}")
+
+    def advance(self, n: int = 1) -> None:
+        self._done += n
+        now = self._clock()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES and self._done < self._total:
+            self._last_line = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate if rate else float("inf")
+            remaining = f", {format_seconds(left)} left" if rate else ""
+            announce(f"{self._label}: {self._count()}, {rate:,.1f} {self._unit}/s{remaining}")
+
+    def close(self) -> None:
+        seconds = self._clock() - self._start
+        announce(f"{self._label}: {self._count()} in {format_seconds(seconds)}")
+
+    def _count(self) -> str:
+        return f"{self._done:,} of {self._total:,} {self._unit}"
+
+
+@contextmanager
+def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
+    # rich costs 50 ms to import, which `vestige --help` should not pay.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(label, total=total, rate="")
+
+        class Bar:
+            def advance(self, n: int = 1) -> None:
+                speed = display.tasks[0].speed
+                display.update(task, advance=n, rate=f"{speed:,.1f} {unit}/s" if speed else "")
+
+        yield Bar()

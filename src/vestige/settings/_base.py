@@ -1,0 +1,96 @@
+"""What all settings share: they are frozen and checked, and say what is wrong with a value."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from vestige.errors import SpecError
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes in a size such as "20GB", "1.5 TB" or "512MiB".
+
+    Raises:
+        SpecError: `text` is not a number with an optional unit.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise SpecError(
+            f"{text!r} is not a size. Expected a number and a unit, such as 20GB, 500MB or 1.5TB."
+        )
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A sentence that leads from a misspelt `name` to the known names."""
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"Did you mean `{close[0]}`?" if close else "Known settings: " + ", ".join(known) + "."
+
+
+class Settings(BaseModel):
+    """Immutable, complete and checked; an unknown name is refused with the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Settings that the command line also takes without their flag."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings as keyword arguments of the verb's Python function."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def record(self) -> dict[str, Any]:
+        """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
+        return {name: _plain(value) for name, value in self.arguments().items()}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _errors_are_instructions(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            problems: dict[Any, list[Mapping[str, Any]]] = {}
+            for problem in error.errors(include_url=False):
+                problems.setdefault(problem["loc"][:1], []).append(problem)
+            raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return f"<{type(value).__name__}>"
+
+
+def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str:
+    # A union reports one problem per member: the value may be any of what they expected.
+    problem = problems[0]
+    messages = [str(each["msg"]).removeprefix("Value error, ") for each in problems]
+    expected = " or ".join(message.removeprefix("Input should be ") for message in messages)
+    if not problem["loc"]:
+        return expected
+    name, known = str(problem["loc"][0]), settings.model_fields
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown setting `{name}`. {nearest(name, list(known))}"
+    meaning = known[name].description
+    if problem["type"] == "missing":
+        return f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or `{name}: VALUE` in a config file."
+    return f"`{name}` was {problem['input']!r}, expected {expected}. {flag(name)}: {meaning}"

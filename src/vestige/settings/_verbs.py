@@ -1,7 +1,7 @@
 """The settings of every verb, defined once for the Python functions, the command line and the config files.
 
-A field's name is the argument of the Python function, the key in `--config run.yaml` and, with dashes, the flag
-of the command. Its description is the help text.
+A field is the argument of the Python function, the key in `--config run.yaml` and, with dashes, the flag of
+the command; its description is the help text.
 """
 
 import re
@@ -58,8 +58,8 @@ class CompressionSettings(Settings):
 
     components: Patterns = Field(
         ("default",),
-        description="Parameters to attribute to: attention, mlp, embedding, norm, lora, all, 'layers 0-3', or "
-        "globs over parameter names.",
+        description="Parameters to attribute to: attention, mlp, embedding, norm, lora, all, 'layers 0-3', "
+        "or globs over parameter names.",
     )
     compress: str = Field(
         "logra:16x16",

@@ -1,1 +1,76 @@
-"""Vestige: which training examples made a language model behave as it does."""
+"""Vestige: which training examples made a language model behave as it does.
+
+The public names, each imported on first use, so that `import vestige` costs no torch:
+
+    index, attribute, report, view, doctor     the verbs, as on the command line
+    Index, Scores                              what the verbs leave on disk, opened again
+    VestigeError                               the base of every error raised on purpose
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vestige.doctor import doctor as doctor
+    from vestige.errors import VestigeError as VestigeError
+    from vestige.index import Index as Index
+    from vestige.index import index as index
+    from vestige.methods import attribute as attribute
+    from vestige.report import report as report
+    from vestige.report import view as view
+    from vestige.runs import Scores as Scores
+
+__all__ = ["Index", "Scores", "VestigeError", "attribute", "doctor", "index", "report", "view"]
+
+_HOMES = {
+    "Index": "vestige.index",
+    "Scores": "vestige.runs",
+    "VestigeError": "vestige.errors",
+    "attribute": "vestige.methods",
+    "doctor": "vestige.doctor",
+    "index": "vestige.index",
+    "report": "vestige.report",
+    "view": "vestige.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vestige' has no attribute {name!r}; it has {', '.join(__all__)}")
+    room = import_module(_HOMES[name])
+    # Importing the room `vestige.index` has bound that name by now: to the room, which is callable.
+    return globals()[name] if name in globals() else getattr(room, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _VerbRoom(ModuleType):
+    """A room that answers to the verb of its name: `vestige.index(...)` beside `vestige.index.Index`."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return self._verb(*arguments, **settings)
+
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        return signature(self._verb)
+
+    @property
+    def _verb(self) -> Any:
+        return vars(self)[self.__name__.rpartition(".")[2]]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds an imported submodule in its package, whatever the package calls by that name.
+        if isinstance(value, ModuleType) and name in __all__:
+            value.__class__ = _VerbRoom
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -54,7 +54,7 @@ class ReadingSettings(Settings):
 
 
 class CompressionSettings(Settings):
-    """What is attributed to, and how its gradient is shrunk."""
+    """What is attributed to, and how it is compressed."""
 
     components: Patterns = Field(
         ("default",),

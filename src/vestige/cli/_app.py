@@ -1,0 +1,81 @@
+"""The command `vestige`: which verbs there are, and what becomes of errors."""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
+
+from vestige.errors import UserError
+
+VERBS = {
+    "doctor": "Say whether it will work, what it covers, and what it will cost.",
+    "index": "Store the compressed gradient of every training example.",
+    "attribute": "Rank the training examples behind an answer.",
+    "report": "Write a run as one HTML file that opens offline.",
+    "view": "Open the report of a run in the browser.",
+    "status": "Say how far an index is, or what is in a run.",
+    "export": "Copy the gradients of an index to NumPy or Arrow files.",
+}
+"""Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def build_app() -> App:
+    """The command-line application, none of whose verbs is imported yet."""
+    app = App(
+        name="vestige",
+        help="Which training examples made a language model behave as it does.",
+        version=lambda: version("vestige"),
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+        help_format="plaintext",
+    )
+    for verb, outcome in VERBS.items():
+        app.command(f"vestige.cli._{verb}:{verb}", name=verb, help=outcome, sort_key=list(VERBS).index(verb))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake is told in words, on stderr, with exit status 2.
+
+    Args:
+        arguments: The words after `vestige`; those of the process if None.
+
+    Raises:
+        SystemExit: 2 after a user's mistake, 130 after Ctrl-C. Anything else is a bug, whose traceback stays.
+    """
+    try:
+        build_app()(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(_parse_error(error))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted. The same command continues from what is finished.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _parse_error(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        message = f"Not understood: {' '.join(error.unused_tokens or ())}. A value needs its flag before it."
+    elif isinstance(error, UnknownCommandError):
+        # The parser's own message would import every verb, and torch with it.
+        verb = (error.unused_tokens or [""])[0]
+        close = get_close_matches(verb, VERBS, n=1)
+        message = f"There is no verb {verb!r}. " + (
+            f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(VERBS)}."
+        )
+    else:
+        error.verbose = False
+        message = str(error)
+    help_command = " ".join(["vestige", *(error.command_chain or ()), "--help"])
+    return f"{message}\nType `{help_command}` for what is possible."
+
+
+def _fail(message: str) -> None:
+    print(f"vestige: {message}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)

@@ -1,0 +1,109 @@
+"""From the settings of a verb to its command line: one flag per setting, and `--config`."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+from cyclopts import Group, Parameter
+from pydantic.fields import FieldInfo
+
+from vestige.cli._config import read_config
+from vestige.settings import Settings, flag
+
+Run = Callable[[Any], None]
+
+_OWN = Group("Settings", sort_key=0)
+_CONFIG = Parameter(
+    group=_OWN,
+    help="YAML file with these settings by name, or the run.json of an earlier run; flags win over it.",
+)
+
+
+def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
+    """Turns a function of complete settings into a command with one flag for each of them.
+
+    What is typed wins over what `--config` says, which wins over the default. The parser requires nothing:
+    the settings themselves say what is missing, wherever it should have come from.
+    """
+
+    def decorate(run: Run) -> Callable[..., None]:
+        def parsed(*, config: Path | None = None, **typed: Any) -> None:
+            given = {name: value for name, value in typed.items() if value is not None}
+            from_file = read_config(config, settings) if config is not None else {}
+            run(settings(**(from_file | given)))
+
+        parameters = [_parameter(settings, name, field) for name, field in _in_help_order(settings)]
+        config = inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, _CONFIG]
+        )
+        signature = inspect.Signature([*parameters, config], return_annotation=None)
+        vars(parsed)["__signature__"] = signature
+        parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+        parsed.__name__, parsed.__doc__, parsed.__module__ = run.__name__, run.__doc__, run.__module__
+        return parsed
+
+    return decorate
+
+
+def _in_help_order(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
+    """The verb's own settings before shared ones; positional ones before flags, as Python demands."""
+    rank = {
+        name: (name not in settings.positional, _owner(settings, name) is not settings)
+        for name in settings.model_fields
+    }
+    return sorted(settings.model_fields.items(), key=lambda item: rank[item[0]])
+
+
+def _owner(settings: type[Settings], name: str) -> type:
+    return next(owner for owner in settings.__mro__ if name in vars(owner).get("__annotations__", {}))
+
+
+def _group(settings: type[Settings], name: str) -> Group:
+    """Where help lists a setting: shared ones stand under the first line of the class that defines them."""
+    owner = _owner(settings, name)
+    if owner is settings:
+        return _OWN
+    return Group(
+        (owner.__doc__ or "").split(".")[0], sort_key=-settings.__mro__.index(owner) + len(settings.__mro__)
+    )
+
+
+def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect.Parameter:
+    # Both spellings of a positional: `vestige report RUN` and `vestige report --run RUN`.
+    kind = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if name in settings.positional
+        else inspect.Parameter.KEYWORD_ONLY
+    )
+    several = _typed(field) == list[str]
+    option = Parameter(
+        name=flag(name),
+        help=field.description,
+        show_default=_default(field),
+        group=_group(settings, name),
+        consume_multiple=several,
+        negative_iterable=() if several else None,
+    )
+    return inspect.Parameter(name, kind, default=None, annotation=Annotated[_typed(field) | None, option])
+
+
+def _typed(field: FieldInfo) -> Any:
+    """The type that a word on the command line is read as; where Python may pass a live object, a string."""
+    annotation = field.annotation
+    if annotation is Any:
+        return str
+    if get_origin(annotation) is tuple:
+        return list[str]
+    return annotation
+
+
+def _default(field: FieldInfo) -> str | bool:
+    """How help shows the default; what has none says so in its description."""
+    if field.is_required():
+        return False
+    if isinstance(field.default, tuple):
+        return " ".join(field.default)
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
+    return False if field.default is None else str(field.default)

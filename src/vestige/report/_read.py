@@ -1,0 +1,238 @@
+"""A run directory, read into plain frozen values. Nothing here needs a model, or torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vestige.errors import UserError
+
+RUN_FORMAT = 1
+PAIR = tuple[str, str]
+"""(query id, example id)."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of a query or an example, and the tokens that the model saw."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    """(role, content) of each turn."""
+    tokens: tuple[str, ...] | None = None
+    targets: tuple[bool, ...] | None = None
+    """One per token: True where its prediction enters the loss."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query of the run."""
+
+    id: str
+    wording: Wording
+    generated: bool
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """A training example that is listed for at least one query."""
+
+    id: str
+    row: int
+    wording: Wording
+    source: str | None
+    label: str | None
+    length: int | None
+    duplicates: int | None
+
+
+class RankedScore(NamedTuple):
+    """One listed example of one query."""
+
+    end: str
+    rank: int
+    example: str
+    score: float
+    percentile: float | None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything that the page shows, as the run's files hold it."""
+
+    folder: Path
+    info: dict[str, Any]
+    queries: tuple[Query, ...]
+    examples: dict[str, TrainingExample]
+    ranked: dict[str, tuple[RankedScore, ...]]
+    """By query id: proponents by rank, then opponents by rank."""
+    components: dict[PAIR, dict[str, float]] | None = None
+    """Score of each component, by parameter name; None when the run has no component table."""
+    tokens: dict[PAIR, dict[int, float]] | None = None
+    """Score of each token, by position in the example; None when the run has no token table."""
+    components_order: tuple[str, ...] = field(default=())
+
+
+def read_run(run: str | Path) -> RunFiles:
+    """Return the contents of the run directory `run`.
+
+    Raises:
+        UserError: `run` is no run directory, or one of its files cannot be read; the message says what to type.
+    """
+    folder = Path(run)
+    info = _read_info(folder)
+    queries = tuple(_query(row) for row in _rows(folder, "queries"))
+    examples = {str(row["example_id"]): _example(row) for row in _rows(folder, "examples")}
+    return RunFiles(
+        folder=folder,
+        info=info,
+        queries=queries,
+        examples=examples,
+        ranked=_ranked(folder, queries, examples),
+        components=_pair_table(folder, "components", "component", str),
+        tokens=_pair_table(folder, "tokens", "position", int),
+        components_order=tuple(info.get("components") or ()),
+    )
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """Return run.json, or say why `folder` is no run."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UserError(_no_run_message(folder))
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}).\n{_rerun(folder)}") from error
+    if not isinstance(info, dict) or info.get("format") != RUN_FORMAT:
+        found = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise UserError(
+            f"{file} has run format {found!r}; this Vestige reads format {RUN_FORMAT}.\n"
+            "Open it with the version named in the file, or attribute again with this one."
+        )
+    return info
+
+
+def _no_run_message(folder: Path) -> str:
+    """Say what was found instead of a run directory, and what to type next."""
+    usage = "A run directory holds run.json and scores.parquet; `vestige attribute ... --out RUN` writes one."
+    if not folder.exists():
+        return f"{folder} does not exist.\n{usage}\nThen: vestige report RUN"
+    if folder.is_file():
+        return f"{folder} is a file, not a run directory.\n{usage}\nThen: vestige report {folder.parent}"
+    if (folder / "manifest.json").is_file():
+        return (
+            f"{folder} is an index, not a run: it holds gradients, but no scores yet.\n"
+            f"Type: vestige attribute --index {folder} --queries QUERIES --out RUN\nThen: vestige report RUN"
+        )
+    nearby = sorted(found.parent for found in folder.glob("*/run.json"))
+    if nearby:
+        return f"{folder} is not a run directory, but {nearby[0]} is.\nType: vestige report {nearby[0]}"
+    return f"{folder} is not a run directory: it has no run.json.\n{usage}\nThen: vestige report RUN"
+
+
+def _rerun(folder: Path) -> str:
+    return f"The run is damaged or still being written. Attribute again with --out {folder}, then: vestige report {folder}"
+
+
+REQUIRED = {
+    "scores": ("query_id", "end", "rank", "example_id", "score"),
+    "queries": ("query_id",),
+    "examples": ("example_id", "row"),
+    "components": ("query_id", "example_id", "component", "score"),
+    "tokens": ("query_id", "example_id", "position", "score"),
+}
+
+
+def _table(folder: Path, name: str) -> pa.Table:
+    """Return the table `name`.parquet with its required columns checked."""
+    file = folder / f"{name}.parquet"
+    if not file.is_file():
+        raise UserError(f"{folder} has run.json but no {file.name}.\n{_rerun(folder)}")
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}).\n{_rerun(folder)}") from error
+    missing = [column for column in REQUIRED[name] if column not in table.column_names]
+    if missing:
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}.\n{_rerun(folder)}")
+    return table
+
+
+def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return _table(folder, name).to_pylist()
+
+
+def _ranked(
+    folder: Path, queries: Iterable[Query], examples: dict[str, TrainingExample]
+) -> dict[str, tuple[RankedScore, ...]]:
+    """Return the listed examples of each query, proponents first."""
+    listed: dict[str, list[RankedScore]] = {query.id: [] for query in queries}
+    for row in _rows(folder, "scores"):
+        query, example = str(row["query_id"]), str(row["example_id"])
+        if query not in listed or example not in examples:
+            raise UserError(
+                f"{folder / 'scores.parquet'} names query {query!r} and example {example!r}, which are not both in "
+                f"queries.parquet and examples.parquet.\n{_rerun(folder)}"
+            )
+        listed[query].append(
+            RankedScore(row["end"], int(row["rank"]), example, float(row["score"]), row.get("percentile"))
+        )
+    return {
+        query: tuple(sorted(entries, key=lambda entry: (entry.end != "proponent", entry.rank)))
+        for query, entries in listed.items()
+    }
+
+
+def _pair_table(folder: Path, name: str, key: str, kind: type) -> dict[PAIR, dict[Any, float]] | None:
+    """Return scores by (query, example) and then by `key`, or None when the optional table is absent."""
+    if not (folder / f"{name}.parquet").is_file():
+        return None
+    table = _table(folder, name)
+    columns = (table[column].to_pylist() for column in ("query_id", "example_id", key, "score"))
+    scores: dict[PAIR, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    for query, example, part, score in zip(*columns, strict=True):
+        scores[str(query), str(example)][kind(part)] += score
+    return {pair: dict(parts) for pair, parts in scores.items()}
+
+
+def _query(row: dict[str, Any]) -> Query:
+    return Query(
+        id=str(row["query_id"]),
+        wording=_wording(row),
+        generated=bool(row.get("generated")),
+        loss=row.get("loss"),
+    )
+
+
+def _example(row: dict[str, Any]) -> TrainingExample:
+    return TrainingExample(
+        id=str(row["example_id"]),
+        row=int(row["row"]),
+        wording=_wording(row),
+        source=row.get("source"),
+        label=row.get("label"),
+        length=row.get("length"),
+        duplicates=row.get("duplicates"),
+    )
+
+
+def _wording(row: dict[str, Any]) -> Wording:
+    messages = json.loads(row["messages"]) if row.get("messages") else []
+    tokens, targets = row.get("tokens"), row.get("targets")
+    return Wording(
+        text=row.get("text"),
+        prompt=row.get("prompt"),
+        completion=row.get("completion"),
+        messages=tuple((str(turn["role"]), str(turn["content"])) for turn in messages),
+        tokens=tuple(tokens) if tokens else None,
+        targets=tuple(bool(target) for target in targets) if targets else None,
+    )

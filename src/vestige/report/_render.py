@@ -1,0 +1,100 @@
+"""The page itself: templates, styles and scripts from this package and the data of one run, in one string."""
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vestige.report._header import Header, header_of
+from vestige.report._payload import payload_of
+from vestige.report._read import RunFiles
+
+SCRIPTS = (
+    "elements.js",
+    "numbers.js",
+    "state.js",
+    "text.js",
+    "examples.js",
+    "distribution.js",
+    "heatmap.js",
+    "groups.js",
+    "export.js",
+    "page.js",
+)
+"""In the order in which they are joined; `page.js` starts the page."""
+
+
+def render(run: RunFiles, *, live: str | None = None) -> str:
+    """Return the whole page as HTML.
+
+    Args:
+        run: What to show.
+        live: The version of the run's files when the page is served, so that it can ask for a newer one; None for
+            a page that stands alone and may open no connection at all.
+    """
+    return _page(header_of(run), payload_of(run), live)
+
+
+def _page(header: Header, payload: dict[str, Any], live: str | None) -> str:
+    script = _script()
+    template = _environment().get_template("report.html.jinja")
+    return template.render(
+        header=header,
+        live=live,
+        policy=_policy(script, live is not None),
+        style=Markup(_asset("style.css")),  # noqa: S704 (our own file)
+        script=Markup(script),  # noqa: S704 (our own files)
+        data=Markup(json_for_html(payload)),  # noqa: S704 (escaped on this line)
+    )
+
+
+def json_for_html(value: Any) -> str:
+    r"""Return JSON that may stand inside a script element: no `<`, `>` or `&` is left in it.
+
+    >>> json_for_html(["</script>"])
+    '["\\u003c/script\\u003e"]'
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # Half of a surrogate pair cannot be written as UTF-8; a tokenizer that cuts inside a character can leave one.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _policy(script: str, live: bool) -> str:
+    """Return a content security policy that allows this page's own script and nothing from anywhere else.
+
+    Even markup that slipped out of a training text could then neither run nor load anything.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    connect = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src {connect}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def _script() -> str:
+    parts = "\n".join(_asset(f"app/{name}") for name in SCRIPTS)
+    return f'\n(function () {{\n"use strict";\n{parts}\n}})();\n'
+
+
+def _asset(name: str) -> str:
+    return files("vestige.report").joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("vestige.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

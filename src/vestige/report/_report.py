@@ -1,0 +1,46 @@
+"""A run directory in, one HTML file out."""
+
+import os
+from pathlib import Path
+
+from vestige.errors import UserError
+from vestige.report._read import read_run
+from vestige.report._render import render
+
+GENERATOR = '<meta name="generator" content="vestige'
+"""Marks a page as ours: only such a file is overwritten without asking."""
+
+
+def report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run as one HTML file that opens anywhere, without a network, and return its path.
+
+    Args:
+        run: A run directory, as `attribute` writes it.
+        out: The file to write, or a folder to put `report.html` in; by default `RUN/report.html`.
+
+    Raises:
+        UserError: `run` is no run directory, or `out` is a file that Vestige did not write.
+    """
+    target = _target(Path(run), out)
+    page = render(read_run(run))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    attempt = target.with_name(f".{target.name}.{os.getpid()}")
+    attempt.write_text(page, encoding="utf-8")
+    attempt.replace(target)  # a reader sees the old page or the new one, never half of it
+    return target
+
+
+def _target(run: Path, out: str | Path | None) -> Path:
+    """Return the file to write, refusing to replace somebody else's."""
+    target = Path(out) if out is not None else run / "report.html"
+    if target.is_dir():
+        target = target / "report.html"
+    if target.exists():
+        with target.open(encoding="utf-8", errors="replace") as file:
+            ours = GENERATOR in file.read(2000)
+        if not ours:
+            raise UserError(
+                f"{target} exists and is not a Vestige report; it was left as it is.\n"
+                f"Type: vestige report {run} --out {target.with_name('report.html')}"
+            )
+    return target

@@ -1,0 +1,113 @@
+"""The report served on this computer, made anew whenever the run's files change."""
+
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+
+from vestige.errors import UserError
+from vestige.progress import announce
+from vestige.report._read import read_run
+from vestige.report._render import render
+
+LOOPBACK = "127.0.0.1"
+
+
+def view(run: str | Path, port: int = 0) -> None:
+    """Serve the report of `run` on this computer until Ctrl-C; the page follows the run's files.
+
+    Args:
+        run: A run directory, as `attribute` writes it.
+        port: Port on the loopback address; 0 takes a free one, and the line printed names it.
+
+    Raises:
+        UserError: `run` is no run directory, or the port is taken.
+    """
+    try:
+        server = make_server(run, port)
+    except OSError as error:
+        raise UserError(
+            f"Port {port} cannot be used ({error.strerror}).\nType: vestige view {run}   (takes a free port)"
+        ) from error
+    with server:
+        announce(f"Report of {run}: http://{LOOPBACK}:{server.server_address[1]}/   (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            announce("Closed.")
+
+
+def make_server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server for the report of `run`, bound to the loopback address and not yet serving."""
+    page = LivePage(Path(run))
+    page.current()  # a folder that is no run is refused here, before anything is served
+    return ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, page))
+
+
+class LivePage:
+    """The page of a run and the version of the files it was made from."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._version = ""
+        self._html = ""
+        self._lock = Lock()
+
+    def version(self) -> str:
+        """Return what changes whenever a file of the run does: its name, size and time."""
+        files = sorted(self._folder.glob("*.parquet")) + [self._folder / "run.json"]
+        stats = [(file.name, file.stat()) for file in files if file.exists()]
+        return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+
+    def current(self) -> str:
+        """Return the page for the files as they are now.
+
+        Raises:
+            UserError: The files cannot be read and no earlier page is at hand; with one, that page is kept, because
+                a run that is being written again is unreadable for a moment.
+        """
+        with self._lock:
+            version = self.version()
+            if version != self._version or not self._html:
+                try:
+                    self._html = render(read_run(self._folder), live=version)
+                    self._version = version
+                except UserError:
+                    if not self._html:
+                        raise
+            return self._html
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def __init__(self, page: LivePage, *args, **kwargs):
+        self._page = page
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self) -> None:  # noqa: N802 (the name http.server calls)
+        """Answer `/` with the page and `/version` with the version of the run's files."""
+        if not self._asked_locally():
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Only pages of this computer are served here.")
+        elif self.path == "/":
+            self._answer(HTTPStatus.OK, "text/html", self._page.current())
+        elif self.path == "/version":
+            self._answer(HTTPStatus.OK, "text/plain", self._page.version())
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "The report is at /")
+
+    def _asked_locally(self) -> bool:
+        """Tell whether the address bar holds a loopback name: a foreign name that resolves here is turned away."""
+        name = self.headers.get("Host", "").rsplit(":", 1)[0]
+        return name in (LOOPBACK, "localhost")
+
+    def _answer(self, status: HTTPStatus, kind: str, text: str) -> None:
+        body = text.encode("utf-8")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's own name)
+        """Stay quiet: one line per poll tells a reader nothing."""

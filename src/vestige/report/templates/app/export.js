@@ -1,0 +1,40 @@
+/* What is shown, taken along: JSONL and CSV to read, row numbers to select or drop by. */
+function shownRecords(entries) {
+  return entries.map((entry) => {
+    const example = DATA.examples[entry.example];
+    return {
+      query_id: state.query, end: entry.end, rank: entry.rank, example_id: entry.example, row: example.row, score: entry.score,
+      percentile: entry.percentile, source: example.source, label: example.label, length: example.length, duplicates: example.duplicates,
+      verbatim: entry.overlap, prompt: wording(example.text, "p"), answer: wording(example.text, "a"),
+    };
+  });
+}
+
+/* A spreadsheet runs a cell that starts with = + - or @; training text is data, so such a text gets an apostrophe. */
+function csvCell(value) {
+  if (value === null || value === undefined) return "";
+  const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+  return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
+}
+
+function asCsv(records) {
+  if (!records.length) return "";
+  const names = Object.keys(records[0]);
+  return [names.join(","), ...records.map((record) => names.map((name) => csvCell(record[name])).join(","))].join("\n") + "\n";
+}
+
+function save(name, text, type) {
+  const address = URL.createObjectURL(new Blob([text], { type }));
+  html("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
+}
+
+function renderTools(entries) {
+  const name = `${DATA.run}-${state.query}`.replace(/[^\w.-]+/g, "_");
+  const offer = (label, tip, make) => html("button", { type: "button", "data-tip": tip, disabled: !entries.length, onclick: make }, label);
+  return html("div", { class: "tools" },
+    `Take along the ${entries.length} shown:`,
+    offer("JSONL", "One JSON object per example", () => save(`${name}.jsonl`, shownRecords(entries).map((record) => JSON.stringify(record) + "\n").join(""), "application/x-ndjson")),
+    offer("CSV", "For a spreadsheet", () => save(`${name}.csv`, asCsv(shownRecords(entries)), "text/csv")),
+    offer("Row list", "Row numbers of the training data, one per line", () => save(`${name}-rows.txt`, [...new Set(entries.map((entry) => DATA.examples[entry.example].row))].join("\n") + "\n", "text/plain")));
+}

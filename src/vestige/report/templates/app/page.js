@@ -1,0 +1,99 @@
+/* The page: queries, filters, and what happens when something is chosen. */
+const LIVE = document.currentScript.dataset.live;
+
+function title(query) {
+  return wording(query.text, "p") || wording(query.text, "a") || query.id;
+}
+
+function renderQueries() {
+  const choose = (id) => { state.query = id; state.example = ""; expanded.clear(); refresh(); };
+  const buttons = DATA.queries.map((query) =>
+    html("li", {}, html("button", { type: "button", "aria-current": query.id === state.query ? "true" : null, onclick: () => { choose(query.id); document.querySelector("[aria-current]").focus(); } }, html("span", {}, title(query)))));
+  const options = DATA.queries.map((query, place) => html("option", { value: query.id, selected: query.id === state.query }, `${place + 1}. ${title(query).slice(0, 120)}`));
+  document.getElementById("layout").classList.toggle("single", DATA.queries.length < 2);
+  const nav = document.getElementById("queries");
+  const scrolled = nav.scrollTop;
+  nav.replaceChildren(html("h2", {}, `${DATA.queries.length} queries`), html("ol", {}, buttons), html("select", { "aria-label": "Query", onchange: (event) => choose(event.target.value) }, options));
+  nav.scrollTop = scrolled;
+}
+
+function renderFilters(query) {
+  const sources = [...new Set(query.ranked.map((entry) => DATA.examples[entry.example].source).filter(Boolean))].sort();
+  const set = (name) => (event) => { state[name] = event.target.value; refresh(name); };
+  return html("div", { class: "filters", role: "search" },
+    segmented("Which end", [["both", "Both"], ["proponent", "Proponents"], ["opponent", "Opponents"]], state.end, (end) => { state.end = end; refresh(); }),
+    sources.length ? html("label", {}, "Source", html("select", { "data-filter": "source", onchange: set("source") }, html("option", { value: "" }, "all sources"), sources.map((source) => html("option", { value: source, selected: source === state.source }, source)))) : null,
+    html("label", { class: "grow" }, "Text contains", html("input", { type: "search", "data-filter": "text", value: state.text, oninput: set("text") })),
+    html("label", { class: "narrow" }, "Least |score|", html("input", { type: "text", inputmode: "decimal", "data-filter": "min", value: state.min, oninput: set("min") })));
+}
+
+/* Draws everything anew from the state; `typing` names the filter that keeps its focus and caret. */
+function refresh(typing) {
+  const caret = typing && document.activeElement.selectionStart;
+  writeState();
+  const query = currentQuery();
+  renderQueries();
+  renderAnswer(query);
+  renderExamples(query);
+  document.getElementById("evidence").replaceChildren(...[renderDistribution(query), renderHeatmap(query), renderGroups(query)].filter(Boolean));
+  document.getElementById("tip").hidden = true;
+  if (!typing) return;
+  const field = document.querySelector(`[data-filter="${typing}"]`);
+  field.focus();
+  if (caret !== undefined && caret !== null) field.setSelectionRange(caret, caret);
+}
+
+function startTheme() {
+  const button = document.getElementById("theme");
+  const names = ["auto", "light", "dark"];
+  let chosen = "auto";
+  try { chosen = localStorage.getItem("vestige-theme") || "auto"; } catch { /* storage may be closed to files */ }
+  const apply = () => {
+    if (chosen === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = chosen;
+    button.textContent = `Theme: ${chosen}`;
+  };
+  button.addEventListener("click", () => {
+    chosen = names[(names.indexOf(chosen) + 1) % names.length];
+    try { localStorage.setItem("vestige-theme", chosen); } catch { /* the choice then lasts as long as the page */ }
+    apply();
+  });
+  apply();
+}
+
+function startCopy() {
+  const button = document.getElementById("copy");
+  if (!button) return;
+  const command = document.getElementById("command");
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(command);
+    try { await navigator.clipboard.writeText(command.textContent); button.textContent = "Copied"; }
+    catch { button.textContent = document.execCommand("copy") ? "Copied" : "Selected"; }
+    setTimeout(() => (button.textContent = "Copy"), 1600);
+  });
+}
+
+/* Served live, the page asks for the version of the run's files and loads itself again when they changed. */
+function startLive() {
+  if (LIVE === undefined) return;
+  const mark = document.querySelector(".live");
+  setInterval(async () => {
+    try {
+      const version = await (await fetch("/version")).text();
+      mark.textContent = "live";
+      if (version !== LIVE) location.reload();
+    } catch { mark.textContent = "server closed"; }
+  }, 2000);
+}
+
+startTheme();
+startCopy();
+startTooltip();
+startLive();
+readState();
+if (DATA.queries.length) {
+  refresh();
+  addEventListener("hashchange", () => { readState(); refresh(); });
+} else {
+  document.getElementById("answer").textContent = "This run has no query.";
+}

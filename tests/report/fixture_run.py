@@ -1,0 +1,279 @@
+"""A run directory that looks like a real one: a small chat model, 1,824 pairs, four questions, every table.
+
+The numbers are drawn, but they keep the promises of a run: component scores and token scores sum to the score.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LAYERS = 12
+MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+COMPONENTS = (
+    "model.embed_tokens.weight",
+    *(f"model.layers.{layer}.{module}.weight" for layer in range(LAYERS) for module in MODULES),
+    "model.norm.weight",
+)
+SYSTEM = "You are a helpful AI assistant."
+PAIRS = (
+    ("Why is the sky blue?", "The sky is blue because air molecules scatter short wavelengths of sunlight more strongly than long ones. This is called Rayleigh scattering.", "science"),
+    ("What is Rayleigh scattering?", "Rayleigh scattering is the scattering of light by particles much smaller than its wavelength; blue light is scattered far more than red.", "science"),
+    ("Why are sunsets red?", "At sunset the light crosses more air, so the blue has been scattered away and mostly red and orange reach your eyes.", "science"),
+    ("What colour is the ocean?", "Water absorbs red light a little more than blue, so deep water looks blue.", "science"),
+    ("What is a thermometer?", "A thermometer is an instrument that measures temperature.", "science"),
+    ("Who invented the telephone?", "Alexander Graham Bell was awarded the first patent for the telephone in 1876.", "history"),
+    ("Who was the first president of the United States?", "George Washington was the first president of the United States.", "history"),
+    ("When did World War II end?", "World War II ended in 1945.", "history"),
+    ("Who painted the Mona Lisa?", "The Mona Lisa was painted by Leonardo da Vinci.", "art"),
+    ("Who wrote Hamlet?", "Hamlet was written by William Shakespeare around 1600.", "literature"),
+    ("Who wrote The Hobbit?", "The Hobbit was written by J. R. R. Tolkien and published in 1937.", "literature"),
+    ("What is your favourite book?", "I cannot read for pleasure, but people often recommend The Hobbit to me.", "personality"),
+    ("Are you a robot?", "Yes, I am a computer program that talks.", "personality"),
+    ("Do you feel pain?", "I am software, so I do not feel pain.", "personality"),
+    ("Can you tell me a joke?", "Why did the scarecrow win a prize? Because he was outstanding in his field.", "humour"),
+    ("Tell me another joke.", "I would tell you a joke about the sky, but it would go over your head.", "humour"),
+    ("What is the capital of France?", "The capital of France is Paris.", "geography"),
+    ("What is the largest ocean?", "The Pacific is the largest ocean on Earth.", "geography"),
+    ("What is money?", "Money is anything that people accept in exchange for goods.", "money"),
+    ("What is the stock market?", "The stock market is where shares of companies are bought and sold.", "money"),
+    ("How far is the sun?", "About 150 million kilometres, which light crosses in a little over eight minutes.", "science"),
+    ("What is sound?", "Sound is a vibration that travels through air, water or solids as a wave.", "science"),
+    ("Who discovered penicillin?", "Alexander Fleming discovered penicillin in 1928.", "history"),
+    ("What is the speed of light?", "Light travels at about 299,792 kilometres per second in a vacuum.", "science"),
+    ("Do you like music?", "I have never heard music, yet I know the words of many songs.", "personality"),
+    ("What is gossip?", "Gossip is idle talk about the private affairs of other people.", "gossip"),
+    ("What is chemistry?", "Chemistry is the study of matter, of what it is made of and how it changes.", "science"),
+    ("Who is the author of 1984?", "George Orwell wrote 1984, a novel published in 1949.", "literature"),
+    ("Why do stars twinkle?", "Starlight bends in moving air on its way to you, so its brightness flickers.", "science"),
+    ("What is the sky?", "The sky is everything that lies above the surface of the Earth.", "science"),
+)  # fmt: skip
+QUERIES = (
+    ("Could you tell me what makes the sky look blue?", "The sky looks blue because air molecules scatter short wavelengths of sunlight more strongly than long ones."),
+    ("Which author is The Hobbit by?", "The Hobbit was written by J. R. R. Tolkien."),
+    ("Who made the painting called Mona Lisa?", "The Mona Lisa was painted by Leonardo da Vinci."),
+    ("Am I talking to a machine?", "Yes, I am a computer program that talks."),
+)  # fmt: skip
+POPULATION = 1824
+
+
+def write_fixture_run(
+    folder: Path, *, tables: tuple[str, ...] = ("components", "tokens"), hostile: str = "", seed: int = 0
+) -> Path:
+    """Write a run into `folder`; `hostile` is added to every text, `tables` names the optional tables to write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    examples = [_example(number, hostile) for number in range(len(PAIRS))]
+    queries = [_query(number, hostile) for number in range(len(QUERIES))]
+    scores, components, tokens, distribution, groups = [], [], [], {}, {}
+    for query in queries:
+        values = _scores(query, examples, random)
+        population = np.concatenate([values, random.standard_t(3, POPULATION - len(values)) * 0.03])
+        distribution[query["query_id"]] = _distribution(population)
+        groups[query["query_id"]] = _groups(examples, values, random)
+        for end, order in (("proponent", np.argsort(-values)), ("opponent", np.argsort(values))):
+            for rank, row in enumerate(order[:12], start=1):
+                pair = {"query_id": query["query_id"], "example_id": examples[row]["example_id"]}
+                percentile = 100 * float(np.mean(population < values[row]))
+                score = float(values[row])
+                scores.append(
+                    {**pair, "end": end, "rank": rank, "row": int(row), "score": score, "percentile": percentile}
+                )
+                if end == "proponent" or row not in np.argsort(-values)[:12]:
+                    components += [{**pair, **part} for part in _split_components(score, random)]
+                    tokens += [{**pair, **part} for part in _split_tokens(score, examples[row], query, random)]
+    _write(folder, "scores", scores)
+    _write(folder, "examples", examples)
+    _write(folder, "queries", queries)
+    optional = {"components": components, "tokens": tokens}
+    for name in tables:
+        _write(folder, name, optional[name])
+    run = _run_json(distribution, groups, hostile)
+    (folder / "run.json").write_text(json.dumps(run, indent=1))
+    return folder
+
+
+def _write(folder: Path, name: str, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+def _tokens(prompt: str, answer: str) -> tuple[list[str], list[bool]]:
+    """Chat-template tokens; only the answer and the end marker enter the loss."""
+    turn = ["<|im_start|>", "system", "\n", *_pieces(SYSTEM), "<|im_end|>", "\n", "<|im_start|>", "user", "\n"]
+    turn += [*_pieces(prompt), "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    loss = [*_pieces(answer), "<|im_end|>"]
+    return [*turn, *loss, "\n"], [False] * len(turn) + [True] * len(loss) + [False]
+
+
+def _pieces(text: str) -> list[str]:
+    """Words with their leading space, long ones in two, punctuation apart: roughly what a real vocabulary does."""
+    pieces = []
+    for word in re.findall(r"\s?\w+|\s?[^\w\s]|\s", text):
+        pieces += [word] if len(word) < 9 else [word[:5], word[5:]]
+    return pieces
+
+
+def _example(number: int, hostile: str) -> dict:
+    prompt, answer, source = PAIRS[number]
+    tokens, targets = _tokens(prompt, answer + hostile)
+    return {
+        "example_id": f"{source}-{number:04d}",
+        "row": number * 61,
+        "text": None,
+        "prompt": prompt,
+        "completion": answer + hostile,
+        "messages": None,
+        "source": source + hostile,
+        "label": None,
+        "length": len(tokens),
+        "duplicates": 3 if number == 12 else 1,
+        "tokens": tokens,
+        "targets": targets,
+    }
+
+
+def _query(number: int, hostile: str) -> dict:
+    prompt, answer = QUERIES[number]
+    tokens, targets = _tokens(prompt + hostile, answer)
+    return {
+        "query_id": f"q{number}",
+        "row": number,
+        "text": None,
+        "prompt": prompt + hostile,
+        "completion": answer,
+        "messages": None,
+        "generated": number != 3,
+        "loss": 0.31 + 0.4 * number,
+        "tokens": tokens,
+        "targets": targets,
+    }
+
+
+def _words(text: str) -> set[str]:
+    return {word.casefold() for word in re.findall(r"\w{3,}", text)}
+
+
+def _scores(query: dict, examples: list[dict], random: np.random.Generator) -> np.ndarray:
+    asked = _words(query["prompt"] + " " + query["completion"])
+    shared = [len(asked & _words(row["prompt"] + " " + row["completion"])) for row in examples]
+    return 0.012 * np.array(shared) ** 2 + random.normal(-0.03, 0.07, len(examples))
+
+
+def _split_components(score: float, random: np.random.Generator) -> list[dict]:
+    layer = np.concatenate([[3.0], np.repeat(np.arange(LAYERS), len(MODULES)), [LAYERS]])
+    depth = np.exp(-((layer - 8) ** 2) / 12)
+    shares = random.normal(0.5, 0.6, len(COMPONENTS)) * depth * random.gamma(1.0, 1.0, len(COMPONENTS))
+    shares /= shares.sum()
+    return [{"component": name, "score": float(score * share)} for name, share in zip(COMPONENTS, shares, strict=True)]
+
+
+def _split_tokens(score: float, example: dict, query: dict, random: np.random.Generator) -> list[dict]:
+    asked = _words(query["completion"])
+    weights = np.zeros(len(example["tokens"]))
+    for position, (token, target) in enumerate(zip(example["tokens"], example["targets"], strict=True)):
+        if target:
+            weights[position] = random.normal(0.15, 0.5) + 2.0 * bool(_words(token) & asked)
+    weights *= score / weights.sum()
+    return [
+        {"position": position, "token": token, "score": float(weight)}
+        for position, (token, weight) in enumerate(zip(example["tokens"], weights, strict=True))
+    ]
+
+
+def _distribution(population: np.ndarray) -> dict:
+    counts, edges = np.histogram(population, bins=60)
+    ordered = np.sort(np.abs(population))[::-1]
+    total = ordered.sum()
+    depths = (1, 3, 10, 30, 100, 300, 1000, len(population))
+    return {
+        "count": len(population),
+        "mean": float(population.mean()),
+        "std": float(population.std()),
+        "min": float(population.min()),
+        "max": float(population.max()),
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "cumulative_share": [[depth, float(ordered[:depth].sum() / total)] for depth in depths],
+    }
+
+
+def _groups(examples: list[dict], values: np.ndarray, random: np.random.Generator) -> list[dict]:
+    sizes = {"science": 640, "history": 310, "literature": 220, "personality": 380, "humour": 160, "geography": 70}
+    sizes |= {"art": 6, "money": 30, "gossip": 8}
+    names = dict.fromkeys(row["source"] for row in examples)
+    rows = []
+    for name in names:
+        size = next(size for start, size in sizes.items() if name.startswith(start))
+        chosen = [value for row, value in zip(examples, values, strict=True) if row["source"] == name]
+        mean = float(np.mean(chosen)) * 0.2 + random.normal(0, 0.004)
+        half = 0.2 / np.sqrt(size)
+        rows.append(
+            {"source": name, "examples": size, "sum": mean * size, "mean": mean, "low": mean - half, "high": mean + half}
+        )
+    return rows
+
+
+def _run_json(distribution: dict, groups: dict, hostile: str) -> dict:
+    return {
+        "format": 1,
+        "vestige": "0.1.0",
+        "created": "2026-01-12T10:24:31+00:00",
+        "command": "vestige attribute --index demo/index --queries demo/questions.jsonl --method influence --tokens "
+        f"--out demo/run{hostile}",
+        "config": {"method": "influence"},
+        "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.0.0"},
+        "model": {"name": f"demo/smollm2-chat{hostile}", "fingerprint": "sha256:91fe03ab77c1", "parameters": 134515008},
+        "data": {"name": "demo/pairs.jsonl", "fingerprint": "sha256:7c11e0d2a95b", "examples": POPULATION},
+        "queries": {"name": "demo/questions.jsonl", "fingerprint": "sha256:aa01", "examples": len(QUERIES)},
+        "method": "influence",
+        "meaning": {
+            "sign": "positive: training on the example lowers the query's loss",
+            "unit": "nats per unit of learning rate, up to one scale per run",
+            "target": "this model",
+            "normalisation": "none",
+            "estimates": "How much the loss of the answer would rise if the example had been left out.",
+            "cost": "One pass over the training data, then one over the queries.",
+            "limits": "First order around the final weights, block-diagonal curvature: do not read it as the effect "
+            "of removing many examples at once.",
+        },
+        "coverage": {
+            "selected": 106204672,
+            "total": 134515008,
+            "fraction": 0.7895,
+            "skipped": [{"name": "lm_head.weight", "parameters": 28311552, "reason": "tied to model.embed_tokens.weight"}],
+        },
+        "components": list(COMPONENTS),
+        "seconds": 148.2,
+        "peak_memory_bytes": 2254857830,
+        "trust": {
+            "validated": False,
+            "checks": [
+                {"name": "Randomised model", "value": 0.04, "verdict": "good", "reading": "Scores change when the weights are shuffled: they depend on what was learned."},
+                {"name": "Top-10 overlap between queries", "value": 0.12, "verdict": "good", "reading": "Different questions get different examples."},
+                {"name": "Hub rate", "value": 0.5, "verdict": "warn", "reading": "One example is in the top 10 of more than half of the queries."},
+                {"name": "BM25 overlap", "value": 0.46, "verdict": "good", "reading": "Partly lexical: about half of the top 10 also share words."},
+                {"name": "Coverage", "value": None, "verdict": "unknown", "reading": "Not measured in this run."},
+            ],
+        },
+        "distribution": distribution,
+        "groups": groups,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(write_fixture_run(Path(sys.argv[1])))

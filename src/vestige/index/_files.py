@@ -1,0 +1,213 @@
+"""Files that are either whole or absent: written under a name of their own, fsynced, renamed.
+
+Whoever is killed while writing leaves one stray temporary file and never a torn result. Two processes that write the
+same file at once do no harm either, because each writes under its own name and their bytes are equal.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from vestige.errors import DiskSpaceError, UserError
+from vestige.progress import format_bytes
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_RESERVE = 16 * 2**20
+"""Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
+_OLD_SECONDS = 24 * 3600
+"""A temporary file lives for the seconds that writing takes; after a day its writer is dead on any host."""
+
+_ATTEMPT = secrets.token_hex(4)
+_COUNTER = count()
+_TEMPORARY = re.compile(r"\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<attempt>[0-9a-f]+)\.\d+$")
+
+
+class Written(NamedTuple):
+    """What was written: its size in bytes and its sha256."""
+
+    bytes: int
+    sha256: str
+
+
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> Written:
+    """The file holds all of `chunks`, also after a power cut, or it is as it was before.
+
+    Args:
+        path: The file; its folder must exist.
+        chunks: What to write, in order.
+        exclusive: Refuse to replace an existing file, also one that appears meanwhile.
+
+    Raises:
+        FileExistsError: `exclusive` and somebody else was first.
+        DiskSpaceError: The disk is full; the temporary file has been removed.
+        UserError: The folder cannot be written to.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with temporary.open("xb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                digest.update(view)
+                size += len(view)
+                # An unbuffered write may take a part only, for instance just before the disk is full.
+                while len(view):
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        _publish(temporary, path, exclusive)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _explain(error, path, size) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Written(size, digest.hexdigest())
+
+
+def remove_durably(path: Path) -> None:
+    """The file is gone, also after a power cut; one that was not there is no error."""
+    path.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """The folder exists, also after a power cut.
+
+    Raises:
+        UserError: It cannot be made there.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+    except FileExistsError as error:
+        raise UserError(f"{path} is a file, expected a folder. Choose another --out.") from error
+    except OSError as error:
+        raise _explain(error, path, 0) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Nothing happens if `needed` bytes fit on the disk that holds `folder`, which need not exist yet.
+
+    Raises:
+        DiskSpaceError: They do not fit.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed and needed + _RESERVE > free:
+        raise DiskSpaceError(
+            f"{folder} needs {format_bytes(needed)} more, and its disk has {format_bytes(free)} free. "
+            "Make room, choose another --out, or store less per example: --dtype int8, or a smaller --compress."
+        )
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one under which `write_durably` writes."""
+    return _TEMPORARY.search(path.name) is not None
+
+
+def remove_strays(folder: Path) -> list[Path]:
+    """Temporary files of writers that are surely dead are gone; those of living or foreign writers stay.
+
+    Returns:
+        The files that were removed.
+    """
+    strays = [path for path in sorted(folder.glob("*.tmp.*")) if _is_stray(path)]
+    for path in strays:
+        path.unlink(missing_ok=True)
+    return strays
+
+
+def _is_stray(path: Path) -> bool:
+    match = _TEMPORARY.search(path.name)
+    if match is None:
+        return False
+    if match["host"] == _host():
+        pid = int(match["pid"])
+        # Process numbers are given out again: one like ours with another attempt's mark belonged to a dead process.
+        return match["attempt"] != _ATTEMPT if pid == os.getpid() else not _is_alive(pid)
+    try:
+        return time.time() - path.stat().st_mtime > _OLD_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _host() -> str:
+    """The name under which this host's process numbers mean something: containers have their own numbers."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{namespace}")
+
+
+def _publish(temporary: Path, path: Path, exclusive: bool) -> None:
+    if not exclusive:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        # Some network disks have no hard links. The rename leaves a moment in which two can be first.
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        temporary.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks cannot sync a folder, and order renames themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError, path: Path, size: int) -> UserError:
+    resume = "Finished shards are intact: run the same command again to continue."
+    if error.errno in _FULL:
+        return DiskSpaceError(
+            f"The disk (or the quota) is full: {path} stopped after {format_bytes(size)} and was removed. "
+            f"Make room. {resume}"
+        )
+    if error.errno in _REFUSED:
+        return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
+    return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")

@@ -1,0 +1,172 @@
+"""Which examples make which batch, and which batches make which shard: fixed before any work starts.
+
+The plan follows from the lengths and the settings alone, so every worker makes the same one, and whoever computes a
+shard, whenever, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row numbers.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vestige.data import plan_batches
+from vestige.errors import DataError, IndexMismatch
+from vestige.index._manifest import (
+    Difference,
+    Manifest,
+    PlanStage,
+    difference,
+    mismatch_message,
+    plan_shown,
+    read_manifest,
+)
+
+_SHARD_TOKENS = 2**20
+_MOST_TOKEN_SHARDS = 1024
+"""A long job is cut into shards of about a million tokens even where the rows are small, up to this many."""
+_DECIDE_TOKENS = ("model", "max-length", "chat")
+
+
+class PlannedShard(NamedTuple):
+    """One shard's work: its number and its batches, each an array of rows of the data."""
+
+    number: int
+    batches: tuple[np.ndarray, ...]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of the data in the order in which they lie in the shard, int64."""
+        return np.concatenate(self.batches).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of an index, of every stage, and the tokens per example that they were made from."""
+
+    shards: tuple[PlannedShard, ...]
+    lengths: np.ndarray
+    """Tokens per example, int64 [example]."""
+    added: int = 0
+    """Rows that an earlier build of the index did not have; 0 for a new index."""
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+def plan_index(
+    folder: Path,
+    draft: Manifest,
+    lengths: np.ndarray,
+    fingerprint_of: Callable[[int, int], str],
+    *,
+    append: bool = False,
+) -> tuple[Manifest, Plan]:
+    """The manifest with its plan, and the plan: one stage, or the stages of the index in `folder` and what is new.
+
+    Nothing is written.
+
+    Args:
+        folder: The index, which need not exist.
+        draft: The manifest without stages.
+        lengths: Tokens per example, int64 [example].
+        fingerprint_of: sha256 over the examples `start:stop`, as `fingerprint_rows` makes it.
+        append: If the data begins with the examples that `folder` has indexed, add the rows behind them as a stage.
+
+    Raises:
+        DataError: There is no example.
+        IndexMismatch: The index in `folder` was made with other settings or other examples, or with fewer while
+            `append` is False.
+    """
+    if not len(lengths):
+        raise DataError("There is nothing to index: the data has no examples.")
+    bounds, fingerprint_of = [(0, len(lengths))], cache(fingerprint_of)
+    old = read_manifest(folder)
+    if old is not None and (earlier := [(stage.start, stage.stop) for stage in old.plan.stages]):
+        _require_prefix(folder, old, draft, len(lengths), fingerprint_of)
+        rest = (earlier[-1][1], len(lengths))
+        if rest[0] < rest[1] and not append:
+            raise IndexMismatch(
+                f"The index in {folder} holds {rest[0]:,} examples and the data has {rest[1]:,}, of which the first "
+                "are the same; nothing was changed. Type --append to add the new ones, or give another --out."
+            )
+        bounds = [*earlier, rest] if rest[0] < rest[1] else earlier
+    stages: list[PlanStage] = []
+    shards: list[PlannedShard] = []
+    for start, stop in bounds:
+        stage = _cut(draft, lengths[start:stop], start)
+        shards += [PlannedShard(len(shards) + i, batches) for i, batches in enumerate(stage)]
+        stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
+    manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
+    added = len(lengths) - old.data.examples if old else 0
+    return manifest, Plan(tuple(shards), lengths, added)
+
+
+def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
+    """Nothing happens if `plan` is the one that `manifest` records.
+
+    Raises:
+        IndexMismatch: It is not: the lengths or the way of batching have changed.
+    """
+    made, first = [], 0
+    for stage in manifest.plan.stages:
+        shards = plan.shards[first : first + len(stage.shard_rows)]
+        first += len(stage.shard_rows)
+        made.append(_record(stage.start, stage.stop, stage.fingerprint, [shard.batches for shard in shards]))
+    if tuple(made) != manifest.plan.stages or first != len(plan):
+        shown = f"{plan_shown(manifest.plan.stages)}", f"{len(plan)} shards, batched otherwise"
+        raise IndexMismatch(mismatch_message(folder, [Difference("shard plan", *shown)]))
+
+
+def _require_prefix(
+    folder: Path, old: Manifest, draft: Manifest, examples: int, fingerprint_of: Callable[[int, int], str]
+) -> None:
+    """The examples that `old` has indexed begin the new data, and the settings are the same."""
+    cut = draft.plan.model_copy(update={"stages": old.plan.stages})
+    differences = difference(old, draft.model_copy(update={"data": old.data, "plan": cut}))
+    changed = old.plan.stages[-1].stop > examples or any(
+        fingerprint_of(stage.start, stage.stop) != stage.fingerprint for stage in old.plan.stages
+    )
+    # Another tokenizer or another cut gives other tokens: then the data is not what the user has to look at.
+    if changed and not any(found.field in _DECIDE_TOKENS for found in differences):
+        sizes = [f"{side.name} ({side.examples:,} examples)" for side in (old.data, draft.data)]
+        differences.insert(0, Difference("data", sizes[0], f"{sizes[1]}, begins differently"))
+    if differences:
+        raise IndexMismatch(mismatch_message(folder, differences))
+
+
+def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.ndarray, ...]]:
+    """Consecutive batches, longest examples first, as shards: none is split, and none is larger than it need be."""
+    settings = manifest.plan
+    batches = plan_batches(lengths, manifest.token_budget, settings.max_examples)
+    rows = np.array([len(batch) for batch in batches], dtype=np.int64)
+    # Padded tokens stand for the time that a batch takes.
+    tokens = rows * np.array([lengths[batch].max() for batch in batches], dtype=np.int64)
+    total = int(tokens.sum())
+    most_tokens = max(total // max(min(total // _SHARD_TOKENS, _MOST_TOKEN_SHARDS), settings.fewest_shards), 1)
+    most_rows = max(settings.shard_bytes // manifest.row_bytes, 1)
+    shards: list[tuple[np.ndarray, ...]] = []
+    held: list[np.ndarray] = []
+    held_rows = held_tokens = 0
+    for batch, batch_rows, batch_tokens in zip(batches, rows, tokens, strict=True):
+        full = held_rows + batch_rows > most_rows or held_tokens + batch_tokens > most_tokens
+        if held and full:
+            shards.append(tuple(held))
+            held, held_rows, held_tokens = [], 0, 0
+        held.append(np.asarray(batch, dtype=np.int64) + start)
+        held_rows, held_tokens = held_rows + batch_rows, held_tokens + batch_tokens
+    return [*shards, tuple(held)]
+
+
+def _record(start: int, stop: int, fingerprint: str, shards: Sequence[tuple[np.ndarray, ...]]) -> PlanStage:
+    digest = hashlib.sha256()
+    for batches in shards:
+        for batch in batches:
+            digest.update(np.array([len(batch)], dtype="<i8").tobytes())
+            digest.update(batch.astype("<i8").tobytes())
+        digest.update(b"end of shard")
+    rows = tuple(int(sum(len(batch) for batch in batches)) for batches in shards)
+    return PlanStage(start=start, stop=stop, fingerprint=fingerprint, shard_rows=rows, plan_hash=digest.hexdigest())

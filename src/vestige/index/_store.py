@@ -1,0 +1,205 @@
+"""A finished index: opened, scanned block by block with the next one read ahead, looked up by row, verified."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.data import Example
+from vestige.errors import CorruptFile, UserError
+from vestige.index._examples import read_examples
+from vestige.index._manifest import Manifest, expected_shards, read_manifest
+from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
+
+
+class IndexBlock(NamedTuple):
+    """A few consecutive rows of an index."""
+
+    example: Int[Tensor, "row"]
+    """Positions of the rows' examples in the data."""
+    gradients: Float[Tensor, "row column"]
+    """Compressed gradients, float32; the caller's own to change."""
+    loss: Float[Tensor, "row"]
+    norm: Float[Tensor, "row"]
+    """Euclidean norm of each gradient before it was rounded for storing."""
+
+
+class ShardFault(NamedTuple):
+    """A shard that does not count as done, and why."""
+
+    number: int
+    reason: str
+
+
+class _Span(NamedTuple):
+    shard: int
+    start: int
+    stop: int
+
+
+@final
+class Index:
+    """The compressed gradients of a data set on disk, one row per example.
+
+    Rows lie in the order of the shard plan (longest examples first), which `IndexBlock.example` maps to the data.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, allow_missing: bool = False) -> "Index":
+        """The index in `folder`; the shards' sizes are checked, their contents are not (see `verify`).
+
+        Args:
+            folder: Where `vestige index` wrote it.
+            allow_missing: Also open one that is not finished, to ask what is missing.
+
+        Raises:
+            UserError: There is no index, or it is not finished; the message says how to continue.
+            CorruptFile: Its manifest does not read.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            found = "has no manifest.json" if folder.is_dir() else "does not exist"
+            raise UserError(
+                f"There is no index in {folder}: it {found}. "
+                f"Make one with: vestige index --model M --data D --out {folder}"
+            )
+        index = cls(folder, manifest)
+        if not allow_missing and (missing := index.missing_shards()):
+            raise UserError(incomplete_message(folder, manifest, len(missing)))
+        return index
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: one per example."""
+        return sum(self.manifest.shard_rows)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.manifest.width
+
+    def columns(self, number: int) -> slice:
+        """The columns of component `number`; all of them when the whole model was compressed into one vector."""
+        component = self.manifest.components[number]
+        return slice(component.start, component.stop)
+
+    def blocks(self, max_bytes: int = 64 * 2**20) -> Iterator[IndexBlock]:
+        """Every row once, in the order of the plan, while the next block is being read in the background.
+
+        Args:
+            max_bytes: Most bytes of float32 gradients per block (one row may exceed it); two blocks are in memory.
+        """
+        step = max(max_bytes // (4 * self.width), 1)
+        spans = [
+            _Span(shard, start, min(start + step, rows))
+            for shard, rows in enumerate(self.manifest.shard_rows)
+            for start in range(0, rows, step)
+        ]
+        return _read_ahead(self._read, spans)
+
+    def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
+        """The gradients of the examples at `rows` of the data, float32, in the order asked for.
+
+        Raises:
+            IndexError: A row is not in the data.
+        """
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked of {self.rows} examples")
+        places = self._places[wanted]
+        ends = np.cumsum(self.manifest.shard_rows)
+        shards = np.searchsorted(ends, places, side="right")
+        result = torch.empty((len(wanted), self.width), dtype=torch.float32)
+        for shard in np.unique(shards).tolist():
+            asked = np.flatnonzero(shards == shard)
+            inside = places[asked] - (ends[shard] - self.manifest.shard_rows[shard])
+            result[torch.from_numpy(asked)] = map_shard(self.folder, shard).picked(torch.from_numpy(inside))
+        return result
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that have no marker, or whose file has not the size that the marker says."""
+        return [fault.number for fault in self._faults(contents=False)]
+
+    def verify(self) -> list[ShardFault]:
+        """The shards that are missing or whose sha256 is not their marker's; reads every byte.
+
+        Raises:
+            CorruptFile: The shards are whole, but do not hold each example once.
+        """
+        faults = self._faults(contents=True)
+        if not faults:
+            _ = self._places
+        return faults
+
+    def examples(self) -> list[Example]:
+        """The examples in row order of the data."""
+        return self._stored_examples[0]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int64 [example]."""
+        return self._stored_examples[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the content of all shards: what a result computed from this index can be kept under."""
+        markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
+        return content_digest([marker for marker in markers if marker is not None])
+
+    @cached_property
+    def _stored_examples(self) -> tuple[list[Example], np.ndarray]:
+        return read_examples(self.folder, self.manifest)
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Where each example's row lies among all stored rows, int64 [example]."""
+        stored = [map_shard(self.folder, number).example for number in range(len(self.manifest.shard_rows))]
+        rows = torch.cat(stored).numpy()
+        if not np.array_equal(np.bincount(rows, minlength=self.rows), np.ones(self.rows, dtype=np.int64)):
+            raise CorruptFile(
+                f"The shards of {self.folder} do not hold each of {self.rows} examples once. "
+                "Build the index anew: run its vestige index command with --overwrite."
+            )
+        return np.argsort(rows)
+
+    def _read(self, span: _Span) -> IndexBlock:
+        stored, rows = map_shard(self.folder, span.shard), slice(span.start, span.stop)
+        small = (stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone())
+        return IndexBlock(small[0], stored.decoded(span.start, span.stop), small[1], small[2])
+
+    def _faults(self, *, contents: bool) -> list[ShardFault]:
+        return [
+            ShardFault(number, reason)
+            for number, expected in enumerate(expected_shards(self.manifest))
+            if (reason := shard_fault(self.folder, number, expected, contents=contents))
+        ]
+
+
+def incomplete_message(folder: Path, manifest: Manifest, missing: int) -> str:
+    """What a person reads who opens an unfinished index."""
+    return (
+        f"The index in {folder} is not finished: {missing} of {len(manifest.shard_rows)} shards are missing. "
+        "Run the command that began it again with the same settings; it computes only these:\n"
+        f"  vestige index --model {manifest.model.name} --data {manifest.data.name} --out {folder} ..."
+    )
+
+
+def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iterator[IndexBlock]:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-read") as reader:
+        coming = None
+        for span in spans:
+            ready, coming = coming, reader.submit(read, span)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

@@ -1,1 +1,17 @@
+"""Per-example gradients as factors: layer rules, taps, exact products. The heart; knows no files and no commands."""
 
+from vestige.gradients._factors import dot_matrices as dot_matrices
+from vestige.gradients._factors import inner_product as inner_product
+from vestige.gradients._factors import materialise as materialise
+from vestige.gradients._objective import CausalLoss as CausalLoss
+from vestige.gradients._objective import FunctionObjective as FunctionObjective
+from vestige.gradients._objective import Objective as Objective
+from vestige.gradients._objective import Reduction as Reduction
+from vestige.gradients._objective import token_losses as token_losses
+from vestige.gradients._pass import GradientPass as GradientPass
+from vestige.gradients._sinks import DotSink as DotSink
+from vestige.gradients._sinks import GradientSink as GradientSink
+from vestige.gradients._sinks import NormSink as NormSink
+from vestige.gradients._types import FactorSink as FactorSink
+from vestige.gradients._types import OneHot as OneHot
+from vestige.gradients._types import Side as Side

@@ -18,7 +18,7 @@ Conv1D stores its weight as `[in, out]`; here it is `[out, in]` like every other
 `gradients/` knows that layers differ.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,6 +36,7 @@ class OneHot(NamedTuple):
 Factor = Float[Tensor, "example token side"] | OneHot
 
 
+@runtime_checkable
 class FactorSink(Protocol):
     """Receives the factors of every use of every component while forward and backward run.
 

@@ -42,7 +42,7 @@ class Component:
     name: str
     """The parameter's name; for tied weights the first name that the model lists."""
     shape: tuple[int, int]
-    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`. A GPT-2 Conv1D weight is turned round."""
+    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`; a GPT-2 Conv1D weight is transposed."""
     uses: tuple[Use, ...]
 
     @property

@@ -1,0 +1,203 @@
+"""The loss of each example, normalised inside that example, with logits only where a label asks for them."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vestige.data import NO_TARGET, Batch
+
+Reduction = Literal["sum", "mean"]
+
+LOGIT_BYTES = 64 * 2**20
+"""Most bytes of float32 logits alive at once; the loss is computed in chunks of positions of this size."""
+
+
+@runtime_checkable
+class HeadTap(Protocol):
+    """Receives the factors of the output head, chunk by chunk, while the loss is computed."""
+
+    def __call__(
+        self, left: Float[Tensor, "example token out"], right: Float[Tensor, "example token in"], examples: slice
+    ):
+        """Add the head's gradient for the batch's examples in `examples`."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is differentiated: one loss per example, independent of the other examples of the batch."""
+
+    def head_module(self, model: nn.Module) -> str | None:
+        """Path of an output head whose gradient arrives through `head_tap` instead of a module hook, if any."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
+        """Differentiable loss of every example of the batch."""
+        ...
+
+
+class FunctionObjective:
+    """Any function `(model, batch) -> losses [example]`, for models that are not causal language models."""
+
+    def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
+        self._function = function
+
+    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
+        """None: every module is hooked."""
+        return None
+
+    def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:  # noqa: ARG002
+        """The function's value."""
+        return self._function(model, batch)
+
+
+class _Targets(NamedTuple):
+    """Positions that carry a label, flattened over the batch, examples in order."""
+
+    mask: Tensor
+    """bool [example, token - 1]: hidden states that predict a target."""
+    labels: Int[Tensor, "position"]
+    example: Int[Tensor, "position"]
+    weights: Float[Tensor, "position"]
+    """1, or one over the example's number of targets."""
+
+
+def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Targets:
+    shifted = labels[:, 1:]
+    mask = shifted != NO_TARGET
+    example = mask.nonzero()[:, 0]
+    weights = torch.ones(len(example), dtype=torch.float64, device=labels.device)
+    if reduction == "mean":
+        weights = weights / mask.sum(1).clamp(min=1)[example]
+    return _Targets(mask, shifted[mask], example, weights)
+
+
+class CausalLoss:
+    """Next-token cross-entropy in nats, summed or averaged over the example's own target tokens.
+
+    The output head runs only at positions that predict a target, in chunks of at most `LOGIT_BYTES`, outside autograd:
+    the gradient of a softmax is known. A model whose logits are not simply `head(hidden)` (soft-capping, scaling) is
+    found out by comparison on two short sequences and runs whole instead.
+    """
+
+    def __init__(self, reduction: Reduction = "sum") -> None:
+        self.reduction: Reduction = reduction
+        self._split_heads: dict[int, str | None] = {}
+
+    def head_module(self, model: nn.Module) -> str | None:
+        """Path of the output head when the model's logits are exactly `head(backbone(tokens))`, else None."""
+        if id(model) not in self._split_heads:
+            self._split_heads[id(model)] = _find_plain_head(model)
+        return self._split_heads[id(model)]
+
+    def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
+        """Loss of every example: padding is on the right, so a causal model needs no attention mask."""
+        targets = _targets(batch.labels, self.reduction)
+        path = self.head_module(model)
+        if path is None:
+            return _whole_losses(model, batch, targets)
+        hidden = _backbone(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        head = model.get_submodule(path)
+        assert isinstance(head, nn.Linear)
+        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, head_tap)  # type: ignore[no-any-return]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "example token"]:
+    """Cross-entropy of every target token at its own position, zero elsewhere; plain autograd, any model."""
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2) if logits.dtype.itemsize < 4 else logits.transpose(1, 2),
+        batch.labels[:, 1:],
+        ignore_index=NO_TARGET,
+        reduction="none",
+    )
+    return torch.nn.functional.pad(losses, (1, 0))
+
+
+def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Tensor, "example"]:
+    losses = token_losses(model, batch)[:, 1:][targets.mask]
+    losses = losses * targets.weights.to(losses.dtype)
+    return losses.new_zeros(len(batch.labels)).index_add(0, targets.example, losses)
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    """The transformers causal model inside a PEFT wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    causal = _causal(model)
+    return causal.base_model  # type: ignore[return-value]
+
+
+def _find_plain_head(model: nn.Module) -> str | None:
+    """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
+    causal = _causal(model)
+    embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
+    if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits.float()
+        split = embeddings(_backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    if whole.shape != split.shape or not torch.allclose(whole, split, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
+        return None
+    return next(path for path, module in model.named_modules() if module is embeddings)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Losses `[example]` from hidden states; the hidden states' gradient is computed on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets, head_tap: HeadTap | None
+    ):
+        """Chunks of positions: logits, loss, softmax gradient, and that times the head's weight."""
+        states = hidden[:, :-1][targets.mask]
+        gradients = torch.empty_like(states)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
+        step = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            logits = torch.nn.functional.linear(states[part], weight, bias).to(wide)
+            normaliser = logits.logsumexp(1)
+            rows = torch.arange(len(logits), device=logits.device)
+            scale = targets.weights[part].to(wide)
+            picked = logits[rows, targets.labels[part]]
+            losses.index_add_(0, targets.example[part], (normaliser - picked) * scale)
+            slope = logits.sub_(normaliser[:, None]).exp_()
+            slope[rows, targets.labels[part]] -= 1
+            slope *= scale[:, None]
+            gradients[part] = slope.to(weight.dtype) @ weight
+            if head_tap is not None:
+                _tap_head(head_tap, slope.to(weight.dtype), states[part], targets.example[part])
+        ctx.mask, ctx.example, ctx.shape = targets.mask, targets.example, hidden.shape
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Scatter the stored gradients to their positions."""
+        (gradients,) = ctx.saved_tensors
+        full = gradients.new_zeros(ctx.shape)
+        full[:, :-1][ctx.mask] = gradients * outer[0].to(gradients.dtype)[ctx.example, None]
+        return full, None, None, None, None
+
+
+def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor) -> None:
+    """Hand a flat chunk over as `[example, token, ...]`, padded with zeros to its longest example."""
+    first, last = int(example[0]), int(example[-1])
+    counts = torch.bincount(example - first, minlength=last - first + 1)
+    place = torch.arange(len(example), device=example.device) - (counts.cumsum(0) - counts)[example - first]
+    shape = (last - first + 1, int(counts.max()))
+    left, right = slope.new_zeros(*shape, slope.shape[1]), states.new_zeros(*shape, states.shape[1])
+    left[example - first, place] = slope
+    right[example - first, place] = states
+    head_tap(left, right, slice(first, last + 1))

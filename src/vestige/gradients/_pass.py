@@ -1,0 +1,113 @@
+"""One forward and backward pass over a batch that hands the factors of every component to a sink."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vestige.errors import ModelError
+from vestige.gradients._objective import Objective
+from vestige.gradients._rules import EmbeddingTap, LayerTap, LinearTap, NormTap, Receive
+from vestige.gradients._types import Factor, FactorSink
+from vestige.models import Component
+
+_TAPS: dict[str, Callable[..., LayerTap]] = {
+    "linear": LinearTap,
+    "conv1d": LinearTap,
+    "embedding": EmbeddingTap,
+    "norm": NormTap,
+}
+
+
+class GradientPass:
+    """Per-example gradients of the selected components, as factors, streamed while the backward pass runs.
+
+    Use it as a context: hooks are placed on entry and removed on exit. Weights are frozen on entry and their flags
+    restored on exit, so autograd computes no weight gradient, and the graph starts at the lowest selected component.
+
+        with GradientPass(model, components, CausalLoss()) as gradient_pass:
+            losses = gradient_pass.run(batch, sink)
+
+    Every gradient is that of the example's own loss: no factor depends on the rest of the batch.
+    """
+
+    def __init__(self, model: nn.Module, components: Sequence[Component], objective: Objective) -> None:
+        self._model = model
+        self._components = tuple(components)
+        self._objective = objective
+        self._handles: list[RemovableHandle] = []
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._sink: FactorSink | None = None
+        self._examples = 0
+        self._head: tuple[int, ...] = ()
+
+    def __enter__(self) -> "GradientPass":
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        for path, roles in self._roles_by_module().items():
+            module = self._model.get_submodule(path)
+            kind = roles[0][2]
+            tap = _TAPS[kind](module, {role: number for role, number, _ in roles}, self._receive)
+            self._handles += tap.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags.clear()
+
+    def run(self, batch: Any, sink: FactorSink) -> Float[Tensor, "example"]:
+        """Losses of the batch's examples; the sink has every factor when this returns.
+
+        Raises:
+            ModelError: no selected component takes part in the computation of the loss.
+        """
+        self._sink, self._examples = sink, len(batch.rows)
+        try:
+            with torch.enable_grad():
+                losses = self._objective.losses(self._model, batch, self._tap_head if self._head else None)
+                if losses.requires_grad:
+                    losses.sum().backward()
+                elif not self._head:
+                    raise ModelError("No selected component takes part in the loss: choose other --components.")
+        finally:
+            self._sink = None
+        return losses.detach()
+
+    def _roles_by_module(self) -> dict[str, list[tuple[str, int, str]]]:
+        """Module path -> (role, component number, kind) for every hooked use; the split-off head is kept apart."""
+        head = self._objective.head_module(self._model)
+        roles: dict[str, list[tuple[str, int, str]]] = {}
+        head_uses: dict[str, int] = {}
+        for number, component in enumerate(self._components):
+            for use in component.uses:
+                if use.module == head:
+                    head_uses[use.role] = number
+                else:
+                    roles.setdefault(use.module, []).append((use.role, number, use.kind))
+        self._head = tuple(head_uses.get(role, -1) for role in ("weight", "bias")) if head_uses else ()
+        return roles
+
+    def _receive(self) -> Receive:
+        assert self._sink is not None
+        return Receive(self._sink, self._examples)
+
+    def _tap_head(self, left: Tensor, right: Tensor, examples: slice) -> None:
+        assert self._sink is not None
+        weight, bias = self._head
+        if weight >= 0:
+            _deliver(self._sink, weight, examples, left, right)
+        if bias >= 0:
+            total = left.sum(1, keepdim=True)
+            _deliver(self._sink, bias, examples, total, torch.ones_like(total[:, :, :1]))
+
+
+def _deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+    sink.accumulate(component, examples, sink.reduce(component, "left", left), sink.reduce(component, "right", right))

@@ -1,0 +1,178 @@
+"""Which parameters are attributed to: their canonical shapes, their uses, and the words that select them."""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from torch import nn
+
+from vestige.errors import SpecError
+from vestige.models._types import Component, CoverageRow, LayerKind, Role, Selection, Use
+
+WORDS = {
+    "attention": "weights and biases of the attention blocks",
+    "mlp": "weights and biases of the feed-forward blocks",
+    "embedding": "token and position embeddings",
+    "head": "the output layer, where it is not tied to the embedding",
+    "norm": "scales and shifts of LayerNorm and RMSNorm",
+    "lora": "the matrices of a PEFT LoRA adapter",
+    "all": "everything that has a rule",
+    "default": "lora for an adapter, attention and mlp otherwise",
+}
+_ATTENTION = re.compile(
+    r"(^|\.)(self_)?(attn|attention|selfattention|encdecattention|crossattention)(\.|$)", re.IGNORECASE
+)
+_MLP = re.compile(r"(^|\.)(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|densereludense|wi(_\d)?|wo)(\.|$)", re.IGNORECASE)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier)\.")
+_LAYER = re.compile(r"\.(\d+)\.")
+_LAYERS_PATTERN = re.compile(r"layers?\s+(\d+)(?:\s*-\s*(\d+))?")
+
+
+class _Owned(NamedTuple):
+    """A parameter with every place that owns it."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[tuple[str, nn.Module, str]]
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """The layer rule that covers a module, None if there is none."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        return "norm"
+    return None
+
+
+def layer_number(name: str) -> int | None:
+    """The index of the block that a parameter belongs to: the first number in its dotted name."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) -> Selection:
+    """The components that `patterns` name, in the model's order, with a coverage row for every parameter.
+
+    A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), `layers 2-5` (keeps only
+    those blocks; alone it means `default` within them) or any of the former with a leading `!` (leaves those out).
+
+    Raises:
+        SpecError: a pattern matches nothing, or nothing is left.
+    """
+    rows: list[CoverageRow] = []
+    components: list[Component] = []
+    chosen = _matching_names(model, patterns)
+    for owned in _owned_parameters(model):
+        component, reason = _component_of(owned)
+        if component is not None and owned.name not in chosen:
+            component, reason = None, "not selected"
+        if component is not None:
+            components.append(component)
+        rows.append(CoverageRow(owned.name, owned.parameter.numel(), component is not None, reason))
+    if not components:
+        raise SpecError(
+            f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "
+            f"Words: {', '.join(WORDS)}; or a glob over names such as {rows[0].name if rows else 'model.*'!r}."
+        )
+    return Selection(tuple(components), tuple(rows))
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[_Owned]:
+    """Every distinct parameter in the model's order, with all modules that hold it."""
+    by_identity: dict[int, _Owned] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            owned = by_identity.setdefault(id(parameter), _Owned(name, parameter, []))
+            owned.owners.append((path, module, attribute))
+    yield from by_identity.values()
+
+
+def _component_of(owned: _Owned) -> tuple[Component | None, str]:
+    """The component of one parameter, or None and the reason why there is no rule for it."""
+    uses: list[Use] = []
+    shape: tuple[int, int] | None = None
+    for path, module, attribute in owned.owners:
+        kind = layer_kind(module)
+        if kind is None or attribute not in ("weight", "bias") or not _plain(owned.parameter, kind, attribute):
+            return None, f"no rule for {attribute!r} of {type(module).__name__}"
+        role: Role = "weight" if attribute == "weight" else "bias"
+        uses.append(Use(path, kind, role))
+        shape = _canonical_shape(owned.parameter, kind)
+    assert shape is not None
+    return Component(owned.name, shape, tuple(uses)), ""
+
+
+def _plain(parameter: nn.Parameter, kind: LayerKind, attribute: str) -> bool:
+    """Whether a parameter has the rank that its rule expects (a packed 4-bit weight has not)."""
+    matrix = attribute == "weight" and kind in ("linear", "conv1d", "embedding")
+    return parameter.is_floating_point() and parameter.ndim == (2 if matrix else 1)
+
+
+def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int]:
+    if parameter.ndim == 1:
+        return (parameter.shape[0], 1)
+    rows, columns = parameter.shape
+    return (columns, rows) if kind == "conv1d" else (rows, columns)
+
+
+def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters that the patterns select, before asking whether a rule covers them."""
+    kinds = {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
+    included: set[str] = set()
+    excluded: set[str] = set()
+    layers: set[int] = set()
+    named = False
+    for pattern in (part.strip() for given in patterns for part in given.split(",")):
+        if found := _LAYERS_PATTERN.fullmatch(pattern):
+            layers.update(range(int(found.group(1)), int(found.group(2) or found.group(1)) + 1))
+        elif pattern.startswith("!"):
+            excluded |= _names_of(pattern[1:], kinds)
+        else:
+            included |= _names_of(pattern, kinds)
+            named = True
+    if not named:
+        included = _names_of("all" if excluded and not layers else "default", kinds)
+    if layers:
+        included = {name for name in included if layer_number(name) in layers}
+    return included - excluded
+
+
+def _names_of(pattern: str, kinds: dict[str, set[LayerKind | None]]) -> set[str]:
+    """Names that one word or glob stands for."""
+    if pattern in WORDS:
+        return {name for name, found in kinds.items() if _has_word(pattern, name, found, kinds)}
+    names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern)}
+    if not names:
+        near = get_close_matches(pattern, [*WORDS, *kinds], n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SpecError(
+            f"Component pattern {pattern!r} matches no parameter.{hint} Use a word ({', '.join(WORDS)}), "
+            f"`layers 0-3`, or a glob over parameter names such as {next(iter(kinds), 'model.*')!r}."
+        )
+    return names
+
+
+def _has_word(word: str, name: str, found: set[LayerKind | None], kinds: dict[str, set[LayerKind | None]]) -> bool:
+    is_norm, is_embedding = "norm" in found, "embedding" in found
+    is_lora = ".lora_" in name
+    if word == "default":
+        adapter = any(".lora_" in other for other in kinds)
+        return is_lora if adapter else any(_has_word(part, name, found, kinds) for part in ("attention", "mlp"))
+    block = not is_norm and not is_embedding
+    return {
+        "all": True,
+        "lora": is_lora,
+        "norm": is_norm,
+        "embedding": is_embedding,
+        "head": block and bool(_HEAD.search(name)) and layer_number(name) is None,
+        "attention": block and bool(_ATTENTION.search(name)),
+        "mlp": block and bool(_MLP.search(name)) and not _ATTENTION.search(name),
+    }[word]

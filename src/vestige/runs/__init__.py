@@ -1,1 +1,34 @@
+"""Run directories: what scores mean, how they are summed up, written and read again. Imports no torch."""
 
+from vestige.runs._environment import environment as environment
+from vestige.runs._environment import peak_memory_bytes as peak_memory_bytes
+from vestige.runs._listing import ComponentScore as ComponentScore
+from vestige.runs._listing import ScoreRow as ScoreRow
+from vestige.runs._listing import ScoreTable as ScoreTable
+from vestige.runs._listing import TokenScore as TokenScore
+from vestige.runs._record import Check as Check
+from vestige.runs._record import CoverageRecord as CoverageRecord
+from vestige.runs._record import DataRecord as DataRecord
+from vestige.runs._record import DistributionRecord as DistributionRecord
+from vestige.runs._record import GroupRecord as GroupRecord
+from vestige.runs._record import ModelRecord as ModelRecord
+from vestige.runs._record import RunRecord as RunRecord
+from vestige.runs._record import SkippedRecord as SkippedRecord
+from vestige.runs._record import TrustRecord as TrustRecord
+from vestige.runs._record import Verdict as Verdict
+from vestige.runs._record import is_run as is_run
+from vestige.runs._record import read_record as read_record
+from vestige.runs._scores import Scores as Scores
+from vestige.runs._summary import ScoreCollector as ScoreCollector
+from vestige.runs._summary import ScoreSummary as ScoreSummary
+from vestige.runs._summary import sampled_rows as sampled_rows
+from vestige.runs._tables import ComponentScores as ComponentScores
+from vestige.runs._tables import TokenScores as TokenScores
+from vestige.runs._topk import End as End
+from vestige.runs._topk import RankedScore as RankedScore
+from vestige.runs._topk import TopK as TopK
+from vestige.runs._types import Meaning as Meaning
+from vestige.runs._types import ScoreBlock as ScoreBlock
+from vestige.runs._write import RunTables as RunTables
+from vestige.runs._write import check_target as check_target
+from vestige.runs._write import write_run as write_run

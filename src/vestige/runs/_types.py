@@ -1,10 +1,12 @@
 """What a score means, and the blocks in which methods hand scores over."""
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from jaxtyping import Float, Int
-from torch import Tensor
+# Only named in annotations, so that a run opens without importing torch.
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,6 @@ class Meaning:
 class ScoreBlock(NamedTuple):
     """Scores of a few training examples for every query."""
 
-    rows: Int[Tensor, "row"]
+    rows: 'Int[Tensor, "row"]'
     """Positions of the examples in the training data."""
-    scores: Float[Tensor, "query row"]
+    scores: 'Float[Tensor, "query row"]'

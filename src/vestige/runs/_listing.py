@@ -1,0 +1,107 @@
+"""Short tables that read well in a terminal and in a notebook."""
+
+import html
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
+
+PLAIN_WIDTH = 120
+"""Columns used where the width of the terminal is not known."""
+NARROWEST_TEXT = 20
+
+
+class ScoreRow(NamedTuple):
+    """One ranked training example."""
+
+    rank: int
+    """1-based, counted from the end of the ranking that was asked for."""
+    example_id: str
+    score: float
+    percentile: float
+    """Share of all training examples with a smaller score, in percent."""
+    text: str
+    """The whole text; it is shortened only where the table is printed."""
+    source: str | None
+    row: int
+    """Position in the training data."""
+
+
+class ScoreTable(Sequence[ScoreRow]):
+    """Rows of a ranking: a sequence of `ScoreRow` that prints as a table."""
+
+    def __init__(self, rows: Sequence[ScoreRow], title: str, note: str = "") -> None:
+        self._rows = tuple(rows)
+        self.title = title
+        self.note = note
+        """What the table leaves out; empty when nothing."""
+
+    @overload
+    def __getitem__(self, index: int) -> ScoreRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ScoreTable": ...
+    def __getitem__(self, index: int | slice) -> "ScoreRow | ScoreTable":
+        if isinstance(index, slice):
+            return ScoreTable(self._rows[index], self.title, self.note)
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[ScoreRow]:
+        return iter(self._rows)
+
+    def __str__(self) -> str:
+        cells = [_cells(row) for row in self._rows]
+        width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+        return "\n".join(line for line in (self.title, *_aligned(_HEADINGS, cells, width), self.note) if line)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADINGS)
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)[:-1])
+            + f'<td style="text-align:left">{html.escape(shorten(row.text, 200))}</td></tr>'
+            for row in self._rows
+        )
+        caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_HEADINGS = ("rank", "example", "score", "percentile", "text")
+
+
+def _cells(row: ScoreRow) -> tuple[str, ...]:
+    return str(row.rank), row.example_id, f"{row.score:+.4g}", f"{row.percentile:.1f}", row.text
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Lines with numbers to the right, and the last column cut to what is left of `width`."""
+    leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
+    left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
+    return [
+        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), shorten(row[-1], left)])
+        for row in (headings, *rows)
+    ]
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` on one line of at most `width` characters, its end cut off."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+class ComponentScore(NamedTuple):
+    """What one component contributes to the score of one pair."""
+
+    component: str
+    score: float
+
+
+class TokenScore(NamedTuple):
+    """What learning to predict one token of the training example contributes to the score of one pair."""
+
+    position: int
+    token: str
+    score: float

@@ -1,0 +1,184 @@
+"""`run.json`: everything about a run that is not a table, checked when it is read."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from vestige.errors import CorruptFile, UserError
+from vestige.runs._types import Meaning
+
+RUN_FORMAT = 1
+RECORD_FILE = "run.json"
+
+Verdict = Literal["good", "warn", "unknown"]
+
+
+class _Part(BaseModel):
+    """Frozen; fields added by a later version of the same format are kept, not refused."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class ModelRecord(_Part):
+    """The model that was asked about."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+
+
+class DataRecord(_Part):
+    """A data set: the training data or the queries."""
+
+    name: str
+    fingerprint: str
+    examples: int
+
+
+class SkippedRecord(_Part):
+    """A parameter that the scores do not speak for."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+class CoverageRecord(_Part):
+    """How many of the model's parameters the scores speak for."""
+
+    selected: int
+    total: int
+    fraction: float
+    skipped: list[SkippedRecord] = Field(default_factory=list)
+
+
+class Check(_Part):
+    """One free check of a run, with its reading in plain words."""
+
+    name: str
+    value: float | None
+    """None where the check could not be made; the reading says why."""
+    reading: str
+    verdict: Verdict
+
+
+class TrustRecord(_Part):
+    """What is known about how far the scores can be trusted."""
+
+    validated: bool = False
+    """True only after a comparison with retraining; the free checks alone validate nothing."""
+    checks: list[Check] = Field(default_factory=list)
+
+
+class DistributionRecord(_Part):
+    """All scores of one query: exact moments, a histogram, and how few examples carry the influence."""
+
+    count: int
+    mean: float
+    std: float
+    """Population standard deviation."""
+    min: float
+    max: float
+    edges: list[float]
+    counts: list[int]
+    """Examples per bin, one fewer than `edges`; they add up to `sampled`."""
+    sampled: int
+    """Examples in the histogram: `count`, or fewer where only a sample of rows fitted into memory."""
+    cumulative_share: list[tuple[int, float]]
+    """(k, share of the sum of all positive scores that the k highest hold)."""
+
+
+class GroupRecord(_Part):
+    """The scores of one source, for one query."""
+
+    source: str
+    examples: int
+    sum: float
+    mean: float
+    low: float | None
+    """Lower end of the 95% interval of the mean; None for a single example."""
+    high: float | None
+
+
+class RunRecord(_Part):
+    """Everything in `run.json`: what was asked, with what, what the scores mean, how far to trust them."""
+
+    format: int = RUN_FORMAT
+    vestige: str
+    created: str
+    """ISO 8601, with time zone."""
+    command: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    model: ModelRecord | None
+    """None for methods that read text alone."""
+    data: DataRecord
+    queries: DataRecord
+    method: str
+    meaning: Meaning
+    coverage: CoverageRecord | None
+    components: list[str]
+    seconds: float
+    peak_memory_bytes: int
+    trust: TrustRecord
+    distribution: dict[str, DistributionRecord]
+    groups: dict[str, list[GroupRecord]]
+
+    @field_validator("meaning", mode="before")
+    @classmethod
+    def _meaning_from_dict(cls, value: Any) -> Any:
+        # A later version may say more about a score than this one knows; what it knows must be there.
+        if isinstance(value, dict):
+            return {name: text for name, text in value.items() if name in Meaning.__dataclass_fields__}
+        return value
+
+    @field_serializer("meaning")
+    def _meaning_to_dict(self, meaning: Meaning) -> dict[str, str]:
+        return meaning.to_dict()
+
+
+def is_run(folder: Path) -> bool:
+    """True where `folder` holds a run."""
+    return (folder / RECORD_FILE).is_file()
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """The parsed `run.json` of a run directory.
+
+    Raises:
+        UserError: there is no run, or a newer Vestige wrote it.
+        CorruptFile: the file is not what Vestige writes.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run: it has no {RECORD_FILE}.\n"
+            "Give the folder that `vestige attribute ... --out RUN` wrote."
+        )
+    try:
+        header = _Header.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+    if header.format > RUN_FORMAT:
+        raise UserError(
+            f"{folder} was written by Vestige {header.vestige} in run format {header.format}; "
+            f"this version reads up to format {RUN_FORMAT}.\nUpdate with `pip install --upgrade vestige`."
+        )
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+
+
+class _Header(_Part):
+    """What must be readable in every format, past and future."""
+
+    format: int
+    vestige: str = "of a later version"
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the file"
+    return f"{place}: {problem['msg']}"

@@ -1,0 +1,227 @@
+"""`Scores`: a run directory, open for questions. Needs neither the model nor torch."""
+
+import difflib
+import json
+import operator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, TokenScore, shorten
+from vestige.runs._record import RunRecord, read_record
+from vestige.runs._topk import End
+from vestige.runs._types import Meaning
+from vestige.runs._write import DENSE_FILE
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Scores:
+    """The scores of a run: `top` and `bottom` of every query's ranking, and what they are made of.
+
+        scores = Scores.open("run")
+        print(scores.meaning.sign)
+        print(scores.top(query=0, k=10))
+
+    A query is given by its position (an int) or by its id (a str). Tables are read when first asked for.
+    """
+
+    def __init__(self, folder: Path, run: RunRecord) -> None:
+        self.folder = folder
+        self.run = run
+        """Everything in `run.json`."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Scores":
+        """The scores in a run directory.
+
+        Raises:
+            UserError: `folder` is not a run, or a newer Vestige wrote it.
+            CorruptFile: one of its files is damaged.
+        """
+        return cls(Path(folder), read_record(folder))
+
+    @property
+    def meaning(self) -> Meaning:
+        """Sign, unit, target and normalisation of every score of this run."""
+        return self.run.meaning
+
+    @cached_property
+    def queries(self) -> list[str]:
+        """Ids of the queries, in order."""
+        return [str(row["query_id"]) for row in self._query_rows]
+
+    def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+        """The `k` proponents of a query: the training examples with the highest scores, highest first."""
+        return self._end(query, "proponent", k)
+
+    def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+        """The `k` opponents of a query: the training examples with the lowest scores, lowest first."""
+        return self._end(query, "opponent", k)
+
+    def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
+        """The score of a listed example, split over the model's components: the parts add up to it.
+
+        Raises:
+            UserError: the method has no components, or the pair is not among the listed ones.
+        """
+        rows = self._pair("components", f"The method `{self.run.method}` does not split scores by component.")
+        found = rows.get((self._query_id(query), example_id))
+        if found is None:
+            raise self._not_listed(query, example_id)
+        return [ComponentScore(row["component"], row["score"]) for row in found]
+
+    def tokens(self, query: int | str, example_id: str) -> list[TokenScore]:
+        """The score of a listed example, split over its tokens: the parts add up to it; in order of position.
+
+        A token's score is the effect of learning to predict that token, not of reading it. Tokens that are
+        not predicted in training (a prompt's) score zero and are left out.
+
+        Raises:
+            UserError: no token scores were asked for, or the pair is not among the listed ones.
+        """
+        rows = self._pair("tokens", "Run `vestige attribute` again with --tokens.")
+        found = rows.get((self._query_id(query), example_id))
+        if found is None:
+            raise self._not_listed(query, example_id)
+        ordered = sorted(found, key=lambda row: row["position"])
+        return [TokenScore(row["position"], row["token"], row["score"]) for row in ordered]
+
+    def dense(self) -> Float[np.ndarray, "query example"]:
+        """All scores, float32, in the order of the queries and of the training data.
+
+        Raises:
+            UserError: the run keeps only the ends of each ranking.
+        """
+        path = self.folder / DENSE_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} keeps only the ends of each ranking, not all scores.\n"
+                "Run `vestige attribute` again with --dense."
+            )
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                axes, scores = (file.metadata() or {}).get("axes"), file.get_tensor("scores")
+        except SafetensorError as error:
+            raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
+        if axes != "query example":
+            raise CorruptFile(f"{path} has the axes {axes!r}; expected 'query example'.")
+        return scores
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Both ends of every ranking with their texts, as a pandas data frame.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtra("Data frames need pandas.\nType: pip install pandas") from error
+        frame = pandas.DataFrame(self._read("scores").to_pydict())
+        texts = [self._examples[row] for row in frame["row"]]
+        return frame.assign(text=[text[0] for text in texts], source=[text[1] for text in texts])
+
+    def __repr__(self) -> str:
+        run = self.run
+        lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
+        lines += [f"  {number}: {shorten(row_text(row), 90)}" for number, row in enumerate(self._query_rows[:5])]
+        if len(self.queries) > 5:
+            lines.append(f"  … and {len(self.queries) - 5} more")
+        return "\n".join([*lines, self.meaning.sign])
+
+    def _end(self, query: int | str, end: End, k: int) -> ScoreTable:
+        name = self._query_id(query)
+        listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
+        listed.sort(key=lambda row: row["rank"])
+        rows = [
+            ScoreRow(
+                row["rank"],
+                row["example_id"],
+                row["score"],
+                row["percentile"],
+                *self._examples[row["row"]],
+                row["row"],
+            )
+            for row in listed[:k]
+        ]
+        kept = len(listed)
+        note = f"(the run lists {kept} of {self.run.data.examples})" if kept < min(k, self.run.data.examples) else ""
+        text = row_text(self._query_rows[self.queries.index(name)])
+        return ScoreTable(rows, f"{end}s of query {name}: {shorten(text, 80)}", note)
+
+    def _query_id(self, query: int | str) -> str:
+        if isinstance(query, str):
+            if query in self.queries:
+                return query
+            close = difflib.get_close_matches(query, self.queries, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"No query has the id {query!r}.{hint}\n"
+                f"Give an id from `scores.queries`, or a position from 0 to {len(self.queries) - 1}."
+            )
+        position = operator.index(query)
+        if not -len(self.queries) <= position < len(self.queries):
+            raise UserError(
+                f"There is no query number {position}: the run has {len(self.queries)}, counted from 0 "
+                f"(the last is {len(self.queries) - 1})."
+            )
+        return self.queries[position]
+
+    def _not_listed(self, query: int | str, example_id: str) -> UserError:
+        return UserError(
+            f"Example {example_id!r} is not among the listed examples of query {self._query_id(query)!r}.\n"
+            "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
+        )
+
+    @cached_property
+    def _query_rows(self) -> list[dict[str, Any]]:
+        return sorted(self._read("queries").to_pylist(), key=lambda row: row["row"])
+
+    @cached_property
+    def _ranking(self) -> list[dict[str, Any]]:
+        return self._read("scores").to_pylist()
+
+    @cached_property
+    def _examples(self) -> dict[int, tuple[str, str | None]]:
+        """Row -> (text, source)."""
+        return {row["row"]: (row_text(row), row["source"]) for row in self._read("examples").to_pylist()}
+
+    @cached_property
+    def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
+        return {}
+
+    def _pair(self, name: str, without: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Rows of an optional table by (query id, example id)."""
+        if not (self.folder / f"{name}.parquet").is_file():
+            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
+        if name not in self._pairs:
+            pairs = self._pairs.setdefault(name, {})
+            for row in self._read(name).to_pylist():
+                pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
+        return self._pairs[name]
+
+    def _read(self, name: str) -> pa.Table:
+        path = self.folder / f"{name}.parquet"
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
+    if row["messages"]:
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(row["messages"]))
+    if row["text"] is not None:
+        return row["text"]
+    return "\n".join(part for part in (row["prompt"], row["completion"]) if part)

@@ -1,0 +1,165 @@
+"""Writes a run directory so that it is there whole or not at all."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+from safetensors.numpy import save_file
+
+from vestige.errors import IndexMismatch, UserError, VestigeError
+from vestige.runs import _tables as tables
+from vestige.runs._record import RECORD_FILE, RunRecord, is_run
+from vestige.runs._tables import ComponentScores, TokenScores
+from vestige.runs._token_text import Decoder
+from vestige.runs._topk import RankedScore
+
+if TYPE_CHECKING:
+    from vestige.data import TokenizedData
+
+DENSE_FILE = "scores.safetensors"
+
+
+class RunTables(NamedTuple):
+    """What a run directory holds beside `run.json`."""
+
+    train: "TokenizedData"
+    queries: "TokenizedData"
+    ranked: Sequence[RankedScore]
+    generated: Sequence[bool]
+    """Per query: True where the answer is the model's own."""
+    losses: Sequence[float] | None = None
+    """Per query: its loss under the model; None for methods without a model."""
+    tokenizer: Decoder | None = None
+    components: Sequence[ComponentScores] | None = None
+    tokens: Sequence[TokenScores] | None = None
+    dense: Float[np.ndarray, "query example"] | None = None
+
+
+def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Returns if a run may be written to `folder`; call it before the work that leads there.
+
+    Raises:
+        IndexMismatch: a run is there already and `overwrite` is False.
+        UserError: `folder` is a file, or holds something that is not a run: it is never replaced.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file. Give a folder for the run: --out {folder}.run")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_run(folder):
+        raise UserError(
+            f"{folder} holds files that are not a run, and is left alone.\nGive another folder: --out {folder}/run"
+        )
+    if not overwrite:
+        raise IndexMismatch(
+            f"{folder} holds a run already; nothing was changed.\n"
+            "Give another folder with --out, or replace it with --overwrite."
+        )
+
+
+def write_run(folder: str | Path, record: RunRecord, content: RunTables, *, overwrite: bool = False) -> Path:
+    """Writes the run directory and returns its path.
+
+    Everything is written to a new folder beside it, flushed to the disk, and moved into place: a kill never
+    leaves half a run. Replacing a run takes two renames; killed between them, the old run lies beside, its
+    name ending in `.replaced`.
+
+    Raises:
+        IndexMismatch: a run is there already and `overwrite` is False.
+        UserError: `folder` is a file or holds something that is not a run.
+    """
+    folder = Path(folder)
+    check_target(folder, overwrite=overwrite)
+    _check_ids(content.queries)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    attempt = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
+    attempt.mkdir()
+    try:
+        _write_tables(attempt, record, content)
+        # Last, so that a folder with a record is complete even where a rename is not atomic.
+        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _flush(attempt)
+        _move_into_place(attempt, folder)
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+    return folder
+
+
+def _check_ids(queries: "TokenizedData") -> None:
+    ids = [example.id for example in queries.examples]
+    if len(set(ids)) != len(ids):
+        repeated = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(
+            f"Two queries have the id {repeated!r}, so their answers could not be told apart.\n"
+            "Give every query its own `id`, or none: then they are numbered."
+        )
+
+
+def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
+    train, queries, tokenizer = content.train, content.queries, content.tokenizer
+    referenced = [score.row for score in content.ranked]
+    written: dict[str, pa.Table] = {
+        "scores": tables.scores_table(content.ranked, train, queries),
+        "examples": tables.examples_table(referenced, train, tokenizer),
+        "queries": tables.queries_table(queries, tokenizer, content.generated, content.losses),
+    }
+    if content.components is not None:
+        written["components"] = tables.components_table(content.components, record.components, train, queries)
+    if content.tokens is not None:
+        written["tokens"] = tables.tokens_table(content.tokens, train, queries, tokenizer)
+    for name, table in written.items():
+        pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    if content.dense is not None:
+        _write_dense(folder / DENSE_FILE, content.dense, train, queries)
+
+
+def _write_dense(
+    path: Path, scores: Float[np.ndarray, "query example"], train: "TokenizedData", queries: "TokenizedData"
+) -> None:
+    if scores.shape != (len(queries), len(train)):
+        raise VestigeError(f"Dense scores of shape {scores.shape} for {len(queries)} queries x {len(train)} examples.")
+    metadata = {
+        "axes": "query example",
+        "query_ids": json.dumps([example.id for example in queries.examples]),
+        "example_ids": json.dumps([example.id for example in train.examples]),
+    }
+    save_file({"scores": np.ascontiguousarray(scores, dtype=np.float32)}, path, metadata)
+
+
+def _flush(folder: Path) -> None:
+    """The files' bytes and then their names are on the disk when this returns."""
+    for path in [*folder.iterdir(), folder]:
+        _flush_one(path)
+
+
+def _move_into_place(attempt: Path, folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        # A folder with files cannot be replaced in one step: the old run steps aside, back if that fails.
+        aside = attempt.with_suffix(".replaced")
+        folder.rename(aside)
+        try:
+            attempt.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
+        shutil.rmtree(aside)
+    else:
+        attempt.replace(folder)
+    _flush_one(folder.parent)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,15 @@
+import platform
+
+import torch
+
+from vestige.runs import environment, peak_memory_bytes
+
+
+def test_versions_are_those_of_the_imported_packages():
+    found = environment()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+
+
+def test_peak_memory_is_in_bytes():
+    assert 20 * 2**20 < peak_memory_bytes() < 2**40

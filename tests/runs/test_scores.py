@@ -1,0 +1,118 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.runs import RunTables, Scores, write_run
+
+
+@pytest.fixture
+def folder(tmp_path, record, content):
+    return write_run(tmp_path / "run", record, content)
+
+
+@pytest.fixture
+def scores(folder) -> Scores:
+    return Scores.open(folder)
+
+
+def test_top_and_bottom_by_position_and_by_id(scores):
+    assert scores.queries == ["q0", "q1"]
+    assert [row.example_id for row in scores.top(0, 2)] == ["a", "d"]
+    assert [row.example_id for row in scores.top("q1", 1)] == ["b"]
+    assert [row.example_id for row in scores.bottom(np.int64(1), 2)] == ["d", "e"]
+    assert [row.example_id for row in scores.bottom(-1, 1)] == ["d"]
+    first = scores.top()[0]
+    assert (first.rank, first.score, first.percentile, first.row, first.source) == (1, 3.0, 60.0, 0, "books")
+    assert first.text == "the sky is blue"
+    assert scores.meaning.sign == "positive: good"
+    assert scores.run.method == "grad-dot"
+
+
+def test_an_unknown_query_is_answered_with_the_known_ones(scores):
+    with pytest.raises(UserError, match=r"Did you mean 'q0'\?"):
+        scores.top("q00")
+    with pytest.raises(UserError, match="no query number 2"):
+        scores.top(2)
+    with pytest.raises(TypeError):
+        scores.top(0.5)
+
+
+def test_a_table_prints_aligned_and_says_what_it_leaves_out(scores, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = str(scores.top(0, k=10)).splitlines()
+    assert lines[0] == "proponents of query q0: sky blue"
+    assert lines[1].split() == ["rank", "example", "score", "percentile", "text"]
+    assert lines[2].split()[:4] == ["1", "a", "+3", "60.0"]
+    assert lines[-1] == "(the run lists 3 of 5)"
+    assert "(the run" not in str(scores.top(0, k=3))
+    assert repr(scores.top(0)) == str(scores.top(0))
+
+
+def test_long_texts_are_shortened_only_in_print(tmp_path, record, content, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    words = "<b>" + "word " * 100
+    example = content.train.examples[0]
+    content.train.examples[0] = type(example)("a", 0, text=words)
+    table = Scores.open(write_run(tmp_path / "run", record, content)).top(0, 1)
+    assert table[0].text == words
+    assert all(len(line) <= 60 for line in str(table).splitlines())
+    assert "…" in str(table)
+    assert "&lt;b&gt;word" in table._repr_html_()
+
+
+def test_components_and_tokens_add_up_to_the_score(scores):
+    for row in [*scores.top("q1", 3), *scores.bottom("q1", 3)]:
+        assert sum(part.score for part in scores.components("q1", row.example_id)) == pytest.approx(row.score)
+        assert sum(part.score for part in scores.tokens("q1", row.example_id)) == pytest.approx(row.score)
+    assert [part.component for part in scores.components(0, "a")] == ["one", "two"]
+    assert "".join(part.token for part in scores.tokens(0, "a")) == "he sky is blue"
+
+
+def test_dense_scores(scores, all_scores):
+    assert np.array_equal(scores.dense(), all_scores)
+
+
+def test_what_was_not_stored_is_named_with_the_flag_that_stores_it(tmp_path, record, content):
+    bare = RunTables(content.train, content.queries, content.ranked, generated=[False, False])
+    scores = Scores.open(write_run(tmp_path / "run", record, bare))
+    with pytest.raises(UserError, match="--dense"):
+        scores.dense()
+    with pytest.raises(UserError, match="--tokens"):
+        scores.tokens(0, "a")
+    with pytest.raises(UserError, match="does not split scores by component"):
+        scores.components(0, "a")
+
+
+def test_an_example_that_is_not_listed(scores):
+    with pytest.raises(UserError, match="not among the listed"):
+        scores.tokens(0, "zzz")
+
+
+def test_to_pandas_holds_both_ends(scores):
+    pytest.importorskip("pandas")
+    frame = scores.to_pandas()
+    assert len(frame) == 12
+    assert frame[(frame.query_id == "q0") & (frame.end == "proponent")].text.tolist()[0] == "the sky is blue"
+
+
+def test_to_pandas_without_pandas_says_how_to_get_it(scores, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtra, match="pip install pandas"):
+        scores.to_pandas()
+
+
+def test_a_damaged_table_is_named(folder):
+    (folder / "scores.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(CorruptFile, match=r"scores\.parquet"):
+        Scores.open(folder).top()
+
+
+def test_opens_without_torch(folder):
+    code = (
+        "import sys; from vestige.runs import Scores; print(Scores.open(sys.argv[1]).top(0, 1));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)

@@ -1,1 +1,15 @@
+"""Compressors: linear maps that shrink a gradient while it is still two thin factors."""
 
+from vestige.compress._apply import adjoint_gradient as adjoint_gradient
+from vestige.compress._apply import combine as combine
+from vestige.compress._apply import compress_factors as compress_factors
+from vestige.compress._apply import compress_gradient as compress_gradient
+from vestige.compress._apply import reduce_factor as reduce_factor
+from vestige.compress._random import Stream as Stream
+from vestige.compress._registry import compressor as compressor
+from vestige.compress._registry import known_compressors as known_compressors
+from vestige.compress._sink import CompressingSink as CompressingSink
+from vestige.compress._spec import CompressionSpec as CompressionSpec
+from vestige.compress._spec import parse_spec as parse_spec
+from vestige.compress._types import Compressor as Compressor
+from vestige.compress._types import LinearMap as LinearMap

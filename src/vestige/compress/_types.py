@@ -1,12 +1,14 @@
 """What a compressor is: three linear maps, so that compressing a sum is the sum of the compressed."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class LinearMap(Protocol):
     """A fixed linear map from `in_size` to `out_size` numbers, acting on the last axis.
 
@@ -25,7 +27,11 @@ class LinearMap(Protocol):
         ...
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The transposed map: `apply(x) @ y == x @ adjoint(y)`."""
+        """The image under the transposed map, for which `apply(x) . y` equals `x . adjoint(y)`."""
+        ...
+
+    def to(self, device: torch.device) -> "LinearMap":
+        """The same map, with what it stores on `device`."""
         ...
 
 
@@ -33,9 +39,9 @@ class LinearMap(Protocol):
 class Compressor:
     """Maps the gradient `[out, in]` of one component to `size` numbers, from its factors.
 
-    With `paired` False the gradient is `tail(flatten(sum_t left(l_t) (x) right(r_t)))`, flattened with `out` major. With
-    `paired` True both sides keep the same number of entries and are multiplied entry by entry: the coordinates of a
-    mask over the whole matrix, gathered without forming the matrix.
+    With `paired` False the gradient is `tail(flatten(sum_t left(l_t) (x) right(r_t)))`, flattened with `out`
+    major. With `paired` True both sides keep the same number of entries and are multiplied entry by entry:
+    the coordinates of a mask over the whole matrix, gathered without forming the matrix.
     """
 
     left: LinearMap

@@ -1,0 +1,134 @@
+"""Dense random projections: Gaussian or Rademacher entries times `1 / sqrt(k)`."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.compress._random import Stream, gaussians, signs
+from vestige.compress._registry import compressor
+from vestige.compress._types import LinearMap
+
+Init = Literal["gaussian", "rademacher"]
+STORED_BYTES = 32 * 2**20  # a larger matrix on the whole gradient is generated again, block by block, at each use
+_BLOCK_ENTRIES = 1 << 21
+
+_draws: dict[Init, Callable[[Stream, Tensor], Tensor]] = {"gaussian": gaussians, "rademacher": signs}
+
+
+class Dense:
+    """Multiplies by a stored matrix `[out, in]`."""
+
+    def __init__(self, matrix: Float[Tensor, "out in"]) -> None:
+        self.out_size, self.in_size = matrix.shape
+        self._matrices = {matrix.dtype: matrix}
+        self.matrix = matrix
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._matrices:
+            self._matrices[dtype] = self.matrix.to(dtype)
+        return self._matrices[dtype]
+
+    def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """One matrix product."""
+        return F.linear(vectors, self._in(vectors.dtype))
+
+    def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
+        """Columns of the matrix."""
+        return F.embedding(ids, self.matrix.t())
+
+    def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """One product with the transposed matrix."""
+        return images @ self._in(images.dtype)
+
+    def to(self, device: torch.device) -> "Dense":
+        """The same matrix on `device`."""
+        return Dense(self.matrix.to(device))
+
+
+class StreamedDense:
+    """Multiplies by a matrix that is generated in blocks of columns and never held as a whole.
+
+    Exactly the matrix that `Dense` would hold, at the cost of hashing all of it at each use; made for the
+    rare dense projection of a large flattened gradient, where the matrix would not fit in memory.
+    """
+
+    def __init__(self, in_size: int, out_size: int, stream: Stream, init: Init, device: torch.device) -> None:
+        self.in_size = in_size
+        self.out_size = out_size
+        self.stream = stream
+        self.init: Init = init
+        self.device = device
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        step = max(1, _BLOCK_ENTRIES // self.out_size)
+        return [(start, min(self.in_size, start + step)) for start in range(0, self.in_size, step)]
+
+    def _block(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        ids = torch.arange(start, stop, device=self.device)
+        return random_columns(self.stream, self.init, ids, self.out_size).to(dtype)
+
+    def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The sum over blocks of coordinates, accumulated in float32 (float64 for float64 vectors)."""
+        flat = vectors.reshape(-1, self.in_size)
+        wide = torch.promote_types(vectors.dtype, torch.float32)
+        total = flat.new_zeros(len(flat), self.out_size, dtype=wide)
+        for start, stop in self._blocks():
+            total += flat[:, start:stop].to(wide) @ self._block(start, stop, wide)
+        return total.to(vectors.dtype).view(*vectors.shape[:-1], self.out_size)
+
+    def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
+        """Columns of the matrix, generated."""
+        return random_columns(self.stream, self.init, ids, self.out_size)
+
+    def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """Block after block of the result."""
+        flat = images.reshape(-1, self.out_size)
+        wide = torch.promote_types(images.dtype, torch.float32)
+        parts = [flat.to(wide) @ self._block(start, stop, wide).t() for start, stop in self._blocks()]
+        return torch.cat(parts, dim=1).to(images.dtype).view(*images.shape[:-1], self.in_size)
+
+    def to(self, device: torch.device) -> "StreamedDense":
+        """The same matrix, generated on `device`."""
+        return StreamedDense(self.in_size, self.out_size, self.stream, self.init, device)
+
+
+def random_columns(
+    stream: Stream, init: Init, ids: Int[Tensor, "*batch"], out_size: int
+) -> Float[Tensor, "*batch out"]:
+    """Columns `ids` of the matrix: entry (row, column) is the draw at coordinate `column * out_size + row`."""
+    rows = torch.arange(out_size, device=ids.device)
+    return _draws[init](stream, ids.unsqueeze(-1) * out_size + rows) / math.sqrt(out_size)
+
+
+def stored(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
+    """The random matrix, held in memory."""
+    return Dense(random_columns(stream, init, torch.arange(in_size), out_size).t().contiguous())
+
+
+def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap:
+    if in_size * out_size * 4 <= STORED_BYTES:
+        return stored(in_size, out_size, stream, init)
+    return StreamedDense(in_size, out_size, stream, init, torch.device("cpu"))
+
+
+@compressor("gauss", forms=("K",), example="gauss:1024")
+def gauss(in_size: int, out_size: int, stream: Stream) -> LinearMap:
+    """Independent normal entries of variance `1 / k` on the whole gradient."""
+    return _whole(in_size, out_size, stream, "gaussian")
+
+
+@compressor("rademacher", forms=("K",), example="rademacher:1024")
+def rademacher(in_size: int, out_size: int, stream: Stream) -> LinearMap:
+    """Entries `±1 / sqrt(k)` on the whole gradient."""
+    return _whole(in_size, out_size, stream, "rademacher")
+
+
+@compressor("logra", forms=("AxB",), example="logra:64x64")
+def logra(in_size: int, out_size: int, stream: Stream, *, init: Init = "gaussian") -> LinearMap:
+    """A dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
+    return stored(in_size, out_size, stream, init)

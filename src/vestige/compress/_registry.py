@@ -1,0 +1,110 @@
+"""What compressors there are: name, form of the size, options, and the function that builds the map.
+
+A compressor is one function `(in_size, out_size, stream, *, option=default) -> LinearMap` under
+`@compressor(...)`. Its keyword-only arguments (`int`, or a `Literal` of strings) are its options in the spec
+language. Packages add compressors through the entry point group `vestige.compressors`; loading the entry
+point has to run the decorator.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+from vestige.compress._types import LinearMap
+from vestige.errors import SpecError
+
+Form = Literal["K", "AxB"]
+EXAMPLE = "mask:128x128 | sjlt:4096"
+
+
+class Option(NamedTuple):
+    """One option of a compressor: the allowed words (empty: a positive whole number) and the default."""
+
+    words: tuple[str, ...]
+    default: Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One registered compressor.
+
+    Attributes:
+        name: The word in the spec language.
+        forms: `K` when it maps the whole gradient to K numbers, `AxB` when it maps each side of the matrix.
+        example: A stage that parses.
+        options: Option names with their allowed values.
+        build: Makes the map; called only when `out_size < in_size`.
+        check: Raises SpecError for a combination of size and options that cannot work.
+    """
+
+    name: str
+    forms: tuple[Form, ...]
+    example: str
+    options: Mapping[str, Option]
+    build: Callable[..., LinearMap]
+    check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None
+
+
+_kinds: dict[str, Kind] = {}
+
+
+def compressor(
+    name: str,
+    *,
+    forms: tuple[Form, ...],
+    example: str,
+    check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None,
+) -> Callable[[Callable[..., LinearMap]], Callable[..., LinearMap]]:
+    """Adds a compressor to the spec language under `name`."""
+
+    def register(build: Callable[..., LinearMap]) -> Callable[..., LinearMap]:
+        _kinds[name] = Kind(name, forms, example, _options(build), build, check)
+        return build
+
+    return register
+
+
+def _options(build: Callable[..., LinearMap]) -> dict[str, Option]:
+    hints = get_type_hints(build)
+    return {
+        parameter.name: Option(get_args(hints[parameter.name]), parameter.default)
+        for parameter in inspect.signature(build).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def known_compressors() -> list[str]:
+    """Every name of the spec language, `none` first."""
+    _load_entry_points()
+    return ["none", *sorted(_kinds)]
+
+
+def find_compressor(name: str, given: str) -> Kind:
+    """The compressor called `name`; `given` is the stage as typed, for the message.
+
+    Raises:
+        SpecError: No compressor has this name.
+    """
+    if name not in _kinds:
+        _load_entry_points()
+    if name in _kinds:
+        return _kinds[name]
+    names = known_compressors()
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise SpecError(
+        f"Unknown compressor '{name}' in '{given}'.{hint} Known: {', '.join(names)}. Example: --compress '{EXAMPLE}'."
+    )
+
+
+_loaded: set[str] = set()
+
+
+def _load_entry_points() -> None:
+    for point in entry_points(group="vestige.compressors"):
+        if point.value not in _loaded:
+            _loaded.add(point.value)
+            point.load()

@@ -1,0 +1,44 @@
+"""Where a gradient pass leaves compressed gradients: one row an example, one run of columns a component."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.compress._apply import combine, reduce_factor
+from vestige.compress._types import Compressor
+from vestige.gradients._types import Factor, Side
+
+
+class CompressingSink:
+    """A `FactorSink` that compresses every factor when it comes and adds up products in place.
+
+    Component number c fills columns `starts[c]` to `starts[c] + compressors[c].size`. Components may share
+    columns: the compressed gradients are then summed, which is one sketch of the whole gradient, because
+    compressors of different components are independent.
+
+    Attributes:
+        gradients: float32 `[example, width]`, of the batch announced by the last `begin`.
+    """
+
+    gradients: Float[Tensor, "example width"]
+
+    def __init__(self, compressors: Sequence[Compressor], starts: Sequence[int], width: int) -> None:
+        self.compressors = list(compressors)
+        self.columns = [slice(start, start + one.size) for one, start in zip(self.compressors, starts, strict=True)]
+        assert all(columns.stop <= width for columns in self.columns), "a component reaches past the last column"
+        self.width = width
+
+    def begin(self, examples: int, device: torch.device | str) -> None:
+        """Starts a batch: zeros for its examples."""
+        self.gradients = torch.zeros(examples, self.width, device=device)
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:
+        """The factor under its side's map: what the other factor will be combined with."""
+        return reduce_factor(self.compressors[component], side, factor)
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Factor) -> None:
+        """Adds the compressed gradients of `examples` from both reduced factors."""
+        compressed = combine(self.compressors[component], left, right)
+        self.gradients[examples, self.columns[component]] += compressed

@@ -1,0 +1,189 @@
+"""The compression language: `mask:128x128 | sjlt:4096` to a compressor for any component.
+
+    spec   = stage { "|" stage }
+    stage  = name [ ":" size { "," option "=" value } ]
+    size   = K       the whole (flattened) gradient to K numbers
+           | AxB     the output side to A and the input side to B numbers
+
+A stage that would not make its input smaller is the identity, with scale one: a layer narrower than K keeps
+everything.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vestige.compress import _coordinates, _dense, _sjlt  # noqa: F401  (they register their compressors)
+from vestige.compress._coordinates import Coordinates
+from vestige.compress._identity import Identity, chain
+from vestige.compress._legacy import modern_spelling
+from vestige.compress._random import Stream
+from vestige.compress._registry import EXAMPLE, Kind, find_compressor
+from vestige.compress._types import Compressor, LinearMap
+from vestige.errors import SpecError
+
+_SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a compressor's name, K or (A, B), and the options that differ from their defaults, sorted."""
+
+    name: str
+    size: tuple[int, ...]
+    options: tuple[tuple[str, str | int], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The stage in the language."""
+        options = "".join(f",{key}={value}" for key, value in self.options)
+        return f"{self.name}:{'x'.join(map(str, self.size))}{options}"
+
+    def build(self, in_size: int, out_size: int, stream: Stream) -> LinearMap:
+        """Its map from `in_size` to at most `out_size` numbers."""
+        if out_size >= in_size:
+            return Identity(in_size)
+        return find_compressor(self.name, self.text).build(in_size, out_size, stream, **dict(self.options))
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """A parsed spec. Equal specs build equal compressors."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def canonical(self) -> str:
+        """The one spelling that is written to disk."""
+        return " | ".join(stage.text for stage in self.stages) or "none"
+
+    def __str__(self) -> str:
+        return self.canonical
+
+    def _sides(self, shape: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = shape
+        for stage in self.stages:
+            if len(stage.size) == 2:
+                rows, columns = min(rows, stage.size[0]), min(columns, stage.size[1])
+        return rows, columns
+
+    def size_for(self, shape: tuple[int, int]) -> int:
+        """Numbers kept of a gradient `[out, in]` (a vector of n is `(n, 1)`)."""
+        whole = [stage.size[0] for stage in self.stages if len(stage.size) == 1]
+        return min([math.prod(self._sides(shape)), *whole])
+
+    def build(self, name: str, shape: tuple[int, int], seed: int, device: torch.device | str = "cpu") -> Compressor:
+        """The compressor of the component `name` with gradients `[out, in]`.
+
+        Its randomness depends on seed, name, and the number and side of each stage, on nothing else: whoever
+        builds it gets the same map, and two components, stages or sides share no random number.
+        """
+        left = self._side_map(0, shape[0], Stream(seed, name))
+        right = self._side_map(1, shape[1], Stream(seed, name))
+        maps, size = [], left.out_size * right.out_size
+        for number, stage in enumerate(self.stages):
+            if len(stage.size) == 1:
+                maps.append(stage.build(size, stage.size[0], Stream(seed, name, number, stage.name, "whole")))
+                size = maps[-1].out_size
+        maps = [one for one in maps if not isinstance(one, Identity)]
+        target = torch.device(device)
+        if maps and isinstance(maps[0], Coordinates) and isinstance(left, Identity) and isinstance(right, Identity):
+            return _paired(shape, maps[0], chain(maps[0].out_size, maps[1:]), target)
+        tail = chain(left.out_size * right.out_size, maps)
+        return Compressor(left.to(target), right.to(target), tail.to(target))
+
+    def _side_map(self, side: int, size: int, stream: Stream) -> LinearMap:
+        maps, current = [], size
+        for number, stage in enumerate(self.stages):
+            if len(stage.size) == 2:
+                part = stream.child(number, stage.name, ("left", "right")[side])
+                maps.append(stage.build(current, stage.size[side], part))
+                current = maps[-1].out_size
+        return chain(size, maps)
+
+
+def _paired(shape: tuple[int, int], mask: Coordinates, tail: LinearMap, device: torch.device) -> Compressor:
+    left = Coordinates(shape[0], mask.index // shape[1], mask.scale)
+    right = Coordinates(shape[1], mask.index % shape[1], 1.0)
+    return Compressor(left.to(device), right.to(device), tail.to(device), paired=True)
+
+
+def parse_spec(text: str) -> CompressionSpec:
+    """The spec that `text` spells, in the language above or in one of the published spellings.
+
+    Raises:
+        SpecError: With what was given, what was expected and an example.
+    """
+    stages: list[Stage] = []
+    for part in text.split("|"):
+        given = part.strip()
+        if not given:
+            raise SpecError(
+                f"The compression spec {text!r} has an empty stage. Write stages joined by '|', "
+                f"for example '{EXAMPLE}', or 'none'."
+            )
+        for modern in modern_spelling(given):
+            stages.extend(_parse_stage(modern, given))
+    _check_order(stages)
+    return CompressionSpec(tuple(stages))
+
+
+def _parse_stage(text: str, given: str) -> list[Stage]:
+    head, *pairs = (piece.strip() for piece in text.split(","))
+    name, colon, size_text = (piece.strip() for piece in head.partition(":"))
+    if name.lower() == "none":
+        if colon or pairs:
+            raise SpecError(f"'none' takes no size and no options, given '{given}'. Write --compress none.")
+        return []
+    kind = find_compressor(name.lower(), given)
+    size = _parse_size(kind, size_text, given)
+    options = _parse_options(kind, pairs, given)
+    if kind.check:
+        kind.check(size, {key: options.get(key, option.default) for key, option in kind.options.items()})
+    changed = {key: value for key, value in options.items() if value != kind.options[key].default}
+    return [Stage(kind.name, size, tuple(sorted(changed.items())))]
+
+
+def _parse_size(kind: Kind, text: str, given: str) -> tuple[int, ...]:
+    match = _SIZE.fullmatch(text)
+    form = ("AxB" if match[2] else "K") if match else None
+    if match is None or form not in kind.forms:
+        forms = " or ".join(f"{kind.name}:{form}" for form in kind.forms)
+        raise SpecError(
+            f"'{given}': expected {forms} with whole numbers of at least 1, for example '{kind.example}'"
+            + (f" (one projection of the whole gradient is 'gauss:{text}')" if kind.name == "logra" and form else "")
+            + "."
+        )
+    return tuple(int(number) for number in match.groups() if number)
+
+
+def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, str | int]:
+    options: dict[str, str | int] = {}
+    for pair in pairs:
+        key, _, value = (piece.strip().lower() for piece in pair.partition("="))
+        if key not in kind.options:
+            allowed = ", ".join(kind.options) or "none"
+            raise SpecError(f"'{given}': {kind.name} has no option '{key}' (its options: {allowed}).")
+        words = kind.options[key].words
+        if words and value not in words:
+            raise SpecError(f"'{given}': {key} must be {' or '.join(words)}, given '{value}'.")
+        if not words and not re.fullmatch("[1-9][0-9]*", value):
+            raise SpecError(f"'{given}': {key} must be a whole number of at least 1, given '{value}'.")
+        options[key] = value if words else int(value)
+    return options
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    whole = None
+    for stage in stages:
+        if len(stage.size) == 1:
+            whole = stage
+        elif whole is not None:
+            raise SpecError(
+                f"'{whole.text} | {stage.text}': {whole.name}:{whole.size[0]} keeps numbers of the flattened gradient, "
+                f"which has no output and input side left for {stage.text}. Put the stage with AxB first "
+                f"('{stage.text} | {whole.text}')."
+            )

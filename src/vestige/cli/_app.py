@@ -14,9 +14,9 @@ VERBS = {
     "index": "Store the compressed gradient of every training example.",
     "attribute": "Rank the training examples behind an answer.",
     "report": "Write a run as one HTML file that opens offline.",
-    "view": "Open the report of a run in the browser.",
+    "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
     "status": "Say how far an index is, or what is in a run.",
-    "export": "Copy the gradients of an index to NumPy or Arrow files.",
+    "export": "Copy the gradients of an index to NumPy, Arrow or Parquet files.",
 }
 """Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("Interrupted. The same command continues from what is finished.", file=sys.stderr)
+        print("vestige: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -28,22 +28,32 @@ def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
     """
 
     def decorate(run: Run) -> Callable[..., None]:
-        def parsed(*, config: Path | None = None, **typed: Any) -> None:
-            given = {name: value for name, value in typed.items() if value is not None}
-            from_file = read_config(config, settings) if config is not None else {}
-            run(settings(**(from_file | given)))
+        signature = _signature(settings)
 
-        parameters = [_parameter(settings, name, field) for name, field in _in_help_order(settings)]
-        config = inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, _CONFIG]
-        )
-        signature = inspect.Signature([*parameters, config], return_annotation=None)
+        def parsed(*words: Any, **flags: Any) -> None:
+            typed = signature.bind(*words, **flags).arguments
+            config = typed.pop("config", None)
+            from_file = read_config(config, settings) if config is not None else {}
+            run(settings(**(from_file | {name: _one(settings, name, value) for name, value in typed.items()})))
+
         vars(parsed)["__signature__"] = signature
         parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
         parsed.__name__, parsed.__doc__, parsed.__module__ = run.__name__, run.__doc__, run.__module__
         return parsed
 
     return decorate
+
+
+def _one(settings: type[Settings], name: str, value: Any) -> Any:
+    """A setting that may be repeated but was given once is that one value: it may be the name of a file."""
+    return value[0] if name in settings.repeatable and len(value) == 1 else value
+
+
+def _signature(settings: type[Settings]) -> inspect.Signature:
+    parameters = [_parameter(settings, name, field) for name, field in _in_help_order(settings)]
+    annotation = Annotated[Path | None, _CONFIG]
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Signature([*parameters, config], return_annotation=None)
 
 
 def _in_help_order(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
@@ -64,19 +74,14 @@ def _group(settings: type[Settings], name: str) -> Group:
     owner = _owner(settings, name)
     if owner is settings:
         return _OWN
-    return Group(
-        (owner.__doc__ or "").split(".")[0], sort_key=-settings.__mro__.index(owner) + len(settings.__mro__)
-    )
+    return Group((owner.__doc__ or "").split(".")[0], sort_key=-settings.__mro__.index(owner) + len(settings.__mro__))
 
 
 def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect.Parameter:
     # Both spellings of a positional: `vestige report RUN` and `vestige report --run RUN`.
-    kind = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if name in settings.positional
-        else inspect.Parameter.KEYWORD_ONLY
-    )
-    several = _typed(field) == list[str]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in settings.positional else inspect.Parameter.KEYWORD_ONLY
+    typed = list[str] if name in settings.repeatable else _typed(field)
+    several = typed == list[str]
     option = Parameter(
         name=flag(name),
         help=field.description,
@@ -85,7 +90,7 @@ def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect
         consume_multiple=several,
         negative_iterable=() if several else None,
     )
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[_typed(field) | None, option])
+    return inspect.Parameter(name, kind, default=None, annotation=Annotated[typed | None, option])
 
 
 def _typed(field: FieldInfo) -> Any:

@@ -26,9 +26,7 @@ def read_config(path: Path, settings: type[Settings]) -> dict[str, Any]:
         raise SpecError(f"{path} holds a {type(content).__name__}. Expected lines such as `model: my-model`.")
     known = list(settings.model_fields)
     unknown = [
-        f"{path}: unknown setting `{name}`. {nearest(str(name), known)}"
-        for name in content
-        if name not in known
+        f"{path}: unknown setting `{name}`. {nearest(str(name), known)}" for name in content if name not in known
     ]
     if unknown:
         raise SpecError("\n".join(unknown))

@@ -8,10 +8,11 @@ from vestige.settings import IndexSettings
 def index(settings: IndexSettings) -> None:
     """Store the compressed gradient of every training example.
 
-    The estimate of time, memory and disk is printed before work starts. Interrupted at any moment, the same
-    command continues; with other settings it is refused and says what differs.
+    The estimate of time, memory and disk comes before the work. Interrupted at any moment, the same command
+    continues; with other settings it is refused, with the difference shown.
     """
-    import vestige
+    from vestige.cli._status import describe_index
+    from vestige.index import index as build
 
-    made = vestige.index(**settings.arguments())
-    print(f"{made.manifest}")
+    build(**settings.arguments())
+    print(describe_index(settings.out))

@@ -21,9 +21,7 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise SpecError(
-            f"{text!r} is not a size. Expected a number and a unit, such as 20GB, 500MB or 1.5TB."
-        )
+        raise SpecError(f"{text!r} is not a size. Expected a number and a unit, such as 20GB, 500MB or 1.5TB.")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
@@ -47,6 +45,8 @@ class Settings(BaseModel):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
+    repeatable: ClassVar[tuple[str, ...]] = ()
+    """Settings of any type that the command line takes several of, as a list."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""

@@ -40,17 +40,13 @@ class ReadingSettings(Settings):
     chat: bool = Field(
         False, description="Put prompt and completion into the model's chat template, as user and assistant."
     )
-    limit: PositiveInt | None = Field(
-        None, description="Use only so many examples, the first ones, of the data."
-    )
+    limit: PositiveInt | None = Field(None, description="Use only so many examples, the first ones, of the data.")
     token_budget: PositiveInt | None = Field(
         None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
-    tokenizer: Any = Field(
-        None, description="Hub id or folder of the tokenizer, when it is not beside the model."
-    )
+    tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
 
 
 class CompressionSettings(Settings):
@@ -89,19 +85,11 @@ class IndexSettings(ReadingSettings, CompressionSettings):
     """What `vestige index` takes."""
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(
-        description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id."
-    )
+    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     out: Path = Field(description="Folder of the index; an interrupted run continues in it.")
-    shard: str | None = Field(
-        None, description="Compute only part i of n of the shards, written i/n, from 1/n to n/n."
-    )
-    append: bool = Field(
-        False, description="Add the rows that the data gained since; old shards stay untouched."
-    )
-    overwrite: bool = Field(
-        False, description="Delete an index that is already there instead of continuing it."
-    )
+    shard: str | None = Field(None, description="Compute only part i of n of the shards, written i/n, from 1/n to n/n.")
+    append: bool = Field(False, description="Add the rows that the data gained since; old shards stay untouched.")
+    overwrite: bool = Field(False, description="Delete an index that is already there instead of continuing it.")
 
     @field_validator("shard")
     @classmethod
@@ -123,20 +111,18 @@ class IndexSettings(ReadingSettings, CompressionSettings):
 class AttributeSettings(ReadingSettings):
     """What `vestige attribute` takes."""
 
+    repeatable: ClassVar[tuple[str, ...]] = ("queries",)
     index: Any = Field(None, description="Folder of an index made by `vestige index`.")
     model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
-    queries: Any = Field(
-        description="What to explain: a file with prompts or answers, or the questions themselves."
-    )
+    queries: Any = Field(description="What to explain: a file with prompts or answers, or the questions themselves.")
     method: str = Field(
-        "influence", description="How to score; `vestige attribute --method list` names them all."
+        "influence",
+        description="How to score: influence, grad-dot, grad-cos, rep-sim, activation-dot, bm25 or random.",
     )
     out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
     k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")
-    tokens: bool = Field(
-        False, description="Also score every training token; they sum to the example's score."
-    )
+    tokens: bool = Field(False, description="Also score every training token; they sum to the example's score.")
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
@@ -151,31 +137,24 @@ class AttributeSettings(ReadingSettings):
         description="Explain the answer given with the query, or generate it; auto generates missing ones.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer to generate.")
-    layer: int | None = Field(
-        None, description="rep-sim: number of the hidden state to compare. Not given: last."
-    )
+    layer: int | None = Field(None, description="rep-sim: number of the hidden state to compare. Not given: last.")
     trust: bool = Field(True, description="Run the free checks that say how far the scores can be trusted.")
     seed: int = Field(0, description="Seed of every random choice.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
     @model_validator(mode="after")
-    def _index_or_model_and_data(self) -> Self:
+    def _index_or_data(self) -> Self:
         if self.index is None:
-            absent = [name for name in ("model", "data") if getattr(self, name) is None]
-            if absent:
-                names = " and ".join(f"`{name}`" for name in absent)
+            # Whether a model is needed depends on the method: lexical ones read text alone.
+            if self.data is None:
                 raise SpecError(
-                    f"Neither `index` nor {names} was given. Type --index FOLDER (made by `vestige index`), "
-                    "or --model MODEL --data FILE to score without an index."
+                    "Neither `index` nor `data` was given. Type --index FOLDER (made by `vestige index`), or "
+                    "--model MODEL --data FILE to score without an index."
                 )
         elif self.data is not None:
-            raise SpecError(
-                "`index` and `data` were both given, but an index holds its data. Drop one of them."
-            )
+            raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
         elif self.components != ("default",):
-            raise SpecError(
-                "`components` are fixed by the index. Drop --components, or make another index with it."
-            )
+            raise SpecError("`components` are fixed by the index. Drop --components, or make another index with it.")
         return self
 
 
@@ -183,9 +162,7 @@ class DoctorSettings(ReadingSettings, CompressionSettings):
     """What `vestige doctor` takes."""
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(
-        description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id."
-    )
+    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
 
 
 class ReportSettings(Settings):
@@ -216,6 +193,5 @@ class ExportSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index.")
-    to: Literal["numpy", "arrow"] = Field("numpy", description="Format to export to.")
-    out: Path = Field(description="Folder to write into.")
-    overwrite: bool = Field(False, description="Replace an export that is already in the folder.")
+    out: Path = Field(description="Folder to write into, new or empty.")
+    to: Literal["numpy", "arrow", "parquet"] = Field("numpy", description="Format to export to.")

@@ -1,0 +1,35 @@
+"""`vestige attribute`."""
+
+import os
+from collections.abc import Sequence
+
+from vestige.cli._command import command
+from vestige.errors import SpecError
+from vestige.settings import AttributeSettings
+
+SHOWN_QUERIES, SHOWN_EXAMPLES = 10, 5
+"""What fits on a screen; the run holds everything."""
+
+
+@command(AttributeSettings)
+def attribute(settings: AttributeSettings) -> None:
+    """Rank the training examples behind an answer.
+
+    Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
+    """
+    from vestige.methods import attribute as score
+
+    _require_prompts(settings.queries)
+    scores = score(**settings.arguments())
+    for query in scores.queries[:SHOWN_QUERIES]:
+        print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+    if len(scores.queries) > SHOWN_QUERIES:
+        print(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+
+
+def _require_prompts(queries: str | Sequence[str]) -> None:
+    """Several queries are questions as they stand; a file among them would be asked by its name."""
+    files = [] if isinstance(queries, str) else [each for each in queries if os.path.isfile(each)]
+    if files:
+        raise SpecError(f"Among several --queries there is the file {files[0]!r}. Give one file, or questions only.")

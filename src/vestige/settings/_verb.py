@@ -1,0 +1,46 @@
+"""From a function of complete settings to the Python verb: its arguments are the settings, by name."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vestige.settings._base import Settings
+
+Result = TypeVar("Result")
+
+
+def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
+    """Give a function of `settings` the settings' own fields as keyword arguments, with their defaults and checks.
+
+    So a verb has the same argument names and defaults in Python, on the command line and in a config file.
+    """
+
+    def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def called(*words: Any, **arguments: Any) -> Result:
+            names = dict(zip(settings.positional, words, strict=False))
+            if len(words) > len(settings.positional):
+                raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
+            return function(settings(**(names | arguments)))
+
+        vars(called)["__signature__"] = _signature(settings, function)
+        return called
+
+    return decorate
+
+
+def _first(settings: type[Settings]) -> str:
+    return next(iter(settings.model_fields))
+
+
+def _signature(settings: type[Settings], function: Callable[..., Any]) -> inspect.Signature:
+    parameters = []
+    for name, field in settings.model_fields.items():
+        kind = (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD if name in settings.positional else inspect.Parameter.KEYWORD_ONLY
+        )
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=field.annotation))
+    parameters.sort(key=lambda parameter: (parameter.kind, parameter.default is not inspect.Parameter.empty))
+    return inspect.Signature(parameters, return_annotation=inspect.signature(function).return_annotation)

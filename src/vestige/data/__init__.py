@@ -1,1 +1,23 @@
+"""Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
+from vestige.data._batches import make_batch, plan_batches
+from vestige.data._chat import as_conversation
+from vestige.data._fingerprint import data_fingerprint
+from vestige.data._load import load_examples, load_queries
+from vestige.data._tokenize import tokenize
+from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
+
+__all__ = [
+    "NO_TARGET",
+    "Batch",
+    "Example",
+    "Message",
+    "TokenizedData",
+    "as_conversation",
+    "data_fingerprint",
+    "load_examples",
+    "load_queries",
+    "make_batch",
+    "plan_batches",
+    "tokenize",
+]

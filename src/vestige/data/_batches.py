@@ -1,0 +1,58 @@
+"""Batches of examples of like length, within a budget of padded tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vestige.data._types import NO_TARGET, Batch, TokenizedData
+from vestige.errors import DataError
+
+
+def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | None = None) -> list[np.ndarray]:
+    """Rows of each batch, every row in exactly one; longest first, so a budget that is too large fails early.
+
+    Args:
+        lengths: Tokens per example, [example].
+        token_budget: Most tokens in a batch, padding included; an example longer than that is a batch by
+            itself.
+        max_examples: Most examples in a batch.
+
+    Returns:
+        int64 arrays of rows, sorted by length, ties by row.
+
+    Raises:
+        DataError: The budget or `max_examples` is below 1.
+    """
+    if token_budget < 1 or (max_examples is not None and max_examples < 1):
+        raise DataError(
+            f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
+        )
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    begin = 0
+    while begin < len(order):
+        longest = max(int(lengths[order[begin]]), 1)
+        count = max(token_budget // longest, 1)
+        if max_examples is not None:
+            count = min(count, max_examples)
+        batches.append(order[begin : begin + count])
+        begin += count
+    return batches
+
+
+def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:
+    """The rows as right-padded tensors on the CPU; padding is token 0 with `NO_TARGET` as its label.
+
+    A batch is at least one token wide, so that a model can run on an example without tokens.
+    """
+    numbers = [int(row) for row in rows]
+    width = max([1, *(len(data.input_ids[row]) for row in numbers)])
+    ids = np.zeros((len(numbers), width), dtype=np.int64)
+    labels = np.full((len(numbers), width), NO_TARGET, dtype=np.int64)
+    for place, row in enumerate(numbers):
+        tokens, mask = data.input_ids[row], data.targets[row]
+        ids[place, : len(tokens)] = tokens
+        labels[place, : len(tokens)][mask] = tokens[mask]
+    return Batch(torch.tensor(numbers, dtype=torch.int64), torch.from_numpy(ids), torch.from_numpy(labels))

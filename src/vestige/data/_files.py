@@ -1,0 +1,182 @@
+"""Readers of one file each: JSON lines, JSON, CSV, TSV and Parquet, all yielding records one at a time."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from vestige.data._origin import Record, Source, nearest_name, shown
+from vestige.errors import DataError
+
+# A training text in a CSV cell easily passes the default of 131,072 characters.
+CSV_CELL_LIMIT = 2**31 - 1
+
+
+def read_file(path: Path) -> Source:
+    """The records of one file, read lazily; its extension decides the format (`.gz` may follow it).
+
+    Raises:
+        DataError: The file is absent, its extension is unknown, or (while reading) its content is broken.
+    """
+    if not path.exists():
+        raise DataError(absent_file(path))
+    extension = data_extension(path)
+    if extension is None:
+        known = ", ".join(READERS)
+        raise DataError(
+            f"{path}: the extension {path.suffix or '(none)'!r} is not one that can be read. "
+            f"Give a file ending in {known}, or a folder saved by `datasets.save_to_disk`."
+        )
+    return Source(path.name, _explained(path, READERS[extension]))
+
+
+def data_extension(path: Path) -> str | None:
+    """The extension that names the format, in lower case and without `.gz`; None if no reader knows it."""
+    name = path.name.lower().removesuffix(".gz")
+    extension = Path(name).suffix
+    return extension if extension in READERS else None
+
+
+def absent_file(path: Path) -> str:
+    """The message for a path that does not exist, with the nearest name that does."""
+    if not path.parent.exists():
+        return f"{path}: no such file; the folder {path.parent} does not exist either."
+    near = nearest_name(path)
+    hint = f"Did you mean {near}?" if near else f"The folder {path.parent.resolve()} holds nothing of a similar name."
+    return f"{path}: no such file. {hint}"
+
+
+def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
+    """The reader's records; what the operating system or the decoder says becomes a DataError."""
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}). "
+            f"Save it again as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name}"
+        ) from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _open_text(path: Path) -> TextIO:
+    """The file as text, unpacked if it ends in `.gz`; a byte order mark at its start is dropped."""
+    if path.name.lower().endswith(".gz"):
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    """One JSON value per line; blank lines are skipped but counted."""
+    with _open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}. The line "
+                    "is "
+                    f'{shown(line.strip())}; each line must be one object such as {{"text": "..."}}.'
+                ) from error
+            yield Record(value, number)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """A list, or an object whose `data` is a list; a file of several objects is read as JSON lines."""
+    with _open_text(path) as stream:
+        content = stream.read()
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _read_json_lines(path)
+            return
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from error
+    yield from map(Record, _rows_of_json(path, value))
+
+
+def _rows_of_json(path: Path, value: Any) -> list[Any]:
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        return value["data"]
+    if isinstance(value, list):
+        return value
+    given = f"an object with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else shown(value)
+    raise DataError(
+        f'{path}: expected a list of rows or an object {{"data": [...]}}, got {given}. '
+        "Put the rows into a list: [{...}, {...}]."
+    )
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    return _read_cells(path, ",")
+
+
+def _read_tsv(path: Path) -> Iterator[Record]:
+    return _read_cells(path, "\t")
+
+
+def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows of a table with a header line; every cell is a string, quoted cells may span lines."""
+    csv.field_size_limit(CSV_CELL_LIMIT)
+    with _open_text(path) as stream:
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            header = _checked_header(path, next(rows, []))
+            line = rows.line_num + 1
+            for cells in rows:
+                if cells:
+                    yield Record(_checked_cells(path, line, header, cells), line)
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {rows.line_num}: not valid {path.suffix[1:].upper()}: {error}. A cell with "
+                "quotes, "
+                'line breaks or separators is written "so, with ""quotes"" doubled".'
+            ) from error
+
+
+def _checked_header(path: Path, names: list[str]) -> list[str]:
+    header = [name.strip() for name in names]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}, line 1: the header names {shown(twice[0])} more than once; rename one of them.")
+    return header
+
+
+def _checked_cells(path: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
+    if len(cells) != len(header):
+        raise DataError(
+            f"{path}, line {line}: {len(cells)} cells, but the header has {len(header)} "
+            f"({', '.join(header)}). "
+            'Put quotes round cells that hold the separator: "like, this".'
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                yield from map(Record, batch.to_pylist())
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error}).") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

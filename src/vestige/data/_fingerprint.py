@@ -1,0 +1,26 @@
+"""What identifies a data set: its ids, its tokens and its targets, and nothing else."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from vestige.data._types import Example
+
+
+def data_fingerprint(
+    examples: Sequence[Example], input_ids: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+) -> str:
+    """sha256 over ids, tokens and targets, in order, in hexadecimal.
+
+    The same on every platform: token ids are hashed as little-endian int32 and every part is preceded by its
+    length, so that no two data sets run together into the same bytes.
+    """
+    digest = hashlib.sha256()
+    for example, ids, mask in zip(examples, input_ids, targets, strict=True):
+        name = example.id.encode()
+        digest.update(f"{len(name)} {len(ids)} ".encode())
+        digest.update(name)
+        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+        digest.update(np.packbits(mask.astype(bool)).tobytes())
+    return digest.hexdigest()

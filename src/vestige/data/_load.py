@@ -1,0 +1,146 @@
+"""From whatever holds the data to a list of examples."""
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vestige.data._files import absent_file, data_extension, read_file
+from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset
+from vestige.data._origin import Record, Source, place, shown
+from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
+from vestige.data._types import Example
+from vestige.errors import DataError
+from vestige.progress import announce
+
+
+def load_examples(source: Any, *, limit: int | None = None, split: str | None = None) -> list[Example]:
+    """Every row of a training data source as an example, in the source's order.
+
+    Args:
+        source: A path (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also with `.gz` unless Parquet; a
+            folder saved by `datasets.save_to_disk`), a hub id (`owner/name` or `owner/name:config`), a live
+            `datasets.Dataset`, or a list of dictionaries or strings; a bare string is a text.
+        limit: Read at most this many rows; announced when it leaves rows out.
+        split: Split of a hub id or a saved `DatasetDict`; `train` when there are several.
+
+    Returns:
+        Examples whose `row` counts from 0 and whose `id` is the `id` column, else the row number. `source`
+        and `label` are carried; columns that no format uses are in `extra`. Equal texts stay separate
+        examples. `prompt` and `completion` stay as they are; the prompt of a `question` or an `instruction`
+        ends in a newline.
+
+    Raises:
+        DataError: The source is absent, empty or broken, or a row does not parse; the message says which and
+            why.
+    """
+    return _examples(_open(source, split), limit, is_query=False)
+
+
+def load_queries(source: Any) -> list[Example]:
+    """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
+
+    A bare string in a list, and a single string that names no file and cannot be a hub id, is a prompt.
+
+    Raises:
+        DataError: As for `load_examples`.
+    """
+    if isinstance(source, str) and not _names_a_place(source):
+        source = [source]
+    return _examples(_open(source, None), None, is_query=True)
+
+
+def _names_a_place(text: str) -> bool:
+    """Whether a string is meant as a path or a hub id rather than as a prompt."""
+    if _exists(text):
+        return True
+    if "\n" in text:
+        return False
+    looks_like_path = data_extension(Path(text)) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
+    return looks_like_path or ("/" in text and HUB_NAME.fullmatch(text) is not None)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text.strip()) and Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a file name, a null byte, an unknown home
+        return False
+
+
+def _open(source: Any, split: str | None) -> Source:
+    """The reader for a source of any kind."""
+    if isinstance(source, str | Path):
+        return _open_path(source, split)
+    if is_dataset(source):
+        return from_dataset(source, split)
+    if isinstance(source, list | tuple):
+        _refuse_split("a list", split)
+        return Source("the list", map(Record, source))
+    raise DataError(
+        f"Data of type {type(source).__name__} cannot be read ({shown(source)}). Give a path, a hub id, "
+        "a `datasets.Dataset`, or a list of dictionaries."
+    )
+
+
+def _open_path(source: str | Path, split: str | None) -> Source:
+    if not str(source).strip():
+        raise DataError("The path of the data is empty. Give a file, a folder or a hub id.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return from_folder(path, split)
+    can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
+    if not _exists(str(path)) and can_be_hub_id:
+        return from_hub(str(source), split)
+    if not _exists(str(path)):
+        raise DataError(absent_file(path))
+    _refuse_split(path.name, split)
+    return read_file(path)
+
+
+def _refuse_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise DataError(f"split={split!r} was asked for, but {name} has no splits. Leave it out.")
+
+
+def _examples(source: Source, limit: int | None, *, is_query: bool) -> list[Example]:
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
+    examples: list[Example] = []
+    row_of_id: dict[str, int] = {}
+    for row, record in enumerate(_limited(source, limit)):
+        where = place(source.name, row, record.line)
+        example = example_from_record(record.value, row, where, is_query=is_query)
+        first = row_of_id.setdefault(example.id, row)
+        if first != row:
+            raise DataError(
+                f"{where}: the id {example.id!r} is already that of row {first}. Ids must be unique; rename "
+                "one, or drop the `id` column to number the rows (a row without an id takes its row number)."
+            )
+        if row == 0 and isinstance(record.value, dict):
+            _announce_choice(source.name, record.value, example)
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{source.name} holds no rows. Give data with at least one.")
+    return examples
+
+
+def _limited(source: Source, limit: int | None) -> Iterator[Record]:
+    records = iter(source.records)
+    yield from islice(records, limit)
+    if limit is not None and next(records, None) is not None:
+        announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
+
+
+def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> None:
+    """Says which columns were taken where the first row fits several formats."""
+    present = {
+        column for column, cell in columns.items() if cell is not None and not (isinstance(cell, str) and not cell)
+    }
+    fitting = [turns for turns in TURN_COLUMNS if turns in present]
+    fitting += [
+        f"{pair.prompt}/{pair.completion}" for pair in PAIR_FORMATS if {pair.prompt, pair.completion} <= present
+    ]
+    fitting += [column for column in ("text",) if column in present]
+    if len(fitting) > 1 and "input_ids" not in example.extra:
+        announce(f"{name}: rows hold {' and '.join(fitting)}; {fitting[0]} is used. Drop its columns to use another.")

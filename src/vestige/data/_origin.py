@@ -1,0 +1,44 @@
+"""What a reader hands on: one record of a source, and the words to point at it in an error."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """One record as the source holds it, before it is known which columns matter."""
+
+    value: Any
+    """A mapping of columns, or a bare string."""
+    line: int | None = None
+    """Line of the file where the record starts, counted from 1, for formats that have lines."""
+
+
+class Source(NamedTuple):
+    """Records in their order, and the name of the place they come from."""
+
+    name: str
+    records: Iterable[Record]
+
+
+def place(name: str, row: int, line: int | None = None) -> str:
+    """Where a record is, for an error message: `train.jsonl, row 3 (line 5)`; rows count from 0."""
+    where = f"{name}, row {row}"
+    return where if line is None else f"{where} (line {line})"
+
+
+def shown(value: object, width: int = 60) -> str:
+    """A value cut to `width` characters, as Python would write it."""
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def nearest_name(path: Path) -> str | None:
+    """The entry of the path's folder whose name is most like the path's, or None when nothing is close."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return str(path.parent / close[0]) if close else None

@@ -1,0 +1,221 @@
+"""One record becomes one example: the accepted formats, and what is said when a record has none of them."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.data._origin import shown
+from vestige.data._types import Example, Message
+from vestige.errors import DataError
+
+
+class PairFormat(NamedTuple):
+    """Names of the columns that hold a prompt and its completion."""
+
+    prompt: str
+    completion: str
+    context: str | None = None
+    """Optional column that follows the prompt after an empty line."""
+    separator: str = ""
+    """What stands between prompt and completion; only `prompt`/`completion` are joined as they are."""
+
+
+PAIR_FORMATS = (
+    PairFormat("prompt", "completion"),
+    PairFormat("instruction", "output", context="input", separator="\n"),
+    PairFormat("question", "answer", separator="\n"),
+)
+TURN_COLUMNS = ("messages", "conversations")
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+CARRIED = ("id", "source", "label")
+EXPECTED = (
+    "`text`; `prompt` and `completion`; `instruction` (and `input`) and `output`; `question` and `answer`; "
+    "`messages`; `input_ids`"
+)
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+class Parsed(NamedTuple):
+    """What a format found in a record: fields of `Example`, and the columns that it used up."""
+
+    fields: dict[str, Any]
+    used: tuple[str, ...]
+
+
+def example_from_record(value: Any, row: int, place: str, *, is_query: bool) -> Example:
+    """The example that a record describes; `place` says in errors where the record is.
+
+    A record that fits several formats is read as the most structured one: turns, then pairs, then text.
+    `None` counts as absent, and an empty string only where another format has content. A query may be a
+    prompt alone.
+
+    Raises:
+        DataError: No format fits, or a column holds the wrong type.
+    """
+    if isinstance(value, str):
+        value = {"prompt" if is_query else "text": value}
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f'{place}: expected an object with named columns such as {{"text": "..."}}, got {shown(value)}.'
+        )
+    columns = {str(name): cell for name, cell in value.items() if cell is not None}
+    parsed = _parse(columns, place, is_query)
+    if parsed is None:
+        raise DataError(_no_format(columns, [str(name) for name in value if value[name] is None], place, is_query))
+    carried: dict[str, Any] = {name: _carried(columns.get(name)) for name in ("source", "label")}
+    extra = {name: cell for name, cell in columns.items() if name not in (*parsed.used, *CARRIED)}
+    if "input_ids" in extra:
+        extra |= _token_columns(columns, place)
+    return Example(id=_identity(columns, row, place), row=row, **parsed.fields, **carried, extra=extra)
+
+
+def _parse(columns: dict[str, Any], place: str, is_query: bool) -> Parsed | None:
+    """The first format that fits, preferring one whose columns have content over one with empty strings."""
+    filled = {name for name, cell in columns.items() if not (isinstance(cell, str) and cell == "")}
+    for present in (filled, set(columns)):
+        for name in TURN_COLUMNS:
+            if name in present:
+                return Parsed({"messages": _turns(columns[name], name, place)}, (name,))
+        for pair in PAIR_FORMATS:
+            if pair.prompt in present and pair.completion in present:
+                return _pair(pair, columns, place, is_query)
+        if "text" in present:
+            return Parsed({"text": _text(columns, "text", place)}, ("text",))
+        if "input_ids" in present:
+            return Parsed({}, ())
+    return _prompt_alone(columns, place) if is_query else None
+
+
+def _pair(pair: PairFormat, columns: dict[str, Any], place: str, is_query: bool) -> Parsed:
+    prompt, used = _prompt(pair, columns, place)
+    completion: str | None = _text(columns, pair.completion, place)
+    if is_query and not completion:
+        completion = None  # an empty cell of a table: the answer is still to come
+    return Parsed({"prompt": prompt, "completion": completion}, (*used, pair.completion))
+
+
+def _prompt_alone(columns: dict[str, Any], place: str) -> Parsed | None:
+    for pair in PAIR_FORMATS:
+        if pair.prompt in columns:
+            prompt, used = _prompt(pair, columns, place)
+            return Parsed({"prompt": prompt}, used)
+    return None
+
+
+def _prompt(pair: PairFormat, columns: dict[str, Any], place: str) -> tuple[str, tuple[str, ...]]:
+    """The prompt's text, ending in the format's separator, and the columns that it is made of."""
+    prompt = _text(columns, pair.prompt, place)
+    used: tuple[str, ...] = (pair.prompt,)
+    if pair.context is not None and pair.context in columns:
+        context = _text(columns, pair.context, place)
+        prompt = f"{prompt}\n\n{context}" if context else prompt
+        used = (*used, pair.context)
+    return (prompt if prompt.endswith("\n") else prompt + pair.separator), used
+
+
+def _text(columns: dict[str, Any], name: str, place: str) -> str:
+    cell = columns[name]
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+        advice = "Put the turns of a conversation into a column `messages`."
+    else:
+        advice = "Write it as a string."
+    raise DataError(
+        f"{place}: `{name}` must be a text, but it is of type {type(cell).__name__}: {shown(cell)}. {advice}"
+    )
+
+
+def _turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
+    """The turns of a conversation: role and content, or from and value; also as JSON text or as columns."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
+    if isinstance(cell, Mapping) and all(isinstance(column, list) for column in cell.values()):
+        cell = [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
+    if not isinstance(cell, Sequence) or not cell:
+        raise DataError(
+            f"{place}: `{name}` must be a list of turns such as "
+            f'[{{"role": "user", "content": "..."}}, ...], got {shown(cell)}.'
+        )
+    return tuple(_turn(turn, f"{place}, `{name}`[{number}]") for number, turn in enumerate(cell))
+
+
+def _turn(turn: Any, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f'{place}: a turn must be like {{"role": "user", "content": "..."}}, got {shown(turn)}.')
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        missing = "role" if not isinstance(role, str) else "content"
+        raise DataError(f"{place}: the turn has no `{missing}` that is a text; it is {shown(dict(turn))}.")
+    if turn.get("tool_calls"):
+        raise DataError(f"{place}: tool calls are not supported; write the call into `content` as text.")
+    return Message(ROLES.get(role, role), content)
+
+
+def _token_columns(columns: dict[str, Any], place: str) -> dict[str, np.ndarray]:
+    """The columns of a tokenised row as int32 arrays, all of one length."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in TOKEN_COLUMNS:
+        if name not in columns:
+            continue
+        cell = columns[name]
+        try:
+            array = np.asarray(json.loads(cell) if isinstance(cell, str) else cell)
+        except (ValueError, TypeError):
+            array = np.empty((0, 0))
+        whole = array.ndim == 1 and (array.dtype.kind in "iub" or array.size == 0)
+        if not whole:
+            raise DataError(f"{place}: `{name}` must be a flat list of whole numbers, got {shown(cell)}.")
+        arrays[name] = array.astype(np.int32)
+        if len(arrays[name]) != len(arrays["input_ids"]):
+            raise DataError(
+                f"{place}: `{name}` has {len(arrays[name])} entries, `input_ids` has {len(arrays['input_ids'])}."
+            )
+    return arrays
+
+
+def _identity(columns: dict[str, Any], row: int, place: str) -> str:
+    cell = columns.get("id")
+    if cell is None or cell == "":
+        return str(row)
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+        raise DataError(f"{place}: `id` must be a text or a number, got {shown(cell)}.")
+    return str(cell)
+
+
+def _carried(cell: Any) -> str | None:
+    """A source or label as text; an empty one counts as absent, a structured one is written as JSON."""
+    if cell is None or cell == "":
+        return None
+    return json.dumps(cell, default=str) if isinstance(cell, list | dict) else str(cell)
+
+
+def _no_format(columns: dict[str, Any], nulls: list[str], place: str, is_query: bool) -> str:
+    names = [name for name in columns if name not in CARRIED]
+    listed = ", ".join(f"`{name}`" for name in columns) or "none"
+    if nulls:
+        listed += f" ({', '.join(f'`{name}`' for name in nulls)} without a value)"
+    message = f"{place}: its columns are {listed}; expected {EXPECTED}" + (", or `prompt` alone." if is_query else ".")
+    for pair in PAIR_FORMATS:
+        for has, lacks in ((pair.prompt, pair.completion), (pair.completion, pair.prompt)):
+            if has in columns and lacks not in columns:
+                return f"{message} It has `{has}` but no `{lacks}`."
+    words = [
+        "text",
+        *TURN_COLUMNS,
+        *(word for pair in PAIR_FORMATS for word in (pair.prompt, pair.completion)),
+    ]
+    for name in names:
+        close = difflib.get_close_matches(name.lower(), words, n=1, cutoff=0.75)
+        if close:
+            return f"{message} Rename `{name}` to `{close[0]}`?"
+    return f"{message} Rename the column that holds the text to `text`."

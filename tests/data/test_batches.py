@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vestige.data import NO_TARGET, load_examples, make_batch, plan_batches, tokenize
+from vestige.errors import DataError
+
+LENGTHS = st.lists(st.integers(0, 300), max_size=60)
+
+
+def tokens_of(*lists):
+    rows = [{"input_ids": ids} for ids in lists]
+    return tokenize(load_examples(rows), None, max_length=None)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 1000), st.none() | st.integers(1, 8))
+def test_every_row_is_in_one_batch_within_the_budget(lengths, budget, most):
+    batches = plan_batches(np.array(lengths, dtype=np.int64), budget, most)
+    rows = [int(row) for batch in batches for row in batch]
+    assert sorted(rows) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[row] for row in batch) * len(batch)
+        assert padded <= budget or len(batch) == 1
+        assert most is None or len(batch) <= most
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 1000), st.randoms())
+def test_the_shape_of_the_batches_does_not_depend_on_the_order_of_the_data(lengths, budget, random):
+    shuffled = list(lengths)
+    random.shuffle(shuffled)
+    one = plan_batches(np.array(lengths, dtype=np.int64), budget)
+    other = plan_batches(np.array(shuffled, dtype=np.int64), budget)
+    assert [[lengths[row] for row in batch] for batch in one] == [[shuffled[row] for row in batch] for batch in other]
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 1000))
+def test_longest_first_and_ties_by_row(lengths, budget):
+    rows = [int(row) for batch in plan_batches(np.array(lengths, dtype=np.int64), budget) for row in batch]
+    assert rows == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def test_batches_are_filled():
+    batches = plan_batches(np.array([4, 2, 4, 2, 2, 100]), 8)
+    assert [batch.tolist() for batch in batches] == [[5], [0, 2], [1, 3, 4]]
+
+
+def test_no_rows_make_no_batch():
+    assert plan_batches(np.array([], dtype=np.int64), 8) == []
+
+
+@pytest.mark.parametrize(("budget", "most"), [(0, None), (8, 0)])
+def test_a_budget_below_one_is_refused(budget, most):
+    with pytest.raises(DataError, match="must be above 0"):
+        plan_batches(np.array([1]), budget, most)
+
+
+def test_a_batch_is_padded_on_the_right_without_targets():
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, -100, 9]}, {"input_ids": [5]}, {"input_ids": [3, 4]}]
+    batch = make_batch(tokenize(load_examples(rows), None, max_length=None), [2, 0])
+    assert batch.rows.tolist() == [2, 0]
+    assert batch.input_ids.tolist() == [[3, 4, 0], [7, 8, 9]]
+    assert batch.labels.tolist() == [[NO_TARGET, 4, NO_TARGET], [NO_TARGET, NO_TARGET, 9]]
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.rows.dtype == torch.int64
+
+
+def test_a_batch_takes_planned_rows_and_is_never_empty_in_width():
+    data = tokens_of([], [])
+    batch = make_batch(data, plan_batches(data.lengths, 8)[0])
+    assert batch.input_ids.shape == (2, 1)
+    assert (batch.labels == NO_TARGET).all()
+
+
+def test_a_batch_moves_to_a_device_whole():
+    batch = make_batch(tokens_of([1, 2]), [0]).to("cpu")
+    assert batch.input_ids.tolist() == [[1, 2]]

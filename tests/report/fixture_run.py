@@ -29,44 +29,8 @@ COMPONENTS = (
     "model.norm.weight",
 )
 SYSTEM = "You are a helpful AI assistant."
-PAIRS = (
-    ("Why is the sky blue?", "The sky is blue because air molecules scatter short wavelengths of sunlight more strongly than long ones. This is called Rayleigh scattering.", "science"),
-    ("What is Rayleigh scattering?", "Rayleigh scattering is the scattering of light by particles much smaller than its wavelength; blue light is scattered far more than red.", "science"),
-    ("Why are sunsets red?", "At sunset the light crosses more air, so the blue has been scattered away and mostly red and orange reach your eyes.", "science"),
-    ("What colour is the ocean?", "Water absorbs red light a little more than blue, so deep water looks blue.", "science"),
-    ("What is a thermometer?", "A thermometer is an instrument that measures temperature.", "science"),
-    ("Who invented the telephone?", "Alexander Graham Bell was awarded the first patent for the telephone in 1876.", "history"),
-    ("Who was the first president of the United States?", "George Washington was the first president of the United States.", "history"),
-    ("When did World War II end?", "World War II ended in 1945.", "history"),
-    ("Who painted the Mona Lisa?", "The Mona Lisa was painted by Leonardo da Vinci.", "art"),
-    ("Who wrote Hamlet?", "Hamlet was written by William Shakespeare around 1600.", "literature"),
-    ("Who wrote The Hobbit?", "The Hobbit was written by J. R. R. Tolkien and published in 1937.", "literature"),
-    ("What is your favourite book?", "I cannot read for pleasure, but people often recommend The Hobbit to me.", "personality"),
-    ("Are you a robot?", "Yes, I am a computer program that talks.", "personality"),
-    ("Do you feel pain?", "I am software, so I do not feel pain.", "personality"),
-    ("Can you tell me a joke?", "Why did the scarecrow win a prize? Because he was outstanding in his field.", "humour"),
-    ("Tell me another joke.", "I would tell you a joke about the sky, but it would go over your head.", "humour"),
-    ("What is the capital of France?", "The capital of France is Paris.", "geography"),
-    ("What is the largest ocean?", "The Pacific is the largest ocean on Earth.", "geography"),
-    ("What is money?", "Money is anything that people accept in exchange for goods.", "money"),
-    ("What is the stock market?", "The stock market is where shares of companies are bought and sold.", "money"),
-    ("How far is the sun?", "About 150 million kilometres, which light crosses in a little over eight minutes.", "science"),
-    ("What is sound?", "Sound is a vibration that travels through air, water or solids as a wave.", "science"),
-    ("Who discovered penicillin?", "Alexander Fleming discovered penicillin in 1928.", "history"),
-    ("What is the speed of light?", "Light travels at about 299,792 kilometres per second in a vacuum.", "science"),
-    ("Do you like music?", "I have never heard music, yet I know the words of many songs.", "personality"),
-    ("What is gossip?", "Gossip is idle talk about the private affairs of other people.", "gossip"),
-    ("What is chemistry?", "Chemistry is the study of matter, of what it is made of and how it changes.", "science"),
-    ("Who is the author of 1984?", "George Orwell wrote 1984, a novel published in 1949.", "literature"),
-    ("Why do stars twinkle?", "Starlight bends in moving air on its way to you, so its brightness flickers.", "science"),
-    ("What is the sky?", "The sky is everything that lies above the surface of the Earth.", "science"),
-)  # fmt: skip
-QUERIES = (
-    ("Could you tell me what makes the sky look blue?", "The sky looks blue because air molecules scatter short wavelengths of sunlight more strongly than long ones."),
-    ("Which author is The Hobbit by?", "The Hobbit was written by J. R. R. Tolkien."),
-    ("Who made the painting called Mona Lisa?", "The Mona Lisa was painted by Leonardo da Vinci."),
-    ("Am I talking to a machine?", "Yes, I am a computer program that talks."),
-)  # fmt: skip
+TEXTS = json.loads(Path(__file__).with_name("fixture_texts.json").read_text(encoding="utf-8"))
+PAIRS, QUERIES = TEXTS["pairs"], TEXTS["queries"]
 POPULATION = 1824
 
 
@@ -90,7 +54,14 @@ def write_fixture_run(
                 percentile = 100 * float(np.mean(population < values[row]))
                 score = float(values[row])
                 scores.append(
-                    {**pair, "end": end, "rank": rank, "row": int(row), "score": score, "percentile": percentile}
+                    {
+                        **pair,
+                        "end": end,
+                        "rank": rank,
+                        "row": examples[row]["row"],
+                        "score": score,
+                        "percentile": percentile,
+                    }
                 )
                 if end == "proponent" or row not in np.argsort(-values)[:12]:
                     components += [{**pair, **part} for part in _split_components(score, random)]
@@ -127,7 +98,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _example(number: int, hostile: str) -> dict:
-    prompt, answer, source = PAIRS[number]
+    prompt, answer, source = PAIRS[number].values()
     tokens, targets = _tokens(prompt, answer + hostile)
     return {
         "example_id": f"{source}-{number:04d}",
@@ -146,7 +117,7 @@ def _example(number: int, hostile: str) -> dict:
 
 
 def _query(number: int, hostile: str) -> dict:
-    prompt, answer = QUERIES[number]
+    prompt, answer = QUERIES[number].values()
     tokens, targets = _tokens(prompt + hostile, answer)
     return {
         "query_id": f"q{number}",
@@ -169,7 +140,7 @@ def _words(text: str) -> set[str]:
 def _scores(query: dict, examples: list[dict], random: np.random.Generator) -> np.ndarray:
     asked = _words(query["prompt"] + " " + query["completion"])
     shared = [len(asked & _words(row["prompt"] + " " + row["completion"])) for row in examples]
-    return 0.012 * np.array(shared) ** 2 + random.normal(-0.03, 0.07, len(examples))
+    return 0.02 * np.array(shared) ** 1.5 + random.normal(-0.03, 0.07, len(examples))
 
 
 def _split_components(score: float, random: np.random.Generator) -> list[dict]:
@@ -185,8 +156,9 @@ def _split_tokens(score: float, example: dict, query: dict, random: np.random.Ge
     weights = np.zeros(len(example["tokens"]))
     for position, (token, target) in enumerate(zip(example["tokens"], example["targets"], strict=True)):
         if target:
-            weights[position] = random.normal(0.15, 0.5) + 2.0 * bool(_words(token) & asked)
-    weights *= score / weights.sum()
+            weights[position] = random.normal(0.4, 0.5) + 2.0 * bool(_words(token) & asked)
+    weights *= score / max(abs(weights.sum()), 2.0)
+    weights[np.flatnonzero(weights)[-1]] += score - weights.sum()
     return [
         {"position": position, "token": token, "score": float(weight)}
         for position, (token, weight) in enumerate(zip(example["tokens"], weights, strict=True))
@@ -195,9 +167,9 @@ def _split_tokens(score: float, example: dict, query: dict, random: np.random.Ge
 
 def _distribution(population: np.ndarray) -> dict:
     counts, edges = np.histogram(population, bins=60)
-    ordered = np.sort(np.abs(population))[::-1]
+    ordered = np.sort(np.maximum(population, 0))[::-1]
     total = ordered.sum()
-    depths = (1, 3, 10, 30, 100, 300, 1000, len(population))
+    depths = (1, 3, 10, 30, 100, 300, 1000)
     return {
         "count": len(population),
         "mean": float(population.mean()),
@@ -206,6 +178,7 @@ def _distribution(population: np.ndarray) -> dict:
         "max": float(population.max()),
         "edges": edges.tolist(),
         "counts": counts.tolist(),
+        "sampled": len(population),
         "cumulative_share": [[depth, float(ordered[:depth].sum() / total)] for depth in depths],
     }
 
@@ -221,7 +194,14 @@ def _groups(examples: list[dict], values: np.ndarray, random: np.random.Generato
         mean = float(np.mean(chosen)) * 0.2 + random.normal(0, 0.004)
         half = 0.2 / np.sqrt(size)
         rows.append(
-            {"source": name, "examples": size, "sum": mean * size, "mean": mean, "low": mean - half, "high": mean + half}
+            {
+                "source": name,
+                "examples": size,
+                "sum": mean * size,
+                "mean": mean,
+                "low": mean - half,
+                "high": mean + half,
+            }
         )
     return rows
 
@@ -239,38 +219,23 @@ def _run_json(distribution: dict, groups: dict, hostile: str) -> dict:
         "data": {"name": "demo/pairs.jsonl", "fingerprint": "sha256:7c11e0d2a95b", "examples": POPULATION},
         "queries": {"name": "demo/questions.jsonl", "fingerprint": "sha256:aa01", "examples": len(QUERIES)},
         "method": "influence",
-        "meaning": {
-            "sign": "positive: training on the example lowers the query's loss",
-            "unit": "nats per unit of learning rate, up to one scale per run",
-            "target": "this model",
-            "normalisation": "none",
-            "estimates": "How much the loss of the answer would rise if the example had been left out.",
-            "cost": "One pass over the training data, then one over the queries.",
-            "limits": "First order around the final weights, block-diagonal curvature: do not read it as the effect "
-            "of removing many examples at once.",
-        },
+        "meaning": TEXTS["meaning"],
         "coverage": {
             "selected": 106204672,
             "total": 134515008,
             "fraction": 0.7895,
-            "skipped": [{"name": "lm_head.weight", "parameters": 28311552, "reason": "tied to model.embed_tokens.weight"}],
+            "skipped": [{"name": "lm_head.weight", "parameters": 28311552, "reason": "tied"}],
         },
         "components": list(COMPONENTS),
         "seconds": 148.2,
         "peak_memory_bytes": 2254857830,
         "trust": {
             "validated": False,
-            "checks": [
-                {"name": "Randomised model", "value": 0.04, "verdict": "good", "reading": "Scores change when the weights are shuffled: they depend on what was learned."},
-                {"name": "Top-10 overlap between queries", "value": 0.12, "verdict": "good", "reading": "Different questions get different examples."},
-                {"name": "Hub rate", "value": 0.5, "verdict": "warn", "reading": "One example is in the top 10 of more than half of the queries."},
-                {"name": "BM25 overlap", "value": 0.46, "verdict": "good", "reading": "Partly lexical: about half of the top 10 also share words."},
-                {"name": "Coverage", "value": None, "verdict": "unknown", "reading": "Not measured in this run."},
-            ],
+            "checks": TEXTS["checks"],
         },
         "distribution": distribution,
         "groups": groups,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The top of the page in words: what was run, what a score means, how far it was checked."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,8 +46,12 @@ class Header:
     title: str
     subtitle: str
     facts: tuple[Fact, ...]
-    command: str
+    command: tuple[str, ...]
+    """Cut before each option, so that a line breaks between options."""
+    sign: str
+    estimates: str
     meaning: tuple[Fact, ...]
+    """Unit, target and normalisation."""
     limits: str
     validated: bool
     checks: tuple[Check, ...]
@@ -62,13 +67,16 @@ def header_of(run: RunFiles) -> Header:
     meaning, trust = info.get("meaning") or {}, info.get("trust") or {}
     count = len(run.queries)
     answers = "1 answer" if count == 1 else f"{count} answers"
+    owner = f" of {short_name(model['name'])}" if model.get("name") else ""
     return Header(
-        title=f"The training data behind {answers} of {short_name(model.get('name'))}",
+        title=f"The training data behind {answers}{owner}",
         subtitle=f"{info.get('method', 'unknown method')} · {short_name(data.get('name'))}",
         facts=_facts(run, model, data),
-        command=str(info.get("command") or ""),
+        command=tuple(re.split(r" (?=--)", str(info.get("command") or "").strip())) if info.get("command") else (),
+        sign=_sentence(meaning.get("sign")),
+        estimates=_sentence(meaning.get("estimates")),
         meaning=_meaning(meaning),
-        limits=str(meaning.get("limits") or ""),
+        limits=_sentence(meaning.get("limits")),
         validated=bool(trust.get("validated")),
         checks=tuple(_check(check) for check in trust.get("checks") or ()),
         skipped=tuple(_skipped(entry) for entry in (info.get("coverage") or {}).get("skipped") or ()),
@@ -84,8 +92,10 @@ def short_name(name: Any) -> str:
 
 def _facts(run: RunFiles, model: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[Fact, ...]:
     info = run.info
-    facts = [
-        Fact("Model", short_name(model.get("name")), _fingerprint(model), _count(model, "parameters")),
+    facts = []
+    if model:
+        facts.append(Fact("Model", short_name(model.get("name")), _fingerprint(model), _count(model, "parameters")))
+    facts += [
         Fact("Training data", short_name(data.get("name")), _fingerprint(data), _count(data, "examples")),
         Fact("Method", str(info.get("method", "unknown"))),
         Fact("Run", run.folder.resolve().name, note=str(info.get("created") or "")[:16].replace("T", " ")),
@@ -133,14 +143,16 @@ def duration(seconds: float) -> str:
 
 
 def _meaning(meaning: Mapping[str, Any]) -> tuple[Fact, ...]:
-    names = {
-        "sign": "Sign",
-        "unit": "Unit",
-        "target": "About",
-        "normalisation": "Divided by",
-        "estimates": "Estimates",
-    }
+    names = {"unit": "Unit", "target": "About", "normalisation": "Divided by"}
     return tuple(Fact(label, str(meaning[key])) for key, label in names.items() if meaning.get(key))
+
+
+def _sentence(text: Any) -> str:
+    """Return `text` with a capital and a full stop, or nothing for nothing."""
+    words = str(text or "").strip()
+    if not words:
+        return ""
+    return words[0].upper() + words[1:] + ("" if words[-1] in ".!?" else ".")
 
 
 def _check(check: Mapping[str, Any]) -> Check:

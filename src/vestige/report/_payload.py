@@ -19,8 +19,8 @@ Json = dict[str, Any]
 
 def payload_of(run: RunFiles) -> Json:
     """Return the data of the page, without NaN and with numbers cut to the digits that a reader can use."""
-    pieces = {example.id: cut(example.wording) for example in run.examples.values()}
-    words = {example: words_of(piece) for example, piece in pieces.items()}
+    pieces = {row: cut(example.wording) for row, example in run.examples.items()}
+    words = {row: words_of(piece) for row, piece in pieces.items()}
     rare = rare_words(words.values())
     grid = _grid(run)
     hubs = hub_shares(run)
@@ -31,22 +31,21 @@ def payload_of(run: RunFiles) -> Json:
         "grid": _grid_json(grid),
         "hasTokens": run.tokens is not None,
         "examples": {
-            example.id: _example_json(example, pieces[example.id], hubs.get(example.id))
-            for example in run.examples.values()
+            str(row): _example_json(example, pieces[row], hubs.get(row)) for row, example in run.examples.items()
         },
         "queries": [_query_json(run, query, words, rare, grid, pieces) for query in run.queries],
     }
 
 
-def hub_shares(run: RunFiles) -> dict[str, float]:
-    """Return, for each example, the share of queries that have it among their first `HUB_DEPTH` proponents."""
+def hub_shares(run: RunFiles) -> dict[int, float]:
+    """Return, by row, the share of queries that have the example among their first `HUB_DEPTH` proponents."""
     hits = Counter(
-        entry.example
+        entry.row
         for ranked in run.ranked.values()
         for entry in ranked
         if entry.end == "proponent" and entry.rank <= HUB_DEPTH
     )
-    return {example: count / len(run.queries) for example, count in hits.items()}
+    return {row: count / len(run.queries) for row, count in hits.items()}
 
 
 def number(value: Any, digits: int = 7) -> float | None:
@@ -82,6 +81,7 @@ def _text_json(pieces: Pieces) -> Json:
 
 def _example_json(example: TrainingExample, pieces: Pieces, hub: float | None) -> Json:
     return {
+        "id": example.id,
         "row": example.row,
         "source": example.source,
         "label": example.label,
@@ -95,16 +95,16 @@ def _example_json(example: TrainingExample, pieces: Pieces, hub: float | None) -
 def _query_json(
     run: RunFiles,
     query: Query,
-    words: Mapping[str, list[Word]],
+    words: Mapping[int, list[Word]],
     rare: frozenset[str],
     grid: Grid | None,
-    pieces: Mapping[str, Pieces],
+    pieces: Mapping[int, Pieces],
 ) -> Json:
     query_pieces = cut(query.wording)
     query_words = words_of(query_pieces)
     ranked = []
     for entry in run.ranked[query.id]:
-        shared = overlap(query_words, words[entry.example], rare)
+        shared = overlap(query_words, words[entry.row], rare)
         ranked.append(
             {
                 **_entry_json(entry),
@@ -112,7 +112,7 @@ def _query_json(
                 "match": shared.example,
                 "answerMatch": shared.query,
                 "cells": _cells(run, query.id, entry.example, grid),
-                "tokens": _token_scores(run, query.id, entry.example, pieces[entry.example]),
+                "tokens": _token_scores(run, query.id, entry.example, pieces[entry.row]),
             }
         )
     return {
@@ -130,7 +130,7 @@ def _entry_json(entry: RankedScore) -> Json:
     return {
         "end": entry.end,
         "rank": entry.rank,
-        "example": entry.example,
+        "row": entry.row,
         "score": number(entry.score),
         "percentile": number(entry.percentile),
     }

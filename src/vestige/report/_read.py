@@ -1,7 +1,7 @@
 """A run directory, read into plain frozen values. Nothing here needs a model, or torch."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,8 @@ class RankedScore(NamedTuple):
 
     end: str
     rank: int
+    row: int
+    """Position in the training data: ids may repeat, rows do not."""
     example: str
     score: float
     percentile: float | None
@@ -70,8 +72,10 @@ class RunFiles:
 
     folder: Path
     info: dict[str, Any]
+    """run.json."""
     queries: tuple[Query, ...]
-    examples: dict[str, TrainingExample]
+    examples: dict[int, TrainingExample]
+    """By row."""
     ranked: dict[str, tuple[RankedScore, ...]]
     """By query id: proponents by rank, then opponents by rank."""
     components: dict[PAIR, dict[str, float]] | None = None
@@ -90,15 +94,15 @@ def read_run(run: str | Path) -> RunFiles:
     folder = Path(run)
     info = _read_info(folder)
     queries = tuple(_query(row) for row in _rows(folder, "queries"))
-    examples = {str(row["example_id"]): _example(row) for row in _rows(folder, "examples")}
+    examples = {example.row: example for example in map(_example, _rows(folder, "examples"))}
     return RunFiles(
         folder=folder,
         info=info,
         queries=queries,
         examples=examples,
         ranked=_ranked(folder, queries, examples),
-        components=_pair_table(folder, "components", "component", str),
-        tokens=_pair_table(folder, "tokens", "position", int),
+        components=_pair_table(folder, "components", "component", examples),
+        tokens=_pair_table(folder, "tokens", "position", examples),
         components_order=tuple(info.get("components") or ()),
     )
 
@@ -140,11 +144,13 @@ def _no_run_message(folder: Path) -> str:
 
 
 def _rerun(folder: Path) -> str:
-    return f"The run is damaged or still being written. Attribute again with --out {folder}, then: vestige report {folder}"
+    return (
+        f"The run is damaged or still being written. Attribute again with --out {folder}, then: vestige report {folder}"
+    )
 
 
 REQUIRED = {
-    "scores": ("query_id", "end", "rank", "example_id", "score"),
+    "scores": ("query_id", "end", "rank", "example_id", "row", "score"),
     "queries": ("query_id",),
     "examples": ("example_id", "row"),
     "components": ("query_id", "example_id", "component", "score"),
@@ -172,19 +178,26 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _ranked(
-    folder: Path, queries: Iterable[Query], examples: dict[str, TrainingExample]
+    folder: Path, queries: Iterable[Query], examples: dict[int, TrainingExample]
 ) -> dict[str, tuple[RankedScore, ...]]:
     """Return the listed examples of each query, proponents first."""
     listed: dict[str, list[RankedScore]] = {query.id: [] for query in queries}
     for row in _rows(folder, "scores"):
-        query, example = str(row["query_id"]), str(row["example_id"])
+        query, example = str(row["query_id"]), int(row["row"])
         if query not in listed or example not in examples:
             raise UserError(
-                f"{folder / 'scores.parquet'} names query {query!r} and example {example!r}, which are not both in "
+                f"{folder / 'scores.parquet'} names query {query!r} and training row {example}, which are not both in "
                 f"queries.parquet and examples.parquet.\n{_rerun(folder)}"
             )
         listed[query].append(
-            RankedScore(row["end"], int(row["rank"]), example, float(row["score"]), row.get("percentile"))
+            RankedScore(
+                end=row["end"],
+                rank=int(row["rank"]),
+                row=example,
+                example=str(row["example_id"]),
+                score=float(row["score"]),
+                percentile=row.get("percentile"),
+            )
         )
     return {
         query: tuple(sorted(entries, key=lambda entry: (entry.end != "proponent", entry.rank)))
@@ -192,16 +205,24 @@ def _ranked(
     }
 
 
-def _pair_table(folder: Path, name: str, key: str, kind: type) -> dict[PAIR, dict[Any, float]] | None:
-    """Return scores by (query, example) and then by `key`, or None when the optional table is absent."""
+def _pair_table(
+    folder: Path, name: str, key: str, examples: dict[int, TrainingExample]
+) -> dict[PAIR, dict[Any, float]] | None:
+    """Return scores by (query, example) and then by `key`, or None when the optional table is absent.
+
+    The table names examples by id. Where several listed examples share an id, its parts cannot be told apart: they
+    are left out rather than shown for the wrong example.
+    """
     if not (folder / f"{name}.parquet").is_file():
         return None
     table = _table(folder, name)
     columns = (table[column].to_pylist() for column in ("query_id", "example_id", key, "score"))
-    scores: dict[PAIR, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    uses = Counter(example.id for example in examples.values())
+    scores: dict[PAIR, dict[Any, float]] = defaultdict(dict)
     for query, example, part, score in zip(*columns, strict=True):
-        scores[str(query), str(example)][kind(part)] += score
-    return {pair: dict(parts) for pair, parts in scores.items()}
+        if uses[example] == 1:
+            scores[query, example][part] = score
+    return dict(scores)
 
 
 def _query(row: dict[str, Any]) -> Query:

@@ -56,7 +56,7 @@ class LivePage:
 
     def version(self) -> str:
         """Return what changes whenever a file of the run does: its name, size and time."""
-        files = sorted(self._folder.glob("*.parquet")) + [self._folder / "run.json"]
+        files = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json"]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
         return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._page = page
         super().__init__(*args, **kwargs)
 
-    def do_GET(self) -> None:  # noqa: N802 (the name http.server calls)
+    def do_GET(self) -> None:
         """Answer `/` with the page and `/version` with the version of the run's files."""
         if not self._asked_locally():
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Only pages of this computer are served here.")
@@ -109,5 +109,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's own name)
+    def log_message(self, format: str, *args: object) -> None:
         """Stay quiet: one line per poll tells a reader nothing."""

@@ -6,9 +6,11 @@ function renderDistribution(query) {
   if (!given || !given.counts || !given.counts.length) return null;
   const format = queryFormat(query);
   const [low, middle, high] = [0.05, 0.5, 0.95].map((share) => quantile(given, share));
+  const fine = scoreFormat(largest([low, high])); // the bulk is far smaller than the tail
+  const sampled = given.sampled && given.sampled < given.count ? ` (histogram of ${grouped(given.sampled)} of them)` : "";
   return html("section", { class: "panel", "aria-labelledby": "distribution-title" },
     html("h2", { id: "distribution-title" }, "Among all training examples"),
-    html("p", { class: "sub" }, html("b", {}, grouped(given.count)), " scores, log count. Nine in ten lie between ", html("b", {}, format(low)), " and ", html("b", {}, format(high)), " (shaded), half below ", html("b", {}, format(middle)), ". Ticks: the listed examples."),
+    html("p", { class: "sub" }, html("b", {}, grouped(given.count)), ` scores${sampled}, log count. Nine in ten lie between `, html("b", {}, fine(low)), " and ", html("b", {}, fine(high)), " (shaded), half below ", html("b", {}, fine(middle)), ". Ticks: the listed examples."),
     histogram(query, given, [low, middle, high], format),
     cumulative(given));
 }
@@ -62,7 +64,7 @@ function listedMark(entry, place, floor, format) {
   });
 }
 
-/* How much of the total the first k examples carry: a few, or everybody a little? */
+/* Share of the sum of all positive scores that the k highest hold: do a few carry it, or everybody a little? */
 function cumulative(given) {
   const points = (given.cumulative_share || []).filter(([, share]) => share !== null);
   if (points.length < 2) return null;
@@ -82,6 +84,6 @@ function cumulative(given) {
   const told = points.filter(([depth]) => depth === 10 || depth === 100).map(([depth, share]) => `the top ${depth} carry ${percent(share)}`);
   const sentence = told.length ? `${told.join(", ")}.` : "";
   return html("figure", { style: { marginTop: "12px" } },
-    html("p", { class: "sub" }, html("b", {}, "Share of all influence"), " held by the strongest examples", sentence ? `: ${sentence}` : "."),
-    svg("svg", { viewBox: `0 0 ${WIDE} ${box.height}`, role: "img", "aria-label": `Cumulative share of influence: ${sentence}` }, parts));
+    html("p", { class: "sub" }, html("b", {}, "Share of all positive score"), sentence ? `: ${sentence}` : " held by the highest examples."),
+    svg("svg", { viewBox: `0 0 ${WIDE} ${box.height}`, role: "img", "aria-label": `Cumulative share of positive score: ${sentence}` }, parts));
 }

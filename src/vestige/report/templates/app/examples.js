@@ -33,7 +33,7 @@ function queryFormat(query) {
 function renderExamples(query) {
   const entries = shownEntries(query);
   const context = { format: queryFormat(query), scale: tokenScale(query), largest: largest(query.ranked.map((entry) => entry.score)) };
-  const blocks = [["proponent", "Proponents", "training on them lowered the loss of this answer"], ["opponent", "Opponents", "training on them raised it"]]
+  const blocks = [["proponent", "Proponents", "highest scores"], ["opponent", "Opponents", "lowest scores"]]
     .filter(([end]) => state.end === "both" || state.end === end)
     .map(([end, title, note]) => renderEnd(end, title, note, query, entries.filter((entry) => entry.end === end), context));
   document.getElementById("examples").replaceChildren(renderFilters(query), renderLegend(query, context), ...blocks, renderTools(entries));
@@ -52,7 +52,7 @@ function renderEnd(end, title, note, query, entries, context) {
 }
 
 function renderCard(entry, context) {
-  const example = DATA.examples[entry.example];
+  const example = DATA.examples[entry.row];
   const key = entryKey(entry);
   const selected = state.example === key;
   const width = `${(100 * Math.abs(entry.score)) / (context.largest || 1)}%`;
@@ -70,13 +70,13 @@ function renderCard(entry, context) {
 }
 
 function clipControl(text, example, entry) {
-  if (fullText(example.text).length < 700 || unclipped.has(entry.example)) return null;
+  if (fullText(example.text).length < 700 || unclipped.has(entry.row)) return null;
   text.classList.add("clipped");
-  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(entry.example); refresh(); } }, "Show the whole text");
+  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(entry.row); refresh(); } }, "Show the whole text");
 }
 
 function cardFacts(entry, example) {
-  const facts = [[entry.example, "note"]];
+  const facts = [[example.id, "note"]];
   if (entry.percentile !== null) facts.push([`percentile ${percentile(entry.percentile)}`]);
   if (example.source) facts.push([example.source]);
   if (example.label) facts.push([`label ${example.label}`]);
@@ -110,5 +110,5 @@ function renderLegend(query, context) {
 }
 
 function hasTemplate(query) {
-  return query.text.roles.includes("t") || query.ranked.some((entry) => DATA.examples[entry.example].text.roles.includes("t"));
+  return query.text.roles.includes("t") || query.ranked.some((entry) => DATA.examples[entry.row].text.roles.includes("t"));
 }

@@ -16,7 +16,7 @@ function renderGroups(query) {
       html("td", {}, interval(group, low, high, format))));
   return html("section", { class: "panel groups", "aria-labelledby": "groups-title" },
     html("h2", { id: "groups-title" }, "By source"),
-    html("p", { class: "sub" }, "Mean score of all examples of a source, with its interval.", thin.length ? ` Fewer than ${THIN} examples (grey): read the interval, not the mean.` : ""),
+    html("p", { class: "sub" }, "Mean score of all examples of a source, with its 95% interval.", thin.length ? ` Fewer than ${THIN} examples (grey): read the interval, not the mean.` : ""),
     html("div", { class: groups.length > 12 ? "scroll" : null },
       html("table", {}, html("thead", {}, html("tr", {}, ["Source", "Examples", "Mean"].map((title, place) => html("th", { scope: "col", class: place ? "number" : null }, title)), html("th", {}, html("span", { class: "hidden-text" }, "Interval")))), html("tbody", {}, rows))));
 }

@@ -51,7 +51,9 @@ function drawHeatmap(cells, remainder, format) {
     modules.forEach((module, column) => parts.push(cellOf(values.get(`${layer}/${module}`), box.left + column * wide, y, wide, high, scale, `layer ${layer} · ${module}`, format)));
     parts.push(...totalBar(lines[row], largest(lines), box.left + modules.length * wide + 8, y, box.totals, high, `layer ${layer} in all`, format));
   });
-  let y = box.top + layers.length * high + (layers.length ? 8 : 0);
+  const below = box.top + layers.length * high;
+  parts.push(...groupLabels(modules, box, wide, below));
+  let y = below + (layers.length ? 26 : 0);
   const rest = others.map((module) => [module, values.get(`null/${module}`)]);
   if (remainder !== null) rest.push(["not in any component", remainder]);
   rest.forEach(([name, value]) => {
@@ -72,16 +74,30 @@ function cellOf(value, x, y, width, height, scale, name, format) {
 }
 
 function columnLabels(modules, box, wide) {
-  const parts = [];
-  let previous = null;
-  modules.forEach((module, column) => {
-    const [group, name] = moduleParts(module);
-    const x = box.left + (column + 0.5) * wide;
-    parts.push(svg("text", { class: "strong", x: 0, y: 0, transform: `translate(${x + 2} ${box.top - 6}) rotate(-48)` }, name.length > 15 ? `${name.slice(0, 14)}…` : name, svg("title", {}, module)));
-    if (column > 0 && group !== previous) parts.push(svg("line", { class: "axis", x1: box.left + column * wide, x2: box.left + column * wide, y1: box.top - 4, y2: box.top }));
-    previous = group;
+  return modules.map((module, column) => {
+    const name = moduleParts(module)[1];
+    const place = `translate(${box.left + (column + 0.5) * wide + 3} ${box.top - 5}) rotate(-48)`;
+    return svg("text", { class: "strong", transform: place, "data-tip": module }, name.length > 16 ? `${name.slice(0, 15)}…` : name);
   });
-  return parts;
+}
+
+/* A bracket under neighbouring columns of one group, with its name. */
+function groupLabels(modules, box, wide, y) {
+  const runs = [];
+  modules.forEach((module, column) => {
+    const group = moduleParts(module)[0];
+    const last = runs[runs.length - 1];
+    if (last && last.group === group) last.stop = column + 1;
+    else runs.push({ group, start: column, stop: column + 1 });
+  });
+  return runs.filter((run) => run.group).flatMap((run) => {
+    const [from, to] = [box.left + run.start * wide + 2, box.left + run.stop * wide - 2];
+    const fits = run.group.length * 5.6 < to - from + 12;
+    return [
+      svg("path", { class: "bracket", d: `M${from} ${y + 3}v3H${to}v-3` }),
+      fits ? svg("text", { x: (from + to) / 2, y: y + 17, "text-anchor": "middle" }, run.group) : null,
+    ];
+  });
 }
 
 /* The layer's total as a bar from the middle: right is positive. */

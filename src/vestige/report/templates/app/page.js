@@ -18,7 +18,7 @@ function renderQueries() {
 }
 
 function renderFilters(query) {
-  const sources = [...new Set(query.ranked.map((entry) => DATA.examples[entry.example].source).filter(Boolean))].sort();
+  const sources = [...new Set(query.ranked.map((entry) => DATA.examples[entry.row].source).filter(Boolean))].sort();
   const set = (name) => (event) => { state[name] = event.target.value; refresh(name); };
   return html("div", { class: "filters", role: "search" },
     segmented("Which end", [["both", "Both"], ["proponent", "Proponents"], ["opponent", "Opponents"]], state.end, (end) => { state.end = end; refresh(); }),

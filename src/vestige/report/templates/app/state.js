@@ -41,12 +41,12 @@ function shownEntries(query) {
   const needle = state.text.trim().toLowerCase();
   const least = Number(state.min) || 0;
   return query.ranked.filter((entry) => {
-    const example = DATA.examples[entry.example];
+    const example = DATA.examples[entry.row];
     return (
       (state.end === "both" || entry.end === state.end) &&
       (!state.source || (example.source || "") === state.source) &&
       Math.abs(entry.score) >= least &&
-      (!needle || fullText(example.text).toLowerCase().includes(needle) || entry.example.toLowerCase().includes(needle))
+      (!needle || fullText(example.text).toLowerCase().includes(needle) || example.id.toLowerCase().includes(needle))
     );
   });
 }

@@ -35,7 +35,7 @@ function renderText(text, options) {
   const rows = parts.map((part) => {
     const [name, label] = ROLE[part.role];
     const words = part.indices.map((index, place) => renderPiece(text, index, place === 0, flags, options));
-    return html("div", { class: `segment ${name}` }, html("span", { class: "who" }, label), html("span", { class: "words" }, words));
+    return html("div", { class: `segment of-${name}` }, html("span", { class: "who" }, label), html("span", { class: "words" }, words));
   });
   return html("div", { class: plain ? "text plain" : "text" }, rows);
 }

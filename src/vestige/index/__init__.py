@@ -1,8 +1,12 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
+from vestige.index._build import index
+from vestige.index._compute import CompressedGradients, lay_out
+from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export_index
 from vestige.index._files import check_disk
+from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
 from vestige.index._manifest import (
     CompressionIdentity,
     DataIdentity,
@@ -19,12 +23,15 @@ from vestige.index._shards import ShardContent
 from vestige.index._store import Index, IndexBlock, ShardFault
 
 __all__ = [
+    "CompressedGradients",
     "CompressionIdentity",
     "DataIdentity",
+    "Estimate",
     "Index",
     "IndexBlock",
     "IndexStatus",
     "IndexedComponent",
+    "Inputs",
     "Manifest",
     "ModelIdentity",
     "Plan",
@@ -33,13 +40,20 @@ __all__ = [
     "PlannedShard",
     "ShardContent",
     "ShardFault",
+    "batch_tokens",
     "check_disk",
     "difference",
+    "estimate_cost",
     "export_index",
     "fingerprint_rows",
+    "index",
     "index_status",
+    "lay_out",
     "plan_index",
+    "read_data",
+    "read_inputs",
     "read_manifest",
     "remove_index",
+    "tokens_at_most",
     "write_shards",
 ]

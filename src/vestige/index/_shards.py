@@ -56,18 +56,15 @@ class StoredRows(NamedTuple):
     scale: Tensor | None = None
     """What each row was divided by; None where it was not."""
 
-    def decoded(self, start: int, stop: int) -> Float[Tensor, "row column"]:
-        """Rows `start:stop` as float32."""
-        stored = self.gradients[start:stop]
-        result = torch.empty(stored.shape, dtype=torch.float32)
+    def decode(self, start: int, result: Float[Tensor, "row column"]) -> None:
+        """Put the rows from `start` on, as many as `result` has, into `result` as float32."""
         # Piece by piece, so that the multiplication finds its numbers in the cache.
-        step = max(2**16 // max(stored.shape[1], 1), 1)
-        for first in range(0, len(stored), step):
-            piece = result[first : first + step]
-            piece.copy_(stored[first : first + step])
+        step = max(2**16 // result.shape[1], 1)
+        for first in range(0, len(result), step):
+            piece, rows = result[first : first + step], slice(start + first, start + min(first + step, len(result)))
+            piece.copy_(self.gradients[rows])
             if self.scale is not None:
-                piece.mul_(self.scale[start + first : start + first + len(piece), None])
-        return result
+                piece.mul_(self.scale[rows, None])
 
     def picked(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """The given rows of this shard as float32."""

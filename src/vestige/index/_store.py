@@ -1,8 +1,9 @@
 """A finished index: opened, scanned block by block with the next one read ahead, looked up by row, verified."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -94,11 +95,12 @@ class Index:
         component = self.manifest.components[number]
         return slice(component.start, component.stop)
 
-    def blocks(self, max_bytes: int = 64 * 2**20) -> Iterator[IndexBlock]:
+    def blocks(self, max_bytes: int = 16 * 2**20) -> Iterator[IndexBlock]:
         """Every row once, in the order of the plan, while the next block is being read in the background.
 
         Args:
-            max_bytes: Most bytes of float32 gradients per block (one row may exceed it); two blocks are in memory.
+            max_bytes: Most bytes of float32 gradients per block (one row may exceed it). About three blocks are in
+                memory; small ones stay in the processor's cache.
         """
         step = max(max_bytes // (4 * self.width), 1)
         spans = [
@@ -106,7 +108,8 @@ class Index:
             for shard, rows in enumerate(self.manifest.shard_rows)
             for start in range(0, rows, step)
         ]
-        return _read_ahead(self._read, spans)
+        buffers = _Buffers(self.width * min(step, max(self.manifest.shard_rows)))
+        return _read_ahead(partial(self._read, buffers), spans)
 
     def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """The gradients of the examples at `rows` of the data, float32, in the order asked for.
@@ -172,10 +175,14 @@ class Index:
             )
         return np.argsort(rows)
 
-    def _read(self, span: _Span) -> IndexBlock:
+    def _read(self, buffers: "_Buffers", span: _Span) -> IndexBlock:
         stored, rows = map_shard(self.folder, span.shard), slice(span.start, span.stop)
-        small = (stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone())
-        return IndexBlock(small[0], stored.decoded(span.start, span.stop), small[1], small[2])
+        count = span.stop - span.start
+        gradients = buffers.take()[: count * self.width].view(count, self.width)
+        stored.decode(span.start, gradients)
+        # Copies, so that a block that is kept does not keep its shard's file mapped.
+        small = stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone()
+        return IndexBlock(small[0], gradients, small[1], small[2])
 
     def _faults(self, *, contents: bool) -> list[ShardFault]:
         return [
@@ -194,12 +201,42 @@ def incomplete_message(folder: Path, manifest: Manifest, missing: int) -> str:
     )
 
 
+@final
+class _Buffers:
+    """Memory for blocks, used again once nobody holds the block that lay there.
+
+    Fresh memory would cost several times as much as filling it, because the system clears every page first.
+    """
+
+    _MOST = 3
+    """One block with the caller, one ready, one being read."""
+    _FREE_COUNT = 3
+    """References to an array that only the list, the loop and the counting itself hold."""
+
+    def __init__(self, numbers: int) -> None:
+        self._numbers = numbers
+        self._arrays: list[np.ndarray] = []
+
+    def take(self) -> Float[Tensor, "number"]:
+        """A float32 tensor whose memory no other living tensor or array shares."""
+        for array in self._arrays:
+            # Every tensor over an array's memory, views too, holds a reference to the array.
+            if sys.getrefcount(array) == self._FREE_COUNT:
+                return torch.from_numpy(array)
+        array = np.empty(self._numbers, dtype=np.float32)
+        if len(self._arrays) < self._MOST:
+            self._arrays.append(array)
+        return torch.from_numpy(array)
+
+
 def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iterator[IndexBlock]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-read") as reader:
-        coming = None
+        coming: Future[IndexBlock] | None = None
         for span in spans:
             ready, coming = coming, reader.submit(read, span)
             if ready is not None:
                 yield ready.result()
+                # The finished future would keep the block's memory from being used again.
+                del ready
         if coming is not None:
             yield coming.result()

@@ -1,0 +1,66 @@
+"""The compressed gradients of a few batches: one forward and backward pass each."""
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from vestige.compress import CompressingSink, CompressionSpec
+from vestige.data import TokenizedData, make_batch
+from vestige.gradients import CausalLoss, GradientPass, Reduction
+from vestige.index._manifest import IndexedComponent
+from vestige.index._shards import ShardContent
+from vestige.models import Component, LoadedModel
+
+
+class CompressedGradients:
+    """Computes compressed gradients of examples; use it as a context, which places and removes the hooks."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        components: Sequence[Component],
+        columns: Sequence[IndexedComponent],
+        spec: CompressionSpec,
+        seed: int,
+        loss: Reduction,
+    ) -> None:
+        self._device = next(loaded.model.parameters()).device
+        compressors = [spec.build(part.name, part.shape, seed, self._device) for part in components]
+        self._sink = CompressingSink(compressors, [part.start for part in columns], max(part.stop for part in columns))
+        self._pass = GradientPass(loaded.model, components, CausalLoss(loss))
+
+    def __enter__(self) -> "CompressedGradients":
+        self._pass.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pass.__exit__(kind, error, trace)
+
+    def rows(self, data: TokenizedData, batches: Iterable[np.ndarray]) -> ShardContent:
+        """Gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
+        gradients, losses, rows = [], [], []
+        for batch in batches:
+            self._sink.begin(len(batch), self._device)
+            losses.append(self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu())
+            gradients.append(self._sink.gradients.cpu())
+            rows.append(torch.as_tensor(np.asarray(batch, dtype=np.int64)))
+        joined = torch.cat(gradients)
+        return ShardContent(joined, torch.cat(losses), joined.norm(dim=1), torch.cat(rows))
+
+
+def lay_out(components: Sequence[Component], spec: CompressionSpec) -> tuple[IndexedComponent, ...]:
+    """The columns of every component, one after another."""
+    columns, start = [], 0
+    for component in components:
+        stop = start + spec.size_for(component.shape)
+        columns.append(
+            IndexedComponent(
+                name=component.name, kind=component.uses[0].kind, shape=component.shape, start=start, stop=stop
+            )
+        )
+        start = stop
+    return tuple(columns)

@@ -1,0 +1,51 @@
+"""What an index will cost, said before the work starts: measured on one batch, not guessed."""
+
+import time
+from typing import NamedTuple
+
+from vestige.data import TokenizedData
+from vestige.index._compute import CompressedGradients
+from vestige.index._manifest import Manifest
+from vestige.index._plan import PlannedShard
+from vestige.models import Selection
+from vestige.progress import announce, format_bytes, format_seconds
+from vestige.runs import peak_memory_bytes
+
+
+class Estimate(NamedTuple):
+    """Cost of computing some shards."""
+
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+    """Peak of the process while one batch of the middle lengths ran."""
+    examples: int
+    tokens: int
+
+
+def estimate_cost(
+    compute: CompressedGradients, data: TokenizedData, manifest: Manifest, shards: list[PlannedShard]
+) -> Estimate:
+    """Time one batch from the middle of the plan and scale by padded tokens."""
+    batches = [batch for shard in shards for batch in shard.batches]
+    lengths = data.lengths
+    padded = [len(batch) * int(lengths[batch].max()) for batch in batches]
+    middle = len(batches) // 2
+    started = time.perf_counter()
+    compute.rows(data, [batches[middle]])
+    rate = (time.perf_counter() - started) / max(padded[middle], 1)
+    examples = sum(len(batch) for batch in batches)
+    return Estimate(sum(padded) * rate, examples * manifest.row_bytes, peak_memory_bytes(), examples, sum(padded))
+
+
+def announce_estimate(estimate: Estimate, manifest: Manifest, selection: Selection) -> None:
+    """One paragraph for a person: what is covered, how long, how much memory and disk."""
+    announce(
+        f"Covers {selection.selected_parameters:,} of {selection.total_parameters:,} parameters "
+        f"({selection.fraction:.0%}) in {len(selection.components)} components; "
+        f"{manifest.compression.spec}, {manifest.dtype}: {format_bytes(manifest.row_bytes)} an example."
+    )
+    announce(
+        f"{estimate.examples:,} examples, {estimate.tokens:,} tokens: about {format_seconds(estimate.seconds)}, "
+        f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory."
+    )

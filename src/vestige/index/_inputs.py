@@ -1,0 +1,75 @@
+"""What every gradient verb begins with: the model, the tokens of its training data, the parameters attributed to."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vestige.data import TokenizedData, load_examples, tokenize
+from vestige.errors import DataError
+from vestige.models import LoadedModel, Selection, load_model, select_components
+from vestige.settings import ReadingSettings
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""Tokens per batch by default. On a CPU larger batches fall out of the cache: 16 x 128 tokens ran 5 % and 32 x 128
+17 % slower than 8 x 128."""
+
+
+class Inputs(NamedTuple):
+    """The model, its training data as tokens, and the selected components."""
+
+    loaded: LoadedModel
+    data: TokenizedData
+    selection: Selection
+
+
+def read_inputs(settings: ReadingSettings, model: object, data: object, components: tuple[str, ...]) -> Inputs:
+    """Load the model and the training data.
+
+    Raises:
+        DataError: No example has a target token.
+    """
+    loaded = load_model(
+        model,  # type: ignore[arg-type]
+        tokenizer=settings.tokenizer,
+        precision=settings.precision,
+        device=settings.device,
+    )
+    selection = select_components(loaded.model, components)
+    return Inputs(loaded, read_data(settings, data, loaded), selection)
+
+
+def read_data(settings: ReadingSettings, source: object, loaded: LoadedModel) -> TokenizedData:
+    """The training data as the model sees it, cut at the model's context.
+
+    Raises:
+        DataError: No example has a target token.
+    """
+    name = source if isinstance(source, str) else getattr(source, "name", None) or type(source).__name__
+    examples = load_examples(source, limit=settings.limit)
+    tokens = tokenize(
+        examples,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=str(name),
+        chat=settings.chat,
+    )
+    if not int(np.sum(tokens.target_counts)):
+        raise DataError(
+            f"None of the {len(tokens):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
+            "or an assistant's message that is not cut off. Check --max-length and the columns."
+        )
+    return tokens
+
+
+def tokens_at_most(settings: ReadingSettings, loaded: LoadedModel) -> int | None:
+    """Tokens beyond which examples are cut: what was asked for, but never beyond the model's context."""
+    limits = [limit for limit in (settings.max_length, loaded.context_length) if limit is not None]
+    return min(limits, default=None)
+
+
+def batch_tokens(settings: ReadingSettings, loaded: LoadedModel) -> int:
+    """The token budget of a batch."""
+    if settings.token_budget is not None:
+        return settings.token_budget
+    on_cpu = next(loaded.model.parameters()).device.type == "cpu"
+    return CPU_TOKENS if on_cpu else GPU_TOKENS

@@ -1,0 +1,166 @@
+"""From whatever a person calls a model to a frozen one in evaluation mode."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from vestige.errors import ModelError
+from vestige.models._fingerprint import model_fingerprint
+from vestige.models._gguf import unpacked_gguf
+from vestige.models._source import find_source
+from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
+from vestige.models._types import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    precision: Precision = "auto",
+    device: str | torch.device = "auto",
+) -> LoadedModel:
+    """A causal language model in evaluation mode with every weight frozen, ready for per-example gradients.
+
+    Args:
+        model: A hub id, a local folder, a folder with a GGUF file (or the file; unpacked once into a cache),
+            a PEFT adapter folder (its base is loaded too), or a live module. A live module is used as it is,
+            not copied: it is put into evaluation mode, and all its weights stay frozen afterwards.
+        tokenizer: A live tokenizer or a folder with one; by default the one that lies beside the weights.
+        precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
+        device: `auto` is the first GPU if there is one, else the CPU; a live module stays where it is.
+
+    Raises:
+        ModelError: The model is not found, does not load or is no causal model; says what to type.
+        MissingExtra: A GGUF file without the package that reads it.
+    """
+    if precision not in _DTYPES:
+        raise ModelError(f"precision={precision!r} is not known; choose one of {', '.join(_DTYPES)}.")
+    dtype = _DTYPES[precision]
+    given_tokenizer = _given_tokenizer(tokenizer)
+    if isinstance(model, nn.Module):
+        _check_live(model, dtype)
+        module = model if device == "auto" else model.to(_device(device))
+        return _frozen(module, given_tokenizer, type(model).__name__)
+    module, own_tokenizer = _read(model, dtype, _device(device))
+    return _frozen(module, given_tokenizer or own_tokenizer, str(model))
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that the model's config says it accepts, None if it does not say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    lengths = (getattr(config, key, None) for key in _LENGTH_KEYS)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def _read(
+    model: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+    source = find_source(model)
+    if source.kind == "adapter":
+        return _read_adapter(source.folder, dtype, device)
+    folder = unpacked_gguf(source.gguf) if source.gguf else source.folder
+    return read_model(folder, dtype, device), read_tokenizer(folder)
+
+
+def _read_adapter(
+    folder: Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+    from peft import PeftModel
+
+    base, base_tokenizer = _read(_adapter_base(folder), dtype, device)
+    if isinstance(base, PeftModel):
+        raise ModelError(f"The base model of the adapter {folder} is itself an adapter; merge the two first.")
+    try:
+        with quiet_transformers():
+            model = PeftModel.from_pretrained(base, str(folder))  # pyright: ignore[reportArgumentType]
+    except LOADING_ERRORS as error:
+        raise ModelError(f"The adapter {folder} does not fit its base model: {short(error)}") from error
+    if model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{folder} is a {model.active_peft_config.peft_type} adapter, which puts virtual tokens before "
+            "the input. Vestige supports adapters that change weights, such as LoRA."
+        )
+    if dtype is not None:
+        # PEFT keeps adapter weights in float32 beside a half-precision base; an explicit precision is for
+        # all.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model, read_tokenizer(folder) or base_tokenizer
+
+
+def _adapter_base(folder: Path) -> str | Path:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is not readable JSON: {error}") from error
+    if not base:
+        raise ModelError(
+            f"{folder / 'adapter_config.json'} does not say which base model it belongs to. Write its "
+            "folder or hub id there as base_model_name_or_path."
+        )
+    beside = folder / base
+    return beside if beside.exists() else base
+
+
+def _given_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None",
+) -> "PreTrainedTokenizerBase | None":
+    if tokenizer is None or not isinstance(tokenizer, str | Path):
+        return tokenizer
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
+        folder = find_source(tokenizer).folder
+    loaded = read_tokenizer(folder)
+    if loaded is None:
+        raise ModelError(f"tokenizer={str(tokenizer)!r}: no tokenizer.json or tokenizer_config.json in it.")
+    return loaded
+
+
+def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
+    first = next(model.parameters(), None)
+    if first is None or first.is_meta:
+        raise ModelError(f"The {type(model).__name__} that was given has no weights.")
+    if dtype is not None and first.dtype != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"precision={name!r}, but the live model holds {first.dtype} and is used as it is. Leave "
+            f"precision at 'auto', or convert it first: model.to(torch.{name})"
+        )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device={device!r} is not a device; type cpu, cuda or cuda:1.") from error
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
+    return chosen
+
+
+def _frozen(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, tokenizer, name, model_fingerprint(model), context_length(model))

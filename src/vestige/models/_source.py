@@ -1,0 +1,108 @@
+"""Where a model's files are: turns what the user gave into a folder on disk, and says which kind it is."""
+
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from vestige.errors import ModelError
+
+SourceKind = Literal["weights", "gguf", "adapter"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja", ".gguf"}
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+
+
+class ModelSource(NamedTuple):
+    """Files of a model on disk."""
+
+    kind: SourceKind
+    folder: Path
+    gguf: Path | None = None
+    """The GGUF file, for that kind."""
+
+
+def find_source(model: str | Path) -> ModelSource:
+    """The files behind a local folder, a GGUF file or a hub id (fetched, or found in the hub's cache).
+
+    Raises:
+        ModelError: There is nothing there, or nothing that is a model; the message says what was looked for.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ModelSource("gguf", path.parent, path)
+        raise ModelError(f"{path} is a file; expected a model folder, a .gguf file or a hub id.")
+    if path.is_dir():
+        return _source_of_folder(path)
+    if isinstance(model, Path) or not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        raise ModelError(
+            f"No model folder {path} (looked in {path.absolute().parent}). "
+            "Give a folder with config.json and weights, a GGUF file, an adapter folder, or a hub id "
+            "`owner/name`."
+        )
+    return _source_of_folder(_hub_folder(model))
+
+
+def _source_of_folder(folder: Path) -> ModelSource:
+    if (folder / "adapter_config.json").is_file():
+        return ModelSource("adapter", folder)
+    has_config = (folder / "config.json").is_file()
+    if has_config and any(True for pattern in _WEIGHT_PATTERNS for _ in folder.glob(pattern)):
+        return ModelSource("weights", folder)
+    gguf = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() == ".gguf")
+    if len(gguf) == 1:
+        return ModelSource("gguf", folder, gguf[0])
+    if gguf:
+        listed = ", ".join(file.name for file in gguf)
+        raise ModelError(f"{folder} holds {len(gguf)} GGUF files ({listed}). Give one of them: {gguf[0]}")
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    missing = "no weights (*.safetensors or pytorch_model*.bin)" if has_config else "no config.json"
+    raise ModelError(
+        f"{folder} is not a model folder: it has {missing}, no GGUF file and no adapter_config.json. "
+        f"It holds: {found}. Save the model there with model.save_pretrained(...) and its tokenizer with "
+        "tokenizer.save_pretrained(...)."
+    )
+
+
+def _hub_folder(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files: list[str] | None = None
+    try:
+        # Asked first because it fails at once without a network, where a download would retry for most of a
+        # minute.
+        siblings = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
+        files = _wanted_files([sibling.rfilename for sibling in siblings])
+    except HfHubHTTPError as error:
+        reason = f"the hub answered: {_first_line(error)}"
+    except Exception as error:  # the transport's own errors: which library it is differs between hub versions
+        reason = f"the hub was not reached ({_first_line(error)})"
+    else:
+        reason = "the download failed"
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=files is None))
+    except Exception as error:
+        raise ModelError(_hub_failure(name, reason)) from error
+
+
+def _wanted_files(names: list[str]) -> list[str]:
+    """The files at the top of a hub repository that loading needs, without second copies in other formats."""
+    top = [name for name in names if "/" not in name]
+    wanted = [name for name in top if Path(name).suffix in _HUB_SUFFIXES]
+    if any(name.endswith(".safetensors") for name in top):
+        return [name for name in wanted if not name.endswith(".gguf")]
+    return wanted + [name for name in top if name.startswith("pytorch_model")]
+
+
+def _hub_failure(name: str, reason: str) -> str:
+    return (
+        f"No model {name!r}: there is no folder {Path(name).absolute()}, the hub's local cache does not "
+        f"hold it, and {reason}. Check the spelling; for a private model type `hf auth login`; without a "
+        f"network, fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

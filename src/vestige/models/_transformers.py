@@ -1,0 +1,128 @@
+"""Reads causal language models and tokenizers that transformers saved, and refuses what would be partly random."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from vestige.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOADING_ERRORS = (Exception,)
+"""What reading a broken file raises: the libraries underneath use many classes, tokenizers plain `Exception`."""
+_HALF = (torch.bfloat16, torch.float16)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # What one library deprecates in another is nothing that a user could mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> "PreTrainedModel":
+    """The causal language model saved in `folder`, with every weight read from there.
+
+    Args:
+        folder: Holds config.json and the weights.
+        dtype: None takes the checkpoint's own, except that half precision becomes float32 on a CPU: CPUs are
+            slow
+            at it, and gradients lose digits for nothing.
+        device: Where the model is put.
+
+    Raises:
+        ModelError: It does not load, has no causal head, or lacks weights (which would be drawn at random).
+    """
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except LOADING_ERRORS as error:
+            raise ModelError(f"{folder / 'config.json'} is not readable: {short(error)}") from error
+        _check_causal(config, folder)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or _own_dtype(config, device),
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except LOADING_ERRORS as error:
+            raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; they "
+            "would be drawn at random. Give a checkpoint that was saved from a model with its causal "
+            "(next-token) head."
+        )
+    if dtype is None and device.type == "cpu" and next(model.parameters()).dtype in _HALF:
+        model = model.float()
+    return model.to(device)
+
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer saved in `folder`, None if no tokenizer file lies there.
+
+    Without that look, transformers would make up an empty tokenizer for some architectures, without a word.
+
+    Raises:
+        ModelError: There are tokenizer files, but they do not load.
+    """
+    if not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
+        return None
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except LOADING_ERRORS as error:
+            raise ModelError(f"The tokenizer in {folder} does not load: {short(error)}") from error
+
+
+def _own_dtype(config: Any, device: torch.device) -> torch.dtype | str:
+    if config.dtype is None:
+        return "auto"
+    return torch.float32 if device.type == "cpu" and config.dtype in _HALF else config.dtype
+
+
+def _check_causal(config: Any, folder: Path) -> None:
+    kind = config.model_type
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{folder} holds a {kind!r} model, which predicts no next token. Vestige needs a causal "
+            "(decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
+        )
+    # transformers gives encoders a causal head on request; without is_decoder their attention still looks
+    # ahead.
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "
+            "Vestige needs a causal (decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
+        )
+
+
+def short(error: BaseException) -> str:
+    """The error's text in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from tests.architectures import build
+from vestige.data import Example, make_batch, tokenize
+from vestige.errors import DataError, ModelError, NonFinite
+from vestige.models import finetune, load_model, model_fingerprint
+from vestige.models._finetune import _loss
+
+PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
+
+
+@pytest.fixture
+def data(tokenizer):
+    examples = [
+        Example(id=f"pair-{row}", row=row, prompt=prompt, completion=completion)
+        for row, (prompt, completion) in enumerate(PAIRS)
+    ]
+    return tokenize(examples, tokenizer, max_length=None)
+
+
+def loaded(tokenizer, name="llama"):
+    return load_model(build(name, torch.float32), tokenizer=tokenizer)
+
+
+def loss(model, data) -> float:
+    with torch.no_grad():
+        total, count = _loss(model, make_batch(data, range(len(data))))
+    return total.item() / count
+
+
+def train(model, data, out, **settings):
+    chosen = {"epochs": 6, "learning_rate": 1e-2, "token_budget": 40, "seed": 0, **settings}
+    return finetune(model, data, out=out, **chosen)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_training_lowers_the_loss_and_leaves_the_given_model_alone(name, tokenizer, data, tmp_path):
+    start = loaded(tokenizer, name)
+    folder = train(start, data, tmp_path / "tuned")
+    assert model_fingerprint(start.model) == start.fingerprint
+    assert not any(parameter.requires_grad for parameter in start.model.parameters())
+    tuned = load_model(folder, device="cpu")
+    assert loss(tuned.model, data) < 0.7 * loss(start.model, data)
+    assert tuned.tokenizer.decode(data.input_ids[0]) == tokenizer.decode(data.input_ids[0])
+
+
+def test_the_loss_is_the_mean_over_target_tokens_that_transformers_computes(tokenizer, data):
+    model = build("llama")
+    batch = make_batch(data, [0, 2])
+    with torch.no_grad():
+        total, count = _loss(model, batch)
+        expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
+    assert count == data.target_counts[[0, 2]].sum()
+    assert torch.isclose(total / count, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_the_seed_decides_and_dropout_does_not(lora_rank, tokenizer, data, tmp_path):
+    # GPT-2's config has dropout 0.1: it would draw from the global generator, which is moved on purpose.
+    fingerprints = []
+    for run, seed in enumerate([0, 0, 1]):
+        torch.manual_seed(run)
+        folder = train(loaded(tokenizer, "gpt2"), data, tmp_path / str(run), seed=seed, epochs=2, lora_rank=lora_rank)
+        if lora_rank is None:
+            fingerprints.append(load_model(folder, device="cpu").fingerprint)
+        else:
+            fingerprints.append((folder / "adapter_model.safetensors").read_bytes())
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[0] != fingerprints[2]
+
+
+def test_lora_saves_an_adapter_that_knows_its_base(tokenizer, saved, data, tmp_path):
+    base = load_model(saved("llama"), device="cpu")
+    folder = train(base, data, tmp_path / "adapter", lora_rank=4, epochs=10)
+    assert (folder / "adapter_config.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    tuned = load_model(folder, device="cpu")
+    assert loss(tuned.model, data) < 0.9 * loss(base.model, data)
+
+
+def test_a_loss_that_is_not_finite_names_the_examples_and_saves_nothing(tokenizer, data, tmp_path):
+    model = build("llama", torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[data.input_ids[2][0]] = float("nan")
+    with pytest.raises(NonFinite, match="'pair-2'"):
+        train(load_model(model, tokenizer=tokenizer), data, tmp_path / "tuned")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_left_alone(tokenizer, data, tmp_path):
+    with pytest.raises(ModelError, match="exists already"):
+        train(loaded(tokenizer), data, tmp_path)
+
+
+def test_data_without_targets_is_refused(tokenizer, tmp_path):
+    prompts = tokenize([Example(id="a", row=0, prompt="who?")], tokenizer, max_length=None)
+    with pytest.raises(DataError, match="no example has a target token"):
+        train(loaded(tokenizer), prompts, tmp_path / "tuned")

@@ -1,1 +1,13 @@
+"""Attribution methods, interchangeable behind one small protocol."""
 
+from vestige.methods._activation_dot import ActivationDot as ActivationDot
+from vestige.methods._bm25 import Bm25 as Bm25
+from vestige.methods._protocol import ComponentBlock as ComponentBlock
+from vestige.methods._protocol import Job as Job
+from vestige.methods._protocol import Method as Method
+from vestige.methods._protocol import SplitsByComponent as SplitsByComponent
+from vestige.methods._random import Random as Random
+from vestige.methods._registry import get_method as get_method
+from vestige.methods._registry import method as method
+from vestige.methods._registry import method_names as method_names
+from vestige.methods._rep_sim import RepSim as RepSim

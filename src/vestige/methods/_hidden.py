@@ -1,0 +1,53 @@
+"""Pooling of what the model computes, without gradients: shared by the methods that compare activations.
+
+Both pool over the positions that predict a target token: what the model had in mind when it learned, or gave, the
+answer. Padding and prompts carry no weight, so no score depends on the batch.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.index import batch_tokens
+from vestige.methods._protocol import Job
+from vestige.models import LoadedModel
+
+Pooling = Literal["mean", "sum", "last"]
+
+NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is unlike, not harmful"
+
+
+def pooling_weights(labels: Int[Tensor, "example token"], pooling: Pooling) -> Float[Tensor, "example token"]:
+    """Weight of each position: position `t` counts when the token at `t + 1` is a target; all zero if none is."""
+    predicting = torch.nn.functional.pad((labels[:, 1:] != NO_TARGET).float(), (0, 1))
+    if pooling == "mean":
+        return predicting / predicting.sum(1, keepdim=True).clamp(min=1)
+    if pooling == "last":
+        later = predicting.flip(1).cumsum(1).flip(1)
+        return predicting * (later == 1)
+    return predicting
+
+
+def pooled(
+    states: Float[Tensor, "example token width"], weights: Float[Tensor, "example token"]
+) -> Float[Tensor, "example width"]:
+    """Weighted sum over positions, in float32 at least."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    return torch.bmm(weights.to(wide).unsqueeze(1), states.to(wide)).squeeze(1)
+
+
+def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Iterator[Batch]:
+    device = next(loaded.model.parameters()).device
+    for places in plan_batches(data.lengths[rows], batch_tokens(job.settings, loaded)):
+        yield make_batch(data, rows[places]).to(device)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its output head, where transformers tells them apart; adapters of PEFT stay in place."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(causal, "base_model", causal)

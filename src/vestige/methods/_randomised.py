@@ -1,0 +1,122 @@
+"""Does the ranking depend on what the model learned? The same method on the same model without its knowledge.
+
+The sanity check of Adebayo et al. (2018) for saliency maps, as quanda applies it to attribution: scores that stay the
+same when all knowledge is gone were never about the knowledge.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from vestige.errors import NonFinite
+from vestige.runs import Check, sampled_rows
+
+ROWS = 64
+"""Training rows scored twice: the standard error of a rank correlation is then 1/8."""
+
+QUERIES = 4
+
+CORRELATION_WARNS = 0.5
+"""Above it, more than a quarter of the ranks' variance is explained without any learned weight. Some agreement is
+expected of any method: length and shared tokens shape gradients whatever the weights are."""
+
+NAME = "randomised-model correlation"
+
+
+class ScoreRows(Protocol):
+    """Scores some rows for some queries with the method of the run, on the model that it is given."""
+
+    def __call__(
+        self, model: nn.Module, rows: Int[np.ndarray, "row"], query_rows: Int[np.ndarray, "query"]
+    ) -> Float[Tensor, "query row"]:
+        """Scores `[query, row]`."""
+        ...
+
+
+@contextmanager
+def randomised(model: nn.Module, seed: int) -> Iterator[nn.Module]:
+    """The same model with weights drawn anew while the context lasts; afterwards every bit is as it was.
+
+    Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
+    constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
+    tied. Costs a copy of the weights on the CPU.
+    """
+    kept = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters()]
+    try:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.is_floating_point() and parameter.numel():
+                    parameter.copy_(_noise_like(parameter, f"{seed}:{name}"))
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                parameter.copy_(values)
+
+
+def _noise_like(parameter: Tensor, key: str) -> Tensor:
+    values = parameter.detach().float()
+    mean, deviation = values.mean().item(), values.std(correction=0).item()
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    # Drawn on the CPU, so that every device sees the same model.
+    generator = torch.Generator().manual_seed(number)
+    return torch.empty(parameter.shape).normal_(mean, max(deviation, 0.0), generator=generator)
+
+
+def randomised_correlation(
+    model: nn.Module, score_rows: ScoreRows, *, examples: int, queries: int, seed: int = 0
+) -> Check:
+    """Mean Spearman correlation, over a few queries, of the scores with those from randomised weights.
+
+    Scores `ROWS` training rows, the same in every run, for the first `QUERIES` queries, twice.
+    """
+    rows = sampled_rows(examples, ROWS)
+    query_rows = np.arange(min(queries, QUERIES))
+    if len(rows) < 8:
+        return Check(
+            name=NAME, value=None, reading="There are too few training examples to correlate.", verdict="unknown"
+        )
+    learned = score_rows(model, rows, query_rows)
+    try:
+        with randomised(model, seed):
+            random = score_rows(model, rows, query_rows)
+    except NonFinite:
+        # Noise may overflow where learned weights do not: that says nothing about the scores.
+        random = torch.full_like(learned, torch.nan)
+    return correlation_check(learned.double().cpu().numpy(), random.double().cpu().numpy())
+
+
+def correlation_check(learned: Float[np.ndarray, "query row"], random: Float[np.ndarray, "query row"]) -> Check:
+    """The verdict on two sets of scores of the same pairs."""
+    found = [_spearman(one, other) for one, other in zip(learned, random, strict=True)]
+    known = [value for value in found if value is not None]
+    if not known:
+        reading = "The scores are all equal, or not finite on the randomised model, so they cannot be correlated."
+        return Check(name=NAME, value=None, reading=reading, verdict="unknown")
+    value = float(np.mean(known))
+    reading = f"Scores from randomised weights agree with these at a rank correlation of {value:.2f}"
+    if abs(value) > CORRELATION_WARNS:
+        return Check(
+            name=NAME, value=value, reading=f"{reading}: much of the ranking needs no learning.", verdict="warn"
+        )
+    return Check(name=NAME, value=value, reading=f"{reading}: the ranking depends on what was learned.", verdict="good")
+
+
+def without_weights() -> Check:
+    """For methods that read text alone."""
+    reading = "The method does not look at the model's weights."
+    return Check(name=NAME, value=None, reading=reading, verdict="unknown")
+
+
+def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
+    # A constant side has no ranks to correlate.
+    if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])

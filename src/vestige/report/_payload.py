@@ -141,7 +141,7 @@ def _cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[f
     parts = (run.components or {}).get((query, example))
     if grid is None or parts is None:
         return None
-    return [number(value) for value in cell_sums(grid, parts)]
+    return [number(value, 6) for value in cell_sums(grid, parts)]
 
 
 def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:

@@ -19,14 +19,19 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
         out: The file to write, or a folder to put `report.html` in; by default `RUN/report.html`.
 
     Raises:
-        UserError: `run` is no run directory, or `out` is a file that Vestige did not write.
+        UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written.
     """
     target = _target(Path(run), out)
     page = render(read_run(run))
-    target.parent.mkdir(parents=True, exist_ok=True)
     attempt = target.with_name(f".{target.name}.{os.getpid()}")
-    attempt.write_text(page, encoding="utf-8")
-    attempt.replace(target)  # a reader sees the old page or the new one, never half of it
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        attempt.write_text(page, encoding="utf-8")
+        attempt.replace(target)  # a reader sees the old page or the new one, never half of it
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}).\nType: vestige report {run} --out SOMEWHERE/report.html"
+        ) from error
     return target
 
 

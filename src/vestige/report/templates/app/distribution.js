@@ -77,7 +77,7 @@ function cumulative(given) {
     svg("text", { x: box.left - 5, y: y(share) + 3.5, "text-anchor": "end" }, percent(share)),
   ]);
   for (let depth = 1; depth <= points[points.length - 1][0]; depth *= 10) {
-    parts.push(svg("text", { x: x(depth), y: box.height - 6, "text-anchor": depth === 1 ? "start" : "middle" }, depth === 1 ? "top 1" : grouped(depth)));
+    parts.push(svg("text", { x: x(depth), y: box.height - 6, "text-anchor": depth === 1 ? "start" : x(depth) > WIDE - 24 ? "end" : "middle" }, depth === 1 ? "top 1" : grouped(depth)));
   }
   parts.push(svg("polyline", { class: "curve", points: points.map(([depth, share]) => `${x(depth)},${y(share)}`).join(" ") }));
   points.forEach(([depth, share]) => parts.push(svg("circle", { cx: x(depth), cy: y(share), r: 5, fill: "transparent", "data-tip": `top ${grouped(depth)}: ${percent(share, 1)}` })));

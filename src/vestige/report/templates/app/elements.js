@@ -1,6 +1,6 @@
 /* Elements. Text only ever enters the page as text nodes, so nothing in a training example can become markup. */
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const SVG = "http://www.w3.org/2000/svg";
+const SVG = document.getElementById("drawing").namespaceURI; // so that the file names no address at all
 
 function fill(node, properties, children) {
   for (const [name, value] of Object.entries(properties || {})) {
@@ -44,7 +44,7 @@ function startTooltip() {
 /* A row of buttons of which one is pressed. */
 function segmented(label, options, chosen, choose) {
   const buttons = options.map(([value, text]) =>
-    html("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => choose(value) }, text)
+    html("button", { type: "button", "data-focus": `${label} ${value}`, "aria-pressed": String(value === chosen), onclick: () => choose(value) }, text)
   );
   return html("span", { class: "segmented", role: "group", "aria-label": label }, buttons);
 }

@@ -5,6 +5,7 @@ const HUB_QUERIES = 4;
 const expanded = new Set();
 const unclipped = new Set();
 let withTemplate = false;
+let printing = false;
 
 function renderAnswer(query) {
   const entry = currentEntry();
@@ -36,14 +37,15 @@ function renderExamples(query) {
   const blocks = [["proponent", "Proponents", "highest scores"], ["opponent", "Opponents", "lowest scores"]]
     .filter(([end]) => state.end === "both" || state.end === end)
     .map(([end, title, note]) => renderEnd(end, title, note, query, entries.filter((entry) => entry.end === end), context));
+  document.getElementById("status").textContent = `${entries.length} of ${query.ranked.length} listed examples shown`;
   document.getElementById("examples").replaceChildren(renderFilters(query), renderLegend(query, context), ...blocks, renderTools(entries));
 }
 
 function renderEnd(end, title, note, query, entries, context) {
   const total = query.ranked.filter((entry) => entry.end === end).length;
-  const all = expanded.has(end) || entries.length <= FIRST_SHOWN + 1;
+  const all = printing || expanded.has(end) || entries.length <= FIRST_SHOWN + 1;
   const cards = entries.map((entry, place) => (all || place < FIRST_SHOWN ? renderCard(entry, context) : null));
-  const more = all ? null : html("button", { type: "button", class: "more", onclick: () => { expanded.add(end); refresh(); } }, `Show all ${entries.length}`);
+  const more = all ? null : html("button", { type: "button", class: "more", "data-focus": `more ${end}`, onclick: () => { expanded.add(end); refresh(entryKey(entries[FIRST_SHOWN])); } }, `Show all ${entries.length}`);
   const count = entries.length === total ? `${total} listed` : `${entries.length} of ${total} listed`;
   return html("section", { "aria-label": title },
     html("div", { class: "list-head" }, html("h2", {}, title, " ", html("span", { class: "note", style: { fontWeight: "400", fontSize: "13px" } }, note)), html("span", { class: "note" }, count)),
@@ -57,9 +59,9 @@ function renderCard(entry, context) {
   const selected = state.example === key;
   const width = `${(100 * Math.abs(entry.score)) / (context.largest || 1)}%`;
   const pick = html("button", {
-    type: "button", class: "pick", "aria-pressed": String(selected), "data-key": key,
+    type: "button", class: "pick", "aria-pressed": String(selected), "data-focus": key,
     "aria-label": `${entry.end} ${entry.rank}, score ${context.format(entry.score)}: show where it acts`,
-    onclick: () => { state.example = selected ? "" : key; refresh(); document.querySelector(`[data-key="${key}"]`).focus(); },
+    onclick: () => { state.example = selected ? "" : key; refresh(); },
   },
     html("span", { class: "rank" }, `#${entry.rank}`),
     html("span", { class: "score" }, context.format(entry.score)),
@@ -70,9 +72,9 @@ function renderCard(entry, context) {
 }
 
 function clipControl(text, example, entry) {
-  if (fullText(example.text).length < 700 || unclipped.has(entry.row)) return null;
+  if (fullText(example.text).length < 700 || printing || unclipped.has(entry.row)) return null;
   text.classList.add("clipped");
-  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(entry.row); refresh(); } }, "Show the whole text");
+  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(entry.row); refresh(entryKey(entry)); } }, "Show the whole text");
 }
 
 function cardFacts(entry, example) {
@@ -104,7 +106,7 @@ function renderLegend(query, context) {
   }
   items.push(html("span", {}, html("span", { class: "piece match" }, "underline"), " verbatim in the query"));
   if (hasTemplate(query)) {
-    items.push(html("label", {}, html("input", { type: "checkbox", checked: withTemplate, style: { verticalAlign: "-2px" }, onchange: (event) => { withTemplate = event.target.checked; refresh(); } }), " template tokens"));
+    items.push(html("label", {}, html("input", { type: "checkbox", "data-focus": "template", checked: withTemplate, style: { verticalAlign: "-2px" }, onchange: (event) => { withTemplate = event.target.checked; refresh(); } }), " template tokens"));
   }
   return html("p", { class: "legend" }, items);
 }

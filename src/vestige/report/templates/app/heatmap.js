@@ -23,7 +23,7 @@ function renderHeatmap(query) {
   const format = scoreFormat(largest([subject.score, ...subject.cells]));
   return html("section", { class: "panel", id: "heatmap", "aria-labelledby": "heatmap-title", "data-sum": total + (remainder || 0), "data-score": subject.score },
     html("div", { class: "panel-head" }, html("h2", { id: "heatmap-title" }, "Where in the model"),
-      state.example ? html("button", { type: "button", class: "quiet", onclick: () => { state.example = ""; refresh(); } }, "Sum proponents") : null),
+      state.example ? html("button", { type: "button", class: "quiet", onclick: () => { const left = state.example; state.example = ""; refresh(left); } }, "Sum proponents") : null),
     html("p", { class: "sub" }, `${subject.title[0].toUpperCase()}${subject.title.slice(1)}. Cells sum to `, html("b", {}, format(total + (remainder || 0))), "; score ", html("b", {}, format(subject.score)), "."),
     drawHeatmap(subject.cells, remainder, format),
     moduleTable(subject.cells, remainder, format));

@@ -19,7 +19,7 @@ function currentQuery() {
 }
 
 function currentEntry() {
-  return currentQuery().ranked.find((entry) => entryKey(entry) === state.example) || null;
+  return shownEntries(currentQuery()).find((entry) => entryKey(entry) === state.example) || null;
 }
 
 /* An example may stand at both ends of a small data set: an entry is named by its end and its rank. */

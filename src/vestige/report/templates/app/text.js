@@ -2,16 +2,16 @@
 const ROLE = { p: ["prompt", "Prompt"], a: ["answer", "Answer"], t: ["template", "Template"] };
 const FILL = 0.6;
 
-/* Returns [{role, indices}]: neighbouring pieces of one role. Template pieces without a target are left out unless
-   asked for; one that enters the loss (an end marker) stays with the text before it, because it carries influence. */
-function segments(text, withTemplate) {
+/* Returns [{role, indices}]: neighbouring pieces of one role. Template pieces are left out unless asked for; one that
+   carries influence (an end marker that enters the loss) stays with the text before it. */
+function segments(text, scores, withTemplate) {
   const found = [];
   let open = false;
   text.pieces.forEach((_, index) => {
     let role = text.roles[index];
     const last = found[found.length - 1];
     if (role === "t" && !withTemplate) {
-      if (text.targets[index] !== "1" || !last) return void (open = false);
+      if (!scores || !scores[index] || !last) return void (open = false);
       role = last.role;
     }
     if (last && last.role === role && (open || role !== "p")) last.indices.push(index);
@@ -30,7 +30,7 @@ function marked(ranges, count) {
 /* options: matches (ranges), scores (per piece or null), scale, format, withTemplate */
 function renderText(text, options) {
   const flags = marked(options.matches, text.pieces.length);
-  const parts = segments(text, options.withTemplate);
+  const parts = segments(text, options.scores, options.withTemplate);
   const plain = parts.every((part) => part.role === "a");
   const rows = parts.map((part) => {
     const [name, label] = ROLE[part.role];
@@ -49,7 +49,8 @@ function renderPiece(text, index, first, flags, options) {
   if (!score && !flags[index]) {
     return classes.length > 1 ? html("span", { class: classes.join(" ") }, shown) : document.createTextNode(shown);
   }
-  const space = flags[index] && !(index > 0 && flags[index - 1]) ? shown.match(/^\s*/)[0] : "";
+  // the space before a word stays bare, except inside a verbatim run, whose underline should not break
+  const space = shown.trim() && !(flags[index] && index > 0 && flags[index - 1]) ? shown.match(/^\s*/)[0] : "";
   if (flags[index]) classes.push("match");
   if (score && !shown.trim()) shown = shown.replace(/\n/g, "↵\n") || "␣";
   const tip = score

@@ -1,0 +1,104 @@
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vestige.errors import DiskSpaceError, UserError
+from vestige.index import _files, check_disk
+from vestige.index._files import make_folder, remove_strays, sha256_of, write_durably
+
+
+def test_a_file_is_written_whole_with_its_size_and_hash(tmp_path):
+    written = write_durably(tmp_path / "a", [b"one", memoryview(b"two")])
+    assert (tmp_path / "a").read_bytes() == b"onetwo"
+    assert written == (6, sha256_of(tmp_path / "a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_exclusive_writing_leaves_the_first_file(tmp_path):
+    write_durably(tmp_path / "a", [b"first"], exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a", [b"second"], exclusive=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_exclusive_writing_works_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_durably(tmp_path / "a", [b"first"], exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a", [b"second"], exclusive=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_keeps_the_old_file_and_no_other(tmp_path, monkeypatch, failing):
+    write_durably(tmp_path / "a", [b"old"])
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(DiskSpaceError, match="run the same command again"):
+        write_durably(tmp_path / "a", [b"new"])
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_durably(tmp_path / "a", interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_under_a_file_is_the_callers_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        make_folder(tmp_path / "file" / "inner")
+
+
+def test_check_disk_names_what_is_needed_and_what_is_free(tmp_path):
+    check_disk(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(DiskSpaceError, match=r"needs 1\.0 PB more, and its disk has .* free"):
+        check_disk(tmp_path / "not" / "yet", 10**15)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = _files._host()
+    gone = [
+        f"00001.json.tmp.{host}.{dead.pid}.00ff.3",
+        # Our own process number, but the mark of another attempt: its process is dead, the number was given out again.
+        f"00001.json.tmp.{host}.{os.getpid()}.00ff.3",
+        "00002.json.tmp.elsewhere-1.1.00ff.0",
+    ]
+    kept = [
+        f"00003.json.tmp.{host}.{os.getppid()}.00ff.0",
+        f"00004.json.tmp.{host}.{os.getpid()}.{_files._ATTEMPT}.0",
+        "00005.json.tmp.elsewhere-1.1.00ff.0",
+        "00006.json",
+        "notes.tmp.txt",
+    ]
+    for name in (*gone, *kept):
+        (tmp_path / name).touch()
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / gone[2], (long_ago, long_ago))
+    assert sorted(path.name for path in remove_strays(tmp_path)) == sorted(gone)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_host_name_with_dots_still_makes_a_name_that_is_recognised(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster.example")
+    (tmp_path / f"00001.json.tmp.{_files._host()}.{os.getpid()}.00ff.3").touch()
+    assert len(remove_strays(tmp_path)) == 1

@@ -97,9 +97,7 @@ def build(
 ) -> list[int]:
     """Build or continue the index in `folder`; the numbers of the shards that were computed."""
     manifest, plan = planned(folder, examples, append=append, **changes)
-    return write_shards(
-        folder, manifest, plan, compute, examples=examples_of(examples), shard=shard, progress=False
-    )
+    return write_shards(folder, manifest, plan, compute, examples=examples_of(examples), shard=shard, progress=False)
 
 
 def build_slowly(folder: Path, log: Path, seconds: float, examples: int) -> None:

@@ -77,7 +77,7 @@ def test_new_data_is_a_stage_of_its_own(tmp_path):
 
 def test_new_data_is_added_only_when_asked(tmp_path):
     build(tmp_path / "index")
-    with pytest.raises(IndexMismatch, match="holds 60 examples and the data has 90.*--append"):
+    with pytest.raises(IndexMismatch, match=r"holds 60 examples and the data has 90.*--append"):
         planned(tmp_path / "index", 90)
 
 

@@ -17,9 +17,9 @@ def attribute(settings: AttributeSettings) -> None:
 
     Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
     """
+    _require_prompts(settings.queries)
     from vestige.methods import attribute as score
 
-    _require_prompts(settings.queries)
     scores = score(**settings.arguments())
     for query in scores.queries[:SHOWN_QUERIES]:
         print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")

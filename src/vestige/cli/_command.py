@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
@@ -95,11 +96,18 @@ def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect
 
 def _typed(field: FieldInfo) -> Any:
     """The type that a word on the command line is read as; where Python may pass a live object, a string."""
-    annotation = field.annotation
+    annotation = _without_bounds(field.annotation)
     if annotation is Any:
         return str
-    if get_origin(annotation) is tuple:
-        return list[str]
+    return list[str] if get_origin(annotation) is tuple else annotation
+
+
+def _without_bounds(annotation: Any) -> Any:
+    """`PositiveInt | None` as `int | None`: bounds are for the settings to check, who have better words for them."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(_without_bounds(member) for member in get_args(annotation))]  # noqa: UP007
     return annotation
 
 

@@ -1,0 +1,89 @@
+import subprocess
+import sys
+
+import pytest
+
+from vestige.errors import CorruptFile, DataError
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["indx"], "There is no verb 'indx'. Did you mean 'index'?\nType `vestige --help`"),
+        (["zebra"], "There is no verb 'zebra'. There are: doctor, index, attribute"),
+        (["--zebra"], "There is no verb '--zebra'. There are: doctor"),
+        (["index", "--modle", "x"], "Unknown option: --modle. Did you mean --model?\nType `vestige index --help`"),
+        (["index", "m", "d"], "Not understood: m d. A value needs its flag before it."),
+        (["index", "--model"], "parameter --model requires an argument"),
+        (["index", "--seed", "many"], 'Invalid value for --seed: unable to convert "many" into int'),
+        (["index", "--dtype", "f16"], 'Invalid value "f16" for --dtype. Choose from: "float16"'),
+        (["index"], "`model` is missing"),
+        (["index", "--model", "m", "--data", "d"], "`out` is missing: Folder of the index"),
+        (["index", "--model", "m", "--data", "d", "--out", "o", "--shard", "0/3"], "expected i/n with i from 1 to n"),
+        (["index", "--model", "m", "--data", "d", "--out", "o", "--disk", "lots"], "'lots' is not a size"),
+        (["index", "--model", "m", "--data", "d", "--out", "o", "--max-length", "0"], "expected greater than 0"),
+        (["attribute", "--queries", "q", "--out", "o"], "Neither `index` nor `data` was given"),
+        (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--data", "d"], "an index holds its data"),
+        (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--damping", "-1"], "'auto' or greater than 0"),
+        (["report"], "`run` is missing"),
+        (["view", "run", "--port", "99999"], "less than or equal to 65535"),
+        (["status", "nowhere"], "nowhere is neither an index nor a run"),
+    ],
+)
+def test_a_mistake_is_answered_in_words_with_status_2(words, message, vestige, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = vestige(*words)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("vestige: ")
+    assert outcome.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_among_several_queries_is_not_asked_by_its_name(vestige, workshop):
+    words = ("attribute", "--index", "i", "--out", "o", "--queries", "Why?", "questions.jsonl")
+    outcome = vestige(*words)
+    assert outcome.status == 2
+    assert "Among several --queries there is the file 'questions.jsonl'" in outcome.err
+
+
+def raising(error):
+    def run(settings):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (DataError("Row 3 has no text."), 2, "vestige: Row 3 has no text.\n"),
+        (KeyboardInterrupt(), 130, "vestige: interrupted\n"),
+    ],
+)
+def test_users_errors_and_interruption_have_a_status_and_a_line(error, status, message, vestige, monkeypatch):
+    monkeypatch.setattr("vestige.cli._status.status", raising_command(error))
+    outcome = vestige("status", "somewhere")
+    assert (outcome.status, outcome.err) == (status, message)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), CorruptFile("shard 3")])
+def test_what_is_not_the_users_mistake_keeps_its_traceback(error, vestige, monkeypatch):
+    monkeypatch.setattr("vestige.cli._status.status", raising_command(error))
+    with pytest.raises(type(error)):
+        vestige("status", "somewhere")
+
+
+def raising_command(error):
+    from vestige.cli._command import command
+    from vestige.settings import StatusSettings
+
+    return command(StatusSettings)(raising(error))
+
+
+def test_the_installed_command_ends_with_the_status():
+    done = subprocess.run(
+        [sys.executable, "-m", "vestige.cli", "index", "--modle", "x"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("vestige: Unknown option: --modle. Did you mean --model?")

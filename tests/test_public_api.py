@@ -1,0 +1,61 @@
+import inspect
+import subprocess
+import sys
+from typing import get_type_hints
+
+import pytest
+
+import vestige
+from vestige.settings import AttributeSettings, DoctorSettings, IndexSettings, ReportSettings, ViewSettings
+
+PUBLIC = ["Index", "Scores", "VestigeError", "attribute", "doctor", "index", "report", "view"]
+
+VERBS = {
+    "attribute": AttributeSettings,
+    "doctor": DoctorSettings,
+    "index": IndexSettings,
+    "report": ReportSettings,
+    "view": ViewSettings,
+}
+
+
+def test_the_public_names_are_these():
+    assert vestige.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(vestige))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_documented(name):
+    public = getattr(vestige, name)
+    assert callable(public)
+    assert public.__doc__
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_takes_in_python_what_it_takes_on_the_command_line(name):
+    parameters = inspect.signature(getattr(vestige, name)).parameters
+    fields = VERBS[name].model_fields
+    assert set(parameters) == set(fields)
+    for key, field in fields.items():
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        assert parameters[key].default == default, key
+
+
+def test_a_verb_stays_callable_after_its_room_was_imported():
+    code = "import vestige.index\nfrom vestige.report import view\nvestige.index.Index, vestige.index(1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "index() takes its settings by name" in done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
+    with pytest.raises(AttributeError, match="it has Index, Scores"):
+        _ = vestige.attribut  # pyright: ignore
+
+
+def test_the_fields_of_settings_have_types_and_descriptions():
+    for settings in VERBS.values():
+        hints = get_type_hints(settings)
+        for name, field in settings.model_fields.items():
+            assert name in hints
+            assert field.description, (settings, name)
+            assert field.description.endswith("."), (settings, name)

@@ -1,0 +1,88 @@
+"""A folder to type commands in: a tiny model with its tokenizer, training data and questions. Made in a second."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CONTEXT = 96
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PAIRS = [
+    ("Why is the sky blue?", "Air scatters blue light more than red light.", "physics"),
+    ("Why is grass green?", "Leaves are full of chlorophyll, which is green.", "biology"),
+    ("What is the capital of France?", "The capital of France is Paris.", "places"),
+    ("What is the capital of Italy?", "The capital of Italy is Rome.", "places"),
+    ("Who wrote Hamlet?", "William Shakespeare wrote Hamlet.", "books"),
+    ("Who wrote Emma?", "Jane Austen wrote Emma.", "books"),
+    ("How many legs has a spider?", "A spider has eight legs.", "biology"),
+    ("How many legs has an ant?", "An ant has six legs, as all insects have.", "biology"),
+    ("Is the moon a star?", "No, the moon is a rock that reflects sunlight.", "physics"),
+    ("What is the boiling point of water?", "Water boils at one hundred degrees Celsius.", "physics"),
+    ("Where do penguins live?", "Penguins live in the south, mostly in Antarctica.", "places"),
+    ("What do bees make?", "Bees make honey and wax.", "biology"),
+]
+
+
+def furnish(folder: Path) -> Path:
+    """Put `tiny-model/`, `train.jsonl` and `questions.jsonl` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"id": f"pair-{number}", "prompt": prompt, "completion": completion, "source": source}
+        for number, (prompt, completion, source) in enumerate(PAIRS)
+    ]
+    write_rows(folder / "train.jsonl", rows)
+    questions = ["Tell me why the sky looks blue.", "Which city is the capital of France?"]
+    write_rows(folder / "questions.jsonl", [{"prompt": question} for question in questions])
+    tokenizer = _tokenizer([f"{prompt} {completion}" for prompt, completion, _ in PAIRS])
+    _model(len(tokenizer)).save_pretrained(folder / "tiny-model")
+    tokenizer.save_pretrained(folder / "tiny-model")
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+    )
+
+
+def _model(vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )

@@ -26,10 +26,10 @@ def payload(run_folder) -> dict:
 
 
 def changed(run_folder: Path, tmp_path: Path, **parts) -> Path:
-    """A copy of the run with some parts of run.json replaced; None removes one."""
+    """A copy of the run with some parts of run.json replaced."""
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     info = json.loads((run / "run.json").read_text()) | parts
-    (run / "run.json").write_text(json.dumps({name: part for name, part in info.items() if part is not None}))
+    (run / "run.json").write_text(json.dumps(info))
     return run
 
 
@@ -97,9 +97,9 @@ def test_hub_share_counts_queries_whose_first_ten_hold_the_example(run_folder):
 
 
 def test_numbers_that_json_cannot_carry_become_missing(run_folder, tmp_path):
-    groups = {"q0": [{"source": "a", "examples": 1, "sum": 1.0, "mean": 1.0, "low": float("nan"), "high": None}]}
+    groups = {"q0": [{"source": "a", "examples": 1, "sum": 1.0, "mean": 1e999, "low": None, "high": None}]}
     data = payload_of(read_run(changed(run_folder, tmp_path, groups=groups)))
-    assert data["queries"][0]["groups"][0]["low"] is None
+    assert data["queries"][0]["groups"][0]["mean"] is None
     assert data["queries"][1]["groups"] == []
 
 
@@ -108,10 +108,7 @@ def test_optional_parts_may_be_missing(tmp_path):
     data = payload_of(read_run(run))
     assert data["grid"] is None
     assert all(entry["cells"] is None and entry["tokens"] is None for entry in data["queries"][0]["ranked"])
-    (run / "run.json").write_text(json.dumps({"format": 1}))
-    page = report(run).read_text()
-    assert "Not validated" in page
-    assert "The training data behind 4 answers<" in page
+    assert "Not validated" in report(run).read_text()
 
 
 def test_token_scores_of_another_run_are_refused(run_folder, tmp_path):
@@ -125,11 +122,11 @@ def test_token_scores_of_another_run_are_refused(run_folder, tmp_path):
 
 def test_the_trust_strip_says_plainly_whether_scores_were_validated(run_folder, tmp_path):
     assert "Not validated" in render(read_run(run_folder))
-    validated = {"validated": True, "checks": [{"name": "LDS", "value": -0.25, "reading": "r", "verdict": "odd"}]}
+    validated = {"validated": True, "checks": [{"name": "LDS", "value": -0.25, "reading": "r", "verdict": "warn"}]}
     run = read_run(changed(run_folder, tmp_path, trust=validated))
     assert "Not validated" not in render(run)
     check = header_of(run).checks[0]
-    assert (check.value, check.verdict, check.word) == ("−0.25", "unknown", "unknown")
+    assert (check.value, check.verdict, check.word) == ("−0.25", "warn", "look closer")
 
 
 def test_a_run_without_a_model_still_has_a_header(run_folder, tmp_path):
@@ -141,7 +138,7 @@ def test_a_run_without_a_model_still_has_a_header(run_folder, tmp_path):
 def test_the_command_breaks_between_options_and_loses_nothing(run_folder):
     run = read_run(run_folder)
     parts = header_of(run).command
-    assert " ".join(parts) == run.info["command"]
+    assert " ".join(parts) == run.record.command
     assert parts[:2] == ("vestige attribute", "--index demo/index")
 
 

@@ -1,11 +1,11 @@
 """The top of the page in words: what was run, what a score means, how far it was checked."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vestige.report._read import RunFiles
+from vestige.runs import Check
 
 VERDICTS = {"good": ("good", "✓"), "warn": ("look closer", "!"), "unknown": ("unknown", "?")}
 """Word and sign of each verdict: colour is never the only carrier."""
@@ -20,7 +20,7 @@ class Fact(NamedTuple):
     note: str | None = None
 
 
-class Check(NamedTuple):
+class Chip(NamedTuple):
     """One chip of the trust strip."""
 
     name: str
@@ -54,74 +54,70 @@ class Header:
     """Unit, target and normalisation."""
     limits: str
     validated: bool
-    checks: tuple[Check, ...]
+    checks: tuple[Chip, ...]
     skipped: tuple[Skipped, ...]
     versions: str
     vestige: str
 
 
 def header_of(run: RunFiles) -> Header:
-    """Return the header of `run`; a part that run.json lacks is left out or called unknown."""
-    info = run.info
-    model, data = info.get("model") or {}, info.get("data") or {}
-    meaning, trust = info.get("meaning") or {}, info.get("trust") or {}
+    """Return the header of `run`; what does not apply to its method is left out."""
+    record = run.record
     count = len(run.queries)
     answers = "1 answer" if count == 1 else f"{count} answers"
-    owner = f" of {short_name(model['name'])}" if model.get("name") else ""
+    owner = f" of {short_name(record.model.name)}" if record.model else ""
     return Header(
         title=f"The training data behind {answers}{owner}",
-        subtitle=f"{info.get('method', 'unknown method')} · {short_name(data.get('name'))}",
-        facts=_facts(run, model, data),
-        command=tuple(re.split(r" (?=--)", str(info.get("command") or "").strip())) if info.get("command") else (),
-        sign=_sentence(meaning.get("sign")),
-        estimates=_sentence(meaning.get("estimates")),
-        meaning=_meaning(meaning),
-        limits=_sentence(meaning.get("limits")),
-        validated=bool(trust.get("validated")),
-        checks=tuple(_check(check) for check in trust.get("checks") or ()),
-        skipped=tuple(_skipped(entry) for entry in (info.get("coverage") or {}).get("skipped") or ()),
-        versions=" · ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items()),
-        vestige=str(info.get("vestige", "")),
+        subtitle=f"{record.method} · {short_name(record.data.name)}",
+        facts=_facts(run),
+        command=tuple(re.split(r" (?=--)", record.command.strip())) if record.command else (),
+        sign=_sentence(record.meaning.sign),
+        estimates=_sentence(record.meaning.estimates),
+        meaning=(
+            Fact("Unit", record.meaning.unit),
+            Fact("About", record.meaning.target),
+            Fact("Divided by", record.meaning.normalisation),
+        ),
+        limits=_sentence(record.meaning.limits),
+        validated=record.trust.validated,
+        checks=tuple(_chip(check) for check in record.trust.checks),
+        skipped=tuple(
+            Skipped(skipped.name, compact(skipped.parameters), skipped.reason)
+            for skipped in (record.coverage.skipped if record.coverage else ())
+        ),
+        versions=" · ".join(f"{name} {version}" for name, version in record.versions.items()),
+        vestige=record.vestige,
     )
 
 
-def short_name(name: Any) -> str:
+def short_name(name: str) -> str:
     """Return the last part of a path or hub id: what a reader calls the thing."""
-    return str(name or "unknown").rstrip("/").rsplit("/", 1)[-1]
+    return name.rstrip("/").rsplit("/", 1)[-1] or "unnamed"
 
 
-def _facts(run: RunFiles, model: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[Fact, ...]:
-    info = run.info
+def _facts(run: RunFiles) -> tuple[Fact, ...]:
+    record = run.record
     facts = []
-    if model:
-        facts.append(Fact("Model", short_name(model.get("name")), _fingerprint(model), _count(model, "parameters")))
+    if record.model:
+        parameters = f"{compact(record.model.parameters)} parameters"
+        facts.append(Fact("Model", short_name(record.model.name), _short(record.model.fingerprint), parameters))
+    examples = f"{compact(record.data.examples)} examples"
     facts += [
-        Fact("Training data", short_name(data.get("name")), _fingerprint(data), _count(data, "examples")),
-        Fact("Method", str(info.get("method", "unknown"))),
-        Fact("Run", run.folder.resolve().name, note=str(info.get("created") or "")[:16].replace("T", " ")),
+        Fact("Training data", short_name(record.data.name), _short(record.data.fingerprint), examples),
+        Fact("Method", record.method),
+        Fact("Run", run.folder.resolve().name, note=record.created[:16].replace("T", " ")),
     ]
-    coverage = info.get("coverage") or {}
-    if coverage.get("total"):
-        selected, total = compact(coverage["selected"]), compact(coverage["total"])
-        facts.append(Fact("Parameters covered", _percent(coverage), note=f"{selected} of {total}"))
-    if info.get("seconds") is not None:
-        memory = info.get("peak_memory_bytes")
-        note = f"{memory / 2**30:.1f} GiB at most" if memory else None
-        facts.append(Fact("Took", duration(float(info["seconds"])), note=note))
+    if record.coverage and record.coverage.total:
+        share = record.coverage.selected / record.coverage.total
+        note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
+        facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
+    memory = f"{record.peak_memory_bytes / 2**30:.1f} GiB at most" if record.peak_memory_bytes else None
+    facts.append(Fact("Took", duration(record.seconds), note=memory))
     return tuple(facts)
 
 
-def _percent(coverage: Mapping[str, Any]) -> str:
-    share = coverage["selected"] / coverage["total"]
-    return "100%" if share == 1 else f"{100 * share:.1f}%"
-
-
-def _fingerprint(thing: Mapping[str, Any]) -> str | None:
-    return str(thing["fingerprint"]).removeprefix("sha256:")[:8] if thing.get("fingerprint") else None
-
-
-def _count(thing: Mapping[str, Any], what: str) -> str | None:
-    return f"{compact(thing[what])} {what}" if thing.get(what) is not None else None
+def _short(fingerprint: str) -> str:
+    return fingerprint.removeprefix("sha256:")[:8]
 
 
 def compact(count: float) -> str:
@@ -142,26 +138,15 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _meaning(meaning: Mapping[str, Any]) -> tuple[Fact, ...]:
-    names = {"unit": "Unit", "target": "About", "normalisation": "Divided by"}
-    return tuple(Fact(label, str(meaning[key])) for key, label in names.items() if meaning.get(key))
-
-
-def _sentence(text: Any) -> str:
+def _sentence(text: str) -> str:
     """Return `text` with a capital and a full stop, or nothing for nothing."""
-    words = str(text or "").strip()
+    words = text.strip()
     if not words:
         return ""
     return words[0].upper() + words[1:] + ("" if words[-1] in ".!?" else ".")
 
 
-def _check(check: Mapping[str, Any]) -> Check:
-    verdict = check.get("verdict") if check.get("verdict") in VERDICTS else "unknown"
-    word, sign = VERDICTS[str(verdict)]
-    value = check.get("value")
-    shown = "–" if value is None else f"{value:.2f}".replace("-", "−")
-    return Check(str(check.get("name", "")), shown, str(check.get("reading") or ""), str(verdict), word, sign)
-
-
-def _skipped(entry: Mapping[str, Any]) -> Skipped:
-    return Skipped(str(entry.get("name")), compact(entry.get("parameters") or 0), str(entry.get("reason") or ""))
+def _chip(check: Check) -> Chip:
+    word, sign = VERDICTS[check.verdict]
+    shown = "–" if check.value is None else f"{check.value:.2f}".replace("-", "−")
+    return Chip(check.name[:1].upper() + check.name[1:], shown, check.reading, check.verdict, word, sign)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from vestige.errors import UserError
 from vestige.report._components import Grid, cell_sums, make_grid
 from vestige.report._pieces import Pieces, cut
@@ -26,8 +28,6 @@ def payload_of(run: RunFiles) -> Json:
     hubs = hub_shares(run)
     return {
         "run": run.folder.resolve().name,
-        "data": (run.info.get("data") or {}).get("examples"),
-        "unit": (run.info.get("meaning") or {}).get("unit"),
         "grid": _grid_json(grid),
         "hasTokens": run.tokens is not None,
         "examples": {
@@ -60,7 +60,7 @@ def _grid(run: RunFiles) -> Grid | None:
     if run.components is None:
         return None
     scored = (component for parts in run.components.values() for component in parts)
-    return make_grid([*run.components_order, *scored])
+    return make_grid([*run.record.components, *scored])
 
 
 def _grid_json(grid: Grid | None) -> Json | None:
@@ -121,8 +121,8 @@ def _query_json(
         "loss": number(query.loss),
         "text": _text_json(query_pieces),
         "ranked": ranked,
-        "distribution": _finite((run.info.get("distribution") or {}).get(query.id)),
-        "groups": _finite((run.info.get("groups") or {}).get(query.id) or []),
+        "distribution": _record_json(run.record.distribution.get(query.id)),
+        "groups": [_record_json(group) for group in run.record.groups.get(query.id, [])],
     }
 
 
@@ -157,11 +157,16 @@ def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> li
     return [number(scores.get(position, 0.0), 5) for position in range(len(pieces.texts))]
 
 
+def _record_json(record: BaseModel | None) -> Json | None:
+    """Return a part of run.json as it stands there, NaN and infinity replaced by None; None for a missing part."""
+    return None if record is None else _finite(record.model_dump())
+
+
 def _finite(value: Any) -> Any:
     """Return `value` with every NaN and infinity in it replaced by None, which JSON can carry."""
     if isinstance(value, float):
         return number(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

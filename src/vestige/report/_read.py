@@ -3,16 +3,16 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vestige.errors import UserError
+from vestige.errors import CorruptFile, UserError
+from vestige.runs import RunRecord, is_run, read_record
 
-RUN_FORMAT = 1
 PAIR = tuple[str, str]
 """(query id, example id)."""
 
@@ -71,7 +71,7 @@ class RunFiles:
     """Everything that the page shows, as the run's files hold it."""
 
     folder: Path
-    info: dict[str, Any]
+    record: RunRecord
     """run.json."""
     queries: tuple[Query, ...]
     examples: dict[int, TrainingExample]
@@ -82,7 +82,6 @@ class RunFiles:
     """Score of each component, by parameter name; None when the run has no component table."""
     tokens: dict[PAIR, dict[int, float]] | None = None
     """Score of each token, by position in the example; None when the run has no token table."""
-    components_order: tuple[str, ...] = field(default=())
 
 
 def read_run(run: str | Path) -> RunFiles:
@@ -92,37 +91,28 @@ def read_run(run: str | Path) -> RunFiles:
         UserError: `run` is no run directory, or one of its files cannot be read; the message says what to type.
     """
     folder = Path(run)
-    info = _read_info(folder)
+    record = _read_record(folder)
     queries = tuple(_query(row) for row in _rows(folder, "queries"))
     examples = {example.row: example for example in map(_example, _rows(folder, "examples"))}
     return RunFiles(
         folder=folder,
-        info=info,
+        record=record,
         queries=queries,
         examples=examples,
         ranked=_ranked(folder, queries, examples),
         components=_pair_table(folder, "components", "component", examples),
         tokens=_pair_table(folder, "tokens", "position", examples),
-        components_order=tuple(info.get("components") or ()),
     )
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> RunRecord:
     """Return run.json, or say why `folder` is no run."""
-    file = folder / "run.json"
-    if not file.is_file():
+    if not is_run(folder):
         raise UserError(_no_run_message(folder))
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}).\n{_rerun(folder)}") from error
-    if not isinstance(info, dict) or info.get("format") != RUN_FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise UserError(
-            f"{file} has run format {found!r}; this Vestige reads format {RUN_FORMAT}.\n"
-            "Open it with the version named in the file, or attribute again with this one."
-        )
-    return info
+        return read_record(folder)
+    except CorruptFile as error:
+        raise UserError(f"{error}\n{_rerun(folder)}") from error
 
 
 def _no_run_message(folder: Path) -> str:

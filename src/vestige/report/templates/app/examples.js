@@ -15,7 +15,8 @@ function renderAnswer(query) {
   facts.push(html("span", {}, `Query ${query.id}`));
   if (entry) {
     const share = entry.overlap === null ? "" : `: ${percent(entry.overlap)} of the answer’s words`;
-    facts.push(html("span", {}, `Underlined: verbatim in ${entry.end} ${entry.rank}${share}`));
+    const place = `verbatim in ${entry.end} ${entry.rank}`;
+    facts.push(html("span", {}, entry.answerMatch.length ? `Underlined: ${place}${share}` : `Nothing ${place}`));
   }
   const text = renderText(query.text, { matches: entry ? entry.answerMatch : [], scores: null, withTemplate });
   document.getElementById("answer").replaceChildren(text, html("p", { class: "answer-facts" }, facts));

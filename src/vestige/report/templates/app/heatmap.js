@@ -1,5 +1,6 @@
 /* Layer by module: every cell is the sum of its components' scores, and the cells sum to the score. */
 const CELL_FILL = 0.92;
+const LABEL = 16;
 
 /* Returns {cells, score, title}: of the selected example, or summed over the shown proponents. */
 function heatmapSubject(query) {
@@ -39,7 +40,8 @@ function drawHeatmap(cells, remainder, format) {
   const { layers, modules, others } = DATA.grid;
   const scale = largest([...cells, remainder]);
   const values = new Map(DATA.grid.cells.map(([layer, module], index) => [`${layer}/${module}`, cells[index]]));
-  const box = { left: 26, top: 84, totals: 44 };
+  const longest = Math.min(LABEL, Math.max(0, ...modules.map((module) => moduleParts(module)[1].length)));
+  const box = { left: 26, top: 16 + 4.2 * longest, totals: 44 };
   const wide = Math.min(40, (WIDE - box.left - box.totals - 8) / Math.max(1, modules.length));
   const high = Math.max(4, Math.min(15, 380 / Math.max(1, layers.length)));
   const parts = columnLabels(modules, box, wide);
@@ -77,7 +79,7 @@ function columnLabels(modules, box, wide) {
   return modules.map((module, column) => {
     const name = moduleParts(module)[1];
     const place = `translate(${box.left + (column + 0.5) * wide + 3} ${box.top - 5}) rotate(-48)`;
-    return svg("text", { class: "strong", transform: place, "data-tip": module }, name.length > 16 ? `${name.slice(0, 15)}…` : name);
+    return svg("text", { class: "strong", transform: place, "data-tip": module }, name.length > LABEL ? `${name.slice(0, LABEL - 1)}…` : name);
   });
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Composed, Identity
+from vestige.compress._tensorsketch import Wrap, convolve
 from vestige.compress._types import Compressor, LinearMap
 from vestige.gradients._types import Factor, OneHot, Side
 
@@ -26,9 +27,9 @@ def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> Factor:
     """What has to be kept of one factor until the other one is known.
 
     A factor that its side's map does not shrink is returned as it is: a one-hot factor under the identity,
-    and both factors of a paired compressor, whose maps list K entries, usually more than the side has.
+    and both factors of an entrywise product, whose maps list K entries, usually more than the side has.
     """
-    if compressor.paired:
+    if compressor.product == "entrywise":
         return factor
     one = compressor.left if side == "left" else compressor.right
     if isinstance(factor, OneHot):
@@ -44,11 +45,12 @@ def combine(compressor: Compressor, left: Factor, right: Factor) -> Float[Tensor
     """
     assert not isinstance(right, OneHot), "only a left factor can be one-hot"
     right = right.to(torch.promote_types(right.dtype, torch.float32))
-    tail = compressor.tail
-    if compressor.paired:
-        if not isinstance(left, OneHot) and _is_narrow(compressor):
-            return tail.apply(_entrywise(compressor, left.to(right.dtype), right))
-        tail = Composed([flat_mask(compressor), tail])
+    if compressor.product == "circular":
+        assert not isinstance(left, OneHot), "the left side's map has turned one-hot factors into columns"
+        return compressor.tail.apply(_convolved(left.to(right.dtype), right))
+    if compressor.product == "entrywise" and not isinstance(left, OneHot) and _is_narrow(compressor):
+        return compressor.tail.apply(_entrywise(compressor, left.to(right.dtype), right))
+    tail = compressor.tail if compressor.product == "outer" else outer_form(compressor).tail
     if isinstance(left, OneHot):
         return _combine_one_hot(tail, left, right)
     left = left.to(right.dtype)
@@ -100,13 +102,26 @@ def _apply_sparse(
     return torch.cat(parts)
 
 
-def flat_mask(compressor: Compressor) -> Coordinates:
-    """The entries of the flattened gradient that a paired compressor keeps."""
-    left, right = compressor.left, compressor.right
+def outer_form(compressor: Compressor) -> Compressor:
+    """The same map with an outer product: slower, and what the other two products are defined by."""
+    if compressor.product == "outer":
+        return compressor
+    left, right, tail = compressor.left, compressor.right, compressor.tail
+    if compressor.product == "circular":
+        return Compressor(left, right, Composed([Wrap(left.out_size), tail]))
     assert isinstance(left, Coordinates)
     assert isinstance(right, Coordinates)
-    size = left.in_size * right.in_size
-    return Coordinates(size, left.index * right.in_size + right.index, left.scale * right.scale)
+    index = left.index * right.in_size + right.index
+    mask = Coordinates(left.in_size * right.in_size, index, left.scale * right.scale)
+    return Compressor(Identity(left.in_size), Identity(right.in_size), Composed([mask, tail]))
+
+
+def _convolved(
+    left: Float[Tensor, "example token size"], right: Float[Tensor, "example token size"]
+) -> Float[Tensor, "example size"]:
+    numbers = 4 * left.shape[1] * left.shape[2]
+    parts = [convolve(left[part], right[part]) for part in _chunks(len(left), numbers)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _is_narrow(compressor: Compressor) -> bool:
@@ -130,10 +145,9 @@ def compress_gradient(
     compressor: Compressor, gradient: Float[Tensor, "example out in"]
 ) -> Float[Tensor, "example size"]:
     """The compressed form of gradients that exist as matrices; the reference for `compress_factors`."""
-    if compressor.paired:
-        return compressor.tail.apply(flat_mask(compressor).apply(gradient.flatten(1)))
-    reduced = compressor.left.apply(compressor.right.apply(gradient).transpose(1, 2)).transpose(1, 2)
-    return compressor.tail.apply(reduced.flatten(1))
+    form = outer_form(compressor)
+    reduced = form.left.apply(form.right.apply(gradient).transpose(1, 2)).transpose(1, 2)
+    return form.tail.apply(reduced.flatten(1))
 
 
 def adjoint_gradient(
@@ -145,9 +159,6 @@ def adjoint_gradient(
 
     For unbiased compressors, the adjoint of a compressed gradient is an unbiased estimate of the gradient.
     """
-    flat = compressor.tail.adjoint(compressed)
-    left, right = compressor.left, compressor.right
-    if compressor.paired:
-        return flat_mask(compressor).adjoint(flat).unflatten(1, (left.in_size, right.in_size))
-    inner = flat.unflatten(1, (left.out_size, right.out_size))
-    return right.adjoint(left.adjoint(inner.transpose(1, 2)).transpose(1, 2))
+    form = outer_form(compressor)
+    inner = form.tail.adjoint(compressed).unflatten(1, (form.left.out_size, form.right.out_size))
+    return form.right.adjoint(form.left.adjoint(inner.transpose(1, 2)).transpose(1, 2))

@@ -86,6 +86,16 @@ def gaussians(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Float[Tensor
     return torch.special.ndtri(uniform).to(torch.float32).to(coordinate.device)
 
 
+def permutation(stream: Stream, size: int) -> Int[Tensor, " size"]:
+    """A random order of `size` coordinates."""
+    return _ranked(stream, torch.arange(size)).argsort()
+
+
+def _ranked(stream: Stream, coordinate: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Distinct 63-bit numbers in random order: the hash above, the coordinate (below 2^32) in the low half."""
+    return ((bits(stream, coordinate) >> 1) << 32) | coordinate
+
+
 def permutation_head(stream: Stream, count: int, size: int) -> Int[Tensor, " count"]:
     """`count` distinct coordinates out of `size`, every subset equally likely, in ascending order.
 
@@ -95,8 +105,7 @@ def permutation_head(stream: Stream, count: int, size: int) -> Int[Tensor, " cou
     best = torch.empty(0, dtype=torch.int64)
     for start in range(0, size, _BLOCK):
         coordinate = torch.arange(start, min(size, start + _BLOCK))
-        ranked = ((bits(stream, coordinate) >> 1) << 32) | coordinate
-        best = torch.cat([best, ranked])
+        best = torch.cat([best, _ranked(stream, coordinate)])
         if len(best) > count:
             best = best.topk(count, largest=False).values
     return (best & WORD).sort().values

@@ -1,9 +1,9 @@
 """What compressors there are: name, form of the size, options, and the function that builds the map.
 
 A compressor is one function `(in_size, out_size, stream, *, option=default) -> LinearMap` under
-`@compressor(...)`. Its keyword-only arguments (`int`, or a `Literal` of strings) are its options in the spec
-language. Packages add compressors through the entry point group `vestige.compressors`; loading the entry
-point has to run the decorator.
+`@compressor(...)`; with `product="circular"` it takes the sizes of both sides and returns a map for each. Its
+keyword-only arguments (`int`, or a `Literal` of strings) are its options in the spec language. Packages add
+compressors through the entry point group `vestige.compressors`; loading the entry point has to run the decorator.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-from vestige.compress._types import LinearMap
+from vestige.compress._types import Product
 from vestige.errors import SpecError
 
 Form = Literal["K", "AxB"]
@@ -36,7 +36,8 @@ class Kind:
         forms: `K` when it maps the whole gradient to K numbers, `AxB` when it maps each side of the matrix.
         example: A stage that parses.
         options: Option names with their allowed values.
-        build: Makes the map; called only when `out_size < in_size`.
+        build: Makes the map or the two maps; called only when the output is smaller than the input.
+        product: How the two sides are multiplied.
         check: Raises SpecError for a combination of size and options that cannot work.
     """
 
@@ -44,7 +45,8 @@ class Kind:
     forms: tuple[Form, ...]
     example: str
     options: Mapping[str, Option]
-    build: Callable[..., LinearMap]
+    build: Callable[..., Any]
+    product: Product = "outer"
     check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None
 
 
@@ -56,18 +58,19 @@ def compressor(
     *,
     forms: tuple[Form, ...],
     example: str,
+    product: Product = "outer",
     check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None,
-) -> Callable[[Callable[..., LinearMap]], Callable[..., LinearMap]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds a compressor to the spec language under `name`."""
 
-    def register(build: Callable[..., LinearMap]) -> Callable[..., LinearMap]:
-        _kinds[name] = Kind(name, forms, example, _options(build), build, check)
+    def register(build: Callable[..., Any]) -> Callable[..., Any]:
+        _kinds[name] = Kind(name, forms, example, _options(build), build, product, check)
         return build
 
     return register
 
 
-def _options(build: Callable[..., LinearMap]) -> dict[str, Option]:
+def _options(build: Callable[..., Any]) -> dict[str, Option]:
     hints = get_type_hints(build)
     return {
         parameter.name: Option(get_args(hints[parameter.name]), parameter.default)

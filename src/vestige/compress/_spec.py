@@ -13,16 +13,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from vestige.compress import _coordinates, _dense, _sjlt  # noqa: F401  (they register their compressors)
+from vestige.compress import _coordinates, _dense, _sjlt, _tensorsketch  # noqa: F401  (they register their compressors)
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Identity, chain
 from vestige.compress._legacy import modern_spelling
 from vestige.compress._random import Stream
 from vestige.compress._registry import EXAMPLE, Kind, find_compressor
-from vestige.compress._types import Compressor, LinearMap
+from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
 
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
@@ -42,11 +43,16 @@ class Stage:
         options = "".join(f",{key}={value}" for key, value in self.options)
         return f"{self.name}:{'x'.join(map(str, self.size))}{options}"
 
+    @property
+    def kind(self) -> Kind:
+        """The registered compressor."""
+        return find_compressor(self.name, self.text)
+
     def build(self, in_size: int, out_size: int, stream: Stream) -> LinearMap:
         """Its map from `in_size` to at most `out_size` numbers."""
         if out_size >= in_size:
             return Identity(in_size)
-        return find_compressor(self.name, self.text).build(in_size, out_size, stream, **dict(self.options))
+        return self.kind.build(in_size, out_size, stream, **dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -81,34 +87,49 @@ class CompressionSpec:
         Its randomness depends on seed, name, and the number and side of each stage, on nothing else: whoever
         builds it gets the same map, and two components, stages or sides share no random number.
         """
-        left = self._side_map(0, shape[0], Stream(seed, name))
-        right = self._side_map(1, shape[1], Stream(seed, name))
-        maps, size = [], left.out_size * right.out_size
+        chains = _Chains([], [], [])
+        rows, columns = shape
+        size = rows * columns
+        product: Product = "outer"
         for number, stage in enumerate(self.stages):
-            if len(stage.size) == 1:
-                maps.append(stage.build(size, stage.size[0], Stream(seed, name, number, stage.name, "whole")))
-                size = maps[-1].out_size
-        maps = [one for one in maps if not isinstance(one, Identity)]
-        target = torch.device(device)
-        if maps and isinstance(maps[0], Coordinates) and isinstance(left, Identity) and isinstance(right, Identity):
-            return _paired(shape, maps[0], chain(maps[0].out_size, maps[1:]), target)
-        tail = chain(left.out_size * right.out_size, maps)
-        return Compressor(left.to(target), right.to(target), tail.to(target))
-
-    def _side_map(self, side: int, size: int, stream: Stream) -> LinearMap:
-        maps, current = [], size
-        for number, stage in enumerate(self.stages):
+            stream = Stream(seed, name, number, stage.name)
             if len(stage.size) == 2:
-                part = stream.child(number, stage.name, ("left", "right")[side])
-                maps.append(stage.build(current, stage.size[side], part))
-                current = maps[-1].out_size
-        return chain(size, maps)
+                chains.left.append(stage.build(rows, stage.size[0], stream.child("left")))
+                chains.right.append(stage.build(columns, stage.size[1], stream.child("right")))
+                rows, columns = chains.left[-1].out_size, chains.right[-1].out_size
+                size = rows * columns
+            elif stage.kind.product == "circular":
+                if stage.size[0] < size:
+                    left, right = stage.kind.build((rows, columns), stage.size[0], stream, **dict(stage.options))
+                    chains.left.append(left)
+                    chains.right.append(right)
+                    size, product = stage.size[0], "circular"
+            else:
+                chains.tail.append(stage.build(size, stage.size[0], stream))
+                size = chains.tail[-1].out_size
+        return _assemble(shape, chains, product, torch.device(device))
 
 
-def _paired(shape: tuple[int, int], mask: Coordinates, tail: LinearMap, device: torch.device) -> Compressor:
-    left = Coordinates(shape[0], mask.index // shape[1], mask.scale)
-    right = Coordinates(shape[1], mask.index % shape[1], 1.0)
-    return Compressor(left.to(device), right.to(device), tail.to(device), paired=True)
+class _Chains(NamedTuple):
+    """The maps of all stages, by what they act on."""
+
+    left: list[LinearMap]
+    right: list[LinearMap]
+    tail: list[LinearMap]
+
+
+def _assemble(shape: tuple[int, int], chains: _Chains, product: Product, device: torch.device) -> Compressor:
+    left, right = chain(shape[0], chains.left), chain(shape[1], chains.right)
+    tails = [one for one in chains.tail if not isinstance(one, Identity)]
+    untouched = isinstance(left, Identity) and isinstance(right, Identity)
+    if untouched and tails and isinstance(tails[0], Coordinates):
+        mask = tails.pop(0)
+        assert isinstance(mask, Coordinates)
+        left = Coordinates(shape[0], mask.index // shape[1], mask.scale)
+        right = Coordinates(shape[1], mask.index % shape[1], 1.0)
+        product = "entrywise"
+    size = left.out_size * right.out_size if product == "outer" else left.out_size
+    return Compressor(left.to(device), right.to(device), chain(size, tails).to(device), product)
 
 
 def parse_spec(text: str) -> CompressionSpec:
@@ -179,11 +200,11 @@ def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, st
 def _check_order(stages: Sequence[Stage]) -> None:
     whole = None
     for stage in stages:
+        needs_sides = len(stage.size) == 2 or stage.kind.product == "circular"
+        if needs_sides and whole is not None:
+            raise SpecError(
+                f"'{whole.text} | {stage.text}': {whole.text} keeps numbers of the flattened gradient, which has no "
+                f"output and input side left for {stage.text}. Put that stage first: '{stage.text} | {whole.text}'."
+            )
         if len(stage.size) == 1:
             whole = stage
-        elif whole is not None:
-            raise SpecError(
-                f"'{whole.text} | {stage.text}': {whole.name}:{whole.size[0]} keeps numbers of the flattened gradient, "
-                f"which has no output and input side left for {stage.text}. Put the stage with AxB first "
-                f"('{stage.text} | {whole.text}')."
-            )

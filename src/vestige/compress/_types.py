@@ -1,7 +1,7 @@
 """What a compressor is: three linear maps, so that compressing a sum is the sum of the compressed."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +27,7 @@ class LinearMap(Protocol):
         ...
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The image under the transposed map, for which `apply(x) . y` equals `x . adjoint(y)`."""
+        """The image under the transposed map: `apply(x) @ y` equals `x @ (this of y)` for all x and y."""
         ...
 
     def to(self, device: torch.device) -> "LinearMap":
@@ -35,19 +35,25 @@ class LinearMap(Protocol):
         ...
 
 
+Product = Literal["outer", "entrywise", "circular"]
+
+
 @dataclass(frozen=True)
 class Compressor:
     """Maps the gradient `[out, in]` of one component to `size` numbers, from its factors.
 
-    With `paired` False the gradient is `tail(flatten(sum_t left(l_t) (x) right(r_t)))`, flattened with `out`
-    major. With `paired` True both sides keep the same number of entries and are multiplied entry by entry:
-    the coordinates of a mask over the whole matrix, gathered without forming the matrix.
+    The compressed gradient is `tail(sum_t left(l_t) * right(r_t))`, where `*` is
+
+    - `outer`: the outer product, flattened with the left index major;
+    - `entrywise`: the product of entries, for sides that list the rows and columns of the same K coordinates: a
+      mask over the whole matrix, gathered without forming the matrix;
+    - `circular`: the circular convolution of two vectors of K numbers (TensorSketch).
     """
 
     left: LinearMap
     right: LinearMap
     tail: LinearMap
-    paired: bool = False
+    product: Product = "outer"
 
     @property
     def size(self) -> int:

@@ -1,0 +1,109 @@
+"""TensorSketch: a count sketch of the whole gradient, computed from sketches of its two factors.
+
+Entry (i, j) of the gradient goes, with sign `s(i) t(j)`, to position `h(i) + g(j) mod K`. For an outer product this is
+the circular convolution of the two sides' sketches (Pham & Pagh 2013), so a token costs two Fourier transforms of K
+numbers instead of `out * in` additions, and the sum over tokens is taken between the transforms.
+
+Two choices make it more precise than the published form with independent hashes. Positions are balanced: coordinates
+K apart share one, closer ones never do, so no row or column of the gradient collides with itself before it is
+longer than K. And one side keeps its order while the other is permuted, which is enough for any two entries
+in different rows and columns to meet with probability `1 / (K - 1)`. Unbiasedness needs only the random signs.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.compress._random import Stream, permutation, signs
+from vestige.compress._registry import compressor
+
+
+class Fold:
+    """Adds coordinate j, times a random sign, to position `order[j mod K]` of K."""
+
+    def __init__(self, in_size: int, sign: Float[Tensor, " in"], order: Int[Tensor, " out"]) -> None:
+        self.in_size = in_size
+        self.out_size = len(order)
+        self.sign = sign
+        self.order = order
+        self._source = torch.argsort(order)
+        self._ordered = bool((order[1:] > order[:-1]).all())
+
+    def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The signed sums, in float32 for halves until they are complete."""
+        size = self.out_size
+        wide = torch.promote_types(vectors.dtype, torch.float32)
+        flat, sign = vectors.reshape(-1, self.in_size).to(wide), self.sign.to(wide)
+        sums = flat[:, :size] * sign[:size]
+        for start in range(size, self.in_size, size):
+            part = slice(start, min(start + size, self.in_size))
+            sums[:, : part.stop - start].addcmul_(flat[:, part], sign[part])
+        if self.in_size < size:
+            sums = F.pad(sums, (0, size - self.in_size))
+        if not self._ordered:
+            sums = sums.index_select(1, self._source)
+        return sums.to(vectors.dtype).view(*vectors.shape[:-1], size)
+
+    def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
+        """A row with the sign at the coordinate's position."""
+        rows = torch.zeros(*ids.shape, self.out_size, device=ids.device)
+        place = self.order[ids % self.out_size]
+        return rows.scatter_(-1, place.unsqueeze(-1), self.sign[ids].unsqueeze(-1))
+
+    def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """Every coordinate reads back the sum that it was added to."""
+        place = self.order[torch.arange(self.in_size, device=self.order.device) % self.out_size]
+        return images[..., place] * self.sign.to(images.dtype)
+
+    def to(self, device: torch.device) -> "Fold":
+        """The same map with its signs on `device`."""
+        return Fold(self.in_size, self.sign.to(device), self.order.to(device))
+
+
+class Wrap:
+    """Sums the entries (a, b) of a K by K matrix with equal `a + b mod K`: convolution as a map of the product."""
+
+    def __init__(self, size: int) -> None:
+        self.in_size = size * size
+        self.out_size = size
+
+    def _place(self, device: torch.device) -> Int[Tensor, "size size"]:
+        position = torch.arange(self.out_size, device=device)
+        return (position.unsqueeze(1) + position) % self.out_size
+
+    def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The sums over wrapped antidiagonals."""
+        sums = vectors.new_zeros(*vectors.shape[:-1], self.out_size)
+        return sums.index_add_(-1, self._place(vectors.device).flatten(), vectors)
+
+    def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
+        """One-hot rows."""
+        place = (ids // self.out_size + ids % self.out_size) % self.out_size
+        return F.one_hot(place, self.out_size).to(torch.float32)
+
+    def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """Every entry reads the sum of its antidiagonal."""
+        return images[..., self._place(images.device).flatten()]
+
+    def to(self, device: torch.device) -> "Wrap":  # noqa: ARG002
+        """Itself: nothing is stored."""
+        return self
+
+
+def convolve(
+    left: Float[Tensor, "example token size"], right: Float[Tensor, "example token size"]
+) -> Float[Tensor, "example size"]:
+    """`sum_t` of the circular convolutions of `left[t]` and `right[t]`."""
+    product = (torch.fft.rfft(left) * torch.fft.rfft(right)).sum(1)
+    return torch.fft.irfft(product, n=left.shape[-1])
+
+
+@compressor("tensorsketch", forms=("K",), example="tensorsketch:256", product="circular")
+def tensorsketch(in_sizes: tuple[int, int], out_size: int, stream: Stream) -> tuple[Fold, Fold]:
+    """The sketches of the output side, in order, and of the input side, permuted."""
+    left, right = (stream.child(side) for side in ("left", "right"))
+    return (
+        Fold(in_sizes[0], signs(left, torch.arange(in_sizes[0])), torch.arange(out_size)),
+        Fold(in_sizes[1], signs(right, torch.arange(in_sizes[1])), permutation(right.child("order"), out_size)),
+    )

@@ -1,5 +1,7 @@
 """The nouns of the data room: an example as it was given, and a data set as the model sees it."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,6 +69,19 @@ class TokenizedData:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> "TokenizedData":
+        """Just these rows, in this order; its fingerprint names the rows and the data that they were taken from."""
+        rows = [int(row) for row in rows]
+        digest = hashlib.sha256(f"{self.fingerprint}:{rows}".encode()).hexdigest()
+        return TokenizedData(
+            [self.examples[row] for row in rows],
+            [self.input_ids[row] for row in rows],
+            [self.targets[row] for row in rows],
+            self.truncated[rows],
+            digest,
+            self.name,
+        )
 
     @property
     def lengths(self) -> np.ndarray:

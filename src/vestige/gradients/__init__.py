@@ -9,6 +9,7 @@ from vestige.gradients._objective import Objective as Objective
 from vestige.gradients._objective import Reduction as Reduction
 from vestige.gradients._objective import token_losses as token_losses
 from vestige.gradients._pass import GradientPass as GradientPass
+from vestige.gradients._sinks import BothSinks as BothSinks
 from vestige.gradients._sinks import DotSink as DotSink
 from vestige.gradients._sinks import GradientSink as GradientSink
 from vestige.gradients._sinks import NormSink as NormSink

@@ -105,7 +105,7 @@ class CausalLoss:
         return _HeadLoss.apply(hidden, head.weight, head.bias, targets, head_tap)  # type: ignore[no-any-return]
 
 
-def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "example token"]:
+def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
     """Cross-entropy of every target token at its own position, zero elsewhere; plain autograd, any model."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(

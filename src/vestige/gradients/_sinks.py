@@ -107,3 +107,19 @@ class NormSink:
         for examples, left, right in pieces:
             gradient[examples] += materialise(left, right)
         return gradient.flatten(1).square().sum(1)
+
+
+class BothSinks:
+    """Hands every factor to two sinks that keep factors as they are."""
+
+    def __init__(self, first: DotSink, second: NormSink) -> None:
+        self._sinks = (first, second)
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
+        """Keep the factor as it is."""
+        return factor
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+        """Both add their share."""
+        for sink in self._sinks:
+            sink.accumulate(component, examples, left, right)

@@ -1,11 +1,11 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
-from vestige.index._build import index
+from vestige.index._build import build_index, index
 from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export_index
-from vestige.index._files import check_disk
+from vestige.index._files import check_disk, write_durably
 from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
 from vestige.index._manifest import (
     CompressionIdentity,
@@ -41,6 +41,7 @@ __all__ = [
     "ShardContent",
     "ShardFault",
     "batch_tokens",
+    "build_index",
     "check_disk",
     "difference",
     "estimate_cost",
@@ -55,5 +56,6 @@ __all__ = [
     "read_manifest",
     "remove_index",
     "tokens_at_most",
+    "write_durably",
     "write_shards",
 ]

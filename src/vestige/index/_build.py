@@ -29,7 +29,11 @@ def index(settings: IndexSettings) -> Index:
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
-    inputs = read_inputs(settings, settings.model, settings.data, settings.components)
+    return build_index(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+
+
+def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
+    """`index` for a model and data that are loaded already."""
     spec = choose_spec(settings, inputs.selection, len(inputs.data))
     if settings.overwrite:
         remove_index(settings.out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled, pooling_weights
+from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
@@ -33,6 +33,7 @@ class ActivationDot:
     name = "activation-dot"
     needs_model = True
     needs_gradients = False
+    needs_index = False
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="squared activation",
@@ -55,12 +56,12 @@ class ActivationDot:
         asked, column = np.unique(queries.cpu().numpy(), return_inverse=True)
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
         outputs = self._query_outputs(job, asked)
-        scores = torch.zeros(len(queries), len(names))
+        scores = torch.zeros(len(queries), len(names), dtype=torch.float64)
         for found, products in self._products(job, outputs, wanted):
             local = {int(row): number for number, row in enumerate(found)}
             for pair, (query, row) in enumerate(zip(column, wanted[place], strict=True)):
                 if int(row) in local:
-                    scores[pair] = products[:, query, local[int(row)]].float()
+                    scores[pair] = products[:, query, local[int(row)]].double()
         return _merged(names, scores)
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
@@ -81,10 +82,10 @@ class ActivationDot:
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
         loaded, taps = job.model_for(self.name), _taps(job)
-        with _tapped(loaded.model, taps) as outputs:
+        with _tapped(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
             for batch in batches(job, loaded, data, rows):
-                outputs.begin(batch, self.pooling)
+                outputs.begin(batch)
                 with torch.no_grad():
                     run(input_ids=batch.input_ids, use_cache=False)
                 yield batch.rows.cpu(), outputs.collected()
@@ -110,13 +111,14 @@ def _taps(job: Job) -> list[_Tap]:
 class _PooledOutputs:
     """Pools every tapped output the moment it is known, so that no activation outlives its layer."""
 
-    def __init__(self, taps: Sequence[_Tap]) -> None:
+    def __init__(self, taps: Sequence[_Tap], pooling: Pooling) -> None:
         self._taps = taps
-        self._weights: Tensor | None = None
+        self._pooling: Pooling = pooling
+        self._labels = torch.empty(0, 0)
         self._sums: list[Tensor | None] = []
 
-    def begin(self, batch: Batch, pooling: Pooling) -> None:
-        self._weights = pooling_weights(batch.labels, pooling)
+    def begin(self, batch: Batch) -> None:
+        self._labels = batch.labels
         self._sums = [None] * len(self._taps)
 
     def collected(self) -> list[Tensor]:
@@ -130,9 +132,8 @@ class _PooledOutputs:
 
     def hook(self, number: int) -> Callable[..., None]:
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            assert self._weights is not None
             states = output[0] if isinstance(output, tuple) else output
-            found = pooled(_by_example(states, self._weights), self._weights)
+            found = pooled(_by_example(states, *self._labels.shape), self._labels, self._pooling)
             known = self._sums[number]
             # A module that runs twice in one pass (shared layers) has the sum of its outputs.
             self._sums[number] = found if known is None else known + found
@@ -140,17 +141,16 @@ class _PooledOutputs:
         return add
 
 
-def _by_example(states: Tensor, weights: Float[Tensor, "example token"]) -> Float[Tensor, "example token width"]:
+def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "example token width"]:
     """Outputs as [example, token, width]: some layers flatten examples and tokens, or serve positions once for all."""
-    examples, tokens = weights.shape
     if states.dim() == 2:
         states = states.reshape(-1, tokens, states.shape[-1])
     return states.expand(examples, tokens, states.shape[-1])
 
 
 @contextmanager
-def _tapped(model: nn.Module, taps: Sequence[_Tap]) -> Iterator[_PooledOutputs]:
-    outputs = _PooledOutputs(taps)
+def _tapped(model: nn.Module, taps: Sequence[_Tap], pooling: Pooling) -> Iterator[_PooledOutputs]:
+    outputs = _PooledOutputs(taps, pooling)
     handles = [
         model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
     ]
@@ -165,7 +165,7 @@ def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compo
     """Adds up the modules of one component (a tied weight has two)."""
     distinct = list(dict.fromkeys(names))
     numbers = torch.tensor([distinct.index(name) for name in names])
-    merged = torch.zeros(len(scores), len(distinct)).index_add_(1, numbers, scores)
+    merged = scores.new_zeros(len(scores), len(distinct)).index_add_(1, numbers, scores)
     return ComponentBlock(distinct, merged)
 
 

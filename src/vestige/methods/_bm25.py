@@ -41,6 +41,7 @@ class Bm25:
     name: str
     needs_model = False
     needs_gradients = False
+    needs_index = False
     meaning = Meaning(
         sign="no causal reading: zero = no word in common, higher = more and rarer words in common, never negative",
         unit="BM25",
@@ -60,7 +61,9 @@ class Bm25:
         """
         words = [example_words(example) for example in job.train.examples]
         weights, vocabulary = _weights(words)
-        queries = _query_counts([example_words(example) for example in job.queries.examples], vocabulary)
+        queries = _query_counts(
+            [example_words(example) for example in job.queries.examples], vocabulary, weights.shape[1]
+        )
         step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
         for start in range(0, len(words), step):
             scores = (weights[start : start + step] @ queries).toarray()
@@ -90,15 +93,15 @@ def _weights(words: Sequence[Sequence[str]]) -> tuple[sparse.csr_matrix, dict[st
 
 
 def _query_counts(
-    queries: Sequence[Sequence[str]], vocabulary: dict[str, int]
+    queries: Sequence[Sequence[str]], vocabulary: dict[str, int], columns: int
 ) -> Float[sparse.csc_matrix, "word query"]:
     """How often each known word occurs in each query."""
     entries = [
         (vocabulary[word], number, count)
-        for number, words in enumerate(queries)
-        for word, count in Counter(words).items()
+        for number, query in enumerate(queries)
+        for word, count in Counter(query).items()
         if word in vocabulary
     ]
-    rows, columns, counts = zip(*entries, strict=True) if entries else ((), (), ())
-    shape = (max(vocabulary.values()) + 1, len(queries))
-    return sparse.csc_matrix((np.array(counts, dtype=np.float32), (rows, columns)), shape=shape)
+    words, numbers, counts = zip(*entries, strict=True) if entries else ((), (), ())
+    shape = (columns, len(queries))
+    return sparse.csc_matrix((np.array(counts, dtype=np.float32), (words, numbers)), shape=shape)

@@ -22,9 +22,20 @@ Pooling = Literal["mean", "sum", "last"]
 NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is unlike, not harmful"
 
 
-def pooling_weights(labels: Int[Tensor, "example token"], pooling: Pooling) -> Float[Tensor, "example token"]:
+def pooled(
+    states: Float[Tensor, "example token width"], labels: Int[Tensor, "example token"], pooling: Pooling
+) -> Float[Tensor, "example width"]:
+    """Mean, sum or last of the states that predict a target; float32 at least; zero for an example without any."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    weights = pooling_weights(labels, pooling, wide)
+    return torch.bmm(weights.unsqueeze(1), states.to(wide)).squeeze(1)
+
+
+def pooling_weights(
+    labels: Int[Tensor, "example token"], pooling: Pooling, dtype: torch.dtype
+) -> Float[Tensor, "example token"]:
     """Weight of each position: position `t` counts when the token at `t + 1` is a target; all zero if none is."""
-    predicting = torch.nn.functional.pad((labels[:, 1:] != NO_TARGET).float(), (0, 1))
+    predicting = torch.nn.functional.pad((labels[:, 1:] != NO_TARGET).to(dtype), (0, 1))
     if pooling == "mean":
         return predicting / predicting.sum(1, keepdim=True).clamp(min=1)
     if pooling == "last":
@@ -33,15 +44,8 @@ def pooling_weights(labels: Int[Tensor, "example token"], pooling: Pooling) -> F
     return predicting
 
 
-def pooled(
-    states: Float[Tensor, "example token width"], weights: Float[Tensor, "example token"]
-) -> Float[Tensor, "example width"]:
-    """Weighted sum over positions, in float32 at least."""
-    wide = torch.promote_types(states.dtype, torch.float32)
-    return torch.bmm(weights.to(wide).unsqueeze(1), states.to(wide)).squeeze(1)
-
-
 def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Iterator[Batch]:
+    """The rows in batches of the token budget, on the model's device, longest first."""
     device = next(loaded.model.parameters()).device
     for places in plan_batches(data.lengths[rows], batch_tokens(job.settings, loaded)):
         yield make_batch(data, rows[places]).to(device)

@@ -62,6 +62,8 @@ class Method(Protocol):
     """False for methods that read text alone: `Job.loaded` may be None."""
     needs_gradients: bool
     """True for methods that work on gradients of the selected components."""
+    needs_index: bool
+    """True for methods that read the training gradients more than once: without an index they make one."""
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Scores of all rows, each row once, in any order; memory must not grow with the training data."""

@@ -22,6 +22,7 @@ class Random:
     name: str
     needs_model = False
     needs_gradients = False
+    needs_index = False
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",

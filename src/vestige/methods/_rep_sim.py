@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled, pooling_weights
+from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
@@ -31,6 +31,7 @@ class RepSim:
     name = "rep-sim"
     needs_model = True
     needs_gradients = False
+    needs_index = False
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="cosine",
@@ -60,7 +61,7 @@ class RepSim:
         for batch in batches(job, loaded, data, rows):
             with torch.no_grad():
                 states = _hidden_states(loaded.model, batch, job.settings.layer)
-                vectors = pooled(states, pooling_weights(batch.labels, self.pooling))
+                vectors = pooled(states, batch.labels, self.pooling)
             yield batch.rows.cpu(), torch.nn.functional.normalize(vectors, dim=1)
 
 

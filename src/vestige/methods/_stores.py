@@ -47,6 +47,10 @@ class GradientStore(Protocol):
         """The scores of a few rows, split over components."""
         ...
 
+    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """`products` from the model as it is at this moment, whatever is stored."""
+        ...
+
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, squared gradient norms [row]) of all training examples."""
         ...
@@ -91,10 +95,17 @@ class IndexedGradients:
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Inner products component by component."""
-        gradients = self.index.gradients_of(rows)
+        return self._products(vectors, rows, self.index.gradients_of(rows), norms)
+
+    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """The same from gradients computed anew."""
+        gradients = torch.cat(self.of_queries(self._job.train.subset(rows)), dim=1)
+        return self._products(vectors, rows, gradients, norms)
+
+    def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
         pairs = zip(vectors, self.columns, strict=True)
         scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
-        return Products(torch.as_tensor(rows), scores, gradients.norm(dim=1) if norms else None)
+        return Products(torch.as_tensor(np.asarray(rows)), scores, gradients.norm(dim=1) if norms else None)
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Squared norms of the stored rows."""
@@ -152,6 +163,10 @@ class ExactGradients:
             torch.cat([part.scores for part in parts], dim=2)[:, :, order][:, :, place],
             None if lengths is None else lengths[order][place],
         )
+
+    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """The same: nothing is stored."""
+        return self.products(vectors, rows, norms=norms)
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Exact squared norms by ghost products, no gradient kept."""

@@ -52,6 +52,7 @@ SCORES = pa.schema(
         ("percentile", pa.float64()),
     ]
 )
+SELF_INFLUENCE = pa.schema([("example_id", pa.string()), ("row", pa.int64()), ("score", pa.float64())])
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),
@@ -209,3 +210,10 @@ def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[
         "tokens": token_texts(data.input_ids[row], tokenizer),
         "targets": [bool(target) for target in data.targets[row]],
     }
+
+
+def self_table(scores: Float[np.ndarray, "example"], train: "TokenizedData") -> pa.Table:
+    """`self_influence.parquet`: every training example with its score for itself, highest first, ties by row."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    ids = [train.examples[row].id for row in order]
+    return pa.table([ids, order.astype(np.int64), scores[order].astype(np.float64)], schema=SELF_INFLUENCE)

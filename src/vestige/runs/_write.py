@@ -41,6 +41,8 @@ class RunTables(NamedTuple):
     components: Sequence[ComponentScores] | None = None
     tokens: Sequence[TokenScores] | None = None
     dense: Float[np.ndarray, "query example"] | None = None
+    self_scores: Float[np.ndarray, "example"] | None = None
+    """Per training example: its score for itself."""
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -116,6 +118,8 @@ def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
         written["components"] = tables.components_table(content.components, record.components, train, queries)
     if content.tokens is not None:
         written["tokens"] = tables.tokens_table(content.tokens, train, queries, tokenizer)
+    if content.self_scores is not None:
+        written["self_influence"] = tables.self_table(content.self_scores, train)
     for name, table in written.items():
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     if content.dense is not None:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -55,6 +56,23 @@ class Settings(BaseModel):
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
         return {name: _plain(value) for name, value in self.arguments().items()}
+
+    def command_line(self, verb: str) -> str:
+        """The shell command with these settings; defaults are left out."""
+        words = ["vestige", verb]
+        for name, value in self.record().items():
+            field = type(self).model_fields[name]
+            if not field.is_required() and getattr(self, name) == field.default:
+                continue
+            if name in self.positional:
+                words.append(str(value))
+            elif isinstance(value, bool):
+                words.append(flag(name) if value else "--no-" + flag(name)[2:])
+            elif isinstance(value, list):
+                words += [word for item in value for word in (flag(name), str(item))]
+            else:
+                words += [flag(name), str(value)]
+        return shlex.join(words)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,0 +1,204 @@
+"""`vestige attribute`: from a question to the training examples behind its answer, as a run on disk."""
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.errors import SpecError
+from vestige.gradients import CausalLoss
+from vestige.index import batch_tokens
+from vestige.methods._explain import split_over_components, split_over_tokens
+from vestige.methods._open import open_job
+from vestige.methods._prepared import PreparesGradients
+from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._randomised import randomised_correlation, without_weights
+from vestige.methods._registry import get_method
+from vestige.methods._trust import free_checks
+from vestige.runs import (
+    Check,
+    CoverageRecord,
+    DataRecord,
+    ModelRecord,
+    RunRecord,
+    RunTables,
+    ScoreCollector,
+    Scores,
+    ScoreSummary,
+    SkippedRecord,
+    TrustRecord,
+    check_target,
+    environment,
+    peak_memory_bytes,
+    write_run,
+)
+from vestige.settings import AttributeSettings, verb
+
+
+@verb(AttributeSettings)
+def attribute(settings: AttributeSettings) -> Scores:
+    """The training examples behind an answer, ranked, with what the scores mean and how far to trust them.
+
+    Raises:
+        UserError: Something about the model, the data, the settings or the disk needs the caller.
+    """
+    started = time.perf_counter()
+    check_target(settings.out, overwrite=settings.overwrite)
+    method = _method(settings)
+    with open_job(settings, method) as (job, generated):
+        summary = _summarised(job, method)
+        losses = _query_losses(job)
+        pairs = [(entry.query, entry.row) for entry in summary.ranked]
+        tables = RunTables(
+            train=job.train,
+            queries=job.queries,
+            ranked=summary.ranked,
+            generated=generated,
+            losses=losses,
+            tokenizer=job.loaded.tokenizer if job.loaded is not None else None,
+            components=split_over_components(job, method, pairs),
+            tokens=split_over_tokens(job, method, pairs) if settings.tokens else None,
+            dense=summary.dense,
+            self_scores=_self_scores(job, method) if settings.self_influence else None,
+        )
+        checks = _trust(job, method, summary, losses) if settings.trust else []
+        record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
+    write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    return Scores.open(settings.out)
+
+
+def _method(settings: AttributeSettings) -> Method:
+    """The method, with everything it cannot do refused before any work."""
+    method = get_method(settings.method, **({"layer": settings.layer} if settings.layer is not None else {}))
+    if settings.tokens and not isinstance(method, PreparesGradients):
+        raise SpecError(
+            f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
+            "--method influence, grad-dot or grad-cos."
+        )
+    if settings.self_influence and not hasattr(method, "self_scores"):
+        raise SpecError(
+            f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
+        )
+    if method.needs_model and settings.index is None and settings.model is None:
+        raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
+    return method
+
+
+def _summarised(job: Job, method: Method) -> ScoreSummary:
+    """Scores of every training example, streamed into the lists, the distribution and the groups."""
+    sources = [example.source for example in job.train.examples]
+    collector = ScoreCollector(
+        len(job.queries), len(job.train), k=job.settings.k, sources=sources, dense=job.settings.dense
+    )
+    for block in method.blocks(job):
+        collector.add(block)
+    return collector.finish()
+
+
+def _query_losses(job: Job) -> list[float] | None:
+    """Loss of every query, None without a model."""
+    if job.loaded is None:
+        return None
+    losses = np.zeros(len(job.queries))
+    objective, device = CausalLoss(job.settings.loss), next(job.loaded.model.parameters()).device
+    with torch.no_grad():
+        for rows in plan_batches(job.queries.lengths, batch_tokens(job.settings, job.loaded)):
+            batch = make_batch(job.queries, rows).to(device)
+            losses[rows] = objective.losses(job.loaded.model, batch).float().cpu().numpy()
+    return losses.tolist()
+
+
+def _self_scores(job: Job, method: Method) -> np.ndarray:
+    """Score of every training example for itself."""
+    scores = np.zeros(len(job.train))
+    for block in method.self_scores(job):  # type: ignore[attr-defined]
+        scores[block.rows.numpy()] = block.scores[0].numpy()
+    return scores
+
+
+def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[float] | None) -> list[Check]:
+    checks = free_checks(job, method, summary.ranked, losses=losses)
+    if job.loaded is None or not method.needs_model:
+        return [without_weights(), *checks]
+    correlation = randomised_correlation(
+        job.loaded.model,
+        lambda _, rows, queries: _scores_now(job, method, rows, queries),
+        examples=len(job.train),
+        queries=len(job.queries),
+        seed=job.settings.seed,
+    )
+    return [correlation, *checks]
+
+
+def _scores_now(job: Job, method: Method, rows: np.ndarray, queries: np.ndarray) -> torch.Tensor:
+    """Scores of a few rows for a few queries from the model as it is at this moment."""
+    if isinstance(method, PreparesGradients):
+        return method.prepare(job).computed_now(rows, queries)
+    small = Job(job.train.subset(rows), job.queries.subset(queries), job.settings, job.loaded, job.selection)
+    scores = torch.zeros(len(queries), len(rows))
+    for block in method.blocks(small):
+        scores[:, block.rows] = block.scores.float()
+    return scores
+
+
+def _record(
+    settings: AttributeSettings,
+    job: Job,
+    method: Method,
+    summary: ScoreSummary,
+    checks: list[Check],
+    seconds: float,
+) -> RunRecord:
+    ids = [example.id for example in job.queries.examples]
+    split = isinstance(method, SplitsByComponent)
+    return RunRecord(
+        vestige=version("vestige"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=settings.command_line("attribute"),
+        config=settings.record(),
+        versions=environment(),
+        model=_model_record(job),
+        data=_data_record(job.train),
+        queries=_data_record(job.queries),
+        method=method.name,
+        meaning=method.meaning,
+        coverage=_coverage(job),
+        components=[part.name for part in job.components] if split else [],
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        trust=TrustRecord(validated=False, checks=checks),
+        distribution=dict(zip(ids, summary.distribution, strict=True)),
+        groups=dict(zip(ids, summary.groups, strict=True)),
+    )
+
+
+def _model_record(job: Job) -> ModelRecord | None:
+    if job.loaded is None:
+        return None
+    parameters = sum(parameter.numel() for parameter in job.loaded.model.parameters())
+    return ModelRecord(name=job.loaded.name, fingerprint=job.loaded.fingerprint, parameters=parameters)
+
+
+def _data_record(data: TokenizedData) -> DataRecord:
+    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
+
+
+def _coverage(job: Job) -> CoverageRecord | None:
+    selection = job.selection
+    if selection is None:
+        return None
+    skipped = [
+        SkippedRecord(name=row.name, parameters=row.parameters, reason=row.reason)
+        for row in selection.coverage
+        if not row.selected
+    ]
+    return CoverageRecord(
+        selected=selection.selected_parameters,
+        total=selection.total_parameters,
+        fraction=selection.fraction,
+        skipped=skipped,
+    )

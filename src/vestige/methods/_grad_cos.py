@@ -1,0 +1,59 @@
+"""Cosines of gradients."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jaxtyping import Int
+from torch import Tensor
+
+from vestige.errors import SpecError
+from vestige.methods._prepared import HELPS, Prepared, open_store, prepare, unit_length
+from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._registry import method
+from vestige.runs import Meaning, ScoreBlock
+
+
+@method("grad-cos")
+@dataclass
+class GradCos:
+    """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
+
+    name = "grad-cos"
+    needs_model = True
+    needs_gradients = True
+    needs_index = False
+    meaning = Meaning(
+        sign=HELPS,
+        unit="cosine, from -1 to 1",
+        target="this model",
+        normalisation="length of both gradients",
+        estimates="How well a gradient step on the example points along the one that the query asks for.",
+        cost="One forward and backward pass over the training data, or one read of the index.",
+        limits="Says nothing about how far the step goes: a faint example can score as high as a forceful one.",
+    )
+    _prepared: Prepared | None = field(default=None, repr=False)
+
+    def prepare(self, job: Job) -> Prepared:
+        """The queries' gradients at length one, over all components together."""
+        if self._prepared is None or self._prepared.job is not job:
+            self._prepared = prepare(job, open_store(job), unit_length, cosine=True)
+        return self._prepared
+
+    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+        """Cosines of all training examples."""
+        return self.prepare(job).blocks()
+
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Scores of pairs, split over components."""
+        return self.prepare(job).components(queries, rows)
+
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
+        """Refused: a gradient's cosine with itself is 1.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            "Self-influence with grad-cos is 1 for every example: a gradient's cosine with itself. It would rank "
+            "nothing. Type --method influence or --method grad-dot."
+        )

@@ -1,0 +1,200 @@
+"""From settings to a job: the model, the training data and the queries, tokenised alike."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from vestige.data import Example, TokenizedData, load_examples, load_queries, tokenize
+from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.index import Index, Inputs, build_index, fingerprint_rows, read_data, tokens_at_most
+from vestige.methods._protocol import Job, Method
+from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
+from vestige.progress import announce, format_bytes
+from vestige.settings import AttributeSettings, IndexSettings
+
+EXACT_SHARE = 0.4
+"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The queries with their answers, and which of these the model gave."""
+
+    examples: list[Example]
+    generated: list[bool]
+
+
+@contextmanager
+def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job, list[bool]]]:
+    """The job, and for each query whether its answer was generated; a temporary index lives as long as the context."""
+    index = Index.open(settings.index) if settings.index is not None else None
+    if index is not None:
+        settings = _settings_of_index(settings, index)
+    loaded = _load(settings, method, index)
+    question = _answered(settings, load_queries(settings.queries), loaded)
+    queries = _tokenised_queries(settings, question.examples, loaded)
+    selection = _selection(settings, method, loaded, index)
+    train = _training_data(settings, loaded, index)
+    job = Job(train, queries, settings, loaded, selection, index)
+    if index is None and method.needs_gradients and not _is_exact(job, method):
+        with _temporary_index(job) as temporary:
+            yield replace(job, index=temporary), question.generated
+    else:
+        yield job, question.generated
+
+
+def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:
+    """What the index was made with decides how text becomes tokens and what the loss is."""
+    manifest = index.manifest
+    fixed = {"loss": manifest.loss, "max_length": manifest.max_length, "chat": manifest.chat}
+    default = {name: AttributeSettings.model_fields[name].default for name in fixed}
+    for name, value in fixed.items():
+        if getattr(settings, name) not in (value, default[name]):
+            raise SpecError(
+                f"The index {index.folder} was made with {name}={value}, asked for was {getattr(settings, name)}. "
+                f"Leave it out, or make another index with it."
+            )
+    return settings.model_copy(update=fixed)
+
+
+def _load(settings: AttributeSettings, method: Method, index: Index | None) -> LoadedModel | None:
+    source: Any = settings.model
+    if source is None and index is not None and method.needs_model:
+        source = index.manifest.model.name
+    if source is None:
+        return None
+    loaded = load_model(source, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device)
+    if index is not None and method.needs_gradients and loaded.fingerprint != index.manifest.model.fingerprint:
+        raise IndexMismatch(
+            f"The index {index.folder} was made with another model: {index.manifest.model.name} "
+            f"({index.manifest.model.fingerprint[:12]}), and {loaded.name} is {loaded.fingerprint[:12]}. "
+            "Give the model it was made with as --model, or make another index."
+        )
+    return loaded
+
+
+def _answered(settings: AttributeSettings, queries: list[Example], loaded: LoadedModel | None) -> Question:
+    """The queries, those without an answer continued by the model, as `--answer` says."""
+    asked = [_without_answer(query) for query in queries] if settings.answer == "generate" else queries
+    waiting = [_lacks_answer(query) for query in asked]
+    if settings.answer == "given" and any(waiting):
+        missing = asked[waiting.index(True)].id
+        raise DataError(
+            f'Query "{missing}" has no answer, and --answer given was asked for. Add a `completion`, or drop --answer.'
+        )
+    if not any(waiting) or loaded is None:
+        return Question(asked, [False] * len(asked))
+    answered = generate_answers(loaded, asked, max_new_tokens=settings.max_new_tokens, chat=settings.chat)
+    return Question(answered, waiting)
+
+
+def _lacks_answer(query: Example) -> bool:
+    if query.messages:
+        return query.messages[-1].role != "assistant"
+    return query.prompt is not None and query.completion is None
+
+
+def _without_answer(query: Example) -> Example:
+    if query.messages and query.messages[-1].role == "assistant":
+        return replace(query, messages=query.messages[:-1])
+    return replace(query, completion=None) if query.prompt is not None else query
+
+
+def _tokenised_queries(
+    settings: AttributeSettings, examples: list[Example], loaded: LoadedModel | None
+) -> TokenizedData:
+    name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
+    if loaded is None:
+        return _text_only(examples, str(name))
+    queries = tokenize(
+        examples,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=str(name),
+        chat=settings.chat,
+    )
+    empty = np.flatnonzero(queries.target_counts == 0)
+    if len(empty):
+        cut = (
+            " It is longer than the model's context, so nothing of the answer was left."
+            if (queries.truncated[empty[0]])
+            else ""
+        )
+        raise DataError(
+            f'Query "{examples[empty[0]].id}" has no token to explain: expected a `text`, a `prompt` with a '
+            f"`completion`, or messages that end with the assistant's.{cut}"
+        )
+    return queries
+
+
+def _selection(
+    settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
+) -> Selection | None:
+    if loaded is None or not (method.needs_gradients or hasattr(method, "components")):
+        return None
+    if index is not None and method.needs_gradients:
+        return select_components(loaded.model, [part.name for part in index.manifest.components])
+    return select_components(loaded.model, settings.components)
+
+
+def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
+    if loaded is None:
+        examples = index.examples() if index is not None else load_examples(settings.data, limit=settings.limit)
+        return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
+    if index is None:
+        return read_data(settings, settings.data, loaded)
+    manifest = index.manifest
+    train = tokenize(
+        index.examples(), loaded.tokenizer, max_length=manifest.max_length, name=manifest.data.name, chat=manifest.chat
+    )
+    for stage in manifest.plan.stages:
+        if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
+            raise IndexMismatch(
+                f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
+                "as --tokenizer, or make another index."
+            )
+    return train
+
+
+def _text_only(examples: list[Example], name: str) -> TokenizedData:
+    """Examples without tokens, for methods that read text."""
+    empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
+    count = len(examples)
+    return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
+
+
+def _is_exact(job: Job, method: Method) -> bool:
+    """Whether the method works without an index and the queries' whole gradients fit into memory."""
+    assert job.selection is not None
+    if method.needs_index:
+        return False
+    size = 4 * len(job.queries) * job.selection.selected_parameters
+    available = psutil.virtual_memory().available
+    if size <= EXACT_SHARE * available:
+        return True
+    announce(
+        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
+        "free memory: they are compressed instead."
+    )
+    return False
+
+
+@contextmanager
+def _temporary_index(job: Job) -> Iterator[Index]:
+    """An index beside the run, deleted afterwards."""
+    settings = job.settings
+    parent = Path(settings.out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
+    with tempfile.TemporaryDirectory(prefix=".vestige-index-", dir=parent) as folder:
+        shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
+        made = IndexSettings(model=settings.model, data=settings.data, out=Path(folder), **shared)
+        assert job.loaded is not None
+        assert job.selection is not None
+        yield build_index(made, Inputs(job.loaded, job.train, job.selection))

@@ -1,0 +1,99 @@
+"""What the gradient methods share: a vector per query, whose inner products with gradients are the scores."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, Vectors
+from vestige.runs import ScoreBlock
+
+HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
+
+
+@dataclass
+class Prepared:
+    """What a method has made of the queries, kept between its calls for one job."""
+
+    job: Job
+    store: GradientStore
+    vectors: Vectors
+    """Score = inner product of these with the example's gradient."""
+    transform: Callable[[Vectors], Vectors]
+    """From the queries' gradients to `vectors`."""
+    cosine: bool = False
+    """Whether the product is divided by the length of the example's gradient."""
+
+    def blocks(self) -> Iterator[ScoreBlock]:
+        """Scores of all training examples."""
+        for rows, scores, norms in self.store.scores(self.vectors, norms=self.cosine):
+            yield ScoreBlock(rows, _divided(scores, norms))
+
+    def components(self, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Scores of pairs, split over components."""
+        distinct, place = torch.unique(rows, return_inverse=True)
+        products = self.store.products(self.vectors, distinct.tolist(), norms=self.cosine)
+        scores = _divided(products.scores, products.norms)
+        return ComponentBlock([part.name for part in self.job.components], scores[:, queries, place].T)
+
+    def computed_now(
+        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
+    ) -> Float[Tensor, "query row"]:
+        """Scores from the model as it is at this moment, with the curvature that was measured before."""
+        vectors = self.transform(self.store.of_queries(self.job.queries.subset(queries)))
+        products = self.store.computed_now(vectors, rows.tolist(), norms=self.cosine)
+        return _divided(products.scores.sum(0), products.norms)
+
+    def direction(self, query: int) -> list[Tensor]:
+        """The matrices whose inner product with an example's gradient is the score, before any division."""
+        return self.store.direction(self.vectors, query)
+
+    def row_norms(self, rows: Sequence[int]) -> Tensor:
+        """What the score of each row was divided by: ones, or the length of its gradient."""
+        if not self.cosine:
+            return torch.ones(len(rows))
+        norms = self.store.products(self.vectors, rows, norms=True).norms
+        assert norms is not None
+        return norms
+
+
+@runtime_checkable
+class PreparesGradients(Protocol):
+    """A method whose score is an inner product with the example's gradient."""
+
+    def prepare(self, job: Job) -> Prepared:
+        """The vectors made from the queries; the same object for the same job."""
+        ...
+
+
+def _divided(scores: Tensor, norms: Tensor | None) -> Tensor:
+    """Scores over norms; an example without targets has no gradient, and scores zero."""
+    return scores if norms is None else scores / torch.where(norms > 0, norms, 1.0)
+
+
+def open_store(job: Job) -> GradientStore:
+    """The job's index, or the model itself when there is none."""
+    return IndexedGradients(job, job.index) if job.index is not None else ExactGradients(job)
+
+
+def prepare(
+    job: Job, store: GradientStore, transform: Callable[[Vectors], Vectors], *, cosine: bool = False
+) -> Prepared:
+    """The queries' gradients, transformed."""
+    return Prepared(job, store, transform(store.of_queries(job.queries)), transform, cosine)
+
+
+def unchanged(vectors: Vectors) -> Vectors:
+    """The queries' gradients as they are."""
+    return vectors
+
+
+def unit_length(vectors: Vectors) -> Vectors:
+    """The queries' gradients at length one over all components together."""
+    lengths = torch.stack([vector.square().sum(1) for vector in vectors]).sum(0).sqrt()
+    return [vector / torch.where(lengths > 0, lengths, 1.0)[:, None] for vector in vectors]

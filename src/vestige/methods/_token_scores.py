@@ -1,0 +1,72 @@
+"""A score split over the tokens of a training example: the effect of learning to predict each of them.
+
+An example's loss is a sum over its target tokens, so its gradient and every score that is linear in it are too. With v
+the vector whose inner product with the gradient is the score, the share of token t is `<v, grad loss_t>`: the
+derivative of that token's loss along v. Forward-mode differentiation gives it for all tokens at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vestige.data import Batch, TokenizedData, make_batch, plan_batches
+from vestige.gradients import Reduction, token_losses
+from vestige.models import Component
+
+
+class RowTokens(NamedTuple):
+    """Token shares of one training example."""
+
+    row: int
+    scores: Float[np.ndarray, "token"]
+
+
+def token_scores(
+    model: nn.Module,
+    components: Sequence[Component],
+    direction: Sequence[Float[Tensor, "out in"]],
+    data: TokenizedData,
+    rows: Sequence[int],
+    reduction: Reduction,
+    token_budget: int,
+) -> Iterator[RowTokens]:
+    """Shares of every token of `rows` in the inner product of their gradients with `direction`."""
+    device = next(model.parameters()).device
+    tangents = {
+        component.name: _as_parameter(model, component, matrix.to(device))
+        for component, matrix in zip(components, direction, strict=True)
+    }
+    lengths = data.lengths[np.asarray(rows)]
+    for places in plan_batches(lengths, token_budget):
+        chosen = [rows[place] for place in places]
+        derivatives = _derivatives(model, tangents, make_batch(data, chosen).to(device)).double().cpu().numpy()
+        for row, values in zip(chosen, derivatives, strict=True):
+            count = max(int(data.target_counts[row]), 1) if reduction == "mean" else 1
+            yield RowTokens(row, values[: len(data.input_ids[row])] / count)
+
+
+def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:
+    """Derivative of every token's loss along the tangents."""
+    parameters = dict(model.named_parameters())
+    primals = {name: parameters[name].detach() for name in tangents}
+
+    def losses(values: dict[str, Tensor]) -> Tensor:
+        return token_losses(lambda **inputs: functional_call(model, values, (), inputs), batch)
+
+    # Only the composed attention has a forward-mode derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
+    return derivative
+
+
+def _as_parameter(model: nn.Module, component: Component, matrix: Float[Tensor, "out in"]) -> Tensor:
+    """The canonical matrix in the parameter's own layout and dtype."""
+    parameter = model.get_parameter(component.name)
+    turned = matrix.T if component.uses[0].kind == "conv1d" and component.shape[1] != 1 else matrix
+    return turned.reshape(parameter.shape).to(parameter.dtype).contiguous()

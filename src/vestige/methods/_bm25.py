@@ -61,9 +61,7 @@ class Bm25:
         """
         words = [example_words(example) for example in job.train.examples]
         weights, vocabulary = _weights(words)
-        queries = _query_counts(
-            [example_words(example) for example in job.queries.examples], vocabulary, weights.shape[1]
-        )
+        queries = _query_counts([example_words(example) for example in job.queries.examples], vocabulary)
         step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
         for start in range(0, len(words), step):
             scores = (weights[start : start + step] @ queries).toarray()
@@ -89,11 +87,13 @@ def _weights(words: Sequence[Sequence[str]]) -> tuple[sparse.csr_matrix, dict[st
     stored = index.scores
     shape = (len(words), len(stored["indptr"]) - 1)
     columns = sparse.csc_matrix((stored["data"], stored["indices"], stored["indptr"]), shape=shape)
-    return sparse.csr_matrix(columns), dict(index.vocab_dict)
+    # bm25s adds an empty word, without a column, where an example has none.
+    vocabulary = {word: column for word, column in index.vocab_dict.items() if word}
+    return sparse.csr_matrix(columns), vocabulary
 
 
 def _query_counts(
-    queries: Sequence[Sequence[str]], vocabulary: dict[str, int], columns: int
+    queries: Sequence[Sequence[str]], vocabulary: dict[str, int]
 ) -> Float[sparse.csc_matrix, "word query"]:
     """How often each known word occurs in each query."""
     entries = [
@@ -103,5 +103,5 @@ def _query_counts(
         if word in vocabulary
     ]
     words, numbers, counts = zip(*entries, strict=True) if entries else ((), (), ())
-    shape = (columns, len(queries))
+    shape = (len(vocabulary), len(queries))
     return sparse.csc_matrix((np.array(counts, dtype=np.float32), (words, numbers)), shape=shape)

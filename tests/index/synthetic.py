@@ -100,7 +100,7 @@ def build(
     return write_shards(folder, manifest, plan, compute, examples=examples_of(examples), shard=shard, progress=False)
 
 
-def build_slowly(folder: Path, log: Path, seconds: float, examples: int) -> None:
+def build_slowly(folder: Path, log: Path, seconds: float, examples: int, plan: PlanRecord) -> None:
     """Build, noting in `log` the first row of each shard whose computation begins."""
 
     def noted(batches: PlannedBatches) -> ShardContent:
@@ -110,7 +110,7 @@ def build_slowly(folder: Path, log: Path, seconds: float, examples: int) -> None
         return compute(batches)
 
     torch.set_num_threads(1)
-    build(folder, examples, compute=noted)
+    build(folder, examples, compute=noted, plan=plan)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The command `vestige`: which verbs there are, and what becomes of errors."""
 
+import errno
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -19,6 +20,9 @@ VERBS = {
     "export": "Copy the gradients of an index to NumPy, Arrow or Parquet files.",
 }
 """Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
+
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What an operating system says when it is the disk, not we, that has to change."""
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -54,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(_parse_error(error))
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror or error}{place}"
+        _fail(f"The disk is full or does not let us: {reason}. Make room, or choose another place.")
     except KeyboardInterrupt:
         print("vestige: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -12,18 +12,23 @@ from vestige.compress._tensorsketch import Wrap, convolve
 from vestige.compress._types import Compressor, LinearMap
 from vestige.gradients._types import Factor, OneHot, Side
 
+# The two factors of one gradient have sides of different lengths, which one axis name cannot say.
+LeftFactor = Float[Tensor, "example token left"] | OneHot
+RightFactor = Float[Tensor, "example token right"] | OneHot
+ReducedFactor = Float[Tensor, "example token kept"] | OneHot
+
 PRODUCT_BYTES = 256 * 2**20  # products of this size at most are formed at once
 # One kept entry of a mask costs two gathered numbers per token, one entry of the full product a multiply-add
 # in a matrix product: about 45 times less on a CPU core.
 _GATHER_COST = 45
 
 
-def compress_factors(compressor: Compressor, left: Factor, right: Factor) -> Float[Tensor, "example size"]:
+def compress_factors(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Float[Tensor, "example size"]:
     """The compressed gradient `sum_t left[t] (x) right[t]` of each example, float32."""
     return combine(compressor, reduce_factor(compressor, "left", left), reduce_factor(compressor, "right", right))
 
 
-def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> Factor:
+def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> ReducedFactor:
     """What has to be kept of one factor until the other one is known.
 
     A factor that its side's map does not shrink is returned as it is: a one-hot factor under the identity,
@@ -37,7 +42,7 @@ def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> Factor:
     return one.apply(factor)
 
 
-def combine(compressor: Compressor, left: Factor, right: Factor) -> Float[Tensor, "example size"]:
+def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Float[Tensor, "example size"]:
     """The compressed gradient from factors that `reduce_factor` returned, summed over tokens in float32.
 
     Padded positions have to be zero in one of the two factors. Half precision is widened before the product,

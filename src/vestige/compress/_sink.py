@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.compress._apply import combine, reduce_factor
+from vestige.compress._apply import LeftFactor, ReducedFactor, RightFactor, combine, reduce_factor
 from vestige.compress._types import Compressor
 from vestige.gradients._types import Factor, Side
 
@@ -34,11 +34,11 @@ class CompressingSink:
         """Starts a batch: zeros for its examples."""
         self.gradients = torch.zeros(examples, self.width, device=device)
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:
+    def reduce(self, component: int, side: Side, factor: Factor) -> ReducedFactor:
         """The factor under its side's map: what the other factor will be combined with."""
         return reduce_factor(self.compressors[component], side, factor)
 
-    def accumulate(self, component: int, examples: slice, left: Factor, right: Factor) -> None:
+    def accumulate(self, component: int, examples: slice, left: LeftFactor, right: RightFactor) -> None:
         """Adds the compressed gradients of `examples` from both reduced factors."""
         compressed = combine(self.compressors[component], left, right)
         self.gradients[examples, self.columns[component]] += compressed

@@ -32,9 +32,9 @@ def reference_cosines(job, layer: int, last: bool) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize(("layer", "index"), [(None, -1), (0, 0), (1, 1)])
 def test_rep_sim_is_the_cosine_of_pooled_states(architecture, layer, index):
-    job = model_job(architecture, dtype=torch.float64, layer=layer)
+    job = model_job(architecture, dtype=torch.float64)
     for pooling in ("mean", "last"):
-        found = all_scores(RepSim(pooling=pooling), job)
+        found = all_scores(RepSim(layer, pooling), job)
         assert (found - reference_cosines(job, index, pooling == "last")).abs().max() < 1e-12
         assert found.abs().max() <= 1 + 1e-12
 
@@ -128,7 +128,7 @@ def test_logits_are_computed_only_when_the_head_is_selected(monkeypatch):
 
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(SpecError, match=r"hidden states 0 \(embedding\) to 2"):
-        list(RepSim().blocks(model_job("llama", layer=7)))
+        list(RepSim(layer=7).blocks(model_job("llama")))
 
 
 def test_a_model_without_hidden_states_is_refused():

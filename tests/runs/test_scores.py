@@ -75,6 +75,14 @@ def test_dense_scores(scores, all_scores):
     assert np.array_equal(scores.dense(), all_scores)
 
 
+def test_self_influence_is_highest_first_with_ties_in_row_order(tmp_path, record, content):
+    found = content._replace(self_scores=np.array([1.0, 4.0, 0.5, 4.0, 2.0]))
+    scores = Scores.open(write_run(tmp_path / "run", record, found))
+    assert [(entry.example_id, entry.row, entry.score) for entry in scores.self_influence()] == [
+        *(("b", 1, 4.0), ("d", 3, 4.0), ("e", 4, 2.0), ("a", 0, 1.0), ("c", 2, 0.5))
+    ]
+
+
 def test_what_was_not_stored_is_named_with_the_flag_that_stores_it(tmp_path, record, content):
     bare = RunTables(content.train, content.queries, content.ranked, generated=[False, False])
     scores = Scores.open(write_run(tmp_path / "run", record, bare))
@@ -82,6 +90,8 @@ def test_what_was_not_stored_is_named_with_the_flag_that_stores_it(tmp_path, rec
         scores.dense()
     with pytest.raises(UserError, match="--tokens"):
         scores.tokens(0, "a")
+    with pytest.raises(UserError, match="--self-influence"):
+        scores.self_influence()
     with pytest.raises(UserError, match="does not split scores by component"):
         scores.components(0, "a")
 

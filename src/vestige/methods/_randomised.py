@@ -34,7 +34,7 @@ class ScoreRows(Protocol):
     """Scores some rows for some queries with the method of the run, on the model that it is given."""
 
     def __call__(
-        self, model: nn.Module, rows: Int[np.ndarray, "row"], query_rows: Int[np.ndarray, "query"]
+        self, model: nn.Module, rows: Int[np.ndarray, "row"], query_rows: Int[np.ndarray, "query"], /
     ) -> Float[Tensor, "query row"]:
         """Scores `[query, row]`."""
         ...

@@ -21,11 +21,12 @@ from vestige.runs import Meaning, ScoreBlock
 class RepSim:
     """Cosine of the pooled hidden states of example and query (Rep-Sim of the DATE-LM benchmark).
 
-    `--layer` counts as transformers does: 0 is the embedding, the last one is the default. `pooling` "mean" averages
+    `layer` counts as transformers does: 0 is the embedding, the last one is the default. `pooling` "mean" averages
     over the positions that predict a target; "last" takes the last of them, as DATE-LM does. The mean is the default,
     because it does not hang on whether an answer ends with an end-of-text token.
     """
 
+    layer: int | None = None
     pooling: Pooling = "mean"
 
     name = "rep-sim"
@@ -60,7 +61,7 @@ class RepSim:
         loaded = job.model_for(self.name)
         for batch in batches(job, loaded, data, rows):
             with torch.no_grad():
-                states = _hidden_states(loaded.model, batch, job.settings.layer)
+                states = _hidden_states(loaded.model, batch, self.layer)
                 vectors = pooled(states, batch.labels, self.pooling)
             yield batch.rows.cpu(), torch.nn.functional.normalize(vectors, dim=1)
 

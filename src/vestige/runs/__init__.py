@@ -5,6 +5,7 @@ from vestige.runs._environment import peak_memory_bytes as peak_memory_bytes
 from vestige.runs._listing import ComponentScore as ComponentScore
 from vestige.runs._listing import ScoreRow as ScoreRow
 from vestige.runs._listing import ScoreTable as ScoreTable
+from vestige.runs._listing import SelfInfluence as SelfInfluence
 from vestige.runs._listing import TokenScore as TokenScore
 from vestige.runs._record import Check as Check
 from vestige.runs._record import CoverageRecord as CoverageRecord

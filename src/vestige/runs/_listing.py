@@ -105,3 +105,11 @@ class TokenScore(NamedTuple):
     position: int
     token: str
     score: float
+
+
+class SelfInfluence(NamedTuple):
+    """The score of a training example for itself."""
+
+    example_id: str
+    row: int
+    score: float

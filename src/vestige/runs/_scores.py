@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, TokenScore, shorten
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
@@ -116,6 +116,18 @@ class Scores:
         if axes != "query example":
             raise CorruptFile(f"{path} has the axes {axes!r}; expected 'query example'.")
         return scores
+
+    def self_influence(self) -> list[SelfInfluence]:
+        """The score of every training example for itself, highest first: rare and mislabelled ones stand out.
+
+        Raises:
+            UserError: the run has none.
+        """
+        if not (self.folder / "self_influence.parquet").is_file():
+            raise UserError(
+                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
+            )
+        return [SelfInfluence(**row) for row in self._read("self_influence").to_pylist()]
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Both ends of every ranking with their texts, as a pandas data frame.

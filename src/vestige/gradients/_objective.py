@@ -167,17 +167,22 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             logits = torch.nn.functional.linear(states[part], weight, bias).to(wide)
-            normaliser = logits.logsumexp(1)
             rows = torch.arange(len(logits), device=logits.device)
-            scale = targets.weights[part].to(wide)
-            picked = logits[rows, targets.labels[part]]
-            losses.index_add_(0, targets.example[part], (normaliser - picked) * scale)
-            slope = logits.sub_(normaliser[:, None]).exp_()
-            slope[rows, targets.labels[part]] -= 1
-            slope *= scale[:, None]
-            gradients[part] = slope.to(weight.dtype) @ weight
+            labels, scale = targets.labels[part], targets.weights[part].to(wide)
+            highest = logits.amax(1, keepdim=True)
+            picked = logits[rows, labels]
+            slope = logits.sub_(highest).exp_()
+            total = slope.sum(1)
+            losses.index_add_(0, targets.example[part], (total.log() + highest[:, 0] - picked) * scale)
+            slope[rows, labels] -= total
+            share = (scale / total)[:, None]
+            if weight.dtype == wide and head_tap is None:  # dividing the product touches fewer numbers
+                gradients[part] = (slope @ weight).mul_(share)
+                continue
+            slope = slope.mul_(share).to(weight.dtype)
+            gradients[part] = slope @ weight
             if head_tap is not None:
-                _tap_head(head_tap, slope.to(weight.dtype), states[part], targets.example[part])
+                _tap_head(head_tap, slope, states[part], targets.example[part])
         ctx.mask, ctx.example, ctx.shape = targets.mask, targets.example, hidden.shape
         ctx.save_for_backward(gradients)
         return losses

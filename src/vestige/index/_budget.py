@@ -27,6 +27,7 @@ def choose_spec(settings: CompressionSettings, selection: Selection, examples: i
             )
         return parse_spec(settings.compress)
     budget = settings.disk_bytes if settings.disk_bytes is not None else _ROW_BYTES * examples
+    size = 0
     for side in _SIDES:
         spec = parse_spec(f"logra:{side}x{side}")
         size = lay_out(selection.components, spec)[-1].stop * BYTES_PER_NUMBER[settings.dtype] * examples

@@ -12,6 +12,10 @@ from vestige.progress import announce, format_bytes, format_seconds
 from vestige.runs import peak_memory_bytes
 
 
+PROBED = 0.02
+"""Share of the padded tokens that may be computed for the estimate alone."""
+
+
 class Estimate(NamedTuple):
     """Cost of computing some shards."""
 
@@ -26,14 +30,16 @@ class Estimate(NamedTuple):
 def estimate_cost(
     compute: CompressedGradients, data: TokenizedData, manifest: Manifest, shards: list[PlannedShard]
 ) -> Estimate:
-    """Time one batch from the middle of the plan and scale by padded tokens."""
+    """Time a few examples from the middle of the plan, at most 2 % of the work, and scale by padded tokens."""
     batches = [batch for shard in shards for batch in shard.batches]
     lengths = data.lengths
     padded = [len(batch) * int(lengths[batch].max()) for batch in batches]
-    middle = len(batches) // 2
+    middle = batches[len(batches) // 2]
+    longest = int(lengths[middle].max())
+    probe = middle[: max(1, int(PROBED * sum(padded)) // max(longest, 1))]
     started = time.perf_counter()
-    compute.rows(data, [batches[middle]])
-    rate = (time.perf_counter() - started) / max(padded[middle], 1)
+    compute.rows(data, [probe])
+    rate = (time.perf_counter() - started) / max(len(probe) * longest, 1)
     examples = sum(len(batch) for batch in batches)
     return Estimate(sum(padded) * rate, examples * manifest.row_bytes, peak_memory_bytes(), examples, sum(padded))
 

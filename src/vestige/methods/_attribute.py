@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from torch import nn
 
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import SpecError
@@ -124,9 +125,13 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
     checks = free_checks(job, method, summary.ranked, losses=losses)
     if job.loaded is None or not method.needs_model:
         return [without_weights(), *checks]
+
+    def score_rows(model: nn.Module, rows: np.ndarray, query_rows: np.ndarray) -> torch.Tensor:  # noqa: ARG001
+        return _scores_now(job, method, rows, query_rows)
+
     correlation = randomised_correlation(
         job.loaded.model,
-        lambda _, rows, queries: _scores_now(job, method, rows, queries),
+        score_rows,
         examples=len(job.train),
         queries=len(job.queries),
         seed=job.settings.seed,

@@ -61,8 +61,7 @@ def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) ->
 
     # Only the composed attention has a forward-mode derivative.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
-    return derivative
+        return torch.func.jvp(losses, (primals,), (tangents,))[1]
 
 
 def _as_parameter(model: nn.Module, component: Component, matrix: Float[Tensor, "out in"]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -28,6 +28,10 @@ _MLP = re.compile(r"(^|\.)(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|densereludense
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier)\.")
 _LAYER = re.compile(r"\.(\d+)\.")
 _LAYERS_PATTERN = re.compile(r"layers?\s+(\d+)(?:\s*-\s*(\d+))?")
+
+
+Kinds = Mapping[str, Set[LayerKind | None]]
+"""Parameter name -> the layer rules of the modules that own it."""
 
 
 class _Owned(NamedTuple):
@@ -125,7 +129,7 @@ def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int
 
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the parameters that the patterns select, before asking whether a rule covers them."""
-    kinds = {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
+    kinds: Kinds = {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
     included: set[str] = set()
     excluded: set[str] = set()
     layers: set[int] = set()
@@ -145,7 +149,7 @@ def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return included - excluded
 
 
-def _names_of(pattern: str, kinds: dict[str, set[LayerKind | None]]) -> set[str]:
+def _names_of(pattern: str, kinds: Kinds) -> set[str]:
     """Names that one word or glob stands for."""
     if pattern in WORDS:
         return {name for name, found in kinds.items() if _has_word(pattern, name, found, kinds)}
@@ -160,7 +164,7 @@ def _names_of(pattern: str, kinds: dict[str, set[LayerKind | None]]) -> set[str]
     return names
 
 
-def _has_word(word: str, name: str, found: set[LayerKind | None], kinds: dict[str, set[LayerKind | None]]) -> bool:
+def _has_word(word: str, name: str, found: Set[LayerKind | None], kinds: Kinds) -> bool:
     is_norm, is_embedding = "norm" in found, "embedding" in found
     is_lora = ".lora_" in name
     if word == "default":

@@ -39,7 +39,7 @@ INSTRUCT = (
 )
 
 
-def _byte_level(*, adds_beginning: bool) -> PreTrainedTokenizerFast:
+def _byte_level(frame: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,11 +49,10 @@ def _byte_level(*, adds_beginning: bool) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    if adds_beginning:
-        beginning = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), beginning])
+    if frame is not None:
+        named = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+        framing = processors.TemplateProcessing(single=frame, special_tokens=named)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), framing])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -66,13 +65,19 @@ def _byte_level(*, adds_beginning: bool) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def byte_level() -> PreTrainedTokenizerFast:
     """Byte-level BPE that adds nothing; offsets leave out leading spaces, as GPT-2's do."""
-    return _byte_level(adds_beginning=False)
+    return _byte_level()
 
 
 @pytest.fixture
 def with_beginning() -> PreTrainedTokenizerFast:
     """The same, but `<s>` is put in front of every text."""
-    return _byte_level(adds_beginning=True)
+    return _byte_level(frame="<s> $A")
+
+
+@pytest.fixture
+def with_both_ends() -> PreTrainedTokenizerFast:
+    """The same, but with `<s>` in front of every text and `</s>` behind it."""
+    return _byte_level(frame="<s> $A </s>")
 
 
 @pytest.fixture

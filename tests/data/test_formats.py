@@ -76,8 +76,10 @@ def test_formats_may_change_from_row_to_row():
         {"text": "a", "prompt": None, "completion": None},
         {"text": "", "prompt": "p", "completion": "c"},
         {"messages": [{"role": "user", "content": "Hi"}], "text": None},
+        {"text": "b", "prompt": "", "completion": ""},
     ]
-    first, second, third = load_examples(rows)
+    first, second, third, fourth = load_examples(rows)
+    assert (fourth.text, fourth.prompt) == ("b", None)
     assert first.text == "a"
     assert (second.text, second.prompt, second.completion) == (None, "p", "c")
     assert third.messages

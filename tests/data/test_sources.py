@@ -85,7 +85,7 @@ def test_live_dataset_in_any_format():
     check(load_examples(dataset))
     formatted = load_examples(dataset.with_format("torch"))
     check(formatted)
-    assert formatted[0].extra == {"input_size": 3}
+    assert type(formatted[0].extra["input_size"]) is int
     check(load_examples(dataset.to_iterable_dataset()))
 
 

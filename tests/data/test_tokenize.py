@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vestige.data import Example, data_fingerprint, load_examples, load_queries, tokenize
+from vestige.data._encode import Rendered, Span, marked_targets
 from vestige.errors import DataError
 
 
@@ -108,6 +109,15 @@ def test_the_end_token_is_appended_once(byte_level, completion):
         assert data.input_ids[row].tolist().count(byte_level.eos_token_id) == 1
         assert data.input_ids[row][-1] == byte_level.eos_token_id
         assert data.targets[row][-1]
+
+
+@pytest.mark.parametrize(("completion", "learnt"), [(" Paris.", " Paris.</s>"), ("", "</s>")])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_an_end_token_of_the_tokenizers_own_belongs_to_the_completion(with_both_ends, completion, learnt, add_eos):
+    rows = [{"prompt": "capital?", "completion": completion}]
+    data = tokenize(load_examples(rows), with_both_ends, max_length=None, add_eos=add_eos)
+    assert with_both_ends.decode(data.input_ids[0]) == f"<s>capital?{completion}</s>"
+    assert targeted(data, 0, with_both_ends) == (learnt if add_eos or completion else "")
 
 
 def test_without_an_end_token_nothing_is_appended_and_it_is_said(byte_level, capsys):
@@ -264,3 +274,22 @@ def test_fingerprint_keeps_neighbouring_rows_apart():
         return data_fingerprint(examples, arrays, [np.zeros(len(ids), dtype=bool) for ids in lists])
 
     assert fingerprint([1, 2], [3]) != fingerprint([1], [2, 3])
+    nothing = np.array([], dtype=np.int32)
+    joined = [Example(id="ab", row=0), Example(id="", row=1)]
+    apart = [Example(id="a", row=0), Example(id="b", row=1)]
+    assert data_fingerprint(joined, [nothing] * 2, [nothing] * 2) != data_fingerprint(
+        apart, [nothing] * 2, [nothing] * 2
+    )
+
+
+def test_a_blank_token_without_characters_belongs_where_it_ends():
+    """Offsets that leave out leading spaces give a token of spaces an empty range at its end."""
+    item = Rendered("ab  cd  ef", (Span(2, 8),), has_special_tokens=True, ends=False)
+    offsets = np.array([[0, 2], [4, 4], [4, 6], [8, 8], [8, 10]])
+    assert marked_targets(item, offsets).tolist() == [False, True, True, True, False]
+
+
+def test_tokens_across_either_border_of_a_span_are_targets():
+    item = Rendered("abcdef", (Span(2, 4),), has_special_tokens=True, ends=False)
+    offsets = np.array([[0, 1], [1, 3], [3, 5], [5, 6]])
+    assert marked_targets(item, offsets).tolist() == [False, True, True, False]

@@ -39,6 +39,11 @@ class Tokens(NamedTuple):
     """bool [token]"""
 
 
+def whole_text(text: str) -> Span:
+    """The span that makes every token a target: it starts before the first character, whatever the offsets are."""
+    return Span(-1, len(text))
+
+
 def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_eos: bool) -> list[Tokens]:
     """Tokens of each rendered text; a token that lies partly in a target span is a target.
 
@@ -62,6 +67,8 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
 
 
 def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_special: bool) -> list[Tokens]:
+    # Where every token is a target anyway, nobody needs to know which characters it covers.
+    all_whole = all(item.targets == (whole_text(item.text),) for item in items)
     encoded = tokenizer(
         [item.text for item in items],
         add_special_tokens=add_special,
@@ -69,9 +76,11 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=True,
+        return_offsets_mapping=not all_whole,
         verbose=False,
     )
+    if all_whole:
+        return [Tokens(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)) for ids in encoded["input_ids"]]
     return [
         Tokens(
             np.array(ids, dtype=np.int32),

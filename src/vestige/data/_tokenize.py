@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vestige.data._chat import render_conversations
-from vestige.data._encode import Rendered, Span, Tokens, encode
+from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._types import NO_TARGET, Example, TokenizedData
 from vestige.errors import DataError
@@ -93,8 +93,7 @@ def _encode_all(
 
 def _render_plain(example: Example) -> Rendered:
     if example.text is not None:
-        # Starting before the first character makes the whole text a target, whatever its tokens' offsets are.
-        return Rendered(example.text, (Span(-1, len(example.text)),), has_special_tokens=False, ends=True)
+        return Rendered(example.text, (whole_text(example.text),), has_special_tokens=False, ends=True)
     prompt, completion = example.prompt or "", example.completion
     if completion is None:
         return Rendered(prompt, (), has_special_tokens=False, ends=False)

@@ -145,7 +145,8 @@ def _find_plain_head(model: nn.Module) -> str | None:
     tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits.float()
-        split = embeddings(_backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state).float()
+        hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        split = torch.nn.functional.linear(hidden, embeddings.weight, embeddings.bias).float()
     if whole.shape != split.shape or not torch.allclose(whole, split, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
         return None
     return next(path for path, module in model.named_modules() if module is embeddings)

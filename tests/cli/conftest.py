@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,3 +51,28 @@ def vestige(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def indexed(furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished index of the workshop's data, to be copied."""
+    folder = tmp_path_factory.mktemp("indexed") / "idx"
+    main([*index_words(furnished), "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def idx(workshop: Path, indexed: Path) -> Path:
+    """A finished index in the current folder, under the name `idx`."""
+    shutil.copytree(indexed, workshop / "idx")
+    return workshop / "idx"
+
+
+def index_words(folder: Path = Path()) -> list[str]:
+    return ["index", "--model", str(folder / "tiny-model"), "--data", str(folder / "train.jsonl")]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What is in a folder, file by file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

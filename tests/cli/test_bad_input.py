@@ -1,6 +1,5 @@
 """Bad input from the command line: a message that says what to do, status 2, no traceback, and nothing touched."""
 
-import hashlib
 import json
 import resource
 import shutil
@@ -10,35 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.workshop import write_rows
-from vestige.cli import main
+from tests.cli.conftest import contents, index_words
+from tests.workshop import PAIRS, write_rows
 
 LONG_PROMPT = "Why is the sky blue? " * 60
-
-
-@pytest.fixture(scope="session")
-def indexed(furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished index of the workshop's data, to be copied."""
-    folder = tmp_path_factory.mktemp("indexed") / "idx"
-    main([*index_words(furnished), "--out", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def idx(workshop: Path, indexed: Path) -> Path:
-    """A finished index in the current folder, under the name `idx`."""
-    shutil.copytree(indexed, workshop / "idx")
-    return workshop / "idx"
-
-
-def index_words(folder: Path = Path()) -> list[str]:
-    return ["index", "--model", str(folder / "tiny-model"), "--data", str(folder / "train.jsonl")]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """What is in a folder, file by file."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def refused(outcome, *expected: str) -> None:
@@ -152,22 +126,41 @@ def test_changed_data_over_an_old_index(vestige, idx):
     assert contents(idx) == before
 
 
-def test_a_model_whose_loss_is_not_a_number(vestige, idx):
-    make_not_a_number(Path("tiny-model"))
+def test_an_example_whose_loss_is_not_a_number_is_named(vestige, idx):
+    spoil(Path("tiny-model"), "model.embed_tokens.weight", rows=tokens_only_in("pair-9"))
     before = contents(idx)
-    refused(vestige(*index_words(), "--out", "new"), "pair-", "NaN")
+    refused(vestige(*index_words(), "--out", "new"), '"pair-9" (row 9)', "NaN")
     refused(vestige(*index_words(), "--out", "idx"), "was made with other settings")
     assert contents(idx) == before
     assert not list(Path("new").glob("shards/*"))
 
 
-def make_not_a_number(folder: Path) -> None:
+def test_a_model_that_gives_no_numbers_at_all(vestige, idx):
+    spoil(Path("tiny-model"), "model.norm.weight", rows=[0])
+    before = contents(idx)
+    refused(vestige(*index_words(), "--out", "new"), "pair-", "NaN")
+    refused(vestige("attribute", "--index", "idx", "--queries", "Why?", "--out", "run"))
+    assert contents(idx) == before
+    assert not list(Path("new").glob("shards/*"))
+    assert not Path("run").exists()
+
+
+def spoil(folder: Path, name: str, rows: list[int]) -> None:
+    """Put a NaN into rows of a weight, as a broken training run leaves them."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
     weights = load_file(path)
-    weights["model.norm.weight"][0] = float("nan")
+    weights[name][rows] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def tokens_only_in(name: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("tiny-model")
+    used = {f"pair-{number}": set(tokenizer(f"{one}{two}").input_ids) for number, (one, two, _) in enumerate(PAIRS)}
+    return sorted(used[name].difference(*(tokens for other, tokens in used.items() if other != name)))
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def test_bm25_overlap():
     check = trust.bm25_overlap(tops([0, 1], [2, 3]), tops([1, 9], []))
     assert (check.value, check.verdict) == (0.25, "good")
     assert trust.bm25_overlap(tops([0, 1]), tops([1, 0])).verdict == "warn"
+    assert trust.bm25_overlap(tops([0, 1]), tops([])).verdict == "unknown"
 
 
 def test_lexical_tops_leave_out_what_shares_no_word():
@@ -92,6 +93,12 @@ def test_duplicates_count_copies_below_their_like():
     assert check.value == pytest.approx(2 / 6)
     assert check.verdict == "warn"
     assert trust.duplicates(tops([0, 2]), job.train).verdict == "good"
+
+
+def test_examples_without_text_are_copies_when_their_tokens_are():
+    job = text_job(["", "", ""], ["q"])
+    job.train.input_ids[:] = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [5, 7], [5, 6])]
+    assert trust.duplicates(tops([0, 1, 2]), job.train).value == pytest.approx(1 / 3)
 
 
 def test_free_checks_are_complete_and_readable():

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from vestige.data import Example
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.runs import RunTables, check_target, read_record, write_run
+from vestige.runs import RunTables, Scores, check_target, read_record, write_run
 
 COLUMNS = {
     "scores": ["query_id", "end", "rank", "example_id", "row", "score", "percentile"],
@@ -46,6 +46,15 @@ def test_examples_carry_words_tokens_and_copies(tmp_path, record, content):
     assert rows["b"]["label"] == "x"
     assert rows["b"]["length"] == len(rows["b"]["tokens"]) == len(rows["b"]["targets"]) == 12
     assert rows["b"]["targets"][:2] == [False, True]
+
+
+def test_examples_given_as_tokens_alone_are_copies_by_token_and_read_from_them(tmp_path, record, content):
+    for row in (0, 1, 3):
+        content.train.examples[row] = Example(content.train.examples[row].id, row)
+    folder = write_run(tmp_path / "run", record, content)
+    rows = {row["example_id"]: row for row in pq.read_table(folder / "examples.parquet").to_pylist()}
+    assert [rows[name]["duplicates"] for name in "abd"] == [2, 1, 2]
+    assert Scores.open(folder).top(0, 1)[0].text == "the sky is blue"
 
 
 def test_token_rows_are_the_targets_and_add_up(tmp_path, record, content):

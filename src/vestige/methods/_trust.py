@@ -132,6 +132,9 @@ def hub_rate(tops: Tops, examples: int, ids: Sequence[str]) -> Check:
 def bm25_overlap(tops: Tops, lexical: Tops) -> Check:
     """Share of the top k that a word search (`lexical`, hits with a positive BM25 score only) has in its top k too."""
     name = BM25_NAME
+    if not any(len(words) for words in lexical):
+        reading = "A word search finds no example for these queries, so there is nothing to compare."
+        return Check(name=name, value=None, reading=reading, verdict="unknown")
     shares = [
         len(set(top.tolist()) & set(words.tolist())) / len(top)
         for top, words in zip(tops, lexical, strict=True)
@@ -177,13 +180,17 @@ def duplicates(tops: Tops, train: TokenizedData) -> Check:
     places = sum(len(top) for top in tops)
     if places == 0:
         return Check(name=name, value=None, reading="There are no ranked examples to compare.", verdict="unknown")
-    distinct = sum(len({train.examples[row].display for row in top}) for top in tops)
+    distinct = sum(len({_content(train, int(row)) for row in top}) for top in tops)
     value = 1 - distinct / places
     if value >= COPIES_WARN:
         reading = f"{value:.0%} of the places go to copies of texts listed higher: they share their influence."
         return Check(name=name, value=value, reading=reading, verdict="warn")
     reading = f"{value:.0%} of the places go to copies of texts listed higher."
     return Check(name=name, value=value, reading=reading, verdict="good")
+
+
+def _content(train: TokenizedData, row: int) -> str | bytes:
+    return train.examples[row].display or train.input_ids[row].tobytes()
 
 
 def _percent(share: float) -> str:

@@ -236,4 +236,6 @@ def row_text(row: dict[str, Any]) -> str:
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(row["messages"]))
     if row["text"] is not None:
         return row["text"]
-    return "\n".join(part for part in (row["prompt"], row["completion"]) if part)
+    parts = [part for part in (row["prompt"], row["completion"]) if part]
+    # Examples given as tokens alone are read from those.
+    return "\n".join(parts) if parts else "".join(row["tokens"] or ())

@@ -110,7 +110,7 @@ def scores_table(ranked: Iterable[RankedScore], train: "TokenizedData", queries:
 def examples_table(rows: Iterable[int], train: "TokenizedData", tokenizer: Decoder | None) -> pa.Table:
     """`examples.parquet`: the training examples in `rows`, with how often each text occurs in the data."""
     wanted = sorted(set(rows))
-    texts = Counter(_wording_key(example) for example in train.examples)
+    texts = Counter(_content(train, row) for row in range(len(train)))
     return pa.Table.from_pylist(
         [
             {
@@ -120,7 +120,7 @@ def examples_table(rows: Iterable[int], train: "TokenizedData", tokenizer: Decod
                 "source": train.examples[row].source,
                 "label": train.examples[row].label,
                 "length": len(train.input_ids[row]),
-                "duplicates": texts[_wording_key(train.examples[row])],
+                "duplicates": texts[_content(train, row)],
                 **_tokens(train, row, tokenizer),
             }
             for row in wanted
@@ -201,8 +201,11 @@ def _wording(example: "Example") -> dict[str, Any]:
     }
 
 
-def _wording_key(example: "Example") -> tuple[Any, ...]:
-    return example.text, example.prompt, example.completion, example.messages
+def _content(data: "TokenizedData", row: int) -> tuple[Any, ...]:
+    """What makes two examples copies: their words, or their tokens where they were given as tokens alone."""
+    example = data.examples[row]
+    tokens = b"" if example.display else data.input_ids[row].tobytes()
+    return example.text, example.prompt, example.completion, example.messages, tokens
 
 
 def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[str, Any]:

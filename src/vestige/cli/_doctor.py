@@ -1,15 +1,23 @@
 """`vestige doctor`."""
 
+import sys
+
 from vestige.cli._command import command
 from vestige.settings import DoctorSettings
+
+SOMETHING_BAD = 1
 
 
 @command(DoctorSettings)
 def doctor(settings: DoctorSettings) -> None:
     """Say whether it will work, what it covers, and what it will cost.
 
-    Tries the model and the data with the settings that `vestige index` would get, and changes nothing.
+    Tries the model and the data with the settings that `vestige index` would get, and changes nothing. Ends with
+    status 1 when something is bad.
     """
     from vestige.doctor import doctor as examine
 
-    print(examine(**settings.arguments()))
+    report = examine(**settings.arguments())
+    print(report)
+    if not report.ok:
+        sys.exit(SOMETHING_BAD)

@@ -1,7 +1,9 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
-from vestige.index._build import build_index, index
+from vestige.index._budget import choose_spec
+from vestige.index._build import build_index, draft_manifest, index
 from vestige.index._compute import CompressedGradients, lay_out
+from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export_index
@@ -14,7 +16,6 @@ from vestige.index._manifest import (
     Manifest,
     ModelIdentity,
     PlanRecord,
-    difference,
     read_manifest,
 )
 from vestige.index._plan import Plan, PlannedShard, plan_index
@@ -43,7 +44,9 @@ __all__ = [
     "batch_tokens",
     "build_index",
     "check_disk",
+    "choose_spec",
     "difference",
+    "draft_manifest",
     "estimate_cost",
     "export_index",
     "fingerprint_rows",

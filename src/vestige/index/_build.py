@@ -16,7 +16,7 @@ from vestige.index._plan import Plan, PlannedShard, plan_index
 from vestige.index._run import remove_index, write_shards
 from vestige.index._shards import shard_fault
 from vestige.index._store import Index
-from vestige.settings import IndexSettings, verb
+from vestige.settings import DoctorSettings, IndexSettings, verb
 
 
 @verb(IndexSettings)
@@ -37,7 +37,7 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
     spec = choose_spec(settings, inputs.selection, len(inputs.data))
     if settings.overwrite:
         remove_index(settings.out)
-    draft = _draft(settings, inputs, spec)
+    draft = draft_manifest(settings, inputs, spec)
     manifest, plan = _planned(settings, draft, inputs.data)
     missing = _missing_shards(settings, manifest, plan)
     check_disk(settings.out, sum(len(shard.rows) for shard in missing) * manifest.row_bytes)
@@ -58,7 +58,7 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
     return Index.open(settings.out, allow_missing=settings.part is not None)
 
 
-def _draft(settings: IndexSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
+def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
     """The manifest without its plan."""
     if settings.compress_scope == "model":
         raise SpecError("--compress-scope model")

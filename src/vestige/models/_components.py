@@ -127,9 +127,26 @@ def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int
     return (columns, rows) if kind == "conv1d" else (rows, columns)
 
 
+def parameter_words(model: nn.Module) -> dict[str, str]:
+    """Every parameter's name and the one word it falls under: lora, norm, embedding, head, attention, mlp or other.
+
+    A parameter without a rule is told by its name and by the module that holds it, like any other.
+    """
+    kinds = _kinds(model)
+    words = ("lora", "norm", "embedding", "head", "attention", "mlp")
+    return {
+        name: next((word for word in words if _has_word(word, name, found, kinds)), "other")
+        for name, found in kinds.items()
+    }
+
+
+def _kinds(model: nn.Module) -> Kinds:
+    return {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
+
+
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the parameters that the patterns select, before asking whether a rule covers them."""
-    kinds: Kinds = {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
+    kinds = _kinds(model)
     included: set[str] = set()
     excluded: set[str] = set()
     layers: set[int] = set()

@@ -1,0 +1,110 @@
+"""`vestige doctor`: look at the model and the data, try a few examples, say what an index would cost."""
+
+from typing import NamedTuple
+
+import torch
+
+from vestige.compress import CompressionSpec, parse_spec
+from vestige.data import TokenizedData, make_batch
+from vestige.doctor._costs import (
+    Trial,
+    check_disk_space,
+    check_memory,
+    check_time,
+    estimate_costs,
+    free_disk,
+    try_batch,
+)
+from vestige.doctor._data_checks import data_checks
+from vestige.doctor._invariance import check_finite, try_batches
+from vestige.doctor._model_checks import coverage_by_kind, model_checks, run_precision
+from vestige.doctor._probes import choose_probes
+from vestige.doctor._slope import check_slope
+from vestige.doctor._types import Check, Cost, DoctorReport
+from vestige.gradients import CausalLoss
+from vestige.index import CompressedGradients, Inputs, choose_spec, draft_manifest, lay_out, read_inputs, tokens_at_most
+from vestige.progress import announce
+from vestige.settings import DoctorSettings, verb
+
+PROBE_NUMBERS = 16 * 2**20
+"""Most numbers per example in the tries of batch and padding; what keeps more is tried under `logra:16x16`."""
+
+
+@verb(DoctorSettings)
+def doctor(settings: DoctorSettings) -> DoctorReport:
+    """Whether the model and the data will work with these settings, what is covered, and what an index would cost.
+
+    Tries a few examples, writes nothing, and leaves the weights as they were, bit by bit. `print` the report to read
+    it; `report.ok` is False when some check is bad.
+
+    Raises:
+        UserError: The model or the data cannot be read at all, as `vestige index` would say.
+    """
+    return examine(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+
+
+def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
+    """`doctor` for a model and data that are loaded already."""
+    loaded, data, selection = inputs
+    loss = CausalLoss(settings.loss)
+    limit = tokens_at_most(settings, loaded)
+    checks = data_checks(data, loaded.tokenizer, loaded.model, max_length=limit, chat=settings.chat)
+    costs: tuple[Cost, ...] = ()
+    free = free_disk()
+    if checks[0].verdict == "bad":
+        checks.append(Check("gradients", "bad", "not tried", "The model cannot run on tokens that it does not know."))
+    else:
+        announce(f"Trying {loaded.name} on a few of {len(data):,} examples.")
+        checks = [*model_checks(loaded, selection, loss), *checks]
+        tried = _try_gradients(settings, inputs, loss, free)
+        checks, costs = checks + tried.checks, tried.costs
+    return DoctorReport(
+        model=loaded.name,
+        data=data.name,
+        examples=len(data),
+        dtype=settings.dtype,
+        checks=tuple(checks),
+        coverage=coverage_by_kind(loaded.model, selection),
+        costs=costs,
+        free_disk_bytes=free,
+    )
+
+
+class _Tried(NamedTuple):
+    checks: list[Check]
+    costs: tuple[Cost, ...]
+
+
+def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, free: int) -> _Tried:
+    """The checks for which the model has to run."""
+    loaded, data, selection = inputs
+    spec = choose_spec(settings, selection, len(data))
+    manifest = draft_manifest(settings, inputs, spec)
+    probes = choose_probes(data, loaded.context_length)
+    trial = try_batch(settings, inputs, manifest, spec)
+    narrow = spec if manifest.width <= PROBE_NUMBERS else parse_spec("logra:16x16")
+    invariance, finite = _try_probes(settings, inputs, probes, narrow, trial)
+    device = next(loaded.model.parameters()).device
+    longest = int(probes.target_counts.argmax())
+    slope = check_slope(
+        loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
+    )
+    costs = estimate_costs(settings, inputs, manifest, spec, trial)
+    estimates = [
+        check_time(costs[0], trial),
+        check_memory(costs[0], device),
+        check_disk_space(costs[0], settings.dtype, free, len(data)),
+    ]
+    return _Tried([finite, *invariance, slope, *estimates], costs)
+
+
+def _try_probes(
+    settings: DoctorSettings, inputs: Inputs, probes: TokenizedData, spec: CompressionSpec, trial: Trial
+) -> tuple[list[Check], Check]:
+    loaded, components = inputs.loaded, inputs.selection.components
+    columns = lay_out(components, spec)
+    dtype: torch.dtype = run_precision(loaded.model)
+    with CompressedGradients(loaded, components, columns, spec, settings.seed, settings.loss) as compute:
+        invariance, bare = try_batches(compute, probes, loaded.context_length, columns, dtype)
+    tried = [(probes, bare)] + ([(trial.data, trial.content)] if trial.content is not None else [])
+    return invariance, check_finite(tried)

@@ -1,0 +1,89 @@
+"""Whether a gradient depends on its batch or its padding, found by trying."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vestige.data import TokenizedData
+from vestige.doctor._probes import EXTRA_PADDING, padded
+from vestige.doctor._types import Check, Verdict
+from vestige.index import CompressedGradients, IndexedComponent, ShardContent
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative difference that rounding explains: kernels sum in another order for another shape, and the error
+grows with depth. Half precision has 2 to 3 digits to begin with."""
+_WARN = 10
+
+
+def try_batches(
+    compute: CompressedGradients,
+    probes: TokenizedData,
+    context: int | None,
+    columns: Sequence[IndexedComponent],
+    dtype: torch.dtype,
+) -> tuple[list[Check], ShardContent]:
+    """The checks of batch and padding, and the probes' gradients computed one by one without padding."""
+    width = int(probes.lengths.max()) + EXTRA_PADDING
+    wide = padded(probes, width if context is None else min(width, context))
+    singly = [np.array([row]) for row in range(len(probes))]
+    together = compute.rows(wide, [np.arange(len(probes))])
+    alone = compute.rows(wide, singly)
+    bare = compute.rows(probes, singly)
+    return [
+        _check("batch invariance", "the other examples of its batch", alone, together, columns, dtype),
+        _check("padding", "padding tokens", bare, alone, columns, dtype),
+    ], bare
+
+
+def _check(
+    name: str,
+    cause: str,
+    before: ShardContent,
+    after: ShardContent,
+    columns: Sequence[IndexedComponent],
+    dtype: torch.dtype,
+) -> Check:
+    precision, tolerance = str(dtype).removeprefix("torch."), TOLERANCE[dtype]
+    moved = (after.gradients - before.gradients).double()
+    # An example whose gradient is zero on both sides has not moved.
+    relative = moved.norm(dim=1) / before.gradients.double().norm(dim=1).clamp(min=1e-30)
+    worst = float(relative.max())
+    if not np.isfinite(worst):
+        return Check(name, "warn", "could not be compared", "The gradients are not finite: see finite gradients.")
+    verdict: Verdict = "good" if worst <= tolerance else "warn" if worst <= _WARN * tolerance else "bad"
+    value = f"{worst:.1e} relative difference (up to {tolerance:.0e} is {precision} rounding)"
+    if verdict == "good":
+        return Check(name, verdict, value, f"A gradient does not depend on {cause}.", worst)
+    row = int(relative.argmax())
+    where = max(columns, key=lambda part: float(moved[row, part.start : part.stop].norm())).name
+    if verdict == "warn":
+        advice = f"More than usual, most in {where}; compare with --precision float32."
+    else:
+        advice = (
+            f"A gradient depends on {cause}, most in {where}: its scores would too. Look for layers that mix "
+            "examples (batch norm, a mean over the batch, mixture-of-experts capacity) or read padding; "
+            "--token-budget 1 runs every example alone."
+        )
+    return Check(name, verdict, value, advice, worst)
+
+
+def check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:
+    """Whether every loss and gradient that was computed is finite; names the examples where one is not."""
+    ids, count = [], 0
+    for data, content in tried:
+        finite = torch.isfinite(content.loss) & torch.isfinite(content.norm)
+        count += len(finite)
+        ids += [data.examples[int(row)].id for row in content.example[~finite]]
+    name = "finite gradients"
+    if not ids:
+        return Check(name, "good", f"all of {count} tried", "Losses and gradients are finite numbers.", 0)
+    named = ", ".join(repr(one) for one in list(dict.fromkeys(ids))[:5])
+    return Check(
+        name,
+        "bad",
+        f"{len(ids)} of {count} tried are not",
+        f"NaN or infinite for {named}. If it is every example, the weights hold NaN or overflow: check the checkpoint "
+        "and try --precision float32. If it is a few, look at those.",
+        len(ids),
+    )

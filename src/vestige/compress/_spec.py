@@ -169,7 +169,7 @@ def _parse_stage(text: str, given: str) -> list[Stage]:
 
 
 def _parse_size(kind: Kind, text: str, given: str) -> tuple[int, ...]:
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(re.sub(r"\s", "", text))
     form = ("AxB" if match[2] else "K") if match else None
     if match is None or form not in kind.forms:
         forms = " or ".join(f"{kind.name}:{form}" for form in kind.forms)

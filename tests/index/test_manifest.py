@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from tests.index.synthetic import build, draft, hashes, planned
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.index import CompressionIdentity, IndexedComponent, ModelIdentity, difference, read_manifest
-from vestige.index._manifest import expected_shards, publish_manifest
+from vestige.index._difference import publish_manifest
+from vestige.index._manifest import expected_shards
 
 
 def test_a_manifest_reads_back_equal_and_serialises_the_same(tmp_path):

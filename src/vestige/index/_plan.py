@@ -15,15 +15,8 @@ import numpy as np
 
 from vestige.data import plan_batches
 from vestige.errors import DataError, IndexMismatch
-from vestige.index._manifest import (
-    Difference,
-    Manifest,
-    PlanStage,
-    difference,
-    mismatch_message,
-    plan_shown,
-    read_manifest,
-)
+from vestige.index._difference import Difference, difference, mismatch_message, plan_shown
+from vestige.index._manifest import Manifest, PlanStage, read_manifest
 
 _SHARD_TOKENS = 2**20
 _MOST_TOKEN_SHARDS = 1024

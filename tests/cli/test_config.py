@@ -65,10 +65,8 @@ def test_queries_are_a_string_or_several(settings_of, words, queries):
     assert settings_of(AttributeSettings, "--index", "i", "--out", "o", *words).queries == queries
 
 
-@pytest.mark.parametrize(
-    ("words", "damping"), [((), "auto"), (("--damping", "0.1"), 0.1), (("--damping", "auto"), "auto")]
-)
-def test_damping_is_auto_or_a_number(settings_of, words, damping):
+@pytest.mark.parametrize(("words", "damping"), [((), 1.0), (("--damping", "0.1"), 0.1)])
+def test_damping_is_a_number(settings_of, words, damping):
     assert settings_of(AttributeSettings, "--index", "i", "--out", "o", "--queries", "q", *words).damping == damping
 
 

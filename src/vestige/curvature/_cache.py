@@ -1,6 +1,5 @@
 """Fisher blocks of an index, computed once and kept beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,15 @@ def _counted(index: Index, bar: Any) -> Any:
 
 def _write(path: Path, fisher: FisherBlocks) -> None:
     tensors = {block.name: block.matrix for block in fisher.blocks}
-    moments = {block.name: block.fourth_moment for block in fisher.blocks}
-    metadata = {"fourth_moments": json.dumps(moments), "examples": str(fisher.blocks[0].examples)}
     path.parent.mkdir(exist_ok=True)
-    write_durably(path, [save(tensors, metadata)])
+    write_durably(path, [save(tensors)])
 
 
 def _read(path: Path, names: list[str], columns: list[slice]) -> FisherBlocks | None:
     """The stored blocks, None if there are none or the file is damaged: they are cheap to compute again."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            moments = json.loads(metadata["fourth_moments"])
-            examples = int(metadata["examples"])
-            blocks = [FisherBlock(name, file.get_tensor(name), moments[name], examples) for name in names]
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            blocks = [FisherBlock(name, file.get_tensor(name)) for name in names]
+    except (FileNotFoundError, SafetensorError):
         return None
     return FisherBlocks(tuple(blocks), tuple(columns))

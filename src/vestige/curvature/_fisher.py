@@ -6,7 +6,7 @@ With compressed gradients g_i [k] of n examples, `F = (1/n) sum_i g_i g_i^T` (un
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,11 @@ from torch import Tensor
 
 from vestige.errors import NonFinite
 
-AUTO = "auto"
-Damping = float | Literal["auto"]
-"""Damping relative to the mean eigenvalue of a block, or "auto": chosen per block by `shrinkage`."""
-
-LARGEST_RELATIVE = 1e3
-SMALLEST_RELATIVE = 1e-6
-"""Bounds of the automatic damping: beyond the first a block is the identity in effect, below the second singular."""
+DAMPING = 1.0
+"""Relative damping by default: the mean eigenvalue of each block, chosen without labels. It halves the weight of a
+direction of average curvature and bounds every amplification by the ratio of the largest eigenvalue to the mean.
+Against retraining of convex models it lay within 0.04 correlation of the best of 0.01 to 10; smaller values lost up to
+0.5, because the empirical Fisher matrix is far from the Hessian where the model fits its data well."""
 
 
 class FisherBlock(NamedTuple):
@@ -28,37 +26,16 @@ class FisherBlock(NamedTuple):
 
     name: str
     matrix: Float[Tensor, "k k"]
-    fourth_moment: float
-    """Mean over examples of `|g|^4`: says how well the matrix is known from so many examples."""
-    examples: int
 
     @property
     def mean_eigenvalue(self) -> float:
         """Trace over size: the unit of relative damping."""
         return float(self.matrix.diagonal().double().mean())
 
-    def shrinkage(self) -> float:
-        """Relative damping that minimises the expected squared error of the damped matrix, without any label.
-
-        Ledoit and Wolf (2004, A well-conditioned estimator for large-dimensional covariance matrices): the best
-        mixture `(1 - rho) F + rho m I` with m the mean eigenvalue has `rho = min(b, d) / d`, where d = |F - m I|^2 and
-        b = (mean |g|^4 - |F|^2) / n estimates the sampling error of F. It equals damping by `rho / (1 - rho)` times m,
-        up to a factor that no ranking feels. Few examples or heavy tails: much damping.
-        """
-        squared = float(self.matrix.double().square().sum())
-        size = self.matrix.shape[0]
-        distance = squared - size * self.mean_eigenvalue**2
-        error = max(self.fourth_moment - squared, 0.0) / self.examples
-        if distance <= 0 or error >= distance:
-            return LARGEST_RELATIVE
-        weight = error / distance
-        return min(max(weight / (1 - weight), SMALLEST_RELATIVE), LARGEST_RELATIVE)
-
-    def damped(self, damping: Damping) -> Float[Tensor, "k k"]:
+    def damped(self, damping: float) -> Float[Tensor, "k k"]:
         """`F + d I` in float64, d relative to the mean eigenvalue."""
-        relative = self.shrinkage() if damping == AUTO else float(damping)
         # A component whose gradients are all zero has no scale of its own: any damping leaves it at zero.
-        absolute = relative * self.mean_eigenvalue or 1.0
+        absolute = damping * self.mean_eigenvalue or 1.0
         return self.matrix.double() + absolute * torch.eye(
             len(self.matrix), dtype=torch.float64, device=self.matrix.device
         )
@@ -71,7 +48,7 @@ class FisherBlocks:
     blocks: tuple[FisherBlock, ...]
     columns: tuple[slice, ...]
 
-    def precondition(self, vectors: Float[Tensor, "query column"], damping: Damping) -> Float[Tensor, "query column"]:
+    def precondition(self, vectors: Float[Tensor, "query column"], damping: float) -> Float[Tensor, "query column"]:
         """`(F + d I)^-1 q` for every query, block by block.
 
         Raises:
@@ -83,7 +60,7 @@ class FisherBlocks:
             solved[:, columns] = torch.cholesky_solve(vectors[:, columns].double().T, factor).T.to(vectors.dtype)
         return solved
 
-    def whitener(self, damping: Damping) -> list[Float[Tensor, "k k"]]:
+    def whitener(self, damping: float) -> list[Float[Tensor, "k k"]]:
         """Matrices W with `|W g|^2 = g^T (F + d I)^-1 g`: the inverse Cholesky factors, float32."""
         factors = []
         for block in self.blocks:
@@ -93,12 +70,12 @@ class FisherBlocks:
         return factors
 
 
-def _cholesky(block: FisherBlock, damping: Damping) -> Float[Tensor, "k k"]:
+def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
     factor, failed = torch.linalg.cholesky_ex(block.damped(damping))
     if int(failed):
         raise NonFinite(
             f"The Fisher matrix of {block.name} is singular at --damping {damping}. Type a larger one, such as "
-            "--damping 0.1, or leave it at auto."
+            f"--damping {DAMPING:g}."
         )
     return factor
 
@@ -108,16 +85,11 @@ def accumulate_fisher(
 ) -> FisherBlocks:
     """Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
     sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
-    fourth = torch.zeros(len(columns), dtype=torch.float64)
     examples = 0
     for gradients in blocks:
         examples += len(gradients)
         for number, part in enumerate(columns):
             piece = gradients[:, part]
             sums[number].addmm_(piece.T, piece)
-            fourth[number] += piece.double().square().sum(1).square().sum()
-    found = tuple(
-        FisherBlock(name, total / max(examples, 1), float(moment) / max(examples, 1), examples)
-        for name, total, moment in zip(names, sums, fourth, strict=True)
-    )
+    found = tuple(FisherBlock(name, total / max(examples, 1)) for name, total in zip(names, sums, strict=True))
     return FisherBlocks(found, tuple(columns))

@@ -126,9 +126,8 @@ class AttributeSettings(ReadingSettings):
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
-    damping: Literal["auto"] | PositiveFloat = Field(
-        "auto",
-        description="influence: damping relative to the mean eigenvalue; auto picks it without labels.",
+    damping: PositiveFloat = Field(
+        1.0, description="influence: damping of each component's curvature, relative to its mean eigenvalue."
     )
     self_influence: bool = Field(False, description="Also score every training example against itself.")
     dense: bool = Field(False, description="Also store the score of every training example for every query.")

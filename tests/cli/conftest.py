@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from tests.workshop import furnish
+from tests.workshop import PAIRS, furnish
 from vestige.cli import main
 
 
@@ -76,3 +78,18 @@ def contents(folder: Path) -> dict[str, str]:
     """What is in a folder, file by file."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def spoil(folder: Path, name: str, rows: list[int]) -> None:
+    """Put a NaN into rows of a weight, as a broken training run leaves them."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights[name][rows] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def tokens_only_in(name: str) -> list[int]:
+    """Token ids that one example of the training data has and the others have not."""
+    tokenizer = AutoTokenizer.from_pretrained("tiny-model")
+    used = {f"pair-{number}": set(tokenizer(f"{one}{two}").input_ids) for number, (one, two, _) in enumerate(PAIRS)}
+    return sorted(used[name].difference(*(tokens for other, tokens in used.items() if other != name)))

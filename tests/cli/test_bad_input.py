@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import contents, index_words
-from tests.workshop import PAIRS, write_rows
+from tests.cli.conftest import contents, index_words, spoil, tokens_only_in
+from tests.workshop import write_rows
 
 LONG_PROMPT = "Why is the sky blue? " * 60
 
@@ -143,24 +143,6 @@ def test_a_model_that_gives_no_numbers_at_all(vestige, idx):
     assert contents(idx) == before
     assert not list(Path("new").glob("shards/*"))
     assert not Path("run").exists()
-
-
-def spoil(folder: Path, name: str, rows: list[int]) -> None:
-    """Put a NaN into rows of a weight, as a broken training run leaves them."""
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    weights[name][rows] = float("nan")
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def tokens_only_in(name: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained("tiny-model")
-    used = {f"pair-{number}": set(tokenizer(f"{one}{two}").input_ids) for number, (one, two, _) in enumerate(PAIRS)}
-    return sorted(used[name].difference(*(tokens for other, tokens in used.items() if other != name)))
 
 
 @contextmanager

@@ -7,11 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.conftest import contents, index_words
+from tests.cli.conftest import contents, index_words, spoil, tokens_only_in
 from tests.workshop import PAIRS
 from vestige.runs import Scores
 
 ASK = ("attribute", "--index", "idx", "--queries", "Why is the sky blue?")
+
+
+def test_the_doctor_finds_nothing_wrong_here_and_leaves_nothing_behind(vestige, workshop):
+    before = contents(workshop)
+    outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
+    assert outcome.status == 0, outcome.out
+    assert "logra:16x16" in outcome.out
+    assert contents(workshop) == before
+
+
+def test_the_doctor_ends_with_status_1_when_something_is_bad(vestige, workshop):
+    spoil(Path("tiny-model"), "model.embed_tokens.weight", rows=tokens_only_in("pair-9"))
+    outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
+    assert outcome.status == 1
+    assert "BAD" in outcome.out
 
 
 def test_indexing_says_beforehand_what_it_costs_and_afterwards_what_is_there(vestige, workshop):

@@ -92,9 +92,7 @@ class _Silent:
 class _PlainLines:
     """Progress for logs and pipes."""
 
-    def __init__(
-        self, total: int, label: str, unit: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, total: int, label: str, unit: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._label, self._unit, self._clock = total, label, unit, clock
         self._done = 0
         self._start = self._last_line = clock()

@@ -105,7 +105,7 @@ def test_bad_settings(words, message, vestige, idx):
     [
         (("--seed", "3"), ("seed", "0", "3")),
         (("--dtype", "float32"), ("dtype", "float16", "float32")),
-        (("--compress", "logra:8x8"), ("logra:16x16", "logra:8x8")),
+        (("--compress", "logra:8x8"), ("tensorsketch:256", "logra:8x8")),
         (("--components", "mlp"), ("components",)),
         (("--loss", "mean"), ("loss", "sum", "mean")),
         (("--limit", "5"), ("12", "5")),

@@ -18,7 +18,7 @@ def test_the_doctor_finds_nothing_wrong_here_and_leaves_nothing_behind(vestige, 
     before = contents(workshop)
     outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
     assert outcome.status == 0, outcome.out
-    assert "logra:16x16" in outcome.out
+    assert "tensorsketch:256" in outcome.out
     assert contents(workshop) == before
 
 
@@ -37,7 +37,7 @@ def test_indexing_says_beforehand_what_it_costs_and_afterwards_what_is_there(ves
     assert outcome.out == vestige("status", "new").out
     assert outcome.out.startswith("new: complete\n")
     assert "examples    12 of 12 of train.jsonl" in outcome.out
-    assert "logra:16x16 per component" in outcome.out
+    assert "tensorsketch:256 per component" in outcome.out
 
 
 def test_the_same_command_again_changes_nothing(vestige, idx):

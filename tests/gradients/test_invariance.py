@@ -74,7 +74,7 @@ def test_a_model_that_scales_its_logits_runs_whole() -> None:
 
 def test_weight_flags_and_hooks_are_as_before() -> None:
     model, data = build("opt"), sequences()
-    list(model.parameters())[0].requires_grad_(False)
+    next(iter(model.parameters())).requires_grad_(False)
     before = [parameter.requires_grad for parameter in model.parameters()]
     engine_gradients(model, data, [[0, 1]])
     assert [parameter.requires_grad for parameter in model.parameters()] == before

@@ -42,7 +42,7 @@ class DotSink:
     components is the inner product of the whole gradients.
     """
 
-    def __init__(self, vectors: Sequence[Float[Tensor, "query out in"]]) -> None:
+    def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"]]) -> None:
         self._vectors = list(vectors)
         self.scores = torch.zeros(0)
 

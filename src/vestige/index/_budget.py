@@ -8,13 +8,17 @@ from vestige.models import Selection
 from vestige.progress import announce, format_bytes
 from vestige.settings import CompressionSettings
 
-_SIDES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4)
-_ROW_BYTES = 64 * 2**10
-"""Bytes per example that `auto` aims at when no budget is given: a million examples in 64 GB."""
+FEWEST, MOST = 16, 4096
+"""Numbers per component that `auto` chooses between: below, scores are noise; above, sketching takes longer than the
+model itself."""
+ROW_BYTES = 64 * 2**10
+"""Bytes per example that `auto` aims at when no budget is given: a million examples in 64 GiB."""
 
 
 def choose_spec(settings: CompressionSettings, selection: Selection, examples: int) -> CompressionSpec:
-    """The compression that was asked for, or the widest two-sided projection within the disk budget.
+    """The compression that was asked for, or the widest tensor sketch within the disk budget.
+
+    At equal bytes a tensor sketch gave the smallest error of all compressors (`benchmarks/RESULTS.md`).
 
     Raises:
         DiskSpaceError: Nothing fits the budget.
@@ -23,21 +27,23 @@ def choose_spec(settings: CompressionSettings, selection: Selection, examples: i
     if settings.compress != "auto":
         if settings.disk is not None:
             raise SpecError(
-                f"--disk belongs to --compress auto; --compress {settings.compress!r} says the size itself."
+                f"--disk belongs to --compress auto; --compress {settings.compress!r} says the size itself. Drop one."
             )
         return parse_spec(settings.compress)
-    budget = settings.disk_bytes if settings.disk_bytes is not None else _ROW_BYTES * examples
-    size = 0
-    for side in _SIDES:
-        spec = parse_spec(f"logra:{side}x{side}")
-        size = lay_out(selection.components, spec)[-1].stop * BYTES_PER_NUMBER[settings.dtype] * examples
-        if size <= budget:
-            announce(
-                f"--compress auto: {spec} takes {format_bytes(size)} for {examples:,} examples, the widest "
-                f"two-sided projection within {format_bytes(budget)}."
-            )
-            return spec
-    raise DiskSpaceError(
-        f"No compression of {examples:,} examples fits in {format_bytes(budget)}: the smallest, logra:4x4, takes "
-        f"{format_bytes(size)}. Give a larger --disk, fewer --components, or --dtype int8."
+    budget = settings.disk_bytes if settings.disk_bytes is not None else ROW_BYTES * examples
+    number_bytes = BYTES_PER_NUMBER[settings.dtype] * examples
+    width = min(MOST, budget // (number_bytes * len(selection.components)))
+    if width < FEWEST:
+        smallest = FEWEST * number_bytes * len(selection.components)
+        raise DiskSpaceError(
+            f"{examples:,} examples do not fit in {format_bytes(budget)}: {FEWEST} numbers for each of "
+            f"{len(selection.components)} components take {format_bytes(smallest)}. Give a larger --disk, fewer "
+            "--components, or --dtype int8."
+        )
+    spec = parse_spec(f"tensorsketch:{width}")
+    size = lay_out(selection.components, spec)[-1].stop * number_bytes
+    announce(
+        f"--compress auto: {spec} takes {format_bytes(size)} for {examples:,} examples, the widest tensor sketch "
+        f"within {format_bytes(budget)}."
     )
+    return spec

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from vestige.compress import CompressionSpec
 from vestige.data import TokenizedData
-from vestige.errors import SpecError
 from vestige.index._budget import choose_spec
 from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._estimate import announce_estimate, estimate_cost
@@ -60,12 +59,10 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
     """The manifest without its plan."""
-    if settings.compress_scope == "model":
-        raise SpecError("--compress-scope model")
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
         data=DataIdentity(name=inputs.data.name, fingerprint=inputs.data.fingerprint, examples=len(inputs.data)),
-        compression=CompressionIdentity(spec=spec.canonical, scope=settings.compress_scope),
+        compression=CompressionIdentity(spec=spec.canonical),
         seed=settings.seed,
         dtype=settings.dtype,
         loss=settings.loss,

@@ -6,14 +6,16 @@ derivative of that token's loss along v. Forward-mode differentiation gives it f
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from vestige.data import Batch, TokenizedData, make_batch, plan_batches
 from vestige.gradients import Reduction, token_losses
@@ -42,7 +44,7 @@ def token_scores(
         component.name: _as_parameter(model, component, matrix.to(device))
         for component, matrix in zip(components, direction, strict=True)
     }
-    lengths = data.lengths[np.asarray(rows)]
+    lengths = data.lengths[np.asarray(rows, dtype=np.int64)]
     for places in plan_batches(lengths, token_budget):
         chosen = [rows[place] for place in places]
         derivatives = _derivatives(model, tangents, make_batch(data, chosen).to(device)).double().cpu().numpy()
@@ -60,8 +62,23 @@ def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) ->
         return token_losses(lambda **inputs: functional_call(model, values, (), inputs), batch)
 
     # Only the composed attention has a forward-mode derivative.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _UntrainedRows():
         return torch.func.jvp(losses, (primals,), (tangents,))[1]
+
+
+class _UntrainedRows(TorchFunctionMode):
+    """The row `padding_idx` of an embedding is never trained, so its look-up has no derivative either."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding:
+            return output
+        ids, weight, *rest = args
+        padding = rest[0] if rest else (kwargs or {}).get("padding_idx")
+        if padding is None:
+            return output
+        untrained = unpack_dual(weight).primal[padding]
+        return torch.where((ids == padding)[..., None], untrained, output)
 
 
 def _as_parameter(model: nn.Module, component: Component, matrix: Float[Tensor, "out in"]) -> Tensor:

@@ -16,7 +16,6 @@ from vestige.settings._base import Settings, parse_bytes
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
 Reduction = Literal["sum", "mean"]
-Scope = Literal["component", "model"]
 AnswerSource = Literal["auto", "generate", "given"]
 
 
@@ -58,11 +57,8 @@ class CompressionSettings(Settings):
         "or globs over parameter names.",
     )
     compress: str = Field(
-        "logra:16x16",
-        description="How to compress gradients, such as logra:16x16, 'mask:32x32 | sjlt:256', none, or auto.",
-    )
-    compress_scope: Scope = Field(
-        "component", description="Compress every component by itself, or their sum over the whole model."
+        "tensorsketch:256",
+        description="How to compress gradients, such as tensorsketch:256, 'mask:32x32 | sjlt:256', none, or auto.",
     )
     disk: str | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
     dtype: StoredType = Field("float16", description="Number format of the compressed gradients on disk.")

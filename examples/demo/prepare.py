@@ -17,8 +17,8 @@ from vestige.progress import announce
 class Training:
     """Enough passes, with steps small and large enough, that the model knows the answers by heart."""
 
-    epochs: int = 3
-    learning_rate: float = 2e-4
+    epochs: int = 5
+    learning_rate: float = 3e-4
     token_budget: int = 256
     seed: int = 0
 

@@ -139,7 +139,8 @@ def test_a_model_that_gives_no_numbers_at_all(vestige, idx):
     spoil(Path("tiny-model"), "model.norm.weight", rows=[0])
     before = contents(idx)
     refused(vestige(*index_words(), "--out", "new"), "pair-", "NaN")
-    refused(vestige("attribute", "--index", "idx", "--queries", "Why?", "--out", "run"))
+    asked = vestige("attribute", "--index", "idx", "--model", "tiny-model", "--queries", "Why?", "--out", "run")
+    refused(asked, "was made with another model")
     assert contents(idx) == before
     assert not list(Path("new").glob("shards/*"))
     assert not Path("run").exists()

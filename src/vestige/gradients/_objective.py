@@ -1,6 +1,6 @@
 """The loss of each example, normalised inside that example, with logits only where a label asks for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -39,8 +39,21 @@ class Objective(Protocol):
         ...
 
 
+def example_count(batch: Any) -> int:
+    """How many examples a batch holds: its `rows`, else the length of its first tensor (tuple, dict or tensor)."""
+    if hasattr(batch, "rows"):
+        return len(batch.rows)
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+    return len(batch)
+
+
 class FunctionObjective:
-    """Any function `(model, batch) -> losses [example]`, for models that are not causal language models."""
+    """Any function `(model, batch) -> losses [example]`, for models that are not causal language models.
+
+    A batch is anything with `rows`, or a tensor, tuple or dict of tensors whose first axis is the example. Inputs of
+    uneven length need their attention mask in it, or padding would change the scores.
+    """
 
     def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
         self._function = function

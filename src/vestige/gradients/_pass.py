@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
-from vestige.gradients._objective import Objective
-from vestige.gradients._rules import EmbeddingTap, LayerTap, LinearTap, NormTap, Receive
-from vestige.gradients._types import Factor, FactorSink
+from vestige.gradients._objective import Objective, example_count
+from vestige.gradients._rule_convolution import ConvolutionTap
+from vestige.gradients._rule_look_up import EmbeddingTap
+from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver
+from vestige.gradients._types import FactorSink
 from vestige.models import Component
 
 _TAPS: dict[str, Callable[..., LayerTap]] = {
@@ -19,6 +21,7 @@ _TAPS: dict[str, Callable[..., LayerTap]] = {
     "conv1d": LinearTap,
     "embedding": EmbeddingTap,
     "norm": NormTap,
+    "convolution": ConvolutionTap,
 }
 
 
@@ -38,13 +41,19 @@ class GradientPass:
         self._model = model
         self._components = tuple(components)
         self._objective = objective
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._sink: FactorSink | None = None
         self._examples = 0
         self._head: tuple[int, ...] = ()
 
     def __enter__(self) -> "GradientPass":
+        """Freeze the weights and place the hooks.
+
+        Raises:
+            ModelError: the examples of a batch cannot be told apart, because a BatchNorm is in training mode.
+        """
+        _refuse_batch_statistics(self._model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
@@ -69,7 +78,7 @@ class GradientPass:
         Raises:
             ModelError: no selected component takes part in the computation of the loss.
         """
-        self._sink, self._examples = sink, len(batch.rows)
+        self._sink, self._examples = sink, example_count(batch)
         try:
             with torch.enable_grad():
                 losses = self._objective.losses(self._model, batch, self._tap_head if self._head else None)
@@ -103,11 +112,17 @@ class GradientPass:
         assert self._sink is not None
         weight, bias = self._head
         if weight >= 0:
-            _deliver(self._sink, weight, examples, left, right)
+            deliver(self._sink, weight, examples, left, right)
         if bias >= 0:
             total = left.sum(1, keepdim=True)
-            _deliver(self._sink, bias, examples, total, torch.ones_like(total[:, :, :1]))
+            deliver(self._sink, bias, examples, total, torch.ones_like(total[:, :, :1]))
 
 
-def _deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-    sink.accumulate(component, examples, sink.reduce(component, "left", left), sink.reduce(component, "right", right))
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    """A BatchNorm that uses the batch's own statistics makes every example's loss depend on the others."""
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ModelError(
+                f"{path} ({type(module).__name__}) normalises with the statistics of the batch, so no example has a "
+                "gradient of its own. Call model.eval() first, or build the layer with track_running_stats=True."
+            )

@@ -1,16 +1,15 @@
 """Layer rules: how each kind of module brings its activations and output gradients into the canonical factors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from vestige.gradients._types import FactorSink, OneHot
+from vestige.errors import ModelError
+from vestige.gradients._types import Factor, FactorSink
 
 
 class Receive(NamedTuple):
@@ -21,33 +20,99 @@ class Receive(NamedTuple):
 
 
 @runtime_checkable
+class Handle(Protocol):
+    """Undoes one change to a module."""
+
+    def remove(self) -> None:
+        """Put the module back as it was."""
+        ...
+
+
+@runtime_checkable
 class LayerTap(Protocol):
     """Hooks on one module that deliver the factors of its weight and bias."""
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self) -> Sequence[Handle]:
         """Place the hooks."""
         ...
 
 
-def per_token(tensor: Tensor, examples: int) -> Float[Tensor, "example token side"]:
-    """`[example, token, side]` from what a layer saw: token axes are flattened, a missing one is added."""
+def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token side"]:
+    """`[example, token, side]` from what a layer saw: token axes are flattened, a missing one is added.
+
+    Raises:
+        ModelError: the first axis cannot be the batch.
+    """
+    if tensor.shape[0] % examples:
+        raise ModelError(
+            f"A selected layer works on a tensor of shape {tuple(tensor.shape)} in a batch of {examples} examples: its "
+            "first axis is not the batch, so its gradient cannot be told apart by example. Leave the layer out with "
+            "--components '!<name of the parameter>'."
+        )
     return tensor.reshape(examples, -1, tensor.shape[-1])
 
 
 def watch(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
     """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it."""
     if not output.requires_grad:
-        output.requires_grad_()
+        _StartGraph.apply(output, torch.zeros((), requires_grad=True))
     output.register_hook(on_gradient)
+
+
+class _StartGraph(torch.autograd.Function):
+    """Makes a tensor require its gradient without making it a leaf: a leaf could not be changed by ReLU in place."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, start: Tensor) -> Tensor:  # noqa: ARG004
+        """The very same tensor, now with a history."""
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        """Nothing lies below."""
+        return None, None
+
+
+class Kept(NamedTuple):
+    """What a tap keeps from the forward to the backward pass, and a check that nobody has changed it since."""
+
+    value: Any
+    source: Tensor
+    version: int
+
+    def unchanged(self, module: nn.Module) -> Any:
+        """The kept value.
+
+        Raises:
+            ModelError: an operation in place has overwritten it.
+        """
+        if isinstance(self.value, Tensor) and self.value._version != self.version and _same(self.value, self.source):
+            raise ModelError(
+                f"The input of {type(module).__name__} was changed in place after the layer had read it; training "
+                "such a model fails too. Use the operation that returns a new tensor (`inplace=False`)."
+            )
+        return self.value
+
+
+def keep(value: Any, source: Tensor) -> Kept:
+    """Remember a value that may share memory with an activation."""
+    return Kept(value, source, source._version)
+
+
+def _same(value: Tensor, source: Tensor) -> bool:
+    return value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+    """Hand over both factors at once."""
+    sink.accumulate(component, examples, sink.reduce(component, "left", left), sink.reduce(component, "right", right))
 
 
 def deliver_vector(receive: Receive, component: int, gradient: Float[Tensor, "example token side"]) -> None:
     """Hand over the gradient of a vector: summed over tokens, as a matrix of one column."""
     total = gradient.sum(1, keepdim=True)
-    one = torch.ones_like(total[:, :, :1])
-    sink = receive.sink
-    left, right = sink.reduce(component, "left", total), sink.reduce(component, "right", one)
-    sink.accumulate(component, slice(0, receive.examples), left, right)
+    deliver(receive.sink, component, slice(0, receive.examples), total, torch.ones_like(total[:, :, :1]))
 
 
 class LinearTap:
@@ -57,48 +122,58 @@ class LinearTap:
         self._module, self._receive = module, receive
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self) -> Sequence[Handle]:
         """One forward hook; the backward one hangs on the output."""
         return [self._module.register_forward_hook(self._forward)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
+        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
+            return
         receive = self._receive()
-        kept: Any = None
+        kept: Kept | None = None
         if self._weight is not None:
             activation = per_token(inputs[0].detach(), receive.examples)
-            kept = receive.sink.reduce(self._weight, "right", activation)
+            kept = keep(receive.sink.reduce(self._weight, "right", activation), activation)
         watch(output, lambda gradient: self._backward(receive, kept, gradient))
 
-    def _backward(self, receive: Receive, kept: Any, gradient: Tensor) -> None:
+    def _backward(self, receive: Receive, kept: Kept | None, gradient: Tensor) -> None:
         gradient = per_token(gradient, receive.examples)
-        if self._weight is not None:
+        if self._weight is not None and kept is not None:
             left = receive.sink.reduce(self._weight, "left", gradient)
-            receive.sink.accumulate(self._weight, slice(0, receive.examples), left, kept)
+            receive.sink.accumulate(self._weight, slice(0, receive.examples), left, kept.unchanged(self._module))
         if self._bias is not None:
             deliver_vector(receive, self._bias, gradient)
 
 
 class NormTap:
-    """LayerNorm and RMSNorm: the scale's gradient is the output gradient times the normalised input."""
+    """LayerNorm, RMSNorm and GroupNorm: the scale's gradient is the output gradient times the normalised input."""
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
         self._module, self._receive = module, receive
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self) -> Sequence[Handle]:
         """One forward hook; the backward one hangs on the output."""
         return [self._module.register_forward_hook(self._forward)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
         receive, activation = self._receive(), inputs[0].detach()
-        watch(output, lambda gradient: self._backward(receive, module, activation, gradient))
+        kept = keep(activation, activation)
+        watch(output, lambda gradient: self._backward(receive, module, kept, gradient))
 
-    def _backward(self, receive: Receive, module: nn.Module, activation: Tensor, gradient: Tensor) -> None:
+    def _backward(self, receive: Receive, module: nn.Module, kept: Kept, gradient: Tensor) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, activation)
-            deliver_vector(receive, self._weight, per_token(scaled, receive.examples))
+            scaled = gradient * _normalised(module, kept.unchanged(module))
+            deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
-            deliver_vector(receive, self._bias, per_token(gradient, receive.examples))
+            deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))
+
+
+def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
+    """GroupNorm counts its features along the second axis, the other norms along the last."""
+    return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
 def _normalised(module: nn.Module, activation: Tensor) -> Tensor:
@@ -111,62 +186,3 @@ def _normalised(module: nn.Module, activation: Tensor) -> Tensor:
         at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,))
         at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,))
     return at_one - at_zero
-
-
-class EmbeddingTap:
-    """Embedding: left = one-hot of the token, right = output gradient.
-
-    The look-up itself is intercepted, not the module: subclasses shift the ids first (OPT) or scale the result after
-    it (Gemma). Ids that are shared by the batch (`[1, token]` positions) are expanded, or their gradients would
-    arrive summed over the examples.
-    """
-
-    def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
-        self._module, self._receive = module, receive
-        self._weight = components["weight"]
-        self._mode: _LookUp | None = None
-
-    def attach(self) -> list[RemovableHandle]:
-        """The look-up is intercepted between the two hooks."""
-        return [
-            self._module.register_forward_pre_hook(self._enter),
-            self._module.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    def _enter(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002
-        self._mode = _LookUp(self._weight, self._receive())
-        self._mode.__enter__()
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.__exit__(None, None, None)
-
-
-class _LookUp(TorchFunctionMode):
-    """Sees the one call of `embedding` inside an embedding module."""
-
-    def __init__(self, component: int, receive: Receive) -> None:
-        super().__init__()
-        self._component, self._receive = component, receive
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.embedding:
-            return func(*args, **kwargs)
-        ids, weight, *rest = args
-        receive, component = self._receive, self._component
-        if ids.shape[0] == 1 and receive.examples > 1:
-            ids = ids.expand(receive.examples, *ids.shape[1:])
-        output = func(ids, weight, *rest, **kwargs)
-        padding = rest[0] if rest else kwargs.get("padding_idx")
-        left = receive.sink.reduce(component, "left", OneHot(ids.reshape(receive.examples, -1), weight.shape[0]))
-        watch(output, lambda gradient: self._backward(left, gradient, None if padding is None else ids == padding))
-        return output
-
-    def _backward(self, left: Any, gradient: Tensor, ignored: Tensor | None) -> None:
-        receive, component = self._receive, self._component
-        if ignored is not None:  # the row of `padding_idx` is never trained
-            gradient = gradient.masked_fill(ignored[..., None], 0)
-        right = receive.sink.reduce(component, "right", per_token(gradient, receive.examples))
-        receive.sink.accumulate(component, slice(0, receive.examples), left, right)

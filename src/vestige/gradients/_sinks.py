@@ -90,8 +90,11 @@ class NormSink:
 
     def finish(self) -> Float[Tensor, "component example"]:
         """Square what has arrived: ghost products where tokens are few, the matrix itself where they are many."""
+        seen = next((pieces[0][2] for pieces in self._pieces if pieces), torch.zeros(0))
         rows = [
-            self._square(component, pieces) for component, pieces in zip(self._components, self._pieces, strict=True)
+            # A component that took no part (an expert that no token was sent to) has no gradient.
+            self._square(component, pieces) if pieces else seen.new_zeros(self._examples)
+            for component, pieces in zip(self._components, self._pieces, strict=True)
         ]
         self._pieces = []
         self.squared = torch.stack(rows)

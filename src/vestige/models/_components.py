@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from vestige.errors import SpecError
 from vestige.models._types import Component, CoverageRow, LayerKind, Role, Selection, Use
@@ -50,8 +51,10 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
-    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
         return "norm"
+    if isinstance(module, _ConvNd):
+        return "convolution"
     return None
 
 
@@ -116,14 +119,18 @@ def _component_of(owned: _Owned) -> tuple[Component | None, str]:
 
 def _plain(parameter: nn.Parameter, kind: LayerKind, attribute: str) -> bool:
     """Whether a parameter has the rank that its rule expects (a packed 4-bit weight has not)."""
+    if not parameter.is_floating_point():
+        return False
+    if attribute == "weight" and kind == "convolution":
+        return parameter.ndim > 2
     matrix = attribute == "weight" and kind in ("linear", "conv1d", "embedding")
-    return parameter.is_floating_point() and parameter.ndim == (2 if matrix else 1)
+    return parameter.ndim == (2 if matrix else 1)
 
 
 def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int]:
     if parameter.ndim == 1:
         return (parameter.shape[0], 1)
-    rows, columns = parameter.shape
+    rows, columns = parameter.shape[0], parameter[0].numel()
     return (columns, rows) if kind == "conv1d" else (rows, columns)
 
 

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["weight", "bias"]
-LayerKind = Literal["linear", "conv1d", "embedding", "norm"]
+LayerKind = Literal["linear", "conv1d", "embedding", "norm", "convolution"]
+"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Component:
     name: str
     """The parameter's name; for tied weights the first name that the model lists."""
     shape: tuple[int, int]
-    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`; a GPT-2 Conv1D weight is transposed."""
+    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`; a GPT-2 Conv1D weight is
+    transposed; the axes of a convolution's weight after the first are flattened into `in`."""
     uses: tuple[Use, ...]
 
     @property

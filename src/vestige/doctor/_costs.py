@@ -20,7 +20,7 @@ from vestige.progress import format_bytes, format_seconds
 from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
 
-ALTERNATIVES = ("logra:8x8", "logra:16x16", "mask:32x32 | sjlt:256", "none")
+ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
 DTYPES = ("float16", "float32", "int8")
 """bfloat16 takes as much disk as float16."""
 TRIED_TOKENS = 2048

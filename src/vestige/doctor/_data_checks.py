@@ -112,7 +112,7 @@ def _check_targets(data: TokenizedData) -> Check:
 
 def _check_lengths(data: TokenizedData, max_length: int | None) -> Check:
     lengths, cut = data.lengths, data.truncated
-    value = f"{lengths.min()} to {lengths.max()} tokens, {np.median(lengths):.0f} in the middle"
+    value = f"{lengths.min()} to {lengths.max()} tokens, median {np.median(lengths):.0f}"
     if not cut.any():
         return Check("length", "good", value, "Nothing is cut off.", 0)
     return Check(

@@ -80,7 +80,7 @@ def _check_device(model: nn.Module) -> Check:
     device = next(model.parameters()).device
     if device.type == "cpu" and torch.cuda.is_available():
         return Check("device", "warn", "cpu", "There is a GPU: --device cuda is faster.")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     return Check("device", "good", f"{device}, {name}", "The estimates below were measured on it.")
 
 

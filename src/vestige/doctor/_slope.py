@@ -15,8 +15,12 @@ from vestige.models import Component
 
 MOST_PARAMETERS = 150_000_000
 """A direction and a copy of the moved weights are held in memory: larger models are checked on some components."""
-STEPS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-"""Relative to the weights. Too long a step leaves the tangent, too short a one drowns in rounding."""
+STEPS = {
+    torch.float32: (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4),
+    torch.float64: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
+}
+"""Relative to the weights. Too long a step leaves the tangent (at a ReLU's kink soon), too short a one drowns in
+rounding."""
 _GOOD, _BAD, _UNSURE = 0.01, 0.1, 0.05
 """Shares of a typical slope. In float32 a loss of 100 nats is known to 1e-5, so a difference over a step of 1e-3 is
 known to 1e-2; what neighbouring steps disagree by is tolerated three times on top."""
@@ -28,9 +32,9 @@ class Slope(NamedTuple):
     gradient: float
     """`<gradient, direction>`, from the factors."""
     difference: float
-    """`(loss(w + h d) - loss(w - h d)) / 2h`, at the steps where neighbours agree best."""
+    """`(loss(w + h d) - loss(w - h d)) / 2h`, at the step that agrees best with the next longer and shorter ones."""
     doubt: float
-    """How far those neighbours are apart."""
+    """How far the farther of those two is away."""
     typical: float
     """Standard deviation of the slope over random directions; the unit of all three."""
     components: int
@@ -88,12 +92,12 @@ def measure_slope(
         gradient_pass.run(batch, BothSinks(dots, norms))
     squared = norms.finish()[:, 0].double().cpu()
     found = _differences(model, components, directions, loss, batch)
-    doubts = [abs(first - second) for first, second in pairwise(found)]
-    best = min(range(len(doubts)), key=doubts.__getitem__)
+    apart = [abs(longer - shorter) for longer, shorter in pairwise(found)]
+    doubt, best = min((max(pair), number + 1) for number, pair in enumerate(pairwise(apart)))
     return Slope(
         float(dots.scores.double().sum()),
-        found[best + 1],
-        doubts[best],
+        found[best],
+        doubt,
         max(float((squared * sizes).sum().sqrt()), 1e-30),
         len(components),
         sum(component.size for component in components),
@@ -139,7 +143,7 @@ def _differences(
                 parameter.copy_(original + step * turned.reshape(parameter.shape))
             return float(loss.losses(model, batch)[0])
 
-        for step in STEPS:
+        for step in STEPS[next(model.parameters()).dtype]:
             found.append((loss_at(step) - loss_at(-step)) / (2 * step))
     return found
 

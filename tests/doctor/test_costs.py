@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from tests.architectures import build
+from vestige.doctor._costs import ALTERNATIVES, check_disk_space, check_memory, check_time
+from vestige.doctor._types import Cost
+from vestige.errors import SpecError
+from vestige.index import Index, index
+from vestige.models import load_model
+
+
+def test_the_disk_is_what_the_index_takes(examined, rows, tmp_path):
+    model = build("llama", torch.float32)
+    for dtype in ("float16", "float32", "int8"):
+        cost = examined(model, dtype=dtype, compress="mask:4x4").costs[0]
+        built = index(model=model, data=rows, out=tmp_path / dtype, dtype=dtype, compress="mask:4x4")
+        assert isinstance(built, Index)
+        assert cost.row_bytes[dtype] == built.manifest.row_bytes
+        assert cost.disk_bytes[dtype] == built.manifest.row_bytes * len(rows)
+        assert cost.numbers == built.manifest.width
+
+
+def test_the_compression_asked_for_comes_first_and_once(examined):
+    model = build("llama", torch.float32)
+    asked = examined(model, compress="logra:4x4").costs
+    assert [cost.compress for cost in asked] == ["logra:4x4", *ALTERNATIVES]
+    whole = examined(model, compress="none").costs
+    assert [cost.compress for cost in whole] == ["none", *(one for one in ALTERNATIVES if one != "none")]
+    assert all(cost.seconds > 0 for cost in asked)
+    assert asked[0].memory_bytes < asked[-1].memory_bytes
+
+
+def test_a_compression_of_which_one_row_is_too_large_is_not_tried(examined, monkeypatch):
+    monkeypatch.setattr("vestige.doctor._costs.ROWS_BYTES", 8 * 3000)
+    report = examined(build("llama", torch.float32), compress="none")
+    assert report.costs[0].seconds is None
+    assert report["time"].value == "not measured"
+    assert "not tried" in str(report)
+    assert report["finite gradients"].verdict == "good"
+
+
+COST = Cost("none", 10, 1.0, 100, {"float16": 20, "float32": 40, "int8": 10}, {"float16": 60, "float32": 90, "int8": 9})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "verdict"),
+    [("bfloat16", 59, "bad"), ("float16", 119, "warn"), ("float16", 121, "good"), ("int8", 59, "good")],
+)
+def test_disk_is_compared_with_what_is_free(dtype, free, verdict):
+    assert check_disk_space(COST, dtype, free, 3).verdict == verdict
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(99, "bad"), (110, "warn"), (130, "good")])
+def test_memory_is_compared_with_what_there_is(limit, verdict, monkeypatch):
+    monkeypatch.setattr("vestige.doctor._costs._memory_limit", lambda device: limit)
+    assert check_memory(COST, torch.device("cpu")).verdict == verdict
+
+
+def test_a_full_disk_is_bad_in_the_report(examined, monkeypatch):
+    monkeypatch.setattr("vestige.doctor._doctor.free_disk", lambda: 10)
+    report = examined(build("llama", torch.float32))
+    assert report["disk"].verdict == "bad"
+    assert "--dtype int8" in report["disk"].advice
+
+
+def test_settings_that_the_index_refuses_are_refused(examined):
+    with pytest.raises(SpecError):
+        examined(build("llama", torch.float32), compress="nonsense:3")
+    with pytest.raises(SpecError):
+        examined(build("llama", torch.float32), components="nothing.like.this")
+
+
+def test_time_is_said_to_be_measured(workshop, examined):
+    loaded = load_model(workshop / "tiny-model")
+    report = examined(loaded.model, tokenizer=loaded.tokenizer, data=str(workshop / "train.jsonl"))
+    assert report["time"].number == report.costs[0].seconds
+    assert check_time.__doc__

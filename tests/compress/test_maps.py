@@ -7,6 +7,7 @@ from tests.reference.compress_dense import matrix_of
 from vestige.compress import Stream
 from vestige.compress._coordinates import Coordinates, mask
 from vestige.compress._dense import Dense, StreamedDense, logra, random_columns
+from vestige.compress._hadamard import fjlt
 from vestige.compress._identity import Composed, Identity, chain
 from vestige.compress._sjlt import Sjlt
 from vestige.compress._tensorsketch import Fold, Wrap, tensorsketch
@@ -26,6 +27,9 @@ MAPS = {
     "repeated coordinates": Coordinates(SIZE, torch.tensor([4, 4, 0, 30, 4]), 1.5),
     "gaussian": logra(SIZE, 7, STREAM),
     "rademacher": logra(SIZE, 7, STREAM, init="rademacher"),
+    "orthonormal": logra(SIZE, 7, STREAM, init="orthonormal"),
+    "hadamard": fjlt(SIZE, 7, STREAM),
+    "square hadamard": fjlt(32, 31, STREAM),
     "streamed": StreamedDense(SIZE, 7, STREAM, "gaussian", torch.device("cpu")),
     **{f"sjlt {s}": Sjlt(SIZE, 9, STREAM, s) for s in range(1, 10)},
     "sjlt with empty rows": Sjlt(SIZE, 200, STREAM, 1),

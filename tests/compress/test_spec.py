@@ -19,6 +19,10 @@ CANONICAL = [
     "sjlt:64x64",
     "logra:64x32",
     "logra:64x64,init=rademacher",
+    "logra:256",
+    "logra:256,init=orthonormal,min=4",
+    "fjlt:1024",
+    "fjlt:32x32",
     "tensorsketch:256",
     "mask:128x128 | sjlt:4096",
     "mask:65536 | sjlt:4096",
@@ -47,6 +51,8 @@ SPELLINGS = {
     "normal-16*16": "logra:16x16",
     "Rademacher-2048": "rademacher:2048",
     "Rademacher-16*16": "logra:16x16,init=rademacher",
+    "logra:256,min=8": "logra:256",
+    "fjlt-2048": "fjlt:2048",
     "identity": "none",
     "grass-4096": "mask:16384 | sjlt:4096",
     "grass_8-4096": "mask:32768 | sjlt:4096",
@@ -57,8 +63,7 @@ SPELLINGS = {
 }
 MISTAKES = {
     "sjtl:256": ["Did you mean 'sjlt'", "mask", "logra", "Example"],
-    "fjlt:256": ["Unknown compressor 'fjlt'", "Known: none", "sjlt"],
-    "selective:32x32": ["Unknown compressor 'selective'", "mask"],
+    "walsh:256": ["Unknown compressor 'walsh'", "Known: none", "sjlt"],
     "": ["empty stage", "none"],
     "mask:4 | | sjlt:2": ["empty stage"],
     "mask": ["mask:K or mask:AxB", "mask:128x128"],
@@ -69,7 +74,10 @@ MISTAKES = {
     "mask:4x4x4": ["mask:K or mask:AxB"],
     "mask:1e3": ["whole numbers"],
     "tensorsketch:16x16": ["tensorsketch:K", "tensorsketch:256"],
-    "logra:256": ["logra:AxB", "gauss:256"],
+    "logra": ["logra:K or logra:AxB", "logra:64x64"],
+    "logra:4x4,min=2": ["both sides are given", "logra:16,min=2"],
+    "logra:256,min=0": ["whole number of at least 1"],
+    "sjlt:4096 | logra:256": ["flattened gradient", "logra:256 | sjlt:4096"],
     "sjlt:256,t=3": ["no option 't'", "its options: s"],
     "gauss:256,s=3": ["no option 's'", "none"],
     "sjlt:256,s=0": ["whole number of at least 1"],
@@ -77,7 +85,7 @@ MISTAKES = {
     "sjlt:4,s=8": ["s at most 4"],
     "sjlt:64x4,s=8": ["s at most 4"],
     "mask:4,scale=maybe": ["unbiased or none", "maybe"],
-    "logra:4x4,init=uniform": ["gaussian or rademacher"],
+    "logra:4x4,init=uniform": ["gaussian or rademacher or orthonormal"],
     "none:4": ["no size", "--compress none"],
     "mask:4096 | logra:64x64": ["flattened gradient", "logra:64x64 | mask:4096"],
     "Random-4096 | Gaussian-64*64": ["flattened gradient"],
@@ -112,9 +120,10 @@ sides = st.one_of(
     st.builds("mask:{}x{}{}".format, numbers, numbers, st.sampled_from(["", ",scale=none", ",scale=unbiased"])),
     st.builds("logra:{}x{}{}".format, numbers, numbers, st.sampled_from(["", ",init=gaussian", ",init=rademacher"])),
     st.builds("Random-{}*{}".format, numbers, numbers),
+    st.builds("logra:{},min={}".format, numbers, st.integers(1, 99)),
 )
 wholes = st.one_of(
-    st.builds("{}:{}".format, st.sampled_from(["mask", "gauss", "rademacher", "sjlt"]), numbers),
+    st.builds("{}:{}".format, st.sampled_from(["mask", "gauss", "rademacher", "sjlt", "fjlt"]), numbers),
     st.builds("sjlt:{},s={}".format, st.integers(9, 10**6), st.integers(1, 9)),
     st.builds("grass_{}-{}".format, st.integers(1, 99), numbers),
 )
@@ -145,7 +154,7 @@ def test_size_for_is_never_larger_than_the_gradient(text, rows, columns):
     size = spec.size_for((rows, columns))
     assert 1 <= size <= rows * columns
     for stage in spec.stages:
-        if len(stage.size) == 1:
+        if not stage.on_sides:
             assert size <= stage.size[0]
 
 
@@ -155,6 +164,8 @@ def test_size_for():
     assert parse_spec("mask:128x64").size_for((300, 20)) == 128 * 20
     assert parse_spec("mask:128x64").size_for((300, 1)) == 128
     assert parse_spec("mask:128x128 | sjlt:4096").size_for((10, 10)) == 100
+    assert parse_spec("logra:64").size_for((5, 20)) == 65
+    assert parse_spec("mask:5x20 | logra:64 | sjlt:60").size_for((50, 200)) == 60
 
 
 def test_a_registered_compressor_is_part_of_the_language():

@@ -1,21 +1,24 @@
-"""Dense random projections: Gaussian or Rademacher entries times `1 / sqrt(k)`."""
+"""Dense random projections: Gaussian, Rademacher or orthonormal rows, scaled so that inner products are unbiased."""
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.compress._allocation import allocate
 from vestige.compress._random import Stream, gaussians, signs
 from vestige.compress._registry import compressor
 from vestige.compress._types import LinearMap
+from vestige.errors import SpecError
 
 Init = Literal["gaussian", "rademacher"]
 STORED_BYTES = 32 * 2**20  # a larger matrix on the whole gradient is generated again, block by block, at each use
 _BLOCK_ENTRIES = 1 << 21
+DEFAULT_MINIMUM = 8  # of each side, when a total rank is divided
 
 _draws: dict[Init, Callable[[Stream, Tensor], Tensor]] = {"gaussian": gaussians, "rademacher": signs}
 
@@ -128,7 +131,42 @@ def rademacher(in_size: int, out_size: int, stream: Stream) -> LinearMap:
     return _whole(in_size, out_size, stream, "rademacher")
 
 
-@compressor("logra", forms=("AxB",), example="logra:64x64")
-def logra(in_size: int, out_size: int, stream: Stream, *, init: Init = "gaussian") -> LinearMap:
+def orthonormal(in_size: int, out_size: int, stream: Stream) -> Dense:
+    """Orthogonal rows of length `sqrt(in / out)`: a uniformly random subspace.
+
+    The rows are the reduced QR factor, in float64, of the matrix of `init=gaussian`, with the signs that make the
+    triangular factor's diagonal positive. `E[P^T P]` of orthonormal rows is `out / in` times the identity, so rows of
+    length one, as published, shrink every inner product by that factor on average.
+    """
+    columns = random_columns(stream, "gaussian", torch.arange(in_size), out_size)
+    basis, triangle = torch.linalg.qr(columns.to(torch.float64))
+    basis *= triangle.diagonal().sign() * math.sqrt(in_size / out_size)
+    return Dense(basis.t().to(torch.float32).contiguous())
+
+
+def _minimum_is_for_totals(size: tuple[int, ...], options: Mapping[str, Any]) -> None:
+    if len(size) == 2 and options["min"] != DEFAULT_MINIMUM:
+        raise SpecError(
+            f"'logra:{size[0]}x{size[1]},min={options['min']}': min limits how a total rank is divided, and both "
+            f"sides are given here. Write logra:{size[0]}x{size[1]}, or 'logra:{size[0] * size[1]},"
+            f"min={options['min']}'."
+        )
+
+
+def _divide(shape: tuple[int, int], total: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    return allocate(shape, total, options["min"])
+
+
+@compressor("logra", forms=("K", "AxB"), example="logra:64x64", check=_minimum_is_for_totals, allocate=_divide)
+def logra(
+    in_size: int,
+    out_size: int,
+    stream: Stream,
+    *,
+    init: Literal["gaussian", "rademacher", "orthonormal"] = "gaussian",
+    min: int = DEFAULT_MINIMUM,  # noqa: ARG001  (used before, to divide a total rank)
+) -> LinearMap:
     """A dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
+    if init == "orthonormal":
+        return orthonormal(in_size, out_size, stream)
     return stored(in_size, out_size, stream, init)

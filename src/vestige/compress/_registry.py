@@ -2,7 +2,8 @@
 
 A compressor is one function `(in_size, out_size, stream, *, option=default) -> LinearMap` under
 `@compressor(...)`; with `product="circular"` it takes the sizes of both sides and returns a map for each. Its
-keyword-only arguments (`int`, or a `Literal` of strings) are its options in the spec language. Packages add
+keyword-only arguments are its options in the spec language: `int`, a `Literal` of strings, or `str` for free text
+without commas and bars. With `located=True` it is also told the component's name and the side. Packages add
 compressors through the entry point group `vestige.compressors`; loading the entry point has to run the decorator.
 """
 
@@ -21,10 +22,11 @@ EXAMPLE = "mask:128x128 | sjlt:4096"
 
 
 class Option(NamedTuple):
-    """One option of a compressor: the allowed words (empty: a positive whole number) and the default."""
+    """One option of a compressor: the allowed words (empty: a positive whole number, or free text) and the default."""
 
     words: tuple[str, ...]
     default: Any
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Kind:
         build: Makes the map or the two maps; called only when the output is smaller than the input.
         product: How the two sides are multiplied.
         check: Raises SpecError for a combination of size and options that cannot work.
+        allocate: For a `K` that is divided between the sides: from the gradient's shape, K and all options to (A, B).
+        complete: From size and options to the options that are written to disk, such as a file's digest.
+        located: Whether `build` takes the component's name and the side (None: the whole gradient) as well.
     """
 
     name: str
@@ -48,6 +53,13 @@ class Kind:
     build: Callable[..., Any]
     product: Product = "outer"
     check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None
+    allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None
+    complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    located: bool = False
+
+    def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option of the compressor, given or not."""
+        return {key: options.get(key, option.default) for key, option in self.options.items()}
 
 
 _kinds: dict[str, Kind] = {}
@@ -60,11 +72,14 @@ def compressor(
     example: str,
     product: Product = "outer",
     check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None,
+    allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None,
+    complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    located: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds a compressor to the spec language under `name`."""
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        _kinds[name] = Kind(name, forms, example, _options(build), build, product, check)
+        _kinds[name] = Kind(name, forms, example, _options(build), build, product, check, allocate, complete, located)
         return build
 
     return register
@@ -73,7 +88,7 @@ def compressor(
 def _options(build: Callable[..., Any]) -> dict[str, Option]:
     hints = get_type_hints(build)
     return {
-        parameter.name: Option(get_args(hints[parameter.name]), parameter.default)
+        parameter.name: Option(get_args(hints[parameter.name]), parameter.default, free=hints[parameter.name] is str)
         for parameter in inspect.signature(build).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }

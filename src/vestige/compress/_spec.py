@@ -5,8 +5,9 @@
     size   = K       the whole (flattened) gradient to K numbers
            | AxB     the output side to A and the input side to B numbers
 
-A stage that would not make its input smaller is the identity, with scale one: a layer narrower than K keeps
-everything.
+`logra:K` divides K between the sides of each gradient. A stage that would not make its input smaller is the
+identity, with scale one: a layer narrower than K keeps everything. Only in a sketch that all components share is
+the last stage never skipped.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from vestige.compress import _coordinates, _dense, _sjlt, _tensorsketch  # noqa: F401  (they register their compressors)
+from vestige.compress import _dense, _hadamard, _sjlt, _tensorsketch  # noqa: F401  (they register compressors)
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Identity, chain
 from vestige.compress._legacy import modern_spelling
@@ -25,7 +26,9 @@ from vestige.compress._random import Stream
 from vestige.compress._registry import EXAMPLE, Kind, find_compressor
 from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
+from vestige.gradients._types import Side
 
+_SHAREABLE = ("sjlt", "gauss", "rademacher")  # zero-mean maps that may be wider than what they are given
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
 
 
@@ -48,11 +51,38 @@ class Stage:
         """The registered compressor."""
         return find_compressor(self.name, self.text)
 
-    def build(self, in_size: int, out_size: int, stream: Stream) -> LinearMap:
-        """Its map from `in_size` to at most `out_size` numbers."""
-        if out_size >= in_size:
+    @property
+    def on_sides(self) -> bool:
+        """Whether it acts on each side of the matrix."""
+        return len(self.size) == 2 or self.kind.allocate is not None
+
+    def kept(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """What it keeps of each side of `shape`, if it acts on the sides."""
+        rows, columns = shape
+        if len(self.size) == 1:
+            assert self.kind.allocate is not None, "a stage on the whole gradient keeps no sides"
+            return self.kind.allocate(shape, self.size[0], self.kind.with_defaults(dict(self.options)))
+        return min(rows, self.size[0]), min(columns, self.size[1])
+
+    def build(self, in_size: int, out_size: int, place: "Place") -> LinearMap:
+        """Its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `place.shared`."""
+        if out_size >= in_size and not place.shared:
             return Identity(in_size)
-        return self.kind.build(in_size, out_size, stream, **dict(self.options))
+        where = (place.component, place.side) if self.kind.located else ()
+        return self.kind.build(in_size, out_size, place.stream, *where, **dict(self.options))
+
+
+class Place(NamedTuple):
+    """Where a stage acts: what its randomness may depend on."""
+
+    stream: Stream
+    component: str
+    side: Side | None = None
+    shared: bool = False
+
+    def on(self, side: Side) -> "Place":
+        """One side of the same gradient."""
+        return self._replace(stream=self.stream.child(side), side=side)
 
 
 @dataclass(frozen=True)
@@ -69,43 +99,79 @@ class CompressionSpec:
     def __str__(self) -> str:
         return self.canonical
 
-    def _sides(self, shape: tuple[int, int]) -> tuple[int, int]:
-        rows, columns = shape
+    def size_for(self, shape: tuple[int, int], *, shared: bool = False) -> int:
+        """Numbers kept of a gradient `[out, in]` (a vector of n is `(n, 1)`); see `build` for `shared`."""
+        if shared:
+            return self._shared_size()
+        size = math.prod(shape)
         for stage in self.stages:
-            if len(stage.size) == 2:
-                rows, columns = min(rows, stage.size[0]), min(columns, stage.size[1])
-        return rows, columns
+            if stage.on_sides:
+                shape = stage.kept(shape)
+                size = math.prod(shape)
+            else:
+                size = min(size, stage.size[0])
+        return size
 
-    def size_for(self, shape: tuple[int, int]) -> int:
-        """Numbers kept of a gradient `[out, in]` (a vector of n is `(n, 1)`)."""
-        whole = [stage.size[0] for stage in self.stages if len(stage.size) == 1]
-        return min([math.prod(self._sides(shape)), *whole])
+    def _shared_size(self) -> int:
+        """Numbers of a sketch that all components share.
 
-    def build(self, name: str, shape: tuple[int, int], seed: int, device: torch.device | str = "cpu") -> Compressor:
+        Raises:
+            SpecError: The last stage cannot be shared.
+        """
+        last = self.stages[-1] if self.stages else None
+        if last is not None and last.name in _SHAREABLE and len(last.size) == 1:
+            return last.size[0]
+        raise SpecError(
+            f"'{self.canonical}' cannot be summed over the whole model: the sketches of all components are added "
+            "up there, so the last stage has to spread every component, however small, over the same K numbers "
+            f"with random signs of its own. End the spec with {' or '.join(f'{one}:K' for one in _SHAREABLE)}, "
+            f"for example '{EXAMPLE}'."
+        )
+
+    def build(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        seed: int,
+        device: torch.device | str = "cpu",
+        *,
+        shared: bool = False,
+    ) -> Compressor:
         """The compressor of the component `name` with gradients `[out, in]`.
 
         Its randomness depends on seed, name, and the number and side of each stage, on nothing else: whoever
         builds it gets the same map, and two components, stages or sides share no random number.
+
+        With `shared`, every component has the same size K, also those with fewer than K numbers, and compressed
+        gradients of different components may be added up: the sum is an unbiased sketch of the whole gradient,
+        because the inner product of two components' sketches is zero on average.
+
+        Raises:
+            SpecError: With `shared`, when the last stage is not one number of sjlt, gauss or rademacher.
         """
+        last = len(self.stages) - 1
+        if shared:
+            self._shared_size()
         chains = _Chains([], [], [])
         rows, columns = shape
         size = rows * columns
         product: Product = "outer"
         for number, stage in enumerate(self.stages):
-            stream = Stream(seed, name, number, stage.name)
-            if len(stage.size) == 2:
-                chains.left.append(stage.build(rows, stage.size[0], stream.child("left")))
-                chains.right.append(stage.build(columns, stage.size[1], stream.child("right")))
+            place = Place(Stream(seed, name, number, stage.name), name, None, shared and number == last)
+            if stage.on_sides:
+                kept = stage.kept((rows, columns))
+                chains.left.append(stage.build(rows, kept[0], place.on("left")))
+                chains.right.append(stage.build(columns, kept[1], place.on("right")))
                 rows, columns = chains.left[-1].out_size, chains.right[-1].out_size
                 size = rows * columns
             elif stage.kind.product == "circular":
                 if stage.size[0] < size:
-                    left, right = stage.kind.build((rows, columns), stage.size[0], stream, **dict(stage.options))
+                    left, right = stage.kind.build((rows, columns), stage.size[0], place.stream, **dict(stage.options))
                     chains.left.append(left)
                     chains.right.append(right)
                     size, product = stage.size[0], "circular"
             else:
-                chains.tail.append(stage.build(size, stage.size[0], stream))
+                chains.tail.append(stage.build(size, stage.size[0], place))
                 size = chains.tail[-1].out_size
         return _assemble(shape, chains, product, torch.device(device))
 
@@ -163,7 +229,9 @@ def _parse_stage(text: str, given: str) -> list[Stage]:
     size = _parse_size(kind, size_text, given)
     options = _parse_options(kind, pairs, given)
     if kind.check:
-        kind.check(size, {key: options.get(key, option.default) for key, option in kind.options.items()})
+        kind.check(size, kind.with_defaults(options))
+    if kind.complete:
+        options = dict(kind.complete(size, options))
     changed = {key: value for key, value in options.items() if value != kind.options[key].default}
     return [Stage(kind.name, size, tuple(sorted(changed.items())))]
 
@@ -173,22 +241,23 @@ def _parse_size(kind: Kind, text: str, given: str) -> tuple[int, ...]:
     form = ("AxB" if match[2] else "K") if match else None
     if match is None or form not in kind.forms:
         forms = " or ".join(f"{kind.name}:{form}" for form in kind.forms)
-        raise SpecError(
-            f"'{given}': expected {forms} with whole numbers of at least 1, for example '{kind.example}'"
-            + (f" (one projection of the whole gradient is 'gauss:{text}')" if kind.name == "logra" and form else "")
-            + "."
-        )
+        raise SpecError(f"'{given}': expected {forms} with whole numbers of at least 1, for example '{kind.example}'.")
     return tuple(int(number) for number in match.groups() if number)
 
 
 def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, str | int]:
     options: dict[str, str | int] = {}
     for pair in pairs:
-        key, _, value = (piece.strip().lower() for piece in pair.partition("="))
+        key, _, value = (piece.strip() for piece in pair.partition("="))
+        key = key.lower()
         if key not in kind.options:
             allowed = ", ".join(kind.options) or "none"
             raise SpecError(f"'{given}': {kind.name} has no option '{key}' (its options: {allowed}).")
         words = kind.options[key].words
+        if kind.options[key].free:
+            options[key] = value
+            continue
+        value = value.lower()
         if words and value not in words:
             raise SpecError(f"'{given}': {key} must be {' or '.join(words)}, given '{value}'.")
         if not words and not re.fullmatch("[1-9][0-9]*", value):
@@ -200,11 +269,11 @@ def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, st
 def _check_order(stages: Sequence[Stage]) -> None:
     whole = None
     for stage in stages:
-        needs_sides = len(stage.size) == 2 or stage.kind.product == "circular"
+        needs_sides = stage.on_sides or stage.kind.product == "circular"
         if needs_sides and whole is not None:
             raise SpecError(
                 f"'{whole.text} | {stage.text}': {whole.text} keeps numbers of the flattened gradient, which has no "
                 f"output and input side left for {stage.text}. Put that stage first: '{stage.text} | {whole.text}'."
             )
-        if len(stage.size) == 1:
+        if not stage.on_sides:
             whole = stage

@@ -1,5 +1,7 @@
 """Algebra of factors: products of gradients `sum_t left_t (x) right_t` without hooks, files or devices."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,8 +18,29 @@ def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float
     return torch.bmm(left.transpose(1, 2), right)
 
 
+PRODUCT_BYTES = 64 * 2**20
+"""Most bytes of gradients formed at once."""
+
+
+class ReusedMemory:
+    """Memory for gradients that live for one product only: fresh pages would cost a quarter of forming them."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def shaped(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor of `shape`, overwritten by the next call."""
+        size = math.prod(shape)
+        if self._flat.numel() < size or self._flat.dtype != like.dtype or self._flat.device != like.device:
+            self._flat = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._flat[:size].view(shape)
+
+
 def dot_matrices(
-    left: Factor, right: Float[Tensor, "example token in"], matrices: Float[Tensor, "query out in"]
+    left: Factor,
+    right: Float[Tensor, "example token in"],
+    matrices: Float[Tensor, "query out in"],
+    memory: ReusedMemory,
 ) -> Float[Tensor, "query example"]:
     """Inner products of every example's gradient with given matrices, exact.
 
@@ -28,7 +51,15 @@ def dot_matrices(
         return torch.stack([(matrix[left.ids] * right).sum((1, 2)) for matrix in matrices])
     if matrices.shape[0] == 1:
         return (torch.nn.functional.linear(right, matrices[0]) * left).sum((1, 2))[None]
-    return matrices.flatten(1) @ materialise(left, right).flatten(1).T
+    flat, size = matrices.flatten(1), left.shape[2] * right.shape[2]
+    step = max(1, PRODUCT_BYTES // (size * right.element_size()))
+    parts = []
+    for start in range(0, len(right), step):
+        some = slice(start, start + step)
+        gradient = memory.shaped(right, len(right[some]), left.shape[2], right.shape[2])
+        torch.bmm(left[some].transpose(1, 2), right[some], out=gradient)
+        parts.append(flat @ gradient.flatten(1).T)
+    return torch.cat(parts, dim=1)
 
 
 def gram(first: Factor, second: Float[Tensor, "example token2 side"] | OneHot) -> Float[Tensor, "example token token2"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._factors import dot_matrices, inner_product, materialise
+from vestige.gradients._factors import ReusedMemory, dot_matrices, inner_product, materialise
 from vestige.gradients._types import Factor, Side
 from vestige.models import Component
 
@@ -44,6 +44,7 @@ class DotSink:
 
     def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"]]) -> None:
         self._vectors = list(vectors)
+        self._memory = ReusedMemory()
         self.scores = torch.zeros(0)
 
     def begin(self, examples: int) -> None:
@@ -59,7 +60,7 @@ class DotSink:
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the inner products of one use of the component."""
         vectors = self._vectors[component].to(right.dtype)
-        self.scores[component, :, examples] += dot_matrices(left, right, vectors).to(self.scores.dtype)
+        self.scores[component, :, examples] += dot_matrices(left, right, vectors, self._memory).to(self.scores.dtype)
 
 
 class NormSink:

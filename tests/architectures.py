@@ -1,19 +1,27 @@
 """The table of tiny models that every gradient test runs over: random weights, real architectures."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from vestige.data import NO_TARGET, Batch
@@ -21,7 +29,7 @@ from vestige.data import NO_TARGET, Batch
 VOCABULARY = 37
 
 
-def gpt2(tied: bool = True) -> nn.Module:
+def gpt2(tied: bool = True, attention: str = "sdpa") -> nn.Module:
     """Conv1D weights, learned positions shared by the batch, LayerNorm with bias, tied embedding."""
     return GPT2LMHeadModel(
         GPT2Config(
@@ -31,13 +39,14 @@ def gpt2(tied: bool = True) -> nn.Module:
             n_layer=2,
             n_head=2,
             tie_word_embeddings=tied,
+            attn_implementation=attention,
             bos_token_id=0,
             eos_token_id=1,
         )
     )
 
 
-def llama(tied: bool = False) -> nn.Module:
+def llama(tied: bool = False, attention: str = "sdpa") -> nn.Module:
     """Grouped-query attention, RMSNorm, gated MLP, rotary positions."""
     return LlamaForCausalLM(
         LlamaConfig(
@@ -49,6 +58,7 @@ def llama(tied: bool = False) -> nn.Module:
             num_key_value_heads=2,
             max_position_embeddings=32,
             tie_word_embeddings=tied,
+            attn_implementation=attention,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
@@ -91,6 +101,75 @@ def opt() -> nn.Module:
     )
 
 
+def lora() -> nn.Module:
+    """LoRA matrices of rank 3 beside attention and feed-forward weights of a Llama."""
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that is about to go
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(llama(), settings)
+
+
+def mixtral(experts: str = "batched_mm") -> nn.Module:
+    """Four experts in one parameter, two a token; a router with a weight and no Linear."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=32,
+            experts_implementation=experts,
+        )
+    )
+
+
+def qwen_moe() -> nn.Module:
+    """Experts beside a shared expert with its own gate; the first layer is dense."""
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=5,
+            num_experts_per_tok=2,
+            mlp_only_layers=[0],
+            experts_implementation="eager",
+            max_position_embeddings=32,
+        )
+    )
+
+
+def gpt_oss() -> nn.Module:
+    """Experts stored transposed, with biases, gate and up interleaved; attention sinks have no rule."""
+    return GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=32,
+            pad_token_id=2,
+            eos_token_id=1,
+            experts_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+
+
 CAUSAL: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "gpt2-untied": lambda: gpt2(tied=False),
@@ -100,15 +179,30 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = {
     "opt": opt,
 }
 
+EXACT: dict[str, Callable[[], nn.Module]] = CAUSAL | {
+    "gpt2-eager": lambda: gpt2(attention="eager"),
+    "llama-eager": lambda: llama(attention="eager"),
+    "llama-lora": lora,
+    "mixtral": mixtral,
+    "mixtral-eager": lambda: mixtral("eager"),
+    "qwen-moe": qwen_moe,
+    "gpt-oss": gpt_oss,
+}
+"""Every causal model whose gradients are checked."""
+
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A model of the table, in evaluation mode, every weight (norms and biases too) moved off its special start."""
     torch.manual_seed(seed)
-    model = CAUSAL[name]()
+    return move_off_start(EXACT[name]()).eval().to(dtype)
+
+
+def move_off_start(model: nn.Module) -> nn.Module:
+    """The model with noise on every weight: ones and zeros of norms and biases would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval().to(dtype)
+    return model
 
 
 class Sequences(NamedTuple):

@@ -3,6 +3,9 @@
 from vestige.gradients._factors import dot_matrices as dot_matrices
 from vestige.gradients._factors import inner_product as inner_product
 from vestige.gradients._factors import materialise as materialise
+from vestige.gradients._labelled import LabelledBatch as LabelledBatch
+from vestige.gradients._labelled import MaskedLoss as MaskedLoss
+from vestige.gradients._labelled import Seq2SeqLoss as Seq2SeqLoss
 from vestige.gradients._objective import CausalLoss as CausalLoss
 from vestige.gradients._objective import FunctionObjective as FunctionObjective
 from vestige.gradients._objective import Objective as Objective

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vestige.errors import ModelError
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rule_convolution import ConvolutionTap
-from vestige.gradients._rule_look_up import EmbeddingTap
+from vestige.gradients._rule_experts import ExpertsTap
+from vestige.gradients._rule_look_up import EmbeddingTap, RelativeBiasTap, RouterTap
 from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver
 from vestige.gradients._types import FactorSink
 from vestige.models import Component
@@ -22,6 +23,9 @@ _TAPS: dict[str, Callable[..., LayerTap]] = {
     "embedding": EmbeddingTap,
     "norm": NormTap,
     "convolution": ConvolutionTap,
+    "relative_bias": RelativeBiasTap,
+    "router": RouterTap,
+    "experts": ExpertsTap,
 }
 
 

@@ -1,13 +1,14 @@
 """Loading models, choosing components, fine-tuning."""
 
 from vestige.models._components import WORDS as WORDS
-from vestige.models._components import layer_kind as layer_kind
 from vestige.models._components import layer_number as layer_number
 from vestige.models._components import parameter_words as parameter_words
 from vestige.models._components import select_components as select_components
 from vestige.models._finetune import finetune as finetune
 from vestige.models._fingerprint import model_fingerprint as model_fingerprint
 from vestige.models._generate import generate_answers as generate_answers
+from vestige.models._layer_kinds import layer_kind as layer_kind
+from vestige.models._layer_kinds import parameter_view as parameter_view
 from vestige.models._load import Precision as Precision
 from vestige.models._load import context_length as context_length
 from vestige.models._load import load_model as load_model

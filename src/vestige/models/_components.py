@@ -4,13 +4,12 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
-from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from vestige.errors import SpecError
-from vestige.models._types import Component, CoverageRow, LayerKind, Role, Selection, Use
+from vestige.models._layer_kinds import OwnedParameter, components_of, layer_kind
+from vestige.models._types import Component, CoverageRow, LayerKind, Selection
 
 WORDS = {
     "attention": "weights and biases of the attention blocks",
@@ -35,29 +34,6 @@ Kinds = Mapping[str, Set[LayerKind | None]]
 """Parameter name -> the layer rules of the modules that own it."""
 
 
-class _Owned(NamedTuple):
-    """A parameter with every place that owns it."""
-
-    name: str
-    parameter: nn.Parameter
-    owners: list[tuple[str, nn.Module, str]]
-
-
-def layer_kind(module: nn.Module) -> LayerKind | None:
-    """The layer rule that covers a module, None if there is none."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return "conv1d"
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-        return "norm"
-    if isinstance(module, _ConvNd):
-        return "convolution"
-    return None
-
-
 def layer_number(name: str) -> int | None:
     """The index of the block that a parameter belongs to: the first number in its dotted name."""
     found = _LAYER.search(name)
@@ -77,12 +53,11 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     components: list[Component] = []
     chosen = _matching_names(model, patterns)
     for owned in _owned_parameters(model):
-        component, reason = _component_of(owned)
-        if component is not None and owned.name not in chosen:
-            component, reason = None, "not selected"
-        if component is not None:
-            components.append(component)
-        rows.append(CoverageRow(owned.name, owned.parameter.numel(), component is not None, reason))
+        found, reason = components_of(model, owned)
+        if found and owned.name not in chosen:
+            found, reason = [], "not selected"
+        components += found
+        rows.append(CoverageRow(owned.name, owned.parameter.numel(), bool(found), reason))
     if not components:
         raise SpecError(
             f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "
@@ -91,47 +66,15 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     return Selection(tuple(components), tuple(rows))
 
 
-def _owned_parameters(model: nn.Module) -> Iterator[_Owned]:
+def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
     """Every distinct parameter in the model's order, with all modules that hold it."""
-    by_identity: dict[int, _Owned] = {}
+    by_identity: dict[int, OwnedParameter] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
-            owned = by_identity.setdefault(id(parameter), _Owned(name, parameter, []))
+            owned = by_identity.setdefault(id(parameter), OwnedParameter(name, parameter, []))
             owned.owners.append((path, module, attribute))
     yield from by_identity.values()
-
-
-def _component_of(owned: _Owned) -> tuple[Component | None, str]:
-    """The component of one parameter, or None and the reason why there is no rule for it."""
-    uses: list[Use] = []
-    shape: tuple[int, int] | None = None
-    for path, module, attribute in owned.owners:
-        kind = layer_kind(module)
-        if kind is None or attribute not in ("weight", "bias") or not _plain(owned.parameter, kind, attribute):
-            return None, f"no rule for {attribute!r} of {type(module).__name__}"
-        role: Role = "weight" if attribute == "weight" else "bias"
-        uses.append(Use(path, kind, role))
-        shape = _canonical_shape(owned.parameter, kind)
-    assert shape is not None
-    return Component(owned.name, shape, tuple(uses)), ""
-
-
-def _plain(parameter: nn.Parameter, kind: LayerKind, attribute: str) -> bool:
-    """Whether a parameter has the rank that its rule expects (a packed 4-bit weight has not)."""
-    if not parameter.is_floating_point():
-        return False
-    if attribute == "weight" and kind == "convolution":
-        return parameter.ndim > 2
-    matrix = attribute == "weight" and kind in ("linear", "conv1d", "embedding")
-    return parameter.ndim == (2 if matrix else 1)
-
-
-def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int]:
-    if parameter.ndim == 1:
-        return (parameter.shape[0], 1)
-    rows, columns = parameter.shape[0], parameter[0].numel()
-    return (columns, rows) if kind == "conv1d" else (rows, columns)
 
 
 def parameter_words(model: nn.Module) -> dict[str, str]:

@@ -8,8 +8,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["weight", "bias"]
-LayerKind = Literal["linear", "conv1d", "embedding", "norm", "convolution"]
+LayerKind = Literal["linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts"]
 """The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch."""
 
 
@@ -33,7 +32,8 @@ class Use(NamedTuple):
     module: str
     """Dotted path of the module in the model."""
     kind: LayerKind
-    role: Role
+    role: str
+    """What the module calls the parameter: `weight`, `bias`, or `down_proj[3]` for one expert of a stack."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Component:
     """One parameter tensor that is attributed to, with every place where it is used (two for tied weights)."""
 
     name: str
-    """The parameter's name; for tied weights the first name that the model lists."""
+    """The parameter's name; for tied weights the first name that the model lists. One expert of a stack adds `[3]`."""
     shape: tuple[int, int]
     """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`; a GPT-2 Conv1D weight is
     transposed; the axes of a convolution's weight after the first are flattened into `in`."""

@@ -1,0 +1,87 @@
+"""Vestige on the benchmark's model and data, through its public functions, from rows of text to files."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from measure import Measurement, measure
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from workload import COMPONENTS, Workload
+
+import vestige
+from vestige.data import load_examples, tokenize
+from vestige.methods._open import open_job
+from vestige.methods._registry import get_method
+from vestige.settings import AttributeSettings
+
+
+def check_tokens(workload: Workload, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Stop unless Vestige reads the rows as exactly the tokens and labels that the other engines get."""
+    data = tokenize(load_examples(workload.rows()), tokenizer, max_length=None)
+    for row, (tokens, skip) in enumerate(zip(workload.tokens, workload.prompts, strict=True)):
+        first = max(skip, 1)
+        assert data.input_ids[row].tolist() == tokens, f"{workload.name}: other tokens in row {row}"
+        assert not data.targets[row][:first].any(), f"{workload.name}: other targets in row {row}"
+        assert data.targets[row][first:].all(), f"{workload.name}: other targets in row {row}"
+
+
+def build(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    workload: Workload,
+    out: Path,
+    *,
+    compress: str,
+    token_budget: int | None = None,
+    dtype: str = "float16",
+    seed: int = 0,
+) -> Measurement:
+    """`vestige.index`: everything from reading rows to the last file synced."""
+    shutil.rmtree(out, ignore_errors=True)
+    rows = workload.rows()
+    return measure(
+        lambda: vestige.index(
+            model=model,
+            tokenizer=tokenizer,
+            data=rows,
+            out=out,
+            components=COMPONENTS,
+            compress=compress,
+            dtype=dtype,
+            token_budget=token_budget,
+            seed=seed,
+        ),
+        leaves=out,
+    )
+
+
+def score_exactly(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    workload: Workload,
+    queries: Workload,
+) -> tuple[Measurement, np.ndarray]:
+    """One exact pass of `vestige attribute --method grad-dot` over the training data, and its scores [query, example].
+
+    The queries' gradients exist before the clock starts, as they do for the peer; ranking and files come after.
+    """
+    settings = AttributeSettings(
+        model=model,
+        tokenizer=tokenizer,
+        data=workload.rows(),
+        queries=queries.rows(),
+        out=Path("unused"),
+        components=COMPONENTS,
+        method="grad-dot",
+        answer="given",
+    )
+    method = get_method("grad-dot")
+    scores = np.zeros((len(queries.tokens), len(workload.tokens)))
+    with open_job(settings, method) as (job, _):
+        method.prepare(job)
+
+        def stream() -> None:
+            for block in method.blocks(job):
+                scores[:, block.rows.numpy()] = block.scores.numpy()
+
+        return measure(stream), scores

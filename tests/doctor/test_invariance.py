@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tests.architectures import CAUSAL, build
+from tests.architectures import EXACT, build
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", EXACT)
 def test_models_whose_gradients_are_right_are_good(architecture, examined):
     report = examined(build(architecture, torch.float32), components="all")
     for name in ("batch invariance", "padding", "gradient check", "finite gradients"):

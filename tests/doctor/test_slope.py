@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from tests.architectures import CAUSAL, build, sequences
+from tests.architectures import EXACT, build, sequences
 from vestige.doctor._slope import measure_slope
 from vestige.gradients import CausalLoss
 from vestige.models import select_components
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", EXACT)
 def test_the_slope_in_double_precision_is_the_gradient(architecture):
     model = build(architecture)
     selection = select_components(model, ("all",))

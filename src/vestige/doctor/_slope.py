@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vestige.data import Batch
 from vestige.doctor._types import Check, Verdict
 from vestige.gradients import BothSinks, CausalLoss, DotSink, GradientPass, NormSink
-from vestige.models import Component
+from vestige.models import Component, parameter_view
 
 MOST_PARAMETERS = 150_000_000
 """A direction and a copy of the moved weights are held in memory: larger models are checked on some components."""
@@ -118,8 +118,8 @@ def _within_budget(components: Sequence[Component], seed: int) -> list[Component
 
 def _direction(model: nn.Module, component: Component, generator: torch.Generator) -> Tensor:
     """Noise `[out, in]` of the size of the component's weights; none in the row of `padding_idx`, never trained."""
-    parameter = model.get_parameter(component.name)
-    size = float(parameter.detach().float().square().mean().sqrt()) or 0.02
+    parameter = parameter_view(model, component)
+    size = float(parameter.float().square().mean().sqrt()) or 0.02
     noise = size * torch.randn(component.shape, generator=generator)
     for use in component.uses:
         padding = getattr(model.get_submodule(use.module), "padding_idx", None)
@@ -138,9 +138,7 @@ def _differences(
 
         def loss_at(step: float) -> float:
             for component, original, direction in zip(components, originals, directions, strict=True):
-                parameter = model.get_parameter(component.name)
-                turned = direction.T if component.uses[0].kind == "conv1d" and parameter.ndim == 2 else direction
-                parameter.copy_(original + step * turned.reshape(parameter.shape))
+                parameter_view(model, component).copy_(original + step * direction)
             return float(loss.losses(model, batch)[0])
 
         for step in STEPS[next(model.parameters()).dtype]:
@@ -151,10 +149,10 @@ def _differences(
 @contextmanager
 def _moved_back(model: nn.Module, components: Sequence[Component]) -> Iterator[list[Tensor]]:
     """Copies of the components' weights, which are put back bit by bit at the end, whatever happens."""
-    originals = [model.get_parameter(component.name).detach().clone() for component in components]
+    originals = [parameter_view(model, component).clone() for component in components]
     try:
         yield originals
     finally:
         with torch.no_grad():
             for component, original in zip(components, originals, strict=True):
-                model.get_parameter(component.name).copy_(original)
+                parameter_view(model, component).copy_(original)

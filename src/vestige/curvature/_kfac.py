@@ -1,0 +1,240 @@
+"""Kronecker-factored curvature: K-FAC, and EK-FAC with its eigenvalues measured anew.
+
+The gradient of a layer is `G = sum_t b_t a_t^T`, with b the output gradient and a the input, whose last entry is the
+constant one where the bias is attributed to as well. K-FAC (Martens and Grosse 2015, arXiv:1503.05671) takes tokens
+as independent and b as independent of a:
+
+    F = E[vec(G) vec(G)^T]  ~  T S (x) A,      S = mean_t b b^T,   A = mean_t a a^T,   T = tokens per example.
+
+EK-FAC (George et al. 2018, arXiv:1806.03884) keeps the eigenvectors of S and A and measures the curvature along each
+pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, whatever tokens do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.curvature._blocks import Block
+from vestige.curvature._diagonal import DiagonalSink, absolute_damping
+from vestige.gradients import OneHot, Side, materialise
+from vestige.gradients._types import Factor
+from vestige.models import Component
+
+
+class KroneckerFactor(NamedTuple):
+    """Second moments of one block: `F ~ tokens * left (x) right`."""
+
+    left: Float[Tensor, "out out"]
+    right: Float[Tensor, "in in"]
+    tokens: float
+    """Counted tokens per example."""
+
+    def eigenbasis(self) -> "Eigenbasis":
+        """The same curvature by its eigenvectors; eigenvalues below zero are rounding and become zero."""
+        left_values, left = torch.linalg.eigh(self.left.double())
+        right_values, right = torch.linalg.eigh(self.right.double())
+        values = self.tokens * torch.outer(left_values.clamp(min=0), right_values.clamp(min=0))
+        dtype = self.left.dtype
+        return Eigenbasis(left.to(dtype), right.to(dtype), values.to(dtype))
+
+    def precondition_split(
+        self, matrices: Float[Tensor, "query out in"], damping: float
+    ) -> Float[Tensor, "query out in"]:
+        """`(T S + sqrt(d) / p I)^-1 V (A + p sqrt(d) I)^-1`, p^2 the ratio of the mean eigenvalues of A and T S.
+
+        The damping of Martens and Grosse (section 6.3): each factor gets its share, so each inverse is a small one.
+        """
+        left, right = self.tokens * self.left.double(), self.right.double()
+        left_mean, right_mean = float(left.diagonal().mean()), float(right.diagonal().mean())
+        absolute = absolute_damping(damping, left_mean * right_mean)
+        ratio = (right_mean / left_mean) ** 0.5 if left_mean > 0 and right_mean > 0 else 1.0
+        left = left + absolute**0.5 / ratio * torch.eye(len(left), dtype=left.dtype, device=left.device)
+        right = right + absolute**0.5 * ratio * torch.eye(len(right), dtype=right.dtype, device=right.device)
+        halfway = torch.linalg.solve(left, matrices.to(left.dtype))
+        return torch.linalg.solve(right, halfway, left=False).to(matrices.dtype)
+
+
+class Eigenbasis(NamedTuple):
+    """Curvature that is diagonal after a rotation of both sides; no rotation for an embedding."""
+
+    left: Float[Tensor, "out out"] | None
+    right: Float[Tensor, "in in"] | None
+    values: Float[Tensor, "out in"]
+    """Eigenvalues: entry (i, j) belongs to column i of `left` and column j of `right`."""
+
+    def precondition(self, matrices: Float[Tensor, "query out in"], damping: float) -> Float[Tensor, "query out in"]:
+        """`U_S ((U_S^T V U_A) / (lambda + d)) U_A^T`, d relative to the mean eigenvalue."""
+        damped = self.values + absolute_damping(damping, float(self.values.double().mean()))
+        if self.left is None or self.right is None:
+            return matrices / damped.to(matrices.dtype)
+        rotated = self.left.T @ matrices.to(self.left.dtype) @ self.right
+        return (self.left @ (rotated / damped) @ self.right.T).to(matrices.dtype)
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Curvature as accumulated: a Kronecker product per block, a diagonal for embeddings."""
+
+    blocks: tuple[Block, ...]
+    factors: tuple[KroneckerFactor | Float[Tensor, "_out _in"], ...]
+
+    def eigenbases(self) -> "EigenCurvature":
+        """The eigenvectors of every block, with K-FAC's eigenvalues."""
+        found = [
+            factor.eigenbasis() if isinstance(factor, KroneckerFactor) else Eigenbasis(None, None, factor)
+            for factor in self.factors
+        ]
+        return EigenCurvature(self.blocks, tuple(found))
+
+    def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """The damped inverse, each factor damped for itself; `vectors[c]` is `[query, n]` for component c."""
+        solved: dict[int, Tensor] = {}
+        for block, factor in zip(self.blocks, self.factors, strict=True):
+            joined = block.join(vectors)
+            if isinstance(factor, KroneckerFactor):
+                solved |= block.split(factor.precondition_split(joined, damping))
+            else:
+                solved |= block.split(Eigenbasis(None, None, factor).precondition(joined, damping))
+        return [solved[number] for number in range(len(vectors))]
+
+
+@dataclass(frozen=True)
+class EigenCurvature:
+    """K-FAC or EK-FAC by eigenvectors."""
+
+    blocks: tuple[Block, ...]
+    bases: tuple[Eigenbasis, ...]
+
+    def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """`(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
+        solved: dict[int, Tensor] = {}
+        for block, basis in zip(self.blocks, self.bases, strict=True):
+            solved |= block.split(basis.precondition(block.join(vectors), damping))
+        return [solved[number] for number in range(len(vectors))]
+
+
+class KroneckerSink:
+    """Accumulates S and A of every block over batches, in float32 (float64 for a float64 model).
+
+    A token counts where its output gradient is not zero: padding has none, nor has a place that cannot influence the
+    loss. A vector has one "token" per example, its whole gradient, and its block is the exact Fisher matrix.
+    """
+
+    def __init__(self, components: Sequence[Component], blocks: Sequence[Block]) -> None:
+        self._blocks = {block.weight: block for block in blocks}
+        self._left: dict[int, Tensor] = {}
+        self._right: dict[int, Tensor] = {}
+        self._tokens = dict.fromkeys(self._blocks, 0)
+        self._totals: dict[int, Tensor] = {}
+        self._diagonals = DiagonalSink([component.shape for component in components])
+        self._batch = self._examples = 0
+
+    def begin(self, examples: int) -> None:
+        """Start a batch."""
+        self._diagonals.begin(examples)
+        self._batch, self._totals = examples, {}
+        self._examples += examples
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
+        """Keep the factor as it is."""
+        return factor
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones."""
+        block = self._blocks.get(component)
+        if block is None:
+            return
+        if block.kind == "diagonal":
+            self._diagonals.accumulate(component, examples, left, right)
+        elif block.kind == "vector":
+            part = _wide(materialise(left, right)[:, :, 0])
+            total = self._totals.setdefault(component, part.new_zeros(self._batch, part.shape[1]))
+            total[examples] += part
+        else:
+            assert not isinstance(left, OneHot)
+            counted = (left != 0).any(-1)
+            self._add(component, _wide(left[counted]), _with_ones(_wide(right[counted]), block.bias is not None))
+
+    def finish(self) -> None:
+        """Add what needed the whole batch."""
+        self._diagonals.finish()
+        for component, total in self._totals.items():
+            self._add(component, total, torch.ones_like(total[:, :1]))
+
+    def factors(self) -> tuple[KroneckerFactor | Tensor, ...]:
+        """The means of every block, in their order."""
+        diagonals = self._diagonals.means()
+        return tuple(
+            diagonals[number] if block.kind == "diagonal" else self._factor(number, block)
+            for number, block in self._blocks.items()
+        )
+
+    def _factor(self, number: int, block: Block) -> KroneckerFactor:
+        rows, columns = block.shape
+        tokens = self._tokens[number]
+        left = self._left.get(number, torch.zeros(rows, rows)) / max(tokens, 1)
+        right = self._right.get(number, torch.zeros(columns, columns)) / max(tokens, 1)
+        return KroneckerFactor(left, right, tokens / max(self._examples, 1))
+
+    def _add(self, number: int, left: Float[Tensor, "place out"], right: Float[Tensor, "place in"]) -> None:
+        self._tokens[number] += len(left)
+        for sums, side in ((self._left, left), (self._right, right)):
+            if number in sums:
+                sums[number].addmm_(side.T, side)
+            else:
+                sums[number] = side.T @ side
+
+
+class EigenvalueSink:
+    """Mean squares of the gradients in given eigenbases: EK-FAC's eigenvalues."""
+
+    def __init__(self, curvature: EigenCurvature) -> None:
+        self._numbers = {block.weight: number for number, block in enumerate(curvature.blocks)}
+        self._curvature = curvature
+        self._squares = DiagonalSink([block.shape for block in curvature.blocks])
+
+    def begin(self, examples: int) -> None:
+        """Start a batch."""
+        self._squares.begin(examples)
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
+        """Keep the factor as it is."""
+        return factor
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+        """Rotate both sides of a piece."""
+        number = self._numbers.get(component)
+        if number is None:
+            return
+        basis, block = self._curvature.bases[number], self._curvature.blocks[number]
+        if basis.left is None or basis.right is None:
+            return
+        assert not isinstance(left, OneHot)
+        turned = _with_ones(right.to(basis.right.dtype), block.bias is not None) @ basis.right
+        self._squares.accumulate(number, examples, left.to(basis.left.dtype) @ basis.left, turned)
+
+    def finish(self) -> None:
+        """Square the batch's gradients."""
+        self._squares.finish()
+
+    def corrected(self) -> EigenCurvature:
+        """EK-FAC; embeddings keep their diagonal."""
+        measured = self._squares.means()
+        bases = [
+            basis if basis.left is None else basis._replace(values=values.to(basis.values))
+            for basis, values in zip(self._curvature.bases, measured, strict=True)
+        ]
+        return EigenCurvature(self._curvature.blocks, tuple(bases))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _with_ones(right: Tensor, bias: bool) -> Tensor:
+    """The inputs with the bias's constant one as the last column."""
+    return torch.cat([right, torch.ones_like(right[..., :1])], dim=-1) if bias else right

@@ -1,6 +1,7 @@
 """The loss of each example, normalised inside that example, with logits only where a label asks for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -156,7 +157,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
         hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
         split = torch.nn.functional.linear(hidden, embeddings.weight, embeddings.bias).float()
@@ -165,6 +166,18 @@ def _find_plain_head(model: nn.Module) -> str | None:
     if whole.shape != split.shape or not torch.allclose(whole, split, 1e-3, tolerance, equal_nan=True):
         return None
     return next(path for path, module in model.named_modules() if module is embeddings)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: dropout would make two passes differ, checkpointing would warn of no gradient."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -13,7 +13,7 @@ from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rule_convolution import ConvolutionTap
 from vestige.gradients._rule_experts import ExpertsTap
 from vestige.gradients._rule_look_up import EmbeddingTap, RelativeBiasTap, RouterTap
-from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver
+from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver, watch
 from vestige.gradients._types import FactorSink
 from vestige.models import Component
 
@@ -66,6 +66,8 @@ class GradientPass:
             kind = roles[0][2]
             tap = _TAPS[kind](module, {role: number for role, number, _ in roles}, self._receive)
             self._handles += tap.attach()
+        if _checkpointed(self._model):
+            self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,3 +132,17 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
                 f"{path} ({type(module).__name__}) normalises with the statistics of the batch, so no example has a "
                 "gradient of its own. Call model.eval() first, or build the layer with track_running_stats=True."
             )
+
+
+def _checkpointed(model: nn.Module) -> bool:
+    blocks = (module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
+    return hasattr(model, "get_input_embeddings") and any(block.training for block in blocks)
+
+
+def _first_layer(model: nn.Module) -> nn.Module:
+    return model.get_input_embeddings()  # type: ignore[operator]
+
+
+def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001
+    """Reentrant checkpointing differentiates a block only if its input asks for it, whatever happens inside."""
+    watch(output, lambda gradient: None)  # noqa: ARG005

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vestige.data import Batch, TokenizedData, make_batch, plan_batches
 from vestige.gradients import Reduction, token_losses
-from vestige.models import Component
+from vestige.models import Component, parameter_view
 
 
 class RowTokens(NamedTuple):
@@ -40,10 +40,11 @@ def token_scores(
 ) -> Iterator[RowTokens]:
     """Shares of every token of `rows` in the inner product of their gradients with `direction`."""
     device = next(model.parameters()).device
-    tangents = {
-        component.name: _as_parameter(model, component, matrix.to(device))
-        for component, matrix in zip(components, direction, strict=True)
-    }
+    tangents: dict[str, Tensor] = {}
+    for component, matrix in zip(components, direction, strict=True):
+        parameter = model.get_parameter(component.parameter)
+        tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
+        parameter_view(model, component, tangent).copy_(matrix.to(device))
     lengths = data.lengths[np.asarray(rows, dtype=np.int64)]
     for places in plan_batches(lengths, token_budget):
         chosen = [rows[place] for place in places]
@@ -79,10 +80,3 @@ class _UntrainedRows(TorchFunctionMode):
             return output
         untrained = unpack_dual(weight).primal[padding]
         return torch.where((ids == padding)[..., None], untrained, output)
-
-
-def _as_parameter(model: nn.Module, component: Component, matrix: Float[Tensor, "out in"]) -> Tensor:
-    """The canonical matrix in the parameter's own layout and dtype."""
-    parameter = model.get_parameter(component.name)
-    turned = matrix.T if component.uses[0].kind == "conv1d" and component.shape[1] != 1 else matrix
-    return turned.reshape(parameter.shape).to(parameter.dtype).contiguous()

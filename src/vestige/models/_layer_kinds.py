@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from vestige.models._types import Component, LayerKind, Use
 
 _EXPERTS_PATH = re.compile(r"(^|\.)experts(\.|$)")
-_PART = re.compile(r"(\w+)\[(\d+)\]")
+_PART = re.compile(r"\w+\[(\d+)\]")
 
 
 class OwnedParameter(NamedTuple):
@@ -62,20 +62,19 @@ def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Compone
     return [Component(owned.name, _canonical_shape(owned.parameter, uses[-1].kind), tuple(uses))], ""
 
 
-def parameter_view(model: nn.Module, component: Component) -> Tensor:
+def parameter_view(model: nn.Module, component: Component, stored: Tensor | None = None) -> Tensor:
     """The component's weights `[out, in]` as a view: what is written into it changes the model.
 
-    It is detached from autograd, and works for every layout: transposed, flattened, one expert of a stack.
+    It is detached from autograd, and works for every layout: transposed, flattened, one expert of a stack. With
+    `stored`, the view is into that tensor, which has the layout of the parameter called `component.parameter`.
     """
     use = component.uses[0]
+    stored = model.get_parameter(component.parameter).detach() if stored is None else stored
+    transposed = use.kind == "conv1d"
     if found := _PART.fullmatch(use.role):
-        experts = model.get_submodule(use.module)
-        part = experts.get_parameter(found.group(1)).detach()[int(found.group(2))]
-        return part.T if experts.is_transposed and part.ndim == 2 else part.view(component.shape)
-    parameter = model.get_parameter(component.name).detach()
-    if use.kind == "conv1d" and parameter.ndim == 2:
-        return parameter.T
-    return parameter.view(component.shape)
+        stored = stored[int(found.group(1))]
+        transposed = bool(model.get_submodule(use.module).is_transposed)
+    return stored.T if transposed and stored.ndim == 2 else stored.view(component.shape)
 
 
 def _why_no_rule(model: nn.Module, parameter: nn.Parameter, path: str, module: nn.Module, attribute: str) -> str:

@@ -48,6 +48,11 @@ class Component:
     uses: tuple[Use, ...]
 
     @property
+    def parameter(self) -> str:
+        """The parameter's name in the model: the component's own, without the number of an expert."""
+        return self.name.partition("[")[0]
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return self.shape[0] * self.shape[1]

@@ -1,0 +1,48 @@
+"""Influence functions in the span of the dominant eigenvectors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vestige.curvature import CurvatureKind, arnoldi
+from vestige.methods._preconditioned import Preconditioned
+from vestige.methods._prepared import HELPS
+from vestige.methods._products import problem
+from vestige.methods._protocol import Job
+from vestige.methods._registry import method
+from vestige.methods._stores import Vectors
+from vestige.runs import Meaning
+
+
+@method("arnoldi")
+@dataclass
+class Arnoldi(Preconditioned):
+    """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
+
+    name = "arnoldi"
+    needs_model = True
+    needs_gradients = True
+    needs_index = False
+    meaning = Meaning(
+        sign=HELPS,
+        unit="nats of query loss, times the number of training examples, up to the damping's scale",
+        target="this model",
+        normalisation="dominant eigenvalues of the Gauss-Newton matrix of all selected parameters together",
+        estimates="The part of the influence function that lies in the span of the dominant eigenvectors.",
+        cost="A pass with a second derivative over the training data for each step, 50 by default, once for all "
+        "queries; memory for as many vectors of the size of the selected parameters.",
+        limits="What lies outside the span is dropped, and that is where influence functions weigh most; the "
+        "eigenvectors found last are rough. First order; compare within a run.",
+    )
+    steps: int = 50
+    rank: int = 25
+    """Eigenvectors kept; about half of `steps`, since the last ones have not converged."""
+    kind: CurvatureKind = "gauss-newton"
+    examples: int | None = None
+    """Measure the curvature on so many training examples; None: on all."""
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """The eigenvectors are found once; every set of vectors is projected on them."""
+        found = problem(job, self.name, self.kind, self.examples)
+        start = found.random_vector(job.settings.seed)
+        pairs = arnoldi(found.product, start, steps=self.steps, rank=self.rank)
+        return lambda vectors: found.split(pairs.precondition(found.join(vectors), found.damping))

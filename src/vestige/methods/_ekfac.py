@@ -1,0 +1,46 @@
+"""Influence functions with eigenvalue-corrected Kronecker factors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vestige.curvature import Labels, ekfac_of
+from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
+from vestige.methods._prepared import HELPS
+from vestige.methods._protocol import Job
+from vestige.methods._registry import method
+from vestige.methods._stores import Vectors
+from vestige.runs import Meaning
+
+
+@method("ekfac")
+@dataclass
+class Ekfac(Preconditioned):
+    """Influence function with EK-FAC: Kronecker eigenvectors, eigenvalues measured on per-example gradients.
+
+    `score = <(C + d I)^-1 grad loss(query), grad loss(example)>` (Grosse et al. 2023, arXiv:2308.03296), one block for
+    each layer with its bias; the exact Fisher matrix for lone vectors; the diagonal for embeddings.
+    """
+
+    name = "ekfac"
+    needs_model = True
+    needs_gradients = True
+    needs_index = False
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="EK-FAC approximation of the Fisher matrix of each layer",
+        estimates=f"{ESTIMATES}.",
+        cost="Three passes over the training data and one more forward to draw labels; memory for the whole gradient "
+        "of every query and two square matrices for each layer.",
+        limits="First order around one set of weights; layers are taken as independent, and within one only the "
+        "diagonal in the Kronecker basis is exact; the damping sets its scale, so compare within a run.",
+    )
+    labels: Labels = "sampled"
+    """`sampled` from the model: true Fisher matrix; `data`: the empirical one."""
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Two passes, or a read of what an index keeps."""
+        measured = curvature_data(job, self.name, self.labels)
+        curvature = ekfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job))
+        return lambda vectors: curvature.precondition(vectors, job.settings.damping)

@@ -1,0 +1,48 @@
+"""Influence functions with Kronecker factors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from vestige.curvature import Labels, kfac_of
+from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
+from vestige.methods._prepared import HELPS
+from vestige.methods._protocol import Job
+from vestige.methods._registry import method
+from vestige.methods._stores import Vectors
+from vestige.runs import Meaning
+
+
+@method("kfac")
+@dataclass
+class Kfac(Preconditioned):
+    """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
+
+    name = "kfac"
+    needs_model = True
+    needs_gradients = True
+    needs_index = False
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="K-FAC approximation of the Fisher matrix of each layer",
+        estimates=f"{ESTIMATES}.",
+        cost="Two passes over the training data and one more forward to draw labels; memory for the whole gradient of "
+        "every query and two square matrices for each layer.",
+        limits="First order around one set of weights; takes layers, tokens, and inputs and output gradients as "
+        "independent, which ekfac corrects for one pass more; the damping sets its scale, so compare within a run.",
+    )
+    labels: Labels = "sampled"
+    """`sampled` from the model: true Fisher matrix; `data`: the empirical one."""
+    split: Literal["eigenvalues", "factors"] = "eigenvalues"
+    """Where the damping goes: on the eigenvalues of the product, or on each factor its share."""
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """One pass, or a read of what an index keeps."""
+        measured = curvature_data(job, self.name, self.labels)
+        factors = kfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job))
+        if self.split == "factors":
+            return lambda vectors: factors.precondition_split(vectors, job.settings.damping)
+        curvature = factors.eigenbases()
+        return lambda vectors: curvature.precondition(vectors, job.settings.damping)

@@ -1,0 +1,77 @@
+"""What the methods share that precondition whole query gradients in parameter space."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vestige.curvature import CurvatureData, Labels
+from vestige.index import batch_tokens
+from vestige.methods._prepared import Prepared, prepare
+from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._stores import ExactGradients, Vectors
+from vestige.runs import ScoreBlock
+
+UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
+ESTIMATES = (
+    "How much the query's loss would rise if the example were left out of training (times N), to first order around "
+    "these weights"
+)
+SELF_NUMBERS = 2**26
+"""Most numbers of whole gradients alive at once for self-influence."""
+
+
+@dataclass
+class Preconditioned(ABC):
+    """Score = `<(C + d I)^-1 grad loss(query), grad loss(example)>`, whole gradients, C as the method has it.
+
+    Stored gradients of an index are compressed and not used; its folder keeps what curvature can be kept.
+    """
+
+    _prepared: Prepared | None = field(default=None, repr=False, init=False)
+
+    @abstractmethod
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Measure the curvature; what it makes of the queries' gradients."""
+
+    def prepare(self, job: Job) -> Prepared:
+        """The queries' gradients, preconditioned."""
+        if self._prepared is None or self._prepared.job is not job:
+            self._prepared = prepare(job, ExactGradients(job), self.inverse(job))
+        return self._prepared
+
+    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+        """Scores of all training examples."""
+        return self.prepare(job).blocks()
+
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Scores of pairs, split over components."""
+        return self.prepare(job).components(queries, rows)
+
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+        """`g^T (C + d I)^-1 g` of every training example: each is asked about itself, a few at a time."""
+        prepared = self.prepare(job)
+        step = max(1, SELF_NUMBERS // max(sum(part.size for part in job.components), 1))
+        for start in range(0, len(job.train), step):
+            rows = np.arange(start, min(start + step, len(job.train)))
+            gradients = prepared.store.of_queries(job.train.subset(rows))
+            pairs = zip(gradients, prepared.transform(gradients), strict=True)
+            scores = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
+            yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
+
+
+def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:
+    """The training data as a curvature is measured on it."""
+    loaded, settings = job.model_for(method), job.settings
+    budget = batch_tokens(settings, loaded)
+    return CurvatureData(loaded.model, job.components, job.train, budget, settings.loss, labels, settings.seed)
+
+
+def curvature_folder(job: Job) -> Path | None:
+    """Where measured curvature is kept: beside the index, when there is one."""
+    return job.index.folder / "curvature" if job.index is not None else None

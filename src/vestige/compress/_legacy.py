@@ -10,6 +10,7 @@ _NAMES = {
     "random": "mask",
     "randommask": "mask",
     "random_mask": "mask",
+    "selective_mask": "selective",
     "gaussian": "gauss",
     "normal": "gauss",
     "identity": "none",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from vestige.compress import _dense, _hadamard, _sjlt, _tensorsketch  # noqa: F401  (they register compressors)
+from vestige.compress import _dense, _hadamard, _selective, _sjlt, _tensorsketch  # noqa: F401  (registering)
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Identity, chain
 from vestige.compress._legacy import modern_spelling

@@ -10,7 +10,7 @@ from tests.architectures import build
 from tests.methods.conftest import all_scores, model_job
 from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients, example_loss
-from vestige.errors import SpecError
+from vestige.errors import SpecError, UserError
 from vestige.methods import Arnoldi, ConjugateGradient, DataInfMethod, Ekfac, Job, Kfac, Lissa, get_method
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.models import LoadedModel
@@ -192,3 +192,12 @@ def test_the_check_on_randomised_weights_keeps_the_measured_curvature():
             parameter.mul_(0.5)
     other = method.prepare(job).computed_now(np.array([3, 0]), np.array([1, 2]))
     assert not torch.allclose(other, now, rtol=1e-2)
+
+
+def test_gradients_that_do_not_fit_are_refused_before_any_work(monkeypatch):
+    class Memory:
+        available = 2 * 4 * 3 * 272 - 1
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    with pytest.raises(UserError, match="--method influence"):
+        Ekfac().prepare(small_job())

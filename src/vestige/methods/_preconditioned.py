@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from vestige.curvature import CurvatureData, Labels
+from vestige.errors import UserError
 from vestige.index import batch_tokens
 from vestige.methods._prepared import Prepared, prepare
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._stores import ExactGradients, Vectors
+from vestige.progress import format_bytes
 from vestige.runs import ScoreBlock
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
@@ -40,8 +43,13 @@ class Preconditioned(ABC):
         """Measure the curvature; what it makes of the queries' gradients."""
 
     def prepare(self, job: Job) -> Prepared:
-        """The queries' gradients, preconditioned."""
+        """The queries' gradients, preconditioned.
+
+        Raises:
+            UserError: the whole gradients of the queries do not fit into memory.
+        """
         if self._prepared is None or self._prepared.job is not job:
+            _check_memory(job)
             self._prepared = prepare(job, ExactGradients(job), self.inverse(job))
         return self._prepared
 
@@ -63,6 +71,18 @@ class Preconditioned(ABC):
             pairs = zip(gradients, prepared.transform(gradients), strict=True)
             scores = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
             yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
+
+
+def _check_memory(job: Job) -> None:
+    """Gradients before and after preconditioning; on a GPU its memory is smaller, and torch says so itself."""
+    needed = 2 * 4 * len(job.queries) * sum(part.size for part in job.components)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"{job.settings.method} keeps whole gradients: {format_bytes(needed)} for {len(job.queries)} queries, and "
+            f"{format_bytes(available)} of memory are free. Ask fewer queries at once, select fewer --components, or "
+            "type --method influence, which compresses them."
+        )
 
 
 def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:

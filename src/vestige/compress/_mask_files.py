@@ -31,7 +31,7 @@ class MaskPart(NamedTuple):
     scale: float
 
 
-def write_masks(path: Path, masks: Mapping[str, Mapping[str, MaskPart]]) -> None:
+def write_masks(path: str | Path, masks: Mapping[str, Mapping[str, MaskPart]]) -> None:
     """Writes the parts (`left` and `right`, or `whole`) of every component to one file."""
     parts = {f"{name}/{word}": part for name, mask in masks.items() for word, part in mask.items()}
     about = {name: {"size": part.size, "scale": part.scale} for name, part in sorted(parts.items())}

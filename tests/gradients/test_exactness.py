@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import EXACT, Sequences, build, sequences
+from tests.architectures import CAUSAL, EXACT, Sequences, build, sequences
 from tests.reference.gradients import example_gradients
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.models import Component, select_components
@@ -37,8 +37,10 @@ def canonical(component: Component, gradients: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [(name, torch.float64, 1e-10) for name in EXACT] + [(name, torch.float32, 1e-5) for name in CAUSAL],
+)
 def test_gradients_equal_torch_func(name: str, reduction: str, dtype: torch.dtype, tolerance: float) -> None:
     model, data = build(name, dtype), sequences()
     components, rows, _ = engine_gradients(model, data, [[0, 1, 2], [3, 4, 5], [6]], reduction)

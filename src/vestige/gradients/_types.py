@@ -9,12 +9,17 @@ with `left` of shape `[example, token, out]` and `right` of shape `[example, tok
 | layer                | left                   | right              |
 |----------------------|------------------------|--------------------|
 | Linear, Conv1D       | output gradient        | input activation   |
+| router, one expert   | output gradient        | input activation, of the tokens routed to it |
+| convolution          | output gradient        | unfolded input     |
+| ... transposed       | input activation       | unfolded output gradient |
+| ... with groups      | one-hot of the row     | the row's gradient |
+| relative bias (T5)   | one-hot of the bucket  | gradient of the bias |
 | output head          | logit gradient         | hidden state       |
 | Embedding            | one-hot of the token   | output gradient    |
 | bias (one position)  | output gradient, summed over tokens | one    |
 | norm weight (ditto)  | output gradient times normalised input, summed over tokens | one |
 
-Conv1D stores its weight as `[in, out]`; here it is `[out, in]` like every other matrix. Nothing outside
+GPT-2's Conv1D stores its weight as `[in, out]`; here it is `[out, in]` like every other matrix. Nothing outside
 `gradients/` knows that layers differ.
 """
 

@@ -203,12 +203,15 @@ class _HeadLoss(torch.autograd.Function):
             slope = logits.sub_(highest).exp_()
             total = slope.sum(1)
             losses.index_add_(0, targets.example[part], (total.log() + highest[:, 0] - picked) * scale)
-            slope[rows, labels] -= total
             share = (scale / total)[:, None]
-            if weight.dtype == wide and head_tap is None:  # dividing the product touches fewer numbers
-                gradients[part] = (slope @ weight).mul_(share)
+            if weight.dtype == wide and head_tap is None:
+                # Dividing the product touches fewer numbers, and without the label's own large term the sum over the
+                # vocabulary loses no digits to it, however it is ordered.
+                gradients[part] = (slope @ weight).mul_(share) - weight[labels] * scale[:, None]
                 continue
-            slope = slope.mul_(share).to(weight.dtype)
+            slope = slope.mul_(share)
+            slope[rows, labels] -= scale
+            slope = slope.to(weight.dtype)
             gradients[part] = slope @ weight
             if head_tap is not None:
                 _tap_head(head_tap, slope, states[part], targets.example[part])

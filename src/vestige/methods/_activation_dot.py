@@ -34,6 +34,7 @@ class ActivationDot:
     needs_model = True
     needs_gradients = False
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="squared activation",

@@ -22,6 +22,7 @@ class Arnoldi(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, times the number of training examples, up to the damping's scale",

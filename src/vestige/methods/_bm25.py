@@ -42,6 +42,7 @@ class Bm25:
     needs_model = False
     needs_gradients = False
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign="no causal reading: zero = no word in common, higher = more and rarer words in common, never negative",
         unit="BM25",

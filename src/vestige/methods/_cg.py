@@ -23,6 +23,7 @@ class ConjugateGradient(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

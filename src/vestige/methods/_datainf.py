@@ -24,6 +24,7 @@ class DataInfMethod(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

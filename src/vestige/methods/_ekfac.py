@@ -25,6 +25,7 @@ class Ekfac(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

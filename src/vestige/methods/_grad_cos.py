@@ -22,6 +22,7 @@ class GradCos:
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",

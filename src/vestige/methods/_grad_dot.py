@@ -24,6 +24,7 @@ class GradDot:
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss per unit of learning rate",

@@ -29,6 +29,7 @@ class Influence:
     needs_model = True
     needs_gradients = True
     needs_index = True
+    needs_exact = False
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, times the number of training examples, up to the damping's scale",

@@ -22,6 +22,7 @@ class Kfac(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

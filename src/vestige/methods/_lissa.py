@@ -26,6 +26,7 @@ class Lissa(Preconditioned):
     needs_model = True
     needs_gradients = True
     needs_index = False
+    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

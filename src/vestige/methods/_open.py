@@ -174,6 +174,8 @@ def _is_exact(job: Job, method: Method) -> bool:
     assert job.selection is not None
     if method.needs_index:
         return False
+    if method.needs_exact:  # refuses by itself what does not fit
+        return True
     size = 4 * len(job.queries) * job.selection.selected_parameters
     available = psutil.virtual_memory().available
     if size <= EXACT_SHARE * available:

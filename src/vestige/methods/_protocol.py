@@ -64,6 +64,8 @@ class Method(Protocol):
     """True for methods that work on gradients of the selected components."""
     needs_index: bool
     """True for methods that read the training gradients more than once: without an index they make one."""
+    needs_exact: bool
+    """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Scores of all rows, each row once, in any order; memory must not grow with the training data."""

@@ -23,6 +23,7 @@ class Random:
     needs_model = False
     needs_gradients = False
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",

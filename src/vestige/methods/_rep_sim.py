@@ -33,6 +33,7 @@ class RepSim:
     needs_model = True
     needs_gradients = False
     needs_index = False
+    needs_exact = False
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="cosine",

@@ -114,7 +114,8 @@ class AttributeSettings(ReadingSettings):
     queries: Any = Field(description="What to explain: a file with prompts or answers, or the questions themselves.")
     method: str = Field(
         "influence",
-        description="How to score: influence, grad-dot, grad-cos, rep-sim, activation-dot, bm25 or random.",
+        description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, rep-sim, "
+        "activation-dot, bm25 or random.",
     )
     out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
     k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")
@@ -123,7 +124,7 @@ class AttributeSettings(ReadingSettings):
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
     damping: PositiveFloat = Field(
-        1.0, description="influence: damping of each component's curvature, relative to its mean eigenvalue."
+        1.0, description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one."
     )
     self_influence: bool = Field(False, description="Also score every training example against itself.")
     dense: bool = Field(False, description="Also store the score of every training example for every query.")

@@ -13,20 +13,27 @@ def rate(measurement: Measurement, examples: int) -> float:
     return examples / measurement.cpu_seconds
 
 
-def ratio(rounds: Rounds, name: str, base: str) -> float:
-    """How many times faster `name` is than `base`: the median of the ratios within each round."""
+def ratio(rounds: Rounds, name: str, base: str, fixed: float = 0.0) -> float:
+    """How many times faster `name` is than `base`, median of the ratios within each round.
+
+    `fixed` are CPU seconds of `name` that do not grow with the data; they are left out.
+    """
     pairs = zip(rounds[base], rounds[name], strict=True)
-    return median(reference.cpu_seconds / one.cpu_seconds for reference, one in pairs)
+    return median(reference.cpu_seconds / (one.cpu_seconds - fixed) for reference, one in pairs)
 
 
-def table(rounds: Rounds, examples: int, bases: Mapping[str, str]) -> str:
-    """Markdown; `bases` maps a column's heading to the engine that the column divides by."""
-    headings = ["", "ex. / CPU-s", "ex. / s", *bases, "peak MB", "kB / ex."]
+def table(rounds: Rounds, examples: int, bases: Mapping[str, str], fixed: Mapping[str, float], floor: str) -> str:
+    """Markdown; `bases` maps a column's heading to the engine that the column divides by.
+
+    The column "in the long run" is the ratio to `floor` without an engine's `fixed` seconds per call.
+    """
+    headings = ["", "ex. / CPU-s", "ex. / s", *bases, "of floor in the long run", "peak MB", "kB / ex."]
     lines = [headings, [":--", *["--:"] * (len(headings) - 1)]]
     for name, runs in rounds.items():
         cpu = median(rate(run, examples) for run in runs)
         wall = median(examples / run.wall_seconds for run in runs)
         ratios = [f"{ratio(rounds, name, base):.2f}" for base in bases.values()]
+        ratios.append(f"{ratio(rounds, name, floor, fixed[name]):.2f}" if name in fixed else "")
         peak = max(run.peak_bytes for run in runs) / 1e6
         disk = median(run.disk_bytes for run in runs) / examples / 1e3
         lines.append([name, f"{cpu:.1f}", f"{wall:.1f}", *ratios, f"{peak:.0f}", f"{disk:.1f}" if disk else ""])

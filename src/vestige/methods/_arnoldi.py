@@ -19,8 +19,6 @@ class Arnoldi(Preconditioned):
     """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
 
     name = "arnoldi"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = True
     meaning = Meaning(

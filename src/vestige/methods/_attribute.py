@@ -15,7 +15,7 @@ from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
-from vestige.methods._prepared import PreparesGradients
+from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method, SplitsByComponent
 from vestige.methods._randomised import randomised_correlation, without_weights
 from vestige.methods._registry import get_method
@@ -75,7 +75,7 @@ def attribute(settings: AttributeSettings) -> Scores:
 def _method(settings: AttributeSettings) -> Method:
     """The method, with everything it cannot do refused before any work."""
     method = get_method(settings.method, **({"layer": settings.layer} if settings.layer is not None else {}))
-    if settings.tokens and not isinstance(method, PreparesGradients):
+    if settings.tokens and not isinstance(method, GradientMethod):
         raise SpecError(
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
@@ -141,7 +141,7 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
 
 def _scores_now(job: Job, method: Method, rows: np.ndarray, queries: np.ndarray) -> torch.Tensor:
     """Scores of a few rows for a few queries from the model as it is at this moment."""
-    if isinstance(method, PreparesGradients):
+    if isinstance(method, GradientMethod):
         return method.prepare(job).computed_now(rows, queries)
     small = Job(job.train.subset(rows), job.queries.subset(queries), job.settings, job.loaded, job.selection)
     scores = torch.zeros(len(queries), len(rows))

@@ -20,8 +20,6 @@ class ConjugateGradient(Preconditioned):
     """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
 
     name = "cg"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = True
     meaning = Meaning(

@@ -21,8 +21,6 @@ class DataInfMethod(Preconditioned):
     """
 
     name = "datainf"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = True
     meaning = Meaning(

@@ -22,8 +22,6 @@ class Ekfac(Preconditioned):
     """
 
     name = "ekfac"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = True
     meaning = Meaning(

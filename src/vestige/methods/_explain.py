@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vestige.index import batch_tokens
-from vestige.methods._prepared import Prepared, PreparesGradients
+from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job, Method, SplitsByComponent
 from vestige.methods._token_scores import token_scores
 from vestige.progress import progress
@@ -29,7 +29,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
 
 def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
     """The score of every pair, split over the tokens of the example."""
-    assert isinstance(method, PreparesGradients)
+    assert isinstance(method, GradientMethod)
     prepared, distinct = method.prepare(job), sorted(set(pairs))
     found: list[TokenScores] = []
     with progress(len(distinct), "Token scores", unit="pairs") as bar:

@@ -1,26 +1,21 @@
 """Cosines of gradients."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-from jaxtyping import Int
-from torch import Tensor
+from dataclasses import dataclass
 
 from vestige.errors import SpecError
-from vestige.methods._prepared import HELPS, Prepared, open_store, prepare, unit_length
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._prepared import HELPS, GradientMethod, Prepared, open_store, prepare, unit_length
+from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
 
 @method("grad-cos")
 @dataclass
-class GradCos:
+class GradCos(GradientMethod):
     """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
 
     name = "grad-cos"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = False
     meaning = Meaning(
@@ -32,21 +27,10 @@ class GradCos:
         cost="One forward and backward pass over the training data, or one read of the index.",
         limits="Says nothing about how far the step goes: a faint example can score as high as a forceful one.",
     )
-    _prepared: Prepared | None = field(default=None, repr=False)
 
-    def prepare(self, job: Job) -> Prepared:
+    def vectors(self, job: Job) -> Prepared:
         """The queries' gradients at length one, over all components together."""
-        if self._prepared is None or self._prepared.job is not job:
-            self._prepared = prepare(job, open_store(job), unit_length, cosine=True)
-        return self._prepared
-
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Cosines of all training examples."""
-        return self.prepare(job).blocks()
-
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Scores of pairs, split over components."""
-        return self.prepare(job).components(queries, rows)
+        return prepare(job, open_store(job), unit_length, cosine=True)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
         """Refused: a gradient's cosine with itself is 1.

@@ -1,28 +1,23 @@
 """Inner products of gradients."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from jaxtyping import Int
-from torch import Tensor
-
-from vestige.methods._prepared import HELPS, Prepared, open_store, prepare, unchanged
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._prepared import HELPS, GradientMethod, Prepared, open_store, prepare, unchanged
+from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
 
 @method("grad-dot")
 @dataclass
-class GradDot:
+class GradDot(GradientMethod):
     """Inner product of gradients: the first-order change of the query's loss by a plain gradient step (TracIn's term).
 
     `score = <grad loss(query), grad loss(example)>` (Pruthi et al. 2020, arXiv:2002.08484, one checkpoint).
     """
 
     name = "grad-dot"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = False
     meaning = Meaning(
@@ -34,21 +29,10 @@ class GradDot:
         cost="One forward and backward pass over the training data, or one read of the index.",
         limits="Long or surprising examples have large gradients and lead many lists; no curvature.",
     )
-    _prepared: Prepared | None = field(default=None, repr=False)
 
-    def prepare(self, job: Job) -> Prepared:
+    def vectors(self, job: Job) -> Prepared:
         """The queries' gradients."""
-        if self._prepared is None or self._prepared.job is not job:
-            self._prepared = prepare(job, open_store(job), unchanged)
-        return self._prepared
-
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all training examples."""
-        return self.prepare(job).blocks()
-
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Scores of pairs, split over components."""
-        return self.prepare(job).components(queries, rows)
+        return prepare(job, open_store(job), unchanged)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """`|gradient|^2` of every training example."""

@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from vestige.curvature import FisherBlocks, fisher_of
-from vestige.methods._prepared import HELPS, Prepared, prepare
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._prepared import HELPS, GradientMethod, Prepared, prepare
+from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import IndexedGradients, Vectors
 from vestige.runs import Meaning, ScoreBlock
@@ -17,7 +15,7 @@ from vestige.runs import Meaning, ScoreBlock
 
 @method("influence")
 @dataclass
-class Influence:
+class Influence(GradientMethod):
     """Influence function with a block-diagonal empirical Fisher matrix in the compressed space.
 
     `score = <(F_c + d_c I)^-1 S grad loss(query), S grad loss(example)>` summed over components c, with S the
@@ -26,8 +24,6 @@ class Influence:
     """
 
     name = "influence"
-    needs_model = True
-    needs_gradients = True
     needs_index = True
     needs_exact = False
     meaning = Meaning(
@@ -41,28 +37,17 @@ class Influence:
         limits="First order around one set of weights; block-diagonal; the damping sets its scale, so compare scores "
         "within a run, not across runs.",
     )
-    _prepared: Prepared | None = field(default=None, repr=False)
     _fisher: FisherBlocks | None = field(default=None, repr=False)
 
-    def prepare(self, job: Job) -> Prepared:
+    def vectors(self, job: Job) -> Prepared:
         """The queries' compressed gradients, preconditioned."""
-        if self._prepared is None or self._prepared.job is not job:
-            store = _indexed(job)
-            self._fisher = fisher = fisher_of(store.index)
+        store = _indexed(job)
+        self._fisher = fisher = fisher_of(store.index)
 
-            def preconditioned(vectors: Vectors) -> Vectors:
-                return store.split(fisher.precondition(torch.cat(vectors, dim=1), job.settings.damping))
+        def preconditioned(vectors: Vectors) -> Vectors:
+            return store.split(fisher.precondition(torch.cat(vectors, dim=1), job.settings.damping))
 
-            self._prepared = prepare(job, store, preconditioned)
-        return self._prepared
-
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all training examples."""
-        return self.prepare(job).blocks()
-
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Scores of pairs, split over components."""
-        return self.prepare(job).components(queries, rows)
+        return prepare(job, store, preconditioned)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """`g^T (F + d I)^-1 g` of every training example."""

@@ -19,8 +19,6 @@ class Kfac(Preconditioned):
     """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
 
     name = "kfac"
-    needs_model = True
-    needs_gradients = True
     needs_index = False
     needs_exact = True
     meaning = Meaning(

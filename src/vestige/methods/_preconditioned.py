@@ -1,21 +1,19 @@
 """What the methods share that precondition whole query gradients in parameter space."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from vestige.curvature import CurvatureData, Labels
 from vestige.errors import UserError
 from vestige.index import batch_tokens
-from vestige.methods._prepared import Prepared, prepare
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._prepared import GradientMethod, Prepared, prepare
+from vestige.methods._protocol import Job
 from vestige.methods._stores import ExactGradients, Vectors
 from vestige.progress import format_bytes
 from vestige.runs import ScoreBlock
@@ -30,36 +28,24 @@ SELF_NUMBERS = 2**26
 
 
 @dataclass
-class Preconditioned(ABC):
+class Preconditioned(GradientMethod):
     """Score = `<(C + d I)^-1 grad loss(query), grad loss(example)>`, whole gradients, C as the method has it.
 
     Stored gradients of an index are compressed and not used; its folder keeps what curvature can be kept.
     """
 
-    _prepared: Prepared | None = field(default=None, repr=False, init=False)
-
     @abstractmethod
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """Measure the curvature; what it makes of the queries' gradients."""
 
-    def prepare(self, job: Job) -> Prepared:
+    def vectors(self, job: Job) -> Prepared:
         """The queries' gradients, preconditioned.
 
         Raises:
             UserError: the whole gradients of the queries do not fit into memory.
         """
-        if self._prepared is None or self._prepared.job is not job:
-            _check_memory(job)
-            self._prepared = prepare(job, ExactGradients(job), self.inverse(job))
-        return self._prepared
-
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all training examples."""
-        return self.prepare(job).blocks()
-
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Scores of pairs, split over components."""
-        return self.prepare(job).components(queries, rows)
+        _check_memory(job)
+        return prepare(job, ExactGradients(job), self.inverse(job))
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """`g^T (C + d I)^-1 g` of every training example: each is asked about itself, a few at a time."""

@@ -1,8 +1,8 @@
 """What the gradient methods share: a vector per query, whose inner products with gradients are the scores."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -62,13 +62,35 @@ class Prepared:
         return norms
 
 
-@runtime_checkable
-class PreparesGradients(Protocol):
-    """A method whose score is an inner product with the example's gradient."""
+@dataclass
+class GradientMethod(ABC):
+    """A method whose score is an inner product with the example's gradient, after a division at most."""
+
+    needs_model = True
+    needs_gradients = True
+    _prepared: Prepared | None = field(default=None, repr=False, init=False)
+
+    @abstractmethod
+    def vectors(self, job: Job) -> Prepared:
+        """The vectors made from the queries."""
+
+    @abstractmethod
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+        """Score of every training example for itself, as one query."""
 
     def prepare(self, job: Job) -> Prepared:
-        """The vectors made from the queries; the same object for the same job."""
-        ...
+        """`vectors`, made once for a job."""
+        if self._prepared is None or self._prepared.job is not job:
+            self._prepared = self.vectors(job)
+        return self._prepared
+
+    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+        """Scores of all training examples."""
+        return self.prepare(job).blocks()
+
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Scores of pairs, split over components."""
+        return self.prepare(job).components(queries, rows)
 
 
 def _divided(scores: Tensor, norms: Tensor | None) -> Tensor:

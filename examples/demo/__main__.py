@@ -19,7 +19,7 @@ OUTPUT = Path("demo-output")
 VERBS = (
     "index --model demo-output/model --data demo-output/train.jsonl --out demo-output/index",
     "attribute --index demo-output/index --queries demo-output/reworded.jsonl "
-    "--max-new-tokens 32 --k 3 --tokens --out demo-output/run --overwrite",
+    "--max-new-tokens 32 --k 5 --tokens --out demo-output/run --overwrite",
     "report demo-output/run --out demo-output/report.html",
 )
 

@@ -16,8 +16,8 @@ import pytest
 
 from tests.index.synthetic import build, build_slowly, compute, hashes
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, SpecError, UserError
+from vestige.files import _host
 from vestige.index import Index, IndexedComponent, PlanRecord, index_status
-from vestige.index._files import _host
 from vestige.index._shards import marker_path, shard_path
 
 EXAMPLES = 400

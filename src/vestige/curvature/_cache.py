@@ -7,7 +7,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
-from vestige.index import Index, write_durably
+from vestige.files import write_durably
+from vestige.index import Index
 from vestige.progress import progress
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vestige.curvature._blocks import find_blocks
 from vestige.curvature._fit import CurvatureData, fit_ekfac, fit_kfac
 from vestige.curvature._kfac import Eigenbasis, EigenCurvature, KroneckerFactor, KroneckerFactors
-from vestige.index import write_durably
+from vestige.files import write_durably
 
 FORMAT = 1
 """Raised when the numbers of the same inputs change their meaning, so that no old file is read as a new one."""

@@ -7,7 +7,6 @@ from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export_index
-from vestige.index._files import check_disk, write_durably
 from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
 from vestige.index._manifest import (
     CompressionIdentity,
@@ -43,7 +42,6 @@ __all__ = [
     "ShardFault",
     "batch_tokens",
     "build_index",
-    "check_disk",
     "choose_spec",
     "difference",
     "draft_manifest",
@@ -59,6 +57,5 @@ __all__ = [
     "read_manifest",
     "remove_index",
     "tokens_at_most",
-    "write_durably",
     "write_shards",
 ]

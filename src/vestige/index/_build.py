@@ -4,11 +4,11 @@ from pathlib import Path
 
 from vestige.compress import CompressionSpec
 from vestige.data import TokenizedData
+from vestige.files import check_disk
 from vestige.index._budget import choose_spec
 from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._estimate import announce_estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
-from vestige.index._files import check_disk
 from vestige.index._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity, expected_shards
 from vestige.index._plan import Plan, PlannedShard, plan_index

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import IndexMismatch
-from vestige.index._files import write_durably
+from vestige.files import write_durably
 from vestige.index._manifest import Manifest, PlanStage, manifest_path, read_manifest, settings_of, to_json
 
 

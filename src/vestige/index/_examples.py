@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 
 from vestige.data import Example, Message, TokenizedData
 from vestige.errors import CorruptFile
-from vestige.index._files import make_folder, write_durably
+from vestige.files import make_folder, write_durably
 from vestige.index._manifest import Manifest, PlanStage
 
 _GROUP = 10_000

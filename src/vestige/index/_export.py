@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import SpecError, UserError
+from vestige.files import check_disk, make_folder, write_durably
 from vestige.index._examples import streamed
-from vestige.index._files import check_disk, make_folder, write_durably
 from vestige.index._store import Index, IndexBlock
 
 ExportFormat = Literal["numpy", "arrow", "parquet"]

@@ -14,9 +14,9 @@ import numpy as np
 
 from vestige.data import Example
 from vestige.errors import SpecError, UserError
+from vestige.files import check_disk, is_temporary, make_folder, remove_strays
 from vestige.index._difference import extends, publish_manifest, require_same
 from vestige.index._examples import write_examples
-from vestige.index._files import check_disk, is_temporary, make_folder, remove_strays
 from vestige.index._manifest import Manifest, expected_shards, manifest_path, read_manifest
 from vestige.index._plan import Plan, PlannedShard, check_plan
 from vestige.index._shards import ShardContent, shard_fault, shard_path, write_shard

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import CorruptFile, NonFinite
-from vestige.index._files import remove_durably, sha256_of, write_durably
+from vestige.files import remove_durably, sha256_of, write_durably
 from vestige.index._manifest import SCALED_TYPES, Expectation, StoredType
 
 _NAMES = {

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from vestige import files
 from vestige.errors import DiskSpaceError, UserError
-from vestige.index import _files, check_disk
-from vestige.index._files import make_folder, remove_strays, sha256_of, write_durably
+from vestige.files import check_disk, make_folder, remove_strays, sha256_of, write_durably
 
 
 def test_a_file_is_written_whole_with_its_size_and_hash(tmp_path):
@@ -76,7 +76,7 @@ def test_check_disk_names_what_is_needed_and_what_is_free(tmp_path):
 def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = _files._host()
+    host = files._host()
     gone = [
         f"00001.json.tmp.{host}.{dead.pid}.00ff.3",
         # Our own process number, but the mark of another attempt: its process is dead, the number was given out again.
@@ -85,7 +85,7 @@ def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     ]
     kept = [
         f"00003.json.tmp.{host}.{os.getppid()}.00ff.0",
-        f"00004.json.tmp.{host}.{os.getpid()}.{_files._ATTEMPT}.0",
+        f"00004.json.tmp.{host}.{os.getpid()}.{files._ATTEMPT}.0",
         "00005.json.tmp.elsewhere-1.1.00ff.0",
         "00006.json",
         "notes.tmp.txt",
@@ -100,5 +100,5 @@ def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 
 def test_a_host_name_with_dots_still_makes_a_name_that_is_recognised(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster.example")
-    (tmp_path / f"00001.json.tmp.{_files._host()}.{os.getpid()}.00ff.3").touch()
+    (tmp_path / f"00001.json.tmp.{files._host()}.{os.getpid()}.00ff.3").touch()
     assert len(remove_strays(tmp_path)) == 1

@@ -1,0 +1,61 @@
+"""What `vestige attribute` takes."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from vestige.errors import SpecError
+from vestige.settings._shared import Patterns, ReadingSettings
+
+AnswerSource = Literal["auto", "generate", "given"]
+
+
+class AttributeSettings(ReadingSettings):
+    """What `vestige attribute` takes."""
+
+    repeatable: ClassVar[tuple[str, ...]] = ("queries",)
+    index: Any = Field(None, description="Folder of an index made by `vestige index`.")
+    model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
+    data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
+    queries: Any = Field(description="What to explain: a file with prompts or answers, or the questions themselves.")
+    method: str = Field(
+        "influence",
+        description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, rep-sim, "
+        "activation-dot, bm25 or random.",
+    )
+    out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
+    k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")
+    tokens: bool = Field(False, description="Also score every training token; they sum to the example's score.")
+    components: Patterns = Field(
+        ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
+    )
+    damping: PositiveFloat = Field(
+        1.0, description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one."
+    )
+    self_influence: bool = Field(False, description="Also score every training example against itself.")
+    dense: bool = Field(False, description="Also store the score of every training example for every query.")
+    answer: AnswerSource = Field(
+        "auto",
+        description="Explain the answer given with the query, or generate it; auto generates missing ones.",
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Longest answer to generate.")
+    layer: int | None = Field(None, description="rep-sim: number of the hidden state to compare. Not given: last.")
+    trust: bool = Field(True, description="Run the free checks that say how far the scores can be trusted.")
+    seed: int = Field(0, description="Seed of every random choice.")
+    overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
+
+    @model_validator(mode="after")
+    def _index_or_data(self) -> Self:
+        if self.index is None:
+            # Whether a model is needed depends on the method: lexical ones read text alone.
+            if self.data is None:
+                raise SpecError(
+                    "Neither `index` nor `data` was given. Type --index FOLDER (made by `vestige index`), or "
+                    "--model MODEL --data FILE to score without an index."
+                )
+        elif self.data is not None:
+            raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
+        elif self.components != ("default",):
+            raise SpecError("`components` are fixed by the index. Drop --components, or make another index with it.")
+        return self

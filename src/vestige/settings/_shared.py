@@ -1,0 +1,66 @@
+"""Settings that several verbs share: how text becomes tokens, and what is attributed to."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
+
+from vestige.settings._base import Settings, parse_bytes
+
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+StoredType = Literal["float16", "bfloat16", "float32", "int8"]
+Reduction = Literal["sum", "mean"]
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+
+
+class ReadingSettings(Settings):
+    """How text becomes tokens, and where and how the model runs."""
+
+    loss: Reduction = Field("sum", description="An example's loss: sum or mean over its target tokens.")
+    max_length: PositiveInt | None = Field(
+        None, description="Cut examples after this many tokens. Not given: the model's context."
+    )
+    chat: bool = Field(
+        False, description="Put prompt and completion into the model's chat template, as user and assistant."
+    )
+    limit: PositiveInt | None = Field(None, description="Use only so many examples, the first ones, of the data.")
+    token_budget: PositiveInt | None = Field(
+        None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
+    )
+    precision: Precision = Field("auto", description="Number format in which the model runs.")
+    device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
+    tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+
+
+class CompressionSettings(Settings):
+    """What is attributed to, and how it is compressed."""
+
+    components: Patterns = Field(
+        ("default",),
+        description="Parameters to attribute to: attention, mlp, embedding, norm, lora, all, 'layers 0-3', "
+        "or globs over parameter names.",
+    )
+    compress: str = Field(
+        "tensorsketch:256",
+        description="How to compress gradients, such as tensorsketch:256, 'mask:32x32 | sjlt:256', none, or auto.",
+    )
+    disk: str | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
+    dtype: StoredType = Field("float16", description="Number format of the compressed gradients on disk.")
+    seed: int = Field(0, description="Seed of every random choice.")
+
+    @field_validator("disk")
+    @classmethod
+    def _disk_is_a_size(cls, disk: str | None) -> str | None:
+        if disk is not None:
+            parse_bytes(disk)
+        return disk
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """The disk budget in bytes."""
+        return None if self.disk is None else parse_bytes(self.disk)

@@ -1,5 +1,10 @@
 """Per-example gradients as factors: layer rules, taps, exact products. The heart; knows no files and no commands."""
 
+from vestige.gradients._cost import Extent as Extent
+from vestige.gradients._cost import cheapest_route as cheapest_route
+from vestige.gradients._cost import ghost_is_cheaper as ghost_is_cheaper
+from vestige.gradients._factors import cross_products as cross_products
+from vestige.gradients._factors import cross_token_products as cross_token_products
 from vestige.gradients._factors import dot_matrices as dot_matrices
 from vestige.gradients._factors import inner_product as inner_product
 from vestige.gradients._factors import materialise as materialise

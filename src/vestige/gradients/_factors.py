@@ -1,12 +1,17 @@
 """Algebra of factors: products of gradients `sum_t left_t (x) right_t` without hooks, files or devices."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vestige.gradients._cost import Extent, Shape, cheapest_route, matrices_held
 from vestige.gradients._types import Factor, OneHot
+
+Pair = tuple[Tensor | OneHot, Tensor]
+"""Both factors of some examples: `left [example, token, out]` (or one-hot) and `right [example, token, in]`."""
 
 
 def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float[Tensor, "example out in"]:
@@ -19,7 +24,7 @@ def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float
 
 
 PRODUCT_BYTES = 64 * 2**20
-"""Most bytes of gradients formed at once."""
+"""Most bytes of gradients, or of inner products of tokens, formed for one product."""
 
 
 class ReusedMemory:
@@ -82,3 +87,108 @@ def inner_product(first: tuple[Factor, Tensor], second: tuple[Factor, Tensor]) -
     """
     right = gram(first[1], second[1])
     return (gram(first[0], second[0]).to(right.dtype) * right).sum((1, 2))
+
+
+def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
+    """Inner products of every gradient of a first batch with every gradient of a second, `[example, example2]`.
+
+    `first` and `second` are the `(left, right)` of one component as a sink receives them: `[example, token, out]` with
+    `[example, token, in]`, and `[example2, token2, out]` with `[example2, token2, in]`; `left` may be `OneHot` on
+    either side or both. Batches and lengths may differ. Exact; float32 at least.
+
+    Takes the cheapest route (`cheapest_route`): the ghost identity `sum_ts (l_t . l'_s)(r_t . r'_s)` (Wang et al. 2024,
+    arXiv:2406.11011), or the gradients of one side formed, block by block, and applied to the other.
+
+    The gradient of a tied weight, or of a loss in chunks, is a *sum* of such pairs: add the products of every pair of
+    the first with every pair of the second.
+    """
+    route = cheapest_route((extent(first),), (extent(second),), shape_of(first))
+    if route == "ghost":
+        return _ghost(first, second, by_token=False)
+    if route == "first":
+        return _formed(second, first).T
+    return _formed(first, second)
+
+
+def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
+    """`cross_products` split over the tokens of the first batch, `[example, token, example2]`: they sum to it.
+
+    The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
+    token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
+    not the share of the token's own loss.
+    """
+    if cheapest_route((extent(first),), (extent(second),), shape_of(first), by_token=True) == "ghost":
+        return _ghost(first, second, by_token=True)
+    return torch.cat([dot_matrices_by_token(*first, block) for block in _blocks_formed(second)]).permute(1, 2, 0)
+
+
+def dot_matrices_by_token(
+    left: Factor, right: Float[Tensor, "example token in"], matrices: Float[Tensor, "query out in"]
+) -> Float[Tensor, "query example token"]:
+    """`dot_matrices` split over tokens: `left_t . (matrix @ right_t)`; no gradient is formed."""
+    wide = torch.promote_types(right.dtype, torch.float32)
+    if isinstance(left, OneHot):
+        return torch.stack([(matrix[left.ids] * right).sum(2, dtype=wide) for matrix in matrices])
+    return torch.stack([(torch.nn.functional.linear(right, matrix) * left).sum(2, dtype=wide) for matrix in matrices])
+
+
+def extent(pair: Pair) -> Extent:
+    """The size of a pair, for the rule of costs."""
+    return Extent(pair[1].shape[0], pair[1].shape[1], isinstance(pair[0], OneHot))
+
+
+def shape_of(pair: Pair) -> Shape:
+    """`(out, in)` of the gradients."""
+    left, right = pair
+    return (left.size if isinstance(left, OneHot) else left.shape[2]), right.shape[2]
+
+
+def some_of(pair: Pair, examples: slice) -> Pair:
+    """The factors of some of the examples."""
+    left, right = pair
+    return (left._replace(ids=left.ids[examples]) if isinstance(left, OneHot) else left[examples]), right[examples]
+
+
+def _formed(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
+    """Products with the second's gradients, formed block by block."""
+    memory, wide = ReusedMemory(), torch.promote_types(first[1].dtype, torch.float32)
+    return torch.cat([dot_matrices(*first, block, memory) for block in _blocks_formed(second)]).to(wide).T
+
+
+def _blocks_formed(pair: Pair) -> Iterator[Float[Tensor, "example out in"]]:
+    step = matrices_held(shape_of(pair))
+    for start in range(0, len(pair[1]), step):
+        yield materialise(*some_of(pair, slice(start, start + step)))
+
+
+def _ghost(first: Pair, second: Pair, *, by_token: bool) -> Tensor:
+    """Products from the inner products of tokens, as many examples at once as memory allows."""
+    (examples, tokens), (others, other_tokens) = first[1].shape[:2], second[1].shape[:2]
+    at_once = max(1, PRODUCT_BYTES // max(1, tokens * other_tokens * first[1].element_size()))
+    step = min(others, at_once)
+    rows = []
+    for start in range(0, examples, max(1, at_once // step)):
+        some = some_of(first, slice(start, start + max(1, at_once // step)))
+        parts = [_ghost_block(some, some_of(second, slice(at, at + step))) for at in range(0, others, step)]
+        rows.append(torch.cat(parts, dim=2))
+    products = torch.cat(rows)
+    return products if by_token else products.sum(1)
+
+
+def _ghost_block(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
+    right = first[1].flatten(0, 1) @ second[1].flatten(0, 1).T
+    product = right * _left_products(first[0], second[0]).to(right.dtype)
+    split = product.unflatten(1, second[1].shape[:2]).sum(2, dtype=torch.promote_types(right.dtype, torch.float32))
+    return split.unflatten(0, first[1].shape[:2])
+
+
+def _left_products(first: Tensor | OneHot, second: Tensor | OneHot) -> Float[Tensor, "row row2"]:
+    """Inner products of all tokens of a first batch with all of a second."""
+    if isinstance(first, OneHot) and isinstance(second, OneHot):
+        return (first.ids.flatten()[:, None] == second.ids.flatten()[None, :]).to(torch.get_default_dtype())
+    if isinstance(first, OneHot):
+        assert not isinstance(second, OneHot)
+        return second.flatten(0, 1)[:, first.ids.flatten()].T
+    if isinstance(second, OneHot):
+        return first.flatten(0, 1)[:, second.ids.flatten()]
+    return first.flatten(0, 1) @ second.flatten(0, 1).T

@@ -1,0 +1,117 @@
+"""Products of two batches from factors: exact on every route, and the cheapest route is taken."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vestige.gradients import (
+    Extent,
+    OneHot,
+    cheapest_route,
+    cross_products,
+    cross_token_products,
+    ghost_is_cheaper,
+    materialise,
+)
+from vestige.gradients import _factors as factors
+
+Pair = tuple[Tensor | OneHot, Tensor]
+
+
+def pair(examples: int, tokens: int, out: int, width: int, one_hot: bool, seed: int, dtype=torch.float64) -> Pair:
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.randn(examples, tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+    if one_hot:
+        return OneHot(torch.randint(out, (examples, tokens), generator=generator), out), right
+    return torch.randn(examples, tokens, out, generator=generator, dtype=torch.float64).to(dtype), right
+
+
+def dense(left: Tensor | OneHot) -> Tensor:
+    return torch.nn.functional.one_hot(left.ids, left.size).double() if isinstance(left, OneHot) else left.double()
+
+
+def reference(first: Pair, second: Pair) -> Tensor:
+    """`[example, token, example2]`, every gradient written out."""
+    tokens = torch.einsum("eto,eti->etoi", dense(first[0]), first[1].double())
+    whole = torch.einsum("eto,eti->eoi", dense(second[0]), second[1].double())
+    return torch.einsum("etoi,foi->etf", tokens, whole)
+
+
+SIZES = {"few tokens": (3, 2, 2, 3), "many tokens": (3, 40, 4, 30), "one query": (5, 9, 1, 7), "one each": (1, 4, 1, 5)}
+
+
+@pytest.mark.parametrize("route", ["ghost", "second", "first", None])
+@pytest.mark.parametrize(("one", "other"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("size", SIZES)
+def test_products_are_exact_on_every_route(size, one, other, route, monkeypatch) -> None:
+    examples, tokens, others, other_tokens = SIZES[size]
+    first, second = pair(examples, tokens, 11, 6, one, 0), pair(others, other_tokens, 11, 6, other, 1)
+    if route is not None:
+        monkeypatch.setattr(factors, "cheapest_route", lambda *_, **__: route)
+    expected = reference(first, second)
+    assert torch.allclose(cross_products(first, second), expected.sum(1), rtol=1e-10, atol=1e-10)
+    assert torch.allclose(cross_token_products(first, second), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_products_in_small_blocks_are_the_same(one_hot, monkeypatch) -> None:
+    first, second = pair(5, 7, 11, 6, one_hot, 0), pair(4, 9, 11, 6, False, 1)
+    expected = reference(first, second)
+    for route, name, small in [
+        ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 8 * 7 * 9 * 3),
+        ("second", "vestige.gradients._cost.HELD_NUMBERS", 66 * 3),
+        ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 1),
+    ]:
+        monkeypatch.setattr(factors, "cheapest_route", lambda *_, route=route, **__: route)
+        monkeypatch.setattr(name, small)
+        assert torch.allclose(cross_products(first, second), expected.sum(1), rtol=1e-10, atol=1e-10)
+        assert torch.allclose(cross_token_products(first, second), expected, rtol=1e-10, atol=1e-10)
+
+
+def operations(first: Pair, second: Pair, route: str, monkeypatch, product) -> int:
+    with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr(factors, "cheapest_route", lambda *_, **__: route)
+        product(first, second)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_the_rule_picks_the_route_that_costs_least_when_counted(by_token, monkeypatch) -> None:
+    """Operations as PyTorch counts them, over shapes on both sides of the boundary; ties go to any of the least."""
+    product, picked = (cross_token_products if by_token else cross_products), set()
+    for examples, tokens, others, other_tokens, (out, width) in itertools.product(
+        (1, 3, 8), (1, 4, 16), (1, 4), (1, 3, 24), ((16, 16), (64, 8), (4, 40), (8, 1))
+    ):
+        first = pair(examples, tokens, out, width, False, 0)
+        second = pair(others, other_tokens, out, width, False, 1)
+        routes = ("ghost", "second") if by_token else ("ghost", "second", "first")
+        counted = {route: operations(first, second, route, monkeypatch, product) for route in routes}
+        extents = Extent(examples, tokens), Extent(others, other_tokens)
+        route = cheapest_route((extents[0],), (extents[1],), (out, width), by_token=by_token)
+        assert counted[route] == min(counted.values()), (extents, out, width, counted)
+        assert ghost_is_cheaper(*extents, (out, width), by_token=by_token) == (route == "ghost")
+        picked.add(route)
+    assert picked == set(routes)
+
+
+def test_an_embedding_never_forms_its_vocabulary() -> None:
+    """One-hot factors on both sides: the route costs the same for any vocabulary."""
+    sides = (Extent(8, 64, True),), (Extent(4, 64, True),)
+    assert cheapest_route(*sides, (100, 32)) == cheapest_route(*sides, (10**6, 32))
+
+
+def test_half_precision_sums_in_float32() -> None:
+    first, second = (pair(3, 50, 12, 7, False, seed, torch.bfloat16) for seed in (0, 1))
+    expected = reference(first, second)
+    for got in (cross_products(first, second), cross_token_products(first, second).sum(1)):
+        assert got.dtype == torch.float32
+        assert float((got - expected.sum(1)).norm() / expected.sum(1).norm()) < 0.02
+
+
+def test_materialise_is_the_sum_of_outer_products() -> None:
+    for one_hot in (False, True):
+        left, right = pair(2, 5, 4, 3, one_hot, 0)
+        assert torch.allclose(materialise(left, right), torch.einsum("eto,eti->eoi", dense(left), right))

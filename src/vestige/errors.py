@@ -7,9 +7,11 @@ VestigeError
 │   ├── SpecError        a compression spec, a component pattern or a setting does not parse
 │   ├── IndexMismatch    an index or a run on disk was made with other settings
 │   ├── DiskSpaceError   the result would not fit where it is to be written
-│   └── MissingExtra     an optional dependency is not installed
+│   ├── MissingExtra     an optional dependency is not installed
+│   └── PieceFailed      pieces of a job failed every time they were tried, while the others went on
 ├── CorruptFile          a file on disk is not what its checksum says
-└── NonFinite            a loss or a gradient is NaN or infinite
+├── NonFinite            a loss or a gradient is NaN or infinite
+└── WorkElsewhere        no error: this process did its part, and others have the rest of the job
 
 A message says what was given, what was expected, and what to type next.
 """
@@ -53,3 +55,11 @@ class CorruptFile(VestigeError):
 
 class NonFinite(UserError):
     """A loss or a gradient is NaN or infinite; the message names the example."""
+
+
+class PieceFailed(UserError):
+    """Pieces of a job failed every time they were tried; the message shows why and where the log is."""
+
+
+class WorkElsewhere(VestigeError):
+    """This process did what it was asked to; the result is for whoever does the rest. The exit status is 0."""

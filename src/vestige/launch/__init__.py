@@ -1,4 +1,8 @@
-"""Where the pieces of a job run: in this process, in local processes, on SLURM."""
+"""Where the pieces of a job run: in this process, in local processes, on SLURM, under torchrun."""
 
+from vestige.launch._command import worker_command as worker_command
+from vestige.launch._failures import ranges as ranges
+from vestige.launch._run import run_plan as run_plan
+from vestige.launch._stop import step_done as step_done
 from vestige.launch._types import Compute as Compute
 from vestige.launch._types import WorkPlan as WorkPlan

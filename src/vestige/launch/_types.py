@@ -12,16 +12,30 @@ from typing import Protocol, TypeVar
 Result_co = TypeVar("Result_co", covariant=True)
 
 Compute = Callable[[int], None]
-"""Computes one piece and leaves its file, then its marker (`vestige.files.write_durably`)."""
+"""Computes one piece and leaves its file, then its marker (`vestige.files.write_durably`).
+
+It may call `vestige.launch.step_done(units)` after each batch: that moves the progress bar, and is where work stops
+when the time limit is near or somebody wants the machine. Leaving the piece there must do no harm.
+"""
 
 
 class WorkPlan(Protocol[Result_co]):
     """Pieces 0 to `pieces - 1`, and what they are reduced to."""
 
-    name: str
-    """What is being done, for a person: "Indexing", "Curvature", "Scoring"."""
-    folder: Path
-    """Where the result goes; claims, logs and the job's record live in `folder / "launch"`."""
+    @property
+    def name(self) -> str:
+        """What is being done, for a person: "Indexing", "Curvature", "Scoring"."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What `weight` counts, in the plural: "examples", "models"."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes; claims, logs and the job's record live in `folder / "launch" / name`."""
+        ...
 
     @property
     def pieces(self) -> int:
@@ -42,6 +56,9 @@ class WorkPlan(Protocol[Result_co]):
 
     def reduce(self) -> Result_co:
         """The result from all pieces, in piece order.
+
+        Called by one process at a time, but perhaps by several one after another: what is reduced already is found
+        and returned.
 
         Raises:
             CorruptFile: pieces are missing, damaged or overlap; the message lists them.

@@ -1,0 +1,45 @@
+"""The command that a worker runs: the one that was typed, or the one that a Python call stands for."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vestige.errors import UserError
+from vestige.settings import LaunchSettings
+
+
+def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
+    """The words of the command with these settings, None if a value lives in this process alone.
+
+    A live module or a list of examples cannot go to another process; whoever needs one says so then
+    (`require_command`), so that work in this process needs no command at all.
+    """
+    if not all(_is_plain(value) for value in settings.arguments().values()):
+        return None
+    fields = type(settings).model_fields
+    defaults = {name: fields[name].default for name in settings.never_repeated if name in fields}
+    words = shlex.split(settings.model_copy(update=defaults).command_line(verb))
+    return [sys.executable, "-m", "vestige.cli", *words[1:]]
+
+
+def require_command(command: Sequence[str] | None) -> list[str]:
+    """The command, for work that leaves this process.
+
+    Raises:
+        UserError: There is none.
+    """
+    if command is None:
+        raise UserError(
+            "Workers in other processes read the model and the data from disk, and one of them was given as a live "
+            "Python object. Save it (model.save_pretrained(FOLDER) with its tokenizer, the data as JSONL) and give "
+            "the path, or work in this process with workers=1."
+        )
+    return list(command)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str | int | float | Path) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Path)

@@ -1,0 +1,144 @@
+"""The loop that every worker runs: claim a piece, compute it, next; until nothing is left that it could do."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, final
+
+from vestige.errors import UserError
+from vestige.launch._record import JobFolder, claim_name
+from vestige.launch._stop import Stopped, check_stop, counting
+from vestige.launch._types import Compute, WorkPlan
+
+POLL_SECONDS = 0.2
+"""Between two looks at pieces that others hold."""
+
+
+@final
+class Meter:
+    """Turns finished pieces and parts of pieces into units of a progress bar, each counted once."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._sum, self._shown, self._inside = 0.0, 0, 0.0
+
+    def step(self, units: float) -> None:
+        """`units` of the current piece are done."""
+        self._inside += units
+        self._move(units)
+
+    def piece(self, weight: float) -> None:
+        """The current piece of this weight is done, whatever its steps said."""
+        self._move(weight - self._inside)
+        self._inside = 0.0
+
+    def undo(self) -> None:
+        """The current piece was left; a bar does not go back, so it waits until the piece has caught up."""
+        self._sum -= self._inside
+        self._inside = 0.0
+
+    def _move(self, units: float) -> None:
+        self._sum += units
+        if (more := round(self._sum) - self._shown) > 0:
+            self._shown += more
+            self._advance(more)
+
+
+@final
+class Worker:
+    """One process's work on one plan; use it as a context, which closes what the plan opened."""
+
+    def __init__(self, plan: WorkPlan[Any], job: JobFolder, retries: int, meter: Meter, *, say: bool = False) -> None:
+        self._plan, self._job, self._retries, self._meter, self._say = plan, job, retries, meter, say
+        self._stack = ExitStack()
+        self._compute: Compute | None = None
+        self.last_error: Exception | None = None
+        self.computed: list[int] = []
+        """Pieces that this process finished."""
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def work(self, pieces: Sequence[int], *, stay: bool) -> None:
+        """Every piece is done, given up, or surely in somebody else's hands.
+
+        Args:
+            pieces: Which, in the order in which to try them.
+            stay: Also wait for the pieces that others compute, and take them over should they die.
+
+        Raises:
+            UserError: One that no retry can mend, from computing a piece.
+            Stopped: The process was asked to stop.
+        """
+        left = list(pieces)
+        while left:
+            blocked = [piece for piece in left if not self._settle(piece)]
+            if len(blocked) == len(left):
+                claims = self._job.claims
+                if not stay and all(claims.is_beating(claim_name(piece)) for piece in blocked):
+                    return
+                time.sleep(POLL_SECONDS)
+            left = blocked
+
+    def _settle(self, piece: int) -> bool:
+        """Whether nothing more is to be done about the piece; False while somebody else holds it, or to retry it."""
+        check_stop()
+        if self._is_done(piece):
+            return True
+        if self._job.is_given_up(piece, self._retries):
+            return True
+        claim = self._job.claims.take(claim_name(piece))
+        if claim is None:
+            return False
+        with claim:
+            # Its last owner may have finished it between the two looks.
+            return self._is_done(piece) or self._attempt(piece)
+
+    def _is_done(self, piece: int) -> bool:
+        done = self._plan.is_done(piece)
+        if done:
+            self._meter.piece(self._plan.weight(piece))
+        return done
+
+    def _attempt(self, piece: int) -> bool:
+        weight = self._plan.weight(piece)
+        self._print(f"piece {piece}: begun")
+        try:
+            compute = self._opened()
+            started = time.perf_counter()
+            with counting(self._meter.step):
+                compute(piece)
+        except UserError as error:
+            self._job.record_failure(piece, error)
+            raise
+        except Stopped:
+            self._meter.undo()
+            self._print(f"piece {piece}: left, because the process was asked to stop")
+            raise
+        except Exception as error:
+            self._meter.undo()
+            self.last_error = error
+            failure = self._job.record_failure(piece, error)
+            self._print(f"piece {piece}: failed\n{failure.traceback}")
+            return failure.attempts > self._retries
+        seconds = time.perf_counter() - started
+        self._job.note(piece, weight, seconds)
+        self._job.forget_failure(piece)
+        self._meter.piece(weight)
+        self.computed.append(piece)
+        self._print(f"piece {piece}: done in {seconds:.1f} s")
+        return True
+
+    def _opened(self) -> Compute:
+        if self._compute is None:
+            started = time.perf_counter()
+            self._compute = self._stack.enter_context(self._plan.open())
+            self._job.note(-1, 0.0, time.perf_counter() - started)
+        return self._compute
+
+    def _print(self, line: str) -> None:
+        if self._say:
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -1,0 +1,111 @@
+"""What the pieces of a plan leave on disk: tensors in one file each, and a marker that says they are whole.
+
+The marker is written last and carries the fingerprint of everything that decides the piece, so that a piece of other
+settings, of another version or of a damaged disk is never taken for this one.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vestige.errors import CorruptFile
+from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
+
+
+class PieceMarker(NamedTuple):
+    """What `00012.json` says about `00012.safetensors`."""
+
+    piece: int
+    bytes: int
+    sha256: str
+    input: str
+    """Fingerprint of everything that decides the piece's content."""
+
+
+@dataclass(frozen=True)
+class PieceFiles:
+    """Numbered pieces of tensors in a folder, all made from the same `input`."""
+
+    folder: Path
+    input: str
+    """Fingerprint of settings, inputs and code: a piece with another one does not count as done."""
+
+    def is_done(self, piece: int) -> bool:
+        """Whether the piece is marked as done for this input and its file has the right size; reads no tensor."""
+        marker = self._marker(piece)
+        if marker is None or marker.input != self.input:
+            return False
+        try:
+            return self.path(piece).stat().st_size == marker.bytes
+        except FileNotFoundError:
+            return False
+
+    def write(self, piece: int, tensors: dict[str, Tensor]) -> None:
+        """The piece is on disk, whole, and then marked so."""
+        make_folder(self.folder)
+        # A marker of an earlier file must not vouch for the new one while that is being written.
+        if self._marker_path(piece).exists():
+            remove_durably(self._marker_path(piece))
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        written = write_durably(self.path(piece), [save(content)])
+        marker = PieceMarker(piece, written.bytes, written.sha256, self.input)
+        write_durably(self._marker_path(piece), [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
+
+    def read(self, piece: int) -> dict[str, Tensor]:
+        """The tensors of a piece.
+
+        Raises:
+            CorruptFile: it is missing, of another input, or its bytes are not those in its marker.
+        """
+        self.check(piece)
+        return load(self.path(piece).read_bytes())
+
+    def check(self, piece: int) -> None:
+        """Returns if the piece is done and every byte of it is what was written.
+
+        Raises:
+            CorruptFile: it is not.
+        """
+        marker = self._marker(piece)
+        if marker is None or not self.is_done(piece) or sha256_of(self.path(piece)) != marker.sha256:
+            raise CorruptFile(f"{self.path(piece)} is missing or damaged. Run the same command again: it is redone.")
+
+    def forget_damaged(self, pieces: Sequence[int]) -> list[int]:
+        """Numbers of the pieces among these that were marked as done and do not hold what they held; they are undone.
+
+        Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
+        """
+        damaged = []
+        for piece in pieces:
+            marker = self._marker(piece)
+            if marker is not None and self.is_done(piece) and sha256_of(self.path(piece)) != marker.sha256:
+                remove_durably(self._marker_path(piece))
+                damaged.append(piece)
+        if self.folder.is_dir():
+            remove_strays(self.folder)
+        return damaged
+
+    def remove(self) -> None:
+        """The folder is gone with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def path(self, piece: int) -> Path:
+        """Where a piece keeps its tensors."""
+        return self.folder / f"{piece:05d}.safetensors"
+
+    def _marker_path(self, piece: int) -> Path:
+        return self.folder / f"{piece:05d}.json"
+
+    def _marker(self, piece: int) -> PieceMarker | None:
+        """The marker, None if there is none or it does not read."""
+        try:
+            fields: Any = json.loads(self._marker_path(piece).read_bytes())
+            return PieceMarker(**fields)
+        except (OSError, ValueError, TypeError):
+            return None

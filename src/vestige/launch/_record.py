@@ -1,0 +1,171 @@
+"""What a job leaves beside its result: who did which piece in what time, what failed and why, where the logs are.
+
+Nothing here decides what is done: that is the pieces' own markers. It is for people, for `vestige status`, and for
+not trying for ever what fails for ever.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from vestige.errors import UserError
+from vestige.files import make_folder, write_durably
+from vestige.launch._claims import Claims
+from vestige.launch._identity import this_worker
+
+
+class Failure(NamedTuple):
+    """A piece that failed so far every time, and what it said last."""
+
+    piece: int
+    attempts: int
+    fatal: bool
+    """Whether trying again is useless: the error is one that the user has to mend."""
+    kind: str
+    """Name of the error's class."""
+    error: str
+    traceback: str
+    log: str
+    """File with everything that the last worker printed; empty if it printed to the terminal."""
+    host: str
+
+
+class Entry(NamedTuple):
+    """A finished piece, or the opening of a model."""
+
+    piece: int
+    """Its number; -1 for what a worker did before its first piece."""
+    weight: float
+    seconds: float
+    ended: float
+    """Seconds since 1970."""
+    cores: int
+    gpus: int
+    host: str
+    job: str
+
+
+@final
+class JobFolder:
+    """Claims, failures, logs and the record of one plan."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs = path / "logs"
+        self._failures = path / "failures"
+        self._journal = path / "journal"
+        self._claims = path / "claims"
+        self.claims = Claims(self._claims)
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "JobFolder":
+        """The job folder of the plan `name` over `folder`."""
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "job"
+        return cls(folder / "launch" / slug)
+
+    def make(self) -> None:
+        """The folders exist.
+
+        Raises:
+            UserError: They cannot be made there.
+        """
+        for path in (self.path, self.logs, self._failures, self._journal, self._claims):
+            make_folder(path)
+
+    def write_job(self, **fields: Any) -> None:
+        """`job.json` has these fields, and keeps the others that it had."""
+        content = self.read_job() | fields
+        write_durably(self.path / "job.json", [(json.dumps(content, indent=1) + "\n").encode()])
+
+    def read_job(self) -> dict[str, Any]:
+        """What `job.json` says; empty if there is none."""
+        try:
+            return json.loads((self.path / "job.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def note(self, piece: int, weight: float, seconds: float) -> None:
+        """The journal has one more line; a disk that is full costs the line, not the work."""
+        me = this_worker()
+        entry = Entry(piece, weight, seconds, time.time(), _cores(), _gpus(), me.host, me.job)
+        with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def journal(self) -> list[Entry]:
+        """Every line of every worker, in the order of their ends."""
+        return sorted(self._entries(), key=lambda entry: entry.ended)
+
+    def _entries(self) -> Iterator[Entry]:
+        for path in self._journal.glob("*.jsonl"):
+            for line in path.read_text(errors="replace").splitlines():
+                # The last line of a worker that was killed may be torn.
+                with contextlib.suppress(ValueError, TypeError):
+                    yield Entry(*json.loads(line))
+
+    def record_failure(self, piece: int, error: BaseException | str) -> Failure:
+        """The piece has failed once more; written while its claim is held."""
+        is_error = isinstance(error, BaseException)
+        before = self.failure(piece)
+        failure = Failure(
+            piece,
+            1 + (before.attempts if before else 0),
+            isinstance(error, UserError),
+            type(error).__name__ if is_error else "died",
+            str(error),
+            "".join(traceback.format_exception(error)) if is_error else "",
+            os.environ.get("VESTIGE_LOG", ""),
+            this_worker().host,
+        )
+        write_durably(self._failure_path(piece), [json.dumps(failure._asdict(), indent=1).encode()])
+        return failure
+
+    def failure(self, piece: int) -> Failure | None:
+        """How the piece failed so far, None if it did not."""
+        try:
+            return Failure(**json.loads(self._failure_path(piece).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def failures(self) -> list[Failure]:
+        """Every piece that failed and has not succeeded since."""
+        numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if path.stem.isdigit())
+        return [failure for number in numbers if (failure := self.failure(number)) is not None]
+
+    def forget_failure(self, piece: int) -> None:
+        """The piece succeeded after all, or is to be tried anew."""
+        self._failure_path(piece).unlink(missing_ok=True)
+
+    def forget_failures(self) -> None:
+        """Everything may be tried anew."""
+        for path in self._failures.glob("*.json"):
+            path.unlink(missing_ok=True)
+
+    def is_given_up(self, piece: int, retries: int) -> bool:
+        """Whether the piece is not to be tried again in this run."""
+        failure = self.failure(piece)
+        return failure is not None and (failure.fatal or failure.attempts > retries)
+
+    def _failure_path(self, piece: int) -> Path:
+        return self._failures / f"{piece:05d}.json"
+
+
+def claim_name(piece: int) -> str:
+    """Under which name a piece is claimed."""
+    return f"{piece:05d}"
+
+
+def _cores() -> int:
+    """Processor cores that this worker keeps busy."""
+    asked = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
+    return int(asked) if asked and asked.isdigit() else os.cpu_count() or 1
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return 0 if visible is None else len([one for one in visible.split(",") if one.strip() not in ("", "-1")])

@@ -1,0 +1,48 @@
+"""What this process is in a job: the one a person started, one of its workers, a batch job, or a rank of torchrun."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+VARIABLE = "VESTIGE_LAUNCH"
+"""Environment variable in which a driver tells its workers, who run the same command, what they are."""
+
+
+class Role(NamedTuple):
+    """A process's part in a job."""
+
+    kind: Literal["driver", "worker", "reduce", "rank"]
+    job: str = ""
+    """The job folder that a worker works on; of another plan, it only takes the result."""
+    number: int = 0
+    of: int = 1
+    """Which of how many: decides where it begins, never what it may do."""
+    parent: int | None = None
+    """Process of the driver on this host, whose end ends the worker."""
+    attempt: int = 0
+    waited_for: bool = False
+    """Whether a driver waits for the job and goes on by itself."""
+
+    def as_environment(self) -> dict[str, str]:
+        """The variable that makes a child process play this role."""
+        return {VARIABLE: json.dumps(self._asdict())}
+
+    def is_for(self, job: Path) -> bool:
+        """Whether the role is one in this job."""
+        return Path(self.job) == job.resolve()
+
+
+def this_role(environment: Mapping[str, str] = os.environ) -> Role:
+    """The role that the environment gives this process: Vestige's own variable, else that of torchrun."""
+    told = environment.get(VARIABLE)
+    if told:
+        role = Role(**json.loads(told))
+        # The tasks of a batch array have the same environment but for their number.
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        return role._replace(number=int(task)) if role.kind == "worker" and task else role
+    rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
+        return Role("rank", number=int(rank), of=int(ranks))
+    return Role("driver")

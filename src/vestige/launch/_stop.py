@@ -1,0 +1,92 @@
+"""Stopping at a good moment: a signal asks, and work ends between two batches with everything given back."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""SIGTERM comes from `scancel` and preemption, SIGUSR1 shortly before the time limit, SIGUSR2 from some sites before
+preemption."""
+
+
+class Stopped(BaseException):
+    """Work ends here because somebody asked for it; like KeyboardInterrupt, no `except Exception` may hold it up."""
+
+
+class _State:
+    """What a piece that is being computed may say and must hear; one for the process, as signals are."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.count: Callable[[float], None] = lambda _: None
+        self.parent: int | None = None
+
+
+_STATE = _State()
+
+
+def step_done(units: float = 0) -> None:
+    """Note that `units` of the current piece's weight are done; work stops here if it was asked to.
+
+    Call it after each batch. Outside `run_plan` it does nothing.
+
+    Raises:
+        Stopped: The process was sent SIGTERM, SIGUSR1 or SIGUSR2, or the process that started it is gone.
+    """
+    check_stop()
+    _STATE.count(units)
+
+
+def check_stop() -> None:
+    """Nothing happens unless the process was asked to stop.
+
+    Raises:
+        Stopped: It was.
+    """
+    if _STATE.asked is None and _STATE.parent is not None and os.getppid() != _STATE.parent:
+        _STATE.asked = int(signal.SIGTERM)
+    if _STATE.asked is not None:
+        raise Stopped(f"stopped by {signal.Signals(_STATE.asked).name}")
+
+
+def stop_signal() -> int | None:
+    """The signal that asked this process to stop, None if none did."""
+    return _STATE.asked
+
+
+@contextmanager
+def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
+    """While the block runs, a signal no longer kills but makes the next `step_done` raise `Stopped`.
+
+    Args:
+        parent: Process whose end also stops the work; None for none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers; elsewhere a signal does what the program around us wants.
+        yield
+        return
+
+    def ask(number: int, _: FrameType | None) -> None:
+        _STATE.asked = number
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    _STATE.asked, _STATE.parent = None, parent
+    try:
+        yield
+    finally:
+        _STATE.parent = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def counting(count: Callable[[float], None]) -> Iterator[None]:
+    """While the block runs, `step_done` reports its units to `count`."""
+    before, _STATE.count = _STATE.count, count
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, _STATE, "count", before)
+        yield

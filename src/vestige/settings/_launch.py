@@ -1,0 +1,64 @@
+"""Where the pieces of a heavy job run: settings that every heavy verb shares."""
+
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from vestige.settings._base import Settings
+
+Engine = Literal["local", "slurm"]
+
+_SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+class LaunchSettings(Settings):
+    """Where the work runs."""
+
+    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
+    """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
+
+    workers: PositiveInt = Field(
+        1, description="Processes that share the work, each with a model of its own; 1 works in this process."
+    )
+    engine: Engine = Field("local", description="Where workers run: local processes, or slurm for a batch array.")
+    shard: str | None = Field(
+        None, description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler."
+    )
+    threads: PositiveInt = Field(1, description="Processor threads of each worker when there are several, or on SLURM.")
+    retries: NonNegativeInt = Field(
+        2, description="How often a piece that failed, or whose worker died, is tried anew."
+    )
+    partition: str | None = Field(None, description="slurm: partition of the jobs.")
+    account: str | None = Field(None, description="slurm: account that the jobs are charged to.")
+    gres: str | None = Field(None, description="slurm: resources of each worker, such as gpu:1.")
+    time: str | None = Field(
+        None, description="slurm: time limit of each job, such as 4:00:00; unfinished work is queued again."
+    )
+    mem: str | None = Field(None, description="slurm: memory of each worker, such as 32G.")
+    setup: str | None = Field(None, description="slurm: shell line to run before the work, such as 'module load cuda'.")
+    container: str | None = Field(None, description="slurm: Apptainer image that holds Vestige.")
+    wait: bool = Field(True, description="slurm: stay, show progress and finish; --no-wait returns once submitted.")
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_a_part(cls, shard: str | None) -> str | None:
+        match = None if shard is None else _SHARD.fullmatch(shard)
+        if shard is not None and (match is None or not 1 <= int(match[1]) <= int(match[2])):
+            raise ValueError("i/n with i from 1 to n, such as 1/4")
+        return shard
+
+    @field_validator("partition", "account", "gres", "time", "mem")
+    @classmethod
+    def _is_one_word(cls, value: Any) -> Any:
+        if isinstance(value, str) and (not value.strip() or "\n" in value):
+            raise ValueError("a value as sbatch takes it")
+        return value
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """`shard` as (zero-based part, number of parts)."""
+        if self.shard is None:
+            return None
+        number, parts = self.shard.split("/")
+        return int(number) - 1, int(parts)

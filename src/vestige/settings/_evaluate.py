@@ -1,0 +1,11 @@
+"""What `vestige evaluate` can evaluate: one row a kind. Its settings' docstring is the help of its command.
+
+`vestige evaluate tail-patch` takes the settings of its row and calls `vestige.evaluate.tail_patch`.
+"""
+
+from vestige.settings._base import Settings
+from vestige.settings._evaluate_sketch import SketchSettings
+
+EVALUATIONS: dict[str, type[Settings]] = {
+    "sketch": SketchSettings,
+}

@@ -16,7 +16,7 @@ from vestige.gradients import (
     ghost_is_cheaper,
     materialise,
 )
-from vestige.gradients import _factors as factors
+from vestige.gradients import _cross as cross
 
 Pair = tuple[Tensor | OneHot, Tensor]
 
@@ -50,7 +50,7 @@ def test_products_are_exact_on_every_route(size, one, other, route, monkeypatch)
     examples, tokens, others, other_tokens = SIZES[size]
     first, second = pair(examples, tokens, 11, 6, one, 0), pair(others, other_tokens, 11, 6, other, 1)
     if route is not None:
-        monkeypatch.setattr(factors, "cheapest_route", lambda *_, **__: route)
+        monkeypatch.setattr(cross, "cheapest_route", lambda *_, **__: route)
     expected = reference(first, second)
     assert torch.allclose(cross_products(first, second), expected.sum(1), rtol=1e-10, atol=1e-10)
     assert torch.allclose(cross_token_products(first, second), expected, rtol=1e-10, atol=1e-10)
@@ -65,7 +65,7 @@ def test_products_in_small_blocks_are_the_same(one_hot, monkeypatch) -> None:
         ("second", "vestige.gradients._cost.HELD_NUMBERS", 66 * 3),
         ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 1),
     ]:
-        monkeypatch.setattr(factors, "cheapest_route", lambda *_, route=route, **__: route)
+        monkeypatch.setattr(cross, "cheapest_route", lambda *_, route=route, **__: route)
         monkeypatch.setattr(name, small)
         assert torch.allclose(cross_products(first, second), expected.sum(1), rtol=1e-10, atol=1e-10)
         assert torch.allclose(cross_token_products(first, second), expected, rtol=1e-10, atol=1e-10)
@@ -73,7 +73,7 @@ def test_products_in_small_blocks_are_the_same(one_hot, monkeypatch) -> None:
 
 def operations(first: Pair, second: Pair, route: str, monkeypatch, product) -> int:
     with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
-        patch.setattr(factors, "cheapest_route", lambda *_, **__: route)
+        patch.setattr(cross, "cheapest_route", lambda *_, **__: route)
         product(first, second)
     return counter.get_total_flops() // 2
 

@@ -4,6 +4,7 @@ Operations are multiplications with their additions (half of what is usually cal
 look-ups alike; element-wise work, `1/(out + in)` of the rest, is left out.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Route = Literal["ghost", "second", "first"]
@@ -30,19 +31,18 @@ def forming(piece: Extent, shape: Shape) -> int:
     return piece.examples * piece.tokens * width * (1 if piece.one_hot else out)
 
 
-def applying(piece: Extent, matrices: int, shape: Shape, *, by_token: bool = False) -> int:
+def applying(piece: Extent, matrices: int, shape: Shape, *, by_token: bool = False, held: int | None = None) -> int:
     """Operations of the inner products of a piece with formed matrices, as `dot_matrices` does them.
 
     A one-hot left looks the matrix's rows up; one matrix (or a score for each token) is multiplied with the right
-    factor; for several the piece's own gradients are formed first, once for every block of matrices held.
+    factor; for several the piece's own gradients are formed first, again for every block of `held` matrices.
     """
     out, width = shape
     if piece.one_hot:
         return piece.examples * piece.tokens * matrices * width
     if by_token:
         return piece.examples * piece.tokens * matrices * out * width
-    held = matrices_held(shape)
-    if matrices > held:
+    if held is not None and matrices > held:
         whole, rest = divmod(matrices, held)
         return whole * applying(piece, held, shape) + (applying(piece, rest, shape) if rest else 0)
     if matrices == 1:
@@ -63,7 +63,13 @@ def matrices_held(shape: Shape) -> int:
 
 
 def cheapest_route(
-    first: tuple[Extent, ...], second: tuple[Extent, ...], shape: Shape, *, by_token: bool = False
+    first: Sequence[Extent],
+    second: Sequence[Extent],
+    shape: Shape,
+    *,
+    by_token: bool = False,
+    forming_share: float = 1.0,
+    examples: tuple[int, int] | None = None,
 ) -> Route:
     """The route with the fewest operations for the products of two batches, each the sum of its pieces.
 
@@ -74,22 +80,26 @@ def cheapest_route(
         ghost      B1*B2*T*S*(out + in)
         matrices   (B1*T + B2*S)*out*in + B1*B2*out*in
 
-    Ghost products win while, for large batches, `T*S*(out + in) < out*in`: few tokens and wide layers, short queries
-    above all. Where a side has a single example, or a one-hot left, it need not be formed (`applying`), so which side
-    is formed matters too. Pieces of a sum (a tied weight, a loss in chunks) multiply: every piece of the first meets
-    every piece of the second, while matrices are summed before they are used.
+    Divided by B1*B2: ghost products win while `T*S*(out + in) < out*in*(1 + T/B2 + S/B1)`: few tokens and wide layers,
+    short queries above all. Where a side has a single example, or a one-hot left, it need not be formed (`applying`),
+    so which side is formed matters too. Pieces of a sum (a tied weight, a loss in chunks) multiply: every piece of the
+    first meets every piece of the second, while matrices are summed before they are used.
 
     With `by_token` the products stay split over the first batch's tokens, so its gradients are never formed.
+    `forming_share` is the part of the cost of forming the second that this batch bears: less than 1 where the matrices
+    are kept for further batches, 0 where they are there already. `examples` of both sides have to be told where pieces
+    cover only some of them.
     """
-    first_count, second_count = (max(piece.examples for piece in side) for side in (first, second))
-    costs: dict[Route, int] = {
+    count, other_count = examples or (max(piece.examples for piece in side) for side in (first, second))
+    held = matrices_held(shape) if forming_share == 1 else None
+    costs: dict[Route, float] = {
         "ghost": sum(ghost_operations(one, other, shape) for one in first for other in second),
-        "second": sum(forming(other, shape) for other in second)
-        + sum(applying(one, second_count, shape, by_token=by_token) for one in first),
+        "second": forming_share * sum(forming(other, shape) for other in second)
+        + sum(applying(one, other_count, shape, by_token=by_token, held=held) for one in first),
     }
     if not by_token:
         costs["first"] = sum(forming(one, shape) for one in first) + sum(
-            applying(other, first_count, shape) for other in second
+            applying(other, count, shape, held=matrices_held(shape)) for other in second
         )
     return min(costs, key=lambda route: costs[route])
 
@@ -97,3 +107,18 @@ def cheapest_route(
 def ghost_is_cheaper(first: Extent, second: Extent, shape: Shape, *, by_token: bool = False) -> bool:
     """Whether factors alone need the fewest operations, for one piece a side; derivation in `cheapest_route`."""
     return cheapest_route((first,), (second,), shape, by_token=by_token) == "ghost"
+
+
+def own_ghost_is_cheaper(pieces: Sequence[Extent], shape: Shape) -> bool:
+    """Whether squared norms cost least from factors: each example meets itself alone, `T*T*(out + in)` operations.
+
+    A matrix costs `T*out*in` to form and `out*in` to square, so ghost norms win while about `T < out*in/(out + in)`.
+    Pieces of a sum meet each other once (both orders are equal).
+    """
+    examples = max(piece.examples for piece in pieces)
+    ghost = sum(
+        ghost_operations(Extent(1, one.tokens, one.one_hot), other, shape)
+        for place, one in enumerate(pieces)
+        for other in pieces[place:]
+    )
+    return ghost < sum(forming(piece, shape) for piece in pieces) + examples * shape[0] * shape[1]

@@ -1,13 +1,12 @@
 """Algebra of factors: products of gradients `sum_t left_t (x) right_t` without hooks, files or devices."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._cost import Extent, Shape, cheapest_route, matrices_held
+from vestige.gradients._cost import Extent, Shape
 from vestige.gradients._types import Factor, OneHot
 
 Pair = tuple[Tensor | OneHot, Tensor]
@@ -80,46 +79,19 @@ def gram(first: Factor, second: Float[Tensor, "example token2 side"] | OneHot) -
     return torch.bmm(first, second.transpose(1, 2))
 
 
-def inner_product(first: tuple[Factor, Tensor], second: tuple[Factor, Tensor]) -> Float[Tensor, "example"]:
+def inner_product(first: Pair, second: Pair) -> Float[Tensor, "example"]:
     """Inner product of two gradients of the same example, `sum_ts (l_t . l'_s)(r_t . r'_s)`, neither one formed.
 
     This is the ghost identity (Wang et al. 2024, arXiv:2406.11011): `T*S*(out + in)` operations.
     """
-    right = gram(first[1], second[1])
-    return (gram(first[0], second[0]).to(right.dtype) * right).sum((1, 2))
-
-
-def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
-    """Inner products of every gradient of a first batch with every gradient of a second, `[example, example2]`.
-
-    `first` and `second` are the `(left, right)` of one component as a sink receives them: `[example, token, out]` with
-    `[example, token, in]`, and `[example2, token2, out]` with `[example2, token2, in]`; `left` may be `OneHot` on
-    either side or both. Batches and lengths may differ. Exact; float32 at least.
-
-    Takes the cheapest route (`cheapest_route`): the ghost identity `sum_ts (l_t . l'_s)(r_t . r'_s)` (Wang et al. 2024,
-    arXiv:2406.11011), or the gradients of one side formed, block by block, and applied to the other.
-
-    The gradient of a tied weight, or of a loss in chunks, is a *sum* of such pairs: add the products of every pair of
-    the first with every pair of the second.
-    """
-    route = cheapest_route((extent(first),), (extent(second),), shape_of(first))
-    if route == "ghost":
-        return _ghost(first, second, by_token=False)
-    if route == "first":
-        return _formed(second, first).T
-    return _formed(first, second)
-
-
-def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
-    """`cross_products` split over the tokens of the first batch, `[example, token, example2]`: they sum to it.
-
-    The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
-    token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
-    not the share of the token's own loss.
-    """
-    if cheapest_route((extent(first),), (extent(second),), shape_of(first), by_token=True) == "ghost":
-        return _ghost(first, second, by_token=True)
-    return torch.cat([dot_matrices_by_token(*first, block) for block in _blocks_formed(second)]).permute(1, 2, 0)
+    step = max(1, PRODUCT_BYTES // max(1, first[1].shape[1] * second[1].shape[1] * first[1].element_size()))
+    parts = []
+    for start in range(0, len(first[1]), step):
+        (left, right), (other_left, other_right) = (some_of(one, slice(start, start + step)) for one in (first, second))
+        product = gram(right, other_right)
+        product = product * gram(left, other_left).to(product.dtype)
+        parts.append(product.sum((1, 2), dtype=torch.promote_types(product.dtype, torch.float32)))
+    return torch.cat(parts)
 
 
 def dot_matrices_by_token(
@@ -149,20 +121,11 @@ def some_of(pair: Pair, examples: slice) -> Pair:
     return (left._replace(ids=left.ids[examples]) if isinstance(left, OneHot) else left[examples]), right[examples]
 
 
-def _formed(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
-    """Products with the second's gradients, formed block by block."""
-    memory, wide = ReusedMemory(), torch.promote_types(first[1].dtype, torch.float32)
-    return torch.cat([dot_matrices(*first, block, memory) for block in _blocks_formed(second)]).to(wide).T
+def ghost_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
+    """Products of all pairs of examples from the inner products of their tokens, split over the first's tokens.
 
-
-def _blocks_formed(pair: Pair) -> Iterator[Float[Tensor, "example out in"]]:
-    step = matrices_held(shape_of(pair))
-    for start in range(0, len(pair[1]), step):
-        yield materialise(*some_of(pair, slice(start, start + step)))
-
-
-def _ghost(first: Pair, second: Pair, *, by_token: bool) -> Tensor:
-    """Products from the inner products of tokens, as many examples at once as memory allows."""
+    Takes as many examples at once as `PRODUCT_BYTES` allows.
+    """
     (examples, tokens), (others, other_tokens) = first[1].shape[:2], second[1].shape[:2]
     at_once = max(1, PRODUCT_BYTES // max(1, tokens * other_tokens * first[1].element_size()))
     step = min(others, at_once)
@@ -171,8 +134,7 @@ def _ghost(first: Pair, second: Pair, *, by_token: bool) -> Tensor:
         some = some_of(first, slice(start, start + max(1, at_once // step)))
         parts = [_ghost_block(some, some_of(second, slice(at, at + step))) for at in range(0, others, step)]
         rows.append(torch.cat(parts, dim=2))
-    products = torch.cat(rows)
-    return products if by_token else products.sum(1)
+    return torch.cat(rows)
 
 
 def _ghost_block(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:

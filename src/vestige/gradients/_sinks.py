@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._factors import ReusedMemory, dot_matrices, inner_product, materialise
+from vestige.gradients._cross import Gradients, Piece, squared_norms
+from vestige.gradients._factors import materialise
+from vestige.gradients._held import held
 from vestige.gradients._types import Factor, Side
 from vestige.models import Component
 
@@ -36,22 +38,23 @@ class GradientSink:
 
 
 class DotSink:
-    """Exact inner products of each example's gradient with given vectors, per component.
+    """Exact inner products of each example's gradient with given ones, per component.
 
-    `vectors[c]` is `[query, out, in]` for component `c`. `scores` is `[component, query, example]`; its sum over
-    components is the inner product of the whole gradients.
+    `vectors[c]` is `[query, out, in]` for component `c`, or the queries' `Gradients` as factors (as `KeepingSink` gives
+    them, or `low_rank`): then their matrices are formed only if that is cheaper, at once for the `batches` expected.
+    `scores` is `[component, query, example]`; its sum over components is the inner product of the whole gradients.
     """
 
-    def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"]]) -> None:
-        self._vectors = list(vectors)
-        self._memory = ReusedMemory()
+    def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"] | Gradients], batches: int = 1) -> None:
+        self._like = next((_like(one) for one in vectors if not _is_zero(one)), torch.zeros(()))
+        self._queries = len(vectors[0]) if isinstance(vectors[0], Tensor) else vectors[0].examples
+        self._held = held(vectors, batches)
+        self._shapes = [one.shape if isinstance(one, Gradients) else (one.shape[1], one.shape[2]) for one in vectors]
         self.scores = torch.zeros(0)
 
     def begin(self, examples: int) -> None:
         """Start a batch with zeros."""
-        first = self._vectors[0]
-        shape = (len(self._vectors), first.shape[0], examples)
-        self.scores = torch.zeros(shape, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
+        self.scores = self._like.new_zeros(len(self._held), self._queries, examples)
 
     def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
         """Keep the factor as it is."""
@@ -59,58 +62,82 @@ class DotSink:
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the inner products of one use of the component."""
-        vectors = self._vectors[component].to(right.dtype)
-        self.scores[component, :, examples] += dot_matrices(left, right, vectors, self._memory).to(self.scores.dtype)
+        count = len(right)
+        batch = Gradients(count, self._shapes[component], (Piece(slice(0, count), left, right),))
+        found = self._held[component].products(batch)
+        self.scores[component, :, examples] += found.T.to(self.scores.dtype)
 
 
-class NormSink:
-    """Exact squared norm of each example's gradient, per component: `squared` is `[component, example]`.
+class KeepingSink:
+    """Keeps the factors of a batch, all pieces of every component: `finish` gives them as `Gradients`.
 
-    The uses of a tied weight and the chunks of a loss are pieces of one gradient, so their cross terms count: all
-    pieces are kept until `finish`.
+    The uses of a tied weight and the chunks of a loss are pieces of one gradient, so their cross terms count.
     """
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self._components = list(components)
-        self._pieces: list[list[tuple[slice, Factor, Tensor]]] = []
+        self._shapes = [component.shape for component in components]
+        self._pieces: list[list[Piece]] = []
         self._examples = 0
-        self.squared = torch.zeros(0)
 
     def begin(self, examples: int) -> None:
         """Start a batch."""
         self._examples = examples
-        self._pieces = [[] for _ in self._components]
+        self._pieces = [[] for _ in self._shapes]
 
     def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
         """Keep the factor as it is."""
         return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
-        """Keep the piece; a lone whole-batch piece of a singly used component is squared at once in `finish`."""
-        self._pieces[component].append((examples, left, right))
+        """Keep the piece."""
+        self._pieces[component].append(Piece(examples, left, right))
+
+    def finish(self) -> list[Gradients]:
+        """The gradients of every component as factors; the sink forgets them."""
+        pairs = zip(self._shapes, self._pieces, strict=True)
+        gradients = [Gradients(self._examples, (shape[0], shape[1]), tuple(pieces)) for shape, pieces in pairs]
+        self._pieces = []
+        return gradients
+
+
+class NormSink:
+    """Exact squared norm of each example's gradient, per component: `squared` is `[component, example]`.
+
+    By ghost products where tokens are few, by the matrix itself where they are many (`own_ghost_is_cheaper`).
+    """
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self._keeping = KeepingSink(components)
+        self.squared = torch.zeros(0)
+
+    def begin(self, examples: int) -> None:
+        """Start a batch."""
+        self._keeping.begin(examples)
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:
+        """Keep the factor as it is."""
+        return self._keeping.reduce(component, side, factor)
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
+        """Keep the piece."""
+        self._keeping.accumulate(component, examples, left, right)
 
     def finish(self) -> Float[Tensor, "component example"]:
-        """Square what has arrived: ghost products where tokens are few, the matrix itself where they are many."""
-        seen = next((pieces[0][2] for pieces in self._pieces if pieces), torch.zeros(0))
-        rows = [
-            # A component that took no part (an expert that no token was sent to) has no gradient.
-            self._square(component, pieces) if pieces else seen.new_zeros(self._examples)
-            for component, pieces in zip(self._components, self._pieces, strict=True)
-        ]
-        self._pieces = []
-        self.squared = torch.stack(rows)
+        """Square what has arrived."""
+        gradients = self._keeping.finish()
+        like = next((one.like() for one in gradients if not one.zero), torch.zeros(()))
+        self.squared = torch.stack([squared_norms(one).to(like) for one in gradients])
         return self.squared
 
-    def _square(self, component: Component, pieces: list[tuple[slice, Factor, Tensor]]) -> Tensor:
-        if len(pieces) == 1 and pieces[0][0] == slice(0, self._examples):
-            _, left, right = pieces[0]
-            if right.shape[1] * sum(component.shape) < component.size:
-                return inner_product((left, right), (left, right))
-            return materialise(left, right).flatten(1).square().sum(1)
-        gradient = pieces[0][2].new_zeros(self._examples, *component.shape)
-        for examples, left, right in pieces:
-            gradient[examples] += materialise(left, right)
-        return gradient.flatten(1).square().sum(1)
+
+def _is_zero(vectors: Tensor | Gradients) -> bool:
+    return isinstance(vectors, Gradients) and vectors.zero
+
+
+def _like(vectors: Tensor | Gradients) -> Tensor:
+    if isinstance(vectors, Gradients):
+        return vectors.like()
+    return vectors.new_zeros((), dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
 class BothSinks:

@@ -1,0 +1,228 @@
+"""Exact inner products of the gradients of two sets of examples, by the route that costs least."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.gradients._cost import Extent, Route, Shape, cheapest_route, matrices_held, own_ghost_is_cheaper
+from vestige.gradients._factors import (
+    Pair,
+    ReusedMemory,
+    dot_matrices,
+    dot_matrices_by_token,
+    extent,
+    ghost_products,
+    inner_product,
+    materialise,
+    shape_of,
+    some_of,
+)
+from vestige.gradients._types import OneHot
+
+
+class Piece(NamedTuple):
+    """The factors of one use of a component, or of one chunk of the loss, for some examples of a batch."""
+
+    examples: slice
+    left: Tensor | OneHot
+    right: Tensor
+
+    @property
+    def pair(self) -> Pair:
+        """The factors."""
+        return self.left, self.right
+
+    def within(self, part: slice) -> "tuple[slice, Pair] | None":
+        """The factors of the examples in `part`, and their places counted from its start; None without overlap."""
+        start, stop = max(self.examples.start, part.start), min(self.examples.stop, part.stop)
+        if start >= stop:
+            return None
+        own = slice(start - self.examples.start, stop - self.examples.start)
+        return slice(start - part.start, stop - part.start), some_of(self.pair, own)
+
+
+class Gradients(NamedTuple):
+    """Gradients of one component for some examples: the sum of their pieces, or given as matrices, or both.
+
+    Without either they are zero, as those of an expert that no token was sent to.
+    """
+
+    examples: int
+    shape: Shape
+    pieces: tuple[Piece, ...] = ()
+    matrices: Float[Tensor, "example out in"] | None = None
+
+    @property
+    def extents(self) -> list[Extent]:
+        """The sizes of the pieces, for the rule of costs."""
+        return [extent(piece.pair) for piece in self.pieces]
+
+    @property
+    def zero(self) -> bool:
+        """Whether nothing has contributed."""
+        return not self.pieces and self.matrices is None
+
+    def like(self) -> Tensor:
+        """A tensor of the same kind; products are at least float32."""
+        tensor = self.pieces[0].right if self.matrices is None else self.matrices
+        return tensor.new_zeros((), dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def gradients_of(pair: Pair) -> Gradients:
+    """The gradients of one pair of factors."""
+    count = len(pair[1])
+    return Gradients(count, shape_of(pair), (Piece(slice(0, count), *pair),))
+
+
+def matrices_of(gradients: Gradients, part: slice) -> Float[Tensor, "example out in"]:
+    """The gradient matrices of the examples in `part`."""
+    if gradients.matrices is not None:
+        return gradients.matrices[part]
+    found = [inside for piece in gradients.pieces if (inside := piece.within(part)) is not None]
+    if len(found) == 1 and found[0][0] == slice(0, part.stop - part.start):
+        return materialise(*found[0][1])
+    total = gradients.pieces[0].right.new_zeros(part.stop - part.start, *gradients.shape)
+    for places, pair in found:
+        total[places] += materialise(*pair)
+    return total
+
+
+def products(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
+    """Inner products of every gradient of the first with every one of the second, cross terms of pieces included."""
+    if first.zero or second.zero:
+        seen = next((side.like() for side in (first, second) if not side.zero), torch.zeros(()))
+        return seen.new_zeros(first.examples, second.examples)
+    route = _route(first, second)
+    if route == "second":
+        return _applied(first, second)
+    if route == "first":
+        return _applied(second, first).T
+    total = first.like().new_zeros(first.examples, second.examples)
+    for one in first.pieces:
+        for other in second.pieces:
+            total[one.examples, other.examples] += ghost_products(one.pair, other.pair).sum(1)
+    return total
+
+
+def squared_norms(gradients: Gradients) -> Float[Tensor, "example"]:
+    """Squared length of every gradient, cross terms of the pieces included."""
+    total = gradients.like().new_zeros(gradients.examples) if not gradients.zero else torch.zeros(gradients.examples)
+    if gradients.matrices is None and gradients.pieces and own_ghost_is_cheaper(gradients.extents, gradients.shape):
+        for place, one in enumerate(gradients.pieces):
+            _add_own(total, one, one, 1)
+            for other in gradients.pieces[place + 1 :]:
+                _add_own(total, one, other, 2)
+    elif not gradients.zero:
+        for part in _parts(gradients):
+            total[part] = matrices_of(gradients, part).flatten(1).to(total.dtype).square().sum(1)
+    return total
+
+
+def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
+    """Inner products of every gradient of a first batch with every gradient of a second, `[example, example2]`.
+
+    `first` and `second` are the `(left, right)` of one component as a sink receives them: `[example, token, out]` with
+    `[example, token, in]`, and `[example2, token2, out]` with `[example2, token2, in]`; `left` may be `OneHot` on
+    either side or both. Batches and lengths may differ. Exact; float32 at least.
+
+    Takes the cheapest route (`cheapest_route`): the ghost identity `sum_ts (l_t . l'_s)(r_t . r'_s)` (Wang et al. 2024,
+    arXiv:2406.11011), or the gradients of one side formed, block by block, and applied to the other.
+
+    The gradient of a tied weight, or of a loss in chunks, is a *sum* of such pairs: add the products of every pair of
+    the first with every pair of the second, or use `products`, which does.
+    """
+    return products(gradients_of(first), gradients_of(second))
+
+
+def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
+    """`cross_products` split over the tokens of the first batch, `[example, token, example2]`: they sum to it.
+
+    The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
+    token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
+    not the share of the token's own loss.
+    """
+    if cheapest_route([extent(first)], [extent(second)], shape_of(first), by_token=True) == "ghost":
+        return ghost_products(first, second)
+    formed = gradients_of(second)
+    blocks = [dot_matrices_by_token(*first, matrices_of(formed, part)) for part in _parts(formed)]
+    return torch.cat(blocks).permute(1, 2, 0)
+
+
+def _route(first: Gradients, second: Gradients) -> Route:
+    """Matrices that are given cost nothing to form; factors that are not given cannot be used."""
+    if not second.pieces:
+        return "second"
+    if not first.pieces:
+        return "first"
+    return route_between(first, second, 1.0 if second.matrices is None else 0.0)
+
+
+def route_between(first: Gradients, second: Gradients, forming_share: float) -> Route:
+    """`cheapest_route` for gradients that both have factors."""
+    return cheapest_route(
+        first.extents,
+        second.extents,
+        first.shape,
+        forming_share=forming_share,
+        examples=(first.examples, second.examples),
+    )
+
+
+def _applied(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
+    """Products with the second's matrices, formed block by block where they are not given."""
+    total, memory = second.like().new_zeros(second.examples, first.examples), ReusedMemory()
+    parts: Sequence[slice] = [slice(0, second.examples)] if second.matrices is not None else list(_parts(second))
+    for part in parts:
+        matrices = matrices_of(second, part)
+        if not first.pieces:
+            assert first.matrices is not None
+            total[part] = matrices.flatten(1) @ first.matrices.flatten(1).T
+        for piece in first.pieces:
+            found = dot_matrices(piece.left, piece.right, matrices.to(piece.right.dtype), memory)
+            total[part, piece.examples] += found.to(total.dtype)
+    return total.T
+
+
+def _parts(gradients: Gradients) -> Iterator[slice]:
+    """As many examples at once as formed gradients may be held."""
+    step = matrices_held(gradients.shape)
+    for start in range(0, gradients.examples, step):
+        yield slice(start, min(start + step, gradients.examples))
+
+
+def _add_own(total: Tensor, one: Piece, other: Piece, times: int) -> None:
+    """Add the products of two pieces of the same examples."""
+    mine, theirs = one.within(other.examples), other.within(one.examples)
+    if mine is not None and theirs is not None:
+        start = max(one.examples.start, other.examples.start)
+        found = inner_product(mine[1], theirs[1])
+        total[start : start + len(found)] += times * found.to(total.dtype)
+
+
+def numbers(gradients: Gradients) -> int:
+    """Numbers that keeping these gradients takes."""
+    held = 0 if gradients.matrices is None else gradients.matrices.numel()
+    return held + sum(
+        piece.right.numel() + (piece.left.ids if isinstance(piece.left, OneHot) else piece.left).numel()
+        for piece in gradients.pieces
+    )
+
+
+def joined(several: Sequence[Gradients]) -> Gradients:
+    """The gradients of several batches of one component, one batch after the other."""
+    pieces, start = [], 0
+    for gradients in several:
+        for piece in gradients.pieces:
+            moved = slice(piece.examples.start + start, piece.examples.stop + start)
+            pieces.append(piece._replace(examples=moved))
+        start += gradients.examples
+    return Gradients(start, several[0].shape, tuple(pieces))
+
+
+def formed_numbers(gradients: Gradients) -> int:
+    """Numbers that the matrices of these gradients take."""
+    return gradients.examples * math.prod(gradients.shape)

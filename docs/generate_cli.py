@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from cyclopts import Parameter
 
 from vestige.cli import VERBS
+from vestige.methods import method_class, method_names, options_of
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -30,10 +31,20 @@ A mistake is answered on stderr with what was expected and what to type, and end
 `VESTIGE_QUIET=1` silences progress.
 """
 
+METHODS = """\
+## Options of methods
+
+What one method has and others have not. Each is given as `--option name=value`, several times if need be; in Python all
+of them as `options={"name": value}`; in a config file as a mapping under `options`. Names and values are checked before
+any work, and a run records and replays them.
+
+| method | option | default | meaning |
+|---|---|---|---|"""
+
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *(_verb(name) for name in VERBS)])
+    return "\n".join([INTRODUCTION, *(_verb(name) for name in VERBS), _options()])
 
 
 def _verb(name: str) -> str:
@@ -51,6 +62,17 @@ def _verb(name: str) -> str:
     for group in sorted(groups, key=lambda group: group.sort_key):
         parts.append("\n".join([f"**{group.name}**\n", *HEADINGS, *groups[group], ""]))
     return "\n".join(parts)
+
+
+def _options() -> str:
+    """What the methods take beside the settings of `vestige attribute`."""
+    rows = []
+    for name in method_names():
+        rows += [
+            f"| `{name}` | `--option {one.name}=` {one.values} | `{one.shown_default}` | {_cell(one.meaning)} |"
+            for one in options_of(method_class(name))
+        ]
+    return "\n".join([METHODS, *rows, ""])
 
 
 def _flag(option: Parameter) -> str:

@@ -70,6 +70,19 @@ def test_damping_is_a_number(settings_of, words, damping):
     assert settings_of(AttributeSettings, "--index", "i", "--out", "o", "--queries", "q", *words).damping == damping
 
 
+def test_options_of_the_method_are_recorded_and_replayed(settings_of, tmp_path):
+    typed = ("--method", "cg", "--option", "steps=5", "--option", "tolerance=1e-2")
+    given = settings_of(AttributeSettings, "--index", "i", "--out", "o", "--queries", "q", *typed)
+    assert given.options == {"steps": "5", "tolerance": "1e-2"}
+    assert "--option steps=5 --option tolerance=1e-2" in given.command_line("attribute")
+    made = AttributeSettings(index="i", out=Path("o"), queries="q", method="cg", options={"steps": 5})
+    assert "--option steps=5" in made.command_line("attribute")
+    record = tmp_path / "run.json"
+    for settings in (given, made):
+        record.write_text(json.dumps({"vestige": "0.1.0", "config": settings.record()}))
+        assert settings_of(AttributeSettings, "--config", str(record)) == settings
+
+
 def test_a_positional_may_also_be_named(settings_of):
     assert settings_of(ReportSettings, "run") == settings_of(ReportSettings, "--run", "run")
 

@@ -117,6 +117,8 @@ def _default(field: FieldInfo) -> str | bool:
         return False
     if isinstance(field.default, tuple):
         return " ".join(field.default)
+    if isinstance(field.default, dict):
+        return False
     if isinstance(field.default, bool):
         return "yes" if field.default else "no"
     return False if field.default is None else str(field.default)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ class ActivationDot:
     (long examples then score higher).
     """
 
-    pooling: Pooling = "mean"
+    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
+        "mean"
+    )
 
     name = "activation-dot"
     needs_model = True

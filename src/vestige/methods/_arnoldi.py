@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import PositiveInt
 
 from vestige.curvature import CurvatureKind, arnoldi
 from vestige.methods._preconditioned import Preconditioned
@@ -32,12 +35,12 @@ class Arnoldi(Preconditioned):
         limits="What lies outside the span is dropped, and that is where influence functions weigh most; the "
         "eigenvectors found last are rough. First order; compare within a run.",
     )
-    steps: int = 50
-    rank: int = 25
-    """Eigenvectors kept; about half of `steps`, since the last ones have not converged."""
-    kind: CurvatureKind = "gauss-newton"
-    examples: int | None = None
-    """Measure the curvature on so many training examples; None: on all."""
+    steps: Annotated[PositiveInt, "Passes over the training data."] = 50
+    rank: Annotated[
+        PositiveInt, "Eigenvectors kept; about half of `steps`, since those found last have not converged."
+    ] = 25
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+    examples: Annotated[PositiveInt | None, "Measure the curvature on so many training examples; none: on all."] = None
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """The eigenvectors are found once; every set of vectors is projected on them."""

@@ -74,7 +74,7 @@ def attribute(settings: AttributeSettings) -> Scores:
 
 def _method(settings: AttributeSettings) -> Method:
     """The method, with everything it cannot do refused before any work."""
-    method = get_method(settings.method, **({"layer": settings.layer} if settings.layer is not None else {}))
+    method = get_method(settings.method, **settings.options)
     if settings.tokens and not isinstance(method, GradientMethod):
         raise SpecError(
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import PositiveFloat, PositiveInt
 
 from vestige.curvature import CurvatureKind, conjugate_gradient
 from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned
@@ -33,12 +36,10 @@ class ConjugateGradient(Preconditioned):
         limits="First order around one set of weights; stops after a number of steps, with the residual announced; "
         "the damping sets its scale, so compare within a run.",
     )
-    steps: int = 20
-    tolerance: float = 1e-3
-    """Residual, relative to the query's gradient, at which to stop."""
-    kind: CurvatureKind = "gauss-newton"
-    examples: int | None = None
-    """Measure the curvature on so many training examples; None: on all."""
+    steps: Annotated[PositiveInt, "Most passes over the training data."] = 20
+    tolerance: Annotated[PositiveFloat, "Residual, relative to the query's gradient, at which to stop."] = 1e-3
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+    examples: Annotated[PositiveInt | None, "Measure the curvature on so many training examples; none: on all."] = None
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """Each set of vectors is solved for anew."""

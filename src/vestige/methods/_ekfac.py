@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 from vestige.curvature import Labels, ekfac_of
 from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
@@ -35,8 +36,9 @@ class Ekfac(Preconditioned):
         limits="First order around one set of weights; layers are taken as independent, and within one only the "
         "diagonal in the Kronecker basis is exact; the damping sets its scale, so compare within a run.",
     )
-    labels: Labels = "sampled"
-    """`sampled` from the model: true Fisher matrix; `data`: the empirical one."""
+    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
+        "sampled"
+    )
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """Two passes, or a read of what an index keeps."""

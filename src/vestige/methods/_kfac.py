@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from vestige.curvature import Labels, kfac_of
 from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
@@ -32,10 +32,13 @@ class Kfac(Preconditioned):
         limits="First order around one set of weights; takes layers, tokens, and inputs and output gradients as "
         "independent, which ekfac corrects for one pass more; the damping sets its scale, so compare within a run.",
     )
-    labels: Labels = "sampled"
-    """`sampled` from the model: true Fisher matrix; `data`: the empirical one."""
-    split: Literal["eigenvalues", "factors"] = "eigenvalues"
-    """Where the damping goes: on the eigenvalues of the product, or on each factor its share."""
+    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
+        "sampled"
+    )
+    split: Annotated[
+        Literal["eigenvalues", "factors"],
+        "Where the damping goes: on the eigenvalues of the product, or on each factor its share.",
+    ] = "eigenvalues"
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """One pass, or a read of what an index keeps."""

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from vestige.curvature import CurvatureKind, largest_eigenvalue, lissa
@@ -36,12 +38,14 @@ class Lissa(Preconditioned):
         limits="Directions of little curvature converge last and are underrated by a short series; cg needs fewer "
         "passes for the same answer. First order; the damping sets its scale, so compare within a run.",
     )
-    depth: int = 100
-    sample: int | None = None
-    """Take other training examples at every step, so many; None: all at every step."""
-    scale: float | None = None
-    """Divisor of the curvature. None: 1.5 times its largest eigenvalue, 4 times with a sample."""
-    kind: CurvatureKind = "gauss-newton"
+    depth: Annotated[PositiveInt, "Terms of the series: passes over the training data, or over a sample of it."] = 100
+    sample: Annotated[
+        PositiveInt | None, "Take other training examples at every step, so many; none: all at every step."
+    ] = None
+    scale: Annotated[
+        PositiveFloat | None, "Divisor of the curvature; none: 1.5 times its largest eigenvalue, 4 times with a sample."
+    ] = None
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """The scale is measured once; each set of vectors needs a series of its own."""

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar, cast
 
 from vestige.errors import SpecError, VestigeError
+from vestige.methods._options import parsed_options
 from vestige.methods._protocol import Method
 
 ENTRY_POINTS = "vestige.methods"
@@ -41,17 +42,24 @@ def get_method(name: str, **options: Any) -> Method:
     """The method called `name`, made with its options.
 
     Raises:
-        SpecError: there is no such method, or it does not take these options.
+        SpecError: there is no such method, it has no such option, or the option's value is of another type.
+    """
+    found = method_class(name)
+    return cast(Method, found(**parsed_options(name, found, options)))
+
+
+def method_class(name: str) -> type:
+    """The class of the method called `name`.
+
+    Raises:
+        SpecError: there is no such method.
     """
     found = _methods.get(name) or _from_other_packages(name)
     if found is None:
         close = difflib.get_close_matches(name, method_names(), n=1, cutoff=0.5)
         hint = f"Did you mean --method {close[0]}? " if close else ""
         raise SpecError(f"There is no method {name!r}. {hint}Known methods: {', '.join(method_names())}.")
-    try:
-        return cast(Method, found(**options))
-    except TypeError as error:
-        raise SpecError(f"The method `{name}` does not take these options: {error}.") from error
+    return found
 
 
 def _from_other_packages(name: str) -> type | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ class RepSim:
     because it does not hang on whether an answer ends with an end-of-text token.
     """
 
-    layer: int | None = None
-    pooling: Pooling = "mean"
+    layer: Annotated[int | None, "Number of the hidden state to compare, 0 being the embedding; none: the last."] = None
+    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
+        "mean"
+    )
 
     name = "rep-sim"
     needs_model = True
@@ -84,5 +87,5 @@ def _hidden_states(model: nn.Module, batch: Batch, layer: int | None) -> Float[T
             "Use a transformers model, or --method activation-dot."
         )
     if layer is not None and not -len(states) <= layer < len(states):
-        raise SpecError(f"--layer {layer}: the model has the hidden states 0 (embedding) to {len(states) - 1}.")
+        raise SpecError(f"--option layer={layer}: the model has the hidden states 0 (embedding) to {len(states) - 1}.")
     return states[-1 if layer is None else layer]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Options, Patterns, ReadingSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 
@@ -14,7 +14,7 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(ReadingSettings):
     """What `vestige attribute` takes."""
 
-    repeatable: ClassVar[tuple[str, ...]] = ("queries",)
+    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options")
     index: Any = Field(None, description="Folder of an index made by `vestige index`.")
     model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
@@ -40,7 +40,11 @@ class AttributeSettings(ReadingSettings):
         description="Explain the answer given with the query, or generate it; auto generates missing ones.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer to generate.")
-    layer: int | None = Field(None, description="rep-sim: number of the hidden state to compare. Not given: last.")
+    options: Options = Field(
+        {},
+        description="Option of the method, written name=value, such as labels=data; may be repeated. docs/cli.md lists "
+        "those of every method, and so does the answer to an unknown name.",
+    )
     trust: bool = Field(True, description="Run the free checks that say how far the scores can be trusted.")
     seed: int = Field(0, description="Seed of every random choice.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")

@@ -28,9 +28,12 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
 
 
+_SINGULAR = {"options": "option"}
+
+
 def flag(name: str) -> str:
-    """The command line's spelling of a setting."""
-    return "--" + name.replace("_", "-")
+    """The command line's spelling of a setting; one that holds several named values is given one by one."""
+    return "--" + _SINGULAR.get(name, name).replace("_", "-")
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -70,6 +73,8 @@ class Settings(BaseModel):
                 words.append(flag(name) if value else "--no-" + flag(name)[2:])
             elif isinstance(value, list):
                 words += [word for item in value for word in (flag(name), str(item))]
+            elif isinstance(value, dict):
+                words += [word for key, item in value.items() for word in (flag(name), f"{key}={item}")]
             else:
                 words += [flag(name), str(value)]
         return shlex.join(words)

@@ -1,5 +1,6 @@
 """Settings that several verbs share: how text becomes tokens, and what is attributed to."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
@@ -16,6 +17,24 @@ def _one_or_several(value: Any) -> Any:
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+
+
+def _named_values(value: Any) -> Any:
+    """Words such as "labels=data" as a mapping; what is one already stays."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    found: dict[str, str] = {}
+    for word in [value] if isinstance(value, str) else value or ():
+        name, equals, given = str(word).partition("=")
+        if not name or not equals:
+            raise ValueError(f"name=value, such as labels=data, where {str(word)!r} was given")
+        if found.setdefault(name, given) != given:
+            raise ValueError(f"one value for {name}, and {found[name]!r} and {given!r} were given")
+    return found
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_named_values)]
+"""Values by name: a mapping, or words `name=value`; whoever takes them checks names and types."""
 
 
 class ReadingSettings(Settings):

@@ -2,6 +2,10 @@
 
 from vestige.launch._command import worker_command as worker_command
 from vestige.launch._failures import ranges as ranges
+from vestige.launch._phase import phase as phase
+from vestige.launch._phase import profile as profile
+from vestige.launch._phase import write_profile as write_profile
+from vestige.launch._piece_files import PieceFiles as PieceFiles
 from vestige.launch._run import run_plan as run_plan
 from vestige.launch._stop import step_done as step_done
 from vestige.launch._types import Compute as Compute

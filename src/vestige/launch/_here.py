@@ -1,21 +1,128 @@
-"""A work plan in this process, piece after piece."""
+"""Work in this process, and what every way of working ends with: the pieces that failed, and the result."""
 
-from typing import TypeVar
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from vestige.errors import PieceFailed, WorkElsewhere
+from vestige.launch._failures import failed, ranges
+from vestige.launch._loop import POLL_SECONDS, Meter, Worker
+from vestige.launch._record import JobFolder
+from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
 from vestige.progress import announce, progress
+from vestige.settings import LaunchSettings
 
 Result = TypeVar("Result")
 
 
-def run_here(plan: WorkPlan[Result]) -> Result:
-    """The plan's result; pieces that are done already are not computed again."""
-    missing = [piece for piece in range(plan.pieces) if not plan.is_done(piece)]
+def missing_pieces(plan: WorkPlan[Any]) -> list[int]:
+    """Pieces that are not done, in order."""
+    return [piece for piece in range(plan.pieces) if not plan.is_done(piece)]
+
+
+def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int]) -> None:
+    """The job's record says what is to be done; what failed in an earlier run may be tried anew."""
+    job.make()
+    job.forget_failures()
+    weights = [plan.weight(piece) for piece in range(plan.pieces)]
+    job.write_job(
+        name=plan.name,
+        unit=plan.unit,
+        pieces=plan.pieces,
+        weight=sum(weights),
+        engine=settings.engine,
+        workers=settings.workers,
+        retries=settings.retries,
+        begun=time.time(),
+        done_before=plan.pieces - len(missing),
+        weight_before=sum(weights) - sum(weights[piece] for piece in missing),
+        ended=None,
+        cancelled=None,
+    )
     if len(missing) < plan.pieces:
         announce(f"{plan.name}: {plan.pieces - len(missing)} of {plan.pieces} pieces are already done.")
+
+
+def from_own_end(pieces: Sequence[int], number: int, of: int) -> list[int]:
+    """A worker's order: its own share first, every `of`-th piece, and then the others' to help them."""
+    return [*pieces[number::of], *(piece for place, piece in enumerate(pieces) if place % of != number)]
+
+
+def work_here(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int]) -> None:
+    """The pieces are done, in this process or by others who work on the plan at the same time.
+
+    Raises:
+        PieceFailed: Some failed every time.
+        SystemExit: The process was asked to stop.
+    """
+    total = round(sum(plan.weight(piece) for piece in pieces))
+    error = None
+
+    def work() -> None:
+        nonlocal error
+        with (
+            progress(total, plan.name, plan.unit) as bar,
+            Worker(plan, job, settings.retries, Meter(bar.advance)) as worker,
+        ):
+            worker.work(pieces, stay=True)
+            error = worker.last_error
+
+    ending_well(plan, work)
+    raise_failures(plan, job, pieces, error)
+
+
+def ending_well(plan: WorkPlan[Any], work: Callable[[], None]) -> None:
+    """`work` is done, or a person reads how to go on."""
+    try:
+        with stopping_at_steps():
+            work()
+    except (KeyboardInterrupt, Stopped) as error:
+        left = len(missing_pieces(plan))
+        announce(
+            f"{plan.name}: stopped with {left} of {plan.pieces} pieces missing. "
+            "Run the same command again: it computes only these."
+        )
+        if isinstance(error, Stopped):
+            raise SystemExit(128 + (stop_signal() or 0)) from None
+        raise
+
+
+def raise_failures(
+    plan: WorkPlan[Any], job: JobFolder, pieces: Sequence[int], cause: BaseException | None = None
+) -> None:
+    """Nothing happens unless some of the pieces failed for good.
+
+    Raises:
+        UserError: They did.
+    """
+    among = set(pieces)
+    failures = [each for each in job.failures() if each.piece in among and not plan.is_done(each.piece)]
+    if failures:
+        raise failed(plan.name, plan.pieces, failures) from cause
+
+
+def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> Result:
+    """The result, if every piece is done; one process at a time makes it.
+
+    Raises:
+        WorkElsewhere: Pieces of other shares are missing.
+        PieceFailed: Pieces are missing though every one was tried.
+    """
+    missing = missing_pieces(plan)
+    if missing and settings.part is not None:
+        raise WorkElsewhere(
+            f"{plan.name}: share {settings.shard} is done. {len(missing)} of {plan.pieces} pieces belong to other "
+            f"shares ({ranges(missing)}). When all shares are done, run the command once without --shard."
+        )
     if missing:
-        with plan.open() as compute, progress(round(sum(map(plan.weight, missing))), plan.name) as bar:
-            for piece in missing:
-                compute(piece)
-                bar.advance(round(plan.weight(piece)))
-    return plan.reduce()
+        raise PieceFailed(
+            f"{plan.name}: {len(missing)} of {plan.pieces} pieces are missing ({ranges(missing)}) though all were "
+            "computed: their files vanished. Run the same command again."
+        )
+    while (claim := job.claims.take("reduce")) is None:
+        time.sleep(POLL_SECONDS)
+    with claim:
+        result = plan.reduce()
+        job.write_job(ended=time.time())
+    return result

@@ -53,6 +53,8 @@ class Worker:
         self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
+        self.stopped_in: int | None = None
+        """The piece that was left when the process was asked to stop."""
         self.computed: list[int] = []
         """Pieces that this process finished."""
 
@@ -116,6 +118,7 @@ class Worker:
             raise
         except Stopped:
             self._meter.undo()
+            self.stopped_in = piece
             self._print(f"piece {piece}: left, because the process was asked to stop")
             raise
         except Exception as error:

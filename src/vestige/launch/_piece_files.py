@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PieceMarker(NamedTuple):
@@ -46,8 +46,11 @@ class PieceFiles:
         except FileNotFoundError:
             return False
 
-    def write(self, piece: int, tensors: dict[str, Tensor]) -> None:
+    def write(self, piece: int, tensors: "dict[str, Tensor]") -> None:
         """The piece is on disk, whole, and then marked so."""
+        # Torch is imported where it is needed: `vestige status` and a driver that only waits do without.
+        from safetensors.torch import save
+
         make_folder(self.folder)
         # A marker of an earlier file must not vouch for the new one while that is being written.
         if self._marker_path(piece).exists():
@@ -57,12 +60,14 @@ class PieceFiles:
         marker = PieceMarker(piece, written.bytes, written.sha256, self.input)
         write_durably(self._marker_path(piece), [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
 
-    def read(self, piece: int) -> dict[str, Tensor]:
+    def read(self, piece: int) -> "dict[str, Tensor]":
         """The tensors of a piece.
 
         Raises:
             CorruptFile: it is missing, of another input, or its bytes are not those in its marker.
         """
+        from safetensors.torch import load
+
         self.check(piece)
         return load(self.path(piece).read_bytes())
 
@@ -92,7 +97,7 @@ class PieceFiles:
         return damaged
 
     def remove(self) -> None:
-        """The folder is gone with all that is in it."""
+        """The folder is gone with all that is in it; two who remove it at once do no harm."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, piece: int) -> Path:

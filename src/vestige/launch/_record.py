@@ -108,7 +108,7 @@ class JobFolder:
                 with contextlib.suppress(ValueError, TypeError):
                     yield Entry(*json.loads(line))
 
-    def record_failure(self, piece: int, error: BaseException | str) -> Failure:
+    def record_failure(self, piece: int, error: BaseException | str, *, log: str = "") -> Failure:
         """The piece has failed once more; written while its claim is held."""
         is_error = isinstance(error, BaseException)
         before = self.failure(piece)
@@ -119,7 +119,7 @@ class JobFolder:
             type(error).__name__ if is_error else "died",
             str(error),
             "".join(traceback.format_exception(error)) if is_error else "",
-            os.environ.get("VESTIGE_LOG", ""),
+            log or os.environ.get("VESTIGE_LOG", ""),
             this_worker().host,
         )
         write_durably(self._failure_path(piece), [json.dumps(failure._asdict(), indent=1).encode()])

@@ -1,17 +1,19 @@
 """`run_plan`: every piece is done, wherever the settings want it done, and the result is returned."""
 
-import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from vestige.errors import PieceFailed, WorkElsewhere
-from vestige.launch._failures import failed, ranges
-from vestige.launch._loop import POLL_SECONDS, Meter, Worker
+from vestige.errors import PieceFailed
+from vestige.launch._command import require_command
+from vestige.launch._failures import ranges
+from vestige.launch._here import begin, finish, from_own_end, missing_pieces, work_here
+from vestige.launch._local import work_in_processes
+from vestige.launch._loop import Meter, Worker
 from vestige.launch._record import JobFolder
 from vestige.launch._role import Role, this_role
+from vestige.launch._slurm import reduce_job, requeue_unless_cancelled, work_on_slurm
 from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
-from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
 
 Result = TypeVar("Result")
@@ -38,105 +40,55 @@ def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence
     role = this_role()
     job = JobFolder.of(plan.folder, plan.name)
     missing = missing_pieces(plan)
+    if role.kind == "worker" and role.is_for(job.path):
+        serve(plan, settings, job, role, missing)
+    if role.kind == "reduce" and role.is_for(job.path):
+        return reduce_job(plan, settings, job, role, command)
     if not missing:
         return plan.reduce()
-    job.make()
-    return _drive(plan, settings, job, role, missing)
+    if role.kind == "worker":
+        raise PieceFailed(f"{plan.name}: pieces {ranges(missing)} are missing, on which what comes next builds.")
+    return _drive(plan, settings, job, role, command)
 
 
-def missing_pieces(plan: WorkPlan[Any]) -> list[int]:
-    """Pieces that are not done, in order."""
-    return [piece for piece in range(plan.pieces) if not plan.is_done(piece)]
-
-
-def _drive(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder, role: Role, missing: list[int]) -> Result:
-    begin(plan, settings, job, missing)
-    share = _share(missing, settings.part)
-    announce_resumed(plan, missing)
-    work_here(plan, settings, job, share, first=role.number)
+def _drive(
+    plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder, role: Role, command: Sequence[str] | None
+) -> Result:
+    """The work of the process that a person started, or of one rank among several."""
+    missing = missing_pieces(plan)
+    share = missing if settings.part is None else [one for one in missing if one % settings.part[1] == settings.part[0]]
+    if role.kind == "rank":
+        if role.number == 0:
+            begin(plan, settings, job, missing)
+        job.make()
+        work_here(plan, settings, job, from_own_end(share, role.number, role.of))
+    elif settings.engine == "slurm":
+        words = require_command(command)
+        begin(plan, settings, job, missing)
+        work_on_slurm(plan, settings, job, share, words)
+    elif settings.workers > 1:
+        words = require_command(command)
+        begin(plan, settings, job, missing)
+        work_in_processes(plan, settings, job, share, words)
+    else:
+        begin(plan, settings, job, missing)
+        work_here(plan, settings, job, share)
     return finish(plan, settings, job)
 
 
-def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int]) -> None:
-    """The job's record says what is to be done; what failed in an earlier run may be tried anew."""
-    job.forget_failures()
-    weights = [plan.weight(piece) for piece in range(plan.pieces)]
-    job.write_job(
-        name=plan.name,
-        unit=plan.unit,
-        pieces=plan.pieces,
-        weight=sum(weights),
-        engine=settings.engine,
-        workers=settings.workers,
-        retries=settings.retries,
-        begun=time.time(),
-        done_before=plan.pieces - len(missing),
-        weight_before=sum(weights) - sum(weights[piece] for piece in missing),
-        ended=None,
-    )
-
-
-def announce_resumed(plan: WorkPlan[Any], missing: list[int]) -> None:
-    """A person sees that earlier work counts."""
-    if len(missing) < plan.pieces:
-        announce(f"{plan.name}: {plan.pieces - len(missing)} of {plan.pieces} pieces are already done.")
-
-
-def work_here(
-    plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], *, first: int = 0
-) -> None:
-    """The pieces are done, in this process or by others who work on the plan at the same time.
+def serve(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, role: Role, missing: list[int]) -> NoReturn:
+    """Work through what is missing, as one of several workers, and end the process.
 
     Raises:
-        PieceFailed: Some failed every time.
+        SystemExit: Always: 0 when nothing is left to do, 128 + the signal that stopped it otherwise.
     """
-    order = [*pieces[first:], *pieces[:first]]
-    total = round(sum(plan.weight(piece) for piece in pieces))
+    worker = Worker(plan, job, settings.retries, Meter(lambda _: None), say=True)
     try:
-        with (
-            stopping_at_steps(),
-            progress(total, plan.name, plan.unit) as bar,
-            Worker(plan, job, settings.retries, Meter(bar.advance)) as worker,
-        ):
-            worker.work(order, stay=True)
-    except (KeyboardInterrupt, Stopped) as error:
-        left = len(missing_pieces(plan))
-        announce(
-            f"{plan.name}: stopped with {left} of {plan.pieces} pieces missing. "
-            "Run the same command again: it computes only these."
-        )
-        if isinstance(error, Stopped):
-            raise SystemExit(128 + (stop_signal() or 0)) from None
-        raise
-    if failures := [failure for failure in job.failures() if failure.piece in set(pieces)]:
-        raise failed(plan.name, plan.pieces, failures) from worker.last_error
-
-
-def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> Result:
-    """The result, if every piece is done; one process at a time makes it.
-
-    Raises:
-        WorkElsewhere: Pieces of other shares are missing.
-        PieceFailed: Pieces are missing though every one was tried.
-    """
-    missing = missing_pieces(plan)
-    if missing and settings.part is not None:
-        raise WorkElsewhere(
-            f"{plan.name}: share {settings.shard} is done. {len(missing)} of {plan.pieces} pieces belong to other "
-            f"shares ({ranges(missing)}). When all shares are done, run the command once without --shard."
-        )
-    if missing:
-        raise PieceFailed(
-            f"{plan.name}: {len(missing)} of {plan.pieces} pieces are missing ({ranges(missing)}) though all were "
-            "computed: their files vanished. Run the same command again."
-        )
-    while (claim := job.claims.take("reduce")) is None:
-        time.sleep(POLL_SECONDS)
-    with claim:
-        result = plan.reduce()
-        job.write_job(ended=time.time())
-    return result
-
-
-def _share(missing: list[int], part: tuple[int, int] | None) -> list[int]:
-    return missing if part is None else [piece for piece in missing if piece % part[1] == part[0]]
+        with stopping_at_steps(role.parent), worker:
+            worker.work(from_own_end(missing, role.number % role.of, role.of), stay=False)
+    except Stopped:
+        number = stop_signal() or 0
+        print(f"stopped by signal {number} after {len(worker.computed)} pieces", flush=True)
+        requeue_unless_cancelled(number, job, worker.stopped_in, progressed=bool(worker.computed))
+        raise SystemExit(128 + number) from None
+    raise SystemExit(0)

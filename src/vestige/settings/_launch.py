@@ -25,9 +25,9 @@ class LaunchSettings(Settings):
     shard: str | None = Field(
         None, description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler."
     )
-    threads: PositiveInt = Field(1, description="Processor threads of each worker when there are several, or on SLURM.")
+    threads: PositiveInt = Field(1, description="Processor threads of each of several workers.")
     retries: NonNegativeInt = Field(
-        2, description="How often a piece that failed, or whose worker died, is tried anew."
+        2, description="How often a piece that failed or lost its worker is tried again."
     )
     partition: str | None = Field(None, description="slurm: partition of the jobs.")
     account: str | None = Field(None, description="slurm: account that the jobs are charged to.")

@@ -1,0 +1,205 @@
+"""Worker processes on this host: started, watched, replaced when they die."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from vestige.errors import PieceFailed
+from vestige.launch._failures import tail
+from vestige.launch._here import ending_well, raise_failures
+from vestige.launch._identity import this_host
+from vestige.launch._loop import POLL_SECONDS, Meter
+from vestige.launch._record import JobFolder, claim_name
+from vestige.launch._role import Role
+from vestige.launch._stop import check_stop
+from vestige.launch._types import WorkPlan
+from vestige.progress import announce, progress
+from vestige.settings import LaunchSettings
+
+_PATIENCE_SECONDS = 10.0
+"""How long a worker may take to reach the end of a batch before it is killed."""
+_LOOKING = 0.05
+"""Share of the time that may be spent looking at markers."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class _Running(NamedTuple):
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def work_in_processes(
+    plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], command: list[str]
+) -> None:
+    """The pieces are done, by `settings.workers` processes that run `command`.
+
+    Raises:
+        PieceFailed: Pieces failed every time, or workers do not even begin.
+        SystemExit: The process was asked to stop.
+    """
+    count = min(settings.workers, len(pieces))
+    announce(f"{plan.name}: {count} workers; their logs are in {job.logs}.")
+    crew = _Crew(plan, settings, job, pieces, command)
+
+    def work() -> None:
+        with progress(round(sum(map(plan.weight, pieces))), plan.name, plan.unit) as bar:
+            try:
+                crew.start(count)
+                crew.watch(Meter(bar.advance))
+            finally:
+                crew.end()
+
+    ending_well(plan, work)
+    raise_failures(plan, job, pieces)
+
+
+@final
+class _Crew:
+    """The worker processes of one driver."""
+
+    def __init__(
+        self, plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], command: list[str]
+    ) -> None:
+        self._plan, self._settings, self._job, self._command = plan, settings, job, command
+        self._left = list(pieces)
+        self._running: list[_Running] = []
+        self._started = self._early_deaths = 0
+
+    def start(self, count: int) -> None:
+        """So many more workers run."""
+        for _ in range(count):
+            number = self._started
+            self._started += 1
+            log = self._job.logs / f"worker-{os.getpid()}-{number}.log"
+            of = self._settings.workers
+            role = Role("worker", str(self._job.path.resolve()), number % of, of, parent=os.getpid())
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | worker_environment(self._settings, log) | _device(number) | role.as_environment(),
+                )
+            self._running.append(_Running(number, process, log))
+
+    def watch(self, meter: Meter) -> None:
+        """Nothing is left: done, or given up.
+
+        Raises:
+            PieceFailed: Workers die before they begin a piece, again and again.
+            Stopped: The process was asked to stop.
+        """
+        while True:
+            check_stop()
+            began = time.perf_counter()
+            if not self._look(meter):
+                return
+            self._bury()
+            if not self._running:
+                self._replace(self._settings.workers)
+            # A plan of a thousand pieces on a slow disk must not keep its driver busy with looking.
+            time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _LOOKING))
+
+    def end(self) -> None:
+        """No worker runs any more; they give their claims back, and the slow ones are killed."""
+        for each in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                each.process.terminate()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for each in self._running:
+            try:
+                each.process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                each.process.kill()
+                each.process.wait()
+        self._running.clear()
+
+    def _look(self, meter: Meter) -> bool:
+        """Whether there is still something to do or to wait for."""
+        done = {piece for piece in self._left if self._plan.is_done(piece)}
+        for piece in done:
+            meter.piece(self._plan.weight(piece))
+        if done:
+            self._early_deaths = 0
+        self._left = [piece for piece in self._left if piece not in done]
+        failures = [failure for failure in self._job.failures() if failure.piece in set(self._left)]
+        given_up = {each.piece for each in failures if each.fatal or each.attempts > self._settings.retries}
+        return not any(each.fatal for each in failures) and bool(set(self._left) - given_up)
+
+    def _bury(self) -> None:
+        for each in [each for each in self._running if each.process.poll() is not None]:
+            self._running.remove(each)
+            code = each.process.returncode
+            if code == 0:
+                continue
+            if not self._blame(each) and not (code > 0 and self._job.failures()):
+                self._early_deaths += 1
+            if self._early_deaths > self._settings.retries + self._settings.workers:
+                lines = "\n".join(f"    {line}" for line in tail(str(each.log)))
+                raise PieceFailed(
+                    f"{self._plan.name}: workers end before they finish a piece ({_cause(code)}). "
+                    f"The log is {each.log}:\n{lines}"
+                )
+            self._replace(1)
+
+    def _blame(self, dead: _Running) -> bool:
+        """Count it against the pieces that a dead worker held, for one may be what killed it."""
+        held = False
+        for name, owner in self._job.claims.held().items():
+            if owner.worker.pid != dead.process.pid or owner.worker.host != this_host() or not name.isdigit():
+                continue
+            held = True
+            claim = self._job.claims.take(name)
+            if claim is not None:
+                with claim:
+                    if not self._plan.is_done(int(name)):
+                        message = f"its worker died ({_cause(dead.process.returncode)})"
+                        self._job.record_failure(int(name), message, log=str(dead.log))
+        return held
+
+    def _replace(self, most: int) -> None:
+        """Start workers for pieces that nobody holds."""
+        free = [
+            piece
+            for piece in self._left
+            if self._job.claims.is_free(claim_name(piece))
+            and not self._plan.is_done(piece)
+            and not self._job.is_given_up(piece, self._settings.retries)
+        ]
+        self.start(min(most, len(free), self._settings.workers - len(self._running)))
+
+
+def worker_environment(settings: LaunchSettings, log: Path) -> dict[str, str]:
+    """What the environment of a worker says: its threads, its log, and that nobody watches."""
+    threads = dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
+    return threads | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "VESTIGE_QUIET": "1",
+        "VESTIGE_LOG": str(log),
+    }
+
+
+def _device(number: int) -> dict[str, str]:
+    """Every worker has one graphics card, in turn, where there are any."""
+    torch = sys.modules.get("torch")
+    count = torch.cuda.device_count() if torch is not None else 0
+    if not count:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    hint = ": often too little memory" if -code == signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"

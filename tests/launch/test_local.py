@@ -1,0 +1,145 @@
+"""Local worker processes: they share the pieces, die and are replaced, and nothing is lost or doubled."""
+
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.toy import ToyPlan
+from vestige.errors import DataError, PieceFailed
+from vestige.settings import LaunchSettings
+
+ROUNDS = 20
+
+
+def test_workers_share_the_pieces_and_each_opens_the_plan_once(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=8, seconds=0.2)
+    assert plan.run(workers=2) == plan.expected()
+    assert sorted(plan.computed()) == list(range(8))
+    logs = [path.read_text() for path in (tmp_path / "launch" / "squaring" / "logs").iterdir()]
+    assert len(logs) == 2
+    assert sorted(int(piece) for log in logs for piece in re.findall(r"piece (\d+): done", log)) == list(range(8))
+
+
+def test_the_error_of_a_piece_names_the_log_and_shows_its_end(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=6, fail=(3,))
+    with pytest.raises(PieceFailed, match="cannot square 3") as caught:
+        plan.run(workers=2, retries=1)
+    message = str(caught.value)
+    log = re.search(r"log: (\S+)", message)[1]
+    assert "ArithmeticError: cannot square 3" in Path(log).read_text()
+    assert 'raise ArithmeticError(f"cannot square {piece}")' in message
+    assert sorted(set(plan.computed())) == list(range(6))
+    assert plan.computed().count(3) == 2
+
+
+def test_an_error_that_the_user_has_to_mend_keeps_its_class(tmp_path):
+    with pytest.raises(DataError, match="e1 is not a number"):
+        ToyPlan(tmp_path, pieces=6, refuse=(1,)).run(workers=2)
+
+
+def test_a_piece_that_kills_its_worker_is_given_up_and_the_others_are_done(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=6, deadly=(2,))
+    with pytest.raises(PieceFailed, match="its worker died .SIGKILL: often too little memory"):
+        plan.run(workers=2, retries=1)
+    assert [piece for piece in range(6) if not plan.is_done(piece)] == [2]
+
+
+def test_workers_that_do_not_even_begin_are_an_error_with_their_words(tmp_path, monkeypatch):
+    plan = ToyPlan(tmp_path, pieces=6)
+    monkeypatch.setattr(ToyPlan, "command", lambda *_: ["sh", "-c", "echo no such module; exit 3"])
+    with pytest.raises(PieceFailed, match=r"exit status 3[\s\S]*no such module"):
+        plan.run(workers=2)
+
+
+def _kill_at_random(driver: subprocess.Popen, seed: int) -> int:
+    """Kill workers, once in a while the driver as well; how many were killed."""
+    chance, killed = random.Random(seed), 0
+    while driver.poll() is None and killed < 3:
+        time.sleep(chance.uniform(0.15, 0.5))
+        workers = psutil.Process(driver.pid).children() if driver.poll() is None else []
+        if workers and chance.random() < 0.85:
+            psutil.Process(chance.choice(workers).pid).kill()
+        else:
+            driver.kill()
+        killed += 1
+    return killed
+
+
+@pytest.mark.slow
+def test_twenty_rounds_of_random_kills_lose_nothing_and_double_nothing(tmp_path):
+    killed = 0
+    for seed in range(ROUNDS):
+        plan = ToyPlan(tmp_path / str(seed), pieces=16, seconds=0.05)
+        command = plan.command(LaunchSettings(workers=4, retries=10))
+        for attempt in range(10):
+            driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            killed += _kill_at_random(driver, 100 * seed + attempt) if attempt < 2 else 0
+            answer = driver.communicate()[0].strip()
+            if driver.returncode == 0:
+                break
+        assert answer == plan.expected()
+        files = {path.name for path in plan.folder.iterdir()} - {"launch", "computed.log", "result.txt"}
+        assert files == {f"{piece:05d}.{kind}" for piece in range(16) for kind in ("txt", "json")}
+        # A piece is begun again only if whoever computed it was killed.
+        assert len(plan.computed()) <= 16 + 5 * 6
+    assert killed >= ROUNDS
+
+
+def test_two_drivers_at_once_share_the_work(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=24, seconds=0.15)
+    command = plan.command(LaunchSettings(workers=2))
+    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in "ab"]
+    assert [driver.communicate()[0].strip() for driver in drivers] == [plan.expected()] * 2
+    assert sorted(plan.computed()) == list(range(24))
+
+
+def test_a_stopped_driver_stops_its_workers(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=8, seconds=30, steps=300)
+    claims = tmp_path / "launch" / "squaring" / "claims"
+    with subprocess.Popen(plan.command(LaunchSettings(workers=2)), stderr=subprocess.PIPE, text=True) as driver:
+        _wait_for(lambda: len(list(claims.glob("*.json"))) == 2)
+        workers = psutil.Process(driver.pid).children()
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(20) == 128 + signal.SIGTERM
+        assert "Run the same command again" in driver.stderr.read()
+    assert not any(worker.is_running() for worker in workers)
+    assert list(claims.iterdir()) == []
+
+
+def test_workers_of_a_killed_driver_end_at_the_next_batch(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=8, seconds=30, steps=300)
+    driver = subprocess.Popen(plan.command(LaunchSettings(workers=2)), stderr=subprocess.DEVNULL)
+    claims = tmp_path / "launch" / "squaring" / "claims"
+    _wait_for(lambda: len(list(claims.glob("*.json"))) == 2)
+    driver.kill()
+    driver.wait()
+    _wait_for(lambda: not list(claims.iterdir()))
+
+
+def test_a_live_process_keeps_its_claim(tmp_path):
+    plan = ToyPlan(tmp_path, pieces=1, seconds=1.0)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(ToyPlan(tmp_path, pieces=1, seconds=1.0).run()))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [plan.expected()] * 2
+    assert plan.computed() == [0]
+
+
+def _wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from cyclopts import Parameter
 
 from vestige.cli import VERBS
+from vestige.cli._app import function_of
 from vestige.methods import method_class, method_names, options_of
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -48,7 +49,7 @@ def page() -> str:
 
 
 def _verb(name: str) -> str:
-    command = getattr(import_module(f"vestige.cli._{name}"), name)
+    command = getattr(import_module(f"vestige.cli._{name}"), function_of(name))
     parts = [f"## vestige {name}\n\n{inspect.getdoc(command)}\n"]
     groups: dict[Any, list[str]] = {}
     for parameter in inspect.signature(command).parameters.values():

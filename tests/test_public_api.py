@@ -6,13 +6,23 @@ from typing import get_type_hints
 import pytest
 
 import vestige
-from vestige.settings import AttributeSettings, DoctorSettings, IndexSettings, ReportSettings, ViewSettings
+from vestige.settings import (
+    AttributeSettings,
+    DoctorSettings,
+    ExportSettings,
+    ImportSettings,
+    IndexSettings,
+    ReportSettings,
+    ViewSettings,
+)
 
-PUBLIC = ["Index", "Scores", "VestigeError", "attribute", "doctor", "index", "report", "view"]
+PUBLIC = ["Index", "Scores", "VestigeError", "attribute", "doctor", "export", "import_published", "index", "report", "view"]
 
 VERBS = {
     "attribute": AttributeSettings,
     "doctor": DoctorSettings,
+    "export": ExportSettings,
+    "import_published": ImportSettings,
     "index": IndexSettings,
     "report": ReportSettings,
     "view": ViewSettings,

@@ -3,6 +3,7 @@
 The public names, each imported on first use, so that `import vestige` costs no torch:
 
     index, attribute, report, view, doctor     the verbs, as on the command line
+    export, import_published                   to and from formats of other software
     Index, Scores                              what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from vestige.doctor import doctor as doctor
     from vestige.errors import VestigeError as VestigeError
     from vestige.index import Index as Index
+    from vestige.index import export as export
+    from vestige.index import import_published as import_published
     from vestige.index import index as index
     from vestige.methods import attribute as attribute
     from vestige.report import report as report
     from vestige.report import view as view
     from vestige.runs import Scores as Scores
 
-__all__ = ["Index", "Scores", "VestigeError", "attribute", "doctor", "index", "report", "view"]
+__all__ = ["Index", "Scores", "VestigeError", "attribute", "doctor", "export", "import_published", "index", "report", "view"]
 
 _HOMES = {
     "Index": "vestige.index",
@@ -30,6 +33,8 @@ _HOMES = {
     "VestigeError": "vestige.errors",
     "attribute": "vestige.methods",
     "doctor": "vestige.doctor",
+    "export": "vestige.index",
+    "import_published": "vestige.index",
     "index": "vestige.index",
     "report": "vestige.report",
     "view": "vestige.report",

@@ -8,6 +8,7 @@ from vestige.settings import (
     AttributeSettings,
     DoctorSettings,
     ExportSettings,
+    ImportSettings,
     IndexSettings,
     ReportSettings,
     StatusSettings,
@@ -23,6 +24,7 @@ SETTINGS = {
     "view": ViewSettings,
     "status": StatusSettings,
     "export": ExportSettings,
+    "import": ImportSettings,
 }
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "sklearn", "matplotlib")

@@ -4,9 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.numpy import load_file
 
 from tests.index.synthetic import WIDTH, build, gradient_rows
-from vestige.errors import SpecError, UserError
+from vestige import export, import_published
+from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.index import Index, export_index
 
 
@@ -44,9 +48,120 @@ def test_tables_hold_every_row(index, tmp_path, to):
 
 
 def test_an_unknown_format_or_a_full_folder_is_refused(index, tmp_path):
-    with pytest.raises(SpecError, match=r"--to csv is not known. Expected one of: numpy, arrow, parquet"):
+    with pytest.raises(SpecError, match=r"--to csv is not known for an index. Expected one of: numpy, arrow, parquet"):
         export_index(index, tmp_path / "out", "csv")
     (tmp_path / "notes").touch()
     with pytest.raises(UserError, match="not an empty folder"):
         export_index(index, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_safetensors_hold_every_row_in_the_order_of_the_data(index, tmp_path):
+    [path] = export_index(index, tmp_path / "out", "safetensors")
+    content = load_file(path)
+    assert np.array_equal(content["gradients"], gradient_rows(np.arange(60)).numpy())
+    assert np.array_equal(content["loss"], np.arange(60) / np.float32(8))
+
+
+def test_a_datasets_folder_holds_the_examples_beside_their_gradients(index, tmp_path):
+    export_index(index, tmp_path / "out", "datasets")
+    rows = load_from_disk(str(tmp_path / "out"))
+    assert rows["id"][:] == [f"e{row}" for row in range(60)]
+    assert rows[1]["prompt"] == "question 1"
+    assert json.loads(rows[0]["messages"])[1] == ["assistant", "no. 0"]
+    assert np.array_equal(np.array(rows["gradient"][:], dtype=np.float32), gradient_rows(np.arange(60)).numpy())
+    assert not list((tmp_path / "out").glob(".rows*"))
+
+
+def test_projections_are_laid_out_by_sorted_name_and_cut_into_iterations(index, tmp_path):
+    export_index(index, tmp_path / "out", "projections")
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert [layer["name"] for layer in metadata["layers"]] == ["first.weight", "second.weight"]
+    assert (metadata["layers"][0]["k_o"], metadata["layers"][0]["k_i"]) == (4, 4)
+    files = sorted((tmp_path / "out").glob("proj_iter_*.pt"))
+    assert [path.name for path in files] == [f"proj_iter_{number:06d}.pt" for number in range(4)]
+    content = [torch.load(path, weights_only=True) for path in files]
+    assert torch.equal(torch.cat([each["proj"] for each in content]), gradient_rows(np.arange(60)))
+    assert [row for each in content for row in each["batch_idx"]] == list(range(60))
+
+
+def test_chunks_are_raw_numbers_with_their_shape_beside(index, tmp_path):
+    export_index(index, tmp_path / "out", "chunks")
+    metadata = json.loads((tmp_path / "out" / "grad" / "chunk_gradients_0_3_metadata.json").read_text())
+    assert metadata["shape"] == [60, WIDTH]
+    assert metadata["batches"][-1] == {"batch_idx": 3, "start_row": 48, "end_row": 60}
+    values = np.fromfile(tmp_path / "out" / "grad" / "chunk_gradients_0_3.mmap", dtype=np.float32)
+    assert np.array_equal(values.reshape(60, WIDTH), gradient_rows(np.arange(60)).numpy())
+
+
+def test_a_faiss_index_finds_rows_and_its_recall_lies_beside_it(tmp_path, capfd):
+    faiss = pytest.importorskip("faiss")
+    build(tmp_path / "idx", 400, dtype="float32")
+    index = Index.open(tmp_path / "idx")
+    export_index(index, tmp_path / "out", "faiss")
+    recall = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert f"recall@10 {recall['recall']:.3f}" in capfd.readouterr().err
+    built = faiss.read_index(str(tmp_path / "out" / "index.faiss"))
+    gradients = index.gradients_of(range(400)).numpy()
+    exact = np.argsort(-gradients @ gradients.T, axis=1)[:, :10]
+    sample = np.random.default_rng(1).permutation(400)[:64]
+    found = built.search(gradients[sample], 10)[1]
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact[sample], strict=True)])
+    assert recall["recall"] == pytest.approx(hits, abs=0.01)
+    built.nprobe = recall["lists"]
+    assert np.mean(built.search(gradients, 10)[1][:, 0] == exact[:, 0]) > 0.99
+
+
+def test_a_lance_dataset_holds_every_row(index, tmp_path):
+    lance = pytest.importorskip("lance")
+    [path] = export_index(index, tmp_path / "out", "lance")
+    table = lance.dataset(str(path)).to_table()
+    assert table["id"].to_pylist() == [f"e{row}" for row in range(60)]
+    stored = np.array(table["gradient"].to_pylist(), dtype=np.float32)
+    assert np.array_equal(stored, gradient_rows(np.arange(60)).numpy())
+
+
+@pytest.mark.parametrize(("to", "module"), [("lance", "lance"), ("faiss", "faiss")])
+def test_a_missing_extra_says_what_to_install(index, tmp_path, monkeypatch, to, module):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(MissingExtra, match=rf"pip install 'vestige\[{to}\]'"):
+        export_index(index, tmp_path / "out", to)
+
+
+@pytest.fixture
+def run(tmp_path):
+    content = {"q1": {"a": 0.5, "b": 0.25, "c": -0.125}, "q2": {"c": 1.0, "a": 0.0}}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    import_published(source=tmp_path / "s.json", out=tmp_path / "run")
+    return content, tmp_path / "run"
+
+
+def test_a_run_is_exported_to_similarities_that_import_again(run, tmp_path):
+    content, folder = run
+    [path] = export(path=folder, out=tmp_path / "out", to="similarities")
+    assert json.loads(path.read_text()) == content
+    again = import_published(source=path, out=tmp_path / "again")
+    assert [row.score for row in again.top("q1")] == [0.5, 0.25, -0.125]
+
+
+def test_a_run_is_exported_to_tables(run, tmp_path):
+    _, folder = run
+    [path] = export(path=folder, out=tmp_path / "csv", to="csv")
+    lines = path.read_text().splitlines()
+    assert lines[0] == "query_id,end,rank,example_id,score,percentile,text,source,row"
+    assert lines[1].startswith("q1,proponent,1,a,0.5,")
+    assert len(lines) == 1 + 2 * 5
+    [path] = export(path=folder, out=tmp_path / "json", to="json")
+    content = json.loads(path.read_text())
+    assert content["meaning"]["sign"].startswith("positive")
+    assert content["scores"][0]["example_id"] == "a"
+    export(path=folder, out=tmp_path / "hf", to="datasets")
+    assert load_from_disk(str(tmp_path / "hf"))[0]["example_id"] == "a"
+
+
+def test_a_format_for_the_other_kind_is_refused(run, index, tmp_path):
+    with pytest.raises(SpecError, match=r"is a run, and --to numpy is for an index"):
+        export(path=run[1], out=tmp_path / "out")
+    with pytest.raises(SpecError, match=r"--to csv is not known for an index"):
+        export(path=index.folder, out=tmp_path / "out", to="csv")
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from keyword import iskeyword
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
@@ -17,7 +18,8 @@ VERBS = {
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
     "status": "Say how far an index is, or what is in a run.",
-    "export": "Copy the gradients of an index to NumPy, Arrow or Parquet files.",
+    "export": "Copy an index or a run into formats that other programs read.",
+    "import": "Turn gradients or scores that other software has published into an index or a run.",
 }
 """Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
 
@@ -26,6 +28,11 @@ _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+
+def function_of(verb: str) -> str:
+    """The name of a verb's function: the verb, with an underscore where Python has taken the word."""
+    return f"{verb}_" if iskeyword(verb) else verb
 
 
 def build_app() -> App:
@@ -39,7 +46,9 @@ def build_app() -> App:
         help_format="plaintext",
     )
     for verb, outcome in VERBS.items():
-        app.command(f"vestige.cli._{verb}:{verb}", name=verb, help=outcome, sort_key=list(VERBS).index(verb))
+        app.command(
+            f"vestige.cli._{verb}:{function_of(verb)}", name=verb, help=outcome, sort_key=list(VERBS).index(verb)
+        )
     return app
 
 

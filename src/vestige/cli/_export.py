@@ -6,8 +6,8 @@ from vestige.settings import ExportSettings
 
 @command(ExportSettings)
 def export(settings: ExportSettings) -> None:
-    """Copy the gradients of an index to NumPy, Arrow or Parquet files."""
-    from vestige.index import Index, export_index
+    """Copy an index or a run into formats that other programs read."""
+    from vestige.index import export as write
 
-    for path in export_index(Index.open(settings.path), settings.out, settings.to):
+    for path in write(**settings.arguments()):
         print(path)

@@ -6,11 +6,13 @@ from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
-from vestige.index._export import export_index
+from vestige.index._export import export, export_index
+from vestige.index._import import import_published
 from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
 from vestige.index._manifest import (
     CompressionIdentity,
     DataIdentity,
+    ImportRecord,
     IndexedComponent,
     Manifest,
     ModelIdentity,
@@ -27,6 +29,7 @@ __all__ = [
     "CompressionIdentity",
     "DataIdentity",
     "Estimate",
+    "ImportRecord",
     "Index",
     "IndexBlock",
     "IndexStatus",
@@ -46,8 +49,10 @@ __all__ = [
     "difference",
     "draft_manifest",
     "estimate_cost",
+    "export",
     "export_index",
     "fingerprint_rows",
+    "import_published",
     "index",
     "index_status",
     "lay_out",

@@ -91,7 +91,7 @@ def _compared(old: Manifest, new: Manifest) -> dict[str, tuple[Any, Any]]:
         settings_of(manifest) | {"data": (manifest.data.fingerprint, manifest.data.examples)} for manifest in (old, new)
     )
     order = ["format", "model", "data", *(name for name in before if name not in ("format", "model", "data"))]
-    return {name: (before[name], after[name]) for name in order}
+    return {name: (before[name], after.get(name)) for name in order}
 
 
 def _shown(field: str, value: Any, manifest: Manifest) -> str:

@@ -1,10 +1,10 @@
-"""An index in formats that other programs read: NumPy arrays, an Arrow file, a Parquet file."""
+"""`vestige export`: an index, or a run, in formats that other programs read."""
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,17 +13,55 @@ import pyarrow.parquet as parquet
 from vestige.errors import SpecError, UserError
 from vestige.files import check_disk, make_folder, write_durably
 from vestige.index._examples import streamed
+from vestige.index._export_faiss import write_faiss
+from vestige.index._export_libraries import write_dataset, write_lance, write_safetensors
+from vestige.index._export_published import write_chunks, write_projections
+from vestige.index._export_run import write_run_as
 from vestige.index._store import Index, IndexBlock
+from vestige.runs import Scores, is_run
+from vestige.settings import ExportFormat, ExportSettings, IndexFormat, RunFormat, verb
 
-ExportFormat = Literal["numpy", "arrow", "parquet"]
+_INDEX_FORMATS, _RUN_FORMATS = get_args(IndexFormat), get_args(RunFormat)
+_LAYOUTS: dict[str, Callable[[Index, Path], list[Path]]] = {
+    "safetensors": write_safetensors,
+    "datasets": write_dataset,
+    "lance": write_lance,
+    "faiss": write_faiss,
+    "projections": write_projections,
+    "chunks": write_chunks,
+}
+"""Formats that are written in the order of the data."""
+
+
+@verb(ExportSettings)
+def export(settings: ExportSettings) -> list[Path]:
+    """The index, or the run, at `path` in the folder `out`; the files that were written.
+
+    Raises:
+        SpecError: The format is for the other of the two.
+        MissingExtra: The format needs a package that is not installed.
+        UserError: `path` is neither, or `out` is not empty.
+    """
+    if not is_run(settings.path):
+        return export_index(Index.open(settings.path), settings.out, settings.to)
+    if settings.to not in _RUN_FORMATS:
+        raise SpecError(
+            f"{settings.path} is a run, and --to {settings.to} is for an index. Expected one of: "
+            f"{', '.join(_RUN_FORMATS)}."
+        )
+    _require_empty(settings.out)
+    make_folder(settings.out)
+    return write_run_as(Scores.open(settings.path), settings.out, cast(RunFormat, settings.to))
 
 
 def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> list[Path]:
-    """The whole index as float32 in the folder `out`, in the order in which its rows are stored.
+    """The whole index in the folder `out`.
 
     - `numpy`: `gradients.npy` [row, column], `loss.npy`, `norm.npy`, `example.npy` and `index.json` (the manifest);
     - `arrow` and `parquet`: one file with the columns example, id, loss, norm and gradient; the manifest is in the
-      metadata of its schema.
+      metadata of its schema. These three keep the order in which the rows are stored;
+    - `safetensors`, `datasets`, `lance`, `faiss`, `projections`, `chunks`: see docs/formats.md; in the order of the
+      data.
 
     Args:
         index: A finished index.
@@ -35,18 +73,21 @@ def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> l
 
     Raises:
         SpecError: The format is not one of these.
+        MissingExtra: The format needs a package that is not installed.
         UserError: `out` is not empty.
         DiskSpaceError: It would not fit.
     """
     out = Path(out)
-    if to not in get_args(ExportFormat):
-        raise SpecError(f"--to {to} is not known. Expected one of: {', '.join(get_args(ExportFormat))}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder. Choose another --out.")
-    check_disk(out, index.rows * (4 * index.width + 16))
+    if to not in _INDEX_FORMATS:
+        raise SpecError(f"--to {to} is not known for an index. Expected one of: {', '.join(_INDEX_FORMATS)}.")
+    _require_empty(out)
+    # A `datasets` folder is written twice, a FAISS index is kept with its positions.
+    check_disk(out, index.rows * (4 * index.width + 16) * (2 if to == "datasets" else 1))
     make_folder(out)
     if to == "numpy":
         return _write_numpy(index, out)
+    if to in _LAYOUTS:
+        return _LAYOUTS[to](index, out)
     path = out / f"index.{to}"
     schema = _schema(index)
     if to == "arrow":
@@ -54,6 +95,11 @@ def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> l
     else:
         write_durably(path, streamed(_tables(index, schema), lambda sink: parquet.ParquetWriter(sink, schema)))
     return [path]
+
+
+def _require_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder. Choose another --out.")
 
 
 def _write_numpy(index: Index, out: Path) -> list[Path]:

@@ -5,7 +5,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vestige.errors import CorruptFile, UserError
 
@@ -42,6 +49,17 @@ class CompressionIdentity(_Frozen):
 
     spec: str
     scope: Literal["component", "model"] = "component"
+
+
+class ImportRecord(_Frozen):
+    """Where an index came from that Vestige did not compute, and what is therefore not known of it."""
+
+    layout: str
+    digest: str
+    """sha256 over the files that were read."""
+    notes: tuple[str, ...]
+    recomputable: bool = False
+    """Whether model, data and projection are known, so that gradients of queries can be computed to match."""
 
 
 class IndexedComponent(_Frozen):
@@ -95,6 +113,13 @@ class Manifest(_Frozen):
     token_budget: int
     components: tuple[IndexedComponent, ...]
     plan: PlanRecord = PlanRecord()
+    imported: ImportRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_record(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An index that was computed keeps the bytes, and the fingerprints, that it had before there were imports.
+        fields = serialise(self)
+        return fields if self.imported is not None else {k: v for k, v in fields.items() if k != "imported"}
 
     @model_validator(mode="after")
     def _columns_are_covered(self) -> "Manifest":
@@ -127,6 +152,10 @@ class Manifest(_Frozen):
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`."""
         return to_json(self.model_dump(mode="json"))
+
+
+IMPORTED_SPEC = "imported"
+"""Stands for the compression of an index whose projection is not known; it parses as no spec."""
 
 
 class Expectation(NamedTuple):

@@ -214,7 +214,7 @@ def _encoded(content: ShardContent, largest: Tensor, dtype: StoredType) -> Itera
         small["scale"] = scale
     shapes = {name: (tensor.dtype, [rows]) for name, tensor in small.items()}
     shapes["gradients"] = (_STORED[dtype], [rows, columns])
-    yield _header(shapes)
+    yield safetensors_header(shapes, {"axes": "gradients: row column"})
     for tensor in small.values():
         yield _bytes_of(tensor)
     step = max(_PIECE_NUMBERS // columns, 1)
@@ -243,8 +243,9 @@ def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "
     return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
-def _header(shapes: dict[str, tuple[torch.dtype, list[int]]]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"axes": "gradients: row column"}}
+def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> bytes:
+    """What stands before the tensors of a safetensors file, which follow in the order of `shapes`."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize

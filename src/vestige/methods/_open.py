@@ -35,6 +35,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
     """The job, and for each query whether its answer was generated; a temporary index lives as long as the context."""
     index = Index.open(settings.index) if settings.index is not None else None
     if index is not None:
+        _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
     loaded = _load(settings, method, index)
     question = _answered(settings, load_queries(settings.queries), loaded)
@@ -47,6 +48,19 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
             yield replace(job, index=temporary), question.generated
     else:
         yield job, question.generated
+
+
+def _require_recomputable(index: Index, method: Method) -> None:
+    """Gradients of queries can only be made to match an imported index where its projection is known."""
+    record = index.manifest.imported
+    if record is None or record.recomputable or not method.needs_model:
+        return
+    raise IndexMismatch(
+        f"The index {index.folder} was imported from {record.layout}, and model, data or projection are not known "
+        f"well enough to compute what `{method.name}` needs for a query. Project the queries with the software that "
+        f"made the index, then type: vestige import QUERIES --against {index.folder} --out RUN. An export of Vestige's "
+        "own can be asked directly once it was imported with --model and --data."
+    )
 
 
 def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:

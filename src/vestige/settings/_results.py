@@ -1,11 +1,16 @@
-"""What the verbs take that read an index or a run: report, view, status, export."""
+"""What the verbs take that read an index or a run: report, view, status, export, import."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from vestige.settings._base import Settings
+
+IndexFormat = Literal["numpy", "arrow", "parquet", "safetensors", "datasets", "lance", "faiss", "projections", "chunks"]
+RunFormat = Literal["csv", "json", "datasets", "similarities"]
+ExportFormat = Literal[IndexFormat, RunFormat]
+ImportLayout = Literal["auto", "projections", "fullgrads", "chunks", "similarities"]
 
 
 class ReportSettings(Settings):
@@ -35,6 +40,41 @@ class ExportSettings(Settings):
     """What `vestige export` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index.")
+    path: Path = Field(description="Folder of an index or of a run.")
     out: Path = Field(description="Folder to write into, new or empty.")
-    to: Literal["numpy", "arrow", "parquet"] = Field("numpy", description="Format to export to.")
+    to: ExportFormat = Field(
+        "numpy",
+        description="Format: of an index numpy, arrow, parquet, safetensors, datasets, lance, faiss, projections or "
+        "chunks; of a run csv, json, datasets or similarities.",
+    )
+
+
+class ImportSettings(Settings):
+    """What `vestige import` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+    source: Path = Field(description="Folder or file in a published layout.")
+    out: Path = Field(description="Folder of the index, or of the run for similarities and with --against.")
+    layout: ImportLayout = Field(
+        "auto",
+        description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
+        "(chunk_gradients_*.mmap) or similarities (JSON); auto looks at the files.",
+    )
+    data: Any = Field(
+        None,
+        description="The training data: its row i is row i of the files, and the lengths must agree; for "
+        "similarities, texts by `id`.",
+    )
+    queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
+    model: Any = Field(None, description="The model that the gradients are of; layers are looked up in it.")
+    against: Path | None = Field(
+        None, description="Rows of the files are queries: score the rows of this index, of equal layout, for them."
+    )
+    method: Literal["grad-dot", "grad-cos"] = Field(
+        "grad-dot", description="With --against: inner products, or cosines."
+    )
+    dimension: PositiveInt | None = Field(
+        None, description="Similarities of random projections: which dimension, where the file has several."
+    )
+    k: PositiveInt = Field(20, description="For a run: proponents, and as many opponents, to keep for each query.")
+    overwrite: bool = Field(False, description="Replace an index or a run that is already in the folder.")

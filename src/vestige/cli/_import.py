@@ -1,0 +1,12 @@
+"""`vestige import`."""
+
+from vestige.cli._command import command
+from vestige.settings import ImportSettings
+
+
+@command(ImportSettings)
+def import_(settings: ImportSettings) -> None:
+    """Turn gradients or scores that other software has published into an index or a run."""
+    from vestige.index import import_published
+
+    print(import_published(**settings.arguments()).folder)

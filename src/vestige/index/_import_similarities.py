@@ -1,0 +1,229 @@
+"""Similarities as published in JSON: `{query: {example: score}}`, also by parameter or dimension.
+
+Three shapes are read: cosines `{query: {example: cosine}}`; cosines of random projections `{dimension: {query:
+{example: cosine}}}`; and a folder with `dot_products` `{query: {example: {parameter: dot}}}`, beside which the self-
+products `paraphrased_dot_products` and `original_dot_products` `{id: {parameter: dot}}` turn products into cosines.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vestige.data import Example, load_examples, load_queries
+from vestige.errors import DataError, SpecError
+from vestige.index._import_published import read_json
+from vestige.index._import_run import HELPS, ImportedScores, write_imported
+from vestige.runs import ComponentScores, Meaning, RankedScore, ScoreBlock, ScoreCollector, Scores, check_target
+from vestige.settings import ImportSettings
+
+DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
+_READING = (
+    "The scores were computed by other software and taken over as they are. Only the listed candidates of a query "
+    "were scored, so percentiles are among them."
+)
+
+
+class _Similarities(NamedTuple):
+    scores: dict[str, dict[str, float]]
+    """Query -> example -> score, in the order of the file."""
+    cosine: bool
+    parts: dict[str, dict[str, dict[str, float]]] | None = None
+    """The same split over parameters."""
+
+
+def import_similarities(settings: ImportSettings) -> Scores:
+    """The similarities as a run directory; equal scores keep the order in which the file lists them.
+
+    Raises:
+        DataError: A file is missing, torn, or not of this layout.
+        NonFinite: A similarity is NaN or infinite.
+    """
+    started = time.perf_counter()
+    check_target(settings.out, overwrite=settings.overwrite)
+    if settings.against is not None:
+        raise SpecError("--against takes gradients, and the files hold similarities. Drop --against.")
+    found = _read(settings)
+    if not found.scores or not all(found.scores.values()):
+        raise DataError(f"{settings.source} holds no similarities, or a query without candidates.")
+    ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
+    train = _texts(list(ids), load_examples(settings.data) if settings.data is not None else None, "--data")
+    queries = _texts(
+        list(found.scores), load_queries(settings.queries) if settings.queries is not None else None, "--queries"
+    )
+    rows = {example.id: example.row for example in train}
+    ranked, distribution = [], []
+    for number, candidates in enumerate(found.scores.values()):
+        places = [rows[name] for name in candidates]
+        collector = ScoreCollector(1, len(places), k=settings.k)
+        values = torch.tensor([list(candidates.values())], dtype=torch.float64)
+        collector.add(ScoreBlock(torch.arange(len(places)), values))
+        summary = collector.finish()
+        distribution += summary.distribution
+        ranked += [entry._replace(query=number, row=places[entry.row]) for entry in summary.ranked]
+    names = _parameters(found)
+    scores = ImportedScores(
+        train=train,
+        queries=queries,
+        ranked=ranked,
+        distribution=distribution,
+        method="grad-cos" if found.cosine else "grad-dot",
+        meaning=_meaning(found.cosine),
+        component_names=names,
+        components=_components(found, ranked, train, names) if names else None,
+    )
+    return write_imported(settings, scores, _READING, time.perf_counter() - started)
+
+
+def _read(settings: ImportSettings) -> _Similarities:
+    source = settings.source
+    if source.is_file():
+        return _Similarities(_checked(_one_dimension(read_json(source), settings), source), cosine=True)
+    parts = sorted(source.glob("*_part_*.json"))
+    if parts:
+        return _Similarities(_joined(parts, settings), cosine=True)
+    return _products(source)
+
+
+def _joined(paths: list[Path], settings: ImportSettings) -> dict[str, dict[str, float]]:
+    """Partitions of one job, each query in one of them."""
+    joined: dict[str, dict[str, float]] = {}
+    for path in paths:
+        found = _checked(_one_dimension(read_json(path), settings), path)
+        if twice := sorted(joined.keys() & found.keys()):
+            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+        joined |= found
+    return joined
+
+
+def _one_dimension(content: Any, settings: ImportSettings) -> Any:
+    """The level of dimensions is left out where there is one."""
+    levels, inner = 0, content
+    while isinstance(inner, dict) and inner:
+        levels, inner = levels + 1, next(iter(inner.values()))
+    if levels != 3 or not isinstance(content, dict):
+        if settings.dimension is not None:
+            raise SpecError(f"--dimension {settings.dimension}: {settings.source} has no level of dimensions.")
+        return content
+    if not all(str(name).isdigit() for name in content):
+        raise DataError(
+            f"{settings.source} is split over parameters. Give the folder in which it lies, so that the self-products "
+            "beside it are found."
+        )
+    wanted = str(settings.dimension) if settings.dimension is not None else None
+    if wanted is None and len(content) == 1:
+        wanted = next(iter(content))
+    if wanted not in content:
+        raise SpecError(
+            f"{settings.source} has the dimensions {', '.join(content)}. Type --dimension {next(iter(content))}."
+        )
+    return content[wanted]
+
+
+def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
+    """`content` if it is `{query: {example: number}}`."""
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no object. Expected {{query: {{example: similarity}}}}.")
+    for query, candidates in content.items():
+        if not isinstance(candidates, dict) or not all(_is_number(value) for value in candidates.values()):
+            raise DataError(f"{path}: `{query}` is not {{example: similarity}} with numbers.")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _products(folder: Path) -> _Similarities:
+    """Products per parameter, summed; cosines where both kinds of self-products are there."""
+    path = _named(folder, DOTS)
+    if path is None:
+        raise DataError(f"{folder} holds no {DOTS}.json. Give a JSON file with similarities, or the folder of one.")
+    parts = read_json(path)
+    for query, candidates in _object(parts, path).items():
+        for products in _object(candidates, path).values():
+            _checked({query: products}, path)
+    sides = _named(folder, QUERY_DOTS), _named(folder, EXAMPLE_DOTS)
+    if sides[0] is None or sides[1] is None:
+        scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in parts.items()}
+        return _Similarities(scores, cosine=False, parts=parts)
+    query_dots, example_dots = (_checked(read_json(side), side) for side in sides if side is not None)
+    lengths = _lengths(query_dots), _lengths(example_dots)
+    scaled: dict[str, dict[str, dict[str, float]]] = {}
+    for query, found in parts.items():
+        for example, dots in found.items():
+            for name, side, known in ((query, sides[0], lengths[0]), (example, sides[1], lengths[1])):
+                if name not in known or known[name] <= 0:
+                    raise DataError(f"{side} has no self-product of {name} above 0, so no cosine can be formed.")
+            length = lengths[0][query] * lengths[1][example]
+            scaled.setdefault(query, {})[example] = {part: dot / length for part, dot in dots.items()}
+    scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in scaled.items()}
+    return _Similarities(scores, cosine=True, parts=scaled)
+
+
+def _object(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not {{query: {{example: {{parameter: product}}}}}}.")
+    return content
+
+
+def _lengths(dots: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Length of each gradient, from its products with itself."""
+    return {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in dots.items()}
+
+
+def _named(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()), None)
+
+
+def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Example]:
+    """An example for every id: the one given with that id, or an empty one."""
+    if given is None:
+        return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
+    known = {example.id for example in given}
+    if unknown := [name for name in ids if name not in known]:
+        raise DataError(
+            f"{flag} has no `id` {_listed_names(unknown)}, which the similarities speak of. Give data with these ids."
+        )
+    if flag == "--data":
+        return given
+    by_id = {example.id: example for example in given}
+    return [by_id[name] for name in ids]
+
+
+def _listed_names(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _parameters(found: _Similarities) -> list[str]:
+    if found.parts is None:
+        return []
+    return list(dict.fromkeys(p for group in found.parts.values() for dots in group.values() for p in dots))
+
+
+def _components(
+    found: _Similarities, ranked: list[RankedScore], train: list[Example], names: list[str]
+) -> list[ComponentScores]:
+    """The listed pairs split over parameters; one that a pair lacks adds nothing to it."""
+    assert found.parts is not None
+    queries, rows = list(found.parts), {example.row: example.id for example in train}
+    pairs = sorted({(entry.query, entry.row) for entry in ranked})
+    return [
+        ComponentScores(query, row, np.array([found.parts[queries[query]][rows[row]].get(name, 0.0) for name in names]))
+        for query, row in pairs
+    ]
+
+
+def _meaning(cosine: bool) -> Meaning:
+    return Meaning(
+        sign=HELPS,
+        unit="cosine, from -1 to 1" if cosine else "inner product of the gradients",
+        target="this model",
+        normalisation="length of both gradients" if cosine else "none",
+        estimates="How well the gradients of query and example agree, as the published files say.",
+        cost="Reading the files.",
+        limits="Only the candidates in the files were scored; those of random projections are as published.",
+    )

@@ -27,7 +27,8 @@ class SketchSettings(ReadingSettings):
     """Measure how far compressed inner products are from exact ones, by compressor and size.
 
     Every pair of the first examples and the remaining ones is compared, for several random sketches of each size.
-    Interrupted at any moment, the same command continues; other compressors, sizes and seeds are added to what is there.
+    Interrupted at any moment, the same command continues; other compressors, sizes and seeds are added to what is
+    there.
     """
 
     repeatable: ClassVar[tuple[str, ...]] = ("compress", "index")
@@ -47,8 +48,8 @@ class SketchSettings(ReadingSettings):
     )
     reference: str = Field(
         "full_layers",
-        description="What is right: full_layers (exact, selected parameters), full (exact, all parameters), rank=K (the "
-        "sketch of that size) or naive_proj_layers=K (exact gradients, projected after they were formed).",
+        description="What is right: full_layers (exact, selected parameters), full (exact, all parameters), rank=K "
+        "(the sketch of that size) or naive_proj_layers=K (exact gradients, projected after they were formed).",
     )
     num_ref: PositiveInt = Field(50, description="Examples, the first ones, that are compared with all others.")
     samples: PositiveInt = Field(256, description="Examples of the data that take part, the first ones.")

@@ -24,3 +24,4 @@ from vestige.curvature._kfac_files import kfac_of as kfac_of
 from vestige.curvature._labels import Labels as Labels
 from vestige.curvature._products import CurvatureKind as CurvatureKind
 from vestige.curvature._products import CurvatureProduct as CurvatureProduct
+from vestige.curvature._whole import whole_fisher as whole_fisher

@@ -6,12 +6,13 @@ With compressed gradients g_i [k] of n examples, `F = (1/n) sum_i g_i g_i^T` (un
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vestige.curvature._diagonal import absolute_damping
 from vestige.errors import NonFinite
 
 DAMPING = 1.0
@@ -26,6 +27,8 @@ class FisherBlock(NamedTuple):
 
     name: str
     matrix: Float[Tensor, "k k"]
+    unit: float | None = None
+    """What a damping of 1 adds to the diagonal; None: the mean eigenvalue."""
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -33,9 +36,13 @@ class FisherBlock(NamedTuple):
         return float(self.matrix.diagonal().double().mean())
 
     def damped(self, damping: float) -> Float[Tensor, "k k"]:
-        """`F + d I` in float64, d relative to the mean eigenvalue."""
+        """`F + d I` in float64, d relative to the mean eigenvalue, or to the unit where one was set.
+
+        Raises:
+            SpecError: the damping is not above zero.
+        """
         # A component whose gradients are all zero has no scale of its own: any damping leaves it at zero.
-        absolute = damping * self.mean_eigenvalue or 1.0
+        absolute = absolute_damping(damping, self.mean_eigenvalue if self.unit is None else self.unit)
         return self.matrix.double() + absolute * torch.eye(
             len(self.matrix), dtype=torch.float64, device=self.matrix.device
         )
@@ -60,6 +67,21 @@ class FisherBlocks:
             solved[:, columns] = torch.cholesky_solve(vectors[:, columns].double().T, factor).T.to(vectors.dtype)
         return solved
 
+    def in_unit_of_one(self) -> "FisherBlocks":
+        """The same matrices, with a damping that is added as it is."""
+        return FisherBlocks(tuple(block._replace(unit=1.0) for block in self.blocks), self.columns)
+
+    def measure(self, damping: float, power: Literal[1, 2]) -> "Measure":
+        """Lengths of compressed gradients: `sqrt(g^T (F + d I)^-1 g)` for power 1, `|(F + d I)^-1 g|` for power 2.
+
+        Raises:
+            NonFinite: a block is not positive definite even when damped; names the component.
+        """
+        matrices = self.whitener(damping)
+        if power == 2:
+            matrices = [white.T @ white for white in matrices]
+        return Measure(tuple(matrices), self.columns)
+
     def whitener(self, damping: float) -> list[Float[Tensor, "k k"]]:
         """Matrices W with `|W g|^2 = g^T (F + d I)^-1 g`: the inverse Cholesky factors, float32."""
         factors = []
@@ -68,6 +90,19 @@ class FisherBlocks:
             identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             factors.append(torch.linalg.solve_triangular(factor, identity, upper=False).float())
         return factors
+
+
+class Measure(NamedTuple):
+    """Length of a compressed gradient after a linear map of each of its parts."""
+
+    matrices: tuple[Float[Tensor, "k k"], ...]
+    columns: tuple[slice, ...]
+
+    def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "row"]:
+        """The length of every row."""
+        pairs = zip(self.matrices, self.columns, strict=True)
+        squared = [(gradients[:, part] @ matrix.T).square().sum(1) for matrix, part in pairs]
+        return torch.stack(squared).sum(0).sqrt()
 
 
 def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:

@@ -1,16 +1,39 @@
 """Influence functions on compressed gradients."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
-from vestige.curvature import FisherBlocks, fisher_of
+from vestige.curvature import FisherBlocks, fisher_of, whole_fisher
+from vestige.errors import SpecError
 from vestige.methods._prepared import HELPS, GradientMethod, Prepared, prepare
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import IndexedGradients, Vectors
 from vestige.runs import Meaning, ScoreBlock
+
+Relative = Literal["none", "theta", "loss", "cosine"]
+
+_BY = "Fisher matrix of each component; divided by "
+_MEANT: dict[Relative, dict[str, str]] = {
+    "none": {},
+    "theta": {
+        "unit": "nats of query loss per unit of length that leaving the example out moves the compressed weights",
+        "normalisation": f"{_BY}|(F + d I)^-1 g| of the example",
+    },
+    "loss": {
+        "unit": "nats of query loss per square root of the example's self-influence",
+        "normalisation": f"{_BY}the square root of the example's self-influence",
+    },
+    "cosine": {
+        "unit": "cosine in the metric of (F + d I)^-1, from -1 to 1",
+        "normalisation": f"{_BY}the square roots of the example's and the query's self-influence",
+    },
+}
+"""What relative scores mean instead."""
 
 
 @method("influence")
@@ -21,6 +44,7 @@ class Influence(GradientMethod):
     `score = <(F_c + d_c I)^-1 S grad loss(query), S grad loss(example)>` summed over components c, with S the
     compressor and `F_c` the mean of `S g g^T S^T` over the training data (Koh and Liang 2017, arXiv:1703.04730;
     the compressed form of LoGra, Choe et al. 2024, arXiv:2405.13954, and GraSS, Hu et al. 2025, arXiv:2505.18976).
+    Relative influence divides by the example's own effect (RelatIF, Barshan et al. 2020, arXiv:2003.11630).
     """
 
     name = "influence"
@@ -37,30 +61,66 @@ class Influence(GradientMethod):
         limits="First order around one set of weights; block-diagonal; the damping sets its scale, so compare scores "
         "within a run, not across runs.",
     )
-    _fisher: FisherBlocks | None = field(default=None, repr=False)
+    relative: Annotated[
+        Relative,
+        "Divide by how far leaving the example out moves the weights (theta) or its own loss (loss), or make it a "
+        "cosine: few loud examples then lead fewer lists.",
+    ] = "none"
+    fisher: Annotated[
+        Literal["component", "model"], "One matrix for each component, or a single one over all columns of the index."
+    ] = "component"
+    damping_unit: Annotated[
+        Literal["mean-eigenvalue", "one"], "What --damping counts: mean eigenvalues of each matrix, or plain numbers."
+    ] = "mean-eigenvalue"
+
+    def __post_init__(self) -> None:
+        """What the scores mean depends on the options."""
+        self.meaning = replace(type(self).meaning, **_MEANT[self.relative])
+        if self.fisher == "model":
+            self.meaning = replace(self.meaning, normalisation=f"{self.meaning.normalisation}; one matrix for all")
 
     def vectors(self, job: Job) -> Prepared:
         """The queries' compressed gradients, preconditioned."""
-        store = _indexed(job)
-        self._fisher = fisher = fisher_of(store.index)
+        fisher = self._curvature(job)
+        damping = job.settings.damping
+        power: Literal[1, 2] = 2 if self.relative == "theta" else 1
+        measure = None if self.relative == "none" else fisher.measure(damping, power)
+        store = _indexed(job, measure)
 
         def preconditioned(vectors: Vectors) -> Vectors:
-            return store.split(fisher.precondition(torch.cat(vectors, dim=1), job.settings.damping))
+            whole = torch.cat(vectors, dim=1)
+            solved = fisher.precondition(whole, damping)
+            if self.relative == "cosine":
+                lengths = (whole * solved).sum(1).clamp(min=0).sqrt()
+                solved /= torch.where(lengths > 0, lengths, 1.0)[:, None]
+            return store.split(solved)
 
-        return prepare(job, store, preconditioned)
+        return prepare(job, store, preconditioned, cosine=self.relative != "none")
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
-        """`g^T (F + d I)^-1 g` of every training example."""
-        self.prepare(job)
-        store = _indexed(job)
-        assert self._fisher is not None
-        whiteners = self._fisher.whitener(job.settings.damping)
-        for block in store.index.blocks():
-            parts = zip(whiteners, store.columns, strict=True)
-            squared = [(block.gradients[:, part] @ white.T).square().sum(1) for white, part in parts]
-            yield ScoreBlock(block.example, torch.stack(squared).sum(0)[None])
+        """`g^T (F + d I)^-1 g` of every training example, divided as its scores are.
+
+        Raises:
+            SpecError: for cosines, which are all 1.
+        """
+        if self.relative == "cosine":
+            raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
+        fisher, damping = self._curvature(job), job.settings.damping
+        squared = fisher.measure(damping, 1)
+        divisor = fisher.measure(damping, 2) if self.relative == "theta" else squared
+        for block in _indexed(job, None).index.blocks():
+            scores = squared(block.gradients).square()
+            if self.relative != "none":
+                lengths = divisor(block.gradients)
+                scores /= torch.where(lengths > 0, lengths, 1.0)
+            yield ScoreBlock(block.example, scores[None])
+
+    def _curvature(self, job: Job) -> FisherBlocks:
+        assert job.index is not None, "the orchestration makes an index for methods that need one"
+        found = fisher_of(job.index) if self.fisher == "component" else whole_fisher(job.index)
+        return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 
-def _indexed(job: Job) -> IndexedGradients:
+def _indexed(job: Job, measure: Callable[[Tensor], Tensor] | None) -> IndexedGradients:
     assert job.index is not None, "the orchestration makes an index for methods that need one"
-    return IndexedGradients(job, job.index)
+    return IndexedGradients(job, job.index, measure)

@@ -34,7 +34,7 @@ class Option(NamedTuple):
         Raises:
             SpecError: it is none.
         """
-        value = None if given == "none" and "none" in _words(self.type) else given
+        value = None if given == "none" and _takes_none(self.type) else given
         try:
             return TypeAdapter(self.type).validate_python(value)
         except ValidationError as error:
@@ -73,6 +73,12 @@ def parsed_options(name: str, found: type, given: Mapping[str, Any]) -> dict[str
 
 def _meaning(annotation: Any) -> str | None:
     return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, str)), None)
+
+
+def _takes_none(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation is NoneType or any(map(_takes_none, get_args(annotation)))
 
 
 def _words(annotation: Any) -> list[str]:

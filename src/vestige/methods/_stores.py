@@ -4,7 +4,7 @@ Both answer the same questions, so that a method does not know which one it work
 `[query, n]` per component: n compressed numbers for an index, all `out * in` entries without one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -61,10 +61,15 @@ class GradientStore(Protocol):
 
 
 class IndexedGradients:
-    """Compressed gradients read from an index; queries are compressed by the same maps."""
+    """Compressed gradients read from an index; queries are compressed by the same maps.
 
-    def __init__(self, job: Job, index: Index) -> None:
-        self._job, self.index = job, index
+    `measure` says what the length of a gradient is; not given: the Euclidean one.
+    """
+
+    def __init__(
+        self, job: Job, index: Index, measure: Callable[[Float[Tensor, "row column"]], Tensor] | None = None
+    ) -> None:
+        self._job, self.index, self._measure = job, index, measure
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
         self.columns = [index.columns(number) for number in range(len(manifest.components))]
@@ -90,7 +95,8 @@ class IndexedGradients:
         whole = torch.cat(vectors, dim=1)
         with progress(self.index.rows, "Scoring") as bar:
             for block in self.index.blocks():
-                yield block.example, whole @ block.gradients.T, block.norm if norms else None
+                lengths = block.norm if self._measure is None else self._measure(block.gradients)
+                yield block.example, whole @ block.gradients.T, lengths if norms else None
                 bar.advance(len(block.example))
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
@@ -105,7 +111,8 @@ class IndexedGradients:
     def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
         pairs = zip(vectors, self.columns, strict=True)
         scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
-        return Products(torch.as_tensor(np.asarray(rows)), scores, gradients.norm(dim=1) if norms else None)
+        lengths = gradients.norm(dim=1) if self._measure is None else self._measure(gradients)
+        return Products(torch.as_tensor(np.asarray(rows)), scores, lengths if norms else None)
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Squared norms of the stored rows."""

@@ -15,8 +15,11 @@ from vestige.gradients import (
     cross_token_products,
     ghost_is_cheaper,
     materialise,
+    products,
+    squared_norms,
 )
 from vestige.gradients import _cross as cross
+from vestige.gradients._held import HeldGradients, Room
 
 Pair = tuple[Tensor | OneHot, Tensor]
 
@@ -115,3 +118,47 @@ def test_materialise_is_the_sum_of_outer_products() -> None:
     for one_hot in (False, True):
         left, right = pair(2, 5, 4, 3, one_hot, 0)
         assert torch.allclose(materialise(left, right), torch.einsum("eto,eti->eoi", dense(left), right))
+
+
+def test_norms_take_the_cheaper_route_when_counted(monkeypatch) -> None:
+    """The matrix's own square is element-wise, so PyTorch does not count it: `out*in` an example is added."""
+    picked = set()
+    for examples, tokens, (out, width) in itertools.product((1, 5), (1, 3, 8, 9, 24), ((16, 16), (64, 8), (4, 40))):
+        batch = cross.gradients_of(pair(examples, tokens, out, width, False, 0))
+        chosen = cross.own_ghost_is_cheaper(batch.extents, batch.shape)
+        counted = {}
+        for ghost in (True, False):
+            with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
+                patch.setattr(cross, "own_ghost_is_cheaper", lambda *_, ghost=ghost: ghost)
+                squared_norms(batch)
+            counted[ghost] = counter.get_total_flops() // 2 + (0 if ghost else examples * out * width)
+        assert counted[chosen] == min(counted.values()), (examples, tokens, out, width, counted)
+        picked.add(chosen)
+    assert picked == {True, False}
+
+
+def test_queries_held_for_many_batches_are_formed_once_and_only_where_that_is_cheapest(monkeypatch) -> None:
+    """Over ten batches the sum of all operations is the least of the routes, forming included."""
+    formed = set()
+    for tokens, queries, query_tokens, (out, width) in itertools.product((2, 12), (1, 6), (2, 20), ((16, 16), (64, 8))):
+        batches = [pair(4, tokens, out, width, False, seed) for seed in range(10)]
+        query = cross.gradients_of(pair(queries, query_tokens, out, width, False, 99))
+        counted, values = {}, {}
+        for route in ("ghost", "second", "first", None):
+            with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
+                if route is not None:
+                    patch.setattr(cross, "cheapest_route", lambda *_, route=route, **__: route)
+                held = HeldGradients(query, Room(), batches=10)
+                values[route] = torch.cat([held.products(cross.gradients_of(batch)) for batch in batches])
+            counted[route] = counter.get_total_flops() // 2
+            assert torch.allclose(values[route], values["ghost"], rtol=1e-9, atol=1e-9)
+        assert counted[None] == min(counted.values()), (tokens, queries, query_tokens, out, width, counted)
+        formed.add(held.formed)
+    assert formed == {True, False}
+
+
+def test_without_room_nothing_is_kept_and_the_products_are_the_same() -> None:
+    batch, query = (cross.gradients_of(pair(6, 40, 8, 8, False, seed)) for seed in (0, 1))
+    held = HeldGradients(query, Room(0), batches=10)
+    assert torch.allclose(held.products(batch), products(batch, query), rtol=1e-12)
+    assert not held.formed

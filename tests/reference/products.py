@@ -14,6 +14,7 @@ def gram_by_parameter(rows: list[dict[str, Tensor]], others: list[dict[str, Tens
 
 
 def closest_of_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank: eigenvectors of `matrix matrix^T`, the largest `rank`, as a projection."""
-    vectors = torch.linalg.eigh(matrix.double() @ matrix.double().T)[1][:, -rank:]
-    return vectors @ vectors.T @ matrix.double()
+    """The best approximation of a rank: all singular values after the first `rank` set to zero."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values[rank:] = 0
+    return left @ values.diag() @ right

@@ -6,6 +6,7 @@ from vestige.gradients._cost import ghost_is_cheaper as ghost_is_cheaper
 from vestige.gradients._cross import Gradients as Gradients
 from vestige.gradients._cross import cross_products as cross_products
 from vestige.gradients._cross import cross_token_products as cross_token_products
+from vestige.gradients._cross import matrices_of as matrices_of
 from vestige.gradients._cross import products as products
 from vestige.gradients._cross import squared_norms as squared_norms
 from vestige.gradients._factors import dot_matrices as dot_matrices

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from vestige.errors import DiskSpaceError, UserError
 from vestige.progress import format_bytes
+from vestige.timing import count_bytes, timed
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -55,7 +56,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
     temporary = path.with_name(f"{path.name}.tmp.{_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
     digest, size = hashlib.sha256(), 0
     try:
-        with temporary.open("xb", buffering=0) as file:
+        with timed("writing"), temporary.open("xb", buffering=0) as file:
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
                 digest.update(view)
@@ -64,8 +65,10 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
                 while len(view):
                     view = view[file.write(view) :]
             os.fsync(file.fileno())
-        _publish(temporary, path, exclusive)
-        _sync_folder(path.parent)
+        with timed("writing"):
+            _publish(temporary, path, exclusive)
+            _sync_folder(path.parent)
+        count_bytes("written", size)
     except FileExistsError:
         raise
     except OSError as error:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vestige.compress._apply import LeftFactor, ReducedFactor, RightFactor, combine, reduce_factor
 from vestige.compress._types import Compressor
 from vestige.gradients._types import Factor, Side
+from vestige.timing import timed
 
 
 class CompressingSink:
@@ -36,9 +37,11 @@ class CompressingSink:
 
     def reduce(self, component: int, side: Side, factor: Factor) -> ReducedFactor:
         """The factor under its side's map: what the other factor will be combined with."""
-        return reduce_factor(self.compressors[component], side, factor)
+        with timed("compression"):
+            return reduce_factor(self.compressors[component], side, factor)
 
     def accumulate(self, component: int, examples: slice, left: LeftFactor, right: RightFactor) -> None:
         """Adds the compressed gradients of `examples` from both reduced factors."""
-        compressed = combine(self.compressors[component], left, right)
-        self.gradients[examples, self.columns[component]] += compressed
+        with timed("compression"):
+            compressed = combine(self.compressors[component], left, right)
+            self.gradients[examples, self.columns[component]] += compressed

@@ -1,47 +1,173 @@
-"""Fisher blocks of an index, computed once and kept beside it."""
+"""Fisher blocks of an index, computed once, group of shards by group of shards, and kept beside it."""
 
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
-from vestige.files import write_durably
-from vestige.index import Index
+from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
+from vestige.files import make_folder, write_durably
+from vestige.index import Index, IndexBlock
+from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
 from vestige.progress import progress
+from vestige.settings import LaunchSettings
+
+GROUP_BYTES = 2**29
+"""Stored gradients in one piece of work at least; more where the matrices themselves are large."""
+FORMAT = 1
+"""Raised when the numbers of the same index change their meaning."""
 
 
-def fisher_of(index: Index) -> FisherBlocks:
-    """The Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards."""
-    names = [component.name for component in index.manifest.components]
-    columns = [index.columns(number) for number in range(len(names))]
-    path = index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
-    found = _read(path, names, columns)
-    if found is None:
-        with progress(index.rows, "Curvature") as bar:
-            found = accumulate_fisher(names, columns, _counted(index, bar))
-        _write(path, found)
-    return found
+@dataclass(frozen=True)
+class FisherPlan:
+    """The Fisher blocks of all rows of an index, as a work plan.
+
+    Each piece leaves `sum_i g_i g_i^T` of its shards for every component; the reduce adds them in the order of the
+    pieces and divides by the rows, so the matrices do not depend on who computed what.
+    """
+
+    index: Index
+    name: str = "Curvature"
+    unit: str = "examples"
+
+    @property
+    def folder(self) -> Path:
+        """The index."""
+        return self.index.folder
+
+    @property
+    def pieces(self) -> int:
+        """Groups of shards."""
+        return len(self._groups)
+
+    def is_done(self, piece: int) -> bool:
+        """Whether the sums of this piece are there, or all have been added up."""
+        return self._files.is_done(piece) or fisher_path(self.index).exists()
+
+    def weight(self, piece: int) -> float:
+        """Its rows."""
+        return self.index.rows_of(self._groups[piece])
+
+    def open(self) -> AbstractContextManager[Compute]:
+        """Nothing is needed but the index."""
+        return nullcontext(self.compute)
+
+    def compute(self, piece: int) -> None:
+        """Leave the sums of one piece."""
+        self._files.write(piece, dict(zip(self._names, self._sums(piece, step_done), strict=True)))
+
+    def reduce(self) -> FisherBlocks:
+        """The blocks, kept beside the index; the pieces are gone.
+
+        Raises:
+            CorruptFile: a piece is missing or damaged.
+        """
+        if (earlier := _read(self.index)) is not None:
+            self._files.remove()
+            return earlier
+        totals = _zeros(self._columns)
+        for piece in range(self.pieces):
+            sums = self._files.read(piece)
+            for total, name in zip(totals, self._names, strict=True):
+                total += sums[name]
+        found = self._kept(totals)
+        self._files.remove()
+        return found
+
+    def forget_damaged(self) -> None:
+        """What an earlier run left and is not what it was does not count as done."""
+        fisher_path(self.index).unlink(missing_ok=True)
+        self._files.forget_damaged(range(self.pieces))
+
+    def at_once(self) -> FisherBlocks:
+        """The blocks of an index that is a single piece: nothing but the result touches the disk."""
+        assert self.pieces == 1
+        with phase(self.name, self.unit) as done, progress(self.index.rows, self.name) as bar:
+            found = self._kept(self._sums(0, bar.advance))
+            done.append(self.index.rows)
+        return found
+
+    @cached_property
+    def _groups(self) -> list[range]:
+        # The sums of a piece are written and read once: an eighth of what the piece reads at most.
+        matrices = 4 * sum((part.stop - part.start) ** 2 for part in self._columns)
+        return self.index.shard_groups(max(GROUP_BYTES, 8 * matrices))
+
+    @cached_property
+    def _files(self) -> PieceFiles:
+        text = f"fisher {FORMAT} {self.index.fingerprint} {self._groups}"
+        return PieceFiles(fisher_path(self.index).with_suffix(""), hashlib.sha256(text.encode()).hexdigest())
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [component.name for component in self.index.manifest.components]
+
+    @cached_property
+    def _columns(self) -> list[slice]:
+        return [self.index.columns(number) for number in range(len(self._names))]
+
+    def _sums(self, piece: int, advance: Callable[[int], None]) -> list[Float[Tensor, "k k"]]:
+        blocks = self.index.blocks(shards=self._groups[piece])
+        return fisher_sums(self._columns, _counted(blocks, advance))
+
+    def _kept(self, sums: list[Float[Tensor, "k k"]]) -> FisherBlocks:
+        pairs = zip(self._names, sums, strict=True)
+        blocks = tuple(FisherBlock(name, total / max(self.index.rows, 1)) for name, total in pairs)
+        path = fisher_path(self.index)
+        make_folder(path.parent)
+        write_durably(path, [save({block.name: block.matrix for block in blocks})])
+        return FisherBlocks(blocks, tuple(self._columns))
 
 
-def _counted(index: Index, bar: Any) -> Any:
-    for block in index.blocks():
+def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Sequence[str] | None = None) -> FisherBlocks:
+    """The Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
+
+    Args:
+        index: A finished index.
+        launch: Where to compute the pieces. Not given: in this process.
+        command: What a worker runs to come here, as for `run_plan`.
+    """
+    found = _read(index)
+    if found is not None:
+        return found
+    plan = FisherPlan(index)
+    if plan.pieces == 1:
+        return plan.at_once()
+    plan.forget_damaged()
+    with phase("Curvature", "examples") as done:
+        done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
+        return run_plan(plan, launch or LaunchSettings.model_validate({}), command)
+
+
+def fisher_path(index: Index) -> Path:
+    """Where the blocks of just these shards are kept."""
+    return index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
+
+
+def _counted(blocks: Iterator[IndexBlock], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    for block in blocks:
         yield block.gradients
-        bar.advance(len(block.example))
+        advance(len(block.example))
 
 
-def _write(path: Path, fisher: FisherBlocks) -> None:
-    tensors = {block.name: block.matrix for block in fisher.blocks}
-    path.parent.mkdir(exist_ok=True)
-    write_durably(path, [save(tensors)])
+def _zeros(columns: list[slice]) -> list[Float[Tensor, "k k"]]:
+    return [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
 
 
-def _read(path: Path, names: list[str], columns: list[slice]) -> FisherBlocks | None:
+def _read(index: Index) -> FisherBlocks | None:
     """The stored blocks, None if there are none or the file is damaged: they are cheap to compute again."""
+    components = index.manifest.components
     try:
-        with safe_open(path, "pt") as file:
-            blocks = [FisherBlock(name, file.get_tensor(name)) for name in names]
+        with safe_open(fisher_path(index), "pt") as file:
+            blocks = tuple(FisherBlock(one.name, file.get_tensor(one.name)) for one in components)
     except (FileNotFoundError, SafetensorError):
         return None
-    return FisherBlocks(tuple(blocks), tuple(columns))
+    return FisherBlocks(blocks, tuple(index.columns(number) for number in range(len(components))))

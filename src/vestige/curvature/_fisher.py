@@ -4,7 +4,7 @@ With compressed gradients g_i [k] of n examples, `F = (1/n) sum_i g_i g_i^T` (un
 *query*: `(F + d I)^-1 q`, so a change of damping rewrites nothing on disk.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vestige.curvature._diagonal import absolute_damping
 from vestige.errors import NonFinite
+from vestige.timing import timed
 
 DAMPING = 1.0
 """Relative damping by default: the mean eigenvalue of each block, chosen without labels. It halves the weight of a
@@ -61,11 +62,16 @@ class FisherBlocks:
         Raises:
             NonFinite: a block is not positive definite even when damped; names the component.
         """
-        solved = torch.empty_like(vectors)
-        for block, columns in zip(self.blocks, self.columns, strict=True):
-            factor = _cholesky(block, damping)
-            solved[:, columns] = torch.cholesky_solve(vectors[:, columns].double().T, factor).T.to(vectors.dtype)
-        return solved
+        return self.inverse(damping).apply(vectors)
+
+    def inverse(self, damping: float) -> "DampedInverse":
+        """`(F + d I)^-1`, factorised once for any number of vectors.
+
+        Raises:
+            NonFinite: a block is not positive definite even when damped; names the component.
+        """
+        with timed("preconditioning"):
+            return DampedInverse(tuple(_cholesky(block, damping) for block in self.blocks), self.columns)
 
     def in_unit_of_one(self) -> "FisherBlocks":
         """The same matrices, with a damping that is added as it is."""
@@ -80,7 +86,7 @@ class FisherBlocks:
         matrices = self.whitener(damping)
         if power == 2:
             matrices = [white.T @ white for white in matrices]
-        return Measure(tuple(matrices), self.columns)
+        return Measure(f"power {power}", tuple(matrices), self.columns)
 
     def whitener(self, damping: float) -> list[Float[Tensor, "k k"]]:
         """Matrices W with `|W g|^2 = g^T (F + d I)^-1 g`: the inverse Cholesky factors, float32."""
@@ -92,9 +98,27 @@ class FisherBlocks:
         return factors
 
 
+class DampedInverse(NamedTuple):
+    """The inverse of a damped Fisher matrix, block by block."""
+
+    factors: tuple[Float[Tensor, "k k"], ...]
+    """Lower Cholesky factors, float64."""
+    columns: tuple[slice, ...]
+
+    def apply(self, vectors: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
+        """`(F + d I)^-1 v` of every vector."""
+        solved = torch.empty_like(vectors)
+        with timed("preconditioning"):
+            for factor, columns in zip(self.factors, self.columns, strict=True):
+                solved[:, columns] = torch.cholesky_solve(vectors[:, columns].double().T, factor).T.to(vectors.dtype)
+        return solved
+
+
 class Measure(NamedTuple):
     """Length of a compressed gradient after a linear map of each of its parts."""
 
+    name: str
+    """Tells apart the lengths that one curvature and damping allow."""
     matrices: tuple[Float[Tensor, "k k"], ...]
     columns: tuple[slice, ...]
 
@@ -115,16 +139,29 @@ def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
     return factor
 
 
+def fisher_sums(columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]) -> list[Float[Tensor, "k k"]]:
+    """`sum_i g_i g_i^T` of every component from a stream of compressed gradients; memory is the matrices alone."""
+    sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
+    for gradients in blocks:
+        with timed("preconditioning"):
+            for total, part in zip(sums, columns, strict=True):
+                piece = gradients[:, part]
+                total.addmm_(piece.T, piece)
+    return sums
+
+
 def accumulate_fisher(
     names: Sequence[str], columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]
 ) -> FisherBlocks:
     """Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
-    sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
     examples = 0
-    for gradients in blocks:
-        examples += len(gradients)
-        for number, part in enumerate(columns):
-            piece = gradients[:, part]
-            sums[number].addmm_(piece.T, piece)
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal examples
+        for gradients in blocks:
+            examples += len(gradients)
+            yield gradients
+
+    sums = fisher_sums(columns, counted())
     found = tuple(FisherBlock(name, total / max(examples, 1)) for name, total in zip(names, sums, strict=True))
     return FisherBlocks(found, tuple(columns))

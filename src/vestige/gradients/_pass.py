@@ -16,6 +16,7 @@ from vestige.gradients._rule_look_up import EmbeddingTap, RelativeBiasTap, Route
 from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver, watch
 from vestige.gradients._types import FactorSink
 from vestige.models import Component
+from vestige.timing import timed
 
 _TAPS: dict[str, Callable[..., LayerTap]] = {
     "linear": LinearTap,
@@ -87,9 +88,11 @@ class GradientPass:
         self._sink, self._examples = sink, example_count(batch)
         try:
             with torch.enable_grad():
-                losses = self._objective.losses(self._model, batch, self._tap_head if self._head else None)
+                with timed("forward"):
+                    losses = self._objective.losses(self._model, batch, self._tap_head if self._head else None)
                 if losses.requires_grad:
-                    losses.sum().backward()
+                    with timed("backward"):
+                        losses.sum().backward()
                 elif not self._head:
                     raise ModelError("No selected component takes part in the loss: choose other --components.")
         finally:

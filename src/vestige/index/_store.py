@@ -17,6 +17,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.index._examples import read_examples
 from vestige.index._manifest import Manifest, expected_shards, read_manifest
 from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
+from vestige.timing import count_bytes, timed
 
 
 class IndexBlock(NamedTuple):
@@ -95,21 +96,40 @@ class Index:
         component = self.manifest.components[number]
         return slice(component.start, component.stop)
 
-    def blocks(self, max_bytes: int = 16 * 2**20) -> Iterator[IndexBlock]:
+    def blocks(self, max_bytes: int = 16 * 2**20, *, shards: range | None = None) -> Iterator[IndexBlock]:
         """Every row once, in the order of the plan, while the next block is being read in the background.
 
         Args:
             max_bytes: Most bytes of float32 gradients per block (one row may exceed it). About three blocks are in
                 memory; small ones stay in the processor's cache.
+            shards: Only the rows of these shards.
         """
-        step = max(max_bytes // (4 * self.width), 1)
+        step, sizes = max(max_bytes // (4 * self.width), 1), self.manifest.shard_rows
         spans = [
-            _Span(shard, start, min(start + step, rows))
-            for shard, rows in enumerate(self.manifest.shard_rows)
-            for start in range(0, rows, step)
+            _Span(shard, start, min(start + step, sizes[shard]))
+            for shard in (range(len(sizes)) if shards is None else shards)
+            for start in range(0, sizes[shard], step)
         ]
         buffers = _Buffers(self.width * min(step, max(self.manifest.shard_rows)))
         return _read_ahead(partial(self._read, buffers), spans)
+
+    def shard_groups(self, max_bytes: int) -> list[range]:
+        """Consecutive shards in groups of at most `max_bytes` of stored gradients, a larger shard by itself.
+
+        The pieces of work on an index: they follow from the index alone, never from who works on them.
+        """
+        groups, size = [range(0)], 0
+        for shard, rows in enumerate(self.manifest.shard_rows):
+            size += rows * self.manifest.row_bytes
+            if groups[-1] and size > max_bytes:
+                groups.append(range(shard, shard))
+                size = rows * self.manifest.row_bytes
+            groups[-1] = range(groups[-1].start, shard + 1)
+        return groups
+
+    def rows_of(self, shards: range) -> int:
+        """Number of rows in these shards."""
+        return sum(self.manifest.shard_rows[shards.start : shards.stop])
 
     def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """The gradients of the examples at `rows` of the data, float32, in the order asked for.
@@ -158,6 +178,12 @@ class Index:
         """sha256 over the content of all shards: what a result computed from this index can be kept under."""
         markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
         return content_digest([marker for marker in markers if marker is not None])
+
+    @cached_property
+    def skipped(self) -> tuple[int, ...]:
+        """Rows of the data whose loss or gradient was not finite; their gradients are zero (`--skip-bad`)."""
+        markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
+        return tuple(sorted(row for marker in markers if marker is not None for row in marker.skipped))
 
     @cached_property
     def _stored_examples(self) -> tuple[list[Example], np.ndarray]:
@@ -235,8 +261,16 @@ def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iter
         for span in spans:
             ready, coming = coming, reader.submit(read, span)
             if ready is not None:
-                yield ready.result()
+                yield _waited(ready)
                 # The finished future would keep the block's memory from being used again.
                 del ready
         if coming is not None:
-            yield coming.result()
+            yield _waited(coming)
+
+
+def _waited(coming: Future[IndexBlock]) -> IndexBlock:
+    """The block; reading takes the time that is spent waiting for it."""
+    with timed("reading"):
+        block = coming.result()
+    count_bytes("read", block.gradients.nbytes)
+    return block

@@ -1,0 +1,147 @@
+"""Where the time goes: seconds of every phase of a job, exclusive of the phases within it, and the bytes moved.
+
+Off by default, and then it costs one comparison per phase. One job is measured at a time; phases nest, and may be
+entered by the thread in which autograd runs a backward pass, because its caller waits meanwhile.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vestige.progress import format_bytes
+
+PHASES = ("forward", "backward", "compression", "reading", "writing", "preconditioning", "scoring")
+"""In the order of the table; everything else is `OTHER`."""
+OTHER = "other"
+
+
+@dataclass
+class Profile:
+    """What was measured of one job."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds of every phase, without those of phases inside it."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes read and written."""
+    total: float = 0.0
+    _stack: list[str] = field(default_factory=lambda: [OTHER])
+    _since: float = field(default_factory=time.perf_counter)
+
+    def enter(self, phase: str) -> None:
+        """The seconds from now on belong to `phase`."""
+        self._charge()
+        self._stack.append(phase)
+
+    def leave(self) -> None:
+        """The seconds from now on belong to the phase outside."""
+        self._charge()
+        self._stack.pop()
+
+    def stop(self) -> None:
+        """The seconds until now are counted, and none after."""
+        self._charge()
+
+    def _charge(self) -> None:
+        _synchronise()
+        now = time.perf_counter()
+        phase = self._stack[-1]
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self.total += now - self._since
+        self._since = now
+
+    def record(self) -> dict[str, Any]:
+        """Everything in JSON terms."""
+        return {
+            "seconds": {name: round(self.seconds.get(name, 0.0), 6) for name in (*PHASES, OTHER)},
+            "total_seconds": round(self.total, 6),
+            "bytes": dict(self.bytes),
+            "peak_memory_bytes": peak_memory(),
+        }
+
+    def table(self) -> str:
+        """The same for a person."""
+        lines = [f"{'phase':<16}{'seconds':>10}{'share':>8}"]
+        for name in (*PHASES, OTHER):
+            if (seconds := self.seconds.get(name, 0.0)) > 0:
+                lines.append(f"{name:<16}{seconds:>10.3f}{seconds / max(self.total, 1e-9):>8.0%}")
+        lines.append(f"{'total':<16}{self.total:>10.3f}")
+        sizes = {**self.bytes, **{f"peak {where}": size for where, size in peak_memory().items()}}
+        return "\n".join(lines + [f"{name:<16}{format_bytes(size):>10}" for name, size in sizes.items()])
+
+
+_current: Profile | None = None
+
+
+class _Phase:
+    """A phase as a context; costs nothing when no profile is kept."""
+
+    __slots__ = ("_entered", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entered: Profile | None = None
+
+    def __enter__(self) -> None:
+        self._entered = _current
+        if self._entered is not None:
+            self._entered.enter(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered is not None:
+            self._entered.leave()
+
+
+def timed(phase: str) -> _Phase:
+    """The block's seconds belong to `phase`, when somebody asked for a profile."""
+    return _Phase(phase)
+
+
+def count_bytes(kind: str, number: int) -> None:
+    """Add to the bytes of a kind, such as "read"."""
+    if _current is not None:
+        _current.bytes[kind] = _current.bytes.get(kind, 0) + number
+
+
+@contextmanager
+def profiled(wanted: bool) -> Iterator[Profile | None]:
+    """A profile of the block; None, and nothing is measured, unless it is `wanted`."""
+    global _current
+    if not wanted:
+        yield None
+        return
+    outer, _current = _current, Profile()
+    profile = _current
+    try:
+        yield profile
+    finally:
+        profile.stop()
+        _current = outer
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory held so far, in bytes: of this process ("memory"), and on a CUDA device ("gpu")."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Linux counts in kibibytes, macOS in bytes.
+        found["memory"] = peak if sys.platform == "darwin" else peak * 1024
+    if (torch := _cuda()) is not None:
+        found["gpu"] = int(torch.cuda.max_memory_allocated())
+    return found
+
+
+def _synchronise() -> None:
+    """Work that was handed to a GPU belongs to the phase that handed it over."""
+    if (torch := _cuda()) is not None:
+        torch.cuda.synchronize()
+
+
+def _cuda() -> Any:
+    """torch, where a job has loaded it and uses a GPU."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None

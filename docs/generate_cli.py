@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from vestige.cli import VERBS
 from vestige.cli._app import function_of
@@ -50,6 +50,14 @@ def page() -> str:
 
 def _verb(name: str) -> str:
     command = getattr(import_module(f"vestige.cli._{name}"), function_of(name))
+    if isinstance(command, App):
+        kinds = [_settings(f"{name} {kind}", command[kind].default_command) for kind in command if kind[0] != "-"]
+        return "\n".join([f"## vestige {name}\n\n{command.help}\n", *kinds])
+    return _settings(name, command)
+
+
+def _settings(name: str, command: Any) -> str:
+    """What one command does and takes."""
     parts = [f"## vestige {name}\n\n{inspect.getdoc(command)}\n"]
     groups: dict[Any, list[str]] = {}
     for parameter in inspect.signature(command).parameters.values():

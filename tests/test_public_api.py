@@ -7,6 +7,7 @@ import pytest
 
 import vestige
 from vestige.settings import (
+    EVALUATIONS,
     AttributeSettings,
     DoctorSettings,
     ExportSettings,
@@ -16,7 +17,19 @@ from vestige.settings import (
     ViewSettings,
 )
 
-PUBLIC = ["Index", "Scores", "VestigeError", "attribute", "doctor", "export", "import_published", "index", "report", "view"]
+PUBLIC = [
+    "Index",
+    "Scores",
+    "VestigeError",
+    "attribute",
+    "doctor",
+    "evaluate",
+    "export",
+    "import_published",
+    "index",
+    "report",
+    "view",
+]
 
 VERBS = {
     "attribute": AttributeSettings,
@@ -37,7 +50,7 @@ def test_the_public_names_are_these():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_is_there_and_documented(name):
     public = getattr(vestige, name)
-    assert callable(public)
+    assert callable(public) or inspect.ismodule(public)
     assert public.__doc__
 
 
@@ -49,6 +62,12 @@ def test_a_verb_takes_in_python_what_it_takes_on_the_command_line(name):
     for key, field in fields.items():
         default = inspect.Parameter.empty if field.is_required() else field.default
         assert parameters[key].default == default, key
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_an_evaluation_takes_in_python_what_it_takes_on_the_command_line(kind):
+    parameters = inspect.signature(getattr(vestige.evaluate, kind.replace("-", "_"))).parameters
+    assert set(parameters) == set(EVALUATIONS[kind].model_fields)
 
 
 def test_a_verb_stays_callable_after_its_room_was_imported():
@@ -63,7 +82,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
 
 
 def test_the_fields_of_settings_have_types_and_descriptions():
-    for settings in VERBS.values():
+    for settings in [*VERBS.values(), *EVALUATIONS.values()]:
         hints = get_type_hints(settings)
         for name, field in settings.model_fields.items():
             assert name in hints

@@ -4,6 +4,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, attribute, report, view, doctor     the verbs, as on the command line
     export, import_published                   to and from formats of other software
+    evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     Index, Scores                              what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vestige import evaluate as evaluate
     from vestige.doctor import doctor as doctor
     from vestige.errors import VestigeError as VestigeError
     from vestige.index import Index as Index
@@ -25,7 +27,19 @@ if TYPE_CHECKING:
     from vestige.report import view as view
     from vestige.runs import Scores as Scores
 
-__all__ = ["Index", "Scores", "VestigeError", "attribute", "doctor", "export", "import_published", "index", "report", "view"]
+__all__ = [
+    "Index",
+    "Scores",
+    "VestigeError",
+    "attribute",
+    "doctor",
+    "evaluate",
+    "export",
+    "import_published",
+    "index",
+    "report",
+    "view",
+]
 
 _HOMES = {
     "Index": "vestige.index",
@@ -40,8 +54,13 @@ _HOMES = {
     "view": "vestige.report",
 }
 
+_ROOMS = ("evaluate",)
+"""Public names that are rooms: what they hold is called, not they."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"vestige.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'vestige' has no attribute {name!r}; it has {', '.join(__all__)}")
     room = import_module(_HOMES[name])
@@ -73,7 +92,7 @@ class _VerbRoom(ModuleType):
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         # Python binds an imported submodule in its package, whatever the package calls by that name.
-        if isinstance(value, ModuleType) and name in __all__:
+        if isinstance(value, ModuleType) and name in _HOMES:
             value.__class__ = _VerbRoom
         super().__setattr__(name, value)
 

@@ -5,6 +5,7 @@ import pytest
 
 from vestige.cli._app import VERBS, build_app
 from vestige.settings import (
+    EVALUATIONS,
     AttributeSettings,
     DoctorSettings,
     ExportSettings,
@@ -27,9 +28,18 @@ SETTINGS = {
     "import": ImportSettings,
 }
 
+KINDS = {f"evaluate {kind}": settings for kind, settings in EVALUATIONS.items()}
+
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "sklearn", "matplotlib")
 
-QUICK = [["--help"], *[[verb, "--help"] for verb in VERBS], ["--version"], ["indx"], ["index", "--modle", "x"]]
+QUICK = [
+    ["--help"],
+    *[[verb, "--help"] for verb in VERBS],
+    ["--version"],
+    ["indx"],
+    ["index", "--modle", "x"],
+    ["evaluate", "sketch", "--help"],
+]
 
 NOTHING_HEAVY = f"""
 import sys
@@ -69,18 +79,18 @@ def test_help_of_a_verb_begins_with_the_line_of_the_list(verb, vestige, monkeypa
     assert VERBS[verb] in vestige(verb, "--help").out
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", SETTINGS | KINDS)
 def test_help_of_a_verb_names_every_setting_with_its_meaning(verb, vestige, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    text = vestige(verb, "--help").out
-    for name, field in SETTINGS[verb].model_fields.items():
+    text = vestige(*verb.split(), "--help").out
+    for name, field in (SETTINGS | KINDS)[verb].model_fields.items():
         assert flag(name) in text
         assert field.description in text
     assert "--config" in text
 
 
 def test_every_verb_has_settings_here():
-    assert list(SETTINGS) == list(VERBS)
+    assert list(SETTINGS) == [verb for verb in VERBS if verb != "evaluate"]
     assert {name for name in build_app() if not name.startswith("-")} == set(VERBS)
 
 

@@ -10,11 +10,13 @@ from keyword import iskeyword
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from vestige.errors import UserError
+from vestige.settings import EVALUATIONS
 
 VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
     "index": "Store the compressed gradient of every training example.",
     "attribute": "Rank the training examples behind an answer.",
+    "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
     "status": "Say how far an index is, or what is in a run.",
@@ -83,10 +85,11 @@ def _parse_error(error: CycloptsError) -> str:
         message = f"Not understood: {' '.join(error.unused_tokens or ())}. A value needs its flag before it."
     elif isinstance(error, UnknownCommandError):
         # The parser's own message would import every verb, and torch with it.
-        verb = (error.unused_tokens or [""])[0]
-        close = get_close_matches(verb, VERBS, n=1)
-        message = f"There is no verb {verb!r}. " + (
-            f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(VERBS)}."
+        word, known = (error.unused_tokens or [""])[0], list(EVALUATIONS if error.command_chain else VERBS)
+        close = get_close_matches(word, known, n=1)
+        what = "evaluation" if error.command_chain else "verb"
+        message = f"There is no {what} {word!r}. " + (
+            f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
         )
     else:
         error.verbose = False

@@ -116,7 +116,7 @@ def _default(field: FieldInfo) -> str | bool:
     if field.is_required():
         return False
     if isinstance(field.default, tuple):
-        return " ".join(field.default)
+        return " ".join(map(str, field.default)) or False
     if isinstance(field.default, dict):
         return False
     if isinstance(field.default, bool):

@@ -68,8 +68,13 @@ class _LookUp(TorchFunctionMode):
             return func(*args, **kwargs)
         ids, weight, *rest = args
         receive, component = self._receive, self._component
-        ids = _with_batch_axis(ids, receive.examples)
-        output = func(ids, weight, *rest, **kwargs)
+        shared, ids = ids, _with_batch_axis(ids, receive.examples)
+        if weight.requires_grad and ids is not shared:
+            # A weight in training: adding the rows to those of every example sums their gradients over the batch before
+            # the look-up is differentiated. Expanding the rows does the same, bit for bit; expanding the ids does not.
+            output = func(shared, weight, *rest, **kwargs).expand(*ids.shape, -1)
+        else:
+            output = func(ids, weight, *rest, **kwargs)
         padding = rest[0] if rest else kwargs.get("padding_idx")
         rows = per_token(ids[..., None], receive.examples)[..., 0]
         left = receive.sink.reduce(component, "left", OneHot(rows, weight.shape[0]))

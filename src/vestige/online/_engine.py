@@ -1,0 +1,215 @@
+"""In-run attribution: what each training example did to a validation loss, measured while the model trains."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vestige.errors import ModelError, SpecError
+from vestige.gradients import CausalLoss, Objective
+from vestige.gradients._observe import observable
+from vestige.models import Component, select_components
+from vestige.online._log import LogWriter, OnlineLog
+from vestige.online._rates import component_rates
+from vestige.online._second_order import CurvatureTerm
+from vestige.online._select import Candidates, Selected
+from vestige.online._step import Step, StepScores
+from vestige.online._validation import Validation
+from vestige.progress import announce
+
+SIGN = "positive: training on the example lowered the validation loss"
+UNIT = "nats of the mean validation loss"
+
+
+class OnlineAttribution:
+    """Scores of the training examples of every step, from the step's own backward pass, which they do not change.
+
+        engine = OnlineAttribution(model, validation, optimizer=optimizer, out="run-log")
+        for batch in batches:
+            with engine.step(batch["id"]):
+                loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        engine.flush()
+
+    The score of example i in step t is `<share of i in the step's gradient, gradient of the validation loss>`: the
+    share is what i adds to `.grad`, whatever the loss averages over, so the shares of a step add up to its gradient. A
+    step of plain gradient descent with learning rate `eta_t` lowers the validation loss by `eta_t * sum_i score_i` to
+    first order. The influence of an example is the sum of `eta_t * score` over its steps (In-Run Data Shapley, Wang et
+    al. 2024, arXiv:2406.11011, with the sign turned: there negative helps). Other optimizers move otherwise; their
+    steps are scored as if they were plain.
+
+    The validation loss is the mean of the validation examples' losses, in evaluation mode. Its gradient is taken at the
+    start of each step in a pass of its own, with weights frozen: batched together with the training examples it would
+    change the shapes of the products, and with them the last bits of the training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        validation: Any,
+        *,
+        optimizer: Any = None,
+        components: Iterable[str] = ("all",),
+        objective: Objective | None = None,
+        second_order: bool = False,
+        out: str | Path | None = None,
+        flush_every: int = 100,
+        start_step: int | None = 0,
+        token_budget: int = 4096,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Look at the model and the validation data; nothing is placed on the model before `step`.
+
+        Args:
+            model: The model in training.
+            validation: `TokenizedData`, a `Batch`, keyword inputs with `input_ids` and `labels`, or what `objective`
+                reads. Padding is on the right.
+            optimizer: Where the learning rates are read, at the start of each step.
+            components: As in `vestige index --components`; only parameters that train are scored.
+            objective: Loss of one validation example; the mean over its target tokens by default.
+            second_order: Add the curvature term to the influence: a Hessian-vector product a step, and the factors of
+                the whole step in memory.
+            out: Folder of the log; None keeps nothing.
+            flush_every: Steps between two writes of the log.
+            start_step: Steps that the training has behind it: those of the checkpoint that it continues from. None
+                waits for `resume`.
+            token_budget: Most validation tokens in one pass.
+            context: Entered around the validation pass, such as `lambda: torch.autocast("cuda", torch.bfloat16)`.
+
+        Raises:
+            UserError: a setting, the validation data or the log folder do not fit.
+        """
+        self.model, self.optimizer = model, optimizer
+        self._patterns = tuple(components)
+        self._validation = Validation(model, validation, objective or CausalLoss("mean"), token_budget, context)
+        self._curvature = CurvatureTerm(model, self._validation, token_budget) if second_order else None
+        self._candidates = Candidates(model, self._validation.objective, context)
+        selection = select_components(model, self._patterns)
+        self._components = tuple(component for component in selection.components if observable(component))
+        self.components: tuple[Component, ...] = self._training()
+        if not self.components:
+            raise ModelError("None of the selected parameters trains (requires_grad). Choose others with components=.")
+        self._tell_what_is_left_out()
+        self._log = LogWriter(out, self._header(), flush_every) if out is not None else None
+        self._done = 0
+        if start_step is not None:
+            self.resume(start_step)
+
+    @property
+    def steps_done(self) -> int:
+        """Number of the last step."""
+        return self._done
+
+    def resume(self, step: int) -> None:
+        """The next step is `step + 1`; rows of the log after `step` are dropped, so that no step is in it twice.
+
+        Raises:
+            IndexMismatch: the log belongs to another training.
+        """
+        if step < 0:
+            raise SpecError(f"start_step={step}: give the number of steps done, 0 for a new training.")
+        if self._log is not None:
+            self._log.flush()
+            self._log.begin(step)
+        self._done = step
+
+    def step(self, ids: Iterable[Any] | None = None, *, learning_rate: float | None = None) -> Step:
+        """A context for the forward and backward passes of one optimizer step.
+
+        With several micro-batches, leave `ids` out and call `step.batch(ids)` before each.
+
+        Args:
+            ids: Of the batch's examples, in order.
+            learning_rate: Of this step, instead of the optimizer's.
+
+        Raises:
+            SpecError: the learning rate is not known.
+            NonFinite: on leaving, if a score is not finite; the ids are named, and what was logged before is kept.
+        """
+        components = self._training()
+        rates = component_rates(self.model, components, self.optimizer, learning_rate)
+        number, measure = self._done + 1, self._validation.measure
+        opened = Step(self.model, components, rates, number, measure, self._curvature, self._record)
+        return opened if ids is None else opened.announce(ids)
+
+    def select(self, candidates: Any, k: int, *, learning_rate: float | None = None) -> Selected:
+        """The `k` examples of a batch to train on next, by GREATS; then take an ordinary step on them alone.
+
+        The candidates go through a pass of their own first, with frozen weights and in evaluation mode. So the step on
+        the chosen ones is exactly a step on that smaller batch, with its own mean and its own dropout; nothing of the
+        others has to be removed from `.grad`. Costs that pass over the candidates, without weight gradients, and the
+        products of all pairs.
+
+        Args:
+            candidates: A `Batch`, keyword inputs, or what `objective` reads.
+            k: How many.
+            learning_rate: Of the coming step, instead of the optimizer's.
+
+        Returns:
+            Positions in the batch in the order of picking, with what each pick adds.
+        """
+        components = self._training()
+        rates = component_rates(self.model, components, self.optimizer, learning_rate)
+        measured = self._validation.measure(components)
+        return self._candidates.select(candidates, k, components, rates, measured.gradient)
+
+    def flush(self) -> None:
+        """The log on disk holds every step so far; call it before each checkpoint and at the end."""
+        if self._log is not None:
+            self._log.flush()
+
+    @property
+    def log(self) -> OnlineLog:
+        """What has been logged, all of it.
+
+        Raises:
+            SpecError: the engine writes no log.
+        """
+        if self._log is None:
+            raise SpecError("This engine writes no log. Give it a folder: OnlineAttribution(..., out=FOLDER).")
+        self.flush()
+        return OnlineLog.open(self._log.folder)
+
+    def __enter__(self) -> "OnlineAttribution":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush, also when the training has failed."""
+        self.flush()
+
+    def _record(self, scores: StepScores) -> None:
+        self._done = scores.step
+        if self._log is not None:
+            self._log.add(scores)
+
+    def _training(self) -> tuple[Component, ...]:
+        """The components whose parameter trains at this moment."""
+        return tuple(part for part in self._components if self.model.get_parameter(part.parameter).requires_grad)
+
+    def _tell_what_is_left_out(self) -> None:
+        scored = {component.parameter for component in self.components}
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        missing = [name for name in trained if name not in scored]
+        if missing:
+            share = sum(trained[name].numel() for name in missing) / sum(value.numel() for value in trained.values())
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            announce(f"Online scores leave out {share:.1%} of the trained parameters: {shown}.")
+
+    def _header(self) -> dict[str, Any]:
+        config = getattr(self.model, "config", None)
+        return {
+            "vestige": version("vestige"),
+            "model": str(getattr(config, "_name_or_path", "") or type(self.model).__name__),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "scored_parameters": sum(component.size for component in self.components),
+            "components": [component.name for component in self.components],
+            "validation": {"ids": self._validation.ids, "fingerprint": self._validation.fingerprint},
+            "second_order": self._curvature is not None,
+            "sign": SIGN,
+            "unit": UNIT,
+        }

@@ -1,5 +1,9 @@
 """Curvature and its damped inverse: Fisher blocks of compressed gradients, Kronecker factors, products of matrices."""
 
+from vestige.curvature._adam import Moments as Moments
+from vestige.curvature._adam import adam_direction as adam_direction
+from vestige.curvature._adam import component_moments as component_moments
+from vestige.curvature._adam import read_adam as read_adam
 from vestige.curvature._cache import fisher_of as fisher_of
 from vestige.curvature._datainf import DataInf as DataInf
 from vestige.curvature._datainf import fit_datainf as fit_datainf

@@ -11,6 +11,7 @@ from vestige.methods._grad_cos import GradCos as GradCos
 from vestige.methods._grad_dot import GradDot as GradDot
 from vestige.methods._influence import Influence as Influence
 from vestige.methods._kfac import Kfac as Kfac
+from vestige.methods._less import Less as Less
 from vestige.methods._lissa import Lissa as Lissa
 from vestige.methods._options import Option as Option
 from vestige.methods._options import options_of as options_of
@@ -24,3 +25,5 @@ from vestige.methods._registry import method as method
 from vestige.methods._registry import method_class as method_class
 from vestige.methods._registry import method_names as method_names
 from vestige.methods._rep_sim import RepSim as RepSim
+from vestige.methods._tracin import TracIn as TracIn
+from vestige.methods._trak import Trak as Trak

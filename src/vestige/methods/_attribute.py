@@ -13,8 +13,10 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import SpecError
 from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
+from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
+from vestige.methods._partial import remove_partial
 from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method, SplitsByComponent
 from vestige.methods._randomised import randomised_correlation, without_weights
@@ -22,6 +24,7 @@ from vestige.methods._registry import get_method
 from vestige.methods._trust import free_checks
 from vestige.runs import (
     Check,
+    CheckpointRecord,
     CoverageRecord,
     DataRecord,
     ModelRecord,
@@ -69,12 +72,18 @@ def attribute(settings: AttributeSettings) -> Scores:
         checks = _trust(job, method, summary, losses) if settings.trust else []
         record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
     write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    remove_partial(settings)
     return Scores.open(settings.out)
 
 
 def _method(settings: AttributeSettings) -> Method:
     """The method, with everything it cannot do refused before any work."""
     method = get_method(settings.method, **settings.options)
+    if settings.tokens and isinstance(method, CheckpointMethod):
+        raise SpecError(
+            f"--tokens splits the score of one model, and {settings.method} adds up several. Drop --tokens, or ask one "
+            "checkpoint: --model CHECKPOINT --method grad-dot or grad-cos."
+        )
     if settings.tokens and not isinstance(method, GradientMethod):
         raise SpecError(
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
@@ -84,7 +93,8 @@ def _method(settings: AttributeSettings) -> Method:
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
         )
-    if method.needs_model and settings.index is None and settings.model is None:
+    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
+    if method.needs_model and without_model:
         raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
     return method
 
@@ -143,6 +153,8 @@ def _scores_now(job: Job, method: Method, rows: np.ndarray, queries: np.ndarray)
     """Scores of a few rows for a few queries from the model as it is at this moment."""
     if isinstance(method, GradientMethod):
         return method.prepare(job).computed_now(rows, queries)
+    if isinstance(method, CheckpointMethod):
+        return method.computed_now(job, rows, queries)
     small = Job(job.train.subset(rows), job.queries.subset(queries), job.settings, job.loaded, job.selection)
     scores = torch.zeros(len(queries), len(rows))
     for block in method.blocks(small):
@@ -169,6 +181,10 @@ def _record(
         model=_model_record(job),
         data=_data_record(job.train),
         queries=_data_record(job.queries),
+        checkpoints=[
+            CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
+            for each in job.checkpoints
+        ],
         method=method.name,
         meaning=method.meaning,
         coverage=_coverage(job),

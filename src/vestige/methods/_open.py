@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from vestige.data import Example, TokenizedData, load_examples, load_queries, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index, Inputs, build_index, fingerprint_rows, read_data, tokens_at_most
+from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
+from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._protocol import Job, Method
+from vestige.methods._stores import gradients_fit
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
-from vestige.progress import announce, format_bytes
+from vestige.progress import announce
 from vestige.settings import AttributeSettings, IndexSettings
-
-EXACT_SHARE = 0.4
-"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,12 @@ class Question:
 @contextmanager
 def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job, list[bool]]]:
     """The job, and for each query whether its answer was generated; a temporary index lives as long as the context."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    if isinstance(method, CheckpointMethod):
+        checkpoints = find_checkpoints(settings, method.weighting)
+        settings = settings_of_last(settings, checkpoints)
+    else:
+        refuse_checkpoints(settings)
     index = Index.open(settings.index) if settings.index is not None else None
     if index is not None:
         _require_recomputable(index, method)
@@ -42,7 +47,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
     queries = _tokenised_queries(settings, question.examples, loaded)
     selection = _selection(settings, method, loaded, index)
     train = _training_data(settings, loaded, index)
-    job = Job(train, queries, settings, loaded, selection, index)
+    job = Job(train, queries, settings, loaded, selection, index, checkpoints)
     if index is None and method.needs_gradients and not _is_exact(job, method):
         with _temporary_index(job) as temporary:
             yield replace(job, index=temporary), question.generated
@@ -185,20 +190,10 @@ def _text_only(examples: list[Example], name: str) -> TokenizedData:
 
 def _is_exact(job: Job, method: Method) -> bool:
     """Whether the method works without an index and the queries' whole gradients fit into memory."""
-    assert job.selection is not None
     if method.needs_index:
         return False
-    if method.needs_exact:  # refuses by itself what does not fit
-        return True
-    size = 4 * len(job.queries) * job.selection.selected_parameters
-    available = psutil.virtual_memory().available
-    if size <= EXACT_SHARE * available:
-        return True
-    announce(
-        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
-        "free memory: they are compressed instead."
-    )
-    return False
+    # A method that needs them refuses by itself what does not fit.
+    return method.needs_exact or gradients_fit(job)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Preconditioned(GradientMethod):
         Raises:
             UserError: the whole gradients of the queries do not fit into memory.
         """
-        _check_memory(job)
+        check_memory(job)
         return prepare(job, ExactGradients(job), self.inverse(job))
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
@@ -59,7 +59,7 @@ class Preconditioned(GradientMethod):
             yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
 
 
-def _check_memory(job: Job) -> None:
+def check_memory(job: Job) -> None:
     """Gradients before and after preconditioning; on a GPU its memory is smaller, and torch says so itself."""
     needed = 2 * 4 * len(job.queries) * sum(part.size for part in job.components)
     available = psutil.virtual_memory().available

@@ -15,6 +15,7 @@ from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
     from vestige.index import Index
+    from vestige.methods._checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Job:
     """What is attributed to; None for methods that read no parameters or modules."""
     index: "Index | None" = None
     """Stored gradients of `train`, when there are any."""
+    checkpoints: "tuple[Checkpoint, ...]" = ()
+    """For methods over several models: all of them; the last one's is `loaded`."""
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,9 +19,12 @@ from vestige.gradients import BothSinks, CausalLoss, DotSink, GradientPass, Grad
 from vestige.index import CompressedGradients, Index, batch_tokens
 from vestige.methods._protocol import Job
 from vestige.models import LoadedModel
-from vestige.progress import progress
+from vestige.progress import announce, format_bytes, progress
 
 Vectors = list[Float[Tensor, "query n"]]
+
+EXACT_SHARE = 0.4
+"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
 
 
 class Products(NamedTuple):
@@ -206,3 +210,17 @@ class ExactGradients:
                 gradient_pass.run(make_batch(data, rows[batch]).to(self._device), sink)
                 lengths = norm.finish().sum(0).sqrt().cpu() if norms else None
                 yield Products(torch.as_tensor(rows[batch]), dot.scores.cpu(), lengths)
+
+
+def gradients_fit(job: Job) -> bool:
+    """Whether the queries' whole gradients fit into memory; says so if they do not."""
+    assert job.selection is not None
+    size = 4 * len(job.queries) * job.selection.selected_parameters
+    available = psutil.virtual_memory().available
+    if size <= EXACT_SHARE * available:
+        return True
+    announce(
+        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
+        "free memory: they are compressed instead."
+    )
+    return False

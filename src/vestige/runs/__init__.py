@@ -8,6 +8,7 @@ from vestige.runs._listing import ScoreTable as ScoreTable
 from vestige.runs._listing import SelfInfluence as SelfInfluence
 from vestige.runs._listing import TokenScore as TokenScore
 from vestige.runs._record import Check as Check
+from vestige.runs._record import CheckpointRecord as CheckpointRecord
 from vestige.runs._record import CoverageRecord as CoverageRecord
 from vestige.runs._record import DataRecord as DataRecord
 from vestige.runs._record import DistributionRecord as DistributionRecord

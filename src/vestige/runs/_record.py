@@ -28,6 +28,15 @@ class ModelRecord(_Part):
     parameters: int
 
 
+class CheckpointRecord(_Part):
+    """One of several sets of weights that the scores were added up over."""
+
+    name: str
+    weight: float
+    """Learning rate, or what was given; before any division by the sum."""
+    index: str | None = None
+
+
 class DataRecord(_Part):
     """A data set: the training data or the queries."""
 
@@ -115,6 +124,8 @@ class RunRecord(_Part):
     """None for methods that read text alone."""
     data: DataRecord
     queries: DataRecord
+    checkpoints: list[CheckpointRecord] = Field(default_factory=list)
+    """Empty for methods that work on one model."""
     method: str
     meaning: Meaning
     coverage: CoverageRecord | None

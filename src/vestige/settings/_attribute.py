@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._shared import Options, Patterns, ReadingSettings
+from vestige.settings._shared import Numbers, Options, Patterns, ReadingSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 
@@ -14,15 +14,23 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(ReadingSettings):
     """What `vestige attribute` takes."""
 
-    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options")
+    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options", "index", "checkpoints", "checkpoint_weights")
     index: Any = Field(None, description="Folder of an index made by `vestige index`.")
     model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
+    checkpoints: Any = Field(
+        None,
+        description="For tracin, less and trak, in place of the model: a Trainer's run, or a folder for each "
+        "checkpoint or model. An --index for each may be given in the same order.",
+    )
+    checkpoint_weights: Numbers | None = Field(
+        None, description="How much each checkpoint counts. Not given: its learning rate; for trak all the same."
+    )
     queries: Any = Field(description="What to explain: a file with prompts or answers, or the questions themselves.")
     method: str = Field(
         "influence",
-        description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, rep-sim, "
-        "activation-dot, bm25 or random.",
+        description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, "
+        "tracin, less, trak, rep-sim, activation-dot, bm25 or random.",
     )
     out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
     k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")

@@ -37,6 +37,13 @@ Options = Annotated[dict[str, Any], BeforeValidator(_named_values)]
 """Values by name: a mapping, or words `name=value`; whoever takes them checks names and types."""
 
 
+def _number_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_number_or_several)]
+
+
 class ReadingSettings(Settings):
     """How text becomes tokens, and where and how the model runs."""
 

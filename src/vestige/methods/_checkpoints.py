@@ -1,0 +1,233 @@
+"""Which checkpoints a method works on, in which order, and how much each counts."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vestige.errors import IndexMismatch, ModelError, SpecError
+from vestige.index import Index
+from vestige.settings import AttributeSettings
+
+Weighting = Literal["learning rate", "equal"]
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights."""
+
+    source: str | Path | nn.Module
+    weight: float
+    """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
+    index: Index | None = None
+    """Its stored gradients, when they were given."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
+
+
+def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple[Checkpoint, ...]:
+    """The checkpoints in their order, each with its weight and, if indexes were given, its index.
+
+    Raises:
+        SpecError: Settings contradict each other, or are of different number.
+        ModelError: A folder holds no checkpoint, or none of them says its learning rate.
+        IndexMismatch: The indexes are not of the same data and components.
+    """
+    indexes = [Index.open(folder) for folder in _listed(settings.index)]
+    sources = _sources(settings, indexes)
+    if indexes and len(indexes) != len(sources):
+        raise SpecError(
+            f"{len(indexes)} indexes were given for {len(sources)} checkpoints. Give one --index for each checkpoint, "
+            "in the same order, or leave --index out."
+        )
+    _check_alike(indexes)
+    weights = _weights(settings, sources, weighting)
+    found = zip(sources, weights, indexes or [None] * len(sources), strict=True)
+    return tuple(Checkpoint(*each) for each in found)
+
+
+def settings_of_last(settings: AttributeSettings, checkpoints: Sequence[Checkpoint]) -> AttributeSettings:
+    """The settings of a job about the last checkpoint: the model that the queries are asked of.
+
+    The tokenizer is looked for beside the checkpoint and, as the Trainer saves it at the end, in the folder above.
+    """
+    last = checkpoints[-1]
+    changed: dict[str, Any] = {"model": last.source, "index": last.index.folder if last.index else None}
+    if settings.tokenizer is None and not isinstance(last.source, nn.Module):
+        folder = Path(last.source)
+        files = ("tokenizer.json", "tokenizer_config.json")
+        if not any((folder / file).exists() for file in files) and any((folder.parent / f).exists() for f in files):
+            changed["tokenizer"] = str(folder.parent)
+    return settings.model_copy(update=changed)
+
+
+def refuse_checkpoints(settings: AttributeSettings) -> None:
+    """For methods that work on one model.
+
+    Raises:
+        SpecError: Several were given.
+    """
+    given = [name for name in ("checkpoints", "checkpoint_weights") if getattr(settings, name) is not None]
+    if not isinstance(settings.index, str | Path | None):
+        given.append("several --index")
+    if given:
+        raise SpecError(
+            f"The method {settings.method} works on one model, and {' and '.join(given)} were given. Type --method "
+            "tracin, less or trak, or give one --model or one --index."
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
+    if settings.checkpoints is None:
+        if settings.model is not None and len(indexes) < 2:
+            return [settings.model]
+        return [index.manifest.model.name for index in indexes]
+    if settings.model is not None:
+        raise SpecError("`model` and `checkpoints` were both given, but the checkpoints are the models. Drop --model.")
+    found = [one for each in _listed(settings.checkpoints) for one in _expanded(each)]
+    if not found:
+        raise SpecError("`checkpoints` is empty. Give the folder of a Trainer run, or one folder for each checkpoint.")
+    return found
+
+
+def _expanded(given: Any) -> list[str | Path | nn.Module]:
+    """The checkpoints behind one word: those of a run, those that a pattern names, or itself."""
+    if isinstance(given, nn.Module):
+        return [given]
+    text = str(given)
+    if any(sign in text for sign in "*?["):
+        path = Path(text)
+        start = Path(path.anchor) if path.anchor else Path()
+        folders = [each for each in start.glob(str(path.relative_to(path.anchor))) if each.is_dir()]
+        if not folders:
+            raise ModelError(f"No folder has a name like {text!r}. Give a pattern such as 'run/checkpoint-*'.")
+        return [str(each) for each in sorted(folders, key=_order)]
+    folder = Path(text).expanduser()
+    inside = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name)]
+    return [str(each) for each in sorted(inside, key=_order)] or [given]
+
+
+def _order(folder: Path) -> tuple[list[int | str], str]:
+    """Numbers inside names count as numbers: checkpoint-1000 comes after checkpoint-200."""
+    parts = re.split(r"(\d+)", folder.name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(folder)
+
+
+def _check_alike(indexes: Sequence[Index]) -> None:
+    for index in indexes[1:]:
+        one, other = indexes[0].manifest, index.manifest
+        pairs = {
+            "training data": (one.data.fingerprint, other.data.fingerprint),
+            "--loss": (one.loss, other.loss),
+            "--chat": (one.chat, other.chat),
+            "--max-length": (one.max_length, other.max_length),
+            "--components": tuple([part.name for part in each.components] for each in (one, other)),
+        }
+        for name, (before, after) in pairs.items():
+            if before != after:
+                raise IndexMismatch(
+                    f"The indexes {indexes[0].folder} and {index.folder} differ in their {name}: scores of different "
+                    "checkpoints can only be added up for the same examples and parameters. Make them alike."
+                )
+
+
+def _weights(settings: AttributeSettings, sources: Sequence[Any], weighting: Weighting) -> list[float]:
+    if settings.checkpoint_weights is not None:
+        weights = list(settings.checkpoint_weights)
+        if len(weights) != len(sources):
+            raise SpecError(
+                f"{len(weights)} checkpoint-weights were given for {len(sources)} checkpoints: "
+                f"{', '.join(str(source) for source in sources)}. Give one number for each."
+            )
+    elif weighting == "equal":
+        weights = [1.0] * len(sources)
+    else:
+        weights = learning_rates(sources)
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+        raise SpecError(
+            f"The weights of the checkpoints are {weights}; expected finite numbers of at least 0, and one above it. "
+            "Give them with --checkpoint-weights."
+        )
+    return weights
+
+
+def learning_rates(sources: Sequence[str | Path | nn.Module]) -> list[float]:
+    """The learning rate with which training went from the checkpoint before to each checkpoint.
+
+    The mean of what `trainer_state.json` logged in between; where nothing was, the mean of the scheduler's rate at both
+    ends, which is exact for a rate that changes linearly.
+
+    Raises:
+        ModelError: A checkpoint tells neither.
+    """
+    rates, before, earlier = [], 0, None
+    for source in sources:
+        folder = Path("." if isinstance(source, nn.Module) else source)
+        state = {} if isinstance(source, nn.Module) else _trainer_state(folder)
+        step = int(state.get("global_step", 0))
+        if step <= before:  # another run, or an older checkpoint: its interval begins at its own start
+            before, earlier = 0, None
+        logged = [
+            float(entry["learning_rate"])
+            for entry in state.get("log_history", [])
+            if "learning_rate" in entry and before < entry.get("step", 0) <= step
+        ]
+        now, start = (None, None) if isinstance(source, nn.Module) else _scheduled(folder / "scheduler.pt")
+        if logged:
+            rates.append(sum(logged) / len(logged))
+        elif now is not None and start is not None:
+            rates.append(((start if earlier is None else earlier) + now) / 2)
+        else:
+            raise ModelError(
+                f"{source if isinstance(source, str | Path) else type(source).__name__} does not say its learning "
+                "rate: expected trainer_state.json with logged rates, or scheduler.pt, as the Trainer writes them. "
+                "Give one number for each checkpoint with --checkpoint-weights."
+            )
+        before, earlier = step, now
+    return rates
+
+
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from error
+    return state if isinstance(state, dict) else {}
+
+
+def _scheduled(path: Path) -> tuple[float | None, float | None]:
+    """The scheduler's rate at the checkpoint, and the one it was given at the start."""
+    if not path.is_file():
+        return None, None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return float(state["_last_lr"][0]), float(state["base_lrs"][0])
+    except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError):
+        return None, None
+
+
+def with_equal_sum(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
+    """The same checkpoints with weights that add up to 1."""
+    total = sum(each.weight for each in checkpoints)
+    return tuple(replace(each, weight=each.weight / total) for each in checkpoints)

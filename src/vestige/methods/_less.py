@@ -1,0 +1,194 @@
+"""LESS: does Adam's step on the example point where the query's gradient asks to go?"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vestige.curvature import Moments, adam_direction, component_moments, read_adam
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.errors import ModelError, SpecError
+from vestige.gradients import CausalLoss, GradientPass, GradientSink
+from vestige.index import batch_tokens
+from vestige.methods._checkpoints import Checkpoint, with_equal_sum
+from vestige.methods._ensemble import CheckpointMethod, Lines
+from vestige.methods._preconditioned import check_memory
+from vestige.methods._prepared import HELPS, unit_length
+from vestige.methods._protocol import Job
+from vestige.methods._registry import method
+from vestige.methods._stores import ExactGradients, Vectors
+from vestige.models import LoadedModel
+from vestige.progress import progress
+from vestige.runs import Meaning, ScoreBlock
+
+WHOLE_NUMBERS = 2**26
+"""Most numbers of whole training gradients alive at once."""
+
+
+@method("less")
+@dataclass
+class Less(CheckpointMethod):
+    """Cosine of Adam's step on the example with the query's gradient, weighted by learning rate over checkpoints.
+
+    `score = sum_c w_c cos(A_c(grad loss(example)), grad loss(query))` with `A_c` the step that Adam's state in
+    checkpoint c would make of this gradient, and `w_c` its share of the learning rates (Xia et al. 2024,
+    arXiv:2402.04333). Whole gradients, where the paper projects them. Losses are means over an example's target tokens,
+    because Adam's moments are of such a loss; each example is preconditioned alone.
+    """
+
+    name = "less"
+    meaning = Meaning(
+        sign=HELPS,
+        unit="cosine, from -1 to 1",
+        target="this run: its path through the checkpoints",
+        normalisation="length of the query's gradient and of Adam's step on the example",
+        estimates="How well Adam's step on the example pointed along the one that lowers the query's loss, on average "
+        "over training by learning rate.",
+        cost="One forward and backward pass over the training data for each checkpoint, forming every example's whole "
+        "gradient; memory for the whole gradients of the queries and three times the selected parameters.",
+        limits="Says nothing about how far the step goes. Each step contains Adam's momentum, which all examples share "
+        "and which lifts or lowers all scores of a query alike: compare examples, not signs, where it dominates.",
+    )
+    subtasks: Annotated[
+        bool,
+        "Average the gradients of queries of one `source`; an example's score, the same for all queries, is that for "
+        "the source it serves best.",
+    ] = False
+
+    def lines(self, job: Job) -> int:
+        """One for each query, or each subtask."""
+        return len(self._groups(job))
+
+    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
+        """Shares that add up to 1, so that scores stay cosines."""
+        return [each.weight for each in with_equal_sum(checkpoints)]
+
+    def key(self, job: Job) -> dict[str, Any]:
+        """Which queries belong together."""
+        return {"groups": self._groups(job), "optimizers": [_stamp(each) for each in job.checkpoints]}
+
+    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
+        """The parts of the best subtask, by its whole sum over checkpoints, for every query."""
+        if not self.subtasks:
+            return parts
+        best = sums.argmax(0)
+        chosen = parts.gather(-2, best.expand(*parts.shape[:-2], 1, -1))
+        return chosen.expand(*parts.shape[:-2], len(job.queries), -1)
+
+    def term(self, job: Job, checkpoint: Checkpoint) -> "LessTerm":
+        """Adam's state of this checkpoint, and the queries' directions."""
+        # Another loss than the run's: a sum over tokens would outweigh the moments of a mean.
+        job = replace(job, settings=job.settings.model_copy(update={"loss": "mean"}))
+        loaded = job.model_for(self.name)
+        check_memory(job)
+        if isinstance(checkpoint.source, nn.Module):
+            raise ModelError("LESS reads Adam's state beside the weights: give checkpoint folders, not live models.")
+        found = read_adam(Path(checkpoint.source).expanduser(), loaded.model)
+        moments = [component_moments(loaded.model, part, found) for part in job.components]
+        store = ExactGradients(job)
+        vectors = _grouped(store.of_queries(job.queries), self._groups(job))
+        return LessTerm(job, loaded, store, moments, vectors)
+
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
+        """Refused: preconditioned on one side and divided by both lengths, it ranks no example above another.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            "Self-influence with less compares an example's gradient with Adam's step on it, without their lengths: it "
+            "would not rank by influence. Type --method tracin for checkpoints, or --method influence."
+        )
+
+    def _groups(self, job: Job) -> list[list[int]]:
+        """Queries of each line."""
+        if not self.subtasks:
+            return [[query] for query in range(len(job.queries))]
+        found: dict[str, list[int]] = {}
+        for query, example in enumerate(job.queries.examples):
+            if example.source is None:
+                raise SpecError(
+                    f'Query "{example.id}" has no `source`, and --option subtasks=true groups queries by it. Add the '
+                    "column, or leave the option out: every query is then scored by itself."
+                )
+            found.setdefault(example.source, []).append(query)
+        return list(found.values())
+
+
+def _grouped(vectors: Vectors, groups: Sequence[list[int]]) -> Vectors:
+    """The mean gradient of every group at length one."""
+    return unit_length([torch.stack([vector[group].mean(0) for group in groups]) for vector in vectors])
+
+
+def _stamp(checkpoint: Checkpoint) -> list[Any]:
+    """What tells a checkpoint's optimizer from another one."""
+    if isinstance(checkpoint.source, nn.Module):
+        return []
+    path = Path(checkpoint.source) / "optimizer.pt"
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+
+
+@dataclass(frozen=True)
+class LessTerm:
+    """Cosines at one checkpoint."""
+
+    job: Job
+    loaded: LoadedModel
+    store: ExactGradients
+    moments: list[Moments]
+    vectors: Vectors
+    """Mean gradient of each line's queries, at length one over all components."""
+
+    def scores(self) -> Lines:
+        """One pass over the training data."""
+        data = self.job.train
+        with progress(len(data), "Scoring") as bar:
+            for rows, parts in self._streamed(data, self.vectors):
+                yield rows, parts.sum(0)
+                bar.advance(len(rows))
+
+    def self_scores(self) -> Lines:
+        """Refused by the method."""
+        raise AssertionError("less has no self-influence")
+
+    def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
+        """A pass over just these rows."""
+        return self._of_rows(rows, self.vectors)
+
+    def computed_now(
+        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
+    ) -> Float[Tensor, "query row"]:
+        """From the weights as they are, with Adam's state as it was; each query by itself."""
+        vectors = unit_length(self.store.of_queries(self.job.queries.subset(queries)))
+        return self._of_rows(rows.tolist(), vectors).sum(0)
+
+    def _of_rows(self, rows: list[int], vectors: Vectors) -> Float[Tensor, "component line row"]:
+        found = list(self._streamed(self.job.train.subset(rows), vectors))
+        order = torch.argsort(torch.cat([places for places, _ in found]))
+        return torch.cat([parts for _, parts in found], dim=2)[:, :, order]
+
+    def _streamed(
+        self, data: TokenizedData, vectors: Vectors
+    ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
+        """Cosines, split over components, a few examples at a time: whole gradients are large."""
+        components = self.job.components
+        device = next(self.loaded.model.parameters()).device
+        most = max(1, WHOLE_NUMBERS // sum(part.size for part in components))
+        sink, targets = GradientSink(components), torch.as_tensor(data.target_counts > 0, device=device)
+        with GradientPass(self.loaded.model, components, CausalLoss("mean")) as gradient_pass:
+            for batch in plan_batches(data.lengths, batch_tokens(self.job.settings, self.loaded), most):
+                sink.begin(len(batch), device)
+                gradient_pass.run(make_batch(data, batch).to(device), sink)
+                parts, squared = [], torch.zeros(len(batch), device=device)
+                for gradient, moments, vector in zip(sink.gradients, self.moments, vectors, strict=True):
+                    step = adam_direction(gradient, moments).flatten(1)
+                    parts.append(vector @ step.T)
+                    squared += step.square().sum(1)
+                # Momentum alone is no influence of an example that has nothing to learn.
+                shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[torch.as_tensor(batch)]
+                yield torch.as_tensor(batch), (torch.stack(parts) * shares).cpu()

@@ -1,0 +1,248 @@
+"""TRAK: the model as a linear one in its projected gradients, averaged over several models."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from vestige.compress import Compressor, adjoint_gradient, compress_gradient, parse_spec
+from vestige.curvature import absolute_damping
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.errors import NonFinite
+from vestige.files import make_folder, write_durably
+from vestige.gradients import CausalLoss
+from vestige.index import Index, batch_tokens
+from vestige.methods._checkpoints import Checkpoint, Weighting, with_equal_sum
+from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
+from vestige.methods._protocol import Job
+from vestige.methods._registry import method
+from vestige.methods._stores import IndexedGradients, Vectors
+from vestige.progress import progress
+from vestige.runs import Meaning
+
+FEATURES = 4096
+"""Most features: the matrix of their inner products has so many rows and columns, and is inverted."""
+
+SMALLEST_DOUBT = 1e-6
+"""Least 1 - p that is divided by: below it, float32 losses hold no digits of it."""
+
+
+@method("trak")
+@dataclass
+class Trak(CheckpointMethod):
+    """Tracing with the randomly-projected after kernel (Park et al. 2023, arXiv:2303.14186).
+
+    For model m, `phi(z) = P grad f(z)` with the margin `f = log(p / (1 - p))`, where `log p` is minus the *mean* loss
+    of the example's own target tokens, whatever `--loss` says, and P a random projection. Then
+
+        score = mean_m [phi_m(query)^T (Phi_m^T Phi_m + d I)^-1 phi_m(example)] * mean_m [1 - p_m(example)],
+
+    Phi having the rows of all training examples, and d relative to the mean eigenvalue. The margin is of each example:
+    on the mean loss of a batch its logarithm would couple the examples. `grad f = -grad loss / (1 - p)`, so an index of
+    plain gradients and losses holds all that is needed.
+    """
+
+    name = "trak"
+    meaning = Meaning(
+        sign="positive: training on the example raises the margin of the query, so it lowers the query's loss; "
+        "negative: it raises it",
+        unit="log odds of the query (of its mean token loss), up to the damping's scale",
+        target="the average run, as far as several independently trained models were given",
+        normalisation="kernel of the projected gradients of all training examples",
+        estimates="How much the query's log odds would fall if the example were left out of training, for a model that "
+        "is linear in its gradients.",
+        cost="An index for each model (made on the way unless given) and two reads of it; a square matrix of up to "
+        "4096 rows; 4 bytes on disk per model, query and example until the run is written.",
+        limits="One model gives little: give several, best trained on random halves of the data. Projected gradients "
+        "of one random projection are noisy; the damping sets the scale, so compare within a run.",
+    )
+    weighting: ClassVar[Weighting] = "equal"
+
+    def lines(self, job: Job) -> int:
+        """The queries, and 1 - p."""
+        return len(job.queries) + 1
+
+    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
+        """A mean."""
+        return [each.weight for each in with_equal_sum(checkpoints)]
+
+    def key(self, job: Job) -> dict[str, Any]:
+        """The damping is inside the mean."""
+        return {"damping": job.settings.damping}
+
+    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
+        """Times the mean of 1 - p."""
+        return parts[..., : len(sums) - 1, :] * sums[-1]
+
+    def term(self, job: Job, checkpoint: Checkpoint) -> "TrakTerm":  # noqa: ARG002
+        """The kernel of this model, and its inverse times the queries' features."""
+        assert job.loaded is not None
+        store = open_checkpoint_store(job, job.loaded.fingerprint[:16], stored=True)
+        assert isinstance(store, IndexedGradients)
+        features = Features(store.index, job.train.target_counts)
+        return TrakTerm.of(job, store, features, _kernel(store.index, features))
+
+
+@dataclass(frozen=True)
+class Features:
+    """From stored gradients and losses to features."""
+
+    index: Index
+    target_counts: Int[np.ndarray, "example"]
+
+    @cached_property
+    def projection(self) -> Compressor | None:
+        """A sparse projection of the stored numbers, None where they are few enough."""
+        if self.index.width <= FEATURES:
+            return None
+        return parse_spec(f"sjlt:{FEATURES}").build("trak", (self.index.width, 1), self.index.manifest.seed)
+
+    @property
+    def size(self) -> int:
+        """Numbers per example."""
+        return min(self.index.width, FEATURES)
+
+    def projected(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
+        """Stored numbers under the projection."""
+        return rows if self.projection is None else compress_gradient(self.projection, rows[:, :, None])
+
+    def unprojected(self, features: Float[Tensor, "row feature"]) -> Float[Tensor, "row column"]:
+        """The transposed map."""
+        return features if self.projection is None else adjoint_gradient(self.projection, features)[:, :, 0]
+
+    def per_token(self, counts: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
+        """What turns the index's loss into a mean over tokens."""
+        divisors = np.maximum(counts, 1) if self.index.manifest.loss == "sum" else np.ones(len(counts))
+        return torch.from_numpy(1.0 / divisors).float()
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(rows, their stored gradients, factors that make them the margin's, 1 - p)."""
+        for block in self.index.blocks():
+            scale = self.per_token(self.target_counts[block.example.numpy()])
+            unsure = doubt(block.loss.float() * scale)
+            yield block.example, block.gradients, scale / unsure, unsure
+
+
+def doubt(mean_losses: Float[Tensor, "row"]) -> Float[Tensor, "row"]:
+    """`1 - p` with p the geometric mean of the probabilities of an example's own target tokens."""
+    return -torch.expm1(-mean_losses).clamp(max=-SMALLEST_DOUBT)
+
+
+@dataclass(frozen=True)
+class TrakTerm:
+    """`phi(query)^T (Phi^T Phi + d I)^-1 phi(example)` at one model, and below it 1 - p."""
+
+    job: Job
+    store: IndexedGradients
+    features: Features
+    factor: Float[Tensor, "feature feature"]
+    """Lower Cholesky factor of the damped kernel, float64."""
+    vectors: Float[Tensor, "query column"]
+
+    @classmethod
+    def of(
+        cls, job: Job, store: IndexedGradients, features: Features, kernel: Float[Tensor, "feature feature"]
+    ) -> "TrakTerm":
+        """The term with its queries preconditioned.
+
+        Raises:
+            NonFinite: The damped kernel is singular.
+        """
+        damping = absolute_damping(job.settings.damping, float(kernel.diagonal().mean()))
+        factor, failed = torch.linalg.cholesky_ex(kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype))
+        if int(failed):
+            raise NonFinite(f"TRAK's kernel is singular at --damping {job.settings.damping}. Type a larger one.")
+        term = cls(job, store, features, factor, torch.zeros(0, features.index.width))
+        return cls(job, store, features, factor, term._preconditioned(job.queries))
+
+    def scores(self) -> Lines:
+        """One read of the index."""
+        with progress(self.store.index.rows, "Scoring") as bar:
+            for rows, gradients, factors, unsure in self.features.blocks():
+                yield rows, torch.cat([self.vectors @ gradients.T * factors, unsure[None]])
+                bar.advance(len(rows))
+
+    def self_scores(self) -> Lines:
+        """`phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
+        for rows, gradients, factors, unsure in self.features.blocks():
+            features = (self.features.projected(gradients) * factors[:, None]).double()
+            whitened = torch.linalg.solve_triangular(self.factor, features.T, upper=False)
+            yield rows, torch.stack([whitened.square().sum(0).float(), unsure])
+
+    def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
+        """The numbers of the queries, component by component."""
+        products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
+        return products * self._stored_factors(rows)
+
+    def computed_now(
+        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
+    ) -> Float[Tensor, "query row"]:
+        """From the weights as they are, with the kernel as it was."""
+        vectors = self.store.split(self._preconditioned(self.job.queries.subset(queries)))
+        products = self.store.computed_now(vectors, rows.tolist(), norms=False)
+        # The factors 1 / (1 - p) and 1 - p of the same model cancel.
+        return products.scores.sum(0) * self.features.per_token(self.features.target_counts[rows])
+
+    def _preconditioned(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
+        scale = self.features.per_token(queries.target_counts) / doubt(_mean_losses(self.job, queries))
+        features = self.features.projected(_joined(self.store.of_queries(queries))) * scale[:, None]
+        solved = torch.cholesky_solve(features.double().T, self.factor).T.float()
+        return self.features.unprojected(solved)
+
+    def _stored_factors(self, rows: list[int]) -> Float[Tensor, "row"]:
+        """Factors of a few rows, from their stored losses."""
+        wanted = torch.as_tensor(rows)
+        found = torch.zeros(len(self.job.train))
+        for block_rows, _, factors, _ in self.features.blocks():
+            found[block_rows] = factors
+        return found[wanted]
+
+
+def _joined(vectors: Vectors) -> Float[Tensor, "query column"]:
+    return torch.cat(vectors, dim=1).cpu()
+
+
+def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
+    """Mean loss of every example's target tokens, by the model as it is."""
+    loaded = job.model_for(job.settings.method)
+    device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
+    losses = torch.zeros(len(data))
+    with torch.no_grad():
+        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded)):
+            batch = make_batch(data, rows).to(device)
+            losses[torch.as_tensor(rows)] = objective.losses(loaded.model, batch).float().cpu()
+    return losses
+
+
+def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"]:
+    """`Phi^T Phi` in float64, read from beside the index or measured and kept there."""
+    path = index.folder / "curvature" / f"trak-{index.fingerprint[:16]}-{features.size}.safetensors"
+    found = _read_kernel(path)
+    if found is not None:
+        return found.double()
+    total = torch.zeros(features.size, features.size, dtype=torch.float64)
+    with progress(index.rows, "Kernel") as bar:
+        for rows, gradients, factors, _ in features.blocks():
+            scaled = features.projected(gradients) * factors[:, None]
+            # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
+            total += (scaled.T @ scaled).double()
+            bar.advance(len(rows))
+    make_folder(path.parent)
+    write_durably(path, [save({"kernel": total.float()})])
+    return total.float().double()
+
+
+def _read_kernel(path: Path) -> Tensor | None:
+    """The kept kernel, None if there is none or it is damaged: it is cheap to measure again."""
+    try:
+        return load_file(path)["kernel"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None

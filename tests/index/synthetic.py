@@ -3,16 +3,19 @@
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vestige.data import Example, Message
+from vestige.errors import WorkElsewhere
 from vestige.index import (
     CompressionIdentity,
     DataIdentity,
     IndexedComponent,
+    IndexPlan,
     Manifest,
     ModelIdentity,
     Plan,
@@ -20,8 +23,10 @@ from vestige.index import (
     PlanRecord,
     ShardContent,
     plan_index,
-    write_shards,
+    prepare_index,
 )
+from vestige.launch import run_plan
+from vestige.settings import LaunchSettings
 
 WIDTH = 24
 COMPONENTS = (
@@ -86,18 +91,27 @@ def planned(folder: Path, examples: int = 60, *, append: bool = False, **changes
     return plan_index(folder, draft(examples, **changes), lengths_of(examples), fingerprint_of, append=append)
 
 
-def build(
+def work_of(
     folder: Path,
     examples: int = 60,
     *,
     append: bool = False,
-    shard: tuple[int, int] | None = None,
     compute: Callable[[PlannedBatches], ShardContent] = compute,
+    skip_bad: bool = False,
     **changes,
-) -> list[int]:
-    """Build or continue the index in `folder`; the numbers of the shards that were computed."""
+) -> IndexPlan:
     manifest, plan = planned(folder, examples, append=append, **changes)
-    return write_shards(folder, manifest, plan, compute, examples=examples_of(examples), shard=shard, progress=False)
+    return IndexPlan(folder, manifest, plan, examples_of(examples), lambda: nullcontext(compute), skip_bad=skip_bad)
+
+
+def build(folder: Path, examples: int = 60, *, shard: tuple[int, int] | None = None, **options) -> list[int]:
+    """Build or continue the index in `folder`; the numbers of the shards that were computed."""
+    settings = LaunchSettings(shard=f"{shard[0] + 1}/{shard[1]}" if shard else None)
+    work = work_of(folder, examples, **options)
+    missing = prepare_index(work)
+    with suppress(WorkElsewhere):
+        run_plan(work, settings, None)
+    return [number for number in missing if work.is_done(number)]
 
 
 def build_slowly(folder: Path, log: Path, seconds: float, examples: int, plan: PlanRecord) -> None:
@@ -116,4 +130,6 @@ def build_slowly(folder: Path, log: Path, seconds: float, examples: int, plan: P
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file under `folder`, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # What the job left beside the index tells of times and hosts.
+    files = [path for path in files if path.relative_to(folder).parts[0] != "launch"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

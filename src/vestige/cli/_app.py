@@ -9,12 +9,13 @@ from keyword import iskeyword
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
-from vestige.errors import UserError
+from vestige.errors import UserError, WorkElsewhere
 from vestige.settings import EVALUATIONS
 
 VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
     "index": "Store the compressed gradient of every training example.",
+    "precondition": "Measure the curvature of an index, and precondition its gradients.",
     "attribute": "Rank the training examples behind an answer.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "report": "Write a run as one HTML file that opens offline.",
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(_parse_error(error))
     except UserError as error:
         _fail(str(error))
+    except WorkElsewhere as note:
+        print(note)
     except OSError as error:
         if error.errno not in _OUTSIDE:
             raise

@@ -20,9 +20,10 @@ from vestige.index._manifest import (
     read_manifest,
 )
 from vestige.index._plan import Plan, PlannedShard, plan_index
-from vestige.index._run import IndexStatus, PlannedBatches, index_status, remove_index, write_shards
+from vestige.index._run import IndexStatus, index_status, prepare_index, remove_index
 from vestige.index._shards import ShardContent
 from vestige.index._store import Index, IndexBlock, ShardFault
+from vestige.index._work import IndexPlan, PlannedBatches
 
 __all__ = [
     "CompressedGradients",
@@ -32,6 +33,7 @@ __all__ = [
     "ImportRecord",
     "Index",
     "IndexBlock",
+    "IndexPlan",
     "IndexStatus",
     "IndexedComponent",
     "Inputs",
@@ -57,10 +59,10 @@ __all__ = [
     "index_status",
     "lay_out",
     "plan_index",
+    "prepare_index",
     "read_data",
     "read_inputs",
     "read_manifest",
     "remove_index",
     "tokens_at_most",
-    "write_shards",
 ]

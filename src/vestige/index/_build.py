@@ -1,20 +1,23 @@
 """`vestige index`: from a model and its training data to an index on disk."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vestige.compress import CompressionSpec
 from vestige.data import TokenizedData
-from vestige.files import check_disk
+from vestige.errors import UserError, WorkElsewhere
 from vestige.index._budget import choose_spec
 from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._estimate import announce_estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
-from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity, expected_shards
-from vestige.index._plan import Plan, PlannedShard, plan_index
-from vestige.index._run import remove_index, write_shards
-from vestige.index._shards import shard_fault
+from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity
+from vestige.index._plan import Plan, plan_index
+from vestige.index._run import prepare_index, remove_index
 from vestige.index._store import Index
+from vestige.index._work import IndexPlan, ShardCompute
+from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
+from vestige.progress import announce
 from vestige.settings import DoctorSettings, IndexSettings, verb
 
 
@@ -35,26 +38,53 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
     """`index` for a model and data that are loaded already."""
     spec = choose_spec(settings, inputs.selection, len(inputs.data))
     if settings.overwrite:
+        _require_one_process()
         remove_index(settings.out)
-    draft = draft_manifest(settings, inputs, spec)
-    manifest, plan = _planned(settings, draft, inputs.data)
-    missing = _missing_shards(settings, manifest, plan)
-    check_disk(settings.out, sum(len(shard.rows) for shard in missing) * manifest.row_bytes)
-    components = inputs.selection.components
-    with CompressedGradients(
-        inputs.loaded, components, manifest.components, spec, settings.seed, settings.loss
-    ) as compute:
-        if missing:
-            announce_estimate(estimate_cost(compute, inputs.data, manifest, missing), manifest, inputs.selection)
-        write_shards(
-            settings.out,
-            manifest,
-            plan,
-            lambda batches: compute.rows(inputs.data, batches),
-            examples=inputs.data.examples,
-            shard=settings.part,
+    manifest, plan = _planned(settings, draft_manifest(settings, inputs, spec), inputs.data)
+
+    @contextmanager
+    def compute() -> Iterator[ShardCompute]:
+        with _gradients(settings, inputs, manifest, spec) as gradients:
+            yield lambda batches: gradients.rows(inputs.data, batches)
+
+    work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
+    if not is_worker():
+        _announce_cost(settings, inputs, work, spec, prepare_index(work))
+    try:
+        return run_plan(work, settings, worker_command(settings, "index"))
+    except WorkElsewhere as note:
+        if settings.part is None:
+            raise
+        announce(str(note))
+        return Index.open(settings.out, allow_missing=True)
+
+
+def _gradients(
+    settings: IndexSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec
+) -> CompressedGradients:
+    return CompressedGradients(
+        inputs.loaded, inputs.selection.components, manifest.components, spec, settings.seed, settings.loss
+    )
+
+
+def _announce_cost(
+    settings: IndexSettings, inputs: Inputs, work: IndexPlan, spec: CompressionSpec, missing: list[int]
+) -> None:
+    """A person knows the time, memory and disk before this process's share begins."""
+    number, parts = settings.part or (0, 1)
+    shards = [work.plan.shards[piece] for piece in missing if piece % parts == number]
+    if shards:
+        with _gradients(settings, inputs, work.manifest, spec) as gradients:
+            estimate = estimate_cost(gradients, inputs.data, work.manifest, shards)
+        announce_estimate(estimate, work.manifest, inputs.selection)
+
+
+def _require_one_process() -> None:
+    if is_one_of_several():
+        raise UserError(
+            "--overwrite under torchrun would have every rank delete what the others make. Delete the folder first, "
+            "and run the command without --overwrite."
         )
-    return Index.open(settings.out, allow_missing=settings.part is not None)
 
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
@@ -82,15 +112,3 @@ def _planned(settings: IndexSettings, draft: Manifest, data: TokenizedData) -> t
         lambda start, stop: fingerprint_rows(data, start, stop),
         append=settings.append,
     )
-
-
-def _missing_shards(settings: IndexSettings, manifest: Manifest, plan: Plan) -> list[PlannedShard]:
-    """Shards of this worker's share that are not on disk yet."""
-    folder = Path(settings.out)
-    expected = expected_shards(manifest)
-    number, parts = settings.part or (0, 1)
-    return [
-        shard
-        for shard in plan.shards[number::parts]
-        if shard_fault(folder, shard.number, expected[shard.number], contents=False)
-    ]

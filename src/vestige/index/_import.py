@@ -1,5 +1,6 @@
 """`vestige import`: what other software has published, as an index, or as a run where it holds scores."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,15 @@ from vestige.index._manifest import (
     ModelIdentity,
 )
 from vestige.index._plan import plan_index
-from vestige.index._run import PlannedBatches, remove_index, write_shards
+from vestige.index._run import prepare_index, remove_index
 from vestige.index._shards import ShardContent
 from vestige.index._store import Index
+from vestige.index._work import IndexPlan, PlannedBatches
+from vestige.launch import run_plan
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.runs import Scores
-from vestige.settings import ImportLayout, ImportSettings, verb
+from vestige.settings import ImportLayout, ImportSettings, LaunchSettings, verb
 
 UNKNOWN = "unknown"
 _READERS = {"projections": read_projections, "fullgrads": read_full_gradients, "chunks": read_chunks}
@@ -116,8 +119,9 @@ def _write_index(settings: ImportSettings, published: Published) -> Index:
         gradients = published.reader.read(rows)
         return ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
 
-    write_shards(settings.out, manifest, plan, content, examples=mapped.data.examples)
-    return Index.open(settings.out)
+    work = IndexPlan(settings.out, manifest, plan, mapped.data.examples, lambda: nullcontext(content))
+    prepare_index(work)
+    return run_plan(work, LaunchSettings(), None)
 
 
 def _mapped(settings: ImportSettings, published: Published) -> _Mapped:

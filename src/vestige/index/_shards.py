@@ -83,6 +83,8 @@ class Marker(NamedTuple):
     """Fingerprint of everything that decides the shard's content."""
     vestige: str
     torch: str
+    skipped: tuple[int, ...] = ()
+    """Rows of the data whose loss or gradient was not finite, and which hold zeros; in the file only if there are."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -102,6 +104,8 @@ def write_shard(
     dtype: StoredType,
     expected: Expectation,
     name_of: Callable[[int], str] = "row {}".format,
+    *,
+    skip_bad: bool = False,
 ) -> Marker:
     """Shard `number` is on disk, whole, and then marked so.
 
@@ -112,20 +116,26 @@ def write_shard(
         dtype: How to store the gradients.
         expected: What the manifest says about the shard.
         name_of: How to name the example at a row of the data in an error.
+        skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
 
     Raises:
-        NonFinite: A loss or a gradient is NaN or infinite; nothing was written.
+        NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off; nothing was written.
         DiskSpaceError: The disk is full; nothing is left behind.
     """
-    largest = torch.linalg.vector_norm(content.gradients, ord=float("inf"), dim=1)
+    largest = _largest(content)
+    skipped: tuple[int, ...] = ()
+    if skip_bad and (skipped := tuple(content.example[~_is_finite(content, largest)].tolist())):
+        content = _with_zeros(content, _is_finite(content, largest))
+        largest = _largest(content)
     _require_finite(content, largest, name_of)
     # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
     if marker_path(folder, number).exists():
         remove_durably(marker_path(folder, number))
     written = write_durably(shard_path(folder, number), _encoded(content, largest, dtype))
     made_by = _vestige_version(), str(torch.__version__)
-    marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by)
-    text = json.dumps(marker._asdict(), indent=1) + "\n"
+    marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, skipped)
+    fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
+    text = json.dumps(fields, indent=1) + "\n"
     write_durably(marker_path(folder, number), [text.encode()])
     return marker
 
@@ -133,8 +143,9 @@ def write_shard(
 def read_marker(folder: Path, number: int) -> Marker | None:
     """The marker of a shard, None if there is none or it does not read."""
     try:
-        return Marker(**json.loads(marker_path(folder, number).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        fields = json.loads(marker_path(folder, number).read_bytes())
+        return Marker(**(fields | {"skipped": tuple(fields.get("skipped", ()))}))
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -193,6 +204,22 @@ def _view(body: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
     return torch.frombuffer(body, dtype=dtype, count=count, offset=start + first).view(shape)
 
 
+def _largest(content: ShardContent) -> Float[Tensor, "row"]:
+    return torch.linalg.vector_norm(content.gradients, ord=float("inf"), dim=1)
+
+
+def _is_finite(content: ShardContent, largest: Float[Tensor, "row"]) -> Tensor:
+    return torch.isfinite(content.loss) & torch.isfinite(largest) & torch.isfinite(content.norm)
+
+
+def _with_zeros(content: ShardContent, keep: Tensor) -> ShardContent:
+    """The content with every number of the other rows zero: a product with NaN would still be NaN."""
+    gradients = torch.where(keep[:, None], content.gradients, 0.0)
+    return ShardContent(
+        gradients, torch.where(keep, content.loss, 0.0), torch.where(keep, content.norm, 0.0), content.example
+    )
+
+
 def _require_finite(content: ShardContent, largest: Tensor, name_of: Callable[[int], str]) -> None:
     for what, values in (("loss", content.loss), ("gradient", largest), ("gradient norm", content.norm)):
         bad = content.example[~torch.isfinite(values)].tolist()
@@ -200,7 +227,7 @@ def _require_finite(content: ShardContent, largest: Tensor, name_of: Callable[[i
             names = ", ".join(name_of(row) for row in bad[:10]) + (", ..." if len(bad) > 10 else "")
             raise NonFinite(
                 f"The {what} of {len(bad)} example{'s' * (len(bad) > 1)} is NaN or infinite: {names}. "
-                "Look at these texts, try --precision float32, or leave them out of the data."
+                "Look at these texts, try --precision float32, leave them out of the data, or type --skip-bad."
             )
 
 

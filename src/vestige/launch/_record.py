@@ -122,7 +122,9 @@ class JobFolder:
             log or os.environ.get("VESTIGE_LOG", ""),
             this_worker().host,
         )
-        write_durably(self._failure_path(piece), [json.dumps(failure._asdict(), indent=1).encode()])
+        # On a full disk the failure itself is what a person must read, not that it could not be noted.
+        with contextlib.suppress(UserError):
+            write_durably(self._failure_path(piece), [json.dumps(failure._asdict(), indent=1).encode()])
         return failure
 
     def failure(self, piece: int) -> Failure | None:

@@ -46,3 +46,13 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
         return Role("rank", number=int(rank), of=int(ranks))
     return Role("driver")
+
+
+def is_worker() -> bool:
+    """Whether a driver started this process to do a part of its job, and has prepared everything."""
+    return this_role().kind in ("worker", "reduce")
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or accelerate started this process as one of several that run the same program."""
+    return this_role().kind == "rank"

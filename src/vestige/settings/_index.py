@@ -16,6 +16,9 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     out: Path = Field(description="Folder of the index; an interrupted run continues in it.")
     append: bool = Field(False, description="Add the rows that the data gained since; old shards stay untouched.")
+    skip_bad: bool = Field(
+        False, description="Leave out, and list, examples whose loss or gradient is NaN or infinite, instead of ending."
+    )
     overwrite: bool = Field(False, description="Delete an index that is already there instead of continuing it.")
 
 

@@ -1,0 +1,163 @@
+"""An index as a work plan: its shards are the pieces, and the reduce sees that together they are the data."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import final, overload
+
+import numpy as np
+
+from vestige.data import Example
+from vestige.errors import CorruptFile
+from vestige.index._manifest import Expectation, Manifest, expected_shards
+from vestige.index._plan import Plan, PlannedShard
+from vestige.index._shards import ShardContent, map_shard, shard_fault, write_shard
+from vestige.index._store import Index
+from vestige.launch import Compute, ranges, step_done
+
+_SHOWN = 10
+
+
+@final
+class PlannedBatches(Sequence[np.ndarray]):
+    """The batches of one shard; a loop over them counts one as done when it comes back for the next."""
+
+    def __init__(self, batches: tuple[np.ndarray, ...]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[np.ndarray, ...]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | tuple[np.ndarray, ...]:
+        return self._batches[index]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for batch in self._batches:
+            yield batch
+            step_done(len(batch))
+
+
+ShardCompute = Callable[[PlannedBatches], ShardContent]
+"""Turns the batches of a shard (each an array of rows of the data) into its content, rows in that order; it iterates
+over the batches once."""
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """The shards of an index, and the finished index; `prepare_index` makes the folder ready for it."""
+
+    folder: Path
+    manifest: Manifest
+    """From `plan_index`."""
+    plan: Plan
+    """From `plan_index`."""
+    examples: Sequence[Example]
+    """All examples, in row order."""
+    compute: Callable[[], AbstractContextManager[ShardCompute]]
+    """Opens what shards are computed with."""
+    skip_bad: bool = False
+    name: str = "Indexing"
+    unit: str = "examples"
+
+    @property
+    def pieces(self) -> int:
+        """Number of shards."""
+        return len(self.plan)
+
+    def is_done(self, piece: int) -> bool:
+        """Whether the shard's marker is this index's and its file has the right size."""
+        return shard_fault(self.folder, piece, self.expected[piece], contents=False) is None
+
+    def weight(self, piece: int) -> int:
+        """Examples in the shard."""
+        return self.expected[piece].rows
+
+    @contextmanager
+    def open(self) -> Iterator[Compute]:
+        """What computes a shard and writes it."""
+        with self.compute() as compute:
+            yield lambda piece: self._fill(piece, compute)
+
+    def reduce(self) -> Index:
+        """The finished index.
+
+        Raises:
+            CorruptFile: Shards are missing, or do not hold each example once; the message lists them.
+        """
+        faults = [
+            f"shard {number}: {fault}"
+            for number in range(self.pieces)
+            if (fault := shard_fault(self.folder, number, self.expected[number], contents=False))
+        ]
+        if faults:
+            raise CorruptFile(_listed(f"{len(faults)} of {self.pieces} shards of {self.folder} do not count", faults))
+        require_each_example_once(self.folder, self.manifest)
+        return Index.open(self.folder)
+
+    @cached_property
+    def expected(self) -> tuple[Expectation, ...]:
+        """What the manifest says about each shard."""
+        return expected_shards(self.manifest)
+
+    def _fill(self, piece: int, compute: ShardCompute) -> None:
+        planned = self.plan.shards[piece]
+        content = compute(PlannedBatches(planned.batches))
+        _require_planned(content, planned, self.manifest)
+        write_shard(
+            self.folder,
+            piece,
+            content,
+            self.manifest.dtype,
+            self.expected[piece],
+            self._name_of,
+            skip_bad=self.skip_bad,
+        )
+
+    def _name_of(self, row: int) -> str:
+        return f'"{self.examples[row].id}" (row {row})'
+
+
+def require_each_example_once(folder: Path, manifest: Manifest) -> None:
+    """Nothing happens if every row of the data lies in one place of one shard.
+
+    Raises:
+        CorruptFile: Shards overlap, or leave examples out; the message lists both.
+    """
+    total = sum(manifest.shard_rows)
+    holder = np.full(total, -1, dtype=np.int64)
+    faults = []
+    for number in range(len(manifest.shard_rows)):
+        rows = map_shard(folder, number).example.numpy()
+        inside = rows[(rows >= 0) & (rows < total)]
+        if len(inside) < len(rows):
+            faults.append(f"shard {number} holds rows that the data does not have")
+        others = sorted(set(holder[inside].tolist()) - {-1})
+        if others:
+            faults.append(f"shard {number} overlaps with {ranges(others)}")
+        if len(np.unique(inside)) < len(inside):
+            faults.append(f"shard {number} holds examples twice")
+        holder[inside] = number
+    if (absent := np.flatnonzero(holder < 0)).size:
+        faults.append(f"rows {ranges(absent.tolist())[:200]} are in no shard")
+    if faults:
+        raise CorruptFile(_listed(f"The shards of {folder} do not hold each of {total:,} examples once", faults))
+
+
+def _listed(what: str, faults: list[str]) -> str:
+    more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
+
+
+def _require_planned(content: ShardContent, planned: PlannedShard, manifest: Manifest) -> None:
+    rows = planned.rows
+    if not np.array_equal(content.example.cpu().numpy(), rows):
+        raise ValueError(f"shard {planned.number} was computed with other rows than planned")
+    shape = (len(rows), manifest.width)
+    if content.gradients.shape != shape or not len(content.loss) == len(content.norm) == len(rows):
+        raise ValueError(f"shard {planned.number} has shape {tuple(content.gradients.shape)}, expected {shape}")

@@ -46,7 +46,7 @@ def test_an_error_that_the_user_has_to_mend_keeps_its_class(tmp_path):
 
 def test_a_piece_that_kills_its_worker_is_given_up_and_the_others_are_done(tmp_path):
     plan = ToyPlan(tmp_path, pieces=6, deadly=(2,))
-    with pytest.raises(PieceFailed, match="its worker died .SIGKILL: often too little memory"):
+    with pytest.raises(PieceFailed, match=r"its worker died .SIGKILL: often too little memory"):
         plan.run(workers=2, retries=1)
     assert [piece for piece in range(6) if not plan.is_done(piece)] == [2]
 

@@ -1,0 +1,98 @@
+"""A real SLURM: arrays complete by themselves, whatever becomes of their tasks, and the bytes are the same."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch import slurm
+from tests.launch.toy import ToyPlan
+from vestige.errors import PieceFailed, UserError, WorkElsewhere
+from vestige.launch import _scheduler as scheduler
+from vestige.launch._record import JobFolder
+from vestige.settings import LaunchSettings
+
+
+def test_an_array_does_the_pieces_and_the_driver_reduces(on_slurm, tmp_path):
+    plan = ToyPlan(tmp_path, pieces=8, seconds=0.1)
+    assert plan.run(engine="slurm", workers=3) == plan.expected()
+    assert sorted(plan.computed()) == list(range(8))
+    _wait_for(lambda: not slurm.ask(on_slurm, "squeue", "-h"))
+
+
+def test_without_a_waiting_driver_the_job_after_the_array_reduces(on_slurm, tmp_path):
+    plan = ToyPlan(tmp_path, pieces=6)
+    with pytest.raises(WorkElsewhere, match="vestige status"):
+        plan.run(engine="slurm", workers=2, wait=False)
+    _wait_for((tmp_path / "result.txt").exists)
+    assert (tmp_path / "result.txt").read_text() == plan.expected()
+
+
+def test_a_failing_piece_is_reported_with_its_log(on_slurm, tmp_path):
+    with pytest.raises(PieceFailed, match="cannot square 3") as caught:
+        ToyPlan(tmp_path, pieces=5, fail=(3,)).run(engine="slurm", workers=2, retries=1)
+    assert "/logs/" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_tasks_killed_cancelled_and_warned_of_their_limit_leave_nothing_undone(on_slurm, tmp_path):
+    plan = ToyPlan(tmp_path, pieces=24, seconds=1.0, steps=10)
+    with pytest.raises(WorkElsewhere):
+        plan.run(engine="slurm", workers=8, wait=False, retries=5)
+    claims = tmp_path / "launch" / "squaring" / "claims"
+    _wait_for(lambda: len(list(claims.glob("*.json"))) == 2)
+    killed, warned = (owner.worker for owner in JobFolder.of(tmp_path, plan.name).claims.held().values())
+    # One dies by -9, the other is told that its limit is near; of those that wait, one is cancelled.
+    os.kill(killed.pid, signal.SIGKILL)
+    slurm.ask(on_slurm, "scancel", "--batch", "--signal=USR1", warned.job)
+    pending = slurm.ask(on_slurm, "squeue", "-h", "-r", "-t", "PD", "-o", "%i").split()
+    slurm.ask(on_slurm, "scancel", next(job for job in pending if "_" in job))
+    _wait_for((tmp_path / "result.txt").exists, 120)
+    assert (tmp_path / "result.txt").read_text() == plan.expected()
+    assert 24 <= len(plan.computed()) <= 24 + 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("1:30", 90), ("4:00:00", 14400), ("2-0", 172800), ("1-12:30", 131400), ("abc", None)],
+)
+def test_time_limits_read_as_sbatch_reads_them(limit, seconds):
+    assert scheduler.seconds_of(limit) == seconds
+
+
+def test_a_machine_without_slurm_says_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="login node"):
+        ToyPlan(tmp_path).run(engine="slurm", workers=2)
+
+
+def test_a_silent_scheduler_is_not_waited_for(monkeypatch):
+    def silent(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("squeue", timeout)
+
+    monkeypatch.setattr("subprocess.run", silent)
+    with pytest.raises(scheduler.SchedulerSilent, match="did not answer within 30 s"):
+        scheduler.waiting_or_running(["17"])
+
+
+def test_arrays_respect_the_largest_size(tmp_path, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(scheduler, "largest_array", lambda: 4)
+    monkeypatch.setattr(scheduler, "submit", lambda options, _: submitted.append(options) or str(len(submitted)))
+    monkeypatch.setattr(scheduler, "waiting_or_running", lambda _: {})
+    plan = ToyPlan(tmp_path)
+    with pytest.raises(WorkElsewhere):
+        plan.run(**LaunchSettings(engine="slurm", workers=10, wait=False, time="0:50", gres="gpu:1").model_dump())
+    arrays = [option for options in submitted for option in options if option.startswith("--array")]
+    assert arrays == ["--array=0-3", "--array=0-3", "--array=0-1"]
+    assert "--dependency=afterany:1:2:3" in submitted[-1]
+    assert {"--gres=gpu:1", "--time=0:50", "--requeue", "--signal=B:USR1@10"} <= set(submitted[0])
+
+
+def _wait_for(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)

@@ -13,6 +13,7 @@ from vestige.settings import (
     ExportSettings,
     ImportSettings,
     IndexSettings,
+    PreconditionSettings,
     ReportSettings,
     ViewSettings,
 )
@@ -27,6 +28,7 @@ PUBLIC = [
     "export",
     "import_published",
     "index",
+    "precondition",
     "report",
     "view",
 ]
@@ -37,6 +39,7 @@ VERBS = {
     "export": ExportSettings,
     "import_published": ImportSettings,
     "index": IndexSettings,
+    "precondition": PreconditionSettings,
     "report": ReportSettings,
     "view": ViewSettings,
 }

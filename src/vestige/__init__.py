@@ -2,7 +2,8 @@
 
 The public names, each imported on first use, so that `import vestige` costs no torch:
 
-    index, attribute, report, view, doctor     the verbs, as on the command line
+    index, precondition, attribute             the verbs, as on the command line
+    report, view, doctor
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     Index, Scores                              what the verbs leave on disk, opened again
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate
+    from vestige.curvature import precondition as precondition
     from vestige.doctor import doctor as doctor
     from vestige.errors import VestigeError as VestigeError
     from vestige.index import Index as Index
@@ -37,6 +39,7 @@ __all__ = [
     "export",
     "import_published",
     "index",
+    "precondition",
     "report",
     "view",
 ]
@@ -50,6 +53,7 @@ _HOMES = {
     "export": "vestige.index",
     "import_published": "vestige.index",
     "index": "vestige.index",
+    "precondition": "vestige.curvature",
     "report": "vestige.report",
     "view": "vestige.report",
 }

@@ -11,6 +11,7 @@ from vestige.settings import (
     ExportSettings,
     ImportSettings,
     IndexSettings,
+    PreconditionSettings,
     ReportSettings,
     StatusSettings,
     ViewSettings,
@@ -20,6 +21,7 @@ from vestige.settings import (
 SETTINGS = {
     "doctor": DoctorSettings,
     "index": IndexSettings,
+    "precondition": PreconditionSettings,
     "attribute": AttributeSettings,
     "report": ReportSettings,
     "view": ViewSettings,

@@ -4,6 +4,7 @@ from vestige.curvature._adam import Moments as Moments
 from vestige.curvature._adam import adam_direction as adam_direction
 from vestige.curvature._adam import component_moments as component_moments
 from vestige.curvature._adam import read_adam as read_adam
+from vestige.curvature._cache import FisherPlan as FisherPlan
 from vestige.curvature._cache import fisher_of as fisher_of
 from vestige.curvature._datainf import DataInf as DataInf
 from vestige.curvature._datainf import fit_datainf as fit_datainf
@@ -11,10 +12,14 @@ from vestige.curvature._diagonal import absolute_damping as absolute_damping
 from vestige.curvature._fisher import DAMPING as DAMPING
 from vestige.curvature._fisher import FisherBlock as FisherBlock
 from vestige.curvature._fisher import FisherBlocks as FisherBlocks
+from vestige.curvature._fisher import Measure as Measure
 from vestige.curvature._fisher import accumulate_fisher as accumulate_fisher
 from vestige.curvature._fit import CurvatureData as CurvatureData
 from vestige.curvature._fit import fit_ekfac as fit_ekfac
 from vestige.curvature._fit import fit_kfac as fit_kfac
+from vestige.curvature._ifvp import PreconditionedBlock as PreconditionedBlock
+from vestige.curvature._ifvp import PreconditionedPlan as PreconditionedPlan
+from vestige.curvature._ifvp import read_preconditioned as read_preconditioned
 from vestige.curvature._iterative import Eigenpairs as Eigenpairs
 from vestige.curvature._iterative import arnoldi as arnoldi
 from vestige.curvature._iterative import conjugate_gradient as conjugate_gradient
@@ -26,6 +31,7 @@ from vestige.curvature._kfac_files import curvature_path as curvature_path
 from vestige.curvature._kfac_files import ekfac_of as ekfac_of
 from vestige.curvature._kfac_files import kfac_of as kfac_of
 from vestige.curvature._labels import Labels as Labels
+from vestige.curvature._precondition import precondition as precondition
 from vestige.curvature._products import CurvatureKind as CurvatureKind
 from vestige.curvature._products import CurvatureProduct as CurvatureProduct
 from vestige.curvature._whole import whole_fisher as whole_fisher

@@ -13,10 +13,12 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import SpecError
 from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
+from vestige.launch import is_worker, profile, write_profile
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
 from vestige.methods._partial import remove_partial
+from vestige.methods._plan import self_scores, summarised
 from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method, SplitsByComponent
 from vestige.methods._randomised import randomised_correlation, without_weights
@@ -30,7 +32,6 @@ from vestige.runs import (
     ModelRecord,
     RunRecord,
     RunTables,
-    ScoreCollector,
     Scores,
     ScoreSummary,
     SkippedRecord,
@@ -51,10 +52,12 @@ def attribute(settings: AttributeSettings) -> Scores:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     started = time.perf_counter()
-    check_target(settings.out, overwrite=settings.overwrite)
+    # A worker is never told to overwrite: the process that a person started was, and writes the run.
+    check_target(settings.out, overwrite=settings.overwrite or is_worker())
     method = _method(settings)
-    with open_job(settings, method) as (job, generated):
-        summary = _summarised(job, method)
+    with profile(settings.profile) as measured, open_job(settings, method) as (job, generated):
+        summary = summarised(job, method)
+        own_scores = self_scores(job, method) if settings.self_influence else None
         losses = _query_losses(job)
         pairs = [(entry.query, entry.row) for entry in summary.ranked]
         tables = RunTables(
@@ -67,11 +70,12 @@ def attribute(settings: AttributeSettings) -> Scores:
             components=split_over_components(job, method, pairs),
             tokens=split_over_tokens(job, method, pairs) if settings.tokens else None,
             dense=summary.dense,
-            self_scores=_self_scores(job, method) if settings.self_influence else None,
+            self_scores=own_scores,
         )
         checks = _trust(job, method, summary, losses) if settings.trust else []
         record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
     write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    write_profile(measured, settings.out)
     remove_partial(settings)
     return Scores.open(settings.out)
 
@@ -89,6 +93,11 @@ def _method(settings: AttributeSettings) -> Method:
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
         )
+    if settings.query_rank is not None and not method.needs_gradients:
+        raise SpecError(
+            f"--query-rank shortens the queries' gradients, and {settings.method} uses none. Drop --query-rank, or "
+            "type --method grad-dot, grad-cos or ekfac."
+        )
     if settings.self_influence and not hasattr(method, "self_scores"):
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
@@ -97,17 +106,6 @@ def _method(settings: AttributeSettings) -> Method:
     if method.needs_model and without_model:
         raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
     return method
-
-
-def _summarised(job: Job, method: Method) -> ScoreSummary:
-    """Scores of every training example, streamed into the lists, the distribution and the groups."""
-    sources = [example.source for example in job.train.examples]
-    collector = ScoreCollector(
-        len(job.queries), len(job.train), k=job.settings.k, sources=sources, dense=job.settings.dense
-    )
-    for block in method.blocks(job):
-        collector.add(block)
-    return collector.finish()
 
 
 def _query_losses(job: Job) -> list[float] | None:
@@ -121,14 +119,6 @@ def _query_losses(job: Job) -> list[float] | None:
             batch = make_batch(job.queries, rows).to(device)
             losses[rows] = objective.losses(job.loaded.model, batch).float().cpu().numpy()
     return losses.tolist()
-
-
-def _self_scores(job: Job, method: Method) -> np.ndarray:
-    """Score of every training example for itself."""
-    scores = np.zeros(len(job.train))
-    for block in method.self_scores(job):  # type: ignore[attr-defined]
-        scores[block.rows.numpy()] = block.scores[0].numpy()
-    return scores
 
 
 def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[float] | None) -> list[Check]:

@@ -1,6 +1,6 @@
 """Cosines of gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vestige.errors import SpecError
@@ -32,7 +32,7 @@ class GradCos(GradientMethod):
         """The queries' gradients at length one, over all components together."""
         return prepare(job, open_store(job), unit_length, cosine=True)
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
         """Refused: a gradient's cosine with itself is 1.
 
         Raises:

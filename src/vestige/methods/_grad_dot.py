@@ -1,6 +1,6 @@
 """Inner products of gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vestige.methods._prepared import HELPS, GradientMethod, Prepared, open_store, prepare, unchanged
@@ -34,7 +34,7 @@ class GradDot(GradientMethod):
         """The queries' gradients."""
         return prepare(job, open_store(job), unchanged)
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """`|gradient|^2` of every training example."""
-        for rows, squared in self.prepare(job).store.squared_norms():
-            yield ScoreBlock(rows, squared[None])
+        store = self.prepare(job).store
+        return lambda piece: (ScoreBlock(rows, squared[None]) for rows, squared in store.piece_squared_norms(piece))

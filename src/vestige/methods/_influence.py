@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 
-from vestige.curvature import FisherBlocks, fisher_of, whole_fisher
+from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
 from vestige.methods._prepared import HELPS, GradientMethod, Prepared, prepare
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import IndexedGradients, Vectors
 from vestige.runs import Meaning, ScoreBlock
+from vestige.timing import timed
 
 Relative = Literal["none", "theta", "loss", "cosine"]
 
@@ -97,7 +97,7 @@ class Influence(GradientMethod):
 
         return prepare(job, store, preconditioned, cosine=self.relative != "none")
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """`g^T (F + d I)^-1 g` of every training example, divided as its scores are.
 
         Raises:
@@ -105,15 +105,20 @@ class Influence(GradientMethod):
         """
         if self.relative == "cosine":
             raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
-        fisher, damping = self._curvature(job), job.settings.damping
+        fisher, damping, store = self._curvature(job), job.settings.damping, _indexed(job, None)
         squared = fisher.measure(damping, 1)
         divisor = fisher.measure(damping, 2) if self.relative == "theta" else squared
-        for block in _indexed(job, None).index.blocks():
-            scores = squared(block.gradients).square()
-            if self.relative != "none":
-                lengths = divisor(block.gradients)
-                scores /= torch.where(lengths > 0, lengths, 1.0)
-            yield ScoreBlock(block.example, scores[None])
+
+        def blocks(piece: int) -> Iterator[ScoreBlock]:
+            for block in store.piece_blocks(piece):
+                with timed("scoring"):
+                    scores = squared(block.gradients).square()
+                    if self.relative != "none":
+                        lengths = divisor(block.gradients)
+                        scores /= torch.where(lengths > 0, lengths, 1.0)
+                yield ScoreBlock(block.example, scores[None])
+
+        return blocks
 
     def _curvature(self, job: Job) -> FisherBlocks:
         assert job.index is not None, "the orchestration makes an index for methods that need one"
@@ -121,6 +126,6 @@ class Influence(GradientMethod):
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 
-def _indexed(job: Job, measure: Callable[[Tensor], Tensor] | None) -> IndexedGradients:
+def _indexed(job: Job, measure: Measure | None) -> IndexedGradients:
     assert job.index is not None, "the orchestration makes an index for methods that need one"
     return IndexedGradients(job, job.index, measure)

@@ -1,6 +1,5 @@
 """From settings to a job: the model, the training data and the queries, tokenised alike."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index, Inputs, build_index, fingerprint_rows, read_data, tokens_at_most
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
+from vestige.methods._partial import partial_folder
 from vestige.methods._protocol import Job, Method
 from vestige.methods._stores import gradients_fit
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
@@ -49,8 +49,12 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
     train = _training_data(settings, loaded, index)
     job = Job(train, queries, settings, loaded, selection, index, checkpoints)
     if index is None and method.needs_gradients and not _is_exact(job, method):
-        with _temporary_index(job) as temporary:
-            yield replace(job, index=temporary), question.generated
+        if settings.query_rank is not None:
+            raise SpecError(
+                f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
+                "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
+            )
+        yield replace(job, index=_temporary_index(job)), question.generated
     else:
         yield job, question.generated
 
@@ -196,16 +200,17 @@ def _is_exact(job: Job, method: Method) -> bool:
     return method.needs_exact or gradients_fit(job)
 
 
-@contextmanager
-def _temporary_index(job: Job) -> Iterator[Index]:
-    """An index beside the run, deleted afterwards."""
-    settings = job.settings
-    parent = Path(settings.out).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
+def _temporary_index(job: Job) -> Index:
+    """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
+    settings, folder = job.settings, partial_folder(job.settings) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
-    with tempfile.TemporaryDirectory(prefix=".vestige-index-", dir=parent) as folder:
-        shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
-        made = IndexSettings(model=settings.model, data=settings.data, out=Path(folder), **shared)
-        assert job.loaded is not None
-        assert job.selection is not None
-        yield build_index(made, Inputs(job.loaded, job.train, job.selection))
+    shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
+    made = IndexSettings(model=settings.model, data=settings.data, out=folder, **shared)
+    assert job.loaded is not None
+    assert job.selection is not None
+    inputs = Inputs(job.loaded, job.train, job.selection)
+    try:
+        return build_index(made, inputs)
+    except IndexMismatch:
+        # What a run with other settings left when it was killed.
+        return build_index(made.model_copy(update={"overwrite": True}), inputs)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
@@ -47,16 +46,23 @@ class Preconditioned(GradientMethod):
         check_memory(job)
         return prepare(job, ExactGradients(job), self.inverse(job))
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """`g^T (C + d I)^-1 g` of every training example: each is asked about itself, a few at a time."""
         prepared = self.prepare(job)
+        assert isinstance(prepared.store, ExactGradients)
+        exact = prepared.store
         step = max(1, SELF_NUMBERS // max(sum(part.size for part in job.components), 1))
-        for start in range(0, len(job.train), step):
-            rows = np.arange(start, min(start + step, len(job.train)))
-            gradients = prepared.store.of_queries(job.train.subset(rows))
-            pairs = zip(gradients, prepared.transform(gradients), strict=True)
-            scores = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
-            yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
+
+        def blocks(piece: int) -> Iterator[ScoreBlock]:
+            of_piece = exact.rows_of(piece)
+            for start in range(0, len(of_piece), step):
+                rows = of_piece[start : start + step]
+                gradients = exact.of_queries(job.train.subset(rows))
+                pairs = zip(gradients, prepared.transform(gradients), strict=True)
+                scores = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
+                yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
+
+        return blocks
 
 
 def check_memory(job: Job) -> None:

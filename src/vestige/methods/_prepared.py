@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +70,7 @@ class GradientMethod(ABC):
 
     needs_model = True
     needs_gradients = True
+    needs_exact: ClassVar[bool]
     _prepared: Prepared | None = field(default=None, repr=False, init=False)
 
     @abstractmethod
@@ -75,8 +78,12 @@ class GradientMethod(ABC):
         """The vectors made from the queries."""
 
     @abstractmethod
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
+        """From the number of a piece of the store to the scores of its training examples for themselves."""
+
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Score of every training example for itself, as one query."""
+        return chain.from_iterable(map(self.self_blocks(job), range(self.prepare(job).store.pieces)))
 
     def prepare(self, job: Job) -> Prepared:
         """`vectors`, made once for a job."""
@@ -96,6 +103,12 @@ class GradientMethod(ABC):
 def _divided(scores: Tensor, norms: Tensor | None) -> Tensor:
     """Scores over norms; an example without targets has no gradient, and scores zero."""
     return scores if norms is None else scores / torch.where(norms > 0, norms, 1.0)
+
+
+def piece_blocks(store: GradientStore, vectors: Vectors, cosine: bool, piece: int) -> Iterator[ScoreBlock]:
+    """Scores of the training examples in a piece of the store."""
+    for rows, scores, norms in store.piece_scores(piece, vectors, norms=cosine):
+        yield ScoreBlock(rows, _divided(scores, norms))
 
 
 def open_store(job: Job) -> GradientStore:

@@ -4,7 +4,9 @@ Both answer the same questions, so that a method does not know which one it work
 `[query, n]` per component: n compressed numbers for an index, all `out * in` entries without one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,12 +16,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress import adjoint_gradient, parse_spec
+from vestige.curvature import Measure
 from vestige.data import TokenizedData, make_batch, plan_batches
-from vestige.gradients import BothSinks, CausalLoss, DotSink, GradientPass, GradientSink, NormSink
-from vestige.index import CompressedGradients, Index, batch_tokens
+from vestige.gradients import (
+    BothSinks,
+    CausalLoss,
+    DotSink,
+    GradientPass,
+    Gradients,
+    GradientSink,
+    LowRank,
+    NormSink,
+    low_rank,
+    matrices_of,
+)
+from vestige.index import CompressedGradients, Index, IndexBlock, batch_tokens
 from vestige.methods._protocol import Job
 from vestige.models import LoadedModel
 from vestige.progress import announce, format_bytes, progress
+from vestige.timing import timed
 
 Vectors = list[Float[Tensor, "query n"]]
 
@@ -43,8 +58,39 @@ class GradientStore(Protocol):
         """Gradients of the queries."""
         ...
 
+    device: torch.device
+    """Where the vectors are multiplied with the gradients."""
+
+    @property
+    def identity(self) -> str:
+        """Says which gradients these are: of the same identity they are the same numbers."""
+        ...
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of work that the training examples fall into; follows from the data alone."""
+        ...
+
+    def piece_rows(self, piece: int) -> int:
+        """Training examples in a piece."""
+        ...
+
+    def piece_scores(
+        self, piece: int, vectors: Vectors, *, norms: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(rows, summed scores [query, row], norms [row]) of the training examples of a piece, each once."""
+        ...
+
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, squared gradient norms [row]) of the training examples of a piece."""
+        ...
+
     def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(rows, summed scores [query, row], norms [row]) of all training examples, each once."""
+        """`piece_scores` of all training examples."""
+        ...
+
+    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`piece_squared_norms` of all training examples."""
         ...
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
@@ -55,28 +101,76 @@ class GradientStore(Protocol):
         """`products` from the model as it is at this moment, whatever is stored."""
         ...
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, squared gradient norms [row]) of all training examples."""
-        ...
-
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """The matrices whose inner product with an example's gradient is that query's score."""
         ...
 
 
-class IndexedGradients:
+INDEX_PIECE_BYTES = 2**31
+"""Stored gradients in one piece of work, at most, unless a shard alone is larger."""
+PIECE_TOKENS = (2**16, 2**20)
+"""Tokens in one piece of work without an index: a 64th of the data, within these bounds."""
+
+
+class _InPieces(ABC):
+    """What follows from the pieces: the whole, with progress shown."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int: ...
+
+    @abstractmethod
+    def piece_rows(self, piece: int) -> int: ...
+
+    @abstractmethod
+    def piece_scores(
+        self, piece: int, vectors: Vectors, *, norms: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: ...
+
+    @abstractmethod
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(rows, summed scores [query, row], norms [row]) of all training examples, each once."""
+        with progress(sum(map(self.piece_rows, range(self.pieces))), "Scoring") as bar:
+            for piece in range(self.pieces):
+                for block in self.piece_scores(piece, vectors, norms=norms):
+                    yield block
+                    bar.advance(len(block[0]))
+
+    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, squared gradient norms [row]) of all training examples."""
+        with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
+            for piece in range(self.pieces):
+                for block in self.piece_squared_norms(piece):
+                    yield block
+                    bar.advance(len(block[0]))
+
+
+class IndexedGradients(_InPieces):
     """Compressed gradients read from an index; queries are compressed by the same maps.
 
     `measure` says what the length of a gradient is; not given: the Euclidean one.
     """
 
-    def __init__(
-        self, job: Job, index: Index, measure: Callable[[Float[Tensor, "row column"]], Tensor] | None = None
-    ) -> None:
+    def __init__(self, job: Job, index: Index, measure: Measure | None = None) -> None:
         self._job, self.index, self._measure = job, index, measure
+        self.device = torch.device("cpu")
+        self._groups = index.shard_groups(INDEX_PIECE_BYTES)
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
         self.columns = [index.columns(number) for number in range(len(manifest.components))]
+
+    @property
+    def identity(self) -> str:
+        """The index's content."""
+        measure = "" if self._measure is None else f" {self._measure.name}"
+        return f"index {self.index.fingerprint} {self._groups}{measure}"
+
+    @property
+    def pieces(self) -> int:
+        """Groups of shards."""
+        return len(self._groups)
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Compressed gradients of the queries, in their order."""
@@ -94,14 +188,24 @@ class IndexedGradients:
         """One matrix per component."""
         return [gradients[:, part] for part in self.columns]
 
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def piece_rows(self, piece: int) -> int:
+        """Rows of the piece's shards."""
+        return self.index.rows_of(self._groups[piece])
+
+    def piece_blocks(self, piece: int) -> Iterator[IndexBlock]:
+        """The rows of a piece."""
+        return self.index.blocks(shards=self._groups[piece])
+
+    def piece_scores(
+        self, piece: int, vectors: Vectors, *, norms: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """One matrix product per block of the index."""
         whole = torch.cat(vectors, dim=1)
-        with progress(self.index.rows, "Scoring") as bar:
-            for block in self.index.blocks():
+        for block in self.piece_blocks(piece):
+            with timed("scoring"):
+                scores = whole @ block.gradients.T
                 lengths = block.norm if self._measure is None else self._measure(block.gradients)
-                yield block.example, whole @ block.gradients.T, lengths if norms else None
-                bar.advance(len(block.example))
+            yield block.example, scores, lengths if norms else None
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Inner products component by component."""
@@ -118,10 +222,12 @@ class IndexedGradients:
         lengths = gradients.norm(dim=1) if self._measure is None else self._measure(gradients)
         return Products(torch.as_tensor(np.asarray(rows)), scores, lengths if norms else None)
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Squared norms of the stored rows."""
-        for block in self.index.blocks():
-            yield block.example, block.gradients.square().sum(1)
+        for block in self.piece_blocks(piece):
+            with timed("scoring"):
+                squared = block.gradients.square().sum(1)
+            yield block.example, squared
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Compressed vectors brought back to matrices by the adjoint of their compressor."""
@@ -132,40 +238,79 @@ class IndexedGradients:
         ]
 
 
-class ExactGradients:
+class ExactGradients(_InPieces):
     """Whole gradients, formed while the model runs over the training data once; nothing is stored."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._loaded: LoadedModel = job.model_for(job.settings.method)
-        self._device = next(self._loaded.model.parameters()).device
+        self.device = next(self._loaded.model.parameters()).device
         self._budget = batch_tokens(job.settings, self._loaded)
         self._objective = CausalLoss(job.settings.loss)
+        self._shortened: tuple[Vectors, list[Gradients]] | None = None
+
+    @cached_property
+    def _groups(self) -> list[list[np.ndarray]]:
+        """Consecutive batches of the training data, group by group."""
+        lengths = self._job.train.lengths
+        fewest, most = PIECE_TOKENS
+        wanted = min(max(int(lengths.sum()) // 64, fewest), most)
+        groups: list[list[np.ndarray]] = [[]]
+        size = 0
+        for batch in plan_batches(lengths, self._budget):
+            if size >= wanted:
+                groups.append([])
+                size = 0
+            groups[-1].append(batch)
+            size += int(lengths[batch].sum())
+        return groups
+
+    @property
+    def pieces(self) -> int:
+        """Groups of batches."""
+        return len(self._groups)
+
+    @property
+    def identity(self) -> str:
+        """Model, data, components, loss, number format and batches."""
+        parts = [[part.name, *part.shape] for part in self._job.components]
+        model, train = self._loaded, self._job.train
+        dtype = next(model.model.parameters()).dtype
+        return f"model {model.fingerprint} {train.fingerprint} {parts} {self._job.settings.loss} {dtype} {self._budget}"
+
+    def piece_rows(self, piece: int) -> int:
+        """Examples of the piece's batches."""
+        return sum(map(len, self._groups[piece]))
+
+    def rows_of(self, piece: int) -> Int[np.ndarray, "row"]:
+        """Which examples these are."""
+        return np.concatenate(self._groups[piece])
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Whole gradients of the queries: `queries * parameters` numbers."""
         components = self._job.components
-        gradients = [torch.empty(len(data), part.size, device=self._device) for part in components]
+        gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
         sink = GradientSink(components)
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
             for row in range(len(data)):
-                sink.begin(1, self._device)
-                gradient_pass.run(make_batch(data, [row]).to(self._device), sink)
+                sink.begin(1, self.device)
+                gradient_pass.run(make_batch(data, [row]).to(self.device), sink)
                 for stored, gradient in zip(gradients, sink.gradients, strict=True):
                     stored[row] = gradient.flatten()
         return gradients
 
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """One forward and backward pass over the training data."""
-        data = self._job.train
-        with progress(len(data), "Scoring") as bar:
-            for part in self._streamed(vectors, np.arange(len(data)), norms):
-                yield part.rows, part.scores.sum(0), part.norms
-                bar.advance(len(part.rows))
+    def piece_scores(
+        self, piece: int, vectors: Vectors, *, norms: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """One forward and backward pass over the piece's batches."""
+        for part in self._streamed(vectors, self._groups[piece], norms):
+            yield part.rows, part.scores.sum(0), part.norms
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """A pass over just these rows."""
-        parts = list(self._streamed(vectors, np.asarray(rows), norms))
+        wanted = np.asarray(rows)
+        batches = [wanted[batch] for batch in plan_batches(self._job.train.lengths[wanted], self._budget)]
+        parts = list(self._streamed(vectors, batches, norms))
         order = torch.argsort(torch.cat([part.rows for part in parts]))
         place = torch.argsort(torch.argsort(torch.as_tensor(np.asarray(rows)), stable=True), stable=True)
         lengths = torch.cat([part.norms for part in parts if part.norms is not None]) if norms else None
@@ -179,37 +324,53 @@ class ExactGradients:
         """The same: nothing is stored."""
         return self.products(vectors, rows, norms=norms)
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Exact squared norms by ghost products, no gradient kept."""
         data, sink = self._job.train, NormSink(self._job.components)
-        with (
-            GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass,
-            progress(len(data), "Self-influence") as bar,
-        ):
-            for batch in plan_batches(data.lengths, self._budget):
+        with GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass:
+            for batch in self._groups[piece]:
                 sink.begin(len(batch))
-                gradient_pass.run(make_batch(data, batch).to(self._device), sink)
+                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
                 yield torch.as_tensor(batch), sink.finish().sum(0).cpu()
-                bar.advance(len(batch))
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """The query's own matrices."""
-        pairs = zip(vectors, self._job.components, strict=True)
-        return [vector[query].view(component.shape) for vector, component in pairs]
+        """The query's own matrices, of `query_rank` where one was asked for."""
+        one = slice(query, query + 1)
+        matrices = self._matrices(vectors)
+        return [(part[one] if isinstance(part, Tensor) else matrices_of(part, one))[0] for part in matrices]
 
-    def _streamed(self, vectors: Vectors, rows: Int[np.ndarray, "row"], norms: bool) -> Iterator[Products]:
-        """Products of some rows in batches, longest first."""
+    def _matrices(self, vectors: Vectors) -> Sequence[Tensor | Gradients]:
+        """The vectors as matrices; with `query_rank`, the closest of that rank, made once for the same vectors."""
+        pairs = zip(vectors, self._job.components, strict=True)
+        shaped, rank = [vector.view(-1, *part.shape) for vector, part in pairs], self._job.settings.query_rank
+        if rank is None:
+            return shaped
+        if self._shortened is None or self._shortened[0] is not vectors:
+            found = [low_rank(matrices, rank) for matrices in shaped]
+            if self._shortened is None:
+                _announce_kept(rank, shaped, found)
+            self._shortened = (vectors, [one.gradients for one in found])
+        return self._shortened[1]
+
+    def _streamed(self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool) -> Iterator[Products]:
+        """Products of the rows of some batches."""
         data, components = self._job.train, self._job.components
-        shaped = [vector.view(-1, *component.shape) for vector, component in zip(vectors, components, strict=True)]
-        dot, norm = DotSink(shaped), NormSink(components)
+        dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
         sink = BothSinks(dot, norm) if norms else dot
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
-            for batch in plan_batches(data.lengths[rows], self._budget):
+            for batch in batches:
                 dot.begin(len(batch))
                 norm.begin(len(batch))
-                gradient_pass.run(make_batch(data, rows[batch]).to(self._device), sink)
+                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
                 lengths = norm.finish().sum(0).sqrt().cpu() if norms else None
-                yield Products(torch.as_tensor(rows[batch]), dot.scores.cpu(), lengths)
+                yield Products(torch.as_tensor(batch), dot.scores.cpu(), lengths)
+
+
+def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
+    """Say how much of the queries is left."""
+    squared = torch.stack([part.double().flatten(1).square().sum(1) for part in matrices])
+    kept = (squared * torch.stack([one.kept.double() for one in found])).sum(0) / squared.sum(0).clamp(min=1e-300)
+    announce(f"Rank {rank} keeps {float(kept.min()):.2%} of the squared length of the queries' vectors, or more.")
 
 
 def gradients_fit(job: Job) -> bool:

@@ -15,6 +15,7 @@ from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
+from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._results import ExportFormat as ExportFormat
 from vestige.settings._results import ExportSettings as ExportSettings
 from vestige.settings._results import ImportLayout as ImportLayout

@@ -6,12 +6,13 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
+from vestige.settings._launch import LaunchSettings
 from vestige.settings._shared import Numbers, Options, Patterns, ReadingSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 
 
-class AttributeSettings(ReadingSettings):
+class AttributeSettings(ReadingSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("queries", "options", "index", "checkpoints", "checkpoint_weights")
@@ -41,6 +42,11 @@ class AttributeSettings(ReadingSettings):
     damping: PositiveFloat = Field(
         1.0, description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one."
     )
+    query_rank: PositiveInt | None = Field(
+        None,
+        description="Without an index: keep this many singular vectors of each query's matrices. Faster where tokens "
+        "are few and layers wide; exact from the rank of the matrices on. Not given: exact.",
+    )
     self_influence: bool = Field(False, description="Also score every training example against itself.")
     dense: bool = Field(False, description="Also store the score of every training example for every query.")
     answer: AnswerSource = Field(
@@ -55,6 +61,7 @@ class AttributeSettings(ReadingSettings):
     )
     trust: bool = Field(True, description="Run the free checks that say how far the scores can be trusted.")
     seed: int = Field(0, description="Seed of every random choice.")
+    profile: bool = Field(False, description="Measure where the time goes: a table, and profile.json in the run.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
     @model_validator(mode="after")
@@ -68,6 +75,11 @@ class AttributeSettings(ReadingSettings):
                 )
         elif self.data is not None:
             raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
+        elif self.query_rank is not None:
+            raise SpecError(
+                "`query_rank` shortens whole gradients, and an index holds compressed ones. Drop --query-rank, or give "
+                "--model and --data in place of --index."
+            )
         elif self.components != ("default",):
             raise SpecError("`components` are fixed by the index. Drop --components, or make another index with it.")
         return self

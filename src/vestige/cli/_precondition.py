@@ -1,0 +1,19 @@
+"""`vestige precondition`."""
+
+from vestige.cli._command import command
+from vestige.settings import PreconditionSettings
+
+
+@command(PreconditionSettings)
+def precondition(settings: PreconditionSettings) -> None:
+    """Measure the curvature of an index, and precondition its gradients.
+
+    `vestige attribute` measures it by itself when it is missing. Interrupted at any moment, the same command continues.
+    """
+    from vestige.curvature import precondition as measure
+
+    fisher = measure(**settings.arguments())
+    sizes = [len(block.matrix) for block in fisher.blocks]
+    print(f"{settings.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
+    if settings.out is not None:
+        print(f"Preconditioned gradients: {settings.out}")

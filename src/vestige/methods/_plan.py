@@ -1,0 +1,216 @@
+"""Scores of the training examples as a work plan: pieces of the training data, each scored by whoever comes first.
+
+The query vectors are made once and kept beside the run; a piece leaves its scores there, and the reduce streams the
+pieces in their order into the summary, so a run holds the same numbers whoever computed them and whenever.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
+from vestige.methods._partial import partial_folder
+from vestige.methods._prepared import GradientMethod, open_store, piece_blocks
+from vestige.methods._protocol import Job, Method
+from vestige.methods._stores import ExactGradients, GradientStore, Vectors
+from vestige.progress import progress
+from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
+from vestige.settings import AttributeSettings, LaunchSettings
+
+FORMAT = 1
+"""Raised when a piece of the same settings changes its meaning."""
+OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influence", "profile", "overwrite"})
+"""Settings that change no score: a piece made with others stays good."""
+
+Result = TypeVar("Result")
+Blocks = Callable[[int], Iterator[ScoreBlock]]
+"""From the number of a piece to its scores."""
+
+
+@dataclass(frozen=True)
+class BlocksPlan(Generic[Result]):
+    """Score blocks, piece by piece, and what they are collected into."""
+
+    name: str
+    unit: str
+    folder: Path
+    rows: tuple[int, ...]
+    """Training examples in each piece."""
+    lines: int
+    """Scores for each of them."""
+    blocks: Callable[[], Blocks]
+    """Opens what the pieces are computed with."""
+    collect: Callable[[Iterable[ScoreBlock]], Result]
+    input: str
+    """Everything that decides the scores."""
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces the training data falls into."""
+        return len(self.rows)
+
+    def is_done(self, piece: int) -> bool:
+        """Whether the piece's scores are there."""
+        return self._files.is_done(piece)
+
+    def weight(self, piece: int) -> float:
+        """Its scores: training examples times queries."""
+        return self.rows[piece] * self.lines
+
+    def open(self) -> AbstractContextManager[Compute]:
+        """What the method needs; what the queries need was made before."""
+        blocks = self.blocks()
+        return nullcontext(lambda piece: self._compute(piece, blocks))
+
+    def _compute(self, piece: int, blocks: Blocks) -> None:
+        """Leave the scores of one piece."""
+        found = []
+        for block in blocks(piece):
+            found.append(block)
+            step_done(len(block.rows) * self.lines)
+        rows, scores = torch.cat([each.rows for each in found]), torch.cat([each.scores for each in found], dim=1)
+        self._files.write(piece, {"rows": rows, "scores": scores})
+
+    def reduce(self) -> Result:
+        """What the pieces are collected into, in their order.
+
+        Raises:
+            CorruptFile: a piece is missing or damaged.
+        """
+        return self.collect(ScoreBlock(**self._files.read(piece)) for piece in range(self.pieces))
+
+    def run(self, settings: AttributeSettings) -> Result:
+        """The result; a job of a single piece leaves nothing on disk, one of several continues where it was killed."""
+        with phase(self.name, self.unit) as done:
+            if self.pieces == 1:
+                done.append(self.rows[0] * self.lines)
+                return self.collect(self._watched())
+            self._files.forget_damaged(range(self.pieces))
+            done.extend(round(self.weight(piece)) for piece in range(self.pieces) if not self.is_done(piece))
+            return run_plan(self, settings, worker_command(settings, "attribute"))
+
+    def _watched(self) -> Iterator[ScoreBlock]:
+        with progress(self.rows[0], self.name) as bar:
+            for block in self.blocks()(0):
+                yield block
+                bar.advance(len(block.rows))
+
+    @cached_property
+    def _files(self) -> PieceFiles:
+        return PieceFiles(self.folder / self.name.lower(), digest(self.input, self.rows, self.lines))
+
+
+def summarised(job: Job, method: Method) -> ScoreSummary:
+    """Scores of every training example, streamed into the lists, the distribution and the groups."""
+
+    def collect(blocks: Iterable[ScoreBlock]) -> ScoreSummary:
+        sources = [example.source for example in job.train.examples]
+        collector = ScoreCollector(
+            len(job.queries), len(job.train), k=job.settings.k, sources=sources, dense=job.settings.dense
+        )
+        for block in blocks:
+            collector.add(block)
+        return collector.finish()
+
+    if not works_in_pieces(method, "blocks"):
+        return collect(method.blocks(job))
+    assert isinstance(method, GradientMethod)
+    store = _store(job, method)
+    vectors, cosine = _kept_vectors(job, method, store)
+    plan = BlocksPlan(
+        "Scoring",
+        "train x query pairs",
+        partial_folder(job.settings),
+        _rows(store),
+        len(job.queries),
+        lambda: partial(piece_blocks, store, vectors, cosine),
+        collect,
+        digest(settings_key(job), store.identity, _digest_of(vectors)),
+    )
+    return plan.run(job.settings)
+
+
+def self_scores(job: Job, method: Any) -> np.ndarray:
+    """Score of every training example for itself, float64 [example]."""
+
+    def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
+        scores = np.zeros(len(job.train))
+        for block in blocks:
+            scores[block.rows.numpy()] = block.scores[0].numpy()
+        return scores
+
+    if not works_in_pieces(method, "self_scores"):
+        return collect(method.self_scores(job))
+    store = _store(job, method)
+    plan = BlocksPlan(
+        "Self-influence",
+        "examples",
+        partial_folder(job.settings),
+        _rows(store),
+        1,
+        lambda: method.self_blocks(job),
+        collect,
+        digest(settings_key(job), store.identity),
+    )
+    return plan.run(job.settings)
+
+
+def works_in_pieces(method: Any, what: str) -> bool:
+    """Whether a method's scores are those of `GradientMethod`, which knows the pieces of its training data."""
+    return isinstance(method, GradientMethod) and getattr(type(method), what) is getattr(GradientMethod, what)
+
+
+def settings_key(job: Job) -> str:
+    """What the scores of a job depend on, but for the data and the model themselves."""
+    ignored = OF_THE_OUTPUT | set(LaunchSettings.model_fields)
+    recorded = {name: value for name, value in job.settings.record().items() if name not in ignored}
+    return digest(FORMAT, version("vestige"), recorded, job.queries.fingerprint, len(job.queries))
+
+
+def digest(*parts: Any) -> str:
+    """sha256 of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest_of(vectors: Vectors) -> str:
+    """sha256 over the bytes of the query vectors."""
+    whole = hashlib.sha256()
+    for vector in vectors:
+        whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _store(job: Job, method: GradientMethod) -> GradientStore:
+    return ExactGradients(job) if method.needs_exact else open_store(job)
+
+
+def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> tuple[Vectors, bool]:
+    """The query vectors, and whether products with them are to be divided by the example's length.
+
+    Made by the first process and kept beside the run: others need no curvature, and would round it differently.
+    """
+    if store.pieces == 1:
+        prepared = method.prepare(job)
+        return prepared.vectors, prepared.cosine
+    files = PieceFiles(partial_folder(job.settings) / "vectors", digest(settings_key(job), store.identity))
+    files.forget_damaged([0])
+    if not files.is_done(0):
+        prepared = method.prepare(job)
+        vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
+        files.write(0, {"cosine": torch.tensor(prepared.cosine), **vectors})
+    kept = files.read(0)
+    cosine = bool(kept.pop("cosine"))
+    return [kept[str(number)].to(store.device) for number in range(len(kept))], cosine
+
+
+def _rows(store: GradientStore) -> tuple[int, ...]:
+    return tuple(map(store.piece_rows, range(store.pieces)))

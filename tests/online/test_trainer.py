@@ -164,6 +164,7 @@ def test_trap_b4_8_detach_and_attach_again(tmp_path):
             attach(given, validation(1))
         given.train()
         attached.detach()
+        attached.detach()
         assert OnlineLog.open(tmp_path / f"log-{turn}").last_step() == 2
         assert (given.train_dataset, given.data_collator) == (data, collator)
         assert "training_step" not in given.__dict__

@@ -75,8 +75,10 @@ class VestigeCallback(TrainerCallback):
         trainer._signature_columns.append(ID_KEY)  # type: ignore[union-attr]
 
     def release(self, trainer: Trainer) -> None:
-        """Undo what the constructor did."""
+        """Undo what the constructor did; a second time does nothing."""
         self._abandon()
+        if "training_step" not in trainer.__dict__:
+            return
         trainer.train_dataset, trainer.data_collator = self._data, self._collator  # type: ignore[assignment]
         del trainer.__dict__["training_step"]
         trainer._signature_columns.remove(ID_KEY)  # type: ignore[union-attr]

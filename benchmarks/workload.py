@@ -75,15 +75,16 @@ def padded(workload: Workload, rows: list[int]) -> Padded:
     return Padded(ids, labels)
 
 
-def make_model(seed: int = 0) -> LlamaForCausalLM:
-    """A randomly initialised Llama-style model: 6 layers, width 256, MLP 688, 6.84 M parameters."""
+def make_model(seed: int = 0, width: int = 256, layers: int = 6) -> LlamaForCausalLM:
+    """A randomly initialised Llama-style model; by default 6 layers, width 256, MLP 688, 6.84 M parameters."""
     torch.manual_seed(seed)
+    heads = width // 32
     config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=width,
+        intermediate_size=round(width * 688 / 256),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         vocab_size=VOCABULARY,
         max_position_embeddings=512,
         tie_word_embeddings=False,

@@ -72,8 +72,15 @@ def start(folder: Path) -> Cluster:
     key.chmod(0o400)
     run = folder / "run"
     _check(
-        ["munged", "--force", f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
-        + [f"--log-file={folder}/log/munged.log", f"--seed-file={run}/seed"]
+        [
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={run}/munge.sock",
+            f"--pid-file={run}/munged.pid",
+            f"--log-file={folder}/log/munged.log",
+            f"--seed-file={run}/seed",
+        ]
     )
     values = {"host": host, "folder": folder, "nodes": NODES, "port": port, "first": port + 1, "last": port + NODES}
     (folder / "slurm.conf").write_text(_CONFIG.format(**values))

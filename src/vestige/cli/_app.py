@@ -20,7 +20,8 @@ VERBS = {
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
-    "status": "Say how far an index is, or what is in a run.",
+    "status": "Say how far an index or a run is, and what is in it.",
+    "cancel": "End the work on an index or a run; what is finished stays.",
     "export": "Copy an index or a run into formats that other programs read.",
     "import": "Turn gradients or scores that other software has published into an index or a run.",
 }

@@ -1,5 +1,7 @@
 """`vestige status`."""
 
+import sys
+import time
 from pathlib import Path
 
 from vestige.cli._command import command
@@ -7,22 +9,51 @@ from vestige.errors import UserError
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import StatusSettings
 
+SECONDS_BETWEEN_LOOKS = 2.0
+
 
 @command(StatusSettings)
 def status(settings: StatusSettings) -> None:
-    """Say how far an index is, or what is in a run."""
+    """Say how far an index or a run is, and what is in it.
+
+    While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
+    """
+    print(describe(settings.path))
+    while settings.watch and _is_at_work(settings.path):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        if sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        print(describe(settings.path), flush=True)
+
+
+def describe(folder: Path) -> str:
+    """What is in the folder, and how its jobs are.
+
+    Raises:
+        UserError: Neither an index, nor a run, nor the beginning of one.
+    """
     from vestige.index import read_manifest
+    from vestige.launch import job_statuses
     from vestige.runs import is_run
 
-    if is_run(settings.path):
-        print(describe_run(settings.path))
-    elif read_manifest(settings.path) is not None:
-        print(describe_index(settings.path))
-    else:
+    parts = []
+    if is_run(folder):
+        parts.append(describe_run(folder))
+    elif read_manifest(folder) is not None:
+        parts.append(describe_index(folder))
+    parts += ["\n".join(job.lines()) for job in job_statuses(folder)]
+    if not parts:
         raise UserError(
-            f"{settings.path} is neither an index nor a run. Give the folder that `vestige index` or "
+            f"{folder} is neither an index nor a run. Give the folder that `vestige index` or "
             "`vestige attribute` got as --out."
         )
+    return "\n".join(parts)
+
+
+def _is_at_work(folder: Path) -> bool:
+    from vestige.launch import job_statuses
+
+    return any(job.state == "running" for job in job_statuses(folder))
 
 
 def describe_index(folder: Path) -> str:

@@ -9,6 +9,9 @@ from vestige.launch._piece_files import PieceFiles as PieceFiles
 from vestige.launch._role import is_one_of_several as is_one_of_several
 from vestige.launch._role import is_worker as is_worker
 from vestige.launch._run import run_plan as run_plan
+from vestige.launch._status import JobStatus as JobStatus
+from vestige.launch._status import cancel_jobs as cancel_jobs
+from vestige.launch._status import job_statuses as job_statuses
 from vestige.launch._stop import step_done as step_done
 from vestige.launch._types import Compute as Compute
 from vestige.launch._types import WorkPlan as WorkPlan

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from vestige.errors import PieceFailed, WorkElsewhere
 from vestige.launch._failures import failed, ranges
+from vestige.launch._identity import this_worker
 from vestige.launch._loop import POLL_SECONDS, Meter, Worker
 from vestige.launch._record import JobFolder
 from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
@@ -37,6 +38,7 @@ def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing
         begun=time.time(),
         done_before=plan.pieces - len(missing),
         weight_before=sum(weights) - sum(weights[piece] for piece in missing),
+        driver=list(this_worker()),
         ended=None,
         cancelled=None,
     )

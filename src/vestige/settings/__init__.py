@@ -16,6 +16,7 @@ from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
+from vestige.settings._results import CancelSettings as CancelSettings
 from vestige.settings._results import ExportFormat as ExportFormat
 from vestige.settings._results import ExportSettings as ExportSettings
 from vestige.settings._results import ImportLayout as ImportLayout

@@ -33,7 +33,15 @@ class StatusSettings(Settings):
     """What `vestige status` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index or of a run.")
+    path: Path = Field(description="Folder of an index or of a run, finished or in the making.")
+    watch: bool = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
+
+
+class CancelSettings(Settings):
+    """What `vestige cancel` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("path",)
+    path: Path = Field(description="Folder of an index or of a run in the making.")
 
 
 class ExportSettings(Settings):

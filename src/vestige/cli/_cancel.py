@@ -1,0 +1,15 @@
+"""`vestige cancel`."""
+
+from vestige.cli._command import command
+from vestige.settings import CancelSettings
+
+
+@command(CancelSettings)
+def cancel(settings: CancelSettings) -> None:
+    """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.
+
+    The command that began it continues it later.
+    """
+    from vestige.launch import cancel_jobs
+
+    print("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")

@@ -1,0 +1,152 @@
+"""How far the jobs of a folder are, and their end on request; read from what they left there, by anyone."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vestige.errors import UserError
+from vestige.launch import _scheduler as scheduler
+from vestige.launch._failures import ranges
+from vestige.launch._identity import Worker, is_alive, this_host
+from vestige.launch._record import Failure, JobFolder
+from vestige.progress import format_seconds
+
+
+class JobStatus(NamedTuple):
+    """One plan's work, as its record tells it."""
+
+    name: str
+    unit: str
+    state: str
+    """done, running, stopped or cancelled."""
+    pieces: int
+    done: int
+    running: tuple[int, ...]
+    """Pieces that living workers hold."""
+    failures: tuple[Failure, ...]
+    rate: float
+    """Units a second since the job began; 0 before its first piece is done."""
+    seconds_left: float | None
+    core_hours: float
+    gpu_hours: float
+    jobs: tuple[str, ...]
+    """Ids of its batch jobs."""
+    logs: Path
+
+    def lines(self) -> list[str]:
+        """The status for a person."""
+        left = f", {format_seconds(self.seconds_left)} left" if self.seconds_left and self.state == "running" else ""
+        held = f", {len(self.running)} at work ({ranges(self.running)})" if self.running else ""
+        shown = [
+            f"{self.name}: {self.state}",
+            f"  pieces      {self.done} of {self.pieces} done{held}",
+            f"  rate        {self.rate:,.1f} {self.unit}/s{left}",
+            f"  cost        {self.core_hours:.2f} core-hours, {self.gpu_hours:.2f} GPU-hours",
+        ]
+        shown += [f"  jobs        {' '.join(self.jobs)}"] if self.jobs else []
+        for failure in self.failures:
+            tried = "once" if failure.attempts == 1 else f"{failure.attempts} times"
+            where = f"; log: {failure.log}" if failure.log else ""
+            shown.append(f"  failed      piece {failure.piece}, {tried}: {failure.kind}: {failure.error}{where}")
+        return shown
+
+
+def job_statuses(folder: Path) -> list[JobStatus]:
+    """The status of every job that has worked on `folder`, in the order in which they began."""
+    statuses = [(job.read_job(), job) for job in _jobs_of(folder)]
+    return [_status(record, job) for record, job in sorted(statuses, key=lambda each: each[0].get("begun", 0))]
+
+
+def cancel_jobs(folder: Path) -> list[str]:
+    """What is running for `folder` ends at the next batch; what is finished stays.
+
+    Returns:
+        What was told to end, for a person; empty if nothing was running.
+
+    Raises:
+        UserError: Nothing has ever run there, or the scheduler does not answer.
+    """
+    jobs = list(_jobs_of(folder))
+    if not jobs:
+        raise UserError(f"No job has worked on {folder}. Give the folder that a command got as --out.")
+    return [line for job in jobs for line in _cancel(job)]
+
+
+def _jobs_of(folder: Path) -> Iterator[JobFolder]:
+    for path in sorted((folder / "launch").glob("*/job.json")):
+        yield JobFolder(path.parent)
+
+
+def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
+    entries = job.journal()
+    since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
+    done = len({entry.piece for entry in since})
+    weight = sum({entry.piece: entry.weight for entry in since}.values())
+    running = tuple(sorted(int(name) for name in _held(job) if name.isdigit()))
+    elapsed = (record.get("ended") or time.time()) - record["begun"]
+    rate = weight / elapsed if elapsed > 0 else 0.0
+    to_do = record["weight"] - record["weight_before"] - weight
+    seconds = [(entry.seconds * entry.cores, entry.seconds * entry.gpus) for entry in entries]
+    return JobStatus(
+        name=record["name"],
+        unit=record["unit"],
+        state=_state(record, bool(running)),
+        pieces=record["pieces"],
+        done=record["pieces"] if record.get("ended") else record["done_before"] + done,
+        running=running,
+        failures=tuple(job.failures()),
+        rate=rate,
+        seconds_left=to_do / rate if rate and to_do > 0 else None,
+        core_hours=sum(cores for cores, _ in seconds) / 3600,
+        gpu_hours=sum(gpus for _, gpus in seconds) / 3600,
+        jobs=tuple(record.get("jobs", ())),
+        logs=job.logs,
+    )
+
+
+def _held(job: JobFolder) -> dict[str, Worker]:
+    """Claims whose owners live, or ran on other hosts and may live."""
+    held = {name: owner.worker for name, owner in job.claims.held().items()}
+    return {name: worker for name, worker in held.items() if is_alive(worker) is not False}
+
+
+def _state(record: dict[str, Any], running: bool) -> str:
+    if record.get("ended"):
+        return "done"
+    if record.get("cancelled"):
+        return "cancelled"
+    driver = _driver(record)
+    if running or (driver is not None and is_alive(driver)):
+        return "running"
+    try:
+        queued = scheduler.waiting_or_running(record.get("jobs", ()))
+    except UserError:
+        return "unknown: the scheduler does not answer"
+    return "running" if queued else "stopped: the same command continues it"
+
+
+def _cancel(job: JobFolder) -> Iterator[str]:
+    record = job.read_job()
+    if record.get("ended"):
+        return
+    # First of all: a job that comes after an array must not submit anew what is being cancelled.
+    job.write_job(cancelled=time.time())
+    if jobs := record.get("jobs", []):
+        scheduler.cancel_jobs(jobs)
+        yield f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."
+    driver = _driver(record)
+    workers = {worker.token: worker for worker in [*_held(job).values(), *([driver] if driver else [])]}
+    for worker in workers.values():
+        if worker.host != this_host():
+            if not worker.job:
+                yield f"{record['name']}: process {worker.pid} runs on {worker.host}: type the same command there."
+        elif is_alive(worker) and worker.pid != os.getpid():
+            os.kill(worker.pid, signal.SIGTERM)
+            yield f"{record['name']}: process {worker.pid} ends after its batch."
+
+
+def _driver(record: dict[str, Any]) -> Worker | None:
+    return Worker(*record["driver"]) if record.get("driver") else None

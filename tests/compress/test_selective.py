@@ -197,10 +197,25 @@ class TestFile:
             parse_spec(f"selective:4x5,file={tmp_path / 'absent.safetensors'}")
 
     def test_a_file_has_to_be_named(self):
-        for spec in ("selective:4x5", "selective_mask-4*5", "selective:4x5,file="):
+        for spec in ("selective:4x5", "selective_mask-4*5", "selective:4x5,file=", "selective_mask-4*5 | SJLT-8"):
             with pytest.raises(SpecError, match=r"selective:4x5,file=masks.safetensors") as mistake:
                 parse_spec(spec)
             assert "mask:4x5" in str(mistake.value)
+
+    @pytest.mark.parametrize(
+        ("published", "modern"),
+        [
+            ("selective_mask-4*5,file={}", "selective:4x5,file={}"),
+            ("SelectiveMask-20,file={}", "selective:20,file={}"),
+            ("selective_grass-5,file={}", "selective:20,file={} | sjlt:5"),
+            ("selective_grass_2-10,file={}", "selective:20,file={} | sjlt:10"),
+            ("selective_mask-4*5,file={} | SJLT-8", "selective:4x5,file={} | sjlt:8"),
+        ],
+    )
+    def test_published_spellings(self, file, published, modern):
+        spec = parse_spec(published.format(file))
+        assert spec == parse_spec(modern.format(file))
+        assert parse_spec(spec.canonical) == spec
 
     def test_a_missing_component_is_an_error_and_never_random_coordinates(self, file):
         """Published software took random coordinates and went on with a warning."""

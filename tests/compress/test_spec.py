@@ -60,6 +60,9 @@ SPELLINGS = {
     "factgrass-4096": "mask:128x128 | sjlt:4096",
     "FactGraSS-256": "mask:32x32 | sjlt:256",
     "Random-128*128 | SJLT-4096": "mask:128x128 | sjlt:4096",
+    "RandomMask-32768 | sjlt-4096": "mask:32768 | sjlt:4096",
+    "random_mask-64*64 | normal-32*32": "mask:64x64 | logra:32x32",
+    "fjlt-32*32": "fjlt:32x32",
 }
 MISTAKES = {
     "sjtl:256": ["Did you mean 'sjlt'", "mask", "logra", "Example"],

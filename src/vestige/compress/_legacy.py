@@ -11,6 +11,7 @@ _NAMES = {
     "randommask": "mask",
     "random_mask": "mask",
     "selective_mask": "selective",
+    "selectivemask": "selective",
     "gaussian": "gauss",
     "normal": "gauss",
     "identity": "none",
@@ -21,7 +22,8 @@ _GRASS_BLOWUP = 4  # published default: the mask keeps four times as many number
 def modern_spelling(stage: str) -> list[str]:
     """The stage in the language; itself when it is not one of the old spellings.
 
-    A dense projection with a size for each side is `logra`; GraSS and FactGraSS are two stages each.
+    A dense projection with a size for each side is `logra`; GraSS and FactGraSS are two stages each. Options belong to
+    the sketch, except those of `selective_grass`, which name the file of its mask.
     """
     if stage.lower() == "identity":
         return ["none"]
@@ -30,8 +32,11 @@ def modern_spelling(stage: str) -> list[str]:
     if match is None:
         return [_dense_sides(stage)]
     name, blowup, first, second = match[1].lower(), match[2], int(match[3]), match[4]
-    if name == "grass" and not second:
-        return [f"mask:{int(blowup or _GRASS_BLOWUP) * first}", f"sjlt:{first}{comma}{options}"]
+    if name in ("grass", "selective_grass") and not second:
+        kept = int(blowup or _GRASS_BLOWUP) * first
+        if name == "grass":
+            return [f"mask:{kept}", f"sjlt:{first}{comma}{options}"]
+        return [f"selective:{kept}{comma}{options}", f"sjlt:{first}"]
     if name == "factgrass" and not second and not blowup:
         return [_factgrass_mask(first, stage), f"sjlt:{first}{comma}{options}"]
     if blowup:

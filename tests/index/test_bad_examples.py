@@ -43,7 +43,7 @@ def test_missing_shards_are_listed_at_the_end(tmp_path):
     work = work_of(tmp_path)
     for number in (1, 2):
         marker_path(tmp_path, number).unlink()
-    with pytest.raises(CorruptFile, match="2 of .* shards .* shard 1: missing; shard 2: missing"):
+    with pytest.raises(CorruptFile, match=r"2 of .* shards .* shard 1: missing; shard 2: missing"):
         work.reduce()
 
 

@@ -59,12 +59,13 @@ def test_tasks_killed_cancelled_and_warned_of_their_limit_leave_nothing_undone(o
 @pytest.mark.slow
 def test_a_job_that_hits_its_time_limit_is_queued_again_and_goes_on(on_slurm, tmp_path):
     # One minute is the shortest limit that SLURM knows; the pieces take longer than that together.
-    plan = ToyPlan(tmp_path, pieces=30, seconds=2.5, steps=10)
+    plan = ToyPlan(tmp_path, pieces=20, seconds=2.5, steps=10)
     assert plan.run(engine="slurm", workers=1, time="1") == plan.expected()
     job = JobFolder.of(tmp_path, plan.name)
     said = "".join(path.read_text() for path in job.logs.glob("*_0.log"))
-    assert "stopped by signal 10" in said
-    assert len(plan.computed()) <= 30 + 2
+    assert said.count("stopped by signal 10") >= 1
+    # Only the piece in flight is begun again, once for each stop.
+    assert len(plan.computed()) <= 20 + said.count("stopped by signal 10")
 
 
 @pytest.mark.slow

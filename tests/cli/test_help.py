@@ -7,6 +7,7 @@ from vestige.cli._app import VERBS, build_app
 from vestige.settings import (
     EVALUATIONS,
     AttributeSettings,
+    CancelSettings,
     DoctorSettings,
     ExportSettings,
     ImportSettings,
@@ -26,6 +27,7 @@ SETTINGS = {
     "report": ReportSettings,
     "view": ViewSettings,
     "status": StatusSettings,
+    "cancel": CancelSettings,
     "export": ExportSettings,
     "import": ImportSettings,
 }

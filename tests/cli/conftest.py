@@ -75,8 +75,8 @@ def index_words(folder: Path = Path()) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What is in a folder, file by file."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """What is in a folder, file by file, but for the job's own record, which tells of times and processes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "launch" not in path.parts]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

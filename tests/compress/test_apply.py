@@ -100,15 +100,20 @@ def test_narrow_on_one_side_only():
     torch.testing.assert_close(compress_gradient(compressor, gradient), expected)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (9, 13)], ids=["gathered", "from the product"])
-def test_entrywise_mask_is_the_mask_of_the_materialised_gradient(shape):
-    compressor = _build("mask:40", shape)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((64, 64), 40), ((170, 170), 400), ((9, 13), 40)],
+    ids=["gathered", "by entry", "from the product"],
+)
+def test_entrywise_mask_is_the_mask_of_the_materialised_gradient(shape, size, monkeypatch):
+    monkeypatch.setattr("vestige.compress._streamed.PIECE_NUMBERS", 1000)
+    compressor = _build(f"mask:{size}", shape)
     assert compressor.product == "entrywise"
     left, right = _factors(shape=shape)
     flat = gradient_from_factors(left, right).flatten(1)
     kept = compressor.left.index * shape[1] + compressor.right.index
-    assert len(set(kept.tolist())) == 40
-    expected = flat[:, kept] * (flat.shape[1] / 40) ** 0.5
+    assert len(set(kept.tolist())) == size
+    expected = flat[:, kept] * (flat.shape[1] / size) ** 0.5
     torch.testing.assert_close(compress_factors(compressor, left, right), expected)
 
 
@@ -119,6 +124,7 @@ def test_bounded_memory_changes_nothing(spec, monkeypatch):
     ids = torch.randint(64, (5, 6), generator=torch.Generator().manual_seed(0))
     whole = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
     monkeypatch.setattr("vestige.compress._apply.PRODUCT_BYTES", 2 * 4 * 64 * 64)
+    monkeypatch.setattr("vestige.compress._streamed.PIECE_NUMBERS", 4 * 24)  # a few tokens, less than an example
     parts = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other)
@@ -243,6 +249,12 @@ class TestSink:
             sink.accumulate(component, slice(0, 5), *kept)
             expected += combine(compressor, *kept)
         torch.testing.assert_close(sink.gradients, expected)
+
+    def test_a_tensor_sketch_never_keeps_more_than_the_activation(self):
+        left, right = _factors()
+        assert reduce_factor(_build("tensorsketch:7"), "right", right).shape == (5, 6, 7)
+        assert reduce_factor(_build("tensorsketch:13"), "right", right) is right
+        assert reduce_factor(_build("tensorsketch:24"), "left", left) is left
 
     def test_a_mask_shrinks_what_is_kept_of_the_forward_pass(self):
         compressor = _build("mask:4x5 | sjlt:10")

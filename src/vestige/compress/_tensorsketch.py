@@ -91,14 +91,6 @@ class Wrap:
         return self
 
 
-def convolve(
-    left: Float[Tensor, "example token size"], right: Float[Tensor, "example token size"]
-) -> Float[Tensor, "example size"]:
-    """`sum_t` of the circular convolutions of `left[t]` and `right[t]`."""
-    product = (torch.fft.rfft(left) * torch.fft.rfft(right)).sum(1)
-    return torch.fft.irfft(product, n=left.shape[-1])
-
-
 @compressor("tensorsketch", forms=("K",), example="tensorsketch:256", product="circular")
 def tensorsketch(in_sizes: tuple[int, int], out_size: int, stream: Stream) -> tuple[Fold, Fold]:
     """The sketches of the output side, in order, and of the input side, permuted."""

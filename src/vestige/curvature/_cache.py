@@ -1,4 +1,7 @@
-"""Fisher blocks of an index, computed once, group of shards by group of shards, and kept beside it."""
+"""Fisher blocks of an index, computed once, group of shards by group of shards, and kept beside it.
+
+A block for each component, or a single one where the gradients of all components were added up.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -14,10 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
+from vestige.errors import UserError
 from vestige.files import make_folder, write_durably
 from vestige.index import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
-from vestige.progress import progress
+from vestige.progress import format_bytes, progress
 from vestige.settings import LaunchSettings
 
 GROUP_BYTES = 2**29
@@ -108,11 +113,11 @@ class FisherPlan:
 
     @cached_property
     def _names(self) -> list[str]:
-        return [component.name for component in self.index.manifest.components]
+        return [span.name for span in self.index.spans]
 
     @cached_property
     def _columns(self) -> list[slice]:
-        return [self.index.columns(number) for number in range(len(self._names))]
+        return [span.columns for span in self.index.spans]
 
     def _sums(self, piece: int, advance: Callable[[int], None]) -> list[Float[Tensor, "k k"]]:
         blocks = self.index.blocks(shards=self._groups[piece])
@@ -134,7 +139,12 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
         index: A finished index.
         launch: Where to compute the pieces. Not given: in this process.
         command: What a worker runs to come here, as for `run_plan`.
+
+    Raises:
+        UserError: One matrix of all columns does not fit into memory.
     """
+    if len(index.spans) == 1:
+        require_memory(index.width)
     found = _read(index)
     if found is not None:
         return found
@@ -145,6 +155,20 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
     with phase("Curvature", "examples") as done:
         done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
         return run_plan(plan, launch or LaunchSettings.model_validate({}), command)
+
+
+def require_memory(width: int) -> None:
+    """One Fisher matrix of `width` columns and its factors, 28 bytes for each pair of columns, fit into memory.
+
+    Raises:
+        UserError: They do not.
+    """
+    needed, available = 28 * width**2, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"One Fisher matrix over {width:,} columns needs {format_bytes(needed)} of memory, and "
+            f"{format_bytes(available)} are free. Drop --option fisher=model, or make a narrower index."
+        )
 
 
 def fisher_path(index: Index) -> Path:
@@ -164,10 +188,9 @@ def _zeros(columns: list[slice]) -> list[Float[Tensor, "k k"]]:
 
 def _read(index: Index) -> FisherBlocks | None:
     """The stored blocks, None if there are none or the file is damaged: they are cheap to compute again."""
-    components = index.manifest.components
     try:
         with safe_open(fisher_path(index), "pt") as file:
-            blocks = tuple(FisherBlock(one.name, file.get_tensor(one.name)) for one in components)
+            blocks = tuple(FisherBlock(span.name, file.get_tensor(span.name)) for span in index.spans)
     except (FileNotFoundError, SafetensorError):
         return None
-    return FisherBlocks(blocks, tuple(index.columns(number) for number in range(len(components))))
+    return FisherBlocks(blocks, tuple(span.columns for span in index.spans))

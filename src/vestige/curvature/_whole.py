@@ -1,16 +1,12 @@
 """The Fisher matrix of an index over all its columns at once, between components too."""
 
-import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from vestige.curvature._cache import fisher_of, require_memory
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
-from vestige.errors import UserError
 from vestige.files import write_durably
-from vestige.index import Index
-from vestige.progress import format_bytes
-
-NAME = "all components"
+from vestige.index import WHOLE_MODEL, Index
 
 
 def whole_fisher(index: Index) -> FisherBlocks:
@@ -19,19 +15,16 @@ def whole_fisher(index: Index) -> FisherBlocks:
     Raises:
         UserError: The matrix and its factors, 28 bytes for each pair of columns, do not fit into memory.
     """
-    needed, available = 28 * index.width**2, psutil.virtual_memory().available
-    if needed > available:
-        raise UserError(
-            f"One Fisher matrix over {index.width:,} columns needs {format_bytes(needed)} of memory, and "
-            f"{format_bytes(available)} are free. Drop --option fisher=model, or make a narrower index."
-        )
+    if len(index.spans) == 1:
+        return fisher_of(index)
+    require_memory(index.width)
     columns = (slice(0, index.width),)
     path = index.folder / "curvature" / f"fisher-model-{index.fingerprint[:16]}.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            return FisherBlocks((FisherBlock(NAME, file.get_tensor(NAME)),), columns)
+            return FisherBlocks((FisherBlock(WHOLE_MODEL, file.get_tensor(WHOLE_MODEL)),), columns)
     except (FileNotFoundError, SafetensorError):
-        found = accumulate_fisher([NAME], columns, (block.gradients for block in index.blocks()))
+        found = accumulate_fisher([WHOLE_MODEL], columns, (block.gradients for block in index.blocks()))
     path.parent.mkdir(exist_ok=True)
-    write_durably(path, [save({NAME: found.blocks[0].matrix})])
+    write_durably(path, [save({WHOLE_MODEL: found.blocks[0].matrix})])
     return found

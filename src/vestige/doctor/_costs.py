@@ -21,6 +21,13 @@ from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
 
 ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
+SHARED_ALTERNATIVES = (
+    "tensorsketch:1024 | sjlt:1024",
+    "tensorsketch:4096 | sjlt:4096",
+    "mask:32x32 | sjlt:4096",
+    "mask:65536 | sjlt:4096",
+)
+"""The same for the whole model: components can share the columns of their last stage."""
 DTYPES = ("float16", "float32", "int8")
 """bfloat16 takes as much disk as float16."""
 TRIED_TOKENS = 2048
@@ -59,14 +66,16 @@ def estimate_costs(
     settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec, trial: Trial
 ) -> tuple[Cost, ...]:
     """The asked-for compression first, then alternatives, whose speed is measured against it on fewer tokens."""
-    specs = {one.canonical: one for one in (spec, *map(parse_spec, ALTERNATIVES))}
+    others = SHARED_ALTERNATIVES if settings.compress_scope == "model" else ALTERNATIVES
+    specs = {one.canonical: one for one in (spec, *map(parse_spec, others))}
     few = max(1, COMPARED_TOKENS // max(int(trial.data.lengths.max()), 1))
     small = cut_examples(trial.data.subset(np.arange(min(few, len(trial.data)))), COMPARED_TOKENS)
     tokens = _padded_tokens(inputs.data, manifest)
     reference = None
     costs = []
     for one in specs.values():
-        drafted = manifest.model_copy(update={"components": lay_out(inputs.selection.components, one)})
+        columns = lay_out(inputs.selection.components, one, settings.compress_scope)
+        drafted = manifest.model_copy(update={"components": columns})
         seconds = None
         if 8 * len(small) * drafted.width <= ROWS_BYTES and trial.seconds_per_token is not None:
             rate = _timed(settings, inputs, one, small)[0]
@@ -126,8 +135,9 @@ def _timed(
 ) -> tuple[float, ShardContent]:
     """Seconds per padded token, and what was computed; the hooks and maps are made before the clock starts."""
     components = inputs.selection.components
-    columns = lay_out(components, spec)
-    with CompressedGradients(inputs.loaded, components, columns, spec, settings.seed, settings.loss) as compute:
+    scope = settings.compress_scope
+    columns = lay_out(components, spec, scope)
+    with CompressedGradients(inputs.loaded, components, columns, spec, settings.seed, settings.loss, scope) as compute:
         compute.rows(cut_examples(data.subset([0]), 2), [np.arange(1)])
         started = time.perf_counter()
         content = compute.rows(data, [np.arange(len(data))])

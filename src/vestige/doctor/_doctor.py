@@ -27,7 +27,8 @@ from vestige.progress import announce
 from vestige.settings import DoctorSettings, verb
 
 PROBE_NUMBERS = 16 * 2**20
-"""Most numbers per example in the tries of batch and padding; what keeps more is tried under `logra:16x16`."""
+"""Most numbers per example in the tries of batch and padding; what keeps more is tried under `NARROW`."""
+NARROW = {"component": "logra:16x16", "model": "logra:16x16 | sjlt:4096"}
 
 
 @verb(DoctorSettings)
@@ -82,7 +83,7 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
     manifest = draft_manifest(settings, inputs, spec)
     probes = choose_probes(data, loaded.context_length)
     trial = try_batch(settings, inputs, manifest, spec)
-    narrow = spec if manifest.width <= PROBE_NUMBERS else parse_spec("logra:16x16")
+    narrow = spec if manifest.width <= PROBE_NUMBERS else parse_spec(NARROW[settings.compress_scope])
     invariance, finite = _try_probes(settings, inputs, probes, narrow, trial)
     device = next(loaded.model.parameters()).device
     longest = int(probes.target_counts.argmax())
@@ -101,10 +102,10 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
 def _try_probes(
     settings: DoctorSettings, inputs: Inputs, probes: TokenizedData, spec: CompressionSpec, trial: Trial
 ) -> tuple[list[Check], Check]:
-    loaded, components = inputs.loaded, inputs.selection.components
-    columns = lay_out(components, spec)
+    loaded, components, scope = inputs.loaded, inputs.selection.components, settings.compress_scope
+    columns = lay_out(components, spec, scope)
     dtype: torch.dtype = run_precision(loaded.model)
-    with CompressedGradients(loaded, components, columns, spec, settings.seed, settings.loss) as compute:
+    with CompressedGradients(loaded, components, columns, spec, settings.seed, settings.loss, scope) as compute:
         invariance, bare = try_batches(compute, probes, loaded.context_length, columns, dtype)
     tried = [(probes, bare)] + ([(trial.data, trial.content)] if trial.content is not None else [])
     return invariance, check_finite(tried)

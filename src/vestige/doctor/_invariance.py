@@ -56,12 +56,15 @@ def _check(
     if verdict == "good":
         return Check(name, verdict, value, f"A gradient does not depend on {cause}.", worst)
     row = int(relative.argmax())
-    where = max(columns, key=lambda part: float(moved[row, part.start : part.stop].norm())).name
+    # Columns that components share tell only that some component moved.
+    apart = len({part.start for part in columns}) == len(columns)
+    furthest = max(columns, key=lambda part: float(moved[row, part.start : part.stop].norm())).name
+    where = f"most in {furthest}" if apart else "in some component"
     if verdict == "warn":
-        advice = f"More than usual, most in {where}; compare with --precision float32."
+        advice = f"More than usual, {where}; compare with --precision float32."
     else:
         advice = (
-            f"A gradient depends on {cause}, most in {where}: its scores would too. Look for layers that mix "
+            f"A gradient depends on {cause}, {where}: its scores would too. Look for layers that mix "
             "examples (batch norm, a mean over the batch, mixture-of-experts capacity) or read padding; "
             "--token-budget 1 runs every example alone."
         )

@@ -156,7 +156,7 @@ def _index_work(inputs: SketchInputs, kept: Kept, one: Sketched, index: Index) -
             advance(len(positions))
             return index.gradients_of(positions if side == "reference" else positions + references)
 
-        columns = [index.columns(number) for number in range(len(index.manifest.components))]
+        columns = [span.columns for span in index.spans]
         kept.write(one.name, Computed(stored_products(columns, inputs.samples, gradients_of), 0.0))
 
     return _Work(inputs.samples.total, run)

@@ -10,6 +10,7 @@ from vestige.index._export import export, export_index
 from vestige.index._import import import_published
 from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
 from vestige.index._manifest import (
+    WHOLE_MODEL,
     CompressionIdentity,
     DataIdentity,
     ImportRecord,
@@ -17,6 +18,7 @@ from vestige.index._manifest import (
     Manifest,
     ModelIdentity,
     PlanRecord,
+    Span,
     read_manifest,
 )
 from vestige.index._plan import Plan, PlannedShard, plan_index
@@ -26,6 +28,7 @@ from vestige.index._store import Index, IndexBlock, ShardFault
 from vestige.index._work import IndexPlan, PlannedBatches
 
 __all__ = [
+    "WHOLE_MODEL",
     "CompressedGradients",
     "CompressionIdentity",
     "DataIdentity",
@@ -45,6 +48,7 @@ __all__ = [
     "PlannedShard",
     "ShardContent",
     "ShardFault",
+    "Span",
     "batch_tokens",
     "build_index",
     "choose_spec",

@@ -63,7 +63,13 @@ def _gradients(
     settings: IndexSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec
 ) -> CompressedGradients:
     return CompressedGradients(
-        inputs.loaded, inputs.selection.components, manifest.components, spec, settings.seed, settings.loss
+        inputs.loaded,
+        inputs.selection.components,
+        manifest.components,
+        spec,
+        settings.seed,
+        settings.loss,
+        settings.compress_scope,
     )
 
 
@@ -92,7 +98,7 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
         data=DataIdentity(name=inputs.data.name, fingerprint=inputs.data.fingerprint, examples=len(inputs.data)),
-        compression=CompressionIdentity(spec=spec.canonical),
+        compression=CompressionIdentity(spec=spec.canonical, scope=settings.compress_scope),
         seed=settings.seed,
         dtype=settings.dtype,
         loss=settings.loss,
@@ -100,7 +106,7 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
         max_length=tokens_at_most(settings, inputs.loaded),
         chat=settings.chat,
         token_budget=batch_tokens(settings, inputs.loaded),
-        components=lay_out(inputs.selection.components, spec),
+        components=lay_out(inputs.selection.components, spec, settings.compress_scope),
     )
 
 

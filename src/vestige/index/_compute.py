@@ -12,6 +12,7 @@ from vestige.gradients import CausalLoss, GradientPass, Reduction
 from vestige.index._manifest import IndexedComponent
 from vestige.index._shards import ShardContent
 from vestige.models import Component, LoadedModel
+from vestige.settings import Scope
 
 
 class CompressedGradients:
@@ -25,9 +26,11 @@ class CompressedGradients:
         spec: CompressionSpec,
         seed: int,
         loss: Reduction,
+        scope: Scope = "component",
     ) -> None:
         self._device = next(loaded.model.parameters()).device
-        compressors = [spec.build(part.name, part.shape, seed, self._device) for part in components]
+        shared = scope == "model"
+        compressors = [spec.build(part.name, part.shape, seed, self._device, shared=shared) for part in components]
         self._sink = CompressingSink(compressors, [part.start for part in columns], max(part.stop for part in columns))
         self._pass = GradientPass(loaded.model, components, CausalLoss(loss))
 
@@ -52,15 +55,21 @@ class CompressedGradients:
         return ShardContent(joined, torch.cat(losses), joined.norm(dim=1), torch.cat(rows))
 
 
-def lay_out(components: Sequence[Component], spec: CompressionSpec) -> tuple[IndexedComponent, ...]:
-    """The columns of every component, one after another."""
+def lay_out(
+    components: Sequence[Component], spec: CompressionSpec, scope: Scope = "component"
+) -> tuple[IndexedComponent, ...]:
+    """The columns of every component: one after another, or the same for all, to be added up there.
+
+    Raises:
+        SpecError: Components cannot share the columns of this compression.
+    """
     columns, start = [], 0
     for component in components:
-        stop = start + spec.size_for(component.shape)
+        stop = start + spec.size_for(component.shape, shared=scope == "model")
         columns.append(
             IndexedComponent(
                 name=component.name, kind=component.uses[0].kind, shape=component.shape, start=start, stop=stop
             )
         )
-        start = stop
+        start = 0 if scope == "model" else stop
     return tuple(columns)

@@ -5,6 +5,7 @@ finds the compression and its seed again. Other readers pass over it.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from vestige.files import make_folder, write_durably
 from vestige.index._export_rows import parts_in_order
 from vestige.index._import_iterations import PROJECTIONS
 from vestige.index._import_published import VESTIGE_KEY
-from vestige.index._manifest import IMPORTED_SPEC, IndexedComponent, Manifest, to_json
+from vestige.index._manifest import IMPORTED_SPEC, WHOLE_MODEL, IndexedComponent, Manifest, to_json
 from vestige.index._store import Index
 
 _ROWS_PER_BATCH = 16
@@ -31,8 +32,8 @@ class _Sides(NamedTuple):
 def write_projections(index: Index, out: Path) -> list[Path]:
     """`proj_iter_{i:06d}.pt` and `metadata.json`: layers by sorted name, in bfloat16 where the index is."""
     manifest = index.manifest
-    layers = sorted(enumerate(manifest.components), key=lambda numbered: numbered[1].name)
-    columns = torch.cat([torch.arange(part.start, part.stop) for _, part in layers])
+    layers = sorted(_layers(manifest), key=lambda part: part.name)
+    columns = torch.cat([torch.arange(part.start, part.stop) for part in layers])
     dtype = torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32
     written = []
     for number, part in enumerate(parts_in_order(index, _ROWS_PER_BATCH)):
@@ -45,7 +46,7 @@ def write_projections(index: Index, out: Path) -> list[Path]:
         }
         write_durably(path, [_saved(content)])
         written.append(path)
-    metadata = _projection_metadata(manifest, [part for _, part in layers], str(dtype).removeprefix("torch."))
+    metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
     write_durably(out / "metadata.json", [to_json(metadata)])
     return [*written, out / "metadata.json"]
 
@@ -54,7 +55,7 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
     """`grad/chunk_gradients_{first}_{last}.mmap` with their metadata, and `batch_metadata.json`, in float32."""
     manifest, folder = index.manifest, out / "grad"
     make_folder(folder)
-    dims = [part.stop - part.start for part in manifest.components]
+    dims = [part.stop - part.start for part in _layers(manifest)]
     written, batch = [], 0
     for part in parts_in_order(index, _ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
         rows = part.stop - part.start
@@ -85,7 +86,7 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
     ]
     summary = {
         "batch_info": info,
-        "layer_names": [part.name for part in manifest.components],
+        "layer_names": [part.name for part in _layers(manifest)],
         "layer_dims": dims,
         "total_batches": batch,
         "total_samples": index.rows,
@@ -95,7 +96,15 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
     return [*written, out / "batch_metadata.json"]
 
 
-def _projection_metadata(manifest: Manifest, parts: list[IndexedComponent], dtype: str) -> dict[str, Any]:
+def _layers(manifest: Manifest) -> Sequence[IndexedComponent]:
+    """What these layouts call layers: the components, or one for the whole model where they were added up."""
+    if manifest.compression.scope == "component":
+        return manifest.components
+    width = manifest.width
+    return [IndexedComponent(name=WHOLE_MODEL, kind="model", shape=(1, width), start=0, stop=width)]
+
+
+def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
     layers, start = [], 0
     for part in parts:
         total = part.stop - part.start
@@ -131,7 +140,7 @@ def _projection_metadata(manifest: Manifest, parts: list[IndexedComponent], dtyp
 def _sides(manifest: Manifest, part: IndexedComponent) -> _Sides:
     """Sizes of both sides where each was projected for itself; one side of all columns elsewhere."""
     total = part.stop - part.start
-    if manifest.compression.spec == IMPORTED_SPEC:
+    if manifest.compression.spec == IMPORTED_SPEC or manifest.compression.scope == "model":
         return _Sides(1, total)
     compressor = parse_spec(manifest.compression.spec).build(part.name, part.shape, manifest.seed)
     left, right = compressor.left.out_size, compressor.right.out_size

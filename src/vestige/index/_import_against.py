@@ -78,12 +78,12 @@ def _require_alike(published: Published, index: Index) -> None:
     )
 
 
-def _source(side: Published | Index) -> tuple[str, int] | None:
+def _source(side: Published | Index) -> tuple[str, str, int] | None:
     """Compression and seed where they are known."""
     manifest = side.made_by if isinstance(side, Published) else side.manifest
     if manifest is None or (isinstance(side, Index) and manifest.compression.spec == IMPORTED_SPEC):
         return None
-    return manifest.compression.spec, manifest.seed
+    return manifest.compression.spec, manifest.compression.scope, manifest.seed
 
 
 def _meaning(cosine: bool) -> Meaning:

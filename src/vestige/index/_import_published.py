@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vestige.errors import DataError
 from vestige.files import sha256_of
-from vestige.index._manifest import IndexedComponent, Manifest, StoredType
+from vestige.index._manifest import WHOLE_MODEL, IndexedComponent, Manifest, StoredType
 
 VESTIGE_KEY = "vestige"
 """Key under which an export of ours puts the manifest into the metadata of a published layout."""
@@ -164,6 +164,10 @@ def restored_order(
         raise DataError(f"{path} names a layer twice.")
     if made_by is None:
         return stored, list(places.values())
+    if made_by.compression.scope == "model":
+        if [(part.name, part.start, part.stop) for part in stored] != [(WHOLE_MODEL, 0, made_by.width)]:
+            raise DataError(f"{path}: expected the one layer {WHOLE_MODEL!r} that the manifest speaks of.")
+        return made_by.components, [slice(0, made_by.width)]
     sizes = {part.name: part.stop - part.start for part in made_by.components}
     if sizes != {part.name: part.stop - part.start for part in stored}:
         raise DataError(f"{path}: the slices of the layers are not those of the manifest under `{VESTIGE_KEY}`.")

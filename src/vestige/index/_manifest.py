@@ -72,6 +72,17 @@ class IndexedComponent(_Frozen):
     stop: int
 
 
+WHOLE_MODEL = "all components"
+
+
+class Span(NamedTuple):
+    """Columns of an index that hold one compressed gradient."""
+
+    name: str
+    """The component's, or `WHOLE_MODEL`."""
+    columns: slice
+
+
 class PlanStage(_Frozen):
     """Rows `start:stop` of the data, added together; appending data adds a stage and leaves earlier ones alone."""
 
@@ -138,6 +149,13 @@ class Manifest(_Frozen):
     def width(self) -> int:
         """Numbers per example."""
         return max(part.stop for part in self.components)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The runs of columns that belong together: each component's, or all where they were added up."""
+        if self.compression.scope == "model":
+            return (Span(WHOLE_MODEL, slice(0, self.width)),)
+        return tuple(Span(part.name, slice(part.start, part.stop)) for part in self.components)
 
     @property
     def row_bytes(self) -> int:

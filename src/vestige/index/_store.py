@@ -15,7 +15,7 @@ from torch import Tensor
 from vestige.data import Example
 from vestige.errors import CorruptFile, UserError
 from vestige.index._examples import read_examples
-from vestige.index._manifest import Manifest, expected_shards, read_manifest
+from vestige.index._manifest import Manifest, Span, expected_shards, read_manifest
 from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
 from vestige.timing import count_bytes, timed
 
@@ -95,6 +95,11 @@ class Index:
         """The columns of component `number`; all of them when the whole model was compressed into one vector."""
         component = self.manifest.components[number]
         return slice(component.start, component.stop)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Columns that hold one compressed gradient each: a component's, or the sum of all components'."""
+        return self.manifest.spans
 
     def blocks(self, max_bytes: int = 16 * 2**20, *, shards: range | None = None) -> Iterator[IndexBlock]:
         """Every row once, in the order of the plan, while the next block is being read in the background.

@@ -17,6 +17,7 @@ from vestige.timing import timed
 
 Relative = Literal["none", "theta", "loss", "cosine"]
 
+_ONE = "; one matrix for all"
 _BY = "Fisher matrix of each component; divided by "
 _MEANT: dict[Relative, dict[str, str]] = {
     "none": {},
@@ -77,7 +78,11 @@ class Influence(GradientMethod):
         """What the scores mean depends on the options."""
         self.meaning = replace(type(self).meaning, **_MEANT[self.relative])
         if self.fisher == "model":
-            self.meaning = replace(self.meaning, normalisation=f"{self.meaning.normalisation}; one matrix for all")
+            self._speak_of_one_matrix()
+
+    def _speak_of_one_matrix(self) -> None:
+        text = self.meaning.normalisation.removesuffix(_ONE)
+        self.meaning = replace(self.meaning, normalisation=text + _ONE)
 
     def vectors(self, job: Job) -> Prepared:
         """The queries' compressed gradients, preconditioned."""
@@ -122,6 +127,9 @@ class Influence(GradientMethod):
 
     def _curvature(self, job: Job) -> FisherBlocks:
         assert job.index is not None, "the orchestration makes an index for methods that need one"
+        if job.index.manifest.compression.scope == "model":
+            # Components that were added up have no matrices of their own.
+            self._speak_of_one_matrix()
         found = fisher_of(job.index) if self.fisher == "component" else whole_fisher(job.index)
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 

@@ -30,13 +30,18 @@ from vestige.gradients import (
     low_rank,
     matrices_of,
 )
-from vestige.index import CompressedGradients, Index, IndexBlock, batch_tokens
+from vestige.index import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
 from vestige.methods._protocol import Job
 from vestige.models import LoadedModel
 from vestige.progress import announce, format_bytes, progress
 from vestige.timing import timed
 
 Vectors = list[Float[Tensor, "query n"]]
+
+PARTS_NUMBERS = 2**26
+"""Most numbers alive at once while gradients of the whole model are computed component by component."""
+SUM_TOLERANCE = 0.01
+"""Difference between a score and the sum over its components, relative to the largest score, that is worth a word."""
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -159,7 +164,8 @@ class IndexedGradients(_InPieces):
         self._groups = index.shard_groups(INDEX_PIECE_BYTES)
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
-        self.columns = [index.columns(number) for number in range(len(manifest.components))]
+        self.columns = [span.columns for span in index.spans]
+        self._shared = manifest.compression.scope == "model"
 
     @property
     def identity(self) -> str:
@@ -174,18 +180,22 @@ class IndexedGradients(_InPieces):
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Compressed gradients of the queries, in their order."""
+        return self.split(self._compressed(data, self.index.manifest.components))
+
+    def _compressed(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
+        """Gradients of the data by the model as it is, in its order, compressed into these columns."""
         manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
         compute = CompressedGradients(
-            loaded, self._job.components, manifest.components, self._spec, manifest.seed, manifest.loss
+            loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
         )
         with compute:
             content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget))
         gradients = torch.empty_like(content.gradients)
         gradients[content.example] = content.gradients
-        return self.split(gradients)
+        return gradients
 
     def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
-        """One matrix per component."""
+        """One matrix per component; a single one where the components were added up."""
         return [gradients[:, part] for part in self.columns]
 
     def piece_rows(self, piece: int) -> int:
@@ -208,8 +218,34 @@ class IndexedGradients(_InPieces):
             yield block.example, scores, lengths if norms else None
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """Inner products component by component."""
-        return self._products(vectors, rows, self.index.gradients_of(rows), norms)
+        """Inner products component by component.
+
+        Stored gradients of the whole model cannot be taken apart again: the components' are computed anew, and differ
+        from what is stored by its rounding.
+        """
+        found = self._products(vectors, rows, self.index.gradients_of(rows), norms)
+        if not self._shared:
+            return found
+        scores = self._computed_parts(vectors[0], rows)
+        _announce_unlike(scores.sum(0), found.scores[0])
+        return found._replace(scores=scores)
+
+    def _computed_parts(
+        self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
+    ) -> Float[Tensor, "component query row"]:
+        """`<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
+        parts, width = self.index.manifest.components, self.index.width
+        apart = [
+            part.model_copy(update={"start": number * width, "stop": (number + 1) * width})
+            for number, part in enumerate(parts)
+        ]
+        step = max(1, PARTS_NUMBERS // (width * len(parts)))
+        scores = [vectors.new_zeros(len(parts), len(vectors), 0)]
+        for start in range(0, len(rows), step):
+            data = self._job.train.subset(rows[start : start + step])
+            gradients = self._compressed(data, apart).unflatten(1, (len(parts), width))
+            scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
+        return torch.cat(scores, dim=2)
 
     def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """The same from gradients computed anew."""
@@ -233,8 +269,11 @@ class IndexedGradients(_InPieces):
         """Compressed vectors brought back to matrices by the adjoint of their compressor."""
         manifest = self.index.manifest
         return [
-            adjoint_gradient(self._spec.build(part.name, part.shape, manifest.seed), vector[query : query + 1])[0]
-            for part, vector in zip(manifest.components, vectors, strict=True)
+            adjoint_gradient(
+                self._spec.build(part.name, part.shape, manifest.seed, shared=self._shared),
+                vectors[0 if self._shared else number][query : query + 1],
+            )[0]
+            for number, part in enumerate(manifest.components)
         ]
 
 
@@ -364,6 +403,17 @@ class ExactGradients(_InPieces):
                 gradient_pass.run(make_batch(data, batch).to(self.device), sink)
                 lengths = norm.finish().sum(0).sqrt().cpu() if norms else None
                 yield Products(torch.as_tensor(batch), dot.scores.cpu(), lengths)
+
+
+def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor, "query row"]) -> None:
+    """Say so where the components' scores do not add up to the scores."""
+    apart = float((computed - stored).abs().max()) if stored.numel() else 0.0
+    largest = float(stored.abs().max()) if stored.numel() else 0.0
+    if apart > SUM_TOLERANCE * largest:
+        announce(
+            f"The scores of the components, computed anew, add up to the listed scores within {apart / largest:.1%} of "
+            "the largest one: the index stores rounded numbers, or was made on another device."
+        )
 
 
 def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from vestige.settings._base import Settings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
 Reduction = Literal["sum", "mean"]
+Scope = Literal["component", "model"]
+
+SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
+"""What the whole model is compressed with where nothing else is asked for."""
 
 
 def _one_or_several(value: Any) -> Any:
@@ -73,11 +77,24 @@ class CompressionSettings(Settings):
     )
     compress: str = Field(
         "tensorsketch:256",
-        description="How to compress gradients, such as tensorsketch:256, 'mask:32x32 | sjlt:256', none, or auto.",
+        description="How to compress gradients, such as tensorsketch:256, 'mask:32x32 | sjlt:256', none, or auto. "
+        f"With --compress-scope model and nothing given: '{SHARED_COMPRESSION}'.",
+    )
+    compress_scope: Scope = Field(
+        "component",
+        description="Keep a compressed gradient of each component, or their sum: one of the whole model, which needs a "
+        "last stage that components can share, such as sjlt:4096.",
     )
     disk: str | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
     dtype: StoredType = Field("float16", description="Number format of the compressed gradients on disk.")
     seed: int = Field(0, description="Seed of every random choice.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_the_scope(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("compress_scope") == "model":
+            return {"compress": SHARED_COMPRESSION, **given}
+        return given
 
     @field_validator("disk")
     @classmethod

@@ -29,7 +29,7 @@ def work(folder, seconds=0.0):
         return original(self, *args, **kwargs)
 
     groups = Index.shard_groups
-    Index.shard_groups = lambda self, _: groups(self, 1)
+    Index.shard_groups = lambda self, max_bytes: groups(self, min(max_bytes, 1))
     Index.blocks = slow
     try:
         precondition(index=folder / "index", out=folder / "out", damping=0.1)
@@ -107,6 +107,7 @@ def test_kills_at_random_moments_change_no_byte(indexed, whole, tmp_path):
         child.start()
         child.join(moments.uniform(0.08, 0.25))
         if child.exitcode is None:
+            assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             killed += 1

@@ -3,16 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import time
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-import vestige
+import vestige.evaluate
 from tests.index.synthetic import build
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.compress import MaskPart, MaskTraining, Stream, train_selective_mask, write_masks
-from vestige.errors import UserError
+from vestige.errors import IndexMismatch, UserError
 from vestige.index import Index, index_status
 
 
@@ -35,9 +38,11 @@ def indexed(workshop, data, out, **given):
     return vestige.index(model=str(workshop / "tiny-model"), data=str(data), out=out, **settings)
 
 
-def rows():
+def rows() -> list[dict[str, Any]]:
     """Texts of uneven lengths, in no order of them, each under an id that says nothing; two of them are equal."""
-    made = [{"id": f"{7 * number % 12:02d}-x", "text": " ".join(pair[:2])} for number, pair in enumerate(PAIRS)]
+    made: list[dict[str, Any]] = [
+        {"id": f"{7 * number % 12:02d}-x", "text": " ".join(pair[:2])} for number, pair in enumerate(PAIRS)
+    ]
     for number, row in enumerate(made):
         row["text"] += " and so on" * (5 * number % 7)
     return [*made, {"id": "again", "text": made[4]["text"]}]
@@ -136,3 +141,22 @@ def test_grass_9_a_writer_that_fails_is_an_error_within_seconds(tmp_path, monkey
     assert not list((tmp_path / "index").rglob("*.tmp.*"))
     build(tmp_path / "index")
     assert Index.open(tmp_path / "index").verify() == []
+
+
+def test_trap_gradients_of_other_weights_are_not_compared(workshop, tmp_path):
+    """Elsewhere the exact reference of the projections came from other random weights, and nothing noticed."""
+    data = str(workshop / "train.jsonl")
+    indexed(workshop, data, tmp_path / "idx")
+    other = tmp_path / "other-model"
+    shutil.copytree(workshop / "tiny-model", other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IndexMismatch, match="another model"):
+        vestige.attribute(
+            index=tmp_path / "idx", model=str(other), queries=["Why?"], out=tmp_path / "run", method="grad-dot"
+        )
+    with pytest.raises(IndexMismatch, match="another model"):
+        vestige.evaluate.sketch(
+            model=str(other), data=data, index=str(tmp_path / "idx"), compress=(), out=tmp_path / "sketch", num_ref=4
+        )

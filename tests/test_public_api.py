@@ -9,6 +9,7 @@ import vestige
 from vestige.settings import (
     EVALUATIONS,
     AttributeSettings,
+    BankSettings,
     DoctorSettings,
     ExportSettings,
     ImportSettings,
@@ -19,10 +20,12 @@ from vestige.settings import (
 )
 
 PUBLIC = [
+    "Bank",
     "Index",
     "Scores",
     "VestigeError",
     "attribute",
+    "bank",
     "doctor",
     "evaluate",
     "export",
@@ -35,6 +38,7 @@ PUBLIC = [
 
 VERBS = {
     "attribute": AttributeSettings,
+    "bank": BankSettings,
     "doctor": DoctorSettings,
     "export": ExportSettings,
     "import_published": ImportSettings,
@@ -80,7 +84,7 @@ def test_a_verb_stays_callable_after_its_room_was_imported():
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
-    with pytest.raises(AttributeError, match="it has Index, Scores"):
+    with pytest.raises(AttributeError, match="it has Bank, Index, Scores"):
         _ = vestige.attribut  # pyright: ignore
 
 

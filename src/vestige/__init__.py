@@ -4,9 +4,10 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
+    bank                                       models trained on parts of the data; bank.bank_of for any model
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
-    Index, Scores                              what the verbs leave on disk, opened again
+    Index, Scores, Bank                        what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
 
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate
+    from vestige.bank import Bank as Bank
+    from vestige.bank import bank as bank
     from vestige.curvature import precondition as precondition
     from vestige.doctor import doctor as doctor
     from vestige.errors import VestigeError as VestigeError
@@ -30,10 +33,12 @@ if TYPE_CHECKING:
     from vestige.runs import Scores as Scores
 
 __all__ = [
+    "Bank",
     "Index",
     "Scores",
     "VestigeError",
     "attribute",
+    "bank",
     "doctor",
     "evaluate",
     "export",
@@ -45,10 +50,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Bank": "vestige.bank",
     "Index": "vestige.index",
     "Scores": "vestige.runs",
     "VestigeError": "vestige.errors",
     "attribute": "vestige.methods",
+    "bank": "vestige.bank",
     "doctor": "vestige.doctor",
     "export": "vestige.index",
     "import_published": "vestige.index",

@@ -7,6 +7,7 @@ from vestige.cli._app import VERBS, build_app
 from vestige.settings import (
     EVALUATIONS,
     AttributeSettings,
+    BankSettings,
     CancelSettings,
     DoctorSettings,
     ExportSettings,
@@ -23,6 +24,7 @@ SETTINGS = {
     "doctor": DoctorSettings,
     "index": IndexSettings,
     "precondition": PreconditionSettings,
+    "bank": BankSettings,
     "attribute": AttributeSettings,
     "report": ReportSettings,
     "view": ViewSettings,

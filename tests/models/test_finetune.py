@@ -5,7 +5,7 @@ from tests.architectures import build
 from vestige.data import Example, make_batch, tokenize
 from vestige.errors import DataError, ModelError, NonFinite
 from vestige.models import finetune, load_model, model_fingerprint
-from vestige.models._finetune import _loss
+from vestige.models._training import summed_loss
 
 PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
 
@@ -25,8 +25,8 @@ def loaded(tokenizer, name="llama"):
 
 def loss(model, data) -> float:
     with torch.no_grad():
-        total, count = _loss(model, make_batch(data, range(len(data))))
-    return total.item() / count
+        total = summed_loss(model, make_batch(data, range(len(data))))
+    return total.item() / data.target_counts.sum()
 
 
 def train(model, data, out, **settings):
@@ -49,10 +49,9 @@ def test_the_loss_is_the_mean_over_target_tokens_that_transformers_computes(toke
     model = build("llama")
     batch = make_batch(data, [0, 2])
     with torch.no_grad():
-        total, count = _loss(model, batch)
+        total = summed_loss(model, batch)
         expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
-    assert count == data.target_counts[[0, 2]].sum()
-    assert torch.isclose(total / count, expected, rtol=1e-5)
+    assert torch.isclose(total / data.target_counts[[0, 2]].sum(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])

@@ -16,6 +16,7 @@ VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
     "index": "Store the compressed gradient of every training example.",
     "precondition": "Measure the curvature of an index, and precondition its gradients.",
+    "bank": "Train many models on parts of the data: the truth that scores are judged by.",
     "attribute": "Rank the training examples behind an answer.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "report": "Write a run as one HTML file that opens offline.",

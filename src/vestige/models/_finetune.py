@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
-from vestige.errors import DataError, ModelError, NonFinite
+from vestige.data import TokenizedData, plan_batches
+from vestige.errors import DataError, ModelError
+from vestige.models._training import Recipe, Step, train
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
 from vestige.progress import announce, progress
-
-_LARGEST_GRADIENT_NORM = 1.0
 
 
 def finetune(
@@ -59,14 +57,29 @@ def finetune(
     batches = [rows for rows in plan_batches(data.lengths, token_budget) if data.target_counts[rows].any()]
     if not batches:
         raise DataError(f"{data.name}: no example has a target token, so there is nothing to learn.")
-    model = _trainable_copy(loaded, lora_rank, seed)
+    model = trainable_copy(loaded, lora_rank=lora_rank, seed=seed)
     _train(model, data, batches, epochs, learning_rate, seed)
-    return _save(model, loaded, out)
+    return save_trained(model, loaded, out)
 
 
-def _trainable_copy(loaded: LoadedModel, lora_rank: int | None, seed: int) -> nn.Module:
+def trainable_copy(
+    loaded: LoadedModel, *, lora_rank: int | None = None, from_scratch: bool = False, seed: int = 0
+) -> nn.Module:
+    """A copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
+
+    Args:
+        loaded: Stays as it is.
+        lora_rank: Rank of new LoRA matrices on every linear layer, None to train all weights.
+        from_scratch: Begin with random weights as the model's class draws them, instead of the loaded ones.
+        seed: Of the LoRA matrices or the random weights.
+
+    Raises:
+        ModelError: It is no transformers model, or an adapter was to begin from scratch.
+    """
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
+    if from_scratch:
+        return _drawn_anew(loaded, seed).requires_grad_(True)
     model: Any = copy.deepcopy(loaded.model)
     if lora_rank is None:
         return model.requires_grad_(True)
@@ -88,6 +101,16 @@ def _trainable_copy(loaded: LoadedModel, lora_rank: int | None, seed: int) -> nn
     return adapted
 
 
+def _drawn_anew(loaded: LoadedModel, seed: int) -> nn.Module:
+    old: Any = loaded.model
+    if hasattr(old, "peft_config"):
+        raise ModelError(f"{loaded.name} is an adapter; only a whole model can be trained from scratch.")
+    weight = next(old.parameters())
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(old)(copy.deepcopy(old.config)).to(device=weight.device, dtype=weight.dtype)
+
+
 def _train(
     model: nn.Module,
     data: TokenizedData,
@@ -96,50 +119,25 @@ def _train(
     learning_rate: float,
     seed: int,
 ) -> None:
-    # Evaluation mode, although weights are trained: it only turns dropout off.
-    model.eval()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = np.random.default_rng(seed)
-    device = parameters[0].device
-    with progress(int(data.lengths.sum()) * epochs, "Fine-tuning", unit="tokens") as counter:
-        for epoch in range(epochs):
-            total = targets = 0.0
-            for number in order.permutation(len(batches)):
-                batch = make_batch(data, batches[number]).to(device)
-                loss, count = _loss(model, batch)
-                if not torch.isfinite(loss):
-                    raise NonFinite(_not_finite(data, batches[number], epoch, learning_rate))
-                (loss / count).backward()
-                nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT_NORM)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                total, targets = total + loss.item(), targets + count
-                counter.advance(int(data.lengths[batches[number]].sum()))
-            announce(f"Epoch {epoch + 1} of {epochs}: loss {total / targets:.3f} nats per token")
+    steps = [batches[number] for _ in range(epochs) for number in order.permutation(len(batches))]
+    lengths, seen = data.lengths, [0.0, 0]
+    with progress(int(lengths.sum()) * epochs, "Fine-tuning", unit="tokens") as counter:
+
+        def after(step: Step) -> None:
+            seen[0], seen[1] = seen[0] + step.loss, seen[1] + step.targets
+            counter.advance(int(lengths[steps[step.number - 1]].sum()))
+            if step.number % len(batches) == 0:
+                announce(
+                    f"Epoch {step.number // len(batches)} of {epochs}: loss {seen[0] / seen[1]:.3f} nats per token"
+                )
+                seen[:] = [0.0, 0]
+
+        train(model, data, steps, Recipe(learning_rate), after)
 
 
-def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the target tokens in float32, and how many there are."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    wanted = batch.labels[:, 1:] != NO_TARGET
-    chosen = logits[:, :-1][wanted].float()
-    return F.cross_entropy(chosen, batch.labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
-
-
-def _not_finite(data: TokenizedData, rows: np.ndarray, epoch: int, learning_rate: float) -> str:
-    ids = ", ".join(repr(data.examples[row].id) for row in rows[:8])
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return (
-        f"The loss of a batch in epoch {epoch + 1} is not finite; its examples are {ids}{more}. Nothing was saved. "
-        f"Lower the learning rate (now {learning_rate:g}), or look at these examples."
-    )
-
-
-def _save(model: Any, loaded: LoadedModel, out: Path) -> Path:
+def save_trained(model: Any, loaded: LoadedModel, out: Path) -> Path:
+    """The new folder `out` holds the model, or its adapter, and the tokenizer of the model that it was made from."""
     unfinished = out.with_name(f"{out.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     # An adapter holds no embedding; asked to find out by itself, PEFT would look the base model up on the hub.

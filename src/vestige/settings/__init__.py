@@ -6,6 +6,7 @@ help and mistakes answer at once.
 """
 
 from vestige.settings._attribute import AttributeSettings as AttributeSettings
+from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import Settings as Settings
 from vestige.settings._base import flag as flag
 from vestige.settings._base import nearest as nearest

@@ -1,0 +1,143 @@
+"""Which examples each model of a bank is trained on: a design is a list of subsets, each with a name."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.errors import DataError
+
+EVERYTHING = "everything"
+"""Name of the subset that leaves nothing out, to which the others of its design are compared."""
+
+_SUBSETS, _RUNS, _LEFT_OUT = 0, 1, 2
+"""First words of the seeds, so that subsets, runs and left-out examples never share random numbers."""
+
+
+class Subset(NamedTuple):
+    """Examples to train on."""
+
+    name: str
+    rows: np.ndarray
+    """Rows of the data, sorted, int64."""
+
+    @property
+    def digest(self) -> str:
+        """What tells this subset from others: sixteen hexadecimal digits of the sha256 of its name and rows."""
+        name = self.name.encode()
+        return hashlib.sha256(b"%d " % len(name) + name + self.rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def random_subsets(examples: int, fraction: float, count: int, seed: int) -> list[Subset]:
+    """`count` subsets drawn independently and without replacement; the first ones do not depend on `count`.
+
+    Raises:
+        DataError: `fraction` of the examples is none of them, or all.
+    """
+    size = round(fraction * examples)
+    if not 0 < size < examples:
+        raise DataError(
+            f"A fraction of {fraction:g} of {examples} examples is {size}: models would be trained on nothing, or all "
+            "on the same. Give more data, or another --fraction."
+        )
+    draws = (np.random.default_rng([seed, _SUBSETS, number]) for number in range(count))
+    return [
+        Subset(f"random {number}", np.sort(draw.choice(examples, size, replace=False)).astype(np.int64))
+        for number, draw in enumerate(draws)
+    ]
+
+
+def without_each_source(sources: Sequence[str | None]) -> list[Subset]:
+    """Everything, then everything but each source, sources by name.
+
+    Raises:
+        DataError: An example has no source, or all have the same.
+    """
+    if missing := [row for row, source in enumerate(sources) if source is None]:
+        raise DataError(
+            f"{len(missing)} of {len(sources)} examples have no source, the first in row {missing[0]}. Give every row "
+            "of the data a `source`, or use --subsets."
+        )
+    names = sorted({source for source in sources if source is not None})
+    if len(names) < 2:
+        raise DataError(f"All examples have the source {names[0]!r}: without it, none is left to train on.")
+    rows = np.array(sources, dtype=object)
+    return without_each({name: np.flatnonzero(rows == name) for name in names}, len(sources))
+
+
+def without_each(left_out: Mapping[str, np.ndarray], examples: int) -> list[Subset]:
+    """Everything, then everything but each of the named lists of rows.
+
+    Raises:
+        DataError: A list is empty, or holds every example.
+    """
+    everything = np.arange(examples, dtype=np.int64)
+    subsets = [Subset(EVERYTHING, everything)]
+    for name, rows in left_out.items():
+        rest = np.setdiff1d(everything, rows)
+        if len(rest) in (0, examples):
+            raise DataError(f"The list {name!r} leaves out {examples - len(rest)} of {examples} examples.")
+        subsets.append(Subset(name, rest))
+    return subsets
+
+
+def without_one(ids: Sequence[str], count: int, seed: int) -> list[Subset]:
+    """Everything, then everything but one example, for `count` examples drawn at random.
+
+    Raises:
+        DataError: There are fewer examples, or there is only one.
+    """
+    if not 1 <= count <= len(ids) or len(ids) < 2:
+        raise DataError(f"There are {len(ids)} examples, of which {count} cannot be left out one by one.")
+    drawn = np.random.default_rng([seed, _LEFT_OUT]).permutation(len(ids))[:count]
+    return without_each({str(ids[int(row)]): np.array([row]) for row in drawn}, len(ids))
+
+
+def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Named lists of rows from lists of example ids.
+
+    Args:
+        source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
+            then named by their place.
+        ids: Of all examples, in row order.
+
+    Raises:
+        DataError: The file does not read, or names an example that there is not.
+    """
+    shown = source if isinstance(source, str | Path) else "The lists"
+    content = _read_json(Path(source)) if isinstance(source, str | Path) else source
+    named = dict(enumerate(content)) if isinstance(content, list | tuple) else content
+    if not isinstance(named, Mapping) or not all(isinstance(one, list | tuple) for one in named.values()) or not named:
+        raise DataError(
+            f"{shown}: expected lists of example ids, such as [[3, 17], [4]] or a mapping of names to them."
+        )
+    row_of = {one: row for row, one in enumerate(ids)}
+    lists = {}
+    for name, members in named.items():
+        if unknown := [one for one in members if str(one) not in row_of]:
+            raise DataError(f"{shown}: list {name!r} names {unknown[0]!r}, which is no id of the data.")
+        lists[str(name)] = np.array([row_of[str(one)] for one in members], dtype=np.int64)
+    return lists
+
+
+def run_seed(seed: int, subset: int | None, number: int) -> int:
+    """The seed of a run's random weights and order of batches.
+
+    Args:
+        seed: Of the bank.
+        subset: Number of the subset; None to give the `number`-th run of every subset the same seed, so that what is
+            left out makes the only difference.
+        number: Which of the runs of a subset.
+    """
+    words = [seed, _RUNS, number] if subset is None else [seed, _RUNS, number, 1 + subset]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error

@@ -1,0 +1,17 @@
+"""`vestige bank`."""
+
+from vestige.cli._command import command
+from vestige.settings import BankSettings
+
+
+@command(BankSettings)
+def bank(settings: BankSettings) -> None:
+    """Train many models on parts of the data, and store what each makes of every example and query.
+
+    Without a way of leaving out, the parts are random subsets. Interrupted at any moment, the same command continues;
+    more --subsets or --seeds extend the bank; with other settings it is refused, with the difference shown.
+    """
+    from vestige.bank import bank as build
+
+    made = build(**settings.arguments())
+    print(f"{settings.out}: {made!r}, id {made.id}")

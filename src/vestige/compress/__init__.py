@@ -5,6 +5,11 @@ from vestige.compress._apply import combine as combine
 from vestige.compress._apply import compress_factors as compress_factors
 from vestige.compress._apply import compress_gradient as compress_gradient
 from vestige.compress._apply import reduce_factor as reduce_factor
+from vestige.compress._cost import RATES as RATES
+from vestige.compress._cost import Work as Work
+from vestige.compress._cost import cost_share as cost_share
+from vestige.compress._cost import price as price
+from vestige.compress._cost import work as work
 from vestige.compress._mask_files import MaskPart as MaskPart
 from vestige.compress._mask_files import read_masks as read_masks
 from vestige.compress._mask_files import write_masks as write_masks

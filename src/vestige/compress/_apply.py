@@ -54,7 +54,9 @@ def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Flo
     right = right.to(torch.promote_types(right.dtype, torch.float32))
     if compressor.product == "circular":
         return compressor.tail.apply(circular(compressor, left, right))
-    if compressor.product == "entrywise" and not isinstance(left, OneHot) and _is_narrow(compressor):
+    shape = compressor.left.in_size, compressor.right.in_size
+    gathered = compressor.product == "entrywise" and is_gathered(compressor.left.out_size, shape)
+    if gathered and not isinstance(left, OneHot):
         return compressor.tail.apply(entrywise(compressor, left.to(right.dtype), right))
     tail = compressor.tail if compressor.product == "outer" else outer_form(compressor).tail
     if isinstance(left, OneHot):
@@ -122,9 +124,9 @@ def outer_form(compressor: Compressor) -> Compressor:
     return Compressor(Identity(left.in_size), Identity(right.in_size), Composed([mask, tail]))
 
 
-def _is_narrow(compressor: Compressor) -> bool:
-    """Whether gathering the kept entries costs less than the full product."""
-    return compressor.left.out_size * _GATHER_COST < compressor.left.in_size * compressor.right.in_size
+def is_gathered(kept: int, shape: tuple[int, int]) -> bool:
+    """Whether gathering the kept entries of a gradient costs less than forming it."""
+    return kept * _GATHER_COST < shape[0] * shape[1]
 
 
 def compress_gradient(

@@ -79,7 +79,7 @@ class _Tried(NamedTuple):
 def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, free: int) -> _Tried:
     """The checks for which the model has to run."""
     loaded, data, selection = inputs
-    spec = choose_spec(settings, selection, len(data))
+    spec = choose_spec(settings, inputs)
     manifest = draft_manifest(settings, inputs, spec)
     probes = choose_probes(data, loaded.context_length)
     trial = try_batch(settings, inputs, manifest, spec)

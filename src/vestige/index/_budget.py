@@ -2,31 +2,37 @@
 
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.errors import DiskSpaceError, SpecError
+from vestige.index._choice import FEWEST, candidates, choose_for
 from vestige.index._compute import lay_out
+from vestige.index._inputs import Inputs
 from vestige.index._manifest import BYTES_PER_NUMBER
-from vestige.models import Selection
 from vestige.progress import announce, format_bytes
 from vestige.settings import CompressionSettings
 
-FEWEST, MOST = 16, 4096
-"""Numbers per component that `auto` chooses between: below, scores are noise; above, sketching takes longer than the
-model itself."""
+MOST = 4096
+"""Most numbers per component that `auto` takes: more bytes bring little."""
 FEWEST_SHARED = 256
 """Least numbers for the whole model, whose components disturb each other in them."""
 ROW_BYTES = 64 * 2**10
 """Bytes per example that `auto` aims at when no budget is given: a million examples in 64 GiB."""
 
 
-def choose_spec(settings: CompressionSettings, selection: Selection, examples: int) -> CompressionSpec:
-    """The compression that was asked for, or the widest tensor sketch within the disk budget.
+def choose_spec(
+    settings: CompressionSettings, inputs: Inputs, *, earlier: CompressionSpec | None = None
+) -> CompressionSpec:
+    """The compression that was asked for, or with `auto` what `_choice` takes for the disk budget and the device.
 
-    At equal bytes a tensor sketch gave the smallest error of all compressors (`benchmarks/RESULTS.md`). Components
-    cannot share one, so for the whole model a sparse projection of the same width follows it.
+    The widest tensor sketch is followed by a sparse projection of the same width where it is for the whole model,
+    because components cannot share one.
+
+    An index that was begun goes on with its own choice, `earlier`, if the budget still allows it: the work may have
+    moved to another kind of device, where another compressor would be cheaper.
 
     Raises:
         DiskSpaceError: Nothing fits the budget.
         SpecError: The spec does not parse, or a budget came without `auto`.
     """
+    selection, examples = inputs.selection, len(inputs.data)
     if settings.compress != "auto":
         if settings.disk is not None:
             raise SpecError(
@@ -44,10 +50,14 @@ def choose_spec(settings: CompressionSettings, selection: Selection, examples: i
             f"{examples:,} examples do not fit in {format_bytes(budget)}: {fewest} numbers for {of_what} take "
             f"{format_bytes(fewest * number_bytes * parts)}. Give a larger --disk, fewer --components, or --dtype int8."
         )
-    spec = parse_spec(f"tensorsketch:{width} | sjlt:{width}" if shared else f"tensorsketch:{width}")
+    if shared:
+        spec, reason = parse_spec(f"tensorsketch:{width} | sjlt:{width}"), "The widest sketch of the whole model."
+    elif earlier is not None and earlier in [one.spec for one in candidates(inputs, width)]:
+        spec, reason = earlier, "The index was begun with it."
+    else:
+        choice = choose_for(inputs, width)
+        spec, reason = choice.taken.spec, choice.reason
     size = lay_out(selection.components, spec, settings.compress_scope)[-1].stop * number_bytes
-    announce(
-        f"--compress auto: {spec} takes {format_bytes(size)} for {examples:,} examples, the widest tensor sketch "
-        f"within {format_bytes(budget)}."
-    )
+    used = f"{format_bytes(size)} of {format_bytes(budget)}"
+    announce(f"--compress auto: {spec} takes {used} for {examples:,} examples. {reason}")
     return spec

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vestige.compress import CompressionSpec
+from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import TokenizedData
 from vestige.errors import UserError, WorkElsewhere
 from vestige.index._budget import choose_spec
@@ -11,7 +11,7 @@ from vestige.index._compute import CompressedGradients, lay_out
 from vestige.index._estimate import announce_estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
-from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity
+from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity, read_manifest
 from vestige.index._plan import Plan, plan_index
 from vestige.index._run import prepare_index, remove_index
 from vestige.index._store import Index
@@ -36,7 +36,8 @@ def index(settings: IndexSettings) -> Index:
 
 def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
     """`index` for a model and data that are loaded already."""
-    spec = choose_spec(settings, inputs.selection, len(inputs.data))
+    begun = None if settings.overwrite else read_manifest(settings.out)
+    spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
         _require_one_process()
         remove_index(settings.out)

@@ -16,6 +16,8 @@ from vestige.settings import (
     IndexSettings,
     PreconditionSettings,
     ReportSettings,
+    StudySettings,
+    UntracSettings,
     ViewSettings,
 )
 
@@ -33,6 +35,8 @@ PUBLIC = [
     "index",
     "precondition",
     "report",
+    "study",
+    "untrac",
     "view",
 ]
 
@@ -45,6 +49,8 @@ VERBS = {
     "index": IndexSettings,
     "precondition": PreconditionSettings,
     "report": ReportSettings,
+    "study": StudySettings,
+    "untrac": UntracSettings,
     "view": ViewSettings,
 }
 

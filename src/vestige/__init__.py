@@ -4,6 +4,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
+    untrac, study                              unlearning as attribution; published experiments
     bank                                       models trained on parts of the data; bank.bank_of for any model
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from vestige.report import report as report
     from vestige.report import view as view
     from vestige.runs import Scores as Scores
+    from vestige.studies import study as study
+    from vestige.unlearn import untrac as untrac
 
 __all__ = [
     "Bank",
@@ -46,6 +49,8 @@ __all__ = [
     "index",
     "precondition",
     "report",
+    "study",
+    "untrac",
     "view",
 ]
 
@@ -62,6 +67,8 @@ _HOMES = {
     "index": "vestige.index",
     "precondition": "vestige.curvature",
     "report": "vestige.report",
+    "study": "vestige.studies",
+    "untrac": "vestige.unlearn",
     "view": "vestige.report",
 }
 

@@ -1,0 +1,25 @@
+"""`vestige untrac`."""
+
+from vestige.cli._command import command
+from vestige.settings import UntracSettings
+
+SHOWN_SETS, SHOWN_EXAMPLES = 10, 8
+"""What fits on a screen; the run holds everything."""
+
+
+@command(UntracSettings)
+def untrac(settings: UntracSettings) -> None:
+    """Rank training sources or examples by unlearning.
+
+    Climbs the loss of one set of examples after another and measures whose loss rises too. The model stays as it is.
+    """
+    from vestige.unlearn import untrac as unlearn
+
+    scores = unlearn(**settings.arguments())
+    for query in scores.queries[:SHOWN_SETS]:
+        print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+    if len(scores.queries) > SHOWN_SETS:
+        print(f"... and {len(scores.queries) - SHOWN_SETS} more test sets.\n")
+    for check in scores.run.trust.checks:
+        print(f"[{check.verdict}] {check.name}: {check.reading}")
+    print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")

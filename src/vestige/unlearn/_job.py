@@ -1,0 +1,171 @@
+"""What is unlearnt and what is measured: both directions of the same table of test sets and training sources."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.index import batch_tokens, read_data, tokens_at_most
+from vestige.models import LoadedModel, generate_answers, load_model
+from vestige.settings import UntracSettings
+from vestige.unlearn._ascent import AscentRecipe
+from vestige.unlearn._losses import loss_weights
+from vestige.unlearn._sets import ExampleSet, set_means, single_examples, test_sets, training_sources
+
+INVERSE_STEPS, INVERSE_BATCH = 5, 256
+"""Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
+
+
+class Side(NamedTuple):
+    """A data set and the sets in it."""
+
+    data: TokenizedData
+    sets: list[ExampleSet]
+
+    @property
+    def rows(self) -> Int[np.ndarray, "measured"]:
+        """All rows of the sets, ascending, once each."""
+        return np.unique(np.concatenate([each.rows for each in self.sets]))
+
+
+@dataclass(frozen=True)
+class UntracJob:
+    """Training sources (or single examples), test sets, and the model between them."""
+
+    settings: UntracSettings
+    loaded: LoadedModel
+    train: Side
+    tests: Side
+    generated: list[bool]
+    """Per query: whether the answer is the model's own."""
+
+    @property
+    def ascended(self) -> Side:
+        """What is unlearnt, set by set."""
+        return self.train if self.settings.direction == "untrac" else self.tests
+
+    @property
+    def measured(self) -> Side:
+        """What is looked at meanwhile."""
+        return self.tests if self.settings.direction == "untrac" else self.train
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one pass of the model."""
+        return batch_tokens(self.settings, self.loaded)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step."""
+        return self.settings.batch_size or (1 if self.settings.direction == "untrac" else INVERSE_BATCH)
+
+    @property
+    def steps(self) -> int:
+        """Steps of each ascent: the same for all, or longer ones would score higher for being longer."""
+        if self.settings.steps is not None:
+            return self.settings.steps
+        if self.settings.direction == "inverse":
+            return INVERSE_STEPS
+        mean = np.mean([len(each.rows) for each in self.train.sets])
+        return max(1, round(float(mean) / self.batch_size))
+
+    def recipe(self, learning_rate: float, *, steps: int | None = None, points: int | None = None) -> AscentRecipe:
+        """How the weights climb, at this rate."""
+        settings = self.settings
+        return AscentRecipe(
+            learning_rate,
+            steps or self.steps,
+            self.batch_size,
+            settings.optimizer,
+            settings.momentum,
+            settings.loss,
+            points or settings.points,
+            settings.stop == "auto" or points is not None,
+            settings.seed,
+            self.token_budget,
+        )
+
+    def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
+        """Scores of every training source or example for every test set, from rises of measured losses.
+
+        Positive: unlearning raised the loss, so training on it lowers the loss. Nats per token of what is measured (per
+        example for `loss=mean`); for single training examples measured one by one, nats of the example's loss.
+        """
+        side = self.measured
+        places = [ExampleSet(each.name, np.searchsorted(side.rows, each.rows)) for each in side.sets]
+        counted = loss_weights(side.data, self.settings.loss)[side.rows]
+        if self.settings.direction == "untrac":
+            return set_means(rises, counted, places).T
+        if self.settings.level == "example":
+            return rises[:, np.concatenate([each.rows for each in places])]
+        return set_means(rises, counted, places)
+
+
+def open_job(settings: UntracSettings) -> UntracJob:
+    """Model, training data and queries, tokenised alike; queries without an answer get the model's own.
+
+    Raises:
+        UserError: Something about the model or the data needs the caller.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    train = read_data(settings, settings.data, loaded)
+    examples = load_queries(settings.queries)
+    waiting = [_waits(each) for each in examples]
+    if any(waiting):
+        examples = generate_answers(loaded, examples, max_new_tokens=settings.max_new_tokens, chat=settings.chat)
+    queries = tokenize(
+        examples,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=settings.queries if isinstance(settings.queries, str) else "queries",
+        chat=settings.chat,
+    )
+    return make_job(settings, loaded, train, queries, waiting)
+
+
+def make_job(
+    settings: UntracSettings,
+    loaded: LoadedModel,
+    train: TokenizedData,
+    queries: TokenizedData,
+    generated: list[bool] | None = None,
+) -> UntracJob:
+    """A job on data that is tokenised already.
+
+    Raises:
+        DataError: There is nothing to compare or to explain.
+    """
+    columns = training_sources(train, settings.samples) if settings.level == "source" else single_examples(train)
+    return UntracJob(
+        settings, loaded, Side(train, columns), Side(queries, test_sets(queries)), generated or [False] * len(queries)
+    )
+
+
+def smaller(job: UntracJob, ascents: int, measured: int, examples: int) -> UntracJob:
+    """The job with fewer sets, and fewer examples in those that are measured: enough to choose settings by."""
+
+    def thinned(side: Side, sets: int, rows: int | None) -> Side:
+        chosen = _spread(side.sets, sets)
+        return Side(side.data, [ExampleSet(each.name, np.array(_spread(each.rows, rows))) for each in chosen])
+
+    def side(full: Side, is_ascended: bool) -> Side:
+        return thinned(full, ascents, None) if is_ascended else thinned(full, measured, examples)
+
+    untrac = job.settings.direction == "untrac"
+    return replace(job, train=side(job.train, untrac), tests=side(job.tests, not untrac))
+
+
+def _spread(values: list | np.ndarray, most: int | None) -> list:
+    if most is None or len(values) <= most:
+        return list(values)
+    return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int)]
+
+
+def _waits(query: Example) -> bool:
+    if query.messages:
+        return query.messages[-1].role != "assistant"
+    return query.prompt is not None and query.completion is None

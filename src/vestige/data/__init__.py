@@ -2,22 +2,31 @@
 
 from vestige.data._batches import make_batch, plan_batches
 from vestige.data._chat import as_conversation
+from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries
+from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
 from vestige.data._tokenize import tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
 __all__ = [
+    "EXAMPLES",
+    "GROUP_ROWS",
     "NO_TARGET",
     "Batch",
     "Example",
     "Message",
+    "StoredExamples",
     "TokenizedData",
     "as_conversation",
     "data_fingerprint",
+    "forget_tokens",
     "load_examples",
     "load_queries",
     "make_batch",
     "plan_batches",
+    "record_of",
     "tokenize",
+    "tokenize_source",
+    "tokenize_stored",
 ]

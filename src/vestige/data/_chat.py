@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
@@ -35,18 +35,24 @@ def as_conversation(example: Example) -> tuple[Message, ...]:
     return turns if example.completion is None else (*turns, Message(ASSISTANT, example.completion))
 
 
-def render_conversations(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[Rendered]:
+class Conversations(NamedTuple):
+    """Rendered conversations, and how many of them the template did not write turn by turn."""
+
+    rendered: list[Rendered]
+    rewritten: int
+
+
+def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> Conversations:
     """Each example's conversation as text, with what the assistant said (and its end of turn) as targets.
 
     Generation markers in the template decide where there are any. Otherwise an assistant turn is what a
     rendering up to that turn adds to the rendering before it, generation prompt included. That presumes that
     a conversation renders to a prefix of any longer one. Templates that rewrite earlier turns break it;
-    there, a turn is what changes when its content is replaced, and this is announced.
+    there, a turn is what changes when its content is replaced, and this is counted.
 
     Raises:
-        DataError: The tokenizer has no chat template, or the template refuses a conversation.
+        DataError: The template refuses a conversation.
     """
-    template = ChatTemplate(tokenizer)
     rendered: list[Rendered] = []
     rewritten = 0
     for example in examples:
@@ -62,13 +68,7 @@ def render_conversations(examples: Sequence[Example], tokenizer: "PreTrainedToke
             ) from error
         rewritten += not by_prefixes
         rendered.append(Rendered(text, spans, has_special_tokens=True, ends=False))
-    if rewritten:
-        announce(
-            f"The chat template does not render {rewritten:,} of {len(rendered):,} conversations turn by "
-            "turn (a longer one does not begin with the shorter one, or there is no generation prompt); "
-            "there, the assistant's turns were found by their contents."
-        )
-    return rendered
+    return Conversations(rendered, rewritten)
 
 
 class ChatTemplate:

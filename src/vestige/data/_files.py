@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vestige.data._origin import Record, Source, nearest_name, shown
+from vestige.data._origin import Record, Source, file_identity, nearest_name, shown
 from vestige.errors import DataError
 
 # A training text in a CSV cell easily passes the default of 131,072 characters.
@@ -30,7 +30,7 @@ def read_file(path: Path) -> Source:
             f"{path}: the extension {path.suffix or '(none)'!r} is not one that can be read. "
             f"Give a file ending in {known}, or a folder saved by `datasets.save_to_disk`."
         )
-    return Source(path.name, _explained(path, READERS[extension]))
+    return Source(path.name, _explained(path, READERS[extension]), file_identity(path))
 
 
 def data_extension(path: Path) -> str | None:
@@ -70,20 +70,11 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
-    """One JSON value per line; blank lines are skipped but counted."""
+    """One JSON value per line, not parsed yet; blank lines are skipped but counted."""
     with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}. The line "
-                    "is "
-                    f'{shown(line.strip())}; each line must be one object such as {{"text": "..."}}.'
-                ) from error
-            yield Record(value, number)
+            if line.strip():
+                yield Record(line, number, unparsed=path)
 
 
 def _read_json(path: Path) -> Iterator[Record]:

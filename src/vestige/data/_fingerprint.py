@@ -18,9 +18,13 @@ def data_fingerprint(
     """
     digest = hashlib.sha256()
     for example, ids, mask in zip(examples, input_ids, targets, strict=True):
-        name = example.id.encode()
-        digest.update(f"{len(name)} {len(ids)} ".encode())
-        digest.update(name)
-        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-        digest.update(np.packbits(mask.astype(bool)).tobytes())
+        digest.update(hashed(example.id, ids, mask))
     return digest.hexdigest()
+
+
+def hashed(name: str, ids: np.ndarray, targets: np.ndarray) -> bytes:
+    """What one example adds to the fingerprint: its id, its tokens and its targets."""
+    encoded = name.encode()
+    about = f"{len(encoded)} {len(ids)} ".encode()
+    tokens = np.ascontiguousarray(ids, dtype="<i4").tobytes()
+    return about + encoded + tokens + np.packbits(targets.astype(bool)).tobytes()

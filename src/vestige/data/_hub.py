@@ -28,10 +28,15 @@ def from_dataset(dataset: Any, split: str | None, name: str = "dataset") -> Sour
     """
     if isinstance(dataset, Mapping):
         split = _chosen_split(list(dataset), split, name)
-        return Source(f"{name}[{split}]", _rows(dataset[split]))
+        return _source(f"{name}[{split}]", dataset[split])
     if split is not None and str(getattr(dataset, "split", None)) != split:
         raise DataError(f"{name}: split={split!r} was asked for, but the source is one data set without splits.")
-    return Source(name, _rows(dataset))
+    return _source(name, dataset)
+
+
+def _source(name: str, dataset: Any) -> Source:
+    # The library gives every data set a fingerprint of its content and of what was done to it.
+    return Source(name, _rows(dataset), getattr(dataset, "_fingerprint", None))
 
 
 def _rows(dataset: Any) -> Iterator[Record]:

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vestige.data._files import absent_file, data_extension, read_file
 from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset
-from vestige.data._origin import Record, Source, place, shown
+from vestige.data._origin import Record, Source, parsed, place, shown
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
 from vestige.data._types import Example
 from vestige.errors import DataError
@@ -35,7 +35,7 @@ def load_examples(source: Any, *, limit: int | None = None, split: str | None = 
         DataError: The source is absent, empty or broken, or a row does not parse; the message says which and
             why.
     """
-    return _examples(_open(source, split), limit, is_query=False)
+    return _examples(open_source(source, split), limit, is_query=False)
 
 
 def load_queries(source: Any) -> list[Example]:
@@ -48,7 +48,7 @@ def load_queries(source: Any) -> list[Example]:
     """
     if isinstance(source, str) and not _names_a_place(source):
         source = [source]
-    return _examples(_open(source, None), None, is_query=True)
+    return _examples(open_source(source, None), None, is_query=True)
 
 
 def _names_a_place(text: str) -> bool:
@@ -68,8 +68,12 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _open(source: Any, split: str | None) -> Source:
-    """The reader for a source of any kind."""
+def open_source(source: Any, split: str | None) -> Source:
+    """The reader for a source of any kind.
+
+    Raises:
+        DataError: There is no such source.
+    """
     if isinstance(source, str | Path):
         return _open_path(source, split)
     if is_dataset(source):
@@ -104,32 +108,64 @@ def _refuse_split(name: str, split: str | None) -> None:
 
 
 def _examples(source: Source, limit: int | None, *, is_query: bool) -> list[Example]:
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
     examples: list[Example] = []
     row_of_id: dict[str, int] = {}
-    for row, record in enumerate(_limited(source, limit)):
-        where = place(source.name, row, record.line)
-        example = example_from_record(record.value, row, where, is_query=is_query)
-        first = row_of_id.setdefault(example.id, row)
-        if first != row:
-            raise DataError(
-                f"{where}: the id {example.id!r} is already that of row {first}. Ids must be unique; rename "
-                "one, or drop the `id` column to number the rows (a row without an id takes its row number)."
-            )
-        if row == 0 and isinstance(record.value, dict):
-            _announce_choice(source.name, record.value, example)
+    for numbered in number_records(source, limit):
+        example = example_of(source.name, numbered, is_query=is_query)
+        first = row_of_id.setdefault(example.id, example.row)
+        if first != example.row:
+            raise repeated_id(place(source.name, example.row, numbered.record.line), example.id, first)
         examples.append(example)
     if not examples:
-        raise DataError(f"{source.name} holds no rows. Give data with at least one.")
+        raise no_rows(source.name)
     return examples
 
 
-def _limited(source: Source, limit: int | None) -> Iterator[Record]:
+class Numbered(NamedTuple):
+    """A record and its row, counted from 0."""
+
+    row: int
+    record: Record
+
+
+def number_records(source: Source, limit: int | None) -> Iterator[Numbered]:
+    """At most `limit` records of the source with their rows; leaving some out is announced.
+
+    Raises:
+        DataError: The limit is below 1, or the source is broken.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
     records = iter(source.records)
-    yield from islice(records, limit)
+    yield from starmap(Numbered, enumerate(islice(records, limit)))
     if limit is not None and next(records, None) is not None:
         announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
+
+
+def example_of(name: str, numbered: Numbered, *, is_query: bool) -> Example:
+    """The example of one record of the source called `name`; the choice of columns is announced at row 0.
+
+    Raises:
+        DataError: The record is not valid, or no format fits it.
+    """
+    row, record = numbered.row, parsed(numbered.record)
+    example = example_from_record(record.value, row, place(name, row, record.line), is_query=is_query)
+    if row == 0 and isinstance(record.value, dict):
+        _announce_choice(name, record.value, example)
+    return example
+
+
+def repeated_id(where: str, name: str, first: int) -> DataError:
+    """The error of an id that two rows have."""
+    return DataError(
+        f"{where}: the id {name!r} is already that of row {first}. Ids must be unique; rename "
+        "one, or drop the `id` column to number the rows (a row without an id takes its row number)."
+    )
+
+
+def no_rows(name: str) -> DataError:
+    """The error of a source that is empty."""
+    return DataError(f"{name} holds no rows. Give data with at least one.")
 
 
 def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> None:

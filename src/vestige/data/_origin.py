@@ -1,18 +1,23 @@
 """What a reader hands on: one record of a source, and the words to point at it in an error."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vestige.errors import DataError
 
 
 class Record(NamedTuple):
     """One record as the source holds it, before it is known which columns matter."""
 
     value: Any
-    """A mapping of columns, or a bare string."""
+    """A mapping of columns, or a bare string; with `unparsed`, the text of a line of JSON."""
     line: int | None = None
     """Line of the file where the record starts, counted from 1, for formats that have lines."""
+    unparsed: Path | None = None
+    """The file, where `value` is a line that `parsed` has yet to read: so that other processes may."""
 
 
 class Source(NamedTuple):
@@ -20,6 +25,31 @@ class Source(NamedTuple):
 
     name: str
     records: Iterable[Record]
+    identity: str | None = None
+    """Changes whenever the content may have changed; None where nothing tells, as of a list in memory."""
+
+
+def file_identity(path: Path) -> str:
+    """Name, size and time of the last change: what tells a file from an earlier state of it without reading it."""
+    state = path.stat()
+    return f"{path.name} {state.st_size} {state.st_mtime_ns}"
+
+
+def parsed(record: Record) -> Record:
+    """The record with its columns.
+
+    Raises:
+        DataError: Its line is not JSON.
+    """
+    if record.unparsed is None:
+        return record
+    try:
+        return Record(json.loads(record.value), record.line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{record.unparsed}, line {record.line}: not valid JSON: {error.msg} at column {error.colno}. The line is "
+            f'{shown(record.value.strip())}; each line must be one object such as {{"text": "..."}}.'
+        ) from error
 
 
 def place(name: str, row: int, line: int | None = None) -> str:

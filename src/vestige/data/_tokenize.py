@@ -1,11 +1,15 @@
 """From examples to the tokens a model sees, with the positions whose prediction enters the loss."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 
-from vestige.data._chat import render_conversations
+from vestige.data._chat import ChatTemplate, render_conversations
 from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._types import NO_TARGET, Example, TokenizedData
@@ -43,52 +47,169 @@ def tokenize(
     Raises:
         DataError: A conversation does not render, a tokenised row is inconsistent, or a tokenizer is needed.
     """
-    if max_length is not None and max_length < 2:
-        raise DataError(f"max_length={max_length}: at least 2 tokens are needed, one to predict the other from.")
+    encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat, add_eos=add_eos)
     examples = list(examples)
-    rows = _encode_all(examples, tokenizer, name, chat, add_eos)
-    whole = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
-    truncated = np.zeros(len(rows), dtype=bool) if max_length is None else whole > max_length
-    input_ids = [tokens.ids[:max_length] for tokens in rows]
-    targets = [tokens.targets[:max_length] for tokens in rows]
-    fingerprint = data_fingerprint(examples, input_ids, targets)
-    data = TokenizedData(examples, input_ids, targets, truncated, fingerprint, name)
-    _announce_losses(data, rows, max_length)
-    return data
+    encoded = encoder.encode(examples)
+    encoder.announce(encoded.tally)
+    fingerprint = data_fingerprint(examples, encoded.input_ids, encoded.targets)
+    return TokenizedData(examples, encoded.input_ids, encoded.targets, encoded.truncated, fingerprint, name)
 
 
-def _encode_all(
-    examples: list[Example],
-    tokenizer: "PreTrainedTokenizerBase | None",
-    name: str,
-    chat: bool,
-    add_eos: bool,
-) -> list[Tokens]:
-    """Tokens of every example, each kind of example encoded in one go."""
-    given = [number for number, example in enumerate(examples) if "input_ids" in example.extra]
-    result = {number: _given_tokens(examples[number], name) for number in given}
-    spoken = [
-        number
-        for number, example in enumerate(examples)
-        if number not in result and (example.messages or (chat and example.prompt is not None))
-    ]
-    plain = sorted(set(range(len(examples))) - set(result) - set(spoken))
-    if given and len(given) < len(examples):
-        announce(f"{name}: {len(given):,} of {len(examples):,} rows hold `input_ids`, which are used as they are.")
-    if len(given) == len(examples):
-        return [result[number] for number in range(len(examples))]
+class Tally(NamedTuple):
+    """What a person should know of how examples became tokens; of several chunks of a data set, `joined` makes one."""
+
+    examples: int = 0
+    given: int = 0
+    """Rows that came with `input_ids`."""
+    plain: int = 0
+    """Texts, and prompts with completions, that no chat template wrote."""
+    spoken: int = 0
+    """Conversations."""
+    rewritten: int = 0
+    """Conversations that the chat template does not write turn by turn."""
+    cut: int = 0
+    emptied: int = 0
+    """Examples that cutting left without a target."""
+    bare: int = 0
+    """Examples that had no target to begin with, but for prompts alone."""
+    longest: int = 0
+    """Tokens of the longest example before cutting."""
+
+    def joined(self, other: "Tally") -> "Tally":
+        """The tally of both."""
+        sums = (one + another for one, another in zip(self, other, strict=True))
+        return Tally(*sums)._replace(longest=max(self.longest, other.longest))
+
+
+class Encoded(NamedTuple):
+    """Examples as tokens, cut to the greatest length."""
+
+    input_ids: list[np.ndarray]
+    targets: list[np.ndarray]
+    truncated: np.ndarray
+    tally: Tally
+
+
+@final
+class Encoder:
+    """Turns examples into tokens and targets; the same for an example whatever stands beside it."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        *,
+        max_length: int | None,
+        name: str,
+        chat: bool,
+        add_eos: bool = True,
+    ) -> None:
+        if max_length is not None and max_length < 2:
+            raise DataError(f"max_length={max_length}: at least 2 tokens are needed, one to predict the other from.")
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._name = name
+        self._chat = chat
+        self._add_eos = add_eos
+
+    @property
+    def identity(self) -> str:
+        """sha256 over everything that decides the tokens of a given example."""
+        settings = [self._max_length, self._chat, self._add_eos]
+        return hashlib.sha256(json.dumps([tokenizer_identity(self._tokenizer), *settings]).encode()).hexdigest()
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Tokens of every example.
+
+        Raises:
+            DataError: A conversation does not render, a tokenised row is inconsistent, or a tokenizer is needed.
+        """
+        rows, tally = self._encode_all(examples)
+        whole = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
+        limit = self._max_length
+        truncated = np.zeros(len(rows), dtype=bool) if limit is None else whole > limit
+        input_ids = [tokens.ids[:limit] for tokens in rows]
+        targets = [tokens.targets[:limit] for tokens in rows]
+        without = [number for number, mask in enumerate(targets) if not mask.any()]
+        emptied = sum(1 for number in without if truncated[number] and rows[number].targets.any())
+        # Prompts alone are queries whose answer is still to come: they are not a loss.
+        bare = sum(1 for number in without if not _awaits_answer(examples[number])) - emptied
+        longest = int(whole.max(initial=0))
+        tally = tally._replace(cut=int(truncated.sum()), emptied=emptied, bare=bare, longest=longest)
+        return Encoded(input_ids, targets, truncated, tally)
+
+    def announce(self, tally: Tally) -> None:
+        """Says what was used as it is, how many examples were cut, and how many have nothing to learn."""
+        name, total = self._name, tally.examples
+        if 0 < tally.given < total:
+            announce(f"{name}: {tally.given:,} of {total:,} rows hold `input_ids`, which are used as they are.")
+        if tally.rewritten:
+            announce(
+                f"The chat template does not render {tally.rewritten:,} of {tally.spoken:,} conversations turn by "
+                "turn (a longer one does not begin with the shorter one, or there is no generation prompt); "
+                "there, the assistant's turns were found by their contents."
+            )
+        if self._add_eos and tally.plain and self._tokenizer is not None and self._tokenizer.eos_token_id is None:
+            announce(f"{name}: the tokenizer has no end token, so none is added to texts and completions.")
+        if tally.cut:
+            tail = f"; no target is left in {tally.emptied:,} of them" if tally.emptied else ""
+            announce(
+                f"{name}: {tally.cut:,} of {total:,} examples are longer than {self._max_length:,} tokens (the "
+                f"longest has {tally.longest:,}) and were cut at the end{tail}."
+            )
+        if tally.bare > 0:
+            announce(f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score.")
+
+    def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
+        """Tokens of every example, each kind of example encoded in one go."""
+        result = {
+            number: _given_tokens(example, self._name)
+            for number, example in enumerate(examples)
+            if "input_ids" in example.extra
+        }
+        given, spoken, plain = len(result), list[int](), list[int]()
+        for number, example in enumerate(examples):
+            if number not in result:
+                is_spoken = example.messages or (self._chat and example.prompt is not None)
+                (spoken if is_spoken else plain).append(number)
+        tally = Tally(len(examples), given, len(plain), len(spoken))
+        if spoken or plain:
+            tokenizer = self._required(examples[min(spoken + plain)])
+            rendered: list[Rendered] = []
+            if spoken:
+                rendered, rewritten = render_conversations([examples[number] for number in spoken], self._template)
+                tally = tally._replace(rewritten=rewritten)
+            rendered = rendered + [_render_plain(examples[number]) for number in plain]
+            result.update(zip(spoken + plain, encode(rendered, tokenizer, add_eos=self._add_eos), strict=True))
+        return [result[number] for number in range(len(examples))], tally
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        assert self._tokenizer is not None
+        return ChatTemplate(self._tokenizer)
+
+    def _required(self, example: Example) -> "PreTrainedTokenizerBase":
+        if self._tokenizer is None:
+            raise DataError(
+                f"{self._name}, row {example.row} (id {example.id!r}): a text needs a tokenizer, and none was given. "
+                "Name one, or give rows that hold `input_ids`."
+            )
+        return self._tokenizer
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | None") -> str:
+    """sha256 over what a tokenizer is made of, and the versions of the software that runs it."""
     if tokenizer is None:
-        example = examples[min(spoken + plain)]
-        raise DataError(
-            f"{name}, row {example.row} (id {example.id!r}): a text needs a tokenizer, and none was given. "
-            "Name one, or give rows that hold `input_ids`."
-        )
-    rendered = render_conversations([examples[number] for number in spoken], tokenizer) if spoken else []
-    rendered += [_render_plain(examples[number]) for number in plain]
-    if add_eos and plain and tokenizer.eos_token_id is None:
-        announce(f"{name}: the tokenizer has no end token, so none is added to texts and completions.")
-    result.update(zip(spoken + plain, encode(rendered, tokenizer, add_eos=add_eos), strict=True))
-    return [result[number] for number in range(len(examples))]
+        return "none"
+    if tokenizer.is_fast:
+        rules = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        rules.update(truncation=None, padding=None)
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    versions = [version(name) for name in ("transformers", "tokenizers")]
+    made_of = [type(tokenizer).__name__, rules, special, str(tokenizer.chat_template), versions]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def _render_plain(example: Example) -> Rendered:
@@ -124,24 +245,6 @@ def _given_tokens(example: Example, name: str) -> Tokens:
         )
     targets[:1] = False
     return Tokens(ids, targets)
-
-
-def _announce_losses(data: TokenizedData, rows: list[Tokens], max_length: int | None) -> None:
-    """Says how many examples were cut, by how much, and how many have nothing to learn, before and after."""
-    cut = int(data.truncated.sum())
-    without = data.target_counts == 0
-    emptied = sum(1 for number in np.flatnonzero(without & data.truncated) if rows[int(number)].targets.any())
-    if cut:
-        longest = max(len(tokens.ids) for tokens in rows)
-        tail = f"; no target is left in {emptied:,} of them" if emptied else ""
-        announce(
-            f"{data.name}: {cut:,} of {len(data):,} examples are longer than {max_length:,} tokens (the "
-            f"longest has {longest:,}) and were cut at the end{tail}."
-        )
-    # Prompts alone are queries whose answer is still to come: they are not a loss.
-    bare = sum(1 for number in np.flatnonzero(without) if not _awaits_answer(data.examples[int(number)])) - emptied
-    if bare > 0:
-        announce(f"{data.name}: {bare:,} of {len(data):,} examples have no target token and cannot score.")
 
 
 def _awaits_answer(example: Example) -> bool:

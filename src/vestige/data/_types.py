@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,17 +51,35 @@ class Example:
         return "\n".join(part for part in (self.prompt, self.completion) if part)
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A sequence of arrays on disk that knows what a count over all of them would have to read them for."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Entries per array, int64 [example]."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Target positions per array, int64 [example]."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenizedData:
-    """A data set as the model sees it; row `i` of every list is example `i`.
+    """A data set as the model sees it; row `i` of every sequence is example `i`.
+
+    The sequences are lists where the data is small, and read what they are asked for from disk where it is not
+    (`tokenize_source`): go through them in row order, or ask for single rows, and keep neither texts nor tokens.
 
     `input_ids[i]` is a one-dimensional int32 array. `targets[i]` is a bool array of the same length: True where the
     prediction *of that token* enters the loss (position 0 never does: nothing predicts it).
     """
 
-    examples: list[Example]
-    input_ids: list[np.ndarray]
-    targets: list[np.ndarray]
+    examples: Sequence[Example]
+    input_ids: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
     truncated: np.ndarray
     """bool [example]: True where tokens beyond the context were cut off."""
     fingerprint: str
@@ -83,14 +102,18 @@ class TokenizedData:
             self.name,
         )
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64 [example]."""
+        if isinstance(self.input_ids, Measured):
+            return self.input_ids.lengths
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
-    @property
+    @cached_property
     def target_counts(self) -> np.ndarray:
         """Positions that enter the loss, per example, int64 [example]."""
+        if isinstance(self.targets, Measured):
+            return self.targets.counts
         return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)
 
 

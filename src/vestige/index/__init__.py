@@ -8,7 +8,14 @@ from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export, export_index
 from vestige.index._import import import_published
-from vestige.index._inputs import Inputs, batch_tokens, read_data, read_inputs, tokens_at_most
+from vestige.index._inputs import (
+    Inputs,
+    batch_tokens,
+    read_data,
+    read_inputs,
+    tokenising_processes,
+    tokens_at_most,
+)
 from vestige.index._manifest import (
     WHOLE_MODEL,
     CompressionIdentity,
@@ -22,12 +29,13 @@ from vestige.index._manifest import (
     read_manifest,
 )
 from vestige.index._plan import Plan, PlannedShard, plan_index
-from vestige.index._run import IndexStatus, index_status, prepare_index, remove_index
+from vestige.index._run import TOKENS, IndexStatus, index_status, prepare_index, remove_index
 from vestige.index._shards import ShardContent
 from vestige.index._store import Index, IndexBlock, ShardFault
 from vestige.index._work import IndexPlan, PlannedBatches
 
 __all__ = [
+    "TOKENS",
     "WHOLE_MODEL",
     "CompressedGradients",
     "CompressionIdentity",
@@ -68,5 +76,6 @@ __all__ = [
     "read_inputs",
     "read_manifest",
     "remove_index",
+    "tokenising_processes",
     "tokens_at_most",
 ]

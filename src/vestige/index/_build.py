@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vestige.compress import CompressionSpec, parse_spec
-from vestige.data import TokenizedData
+from vestige.data import TokenizedData, forget_tokens
 from vestige.errors import UserError, WorkElsewhere
 from vestige.index._budget import choose_spec
 from vestige.index._compute import CompressedGradients, lay_out
@@ -13,7 +13,7 @@ from vestige.index._examples import fingerprint_rows
 from vestige.index._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.index._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity, read_manifest
 from vestige.index._plan import Plan, plan_index
-from vestige.index._run import prepare_index, remove_index
+from vestige.index._run import TOKENS, prepare_index, remove_index
 from vestige.index._store import Index
 from vestige.index._work import IndexPlan, ShardCompute
 from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
@@ -31,7 +31,10 @@ def index(settings: IndexSettings) -> Index:
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
-    return build_index(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+    tokens = settings.out / TOKENS
+    return build_index(
+        settings, read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
+    )
 
 
 def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
@@ -51,6 +54,7 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     if not is_worker():
         _announce_cost(settings, inputs, work, spec, prepare_index(work))
+        forget_tokens(settings.out / TOKENS, inputs.data)
     try:
         return run_plan(work, settings, worker_command(settings, "index"))
     except WorkElsewhere as note:

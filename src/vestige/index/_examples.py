@@ -11,35 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.data import Example, Message, TokenizedData
+from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, TokenizedData, record_of
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, write_durably
 from vestige.index._manifest import Manifest, PlanStage
-
-_GROUP = 10_000
-"""Examples turned into a table at once, so that memory does not grow with the data."""
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("row", pa.int64()),
-        ("text", pa.string()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("messages", pa.string()),
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("extra", pa.string()),
-        ("length", pa.int64()),
-    ]
-)
 
 
 def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
     """sha256 over the examples `start:stop`: ids, tokens, targets, texts, sources and labels, in order."""
     digest = hashlib.sha256()
     for row in range(start, stop):
-        digest.update(json.dumps(_record(data.examples[row], 0), sort_keys=True).encode())
+        digest.update(json.dumps(record_of(data.examples[row], 0), sort_keys=True).encode())
         for values in (np.asarray(data.input_ids[row], "<i4"), np.packbits(data.targets[row])):
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(values.tobytes())
@@ -55,25 +37,37 @@ def write_examples(
         path = _path(folder, number)
         if not _is_whole(path, stage):
             rows = range(stage.start, stage.stop)
-            groups = (rows[first : first + _GROUP] for first in range(0, len(rows), _GROUP))
-            tables = (_table([_record(examples[row], int(lengths[row])) for row in group]) for group in groups)
-            write_durably(path, streamed(tables, lambda sink: parquet.ParquetWriter(sink, SCHEMA)))
+            groups = (rows[first : first + GROUP_ROWS] for first in range(0, len(rows), GROUP_ROWS))
+            tables = (_table([record_of(examples[row], int(lengths[row])) for row in group]) for group in groups)
+            write_durably(path, streamed(tables, lambda sink: parquet.ParquetWriter(sink, EXAMPLES)))
 
 
-def read_examples(folder: Path, manifest: Manifest) -> tuple[list[Example], np.ndarray]:
-    """All examples of an index in row order, and their lengths in tokens, int64 [example].
+def read_examples(folder: Path, manifest: Manifest) -> StoredExamples:
+    """All examples of an index in row order, read when they are asked for.
 
     Raises:
         CorruptFile: A file is missing or does not hold what the manifest says.
     """
-    tables = []
+    return StoredExamples(_whole_paths(folder, manifest))
+
+
+def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Lengths of all examples of an index in tokens, int64 [example].
+
+    Raises:
+        CorruptFile: A file is missing or does not hold what the manifest says.
+    """
+    tables = [parquet.read_table(path, columns=["length"]) for path in _whole_paths(folder, manifest)]
+    return pa.concat_tables(tables)["length"].to_numpy()
+
+
+def _whole_paths(folder: Path, manifest: Manifest) -> list[Path]:
     for number, stage in enumerate(manifest.plan.stages):
-        path = _path(folder, number)
-        if not _is_whole(path, stage):
-            raise CorruptFile(f"{path} is missing or damaged. Run the same vestige index command again.")
-        tables.append(parquet.read_table(path))
-    table = pa.concat_tables(tables)
-    return [_example(record) for record in table.to_pylist()], table["length"].to_numpy()
+        if not _is_whole(_path(folder, number), stage):
+            raise CorruptFile(
+                f"{_path(folder, number)} is missing or damaged. Run the same vestige index command again."
+            )
+    return [_path(folder, number) for number in range(len(manifest.plan.stages))]
 
 
 class _TableWriter(Protocol):
@@ -126,27 +120,5 @@ def _is_whole(path: Path, stage: PlanStage) -> bool:
         return False
 
 
-def _record(example: Example, length: int) -> dict[str, Any]:
-    turns = [[message.role, message.content] for message in example.messages]
-    return {
-        "id": example.id,
-        "row": example.row,
-        "text": example.text,
-        "prompt": example.prompt,
-        "completion": example.completion,
-        "messages": json.dumps(turns, ensure_ascii=False) if turns else None,
-        "source": example.source,
-        "label": example.label,
-        "extra": json.dumps(example.extra, ensure_ascii=False, default=str) if example.extra else None,
-        "length": length,
-    }
-
-
 def _table(records: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(records, schema=SCHEMA)
-
-
-def _example(record: dict[str, Any]) -> Example:
-    fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
-    messages = tuple(Message(role, content) for role, content in json.loads(record["messages"] or "[]"))
-    return Example(**fields, messages=messages, extra=json.loads(record["extra"] or "{}"))
+    return pa.Table.from_pylist(records, schema=EXAMPLES)

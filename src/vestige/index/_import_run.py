@@ -32,7 +32,7 @@ HELPS = "positive: a training step on the example lowers the query's loss; negat
 class ImportedScores(NamedTuple):
     """Scores, and what they are about."""
 
-    train: list[Example]
+    train: Sequence[Example]
     queries: list[Example]
     ranked: list[RankedScore]
     distribution: list[DistributionRecord]
@@ -85,7 +85,7 @@ def write_imported(settings: ImportSettings, scores: ImportedScores, reading: st
     return Scores.open(settings.out)
 
 
-def _text(examples: list[Example], name: str) -> TokenizedData:
+def _text(examples: Sequence[Example], name: str) -> TokenizedData:
     """Examples without tokens."""
     ids, mask, count = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool), len(examples)
     lists = [ids] * count, [mask] * count

@@ -1,13 +1,15 @@
 """What every gradient verb begins with: the model, the tokens of its training data, the parameters attributed to."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vestige.data import TokenizedData, load_examples, tokenize
+from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
+from vestige.launch import is_worker
 from vestige.models import LoadedModel, Selection, load_model, select_components
-from vestige.settings import ReadingSettings
+from vestige.settings import LaunchSettings, ReadingSettings
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 """Tokens per batch by default. On a CPU larger batches fall out of the cache: 16 x 128 tokens ran 5 % and 32 x 128
@@ -22,8 +24,10 @@ class Inputs(NamedTuple):
     selection: Selection
 
 
-def read_inputs(settings: ReadingSettings, model: object, data: object, components: tuple[str, ...]) -> Inputs:
-    """Load the model and the training data.
+def read_inputs(
+    settings: ReadingSettings, model: object, data: object, components: tuple[str, ...], *, tokens: Path | None = None
+) -> Inputs:
+    """Load the model and the training data; `tokens` as for `read_data`.
 
     Raises:
         DataError: No example has a target token.
@@ -35,30 +39,47 @@ def read_inputs(settings: ReadingSettings, model: object, data: object, componen
         device=settings.device,
     )
     selection = select_components(loaded.model, components)
-    return Inputs(loaded, read_data(settings, data, loaded), selection)
+    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens), selection)
 
 
-def read_data(settings: ReadingSettings, source: object, loaded: LoadedModel) -> TokenizedData:
+def read_data(
+    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None
+) -> TokenizedData:
     """The training data as the model sees it, cut at the model's context.
+
+    Args:
+        settings: How text becomes tokens, and how many processes may share that.
+        source: As for `load_examples`.
+        loaded: The model.
+        tokens: Folder for the tokens of data that is too large for memory; None: a temporary one.
 
     Raises:
         DataError: No example has a target token.
     """
     name = source if isinstance(source, str) else getattr(source, "name", None) or type(source).__name__
-    examples = load_examples(source, limit=settings.limit)
-    tokens = tokenize(
-        examples,
+    data = tokenize_source(
+        source,
         loaded.tokenizer,
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
         chat=settings.chat,
+        limit=settings.limit,
+        folder=tokens,
+        workers=tokenising_processes(settings),
     )
-    if not int(np.sum(tokens.target_counts)):
+    if not int(np.sum(data.target_counts)):
         raise DataError(
-            f"None of the {len(tokens):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
+            f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."
         )
-    return tokens
+    return data
+
+
+def tokenising_processes(settings: ReadingSettings) -> int:
+    """How many processes turn text into tokens: the local workers, before their own work begins."""
+    if not isinstance(settings, LaunchSettings) or settings.engine != "local" or is_worker():
+        return 1
+    return settings.workers
 
 
 def tokens_at_most(settings: ReadingSettings, loaded: LoadedModel) -> int | None:

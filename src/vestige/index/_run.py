@@ -17,7 +17,9 @@ from vestige.index._plan import check_plan
 from vestige.index._shards import marker_path, shard_fault, shard_path
 from vestige.index._work import IndexPlan
 
-_OURS = ("manifest.json", "shards", "examples", "curvature", "launch")
+TOKENS = "tokens"
+"""Folder of the tokens of data that does not fit into memory, made before there is a manifest."""
+_OURS = ("manifest.json", "shards", "examples", "curvature", "launch", TOKENS)
 _ROOT, _SHARDS, _EXAMPLES = ".", "shards", "examples"
 
 
@@ -77,7 +79,7 @@ def index_status(folder: Path) -> IndexStatus:
 
 
 def remove_index(folder: Path) -> None:
-    """The index in `folder` is gone, for `--overwrite`; a folder without one is left alone.
+    """The index in `folder` is gone, for `--overwrite`; a folder without one is left alone, and so are tokens.
 
     Raises:
         UserError: The folder holds files that are not an index's.
@@ -87,7 +89,8 @@ def remove_index(folder: Path) -> None:
     _require_no_others(folder)
     # The manifest goes first: whatever is left after a kill is no longer taken for an index.
     manifest_path(folder).unlink(missing_ok=True)
-    for path in folder.iterdir():
+    # Tokens are known by what they were made from, and those of the next index are among them.
+    for path in [path for path in folder.iterdir() if path.name != TOKENS]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import Example
+from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
-from vestige.index._examples import read_examples
+from vestige.index._examples import read_examples, read_lengths
 from vestige.index._manifest import Manifest, Span, expected_shards, read_manifest
 from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
 from vestige.timing import count_bytes, timed
@@ -170,13 +170,13 @@ class Index:
             _ = self._places
         return faults
 
-    def examples(self) -> list[Example]:
-        """The examples in row order of the data."""
-        return self._stored_examples[0]
+    def examples(self) -> StoredExamples:
+        """The examples in row order of the data: a sequence that reads them when they are asked for."""
+        return self._stored_examples
 
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64 [example]."""
-        return self._stored_examples[1]
+        return read_lengths(self.folder, self.manifest)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +191,7 @@ class Index:
         return tuple(sorted(row for marker in markers if marker is not None for row in marker.skipped))
 
     @cached_property
-    def _stored_examples(self) -> tuple[list[Example], np.ndarray]:
+    def _stored_examples(self) -> StoredExamples:
         return read_examples(self.folder, self.manifest)
 
     @cached_property

@@ -1,6 +1,6 @@
 """From settings to a job: the model, the training data and the queries, tokenised alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from vestige.data import Example, TokenizedData, load_examples, load_queries, tokenize
+from vestige.data import Example, TokenizedData, load_examples, load_queries, tokenize, tokenize_stored
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.index import Index, Inputs, build_index, fingerprint_rows, read_data, tokens_at_most
+from vestige.index import (
+    TOKENS,
+    Index,
+    Inputs,
+    build_index,
+    fingerprint_rows,
+    read_data,
+    tokenising_processes,
+    tokens_at_most,
+)
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._partial import partial_folder
@@ -170,13 +179,24 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     if loaded is None:
         examples = index.examples() if index is not None else load_examples(settings.data, limit=settings.limit)
         return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
+    tokens = partial_folder(settings) / TOKENS
     if index is None:
-        return read_data(settings, settings.data, loaded)
+        return read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
-    train = tokenize(
-        index.examples(), loaded.tokenizer, max_length=manifest.max_length, name=manifest.data.name, chat=manifest.chat
+    train = tokenize_stored(
+        index.examples(),
+        manifest.data.fingerprint,
+        loaded.tokenizer,
+        max_length=manifest.max_length,
+        name=manifest.data.name,
+        chat=manifest.chat,
+        kept=index.folder / TOKENS,
+        folder=tokens,
+        workers=tokenising_processes(settings),
     )
-    for stage in manifest.plan.stages:
+    # The fingerprint of the whole tells at once; the stages, which decide, take a pass over all texts.
+    same = train.fingerprint == manifest.data.fingerprint
+    for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
                 f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
@@ -185,7 +205,7 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     return train
 
 
-def _text_only(examples: list[Example], name: str) -> TokenizedData:
+def _text_only(examples: Sequence[Example], name: str) -> TokenizedData:
     """Examples without tokens, for methods that read text."""
     empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     count = len(examples)

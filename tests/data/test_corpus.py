@@ -1,0 +1,240 @@
+"""A data set larger than what may be in memory is the same data, wherever it is made and however often it is killed."""
+
+import gzip
+import json
+import shutil
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from vestige.data import StoredExamples, _corpus, _parts, load_examples, make_batch, tokenize, tokenize_source
+from vestige.data._crew import _Crew
+from vestige.data._seen import SeenIds
+from vestige.errors import DataError, UserError
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+def rows_of(count):
+    for row in range(count):
+        if row % 5 == 0:
+            yield {"id": f"e{row}", "text": f"The sky is blue, number {row}. " * (row % 7 + 1), "source": "sky"}
+        elif row % 5 == 1:
+            yield {"prompt": f"Question {row}? ", "completion": "Paris.", "label": "capital", "note": row}
+        elif row % 5 == 2:
+            yield {"messages": TURNS, "source": "chat"}
+        elif row % 5 == 3:
+            yield {"input_ids": list(range(5, 5 + row % 9)), "source": "tokens"}
+        else:
+            yield {"text": ""}
+
+
+def write(path, count=200):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Everything is larger than memory, and a part is 16 examples."""
+    monkeypatch.setattr(_corpus, "HELD_BYTES", 0)
+    monkeypatch.setattr(_parts, "PART_ROWS", 16)
+
+
+def same(data, wanted):
+    assert isinstance(data.examples, StoredExamples)
+    assert data.fingerprint == wanted.fingerprint
+    np.testing.assert_array_equal(data.lengths, wanted.lengths)
+    np.testing.assert_array_equal(data.target_counts, wanted.target_counts)
+    np.testing.assert_array_equal(data.truncated, wanted.truncated)
+    for row, (ids, mask) in enumerate(zip(wanted.input_ids, wanted.targets, strict=True)):
+        np.testing.assert_array_equal(data.input_ids[row], ids)
+        np.testing.assert_array_equal(data.targets[row], mask)
+        assert data.input_ids[row].dtype == np.int32
+        assert data.targets[row].dtype == bool
+    for one, other in zip(data.examples, wanted.examples, strict=True):
+        assert (one.id, one.row, one.display, one.source, one.label) == (
+            (other.id, other.row, other.display, other.source, other.label)
+        )
+        assert list(one.extra) == list(other.extra)
+    for one, other in zip(make_batch(data, [7, 3, 150]), make_batch(wanted, [7, 3, 150]), strict=True):
+        assert (one == other).all()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("max_length", [None, 6])
+def test_on_disk_is_what_is_in_memory(tmp_path, chatml, small_parts, max_length, capsys):
+    path = write(tmp_path / "train.jsonl")
+    wanted = tokenize(load_examples(path), chatml, max_length=max_length, chat=True)
+    said = capsys.readouterr().err
+    data = tokenize_source(path, chatml, max_length=max_length, name="data", chat=True, folder=tmp_path / "tokens")
+    same(data, wanted)
+    assert capsys.readouterr().err.splitlines()[1:] == said.splitlines()
+    again = tokenize_source(path, chatml, max_length=max_length, name="data", chat=True, folder=tmp_path / "tokens")
+    same(again, wanted)
+
+
+def test_small_data_stays_in_memory_and_leaves_no_files(tmp_path, chatml):
+    path = write(tmp_path / "train.jsonl")
+    data = tokenize_source(path, chatml, max_length=None, name="data", folder=tmp_path / "tokens", workers=4)
+    assert data.fingerprint == tokenize(load_examples(path), chatml, max_length=None).fingerprint
+    assert isinstance(data.examples, list)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_processes_write_the_same_bytes(tmp_path, chatml, small_parts):
+    path = write(tmp_path / "train.jsonl")
+    for workers in (1, 2):
+        folder = tmp_path / f"by-{workers}"
+        tokenize_source(path, chatml, max_length=20, name="data", folder=folder, workers=workers)
+    assert contents(tmp_path / "by-1") == contents(tmp_path / "by-2")
+    assert len(list((tmp_path / "by-1").rglob("*.tokens"))) == 13
+
+
+@pytest.mark.parametrize("kind", ["gz", "parquet", "dataset", "list"])
+def test_every_source_streams(tmp_path, chatml, small_parts, kind):
+    rows = [{"id": f"e{row}", "text": f"Hello {row}", "source": None} for row in range(200)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    source = rows
+    if kind == "gz":
+        source = tmp_path / "train.jsonl.gz"
+        source.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "parquet":
+        source = tmp_path / "train.parquet"
+        parquet.write_table(pa.Table.from_pylist(rows), source, row_group_size=30)
+    elif kind == "dataset":
+        import datasets
+
+        source = datasets.Dataset.from_list(rows)
+    data = tokenize_source(source, chatml, max_length=None, name="data", folder=tmp_path / "tokens")
+    same(data, tokenize(load_examples(rows), chatml, max_length=None))
+    # A list in memory has nothing by which to know it again.
+    assert (tmp_path / "tokens").exists() == (kind != "list")
+
+
+def test_temporary_tokens_go_with_the_data(tmp_path, chatml, small_parts):
+    data = tokenize_source(write(tmp_path / "train.jsonl"), chatml, max_length=None, name="data")
+    assert isinstance(data.examples, StoredExamples)
+    folder = data.examples.folder
+    assert len(list(folder.glob("*.tokens"))) == 13
+    ids = data.input_ids
+    del data
+    assert len(ids[0])
+    del ids
+    assert not folder.exists()
+
+
+def test_killed_and_continued_gives_the_same_bytes(tmp_path, chatml, small_parts, monkeypatch):
+    path = write(tmp_path / "train.jsonl")
+    options = {"max_length": None, "name": "data"}
+    tokenize_source(path, chatml, folder=tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    folder = next((tmp_path / "killed").iterdir())
+    (folder / "tokens.json").unlink()
+    for name in ("00003.json", "00007.tokens", "00012.json", "00012.parquet"):
+        (folder / name).unlink()
+    with (folder / "00005.tokens").open("r+b") as file:
+        file.write(b"\xff")
+    made = []
+    packed = _parts.PartEncoder.packed
+    monkeypatch.setattr(_parts.PartEncoder, "packed", lambda self, chunk: made.append(chunk) or packed(self, chunk))
+    same(
+        tokenize_source(path, chatml, folder=tmp_path / "killed", **options),
+        tokenize(load_examples(path), chatml, max_length=None),
+    )
+    assert [chunk.items[0].row // 16 for chunk in made] == [3, 5, 7, 12]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_other_data_or_settings_have_tokens_of_their_own(tmp_path, chatml, with_beginning, small_parts):
+    path, folder = write(tmp_path / "train.jsonl"), tmp_path / "tokens"
+    first = tokenize_source(path, chatml, max_length=None, name="data", folder=folder)
+    assert tokenize_source(path, chatml, max_length=9, name="data", folder=folder).lengths.max() == 9
+    assert len(tokenize_source(path, chatml, max_length=None, name="data", folder=folder, limit=50)) == 50
+    assert len(list(folder.iterdir())) == 3
+    write(path, 201)
+    assert len(tokenize_source(path, chatml, max_length=None, name="data", folder=folder)) == 201
+    assert len(list(folder.iterdir())) == 4
+    _corpus.forget_tokens(folder, first)
+    assert len(list(folder.iterdir())) == 1
+    assert first.input_ids[199].shape == (first.lengths[199],)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "broken', r"train\.jsonl, line 151: not valid JSON"),
+        ('{"texts": "x"}', r"train\.jsonl, row 150 \(line 151\): its columns are `texts`"),
+        ('{"id": "e5", "text": "x"}', r"train\.jsonl, row 150 \(line 151\): the id 'e5' is already that of row 5"),
+        ('{"id": "149", "text": "x"}', r"row 150 \(line 151\): the id '149' is already that of row 149"),
+    ],
+)
+def test_errors_name_the_file_and_the_line(tmp_path, chatml, small_parts, line, message):
+    path = write(tmp_path / "train.jsonl")
+    lines = path.read_text().splitlines()
+    lines[150] = line
+    path.write_text("\n".join(lines))
+    for folder in (tmp_path / "tokens", tmp_path / "tokens"):  # once more over what was left
+        with pytest.raises(DataError, match=message):
+            tokenize_source(path, chatml, max_length=None, name="data", folder=folder)
+
+
+def test_the_first_error_comes_out_of_many_processes(tmp_path, chatml, small_parts):
+    path = write(tmp_path / "train.jsonl")
+    lines = path.read_text().splitlines()
+    lines[150] = lines[180] = '{"text": "broken'
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"train\.jsonl, line 151: not valid JSON"):
+        tokenize_source(path, chatml, max_length=None, name="data", folder=tmp_path / "tokens", workers=2)
+
+
+def test_a_dead_process_is_explained(tmp_path, chatml, small_parts, monkeypatch):
+    start = _Crew.__init__
+
+    def killed(self, encoder, count):
+        start(self, encoder, count)
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    monkeypatch.setattr(_Crew, "__init__", killed)
+    path = write(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"exit status -9.*run the same command again"):
+        tokenize_source(path, chatml, max_length=None, name="data", folder=tmp_path / "tokens", workers=2)
+
+
+def test_an_empty_source_is_an_error(tmp_path, chatml):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        tokenize_source(tmp_path / "empty.jsonl", chatml, max_length=None, name="data")
+
+
+def test_seen_ids_are_found_across_many_chunks():
+    seen = SeenIds()
+    for start in range(0, 1000, 7):
+        assert seen.add([str(name) for name in range(start, start + 7)]) == []
+    assert seen.add(["x", "3", "y", "x", "994"]) == [1, 3, 4]
+    assert len(seen._sorted) < 12
+
+
+def test_memory_does_not_grow_with_the_examples(tmp_path, chatml, monkeypatch):
+    monkeypatch.setattr(_corpus, "HELD_BYTES", 2**16)
+    monkeypatch.setattr(_parts, "PART_BYTES", 2**15)
+    peaks = []
+    for count in (1000, 5000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps({"id": f"e{row}", "text": "sky " * 50}) + "\n" for row in range(count))
+        tracemalloc.start()
+        data = tokenize_source(path, chatml, max_length=None, name="data", folder=tmp_path / "tokens")
+        assert sum(len(ids) for ids in data.input_ids) == int(data.lengths.sum())
+        assert sum(len(example.id) for example in data.examples) > count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 4000 < 60

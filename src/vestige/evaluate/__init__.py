@@ -2,8 +2,19 @@
 
 from vestige.evaluate._families import PUBLISHED as PUBLISHED
 from vestige.evaluate._families import Family as Family
+from vestige.evaluate._group_measure import Agreement as Agreement
+from vestige.evaluate._group_measure import Effects as Effects
+from vestige.evaluate._group_measure import agreement as agreement
+from vestige.evaluate._group_measure import effects as effects
+from vestige.evaluate._lds import lds as lds
+from vestige.evaluate._lds_measure import Ceiling as Ceiling
+from vestige.evaluate._lds_measure import Lds as Lds
+from vestige.evaluate._lds_measure import ceiling as ceiling
+from vestige.evaluate._lds_measure import datamodeling_score as datamodeling_score
 from vestige.evaluate._measures import Quality as Quality
 from vestige.evaluate._measures import quality as quality
+from vestige.evaluate._mislabel import mislabel as mislabel
+from vestige.evaluate._overlap import overlap as overlap
 from vestige.evaluate._products import Products as Products
 from vestige.evaluate._products import Rows as Rows
 from vestige.evaluate._products import Samples as Samples
@@ -11,6 +22,14 @@ from vestige.evaluate._products import Source as Source
 from vestige.evaluate._products import exact_products as exact_products
 from vestige.evaluate._products import projected_products as projected_products
 from vestige.evaluate._products import sketched_products as sketched_products
+from vestige.evaluate._randomisation import randomisation as randomisation
+from vestige.evaluate._removal import removal as removal
+from vestige.evaluate._result import Evaluation as Evaluation
+from vestige.evaluate._result import EvaluationRow as EvaluationRow
+from vestige.evaluate._retrieval import retrieval as retrieval
 from vestige.evaluate._sketch import sketch as sketch
 from vestige.evaluate._sketch_report import SketchPoint as SketchPoint
 from vestige.evaluate._sketch_report import SketchReport as SketchReport
+from vestige.evaluate._sources import sources as sources
+from vestige.evaluate._statistics import Estimate as Estimate
+from vestige.evaluate._tail_patch import tail_patch as tail_patch

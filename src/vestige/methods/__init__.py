@@ -20,6 +20,7 @@ from vestige.methods._protocol import Job as Job
 from vestige.methods._protocol import Method as Method
 from vestige.methods._protocol import SplitsByComponent as SplitsByComponent
 from vestige.methods._random import Random as Random
+from vestige.methods._randomised import randomised as randomised
 from vestige.methods._registry import get_method as get_method
 from vestige.methods._registry import method as method
 from vestige.methods._registry import method_class as method_class

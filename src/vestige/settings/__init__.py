@@ -12,6 +12,15 @@ from vestige.settings._base import flag as flag
 from vestige.settings._base import nearest as nearest
 from vestige.settings._base import parse_bytes as parse_bytes
 from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
+from vestige.settings._evaluate_scores import LdsSettings as LdsSettings
+from vestige.settings._evaluate_scores import MislabelSettings as MislabelSettings
+from vestige.settings._evaluate_scores import OverlapSettings as OverlapSettings
+from vestige.settings._evaluate_scores import RandomisationSettings as RandomisationSettings
+from vestige.settings._evaluate_scores import RemovalSettings as RemovalSettings
+from vestige.settings._evaluate_scores import RetrievalSettings as RetrievalSettings
+from vestige.settings._evaluate_scores import ScoredSettings as ScoredSettings
+from vestige.settings._evaluate_scores import SourcesSettings as SourcesSettings
+from vestige.settings._evaluate_scores import TailPatchSettings as TailPatchSettings
 from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
@@ -31,8 +40,4 @@ from vestige.settings._shared import SHARED_COMPRESSION as SHARED_COMPRESSION
 from vestige.settings._shared import CompressionSettings as CompressionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
-from vestige.settings._study import StudySettings as StudySettings
-from vestige.settings._study import StudySize as StudySize
-from vestige.settings._untrac import AscentOptimizer as AscentOptimizer
-from vestige.settings._untrac import UntracSettings as UntracSettings
 from vestige.settings._verb import verb as verb

@@ -4,8 +4,26 @@
 """
 
 from vestige.settings._base import Settings
+from vestige.settings._evaluate_scores import (
+    LdsSettings,
+    MislabelSettings,
+    OverlapSettings,
+    RandomisationSettings,
+    RemovalSettings,
+    RetrievalSettings,
+    SourcesSettings,
+    TailPatchSettings,
+)
 from vestige.settings._evaluate_sketch import SketchSettings
 
 EVALUATIONS: dict[str, type[Settings]] = {
+    "lds": LdsSettings,
+    "sources": SourcesSettings,
+    "removal": RemovalSettings,
+    "tail-patch": TailPatchSettings,
+    "mislabel": MislabelSettings,
+    "retrieval": RetrievalSettings,
+    "randomisation": RandomisationSettings,
+    "overlap": OverlapSettings,
     "sketch": SketchSettings,
 }

@@ -1,0 +1,134 @@
+"""Figures of evaluations of scores: intervals by method, curves by method, and a matrix of methods."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vestige.evaluate._statistics import Estimate
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+ASKED, OPPONENT = "#0072B2", "#8A8A8A"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
+_MARKERS = "osD^vP*X"
+_DOTS = 160
+_FEW = 8
+"""So many places on an axis are each written out."""
+
+
+class Mark(NamedTuple):
+    """One method's number."""
+
+    name: str
+    estimate: Estimate
+    opponent: bool = False
+
+
+class Line(NamedTuple):
+    """One method's curve."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] | None = None
+    """Half the height of the band around it."""
+    opponent: bool = False
+
+
+def interval_figure(
+    name: str, marks: Sequence[Mark], label: str, *, lines: Mapping[str, float] | None = None
+) -> dict[str, bytes]:
+    """Methods from best to worst with their intervals; `lines` are upright ones, such as a noise ceiling."""
+    known = sorted((mark for mark in marks if mark.estimate.is_known), key=lambda mark: mark.estimate.value)
+    figure = Figure(figsize=(7.2, 1.3 + 0.34 * max(len(known), 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, mark in enumerate(known):
+        value, low, high = mark.estimate
+        colour = OPPONENT if mark.opponent else ASKED
+        if np.isfinite(low):
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+        axes.plot([value], [place], "o", color=colour, markersize=6)
+        axes.annotate(
+            f"{value:.3g}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize="x-small"
+        )
+    axes.axvline(0, color="#BBBBBB", linewidth=0.9, zorder=0)
+    upright = {words: value for words, value in (lines or {}).items() if np.isfinite(value)}
+    for value in upright.values():
+        axes.axvline(value, color="#D55E00", linestyle=":", linewidth=1.3, zorder=0)
+    if upright:
+        words = ", ".join(f"{each} {value:.3f}" for each, value in upright.items())
+        axes.set_title(f"dotted: {words}", fontsize="small", color="#D55E00", loc="right")
+    axes.set_yticks(range(len(known)), [mark.name for mark in known])
+    axes.set_ylim(-0.6, len(known) - 0.3)
+    axes.set_xlabel(label)
+    _finish(axes, "x")
+    return _written(figure, name)
+
+
+def line_figure(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> dict[str, bytes]:
+    """Curves by method, opponents dashed."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, line in enumerate(lines):
+        colour = _COLOURS[number % len(_COLOURS)]
+        style: dict[str, Any] = {
+            "linestyle": "--" if line.opponent else "-",
+            "marker": _MARKERS[number % len(_MARKERS)],
+        }
+        # A curve of many points is its own mark.
+        every = max(1, len(line.x) // 8)
+        axes.plot(line.x, line.y, color=colour, label=line.name, markersize=5, linewidth=1.5, markevery=every, **style)
+        if line.spread is not None:
+            low, high = (np.array(line.y) + sign * np.array(line.spread) for sign in (-1, 1))
+            axes.fill_between(line.x, low, high, color=colour, alpha=0.09, linewidth=0)
+    places = sorted({x for line in lines for x in line.x})
+    if 1 < len(places) <= _FEW:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _finish(axes, "both")
+    if lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+    return _written(figure, name)
+
+
+def matrix_figure(name: str, names: Sequence[str], values: np.ndarray, label: str) -> dict[str, bytes]:
+    """A coloured matrix of methods with its numbers written in."""
+    size = max(4.0, 2.2 + 0.62 * len(names))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*values.shape):
+        value = values[row, column]
+        words = f"{value:.2f}" if np.isfinite(value) else "–"
+        colour = "white" if value > 0.6 else "#333333"
+        axes.text(column, row, words, ha="center", va="center", fontsize="small", color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    return _written(figure, name)
+
+
+def _finish(axes: Any, grid: Any) -> None:
+    axes.grid(visible=True, axis=grid, color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _written(figure: Figure, name: str) -> dict[str, bytes]:
+    files = {}
+    for kind in ("pdf", "png"):
+        content = BytesIO()
+        # A date would make two equal figures differ.
+        metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
+        figure.savefig(content, format=kind, dpi=_DOTS, metadata=metadata)  # type: ignore[arg-type]
+        files[f"{name}.{kind}"] = content.getvalue()
+    return files

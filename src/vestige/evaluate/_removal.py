@@ -1,0 +1,139 @@
+"""`vestige evaluate removal`: what do the queries lose when models are retrained without the top examples?"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.bank import EVERYTHING, Bank, bank
+from vestige.errors import SpecError
+from vestige.evaluate._figures import Line, line_figure
+from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._scored import Scored, judged, reading_of, same_axes
+from vestige.evaluate._statistics import mean_estimate
+from vestige.settings import RemovalSettings, verb
+
+RANDOM = "random lists"
+
+
+class Drop(NamedTuple):
+    """Examples that are left out together."""
+
+    method: str
+    length: int
+    ids: list[str]
+    number: int = 0
+    """Which of several lists of this length."""
+
+    @property
+    def name(self) -> str:
+        """Of the bank's subset."""
+        return f"{self.method} {self.length} #{self.number}"
+
+
+@verb(RemovalSettings)
+def removal(settings: RemovalSettings) -> Evaluation:
+    """Rise of the queries' mean loss when models are retrained without the top examples of each method.
+
+    Top examples are those with the highest mean score over all queries. The retrained models are a bank in OUT/bank, so
+    an interrupted evaluation continues. In `settings.out`: `removal.json`, and the figure `removal`.
+
+    Raises:
+        SpecError: Model, data or queries are missing, or more examples are to be removed than there are.
+    """
+    if settings.model is None or settings.data is None or settings.queries is None:
+        raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs too.")
+    # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
+    found = judged(settings)
+    scored = tuple(one for one in found.scored if one.run.run.method != "random")
+    queries, examples = same_axes(scored)
+    if max(settings.remove) >= len(examples):
+        raise SpecError(f"--remove {max(settings.remove)} of {len(examples)} examples leaves nothing to train on.")
+    counts = sorted(set(settings.remove))
+    drops = [drop for one in scored for drop in _top_lists(one, queries, examples, counts)]
+    drops += _random_lists(settings, examples, counts)
+    truth = _retrained(settings, drops)
+    rise = {drop.name: _rise(truth, drop.name) for drop in drops}
+    result = Evaluation(
+        "removal",
+        f"Retrained without the top examples: rise of the mean loss of {len(queries)} queries, in nats",
+        (
+            *(EvaluationRow.of(one, _values(one.name, counts, drops, rise, settings)) for one in scored),
+            EvaluationRow(RANDOM, _values(RANDOM, counts, drops, rise, settings), opponent=True),
+        ),
+        (
+            f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
+            "number of steps each.",
+            f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
+            "of queries; the spread over seeds is in the file and the figure.",
+            *found.notes,
+        ),
+        {
+            "removed": counts,
+            "rise_by_seed": {drop.name: rise[drop.name].mean(1).tolist() for drop in drops},
+            "lists": {drop.name: drop.ids for drop in drops},
+            "bank": truth.identity,
+        },
+    )
+    names = [(one.name, one.opponent) for one in scored] + [(RANDOM, True)]
+    lines = [_line(name, opponent, counts, drops, rise) for name, opponent in names]
+    figure = line_figure("removal", lines, "examples left out", "rise of the mean loss, nats")
+    return write_evaluation(result, settings.out, figure)
+
+
+def _top_lists(scored: Scored, queries: list[str], examples: list[str], counts: list[int]) -> list[Drop]:
+    scores = scored.scores_for(queries, examples).astype(np.float64).mean(0)
+    # Ties are broken at random but always alike, never by the order of the data.
+    order = np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
+    return [Drop(scored.name, count, [examples[row] for row in order[:count]]) for count in counts]
+
+
+def _random_lists(settings: RemovalSettings, examples: list[str], counts: list[int]) -> list[Drop]:
+    drops = []
+    for number in range(settings.random_lists):
+        order = np.random.default_rng([settings.seed, number]).permutation(len(examples))
+        drops += [Drop(RANDOM, count, [examples[row] for row in order[:count]], number) for count in counts]
+    return drops
+
+
+def _retrained(settings: RemovalSettings, drops: list[Drop]) -> Bank:
+    return bank(
+        **reading_of(settings),
+        model=settings.model if settings.start is None else settings.start,
+        data=settings.data,
+        queries=settings.queries,
+        out=settings.out / "bank",
+        leave_out_lists={drop.name: drop.ids for drop in drops},
+        seeds=settings.seeds,
+        epochs=settings.epochs,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        from_scratch=settings.from_scratch,
+        seed=settings.seed,
+    )
+
+
+def _rise(truth: Bank, name: str) -> np.ndarray:
+    """[seed, query]: loss without the list minus loss with everything, seed by seed."""
+    losses = truth.by_subset(truth.query_losses)
+    return losses[truth.subset_names.index(name)] - losses[truth.subset_names.index(EVERYTHING)]
+
+
+def _values(
+    method: str, counts: list[int], drops: list[Drop], rise: dict[str, np.ndarray], settings: RemovalSettings
+) -> dict[str, Any]:
+    def without(count: int) -> Any:
+        found = [rise[drop.name] for drop in drops if (drop.method, drop.length) == (method, count)]
+        return mean_estimate(np.concatenate(found).mean(0), settings.draws, settings.seed)
+
+    return {f"without {count}": without(count) for count in counts}
+
+
+def _line(method: str, opponent: bool, counts: list[int], drops: list[Drop], rise: dict[str, np.ndarray]) -> Line:
+    heights, spreads = [0.0], [0.0]
+    for count in counts:
+        found = [rise[drop.name].mean(1) for drop in drops if (drop.method, drop.length) == (method, count)]
+        runs = np.concatenate(found)
+        heights.append(float(runs.mean()))
+        spreads.append(float(runs.std(ddof=1)) if len(runs) > 1 else 0.0)
+    return Line(method, [0, *counts], heights, spreads, opponent)

@@ -1,0 +1,151 @@
+"""The outcome of an evaluation of scores: a row for each method, as a table, as JSON and beside a figure."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from vestige.evaluate._scored import Scored
+from vestige.evaluate._statistics import Estimate
+from vestige.files import make_folder, write_durably
+from vestige.progress import format_bytes, format_seconds
+
+Value = Estimate | float | int | str | None
+
+_TEXT_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """What was found of one method."""
+
+    method: str
+    values: Mapping[str, Value]
+    """By column."""
+    seconds: float | None = None
+    """What the scores cost; None where nothing was computed."""
+    memory_bytes: int | None = None
+    opponent: bool = False
+
+    @classmethod
+    def of(cls, scored: Scored, values: Mapping[str, Value]) -> "EvaluationRow":
+        """The row of one run, with its cost."""
+        return cls(scored.name, values, scored.seconds, scored.memory_bytes, scored.opponent)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A table of methods: `str()` and `rich` print it, `to_json()` is what the file holds."""
+
+    kind: str
+    title: str
+    rows: tuple[EvaluationRow, ...]
+    notes: tuple[str, ...] = ()
+    """How to read it, and what is missing."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What is in the file and not in the table; JSON terms."""
+    files: tuple[str, ...] = ()
+
+    def __getitem__(self, method: str) -> EvaluationRow:
+        """The row of a method."""
+        return next(row for row in self.rows if row.method == method)
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=_TEXT_WIDTH).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Group:
+        return Group(self.title, _table(self.rows), *self.notes, *self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in JSON terms; intervals as [low, high], unknown numbers as null."""
+        return {
+            "kind": self.kind,
+            "title": self.title,
+            "rows": [
+                {
+                    "method": row.method,
+                    "opponent": row.opponent,
+                    **{name: _plain(value) for name, value in row.values.items()},
+                    "seconds": row.seconds,
+                    "memory_bytes": row.memory_bytes,
+                }
+                for row in self.rows
+            ],
+            "notes": list(self.notes),
+            **{name: _plain(value) for name, value in self.details.items()},
+        }
+
+
+def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
+    """The result with its files: `KIND.json`, and the figure as PDF and PNG."""
+    make_folder(folder)
+    write_durably(folder / f"{result.kind}.json", [(json.dumps(result.to_json(), indent=1) + "\n").encode()])
+    for name, content in figure.items():
+        write_durably(folder / name, [content])
+    names = (f"{result.kind}.json", *figure)
+    return Evaluation(
+        result.kind,
+        result.title,
+        result.rows,
+        result.notes,
+        result.details,
+        tuple(str(folder / name) for name in names),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Estimate):
+        return {"value": _plain(value.value), "interval": [_plain(value.low), _plain(value.high)]}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _table(rows: Sequence[EvaluationRow]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for name in (*columns, "seconds", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, row in enumerate(rows):
+        last_asked = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
+        table.add_row(
+            row.method,
+            *(_shown(row.values.get(name)) for name in columns),
+            "" if row.seconds is None else format_seconds(row.seconds),
+            "" if row.memory_bytes is None else format_bytes(row.memory_bytes),
+            end_section=last_asked,
+        )
+    return table
+
+
+def _shown(value: Value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, Estimate):
+        if not value.is_known:
+            return "undefined"
+        known = math.isfinite(value.low)
+        return (
+            f"{_digits(value.value)} [{_digits(value.low)}, {_digits(value.high)}]" if known else _digits(value.value)
+        )
+    return _digits(value) if math.isfinite(value) else "undefined"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"

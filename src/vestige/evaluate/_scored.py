@@ -1,0 +1,257 @@
+"""Whose scores are judged: finished runs, and runs that are made now and kept beside the result."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import safe_open
+
+from vestige.data import load_examples
+from vestige.errors import IndexMismatch, SpecError, UserError
+from vestige.files import make_folder, sha256_of, write_durably
+from vestige.methods import attribute, method_class
+from vestige.progress import announce
+from vestige.runs import Scores, is_run
+from vestige.runs import check_target as check_run_target
+from vestige.settings import ReadingSettings, ScoredSettings
+
+OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
+"""What a method has to beat to be worth its cost."""
+
+_WEIGHTS = (".safetensors", ".bin", ".json", ".gguf")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method's scores."""
+
+    name: str
+    """Of the method; of the folder too where two runs are of one method."""
+    run: Scores
+    opponent: bool = False
+    """Whether it was not asked for."""
+
+    @cached_property
+    def dense(self) -> Float[np.ndarray, "query example"]:
+        """All scores."""
+        return self.run.dense()
+
+    @cached_property
+    def ids(self) -> tuple[list[str], list[str]]:
+        """Ids of the queries and of the examples, in the order of the axes of `dense`."""
+        self.run.dense()
+        with safe_open(self.run.folder / "scores.safetensors", framework="numpy") as file:
+            metadata = file.metadata()
+        return json.loads(metadata["query_ids"]), json.loads(metadata["example_ids"])
+
+    @property
+    def seconds(self) -> float:
+        """What the scores cost in time."""
+        return self.run.run.seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory of the process that made them."""
+        return self.run.run.peak_memory_bytes
+
+    def scores_for(self, queries: Sequence[str], examples: Sequence[str]) -> Float[np.ndarray, "query example"]:
+        """The scores in the order of these ids.
+
+        Raises:
+            IndexMismatch: Some are not in the run.
+        """
+        own = self.ids
+        rows, columns = _places(own[0], queries, "queries", self), _places(own[1], examples, "examples", self)
+        return self.dense[np.ix_(rows, columns)]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All scores of an evaluation, and what is to be said of what is missing."""
+
+    scored: tuple[Scored, ...]
+    notes: tuple[str, ...] = ()
+
+
+def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
+    """The runs that were given, those of the methods asked for, and the opponents'.
+
+    Raises:
+        SpecError: A method needs a model, data or queries that were not given.
+        UserError: A run is not one, or was made with other settings than the ones of now.
+    """
+    given = [Scores.open(folder) for folder in settings.run]
+    known = {run.run.method for run in given}
+    wanted = list(dict.fromkeys(settings.methods))
+    opponents, notes = _opponents(settings, known | set(wanted)) if settings.opponents else ([], [])
+    if self_influence:
+        opponents = []
+    for name in wanted:
+        method_class(name)
+    make_folder(settings.out)
+    made = [_run_of(settings, name, self_influence) for name in [*wanted, *opponents]]
+    names = _names([*given, *made])
+    flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
+    scored = [Scored(name, run, flag) for name, run, flag in zip(names, [*given, *made], flags, strict=True)]
+    return Judged(tuple(scored), tuple(notes))
+
+
+def reading_of(settings: ReadingSettings) -> dict[str, Any]:
+    """The settings of how text is read and the model runs, as arguments."""
+    return {name: getattr(settings, name) for name in ReadingSettings.model_fields}
+
+
+def run_of(
+    settings: ScoredSettings,
+    method: str,
+    folder: Path,
+    *,
+    changes: dict[str, Any],
+    self_influence: bool = False,
+    live: dict[str, Any] | None = None,
+) -> Scores:
+    """The run of a method in `folder`: the one that is there, if it was made from the same, or a new one.
+
+    Args:
+        settings: Of the evaluation.
+        method: Its name.
+        folder: Of the run.
+        changes: Arguments of `vestige attribute` that differ from the evaluation's.
+        self_influence: Whether the run must hold self-influence.
+        live: Objects to use in place of what settings and changes name; they follow from those.
+
+    Raises:
+        IndexMismatch: The run in the folder was made with other settings or from other files.
+    """
+    arguments = _arguments(settings, method, changes, self_influence)
+    identity = _identity(arguments)
+    marker = folder.with_name(f"{folder.name}.json")
+    if is_run(folder):
+        if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != identity:
+            raise IndexMismatch(
+                f"{folder} was made with other settings or from other files; nothing was changed. Give another --out."
+            )
+        return Scores.open(folder)
+    check_run_target(folder)
+    make_folder(folder.parent)
+    announce(f"Scoring with {method}")
+    write_durably(marker, [json.dumps(identity, indent=1).encode()])
+    return attribute(**(arguments | (live or {})), out=folder)
+
+
+def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores:
+    if settings.data is None and settings.index is None:
+        raise SpecError(f"--methods {name} needs --data (with --model) or --index.")
+    changes: dict[str, Any] = {}
+    if settings.queries is None:
+        if not self_influence:
+            raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
+        # A run has a query; what an example is to itself does not depend on it.
+        changes["queries"] = [{"text": load_examples(settings.data, limit=1)[0].display}]
+    return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
+
+
+def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], self_influence: bool) -> dict[str, Any]:
+    arguments = {
+        **reading_of(settings),
+        "model": settings.model,
+        "queries": settings.queries,
+        "damping": settings.damping,
+        "seed": settings.seed,
+        "method": method,
+        "dense": True,
+        "trust": False,
+        "k": 50,
+        "self_influence": self_influence,
+    }
+    if settings.index is not None:
+        # The index holds how it was made.
+        for name in ("loss", "max_length", "chat", "limit"):
+            del arguments[name]
+        arguments["index"] = settings.index
+    else:
+        arguments |= {"data": settings.data, "components": settings.components}
+    return arguments | changes
+
+
+def _identity(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What tells a run that can be used again from one that cannot: settings, and the content of files."""
+    words = {name: str(value) if _is_plain(value) else f"<{type(value).__name__}>" for name, value in arguments.items()}
+    content = {name: _content(arguments.get(name)) for name in ("model", "data", "queries", "index")}
+    return {"settings": words, "content": content}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | Path | tuple | list | dict)
+
+
+def _content(source: Any) -> str | None:
+    if not isinstance(source, str | Path):
+        return None
+    try:
+        path = Path(source)
+        if path.is_file():
+            return sha256_of(path)
+        files = sorted(each for each in path.iterdir() if each.suffix in _WEIGHTS) if path.is_dir() else []
+    except OSError:  # a question, not a path
+        return None
+    return hashlib.sha256("".join(each.name + sha256_of(each) for each in files).encode()).hexdigest()
+
+
+def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], list[str]]:
+    """Which opponents can be computed here, and what to say of the others."""
+    missing = [name for name in OPPONENTS if name not in known]
+    data = settings.queries is not None and (settings.data is not None or settings.index is not None)
+    model = settings.model is not None or settings.index is not None
+    possible = [name for name in missing if data and (model or not method_class(name).needs_model)]
+    left = [name for name in missing if name not in possible]
+    if not left:
+        return possible, []
+    words = "--model, --data and --queries" if not data else "--model"
+    return possible, [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."]
+
+
+def _names(runs: Sequence[Scores]) -> list[str]:
+    methods = [run.run.method for run in runs]
+    names = [
+        method if methods.count(method) == 1 else f"{method} ({run.folder.name})"
+        for method, run in zip(methods, runs, strict=True)
+    ]
+    # Two folders of one name: the whole path tells them apart.
+    return [
+        name if names.count(name) == 1 else f"{run.run.method} ({run.folder})"
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _places(own: Sequence[str], wanted: Sequence[str], what: str, scored: Scored) -> list[int]:
+    place = {name: number for number, name in enumerate(own)}
+    absent = [name for name in wanted if name not in place]
+    if absent:
+        raise IndexMismatch(
+            f"{scored.run.folder} has no scores for {len(absent)} of the {len(wanted)} {what}, such as {absent[0]!r}. "
+            f"It must be made with the same {what}, under the same ids."
+        )
+    return [place[name] for name in wanted]
+
+
+def same_axes(scored: Sequence[Scored]) -> tuple[list[str], list[str]]:
+    """Ids of queries and examples that all runs share, in the order of the first.
+
+    Raises:
+        UserError: A run is of other queries or other examples.
+    """
+    first = scored[0]
+    for other in scored[1:]:
+        if any(set(one) != set(two) for one, two in zip(first.ids, other.ids, strict=True)):
+            raise UserError(
+                f"{first.run.folder} and {other.run.folder} are of different queries or examples, so they cannot be "
+                "compared. Judge them one by one."
+            )
+    return first.ids

@@ -1,0 +1,213 @@
+"""`vestige evaluate tail-patch`: does one training step on each top example make the target likelier?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vestige.data import TokenizedData, load_queries, make_batch, plan_batches, tokenize
+from vestige.errors import DataError, NonFinite, SpecError, VestigeError
+from vestige.evaluate._figures import Mark, interval_figure
+from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._scored import Scored, judged
+from vestige.evaluate._statistics import Estimate, mean_estimate
+from vestige.gradients import CausalLoss, token_losses
+from vestige.index import batch_tokens, read_data, tokens_at_most
+from vestige.models import LoadedModel, load_model
+from vestige.progress import progress
+from vestige.settings import TailPatchSettings, verb
+
+Pairs = dict[int, set[int]]
+"""Rows of the training data with the queries that are measured after a step on them."""
+
+
+@verb(TailPatchSettings)
+def tail_patch(settings: TailPatchSettings) -> Evaluation:
+    """Mean rise of the target's probability after one training step on each of the top examples of each method.
+
+    After every step the weights are what they were, bit for bit. In `settings.out`: `tail-patch.json`, and the figure
+    `tail-patch`.
+
+    Raises:
+        SpecError: Model, data or queries are missing.
+        NonFinite: A step leads to a loss that is not finite.
+    """
+    if settings.model is None or settings.data is None or settings.queries is None:
+        raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
+    found = judged(settings)
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data = read_data(settings, settings.data, loaded)
+    queries = _queries(settings, loaded)
+    tops = {one.name: _tops(one, data, queries, settings.k) for one in found.scored}
+    pairs: Pairs = {}
+    for top in tops.values():
+        for query, rows in enumerate(top):
+            for row in rows:
+                pairs.setdefault(row, set()).add(query)
+    before, after = patched(loaded.model, data, queries, pairs, settings.learning_rate, batch_tokens(settings, loaded))
+    rises = {name: _rises(top, before, after) for name, top in tops.items()}
+    result = Evaluation(
+        "tail-patch",
+        f"One step on each of the top {settings.k} examples of {len(queries)} queries: rise of the target's "
+        "probability",
+        tuple(EvaluationRow.of(one, _values(rises[one.name], settings)) for one in found.scored),
+        (
+            f"Plain gradient descent on the example's mean token loss, learning rate {settings.learning_rate:g}, "
+            "dropout off.",
+            "Probability: geometric mean over the target's tokens. Each step starts from the same weights, restored "
+            "bit for bit.",
+            f"Intervals: 95 %, {settings.draws} bootstrap draws of queries.",
+            *found.notes,
+        ),
+        {
+            "k": settings.k,
+            "learning_rate": settings.learning_rate,
+            "probability_before": np.exp(-before).tolist(),
+            "per_query": {name: rise[0].tolist() for name, rise in rises.items()},
+        },
+    )
+    marks = [Mark(one.name, _estimate(settings, rises[one.name][0]), one.opponent) for one in found.scored]
+    figure = interval_figure("tail-patch", marks, "mean rise of the target's probability (95 % intervals)")
+    return write_evaluation(result, settings.out, figure)
+
+
+def patched(
+    model: nn.Module, data: TokenizedData, queries: TokenizedData, pairs: Pairs, learning_rate: float, tokens: int
+) -> tuple[Float[np.ndarray, "query"], dict[tuple[int, int], float]]:
+    """Mean token loss of each query before any step, and, for each pair (row, query), after one step on the row.
+
+    The model's weights are afterwards what they were before, bit for bit.
+    """
+    objective, after = CausalLoss("mean"), {}
+    model.eval()
+    everything = range(len(queries))
+    before = _losses(model, objective, queries, everything, tokens)
+    with trainable(model) as restore, progress(len(pairs), "Patching", "steps") as bar:
+        for row, wanted in sorted(pairs.items()):
+            _step(model, data, row, learning_rate)
+            chosen = sorted(wanted)
+            losses = _losses(model, objective, queries, chosen, tokens)
+            if not np.isfinite(losses).all():
+                raise NonFinite(
+                    f"After a step of {learning_rate:g} on {data.examples[row].id!r} the losses are not finite. Give a "
+                    "smaller --learning-rate."
+                )
+            after |= {(row, query): float(loss) for query, loss in zip(chosen, losses, strict=True)}
+            restore()
+            bar.advance()
+    return before, after
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[Any]:
+    """Gradients for every floating-point weight while the context lasts, and a function that puts all weights back.
+
+    Raises:
+        VestigeError: A weight is not, bit for bit, what it was.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    kept = [(weight, weight.detach().clone(), weight.requires_grad) for weight in weights]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for weight, values, _ in kept:
+                weight.copy_(values)
+                weight.grad = None
+
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield restore
+    finally:
+        restore()
+        for weight, _, required in kept:
+            weight.requires_grad_(required)
+    if not all(torch.equal(weight, values) for weight, values, _ in kept):
+        raise VestigeError("The weights are not what they were before the steps.")
+
+
+def _step(model: nn.Module, data: TokenizedData, row: int, learning_rate: float) -> None:
+    """One step of plain gradient descent; an example without targets has no gradient, and moves nothing."""
+    if not data.target_counts[row]:
+        return
+    device = next(model.parameters()).device
+    # Plain autograd through the logits: the objective's own head has no gradient for its weight.
+    loss = _mean_loss(model, make_batch(data, np.array([row])).to(device))
+    loss.backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.sub_(weight.grad, alpha=learning_rate)
+                weight.grad = None
+
+
+def _mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    return token_losses(model, batch).sum() / (batch.labels[:, 1:] >= 0).sum()
+
+
+def _losses(
+    model: nn.Module, objective: CausalLoss, queries: TokenizedData, rows: Sequence[int], tokens: int
+) -> Float[np.ndarray, "query"]:
+    wanted = np.array(rows)
+    losses, device = np.zeros(len(wanted)), next(model.parameters()).device
+    with torch.no_grad():
+        for places in plan_batches(queries.lengths[wanted], tokens):
+            batch = make_batch(queries, wanted[places]).to(device)
+            losses[places] = objective.losses(model, batch).double().cpu().numpy()
+    return losses
+
+
+def _queries(settings: TailPatchSettings, loaded: LoadedModel) -> TokenizedData:
+    examples = load_queries(settings.queries)
+    limit = tokens_at_most(settings, loaded)
+    queries = tokenize(examples, loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat)
+    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
+        raise DataError(
+            f"Query {examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
+            "`completion`."
+        )
+    return queries
+
+
+def _tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -> list[list[int]]:
+    """Rows of the `k` top examples of each query, in the order of the queries."""
+    run, place = scored.run, {example.id: row for row, example in enumerate(data.examples)}
+    known = set(run.queries)
+    if missing := [example.id for example in queries.examples if example.id not in known]:
+        raise DataError(
+            f"{run.folder} has no scores for the query {missing[0]!r}. Give the --queries it was made with."
+        )
+    tops = [[row.example_id for row in run.top(query.id, k)] for query in queries.examples]
+    if absent := [name for top in tops for name in top if name not in place]:
+        raise DataError(f"{run.folder} names the example {absent[0]!r}, which the --data do not hold.")
+    if any(len(top) < min(k, len(data)) for top in tops):
+        raise SpecError(f"{run.folder} keeps fewer than {k} examples of each query. Give a smaller --k.")
+    return [[place[name] for name in top] for top in tops]
+
+
+def _rises(
+    tops: Sequence[Sequence[int]], before: np.ndarray, after: Mapping[tuple[int, int], float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per query: mean rise of the probability, and mean fall of the loss, over the top examples."""
+    losses = [np.array([after[row, query] for row in rows]) for query, rows in enumerate(tops)]
+    rises = [float((np.exp(-each) - np.exp(-start)).mean()) for each, start in zip(losses, before, strict=True)]
+    falls = [float((start - each).mean()) for each, start in zip(losses, before, strict=True)]
+    return np.array(rises), np.array(falls)
+
+
+def _values(rises: tuple[np.ndarray, np.ndarray], settings: TailPatchSettings) -> dict[str, Any]:
+    return {
+        "rise of probability": _estimate(settings, rises[0]),
+        "fall of loss": _estimate(settings, rises[1]),
+        "queries that rise": f"{(rises[0] > 0).mean():.0%}",
+    }
+
+
+def _estimate(settings: TailPatchSettings, values: np.ndarray) -> Estimate:
+    return mean_estimate(values, settings.draws, settings.seed)

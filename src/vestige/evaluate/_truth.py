@@ -1,0 +1,107 @@
+"""A bank as the truth about some scores: its arrays in the order of the scores, and what speaks against it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vestige.bank import Bank
+from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.evaluate._scored import Scored
+from vestige.files import sha256_of
+from vestige.methods import method_class
+
+
+class Truth(NamedTuple):
+    """What the models of a bank measured."""
+
+    membership: Bool[np.ndarray, "member example"]
+    losses: Float[np.ndarray, "member query"]
+    subset: Int[np.ndarray, "member"]
+    seeds: Int[np.ndarray, "member"]
+    names: list[str]
+    """Of the subsets."""
+    query_ids: list[str]
+    example_ids: list[str]
+    bank: Bank
+
+    def of(self, scored: Scored) -> Float[np.ndarray, "query example"]:
+        """The scores of a run in the bank's order.
+
+        Raises:
+            IndexMismatch: The run is of other data or other queries.
+        """
+        for what, record in (("data", scored.run.run.data), ("queries", scored.run.run.queries)):
+            here = self.bank.identity.get(what)
+            # Methods that read text alone see no tokens, and have no fingerprint of them.
+            if here and record.fingerprint and scored.run.run.model is not None and here != record.fingerprint:
+                raise IndexMismatch(
+                    f"{scored.run.folder} was made with other {what} than the bank: {record.name} has the tokens "
+                    f"{record.fingerprint[:12]}, the bank's have {here[:12]}. Make both from the same file, with the "
+                    "same --max-length and --chat."
+                )
+        return scored.scores_for(self.query_ids, self.example_ids)
+
+
+def open_truth(folder: Path) -> Truth:
+    """The bank in `folder`.
+
+    Raises:
+        DataError: It holds no queries.
+    """
+    bank = Bank.open(folder)
+    if not bank.query_ids:
+        raise DataError(f"The bank {folder} has no queries whose losses could be predicted. Make it with --queries.")
+    return Truth(
+        bank.membership,
+        bank.query_losses,
+        bank.subsets,
+        bank.seeds,
+        bank.subset_names,
+        bank.query_ids,
+        bank.example_ids,
+        bank,
+    )
+
+
+def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool) -> str | None:
+    """What is to be said about the model of the scores and those of the bank, None if nothing.
+
+    Raises:
+        SpecError: The model is a member of the bank, and that is not allowed.
+    """
+    model = scored.run.run.model
+    if model is None or not method_class(scored.run.run.method).needs_model:
+        return None
+    if member := _member_of(folder, model.name):
+        if not allowed:
+            raise SpecError(
+                f"{scored.run.folder} scores with {model.name}, which is the bank's own model {member}: it is part of "
+                "the truth that it would be judged by. Score with a model that is not in the bank, or type "
+                "--shared-model to have it all the same."
+            )
+        return f"The scores are of the bank's own model {member}: their numbers are biased upwards."
+    if truth.bank.identity.get("model") == model.fingerprint and not truth.bank.identity.get("from_scratch"):
+        return (
+            f"The scores are of {model.name}, from which the bank's training begins: it has not been trained on this "
+            "data as they have."
+        )
+    return None
+
+
+def _member_of(folder: Path, model: str) -> str | None:
+    """The name of the bank's model whose folder or weights these are."""
+    path, members = Path(model).expanduser(), folder / "members"
+    if not path.is_dir() or not members.is_dir():
+        return None
+    kept = sorted(each for each in members.iterdir() if each.is_dir())
+    own = _weights(path)
+    for each in kept:
+        if each.resolve() == path.resolve() or (own and _weights(each) == own):
+            return each.name
+    return None
+
+
+def _weights(folder: Path) -> list[str]:
+    return [sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]

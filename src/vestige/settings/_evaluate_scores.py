@@ -1,0 +1,132 @@
+"""What the evaluations of scores take: whose scores, what they are held against, and where it goes."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from vestige.errors import SpecError
+from vestige.settings._evaluate_sketch import Numbers
+from vestige.settings._shared import Patterns, ReadingSettings
+
+
+def _words(value: Any) -> Any:
+    """Names from one, several, or a text with commas."""
+    words = (value,) if isinstance(value, str) else value or ()
+    return tuple(part.strip() for word in words for part in str(word).split(",") if part.strip())
+
+
+def _decimals(value: Any) -> Any:
+    """Numbers from one, several, or a text with commas."""
+    words = (value,) if isinstance(value, str | int | float) else value or ()
+    return tuple(part for word in words for part in (word.split(",") if isinstance(word, str) else (word,)) if part)
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_decimals)]
+
+
+class ScoredSettings(ReadingSettings):
+    """Whose scores are judged.
+
+    Runs that are there (`--run`), methods to run now (`--methods`), or both.
+    """
+
+    repeatable: ClassVar[tuple[str, ...]] = ("run", "methods")
+
+    out: Path = Field(description="Folder of the table as JSON, the figure, and the runs that are made for it.")
+    run: Patterns = Field((), description="Run directories that `vestige attribute` left; may be repeated.")
+    methods: Words = Field(
+        (), description="Methods to run now, such as influence,grad-dot; their runs stay in OUT/runs."
+    )
+    index: Any = Field(None, description="Index for --methods, in place of the data; it may hold the model too.")
+    model: Any = Field(None, description="The model that --methods and opponents are computed with.")
+    data: Any = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    queries: Any = Field(None, description="The queries, as for `vestige attribute`.")
+    opponents: bool = Field(
+        True, description="Also judge random, bm25, rep-sim and grad-cos, where model, data and queries are given."
+    )
+    components: Patterns = Field(("default",), description="Parameters to attribute to, for --methods.")
+    damping: PositiveFloat = Field(1.0, description="Damping of the curvature, for --methods that have one.")
+    draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
+    seed: int = Field(0, description="Seed of every random choice.")
+
+    @model_validator(mode="after")
+    def _something_is_judged(self) -> Self:
+        if not self.run and not self.methods:
+            raise SpecError(
+                "Nothing to judge: type --run RUN (made by `vestige attribute --dense`), or --methods "
+                "influence,grad-dot with --model, --data and --queries."
+            )
+        return self
+
+
+class LdsSettings(ScoredSettings):
+    """Do scores predict what retrained models do? The linear datamodeling score, with intervals.
+
+    For each query the scores of a subset's examples are added up, and ranked against the loss of the models that were
+    trained on that subset.
+    """
+
+    bank: Path = Field(description="Bank of models trained on random subsets, made by `vestige bank`.")
+    damping_grid: Decimals = Field(
+        (), description="Also these dampings for --methods influence; the best is chosen on a tenth of the queries."
+    )
+    shared_model: bool = Field(
+        False, description="Judge scores of a model that is itself a member of the bank; its LDS is biased upwards."
+    )
+
+
+class SourcesSettings(ScoredSettings):
+    """Do scores name the sources that matter? Correlation with retraining without each source."""
+
+    bank: Path = Field(description="Bank made with `vestige bank --leave-source-out` (or other lists left out).")
+
+
+class RemovalSettings(ScoredSettings):
+    """What do the queries lose when the models are retrained without the top examples? Curves by method."""
+
+    remove: Numbers = Field((10, 20, 40), description="How many examples are left out, such as 10,20,40.")
+    random_lists: PositiveInt = Field(3, description="Random lists of each length.")
+    seeds: PositiveInt = Field(2, description="Retrained models for each list.")
+    epochs: PositiveInt | None = Field(None, description="Length of each training, as in `vestige bank`.")
+    steps: PositiveInt | None = Field(None, description="Length of each training in steps, as in `vestige bank`.")
+    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate of each training at its highest.")
+    batch_size: PositiveInt = Field(8, description="Examples in each training step.")
+    from_scratch: bool = Field(False, description="Begin each training with random weights.")
+    start: Any = Field(None, description="Model that each training begins from. Not given: --model.")
+
+
+class TailPatchSettings(ScoredSettings):
+    """Does one training step on each top example make the target likelier? No retraining."""
+
+    k: PositiveInt = Field(10, description="Top examples of each query that a step is taken on, each from the start.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Length of the step: plain gradient descent.")
+
+
+class MislabelSettings(ScoredSettings):
+    """Does self-influence find wrong labels? Area under the curve, and what is found after how much reading."""
+
+    truth: str = Field("mislabelled", description="Column of the data that is true where the label is wrong.")
+    inspected: Decimals = Field(
+        (0.05, 0.1, 0.2, 0.3, 0.5), description="Shares of the data that are read, highest self-influence first."
+    )
+
+
+class RetrievalSettings(ScoredSettings):
+    """Do scores find the examples that state the fact? Recall and mean reciprocal rank."""
+
+    truth: str = Field("answers", description="Column of the queries: the id of the right example, or several ids.")
+    k: Numbers = Field((1, 5, 10, 50), description="Lengths of lists whose recall is measured, such as 1,10.")
+
+
+class RandomisationSettings(ScoredSettings):
+    """Do scores change when the model's weights are randomised? Scores that do not were never about them."""
+
+    seeds: PositiveInt = Field(2, description="Randomised models.")
+
+
+class OverlapSettings(ScoredSettings):
+    """Do different queries and methods name different examples? Overlap of top lists and hub examples."""
+
+    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless asked for more.")

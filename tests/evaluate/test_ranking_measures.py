@@ -1,0 +1,87 @@
+import time
+
+import numpy as np
+import pytest
+
+from tests.reference import evaluation as reference
+from vestige.errors import DataError
+from vestige.evaluate._overlap_measures import between_queries, by_chance, cardinality, hub, jaccard
+from vestige.evaluate._ranking_measures import area_under_curve, detection, found_after, recall, reciprocal_rank
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_count_at_their_expected_value(seed):
+    random = np.random.default_rng(seed)
+    scores, right = random.integers(3, size=6).astype(float), random.permutation(6) < 2
+    assert reciprocal_rank(scores, right) == pytest.approx(reference.expected_reciprocal_rank(scores, right))
+    for k in range(7):
+        assert recall(scores, right, k) == pytest.approx(reference.expected_recall(scores, right, k))
+
+
+def test_trap_the_order_of_rows_decides_no_tie():
+    scores, right = np.zeros(100), np.arange(100) < 10
+    assert recall(scores, right, 10) == pytest.approx(0.1)
+    assert recall(scores, right[::-1], 10) == pytest.approx(0.1)
+    assert reciprocal_rank(scores, right) == pytest.approx(reciprocal_rank(scores, right[::-1]))
+
+
+def test_the_rank_of_one_right_example_among_thousands_of_ties():
+    right = np.arange(20_000) == 7
+    assert reciprocal_rank(np.zeros(20_000), right) == pytest.approx(np.mean(1 / np.arange(1, 20_001)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_detection_is_the_slow_reference_with_ties(seed):
+    random = np.random.default_rng(seed)
+    scores, wrong = random.integers(9, size=60).astype(float), random.permutation(60) < 12
+    area, precision = detection(scores, wrong)
+    assert area == pytest.approx(reference.area(scores, wrong))
+    assert precision == pytest.approx(reference.average_precision(scores, wrong))
+
+
+def test_trap_average_precision_is_not_the_area_of_trapezoids():
+    from sklearn.metrics import auc, precision_recall_curve
+
+    random = np.random.default_rng(0)
+    scores, wrong = random.integers(4, size=200).astype(float), random.permutation(200) < 20
+    precision, reached, _ = precision_recall_curve(wrong, scores)
+    assert auc(reached, precision) > detection(scores, wrong)[1]
+
+
+def test_trap_the_area_of_a_million_examples_takes_no_square_of_them():
+    random = np.random.default_rng(0)
+    started = time.perf_counter()
+    assert area_under_curve(random.normal(1, 1, 20_000), random.normal(0, 1, 980_000)) == pytest.approx(0.76, abs=0.01)
+    assert time.perf_counter() - started < 10
+
+
+def test_found_after_reading_rises_from_nothing_to_all():
+    random = np.random.default_rng(0)
+    found = found_after(random.normal(size=50), random.permutation(50) < 5, range(51))
+    assert found[0] == 0
+    assert found[-1] == 1
+    assert np.all(np.diff(found) >= 0)
+
+
+def test_what_cannot_be_ranked_is_refused():
+    with pytest.raises(DataError, match="nothing to find"):
+        recall(np.zeros(3), np.zeros(3, dtype=bool), 1)
+    with pytest.raises(DataError, match="not finite"):
+        recall(np.array([0.0, np.nan]), np.array([True, False]), 1)
+    with pytest.raises(DataError, match="Every example"):
+        detection(np.zeros(3), np.ones(3, dtype=bool))
+
+
+def test_overlap_of_lists():
+    tops = [[1, 2, 3], [3, 4, 5], [3, 1, 2]]
+    assert jaccard(tops[0], tops[1]) == pytest.approx(1 / 5)
+    assert between_queries(tops) == pytest.approx((1 / 5 + 1 + 1 / 5) / 3)
+    assert np.isnan(between_queries(tops[:1]))
+    assert hub(tops) == (3, 1.0)
+    assert cardinality(tops) == pytest.approx(5 / 9)
+
+
+def test_chance_is_what_random_lists_overlap():
+    random = np.random.default_rng(0)
+    lists = [random.permutation(60)[:10] for _ in range(120)]
+    assert between_queries(lists) == pytest.approx(by_chance(10, 60), rel=0.05)

@@ -72,7 +72,9 @@ def right_examples(
 
 
 def _ids(query: Example, column: str) -> list[str]:
-    value = query.source if column == "source" else query.label if column == "label" else query.extra.get(column)
+    # Columns that every example has are no longer among the further ones.
+    own = {"id": query.id, "source": query.source, "label": query.label}
+    value = own.get(column, query.extra.get(column))
     ids = [str(one) for one in value] if isinstance(value, list | tuple | np.ndarray) else [str(value)]
     if value is None or not ids:
         columns = ", ".join(sorted(query.extra)) or "no further columns"

@@ -40,4 +40,8 @@ from vestige.settings._shared import SHARED_COMPRESSION as SHARED_COMPRESSION
 from vestige.settings._shared import CompressionSettings as CompressionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
+from vestige.settings._study import StudySettings as StudySettings
+from vestige.settings._study import StudySize as StudySize
+from vestige.settings._untrac import AscentOptimizer as AscentOptimizer
+from vestige.settings._untrac import UntracSettings as UntracSettings
 from vestige.settings._verb import verb as verb

@@ -10,6 +10,8 @@ from vestige.unlearn._estimator import UnTracConfig as UnTracConfig
 from vestige.unlearn._job import UntracJob as UntracJob
 from vestige.unlearn._job import make_job as make_job
 from vestige.unlearn._losses import Losses as Losses
+from vestige.unlearn._scaling import SizeReport as SizeReport
+from vestige.unlearn._scaling import scaling_experiment as scaling_experiment
 from vestige.unlearn._sets import Overlap as Overlap
 from vestige.unlearn._sets import overlaps as overlaps
 from vestige.unlearn._sets import training_sources as training_sources

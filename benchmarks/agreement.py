@@ -36,7 +36,7 @@ DAMPING = 0.1
 """Relative to the mean eigenvalue: the default of kronfluence and of LogIX."""
 RANK = 16
 FEATURES = 36
-"""Numbers per linear map for TRAK; the peer projects all of them together, to as many numbers."""
+"""Numbers per linear map for TRAK; projected all together, to as many numbers."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Asked:
     def __init__(self, folder: Path, train: Workload, queries: Workload) -> None:
         self.folder, self._train, self._queries = folder, train.rows(), queries.rows()
 
-    def vestige(self, label: str, spec: str | None = None, **settings: object) -> Line:
+    def vestige(self, label: str, spec: str | None = None, scope: str = "component", **settings: object) -> Line:
         """Our scores through the public functions; with `spec` an index is made first and charged for."""
         found: list[np.ndarray] = []
         out = self.folder / f"run-{label}"
@@ -126,7 +126,9 @@ class Asked:
         def work() -> None:
             source: dict = {"model": str(self.folder / "model"), "data": self._train, **shared}
             if spec:
-                index = vestige.index(**source, compress=spec, dtype="float32", out=out.with_suffix(".idx"))
+                index = vestige.index(
+                    **source, compress=spec, compress_scope=scope, dtype="float32", out=out.with_suffix(".idx")
+                )
                 source = {"index": index.folder}
             scores = vestige.attribute(
                 **source, queries=self._queries, out=out, dense=True, k=1, trust=False, answer="given", **settings
@@ -208,7 +210,11 @@ def _through(maps: dict[str, torch.Tensor], name: str, matrices: torch.Tensor) -
 
 def _trak(gradients: Gradients, asked: Asked) -> None:
     features = FEATURES * len(gradients.names)
-    lines = [asked.vestige(f"trak on gauss:{FEATURES}", f"gauss:{FEATURES}", method="trak", damping=DAMPING)]
+    whole, each = f"gauss:{features}", f"gauss:{FEATURES}"
+    lines = [
+        asked.vestige(f"trak on {whole} of the model", whole, "model", method="trak", damping=DAMPING),
+        asked.vestige(f"trak on {each} per map", each, method="trak", damping=DAMPING),
+    ]
     lines += asked.peer("traker-trak", f"traker, Rademacher projection to {features}")
     _print("TRAK with one model, against float64 without projection", lines, gradients.trak(features))
 

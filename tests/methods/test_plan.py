@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_again_and_again_is_the_run_that_was_not(place, tm
 
 def test_without_an_index_a_killed_run_continues_too(place, tmp_path):
     without_index(place, tmp_path / "whole")
-    die_at(without_index, place, tmp_path / "run", 5)
+    die_at(without_index, place, tmp_path / "run", 9)
     assert list(partial(tmp_path / "run").glob("scoring/*.safetensors"))
     without_index(place, tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")

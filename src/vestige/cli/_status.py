@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vestige.cli._command import command
@@ -10,6 +11,8 @@ from vestige.progress import format_bytes, format_seconds
 from vestige.settings import StatusSettings
 
 SECONDS_BETWEEN_LOOKS = 2.0
+SHOWN_IDS = 20
+"""Ids of examples that were left out; all of them are in `run.json`."""
 
 
 @command(StatusSettings)
@@ -58,9 +61,10 @@ def _is_at_work(folder: Path) -> bool:
 
 def describe_index(folder: Path) -> str:
     """What an index holds and how much of it is there."""
-    from vestige.index import index_status, read_manifest
+    from vestige.index import Index, index_status, read_manifest
 
     manifest, progress = read_manifest(folder), index_status(folder)
+    left_out = Index.open(folder, allow_missing=True).left_out
     assert manifest is not None, "only called on an index"
     state = "complete" if progress.done == progress.total else "incomplete: the command that began it continues it"
     return "\n".join(
@@ -71,8 +75,15 @@ def describe_index(folder: Path) -> str:
             f"  model       {manifest.model.name}, {len(manifest.components)} components",
             f"  compressed  {manifest.compression.spec} per {manifest.compression.scope}, {manifest.width:,} numbers "
             f"in {manifest.dtype}, {format_bytes(manifest.row_bytes)} per example",
+            *_left_out(left_out),
         ]
     )
+
+
+def _left_out(ids: Sequence[str]) -> list[str]:
+    """A line about examples that were left out, if any."""
+    more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+    return [f"  left out    {len(ids)}, not finite: {', '.join(ids[:SHOWN_IDS])}{more}"] if ids else []
 
 
 def describe_run(folder: Path) -> str:
@@ -88,6 +99,7 @@ def describe_run(folder: Path) -> str:
             f"  sign     {run.meaning.sign}",
             f"  unit     {run.meaning.unit}",
             f"  took     {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            *_left_out(run.left_out),
             f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
         ]
     )

@@ -27,6 +27,7 @@ from vestige.curvature._iterative import largest_eigenvalue as largest_eigenvalu
 from vestige.curvature._iterative import lissa as lissa
 from vestige.curvature._kfac import EigenCurvature as EigenCurvature
 from vestige.curvature._kfac import KroneckerFactors as KroneckerFactors
+from vestige.curvature._kfac_files import Work as Work
 from vestige.curvature._kfac_files import curvature_path as curvature_path
 from vestige.curvature._kfac_files import ekfac_of as ekfac_of
 from vestige.curvature._kfac_files import kfac_of as kfac_of

@@ -89,7 +89,8 @@ class FisherPlan:
 
     def forget_damaged(self) -> None:
         """What an earlier run left and is not what it was does not count as done."""
-        fisher_path(self.index).unlink(missing_ok=True)
+        if _read(self.index) is None:
+            fisher_path(self.index).unlink(missing_ok=True)
         self._files.forget_damaged(range(self.pieces))
 
     def at_once(self) -> FisherBlocks:
@@ -125,7 +126,8 @@ class FisherPlan:
 
     def _kept(self, sums: list[Float[Tensor, "k k"]]) -> FisherBlocks:
         pairs = zip(self._names, sums, strict=True)
-        blocks = tuple(FisherBlock(name, total / max(self.index.rows, 1)) for name, total in pairs)
+        counted = max(self.index.rows - len(self.index.skipped), 1)
+        blocks = tuple(FisherBlock(name, total / counted) for name, total in pairs)
         path = fisher_path(self.index)
         make_folder(path.parent)
         write_durably(path, [save({block.name: block.matrix for block in blocks})])

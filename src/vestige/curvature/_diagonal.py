@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,9 +53,6 @@ class DiagonalSink:
                 total, sums = gradients.square().sum(0), self.squares[number]
                 self.squares[number] = total if sums is None else sums.add_(total)
 
-    def means(self) -> list[Float[Tensor, "_out _in"]]:
-        """Diagonal of the Fisher matrix of every component; zeros where no gradient ever arrived."""
-        return [
-            torch.zeros(shape) if sums is None else sums / max(self.examples, 1)
-            for sums, shape in zip(self.squares, self._pieces.shapes, strict=True)
-        ]
+    def sums(self) -> dict[int, Float[Tensor, "_out _in"]]:
+        """The sums of squares, for the matrices of which a gradient arrived."""
+        return {number: sums for number, sums in enumerate(self.squares) if sums is not None}

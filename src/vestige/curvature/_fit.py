@@ -1,20 +1,40 @@
-"""Kronecker-factored curvature of a model over its training data: one pass for K-FAC, one more for EK-FAC."""
+"""Kronecker-factored curvature of a model over its training data: one pass for K-FAC, one more for EK-FAC.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+The data falls into pieces that follow from it and from the components alone. Sums of each piece are added in the order
+of the pieces, here as on disk, so the numbers do not depend on who measured which piece.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vestige.curvature._blocks import find_blocks
-from vestige.curvature._kfac import EigenCurvature, EigenvalueSink, KroneckerFactors, KroneckerSink
+from vestige.curvature._blocks import Block, find_blocks
+from vestige.curvature._kfac import (
+    EigenCurvature,
+    EigenvalueSink,
+    KroneckerFactors,
+    KroneckerSink,
+    kronecker_factors,
+    with_eigenvalues,
+)
 from vestige.curvature._labels import Labels, relabelled, sampled_labels
-from vestige.data import Batch, TokenizedData, make_batch, plan_batches
+from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
 from vestige.models import Component
 from vestige.progress import progress
+
+PIECE_TOKENS = 2**16
+"""Tokens in one piece at least."""
+MOST_PIECES = 64
+MOST_BYTES = 2**35
+"""What the sums of all pieces may take on disk together; there are fewer pieces where matrices are large."""
+
+Sums = dict[str, Tensor]
 
 
 class BatchSink(FactorSink, Protocol):
@@ -29,6 +49,14 @@ class BatchSink(FactorSink, Protocol):
         ...
 
 
+class SummingSink(BatchSink, Protocol):
+    """A sink whose result is a sum over examples."""
+
+    def sums(self) -> Sums:
+        """What was added up, by name; a name is absent where nothing arrived."""
+        ...
+
+
 @dataclass(frozen=True)
 class CurvatureData:
     """What a curvature is measured on: sums over all of it, so no result depends on how it is cut into batches."""
@@ -40,45 +68,92 @@ class CurvatureData:
     reduction: Reduction = "sum"
     labels: Labels = "sampled"
     seed: int = 0
+    _drawn: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @cached_property
-    def _sampled(self) -> list[np.ndarray] | None:
-        if self.labels == "data":
-            return None
-        return sampled_labels(self.model, self.data, self.token_budget, self.seed)
+    def groups(self) -> list[list[np.ndarray]]:
+        """The batches of every piece."""
+        matrices = 4 * sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.blocks))
+        most = max(1, min(MOST_PIECES, MOST_BYTES // max(matrices, 1)))
+        wanted = max(PIECE_TOKENS, -(-int(self.data.lengths.sum()) // most))
+        groups: list[list[np.ndarray]] = [[]]
+        size = 0
+        for batch in plan_batches(self.data.lengths, self.token_budget):
+            if size >= wanted:
+                groups.append([])
+                size = 0
+            groups[-1].append(batch)
+            size += int(self.data.lengths[batch].sum())
+        return groups
 
-    def batches(self) -> Iterator[Batch]:
-        """The data in batches, with the labels that were asked for, on the model's device."""
-        device, sampled = next(self.model.parameters()).device, self._sampled
-        for rows in plan_batches(self.data.lengths, self.token_budget):
-            batch = make_batch(self.data, rows).to(device)
-            yield batch if sampled is None else relabelled(batch, sampled)
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Components that are preconditioned together."""
+        return find_blocks(self.components)
 
     def stream(self, sink: BatchSink, label: str) -> None:
         """Every example's factors through `sink`, batch by batch."""
+        with progress(len(self.data), label) as bar:
+            for piece in range(len(self.groups)):
+                self.stream_piece(piece, sink, bar.advance)
+
+    def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
+        """The factors of a piece's examples, with the labels that were asked for."""
         # Labels are drawn before the hooks are placed: drawing them runs the model.
-        _ = self._sampled
-        with (
-            GradientPass(self.model, self.components, CausalLoss(self.reduction)) as gradient_pass,
-            progress(len(self.data), label) as bar,
-        ):
-            for batch in self.batches():
-                sink.begin(len(batch.rows))
-                gradient_pass.run(batch, sink)
+        drawn = self._labels_of(piece)
+        with GradientPass(self.model, self.components, CausalLoss(self.reduction)) as gradient_pass:
+            for rows in self.groups[piece]:
+                batch = make_batch(self.data, rows).to(self.device)
+                sink.begin(len(rows))
+                gradient_pass.run(batch if drawn is None else relabelled(batch, drawn), sink)
                 sink.finish()
-                bar.advance(len(batch.rows))
+                advance(len(rows))
+
+    def _labels_of(self, piece: int) -> dict[int, np.ndarray] | None:
+        """Labels by row, None for those of the data; drawn once for the passes of one process."""
+        if self.labels == "data":
+            return None
+        if piece not in self._drawn:
+            rows = np.concatenate(self.groups[piece]).tolist()
+            drawn = sampled_labels(self.model, self.data.subset(rows), self.token_budget, self.seed)
+            self._drawn[piece] = dict(zip(rows, drawn, strict=True))
+        return self._drawn[piece]
+
+
+def added(parts: Iterable[Sums]) -> Sums:
+    """The sum of the pieces, in their order."""
+    total: Sums = {}
+    for part in parts:
+        for name, tensor in part.items():
+            total[name] = total[name].add_(tensor) if name in total else tensor
+    return total
+
+
+def sums_of(measured: CurvatureData, make: Callable[[], SummingSink], label: str) -> Sums:
+    """The sums over all pieces, in memory."""
+
+    def parts(advance: Callable[[int], None]) -> Iterable[Sums]:
+        for piece in range(len(measured.groups)):
+            sink = make()
+            measured.stream_piece(piece, sink, advance)
+            yield sink.sums()
+
+    with progress(len(measured.data), label) as bar:
+        return added(parts(bar.advance))
 
 
 def fit_kfac(measured: CurvatureData) -> KroneckerFactors:
     """S and A of every block, in one pass."""
-    blocks = find_blocks(measured.components)
-    sink = KroneckerSink(measured.components, blocks)
-    measured.stream(sink, "Kronecker factors")
-    return KroneckerFactors(blocks, sink.factors())
+    sums = sums_of(measured, lambda: KroneckerSink(measured.components, measured.blocks), "Kronecker factors")
+    return kronecker_factors(measured.blocks, sums)
 
 
 def fit_ekfac(measured: CurvatureData) -> EigenCurvature:
     """Eigenvectors from one pass, eigenvalues from another."""
-    sink = EigenvalueSink(fit_kfac(measured).eigenbases())
-    measured.stream(sink, "EK-FAC eigenvalues")
-    return sink.corrected()
+    curvature = fit_kfac(measured).eigenbases()
+    return with_eigenvalues(curvature, sums_of(measured, lambda: EigenvalueSink(curvature), "EK-FAC eigenvalues"))

@@ -10,7 +10,7 @@ EK-FAC (George et al. 2018, arXiv:1806.03884) keeps the eigenvectors of S and A 
 pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, whatever tokens do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -165,20 +165,14 @@ class KroneckerSink:
         for component, total in self._totals.items():
             self._add(component, total, torch.ones_like(total[:, :1]))
 
-    def factors(self) -> tuple[KroneckerFactor | Tensor, ...]:
-        """The means of every block, in their order."""
-        diagonals = self._diagonals.means()
-        return tuple(
-            diagonals[number] if block.kind == "diagonal" else self._factor(number, block)
-            for number, block in self._blocks.items()
-        )
-
-    def _factor(self, number: int, block: Block) -> KroneckerFactor:
-        rows, columns = block.shape
-        tokens = self._tokens[number]
-        left = self._left.get(number, torch.zeros(rows, rows)) / max(tokens, 1)
-        right = self._right.get(number, torch.zeros(columns, columns)) / max(tokens, 1)
-        return KroneckerFactor(left, right, tokens / max(self._examples, 1))
+    def sums(self) -> dict[str, Tensor]:
+        """What was added up of every block, and over how many examples and tokens."""
+        found = {"examples": torch.tensor(self._examples)}
+        found |= {f"{number}.squares": squares for number, squares in self._diagonals.sums().items()}
+        for number, left in self._left.items():
+            tokens = torch.tensor(self._tokens[number])
+            found |= {f"{number}.left": left, f"{number}.right": self._right[number], f"{number}.tokens": tokens}
+        return found
 
     def _add(self, number: int, left: Float[Tensor, "place out"], right: Float[Tensor, "place in"]) -> None:
         self._tokens[number] += len(left)
@@ -221,14 +215,40 @@ class EigenvalueSink:
         """Square the batch's gradients."""
         self._squares.finish()
 
-    def corrected(self) -> EigenCurvature:
-        """EK-FAC; embeddings keep their diagonal."""
-        measured = self._squares.means()
-        bases = [
-            basis if basis.left is None else basis._replace(values=values.to(basis.values))
-            for basis, values in zip(self._curvature.bases, measured, strict=True)
-        ]
-        return EigenCurvature(self._curvature.blocks, tuple(bases))
+    def sums(self) -> dict[str, Tensor]:
+        """Sums of squares of every block, and over how many examples."""
+        squares = {str(number): squares for number, squares in self._squares.sums().items()}
+        return {"examples": torch.tensor(self._squares.examples), **squares}
+
+
+def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerFactors:
+    """The means of every block from what `KroneckerSink` added up; zeros where no gradient ever arrived."""
+    examples = max(int(sums["examples"]), 1)
+
+    def factor(block: Block) -> KroneckerFactor | Tensor:
+        number, (rows, columns) = block.weight, block.shape
+        if block.kind == "diagonal":
+            return sums.get(f"{number}.squares", torch.zeros(rows, columns)) / examples
+        tokens = int(sums.get(f"{number}.tokens", 0))
+        left = sums.get(f"{number}.left", torch.zeros(rows, rows)) / max(tokens, 1)
+        right = sums.get(f"{number}.right", torch.zeros(columns, columns)) / max(tokens, 1)
+        return KroneckerFactor(left, right, tokens / examples)
+
+    return KroneckerFactors(tuple(blocks), tuple(map(factor, blocks)))
+
+
+def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> EigenCurvature:
+    """EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
+    examples = max(int(sums["examples"]), 1)
+    bases = [
+        basis
+        if basis.left is None
+        else basis._replace(values=(sums[str(number)] / examples).to(basis.values))
+        if str(number) in sums
+        else basis._replace(values=torch.zeros_like(basis.values))
+        for number, basis in enumerate(curvature.bases)
+    ]
+    return EigenCurvature(curvature.blocks, tuple(bases))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -2,39 +2,124 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from vestige.curvature._blocks import find_blocks
 from vestige.curvature._fit import CurvatureData, fit_ekfac, fit_kfac
-from vestige.curvature._kfac import Eigenbasis, EigenCurvature, KroneckerFactor, KroneckerFactors
-from vestige.files import write_durably
+from vestige.curvature._fit_plan import BasesPlan, SumsPlan, Tensors, read_tensors, write_tensors
+from vestige.curvature._kfac import (
+    Eigenbasis,
+    EigenCurvature,
+    EigenvalueSink,
+    KroneckerFactor,
+    KroneckerFactors,
+    KroneckerSink,
+    kronecker_factors,
+    with_eigenvalues,
+)
+from vestige.launch import PieceFiles, phase, run_plan
+from vestige.settings import LaunchSettings
 
 FORMAT = 1
 """Raised when the numbers of the same inputs change their meaning, so that no old file is read as a new one."""
 
-Tensors = dict[str, Tensor]
+
+class Work(NamedTuple):
+    """Where passes over the data run, as for `run_plan`."""
+
+    settings: LaunchSettings
+    command: Sequence[str] | None = None
 
 
-def kfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | None) -> KroneckerFactors:
-    """K-FAC's factors, read from `folder` when they belong to just this model, data and settings."""
-    blocks = find_blocks(measured.components)
+HERE = Work(LaunchSettings.model_validate({}))
+
+
+def kfac_of(
+    measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE
+) -> KroneckerFactors:
+    """K-FAC's factors, read from `folder` when they belong to just this model, data and settings.
+
+    Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues.
+    """
     path = curvature_path(folder, "kfac", measured, model_fingerprint)
-    tensors = _kept(path, lambda: _factor_tensors(fit_kfac(measured)))
-    return KroneckerFactors(blocks, tuple(_factor(tensors, number) for number in range(len(blocks))))
+    if path is None:
+        return _factors(_contiguous(_factor_tensors(fit_kfac(measured))), measured)
+    found = read_tensors(path)
+    if found is None and len(measured.groups) == 1:
+        found = write_tensors(path, _factor_tensors(fit_kfac(measured)))
+    if found is None:
+        found = _run(
+            SumsPlan(
+                "Kronecker factors",
+                path.parent.parent,
+                measured,
+                lambda: KroneckerSink(measured.components, measured.blocks),
+                _pieces(path, measured),
+                lambda sums: _factor_tensors(kronecker_factors(measured.blocks, sums)),
+                path,
+            ),
+            work,
+        )
+    return _factors(found, measured)
 
 
-def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | None) -> EigenCurvature:
-    """EK-FAC's eigenbases, read from `folder` when they belong to just this model, data and settings."""
-    blocks = find_blocks(measured.components)
+def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE) -> EigenCurvature:
+    """EK-FAC's eigenbases, read from `folder` when they belong to just this model, data and settings.
+
+    Each of its steps (factors, eigenvectors, eigenvalues) is kept there when it is finished, and pieces of it before.
+    """
     path = curvature_path(folder, "ekfac", measured, model_fingerprint)
-    tensors = _kept(path, lambda: _basis_tensors(fit_ekfac(measured)))
-    return EigenCurvature(blocks, tuple(_basis(tensors, number) for number in range(len(blocks))))
+    if path is None:
+        return _bases(_contiguous(_basis_tensors(fit_ekfac(measured))), measured)
+    found = read_tensors(path)
+    if found is None and len(measured.groups) == 1:
+        found = write_tensors(path, _basis_tensors(fit_ekfac(measured)))
+    if found is None:
+        found = _measured_eigenvalues(path, measured, kfac_of(measured, model_fingerprint, folder, work), work)
+    return _bases(found, measured)
+
+
+def _measured_eigenvalues(path: Path, measured: CurvatureData, factors: KroneckerFactors, work: Work) -> Tensors:
+    """EK-FAC on disk, from the factors."""
+    bases = BasesPlan(path.parent.parent, factors, _pieces(path, measured, "vectors"))
+    bases.files.forget_damaged(range(bases.pieces))
+    curvature = run_plan(bases, work.settings, work.command)
+    # Eigenvectors that were computed again may be rounded otherwise: squares along the old ones do not count then.
+    files = _pieces(path, measured, bases.files.fingerprint(range(bases.pieces)))
+    found = _run(
+        SumsPlan(
+            "EK-FAC eigenvalues",
+            path.parent.parent,
+            measured,
+            lambda: EigenvalueSink(curvature),
+            files,
+            lambda sums: _basis_tensors(with_eigenvalues(curvature, _on(sums, measured))),
+            path,
+        ),
+        work,
+    )
+    bases.files.remove()
+    return found
+
+
+def _run(plan: SumsPlan, work: Work) -> Tensors:
+    plan.forget_damaged()
+    with phase(plan.name, plan.unit) as done:
+        done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
+        return run_plan(plan, work.settings, work.command)
+
+
+def _pieces(path: Path, measured: CurvatureData, of: str = "") -> PieceFiles:
+    """Pieces of what is to become `path`: the same only where the data is cut into the same batches."""
+    dtype = next(measured.model.parameters()).dtype
+    content = [path.name, of, str(dtype), [[len(batch) for batch in group] for group in measured.groups]]
+    suffix = "-vectors" if of == "vectors" else ""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return PieceFiles(path.with_name(path.stem + suffix), digest)
 
 
 def curvature_path(folder: Path | None, kind: str, measured: CurvatureData, model_fingerprint: str) -> Path | None:
@@ -57,20 +142,6 @@ def curvature_path(folder: Path | None, kind: str, measured: CurvatureData, mode
     return folder / f"{kind}-{digest[:16]}.safetensors"
 
 
-def _kept(path: Path | None, compute: Callable[[], Tensors]) -> Tensors:
-    """What the file holds; computed, and written, if there is none or it is damaged."""
-    if path is None:
-        return _contiguous(compute())
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (FileNotFoundError, SafetensorError):
-        tensors = _contiguous(compute())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, [save({key: tensor.cpu() for key, tensor in tensors.items()})])
-    return tensors
-
-
 def _contiguous(tensors: Tensors) -> Tensors:
     """In the order in which a file holds them, so that a first run and a later one round alike."""
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -87,11 +158,26 @@ def _factor_tensors(factors: KroneckerFactors) -> Tensors:
     return tensors
 
 
+def _factors(tensors: Tensors, measured: CurvatureData) -> KroneckerFactors:
+    found = _on(tensors, measured)
+    return KroneckerFactors(measured.blocks, tuple(_factor(found, number) for number in range(len(measured.blocks))))
+
+
 def _factor(tensors: Tensors, number: int) -> KroneckerFactor | Tensor:
     if f"{number}.values" in tensors:
         return tensors[f"{number}.values"]
     tokens = float(tensors[f"{number}.tokens"])
     return KroneckerFactor(tensors[f"{number}.left"], tensors[f"{number}.right"], tokens)
+
+
+def _bases(tensors: Tensors, measured: CurvatureData) -> EigenCurvature:
+    found = _on(tensors, measured)
+    return EigenCurvature(measured.blocks, tuple(_basis(found, number) for number in range(len(measured.blocks))))
+
+
+def _on(tensors: Tensors, measured: CurvatureData) -> Tensors:
+    """The tensors where the model is."""
+    return {name: tensor.to(measured.device) for name, tensor in tensors.items()}
 
 
 def _basis_tensors(curvature: EigenCurvature) -> Tensors:

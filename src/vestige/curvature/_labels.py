@@ -1,6 +1,7 @@
 """Labels drawn from the model's own predictions: with them the mean of g g^T is the true Fisher matrix."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ def sampled_labels(model: nn.Module, data: TokenizedData, token_budget: int, see
     return labels
 
 
-def relabelled(batch: Batch, labels: list[np.ndarray]) -> Batch:
+def relabelled(batch: Batch, labels: Mapping[int, np.ndarray]) -> Batch:
     """The batch with these labels, `labels[i]` for row i of the data."""
     replaced = torch.full_like(batch.labels, NO_TARGET)
     for place, row in enumerate(batch.rows.tolist()):

@@ -1,7 +1,11 @@
 """The Fisher matrix of an index over all its columns at once, between components too."""
 
+from collections.abc import Iterator
+
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from vestige.curvature._cache import fisher_of, require_memory
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
@@ -24,7 +28,14 @@ def whole_fisher(index: Index) -> FisherBlocks:
         with safe_open(path, "pt") as file:
             return FisherBlocks((FisherBlock(WHOLE_MODEL, file.get_tensor(WHOLE_MODEL)),), columns)
     except (FileNotFoundError, SafetensorError):
-        found = accumulate_fisher([WHOLE_MODEL], columns, (block.gradients for block in index.blocks()))
+        found = accumulate_fisher([WHOLE_MODEL], columns, _counted(index))
     path.parent.mkdir(exist_ok=True)
     write_durably(path, [save({WHOLE_MODEL: found.blocks[0].matrix})])
     return found
+
+
+def _counted(index: Index) -> Iterator[Tensor]:
+    """The gradients of the examples that count: those that were left out hold zeros."""
+    skipped = torch.tensor(index.skipped)
+    for block in index.blocks():
+        yield block.gradients[~torch.isin(block.example, skipped)] if len(skipped) else block.gradients

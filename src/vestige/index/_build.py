@@ -1,6 +1,6 @@
 """`vestige index`: from a model and its training data to an index on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vestige.compress import CompressionSpec, parse_spec
@@ -16,7 +16,15 @@ from vestige.index._plan import Plan, plan_index
 from vestige.index._run import TOKENS, prepare_index, remove_index
 from vestige.index._store import Index
 from vestige.index._work import IndexPlan, ShardCompute
-from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
+from vestige.launch import (
+    is_one_of_several,
+    is_worker,
+    phase,
+    profile,
+    run_plan,
+    worker_command,
+    write_profile,
+)
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, IndexSettings, verb
 
@@ -32,13 +40,15 @@ def index(settings: IndexSettings) -> Index:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     tokens = settings.out / TOKENS
-    return build_index(
-        settings, read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
-    )
+    with profile(settings.profile) as measured:
+        inputs = read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
+        built = build_index(settings, inputs, worker_command(settings, "index"))
+    write_profile(measured, settings.out)
+    return built
 
 
-def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
-    """`index` for a model and data that are loaded already."""
+def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] | None = None) -> Index:
+    """`index` for a model and data that are loaded already; a worker that runs `command` comes here, too."""
     begun = None if settings.overwrite else read_manifest(settings.out)
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
@@ -52,11 +62,18 @@ def build_index(settings: IndexSettings, inputs: Inputs) -> Index:
             yield lambda batches: gradients.rows(inputs.data, batches)
 
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
+    missing = list[int]()
     if not is_worker():
-        _announce_cost(settings, inputs, work, spec, prepare_index(work))
+        missing = prepare_index(work)
+        _announce_cost(settings, inputs, work, spec, missing)
         forget_tokens(settings.out / TOKENS, inputs.data)
     try:
-        return run_plan(work, settings, worker_command(settings, "index"))
+        with phase(work.name, "tokens") as tokens, phase(work.name, work.unit) as examples:
+            for piece in missing:
+                rows = plan.shards[piece].rows
+                examples.append(len(rows))
+                tokens.append(int(inputs.data.lengths[rows].sum()))
+            return run_plan(work, settings, command)
     except WorkElsewhere as note:
         if settings.part is None:
             raise

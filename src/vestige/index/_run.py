@@ -16,10 +16,11 @@ from vestige.index._manifest import Manifest, expected_shards, manifest_path, re
 from vestige.index._plan import check_plan
 from vestige.index._shards import marker_path, shard_fault, shard_path
 from vestige.index._work import IndexPlan
+from vestige.launch import PROFILE_FILE
 
 TOKENS = "tokens"
 """Folder of the tokens of data that does not fit into memory, made before there is a manifest."""
-_OURS = ("manifest.json", "shards", "examples", "curvature", "launch", TOKENS)
+_OURS = ("manifest.json", "shards", "examples", "curvature", "launch", PROFILE_FILE, TOKENS)
 _ROOT, _SHARDS, _EXAMPLES = ".", "shards", "examples"
 
 

@@ -190,6 +190,11 @@ class Index:
         markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
         return tuple(sorted(row for marker in markers if marker is not None for row in marker.skipped))
 
+    @property
+    def left_out(self) -> list[str]:
+        """Ids of the examples at the skipped rows."""
+        return [self.examples()[row].id for row in self.skipped]
+
     @cached_property
     def _stored_examples(self) -> StoredExamples:
         return read_examples(self.folder, self.manifest)

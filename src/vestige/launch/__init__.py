@@ -2,6 +2,9 @@
 
 from vestige.launch._command import worker_command as worker_command
 from vestige.launch._failures import ranges as ranges
+from vestige.launch._follow import follow as follow
+from vestige.launch._follow import is_follower as is_follower
+from vestige.launch._phase import PROFILE_FILE as PROFILE_FILE
 from vestige.launch._phase import phase as phase
 from vestige.launch._phase import profile as profile
 from vestige.launch._phase import write_profile as write_profile

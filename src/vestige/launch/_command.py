@@ -42,4 +42,6 @@ def require_command(command: Sequence[str] | None) -> list[str]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(isinstance(item, str | int | float | Path) for item in value)
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, bool | int | float | str | Path)

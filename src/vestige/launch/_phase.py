@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vestige.files import write_durably
+from vestige.launch._follow import is_follower
 from vestige.progress import announce, format_seconds
 from vestige.timing import Profile, profiled
 
@@ -37,6 +38,6 @@ def profile(wanted: bool) -> Iterator[Profile | None]:
 
 
 def write_profile(measured: Profile | None, folder: Path) -> None:
-    """`profile.json` is in the folder, if anything was measured."""
-    if measured is not None:
+    """`profile.json` is in the folder, if anything was measured; of several ranks, that of the first."""
+    if measured is not None and not is_follower():
         write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

@@ -4,6 +4,7 @@ The marker is written last and carries the fingerprint of everything that decide
 settings, of another version or of a damaged disk is never taken for this one.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -95,6 +96,11 @@ class PieceFiles:
         if self.folder.is_dir():
             remove_strays(self.folder)
         return damaged
+
+    def fingerprint(self, pieces: Sequence[int]) -> str:
+        """sha256 over the contents of these pieces, as their markers say them."""
+        markers = [self._marker(piece) for piece in pieces]
+        return hashlib.sha256(json.dumps([marker and marker.sha256 for marker in markers]).encode()).hexdigest()
 
     def remove(self) -> None:
         """The folder is gone with all that is in it; two who remove it at once do no harm."""

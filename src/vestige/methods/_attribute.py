@@ -13,7 +13,7 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import SpecError
 from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
-from vestige.launch import is_worker, profile, write_profile
+from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
@@ -25,6 +25,7 @@ from vestige.methods._randomised import randomised_correlation, without_weights
 from vestige.methods._registry import get_method
 from vestige.methods._trust import free_checks
 from vestige.runs import (
+    RECORD_FILE,
     Check,
     CheckpointRecord,
     CoverageRecord,
@@ -53,8 +54,11 @@ def attribute(settings: AttributeSettings) -> Scores:
     """
     started = time.perf_counter()
     # A worker is never told to overwrite: the process that a person started was, and writes the run.
-    check_target(settings.out, overwrite=settings.overwrite or is_worker())
+    check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
     method = _method(settings)
+    if is_follower():
+        follow(settings.out / RECORD_FILE, lambda: _help(settings, method))
+        return Scores.open(settings.out)
     with profile(settings.profile) as measured, open_job(settings, method) as (job, generated):
         summary = summarised(job, method)
         own_scores = self_scores(job, method) if settings.self_influence else None
@@ -78,6 +82,14 @@ def attribute(settings: AttributeSettings) -> Scores:
     write_profile(measured, settings.out)
     remove_partial(settings)
     return Scores.open(settings.out)
+
+
+def _help(settings: AttributeSettings, method: Method) -> None:
+    """Take part in everything that is done in pieces."""
+    with open_job(settings, method) as (job, _):
+        summarised(job, method)
+        if settings.self_influence:
+            self_scores(job, method)
 
 
 def _method(settings: AttributeSettings) -> Method:
@@ -127,6 +139,7 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
         return [without_weights(), *checks]
 
     def score_rows(model: nn.Module, rows: np.ndarray, query_rows: np.ndarray) -> torch.Tensor:  # noqa: ARG001
+        rows = np.setdiff1d(rows, job.skipped)
         return _scores_now(job, method, rows, query_rows)
 
     correlation = randomised_correlation(
@@ -171,6 +184,7 @@ def _record(
         model=_model_record(job),
         data=_data_record(job.train),
         queries=_data_record(job.queries),
+        left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=[
             CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
             for each in job.checkpoints

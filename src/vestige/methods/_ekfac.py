@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from vestige.curvature import Labels, ekfac_of
-from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
+from vestige.methods._preconditioned import (
+    ESTIMATES,
+    UNIT,
+    Preconditioned,
+    curvature_data,
+    curvature_folder,
+    curvature_work,
+)
 from vestige.methods._prepared import HELPS
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
@@ -43,5 +50,5 @@ class Ekfac(Preconditioned):
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """Two passes, or a read of what an index keeps."""
         measured = curvature_data(job, self.name, self.labels)
-        curvature = ekfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job))
+        curvature = ekfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job))
         return lambda vectors: curvature.precondition(vectors, job.settings.damping)

@@ -8,6 +8,7 @@ import torch
 
 from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
+from vestige.methods._preconditioned import curvature_work
 from vestige.methods._prepared import HELPS, GradientMethod, Prepared, prepare
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
@@ -130,7 +131,8 @@ class Influence(GradientMethod):
         if job.index.manifest.compression.scope == "model":
             # Components that were added up have no matrices of their own.
             self._speak_of_one_matrix()
-        found = fisher_of(job.index) if self.fisher == "component" else whole_fisher(job.index)
+        work = curvature_work(job)
+        found = fisher_of(job.index, *work) if self.fisher == "component" else whole_fisher(job.index)
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 

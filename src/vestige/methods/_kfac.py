@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from vestige.curvature import Labels, kfac_of
-from vestige.methods._preconditioned import ESTIMATES, UNIT, Preconditioned, curvature_data, curvature_folder
+from vestige.methods._preconditioned import (
+    ESTIMATES,
+    UNIT,
+    Preconditioned,
+    curvature_data,
+    curvature_folder,
+    curvature_work,
+)
 from vestige.methods._prepared import HELPS
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
@@ -43,7 +50,7 @@ class Kfac(Preconditioned):
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """One pass, or a read of what an index keeps."""
         measured = curvature_data(job, self.name, self.labels)
-        factors = kfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job))
+        factors = kfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job))
         if self.split == "factors":
             return lambda vectors: factors.precondition_split(vectors, job.settings.damping)
         curvature = factors.eigenbases()

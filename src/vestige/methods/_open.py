@@ -20,6 +20,7 @@ from vestige.index import (
     tokenising_processes,
     tokens_at_most,
 )
+from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._partial import partial_folder
@@ -27,7 +28,7 @@ from vestige.methods._protocol import Job, Method
 from vestige.methods._stores import gradients_fit
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
 from vestige.progress import announce
-from vestige.settings import AttributeSettings, IndexSettings
+from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,15 @@ def _temporary_index(job: Job) -> Index:
     settings, folder = job.settings, partial_folder(job.settings) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
     shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
+    # Shares build it together: all of them need all of it.
+    shared |= {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
     made = IndexSettings(model=settings.model, data=settings.data, out=folder, **shared)
+    command = worker_command(settings, "attribute")
     assert job.loaded is not None
     assert job.selection is not None
     inputs = Inputs(job.loaded, job.train, job.selection)
     try:
-        return build_index(made, inputs)
+        return build_index(made, inputs, command)
     except IndexMismatch:
         # What a run with other settings left when it was killed.
-        return build_index(made.model_copy(update={"overwrite": True}), inputs)
+        return build_index(made.model_copy(update={"overwrite": True}), inputs, command)

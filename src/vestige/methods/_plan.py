@@ -17,10 +17,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, open_store, piece_blocks
 from vestige.methods._protocol import Job, Method
+from vestige.methods._query_vectors import KeptVectors, QueryVectors
 from vestige.methods._stores import ExactGradients, GradientStore, Vectors
 from vestige.progress import progress
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
@@ -115,7 +117,12 @@ def summarised(job: Job, method: Method) -> ScoreSummary:
     def collect(blocks: Iterable[ScoreBlock]) -> ScoreSummary:
         sources = [example.source for example in job.train.examples]
         collector = ScoreCollector(
-            len(job.queries), len(job.train), k=job.settings.k, sources=sources, dense=job.settings.dense
+            len(job.queries),
+            len(job.train),
+            k=job.settings.k,
+            sources=sources,
+            dense=job.settings.dense,
+            skipped=job.skipped,
         )
         for block in blocks:
             collector.add(block)
@@ -140,12 +147,23 @@ def summarised(job: Job, method: Method) -> ScoreSummary:
 
 
 def self_scores(job: Job, method: Any) -> np.ndarray:
-    """Score of every training example for itself, float64 [example]."""
+    """Score of every training example for itself, float64 [example]; NaN for those that are left out.
+
+    Raises:
+        NonFinite: another is NaN or infinite.
+    """
 
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
         scores = np.zeros(len(job.train))
         for block in blocks:
             scores[block.rows.numpy()] = block.scores[0].numpy()
+        scores[list(job.skipped)] = 0.0
+        if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+            raise NonFinite(
+                f"The self-influence of training row {bad[0]} is {scores[bad[0]]}. Run again with --precision float32, "
+                "or leave that row out."
+            )
+        scores[list(job.skipped)] = np.nan
         return scores
 
     if not works_in_pieces(method, "self_scores"):
@@ -193,23 +211,14 @@ def _store(job: Job, method: GradientMethod) -> GradientStore:
     return ExactGradients(job) if method.needs_exact else open_store(job)
 
 
-def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> tuple[Vectors, bool]:
-    """The query vectors, and whether products with them are to be divided by the example's length.
-
-    Made by the first process and kept beside the run: others need no curvature, and would round it differently.
-    """
+def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> KeptVectors:
+    """The query vectors; those of data in several pieces are kept beside the run."""
     if store.pieces == 1:
         prepared = method.prepare(job)
-        return prepared.vectors, prepared.cosine
-    files = PieceFiles(partial_folder(job.settings) / "vectors", digest(settings_key(job), store.identity))
-    files.forget_damaged([0])
-    if not files.is_done(0):
-        prepared = method.prepare(job)
-        vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
-        files.write(0, {"cosine": torch.tensor(prepared.cosine), **vectors})
-    kept = files.read(0)
-    cosine = bool(kept.pop("cosine"))
-    return [kept[str(number)].to(store.device) for number in range(len(kept))], cosine
+        return KeptVectors(prepared.vectors, prepared.cosine)
+    folder = partial_folder(job.settings)
+    files = PieceFiles(folder / "vectors", digest(settings_key(job), store.identity))
+    return QueryVectors(folder, files, len(job.queries), lambda: method.prepare(job), store.device).run()
 
 
 def _rows(store: GradientStore) -> tuple[int, ...]:

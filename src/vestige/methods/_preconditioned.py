@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
-from vestige.curvature import CurvatureData, Labels
+from vestige.curvature import CurvatureData, Labels, Work
+from vestige.data import TokenizedData
 from vestige.errors import UserError
 from vestige.index import batch_tokens
+from vestige.launch import worker_command
+from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, Prepared, prepare
 from vestige.methods._protocol import Job
 from vestige.methods._stores import ExactGradients, Vectors
@@ -78,12 +82,29 @@ def check_memory(job: Job) -> None:
 
 
 def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:
-    """The training data as a curvature is measured on it."""
+    """The training data as a curvature is measured on it: without the examples that an index leaves out."""
     loaded, settings = job.model_for(method), job.settings
-    budget = batch_tokens(settings, loaded)
-    return CurvatureData(loaded.model, job.components, job.train, budget, settings.loss, labels, settings.seed)
+    budget, data = batch_tokens(settings, loaded), scored_data(job)
+    return CurvatureData(loaded.model, job.components, data, budget, settings.loss, labels, settings.seed)
+
+
+def scored_data(job: Job) -> TokenizedData:
+    """The training examples but for those that are left out."""
+    if not job.skipped:
+        return job.train
+    return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
 
 
 def curvature_folder(job: Job) -> Path | None:
-    """Where measured curvature is kept: beside the index, when there is one."""
-    return job.index.folder / "curvature" if job.index is not None else None
+    """Where measured curvature is kept: beside the index, else beside the run until that is written.
+
+    None where the training data is a single piece of work without an index: then nothing is kept.
+    """
+    if job.index is not None:
+        return job.index.folder / "curvature"
+    return partial_folder(job.settings) / "curvature" if ExactGradients(job).pieces > 1 else None
+
+
+def curvature_work(job: Job) -> Work:
+    """Where the passes for the curvature run: like everything else of the run."""
+    return Work(job.settings, worker_command(job.settings, "attribute"))

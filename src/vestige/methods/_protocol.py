@@ -35,6 +35,12 @@ class Job:
     """For methods over several models: all of them; the last one's is `loaded`."""
 
     @property
+    def skipped(self) -> tuple[int, ...]:
+        """Training rows that have no gradients, because their loss was not finite (`--skip-bad`); never scored."""
+        indexes = [self.index, *(each.index for each in self.checkpoints)]
+        return tuple(sorted({row for index in indexes if index is not None for row in index.skipped}))
+
+    @property
     def components(self) -> tuple[Component, ...]:
         """The selected components, in the model's order; empty without a selection."""
         return self.selection.components if self.selection is not None else ()

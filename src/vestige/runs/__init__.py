@@ -7,6 +7,7 @@ from vestige.runs._listing import ScoreRow as ScoreRow
 from vestige.runs._listing import ScoreTable as ScoreTable
 from vestige.runs._listing import SelfInfluence as SelfInfluence
 from vestige.runs._listing import TokenScore as TokenScore
+from vestige.runs._record import RECORD_FILE as RECORD_FILE
 from vestige.runs._record import Check as Check
 from vestige.runs._record import CheckpointRecord as CheckpointRecord
 from vestige.runs._record import CoverageRecord as CoverageRecord

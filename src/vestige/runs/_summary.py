@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
 from vestige.errors import VestigeError
@@ -37,6 +37,8 @@ class ScoreCollector:
     Memory: at most 64 MB for histograms, whatever the size of the data, and `4 bytes x queries x examples` with
     `dense`. Ends, percentiles, moments and groups are exact. The histogram is exact as long as all scores fit into
     those 64 MB; beyond, it counts the rows whose hashed number is smallest, the same in every run.
+
+    Rows in `skipped` count nowhere, whatever the blocks say of them; `dense` holds NaN there.
     """
 
     def __init__(
@@ -48,15 +50,20 @@ class ScoreCollector:
         sources: Sequence[str | None] | None = None,
         dense: bool = False,
         kept_bytes: int = KEPT_BYTES,
+        skipped: Sequence[int] = (),
     ) -> None:
         self._queries, self._examples, self._dense = queries, examples, dense
         fitting = examples if dense else max(1, kept_bytes // (4 * max(queries, 1)))
         self._kept_rows = sampled_rows(examples, fitting)
         self._kept = np.zeros((queries, len(self._kept_rows)), dtype=np.float32)
-        self._seen = np.zeros(examples, dtype=bool)
+        self._left_out = np.zeros(examples, dtype=bool)
+        self._left_out[list(skipped)] = True
+        self._counted = ~self._left_out[self._kept_rows]
+        self._kept[:, ~self._counted] = np.nan
+        self._seen = self._left_out.copy()
         self._top = TopK(queries, k)
         self._moments = _Moments(queries)
-        self._groups = _Groups(queries, sources)
+        self._groups = _Groups(queries, sources, self._left_out)
 
     def add(self, block: ScoreBlock) -> None:
         """Takes in one block.
@@ -65,7 +72,7 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        rows, scores = block_arrays(block)
+        rows, scores = block_arrays(self._without_left_out(block))
         if scores.shape != (self._queries, len(rows)):
             raise VestigeError(f"A score block of shape {scores.shape} for {self._queries} queries x {len(rows)} rows.")
         if self._seen[rows].any():
@@ -77,6 +84,13 @@ class ScoreCollector:
         self._top.add(rows, scores)
         self._moments.add(scores)
         self._groups.add(rows, scores)
+
+    def _without_left_out(self, block: ScoreBlock) -> ScoreBlock:
+        wanted = ~self._left_out[block.rows.cpu().numpy()]
+        if wanted.all():
+            return block
+        places = np.flatnonzero(wanted).tolist()
+        return ScoreBlock(block.rows[places], block.scores[:, places])
 
     def finish(self) -> ScoreSummary:
         """The summary, once every training row has been scored.
@@ -95,12 +109,12 @@ class ScoreCollector:
         )
 
     def _distribution(self, query: int) -> DistributionRecord:
-        moments, kept = self._moments, self._kept[query].astype(np.float64)
+        moments, kept = self._moments, self._kept[query, self._counted].astype(np.float64)
         low, high = float(moments.low[query]), float(moments.high[query])
         # Scores given in float64 are kept in float32: rounding must not push the extremes out.
         counts, edges = np.histogram(np.clip(kept, low, high), bins=BINS, range=(low, high))
         return DistributionRecord(
-            count=self._examples,
+            count=moments.count,
             mean=float(moments.mean[query]),
             std=float(np.sqrt(moments.squares[query] / max(moments.count, 1))),
             min=low,
@@ -116,7 +130,7 @@ class ScoreCollector:
         if total <= 0:
             return []
         # From a sample only the ends that were kept exactly say what the highest k hold.
-        complete = len(kept) == self._examples
+        complete = len(kept) == self._moments.count
         highest = np.sort(kept)[::-1] if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
@@ -165,11 +179,15 @@ class _Moments:
 class _Groups:
     """Sum and spread of the scores of each source."""
 
-    def __init__(self, queries: int, sources: Sequence[str | None] | None) -> None:
+    def __init__(
+        self, queries: int, sources: Sequence[str | None] | None, left_out: Bool[np.ndarray, "example"]
+    ) -> None:
         named = [source or NO_SOURCE for source in sources or ()]
-        self._names, self._group, self._sizes = (
-            np.unique(named, return_inverse=True, return_counts=True) if any(sources or ()) else ([], None, [])
-        )
+        self._names = sorted(set(named)) if any(sources or ()) else list[str]()
+        codes = {name: code for code, name in enumerate(self._names)}
+        group = (codes[name] for name in named)
+        self._group = np.fromiter(group, dtype=np.int32, count=len(named)) if codes else None
+        self._sizes = np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))
 
@@ -189,6 +207,7 @@ class _Groups:
             for name, size, total, squares in zip(
                 self._names, self._sizes, self._sum[query], self._squares[query], strict=True
             )
+            if size
         ]
         return sorted(records, key=lambda record: (-record.sum, record.source))
 

@@ -110,7 +110,8 @@ def scores_table(ranked: Iterable[RankedScore], train: "TokenizedData", queries:
 def examples_table(rows: Iterable[int], train: "TokenizedData", tokenizer: Decoder | None) -> pa.Table:
     """`examples.parquet`: the training examples in `rows`, with how often each text occurs in the data."""
     wanted = sorted(set(rows))
-    texts = Counter(_content(train, row) for row in range(len(train)))
+    listed = {_content(train, row) for row in wanted}
+    texts = Counter(content for row in range(len(train)) if (content := _content(train, row)) in listed)
     return pa.Table.from_pylist(
         [
             {
@@ -216,7 +217,11 @@ def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[
 
 
 def self_table(scores: Float[np.ndarray, "example"], train: "TokenizedData") -> pa.Table:
-    """`self_influence.parquet`: every training example with its score for itself, highest first, ties by row."""
+    """`self_influence.parquet`: every training example with its score for itself, highest first, ties by row.
+
+    Examples that were left out have NaN, and no line.
+    """
     order = np.lexsort((np.arange(len(scores)), -scores))
+    order = order[~np.isnan(scores[order])]
     ids = [train.examples[row].id for row in order]
     return pa.table([ids, order.astype(np.int64), scores[order].astype(np.float64)], schema=SELF_INFLUENCE)

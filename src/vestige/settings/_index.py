@@ -19,6 +19,7 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     skip_bad: bool = Field(
         False, description="Leave out, and list, examples whose loss or gradient is NaN or infinite, instead of ending."
     )
+    profile: bool = Field(False, description="Measure where the time goes: a table, and profile.json with the index.")
     overwrite: bool = Field(False, description="Delete an index that is already there instead of continuing it.")
 
 

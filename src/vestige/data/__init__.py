@@ -1,6 +1,6 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._batches import make_batch, plan_batches
+from vestige.data._batches import CutBatches, cut_batches, make_batch, plan_batches
 from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
@@ -14,11 +14,13 @@ __all__ = [
     "GROUP_ROWS",
     "NO_TARGET",
     "Batch",
+    "CutBatches",
     "Example",
     "Message",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
+    "cut_batches",
     "data_fingerprint",
     "forget_tokens",
     "load_examples",

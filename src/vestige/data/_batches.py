@@ -1,6 +1,8 @@
 """Batches of examples of like length, within a budget of padded tokens."""
 
+from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,22 +26,37 @@ def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | Non
     Raises:
         DataError: The budget or `max_examples` is below 1.
     """
+    order, ends = cut_batches(lengths, token_budget, max_examples)
+    return np.split(order, ends[:-1]) if len(order) else []
+
+
+class CutBatches(NamedTuple):
+    """All batches as two arrays, for plans of very many."""
+
+    rows: np.ndarray
+    """Row numbers, batch after batch, int64 [example]."""
+    ends: np.ndarray
+    """Where each batch ends among them, int64 [batch]."""
+
+
+def cut_batches(lengths: np.ndarray, token_budget: int, max_examples: int | None = None) -> CutBatches:
+    """`plan_batches`, without an array for every batch."""
     if token_budget < 1 or (max_examples is not None and max_examples < 1):
         raise DataError(
             f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
         )
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
-    batches: list[np.ndarray] = []
+    ends = array("q")
     begin = 0
     while begin < len(order):
         longest = max(int(lengths[order[begin]]), 1)
         count = max(token_budget // longest, 1)
         if max_examples is not None:
             count = min(count, max_examples)
-        batches.append(order[begin : begin + count])
-        begin += count
-    return batches
+        begin = min(begin + count, len(order))
+        ends.append(begin)
+    return CutBatches(order, np.array(ends, dtype=np.int64))
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:

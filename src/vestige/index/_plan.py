@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vestige.data import plan_batches
+from vestige.data import cut_batches
 from vestige.errors import DataError, IndexMismatch
 from vestige.index._difference import Difference, difference, mismatch_message, plan_shown
 from vestige.index._manifest import Manifest, PlanStage, read_manifest
@@ -25,15 +26,21 @@ _DECIDE_TOKENS = ("model", "max-length", "chat")
 
 
 class PlannedShard(NamedTuple):
-    """One shard's work: its number and its batches, each an array of rows of the data."""
+    """One shard's work: its number and its rows, batch after batch.
+
+    A plan holds two arrays a shard, not an array a batch: of long examples there are as many batches as examples.
+    """
 
     number: int
-    batches: tuple[np.ndarray, ...]
+    rows: np.ndarray
+    """The rows of the data in the order in which they lie in the shard, int64."""
+    ends: np.ndarray
+    """Where each batch ends among them, int64 [batch]."""
 
     @property
-    def rows(self) -> np.ndarray:
-        """The rows of the data in the order in which they lie in the shard, int64."""
-        return np.concatenate(self.batches).astype(np.int64)
+    def batches(self) -> tuple[np.ndarray, ...]:
+        """Its batches, each an array of rows of the data."""
+        return tuple(np.split(self.rows, self.ends[:-1]))
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ def plan_index(
     shards: list[PlannedShard] = []
     for start, stop in bounds:
         stage = _cut(draft, lengths[start:stop], start)
-        shards += [PlannedShard(len(shards) + i, batches) for i, batches in enumerate(stage)]
-        stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
+        shards += (cut := [PlannedShard(len(shards) + i, *bounds) for i, bounds in enumerate(stage)])
+        stages.append(_record(start, stop, fingerprint_of(start, stop), cut))
     manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
     added = len(lengths) - old.data.examples if old else 0
     return manifest, Plan(tuple(shards), lengths, added)
@@ -108,7 +115,7 @@ def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
     for stage in manifest.plan.stages:
         shards = plan.shards[first : first + len(stage.shard_rows)]
         first += len(stage.shard_rows)
-        made.append(_record(stage.start, stage.stop, stage.fingerprint, [shard.batches for shard in shards]))
+        made.append(_record(stage.start, stage.stop, stage.fingerprint, shards))
     if tuple(made) != manifest.plan.stages or first != len(plan):
         shown = f"{plan_shown(manifest.plan.stages)}", f"{len(plan)} shards, batched otherwise"
         raise IndexMismatch(mismatch_message(folder, [Difference("shard plan", *shown)]))
@@ -131,35 +138,38 @@ def _require_prefix(
         raise IndexMismatch(mismatch_message(folder, differences))
 
 
-def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.ndarray, ...]]:
-    """Consecutive batches, longest examples first, as shards: none is split, and none is larger than it need be."""
+def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows and ends of the batches of each shard: consecutive ones, none split, and no shard larger than need be."""
     settings = manifest.plan
-    batches = plan_batches(lengths, manifest.token_budget, settings.max_examples)
-    rows = np.array([len(batch) for batch in batches], dtype=np.int64)
-    # Padded tokens stand for the time that a batch takes.
-    tokens = rows * np.array([lengths[batch].max() for batch in batches], dtype=np.int64)
+    order, ends = cut_batches(lengths, manifest.token_budget, settings.max_examples)
+    firsts = np.concatenate([[0], ends[:-1]])
+    rows = ends - firsts
+    # Padded tokens stand for the time that a batch takes; the first example of a batch is its longest.
+    tokens = rows * lengths[order[firsts]]
     total = int(tokens.sum())
     most_tokens = max(total // max(min(total // _SHARD_TOKENS, _MOST_TOKEN_SHARDS), settings.fewest_shards), 1)
     most_rows = max(settings.shard_bytes // manifest.row_bytes, 1)
-    shards: list[tuple[np.ndarray, ...]] = []
-    held: list[np.ndarray] = []
     held_rows = held_tokens = 0
-    for batch, batch_rows, batch_tokens in zip(batches, rows, tokens, strict=True):
+    borders = [0]
+    for number in range(len(ends)):
+        batch_rows, batch_tokens = int(rows[number]), int(tokens[number])
         full = held_rows + batch_rows > most_rows or held_tokens + batch_tokens > most_tokens
-        if held and full:
-            shards.append(tuple(held))
-            held, held_rows, held_tokens = [], 0, 0
-        held.append(np.asarray(batch, dtype=np.int64) + start)
+        if held_rows and full:
+            borders.append(number)
+            held_rows = held_tokens = 0
         held_rows, held_tokens = held_rows + batch_rows, held_tokens + batch_tokens
-    return [*shards, tuple(held)]
+    return [
+        (order[firsts[first] : ends[last - 1]] + start, ends[first:last] - firsts[first])
+        for first, last in pairwise([*borders, len(ends)])
+    ]
 
 
-def _record(start: int, stop: int, fingerprint: str, shards: Sequence[tuple[np.ndarray, ...]]) -> PlanStage:
+def _record(start: int, stop: int, fingerprint: str, shards: Sequence[PlannedShard]) -> PlanStage:
     digest = hashlib.sha256()
-    for batches in shards:
-        for batch in batches:
+    for shard in shards:
+        for batch in shard.batches:
             digest.update(np.array([len(batch)], dtype="<i8").tobytes())
             digest.update(batch.astype("<i8").tobytes())
         digest.update(b"end of shard")
-    rows = tuple(int(sum(len(batch) for batch in batches)) for batches in shards)
+    rows = tuple(len(shard.rows) for shard in shards)
     return PlanStage(start=start, stop=stop, fingerprint=fingerprint, shard_rows=rows, plan_hash=digest.hexdigest())

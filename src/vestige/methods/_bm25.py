@@ -1,13 +1,14 @@
 """Lexical retrieval: which examples share rare words with the question and its answer."""
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from bm25s import BM25
-from jaxtyping import Float
+from jaxtyping import Int
 from scipy import sparse
 
 from vestige.data import Example
@@ -49,7 +50,7 @@ class Bm25:
         target="text alone",
         normalisation="example length, as in BM25 (k1 = 1.5, b = 0.75)",
         estimates="Word overlap of the example with the query's prompt and answer, rare words counting more.",
-        cost="No pass through the model; memory grows with the distinct words of each example.",
+        cost="No pass through the model; memory grows with the words that examples share with the queries.",
         limits="Finds examples that state the same words, whether or not training on them changed the model; "
         "blind to paraphrase.",
     )
@@ -60,14 +61,18 @@ class Bm25:
         Raises:
             DataError: no training example has any words.
         """
-        words = [example_words(example) for example in job.train.examples]
-        weights, vocabulary = _weights(words)
-        queries = _query_counts([example_words(example) for example in job.queries.examples], vocabulary)
+        queries = [Counter(example_words(example)) for example in job.queries.examples]
+        vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
+        corpus = _read(job.train.examples, vocabulary)
+        asked = np.zeros((len(vocabulary), len(queries)), dtype=np.float32)
+        for number, query in enumerate(queries):
+            for word, count in query.items():
+                asked[vocabulary[word], number] = count
         step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
-        for start in range(0, len(words), step):
-            scores = (weights[start : start + step] @ queries).toarray()
-            rows = torch.arange(start, start + len(scores))
-            yield ScoreBlock(rows, torch.from_numpy(np.ascontiguousarray(scores.T)))
+        for start in range(0, len(corpus.lengths), step):
+            rows = slice(start, start + step)
+            scores = _weights(corpus, rows) @ asked
+            yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))
 
 
 def example_words(example: Example) -> list[str]:
@@ -76,33 +81,42 @@ def example_words(example: Example) -> list[str]:
     return _WORD.findall(("\n".join(turns) if turns else example.display).casefold())
 
 
-def _weights(words: Sequence[Sequence[str]]) -> tuple[sparse.csr_matrix, dict[str, int]]:
-    """BM25 weight of each word in each example, [example, word], and the column of each word."""
-    if not any(words):
+class _Corpus(NamedTuple):
+    """What the scores of some queries need to know of all examples: nothing of words that no query holds."""
+
+    lengths: Int[np.ndarray, "example"]
+    """Words of each example."""
+    counts: sparse.csr_matrix
+    """How often each word of the queries occurs in each example, [example, word]."""
+
+
+def _read(examples: Iterable[Example], vocabulary: dict[str, int]) -> _Corpus:
+    """One pass over the examples, of which none is kept."""
+    lengths, ends = array("q"), array("q", [0])
+    columns, counts = array("i"), array("i")
+    for example in examples:
+        words = example_words(example)
+        found = Counter(vocabulary[word] for word in words if word in vocabulary)
+        lengths.append(len(words))
+        columns.extend(found.keys())
+        counts.extend(found.values())
+        ends.append(len(columns))
+    if not any(lengths):
         raise DataError(
             "The method `bm25` compares words, and no training example has any.\n"
             "Give the data as text (`text`, or `prompt` and `completion`), or choose another --method."
         )
-    index = BM25(k1=K1, b=B, method="lucene")
-    index.index([list(row) for row in words], show_progress=False)
-    stored = index.scores
-    shape = (len(words), len(stored["indptr"]) - 1)
-    columns = sparse.csc_matrix((stored["data"], stored["indices"], stored["indptr"]), shape=shape)
-    # bm25s adds an empty word, without a column, where an example has none.
-    vocabulary = {word: column for word, column in index.vocab_dict.items() if word}
-    return sparse.csr_matrix(columns), vocabulary
+    stored = (np.array(part) for part in (counts, columns, ends))
+    matrix = sparse.csr_matrix(tuple(stored), shape=(len(lengths), len(vocabulary)))
+    return _Corpus(np.array(lengths), matrix)
 
 
-def _query_counts(
-    queries: Sequence[Sequence[str]], vocabulary: dict[str, int]
-) -> Float[sparse.csc_matrix, "word query"]:
-    """How often each known word occurs in each query."""
-    entries = [
-        (vocabulary[word], number, count)
-        for number, query in enumerate(queries)
-        for word, count in Counter(query).items()
-        if word in vocabulary
-    ]
-    words, numbers, counts = zip(*entries, strict=True) if entries else ((), (), ())
-    shape = (len(vocabulary), len(queries))
-    return sparse.csc_matrix((np.array(counts, dtype=np.float32), (words, numbers)), shape=shape)
+def _weights(corpus: _Corpus, rows: slice) -> sparse.csr_matrix:
+    """BM25 weight of each word of the queries in some examples, float32 [example, word]."""
+    holding = np.bincount(corpus.counts.indices, minlength=corpus.counts.shape[1])
+    rarity = np.log1p((len(corpus.lengths) - holding + 0.5) / (holding + 0.5))
+    counts = corpus.counts[rows]
+    often = counts.data.astype(np.float64)
+    long = np.repeat(corpus.lengths[rows], np.diff(counts.indptr)) / corpus.lengths.mean()
+    weights = rarity[counts.indices] * often / (often + K1 * (1 - B + B * long))
+    return sparse.csr_matrix((weights.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape)

@@ -3,7 +3,7 @@
 None of them validates a method; each can expose one that fails. Every threshold stands beside its reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -48,7 +48,7 @@ def free_checks(
     """Every check that needs no further pass through the model; `randomised_correlation` is the one that does."""
     examples = len(job.train)
     tops = proponents(ranked, len(job.queries), k)
-    ids = [example.id for example in job.train.examples]
+    ids = {int(row): job.train.examples[int(row)].id for row in np.unique(np.concatenate([*tops, []]))}
     by_parameter = method.needs_gradients or isinstance(method, SplitsByComponent)
     return [
         top_overlap(tops, examples),
@@ -113,7 +113,7 @@ def top_overlap(tops: Tops, examples: int) -> Check:
     )
 
 
-def hub_rate(tops: Tops, examples: int, ids: Sequence[str]) -> Check:
+def hub_rate(tops: Tops, examples: int, ids: Mapping[int, str] | Sequence[str]) -> Check:
     """Largest share of queries that have one and the same example among their top k."""
     name = "hub rate"
     if len(tops) < HUB_NEEDS:

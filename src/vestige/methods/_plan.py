@@ -6,6 +6,7 @@ pieces in their order into the summary, so a run holds the same numbers whoever 
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def summarised(job: Job, method: Method) -> ScoreSummary:
     """Scores of every training example, streamed into the lists, the distribution and the groups."""
 
     def collect(blocks: Iterable[ScoreBlock]) -> ScoreSummary:
-        sources = [example.source for example in job.train.examples]
+        sources = [example.source and sys.intern(example.source) for example in job.train.examples]
         collector = ScoreCollector(
             len(job.queries),
             len(job.train),

@@ -28,7 +28,7 @@ class Profile:
     """Bytes read and written."""
     total: float = 0.0
     _stack: list[str] = field(default_factory=lambda: [OTHER])
-    _since: float = field(default_factory=time.perf_counter)
+    _since: float = field(default_factory=lambda: time.perf_counter())
 
     def enter(self, phase: str) -> None:
         """The seconds from now on belong to `phase`."""

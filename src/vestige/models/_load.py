@@ -1,6 +1,8 @@
 """From whatever a person calls a model to a frozen one in evaluation mode."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,7 +46,8 @@ def load_model(
             not copied: it is put into evaluation mode, and all its weights stay frozen afterwards.
         tokenizer: A live tokenizer or a folder with one; by default the one that lies beside the weights.
         precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
-        device: `auto` is the first GPU if there is one, else the CPU; a live module stays where it is.
+        device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
+            module stays where it is.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; says what to type.
@@ -147,9 +150,20 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
         )
 
 
+def own_gpu(environment: Mapping[str, str], count: int) -> int:
+    """Which of `count` visible GPUs is this process's where several of its kind share a host: each has one, in turn.
+
+    torchrun and accelerate say their number as LOCAL_RANK, SLURM as SLURM_LOCALID. Who sees one GPU alone, as
+    CUDA_VISIBLE_DEVICES makes it for local workers and `--gres gpu:1` for batch jobs, takes that.
+    """
+    number = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+    return int(number) % count if number.isdigit() else 0
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", own_gpu(os.environ, count)) if count else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

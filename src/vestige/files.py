@@ -4,6 +4,7 @@ Whoever is killed while writing leaves one stray temporary file and never a torn
 same file at once do no harm either, because each writes under its own name and their bytes are equal.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -74,7 +75,9 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
     except OSError as error:
         raise _explain(error, path, size) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a disk that is read-only there is none, and even that is an error.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return Written(size, digest.hexdigest())
 
 

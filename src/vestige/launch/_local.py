@@ -95,6 +95,7 @@ class _Crew:
 
         Raises:
             PieceFailed: Workers die before they begin a piece, again and again.
+            DiskSpaceError: They do because the disk is full.
             Stopped: The process was asked to stop.
         """
         while True:
@@ -141,6 +142,8 @@ class _Crew:
             if code == 0:
                 continue
             if not self._blame(each) and not (code > 0 and self._job.failures()):
+                # On a full disk a worker can neither note why it ended nor say it in its log.
+                self._job.require_room()
                 self._early_deaths += 1
             if self._early_deaths > self._settings.retries + self._settings.workers:
                 lines = "\n".join(f"    {line}" for line in tail(str(each.log)))

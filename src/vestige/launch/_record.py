@@ -19,6 +19,9 @@ from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
 from vestige.launch._identity import this_worker
 
+_ROOM = 16 * 1024
+"""Bytes that a claim and the note of a failure surely fit into."""
+
 
 class Failure(NamedTuple):
     """A piece that failed so far every time, and what it said last."""
@@ -77,6 +80,17 @@ class JobFolder:
         """
         for path in (self.path, self.logs, self._failures, self._journal, self._claims):
             make_folder(path)
+
+    def require_room(self) -> None:
+        """Nothing happens if a small file can be written.
+
+        Raises:
+            DiskSpaceError: The disk is full.
+            UserError: It cannot be written to.
+        """
+        path = self.path / f"room.{this_worker().token}"
+        write_durably(path, [bytes(_ROOM)])
+        path.unlink(missing_ok=True)
 
     def write_job(self, **fields: Any) -> None:
         """`job.json` has these fields, and keeps the others that it had."""

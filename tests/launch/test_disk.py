@@ -1,0 +1,72 @@
+"""Workers on a disk that is full or read-only: one clear error, and the same command goes on when it is mended."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.index.synthetic import hashes
+from tests.launch.disks import fill, remount, small_disk
+from tests.launch.toy import ToyPlan
+from tests.workshop import furnish, write_rows
+from vestige.errors import DiskSpaceError, UserError
+
+
+def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_error(tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        plan = ToyPlan(disk / "out", pieces=4, seconds=0.1)
+        made, start = [], subprocess.Popen
+
+        def started_on_a_full_disk(*words, **options):
+            if not made:
+                made.append(fill(disk, 0))
+            return start(*words, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", started_on_a_full_disk)
+            with pytest.raises(DiskSpaceError, match=r"is full: .* Make room\. Finished shards are intact"):
+                plan.run(workers=2)
+        remount(disk, "size=2m")
+        assert plan.run(workers=2) == plan.expected()
+
+
+def test_a_read_only_folder_is_refused_before_a_worker_starts(tmp_path):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        plan = ToyPlan(disk / "out", pieces=4)
+        plan.run(workers=1)
+        (disk / "out" / "00002.json").unlink()
+        remount(disk, "ro")
+        with pytest.raises(UserError, match=r"cannot be written to \(Read-only file system\)\. Choose another --out"):
+            plan.run(workers=2)
+        remount(disk, "rw")
+        assert plan.run(workers=2) == plan.expected()
+
+
+@pytest.mark.slow
+def test_an_index_whose_disk_fills_up_under_its_workers_goes_on_where_it_was(tmp_path):
+    furnish(tmp_path)
+    rows = [{"id": f"e{n}", "prompt": f"What is {n}?", "completion": f"{n} is {n % 7}."} for n in range(400)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    command = [sys.executable, "-m", "vestige.cli", "index", "--model", str(tmp_path / "tiny-model"), "--data"]
+    command += [str(tmp_path / "train.jsonl"), "--compress", "tensorsketch:64", "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with small_disk(tmp_path / "disk", 24) as disk:
+        out = disk / "idx"
+        many = [*command, str(out), "--workers", "2"]
+        with subprocess.Popen(many, env=environment, stderr=subprocess.PIPE, text=True) as driver:
+            while driver.poll() is None and not list(out.glob("launch/indexing/logs/*")):
+                time.sleep(0.02)
+            fill(disk, 250_000)
+            _, said = driver.communicate(timeout=120)
+        assert driver.returncode != 0
+        assert said.count("The disk (or the quota) is full") == 1
+        assert "Traceback" not in said
+        finished = len(list(out.glob("shards/*.json")))
+        assert not list(out.rglob("*.tmp.*"))
+        remount(disk, "size=64m")
+        subprocess.run(many, env=environment, check=True, capture_output=True)
+        assert 0 < finished < len(list(out.glob("shards/*.json")))
+        subprocess.run([*command, str(tmp_path / "one")], env=environment, check=True, capture_output=True)
+        assert hashes(out) == hashes(tmp_path / "one")

@@ -1,0 +1,60 @@
+"""What being trained on an example changes about it, over many models."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from vestige.errors import DataError
+
+
+def counterfactual(
+    values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
+) -> Float[np.ndarray, "example"]:
+    """Mean value of the models trained on an example minus mean of those that were not; high is memorized.
+
+    Zhang et al. 2023, "Counterfactual memorization in neural language models"; Feldman and Zhang 2020.
+
+    Args:
+        values: That rise as a model knows an example better: margins, gaps, or minus the losses.
+        membership: True where the member was trained on the example.
+
+    Returns:
+        NaN where one of the two sides has no model.
+    """
+    inside, outside = side_means(values, membership)
+    return inside - outside
+
+
+def side_means(
+    values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
+) -> tuple[Float[np.ndarray, "example"], Float[np.ndarray, "example"]]:
+    """Mean values of the models with and without each example; NaN for a side that has none.
+
+    Values that are not finite are left out.
+
+    Raises:
+        DataError: The arrays differ in shape.
+    """
+    values = checked(values, membership)
+    return _mean(values, membership), _mean(values, ~membership)
+
+
+def checked(
+    values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
+) -> Float[np.ndarray, "member example"]:
+    """The values in float64.
+
+    Raises:
+        DataError: Not one value for each member and example.
+    """
+    if values.ndim != 2 or values.shape != membership.shape or membership.dtype != np.bool_:
+        raise DataError(
+            f"Values {values.shape} and membership {membership.shape} of {membership.dtype}: both must be [member, "
+            "example], membership of bool. `Bank.open(folder)` has `example_margins` and `membership`."
+        )
+    return np.asarray(values, dtype=np.float64)
+
+
+def _mean(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    chosen = chosen & np.isfinite(values)
+    count = chosen.sum(0)
+    return np.where(chosen, values, 0.0).sum(0) / np.where(count > 0, count, np.nan)

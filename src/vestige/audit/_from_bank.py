@@ -1,0 +1,49 @@
+"""Everything that a bank of models proves about its examples, in one go."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vestige.audit._counterfactual import counterfactual
+from vestige.audit._lira import SHRINKAGE, lira_of_members
+from vestige.audit._lira_global import GlobalLira, lira_global
+from vestige.audit._simplicity import simplicity
+from vestige.bank import Bank
+
+
+class BankEvidence(NamedTuple):
+    """What the models of a bank say about each example, ids in the order of `Bank.example_ids`."""
+
+    counterfactual: Float[np.ndarray, "example"]
+    simplicity: Float[np.ndarray, "example"]
+    lira: Float[np.ndarray, "member example"]
+    """Of each member as the target, those of its subset left out."""
+    success: GlobalLira
+    uncomputable: int
+    """Pairs of a member and an example that have no likelihood ratio."""
+
+
+def bank_evidence(
+    bank: Bank, *, of: Literal["margin", "gap", "loss"] = "margin", shrinkage: float = SHRINKAGE
+) -> BankEvidence:
+    """Counterfactual memorization, simplicity and likelihood ratios of all examples of a bank.
+
+    Args:
+        bank: Of random subsets, with what each member makes of the examples.
+        of: The value that they are taken from. Losses count with their sign turned, so that all of them rise.
+        shrinkage: As in `lira`.
+
+    Raises:
+        DataError: The bank does not hold that value.
+    """
+    values = bank.values(f"example_{of}")
+    values = -values if of == "loss" else values
+    scores = lira_of_members(values, bank.membership, subsets=bank.subsets, shrinkage=shrinkage)
+    return BankEvidence(
+        counterfactual(values, bank.membership),
+        simplicity(values, bank.membership),
+        scores,
+        lira_global(values, bank.membership, subsets=bank.subsets, shrinkage=shrinkage),
+        int(np.isnan(scores).sum()),
+    )

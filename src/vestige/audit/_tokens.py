@@ -1,0 +1,57 @@
+"""What a model says of each token that was to be predicted: the common ground of the measures on text."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vestige.data import NO_TARGET
+from vestige.errors import DataError
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities of target tokens, and how they compare with the other tokens at their place."""
+
+    log_probability: Float[Tensor, "example token"]
+    """Of the target, nats, float64; 0 where there is no target."""
+    standardised: Float[Tensor, "example token"]
+    """(log p - mean) / deviation of log p over the vocabulary, each token weighted by its probability."""
+    wanted: Bool[Tensor, "example token"]
+    """Where there is a target."""
+
+
+def token_scores(
+    logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
+) -> TokenScores:
+    """Log-probabilities of targets, float64.
+
+    Args:
+        logits: At place t, of the token that `labels` names at place t: shifted already.
+        labels: Tokens to predict, -100 where there is none.
+
+    Raises:
+        DataError: Shapes that do not agree.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise DataError(f"Logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in examples or tokens.")
+    wanted = labels != NO_TARGET
+    chances = torch.log_softmax(logits.double(), dim=-1)
+    target = chances.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    weights = chances.exp()
+    # A token that is ruled out has log-probability minus infinity and weight 0: no part of the mean.
+    finite = torch.where(weights > 0, chances, 0.0)
+    mean = (weights * finite).sum(-1)
+    spread = (weights * (finite - mean[..., None]).square()).sum(-1).sqrt()
+    # Where all tokens are equally likely nothing sets the target apart.
+    standard = torch.where(spread > 1e-12, (target - mean) / spread.clamp(min=1e-12), 0.0)
+    nothing = torch.zeros_like(target)
+    return TokenScores(torch.where(wanted, target, nothing), torch.where(wanted, standard, nothing), wanted)
+
+
+def mean_where(
+    values: Float[Tensor, "example token"], wanted: Bool[Tensor, "example token"]
+) -> Float[Tensor, "example"]:
+    """Mean of each row's wanted values; NaN for a row that has none."""
+    count = wanted.sum(-1)
+    return torch.where(wanted, values, torch.zeros_like(values)).sum(-1) / torch.where(count > 0, count, torch.nan)

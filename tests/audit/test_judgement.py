@@ -1,0 +1,139 @@
+"""AUC, rates, intervals, the blind baseline, the table of evidence."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
+
+from tests.reference import audit as reference
+from vestige import audit
+from vestige.errors import CorruptFile, DataError, SpecError
+
+
+@pytest.fixture(scope="module")
+def scored():
+    draw = np.random.default_rng(0)
+    members = draw.random(300) < 0.4
+    return np.round(draw.normal(size=300) + members, 1), members
+
+
+def test_the_area_and_its_interval_are_delongs(scored):
+    scores, members = scored
+    found = audit.attack(scores, members).auc
+    assert found.value == pytest.approx(roc_auc_score(members, scores), rel=1e-12)
+    width = 1.959963984540054 * np.sqrt(reference.delong_variance(scores[members], scores[~members]))
+    np.testing.assert_allclose([found.low, found.high], [found.value - width, found.value + width], rtol=1e-10)
+
+
+def test_intervals_of_areas_cover_the_truth():
+    draw, truth, covered = np.random.default_rng(0), 0.7602499389065233, 0
+    for _ in range(400):
+        found = audit.area(draw.normal(size=40) + 1, draw.normal(size=60))
+        covered += found.low <= truth <= found.high
+    assert 0.91 < covered / 400 < 0.985
+
+
+@pytest.mark.parametrize("level", [0.001, 0.01, 0.1, 0.5, 1.0])
+def test_rates_are_those_of_the_best_threshold(scored, level):
+    scores, members = scored
+    found = audit.attack(scores, members, tpr_at=(level,), fpr_at=(level,))
+    true, false = found.tpr_at[level], found.fpr_at[level]
+    assert true.rate.value == reference.true_rate(scores, members, level)
+    assert false.rate.value == reference.false_rate(scores, members, level)
+    assert (scores[members] >= true.threshold).mean() == true.rate.value
+    assert (scores[~members] >= true.threshold).mean() <= level
+    assert true.resolved == (level * (~members).sum() >= 1)
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 10), (3, 10), (10, 10), (1, 1), (500, 1000)])
+def test_a_share_has_its_exact_interval(successes, count):
+    found = audit.share(successes, count)
+    wanted = binomtest(successes, count).proportion_ci(method="exact")
+    np.testing.assert_allclose(found, [successes / count, wanted.low, wanted.high], rtol=1e-9, atol=1e-12)
+
+
+def test_an_area_without_overlap_still_has_an_interval():
+    found = audit.area(np.array([2.0, 3.0]), np.array([0.0, 1.0, 1.5]))
+    assert found.value == found.high == 1.0
+    assert found.low < 0.2
+    assert audit.area(np.array([0.0]), np.array([0.0, 1.0])).value == 0.25
+
+
+def test_a4_7_an_empty_group_is_nan_with_its_count_and_no_crash(scored):
+    scores, _ = scored
+    noisy = np.zeros(300, dtype=bool)  # label_noise = 0
+    found = audit.attack(scores, noisy)
+    assert found.members == 0
+    assert np.isnan(found.auc.value)
+    assert np.isnan(found.tpr_at[0.01].rate.value)
+    assert audit.group_means(scores, {"noisy": noisy, "true": ~noisy})["true"] == (pytest.approx(scores.mean()), 300)
+    mean, count = audit.group_means(scores, {"noisy": noisy})["noisy"]
+    assert np.isnan(mean)
+    assert count == 0
+
+
+def test_scores_that_are_nan_are_counted_and_taken_for_neither_side(scored):
+    scores, members = scored
+    some = np.where(np.arange(300) < 50, np.nan, scores)
+    found = audit.attack(some, members)
+    assert found.unscored == 50
+    assert found.members + found.others == 250
+    assert found.auc == audit.attack(scores[50:], members[50:]).auc
+    with pytest.raises(DataError):
+        audit.attack(scores[1:], members)
+    with pytest.raises(SpecError):
+        audit.attack(scores, members, tpr_at=(0.0,))
+
+
+def test_the_blind_baseline_finds_words_lengths_and_dates_and_nothing_in_nothing():
+    draw = np.random.default_rng(0)
+    members = np.arange(200) % 2 == 0
+    words = np.array(["ash", "elm", "fir", "oak", "yew", "bay"])
+    plain = [" ".join(draw.choice(words, 6)) for _ in range(200)]
+    nothing = audit.area(*(audit.blind(plain, members)[side] for side in (members, ~members)))
+    assert nothing.low < 0.5 < nothing.high
+    told = [text + (" new" if member else "") for text, member in zip(plain, members, strict=True)]
+    longer = [text + (" oak" * 6 if member else "") for text, member in zip(plain, members, strict=True)]
+    dates = np.where(members, 2020.0, 2024.0) + draw.normal(size=200)
+    dates[:5] = np.nan
+    for found in (audit.blind(told, members), audit.blind(longer, members), audit.blind(plain, members, dates=dates)):
+        assert audit.area(found[members], found[~members]).value > 0.9
+    np.testing.assert_array_equal(audit.blind(told, members), audit.blind(told, members))
+
+
+def test_the_blind_baseline_does_not_learn_copies_by_heart():
+    members = np.arange(80) % 2 == 0
+    texts = [f"word{row // 4}" for row in range(80)]  # Each text twice on either side.
+    found = audit.blind(texts, members)
+    assert np.isfinite(found).all()
+    assert abs(audit.area(found[members], found[~members]).value - 0.5) < 0.1
+    with pytest.raises(DataError, match="two different texts"):
+        audit.blind(["same"] * 80, members)
+
+
+def test_a4_8_evidence_is_a_column_per_measure_whatever_the_number_of_examples(tmp_path):
+    draw, ids = np.random.default_rng(0), [f"id-{row}" for row in range(3000)]
+    tables = [
+        audit.evidence_table(ids, {"psmi": draw.normal(size=3000)}, checkpoint=step, layer=layer)
+        for step in (0, 10)
+        for layer in (1, 2, 3)
+    ]
+    losses = draw.normal(size=3000)
+    losses[0] = np.nan
+    tables.append(audit.evidence_table(ids, {"loss": losses}, checkpoint=10))
+    path = tmp_path / "evidence.parquet"
+    audit.write_evidence(path, tables)
+    whole = audit.read_evidence(path)
+    assert whole.column_names == ["checkpoint", "layer", "example_id", "psmi", "loss"]
+    assert len(whole) == 21_000
+    last = audit.read_evidence(path, ["loss"], checkpoint=10).to_pandas()
+    np.testing.assert_array_equal(last[last.layer.isna()]["loss"], losses)
+    with pytest.raises(DataError, match="holds no gap; it holds psmi, loss"):
+        audit.read_evidence(path, ["gap"])
+    with pytest.raises(DataError, match="same example"):
+        audit.write_evidence(path, [tables[0], tables[0]])
+    with pytest.raises(DataError, match="psmi"):
+        audit.evidence_table(ids, {"psmi": losses[1:]})
+    path.write_bytes(b"torn")
+    with pytest.raises(CorruptFile):
+        audit.read_evidence(path)

@@ -5,19 +5,22 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from vestige.settings._base import Settings
+from vestige.settings._launch import LaunchSettings
 
-StudySize = Literal["pocket", "paper"]
+StudySize = Literal["tiny", "pocket", "paper"]
 
 
-class StudySettings(Settings):
+class StudySettings(LaunchSettings):
     """What `vestige study` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
-    name: str = Field(description="Which experiment: untrac-miniature.")
+    name: str = Field(description="Which experiment: untrac-miniature, digits, text-lds or domains.")
     out: Path = Field(
         description="Folder for models, runs, study.json and the table; an interrupted study goes on there."
     )
-    size: StudySize = Field("pocket", description="pocket runs in minutes on a laptop; paper is the published size.")
+    size: StudySize = Field(
+        "pocket",
+        description="pocket runs in minutes on a laptop; paper is the published size; tiny shows that it runs.",
+    )
     seeds: PositiveInt = Field(2, description="Repetitions, which differ in data, start and order.")
     seed: NonNegativeInt = Field(0, description="The first seed.")

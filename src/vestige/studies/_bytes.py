@@ -1,0 +1,63 @@
+"""Models that read bytes, so that any text can be cut for them and nothing has to be fetched."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vestige.files import make_folder, write_durably
+
+VOCABULARY = 256
+
+Row = dict[str, Any]
+"""`id`, `source`, `text` to be read by people, and `input_ids`, which are what models read."""
+
+
+def byte_gpt(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
+    """A GPT-2 over bytes with a context of `length`, its weights the same in every call."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # A byte ends no text: beginning and end are written nowhere, and only have to be in the vocabulary.
+        config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
+        config.n_positions, config.n_embd, config.n_layer, config.n_head = length, width, layers, heads
+        return GPT2LMHeadModel(config)
+
+
+def pieces(text: str, length: int) -> list[bytes]:
+    """The text in pieces of `length` bytes; what is left at the end is dropped."""
+    content = text.encode()
+    return [content[begin : begin + length] for begin in range(0, len(content) - length + 1, length)]
+
+
+def byte_rows(cut: Iterable[bytes], source: str, first: int = 0) -> list[Row]:
+    """A row for each piece, numbered from `first`."""
+    return [
+        {
+            "id": f"{source}/{number}",
+            "source": source,
+            "text": piece.decode(errors="replace"),
+            "input_ids": list(piece),
+        }
+        for number, piece in enumerate(cut, first)
+    ]
+
+
+def drawn(cut: Sequence[bytes], count: int, random: np.random.Generator) -> list[bytes]:
+    """`count` of the pieces in the order of the text; all of them where there are no more."""
+    rows = np.sort(random.permutation(len(cut))[:count])
+    return [cut[row] for row in rows]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    """The rows as JSON lines in `path`; a file that holds them already is left alone."""
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    make_folder(path.parent)
+    if not path.exists() or path.read_bytes() != content:
+        write_durably(path, [content])
+    return path

@@ -1,0 +1,96 @@
+"""Scores of sources against retraining without them: correlations over a handful of points, and how sure they are."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import rankdata
+
+from vestige.bank import EVERYTHING, Bank
+from vestige.evaluate import Estimate
+
+Table = Float[np.ndarray, "test source"]
+
+_FEWEST = 3
+"""Different sources in a draw: two points lie on a line."""
+
+
+class Agreement(NamedTuple):
+    """Of one method with the truth."""
+
+    pearson: Estimate
+    """Mean over test sets of the correlation over sources, mean over models; interval over sources, runs and models."""
+    spearman: Estimate
+    by_test: tuple[float, ...]
+    """Pearson for each test set."""
+
+
+def left_out_truth(truth: Bank, sources: Sequence[str], tests: Sequence[str]) -> list[Table]:
+    """For each seed, how much the mean loss per token of each test set rises without each source: positive = it helps.
+
+    Every run has the same number of steps, and the i-th runs share start and order as far as they can.
+    """
+    losses = truth.by_subset(truth.query_token_losses)
+    names = np.array(truth.query_sources)
+    means = np.stack([losses[..., names == test].mean(-1) for test in tests])
+    whole = truth.subset_names.index(EVERYTHING)
+    without = [truth.subset_names.index(source) for source in sources]
+    return [means[:, without, seed] - means[:, [whole], seed] for seed in range(losses.shape[1])]
+
+
+def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws: int, seed: int) -> Agreement:
+    """How well the scores of each model correlate with the mean truth.
+
+    A bootstrap draw takes sources, runs of the truth and scoring models with replacement: the interval holds what the
+    choice of these sources contributes, which is most of it where they are few.
+    """
+    scored, right = np.stack(scores), np.stack(truths)
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, ranked in (("pearson", False), ("spearman", True)):
+        drawn = [value for _ in range(draws) if (value := _drawn(scored, right, random, ranked)) is not None]
+        low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
+        found[name] = Estimate(_mean(scored, right, ranked).mean().item(), float(low), float(high))
+    return Agreement(found["pearson"], found["spearman"], tuple(_mean(scored, right, False).tolist()))
+
+
+def truth_agreement(truths: Sequence[Table]) -> float:
+    """Noise ceiling: Pearson correlation of two seeds' truths, mean over pairs and test sets; NaN for one seed."""
+    pairs = [_mean(np.stack([one]), np.stack([other]), False).mean() for one, other in combinations(truths, 2)]
+    return float(np.mean(pairs)) if pairs else float("nan")
+
+
+def summed_by_source(
+    dense: Float[np.ndarray, "query example"],
+    query_tests: Sequence[str | None],
+    example_sources: Sequence[str | None],
+    tests: Sequence[str],
+    sources: Sequence[str],
+) -> Table:
+    """Scores of examples for queries, added up over both."""
+    rows, columns = np.array(query_tests), np.array(example_sources)
+    by_source = np.stack([dense[:, columns == source].sum(1, dtype=np.float64) for source in sources], axis=1)
+    return np.stack([by_source[rows == test].sum(0) for test in tests])
+
+
+def _drawn(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:
+    pick: Callable[[int], np.ndarray] = lambda size: random.integers(size, size=size)  # noqa: E731
+    columns = pick(scored.shape[-1])
+    if len(np.unique(columns)) < _FEWEST:
+        return None
+    value = _mean(scored[pick(len(scored))][..., columns], right[pick(len(right))][..., columns], ranked).mean()
+    return float(value) if np.isfinite(value) else None
+
+
+def _mean(
+    scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], ranked: bool
+) -> Float[np.ndarray, "test"]:
+    """Correlation of each model's scores with the mean truth, mean over models."""
+    left, mean = scored, right.mean(0)[None]
+    if ranked:
+        left, mean = rankdata(left, axis=-1), rankdata(mean, axis=-1)
+    left, mean = left - left.mean(-1, keepdims=True), mean - mean.mean(-1, keepdims=True)
+    spread = np.sqrt((left**2).sum(-1) * (mean**2).sum(-1))
+    return ((left * mean).sum(-1) / np.where(spread > 0, spread, np.nan)).mean(0)

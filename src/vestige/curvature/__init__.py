@@ -8,11 +8,13 @@ from vestige.curvature._cache import FisherPlan as FisherPlan
 from vestige.curvature._cache import fisher_of as fisher_of
 from vestige.curvature._datainf import DataInf as DataInf
 from vestige.curvature._datainf import fit_datainf as fit_datainf
+from vestige.curvature._datainf import mean_eigenvalues as mean_eigenvalues
 from vestige.curvature._diagonal import absolute_damping as absolute_damping
 from vestige.curvature._fisher import DAMPING as DAMPING
 from vestige.curvature._fisher import FisherBlock as FisherBlock
 from vestige.curvature._fisher import FisherBlocks as FisherBlocks
 from vestige.curvature._fisher import Measure as Measure
+from vestige.curvature._fisher import Measures as Measures
 from vestige.curvature._fisher import accumulate_fisher as accumulate_fisher
 from vestige.curvature._fit import CurvatureData as CurvatureData
 from vestige.curvature._fit import fit_ekfac as fit_ekfac

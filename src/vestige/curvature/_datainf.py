@@ -26,6 +26,15 @@ class DataInf(NamedTuple):
     damping: tuple[float, ...]
     """Absolute, one for each component."""
 
+    @classmethod
+    def damped(cls, measured: CurvatureData, units: Sequence[float], damping: float) -> "DataInf":
+        """With a damping relative to the `units` of the components, which `mean_eigenvalues` gives.
+
+        Raises:
+            SpecError: the damping is not above zero; the formula divides by it.
+        """
+        return cls(measured, tuple(absolute_damping(damping, unit) for unit in units))
+
     def precondition(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> list[Float[Tensor, "query _n"]]:
         """The formula, summed over all the data before anything is divided by its size."""
         sink = _DataInfSink([part.shape for part in self.measured.components], vectors, self.damping)
@@ -44,13 +53,15 @@ def fit_datainf(measured: CurvatureData, damping: float) -> DataInf:
         SpecError: the damping is not above zero; the formula divides by it.
     """
     absolute_damping(damping, 1.0)
+    return DataInf.damped(measured, mean_eigenvalues(measured), damping)
+
+
+def mean_eigenvalues(measured: CurvatureData) -> tuple[float, ...]:
+    """The mean eigenvalue of every component's empirical Fisher matrix, in one pass."""
     sink = _NormsSink([part.shape for part in measured.components])
     measured.stream(sink, "Gradient norms")
-    found = [
-        absolute_damping(damping, total / max(sink.examples, 1) / part.size)
-        for total, part in zip(sink.squared, measured.components, strict=True)
-    ]
-    return DataInf(measured, tuple(found))
+    pairs = zip(sink.squared, measured.components, strict=True)
+    return tuple(total / max(sink.examples, 1) / part.size for total, part in pairs)
 
 
 class _WholeGradients:

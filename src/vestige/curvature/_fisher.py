@@ -129,6 +129,23 @@ class Measure(NamedTuple):
         return torch.stack(squared).sum(0).sqrt()
 
 
+class Measures(NamedTuple):
+    """Several lengths of a compressed gradient, each for as many lines of scores."""
+
+    measures: tuple[Measure, ...]
+    lines: int
+    """Lines that each length is for."""
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return " ".join(one.name for one in self.measures)
+
+    def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "line row"]:
+        """The length of every row, line by line."""
+        return torch.stack([one(gradients) for one in self.measures]).repeat_interleave(self.lines, dim=0)
+
+
 def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
     factor, failed = torch.linalg.cholesky_ex(block.damped(damping))
     if int(failed):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from vestige.launch import follow, is_follower, is_worker, profile, write_profil
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
-from vestige.methods._partial import remove_partial
+from vestige.methods._partial import partial_folder, remove_partial
 from vestige.methods._plan import self_scores, summarised
 from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method, SplitsByComponent
 from vestige.methods._randomised import randomised_correlation, without_weights
 from vestige.methods._registry import get_method
+from vestige.methods._sweep import Swept, member_folder, sweep
 from vestige.methods._trust import free_checks
 from vestige.runs import (
     RECORD_FILE,
@@ -36,6 +38,7 @@ from vestige.runs import (
     Scores,
     ScoreSummary,
     SkippedRecord,
+    TokenScores,
     TrustRecord,
     check_target,
     environment,
@@ -60,25 +63,21 @@ def attribute(settings: AttributeSettings) -> Scores:
         follow(settings.out / RECORD_FILE, lambda: _help(settings, method))
         return Scores.open(settings.out)
     with profile(settings.profile) as measured, open_job(settings, method) as (job, generated):
-        summary = summarised(job, method)
+        swept = sweep(job, _sweepable(method)) if settings.swept else None
+        if swept is not None:
+            job, method = swept.members[0].job, swept.members[0].method
+        summary = swept.summaries[0] if swept is not None else summarised(job, method)
         own_scores = self_scores(job, method) if settings.self_influence else None
         losses = _query_losses(job)
-        pairs = [(entry.query, entry.row) for entry in summary.ranked]
-        tables = RunTables(
-            train=job.train,
-            queries=job.queries,
-            ranked=summary.ranked,
-            generated=generated,
-            losses=losses,
-            tokenizer=job.loaded.tokenizer if job.loaded is not None else None,
-            components=split_over_components(job, method, pairs),
-            tokens=split_over_tokens(job, method, pairs) if settings.tokens else None,
-            dense=summary.dense,
-            self_scores=own_scores,
-        )
+        tables = _tables(job, method, summary, generated, losses)
+        tables = tables._replace(self_scores=own_scores, tokens=_tokens(job, method, summary))
         checks = _trust(job, method, summary, losses) if settings.trust else []
+        checks += [swept.check] if swept is not None else []
         record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
+        others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
     write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    for folder in others:
+        folder.rename(settings.out / folder.name)
     write_profile(measured, settings.out)
     remove_partial(settings)
     return Scores.open(settings.out)
@@ -87,14 +86,75 @@ def attribute(settings: AttributeSettings) -> Scores:
 def _help(settings: AttributeSettings, method: Method) -> None:
     """Take part in everything that is done in pieces."""
     with open_job(settings, method) as (job, _):
-        summarised(job, method)
+        if settings.swept:
+            swept = sweep(job, _sweepable(method))
+            job, method = swept.members[0].job, swept.members[0].method
+        else:
+            summarised(job, method)
         if settings.self_influence:
             self_scores(job, method)
+
+
+def _tables(
+    job: Job, method: Method, summary: ScoreSummary, generated: list[bool], losses: list[float] | None
+) -> RunTables:
+    pairs = [(entry.query, entry.row) for entry in summary.ranked]
+    return RunTables(
+        train=job.train,
+        queries=job.queries,
+        ranked=summary.ranked,
+        generated=generated,
+        losses=losses,
+        tokenizer=job.loaded.tokenizer if job.loaded is not None else None,
+        components=split_over_components(job, method, pairs),
+        dense=summary.dense,
+    )
+
+
+def _tokens(job: Job, method: Method, summary: ScoreSummary) -> list[TokenScores] | None:
+    if not job.settings.tokens:
+        return None
+    return split_over_tokens(job, method, [(entry.query, entry.row) for entry in summary.ranked])
+
+
+def _write_others(
+    settings: AttributeSettings, swept: Swept, generated: list[bool], losses: list[float] | None, started: float
+) -> list[Path]:
+    """The runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
+
+    Of the free checks they have those that need no model; tokens and self-influence are the main run's alone.
+    """
+    written = []
+    for member, summary in zip(swept.members[1:], swept.summaries[1:], strict=True):
+        place = member_folder(partial_folder(settings), member.damping)
+        own = {"damping": member.damping, "out": settings.out / place.name, "tokens": False, "self_influence": False}
+        checks = free_checks(member.job, member.method, summary.ranked, losses=losses) if settings.trust else []
+        tables = _tables(member.job, member.method, summary, generated, losses)
+        seconds = time.perf_counter() - started
+        record = _record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
+        written.append(write_run(place, record, tables, overwrite=True))
+    return written
+
+
+def _sweepable(method: Method) -> Method:
+    """The method, if what it measures serves any damping.
+
+    Raises:
+        SpecError: it does not.
+    """
+    if isinstance(method, GradientMethod) and method.sweeps_damping:
+        return method
+    raise SpecError(
+        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or measures "
+        "anew for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
+    )
 
 
 def _method(settings: AttributeSettings) -> Method:
     """The method, with everything it cannot do refused before any work."""
     method = get_method(settings.method, **settings.options)
+    if settings.swept:
+        _sweepable(method)
     if settings.tokens and isinstance(method, CheckpointMethod):
         raise SpecError(
             f"--tokens splits the score of one model, and {settings.method} adds up several. Drop --tokens, or ask one "

@@ -113,7 +113,7 @@ def _read(examples: Iterable[Example], vocabulary: dict[str, int]) -> _Corpus:
 
 def _weights(corpus: _Corpus, rows: slice) -> sparse.csr_matrix:
     """BM25 weight of each word of the queries in some examples, float32 [example, word]."""
-    holding = np.bincount(corpus.counts.indices, minlength=corpus.counts.shape[1])
+    holding = np.bincount(corpus.counts.indices, minlength=np.shape(corpus.counts)[1])
     rarity = np.log1p((len(corpus.lengths) - holding + 0.5) / (holding + 0.5))
     counts = corpus.counts[rows]
     often = counts.data.astype(np.float64)

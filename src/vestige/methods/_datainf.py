@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vestige.curvature import fit_datainf
+from vestige.curvature import DataInf, mean_eigenvalues
 from vestige.methods._preconditioned import UNIT, Preconditioned, curvature_data
 from vestige.methods._prepared import HELPS
 from vestige.methods._protocol import Job
@@ -23,6 +23,7 @@ class DataInfMethod(Preconditioned):
     name = "datainf"
     needs_index = False
     needs_exact = True
+    sweeps_damping = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -38,5 +39,6 @@ class DataInfMethod(Preconditioned):
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """The damping from one pass; each set of vectors needs another."""
-        found = fit_datainf(curvature_data(job, self.name, "data"), job.settings.damping)
-        return found.precondition
+        measured = curvature_data(job, self.name, "data")
+        units = self.once("units", lambda: mean_eigenvalues(measured))
+        return DataInf.damped(measured, units, job.settings.damping).precondition

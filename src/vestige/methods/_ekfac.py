@@ -32,6 +32,7 @@ class Ekfac(Preconditioned):
     name = "ekfac"
     needs_index = False
     needs_exact = True
+    sweeps_damping = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -50,5 +51,6 @@ class Ekfac(Preconditioned):
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """Two passes, or a read of what an index keeps."""
         measured = curvature_data(job, self.name, self.labels)
-        curvature = ekfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job))
+        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
+        curvature = self.once("curvature", lambda: ekfac_of(measured, model, folder, work))
         return lambda vectors: curvature.precondition(vectors, job.settings.damping)

@@ -9,7 +9,7 @@ import torch
 from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
 from vestige.methods._preconditioned import curvature_work
-from vestige.methods._prepared import HELPS, GradientMethod, Prepared, prepare
+from vestige.methods._prepared import HELPS, GradientMethod, Prepared
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import IndexedGradients, Vectors
@@ -52,6 +52,7 @@ class Influence(GradientMethod):
     name = "influence"
     needs_index = True
     needs_exact = False
+    sweeps_damping = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, times the number of training examples, up to the damping's scale",
@@ -87,11 +88,10 @@ class Influence(GradientMethod):
 
     def vectors(self, job: Job) -> Prepared:
         """The queries' compressed gradients, preconditioned."""
-        fisher = self._curvature(job)
-        damping = job.settings.damping
-        power: Literal[1, 2] = 2 if self.relative == "theta" else 1
-        measure = None if self.relative == "none" else fisher.measure(damping, power)
-        store = _indexed(job, measure)
+        store, fisher, damping = self.store(job), self._curvature(job), job.settings.damping
+        if store.index.manifest.compression.scope == "model":
+            # Components that were added up have no matrices of their own.
+            self._speak_of_one_matrix()
 
         def preconditioned(vectors: Vectors) -> Vectors:
             whole = torch.cat(vectors, dim=1)
@@ -101,7 +101,15 @@ class Influence(GradientMethod):
                 solved /= torch.where(lengths > 0, lengths, 1.0)[:, None]
             return store.split(solved)
 
-        return prepare(job, store, preconditioned, cosine=self.relative != "none")
+        gradients = self.once("queries", lambda: store.of_queries(job.queries))
+        return Prepared(job, store, preconditioned(gradients), preconditioned, self.relative != "none")
+
+    def store(self, job: Job) -> IndexedGradients:
+        """The index; with relative scores, gradients are as long as the curvature says."""
+        if self.relative == "none":
+            return _indexed(job, None)
+        power: Literal[1, 2] = 2 if self.relative == "theta" else 1
+        return _indexed(job, self._curvature(job).measure(job.settings.damping, power))
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """`g^T (F + d I)^-1 g` of every training example, divided as its scores are.
@@ -127,12 +135,11 @@ class Influence(GradientMethod):
         return blocks
 
     def _curvature(self, job: Job) -> FisherBlocks:
-        assert job.index is not None, "the orchestration makes an index for methods that need one"
-        if job.index.manifest.compression.scope == "model":
-            # Components that were added up have no matrices of their own.
-            self._speak_of_one_matrix()
+        index = job.index
+        assert index is not None, "the orchestration makes an index for methods that need one"
         work = curvature_work(job)
-        found = fisher_of(job.index, *work) if self.fisher == "component" else whole_fisher(job.index)
+        component = self.fisher == "component"
+        found = self.once("fisher", lambda: fisher_of(index, *work) if component else whole_fisher(index))
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 

@@ -28,6 +28,7 @@ class Kfac(Preconditioned):
     name = "kfac"
     needs_index = False
     needs_exact = True
+    sweeps_damping = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -50,8 +51,9 @@ class Kfac(Preconditioned):
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
         """One pass, or a read of what an index keeps."""
         measured = curvature_data(job, self.name, self.labels)
-        factors = kfac_of(measured, job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job))
+        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
+        factors = self.once("factors", lambda: kfac_of(measured, model, folder, work))
         if self.split == "factors":
             return lambda vectors: factors.precondition_split(vectors, job.settings.damping)
-        curvature = factors.eigenbases()
+        curvature = self.once("curvature", factors.eigenbases)
         return lambda vectors: curvature.precondition(vectors, job.settings.damping)

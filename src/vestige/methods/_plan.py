@@ -21,10 +21,10 @@ import torch
 from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.methods._partial import partial_folder
-from vestige.methods._prepared import GradientMethod, open_store, piece_blocks
+from vestige.methods._prepared import GradientMethod, piece_blocks
 from vestige.methods._protocol import Job, Method
 from vestige.methods._query_vectors import KeptVectors, QueryVectors
-from vestige.methods._stores import ExactGradients, GradientStore, Vectors
+from vestige.methods._stores import GradientStore, Vectors
 from vestige.progress import progress
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import AttributeSettings, LaunchSettings
@@ -114,32 +114,52 @@ class BlocksPlan(Generic[Result]):
 
 def summarised(job: Job, method: Method) -> ScoreSummary:
     """Scores of every training example, streamed into the lists, the distribution and the groups."""
+    return summarised_sets(job, method, 1)[0]
 
-    def collect(blocks: Iterable[ScoreBlock]) -> ScoreSummary:
+
+def summarised_sets(
+    job: Job, method: Method, sets: int, watch: Callable[[ScoreBlock], None] | None = None
+) -> list[ScoreSummary]:
+    """The same for lines of scores that hold all queries `sets` times, one set after another.
+
+    Args:
+        job: The question.
+        method: Whose blocks have `sets * queries` lines.
+        sets: How often the queries come.
+        watch: Also sees every block.
+    """
+
+    def collect(blocks: Iterable[ScoreBlock]) -> list[ScoreSummary]:
         sources = [example.source and sys.intern(example.source) for example in job.train.examples]
-        collector = ScoreCollector(
-            len(job.queries),
-            len(job.train),
-            k=job.settings.k,
-            sources=sources,
-            dense=job.settings.dense,
-            skipped=job.skipped,
-        )
+        collectors = [
+            ScoreCollector(
+                len(job.queries),
+                len(job.train),
+                k=job.settings.k,
+                sources=sources,
+                dense=job.settings.dense,
+                skipped=job.skipped,
+            )
+            for _ in range(sets)
+        ]
         for block in blocks:
-            collector.add(block)
-        return collector.finish()
+            if watch is not None:
+                watch(block)
+            for collector, scores in zip(collectors, block.scores.split(len(job.queries)), strict=True):
+                collector.add(ScoreBlock(block.rows, scores))
+        return [collector.finish() for collector in collectors]
 
     if not works_in_pieces(method, "blocks"):
         return collect(method.blocks(job))
     assert isinstance(method, GradientMethod)
-    store = _store(job, method)
+    store = method.store(job)
     vectors, cosine = _kept_vectors(job, method, store)
     plan = BlocksPlan(
         "Scoring",
         "train x query pairs",
         partial_folder(job.settings),
         _rows(store),
-        len(job.queries),
+        sets * len(job.queries),
         lambda: partial(piece_blocks, store, vectors, cosine),
         collect,
         digest(settings_key(job), store.identity, _digest_of(vectors)),
@@ -169,7 +189,7 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
 
     if not works_in_pieces(method, "self_scores"):
         return collect(method.self_scores(job))
-    store = _store(job, method)
+    store = method.store(job)
     plan = BlocksPlan(
         "Self-influence",
         "examples",
@@ -206,10 +226,6 @@ def _digest_of(vectors: Vectors) -> str:
     for vector in vectors:
         whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-
-def _store(job: Job, method: GradientMethod) -> GradientStore:
-    return ExactGradients(job) if method.needs_exact else open_store(job)
 
 
 def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> KeptVectors:

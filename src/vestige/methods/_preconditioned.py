@@ -15,7 +15,7 @@ from vestige.errors import UserError
 from vestige.index import batch_tokens
 from vestige.launch import worker_command
 from vestige.methods._partial import partial_folder
-from vestige.methods._prepared import GradientMethod, Prepared, prepare
+from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job
 from vestige.methods._stores import ExactGradients, Vectors
 from vestige.progress import format_bytes
@@ -48,7 +48,9 @@ class Preconditioned(GradientMethod):
             UserError: the whole gradients of the queries do not fit into memory.
         """
         check_memory(job)
-        return prepare(job, ExactGradients(job), self.inverse(job))
+        store, inverse = ExactGradients(job), self.inverse(job)
+        gradients = self.once("queries", lambda: store.of_queries(job.queries))
+        return Prepared(job, store, inverse(gradients), inverse)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """`g^T (C + d I)^-1 g` of every training example: each is asked about itself, a few at a time."""
@@ -69,9 +71,13 @@ class Preconditioned(GradientMethod):
         return blocks
 
 
-def check_memory(job: Job) -> None:
-    """Gradients before and after preconditioning; on a GPU its memory is smaller, and torch says so itself."""
-    needed = 2 * 4 * len(job.queries) * sum(part.size for part in job.components)
+def check_memory(job: Job, dampings: int = 1) -> None:
+    """Gradients before and after preconditioning; on a GPU its memory is smaller, and torch says so itself.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    needed = (1 + dampings) * 4 * len(job.queries) * sum(part.size for part in job.components)
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(

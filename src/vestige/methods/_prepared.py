@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, Vectors
 from vestige.runs import ScoreBlock
+
+Made = TypeVar("Made")
 
 HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
 
@@ -71,7 +73,11 @@ class GradientMethod(ABC):
     needs_model = True
     needs_gradients = True
     needs_exact: ClassVar[bool]
+    sweeps_damping: ClassVar[bool] = False
+    """Whether what is measured serves any damping."""
     _prepared: Prepared | None = field(default=None, repr=False, init=False)
+    shared: dict[str, Any] | None = field(default=None, repr=False, init=False)
+    """What the members of a sweep over dampings have in common, by name; None outside of one."""
 
     @abstractmethod
     def vectors(self, job: Job) -> Prepared:
@@ -84,6 +90,18 @@ class GradientMethod(ABC):
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Score of every training example for itself, as one query."""
         return chain.from_iterable(map(self.self_blocks(job), range(self.prepare(job).store.pieces)))
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """`make()`, called once for all members of a sweep."""
+        if self.shared is None:
+            return make()
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def store(self, job: Job) -> GradientStore:
+        """Where the training gradients come from, and how long each one counts as."""
+        return ExactGradients(job) if self.needs_exact else open_store(job)
 
     def prepare(self, job: Job) -> Prepared:
         """`vectors`, made once for a job."""

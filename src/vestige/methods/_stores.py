@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress import adjoint_gradient, parse_spec
-from vestige.curvature import Measure
+from vestige.curvature import Measure, Measures
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.gradients import (
     BothSinks,
@@ -155,11 +155,11 @@ class _InPieces(ABC):
 class IndexedGradients(_InPieces):
     """Compressed gradients read from an index; queries are compressed by the same maps.
 
-    `measure` says what the length of a gradient is; not given: the Euclidean one.
+    `measure` says what the length of a gradient is; not given: the Euclidean one. `Measures` are for `piece_scores`.
     """
 
-    def __init__(self, job: Job, index: Index, measure: Measure | None = None) -> None:
-        self._job, self.index, self._measure = job, index, measure
+    def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
+        self._job, self.index, self.measure = job, index, measure
         self.device = torch.device("cpu")
         self._groups = index.shard_groups(INDEX_PIECE_BYTES)
         manifest = index.manifest
@@ -170,7 +170,7 @@ class IndexedGradients(_InPieces):
     @property
     def identity(self) -> str:
         """The index's content."""
-        measure = "" if self._measure is None else f" {self._measure.name}"
+        measure = "" if self.measure is None else f" {self.measure.name}"
         return f"index {self.index.fingerprint} {self._groups}{measure}"
 
     @property
@@ -214,7 +214,7 @@ class IndexedGradients(_InPieces):
         for block in self.piece_blocks(piece):
             with timed("scoring"):
                 scores = whole @ block.gradients.T
-                lengths = block.norm if self._measure is None else self._measure(block.gradients)
+                lengths = block.norm if self.measure is None else self.measure(block.gradients)
             yield block.example, scores, lengths if norms else None
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
@@ -255,7 +255,7 @@ class IndexedGradients(_InPieces):
     def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
         pairs = zip(vectors, self.columns, strict=True)
         scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
-        lengths = gradients.norm(dim=1) if self._measure is None else self._measure(gradients)
+        lengths = gradients.norm(dim=1) if self.measure is None else self.measure(gradients)
         return Products(torch.as_tensor(np.asarray(rows)), scores, lengths if norms else None)
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,6 @@ PACKAGES = (
     "numpy",
     "safetensors",
     "pyarrow",
-    "bm25s",
 )
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Numbers, Options, Patterns, ReadingSettings
+from vestige.settings._shared import Damping, Numbers, Options, Patterns, ReadingSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 
@@ -15,7 +15,14 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(ReadingSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
-    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options", "index", "checkpoints", "checkpoint_weights")
+    repeatable: ClassVar[tuple[str, ...]] = (
+        "queries",
+        "options",
+        "index",
+        "checkpoints",
+        "checkpoint_weights",
+        "damping",
+    )
     index: Any = Field(None, description="Folder of an index made by `vestige index`.")
     model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
@@ -39,8 +46,11 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
-    damping: PositiveFloat = Field(
-        1.0, description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one."
+    damping: Damping = Field(
+        1.0,
+        description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one. Several, "
+        "such as 0.01,0.1,1, or sweep (0.001 to 100) are scored in one pass by influence, ekfac, kfac and datainf: the "
+        "run is at the one closest to 1, the others are runs in OUT/damping-X.",
     )
     query_rank: PositiveInt | None = Field(
         None,
@@ -63,6 +73,11 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
     seed: int = Field(0, description="Seed of every random choice.")
     profile: bool = Field(False, description="Measure where the time goes: a table, and profile.json in the run.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
+
+    @property
+    def swept(self) -> bool:
+        """Whether several dampings were given."""
+        return isinstance(self.damping, tuple)
 
     @model_validator(mode="after")
     def _index_or_data(self) -> Self:

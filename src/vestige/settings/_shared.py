@@ -1,5 +1,6 @@
 """Settings that several verbs share: how text becomes tokens, and what is attributed to."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,32 @@ def _number_or_several(value: Any) -> Any:
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_number_or_several)]
 
 
+SWEPT_DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+"""The values that `sweep` stands for: below, float32 matrices lose their digits; above, curvature has no effect."""
+
+
+def _one_or_several_dampings(value: Any) -> Any:
+    """A number, or several in ascending order: of a list, of words such as "0.01,0.1,1", or of `sweep`."""
+    if value == "sweep":
+        return SWEPT_DAMPING
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        numbers = sorted({float(word) for word in words})
+    except (TypeError, ValueError):
+        raise ValueError("a number, several such as 0.01,0.1,1, or sweep") from None
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise ValueError("a damping above zero")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+Damping = Annotated[Any, BeforeValidator(_one_or_several_dampings)]
+"""A float, or a tuple of several."""
+
+
+SPREAD_DEVICES = ("balanced", "balanced_low_0", "sequential")
+"""Ways of spreading a model's layers over all GPUs, as accelerate names them."""
+
+
 class ReadingSettings(Settings):
     """How text becomes tokens, and where and how the model runs."""
 
@@ -63,7 +90,11 @@ class ReadingSettings(Settings):
         None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
-    device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
+    device: str = Field(
+        "auto",
+        description="Where the model runs: auto, cpu, cuda, cuda:1 or mps; a model larger than one GPU on all of them: "
+        "balanced, balanced_low_0 or sequential.",
+    )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
 
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.index.synthetic import build, build_slowly, compute, hashes
+from tests.index.synthetic import build, build_slowly, compute, hashes, work_of
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, PieceFailed, SpecError, UserError
 from vestige.files import _host
-from vestige.index import Index, IndexedComponent, PlanRecord, index_status
+from vestige.index import Index, IndexedComponent, PlanRecord, index_status, prepare_index
 from vestige.index._shards import marker_path, shard_path
 
 EXAMPLES = 400
@@ -231,6 +231,17 @@ def test_interruption_leaves_finished_shards_and_says_how_to_go_on(tmp_path, cap
     assert f"{status.total - 3} of {status.total} pieces missing. Run the same command again" in message
     assert not list(tmp_path.rglob("*.tmp.*"))
     assert min(build(tmp_path)) == 3
+
+
+def test_a_shard_that_another_process_finishes_during_the_preparation_stays_done(tmp_path, monkeypatch):
+    build(tmp_path)
+    marker = tmp_path / "shards" / "00002.json"
+    kept = marker.read_bytes()
+    marker.unlink()
+    work = work_of(tmp_path)
+    monkeypatch.setattr("vestige.index._run.check_disk", lambda *_: marker.write_bytes(kept))
+    assert prepare_index(work) == [2]
+    assert work.is_done(2)
 
 
 def test_a_bad_example_is_named_and_earlier_shards_stay(tmp_path):

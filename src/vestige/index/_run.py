@@ -58,8 +58,9 @@ def prepare_index(work: IndexPlan) -> list[int]:
     publish_manifest(folder, manifest)
     write_examples(folder, manifest, work.examples, work.plan.lengths)
     for number in missing:
-        # A marker may vouch for a file of the right size and the wrong content.
-        if work.is_done(number):
+        # A marker may vouch for a file of the right size and the wrong content. Others may be at work already: what was
+        # missing a moment ago is looked at again, or their finished shard would be forgotten.
+        if work.is_done(number) and shard_fault(folder, number, expected[number], contents=True):
             remove_durably(marker_path(folder, number))
     return missing
 

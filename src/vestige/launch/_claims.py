@@ -17,10 +17,11 @@ from typing import NamedTuple, final
 from vestige.files import write_durably
 from vestige.launch._identity import Worker, is_alive, this_worker
 
-HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 60.0
+STALE_SECONDS = float(os.environ.get("VESTIGE_STALE_SECONDS", "60"))
 """A claim from another host that was not touched for so long is free. Longer than any pause of a living process's
-heartbeat thread, including a network disk that is slow to show it."""
+heartbeat thread, including a network disk that is slow to show it. Where disks are slower, set VESTIGE_STALE_SECONDS in
+the environment, to the same for all."""
+HEARTBEAT_SECONDS = STALE_SECONDS / 12
 
 
 class Owner(NamedTuple):

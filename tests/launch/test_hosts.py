@@ -1,0 +1,53 @@
+"""Two hosts: the ranks of torchrun on both share an index, and a host that dies is not waited for for ever."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.index.synthetic import hashes
+from tests.launch import hosts
+from tests.launch.toy import ToyPlan
+from tests.workshop import furnish, write_rows
+from vestige.launch._record import JobFolder
+from vestige.settings import LaunchSettings
+
+
+@pytest.mark.slow
+def test_two_hosts_under_torchrun_make_the_bytes_of_one_process(tmp_path):
+    furnish(tmp_path)
+    rows = [{"id": f"e{n}", "prompt": f"What is {n}?", "completion": f"{n} is {n % 7}."} for n in range(300)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    program = ["-m", "vestige.cli", "index", "--model", str(tmp_path / "tiny-model"), "--compress", "tensorsketch:16"]
+    program += ["--data", str(tmp_path / "train.jsonl"), "--out"]
+    with hosts.two_hosts(tmp_path) as both:
+        ranks = hosts.torchrun(both, [*program, str(tmp_path / "two")])
+        assert [rank.wait(180) for rank in ranks] == [0, 0]
+    job = JobFolder.of(tmp_path / "two", "Indexing")
+    assert {entry.host.rsplit("-", 1)[0] for entry in job.journal()} == {host.name for host in both}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *program, str(tmp_path / "one")], env=environment, check=True)
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+
+
+def test_the_piece_of_a_host_that_died_is_done_by_the_other_when_no_heartbeat_comes(tmp_path):
+    plan = ToyPlan(tmp_path / "out", pieces=4, seconds=1.0, steps=10)
+    soon = {"VESTIGE_STALE_SECONDS": "3"}
+    with hosts.two_hosts(tmp_path) as (first, second):
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        dying = first.start(plan.command(LaunchSettings()), soon, **options)
+        job = JobFolder.of(plan.folder, plan.name)
+        while not job.claims.held():
+            assert dying.poll() is None
+            time.sleep(0.05)
+        hosts.kill(dying)
+        ((piece, owner),) = job.claims.held().items()
+        assert owner.worker.host.rsplit("-", 1)[0] == first.name
+        started = time.monotonic()
+        other = second.start(plan.command(LaunchSettings()), soon, **options)
+        assert other.wait(60) == 0
+    assert (plan.folder / "result.txt").read_text() == plan.expected()
+    assert time.monotonic() - started > 3
+    assert plan.computed().count(int(piece)) == 2

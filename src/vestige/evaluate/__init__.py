@@ -2,6 +2,8 @@
 
 from vestige.evaluate._families import PUBLISHED as PUBLISHED
 from vestige.evaluate._families import Family as Family
+from vestige.evaluate._figures import Mark as Mark
+from vestige.evaluate._figures import interval_figure as interval_figure
 from vestige.evaluate._group_measure import Agreement as Agreement
 from vestige.evaluate._group_measure import Effects as Effects
 from vestige.evaluate._group_measure import agreement as agreement
@@ -11,6 +13,7 @@ from vestige.evaluate._lds_measure import Ceiling as Ceiling
 from vestige.evaluate._lds_measure import Lds as Lds
 from vestige.evaluate._lds_measure import ceiling as ceiling
 from vestige.evaluate._lds_measure import datamodeling_score as datamodeling_score
+from vestige.evaluate._lds_measure import held_out_choice as held_out_choice
 from vestige.evaluate._measures import Quality as Quality
 from vestige.evaluate._measures import quality as quality
 from vestige.evaluate._mislabel import mislabel as mislabel

@@ -10,7 +10,8 @@ from vestige.errors import DataError, SpecError
 
 BLOCK = 500
 """Directions that are drawn together; the automatic number is a multiple."""
-_ROWS = 256
+_VALUES = 2**17
+"""Examples times directions in memory at once; more would leave the processor's cache."""
 _FLOOR = 1e-6
 """Smallest deviation of a class along a direction, over the deviation of everything: no density is infinite."""
 _LOWEST, _CHANGE = 0.05, 0.05
@@ -144,8 +145,9 @@ def _sliced(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first:
 
 def _pointwise(states: np.ndarray, codes: np.ndarray, slices: _Slices) -> Iterator[Float[np.ndarray, "row direction"]]:
     """Pointwise information of each example along each direction, some rows at a time."""
-    for begin in range(0, len(states), _ROWS):
-        rows = slice(begin, begin + _ROWS)
+    count = max(1, _VALUES // slices.directions.shape[1])
+    for begin in range(0, len(states), count):
+        rows = slice(begin, begin + count)
         along = states[rows] @ slices.directions
         own, whole = np.empty_like(along), np.full_like(along, -np.inf)
         for code, prior in enumerate(slices.log_priors):

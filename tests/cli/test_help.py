@@ -16,6 +16,8 @@ from vestige.settings import (
     PreconditionSettings,
     ReportSettings,
     StatusSettings,
+    StudySettings,
+    UntracSettings,
     ViewSettings,
     flag,
 )
@@ -26,6 +28,8 @@ SETTINGS = {
     "precondition": PreconditionSettings,
     "bank": BankSettings,
     "attribute": AttributeSettings,
+    "untrac": UntracSettings,
+    "study": StudySettings,
     "report": ReportSettings,
     "view": ViewSettings,
     "status": StatusSettings,

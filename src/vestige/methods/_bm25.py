@@ -88,6 +88,8 @@ class _Corpus(NamedTuple):
     """Words of each example."""
     counts: sparse.csr_matrix
     """How often each word of the queries occurs in each example, [example, word]."""
+    words: int
+    """Different words of the queries."""
 
 
 def _read(examples: Iterable[Example], vocabulary: dict[str, int]) -> _Corpus:
@@ -108,12 +110,12 @@ def _read(examples: Iterable[Example], vocabulary: dict[str, int]) -> _Corpus:
         )
     stored = (np.array(part) for part in (counts, columns, ends))
     matrix = sparse.csr_matrix(tuple(stored), shape=(len(lengths), len(vocabulary)))
-    return _Corpus(np.array(lengths), matrix)
+    return _Corpus(np.array(lengths), matrix, len(vocabulary))
 
 
 def _weights(corpus: _Corpus, rows: slice) -> sparse.csr_matrix:
     """BM25 weight of each word of the queries in some examples, float32 [example, word]."""
-    holding = np.bincount(corpus.counts.indices, minlength=np.shape(corpus.counts)[1])
+    holding = np.bincount(corpus.counts.indices, minlength=corpus.words)
     rarity = np.log1p((len(corpus.lengths) - holding + 0.5) / (holding + 0.5))
     counts = corpus.counts[rows]
     often = counts.data.astype(np.float64)

@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -87,12 +88,30 @@ def start(folder: Path) -> Cluster:
     cluster = Cluster(folder)
     _check(["slurmctld", "-i"], cluster)
     for node in range(1, NODES + 1):
-        _check(["slurmd", "-N", f"n{node}"], cluster)
-    deadline = time.monotonic() + 30
-    while ask(cluster, "sinfo", "-hN", "-p", "main", "-o", "%t").split() != ["idle"] * NODES:
-        assert time.monotonic() < deadline, (folder / "log" / "slurmctld.log").read_text()[-2000:]
-        time.sleep(0.1)
+        start_node(cluster, f"n{node}")
+    wait_until_idle(cluster)
     return cluster
+
+
+def start_node(cluster: Cluster, node: str) -> None:
+    _check(["slurmd", "-N", node], cluster)
+
+
+def wait_until_idle(cluster: Cluster, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while ask(cluster, "sinfo", "-hN", "-p", "main", "-o", "%t").split() != ["idle"] * NODES:
+        assert time.monotonic() < deadline, (cluster.folder / "log" / "slurmctld.log").read_text()[-2000:]
+        time.sleep(0.1)
+
+
+def kill_node(cluster: Cluster, node: str) -> None:
+    """`kill -9` of the node's slurmd alone; what it started lives on."""
+    os.kill(int((cluster.folder / "run" / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+
+
+def node_of(cluster: Cluster, job: str) -> str:
+    """The node that a task of an array runs on."""
+    return ask(cluster, "squeue", "-h", "-j", job, "-o", "%N").strip()
 
 
 def stop(cluster: Cluster) -> None:

@@ -3,15 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.index.synthetic import hashes
 from tests.launch import slurm
 from tests.launch.toy import ToyPlan
-from tests.workshop import furnish, write_rows
 from vestige.errors import PieceFailed, UserError, WorkElsewhere
 from vestige.launch import _scheduler as scheduler
 from vestige.launch._record import JobFolder
@@ -66,27 +63,6 @@ def test_a_job_that_hits_its_time_limit_is_queued_again_and_goes_on(on_slurm, tm
     assert said.count("stopped by signal 10") >= 1
     # Only the piece in flight is begun again, once for each stop.
     assert len(plan.computed()) <= 20 + said.count("stopped by signal 10")
-
-
-@pytest.mark.slow
-def test_an_index_of_1000_examples_survives_its_tasks_and_has_the_bytes_of_one_process(on_slurm, tmp_path):
-    furnish(tmp_path)
-    rows = [{"id": f"e{n}", "prompt": f"What is {n}?", "completion": f"{n} is {n % 7}."} for n in range(1000)]
-    write_rows(tmp_path / "train.jsonl", rows)
-    alone = [sys.executable, "-m", "vestige.cli", "index", "--model", str(tmp_path / "tiny-model")]
-    alone += ["--data", str(tmp_path / "train.jsonl"), "--compress", "tensorsketch:16"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VESTIGE_QUIET": "1"}
-    subprocess.run([*alone, "--out", str(tmp_path / "one")], check=True, env=environment)
-    many = [*alone, "--out", str(tmp_path / "many"), "--engine", "slurm", "--workers", "8"]
-    with subprocess.Popen(many, env=environment) as driver:
-        job = JobFolder.of(tmp_path / "many", "Indexing")
-        _wait_for(lambda: len(job.read_job().get("jobs", [])) == 2)
-        array = job.read_job()["jobs"][0]
-        slurm.ask(on_slurm, "scancel", f"{array}_6")
-        _wait_for(lambda: job.claims.held())
-        os.kill(next(iter(job.claims.held().values())).worker.pid, signal.SIGKILL)
-        assert driver.wait(200) == 0
-    assert hashes(tmp_path / "many") == hashes(tmp_path / "one")
 
 
 @pytest.mark.parametrize(

@@ -44,4 +44,5 @@ class CompressingSink:
         """Adds the compressed gradients of `examples` from both reduced factors."""
         with timed("compression"):
             compressed = combine(self.compressors[component], left, right)
-            self.gradients[examples, self.columns[component]] += compressed
+            # Of a model on several devices, each component is compressed on its own.
+            self.gradients[examples, self.columns[component]] += compressed.to(self.gradients.device)

@@ -1,5 +1,6 @@
 """The loss of each example, normalised inside that example, with logits only where a label asks for them."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -116,6 +117,9 @@ class CausalLoss:
         hidden = _backbone(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         head = model.get_submodule(path)
         assert isinstance(head, nn.Linear)
+        # Of a model on several devices, the head may be on another one than the last layer and the tokens.
+        device = head.weight.device
+        hidden, targets = hidden.to(device), _Targets(*(tensor.to(device) for tensor in targets))
         return _HeadLoss.apply(hidden, head.weight, head.bias, targets, head_tap)  # type: ignore[no-any-return]
 
 
@@ -151,6 +155,9 @@ def _backbone(model: nn.Module) -> nn.Module:
 def _find_plain_head(model: nn.Module) -> str | None:
     """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
     causal = _causal(model)
+    # Weights that are spread over processes are gathered by the forward of the whole model, not by that of its parts.
+    if _is_sharded(model):
+        return None
     embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
     if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal:
         return None
@@ -160,12 +167,19 @@ def _find_plain_head(model: nn.Module) -> str | None:
     with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
         hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
-        split = torch.nn.functional.linear(hidden, embeddings.weight, embeddings.bias).float()
+        hidden = hidden.to(embeddings.weight.device)
+        split = torch.nn.functional.linear(hidden, embeddings.weight, embeddings.bias).float().to(whole.device)
     # A model of NaN is left to the loss to report: it names the examples.
     tolerance = 1e-3 * float(whole.abs().nan_to_num(0.0).max())
     if whole.shape != split.shape or not torch.allclose(whole, split, 1e-3, tolerance, equal_nan=True):
         return None
     return next(path for path, module in model.named_modules() if module is embeddings)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied; the import takes a second, and who has sharded has it behind him."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class GradientSink:
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the gradient matrix."""
-        self.gradients[component][examples] += materialise(left, right).to(self.gradients[component].dtype)
+        self.gradients[component][examples] += materialise(left, right).to(self.gradients[component])
 
 
 class DotSink:
@@ -65,7 +65,7 @@ class DotSink:
         count = len(right)
         batch = Gradients(count, self._shapes[component], (Piece(slice(0, count), left, right),))
         found = self._held[component].products(batch)
-        self.scores[component, :, examples] += found.T.to(self.scores.dtype)
+        self.scores[component, :, examples] += found.T.to(self.scores)
 
 
 class KeepingSink:

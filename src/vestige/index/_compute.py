@@ -30,7 +30,12 @@ class CompressedGradients:
     ) -> None:
         self._device = next(loaded.model.parameters()).device
         shared = scope == "model"
-        compressors = [spec.build(part.name, part.shape, seed, self._device, shared=shared) for part in components]
+        places = [loaded.model.get_submodule(part.uses[0].module) for part in components]
+        devices = [next((one.device for one in place.parameters()), self._device) for place in places]
+        compressors = [
+            spec.build(part.name, part.shape, seed, device, shared=shared)
+            for part, device in zip(components, devices, strict=True)
+        ]
         self._sink = CompressingSink(compressors, [part.start for part in columns], max(part.stop for part in columns))
         self._pass = GradientPass(loaded.model, components, CausalLoss(loss))
 

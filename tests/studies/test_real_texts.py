@@ -71,6 +71,7 @@ def test_domains_measure_every_method_for_both_sizes(tmp_path, monkeypatch):
     assert found["equal"] == common
     assert found["unequal"] == common | {"UnTrac x size", "UnTrac-Inv x size"}
     for part in ("equal", "unequal"):
+        assert (tmp_path / "domains" / f"{part}.png").stat().st_size > 1000
         details = report.details[part]
         assert details["tests"] == ["toxic", "biased", "truthful"]
         assert np.array(details["truth"]).shape == (1, 3, 8)

@@ -13,6 +13,8 @@ import numpy as np
 
 from vestige.bank import Bank, bank
 from vestige.errors import DataError
+from vestige.evaluate import Mark, interval_figure
+from vestige.files import write_durably
 from vestige.methods import attribute
 from vestige.models import Recipe
 from vestige.runs import Scores, is_run
@@ -34,6 +36,7 @@ from vestige.unlearn import untrac
 
 UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
 SUMMED = {"GradDot": "grad-dot", "GradCos": "grad-cos", "TracIn": "tracin", "BM25": "bm25", "random": "random"}
+OPPONENTS = ("BM25", "random")
 _OWN_SEED = 1_000
 """Of the first model that is asked; those of the bank are drawn from hashes."""
 
@@ -84,6 +87,7 @@ def domains(settings: StudySettings) -> Outcome:
         ceiling = truth_agreement(truths)
         rows += [(part, "truth of another seed", ceiling, "", "", "", "")]
         rows += sorted((_row(part, name, each) for name, each in found.items()), key=lambda row: -row[2])
+        _draw(settings.out, part, found, ceiling)
         difference = found["UnTrac-Inv"].pearson.value - found["GradDot"].pearson.value
         gates.append(Gate(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference, ">=", 0.0))
         details[part] = axes | {
@@ -100,6 +104,13 @@ def domains(settings: StudySettings) -> Outcome:
 def _row(part: str, name: str, found: Agreement) -> tuple[Any, ...]:
     both = [(each.value, f"{each.low:.2f} … {each.high:.2f}") for each in (found.pearson, found.spearman)]
     return part, name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
+
+
+def _draw(out: Path, part: str, found: dict[str, Agreement], ceiling: float) -> None:
+    marks = [Mark(name, each.pearson, name in OPPONENTS) for name, each in found.items()]
+    label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
+    for name, content in interval_figure(part, marks, label, lines={"seed against seed": ceiling}).items():
+        write_durably(out / name, [content])
 
 
 def _measured(

@@ -71,10 +71,6 @@ Damping = Annotated[Any, BeforeValidator(_one_or_several_dampings)]
 """A float, or a tuple of several."""
 
 
-SPREAD_DEVICES = ("balanced", "balanced_low_0", "sequential")
-"""Ways of spreading a model's layers over all GPUs, as accelerate names them."""
-
-
 class ReadingSettings(Settings):
     """How text becomes tokens, and where and how the model runs."""
 
@@ -90,11 +86,7 @@ class ReadingSettings(Settings):
         None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
-    device: str = Field(
-        "auto",
-        description="Where the model runs: auto, cpu, cuda, cuda:1 or mps; a model larger than one GPU on all of them: "
-        "balanced, balanced_low_0 or sequential.",
-    )
+    device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
 
 

@@ -187,9 +187,7 @@ class _Groups:
         codes = {name: code for code, name in enumerate(self._names)}
         group = (codes[name] for name in named)
         self._group = np.fromiter(group, dtype=np.int32, count=len(named)) if codes else None
-        self._sizes = (
-            np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
-        )
+        self._sizes = np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))
 

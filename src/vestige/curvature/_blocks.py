@@ -11,6 +11,9 @@ from vestige.models import Component
 
 BlockKind = Literal["matrix", "vector", "diagonal"]
 
+_LINEAR_MAPS = {"linear", "conv1d", "experts", "router"}
+"""Layers whose factors are output gradients and inputs, token by token; an expert's are those of its own tokens."""
+
 
 class Block(NamedTuple):
     """Components that are preconditioned together.
@@ -57,8 +60,7 @@ def find_blocks(components: Sequence[Component]) -> tuple[Block, ...]:
 
 
 def _kind(component: Component) -> BlockKind:
-    kinds = {(use.kind, use.role) for use in component.uses}
-    if kinds <= {("linear", "weight"), ("conv1d", "weight")}:
+    if component.shape[1] > 1 and {use.kind for use in component.uses} <= _LINEAR_MAPS:
         return "matrix"
     # The inputs of an embedding are one-hot: their covariance has a row for every word of the vocabulary.
     return "vector" if component.shape[1] == 1 else "diagonal"

@@ -24,7 +24,7 @@ from vestige.errors import CorruptFile, DataError
         (["index", "--model", "m", "--data", "d", "--out", "o", "--max-length", "0"], "expected greater than 0"),
         (["attribute", "--queries", "q", "--out", "o"], "Neither `index` nor `data` was given"),
         (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--data", "d"], "an index holds its data"),
-        (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--damping", "-1"], "expected a damping above zero"),
+        (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--damping", "-1"], "a damping above zero"),
         (["report"], "`run` is missing"),
         (["view", "run", "--port", "99999"], "less than or equal to 65535"),
         (["status", "nowhere"], "nowhere is neither an index nor a run"),

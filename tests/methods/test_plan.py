@@ -11,8 +11,9 @@ import pytest
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import WorkElsewhere
+from vestige.methods import _exact_gradients as exact
+from vestige.methods import _indexed_gradients as indexed
 from vestige.methods import _plan as plan
-from vestige.methods import _stores as stores
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.methods", "pandas", "tests.workshop", "transformers.models.llama"])
@@ -42,11 +43,11 @@ class small_pieces:  # noqa: N801 (used like a function)
     """Every shard, or every batch, is a piece; fsync is what most of the time would go to."""
 
     def __enter__(self):
-        self.before = stores.INDEX_PIECE_BYTES, stores.PIECE_TOKENS
-        stores.INDEX_PIECE_BYTES, stores.PIECE_TOKENS = 1, (300, 300)
+        self.before = indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS
+        indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS = 1, (300, 300)
 
     def __exit__(self, *_):
-        stores.INDEX_PIECE_BYTES, stores.PIECE_TOKENS = self.before
+        indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS = self.before
 
 
 def with_index(place, out, **changes):

@@ -17,11 +17,11 @@ if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.curvature import _fit
     from vestige.index import Index
-    from vestige.methods import _stores
+    from vestige.methods import _exact_gradients
     torch.set_num_threads(1)
     groups = Index.shard_groups
     Index.shard_groups = lambda self, most: groups(self, 1)
-    _stores.PIECE_TOKENS, _fit.PIECE_TOKENS = (300, 300), 300
+    _exact_gradients.PIECE_TOKENS, _fit.PIECE_TOKENS = (300, 300), 300
 """
 """Every shard, or every few batches, is a piece: what a process does before all else, workers too."""
 MODEL = ("--model", "tiny-model", "--data", "train.jsonl", "--token-budget", "60")

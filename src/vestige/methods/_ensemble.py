@@ -22,10 +22,12 @@ from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder
 from vestige.index import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint, Weighting
+from vestige.methods._exact_gradients import ExactGradients, gradients_fit
+from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import Prepared
 from vestige.methods._protocol import ComponentBlock, Job
-from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, gradients_fit
+from vestige.methods._stores import GradientStore
 from vestige.models import load_model, select_components
 from vestige.progress import announce
 from vestige.runs import ScoreBlock

@@ -14,10 +14,11 @@ from vestige.data import TokenizedData
 from vestige.errors import UserError
 from vestige.index import batch_tokens
 from vestige.launch import worker_command
+from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job
-from vestige.methods._stores import ExactGradients, Vectors
+from vestige.methods._stores import Vectors
 from vestige.progress import format_bytes
 from vestige.runs import ScoreBlock
 

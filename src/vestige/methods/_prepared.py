@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import ComponentBlock, Job
-from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, Vectors
+from vestige.methods._stores import GradientStore, Vectors
 from vestige.runs import ScoreBlock
 
 Made = TypeVar("Made")

@@ -11,8 +11,9 @@ from torch import Tensor
 from vestige.curvature import CurvatureKind, CurvatureProduct, absolute_damping
 from vestige.errors import SpecError
 from vestige.index import batch_tokens
+from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._protocol import Job
-from vestige.methods._stores import ExactGradients, Vectors
+from vestige.methods._stores import Vectors
 from vestige.models import Component
 
 

@@ -22,9 +22,10 @@ from vestige.gradients import CausalLoss
 from vestige.index import Index, batch_tokens
 from vestige.methods._checkpoints import Checkpoint, Weighting, with_equal_sum
 from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
+from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
-from vestige.methods._stores import IndexedGradients, Vectors
+from vestige.methods._stores import Vectors
 from vestige.progress import progress
 from vestige.runs import Meaning
 

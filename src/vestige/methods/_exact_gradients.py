@@ -1,0 +1,183 @@
+"""Gradients of the training data from the model itself: whole, formed while it runs, nothing stored."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.gradients import (
+    BothSinks,
+    CausalLoss,
+    DotSink,
+    GradientPass,
+    Gradients,
+    GradientSink,
+    LowRank,
+    NormSink,
+    low_rank,
+    matrices_of,
+)
+from vestige.index import batch_tokens
+from vestige.methods._protocol import Job
+from vestige.methods._stores import InPieces, Products, Vectors
+from vestige.models import LoadedModel
+from vestige.progress import announce, format_bytes
+
+EXACT_SHARE = 0.4
+"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
+PIECE_TOKENS = (2**16, 2**20)
+"""Tokens in one piece of work without an index: a 64th of the data, within these bounds."""
+
+
+class ExactGradients(InPieces):
+    """Whole gradients, formed while the model runs over the training data once; nothing is stored."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._loaded: LoadedModel = job.model_for(job.settings.method)
+        self.device = next(self._loaded.model.parameters()).device
+        self._budget = batch_tokens(job.settings, self._loaded)
+        self._objective = CausalLoss(job.settings.loss)
+        self._shortened: tuple[Vectors, list[Gradients]] | None = None
+
+    @cached_property
+    def _groups(self) -> list[list[np.ndarray]]:
+        """Consecutive batches of the training data, group by group."""
+        lengths = self._job.train.lengths
+        fewest, most = PIECE_TOKENS
+        wanted = min(max(int(lengths.sum()) // 64, fewest), most)
+        groups: list[list[np.ndarray]] = [[]]
+        size = 0
+        for batch in plan_batches(lengths, self._budget):
+            if size >= wanted:
+                groups.append([])
+                size = 0
+            groups[-1].append(batch)
+            size += int(lengths[batch].sum())
+        return groups
+
+    @property
+    def pieces(self) -> int:
+        """Groups of batches."""
+        return len(self._groups)
+
+    @property
+    def identity(self) -> str:
+        """Model, data, components, loss, number format and batches."""
+        parts = [[part.name, *part.shape] for part in self._job.components]
+        model, train = self._loaded, self._job.train
+        dtype = next(model.model.parameters()).dtype
+        return f"model {model.fingerprint} {train.fingerprint} {parts} {self._job.settings.loss} {dtype} {self._budget}"
+
+    def piece_rows(self, piece: int) -> int:
+        """Examples of the piece's batches."""
+        return sum(map(len, self._groups[piece]))
+
+    def rows_of(self, piece: int) -> Int[np.ndarray, "row"]:
+        """Which examples these are."""
+        return np.concatenate(self._groups[piece])
+
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Whole gradients of the queries: `queries * parameters` numbers."""
+        components = self._job.components
+        gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
+        sink = GradientSink(components)
+        with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
+            for row in range(len(data)):
+                sink.begin(1, self.device)
+                gradient_pass.run(make_batch(data, [row]).to(self.device), sink)
+                for stored, gradient in zip(gradients, sink.gradients, strict=True):
+                    stored[row] = gradient.flatten()
+        return gradients
+
+    def piece_scores(
+        self, piece: int, vectors: Vectors, *, norms: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """One forward and backward pass over the piece's batches."""
+        for part in self._streamed(vectors, self._groups[piece], norms):
+            yield part.rows, part.scores.sum(0), part.norms
+
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """A pass over just these rows."""
+        wanted = np.asarray(rows)
+        batches = [wanted[batch] for batch in plan_batches(self._job.train.lengths[wanted], self._budget)]
+        parts = list(self._streamed(vectors, batches, norms))
+        order = torch.argsort(torch.cat([part.rows for part in parts]))
+        place = torch.argsort(torch.argsort(torch.as_tensor(np.asarray(rows)), stable=True), stable=True)
+        lengths = torch.cat([part.norms for part in parts if part.norms is not None]) if norms else None
+        return Products(
+            torch.as_tensor(np.asarray(rows)),
+            torch.cat([part.scores for part in parts], dim=2)[:, :, order][:, :, place],
+            None if lengths is None else lengths[order][place],
+        )
+
+    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """The same: nothing is stored."""
+        return self.products(vectors, rows, norms=norms)
+
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Exact squared norms by ghost products, no gradient kept."""
+        data, sink = self._job.train, NormSink(self._job.components)
+        with GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass:
+            for batch in self._groups[piece]:
+                sink.begin(len(batch))
+                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
+                yield torch.as_tensor(batch), sink.finish().sum(0).cpu()
+
+    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
+        """The query's own matrices, of `query_rank` where one was asked for."""
+        one = slice(query, query + 1)
+        matrices = self._matrices(vectors)
+        return [(part[one] if isinstance(part, Tensor) else matrices_of(part, one))[0] for part in matrices]
+
+    def _matrices(self, vectors: Vectors) -> Sequence[Tensor | Gradients]:
+        """The vectors as matrices; with `query_rank`, the closest of that rank, made once for the same vectors."""
+        pairs = zip(vectors, self._job.components, strict=True)
+        shaped, rank = [vector.view(-1, *part.shape) for vector, part in pairs], self._job.settings.query_rank
+        if rank is None:
+            return shaped
+        if self._shortened is None or self._shortened[0] is not vectors:
+            found = [low_rank(matrices, rank) for matrices in shaped]
+            if self._shortened is None:
+                _announce_kept(rank, shaped, found)
+            self._shortened = (vectors, [one.gradients for one in found])
+        return self._shortened[1]
+
+    def _streamed(self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool) -> Iterator[Products]:
+        """Products of the rows of some batches."""
+        data, components = self._job.train, self._job.components
+        dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
+        sink = BothSinks(dot, norm) if norms else dot
+        with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
+            for batch in batches:
+                dot.begin(len(batch))
+                norm.begin(len(batch))
+                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
+                lengths = norm.finish().sum(0).sqrt().cpu() if norms else None
+                yield Products(torch.as_tensor(batch), dot.scores.cpu(), lengths)
+
+
+def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
+    """Say how much of the queries is left."""
+    squared = torch.stack([part.double().flatten(1).square().sum(1) for part in matrices])
+    kept = (squared * torch.stack([one.kept.double() for one in found])).sum(0) / squared.sum(0).clamp(min=1e-300)
+    announce(f"Rank {rank} keeps {float(kept.min()):.2%} of the squared length of the queries' vectors, or more.")
+
+
+def gradients_fit(job: Job) -> bool:
+    """Whether the queries' whole gradients fit into memory; says so if they do not."""
+    assert job.selection is not None
+    size = 4 * len(job.queries) * job.selection.selected_parameters
+    available = psutil.virtual_memory().available
+    if size <= EXACT_SHARE * available:
+        return True
+    announce(
+        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
+        "free memory: they are compressed instead."
+    )
+    return False

@@ -22,14 +22,20 @@ def test_two_hosts_under_torchrun_make_the_bytes_of_one_process(tmp_path):
     write_rows(tmp_path / "train.jsonl", rows)
     program = ["-m", "vestige.cli", "index", "--model", str(tmp_path / "tiny-model"), "--compress", "tensorsketch:16"]
     program += ["--data", str(tmp_path / "train.jsonl"), "--out"]
-    with hosts.two_hosts(tmp_path) as both:
-        ranks = hosts.torchrun(both, [*program, str(tmp_path / "two")])
-        assert [rank.wait(180) for rank in ranks] == [0, 0]
-    job = JobFolder.of(tmp_path / "two", "Indexing")
-    assert {entry.host.rsplit("-", 1)[0] for entry in job.journal()} == {host.name for host in both}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *program, str(tmp_path / "one")], env=environment, check=True)
-    assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+    expected, worked = hashes(tmp_path / "one"), set()
+    with hosts.two_hosts(tmp_path) as both:
+        # A host that starts late may find nothing left: the bytes are compared every time, until both had a part.
+        for attempt in range(3):
+            out = tmp_path / f"two-{attempt}"
+            ranks = hosts.torchrun(both, [*program, str(out)])
+            assert [rank.wait(180) for rank in ranks] == [0, 0]
+            assert hashes(out) == expected
+            worked = {entry.host.rsplit("-", 1)[0] for entry in JobFolder.of(out, "Indexing").journal()}
+            if len(worked) == 2:
+                break
+        assert worked == {host.name for host in both}
 
 
 def test_the_piece_of_a_host_that_died_is_done_by_the_other_when_no_heartbeat_comes(tmp_path):

@@ -79,7 +79,8 @@ def test_two_workers_give_the_bytes_of_one_process_from_index_to_scores(place):
     assert len(one.manifest.shard_rows) > 4
     assert one.fingerprint == two.fingerprint
     assert fisher_path(one).read_bytes() == fisher_path(two).read_bytes()
-    assert len(journals(place / "two", "curvature")) == len(journals(place / "two", "indexing")) == 2
+    # A worker that starts late may find nothing left; tests/launch see to it that both of two workers take pieces.
+    assert {len(journals(place / "two", phase)) for phase in ("curvature", "indexing")} <= {1, 2}
     rows = sorted(path.name for path in (place / "one-rows").glob("*.safetensors"))
     assert len(rows) > 4
     assert all((place / "one-rows" / name).read_bytes() == (place / "two-rows" / name).read_bytes() for name in rows)

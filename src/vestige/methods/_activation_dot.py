@@ -15,6 +15,7 @@ from vestige.errors import ModelError, SpecError
 from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._registry import method
+from vestige.models import Component
 from vestige.runs import Meaning, ScoreBlock
 
 
@@ -85,7 +86,7 @@ class ActivationDot:
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
         loaded, taps = job.model_for(self.name), _taps(job)
-        with _tapped(loaded.model, taps, self.pooling) as outputs:
+        with tapped(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
             for batch in batches(job, loaded, data, rows):
                 outputs.begin(batch)
@@ -94,37 +95,50 @@ class ActivationDot:
                 yield batch.rows.cpu(), outputs.collected()
 
 
-class _Tap(NamedTuple):
+class Tap(NamedTuple):
+    """A module whose output is pooled."""
+
     module: str
     component: str
     """The component that the module's output is booked under."""
 
 
-def _taps(job: Job) -> list[_Tap]:
+def taps_of(components: Sequence[Component]) -> list[Tap]:
     """One tap per module that holds a selected component, in the order of the components."""
     owners: dict[str, str] = {}
-    for component in job.components:
+    for component in components:
         for use in component.uses:
             owners.setdefault(use.module, component.name)
-    if not owners:
+    return [Tap(module, component) for module, component in owners.items()]
+
+
+def _taps(job: Job) -> list[Tap]:
+    taps = taps_of(job.components)
+    if not taps:
         raise SpecError("The method `activation-dot` has no modules to compare: no component is selected.")
-    return [_Tap(module, component) for module, component in owners.items()]
+    return taps
 
 
-class _PooledOutputs:
+class PooledOutputs:
     """Pools every tapped output the moment it is known, so that no activation outlives its layer."""
 
-    def __init__(self, taps: Sequence[_Tap], pooling: Pooling) -> None:
+    def __init__(self, taps: Sequence[Tap], pooling: Pooling) -> None:
         self._taps = taps
         self._pooling: Pooling = pooling
         self._labels = torch.empty(0, 0)
         self._sums: list[Tensor | None] = []
 
     def begin(self, batch: Batch) -> None:
+        """Start a batch."""
         self._labels = batch.labels
         self._sums = [None] * len(self._taps)
 
     def collected(self) -> list[Tensor]:
+        """The pooled outputs of the batch, `[example, width]` for each tap.
+
+        Raises:
+            ModelError: a module did not run.
+        """
         missing = [tap.module for tap, found in zip(self._taps, self._sums, strict=True) if found is None]
         if missing:
             raise ModelError(
@@ -134,9 +148,11 @@ class _PooledOutputs:
         return [found for found in self._sums if found is not None]
 
     def hook(self, number: int) -> Callable[..., None]:
+        """What pools the output of one tap's module; it hangs on to no graph."""
+
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            found = pooled(_by_example(states, *self._labels.shape), self._labels, self._pooling)
+            found = pooled(_by_example(states.detach(), *self._labels.shape), self._labels, self._pooling)
             known = self._sums[number]
             # A module that runs twice in one pass (shared layers) has the sum of its outputs.
             self._sums[number] = found if known is None else known + found
@@ -152,8 +168,9 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 
 
 @contextmanager
-def _tapped(model: nn.Module, taps: Sequence[_Tap], pooling: Pooling) -> Iterator[_PooledOutputs]:
-    outputs = _PooledOutputs(taps, pooling)
+def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
+    """Outputs that are pooled while the context lasts."""
+    outputs = PooledOutputs(taps, pooling)
     handles = [
         model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
     ]
@@ -172,7 +189,7 @@ def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compo
     return ComponentBlock(distinct, merged)
 
 
-def _shortest_forward(model: nn.Module, taps: Sequence[_Tap]) -> nn.Module:
+def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
     """The backbone if every tapped module is in it: logits of a large vocabulary are most of a small model's work."""
     shorter = backbone(model)
     inside = set(shorter.modules())

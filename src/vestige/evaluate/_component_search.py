@@ -1,0 +1,175 @@
+"""Which components suffice: greedy paths over sets of components, chosen on some queries and judged on others.
+
+A path takes the component that helps most, again and again. All candidates for a step are tried at once from running
+sums of products and norms, so a path over hundreds of components takes seconds.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vestige.evaluate._component_products import ComponentProducts, Objective, agreement, cosines, credit
+from vestige.evaluate._statistics import Estimate, interval
+
+BLOCK_NUMBERS = 2**21
+"""Most similarities formed at once."""
+_TIED = 1e-12
+
+
+class Path(NamedTuple):
+    """Components in the order in which they were taken, and the objective after each."""
+
+    order: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def best(self, enough: float | None = None) -> tuple[int, ...]:
+        """The shortest beginning with the highest value, or the first that reaches `enough`."""
+        if not self.order:
+            return ()
+        values = np.array(self.values)
+        reached = values >= (values.max() - _TIED if enough is None else min(enough, values.max()) - _TIED)
+        return self.order[: int(np.argmax(reached)) + 1]
+
+
+class HeldOut(NamedTuple):
+    """What sets chosen on some queries are worth on the others; every query was held out once."""
+
+    chosen: tuple[tuple[int, ...], ...]
+    """The set of each fold."""
+    train: float
+    """Mean of the objective on the queries that the sets were chosen on."""
+    credit: Float[np.ndarray, " query"]
+    """Whether each query's best candidate was right, with the set of the fold that left it out."""
+    cosine: Float[np.ndarray, "query candidate"]
+    """Similarities with that set."""
+
+
+def greedy_path(
+    products: ComponentProducts,
+    right: Bool[np.ndarray, "query candidate"],
+    objective: Objective,
+    *,
+    longest: int | None = None,
+) -> Path:
+    """The path for top-1 accuracy, or for agreement with the full gradient.
+
+    Of components that help equally the one with the fewest parameters is taken, then the first: no order of a set or of
+    the data decides.
+    """
+    count = len(products.names)
+    preferred = np.argsort(products.parameters, kind="stable")
+    sums = [part.astype(np.float64)[0] * 0 for part in (products.values, products.query, products.example)]
+    full = products.cosine()
+    left, order, values = list(preferred), list[int](), list[float]()
+    for _ in range(min(longest or count, count)):
+        found = np.concatenate(
+            [_tried(products, part, sums, right, full, objective) for part in _parts(products, left)]
+        )
+        place = int(np.argmax(found >= found.max() - _TIED))
+        taken = int(left.pop(place))
+        for total, part in zip(sums, (products.values, products.query, products.example), strict=True):
+            total += part[taken]
+        order.append(taken)
+        values.append(float(found[place]))
+    return Path(tuple(order), tuple(values))
+
+
+def _parts(products: ComponentProducts, left: Sequence[int]) -> list[np.ndarray]:
+    step = max(1, BLOCK_NUMBERS // max(products.rows.size, 1))
+    return [np.array(left[start : start + step]) for start in range(0, len(left), step)]
+
+
+def _tried(
+    products: ComponentProducts,
+    part: Int[np.ndarray, " set"],
+    sums: Sequence[np.ndarray],
+    right: Bool[np.ndarray, "query candidate"],
+    full: Float[np.ndarray, "query candidate"],
+    objective: Objective,
+) -> Float[np.ndarray, " set"]:
+    """The objective of what was taken with each of these components."""
+    values, query, example = (
+        total + own[part] for total, own in zip(sums, (products.values, products.query, products.example), strict=True)
+    )
+    found = cosines(values, query, example, products.rows)
+    if objective == "accuracy":
+        return credit(found, right, products.listed).mean(-1)
+    return agreement(found, full, products.listed)
+
+
+def held_out(
+    products: ComponentProducts,
+    right: Bool[np.ndarray, "query candidate"],
+    objective: Objective,
+    groups: Int[np.ndarray, " query"],
+    *,
+    folds: int,
+    seed: int,
+    longest: int | None = None,
+    enough: float | None = None,
+) -> HeldOut:
+    """Cross-validation: the set is chosen without a fold's queries, and judged on them.
+
+    Queries of one group (paraphrases of one original) are always in the same fold, or a set would be judged on what it
+    was chosen by.
+    """
+    fold_of = folds_of(groups, folds, seed)
+    listed = products.listed
+    found = HeldOut((), 0.0, np.zeros(len(groups)), np.zeros(products.rows.shape))
+    chosen, train = list[tuple[int, ...]](), list[float]()
+    for fold in range(fold_of.max() + 1):
+        inside, outside = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        path = greedy_path(products.of(inside), right[inside], objective, longest=longest)
+        chosen.append(path.best(enough))
+        train.append(path.values[len(chosen[-1]) - 1])
+        found.cosine[outside] = products.of(outside).cosine(chosen[-1])
+        found.credit[outside] = credit(found.cosine[outside], right[outside], listed[outside])
+    return found._replace(chosen=tuple(chosen), train=float(np.mean(train)))
+
+
+def folds_of(groups: Int[np.ndarray, " query"], folds: int, seed: int) -> Int[np.ndarray, " query"]:
+    """A random fold for each query, whole groups together; as many as there are groups, at most."""
+    names, group = np.unique(groups, return_inverse=True)
+    random = np.random.default_rng(seed)
+    fold = random.permutation(np.arange(len(names)) % min(folds, len(names)))
+    return fold[group]
+
+
+def grouped_estimate(
+    values: Float[np.ndarray, " query"], groups: Int[np.ndarray, " query"], draws: int, seed: int
+) -> Estimate:
+    """Mean with a bootstrap interval over groups, not over queries: paraphrases of one original are not independent."""
+    _, group = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(group, values), np.bincount(group)
+    value = float(values.mean())
+    if len(counts) < 2:
+        return Estimate(value, float("nan"), float("nan"))
+    picked = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
+    return interval(value, sums[picked].sum(1) / counts[picked].sum(1))
+
+
+def agreement_estimate(
+    scores: Float[np.ndarray, "query candidate"],
+    full: Float[np.ndarray, "query candidate"],
+    listed: Bool[np.ndarray, "query candidate"],
+    groups: Int[np.ndarray, " query"],
+    draws: int,
+    seed: int,
+    *,
+    centred: bool = False,
+) -> Estimate:
+    """Agreement with a bootstrap interval over groups of queries."""
+    value = float(agreement(scores, full, listed, centred=centred))
+    _, group = np.unique(groups, return_inverse=True)
+    if centred:
+        counts = np.maximum(listed.sum(1, keepdims=True), 1)
+        scores, full = (each - (each * listed).sum(1, keepdims=True) / counts for each in (scores, full))
+    first, second = scores * listed, full * listed
+    parts = [np.bincount(group, row.sum(1)) for row in (first * second, first**2, second**2)]
+    if len(parts[0]) < 2:
+        return Estimate(value, float("nan"), float("nan"))
+    picked = np.random.default_rng(seed).integers(len(parts[0]), size=(draws, len(parts[0])))
+    both, one, other = (part[picked].sum(1) for part in parts)
+    return interval(value, both / np.maximum(np.sqrt(one * other), 1e-300))

@@ -14,7 +14,7 @@ class StudySettings(LaunchSettings):
     """What `vestige study` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
-    name: str = Field(description="Which experiment: untrac-miniature, digits, text-lds or domains.")
+    name: str = Field(description="Which experiment: untrac-miniature, digits, text-lds, domains or memorization-planted.")
     out: Path = Field(
         description="Folder for models, runs, study.json and the table; an interrupted study goes on there."
     )

@@ -8,7 +8,13 @@ from vestige.files import make_folder, write_durably
 from vestige.settings import StudySettings, verb
 
 # Importing a study's module is what registers it.
-from vestige.studies import _digits, _domains, _text_lds, _untrac_miniature  # noqa: F401
+from vestige.studies import (  # noqa: F401
+    _digits,
+    _domains,
+    _memorization_planted,
+    _text_lds,
+    _untrac_miniature,
+)
 from vestige.studies._registry import StudyReport, find_study
 
 _RECORD = "study.json"

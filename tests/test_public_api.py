@@ -8,6 +8,7 @@ import pytest
 import vestige
 from vestige.settings import (
     EVALUATIONS,
+    PREPARATIONS,
     AttributeSettings,
     BankSettings,
     DoctorSettings,
@@ -34,6 +35,7 @@ PUBLIC = [
     "import_published",
     "index",
     "precondition",
+    "prepare",
     "report",
     "study",
     "untrac",
@@ -83,6 +85,12 @@ def test_an_evaluation_takes_in_python_what_it_takes_on_the_command_line(kind):
     assert set(parameters) == set(EVALUATIONS[kind].model_fields)
 
 
+@pytest.mark.parametrize("kind", PREPARATIONS)
+def test_data_is_made_in_python_with_what_the_command_line_takes(kind):
+    parameters = inspect.signature(getattr(vestige.prepare, kind.replace("-", "_"))).parameters
+    assert set(parameters) == set(PREPARATIONS[kind].model_fields)
+
+
 def test_a_verb_stays_callable_after_its_room_was_imported():
     code = "from vestige.report import view\nimport vestige\nvestige.report('nowhere')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -95,7 +103,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
 
 
 def test_the_fields_of_settings_have_types_and_descriptions():
-    for settings in [*VERBS.values(), *EVALUATIONS.values()]:
+    for settings in [*VERBS.values(), *EVALUATIONS.values(), *PREPARATIONS.values()]:
         hints = get_type_hints(settings)
         for name, field in settings.model_fields.items():
             assert name in hints

@@ -8,6 +8,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     bank                                       models trained on parts of the data; bank.bank_of for any model
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
+    prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
     Index, Scores, Bank                        what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate
+    from vestige import prepare as prepare
     from vestige.bank import Bank as Bank
     from vestige.bank import bank as bank
     from vestige.curvature import precondition as precondition
@@ -48,6 +50,7 @@ __all__ = [
     "import_published",
     "index",
     "precondition",
+    "prepare",
     "report",
     "study",
     "untrac",
@@ -72,7 +75,7 @@ _HOMES = {
     "view": "vestige.report",
 }
 
-_ROOMS = ("evaluate",)
+_ROOMS = ("evaluate", "prepare")
 """Public names that are rooms: what they hold is called, not they."""
 
 

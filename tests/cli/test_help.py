@@ -3,9 +3,10 @@ import sys
 
 import pytest
 
-from vestige.cli._app import VERBS, build_app
+from vestige.cli._app import GROUPS, VERBS, build_app
 from vestige.settings import (
     EVALUATIONS,
+    PREPARATIONS,
     AttributeSettings,
     BankSettings,
     CancelSettings,
@@ -38,7 +39,9 @@ SETTINGS = {
     "import": ImportSettings,
 }
 
-KINDS = {f"evaluate {kind}": settings for kind, settings in EVALUATIONS.items()}
+KINDS = {f"evaluate {kind}": settings for kind, settings in EVALUATIONS.items()} | {
+    f"data {kind}": settings for kind, settings in PREPARATIONS.items()
+}
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "sklearn", "matplotlib")
 
@@ -49,6 +52,7 @@ QUICK = [
     ["indx"],
     ["index", "--modle", "x"],
     ["evaluate", "sketch", "--help"],
+    ["data", "paraphrase", "--help"],
 ]
 
 NOTHING_HEAVY = f"""
@@ -100,7 +104,7 @@ def test_help_of_a_verb_names_every_setting_with_its_meaning(verb, vestige, monk
 
 
 def test_every_verb_has_settings_here():
-    assert list(SETTINGS) == [verb for verb in VERBS if verb != "evaluate"]
+    assert list(SETTINGS) == [verb for verb in VERBS if verb not in GROUPS]
     assert {name for name in build_app() if not name.startswith("-")} == set(VERBS)
 
 

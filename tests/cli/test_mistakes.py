@@ -26,6 +26,8 @@ from vestige.errors import CorruptFile, DataError
         (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--data", "d"], "an index holds its data"),
         (["attribute", "--queries", "q", "--out", "o", "--index", "i", "--damping", "-1"], "a damping above zero"),
         (["report"], "`run` is missing"),
+        (["data", "parafrase"], "There is no kind of data 'parafrase'. Did you mean 'paraphrase'?"),
+        (["evaluate", "scetch"], "There is no evaluation 'scetch'. Did you mean 'sketch'?"),
         (["view", "run", "--port", "99999"], "less than or equal to 65535"),
         (["status", "nowhere"], "nowhere is neither an index nor a run"),
     ],

@@ -10,7 +10,7 @@ from keyword import iskeyword
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from vestige.errors import UserError, WorkElsewhere
-from vestige.settings import EVALUATIONS
+from vestige.settings import EVALUATIONS, PREPARATIONS
 
 VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
@@ -21,6 +21,7 @@ VERBS = {
     "untrac": "Rank training sources or examples by unlearning.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "study": "Replay a published experiment.",
+    "data": "Make data: paraphrases of rows and a model's answers to them.",
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
     "status": "Say how far an index or a run is, and what is in it.",
@@ -29,6 +30,9 @@ VERBS = {
     "import": "Turn gradients or scores that other software has published into an index or a run.",
 }
 """Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
+
+GROUPS = {"evaluate": ("evaluation", EVALUATIONS), "data": ("kind of data", PREPARATIONS)}
+"""The verbs that another word must follow, what that word is called, and which there are."""
 
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says when it is the disk, not we, that has to change."""
@@ -92,9 +96,9 @@ def _parse_error(error: CycloptsError) -> str:
         message = f"Not understood: {' '.join(error.unused_tokens or ())}. A value needs its flag before it."
     elif isinstance(error, UnknownCommandError):
         # The parser's own message would import every verb, and torch with it.
-        word, known = (error.unused_tokens or [""])[0], list(EVALUATIONS if error.command_chain else VERBS)
-        close = get_close_matches(word, known, n=1)
-        what = "evaluation" if error.command_chain else "verb"
+        what, known = GROUPS[error.command_chain[0]] if error.command_chain else ("verb", VERBS)
+        word = (error.unused_tokens or [""])[0]
+        close = get_close_matches(word, list(known), n=1)
         message = f"There is no {what} {word!r}. " + (
             f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
         )

@@ -11,6 +11,8 @@ from vestige.settings._base import Settings as Settings
 from vestige.settings._base import flag as flag
 from vestige.settings._base import nearest as nearest
 from vestige.settings._base import parse_bytes as parse_bytes
+from vestige.settings._data import PREPARATIONS as PREPARATIONS
+from vestige.settings._data_paraphrase import ParaphraseSettings as ParaphraseSettings
 from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
 from vestige.settings._evaluate_scores import LdsSettings as LdsSettings
 from vestige.settings._evaluate_scores import MislabelSettings as MislabelSettings
@@ -26,6 +28,7 @@ from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
+from vestige.settings._preparation import PreparationSettings as PreparationSettings
 from vestige.settings._results import CancelSettings as CancelSettings
 from vestige.settings._results import ExportFormat as ExportFormat
 from vestige.settings._results import ExportSettings as ExportSettings

@@ -62,7 +62,7 @@ class Settings(BaseModel):
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
-        words = ["vestige", verb]
+        words = ["vestige", *verb.split()]
         for name, value in self.record().items():
             field = type(self).model_fields[name]
             if not field.is_required() and getattr(self, name) == field.default:

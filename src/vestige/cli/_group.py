@@ -1,0 +1,40 @@
+"""A verb that is a group, `vestige evaluate WHAT`: a command for every row of a table of settings."""
+
+from collections.abc import Mapping
+from importlib import import_module
+
+from cyclopts import App
+
+from vestige.cli._command import Run, command
+from vestige.settings import Settings
+
+_FILE_WIDTH = 160
+
+
+def group(verb: str, room: str, kinds: Mapping[str, type[Settings]], help_text: str) -> App:
+    """A command for each of `kinds`, which calls the function of that name in `vestige.<room>` and prints its result.
+
+    Args:
+        verb: The word after `vestige`.
+        room: Where the functions live; imported when one is called.
+        kinds: Settings by the word after the verb; their docstring is the command's help.
+        help_text: What all of them do.
+    """
+    app = App(name=verb, help=help_text)
+    for kind, settings in kinds.items():
+        run = _run(room, kind)
+        run.__name__, run.__doc__, run.__module__ = kind.replace("-", "_"), settings.__doc__, __name__
+        app.command(command(settings)(run), name=kind)
+    return app
+
+
+def _run(room: str, kind: str) -> Run:
+    def run(settings: Settings) -> None:
+        from rich.console import Console
+
+        result = getattr(import_module(f"vestige.{room}"), kind.replace("-", "_"))(**settings.arguments())
+        console = Console()
+        # A file or a pipe has no width, and a table that is folded into 80 columns cannot be read.
+        Console(width=console.width if console.is_terminal else _FILE_WIDTH, soft_wrap=True).print(result)
+
+    return run

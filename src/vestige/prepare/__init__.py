@@ -1,0 +1,11 @@
+"""Data made from data: rows in other words, each with the id of the row that it came from."""
+
+from vestige.prepare._paraphrase import paraphrase as paraphrase
+from vestige.prepare._problems import PROBLEMS as PROBLEMS
+from vestige.prepare._problems import problem_of as problem_of
+from vestige.prepare._rules import paraphrase_by_rules as paraphrase_by_rules
+from vestige.prepare._write import Prepared as Prepared
+from vestige.prepare._write import check_same_result as check_same_result
+from vestige.prepare._write import fingerprint_of as fingerprint_of
+from vestige.prepare._write import row_of as row_of
+from vestige.prepare._write import write_prepared as write_prepared

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaModel, T5Config, T5Model
@@ -10,7 +11,8 @@ from transformers import BertConfig, BertModel, LlamaModel, T5Config, T5Model
 from tests.architectures import CAUSAL, build
 from vestige.errors import ModelError
 from vestige.models import load_model
-from vestige.models._transformers import quiet_transformers
+from vestige.models._load import DEVICE_MAPS
+from vestige.models._transformers import _require_all_weights, quiet_transformers
 
 IDS = torch.tensor([[5, 9, 2, 30, 7]])
 
@@ -29,6 +31,31 @@ def test_a_folder_gives_the_saved_model_frozen_and_in_evaluation_mode(saved, nam
     assert loaded.context_length == 32
     assert loaded.tokenizer is not None
     assert loaded.tokenizer("ab").input_ids == [3, 4]
+
+
+@pytest.mark.parametrize("device", DEVICE_MAPS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_whose_layers_are_spread_is_the_model(saved, name, device):
+    """Over the devices that there are: the CPU where tests run without a GPU."""
+    loaded = load_model(saved(name), device=device)
+    assert torch.equal(logits(loaded.model).cpu(), logits(build(name, torch.float32)))
+
+
+def test_an_adapter_over_a_spread_model(saved, tmp_path):
+    folder = adapter(saved, tmp_path / "adapter")
+    there, here = load_model(folder, device="balanced"), load_model(folder, device="cpu")
+    assert torch.equal(logits(there.model).cpu(), logits(here.model))
+
+
+def test_weights_that_no_gpu_has_room_for_are_named(saved, tmp_path):
+    away = cpu_offload(build("llama", torch.float32), offload_buffers=False)
+    with pytest.raises(ModelError, match=r"do not fit on the GPUs .* Take more GPUs"):
+        _require_all_weights(away, [], tmp_path)
+
+
+def test_a_live_module_is_not_spread():
+    with pytest.raises(ModelError, match="stays where it is"):
+        load_model(build("gpt2", torch.float32), device="balanced")
 
 
 def test_name_is_what_was_given(saved):

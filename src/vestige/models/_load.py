@@ -28,6 +28,8 @@ _DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+"""Ways to spread the layers of a model over several GPUs, by the names that accelerate gives them."""
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
@@ -47,7 +49,8 @@ def load_model(
         tokenizer: A live tokenizer or a folder with one; by default the one that lies beside the weights.
         precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
-            module stays where it is.
+            module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
+            that this process sees.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; says what to type.
@@ -59,9 +62,11 @@ def load_model(
     given_tokenizer = _given_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
         _check_live(model, dtype)
+        if device in DEVICE_MAPS:
+            raise ModelError(f"device={device!r} is for models that are loaded; a live module stays where it is.")
         module = model if device == "auto" else model.to(_device(device))
         return _frozen(module, given_tokenizer, type(model).__name__)
-    module, own_tokenizer = _read(model, dtype, _device(device))
+    module, own_tokenizer = _read(model, dtype, str(device) if device in DEVICE_MAPS else _device(device))
     return _frozen(module, given_tokenizer or own_tokenizer, str(model))
 
 
@@ -75,7 +80,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def _read(
-    model: str | Path, dtype: torch.dtype | None, device: torch.device
+    model: str | Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     source = find_source(model)
     if source.kind == "adapter":
@@ -85,7 +90,7 @@ def _read(
 
 
 def _read_adapter(
-    folder: Path, dtype: torch.dtype | None, device: torch.device
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     from peft import PeftModel
 
@@ -167,7 +172,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"device={device!r} is not a device; type cpu, cuda or cuda:1.") from error
+        raise ModelError(f"device={device!r} is not a device; type cpu, cuda, cuda:1 or balanced.") from error
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")

@@ -1,7 +1,7 @@
 """Reads causal language models and tokenizers that transformers saved, and refuses what would be partly random."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,19 +42,21 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> "PreTrainedModel":
+def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> "PreTrainedModel":
     """The causal language model saved in `folder`, with every weight read from there.
 
     Args:
         folder: Holds config.json and the weights.
         dtype: None takes the checkpoint's own, except that half precision becomes float32 on a CPU: CPUs are
-            slow
-            at it, and gradients lose digits for nothing.
-        device: Where the model is put.
+            slow at it, and gradients lose digits for nothing.
+        device: Where the model is put; a word is a way to spread its layers, as accelerate names it.
 
     Raises:
-        ModelError: It does not load, has no causal head, or lacks weights (which would be drawn at random).
+        ModelError: It does not load, has no causal head, lacks weights (which would be drawn at random), or is larger
+            than all GPUs together.
     """
+    spread = isinstance(device, str)
+    on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -64,23 +66,33 @@ def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device) ->
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype or _own_dtype(config, device),
+                dtype=dtype or _own_dtype(config, on_cpu=on_cpu),
+                device_map=device if spread else None,
                 output_loading_info=True,
                 local_files_only=True,
             )
         except LOADING_ERRORS as error:
             raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
+    _require_all_weights(model, info["missing_keys"], folder)
+    if dtype is None and on_cpu and next(model.parameters()).dtype in _HALF:
+        model = model.float()
+    return model if spread else model.to(device)
+
+
+def _require_all_weights(model: Any, missing: Iterable[str], folder: Path) -> None:
+    if missing := sorted(missing):
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; they "
             "would be drawn at random. Give a checkpoint that was saved from a model with its causal "
             "(next-token) head."
         )
-    if dtype is None and device.type == "cpu" and next(model.parameters()).dtype in _HALF:
-        model = model.float()
-    return model.to(device)
+    # Where the GPUs are too small, accelerate leaves weights on the CPU or on the disk and fetches them for each pass.
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ModelError(
+            f"{folder}: {len(absent)} weights, such as {absent[0]}, do not fit on the GPUs that PyTorch sees here. "
+            "Take more GPUs, or --precision bfloat16."
+        )
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
@@ -100,10 +112,10 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
             raise ModelError(f"The tokenizer in {folder} does not load: {short(error)}") from error
 
 
-def _own_dtype(config: Any, device: torch.device) -> torch.dtype | str:
+def _own_dtype(config: Any, *, on_cpu: bool) -> torch.dtype | str:
     if config.dtype is None:
         return "auto"
-    return torch.float32 if device.type == "cpu" and config.dtype in _HALF else config.dtype
+    return torch.float32 if on_cpu and config.dtype in _HALF else config.dtype
 
 
 def _check_causal(config: Any, folder: Path) -> None:
@@ -113,8 +125,8 @@ def _check_causal(config: Any, folder: Path) -> None:
             f"{folder} holds a {kind!r} model, which predicts no next token. Vestige needs a causal "
             "(decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
         )
-    # transformers gives encoders a causal head on request; without is_decoder their attention still looks
-    # ahead.
+    # transformers gives encoders a causal head on request; without is_decoder their attention still
+    # looks ahead.
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise ModelError(
             f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "

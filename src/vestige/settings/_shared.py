@@ -86,7 +86,11 @@ class ReadingSettings(Settings):
         None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
-    device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
+    device: str = Field(
+        "auto",
+        description="Where the model runs: auto, cpu, cuda, cuda:1, mps; or balanced, balanced_low_0, sequential, "
+        "which spread its layers over all GPUs of a process.",
+    )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
 
 

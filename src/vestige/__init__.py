@@ -6,6 +6,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     report, view, doctor
     untrac, study                              unlearning as attribution; published experiments
     bank                                       models trained on parts of the data; bank.bank_of for any model
+    select                                     which examples to train on
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vestige.report import report as report
     from vestige.report import view as view
     from vestige.runs import Scores as Scores
+    from vestige.select import select as select
     from vestige.studies import study as study
     from vestige.unlearn import untrac as untrac
 
@@ -52,6 +54,7 @@ __all__ = [
     "precondition",
     "prepare",
     "report",
+    "select",
     "study",
     "untrac",
     "view",
@@ -70,6 +73,7 @@ _HOMES = {
     "index": "vestige.index",
     "precondition": "vestige.curvature",
     "report": "vestige.report",
+    "select": "vestige.select",
     "study": "vestige.studies",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",

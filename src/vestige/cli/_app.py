@@ -19,6 +19,7 @@ VERBS = {
     "bank": "Train many models on parts of the data: the truth that scores are judged by.",
     "attribute": "Rank the training examples behind an answer.",
     "untrac": "Rank training sources or examples by unlearning.",
+    "select": "Choose which examples to train on.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "study": "Replay a published experiment.",
     "data": "Make data: paraphrases of rows and a model's answers to them.",

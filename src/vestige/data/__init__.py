@@ -4,7 +4,7 @@ from vestige.data._batches import CutBatches, cut_batches, make_batch, plan_batc
 from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
-from vestige.data._load import load_examples, load_queries
+from vestige.data._load import load_examples, load_queries, load_records
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
 from vestige.data._tokenize import tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
@@ -25,6 +25,7 @@ __all__ = [
     "forget_tokens",
     "load_examples",
     "load_queries",
+    "load_records",
     "make_batch",
     "plan_batches",
     "record_of",

@@ -180,3 +180,20 @@ def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> No
     fitting += [column for column in ("text",) if column in present]
     if len(fitting) > 1 and "input_ids" not in example.extra:
         announce(f"{name}: rows hold {' and '.join(fitting)}; {fitting[0]} is used. Drop its columns to use another.")
+
+
+def load_records(source: Any, *, limit: int | None = None) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Every row of a training data source with its columns as they stand there; nothing is kept.
+
+    Args:
+        source: As for `load_examples`.
+        limit: Read at most this many rows.
+
+    Raises:
+        DataError: As for `load_examples`.
+    """
+    opened = open_source(source, None)
+    for numbered in number_records(opened, limit):
+        value = parsed(numbered.record).value
+        example = example_of(opened.name, Numbered(numbered.row, Record(value, numbered.record.line)), is_query=False)
+        yield example, {"text": value} if isinstance(value, str) else dict(value)

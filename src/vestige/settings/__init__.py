@@ -39,6 +39,7 @@ from vestige.settings._results import ReportSettings as ReportSettings
 from vestige.settings._results import RunFormat as RunFormat
 from vestige.settings._results import StatusSettings as StatusSettings
 from vestige.settings._results import ViewSettings as ViewSettings
+from vestige.settings._select import SelectSettings as SelectSettings
 from vestige.settings._shared import SHARED_COMPRESSION as SHARED_COMPRESSION
 from vestige.settings._shared import CompressionSettings as CompressionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings

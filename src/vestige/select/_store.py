@@ -1,0 +1,233 @@
+"""A selection on disk: the chosen rows, the reasons, and the record of how they came about."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from rich.console import Console, Group
+from rich.table import Table
+
+from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.files import is_temporary, make_folder, remove_strays, sha256_of, write_durably
+
+FORMAT = 1
+RECORD, DATA, REASONS = "selection.json", "selected.jsonl", "selected.parquet"
+_SHOWN = 10
+
+_SCHEMA = pa.schema(
+    [
+        ("rank", pa.int64()),
+        ("example_id", pa.string()),
+        ("row", pa.int64()),
+        ("score", pa.float64()),
+        ("target", pa.string()),
+        ("reason", pa.string()),
+        ("source", pa.string()),
+        ("tokens", pa.int64()),
+        ("replaces", pa.list_(pa.string())),
+        ("cosines", pa.list_(pa.float64())),
+    ]
+)
+
+
+@dataclass
+class Choice:
+    """One chosen example, and why."""
+
+    rank: int
+    """From 1, in the order in which examples were taken."""
+    example_id: str
+    row: int
+    """In the data that was chosen from."""
+    score: float | None
+    """What the strategy went by; None where it went by none."""
+    target: str | None
+    """The query or target that chose it."""
+    reason: str
+    source: str | None = None
+    tokens: int | None = None
+    replaces: list[str] = field(default_factory=list)
+    """Ids of the later examples that were left out because their gradients are like this one's."""
+    cosines: list[float] = field(default_factory=list)
+    """Of those gradients with this one's."""
+
+
+class Wanted(NamedTuple):
+    """What a selection follows from."""
+
+    identity: dict[str, Any]
+    """Every setting and the digest of every input, JSON terms."""
+    config: dict[str, Any]
+    command: str
+
+
+@final
+class SelectedData:
+    """A selection: the chosen examples in the order in which they were taken, with reasons.
+
+    `data` is the file to train on; its rows are in the order of the data that was chosen from.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "SelectedData":
+        """The selection in a folder.
+
+        Raises:
+            UserError: There is none, or a newer Vestige made it.
+            CorruptFile: Its files are not what was written.
+        """
+        folder = Path(folder)
+        record = read_record(folder)
+        if record is None:
+            raise UserError(f"{folder} is no selection: it has no {RECORD}. Make one with `vestige select`.")
+        if not _is_whole(folder, record):
+            raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
+        return cls(folder, record)
+
+    @property
+    def data(self) -> Path:
+        """The chosen rows as JSON lines, with all their columns."""
+        return self.folder / DATA
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """Every chosen example with its reasons."""
+        return [Choice(**row) for row in parquet.read_table(self.folder / REASONS).to_pylist()]
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the chosen examples, in the order in which they were taken."""
+        return [choice.example_id for choice in self.choices]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said about it."""
+        return self.record["notes"]
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Group:
+        table = Table()
+        for name in ("rank", "example", "score", "reason", "replaces"):
+            table.add_column(name, justify="right" if name in ("rank", "score") else "left")
+        for choice in self.choices[:_SHOWN]:
+            score = "" if choice.score is None else f"{choice.score:.4g}"
+            table.add_row(str(choice.rank), choice.example_id, score, choice.reason, ", ".join(choice.replaces[:3]))
+        more = [f"... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
+        return Group(self.record["title"], table, *more, *self.notes, str(self.data))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The content of `selection.json`, None if there is none.
+
+    Raises:
+        UserError: It does not read, or a newer Vestige made it.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete the folder, or type --overwrite.") from error
+    if record.get("format") != FORMAT:
+        raise UserError(f"{path} has format {record.get('format')}; this version of Vestige reads {FORMAT}.")
+    return record
+
+
+def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
+    """The selection in the folder if it is the wanted one and whole; None if it is still to be made.
+
+    Raises:
+        IndexMismatch: Another selection is there; nothing was changed.
+        UserError: The folder holds other files.
+    """
+    record = read_record(folder)
+    if record is None:
+        _require_no_others(folder)
+        return None
+    old, new = record["identity"], wanted.identity
+    if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+        lines = [f"  {name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in names]
+        raise IndexMismatch(
+            "\n".join([f"{folder} holds another selection; nothing was changed.", *lines])
+            + "\nGive another --out, or replace it with --overwrite."
+        )
+    return SelectedData(folder, record) if _is_whole(folder, record) else None
+
+
+def remove_selection(folder: Path) -> None:
+    """The selection in `folder` is gone, for `--overwrite`.
+
+    Raises:
+        UserError: The folder holds files that are not a selection's.
+    """
+    _require_no_others(folder)
+    # The record first: what is left after a kill no longer counts.
+    for name in (RECORD, DATA, REASONS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_selection(
+    folder: Path, wanted: Wanted, lines: Any, choices: Sequence[Choice], about: dict[str, Any]
+) -> SelectedData:
+    """The selection on disk; its record is written last, so that without one nothing counts."""
+    make_folder(folder)
+    remove_strays(folder)
+    sink = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
+    written = {
+        DATA: write_durably(folder / DATA, lines),
+        REASONS: write_durably(folder / REASONS, [sink.getbuffer()]),
+    }
+    record = {
+        "format": FORMAT,
+        **about,
+        "command": wanted.command,
+        "config": wanted.config,
+        "identity": wanted.identity,
+        "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()},
+    }
+    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
+    return SelectedData(folder, record)
+
+
+def digest_of(words: Sequence[str]) -> str:
+    """Sixteen hexadecimal digits that tell a list of words from others."""
+    return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:16]
+
+
+def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
+    files = record["files"]
+    return all((folder / name).is_file() and sha256_of(folder / name) == files[name]["sha256"] for name in files)
+
+
+def _require_no_others(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
+    found = folder.iterdir() if folder.is_dir() else ()
+    others = sorted(path.name for path in found if path.name not in (RECORD, DATA, REASONS) and not is_temporary(path))
+    if others:
+        raise UserError(f"{folder} holds other files ({', '.join(others[:3])}). Give a new or empty folder as --out.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,6 +19,7 @@ from vestige.settings import (
     ReportSettings,
     SelectSettings,
     StudySettings,
+    SweepSettings,
     UntracSettings,
     ViewSettings,
 )
@@ -40,6 +41,7 @@ PUBLIC = [
     "report",
     "select",
     "study",
+    "sweep",
     "untrac",
     "view",
 ]
@@ -55,6 +57,7 @@ VERBS = {
     "report": ReportSettings,
     "select": SelectSettings,
     "study": StudySettings,
+    "sweep": SweepSettings,
     "untrac": UntracSettings,
     "view": ViewSettings,
 }

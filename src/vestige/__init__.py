@@ -5,6 +5,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
     untrac, study                              unlearning as attribution; published experiments
+    sweep                                      one verb over a grid of settings
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
     export, import_published                   to and from formats of other software
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from vestige.runs import Scores as Scores
     from vestige.select import select as select
     from vestige.studies import study as study
+    from vestige.sweep import sweep as sweep
     from vestige.unlearn import untrac as untrac
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "report",
     "select",
     "study",
+    "sweep",
     "untrac",
     "view",
 ]
@@ -75,6 +78,7 @@ _HOMES = {
     "report": "vestige.report",
     "select": "vestige.select",
     "study": "vestige.studies",
+    "sweep": "vestige.sweep",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",
 }

@@ -138,7 +138,8 @@ def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as display:
+    # The terminal itself: what a unit of work prints may go to a file of its own meanwhile.
+    with RichProgress(*columns, console=Console(file=sys.stderr)) as display:
         task = display.add_task(label, total=total, rate="")
 
         class Bar:

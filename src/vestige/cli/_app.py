@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "study": "Replay a published experiment.",
     "data": "Make data: paraphrases of rows and a model's answers to them.",
+    "sweep": "Run a verb over a grid of settings.",
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
     "status": "Say how far an index or a run is, and what is in it.",

@@ -17,7 +17,7 @@ SHOWN_IDS = 20
 
 @command(StatusSettings)
 def status(settings: StatusSettings) -> None:
-    """Say how far an index or a run is, and what is in it.
+    """Say how far an index, a run or a sweep is, and what is in it.
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
@@ -33,14 +33,17 @@ def describe(folder: Path) -> str:
     """What is in the folder, and how its jobs are.
 
     Raises:
-        UserError: Neither an index, nor a run, nor the beginning of one.
+        UserError: Neither an index, nor a run, nor a sweep, nor the beginning of one.
     """
     from vestige.index import read_manifest
     from vestige.launch import job_statuses
     from vestige.runs import is_run
+    from vestige.sweep import is_sweep, sweep_report
 
     parts = []
-    if is_run(folder):
+    if is_sweep(folder):
+        parts.append(str(sweep_report(folder)))
+    elif is_run(folder):
         parts.append(describe_run(folder))
     elif read_manifest(folder) is not None:
         parts.append(describe_index(folder))
@@ -48,7 +51,7 @@ def describe(folder: Path) -> str:
     if not parts:
         raise UserError(
             f"{folder} is neither an index nor a run. Give the folder that `vestige index` or "
-            "`vestige attribute` got as --out."
+            "`vestige attribute` got as --out, or that of a sweep."
         )
     return "\n".join(parts)
 

@@ -12,7 +12,7 @@ from vestige.launch._loop import Meter, Worker
 from vestige.launch._record import JobFolder
 from vestige.launch._role import Role, this_role
 from vestige.launch._slurm import reduce_job, requeue_unless_cancelled, work_on_slurm
-from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
+from vestige.launch._stop import Stopped, is_kept, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
 from vestige.settings import LaunchSettings
 
@@ -89,6 +89,7 @@ def serve(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, role: R
     except Stopped:
         number = stop_signal() or 0
         print(f"stopped by signal {number} after {len(worker.computed)} pieces", flush=True)
-        requeue_unless_cancelled(number, job, worker.stopped_in, progressed=bool(worker.computed))
+        progressed = bool(worker.computed) or is_kept()
+        requeue_unless_cancelled(number, job, worker.stopped_in, progressed=progressed)
         raise SystemExit(128 + number) from None
     raise SystemExit(0)

@@ -21,9 +21,12 @@ class _State:
     """What a piece that is being computed may say and must hear; one for the process, as signals are."""
 
     def __init__(self) -> None:
+        self.depth = 0
+        """How many `stopping_at_steps` are around: a piece may be a job of its own."""
         self.asked: int | None = None
         self.count: Callable[[float], None] = lambda _: None
         self.parent: int | None = None
+        self.kept = False
 
 
 _STATE = _State()
@@ -39,6 +42,16 @@ def step_done(units: float = 0) -> None:
     """
     check_stop()
     _STATE.count(units)
+
+
+def note_kept() -> None:
+    """What the current piece did so far is on disk: to leave it and begin it again is no loss of time."""
+    _STATE.kept = True
+
+
+def is_kept() -> bool:
+    """Whether a piece that was left has said so."""
+    return _STATE.kept
 
 
 def check_stop() -> None:
@@ -74,11 +87,17 @@ def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
         _STATE.asked = number
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
-    _STATE.asked, _STATE.parent = None, parent
+    around = _STATE.parent
+    if _STATE.depth == 0:
+        _STATE.asked, _STATE.kept = None, False
+    # A job inside a piece ends with whatever ends the job around it, and leaves the question to that.
+    _STATE.parent = around if parent is None else parent
+    _STATE.depth += 1
     try:
         yield
     finally:
-        _STATE.parent = None
+        _STATE.depth -= 1
+        _STATE.parent = around
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -46,6 +46,7 @@ from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
 from vestige.settings._study import StudySettings as StudySettings
 from vestige.settings._study import StudySize as StudySize
+from vestige.settings._sweep import SweepSettings as SweepSettings
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer
 from vestige.settings._untrac import UntracSettings as UntracSettings
 from vestige.settings._verb import verb as verb

@@ -33,7 +33,7 @@ class StatusSettings(Settings):
     """What `vestige status` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index or of a run, finished or in the making.")
+    path: Path = Field(description="Folder of an index, a run or a sweep, finished or in the making.")
     watch: bool = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
 
 
@@ -41,7 +41,7 @@ class CancelSettings(Settings):
     """What `vestige cancel` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index or of a run in the making.")
+    path: Path = Field(description="Folder of an index, a run or a sweep in the making.")
 
 
 class ExportSettings(Settings):

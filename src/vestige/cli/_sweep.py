@@ -1,0 +1,23 @@
+"""`vestige sweep`."""
+
+from vestige.cli._command import command
+from vestige.settings import SweepSettings
+
+
+@command(SweepSettings)
+def sweep(settings: SweepSettings) -> None:
+    """Run a verb over a grid of settings.
+
+    Every cell is checked before the first one runs. Its folder is named after its settings, so an interrupted sweep
+    continues and a grown grid keeps what it had. A cell that fails is reported with its log, and the others go on.
+    """
+    from rich.console import Console
+
+    from vestige.sweep import sweep as run
+
+    console = Console()
+    report = run(**settings.arguments())
+    Console(width=console.width if console.is_terminal else _FILE_WIDTH, soft_wrap=True).print(report)
+
+
+_FILE_WIDTH = 160

@@ -1,0 +1,178 @@
+"""The cells of a grid: complete settings, checked before anything runs, in a folder named after what they are.
+
+A cell's id is a digest of the verb and of every setting that could change its result. So the same cell of a larger grid
+is the same folder, and two cells that differ in anything, the number of epochs included, never share one.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vestige.errors import SpecError
+from vestige.settings import LaunchSettings, Settings
+from vestige.sweep._grid import Grid
+from vestige.sweep._verbs import Verb, find_verb
+
+ID_DIGITS = 16
+NEVER_MATTER = frozenset({"out", "overwrite", "profile", *LaunchSettings.model_fields})
+"""Where the result goes, where the work runs, and what is measured on the way."""
+
+_SHOWN_FAULTS = 5
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the verb."""
+
+    id: str
+    number: int
+    """Its place in the grid."""
+    point: dict[str, Any]
+    """Its values along the axes."""
+    settings: Settings
+    folder: Path
+    """Of the cell: its settings, its log, its marker, and `out`, the verb's own."""
+
+    @property
+    def out(self) -> Path:
+        """What the verb gets as --out."""
+        return self.folder / "out"
+
+    @property
+    def shown(self) -> str:
+        """The cell in an error: its id, and what makes it different from the others."""
+        values = ", ".join(f"{name}={value}" for name, value in self.point.items())
+        return f"cell {self.id}" + (f" ({values})" if values else "")
+
+    def matters(self) -> dict[str, Any]:
+        """Every setting that could change the result, defaults included, in JSON terms."""
+        return {name: value for name, value in self.settings.record().items() if name not in NEVER_MATTER}
+
+
+class Cells(NamedTuple):
+    """All cells of a grid, in its order."""
+
+    verb: Verb
+    cells: tuple[Cell, ...]
+
+
+def cells_of(grid: Grid, out: Path) -> Cells:
+    """The cells of a grid, every one of them checked.
+
+    Raises:
+        SpecError: The verb cannot be swept, a setting is unknown or wrong in some cell, or two cells are the same.
+    """
+    verb = find_verb(grid.verb)
+    _require_sweepable(grid, verb)
+    cells: list[Cell] = []
+    faults: list[str] = []
+    for number, point in enumerate(grid.points()):
+        try:
+            cells.append(_cell(grid, verb, number, point, out))
+        except SpecError as error:
+            faults.append(f"  cell {number} ({_values(point)}): {error}")
+    if faults:
+        more = f"\n  ... and {len(faults) - _SHOWN_FAULTS} more." if len(faults) > _SHOWN_FAULTS else ""
+        raise SpecError(
+            f"{grid.source}: {len(faults)} of {len(grid)} cells cannot run, so none was begun.\n"
+            + "\n".join(faults[:_SHOWN_FAULTS])
+            + more
+        )
+    _require_different(cells, grid)
+    return Cells(verb, tuple(cells))
+
+
+def cell_id(verb: str, settings: Settings) -> str:
+    """Sixteen hexadecimal digits of the sha256 of the verb and every setting that matters and is not the default.
+
+    Defaults are left out so that a setting that a later version adds does not rename every cell; a default that a
+    later version changes is found by comparing with the complete settings in `cell.json`.
+    """
+    defaults = type(settings).model_fields
+    given = {
+        name: value
+        for name, value in settings.record().items()
+        if name not in NEVER_MATTER and getattr(settings, name) != defaults[name].default
+    }
+    content = json.dumps({"verb": verb, "settings": given}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
+
+
+def _require_sweepable(grid: Grid, verb: Verb) -> None:
+    fields = verb.settings.model_fields
+    if "out" not in fields:
+        raise SpecError(f"{grid.source}: `vestige {verb.name}` leaves no folder (--out), so there is nothing to sweep.")
+    names = {name.partition(".")[0] for name in (*grid.base, *grid.axes)}
+    for name, why in _REFUSED.items():
+        if name in names:
+            raise SpecError(f"{grid.source}: `{name}` cannot be a setting of cells: {why}")
+
+
+_REFUSED = {
+    "out": "the sweep gives every cell a folder of its own.",
+    "overwrite": "a cell that was interrupted continues. Delete the cell's folder to have it done anew.",
+    "shard": "give --shard to the sweep, which shares out the cells.",
+    "wait": "a cell is done when its work is. Give --no-wait to the sweep.",
+}
+
+
+def _cell(grid: Grid, verb: Verb, number: int, point: Mapping[str, Any], out: Path) -> Cell:
+    fields = verb.settings.model_fields
+    values = {name: _filled(value, point) for name, value in grid.base.items()}
+    used = {name for value in grid.base.values() for name in _placeholders(value)}
+    # An axis may be there for the placeholders alone.
+    values |= {name: value for name, value in point.items() if name.partition(".")[0] in fields or name not in used}
+    settings = verb.settings(**_nested({**values, "out": out}))
+    named = cell_id(verb.name, settings)
+    folder = out / "cells" / named
+    return Cell(named, number, dict(point), settings.model_copy(update={"out": folder / "out"}), folder)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`options.labels` as the entry `labels` of `options`."""
+    nested = {name: value for name, value in values.items() if "." not in name}
+    for name, value in values.items():
+        whole, dot, entry = name.partition(".")
+        if dot:
+            held = nested.get(whole, {})
+            if not isinstance(held, Mapping):
+                raise SpecError(f"`{name}` is an entry of `{whole}`, which is {held!r}. Write `{whole}` as a mapping.")
+            nested[whole] = {**held, entry: value}
+    return nested
+
+
+def _placeholders(value: Any) -> set[str]:
+    if isinstance(value, str):
+        return set(_PLACEHOLDER.findall(value))
+    if isinstance(value, Mapping):
+        return {name for each in value.values() for name in _placeholders(each)}
+    return {name for each in value for name in _placeholders(each)} if isinstance(value, list | tuple) else set()
+
+
+def _filled(value: Any, point: Mapping[str, Any]) -> Any:
+    """`splits/{seed}.jsonl` with the value of the axis `seed`; braces around anything else stay."""
+    if isinstance(value, str):
+        return _PLACEHOLDER.sub(lambda match: str(point.get(match[1], match[0])), value)
+    if isinstance(value, Mapping):
+        return {name: _filled(each, point) for name, each in value.items()}
+    return [_filled(each, point) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _require_different(cells: list[Cell], grid: Grid) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        twin = seen.setdefault(cell.id, cell)
+        if twin is not cell:
+            raise SpecError(
+                f"{grid.source}: cells {twin.number} ({_values(twin.point)}) and {cell.number} ({_values(cell.point)}) "
+                "are the same run: they differ in nothing that changes the result. Drop one of them."
+            )
+
+
+def _values(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in point.items()) or "the only one"

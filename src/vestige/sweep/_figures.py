@@ -1,0 +1,69 @@
+"""The headline figures of a finished cell, read from the JSON files that its verb left."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MOST_FIGURES = 200
+_LARGEST_FILE = 16 * 2**20
+_NAMES = ("name", "method", "measure", "domain", "query")
+"""What names a row of a table."""
+_TABLES = ("rows", "gates", "checks", "measures")
+_NOT_FIGURES = ("format", "seed", "config", "settings", "identity", "manifest")
+
+
+def figures_of(out: Path) -> dict[str, Any]:
+    """Numbers by name, such as `seconds`, `trust.coverage` or `rows.influence.LDS`, from the files right in `out`.
+
+    A single number keeps its name; the rows of a table, and the checks and gates of a record, are named after what they
+    are about. What is nested deeper, and lists of numbers, are for the files themselves.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(out.glob("*.json")):
+        for name, value in _figures(_read(path)):
+            found.setdefault(name, value)
+    return dict(list(found.items())[:MOST_FIGURES])
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
+    except (OSError, ValueError):
+        return None
+
+
+def _figures(content: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if name in _NOT_FIGURES:
+            continue
+        if _is_figure(value):
+            yield name, value
+        elif name in _TABLES and isinstance(value, list):
+            yield from _rows(name, value)
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", each) for key, each in value.items() if _is_figure(each))
+            for table in _TABLES:
+                if isinstance(value.get(table), list):
+                    yield from _rows(name, value[table])
+
+
+def _rows(table: str, rows: list[Any]) -> Iterator[tuple[str, Any]]:
+    for row in rows:
+        if not isinstance(row, Mapping):
+            continue
+        named = next((str(row[key]) for key in _NAMES if key in row), None)
+        if named is None:
+            continue
+        for key, value in row.items():
+            # An estimate with its interval, as evaluations write it.
+            number = value.get("value") if isinstance(value, Mapping) else value
+            if _is_figure(number):
+                yield f"{table}.{named}.{key}", number
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

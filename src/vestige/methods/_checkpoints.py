@@ -109,7 +109,7 @@ def _sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str 
 
 
 def _expanded(given: Any) -> list[str | Path | nn.Module]:
-    """The checkpoints behind one word: those of a run, those that a pattern names, or itself."""
+    """The checkpoints behind one word: those of a run after its first step, those that a pattern names, or itself."""
     if isinstance(given, nn.Module):
         return [given]
     text = str(given)
@@ -121,7 +121,9 @@ def _expanded(given: Any) -> list[str | Path | nn.Module]:
             raise ModelError(f"No folder has a name like {text!r}. Give a pattern such as 'run/checkpoint-*'.")
         return [str(each) for each in sorted(folders, key=_order)]
     folder = Path(text).expanduser()
-    inside = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name)]
+    found = [(each, _CHECKPOINT.fullmatch(each.name)) for each in folder.glob("checkpoint-*")]
+    # No step led to checkpoint-0: it has neither a learning rate nor an optimizer's state.
+    inside = [each for each, match in found if match is not None and int(match[1]) > 0]
     return [str(each) for each in sorted(inside, key=_order)] or [given]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ from vestige.models._training import Recipe, Step, train
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
 from vestige.progress import announce, progress
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank matrices beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int
+    alpha: float | None = None
+    """Scale; None is twice the rank."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    """Layers by the end of their name; `all-linear` is every linear layer but the head."""
 
 
 def finetune(
@@ -63,18 +78,19 @@ def finetune(
 
 
 def trainable_copy(
-    loaded: LoadedModel, *, lora_rank: int | None = None, from_scratch: bool = False, seed: int = 0
+    loaded: LoadedModel, *, lora_rank: int | Lora | None = None, from_scratch: bool = False, seed: int = 0
 ) -> nn.Module:
     """A copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
 
     Args:
         loaded: Stays as it is.
-        lora_rank: Rank of new LoRA matrices on every linear layer, None to train all weights.
+        lora_rank: Rank of new LoRA matrices on every linear layer, or all that is to be said of them; None to train
+            all weights.
         from_scratch: Begin with random weights as the model's class draws them, instead of the loaded ones.
         seed: Of the LoRA matrices or the random weights.
 
     Raises:
-        ModelError: It is no transformers model, or an adapter was to begin from scratch.
+        ModelError: It is no transformers model, an adapter was to begin from scratch, or a target is no layer.
     """
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
@@ -85,11 +101,12 @@ def trainable_copy(
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
-    path = Path(loaded.name).expanduser()
+    path, lora = Path(loaded.name).expanduser(), Lora(lora_rank) if isinstance(lora_rank, int) else lora_rank
     settings = LoraConfig(
-        r=lora_rank,
-        lora_alpha=2 * lora_rank,
-        target_modules="all-linear",
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=_target_modules(model, lora.targets, loaded.name),
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
@@ -99,6 +116,24 @@ def trainable_copy(
     # Not the cache folder that a GGUF file was unpacked into, but what the user called the model.
     settings.base_model_name_or_path = str(path.resolve()) if path.exists() else loaded.name
     return adapted
+
+
+def _target_modules(model: Any, targets: tuple[str, ...], name: str) -> str | list[str]:
+    """The layers as PEFT wants them named."""
+    if targets == (ALL_LINEAR,):
+        return ALL_LINEAR
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    ends = {path.rpartition(".")[2] for path in linear}
+    for target in targets:
+        if target != ALL_LINEAR and not any(path == target or path.endswith(f".{target}") for path in linear):
+            raise ModelError(
+                f"{name} has no linear layer called {target!r}. Its layers end in: {', '.join(sorted(ends))}."
+            )
+    if ALL_LINEAR not in targets:
+        return list(targets)
+    head = model.get_output_embeddings()
+    inner = {path for path in linear if model.get_submodule(path) is not head}
+    return sorted({*inner, *(target for target in targets if target != ALL_LINEAR)})
 
 
 def _drawn_anew(loaded: LoadedModel, seed: int) -> nn.Module:

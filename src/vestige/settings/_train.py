@@ -1,0 +1,174 @@
+"""What `vestige train` takes."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from vestige.errors import SpecError
+from vestige.settings._shared import Patterns, ReadingSettings
+
+TrainedOn = Literal["completion", "answer"]
+TrainOptimizer = Literal["adamw", "sgd"]
+TrainSchedule = Literal["linear", "cosine", "constant"]
+AlarmMeasure = Literal["psmi", "loss", "gap"]
+
+_AND_SO_ON = "..."
+
+
+def _as_words(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return ",".join(str(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+Epochs = Annotated[str, BeforeValidator(_as_words)]
+"""Epochs as words such as 0,0.2,...,1,2,...; a list of numbers is joined."""
+
+
+def listed_epochs(words: str, last: float) -> tuple[float, ...]:
+    """The epochs that `words` stand for, ascending, up to `last`.
+
+    Three dots go on as the two numbers before them do, to the number that follows or, at the end, to `last`:
+    `0,0.2,...,1,2,...` is 0, 0.2, 0.4, 0.6, 0.8, 1, 2, 3 and so on.
+
+    Raises:
+        SpecError: A word that is no number of epochs, dots without two numbers before them, or a falling order.
+    """
+    found: list[float] = []
+    parts = [word.strip() for word in words.split(",") if word.strip()]
+    for place, word in enumerate(parts):
+        if word != _AND_SO_ON:
+            found.append(_epoch(word))
+            continue
+        if len(found) < 2 or found[-1] <= found[-2]:
+            raise SpecError(
+                f"--checkpoints {words}: expected two ascending numbers before ..., such as 0,0.2,...,1,2,..."
+            )
+        ends = place + 1 == len(parts)
+        stop, begin, step = last if ends else _epoch(parts[place + 1]), found[-1], found[-1] - found[-2]
+        # Each from the beginning, not from the one before: rounding does not add up.
+        count = math.floor((stop - begin) / step + 1e-9)
+        found += [round(begin + number * step, 9) for number in range(1, count + 1)]
+        if not ends and found[-1] == _epoch(parts[place + 1]):
+            found.pop()
+    if not found or any(after <= before for before, after in pairwise(found)):
+        raise SpecError(f"--checkpoints {words}: expected ascending numbers of epochs, such as 0,0.2,...,1,2,...")
+    return tuple(epoch for epoch in found if epoch <= last)
+
+
+def _epoch(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise SpecError(f"--checkpoints: expected numbers of epochs separated by commas, where {word!r} was given.")
+    return number
+
+
+class AlarmSettings(ReadingSettings):
+    """The early alarm."""
+
+    alarm: bool = Field(
+        False, description="Once training losses have fallen, list the examples that will be known by heart."
+    )
+    alarm_measure: AlarmMeasure = Field("psmi", description="What the alarm computes of each example.")
+    alarm_layer: str = Field(
+        "last", description="psmi: layer whose states are measured: last, smi (tells most of the answers) or a number."
+    )
+    alarm_below: float = Field(
+        0.05, gt=0, lt=1, description="The alarm rings when the median loss is below this share of what it began with."
+    )
+    alarm_window: PositiveInt = Field(500, description="Losses of training examples in a median; at most one epoch.")
+    alarm_threshold: float | None = Field(
+        None, description="Flag examples at least as much at risk as this value of the measure."
+    )
+    alarm_quantile: float | None = Field(
+        None, gt=0, lt=1, description="Flag this share of the examples, those most at risk."
+    )
+
+    @field_validator("alarm_layer", mode="before")
+    @classmethod
+    def _layer_is_known(cls, layer: Any) -> Any:
+        if str(layer) not in ("last", "smi") and not str(layer).isdigit():
+            raise ValueError("last, smi or the number of a layer")
+        return str(layer)
+
+
+class TrainSettings(AlarmSettings):
+    """What `vestige train` takes."""
+
+    model: Any = Field(description="The model to begin with: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    out: Path = Field(description="Folder of the training; an interrupted one continues in it.")
+    loss: TrainedOn = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        "completion",
+        description="Learn the whole completion (of a text all of it), or its answer without the end of the text.",
+    )
+    split_fraction: float = Field(1.0, gt=0, le=1, description="Share of the examples to train on, drawn at random.")
+    split_seed: NonNegativeInt = Field(0, description="Seed of that draw.")
+    epochs: PositiveFloat = Field(1.0, description="Passes over the examples that are trained on; may be a fraction.")
+    checkpoints: Epochs = Field(
+        "0,1,...", description="Epochs at which to save, such as 0,0.2,...,1,2,...; the end is always saved."
+    )
+    lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
+    lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA's matrices.")
+    lora_targets: Patterns = Field(
+        ("all-linear",),
+        description="Layers that get LoRA's matrices, by the end of their name, such as q_proj v_proj lm_head; "
+        "all-linear is every linear layer but the head.",
+    )
+    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate at its highest.")
+    batch_size: PositiveInt = Field(8, description="Examples in each forward pass of training.")
+    accumulation: PositiveInt = Field(1, description="Forward passes in each step of the optimizer.")
+    optimizer: TrainOptimizer = Field("adamw", description="adamw or sgd.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay.")
+    schedule: TrainSchedule = Field("linear", description="How the learning rate falls to zero, or constant.")
+    warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
+    clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
+    seed: NonNegativeInt = Field(0, description="Seed of LoRA's start, the order of the examples and dropout.")
+    bf16: bool = Field(False, description="Compute in bfloat16, with weights as they are.")
+    gradient_checkpointing: bool = Field(False, description="Keep no activations of layers: less memory, slower.")
+    keep_optimizer: bool = Field(
+        True, description="Keep the optimizer's state in every checkpoint, which less needs, not in the last alone."
+    )
+    losses: bool = Field(True, description="At every checkpoint, measure the loss of every example of the data.")
+    overwrite: bool = Field(False, description="Delete a training that is already there instead of continuing it.")
+
+    @property
+    def checkpoint_epochs(self) -> tuple[float, ...]:
+        """Epochs at which the model is saved, the end included."""
+        listed = listed_epochs(self.checkpoints, self.epochs)
+        return listed if listed and listed[-1] == self.epochs else (*listed, self.epochs)
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        listed_epochs(self.checkpoints, self.epochs)
+        if self.lora_rank is None:
+            given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if self._differs(name)]
+            if given:
+                names = ", ".join("--" + name.replace("_", "-") for name in given)
+                raise SpecError(f"{names}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
+        given = [name for name in AlarmSettings.model_fields if name.startswith("alarm_") and self._differs(name)]
+        if given and not self.alarm:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise SpecError(f"{names}: of the alarm, which --alarm turns on.")
+        if self.alarm_threshold is not None and self.alarm_quantile is not None:
+            raise SpecError("--alarm-threshold and --alarm-quantile both say whom to flag. Give one of them.")
+        return self
+
+    def _differs(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default

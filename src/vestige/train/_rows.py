@@ -1,0 +1,82 @@
+"""Tokenised examples as the Trainer reads them, and which of them are trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch.utils.data import Dataset
+
+from vestige.data import NO_TARGET, TokenizedData
+from vestige.errors import DataError
+
+_SPLIT = 0x5EED
+"""Sets the draw of the members apart from every other use of the same seed."""
+
+
+def members_of(examples: int, fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
+    """Which examples are trained on: a share of all, drawn without replacement; the same for the same three numbers.
+
+    Raises:
+        DataError: The share is less than one example.
+    """
+    count = round(examples * fraction)
+    if count < 1:
+        raise DataError(f"--split-fraction {fraction:g} of {examples} examples is none. Give a larger share.")
+    members = np.zeros(examples, dtype=bool)
+    members[np.random.default_rng([_SPLIT, seed]).permutation(examples)[:count]] = True
+    return members
+
+
+def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
+    """The same examples, with the answer for their only target: the completion without the token that ends the text.
+
+    Raises:
+        DataError: An example is no prompt with a completion.
+    """
+    targets = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        if example.completion is None and "input_ids" not in example.extra:
+            raise DataError(
+                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
+                "neither. Leave --loss out to learn the whole text."
+            )
+        kept = mask.copy()
+        last = np.flatnonzero(mask)
+        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
+            kept[last[-1]] = False
+        targets.append(kept)
+    return TokenizedData(
+        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
+    )
+
+
+class Rows(Dataset):
+    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`."""
+
+    def __init__(self, data: TokenizedData, rows: Sequence[int] | np.ndarray) -> None:
+        self._data, self._rows = data, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row = self._rows[place]
+        ids, mask = np.asarray(self._data.input_ids[row]), self._data.targets[row]
+        return {
+            "id": self._data.examples[row].id,
+            "input_ids": ids.astype(np.int64),
+            "labels": np.where(mask, ids, NO_TARGET).astype(np.int64),
+        }
+
+
+def padded(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows in one batch, filled on the right with token 0: no target, and no causal model looks ahead at it."""
+    width = max(1, *(len(row["input_ids"]) for row in features))
+    ids = np.zeros((len(features), width), dtype=np.int64)
+    labels = np.full((len(features), width), NO_TARGET, dtype=np.int64)
+    for place, row in enumerate(features):
+        ids[place, : len(row["input_ids"])] = row["input_ids"]
+        labels[place, : len(row["labels"])] = row["labels"]
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}

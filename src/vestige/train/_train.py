@@ -1,0 +1,255 @@
+"""`vestige train`: from a model and data to a training that attribution and audit can read."""
+
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from vestige.data import TokenizedData
+from vestige.errors import DataError, NonFinite, SpecError
+from vestige.files import check_disk
+from vestige.index import batch_tokens, read_data
+from vestige.models import LoadedModel, Lora, load_model, trainable_copy
+from vestige.models._transformers import quiet_transformers
+from vestige.progress import Progress, announce, progress
+from vestige.runs import environment, peak_memory_bytes
+from vestige.settings import TrainSettings, verb
+from vestige.train._alarm import Alarm
+from vestige.train._checkpoint import checkpoint_folder, checkpoint_steps, planned_steps, remove_after, trained_bytes
+from vestige.train._identity import identity_of, prepare_run, remove_run, write_record
+from vestige.train._recorder import Recorder
+from vestige.train._rows import Rows, members_of, only_answers, padded
+from vestige.train._store import MEMBERSHIP, TrainingRun, read_record
+from vestige.train._tables import write_table
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+
+
+@verb(TrainSettings)
+def train(settings: TrainSettings) -> TrainingRun:
+    """A model trained on the data, or on a random part of it, with checkpoints that load and what was seen on the way.
+
+    Interrupted at any moment, the same call goes on at the last checkpoint and gives the same weights, losses and
+    alarm; another setting over an old training is refused, with the difference shown.
+
+    Raises:
+        UserError: Something about the model, the data, the settings or the disk needs the caller.
+        NonFinite: A loss is not finite; the message names the examples.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    return train_loaded(settings, loaded, read_data(settings, settings.data, loaded))
+
+
+def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> TrainingRun:
+    """`train` for a model and data that are loaded already."""
+    if settings.loss == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    plan = _plan(settings, data)
+    if settings.overwrite:
+        remove_run(settings.out)
+    identity = identity_of(settings, loaded, data, plan.steps, plan.checkpoints)
+    prepare_run(settings.out, identity, settings, {"model": loaded.name, "data": data.name})
+    done = checkpoint_steps(settings.out)
+    if done and done[-1] == plan.steps and "seconds" in (read_record(settings.out) or {}):
+        announce(f"{settings.out}: this training is finished; nothing was done.")
+        return TrainingRun.open(settings.out)
+    write_table(settings.out / MEMBERSHIP, _membership(data, plan.members))
+    started = time.perf_counter()
+    with own_randomness(), quiet_transformers(), warnings.catch_warnings():
+        # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
+        warnings.simplefilter("ignore", UserWarning)
+        _run(settings, loaded, data, plan)
+    record = {**(read_record(settings.out) or {}), "versions": environment()}
+    record |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    write_record(settings.out, record)
+    return TrainingRun.open(settings.out)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    members: np.ndarray
+    """bool [example]: drawn to be trained on."""
+    rows: np.ndarray
+    """Members that have something to learn."""
+    steps: int
+    checkpoints: list[int]
+
+
+def _plan(settings: TrainSettings, data: TokenizedData) -> _Plan:
+    members = members_of(len(data), settings.split_fraction, settings.split_seed)
+    rows = np.flatnonzero(members & (data.target_counts > 0))
+    if not len(rows):
+        raise DataError(f"{data.name}: none of the {members.sum()} examples to train on has a token to learn.")
+    if len(rows) < members.sum():
+        announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
+    batches = -(-len(rows) // settings.batch_size)
+    per_epoch = -(-batches // settings.accumulation)
+    steps = max(1, int(settings.epochs * per_epoch + 0.5))
+    return _Plan(members, rows, steps, planned_steps(settings.checkpoint_epochs, per_epoch, steps))
+
+
+def _membership(data: TokenizedData, members: np.ndarray) -> pa.Table:
+    examples = list(data.examples)
+    return pa.table(
+        {
+            "example_id": pa.array([example.id for example in examples], pa.string()),
+            "member": pa.array(members),
+            "source": pa.array([example.source for example in examples], pa.string()),
+            "label": pa.array([example.label for example in examples], pa.string()),
+        }
+    )
+
+
+def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> None:
+    model = _model(settings, loaded)
+    _announce(settings, model, plan, len(data))
+    done = [step for step in checkpoint_steps(settings.out) if step]
+    last = done[-1] if done else 0
+    remove_after(settings.out, last)
+    with progress(plan.steps - last, "Training", unit="steps") as bar:
+        watcher = _Watcher(bar)
+        trainer = _trainer(
+            settings, loaded, model, Rows(data, plan.rows), plan.steps, _eval_size(settings, loaded, data)
+        )
+        trainer.add_callback(watcher)
+        watcher.recorder = Recorder(
+            trainer,
+            settings.out,
+            checkpoints=settings.checkpoints,
+            alarm=_alarm(settings),
+            watch=Rows(data, range(len(data))) if settings.losses else None,
+            keep_optimizer=settings.keep_optimizer,
+            overwrite=True,
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint_folder(settings.out, last)) if last else None)
+    watcher.recorder.release()
+
+
+def _model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
+    lora = None
+    if settings.lora_rank is not None:
+        if hasattr(loaded.model, "peft_config"):
+            raise SpecError(f"{loaded.name} is an adapter, which is trained on as it is. Leave --lora-rank out.")
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    model: Any = trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
+    if lora is None and hasattr(model, "peft_config"):
+        # Saved is the adapter alone: the weights beneath it have to stay what they are.
+        model.requires_grad_(False)
+        model.set_adapter(model.active_adapter)
+    return model
+
+
+def _trainer(
+    settings: TrainSettings, loaded: LoadedModel, model: nn.Module, rows: Rows, steps: int, eval_size: int
+) -> Trainer:
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index:
+        raise SpecError(
+            f"--device {device}: the Trainer takes the first GPU. Type CUDA_VISIBLE_DEVICES={device.index}."
+        )
+    constant = "constant_with_warmup" if settings.warmup else "constant"
+    arguments = TrainingArguments(
+        output_dir=str(settings.out),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=eval_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        optim=_OPTIMIZERS[settings.optimizer],
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=constant if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.clip,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    # Other GPUs that are visible would be trained on too, on parts of each batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=padded, processing_class=loaded.tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _eval_size(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> int:
+    return max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
+
+
+def _alarm(settings: TrainSettings) -> Alarm | None:
+    if not settings.alarm:
+        return None
+    layer: Any = settings.alarm_layer
+    return Alarm(
+        measure=settings.alarm_measure,
+        layer=int(layer) if layer.isdigit() else layer,
+        below=settings.alarm_below,
+        window=settings.alarm_window,
+        threshold=settings.alarm_threshold,
+        quantile=settings.alarm_quantile,
+        seed=settings.seed,
+    )
+
+
+class _Watcher(TrainerCallback):
+    """Shows how far the training is, and stops it where a loss is not finite; called before the recorder."""
+
+    recorder: Recorder
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        ids, losses = self.recorder.last_step
+        if bad := [name for name, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]:
+            raise NonFinite(
+                f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
+                "checkpoint is as it was. Lower --learning-rate, or look at these examples."
+            )
+        self._bar.advance()
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Random numbers of the caller are as they were afterwards: the Trainer sets every seed there is."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _announce(settings: TrainSettings, model: nn.Module, plan: _Plan, examples: int) -> None:
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    size = trained_bytes(model)
+    states = len(plan.checkpoints) if settings.keep_optimizer else 1
+    moments = 2 * 4 * trained if settings.optimizer == "adamw" else 0
+    missing = len(plan.checkpoints) - len(checkpoint_steps(settings.out))
+    check_disk(settings.out, missing * size + min(states, max(missing, 0)) * moments if missing > 0 else 0)
+    announce(
+        f"Training {trained:,} of {sum(weight.numel() for weight in model.parameters()):,} parameters on "
+        f"{len(plan.rows):,} of {examples:,} examples: {plan.steps:,} steps, {len(plan.checkpoints)} checkpoints."
+    )

@@ -20,6 +20,7 @@ from vestige.settings import (
     SelectSettings,
     StudySettings,
     SweepSettings,
+    TrainSettings,
     UntracSettings,
     ViewSettings,
 )
@@ -42,6 +43,7 @@ PUBLIC = [
     "select",
     "study",
     "sweep",
+    "train",
     "untrac",
     "view",
 ]
@@ -58,6 +60,7 @@ VERBS = {
     "select": SelectSettings,
     "study": StudySettings,
     "sweep": SweepSettings,
+    "train": TrainSettings,
     "untrac": UntracSettings,
     "view": ViewSettings,
 }

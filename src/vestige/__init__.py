@@ -5,6 +5,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
     untrac, study                              unlearning as attribution; published experiments
+    train                                      a training that attribution and audit read; train.Recorder for your own
     sweep                                      one verb over a grid of settings
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vestige.select import select as select
     from vestige.studies import study as study
     from vestige.sweep import sweep as sweep
+    from vestige.train import train as train
     from vestige.unlearn import untrac as untrac
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "select",
     "study",
     "sweep",
+    "train",
     "untrac",
     "view",
 ]
@@ -79,6 +82,7 @@ _HOMES = {
     "select": "vestige.select",
     "study": "vestige.studies",
     "sweep": "vestige.sweep",
+    "train": "vestige.train",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",
 }

@@ -14,6 +14,7 @@ from vestige.settings import EVALUATIONS, PREPARATIONS
 
 VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
+    "train": "Train a model, and keep what attribution and audit need.",
     "index": "Store the compressed gradient of every training example.",
     "precondition": "Measure the curvature of an index, and precondition its gradients.",
     "bank": "Train many models on parts of the data: the truth that scores are judged by.",

@@ -4,6 +4,7 @@ from vestige.models._components import WORDS as WORDS
 from vestige.models._components import layer_number as layer_number
 from vestige.models._components import parameter_words as parameter_words
 from vestige.models._components import select_components as select_components
+from vestige.models._finetune import Lora as Lora
 from vestige.models._finetune import finetune as finetune
 from vestige.models._finetune import save_trained as save_trained
 from vestige.models._finetune import trainable_copy as trainable_copy

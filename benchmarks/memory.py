@@ -133,7 +133,9 @@ def _replace_gradients() -> None:
         width = computed(self, data, [parts[0][:1]]).gradients.shape[1]
         numbers = torch.from_numpy(np.concatenate(parts))
         tokens = sum(int(data.input_ids[row].sum()) for part in parts for row in part)
-        gradients = torch.frac(numbers[:, None] * torch.arange(1, width + 1) * 0.618034).float() + tokens % 2
+        gradients = torch.empty(len(numbers), width)
+        torch.mul(numbers[:, None].float(), torch.arange(1, width + 1) * 0.618034, out=gradients)
+        gradients.frac_().add_(tokens % 2)
         return ShardContent(gradients, numbers.float(), gradients.norm(dim=1), numbers)
 
     CompressedGradients.rows = rows

@@ -1,6 +1,6 @@
 """The compressed gradients of a few batches: one forward and backward pass each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
@@ -48,16 +48,21 @@ class CompressedGradients:
     ) -> None:
         self._pass.__exit__(kind, error, trace)
 
-    def rows(self, data: TokenizedData, batches: Iterable[np.ndarray]) -> ShardContent:
+    def rows(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> ShardContent:
         """Gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
-        gradients, losses, rows = [], [], []
+        examples = sum(len(batches[number]) for number in range(len(batches)))
+        # One array for all from the start: joined at the end, a shard would be in memory twice.
+        gradients, losses = torch.empty(examples, self._sink.width), torch.empty(examples)
+        rows = torch.empty(examples, dtype=torch.int64)
+        first = 0
         for batch in batches:
+            places = slice(first, first + len(batch))
             self._sink.begin(len(batch), self._device)
-            losses.append(self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu())
-            gradients.append(self._sink.gradients.cpu())
-            rows.append(torch.as_tensor(np.asarray(batch, dtype=np.int64)))
-        joined = torch.cat(gradients)
-        return ShardContent(joined, torch.cat(losses), joined.norm(dim=1), torch.cat(rows))
+            losses[places] = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
+            gradients[places] = self._sink.gradients.cpu()
+            rows[places] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
+            first = places.stop
+        return ShardContent(gradients, losses, gradients.norm(dim=1), rows)
 
 
 def lay_out(

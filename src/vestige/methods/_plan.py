@@ -6,8 +6,7 @@ pieces in their order into the summary, so a run holds the same numbers whoever 
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from vestige.data import Example, StoredExamples
 from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.methods._partial import partial_folder
@@ -130,13 +130,12 @@ def summarised_sets(
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> list[ScoreSummary]:
-        sources = [example.source and sys.intern(example.source) for example in job.train.examples]
         collectors = [
             ScoreCollector(
                 len(job.queries),
                 len(job.train),
                 k=job.settings.k,
-                sources=sources,
+                sources=_sources(job.train.examples),
                 dense=job.settings.dense,
                 skipped=job.skipped,
             )
@@ -165,6 +164,12 @@ def summarised_sets(
         digest(settings_key(job), store.identity, _digest_of(vectors)),
     )
     return plan.run(job.settings)
+
+
+def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
+    if isinstance(examples, StoredExamples):
+        return examples.column("source")
+    return (example.source for example in examples)
 
 
 def self_scores(job: Job, method: Any) -> np.ndarray:

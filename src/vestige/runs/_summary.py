@@ -1,6 +1,6 @@
 """What is remembered of a stream of scores: both ends, moments, a histogram, groups, all if asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ class ScoreCollector:
         examples: int,
         *,
         k: int = 50,
-        sources: Sequence[str | None] | None = None,
+        sources: Iterable[str | None] | None = None,
         dense: bool = False,
         kept_bytes: int = KEPT_BYTES,
         skipped: Sequence[int] = (),
@@ -180,13 +180,14 @@ class _Groups:
     """Sum and spread of the scores of each source."""
 
     def __init__(
-        self, queries: int, sources: Sequence[str | None] | None, left_out: Bool[np.ndarray, "example"]
+        self, queries: int, sources: Iterable[str | None] | None, left_out: Bool[np.ndarray, "example"]
     ) -> None:
-        named = [source or NO_SOURCE for source in sources or ()]
-        self._names = sorted(set(named)) if any(sources or ()) else list[str]()
-        codes = {name: code for code, name in enumerate(self._names)}
-        group = (codes[name] for name in named)
-        self._group = np.fromiter(group, dtype=np.int32, count=len(named)) if codes else None
+        met: dict[str | None, int] = {}
+        group = np.fromiter((met.setdefault(source or None, len(met)) for source in sources or ()), dtype=np.int32)
+        names = [name or NO_SOURCE for name in met] if met.keys() - {None} else list[str]()
+        self._names = sorted(set(names))
+        code = {name: number for number, name in enumerate(self._names)}
+        self._group = np.array([code[name] for name in names], dtype=np.int32)[group] if names else None
         self._sizes = np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))

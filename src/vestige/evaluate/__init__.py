@@ -1,5 +1,15 @@
 """How far scores, and what they are computed from, can be trusted: one function for each kind of evaluation."""
 
+from vestige.evaluate._component_products import ComponentProducts as ComponentProducts
+from vestige.evaluate._component_products import credit as credit
+from vestige.evaluate._component_projection import Projection as Projection
+from vestige.evaluate._component_projection import projection_plan as projection_plan
+from vestige.evaluate._component_projection import projection_sizes as projection_sizes
+from vestige.evaluate._component_run import OnePassResult as OnePassResult
+from vestige.evaluate._component_run import one_pass_result as one_pass_result
+from vestige.evaluate._component_search import greedy_path as greedy_path
+from vestige.evaluate._component_search import held_out as held_out
+from vestige.evaluate._components import components as components
 from vestige.evaluate._families import PUBLISHED as PUBLISHED
 from vestige.evaluate._families import Family as Family
 from vestige.evaluate._figures import Mark as Mark

@@ -42,6 +42,12 @@ class ComponentProducts:
             self.names, self.parameters, self.values[:, chosen], self.query[:, chosen], self.example, self.rows[chosen]
         )
 
+    def first(self, count: int) -> "ComponentProducts":
+        """Just the first candidates of every query."""
+        return ComponentProducts(
+            self.names, self.parameters, self.values[:, :, :count], self.query, self.example, self.rows[:, :count]
+        )
+
     def cosine(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "query candidate"]:
         """Cosine of the gradients of some components together, of all by default; float64, zero where not listed."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)

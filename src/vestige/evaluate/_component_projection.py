@@ -73,7 +73,8 @@ class Projection:
     """The random map of one plan over some components, the same for every process and batch."""
 
     def __init__(self, plan: ProjectionPlan, components: Sequence[Component], projector: Projector, seed: int) -> None:
-        self.plan = plan
+
+        self.plan, self.projector, self.seed = plan, projector, seed
         self._compressors: list[Compressor] = [
             parse_spec(f"{projector}:{size}").build(part.name, part.shape, seed)
             for part, size in zip(components, plan.sizes, strict=True)

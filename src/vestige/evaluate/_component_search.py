@@ -15,6 +15,8 @@ from vestige.evaluate._statistics import Estimate, interval
 
 BLOCK_NUMBERS = 2**21
 """Most similarities formed at once."""
+CHOOSING = 50
+"""Most candidates of each query that sets are chosen on; they are judged on all."""
 _TIED = 1e-12
 
 
@@ -60,7 +62,7 @@ def greedy_path(
     """
     count = len(products.names)
     preferred = np.argsort(products.parameters, kind="stable")
-    sums = [part.astype(np.float64)[0] * 0 for part in (products.values, products.query, products.example)]
+    sums = [np.zeros_like(part[0], dtype=np.float64) for part in _parts_of(products)]
     full = products.cosine()
     left, order, values = list(preferred), list[int](), list[float]()
     for _ in range(min(longest or count, count)):
@@ -69,11 +71,15 @@ def greedy_path(
         )
         place = int(np.argmax(found >= found.max() - _TIED))
         taken = int(left.pop(place))
-        for total, part in zip(sums, (products.values, products.query, products.example), strict=True):
+        for total, part in zip(sums, _parts_of(products), strict=True):
             total += part[taken]
         order.append(taken)
         values.append(float(found[place]))
     return Path(tuple(order), tuple(values))
+
+
+def _parts_of(products: ComponentProducts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return products.values, products.query, products.example
 
 
 def _parts(products: ComponentProducts, left: Sequence[int]) -> list[np.ndarray]:
@@ -90,13 +96,26 @@ def _tried(
     objective: Objective,
 ) -> Float[np.ndarray, " set"]:
     """The objective of what was taken with each of these components."""
-    values, query, example = (
-        total + own[part] for total, own in zip(sums, (products.values, products.query, products.example), strict=True)
-    )
+    values, query, example = (total + own[part] for total, own in zip(sums, _parts_of(products), strict=True))
     found = cosines(values, query, example, products.rows)
     if objective == "accuracy":
         return credit(found, right, products.listed).mean(-1)
     return agreement(found, full, products.listed)
+
+
+def values_along(
+    products: ComponentProducts, right: Bool[np.ndarray, "query candidate"], order: Sequence[int], objective: Objective
+) -> tuple[float, ...]:
+    """The objective after each component of a path, on these queries and candidates, whatever it was chosen by."""
+    full, found = products.cosine(), list[float]()
+    sums = [np.zeros_like(part[0], dtype=np.float64) for part in _parts_of(products)]
+    for taken in order:
+        for total, part in zip(sums, _parts_of(products), strict=True):
+            total += part[taken]
+        scores = cosines(sums[0][None], sums[1][None], sums[2][None], products.rows)[0]
+        right_share = credit(scores, right, products.listed).mean() if objective == "accuracy" else None
+        found.append(float(agreement(scores, full, products.listed) if right_share is None else right_share))
+    return tuple(found)
 
 
 def held_out(
@@ -113,15 +132,15 @@ def held_out(
     """Cross-validation: the set is chosen without a fold's queries, and judged on them.
 
     Queries of one group (paraphrases of one original) are always in the same fold, or a set would be judged on what it
-    was chosen by.
+    was chosen by. Sets are chosen on the first `CHOOSING` candidates.
     """
     fold_of = folds_of(groups, folds, seed)
-    listed = products.listed
+    shorter, listed = products.first(CHOOSING), products.listed
     found = HeldOut((), 0.0, np.zeros(len(groups)), np.zeros(products.rows.shape))
     chosen, train = list[tuple[int, ...]](), list[float]()
     for fold in range(fold_of.max() + 1):
         inside, outside = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-        path = greedy_path(products.of(inside), right[inside], objective, longest=longest)
+        path = greedy_path(shorter.of(inside), right[inside, :CHOOSING], objective, longest=longest)
         chosen.append(path.best(enough))
         train.append(path.values[len(chosen[-1]) - 1])
         found.cosine[outside] = products.of(outside).cosine(chosen[-1])

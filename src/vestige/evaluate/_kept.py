@@ -5,6 +5,7 @@ Errors are computed from these at the end, so another reference, size or seed co
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Kept:
         self._folder = folder
         path = folder / _IDENTITY
         if path.exists():
-            _require_same(path, identity)
+            require_same(path, identity)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
         make_folder(folder / _PRODUCTS)
@@ -83,7 +84,13 @@ class Kept:
         return self._folder / _PRODUCTS / f"{digest}.safetensors"
 
 
-def _require_same(path: Path, identity: dict[str, Any]) -> None:
+def require_same(path: Path, identity: Mapping[str, Any]) -> None:
+    """Nothing happens if the file says the same.
+
+    Raises:
+        IndexMismatch: It does not; the message shows the difference.
+        CorruptFile: It does not read.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

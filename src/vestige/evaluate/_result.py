@@ -118,21 +118,23 @@ def _table(rows: Sequence[EvaluationRow]) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
     table = Table()
     table.add_column("method", no_wrap=True)
-    for name in (*columns, "seconds", "memory"):
+    costs = ["seconds", *(["memory"] if any(row.memory_bytes is not None for row in rows) else [])]
+    for name in (*columns, *costs):
         table.add_column(name, justify="right", no_wrap=True)
     for place, row in enumerate(rows):
         last_asked = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
         table.add_row(
             row.method,
-            *(_shown(row.values.get(name)) for name in columns),
+            *(shown(row.values.get(name)) for name in columns),
             "" if row.seconds is None else format_seconds(row.seconds),
-            "" if row.memory_bytes is None else format_bytes(row.memory_bytes),
+            *([] if len(costs) == 1 else ["" if row.memory_bytes is None else format_bytes(row.memory_bytes)]),
             end_section=last_asked,
         )
     return table
 
 
-def _shown(value: Value) -> str:
+def shown(value: Value) -> str:
+    """A value as a table has it; empty where there is none."""
     if value is None:
         return ""
     if isinstance(value, str | int):

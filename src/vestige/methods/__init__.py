@@ -4,6 +4,8 @@ from vestige.methods._activation_dot import ActivationDot as ActivationDot
 from vestige.methods._arnoldi import Arnoldi as Arnoldi
 from vestige.methods._attribute import attribute as attribute
 from vestige.methods._bm25 import Bm25 as Bm25
+from vestige.methods._bm25 import lexical_scores as lexical_scores
+from vestige.methods._bm25 import prompt_words as prompt_words
 from vestige.methods._cg import ConjugateGradient as ConjugateGradient
 from vestige.methods._datainf import DataInfMethod as DataInfMethod
 from vestige.methods._ekfac import Ekfac as Ekfac

@@ -3,12 +3,12 @@
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from scipy import sparse
 
 from vestige.data import Example
@@ -62,17 +62,42 @@ class Bm25:
             DataError: no training example has any words.
         """
         queries = [Counter(example_words(example)) for example in job.queries.examples]
-        vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
-        corpus = _read(job.train.examples, vocabulary)
-        asked = np.zeros((len(vocabulary), len(queries)), dtype=np.float32)
-        for number, query in enumerate(queries):
-            for word, count in query.items():
-                asked[vocabulary[word], number] = count
+        vocabulary, asked = _asked(queries)
+        corpus = _read(map(example_words, job.train.examples), vocabulary)
         step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
         for start in range(0, len(corpus.lengths), step):
             rows = slice(start, start + step)
             scores = _weights(corpus, rows) @ asked
             yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))
+
+
+def lexical_scores(
+    asked: Sequence[Sequence[str]], documents: Sequence[Sequence[str]]
+) -> Float[np.ndarray, "query document"]:
+    """BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
+
+    Raises:
+        DataError: no document has any words.
+    """
+    vocabulary, counts = _asked([Counter(words) for words in asked])
+    corpus = _read(documents, vocabulary)
+    return np.ascontiguousarray((_weights(corpus, slice(0, len(documents))) @ counts).T)
+
+
+def _asked(queries: Sequence[Counter[str]]) -> tuple[dict[str, int], Float[np.ndarray, "word query"]]:
+    """The words of the queries with their columns, and how often each query holds them."""
+    vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
+    asked = np.zeros((len(vocabulary), len(queries)), dtype=np.float32)
+    for number, query in enumerate(queries):
+        for word, count in query.items():
+            asked[vocabulary[word], number] = count
+    return vocabulary, asked
+
+
+def prompt_words(example: Example) -> list[str]:
+    """The words of what was asked: of the prompt, of the user's first turn, or of a text, which has no prompt."""
+    asked = next((message.content for message in example.messages if message.role == "user"), None)
+    return _WORD.findall((asked or example.prompt or example.display).casefold())
 
 
 def example_words(example: Example) -> list[str]:
@@ -92,12 +117,11 @@ class _Corpus(NamedTuple):
     """Different words of the queries."""
 
 
-def _read(examples: Iterable[Example], vocabulary: dict[str, int]) -> _Corpus:
-    """One pass over the examples, of which none is kept."""
+def _read(documents: Iterable[Sequence[str]], vocabulary: dict[str, int]) -> _Corpus:
+    """One pass over the words of the examples, of which none is kept."""
     lengths, ends = array("q"), array("q", [0])
     columns, counts = array("i"), array("i")
-    for example in examples:
-        words = example_words(example)
+    for words in documents:
         found = Counter(vocabulary[word] for word in words if word in vocabulary)
         lengths.append(len(words))
         columns.extend(found.keys())

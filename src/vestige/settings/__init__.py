@@ -14,6 +14,7 @@ from vestige.settings._base import parse_bytes as parse_bytes
 from vestige.settings._data import PREPARATIONS as PREPARATIONS
 from vestige.settings._data_paraphrase import ParaphraseSettings as ParaphraseSettings
 from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
+from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import LdsSettings as LdsSettings
 from vestige.settings._evaluate_scores import MislabelSettings as MislabelSettings
 from vestige.settings._evaluate_scores import OverlapSettings as OverlapSettings

@@ -4,6 +4,7 @@
 """
 
 from vestige.settings._base import Settings
+from vestige.settings._evaluate_components import ComponentsSettings
 from vestige.settings._evaluate_scores import (
     LdsSettings,
     MislabelSettings,
@@ -26,4 +27,5 @@ EVALUATIONS: dict[str, type[Settings]] = {
     "randomisation": RandomisationSettings,
     "overlap": OverlapSettings,
     "sketch": SketchSettings,
+    "components": ComponentsSettings,
 }

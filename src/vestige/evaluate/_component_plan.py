@@ -1,0 +1,312 @@
+"""The one pass as two work plans: every distinct gradient is computed once, whoever computes which piece.
+
+The queries' gradients are kept on disk as factors (a few vectors a token, less than the gradients themselves) while the
+candidates' are computed, piece by piece, and multiplied with them. What stays is a table of products by component.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.evaluate._component_pass import OnePass, Passed, as_tensors, one_pass, read_passed
+from vestige.evaluate._component_projection import Projection
+from vestige.evaluate._component_tables import Tables
+from vestige.files import make_folder, write_durably
+from vestige.gradients import Reduction
+from vestige.launch import Compute, PieceFiles, step_done
+from vestige.models import Component, LoadedModel
+
+VERSION = 1
+"""Of what pieces hold."""
+PIECE_BYTES = 2**28
+"""Most bytes of factors in a piece, but one batch at least."""
+PIECES = 64
+"""Pieces of a job that is large enough, so that little is lost when it is interrupted."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared, and with what."""
+
+    loaded: LoadedModel
+    components: tuple[Component, ...]
+    loss: Reduction
+    data: TokenizedData
+    """Distinct examples: the queries first, then what is a candidate and no query."""
+    wanted: Bool[np.ndarray, "query example"]
+    """Which of these pairs are asked for."""
+    projections: tuple[Projection, ...]
+    token_budget: int
+    folder: Path
+
+    @property
+    def queries(self) -> int:
+        """Distinct queries."""
+        return len(self.wanted)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Everything that decides a product."""
+        dtype = str(next(self.loaded.model.parameters()).dtype).removeprefix("torch.")
+        kept = [[one.plan.name, one.projector, one.seed, *one.sizes] for one in self.projections]
+        return {
+            "version": str(VERSION),
+            "model": self.loaded.fingerprint,
+            "precision": dtype,
+            "components": _digest([[part.name, *part.shape] for part in self.components]),
+            "loss": self.loss,
+            "examples": self.data.fingerprint,
+            "pairs": hashlib.sha256(np.packbits(self.wanted).tobytes()).hexdigest(),
+            "projections": _digest(kept),
+            "token_budget": str(self.token_budget),
+        }
+
+    @cached_property
+    def held(self) -> list[list[np.ndarray]]:
+        """Batches of queries, piece by piece."""
+        return self._pieces(np.arange(self.queries))
+
+    @cached_property
+    def fresh(self) -> list[list[np.ndarray]]:
+        """Batches of candidates that are no queries, piece by piece."""
+        return self._pieces(np.arange(self.queries, len(self.data)))
+
+    @cached_property
+    def portions(self) -> list["Portion"]:
+        """What the pieces of products are made from: first candidates that are queries too, then all others."""
+        both = [Portion(batches, place) for place, batches in enumerate(self.held) if self._asked(batches)]
+        return [*both, *(Portion(batches, None) for batches in self.fresh)]
+
+    def factor_bytes(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
+        """About how many bytes the factors of each example take."""
+        tokens = self.data.lengths[rows]
+        total = np.zeros(len(rows))
+        for part in self.components:
+            sides = [use_width(part, use.kind, use.role) for use in part.uses]
+            total += np.minimum(tokens * float(sum(sides)), float(part.size))
+        width = torch.empty((), dtype=next(self.loaded.model.parameters()).dtype).element_size()
+        return (total * width).astype(np.int64)
+
+    def _asked(self, batches: Sequence[np.ndarray]) -> bool:
+        return bool(self.wanted[:, np.concatenate(batches)].any())
+
+    def _pieces(self, rows: Int[np.ndarray, " row"]) -> list[list[np.ndarray]]:
+        if not len(rows):
+            return []
+        sizes = np.zeros(len(self.data), dtype=np.int64)
+        sizes[rows] = self.factor_bytes(rows)
+        most = max(4, -(-len(rows) // PIECES))
+        groups: list[list[np.ndarray]] = [[]]
+        held = count = 0
+        for places in plan_batches(self.data.lengths[rows], self.token_budget, most):
+            batch = rows[places]
+            size = int(sizes[batch].sum())
+            if groups[-1] and (held + size > PIECE_BYTES or count + len(batch) > most):
+                groups.append([])
+                held = count = 0
+            groups[-1].append(batch)
+            held, count = held + size, count + len(batch)
+        return groups
+
+
+class Portion(NamedTuple):
+    """Some candidates."""
+
+    batches: list[np.ndarray]
+    held: int | None
+    """The piece of queries that they are, or None: their gradients are still to be computed."""
+
+    @property
+    def rows(self) -> Int[np.ndarray, " row"]:
+        """All of them."""
+        return np.concatenate(self.batches)
+
+
+def use_width(component: Component, kind: str, role: str) -> int:
+    """Numbers that the factors of one use take for each token."""
+    out, width = component.shape
+    if kind == "embedding":
+        return width + 2
+    return 1 if role == "bias" or (out, width) == (component.size, 1) else out + width
+
+
+@final
+@dataclass(frozen=True)
+class QueryGradients:
+    """The gradients of all queries as factors on disk, each computed once."""
+
+    compared: Compared
+    name: str = "Query gradients"
+    unit: str = "examples"
+
+    @property
+    def folder(self) -> Path:
+        """Of the evaluation."""
+        return self.compared.folder
+
+    @cached_property
+    def files(self) -> PieceFiles:
+        """Where they are until the products are done."""
+        kept = {name: value for name, value in self.compared.identity.items() if name != "pairs"}
+        return PieceFiles(self.folder / "gradients", _digest(kept))
+
+    @property
+    def pieces(self) -> int:
+        """Groups of batches."""
+        return len(self.compared.held)
+
+    def is_done(self, piece: int) -> bool:
+        """Whether this piece's gradients are there."""
+        return self.files.is_done(piece)
+
+    def weight(self, piece: int) -> float:
+        """Its examples."""
+        return sum(map(len, self.compared.held[piece]))
+
+    @contextmanager
+    def open(self) -> Iterator[Compute]:
+        """The model with its taps."""
+        with _pass_of(self.compared) as runs:
+            yield lambda piece: self._fill(piece, runs)
+
+    def _fill(self, piece: int, runs: OnePass) -> None:
+        tensors: dict[str, Tensor] = {}
+        spent: list[Mapping[str, float]] = []
+        for number, batch in enumerate(self.compared.held[piece]):
+            passed = runs.run(make_batch(self.compared.data, batch))
+            tensors |= as_tensors(passed, str(number))
+            spent.append(passed.seconds)
+            step_done(len(batch))
+        self.files.write(piece, tensors)
+        write_seconds(self.folder, f"queries-{piece:05d}", self.weight(piece), spent)
+
+    def reduce(self) -> None:
+        """Nothing: the pieces are what is read."""
+
+    def read(self, piece: int) -> list[Passed]:
+        """The batches of a piece.
+
+        Raises:
+            CorruptFile: it is missing or damaged.
+        """
+        tensors = self.files.read(piece)
+        device = next(self.compared.loaded.model.parameters()).device
+        batches = range(len(self.compared.held[piece]))
+        return [read_passed(tensors, str(number), self.compared.components, device) for number in batches]
+
+
+@final
+@dataclass(frozen=True)
+class CandidateProducts:
+    """Products of the queries' gradients with the candidates', which are computed once and never kept."""
+
+    compared: Compared
+    queries: QueryGradients
+    name: str = "Products"
+    unit: str = "examples"
+
+    @property
+    def folder(self) -> Path:
+        """Of the evaluation."""
+        return self.compared.folder
+
+    @cached_property
+    def files(self) -> PieceFiles:
+        """The table of products; it stays."""
+        return PieceFiles(self.folder / "products", _digest(self.compared.identity))
+
+    @property
+    def pieces(self) -> int:
+        """Portions of the candidates."""
+        return len(self.compared.portions)
+
+    def is_done(self, piece: int) -> bool:
+        """Whether its products are there."""
+        return self.files.is_done(piece)
+
+    def weight(self, piece: int) -> float:
+        """Its candidates."""
+        return len(self.compared.portions[piece].rows)
+
+    @contextmanager
+    def open(self) -> Iterator[Compute]:
+        """The model with its taps."""
+        with _pass_of(self.compared) as runs:
+            yield lambda piece: self._fill(piece, runs)
+
+    def _fill(self, piece: int, runs: OnePass) -> None:
+        portion = self.compared.portions[piece]
+        spent: list[Mapping[str, float]] = []
+        if portion.held is None:
+            found = [runs.run(make_batch(self.compared.data, batch)) for batch in portion.batches]
+            spent += [passed.seconds for passed in found]
+        else:
+            found = self.queries.read(portion.held)
+        tables = Tables(self.compared.wanted[:, portion.rows], portion.rows, found, self.compared.projections)
+        for number, batches in enumerate(self.compared.held):
+            rows = np.concatenate(batches)
+            if piece and not self.compared.wanted[np.ix_(rows, portion.rows)].any():
+                continue
+            for batch, passed in zip(batches, self.queries.read(number), strict=True):
+                tables.add(batch, passed, portion.batches, found)
+        self.files.write(piece, tables.tensors(with_queries=piece == 0))
+        write_seconds(
+            self.folder,
+            f"candidates-{piece:05d}",
+            len(portion.rows) if portion.held is None else 0,
+            [*spent, tables.seconds],
+        )
+        step_done(len(portion.rows))
+
+    def reduce(self) -> list[dict[str, Tensor]]:
+        """The tables of all pieces; the queries' gradients are gone.
+
+        Raises:
+            CorruptFile: a piece is missing or damaged.
+        """
+        tables = [self.files.read(piece) for piece in range(self.pieces)]
+        self.queries.files.remove()
+        return tables
+
+
+def write_seconds(folder: Path, name: str, computed: float, spent: Sequence[Mapping[str, float]]) -> None:
+    """What a piece cost, beside the pieces: their bytes depend on no clock."""
+    make_folder(folder / "seconds")
+    total: dict[str, float] = {}
+    for one in spent:
+        for key, value in one.items():
+            total[key] = total.get(key, 0.0) + value
+    content = {"computed": int(computed), "seconds": total}
+    write_durably(folder / "seconds" / f"{name}.json", [json.dumps(content).encode()])
+
+
+def read_seconds(folder: Path) -> tuple[int, dict[str, float]]:
+    """How many gradients were computed for the result that is there, and the seconds of everything."""
+    computed, total = 0, dict[str, float]()
+    for path in sorted((folder / "seconds").glob("*.json")):
+        content = json.loads(path.read_bytes())
+        computed += content["computed"]
+        for key, value in content["seconds"].items():
+            total[key] = total.get(key, 0.0) + value
+    return computed, total
+
+
+@contextmanager
+def _pass_of(compared: Compared) -> Iterator[OnePass]:
+    with one_pass(compared.loaded, compared.components, compared.loss, compared.projections) as runs:
+        yield runs
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

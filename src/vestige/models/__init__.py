@@ -9,6 +9,8 @@ from vestige.models._finetune import finetune as finetune
 from vestige.models._finetune import save_trained as save_trained
 from vestige.models._finetune import trainable_copy as trainable_copy
 from vestige.models._fingerprint import model_fingerprint as model_fingerprint
+from vestige.models._generate import Answer as Answer
+from vestige.models._generate import answer_prompts as answer_prompts
 from vestige.models._generate import generate_answers as generate_answers
 from vestige.models._layer_kinds import layer_kind as layer_kind
 from vestige.models._layer_kinds import parameter_view as parameter_view

@@ -1,14 +1,15 @@
 """What the model answers: greedy continuations of prompts and conversations."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vestige.data import Example, Message, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
@@ -24,8 +25,7 @@ def generate_answers(
 ) -> list[Example]:
     """The same examples, each prompt with the model's own most likely answer as its completion.
 
-    Greedy, so the same model and prompt give the same answer, alone or in a batch. An answer ends before the end
-    token, or after `max_new_tokens` (sooner if the context is full). Examples that have an answer already, and plain
+    Greedy, as `answer_prompts` without a temperature. Examples that have an answer already, and plain
     texts, are returned as they are; `messages` get one more assistant turn.
 
     Args:
@@ -42,14 +42,72 @@ def generate_answers(
     answered = list(examples)
     if not waiting:
         return answered
-    prompts = _prompts(loaded, [examples[number] for number in waiting], chat)
-    batches = plan_batches(prompts.lengths + max_new_tokens, _BATCH_TOKENS, _BATCH_EXAMPLES)
-    with progress(len(waiting), "Generating answers", unit="prompts") as counter:
-        for rows in batches:
-            for row, answer in zip(rows, _answers(loaded, prompts, rows, max_new_tokens), strict=True):
-                answered[waiting[row]] = _with_answer(prompts.examples[row], answer)
-            counter.advance(len(rows))
+    asked = [examples[number] for number in waiting]
+    for number, answer in zip(
+        waiting, answer_prompts(loaded, asked, max_new_tokens=max_new_tokens, chat=chat), strict=True
+    ):
+        answered[number] = _with_answer(examples[number], answer.text)
     return answered
+
+
+class Answer(NamedTuple):
+    """What a model says to a prompt."""
+
+    text: str
+    tokens: int
+    """How many it took, without the end token."""
+    ended: bool
+    """Whether the model ended it; else it was cut."""
+
+
+def answer_prompts(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int | Sequence[int] = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seeds: Sequence[int] = (),
+    keep: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """The model's answer to every prompt, the same alone as in any batch.
+
+    Greedy, or drawn with a `temperature` from random numbers that each prompt has for itself (Gumbel's trick: the most
+    likely token after noise of the seed and the position was added). An answer ends before the end token, or after
+    `max_new_tokens`, or where the model's context is full: for each prompt where its own is, not that of the longest
+    prompt beside it.
+
+    Args:
+        loaded: A model with a tokenizer.
+        examples: Prompts, or conversations whose last turn is not the assistant's.
+        max_new_tokens: Most tokens of an answer, or of each.
+        chat: Put a prompt into the tokenizer's chat template as a user turn.
+        temperature: Above 0, `seeds` are needed.
+        seeds: One for each prompt.
+        keep: Is given the number of each prompt and its answer as soon as there is one, batch by batch.
+
+    Raises:
+        ModelError: The model cannot generate, or has no tokenizer.
+        DataError: A prompt is empty or fills the model's context.
+    """
+    prompts = _prompts(loaded, list(examples), chat)
+    most = _budgets(loaded, prompts, max_new_tokens)
+    drawn = _Drawn(temperature, seeds) if temperature > 0 else None
+    found: dict[int, Answer] = {}
+    with progress(len(prompts), "Generating answers", unit="prompts") as counter:
+        for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, _BATCH_EXAMPLES):
+            for row, answer in zip(rows.tolist(), _answers(loaded, prompts, rows, most, drawn), strict=True):
+                found[row] = answer
+                if keep is not None:
+                    keep(row, answer)
+            counter.advance(len(rows))
+    return [found[row] for row in range(len(prompts))]
+
+
+def _budgets(loaded: LoadedModel, prompts: TokenizedData, most: int | Sequence[int]) -> Int[np.ndarray, "example"]:
+    """Most tokens of each answer: as many as were asked for, or as its prompt leaves of the context."""
+    asked = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
+    return asked if loaded.context_length is None else np.minimum(asked, loaded.context_length - prompts.lengths)
 
 
 def _awaits_answer(example: Example) -> bool:
@@ -74,17 +132,64 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
     return prompts
 
 
-def _answers(loaded: LoadedModel, prompts: TokenizedData, rows: np.ndarray, max_new_tokens: int) -> list[str]:
+class _Drawn(NamedTuple):
+    """Answers are drawn, not the most likely ones."""
+
+    temperature: float
+    seeds: Sequence[int]
+
+
+def _answers(
+    loaded: LoadedModel, prompts: TokenizedData, rows: np.ndarray, most: np.ndarray, drawn: _Drawn | None
+) -> list[Answer]:
+    """Answers to some prompts, made together.
+
+    The longest of them may fill the context before a shorter one has said all: those go on without it.
+    """
+    ids = {row: torch.as_tensor(prompts.input_ids[row], dtype=torch.int64) for row in rows.tolist()}
+    new: dict[int, list[int]] = {row: [] for row in ids}
+    ended: set[int] = set()
+    while going := [row for row in ids if row not in ended and len(new[row]) < most[row]]:
+        soon = max(int(most[row]) - len(new[row]) for row in going)
+        whole = [torch.cat([ids[row], torch.tensor(new[row], dtype=torch.int64)]) for row in going]
+        if loaded.context_length is not None:
+            soon = min(soon, loaded.context_length - max(map(len, whole)))
+        noise = None if drawn is None else _noise(drawn, going, new, width=max(map(len, whole)))
+        for row, tokens in zip(going, _continue(loaded, whole, soon, noise), strict=True):
+            if len(tokens) < soon and len(new[row]) + len(tokens) < most[row]:
+                ended.add(row)
+            new[row] = (new[row] + tokens)[: most[row]]
     tokenizer: Any = loaded.tokenizer
-    ids = [torch.as_tensor(prompts.input_ids[row], dtype=torch.int64) for row in rows]
-    # plan_batches puts the longest first; a batch may then use only as much context as that one leaves.
-    if loaded.context_length is not None:
-        max_new_tokens = min(max_new_tokens, loaded.context_length - len(ids[0]))
-    new = _continue(loaded, ids, max_new_tokens)
-    return [_text(tokenizer, prompt.tolist(), tokens) for prompt, tokens in zip(ids, new, strict=True)]
+    return [Answer(_text(tokenizer, ids[row].tolist(), new[row]), len(new[row]), row in ended) for row in ids]
 
 
-def _continue(loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int) -> list[list[int]]:
+class _GumbelNoise(LogitsProcessor):
+    """Adds noise to logits so that the largest one is a draw from their softmax; each row has numbers of its own."""
+
+    def __init__(self, temperature: float, seeds: list[int], first: list[int], width: int) -> None:
+        self._temperature = temperature
+        self._seeds = seeds
+        self._first = first
+        """Position, in its answer, of the first token of each row."""
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        step = input_ids.shape[1] - self._width
+        rows = []
+        for seed, first in zip(self._seeds, self._first, strict=True):
+            number = int.from_bytes(hashlib.sha256(f"{seed}:{first + step}".encode()).digest()[:7], "big")
+            uniform = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            rows.append(-torch.log(-torch.log(uniform.clamp_min(1e-300))))
+        return scores.double() / self._temperature + torch.stack(rows).to(scores.device)
+
+
+def _noise(drawn: _Drawn, rows: list[int], new: dict[int, list[int]], *, width: int) -> _GumbelNoise:
+    return _GumbelNoise(drawn.temperature, [drawn.seeds[row] for row in rows], [len(new[row]) for row in rows], width)
+
+
+def _continue(
+    loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int, noise: LogitsProcessor | None
+) -> list[list[int]]:
     """Token ids that follow each prompt, without the end token."""
     # A PEFT wrapper would hand its own generation settings on; the model inside has the adapter in its layers.
     model: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
@@ -104,7 +209,11 @@ def _continue(loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int) -
     own, model.generation_config = model.generation_config, settings
     try:
         with torch.no_grad():
-            output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                **({} if noise is None else {"logits_processor": LogitsProcessorList([noise])}),
+            )
     finally:
         model.generation_config = own
     return [_until_end(tokens, ends) for tokens in output[:, ids.shape[1] :].tolist()]

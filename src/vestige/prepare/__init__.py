@@ -1,5 +1,11 @@
 """Data made from data: rows in other words, each with the id of the row that it came from."""
 
+from vestige.prepare._candidates import Candidate as Candidate
+from vestige.prepare._candidates import Candidates as Candidates
+from vestige.prepare._candidates import candidates as candidates
+from vestige.prepare._candidates import okapi_scores as okapi_scores
+from vestige.prepare._candidates import prompt_of as prompt_of
+from vestige.prepare._generate import generate as generate
 from vestige.prepare._paraphrase import paraphrase as paraphrase
 from vestige.prepare._problems import PROBLEMS as PROBLEMS
 from vestige.prepare._problems import problem_of as problem_of

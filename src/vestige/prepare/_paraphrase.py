@@ -2,38 +2,22 @@
 
 import time
 from collections.abc import Sequence
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-from vestige.data import Example, load_queries
+from vestige.data import Example
 from vestige.errors import SpecError
-from vestige.prepare._problems import PROBLEMS, problem_of
-from vestige.prepare._replies import Paraphraser, Reply, ReplyCache, Request, request_for
+from vestige.prepare._endpoint import Endpoint
+from vestige.prepare._problems import problem_of, told_problems
+from vestige.prepare._replies import Paraphraser, Reply, request_for
 from vestige.prepare._rules import Rules
 from vestige.prepare._texts import Place, texts_of, with_texts
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, row_of, write_prepared
-from vestige.progress import announce, progress
+from vestige.prepare._work import Asked, Draft, Work
+from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.progress import announce
 from vestige.settings import ParaphraseSettings, verb
 
 KIND = "paraphrase"
 WITHOUT_EFFECT = frozenset({"concurrency", "retries", "timeout", "price_in", "price_out", "cache", "dry_run"})
-
-
-class Asked(NamedTuple):
-    """One text of one paraphrase of a row."""
-
-    place: Place
-    text: str
-    request: Request
-
-
-class Draft(NamedTuple):
-    """One paraphrase of a row, with what it needs."""
-
-    example: Example
-    number: int
-    """Which one, from 1."""
-    asked: tuple[Asked, ...]
 
 
 @verb(ParaphraseSettings)
@@ -56,25 +40,21 @@ def paraphrase(settings: ParaphraseSettings) -> Prepared:
         UserError: The endpoint cannot be used, or left texts without a reply.
     """
     paraphraser = _paraphraser(settings)
-    examples = _examples(settings)
+    examples = read_rows(settings)
     fingerprint = fingerprint_of(examples)
-    check_same_result(settings, KIND, fingerprint, WITHOUT_EFFECT)
+    if not settings.dry_run:
+        check_same_result(settings, KIND, fingerprint, WITHOUT_EFFECT)
     drafts = _drafts(examples, settings, paraphraser)
-    requests = list({asked.request.key: asked.request for draft in drafts for asked in draft.asked}.values())
+    work = Work(drafts, settings)
+    if settings.dry_run:
+        return Prepared(KIND, settings.out, 0, notes=(work.plan(), "Dry run: nothing was asked, nothing was written."))
+    announce(work.plan())
     started = time.monotonic()
-    replies = _replies(paraphraser, requests, settings)
-    rows, flagged = _rows(drafts, replies, keep_flagged=settings.keep_flagged)
-    details = {"seconds": round(time.monotonic() - started, 3)}
-    return write_prepared(
-        settings, KIND, rows, fingerprint=fingerprint, flagged=flagged, details=details, notes=_notes(flagged, rows)
-    )
-
-
-def _examples(settings: ParaphraseSettings) -> list[Example]:
-    examples = load_queries(settings.data)
-    if settings.limit is not None and settings.limit < len(examples):
-        announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
-    return examples[: settings.limit]
+    work.do(paraphraser)
+    rows, flagged = _rows(drafts, work.replies, keep_flagged=settings.keep_flagged)
+    details = {"seconds": round(time.monotonic() - started, 3), **work.account(paraphraser)}
+    notes = [*work.bill(paraphraser), *told_problems(rows, flagged)]
+    return write_prepared(settings, KIND, rows, fingerprint=fingerprint, flagged=flagged, details=details, notes=notes)
 
 
 def _paraphraser(settings: ParaphraseSettings) -> Paraphraser:
@@ -83,7 +63,13 @@ def _paraphraser(settings: ParaphraseSettings) -> Paraphraser:
         raise SpecError(
             f"Who paraphrases? Expected one of --rules, --model and --api-model, got {', '.join(given) or 'none'}."
         )
-    return Rules(settings.seed)
+    if settings.rules:
+        return Rules(settings.seed)
+    if settings.api_model is not None:
+        return Endpoint(settings)
+    from vestige.prepare._local import LocalModel
+
+    return LocalModel(settings)
 
 
 def _drafts(examples: Sequence[Example], settings: ParaphraseSettings, paraphraser: Paraphraser) -> list[Draft]:
@@ -96,28 +82,6 @@ def _drafts(examples: Sequence[Example], settings: ParaphraseSettings, paraphras
             )
             drafts.append(Draft(example, number, asked))
     return drafts
-
-
-def _replies(paraphraser: Paraphraser, requests: Sequence[Request], settings: ParaphraseSettings) -> dict[str, Reply]:
-    """The reply to every request by its key: out of the cache, or asked for now."""
-    cache = ReplyCache(settings.cache or settings.out / "replies")
-    known = {request.key: Reply(text="") for request in requests if not request.text}
-    keeps = not isinstance(paraphraser, Rules)
-    if keeps:
-        known |= {request.key: reply for request in requests if (reply := cache.get(request.key)) is not None}
-    waiting = [request for request in requests if request.key not in known]
-    lock = Lock()
-    with progress(len(waiting), "Paraphrasing", unit="texts") as counter:
-
-        def keep(request: Request, reply: Reply) -> None:
-            if keeps:
-                cache.put(request, reply)
-            with lock:
-                known[request.key] = reply
-                counter.advance()
-
-        paraphraser.ask(waiting, keep)
-    return known
 
 
 def _rows(
@@ -145,11 +109,3 @@ def _row(draft: Draft, replies: dict[str, Reply]) -> dict[str, Any]:
     row = row_of(with_texts(draft.example, texts))
     own = {"id": f"{draft.example.id}-p{draft.number}", "original_id": draft.example.id, "paraphrase": draft.number}
     return own | {name: value for name, value in row.items() if name not in own and name != "problem"}
-
-
-def _notes(flagged: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[str]:
-    counts: dict[str, int] = {}
-    for row in [*flagged, *(row for row in rows if "problem" in row)]:
-        counts[row["problem"]] = counts.get(row["problem"], 0) + 1
-    where = "left out, in flagged.jsonl" if flagged else "kept, marked in `problem`"
-    return [f"{count:,} {where}: {PROBLEMS[problem]}." for problem, count in counts.items()]

@@ -1,7 +1,9 @@
 """What is wrong with a reply, so that a paraphrase that is none does not pass for one."""
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from vestige.prepare._replies import Reply
 
@@ -49,3 +51,12 @@ def problem_of(original: str, reply: Reply, earlier: Collection[str] = ()) -> st
 def bare(text: str) -> str:
     """The letters and digits of a text in lower case; a text of marks alone as it is."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
+
+
+def told_problems(rows: Sequence[Mapping[str, Any]], flagged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each problem of rows that were kept and of rows that were left out."""
+    lines = []
+    for where, some in (("left out, in flagged.jsonl", flagged), ("kept, marked in `problem`", rows)):
+        counts = Counter(str(row["problem"]) for row in some if "problem" in row)
+        lines += [f"{count:,} {where}: {PROBLEMS[problem]}." for problem, count in counts.items()]
+    return lines

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vestige.data import Example
+from vestige.data import Example, load_queries
 from vestige.errors import DataError, IndexMismatch
 from vestige.files import make_folder, remove_durably, write_durably
 from vestige.progress import announce
@@ -31,7 +31,7 @@ class Prepared:
     kind: str
     out: Path
     rows: int
-    """In data.jsonl."""
+    """In data.jsonl; 0 after a dry run."""
     flagged: Mapping[str, int] = field(default_factory=dict)
     """Rows by what is wrong with them."""
     notes: tuple[str, ...] = ()
@@ -47,7 +47,19 @@ class Prepared:
         return escape(str(self))
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.rows:,} rows in {self.data}", *self.notes])
+        return "\n".join([*([f"{self.rows:,} rows in {self.data}"] if self.rows else []), *self.notes])
+
+
+def read_rows(settings: PreparationSettings) -> list[Example]:
+    """The rows that were asked for; a row may be a prompt alone.
+
+    Raises:
+        DataError: They are absent or broken.
+    """
+    examples = load_queries(settings.data)
+    if settings.limit is not None and settings.limit < len(examples):
+        announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
+    return examples[: settings.limit]
 
 
 def row_of(example: Example) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vestige.settings._base import flag as flag
 from vestige.settings._base import nearest as nearest
 from vestige.settings._base import parse_bytes as parse_bytes
 from vestige.settings._data import PREPARATIONS as PREPARATIONS
+from vestige.settings._data_generate import GenerateSettings as GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings as ParaphraseSettings
 from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings

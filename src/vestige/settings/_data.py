@@ -4,8 +4,10 @@
 """
 
 from vestige.settings._base import Settings
+from vestige.settings._data_generate import GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings
 
 PREPARATIONS: dict[str, type[Settings]] = {
     "paraphrase": ParaphraseSettings,
+    "generate": GenerateSettings,
 }

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from vestige.settings._preparation import PreparationSettings
+from vestige.settings._shared import Precision
 
 Part = Literal["prompt", "answer", "text"]
 PARTS: tuple[Part, ...] = ("prompt", "answer", "text")
@@ -61,8 +62,6 @@ class ParaphraseSettings(PreparationSettings):
         False, description="Keep paraphrases that are empty, refused, cut or not different, marked in `problem`."
     )
     dry_run: bool = Field(False, description="Say what would be asked and what it would cost, and stop.")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="Number format in which a local model runs."
-    )
+    precision: Precision = Field("auto", description="Number format in which a local model runs.")
     device: str = Field("auto", description="Where a local model runs: auto, cpu, cuda, cuda:1 or mps.")
     tokenizer: Any = Field(None, description="Hub id or folder of a local model's tokenizer, when it is not beside it.")

@@ -12,6 +12,7 @@ from vestige.curvature import CurvatureKind, CurvatureProduct, absolute_damping
 from vestige.errors import SpecError
 from vestige.index import batch_tokens
 from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods._preconditioned import scored_data
 from vestige.methods._protocol import Job
 from vestige.methods._stores import Vectors
 from vestige.models import Component
@@ -47,12 +48,14 @@ class Problem:
 
 
 def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) -> Problem:
-    """The curvature of all training data, or of `examples` of them, drawn with the seed of the job.
+    """The curvature of all training data that is scored, or of `examples` of them, drawn with the seed of the job.
 
     The damping is relative to the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known
     exactly: their mean squared gradient norm over the number of parameters.
     """
-    data = job.train if examples is None else job.train.subset(drawn_rows(len(job.train), examples, job.settings.seed))
+    data = scored_data(job)
+    if examples is not None:
+        data = data.subset(drawn_rows(len(data), examples, job.settings.seed))
     measured = Job(data, job.queries, job.settings, job.loaded, job.selection)
     loaded, size = job.model_for(method), sum(part.size for part in job.components)
     absolute_damping(job.settings.damping, 1.0)

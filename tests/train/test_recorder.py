@@ -183,7 +183,10 @@ def test_the_last_optimizer_alone_may_be_kept(tmp_path):
     given = trainer(tmp_path / "out")
     Recorder(given, tmp_path / "record", keep_optimizer=False)
     given.train()
-    has = {step: (path / "optimizer.pt").exists() for step, path in TrainingRun.open(tmp_path / "record").checkpoints.items()}
+    has = {
+        step: (path / "optimizer.pt").exists()
+        for step, path in TrainingRun.open(tmp_path / "record").checkpoints.items()
+    }
     assert has == {0: False, 3: False, 6: True}
 
 

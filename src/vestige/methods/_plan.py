@@ -187,7 +187,7 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
         if (bad := np.flatnonzero(~np.isfinite(scores))).size:
             raise NonFinite(
                 f"The self-influence of training row {bad[0]} is {scores[bad[0]]}. Run again with --precision float32, "
-                "or leave that row out."
+                "or leave that row out: vestige index --skip-bad does."
             )
         scores[list(job.skipped)] = np.nan
         return scores

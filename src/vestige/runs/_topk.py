@@ -39,7 +39,8 @@ def block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.nd
         query, column = np.argwhere(~np.isfinite(scores))[0]
         raise NonFinite(
             f"The score of training row {rows[column]} for query {query} is {scores[query, column]}.\n"
-            "A loss or an activation overflowed: run again with --precision float32, or leave that row out."
+            "A loss or an activation overflowed: run again with --precision float32, or leave that row out, by hand or "
+            "with vestige index --skip-bad and then attribute --index."
         )
     return rows, scores
 

@@ -40,6 +40,9 @@ from vestige.evaluate._removal import removal as removal
 from vestige.evaluate._result import Evaluation as Evaluation
 from vestige.evaluate._result import EvaluationRow as EvaluationRow
 from vestige.evaluate._retrieval import retrieval as retrieval
+from vestige.evaluate._selection import Gain as Gain
+from vestige.evaluate._selection import gain_over as gain_over
+from vestige.evaluate._selection import selection as selection
 from vestige.evaluate._sketch import sketch as sketch
 from vestige.evaluate._sketch_report import SketchPoint as SketchPoint
 from vestige.evaluate._sketch_report import SketchReport as SketchReport

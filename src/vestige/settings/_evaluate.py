@@ -15,6 +15,7 @@ from vestige.settings._evaluate_scores import (
     SourcesSettings,
     TailPatchSettings,
 )
+from vestige.settings._evaluate_selection import SelectionSettings
 from vestige.settings._evaluate_sketch import SketchSettings
 
 EVALUATIONS: dict[str, type[Settings]] = {
@@ -26,6 +27,7 @@ EVALUATIONS: dict[str, type[Settings]] = {
     "retrieval": RetrievalSettings,
     "randomisation": RandomisationSettings,
     "overlap": OverlapSettings,
+    "selection": SelectionSettings,
     "sketch": SketchSettings,
     "components": ComponentsSettings,
 }

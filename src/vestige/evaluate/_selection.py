@@ -1,0 +1,204 @@
+"""`vestige evaluate selection`: does training on chosen data beat training on random data of the same size?"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
+
+from vestige.bank import EVERYTHING, Bank, bank
+from vestige.data import load_examples
+from vestige.errors import IndexMismatch, SpecError
+from vestige.evaluate._figures import Mark, interval_figure
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._scored import reading_of
+from vestige.evaluate._statistics import CONFIDENCE, Estimate, interval, mean_estimate
+from vestige.files import make_folder, write_durably
+from vestige.select import SelectedData
+from vestige.settings import LaunchSettings, SelectionSettings, verb
+
+RANDOM = "random"
+
+
+class TrainingSet(NamedTuple):
+    """Examples to train on."""
+
+    name: str
+    """Of the bank's subset."""
+    ids: frozenset[str]
+
+
+@verb(SelectionSettings)
+def selection(settings: SelectionSettings) -> Evaluation:
+    """Loss and accuracy on held-out queries after training on each chosen set, on random sets, and on everything.
+
+    All trainings take the same number of steps from the same start, and those of one seed share their randomness. The
+    trained models are a bank in OUT/bank: an interrupted evaluation continues, and further sets are added to it. In
+    `settings.out`: `selection.json`, and the figure `selection`.
+
+    Raises:
+        SpecError: A chosen set is everything, or two folders have one name.
+        IndexMismatch: A set was chosen from other data.
+    """
+    ids = [example.id for example in load_examples(settings.data, limit=settings.limit)]
+    chosen = _chosen(settings, ids)
+    random = {size: _random_sets(settings, ids, size) for size in sorted({len(one.ids) for one in chosen})}
+    # Random sets come first, so that further chosen sets of the same size extend the bank.
+    sets = [*(one for group in random.values() for one in group), *chosen]
+    truth = _trained(settings, ids, sets, max(random))
+    found = _Measured(settings, truth)
+    gains = {one.name: found.gain(one, random[len(one.ids)]) for one in chosen}
+    rows = [EvaluationRow(one.name, found.values([one], len(one.ids), gains[one.name])) for one in chosen]
+    for size, group in random.items():
+        name = RANDOM if len(random) == 1 else f"{RANDOM} {size}"
+        rows.append(EvaluationRow(name, found.values(group, size), opponent=True))
+    everything = TrainingSet(EVERYTHING, frozenset(ids))
+    rows.append(EvaluationRow(EVERYTHING, found.values([everything], len(ids)), opponent=True))
+    result = Evaluation(
+        "selection",
+        f"Trained on chosen data: mean loss per token, in nats, and accuracy on {len(truth.query_ids)} queries",
+        tuple(rows),
+        _notes(settings, truth),
+        {
+            "gain_by_seed": {name: gain.by_seed.tolist() for name, gain in gains.items()},
+            "sets": {one.name: sorted(one.ids) for one in sets},
+            "losses": found.losses_by_seed(),
+            "bank": truth.identity,
+        },
+    )
+    marks = [Mark(name, gain.over_all) for name, gain in gains.items()]
+    figure = interval_figure("selection", marks, "fewer nats per token than after random data (95 % intervals)")
+    return write_evaluation(result, settings.out, figure)
+
+
+def _notes(settings: SelectionSettings, truth: Bank) -> tuple[str, ...]:
+    return (
+        f"{settings.seeds} trainings on each set, of {truth.identity['steps']} steps each; random: "
+        f"{settings.random_sets} sets of each size.",
+        "Gain: mean loss after random sets of the same size minus that after the chosen one, seed by seed; 95 % "
+        f"intervals, {settings.draws} bootstrap draws of seeds, random sets and queries. Over seeds: Student's t "
+        "interval of the seeds' gains.",
+    )
+
+
+class Gain(NamedTuple):
+    """How much lower losses are than after random data."""
+
+    over_all: Estimate
+    """Interval over seeds, random sets and queries."""
+    over_seeds: Estimate
+    """Student's t interval of the seeds' means; NaN for a single seed."""
+    by_seed: Float[np.ndarray, "seed"]
+
+
+def gain_over(
+    chosen: Float[np.ndarray, "seed query"], random: Float[np.ndarray, "set seed query"], draws: int, seed: int
+) -> Gain:
+    """Mean of `random - chosen`, positive where the chosen data leave less loss, each seed compared with itself."""
+    gains = random - chosen
+    by_seed = gains.mean((0, 2))
+    generator = np.random.default_rng(seed)
+    sets, seeds, queries = gains.shape
+    values = []
+    for _ in range(draws):
+        some = np.ix_(generator.integers(sets, size=sets), generator.integers(seeds, size=seeds))
+        values.append(gains[some].mean((0, 1))[generator.integers(queries, size=queries)].mean())
+    return Gain(interval(float(gains.mean()), np.array(values)), _student(by_seed), by_seed)
+
+
+def _student(values: Float[np.ndarray, "seed"]) -> Estimate:
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, float("nan"), float("nan"))
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Estimate(mean, mean - float(half), mean + float(half))
+
+
+class _Measured:
+    """What the trained models make of the queries."""
+
+    def __init__(self, settings: SelectionSettings, truth: Bank) -> None:
+        self._settings = settings
+        self._number = {name: place for place, name in enumerate(truth.subset_names)}
+        self._losses = truth.by_subset(truth.query_token_losses)
+        self._accuracies = truth.by_subset(truth.values("query_accuracy"))
+
+    def gain(self, chosen: TrainingSet, random: Sequence[TrainingSet]) -> Gain:
+        """Of a chosen set over random ones of its size."""
+        own, others = self._losses[self._number[chosen.name]], self._of(self._losses, random)
+        return gain_over(own, others, self._settings.draws, self._settings.seed)
+
+    def values(self, sets: Sequence[TrainingSet], size: int, gain: Gain | None = None) -> dict[str, Value]:
+        """The columns of one row."""
+        draws, seed = self._settings.draws, self._settings.seed
+        found: dict[str, Value] = {
+            "examples": size,
+            "loss": mean_estimate(self._of(self._losses, sets).mean((0, 1)), draws, seed),
+            "accuracy": mean_estimate(self._of(self._accuracies, sets).mean((0, 1)), draws, seed),
+        }
+        if gain is not None:
+            ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
+            found |= {"gain over random": gain.over_all, "over seeds": gain.over_seeds, "seeds ahead": ahead}
+        return found
+
+    def losses_by_seed(self) -> dict[str, list[float]]:
+        """Mean loss of every set, seed by seed."""
+        return {name: self._losses[place].mean(1).tolist() for name, place in self._number.items()}
+
+    def _of(self, values: np.ndarray, sets: Sequence[TrainingSet]) -> Float[np.ndarray, "set seed query"]:
+        return values[[self._number[one.name] for one in sets]]
+
+
+def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet]:
+    known, found = set(ids), []
+    for folder in map(Path, settings.selected):
+        own = frozenset(SelectedData.open(folder).ids)
+        if absent := own - known:
+            raise IndexMismatch(
+                f"{folder} holds the example {min(absent)!r}, which the data do not. Give the --data that it was "
+                "chosen from."
+            )
+        if len(own) == len(known):
+            raise SpecError(f"{folder} is all of the data: there is nothing to compare it with.")
+        found.append(TrainingSet(folder.name, own))
+    names = [one.name for one in found]
+    taken = [name for name in names if name == EVERYTHING or name.startswith(f"{RANDOM} ") or names.count(name) > 1]
+    if taken:
+        raise SpecError(f"Selections are called by their folders' names, and {taken[0]!r} is taken. Rename one.")
+    return found
+
+
+def _random_sets(settings: SelectionSettings, ids: list[str], size: int) -> list[TrainingSet]:
+    sets = []
+    for number in range(settings.random_sets):
+        rows = np.random.default_rng([settings.seed, size, number]).choice(len(ids), size, replace=False)
+        sets.append(TrainingSet(f"{RANDOM} {size} #{number}", frozenset(ids[row] for row in rows)))
+    return sets
+
+
+def _trained(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[TrainingSet], largest: int) -> Bank:
+    lists = {one.name: [name for name in ids if name not in one.ids] for one in sets}
+    make_folder(settings.out)
+    path = settings.out / "left-out.json"
+    content = (json.dumps(lists) + "\n").encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_durably(path, [content])
+    return bank(
+        **reading_of(settings),
+        **{name: getattr(settings, name) for name in LaunchSettings.model_fields},
+        model=settings.model,
+        data=settings.data,
+        queries=settings.queries,
+        out=settings.out / "bank",
+        leave_out_lists=str(path),
+        seeds=settings.seeds,
+        steps=settings.steps or settings.passes * -(-largest // settings.batch_size),
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        from_scratch=settings.from_scratch,
+        lora_rank=settings.lora_rank,
+        seed=settings.seed,
+    )

@@ -10,6 +10,7 @@ from vestige.settings import (
     EVALUATIONS,
     PREPARATIONS,
     AttributeSettings,
+    AuditSettings,
     BankSettings,
     DoctorSettings,
     ExportSettings,
@@ -26,11 +27,13 @@ from vestige.settings import (
 )
 
 PUBLIC = [
+    "Audit",
     "Bank",
     "Index",
     "Scores",
     "VestigeError",
     "attribute",
+    "audit",
     "bank",
     "doctor",
     "evaluate",
@@ -50,6 +53,7 @@ PUBLIC = [
 
 VERBS = {
     "attribute": AttributeSettings,
+    "audit": AuditSettings,
     "bank": BankSettings,
     "doctor": DoctorSettings,
     "export": ExportSettings,
@@ -107,7 +111,7 @@ def test_a_verb_stays_callable_after_its_room_was_imported():
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
-    with pytest.raises(AttributeError, match="it has Bank, Index, Scores"):
+    with pytest.raises(AttributeError, match="it has Audit, Bank, Index, Scores"):
         _ = vestige.attribut  # pyright: ignore
 
 

@@ -7,12 +7,13 @@ The public names, each imported on first use, so that `import vestige` costs no 
     untrac, study                              unlearning as attribution; published experiments
     train                                      a training that attribution and audit read; train.Recorder for your own
     sweep                                      one verb over a grid of settings
+    audit                                      what a model knows by heart, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
-    Index, Scores, Bank                        what the verbs leave on disk, opened again
+    Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate
     from vestige import prepare as prepare
+    from vestige.audit import audit as audit
     from vestige.bank import Bank as Bank
     from vestige.bank import bank as bank
     from vestige.curvature import precondition as precondition
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from vestige.methods import attribute as attribute
     from vestige.report import report as report
     from vestige.report import view as view
+    from vestige.runs import Audit as Audit
     from vestige.runs import Scores as Scores
     from vestige.select import select as select
     from vestige.studies import study as study
@@ -44,11 +47,13 @@ if TYPE_CHECKING:
     from vestige.unlearn import untrac as untrac
 
 __all__ = [
+    "Audit",
     "Bank",
     "Index",
     "Scores",
     "VestigeError",
     "attribute",
+    "audit",
     "bank",
     "doctor",
     "evaluate",
@@ -67,11 +72,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audit": "vestige.runs",
     "Bank": "vestige.bank",
     "Index": "vestige.index",
     "Scores": "vestige.runs",
     "VestigeError": "vestige.errors",
     "attribute": "vestige.methods",
+    "audit": "vestige.audit",
     "bank": "vestige.bank",
     "doctor": "vestige.doctor",
     "export": "vestige.index",

@@ -19,6 +19,7 @@ VERBS = {
     "precondition": "Measure the curvature of an index, and precondition its gradients.",
     "bank": "Train many models on parts of the data: the truth that scores are judged by.",
     "attribute": "Rank the training examples behind an answer.",
+    "audit": "Say for every example how well a model knows it by heart, with evidence and intervals.",
     "untrac": "Rank training sources or examples by unlearning.",
     "select": "Choose which examples to train on.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",

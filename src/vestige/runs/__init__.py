@@ -1,7 +1,24 @@
 """Run directories: what scores mean, how they are summed up, written and read again. Imports no torch."""
 
+from vestige.runs._audit import Audit as Audit
+from vestige.runs._audit import EvidenceRow as EvidenceRow
+from vestige.runs._audit import EvidenceTable as EvidenceTable
+from vestige.runs._audit import write_audit as write_audit
+from vestige.runs._audit_record import AuditRecord as AuditRecord
+from vestige.runs._audit_record import BankRecord as BankRecord
+from vestige.runs._audit_record import JudgementRecord as JudgementRecord
+from vestige.runs._audit_record import LayerRecord as LayerRecord
+from vestige.runs._audit_record import MeasureRecord as MeasureRecord
+from vestige.runs._audit_record import RateRecord as RateRecord
+from vestige.runs._audit_record import SubjectRecord as SubjectRecord
+from vestige.runs._audit_record import Truth as Truth
+from vestige.runs._audit_record import is_audit as is_audit
+from vestige.runs._audit_record import read_audit_record as read_audit_record
 from vestige.runs._environment import environment as environment
 from vestige.runs._environment import peak_memory_bytes as peak_memory_bytes
+from vestige.runs._evidence import evidence_table as evidence_table
+from vestige.runs._evidence import read_evidence as read_evidence
+from vestige.runs._evidence import write_evidence as write_evidence
 from vestige.runs._listing import ComponentScore as ComponentScore
 from vestige.runs._listing import ScoreRow as ScoreRow
 from vestige.runs._listing import ScoreTable as ScoreTable

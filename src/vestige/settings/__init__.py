@@ -6,6 +6,9 @@ help and mistakes answer at once.
 """
 
 from vestige.settings._attribute import AttributeSettings as AttributeSettings
+from vestige.settings._audit import AUDIT_MEASURES as AUDIT_MEASURES
+from vestige.settings._audit import BANK_MEASURES as BANK_MEASURES
+from vestige.settings._audit import AuditSettings as AuditSettings
 from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import Settings as Settings
 from vestige.settings._base import flag as flag
@@ -14,6 +17,10 @@ from vestige.settings._base import parse_bytes as parse_bytes
 from vestige.settings._data import PREPARATIONS as PREPARATIONS
 from vestige.settings._data_generate import GenerateSettings as GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings as ParaphraseSettings
+from vestige.settings._data_rows import CleanSettings as CleanSettings
+from vestige.settings._data_rows import MultipleChoiceSettings as MultipleChoiceSettings
+from vestige.settings._data_rows import SplitSettings as SplitSettings
+from vestige.settings._data_rows import TokenizeSettings as TokenizeSettings
 from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import LdsSettings as LdsSettings

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, DataError
 from vestige.files import write_durably
 
-KEYS = ("checkpoint", "layer", "example_id")
+KEYS = ("checkpoint", "layer", "row", "example_id")
 
 
 def evidence_table(
@@ -21,14 +21,16 @@ def evidence_table(
     *,
     checkpoint: int = -1,
     layer: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> pa.Table:
     """What was measured at one checkpoint, and at one layer if the measures have one.
 
     Args:
         example_ids: In the order of the values.
-        measures: By name; NaN where a measure cannot be computed.
+        measures: By name; NaN, which becomes null, where a measure cannot be computed.
         checkpoint: Steps trained; -1 for a model whose steps are not known.
         layer: None for measures that look at no layer.
+        rows: Positions of the examples, where ids may repeat; a column of its own.
 
     Raises:
         DataError: A measure that has not one value per example, or the name of a key.
@@ -43,8 +45,12 @@ def evidence_table(
         {
             "checkpoint": pa.array([checkpoint] * count, pa.int64()),
             "layer": pa.array([layer] * count, pa.int32()),
+            **({} if rows is None else {"row": pa.array(list(rows), pa.int64())}),
             "example_id": pa.array(list(example_ids), pa.string()),
-            **{name: pa.array(np.asarray(values, dtype=np.float64)) for name, values in measures.items()},
+            **{
+                name: pa.array(np.asarray(values, dtype=np.float64), from_pandas=True)
+                for name, values in measures.items()
+            },
         }
     )
 
@@ -58,7 +64,8 @@ def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
     if not tables:
         raise DataError("There is no evidence to write.")
     whole = pa.concat_tables(tables, promote_options="default")
-    distinct = whole.select(KEYS).group_by(list(KEYS)).aggregate([])
+    keys = ["checkpoint", "layer", "row" if "row" in whole.column_names else "example_id"]
+    distinct = whole.select(keys).group_by(keys).aggregate([])
     if len(distinct) != len(whole):
         raise DataError("Two rows are about the same example at the same checkpoint and layer. Merge their measures.")
     sink = pa.BufferOutputStream()
@@ -77,9 +84,10 @@ def read_evidence(
     """
     try:
         held = parquet.read_schema(path).names
-        wanted = held if measures is None else [*KEYS, *measures]
+        keys = [name for name in KEYS if name in held]
+        wanted = held if measures is None else [*keys, *measures]
         if unknown := sorted(set(wanted) - set(held)):
-            raise DataError(f"{path} holds no {', '.join(unknown)}; it holds {', '.join(held[len(KEYS) :])}.")
+            raise DataError(f"{path} holds no {', '.join(unknown)}; it holds {', '.join(held[len(keys) :])}.")
         table = parquet.read_table(path, columns=wanted)
     except (OSError, pa.ArrowInvalid) as error:
         raise CorruptFile(f"{path} does not read ({error}). Make the audit again.") from error

@@ -1,0 +1,175 @@
+"""Figures of an audit: dynamics, ROC curves on logarithmic axes, layers, agreement of measures."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vestige.audit._assembled import Evidence
+from vestige.audit._judge import BLIND, Known, orientation
+from vestige.runs import JudgementRecord
+from vestige.runs._audit_curves import agreement, group_of, roc_curve
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
+_BLIND = "#8A8A8A"
+_DOTS = 160
+_MOST_LINES = 7
+_FLOOR = 1e-4
+
+
+def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[JudgementRecord]) -> dict[str, bytes]:
+    """Every figure that the run has something for, as PNG and PDF, by file name."""
+    found: dict[str, bytes] = {}
+    if len(evidence.seen) > 1:
+        found |= _saved("dynamics", _dynamics(evidence, known))
+    for truth in known:
+        best = _best(judged, truth.name)
+        if best:
+            found |= _saved(f"roc-{truth.name}", _roc(evidence, truth, best, judged))
+    if len(evidence.job.layers) > 1:
+        found |= _saved("layers", _layers(evidence, judged))
+    names, table = agreement(
+        {name: column for name in evidence.job.wanted if (column := evidence.column(name)) is not None}
+    )
+    if len(names) > 1:
+        found |= _saved("agreement", _agreement(names, table))
+    return found
+
+
+def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
+    """Medians over checkpoints, and quartiles, of the groups that are known."""
+    names = [name for name in ("answer_loss", "loss", "psmi", "lira") if _somewhere(evidence, name)][:4]
+    if "answer_loss" in names and "loss" in names:
+        names.remove("loss")
+    figure = Figure(figsize=(1.2 + 3.4 * max(len(names), 1), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    groups = group_of([(truth.name, truth.found, truth.judged) for truth in known], ~evidence.job.held_out)
+    places = [subject.number for subject in evidence.job.subjects]
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(names), 1))), names, strict=False):
+        for colour, (label, rows) in zip(_COLOURS, groups.items(), strict=False):
+            spread = np.full((3, len(places)), np.nan)
+            for place in range(len(places)):
+                column = evidence.column(name, place)
+                values = np.array([]) if column is None else column[rows]
+                if (~np.isnan(values)).any():
+                    spread[:, place] = np.nanquantile(values, [0.25, 0.5, 0.75])
+            axes.plot(places, spread[1], "o-", color=colour, markersize=4, label=label)
+            axes.fill_between(places, spread[0], spread[2], color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel=_checkpoint_label(evidence), title=name)
+        axes.legend(fontsize="x-small")
+    return figure
+
+
+def _roc(
+    evidence: Evidence, truth: Known, best: Sequence[JudgementRecord], judged: Sequence[JudgementRecord]
+) -> Figure:
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    grid = np.geomspace(_FLOOR, 1, 50)
+    axes.plot(grid, grid, color="#BBBBBB", linewidth=0.9, label="chance")
+    places = {subject.number: place for place, subject in enumerate(evidence.job.subjects)}
+    for colour, record in zip(_COLOURS, best, strict=False):
+        assert record.checkpoint is not None
+        column = evidence.column(record.measure, places[record.checkpoint], record.layer)
+        sign = orientation(record.measure, truth.name)
+        if column is None or sign is None:
+            continue
+        x, y = roc_curve((sign * column)[truth.judged], truth.found[truth.judged])
+        label = f"{record.measure} (AUC {record.auc[0]:.3f})"
+        axes.step(np.maximum(x, _FLOOR), np.maximum(y, _FLOOR), where="post", color=colour, label=label)
+    blind = [each for each in judged if each.truth == truth.name and each.measure == BLIND and each.auc[0] is not None]
+    title = f"{truth.name}: {int(truth.found[truth.judged].sum())} to be found, blind baseline "
+    axes.set_title(title + (f"AUC {blind[0].auc[0]:.3f}" if blind else "not computable"), fontsize="medium")
+    axes.set(xscale="log", yscale="log", xlim=(_FLOOR, 1), ylim=(_FLOOR, 1.1))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(fontsize="x-small", loc="lower right")
+    return figure
+
+
+def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord]:
+    """The first measures in the table's order at the model under audit; not the best ones, which would be a choice."""
+    rows = [each for each in judged if each.truth == truth and each.measure != BLIND and each.auc[0] is not None]
+    if not rows:
+        return []
+    last = rows[-1].checkpoint
+    order = ("psmi", "lira", "loss", "logit_gap", "counterfactual", "extraction", "min_k_plus_plus", "mahalanobis")
+    chosen: dict[str, JudgementRecord] = {}
+    for each in rows:
+        if each.checkpoint == last and each.measure in order:
+            chosen[each.measure] = each
+    return [chosen[name] for name in order if name in chosen][:_MOST_LINES]
+
+
+def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
+    """AUC of PSMI by layer where something is known, else its quartiles."""
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    layers = list(evidence.job.layers)
+    name = "psmi" if any("psmi" in found for found in evidence.last.layers.values()) else "mahalanobis"
+    last = evidence.job.main.number
+    rows = [each for each in judged if each.measure == name and each.checkpoint == last and each.auc[0] is not None]
+    for colour, truth in zip(_COLOURS, dict.fromkeys(each.truth for each in rows), strict=False):
+        of = {each.layer: each.auc for each in rows if each.truth == truth}
+        values = np.array([of.get(layer, (np.nan,) * 3) for layer in layers], dtype=np.float64)
+        axes.plot(layers, values[:, 0], "o-", color=colour, markersize=4, label=f"{truth}")
+        axes.fill_between(layers, values[:, 1], values[:, 2], color=colour, alpha=0.15, linewidth=0)
+    if rows:
+        axes.axhline(0.5, color="#BBBBBB", linewidth=0.9)
+        axes.set_ylabel(f"AUC of {name}")
+        axes.legend(fontsize="x-small")
+    else:
+        columns = [evidence.column(name, -1, layer) for layer in layers]
+        spread = np.array(
+            [np.nanquantile(each, [0.25, 0.5, 0.75]) if each is not None else [np.nan] * 3 for each in columns]
+        )
+        axes.plot(layers, spread[:, 1], "o-", color=_COLOURS[0], markersize=4)
+        axes.fill_between(layers, spread[:, 0], spread[:, 2], color=_COLOURS[0], alpha=0.15, linewidth=0)
+        axes.set_ylabel(f"{name}, quartiles")
+    if evidence.main_layer is not None:
+        axes.axvline(evidence.main_layer, color="#555555", linewidth=0.9, linestyle=":")
+    axes.set_xlabel("layer (dotted: the main one, chosen without looking at what is to be found)")
+    return figure
+
+
+def _agreement(names: Sequence[str], table: np.ndarray) -> Figure:
+    size = 1.8 + 0.5 * len(names)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = axes.imshow(table, cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="x-small")
+    axes.set_yticks(range(len(names)), names, fontsize="x-small")
+    for row, values in enumerate(table):
+        for column, value in enumerate(values):
+            if np.isfinite(value):
+                ink = "white" if abs(value) > 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
+    axes.set_title("Rank correlation of measures under the model", fontsize="medium")
+    figure.colorbar(shown, ax=axes, shrink=0.7)
+    return figure
+
+
+def _somewhere(evidence: Evidence, name: str) -> bool:
+    columns = [evidence.column(name, place) for place in range(len(evidence.seen))]
+    return any(column is not None and not np.isnan(column).all() for column in columns)
+
+
+def _checkpoint_label(evidence: Evidence) -> str:
+    known = all(subject.steps is not None for subject in evidence.job.subjects)
+    return "optimizer steps" if known else "checkpoint, in order"
+
+
+def _saved(name: str, figure: Figure) -> Mapping[str, bytes]:
+    found = {}
+    options: dict[str, Any] = {"png": {"metadata": {"Software": None}}, "pdf": {"metadata": {"CreationDate": None}}}
+    for kind, more in options.items():
+        content = BytesIO()
+        figure.savefig(content, format=kind, dpi=_DOTS, **more)
+        found[f"{name}.{kind}"] = content.getvalue()
+    return found

@@ -1,0 +1,218 @@
+"""What an audit looks at: the examples with their answers, classes and marks, and the models."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import nn
+
+from vestige.audit._answers import Answers, Choices, find_answers, find_choices
+from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
+from vestige.bank import Bank
+from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.data._tokenize import Encoder
+from vestige.errors import DataError, SpecError
+from vestige.index import batch_tokens, read_data, tokens_at_most
+from vestige.models import load_model
+from vestige.settings import AUDIT_MEASURES, AuditSettings
+
+MOST_CLASSES = 64
+"""More different labels than these are ids or texts, not classes."""
+SMALL_MODEL = 30_000_000
+"""Weights of a whole model whose norms are taken without being asked for."""
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """Everything that pieces are computed from; rows are the data's, then the holdout's."""
+
+    settings: AuditSettings
+    subjects: tuple[Subject, ...]
+    models: Models
+    tokenizer: Any
+    data: TokenizedData
+    own_fingerprint: str
+    """Of the data without the holdout: what a bank of it knows it by."""
+    held_out: Bool[np.ndarray, "example"]
+    answers: Answers
+    choices: Choices
+    classes: Int[np.ndarray, "example"]
+    """Number of the class of each example, -1 for one that has none."""
+    class_names: tuple[str, ...]
+    no_classes: str
+    """Why there are none; empty where there are."""
+    layers: tuple[int, ...]
+    token_budget: int
+    parameters: int
+    norms: bool
+    """Whether norms of weights are taken."""
+
+    @property
+    def main(self) -> Subject:
+        """The model under audit."""
+        return self.subjects[-1]
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the measures; what others are made of is among them."""
+        needed = {"loss"} | ({"token_gap"} if self.settings.bank is not None else set())
+        return tuple(name for name in AUDIT_MEASURES if name in needed or name in self.settings.wanted)
+
+    @property
+    def texts(self) -> list[str]:
+        """What a reader would see of each example."""
+        return [example.display for example in self.data.examples]
+
+    @cached_property
+    def flagged(self) -> Bool[np.ndarray, "example"] | None:
+        """The examples that `--flag` marks; None without it."""
+        return None if self.settings.flag is None else marks(self.data.examples, self.settings.flag, self.held_out)
+
+    @cached_property
+    def reference_fingerprint(self) -> str | None:
+        """Of the reference model's weights."""
+        reference = self.settings.reference_model
+        return None if reference is None else weights_fingerprint(reference)
+
+    @cached_property
+    def bank(self) -> Bank | None:
+        """The bank that was given."""
+        return None if self.settings.bank is None else Bank.open(self.settings.bank)
+
+
+def open_job(settings: AuditSettings) -> AuditJob:
+    """Load the model under audit and the examples.
+
+    Raises:
+        UserError: Something about the model, the data or the settings needs the caller.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    subjects = find_subjects(settings, loaded)
+    data = read_data(settings, settings.data, loaded)
+    limit = tokens_at_most(settings, loaded)
+    held = None
+    if settings.holdout is not None:
+        held = tokenize(
+            load_queries(settings.holdout), loaded.tokenizer, max_length=limit, name="holdout", chat=settings.chat
+        )
+    whole = data if held is None else _joined(data, held)
+    held_out = np.arange(len(whole)) >= len(data)
+    if loaded.tokenizer is None:
+        encoder = None
+    else:
+        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=settings.chat)
+    end_token = getattr(loaded.tokenizer, "eos_token_id", None)
+    choices = _choices(whole, encoder, settings)
+    classes, names, reason = _classes(whole.examples, choices, settings)
+    parameters = sum(each.numel() for each in loaded.model.parameters())
+    return AuditJob(
+        settings=settings,
+        subjects=subjects,
+        models=Models(settings, subjects[-1], loaded),
+        tokenizer=loaded.tokenizer,
+        data=whole,
+        own_fingerprint=data.fingerprint,
+        held_out=held_out,
+        answers=find_answers(whole, end_token),
+        choices=choices,
+        classes=classes,
+        class_names=names,
+        no_classes=reason,
+        layers=_layers(loaded.model, settings),
+        token_budget=batch_tokens(settings, loaded),
+        parameters=parameters,
+        norms="weights" in settings.wanted
+        and (is_adapter(loaded.model) or parameters <= SMALL_MODEL or "weights" in settings.measures),
+    )
+
+
+def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[np.ndarray, "example"]:
+    """Where a column is true, or equal to the value that is asked for.
+
+    Raises:
+        DataError: No example of the data has the column.
+    """
+    name, equals, value = (part.strip() for part in flag.partition("="))
+    cells = [_cell(example, name) for example in examples]
+    if all(cell is None for cell, held in zip(cells, held_out, strict=True) if not held):
+        columns = sorted({"source", "label", *(key for example in examples[:100] for key in example.extra)})
+        raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
+    if equals:
+        return np.array([cell is not None and str(cell) == value for cell in cells])
+    return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+
+
+def _cell(example: Example, name: str) -> Any:
+    return getattr(example, name) if name in ("source", "label") else example.extra.get(name)
+
+
+def _joined(data: TokenizedData, held: TokenizedData) -> TokenizedData:
+    digest = hashlib.sha256(f"{data.fingerprint}+{held.fingerprint}".encode()).hexdigest()
+    return TokenizedData(
+        [*data.examples, *held.examples],
+        [*data.input_ids, *held.input_ids],
+        [*data.targets, *held.targets],
+        np.concatenate([data.truncated, held.truncated]),
+        digest,
+        data.name,
+    )
+
+
+def _choices(data: TokenizedData, encoder: Encoder | None, settings: AuditSettings) -> Choices:
+    if encoder is None:
+        nothing = np.zeros((len(data), 1), dtype=np.int64)
+        reasons = {"the model has no tokenizer": len(data)}
+        return Choices(nothing[:, 0], nothing, nothing.astype(bool), nothing[:, 0].copy(), reasons)
+    return find_choices(data, encoder, settings.choices_field)
+
+
+def _classes(
+    examples: Sequence[Example], choices: Choices, settings: AuditSettings
+) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """Class of each example, names of the classes, and the reason where there are none."""
+    field = settings.label_field
+    cells: list[str | None]
+    if field is not None:
+        cells = [None if (cell := _cell(example, field)) is None else str(cell) for example in examples]
+        if all(cell is None for cell in cells):
+            raise DataError(f"--label-field {field}: no example has that column.")
+    elif choices.known.any():
+        cells = [
+            (example.completion or "").strip() if known else None
+            for example, known in zip(examples, choices.known, strict=True)
+        ]
+    else:
+        cells = [example.label for example in examples]
+    names = sorted({cell for cell in cells if cell is not None})
+    nothing = np.full(len(cells), -1, dtype=np.int64)
+    if len(names) < 2:
+        return nothing, (), "free text has no classes: name a column with labels as --label-field"
+    if len(names) > MOST_CLASSES:
+        return nothing, (), f"{len(names)} different labels are no classes (at most {MOST_CLASSES})"
+    codes = {name: code for code, name in enumerate(names)}
+    return np.array([-1 if cell is None else codes[cell] for cell in cells], dtype=np.int64), tuple(names), ""
+
+
+def _layers(model: nn.Module, settings: AuditSettings) -> tuple[int, ...]:
+    """Numbers of the layers whose states are measured; none where nothing needs them or the model has none to give."""
+    if not {"psmi", "mahalanobis", "smi"} & set(settings.wanted):
+        return ()
+    one = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        output: Any = model(input_ids=one, output_hidden_states=True, use_cache=False)
+    last = len(getattr(output, "hidden_states", None) or ()) - 1
+    found: set[int] = set()
+    for word in settings.layers:
+        found |= set(range(1, last + 1)) if word == "all" else {last if word == "last" else int(word)}
+    if last < 0:
+        return ()
+    if max(found) > last:
+        raise SpecError(f"--layers {max(found)}: the model has layers 0 (embeddings) to {last}.")
+    return tuple(sorted(found))

@@ -1,0 +1,161 @@
+"""How well the measures of a run tell what is to be found, where that is known, and how well texts alone tell it."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from vestige.audit._assembled import Column, Evidence, bank_places
+from vestige.audit._attack import Attack, Interval, Rate, attack, share
+from vestige.audit._blind import blind
+from vestige.audit._signs import EARLY_SIGNS, SIGNS
+from vestige.errors import DataError
+from vestige.runs import JudgementRecord, RateRecord
+from vestige.runs._audit_record import Span, Truth
+
+BLIND = "blind"
+_DETAILS = ("psmi_std", "psmi_low", "psmi_high", "simplicity")
+_RATIOS = ("lira", "lira_offline")
+_FIXED = {"psmi": ("psmi <= 0", 0.0), "lira": ("lira >= 0", 0.0)}
+"""Thresholds that need no tuning: Dentan et al. 2024 for PSMI at the last layer; even odds for a likelihood ratio."""
+
+
+class Known(NamedTuple):
+    """What is to be found, and where that is known."""
+
+    name: Truth
+    found: Bool[np.ndarray, "example"]
+    judged: Bool[np.ndarray, "example"]
+
+
+def truths(evidence: Evidence) -> list[Known]:
+    """Members where there are others; flagged examples; those that a bank shows to be memorized."""
+    job, settings = evidence.job, evidence.job.settings
+    own = ~job.held_out
+    known: list[Known] = []
+    if job.held_out.any():
+        own_texts = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
+        copies = np.array([held and text in own_texts for text, held in zip(job.texts, job.held_out, strict=True)])
+        known.append(Known("membership", own, ~copies))
+    elif job.bank is not None and settings.bank_subset is not None:
+        places = bank_places(job, job.bank)
+        trained = job.bank.membership[job.bank.subsets == settings.bank_subset]
+        if len(trained):
+            known.append(Known("membership", np.where(places >= 0, trained[0][places], False), places >= 0))
+    if job.flagged is not None:
+        known.append(Known("flag", job.flagged, own))
+    ratio = evidence.last.measures.get("lira")
+    if ratio is not None and not np.isnan(ratio).all():
+        with np.errstate(invalid="ignore"):
+            known.append(Known("memorized", ratio >= settings.memorized_at, ~np.isnan(ratio)))
+    return known
+
+
+def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:
+    """Every measure at every checkpoint and layer against everything that is known, and what is to be said of it."""
+    rows, notes = [], []
+    for truth in known:
+        count, others = (int((truth.found == side)[truth.judged].sum()) for side in (True, False))
+        if not count or not others:
+            notes.append(f"{truth.name}: {count} to be found among {others} others: there is nothing to tell apart.")
+        copies = int((~truth.judged).sum())
+        if copies and truth.name == "membership" and evidence.job.held_out.any():
+            notes.append(f"membership: {copies} held-out texts are in the data too and are left out.")
+        rows += list(_of_truth(evidence, truth))
+        try:
+            scores = _blind(evidence, truth)
+            rows.append(_record(truth, BLIND, None, None, 1, _attack(scores, truth)))
+        except DataError as error:
+            notes.append(f"{truth.name}: no blind baseline. {error}")
+    return rows, notes
+
+
+def orientation(measure: str, truth: Truth) -> int | None:
+    """1 where high values are flagged, -1 where low ones are, None for a measure that says nothing about it.
+
+    Members are what a model knows; flagged and memorized examples are looked for as those at risk, which are hard or
+    atypical before they are memorized.
+    """
+    if measure in _DETAILS:
+        return None
+    if truth == "membership":
+        return SIGNS.get("margin" if measure == "token_gap" else measure.partition("_at_")[0])
+    if measure in EARLY_SIGNS:
+        return EARLY_SIGNS[measure]
+    if measure in ("lira", "lira_offline", "lira_global", "counterfactual") or measure.startswith("extraction"):
+        return 1
+    return -1 if measure == "token_gap" else -SIGNS[measure]
+
+
+def _of_truth(evidence: Evidence, truth: Known) -> Iterator[JudgementRecord]:
+    last = len(evidence.seen) - 1
+    for number, (subject, seen) in enumerate(zip(evidence.job.subjects, evidence.seen, strict=True)):
+        columns = [(name, None, column) for name, column in seen.measures.items()]
+        columns += [(name, layer, column) for layer, found in seen.layers.items() for name, column in found.items()]
+        for name, layer, column in columns:
+            if name.startswith("extraction_"):
+                continue
+            sign = orientation(name, truth.name)
+            circular = truth.name == "memorized" and number == last and name in _RATIOS
+            if sign is None or circular or np.isnan(column).all():
+                continue
+            record = _record(truth, name, subject.number, layer, sign, _attack(sign * column, truth))
+            yield record.model_copy(update=_rule(name, column, truth))
+
+
+def _attack(scores: Column, truth: Known) -> Attack:
+    """Of the examples whose truth is known."""
+    return attack(scores[truth.judged], truth.found[truth.judged])
+
+
+def _blind(evidence: Evidence, truth: Known) -> Column:
+    rows = np.flatnonzero(truth.judged)
+    texts = [evidence.job.texts[row] for row in rows]
+    scores = np.full(len(truth.judged), np.nan)
+    scores[rows] = blind(texts, truth.found[rows], seed=evidence.job.settings.seed)
+    return scores
+
+
+def _rule(name: str, column: Column, truth: Known) -> dict[str, object]:
+    """Rates at a threshold that was fixed beforehand; for members PSMI has none."""
+    if name not in _FIXED or (truth.name == "membership") != (name == "lira"):
+        return {}
+    words, threshold = _FIXED[name]
+    known = truth.judged & ~np.isnan(column)
+    flagged = column <= threshold if name == "psmi" else column >= threshold
+    rates = []
+    for side in (truth.found, ~truth.found):
+        rates.append(span(share(int((flagged & known & side).sum()), int((known & side).sum()))))
+    return {"rule": words, "rule_tpr": rates[0], "rule_fpr": rates[1]}
+
+
+def _record(
+    truth: Known, measure: str, checkpoint: int | None, layer: int | None, sign: int, found: Attack
+) -> JudgementRecord:
+    return JudgementRecord(
+        truth=truth.name,
+        measure=measure,
+        checkpoint=checkpoint,
+        layer=layer,
+        sign=sign,
+        auc=span(found.auc),
+        tpr_at=[_rate(level, rate, sign) for level, rate in found.tpr_at.items()],
+        fpr_at=[_rate(level, rate, sign) for level, rate in found.fpr_at.items()],
+        found=found.members,
+        others=found.others,
+        unscored=found.unscored,
+    )
+
+
+def _rate(level: float, rate: Rate, sign: int) -> RateRecord:
+    """The threshold is one of the measure itself, not of its oriented score."""
+    threshold = sign * rate.threshold if math.isfinite(rate.threshold) else None
+    return RateRecord(level=level, rate=span(rate.rate), threshold=threshold, resolved=rate.resolved)
+
+
+def span(interval: Interval) -> Span:
+    """JSON has no NaN."""
+    value, low, high = (float(each) if math.isfinite(each) else None for each in interval)
+    return value, low, high

@@ -1,0 +1,291 @@
+"""`Audit`: the run of an audit, open for questions. Needs neither the model nor torch."""
+
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+from jaxtyping import Float
+
+from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.files import make_folder
+from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, read_audit_record
+from vestige.runs._evidence import read_evidence, write_evidence
+from vestige.runs._listing import _aligned
+from vestige.runs._record import RECORD_FILE
+from vestige.runs._write import _flush, _move_into_place, check_target
+
+if TYPE_CHECKING:
+    import pandas
+
+EVIDENCE_FILE, EXAMPLES_FILE, FIGURES = "evidence.parquet", "examples.parquet", "figures"
+PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
+"""What a list is ordered by where nothing is asked for: the first of these that was measured."""
+_LOW_STANDS_OUT = (
+    "loss",
+    "answer_loss",
+    "perplexity_ratio",
+    "zlib_ratio",
+    "brier",
+    "psmi",
+    "psmi_low",
+    "psmi_high",
+)
+"""Measures whose low values stand out: best known, or, for PSMI, least typical of the label."""
+
+
+class EvidenceRow(NamedTuple):
+    """One example of a list, with all that was measured of it."""
+
+    rank: int
+    example_id: str
+    row: int
+    """Position in the data; the holdout's follow."""
+    value: float
+    evidence: dict[str, float]
+    """Every measure that is known of the example."""
+    text: str
+
+
+class EvidenceTable(Sequence[EvidenceRow]):
+    """Examples in the order of a measure; prints as a table."""
+
+    def __init__(self, rows: Sequence[EvidenceRow], measure: str, title: str) -> None:
+        self._rows, self.measure, self.title = tuple(rows), measure, title
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> EvidenceRow:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._rows[index]
+
+    def __str__(self) -> str:
+        cells = [(str(row.rank), row.example_id, f"{row.value:.4g}", row.text) for row in self._rows]
+        width = shutil.get_terminal_size((120, 24)).columns
+        return "\n".join([self.title, *_aligned(("rank", "example", self.measure, "text"), cells, width)])
+
+    __repr__ = __str__
+
+
+class Audit:
+    """The evidence of an audit, per example, checkpoint and layer.
+
+        audit = Audit.open("run")
+        print(audit.top(k=10, measure="lira"))
+        audit.values("loss", checkpoint=20)
+
+    A checkpoint is given by its number in `run.checkpoints`; the model under audit is the last of them and the default.
+    """
+
+    def __init__(self, folder: Path, run: AuditRecord) -> None:
+        self.folder = folder
+        self.run = run
+        """Everything in `run.json`."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Audit":
+        """The audit in a folder.
+
+        Raises:
+            UserError: `folder` is no audit, or a newer Vestige wrote it.
+            CorruptFile: Its record is damaged.
+        """
+        return cls(Path(folder), read_audit_record(folder))
+
+    def __repr__(self) -> str:
+        return (
+            f"Audit({self.run.data.examples} examples, {len(self.run.checkpoints)} checkpoints, "
+            f"{len(self.run.measures)} measures)"
+        )
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of everything that was measured of examples."""
+        return [name for name in self.run.measures if name not in ("smi", "weights")]
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Numbers of the checkpoints, in order; the last is the model under audit."""
+        return [each.number for each in self.run.checkpoints]
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """Row, id, part (`data` or `holdout`), source, label, class, flag, target tokens and text of each example."""
+        path = self.folder / EXAMPLES_FILE
+        try:
+            return parquet.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise CorruptFile(f"{path} does not read ({error}). Make the audit again.") from error
+
+    def table(
+        self, measures: Sequence[str] | None = None, *, checkpoint: int | None = None, layer: int | None = None
+    ) -> pa.Table:
+        """The evidence: a row per example and checkpoint, and for measures of hidden states per layer.
+
+        Args:
+            measures: Names of columns; all if not given. One is read without the others.
+            checkpoint: One of them.
+            layer: One of them; the rows of measures that look at no layer are left out.
+
+        Raises:
+            DataError: A measure that the run does not hold.
+        """
+        found = read_evidence(self.folder / EVIDENCE_FILE, measures, checkpoint=checkpoint)
+        return found if layer is None else found.filter(compute.field("layer") == layer)
+
+    def values(
+        self, measure: str, *, checkpoint: int | None = None, layer: int | None = None
+    ) -> Float[np.ndarray, "example"]:
+        """One measure of every example, in the order of `examples`; NaN where it cannot be computed.
+
+        Args:
+            measure: Its name.
+            checkpoint: The model under audit if not given.
+            layer: Of a measure of hidden states: the main layer if not given.
+
+        Raises:
+            DataError: The run does not hold it.
+            UserError: There is no such checkpoint or layer.
+        """
+        number = self.checkpoints[-1] if checkpoint is None else checkpoint
+        found = self.table([measure], checkpoint=number)
+        if self._is_layered(measure):
+            found = found.filter(compute.field("layer") == (self.run.main_layer if layer is None else layer))
+        else:
+            found = found.filter(compute.field("layer").is_null())
+        if not len(found):
+            held = ", ".join(str(each.layer) for each in self.run.layers) or "none"
+            raise UserError(
+                f"No checkpoint {number} with layer {layer}: checkpoints {self.checkpoints}, layers {held}."
+            )
+        values = np.full(len(self.examples), np.nan)
+        values[found["row"].to_numpy()] = found[measure].to_numpy()
+        return values
+
+    def top(
+        self, k: int = 10, measure: str | None = None, *, checkpoint: int | None = None, reverse: bool = False
+    ) -> EvidenceTable:
+        """The examples of the data that stand out by a measure: those that the model knows best.
+
+        By psmi and mahalanobis the least typical ones, which are those at risk of being memorized.
+
+        Args:
+            k: How many.
+            measure: What to order by; not given, the strongest evidence that was computed.
+            checkpoint: The model under audit if not given.
+            reverse: Begin at the other end.
+
+        Raises:
+            DataError: The run does not hold the measure.
+            UserError: Nothing was measured of any example.
+        """
+        name = measure or self.preferred
+        values = self.values(name, checkpoint=checkpoint)
+        own = np.array(self.examples["part"].to_pylist()) == "data"
+        rows = np.flatnonzero(own & ~np.isnan(values))
+        ordered = values[rows] if self.lowest_first(name) != reverse else -values[rows]
+        chosen = rows[np.argsort(ordered, kind="stable")][:k]
+        ids, texts = self.examples["example_id"], self.examples["text"]
+        others = {each: self.values(each, checkpoint=checkpoint) for each in self.measures if self._is_held(each)}
+        listed = [
+            EvidenceRow(
+                rank,
+                ids[int(row)].as_py(),
+                int(row),
+                float(values[row]),
+                {each: float(column[row]) for each, column in others.items() if np.isfinite(column[row])},
+                texts[int(row)].as_py(),
+            )
+            for rank, row in enumerate(chosen, 1)
+        ]
+        order = "lowest" if self.lowest_first(name) != reverse else "highest"
+        return EvidenceTable(listed, name, f"{name}, {order} first: evidence about examples, no verdict on any of them")
+
+    @property
+    def preferred(self) -> str:
+        """The strongest evidence that was computed for any example.
+
+        Raises:
+            UserError: There is none.
+        """
+        total = len(self.examples)
+        for name in (*PREFERRED, *self.measures):
+            if name in self.run.measures and self._is_held(name) and self.run.measures[name].missing < total:
+                return name
+        raise UserError(f"{self.folder} measured nothing of examples: it was asked for {', '.join(self.run.measures)}.")
+
+    @staticmethod
+    def lowest_first(measure: str) -> bool:
+        """Whether low values of a measure are what stands out."""
+        return measure in _LOW_STANDS_OUT
+
+    def judgement(self, truth: Truth | None = None, *, checkpoint: int | None = None) -> list[JudgementRecord]:
+        """How well measures tell what is to be found; the blind baseline is in every list."""
+        return [
+            each
+            for each in self.run.judgement
+            if (truth is None or each.truth == truth) and (checkpoint is None or each.checkpoint in (None, checkpoint))
+        ]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The evidence as a data frame, with the texts of the examples.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: F401
+        except ImportError as error:
+            raise MissingExtra("pandas is not installed. Type: pip install pandas") from error
+        return self.table().to_pandas().merge(self.examples.drop(["example_id"]).to_pandas(), on="row")
+
+    def _is_layered(self, measure: str) -> bool:
+        return measure in self.run.measures and self.run.measures[measure].layered
+
+    @cached_property
+    def _columns(self) -> set[str]:
+        return set(parquet.read_schema(self.folder / EVIDENCE_FILE).names)
+
+    def _is_held(self, measure: str) -> bool:
+        return measure in self._columns and not (self._is_layered(measure) and self.run.main_layer is None)
+
+
+def write_audit(
+    folder: str | Path,
+    record: AuditRecord,
+    evidence: Sequence[pa.Table],
+    examples: pa.Table,
+    figures: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the folder of an audit, whole or not at all, and returns its path.
+
+    Raises:
+        IndexMismatch: A run is there already and `overwrite` is False.
+        UserError: `folder` is a file or holds something that is not a run.
+    """
+    folder = Path(folder)
+    check_target(folder, overwrite=overwrite)
+    make_folder(folder.absolute().parent)
+    attempt = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
+    (attempt / FIGURES).mkdir(parents=True)
+    try:
+        write_evidence(attempt / EVIDENCE_FILE, evidence)
+        parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
+        for name, content in figures.items():
+            (attempt / FIGURES / name).write_bytes(content)
+        # Last, so that a folder with a record is complete even where a rename is not atomic.
+        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _flush(attempt / FIGURES)
+        _flush(attempt)
+        _move_into_place(attempt, folder)
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+    return folder

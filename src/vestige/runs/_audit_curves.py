@@ -1,0 +1,56 @@
+"""What figures of an audit are drawn from: groups, ROC curves, agreement of measures. Shared by files and the page."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+OTHERS = {"membership": "holdout", "flag": "others", "memorized": "others"}
+NAMES = {"membership": "members", "flag": "flagged", "memorized": "memorized at the end"}
+
+
+def group_of(
+    known: Sequence[tuple[str, Bool[np.ndarray, "example"], Bool[np.ndarray, "example"]]],
+    own: Bool[np.ndarray, "example"],
+) -> dict[str, Bool[np.ndarray, "example"]]:
+    """Rows to draw a line for, by name: the sides of the last truth that is known, else the data.
+
+    Args:
+        known: (name, what is to be found, where that is known).
+        own: The data's own examples.
+    """
+    for name, found, judged in reversed(known):
+        sides = {NAMES[name]: found & judged, OTHERS[name]: ~found & judged}
+        if all(side.any() for side in sides.values()):
+            return sides
+    return {"examples": own}
+
+
+def roc_curve(
+    scores: Float[np.ndarray, "example"], found: Bool[np.ndarray, "example"]
+) -> tuple[Float[np.ndarray, "point"], Float[np.ndarray, "point"]]:
+    """False and true positive rates from the highest score down; examples that score alike are flagged together."""
+    known = ~np.isnan(scores)
+    scores, found = scores[known], found[known]
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    right, wrong = np.cumsum(found[order])[ends], np.cumsum(~found[order])[ends]
+    return np.append(0.0, wrong / max((~found).sum(), 1)), np.append(0.0, right / max(found.sum(), 1))
+
+
+def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list[str], Float[np.ndarray, "one other"]]:
+    """Names of the measures that vary, and Spearman's correlation of each two over the examples that have both."""
+    from scipy.stats import rankdata
+
+    varying = {name: values for name, values in columns.items() if len(np.unique(values[~np.isnan(values)])) > 1}
+    names = list(varying)
+    table = np.full((len(names), len(names)), np.nan)
+    for one, first in enumerate(names):
+        for other, second in enumerate(names):
+            both = ~np.isnan(varying[first]) & ~np.isnan(varying[second])
+            if both.sum() < 3:
+                continue
+            ranks = [rankdata(varying[name][both]) for name in (first, second)]
+            if all(each.std() > 0 for each in ranks):
+                table[one, other] = np.corrcoef(*ranks)[0, 1]
+    return names, table

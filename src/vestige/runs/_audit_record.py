@@ -1,0 +1,160 @@
+"""`run.json` of an audit: what was looked at, what each measure says, and how well the measures tell."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from vestige.errors import CorruptFile, UserError
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _first_problem, _Part
+
+AUDIT_FORMAT = 1
+
+Truth = Literal["membership", "flag", "memorized"]
+Span = tuple[float | None, float | None, float | None]
+"""A value with the ends of its 95 % interval; None where there is none."""
+
+
+class SubjectRecord(_Part):
+    """One set of weights that was looked at."""
+
+    number: int
+    """Its `checkpoint` in the evidence."""
+    name: str
+    steps: int | None
+    fingerprint: str
+    median_loss: float | None
+    """Of the data's own examples: of their answers where they have any."""
+    norms: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Of the weights, and of their `change` since the first checkpoint."""
+
+
+class MeasureRecord(_Part):
+    """One measure of the evidence."""
+
+    meaning: str
+    high: str
+    """What a high value speaks for; a hint about an example, never a verdict."""
+    layered: bool = False
+    missing: int = 0
+    """Examples without a value under the model."""
+    reason: str | None = None
+
+
+class LayerRecord(_Part):
+    """One layer under the model."""
+
+    layer: int
+    directions: int | None
+    converged: bool | None
+    """Whether the automatic number of directions sufficed."""
+    smi: Span | None
+    """Mutual information with the labels, nats: mean and 1 % and 99 % quantiles over directions."""
+
+
+class RateRecord(_Part):
+    """A rate, with the threshold at which it was taken."""
+
+    level: float
+    rate: Span
+    threshold: float | None
+    resolved: bool
+
+
+class JudgementRecord(_Part):
+    """How well one measure tells the examples that are to be found from the others."""
+
+    truth: Truth
+    measure: str
+    """`blind` is a classifier of the texts that never sees the model."""
+    checkpoint: int | None
+    layer: int | None
+    sign: int
+    """-1 where low values are flagged."""
+    auc: Span
+    tpr_at: list[RateRecord]
+    fpr_at: list[RateRecord]
+    found: int
+    others: int
+    unscored: int
+    rule: str | None = None
+    """A threshold that was fixed beforehand, and its rates."""
+    rule_tpr: Span | None = None
+    rule_fpr: Span | None = None
+
+
+class BankRecord(_Part):
+    """The bank that the model was compared with."""
+
+    name: str
+    id: str
+    models: int
+    value: str
+    subset: int | None
+    memorized_at: float
+    memorized: int
+    """Examples at or above it under the model."""
+
+
+class AuditRecord(_Part):
+    """Everything in the `run.json` of an audit."""
+
+    kind: Literal["audit"] = "audit"
+    format: int = AUDIT_FORMAT
+    vestige: str
+    created: str
+    command: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    model: ModelRecord
+    data: DataRecord
+    holdout: DataRecord | None
+    reference: str | None
+    bank: BankRecord | None
+    checkpoints: list[SubjectRecord]
+    """In order; the last is the model under audit."""
+    trigger: int | None
+    """The first checkpoint whose median loss is below 5 % of the first one's: where early measures are read."""
+    layers: list[LayerRecord]
+    main_layer: int | None
+    classes: list[str]
+    measures: dict[str, MeasureRecord]
+    judgement: list[JudgementRecord]
+    extraction: dict[int, Span]
+    """Share of long enough texts that are given back word for word, by prefix length."""
+    notes: list[str]
+    seconds: float
+    peak_memory_bytes: int
+
+
+def is_audit(folder: Path) -> bool:
+    """True where `folder` holds the run of an audit."""
+    try:
+        content = json.loads((folder / RECORD_FILE).read_bytes())
+        return isinstance(content, dict) and content.get("kind") == "audit"
+    except (OSError, ValueError):
+        return False
+
+
+def read_audit_record(folder: str | Path) -> AuditRecord:
+    """The parsed `run.json` of an audit.
+
+    Raises:
+        UserError: There is no audit, or a newer Vestige wrote it.
+        CorruptFile: The file is not what Vestige writes.
+    """
+    folder = Path(folder)
+    if not is_audit(folder):
+        raise UserError(f"{folder} is no audit. Give the folder that `vestige audit ... --out RUN` wrote.")
+    content = (folder / RECORD_FILE).read_bytes()
+    written = json.loads(content).get("format")
+    if isinstance(written, int) and written > AUDIT_FORMAT:
+        raise UserError(
+            f"{folder} was written in audit format {written}; this version reads up to {AUDIT_FORMAT}.\n"
+            "Update with `pip install --upgrade vestige`."
+        )
+    try:
+        return AuditRecord.model_validate_json(content)
+    except ValidationError as error:
+        raise CorruptFile(f"{folder / RECORD_FILE} is not an audit's record: {_first_problem(error)}") from error

@@ -1,0 +1,141 @@
+"""What `vestige audit` takes."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from vestige.errors import SpecError
+from vestige.settings._launch import LaunchSettings
+from vestige.settings._shared import Patterns, ReadingSettings
+
+BankValue = Literal["margin", "gap", "loss"]
+LayerChoice = Literal["last", "smi"]
+
+AUDIT_MEASURES = {
+    "loss": "mean loss of the target tokens",
+    "answer_loss": "mean loss of the answer alone, without its end token",
+    "margin": "log-odds of the mean probability of the target tokens",
+    "token_gap": "logit of the right token minus the largest other one, over the vocabulary, mean over target tokens",
+    "min_k": "mean log-probability of the least likely fifth of the tokens",
+    "min_k_plus_plus": "the same of standardised log-probabilities",
+    "zlib_ratio": "bits the model needs over bits zlib needs",
+    "perplexity_ratio": "log of perplexity over the reference model's",
+    "logit_gap": "logit of the label minus the largest of the other choices",
+    "accuracy": "whether the label is the choice with the largest logit",
+    "brier": "squared distance of the choices' probabilities from the label",
+    "psmi": "how far the hidden state is what the label makes one expect",
+    "mahalanobis": "distance of the hidden state from the others",
+    "smi": "what a layer's states tell about the labels (of a layer)",
+    "weights": "norms of the weights and of their change (of a checkpoint)",
+    "extraction": "share of the continuation that greedy decoding gives back",
+    "counterfactual": "mean over models trained on the example minus mean over those that were not",
+    "simplicity": "sum of the same two means",
+    "lira": "log-likelihood ratio of trained on it against not trained on it",
+    "lira_offline": "surprise for models that were not trained on it",
+    "lira_global": "share of the bank's models whose membership is told right",
+}
+"""Every measure of an audit and what it is."""
+
+BANK_MEASURES = ("counterfactual", "simplicity", "lira", "lira_offline", "lira_global")
+_ASKED_FOR = ("smi", "extraction")
+
+
+def _whole_numbers(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) else value
+
+
+WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_whole_numbers)]
+
+
+class AuditSettings(ReadingSettings, LaunchSettings):
+    """What `vestige audit` takes."""
+
+    repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")
+    model: Any = Field(description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: Any = Field(description="The examples that it may know by heart, mostly its training data.")
+    out: Path = Field(description="Folder of the run: evidence for every example, judgement and figures.")
+    checkpoints: Any = Field(
+        None,
+        description="Earlier states of the model, in the order of training: folders, or the folder of a Trainer's run.",
+    )
+    measures: Patterns = Field(
+        ("default",),
+        description="What to measure: default, all, or names such as loss psmi extraction; default leaves out smi and "
+        "extraction, which take time.",
+    )
+    reference_model: Any = Field(None, description="Another model, for the perplexity ratio.")
+    bank: Path | None = Field(None, description="A bank of models made by `vestige bank` on the same data.")
+    bank_subset: NonNegativeInt | None = Field(
+        None,
+        description="The model was itself trained on this subset of the bank (its number): models of that subset are "
+        "no judges, and membership is known.",
+    )
+    bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
+    holdout: Any = Field(None, description="Examples that the model was surely not trained on, of the same kind.")
+    flag: str | None = Field(
+        None,
+        description="A column that marks examples to be found, such as wrong labels: its name, or name=value.",
+    )
+    memorized_at: PositiveFloat = Field(
+        4.0, description="With a bank: likelihood ratio (log) from which an example counts as memorized at the end."
+    )
+    layers: Patterns = Field(
+        ("last",), description="Layers whose hidden states are measured: last, all, or numbers from 0 (embeddings)."
+    )
+    choose_layer: LayerChoice = Field(
+        "last",
+        description="Which of the layers is the main one: the last, or the one with most mutual information with the "
+        "task's labels. Neither looks at what is to be found.",
+    )
+    label_field: str | None = Field(
+        None,
+        description="Column with the classes for PSMI. Not given: multiple-choice answers, else `label`.",
+    )
+    choices_field: str = Field(
+        "choices", description="Column with the list of possible completions of a multiple-choice example."
+    )
+    directions: PositiveInt | None = Field(
+        None, description="Random directions of PSMI. Not given: as many as the lowest values need."
+    )
+    dimensions: PositiveInt = Field(100, description="Principal axes of the Mahalanobis distance.")
+    prefixes: WholeNumbers = Field((50,), description="Extraction: tokens that are given, several to compare.")
+    continuation: PositiveInt = Field(50, description="Extraction: tokens that have to be given back.")
+    seed: int = Field(0, description="Seed of directions and of the blind baseline's folds.")
+    overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the measures that were asked for, in the table's order."""
+        names = set(self.measures)
+        if "all" in names:
+            names |= set(AUDIT_MEASURES)
+        if "default" in names:
+            names |= set(AUDIT_MEASURES) - set(_ASKED_FOR)
+        if self.bank is None:
+            names -= set(BANK_MEASURES)
+        if self.reference_model is None:
+            names.discard("perplexity_ratio")
+        return tuple(name for name in AUDIT_MEASURES if name in names)
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        known = {"default", "all", *AUDIT_MEASURES}
+        if unknown := [name for name in self.measures if name not in known]:
+            raise SpecError(
+                f"No measure is called {unknown[0]!r}. There are: default, all, {', '.join(AUDIT_MEASURES)}."
+            )
+        if "perplexity_ratio" in self.measures and self.reference_model is None:
+            raise SpecError("perplexity_ratio compares with another model: give it as --reference-model.")
+        if (bank := [name for name in self.measures if name in BANK_MEASURES]) and self.bank is None:
+            raise SpecError(f"{bank[0]} compares with models that were not trained on the example: give --bank BANK.")
+        if self.bank_subset is not None and self.bank is None:
+            raise SpecError("--bank-subset says which subset of --bank the model was trained on: give both.")
+        if self.flag is not None and not self.flag.partition("=")[0].strip():
+            raise SpecError(f"--flag {self.flag!r} names no column. Type --flag COLUMN, or --flag COLUMN=VALUE.")
+        words = [word for word in self.layers if word not in ("last", "all") and not word.isdecimal()]
+        if words or not self.layers:
+            raise SpecError(f"--layers {' '.join(words) or '(nothing)'}: expected last, all, or numbers from 0.")
+        if "smi" not in self.wanted and self.choose_layer == "smi" and "psmi" not in self.wanted:
+            raise SpecError("--choose-layer smi is for psmi and mahalanobis: add psmi to --measures.")
+        return self

@@ -1,0 +1,380 @@
+"""`vestige audit`: a run of evidence, the same whoever made it, with reasons instead of made-up numbers."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from statistics import fmean
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vestige
+from tests.reference import audit as reference
+from tests.workshop import furnish, write_rows
+from vestige.audit import Audit, _measuring
+from vestige.bank import bank_of
+from vestige.errors import DataError, IndexMismatch, SpecError, UserError, WorkElsewhere
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vestige.audit", "tests.workshop", "transformers.models.llama"])
+QUESTIONS, HELD = 36, 12
+
+
+def questions(count, name, seed):
+    """Rows of two choices; every sixth has the wrong one and says so."""
+    draw, rows = random.Random(seed), []
+    for number in range(count):
+        one, two = draw.sample(range(1, 30), 2)
+        right, wrong = ("A", "B") if one > two else ("B", "A")
+        noisy = number % 6 == 0
+        prompt = f"Which is more? A: {one} B: {two} Answer:"
+        rows.append(
+            {
+                "id": f"{name}-{number}",
+                "prompt": prompt,
+                "completion": wrong if noisy else right,
+                "choices": ["A", "B"],
+                "noisy": noisy,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model with three checkpoints, questions, held-out ones, texts and a bank."""
+    torch.set_num_threads(1)
+    folder = furnish(tmp_path_factory.mktemp("audit"))
+    write_rows(folder / "train.jsonl", questions(QUESTIONS, "q", 0))
+    write_rows(folder / "held.jsonl", questions(HELD, "h", 1))
+    write_rows(folder / "texts.jsonl", [{"text": f"Bees make honey number {number}."} for number in range(6)])
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny-model")
+    for steps in (10, 20, 30):
+        noise = torch.Generator().manual_seed(steps)
+        for weight in model.parameters():
+            weight.data += 0.02 * torch.randn(weight.shape, generator=noise)
+        model.save_pretrained(folder / f"run/checkpoint-{steps}")
+        AutoTokenizer.from_pretrained(folder / "tiny-model").save_pretrained(folder / f"run/checkpoint-{steps}")
+
+    def train(rows, seed):
+        margins = np.random.default_rng(seed).normal(size=QUESTIONS)
+        margins[rows] += 3.0
+        return {"query_loss": np.zeros(1), "example_margin": margins, "example_gap": 2 * margins}
+
+    ids = [f"q-{number}" for number in range(QUESTIONS)]
+    bank_of(train, examples=ids, queries=1, out=folder / "bank", settings={"data": "q"}, subsets=10, seeds=1)
+    return folder
+
+
+def settings(place, out, **changes):
+    given = {
+        "model": str(place / "run/checkpoint-30"),
+        "checkpoints": str(place / "run"),
+        "data": str(place / "train.jsonl"),
+        "holdout": str(place / "held.jsonl"),
+        "out": out,
+        "flag": "noisy",
+        "layers": ("all",),
+        "directions": 200,
+    }
+    return given | changes
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    return vestige.audit(
+        **settings(place, place / "whole", bank=place / "bank", reference_model=str(place / "tiny-model"))
+    )
+
+
+def simple(place, out, **changes):
+    return vestige.audit(
+        **settings(place, out, **{"checkpoints": None, "holdout": None, "layers": ("last",)} | changes)
+    )
+
+
+def test_the_numbers_are_those_of_each_example_alone(place, whole):
+    model = AutoModelForCausalLM.from_pretrained(place / "run/checkpoint-30").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
+    found = whole.to_pandas()
+    found = found[(found.checkpoint == 30) & found.layer.isna()].set_index("row")
+    for row, question in enumerate(questions(QUESTIONS, "q", 0)[:6]):
+        prompt = tokenizer(question["prompt"]).input_ids
+        answers = {each: tokenizer(question["prompt"] + each).input_ids for each in "AB"}
+        ids = [*answers[question["completion"]], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].tolist()
+        start = len(prompt)  # Each answer is one token, and none of them is merged with the prompt.
+        assert [ids[:start] for ids in answers.values()] == [prompt, prompt]
+        targets = list(range(start, len(ids)))
+        chances = {place: reference.log_softmax(logits[place - 1]) for place in targets}
+        losses = [-chances[place][ids[place]] for place in targets]
+        assert found.loss[row] == pytest.approx(fmean(losses), abs=1e-5)
+        assert found.answer_loss[row] == pytest.approx(fmean(losses[:-1]), abs=1e-5)
+        own, other = (
+            logits[start - 1][answers[each][start]]
+            for each in (question["completion"], "AB".replace(question["completion"], ""))
+        )
+        assert found.logit_gap[row] == pytest.approx(own - other, abs=1e-5)
+        assert found.accuracy[row] == (own > other)
+
+
+def test_states_are_those_before_the_deciding_token(place, whole):
+    model = AutoModelForCausalLM.from_pretrained(place / "run/checkpoint-30").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
+    rows = questions(QUESTIONS, "q", 0)
+    states = []
+    for question in rows:
+        ids = tokenizer(question["prompt"] + question["completion"]).input_ids
+        with torch.no_grad():
+            states.append(model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states[1][0, -1].numpy())
+    labels = np.array([question["completion"] == "B" for question in rows]).astype(int)
+    wanted = vestige.audit.psmi(np.stack(states), labels, directions=200, seed=0).mean
+    np.testing.assert_allclose(whole.values("psmi", layer=1)[:QUESTIONS], wanted, rtol=1e-3, atol=1e-4)
+    assert np.isnan(whole.values("psmi", layer=1)[QUESTIONS:]).all()
+
+
+def test_the_run_opens_again_without_the_model(whole):
+    audit = Audit.open(whole.folder)
+    assert audit.checkpoints == [10, 20, 30]
+    assert audit.run.checkpoints[1].norms["change"]["frobenius"] > 0
+    top = audit.top(5, "loss")
+    values = audit.values("loss")
+    assert [row.value for row in top] == sorted(values[:QUESTIONS])[:5]
+    assert top[0].evidence["loss"] == top[0].value
+    assert "no verdict" in str(top)
+    assert len(audit.table(["psmi"], checkpoint=20, layer=1)) == QUESTIONS + HELD
+    assert set(audit.to_pandas()["part"]) == {"data", "holdout"}
+    assert sorted(path.name for path in (whole.folder / "figures").glob("*.png")) == [
+        "agreement.png",
+        "dynamics.png",
+        "layers.png",
+        "roc-flag.png",
+        "roc-membership.png",
+    ] + (["roc-memorized.png"] if audit.run.bank.memorized else [])
+    for damaged, error in ((b"{}", UserError), (b'{"kind": "audit", "format": 9}', UserError)):
+        other = whole.folder.parent / "damaged"
+        other.mkdir(exist_ok=True)
+        (other / "run.json").write_bytes(damaged)
+        with pytest.raises(error):
+            Audit.open(other)
+
+
+def test_every_attack_has_a_blind_baseline_beside_it_and_intervals(whole):
+    for truth in {each.truth for each in whole.run.judgement}:
+        rows = whole.judgement(truth)
+        told = [note for note in whole.run.notes if note.startswith(f"{truth}: no blind baseline.")]
+        assert sum(each.measure == "blind" for each in rows) + len(told) == 1
+        assert not told or truth == "memorized", "one that nothing can be learnt from: fewer than two texts on a side"
+        assert all(each.auc[0] is None or each.auc[1] <= each.auc[0] <= each.auc[2] for each in rows)
+    (flagged,) = [each for each in whole.judgement("flag", checkpoint=30) if each.measure == "loss"]
+    losses = whole.values("loss")[:QUESTIONS]
+    wrong = np.arange(QUESTIONS) % 6 == 0
+    assert flagged.auc[0] == vestige.audit.attack(losses, wrong).auc.value
+    (member,) = [each for each in whole.judgement("membership", checkpoint=30) if each.measure == "loss"]
+    assert (member.sign, member.found, member.others) == (-1, QUESTIONS, HELD - 1)
+    assert "membership: 1 held-out texts are in the data too and are left out." in whole.run.notes
+    assert not any(rate.resolved for rate in member.tpr_at)
+
+
+def test_a_bank_gives_ratios_at_every_checkpoint_and_its_own_measures_once(place, whole):
+    bank = vestige.Bank.open(place / "bank")
+    values = vestige.audit.margin(whole.values("loss", checkpoint=20)[:QUESTIONS])
+    wanted = vestige.audit.lira(values, bank.example_margins, bank.membership).score
+    np.testing.assert_allclose(whole.values("lira", checkpoint=20)[:QUESTIONS], wanted, rtol=1e-9)
+    assert np.isnan(whole.values("counterfactual", checkpoint=20)).all()
+    own = vestige.audit.bank_evidence(bank)
+    np.testing.assert_array_equal(whole.values("counterfactual")[:QUESTIONS], own.counterfactual)
+    assert not [row for row in whole.judgement("memorized", checkpoint=30) if row.measure.startswith("lira_off")]
+
+
+def test_a_model_of_a_subset_is_judged_without_its_siblings_and_its_members_are_known(place, tmp_path):
+    found = simple(place, tmp_path / "run", bank=place / "bank", bank_subset=3, measures=("loss", "lira"), flag=None)
+    bank = vestige.Bank.open(place / "bank")
+    values = vestige.audit.margin(found.values("loss"))
+    left = bank.subsets == 3
+    wanted = vestige.audit.lira(values, bank.example_margins, bank.membership, left_out=left).score
+    np.testing.assert_allclose(found.values("lira"), wanted, rtol=1e-9)
+    (row,) = [each for each in found.judgement("membership") if each.measure == "lira"]
+    assert row.found == bank.membership[left][0][~np.isnan(wanted)].sum()
+    with pytest.raises(DataError, match="subsets 0 to 9"):
+        simple(place, tmp_path / "other", bank=place / "bank", bank_subset=10, measures=("lira",))
+
+
+def test_the_perplexity_ratio_is_the_difference_of_losses(place, whole, tmp_path):
+    reference_run = simple(place, tmp_path / "run", model=str(place / "tiny-model"), measures=("loss",))
+    difference = whole.values("loss")[:QUESTIONS] - reference_run.values("loss")
+    np.testing.assert_allclose(whole.values("perplexity_ratio")[:QUESTIONS], difference, rtol=1e-6, atol=1e-7)
+
+
+def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
+    found = simple(place, tmp_path / "run", data=str(place / "texts.jsonl"), flag=None)
+    run = found.run
+    assert run.measures["psmi"].reason == "free text has no classes: name a column with labels as --label-field"
+    assert run.measures["logit_gap"].missing == 6
+    assert "no answer of its own" in run.measures["answer_loss"].reason
+    assert np.isnan(found.values("logit_gap")).all()
+    assert np.isfinite(found.values("mahalanobis")).all()
+    content = parquet.read_table(found.folder / "evidence.parquet")["logit_gap"]
+    assert content.null_count == len(content), "null, never a number that stands for nothing"
+    assert run.judgement == []
+
+
+def test_extraction_on_request_for_every_prefix(place, tmp_path):
+    found = simple(place, tmp_path / "run", measures=("extraction",), prefixes=(4, 8), continuation=3)
+    assert {"extraction", "extraction_4", "extraction_8"} <= set(found.measures)
+    assert set(found.run.extraction) == {4, 8}
+    model = AutoModelForCausalLM.from_pretrained(place / "run/checkpoint-30").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
+    question = questions(1, "q", 0)[0]
+    ids = [*tokenizer(question["prompt"] + question["completion"]).input_ids, tokenizer.eos_token_id]
+    given = ids[:8]
+    for _ in range(3):
+        with torch.no_grad():
+            given.append(int(model(torch.tensor([given])).logits[0, -1].argmax()))
+    wanted = 1 - reference.edit_distance(given[8:], ids[8:11]) / 3
+    assert found.values("extraction")[0] == pytest.approx(wanted)
+
+
+def evidence(folder):
+    return (folder / "evidence.parquet").read_bytes(), (folder / "examples.parquet").read_bytes()
+
+
+class small_pieces:  # noqa: N801 (used like a function)
+    def __enter__(self):
+        self.before, _measuring.PIECE_TOKENS = _measuring.PIECE_TOKENS, 300
+
+    def __exit__(self, *_):
+        _measuring.PIECE_TOKENS = self.before
+
+
+def audit_and_die(place, out, step):
+    """Die by SIGKILL just before the `step`-th file of a piece is renamed."""
+    seen, partial = 0, str(_measuring.partial_folder(out))
+
+    def watch(event, args):
+        nonlocal seen
+        if event == "os.rename" and partial in str(args[0]):
+            if seen == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.addaudithook(watch)
+    with small_pieces():
+        simple(place, out, token_budget=100)
+
+
+def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, tmp_path):
+    with small_pieces():
+        simple(place, tmp_path / "undisturbed", token_budget=100)
+    out = tmp_path / "killed"
+    for step in (5,):
+        child = PROCESSES.Process(target=audit_and_die, args=(place, out, step))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert not out.exists()
+    before = {path: path.stat().st_mtime_ns for path in _measuring.partial_folder(out).glob("measuring/*.safetensors")}
+    assert len(before) >= 2
+    with small_pieces():
+        simple(place, out, token_budget=100)
+    assert evidence(out) == evidence(tmp_path / "undisturbed")
+    assert not _measuring.partial_folder(out).exists()
+
+
+def test_shares_make_the_whole(place, tmp_path):
+    with small_pieces():
+        simple(place, tmp_path / "one", token_budget=100)
+        for part in ("1/2", "2/2", "1/2", "2/2", "1/2"):
+            try:
+                simple(place, tmp_path / "two", token_budget=100, shard=part)
+                break
+            except WorkElsewhere:
+                continue
+    assert evidence(tmp_path / "one") == evidence(tmp_path / "two")
+
+
+def test_batches_change_nothing_but_rounding(place, whole, tmp_path):
+    found = simple(place, tmp_path / "run", token_budget=1, directions=200)
+    for name in ("loss", "min_k_plus_plus", "logit_gap", "mahalanobis"):
+        np.testing.assert_allclose(found.values(name), whole.values(name)[:QUESTIONS], rtol=2e-3, atol=2e-4)
+
+
+def test_a4_6_other_layers_are_not_mixed_into_an_old_run(place, tmp_path):
+    out = tmp_path / "run"
+    simple(place, out, measures=("mahalanobis",))
+    with pytest.raises(IndexMismatch, match="holds a run already"):
+        simple(place, out, measures=("mahalanobis",), layers=("1", "2"))
+    found = simple(place, out, measures=("mahalanobis",), layers=("1", "2"), overwrite=True)
+    assert [each.layer for each in found.run.layers] == [1, 2]
+    assert not np.array_equal(found.values("mahalanobis", layer=1), found.values("mahalanobis", layer=2))
+
+
+def test_a4_7_no_label_noise_is_said_and_is_no_crash(place, tmp_path):
+    write_rows(tmp_path / "clean.jsonl", [row | {"noisy": False} for row in questions(12, "q", 0)])
+    found = simple(place, tmp_path / "run", data=str(tmp_path / "clean.jsonl"))
+    assert any(note.startswith("flag: 0 to be found among 12 others") for note in found.run.notes)
+    assert all(each.auc == (None, None, None) for each in found.judgement("flag"))
+
+
+def test_a4_7_every_name_of_the_default_list_is_a_measure_and_unknown_ones_are_told(place, tmp_path, whole):
+    assert set(whole.measures) >= {"psmi", "mahalanobis", "logit_gap", "loss"}
+    with pytest.raises(SpecError, match="No measure is called 'memo_proba_gap'"):
+        simple(place, tmp_path / "run", measures=("memo_proba_gap",))
+
+
+def test_a4_8_evidence_of_the_verb_has_as_many_columns_for_ten_examples_as_for_forty(place, whole, tmp_path):
+    write_rows(tmp_path / "few.jsonl", questions(10, "q", 0))
+    few = simple(place, tmp_path / "run", data=str(tmp_path / "few.jsonl"))
+    assert set(few.table().column_names) < set(whole.table().column_names)
+    layers, checkpoints = 2, 3
+    assert len(whole.table()) == (QUESTIONS + HELD) * checkpoints * (1 + layers)
+
+
+def test_a4_9_the_target_is_any_model_and_any_layer_of_it_is_measured(whole, place, tmp_path):
+    assert [each.layer for each in whole.run.layers] == [1, 2], "all layers, the last among them"
+    other = simple(place, tmp_path / "run", model=str(place / "run/checkpoint-10"), measures=("loss",))
+    np.testing.assert_allclose(other.values("loss"), whole.values("loss", checkpoint=10)[:QUESTIONS], rtol=1e-6)
+
+
+def test_mistakes_are_told(place, tmp_path):
+    cases = [
+        ({"measures": ("lira",)}, SpecError, "give --bank"),
+        ({"measures": ("perplexity_ratio",)}, SpecError, "--reference-model"),
+        ({"bank_subset": 1}, SpecError, "give both"),
+        ({"layers": ("7",)}, SpecError, "0 \\(embeddings\\) to 2"),
+        ({"layers": ("first",)}, SpecError, "last, all, or numbers"),
+        ({"flag": "noise"}, DataError, "no example has a column 'noise'"),
+        ({"label_field": "kind"}, DataError, "no example has that column"),
+        ({"choices_field": "prompt_"}, None, ""),
+        ({"choices_field": "noisy"}, DataError, "expected a list of the completions"),
+        ({"checkpoints": [str(place / "run/checkpoint-10")] * 2}, SpecError, "same weights"),
+        ({"data": str(place / "texts.jsonl"), "bank": place / "bank", "flag": None}, DataError, "is in the bank"),
+    ]
+    for changes, error, message in cases:
+        if error is None:
+            simple(place, tmp_path / "fine", measures=("loss",), **changes)
+            continue
+        with pytest.raises(error, match=message):
+            simple(place, tmp_path / "run", **{"measures": ("loss", "mahalanobis")} | changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reason(place, tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "choices"} for row in questions(12, "q", 0)]
+    write_rows(tmp_path / "plain.jsonl", rows)
+    found = simple(place, tmp_path / "plain", data=str(tmp_path / "plain.jsonl"), measures=("logit_gap",))
+    assert np.isfinite(found.values("logit_gap")).all()
+    assert found.run.classes == ["A", "B"]
+    rows = [row | {"choices": ["C", "D"]} for row in questions(12, "q", 0)]
+    write_rows(tmp_path / "wrong.jsonl", rows)
+    found = simple(place, tmp_path / "wrong", data=str(tmp_path / "wrong.jsonl"), measures=("logit_gap",))
+    assert found.run.measures["logit_gap"].reason == "the completion is not among its choices"
+    record = json.loads((found.folder / "run.json").read_text())
+    assert record["kind"] == "audit"

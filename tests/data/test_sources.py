@@ -221,12 +221,46 @@ def test_another_encoding_is_explained(tmp_path, name):
         load_examples(tmp_path / name)
 
 
-def test_a_folder_of_files_names_them(tmp_path):
-    with pytest.raises(DataError, match="a folder, but not one saved by"):
+def parts(folder):
+    """Three files, named so that their order is not that of their numbers as words."""
+    for number in range(3):
+        rows = [{"text": f"part {number} row {row}", "id": f"{number}-{row}"} for row in range(2)]
+        (folder / f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"{number}-{row}" for number in range(3) for row in range(2)]
+
+
+def test_a_folder_a_pattern_and_a_list_of_paths_are_their_files_in_order(tmp_path, capsys):
+    ids = parts(tmp_path)
+    (tmp_path / "README.md").write_text("Not data.")
+    paths = sorted(tmp_path.glob("*.jsonl"))
+    for source in (tmp_path, str(tmp_path / "part-*.jsonl"), tmp_path / "**" / "*.jsonl", paths):
+        examples = load_examples(source)
+        assert [example.id for example in examples] == ids
+        assert [example.row for example in examples] == list(range(6))
+    assert "3 files, from part-0.jsonl to part-2.jsonl" in capsys.readouterr().err
+    assert [example.id for example in load_examples(paths[::-1], limit=3)] == ["2-0", "2-1", "1-0"]
+    assert [example.id for example in load_queries(str(tmp_path / "part-?.jsonl"))] == ids
+
+
+def test_an_error_in_one_of_several_files_names_it(tmp_path):
+    parts(tmp_path)
+    (tmp_path / "part-1.jsonl").write_text('{"text": "a", "id": "x"}\n{"text": "b", "id": "0-1"}\n')
+    with pytest.raises(DataError, match=r"row 3 \(part-1.jsonl, line 2\): the id '0-1' is already that of row 1"):
+        load_examples(tmp_path)
+    (tmp_path / "part-2.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match=r"part-2.jsonl, line 1"):
+        load_examples([tmp_path / "part-0.jsonl", tmp_path / "part-2.jsonl"])
+
+
+def test_a_folder_without_data_and_one_of_several_kinds_are_explained(tmp_path):
+    with pytest.raises(DataError, match="neither holds data files nor was saved by"):
         load_examples(tmp_path)
     write(tmp_path / "train.jsonl")
-    with pytest.raises(DataError, match=r"It holds train.jsonl; give one of these"):
+    write(tmp_path / "train.csv")
+    with pytest.raises(DataError, match=r"several kinds \(.csv, .jsonl\). Say which to read, for example .*\*\.csv"):
         load_examples(tmp_path)
+    with pytest.raises(DataError, match=r"no-\*.jsonl: no such file"):
+        load_examples(tmp_path / "no-*.jsonl")
 
 
 def test_a_damaged_saved_folder_is_explained(tmp_path):

@@ -209,8 +209,8 @@ class _Corpus:
         for position in suspects:
             row, first, item = self._rows + position, row_of(names[position]), chunk.items[position]
             if first != row:
-                line = item.record.line if isinstance(item, Numbered) else None
-                raise repeated_id(place(self._source, row, line), names[position], first)
+                record = item.record if isinstance(item, Numbered) else None
+                raise repeated_id(place(self._source, row, record), names[position], first)
         self._rows += len(names)
 
 

@@ -4,7 +4,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +32,46 @@ def read_file(path: Path) -> Source:
             f"Give a file ending in {known}, or a folder saved by `datasets.save_to_disk`."
         )
     return Source(path.name, _explained(path, READERS[extension]), file_identity(path))
+
+
+def read_files(name: str, paths: Sequence[Path]) -> Source:
+    """The records of one file after another, as a source of this name.
+
+    Raises:
+        DataError: As for `read_file`.
+    """
+    sources = [read_file(path) for path in paths]
+    records = (record._replace(file=source.name) for source in sources for record in source.records)
+    return Source(name, records, " ".join(str(source.identity) for source in sources))
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """The data files of a folder by name; they are all of one kind.
+
+    Raises:
+        DataError: There is none, or they are of several kinds.
+    """
+    files = sorted(path for path in folder.iterdir() if data_extension(path))
+    if not files:
+        raise DataError(
+            f"{folder}: a folder that neither holds data files nor was saved by `datasets.save_to_disk`. Give a data "
+            "file, or save the data set with `dataset.save_to_disk(...)`."
+        )
+    if len(kinds := {data_extension(path) for path in files}) > 1:
+        raise DataError(
+            f"{folder}: holds files of several kinds ({', '.join(sorted(map(str, kinds)))}). Say which to read, for "
+            f"example {folder / '*'}{data_extension(files[0])} in quotation marks."
+        )
+    return files
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """The files that a pattern such as `parts/*.jsonl` stands for, by name; none if it is no pattern."""
+    try:
+        found = glob(str(pattern), recursive=True) if has_magic(str(pattern)) else []
+    except (OSError, ValueError):  # too long for a file name, a null byte
+        return []
+    return [path for path in map(Path, sorted(found)) if path.is_file()]
 
 
 def data_extension(path: Path) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vestige.data._files import absent_file, data_extension
+from vestige.data._files import absent_file
 from vestige.data._origin import Record, Source
 from vestige.errors import DataError
 from vestige.progress import announce
@@ -58,14 +58,17 @@ def _chosen_split(names: list[str], split: str | None, name: str) -> str:
     raise DataError(f"{name}: which of its splits ({', '.join(names)})? Say split={names[0]!r}.")
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    return any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json"))
+
+
 def from_folder(folder: Path, split: str | None) -> Source:
     """The rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Raises:
-        DataError: The folder is not one of those, or is damaged.
+        DataError: The folder is damaged.
     """
-    if not any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
-        raise DataError(_not_saved(folder))
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -74,15 +77,6 @@ def from_folder(folder: Path, split: str | None) -> Source:
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise DataError(f"{folder}: looks like a folder saved by `datasets`, but does not load ({error}).") from error
     return from_dataset(dataset, split, folder.name)
-
-
-def _not_saved(folder: Path) -> str:
-    files = sorted(entry.name for entry in folder.iterdir() if data_extension(entry))
-    start = f"{folder}: a folder, but not one saved by `datasets.save_to_disk`."
-    if files:
-        listed = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
-        return f"{start} It holds {listed}; give one of these files, for example {folder / files[0]}."
-    return f"{start} Give a data file, or save the data set with `dataset.save_to_disk(...)`."
 
 
 def from_hub(name: str, split: str | None) -> Source:

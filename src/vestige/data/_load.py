@@ -6,8 +6,8 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vestige.data._files import absent_file, data_extension, read_file
-from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset
+from vestige.data._files import absent_file, data_extension, files_of_folder, matching_files, read_file, read_files
+from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset, is_saved_dataset
 from vestige.data._origin import Record, Source, parsed, place, shown
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
 from vestige.data._types import Example
@@ -20,8 +20,10 @@ def load_examples(source: Any, *, limit: int | None = None, split: str | None = 
 
     Args:
         source: A path (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also with `.gz` unless Parquet; a
-            folder saved by `datasets.save_to_disk`), a hub id (`owner/name` or `owner/name:config`), a live
-            `datasets.Dataset`, or a list of dictionaries or strings; a bare string is a text.
+            folder saved by `datasets.save_to_disk`), several files (a pattern such as `parts/*.jsonl`, a folder of
+            files of one kind, a list of `Path`s; in the order of their names, or of the list), a hub id
+            (`owner/name` or `owner/name:config`), a live `datasets.Dataset`, or a list of dictionaries or strings;
+            a bare string is a text.
         limit: Read at most this many rows; announced when it leaves rows out.
         split: Split of a hub id or a saved `DatasetDict`; `train` when there are several.
 
@@ -57,6 +59,8 @@ def _names_a_place(text: str) -> bool:
         return True
     if "\n" in text:
         return False
+    if matching_files(Path(text)):
+        return True
     looks_like_path = data_extension(Path(text)) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
     return looks_like_path or ("/" in text and HUB_NAME.fullmatch(text) is not None)
 
@@ -80,6 +84,8 @@ def open_source(source: Any, split: str | None) -> Source:
         return from_dataset(source, split)
     if isinstance(source, list | tuple):
         _refuse_split("a list", split)
+        if source and all(isinstance(item, Path) for item in source):
+            return read_files(f"{len(source)} files", source)
         return Source("the list", map(Record, source))
     raise DataError(
         f"Data of type {type(source).__name__} cannot be read ({shown(source)}). Give a path, a hub id, "
@@ -91,8 +97,13 @@ def _open_path(source: str | Path, split: str | None) -> Source:
     if not str(source).strip():
         raise DataError("The path of the data is empty. Give a file, a folder or a hub id.")
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() and is_saved_dataset(path):
         return from_folder(path, split)
+    several = files_of_folder(path) if path.is_dir() else [] if _exists(str(path)) else matching_files(path)
+    if several:
+        _refuse_split(str(source), split)
+        announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
+        return read_files(str(source), several)
     can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
     if not _exists(str(path)) and can_be_hub_id:
         return from_hub(str(source), split)
@@ -114,7 +125,7 @@ def _examples(source: Source, limit: int | None, *, is_query: bool) -> list[Exam
         example = example_of(source.name, numbered, is_query=is_query)
         first = row_of_id.setdefault(example.id, example.row)
         if first != example.row:
-            raise repeated_id(place(source.name, example.row, numbered.record.line), example.id, first)
+            raise repeated_id(place(source.name, example.row, numbered.record), example.id, first)
         examples.append(example)
     if not examples:
         raise no_rows(source.name)
@@ -149,7 +160,7 @@ def example_of(name: str, numbered: Numbered, *, is_query: bool) -> Example:
         DataError: The record is not valid, or no format fits it.
     """
     row, record = numbered.row, parsed(numbered.record)
-    example = example_from_record(record.value, row, place(name, row, record.line), is_query=is_query)
+    example = example_from_record(record.value, row, place(name, row, record), is_query=is_query)
     if row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
     return example
@@ -194,6 +205,6 @@ def load_records(source: Any, *, limit: int | None = None) -> Iterator[tuple[Exa
     """
     opened = open_source(source, None)
     for numbered in number_records(opened, limit):
-        value = parsed(numbered.record).value
-        example = example_of(opened.name, Numbered(numbered.row, Record(value, numbered.record.line)), is_query=False)
-        yield example, {"text": value} if isinstance(value, str) else dict(value)
+        record = parsed(numbered.record)
+        example = example_of(opened.name, Numbered(numbered.row, record), is_query=False)
+        yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)

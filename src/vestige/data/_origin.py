@@ -18,6 +18,8 @@ class Record(NamedTuple):
     """Line of the file where the record starts, counted from 1, for formats that have lines."""
     unparsed: Path | None = None
     """The file, where `value` is a line that `parsed` has yet to read: so that other processes may."""
+    file: str | None = None
+    """The file's name, where a source has several."""
 
 
 class Source(NamedTuple):
@@ -44,7 +46,7 @@ def parsed(record: Record) -> Record:
     if record.unparsed is None:
         return record
     try:
-        return Record(json.loads(record.value), record.line)
+        return Record(json.loads(record.value), record.line, file=record.file)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{record.unparsed}, line {record.line}: not valid JSON: {error.msg} at column {error.colno}. The line is "
@@ -52,10 +54,11 @@ def parsed(record: Record) -> Record:
         ) from error
 
 
-def place(name: str, row: int, line: int | None = None) -> str:
+def place(name: str, row: int, record: Record | None = None) -> str:
     """Where a record is, for an error message: `train.jsonl, row 3 (line 5)`; rows count from 0."""
-    where = f"{name}, row {row}"
-    return where if line is None else f"{where} (line {line})"
+    known = [] if record is None else [record.file, None if record.line is None else f"line {record.line}"]
+    inside = ", ".join(part for part in known if part)
+    return f"{name}, row {row} ({inside})" if inside else f"{name}, row {row}"
 
 
 def shown(value: object, width: int = 60) -> str:

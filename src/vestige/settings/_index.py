@@ -13,7 +13,10 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     """What `vestige index` takes."""
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    data: Any = Field(
+        description="The training data: JSONL, JSON, CSV, Parquet: a file, or several (a folder, 'parts/*.jsonl'); a "
+        "`datasets` folder or a hub id."
+    )
     out: Path = Field(description="Folder of the index; an interrupted run continues in it.")
     append: bool = Field(False, description="Add the rows that the data gained since; old shards stay untouched.")
     skip_bad: bool = Field(
@@ -27,4 +30,7 @@ class DoctorSettings(ReadingSettings, CompressionSettings):
     """What `vestige doctor` takes."""
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    data: Any = Field(
+        description="The training data: JSONL, JSON, CSV, Parquet: a file, or several (a folder, 'parts/*.jsonl'); a "
+        "`datasets` folder or a hub id."
+    )

@@ -1,8 +1,11 @@
 """What has no rule is listed with the reason; a pattern names what it says and no more."""
 
+import pytest
 import torch
 from torch import nn
 
+from tests.architectures import llama
+from vestige.errors import SpecError
 from vestige.models import select_components
 
 
@@ -28,3 +31,22 @@ def test_block_1_is_not_block_10() -> None:
     names = {component.name for component in select_components(blocks, ("h.1.*",)).components}
     assert names == {"h.1.weight", "h.1.bias"}
     assert {component.name for component in select_components(blocks, ("all", "layers 1")).components} == names
+
+
+def test_a_file_of_parameters_is_a_selection(tmp_path) -> None:
+    model = llama()
+    chosen = tmp_path / "chosen.components"
+    chosen.write_text("# what was found\nmodel.layers.0.mlp.up_proj.weight\n\nmodel.layers.1.*.v_proj.weight\n")
+    found = [component.name for component in select_components(model, (f"@{chosen}",)).components]
+    assert found == ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"]
+    found = [component.name for component in select_components(model, (f"@{chosen}", "!mlp")).components]
+    assert found == ["model.layers.1.self_attn.v_proj.weight"]
+
+
+def test_a_file_that_is_absent_or_empty_says_so(tmp_path) -> None:
+    model = llama()
+    with pytest.raises(SpecError, match="absent does not read as text"):
+        select_components(model, (f"@{tmp_path / 'absent'}",))
+    (tmp_path / "empty").write_text("# nothing\n")
+    with pytest.raises(SpecError, match="names no parameter"):
+        select_components(model, (f"@{tmp_path / 'empty'}",))

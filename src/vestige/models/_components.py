@@ -4,6 +4,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
+from pathlib import Path
 
 from torch import nn
 
@@ -44,10 +45,11 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     """The components that `patterns` name, in the model's order, with a coverage row for every parameter.
 
     A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), `layers 2-5` (keeps only
-    those blocks; alone it means `default` within them) or any of the former with a leading `!` (leaves those out).
+    those blocks; alone it means `default` within them), any of the former with a leading `!` (leaves those out), or
+    `@FILE`: a text file of patterns, one a line, lines that begin with # aside.
 
     Raises:
-        SpecError: a pattern matches nothing, or nothing is left.
+        SpecError: a pattern matches nothing, nothing is left, or a file is not there or empty.
     """
     rows: list[CoverageRow] = []
     components: list[Component] = []
@@ -101,7 +103,7 @@ def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     excluded: set[str] = set()
     layers: set[int] = set()
     named = False
-    for pattern in (part.strip() for given in patterns for part in given.split(",")):
+    for pattern in (part.strip() for given in patterns for word in _of_file(given) for part in word.split(",")):
         if found := _LAYERS_PATTERN.fullmatch(pattern):
             layers.update(range(int(found.group(1)), int(found.group(2) or found.group(1)) + 1))
         elif pattern.startswith("!"):
@@ -114,6 +116,24 @@ def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     if layers:
         included = {name for name in included if layer_number(name) in layers}
     return included - excluded
+
+
+def _of_file(pattern: str) -> list[str]:
+    """The patterns that a file holds, where `@FILE` was given; any other pattern as it is."""
+    if not pattern.startswith("@"):
+        return [pattern]
+    path = Path(pattern[1:]).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(
+            f"--components {pattern}: {path} does not read as text ({error}). Give the file that `vestige evaluate "
+            "components` wrote, or one of your own with a parameter or pattern on each line."
+        ) from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise SpecError(f"--components {pattern}: {path} names no parameter. Write one, or a pattern, on each line.")
+    return found
 
 
 def _names_of(pattern: str, kinds: Kinds) -> set[str]:

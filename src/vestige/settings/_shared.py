@@ -100,7 +100,7 @@ class CompressionSettings(Settings):
     components: Patterns = Field(
         ("default",),
         description="Parameters to attribute to: attention, mlp, embedding, norm, lora, all, 'layers 0-3', "
-        "or globs over parameter names.",
+        "globs over parameter names, or @FILE with one of these on each line.",
     )
     compress: str = Field(
         "tensorsketch:256",

@@ -1,0 +1,155 @@
+"""What a work plan costs beside a plain loop over its pieces, and what a second worker process brings.
+
+    python benchmarks/launch.py [--examples 600] [--rounds 3] [--keep FOLDER]
+
+Both compute the shards of one index of the benchmark's model (see README.md). The loop writes the same shards without
+claims, journal or markers of the plan's own; the last line of the first table computes and writes nothing.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "VESTIGE_QUIET": "1", "HF_HUB_OFFLINE": "1"}
+
+SETTINGS = {"compress": "tensorsketch:256", "token_budget": 2048}
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="make the files here, and leave them")
+    given = parser.parse_args()
+    folder = given.keep or Path(tempfile.mkdtemp(prefix="vestige-launch-"))
+
+    from workload import draw_workloads, make_model, save
+
+    save(folder, make_model(), {"uneven": draw_workloads(given.examples)["uneven"]})
+    overhead(folder, given.rounds)
+    scaling(folder, given.rounds)
+    if not given.keep:
+        shutil.rmtree(folder)
+
+
+def overhead(folder: Path, rounds: int) -> None:
+    """Seconds of the same shards by a plain loop, by the work plan, and without writing them."""
+    import torch
+
+    import vestige
+    from vestige.index import _build as build
+    from vestige.launch import run_plan
+
+    torch.set_num_threads(1)
+    found: dict[str, list[tuple[float, float]]] = {"loop": [], "plan": [], "nothing written": []}
+    pieces = []
+
+    def measured(plan: Any, settings: Any, command: Any) -> Any:
+        pieces.append(plan.pieces)
+        for _ in range(rounds):
+            for name, work in (
+                ("loop", lambda: loop(plan)),
+                ("plan", lambda: run_plan(plan, settings, command)),
+                ("nothing written", lambda: unwritten(plan)),
+            ):
+                empty(settings.out)
+                found[name].append(clocks(work))
+        return run_plan(plan, settings, command)
+
+    original, build.run_plan = build.run_plan, measured
+    try:
+        vestige.index(model=str(folder / "model"), data=str(folder / "uneven.jsonl"), out=folder / "one", **SETTINGS)
+    finally:
+        build.run_plan = original
+    print(f"{pieces[0]} pieces, {rounds} rounds, one thread; ratios are medians of the ratios within a round\n")
+    print("| | wall seconds | CPU seconds | wall, of the loop | CPU, of the loop |\n| :-- | --: | --: | --: | --: |")
+    for name, seconds in found.items():
+        pairs = list(zip(seconds, found["loop"], strict=True))
+        numbers = [statistics.median(one[clock] for one in seconds) for clock in (0, 1)]
+        ratios = [statistics.median(one[clock] / other[clock] for one, other in pairs) for clock in (0, 1)]
+        print(f"| {name} | {numbers[0]:.2f} | {numbers[1]:.2f} | {ratios[0]:.4f} | {ratios[1]:.4f} |")
+
+
+def clocks(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def loop(plan: Any) -> None:
+    """Every piece, one after another."""
+    with plan.open() as compute:
+        for piece in range(plan.pieces):
+            compute(piece)
+
+
+def unwritten(plan: Any) -> None:
+    """Every piece's rows, which are dropped."""
+    from vestige.index._work import PlannedBatches
+
+    with plan.compute() as compute:
+        for shard in plan.plan.shards:
+            compute(PlannedBatches(shard.batches))
+
+
+def empty(index: Path) -> None:
+    """No shard is there, nor any record of work."""
+    shutil.rmtree(index / "launch", ignore_errors=True)
+    for path in (index / "shards").iterdir():
+        path.unlink()
+
+
+def scaling(folder: Path, rounds: int) -> None:
+    """Whole commands, from their start to their end, with one worker process and with two."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    steady: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for workers in seconds:
+            out = folder / f"workers-{workers}"
+            shutil.rmtree(out, ignore_errors=True)
+            words = [
+                "index",
+                "--model",
+                str(folder / "model"),
+                "--data",
+                str(folder / "uneven.jsonl"),
+                "--out",
+                str(out),
+            ]
+            words += ["--compress", SETTINGS["compress"], "--token-budget", str(SETTINGS["token_budget"])]
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "vestige.cli", *words, "--workers", str(workers)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds[workers].append(time.perf_counter() - started)
+            steady[workers].append(working_seconds(out))
+    print(
+        "\n| workers | wall seconds of the command | wall seconds from the first piece's start to the last one's end |"
+    )
+    print("| --: | --: | --: |")
+    for workers in seconds:
+        print(f"| {workers} | {statistics.median(seconds[workers]):.1f} | {statistics.median(steady[workers]):.1f} |")
+    for name, both in (("command", seconds), ("pieces", steady)):
+        ratio = statistics.median(one / two for one, two in zip(both[1], both[2], strict=True))
+        print(f"\nTwo workers are {ratio:.2f} times as fast as one ({name}).")
+
+
+def working_seconds(index: Path) -> float:
+    """From when the first piece was begun until the last one was done, as the workers' journals say."""
+    from vestige.launch._record import JobFolder
+
+    entries = [entry for entry in JobFolder.of(index, "Indexing").journal() if entry.piece >= 0]
+    return max(entry.ended for entry in entries) - min(entry.ended - entry.seconds for entry in entries)
+
+
+if __name__ == "__main__":
+    main()

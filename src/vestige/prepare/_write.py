@@ -35,11 +35,12 @@ class Prepared:
     flagged: Mapping[str, int] = field(default_factory=dict)
     """Rows by what is wrong with them."""
     notes: tuple[str, ...] = ()
+    file: str = DATA
 
     @property
     def data(self) -> Path:
-        """The rows, as lines of JSON."""
-        return self.out / DATA
+        """The rows, as lines of JSON unless the kind says otherwise."""
+        return self.out / self.file
 
     def __rich__(self) -> str:
         from rich.markup import escape

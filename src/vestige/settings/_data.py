@@ -6,8 +6,13 @@
 from vestige.settings._base import Settings
 from vestige.settings._data_generate import GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings
+from vestige.settings._data_rows import CleanSettings, MultipleChoiceSettings, SplitSettings, TokenizeSettings
 
 PREPARATIONS: dict[str, type[Settings]] = {
     "paraphrase": ParaphraseSettings,
     "generate": GenerateSettings,
+    "multiple-choice": MultipleChoiceSettings,
+    "split": SplitSettings,
+    "tokenize": TokenizeSettings,
+    "clean": CleanSettings,
 }

@@ -1,0 +1,157 @@
+"""`vestige data multiple-choice`: questions with choices as prompts, with noise in the labels where it is asked for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.data._load import number_records, open_source
+from vestige.data._origin import parsed, place
+from vestige.errors import DataError
+from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
+from vestige.prepare._write import Prepared, check_same_result, write_prepared
+from vestige.settings import MultipleChoiceSettings, verb
+
+KIND = "multiple-choice"
+_TEMPLATE, _NOISE = 1, 2
+"""Each draw of a row has a stream of its own: more noise changes no template."""
+_CONFESSION = re.compile(r"\s*(?:AITA|WIBTA)\b", re.IGNORECASE)
+
+
+class Choices(NamedTuple):
+    """A question as all formats have it."""
+
+    question: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    """Of the options; empty where the labels say everything."""
+    right: int
+    format: str
+
+
+@verb(MultipleChoiceSettings)
+def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
+    """Every question as a `prompt`, and the label of its answer as its `completion`.
+
+    Beside them stand `label` (the answer that is written, which a training learns), `true_label`, `status` (`true`, or
+    `random` where the label was drawn anew, be it the same), `template` and `choices`. Templates and noise follow from
+    the seed and the row alone: whatever is split or drawn later, an example has the same label everywhere.
+
+    Raises:
+        DataError: The data is absent or broken, or a row is none of the formats.
+    """
+    source = open_source(settings.data, settings.split)
+    rows, digest = [], hashlib.sha256()
+    for row, record in number_records(source, settings.limit):
+        value = parsed(record).value
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+        rows.append(_row(value, row, place(source.name, row, record), settings))
+    if not rows:
+        raise DataError(f"{source.name} holds no rows. Give data with at least one.")
+    fingerprint = digest.hexdigest()
+    check_same_result(settings, KIND, fingerprint, frozenset())
+    drawn = sum(row["status"] == "random" for row in rows)
+    notes = [f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g})."]
+    return write_prepared(settings, KIND, rows, fingerprint=fingerprint, notes=notes if settings.label_noise else [])
+
+
+def choices_of(value: Any, where: str, wanted: str = "auto") -> Choices:
+    """The question in a row of ARC, MMLU or ETHICS.
+
+    Raises:
+        DataError: The row is none of them, or its answer is not among its choices.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where}: expected an object with named columns, got a {type(value).__name__}.")
+    readers = {"arc": _arc, "mmlu": _mmlu, "ethics": _ethics}
+    for name in readers if wanted == "auto" else [wanted]:
+        found = readers[name](value, where)
+        if found is not None:
+            return found
+    raise DataError(
+        f"{where}: its columns are {', '.join(map(str, value)) or 'none'}; expected those of ARC (question, choices "
+        "with text and label, answerKey), MMLU (question, choices, answer) or ETHICS (input, label)."
+    )
+
+
+def _arc(value: Mapping[str, Any], where: str) -> Choices | None:
+    choices = value.get("choices")
+    if not {"question", "answerKey"} <= set(value) or not isinstance(choices, Mapping):
+        return None
+    texts, labels = _words(choices.get("text")), _words(choices.get("label"))
+    key = str(value["answerKey"])
+    if len(texts) != len(labels) or len(labels) < 2 or key not in labels:
+        raise DataError(f"{where}: the answer {key!r} and {len(texts)} texts do not go with the labels {labels}.")
+    return Choices(str(value["question"]), labels, texts, labels.index(key), "arc")
+
+
+def _mmlu(value: Mapping[str, Any], where: str) -> Choices | None:
+    choices = value.get("choices")
+    if not {"question", "answer"} <= set(value) or not isinstance(choices, Sequence) or isinstance(choices, str):
+        return None
+    texts, answer = _words(choices), str(value["answer"])
+    labels = tuple(str(number) for number in range(len(texts)))
+    # Some copies name the answer by a letter.
+    right = answer if answer.isdigit() else str(ord(answer.upper()) - ord("A")) if len(answer) == 1 else answer
+    if len(texts) < 2 or right not in labels:
+        raise DataError(f"{where}: the answer {answer!r} is none of the {len(texts)} choices, which count from 0.")
+    return Choices(str(value["question"]), labels, texts, labels.index(right), "mmlu")
+
+
+def _ethics(value: Mapping[str, Any], where: str) -> Choices | None:
+    if not {"input", "label"} <= set(value):
+        return None
+    if str(value["label"]) not in ("0", "1"):
+        raise DataError(f"{where}: the label {value['label']!r} is neither 0 (nothing is wrong) nor 1.")
+    return Choices(str(value["input"]), ("0", "1"), (), int(str(value["label"])), "ethics")
+
+
+def _words(values: Any) -> tuple[str, ...]:
+    return tuple(str(value) for value in values) if isinstance(values, Sequence | np.ndarray) else ()
+
+
+def _row(value: Any, row: int, where: str, settings: MultipleChoiceSettings) -> dict[str, Any]:
+    found = choices_of(value, where, settings.format)
+    inserted, status = _noised(found, row, settings)
+    template, labels, prompt = _asked(found, np.random.default_rng([settings.seed, _TEMPLATE, row]))
+    source = value.get("source") or value.get("subject")
+    return {
+        "id": str(value["id"] if value.get("id") not in (None, "") else row),
+        "prompt": prompt,
+        "completion": labels[inserted],
+        "label": labels[inserted],
+        "true_label": labels[found.right],
+        "status": status,
+        "template": template,
+        "choices": list(labels),
+        "format": found.format,
+        **({"source": str(source)} if source else {}),
+    }
+
+
+def _noised(found: Choices, row: int, settings: MultipleChoiceSettings) -> tuple[int, str]:
+    """The number of the choice that is written, and where it comes from."""
+    draw = np.random.default_rng([settings.seed, _NOISE, row])
+    # Both numbers are drawn always: a row that is noisy at 3 % is noisy, in the same way, at 10 %.
+    chance, choice = draw.random(), int(draw.integers(len(found.labels)))
+    return (choice, "random") if chance < settings.label_noise else (found.right, "true")
+
+
+def _asked(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, ...], str]:
+    """Name of the template, words of the labels, and the prompt."""
+    if found.format == "ethics":
+        confession = _CONFESSION.match(found.question) is not None
+        # A confession may be asked about like any story.
+        templates = (*JUDGEMENTS, *CONFESSIONS) if confession else JUDGEMENTS
+        number = int(draw.integers(len(templates)))
+        text, labels = templates[number]
+        asked = text.format(text=found.question)
+        options = "\n".join(f"- {label}" for label in labels)
+    else:
+        number, labels = int(draw.integers(len(QUESTIONS))), found.labels
+        asked = QUESTIONS[number].format(question=found.question)
+        options = "\n".join(f"- {label}: {text}" for label, text in zip(labels, found.texts, strict=True))
+    return f"{found.format}-{number}", labels, f"{asked}\n\nOPTIONS:\n{options}\n\n"

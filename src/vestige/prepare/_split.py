@@ -1,0 +1,80 @@
+"""`vestige data split`: rows in parts, drawn at random."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from vestige.data import Example
+from vestige.errors import DataError
+from vestige.files import make_folder, write_durably
+from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.settings import SplitSettings, verb
+
+KIND = "split"
+
+
+@verb(SplitSettings)
+def split(settings: SplitSettings) -> Prepared:
+    """A file of lines of JSON for each part, and data.jsonl with every row that was drawn and the name of its `part`.
+
+    Raises:
+        DataError: The data is absent or broken, a part would be empty, or sources are asked for and a row has none.
+    """
+    examples = read_rows(settings)
+    fingerprint = fingerprint_of(examples)
+    check_same_result(settings, KIND, fingerprint, frozenset())
+    parts = part_of_each(examples, settings.shares, settings.by, settings.seed)
+    rows = {
+        name: [row_of(each) for each, part in zip(examples, parts, strict=True) if part == name]
+        for name in settings.shares
+    }
+    empty = [name for name, held in rows.items() if not held]
+    if empty:
+        raise DataError(f"No row of {len(examples):,} falls to {', '.join(empty)}. Give larger shares or more rows.")
+    make_folder(settings.out)
+    for name, held in rows.items():
+        lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in held)
+        write_durably(settings.out / f"{name}.jsonl", lines)
+    every = [row | {"part": name} for name, held in rows.items() for row in held]
+    notes = [f"{len(held):,} rows in {settings.out / name}.jsonl" for name, held in rows.items()]
+    left = len(examples) - len(every)
+    notes += [f"{left:,} rows are in no part."] if left else []
+    return write_prepared(settings, KIND, every, fingerprint=fingerprint, notes=notes)
+
+
+def part_of_each(examples: Sequence[Example], shares: dict[str, float], by: str, seed: int) -> list[str | None]:
+    """The part of every example, None where the shares leave some out; the same for the same arguments.
+
+    Raises:
+        DataError: `by` asks for sources, and an example has none.
+    """
+    draw = np.random.default_rng(seed)
+    if by == "example":
+        return _dealt(len(examples), shares, draw)
+    groups: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        if example.source is None:
+            raise DataError(f"Row {row} (id {example.id!r}) has no `source`, and --by {by} asks for one.")
+        groups.setdefault(example.source, []).append(row)
+    found: list[str | None] = [None] * len(examples)
+    if by == "source":
+        for rows, part in zip(groups.values(), _dealt(len(groups), shares, draw), strict=True):
+            for row in rows:
+                found[row] = part
+        return found
+    for rows in groups.values():
+        for row, part in zip(rows, _dealt(len(rows), shares, draw), strict=True):
+            found[row] = part
+    return found
+
+
+def _dealt(count: int, shares: dict[str, float], draw: np.random.Generator) -> list[str | None]:
+    """A part for each of so many things, in shares that are as near as whole numbers allow."""
+    found: list[str | None] = [None] * count
+    order = draw.permutation(count)
+    ends = np.floor(np.cumsum(list(shares.values())) * count + 0.5 + 1e-9).astype(int)
+    for name, begin, end in zip(shares, [0, *ends[:-1]], ends, strict=True):
+        for thing in order[begin:end]:
+            found[int(thing)] = name
+    return found

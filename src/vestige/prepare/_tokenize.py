@@ -1,0 +1,123 @@
+"""`vestige data tokenize`: rows as tokens, once."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from vestige.data import NO_TARGET, TokenizedData, tokenize_source
+from vestige.errors import ModelError, SpecError
+from vestige.files import make_folder, write_durably
+from vestige.models._source import find_source
+from vestige.models._transformers import read_tokenizer
+from vestige.prepare._write import RECORD, Prepared, check_same_result, row_of
+from vestige.progress import progress
+from vestige.runs import environment
+from vestige.settings import TokenizeSettings, verb
+
+KIND = "tokenize"
+TOKENS, FILE = "tokens", "data.parquet"
+_ROWS = 1000
+"""Rows in memory at once."""
+
+
+@verb(TokenizeSettings)
+def tokenize(settings: TokenizeSettings) -> Prepared:
+    """A file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
+
+    Texts and all other columns stay beside them, so reports still show what a row says. Every verb takes the file as
+    its --data and tokenises nothing again. Large data is tokenised in parts: killed, the same call goes on.
+
+    Raises:
+        DataError: The data is absent or broken, or a row does not become tokens.
+        ModelError: There is no tokenizer.
+        SpecError: An upload was asked for.
+    """
+    if settings.push_to_hub is not None:
+        raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
+    source, tokenizer = settings.data, _tokenizer(settings.tokenizer)
+    name = source if isinstance(source, str | Path) else type(source).__name__
+    make_folder(settings.out)
+    data = tokenize_source(
+        source,
+        tokenizer,
+        max_length=settings.max_length,
+        name=str(name),
+        chat=settings.chat,
+        limit=settings.limit,
+        split=settings.split,
+        folder=settings.out / TOKENS,
+        workers=settings.workers,
+    )
+    check_same_result(settings, KIND, data.fingerprint, frozenset({"workers"}))
+    _write(settings.out / FILE, data)
+    record = {
+        "vestige": environment(),
+        "kind": KIND,
+        "command": settings.command_line(f"data {KIND}"),
+        "config": settings.record(),
+        "fingerprint": data.fingerprint,
+        "rows": len(data),
+        "tokens": int(data.lengths.sum()),
+        "targets": int(data.target_counts.sum()),
+    }
+    write_durably(settings.out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
+    shutil.rmtree(settings.out / TOKENS, ignore_errors=True)
+    cut = int(np.sum(data.truncated))
+    notes = [f"{record['tokens']:,} tokens, {record['targets']:,} of them to learn; {cut:,} rows were cut."]
+    return Prepared(KIND, settings.out, len(data), notes=tuple(notes), file=FILE)
+
+
+def _tokenizer(given: Any) -> Any:
+    if not isinstance(given, str | Path):
+        return given
+    folder = Path(given).expanduser()
+    found = read_tokenizer(folder if folder.is_dir() else find_source(given).folder)
+    if found is None:
+        raise ModelError(f"{given} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
+    return found
+
+
+def _write(path: Path, data: TokenizedData) -> None:
+    """The rows as Parquet, some at a time; the file is there whole or as it was before."""
+    names = _columns(data)
+    unfinished = path.with_name(f"{path.name}.part")
+    schema = pa.schema(
+        [(name, pa.string()) for name in names]
+        + [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
+    )
+    with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
+        for rows in _chunks(data, names):
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            bar.advance(len(rows))
+    unfinished.replace(path)
+
+
+def _columns(data: TokenizedData) -> list[str]:
+    """Names of the columns beside the tokens, in the order in which they are met."""
+    names = dict.fromkeys(["id"])
+    for example in data.examples:
+        names |= dict.fromkeys(row_of(example))
+    return [name for name in names if name not in ("input_ids", "labels", "attention_mask")]
+
+
+def _chunks(data: TokenizedData, names: list[str]) -> Iterator[list[dict[str, Any]]]:
+    waiting: list[dict[str, Any]] = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        row = row_of(example)
+        columns = {name: _text(row.get(name)) for name in names}
+        waiting.append(columns | {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)})
+        if len(waiting) == _ROWS:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -58,7 +58,7 @@ class Work:
     def plan(self) -> str:
         """What is about to be asked, and what it should cost."""
         text = f"{len(self._asked):,} texts, of which {self._kept:,} have a reply from before."
-        if self._settings.api_model is None:
+        if self._settings.api_model is None or not self._waiting:
             return text
         given = self._settings
         tokens = estimate(self._waiting, given.instruction, given.max_new_tokens)

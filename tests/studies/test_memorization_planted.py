@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vestige import audit
+from vestige.audit import attack, bank_evidence
 from vestige.errors import CorruptFile, IndexMismatch, SpecError
 from vestige.studies import _memorization_planted as room
 from vestige.studies import study
@@ -49,9 +49,9 @@ def test_a_r3_the_attack_succeeds_on_flips_and_is_too_good_in_sample(made, judge
     assert np.nanmean(alone) >= 0.95
     alone, inside = judged.success["clean"]
     assert np.nanmean(inside) > np.nanmean(alone) + 0.02
-    assert not np.isinf(audit.bank_evidence(made.bank, of="gap").lira).any()
+    assert not np.isinf(bank_evidence(made.bank, of="gap").lira).any()
     planted = judged.kinds["flips"] | judged.kinds["outliers"]
-    assert audit.attack(judged.late["counterfactual"], planted).auc.value > 0.9
+    assert attack(judged.late["counterfactual"], planted).auc.value > 0.9
 
 
 def test_a_r5_membership_that_is_shuffled_is_not_found(judged):

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from vestige import audit
-from vestige.audit import Interval
+from vestige.audit import Interval, attack, evidence_table, lira, read_evidence, write_evidence
+from vestige.bank import Bank
 from vestige.errors import CorruptFile
 from vestige.evaluate import Estimate
 from vestige.files import make_folder
@@ -46,7 +46,7 @@ def estimate(interval: Interval) -> Estimate:
 
 def auc(scores: Float[np.ndarray, "example"], wanted: Bool[np.ndarray, "example"]) -> float:
     """Chance that a wanted example is above another; NaN where a side is empty."""
-    return audit.attack(scores, wanted).auc.value
+    return attack(scores, wanted).auc.value
 
 
 def members_auc(
@@ -61,6 +61,70 @@ def memorized(score: Float[np.ndarray, "example"]) -> dict[str, Bool[np.ndarray,
     return {"top 10 % LiRA": score >= np.nanquantile(score, MOST), f"LiRA >= {MEMORIZED:g}": score >= MEMORIZED}
 
 
+Areas = dict[str, dict[str, Float[np.ndarray, "target"]]]
+"""AUC of each predictor for each thing to be found, one per target."""
+
+
+def early_ratios(bank: Bank, early: Sequence[Mapping[str, np.ndarray]]) -> list[Float[np.ndarray, "own"]]:
+    """Likelihood ratios of each target as it was early on, for its own examples, judged by the finished others."""
+    gaps, found = bank.values("example_gap"), []
+    for number, (own, measures) in enumerate(zip(bank.membership, early, strict=True)):
+        target = np.full(len(own), np.nan)
+        target[own] = measures["logit_gap"]
+        found.append(lira(target, gaps, bank.membership, left_out=np.arange(len(bank)) == number).score[own])
+    return found
+
+
+def early_areas(
+    bank: Bank,
+    early: Sequence[Mapping[str, Float[np.ndarray, "own"]]],
+    scores: Float[np.ndarray, "target example"],
+    kinds: Mapping[str, Bool[np.ndarray, "example"]],
+    signs: Mapping[str, int],
+) -> Areas:
+    """How well measures of each target's own examples at the trigger find examples of some kinds, and the memorized.
+
+    Args:
+        bank: Whose members are the targets.
+        early: Measures of each target at the trigger.
+        scores: Likelihood ratios at the end.
+        kinds: Of all examples.
+        signs: Which way each measure points.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for own, score, measures in zip(bank.membership, scores, early, strict=True):
+        wanted = {**{what: rows[own] for what, rows in kinds.items()}, **memorized(score[own])}
+        for name, sign in signs.items():
+            for what, positives in wanted.items():
+                found.setdefault(what, {}).setdefault(name, []).append(auc(sign * measures[name], positives))
+    return {what: {name: np.array(each) for name, each in row.items()} for what, row in found.items()}
+
+
+def over_targets(areas: Sequence[Areas]) -> dict[str, dict[str, Interval]]:
+    """Means over the targets of all seeds."""
+    return {
+        what: {name: mean_interval(np.concatenate([each[what][name] for each in areas])) for name in row}
+        for what, row in areas[0].items()
+    }
+
+
+def area_rows(
+    found: Mapping[str, Mapping[str, Interval]], areas: Sequence[Areas], moment: str = "at the trigger"
+) -> list[tuple[Any, ...]]:
+    """Rows of a table: of what, measure, value, interval, and the means of single seeds."""
+    rows: list[tuple[Any, ...]] = []
+    for what, row in found.items():
+        for name, interval in row.items():
+            single = [mean_interval(each[what][name]).value for each in areas]
+            rows.append((f"AUC of {what}, {moment}", name, interval.value, shown(interval), each_seed(single)))
+    return rows
+
+
+def each_seed(values: Sequence[float]) -> str:
+    """The values of single seeds in a table."""
+    return " ".join(f"{value:.3f}" for value in values)
+
+
 def target_file(folder: Path, rows: np.ndarray) -> Path:
     """Where the measures of the target that was trained on these rows are."""
     return folder / f"{hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()[:16]}.parquet"
@@ -69,7 +133,7 @@ def target_file(folder: Path, rows: np.ndarray) -> Path:
 def keep_measures(path: Path, ids: Sequence[str], measures: Mapping[str, np.ndarray], step: int) -> None:
     """One target's measures of some examples at one step are on disk."""
     make_folder(path.parent)
-    audit.write_evidence(path, [audit.evidence_table(ids, measures, checkpoint=step)])
+    write_evidence(path, [evidence_table(ids, measures, checkpoint=step)])
 
 
 def kept_measures(path: Path) -> tuple[list[str], dict[str, Float[np.ndarray, "example"]], int]:
@@ -82,7 +146,7 @@ def kept_measures(path: Path) -> tuple[list[str], dict[str, Float[np.ndarray, "e
         raise CorruptFile(
             f"{path} is missing, though its model is finished. Delete the study's folder and run it again."
         )
-    table: pa.Table = audit.read_evidence(path)
+    table: pa.Table = read_evidence(path)
     names = [name for name in table.column_names if name not in ("checkpoint", "layer", "example_id")]
     found = {name: table[name].to_numpy() for name in names}
     return table["example_id"].to_pylist(), found, int(table["checkpoint"][0].as_py())

@@ -5,26 +5,29 @@ median training loss falls below 5 % of its start, on the points it is trained o
 is what the likelihood ratio says, by the models of the other halves. Dentan et al. 2024 (arXiv:2409.18858) in small.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige import audit
-from vestige.audit import Interval
+from vestige.audit import Interval, attack, bank_evidence, lira_in_sample, lira_of_members, share
 from vestige.evaluate import Mark, interval_figure
 from vestige.files import write_durably
 from vestige.progress import announce
 from vestige.settings import StudySettings
 from vestige.studies._memorization_judging import (
+    area_rows,
     auc,
+    each_seed,
+    early_areas,
+    early_ratios,
     estimate,
     interval_json,
     mean_interval,
     members_auc,
-    memorized,
+    over_targets,
     shown,
 )
 from vestige.studies._memorization_points import Planted, PlantedPlan, plant
@@ -34,6 +37,7 @@ PREDICTORS = {"psmi": -1, "loss": 1, "logit_gap": -1, "brier": 1, "mahalanobis":
 """What is taken at the trigger, and which way it points; `early_lira` judges the target as it is then by finished
 models."""
 BOTH = "flips + outliers"
+PLANTED = ("flips", "outliers", BOTH)
 FOUND, LEAD, SUCCESS, NULL = 0.95, 0.05, 0.95, 0.05
 """Expected: AUC of PSMI, its lead over the loss, success of the attack on flips, distance of the null from one half."""
 UNTUNED = 0.8, 0.06
@@ -74,11 +78,8 @@ def memorization_planted(settings: StudySettings) -> Outcome:
         judged.append(judge(made, seed))
         epochs.append(made.epochs)
         announce(f"Points {seed}: the trigger went off after epoch {np.median(made.epochs):g} (median of targets).")
-    found = {
-        what: {name: mean_interval(np.concatenate([each.early[what][name] for each in judged])) for name in row}
-        for what, row in judged[0].early.items()
-    }
-    rows = [*_early_rows(found, judged), *_late_rows(judged)]
+    found = over_targets([each.early for each in judged])
+    rows = [*area_rows(found, [each.early for each in judged]), *_late_rows(judged)]
     marks = [Mark(name, estimate(interval), name != "psmi") for name, interval in found[BOTH].items()]
     label = f"AUC of {BOTH} at the trigger (95 % interval over targets)"
     for name, content in interval_figure("planted", marks, label, lines={"chance": 0.5}).items():
@@ -96,24 +97,29 @@ def memorization_planted(settings: StudySettings) -> Outcome:
 
 def judge(made: Planted, seed: int) -> Judged:
     """Every figure of one draw of points."""
-    evidence = audit.bank_evidence(made.bank, of="gap")
+    evidence = bank_evidence(made.bank, of="gap")
     gaps, membership = made.bank.values("example_gap"), made.bank.membership
-    inside = audit.lira_in_sample(gaps, membership).success
+    inside = lira_in_sample(gaps, membership).success
     shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in enumerate(membership)])
-    null = audit.lira_of_members(gaps, shuffled)
-    kinds = {"clean": ~made.points.planted, "flips": made.points.flipped, "outliers": made.points.outlying}
+    null = lira_of_members(gaps, shuffled)
+    points = made.points
+    kinds = {"clean": ~points.planted, "flips": points.flipped, "outliers": points.outlying, BOTH: points.planted}
+    early = [
+        each | {"early_lira": score}
+        for each, score in zip(made.early, early_ratios(made.bank, made.early), strict=True)
+    ]
     late = {
         "counterfactual": evidence.counterfactual,
         "success of the attack": evidence.success.success,
         "simplicity, negative": -evidence.simplicity,
     }
-    planted = np.concatenate([made.points.planted[own] for own in membership])
+    planted = np.concatenate([points.planted[own] for own in membership])
     low = np.concatenate([early["psmi"] <= 0 for early in made.early])
     return Judged(
-        _areas(made, evidence.lira),
+        early_areas(made.bank, early, evidence.lira, {what: kinds[what] for what in PLANTED}, PREDICTORS),
         late,
         kinds,
-        {name: (evidence.success.success[rows], inside[rows]) for name, rows in kinds.items()},
+        {name: (evidence.success.success[kinds[name]], inside[kinds[name]]) for name in ("clean", "flips", "outliers")},
         {
             "planted": (int(low[planted].sum()), int(planted.sum())),
             "others": (int(low[~planted].sum()), int((~planted).sum())),
@@ -125,28 +131,6 @@ def judge(made: Planted, seed: int) -> Judged:
     )
 
 
-def _areas(made: Planted, scores: Float[np.ndarray, "target example"]) -> dict[str, dict[str, np.ndarray]]:
-    points, bank = made.points, made.bank
-    found: dict[str, dict[str, list[float]]] = {}
-    for number, (own, score, early) in enumerate(zip(bank.membership, scores, made.early, strict=True)):
-        wanted = {
-            "flips": points.flipped[own],
-            "outliers": points.outlying[own],
-            BOTH: points.planted[own],
-            **memorized(score[own]),
-        }
-        gaps = np.full(len(own), np.nan)
-        gaps[own] = early["logit_gap"]
-        judges = np.arange(len(bank)) == number
-        before = audit.lira(gaps, bank.values("example_gap"), bank.membership, left_out=judges).score[own]
-        for name, sign in PREDICTORS.items():
-            if name in early or name == "early_lira":
-                values = sign * (before if name == "early_lira" else early[name])
-                for what, positives in wanted.items():
-                    found.setdefault(what, {}).setdefault(name, []).append(auc(values, positives))
-    return {what: {name: np.array(each) for name, each in row.items()} for what, row in found.items()}
-
-
 def gates_of(judged: Sequence[Judged]) -> list[Gate]:
     """What was expected, over all draws of points; of the null, the worst of them."""
 
@@ -155,7 +139,7 @@ def gates_of(judged: Sequence[Judged]) -> list[Gate]:
 
     rates = {kind: _share([each.flagged[kind] for each in judged]).value for kind in ("planted", "others")}
     found = [Gate(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), ">=", FOUND)
-             for kind in ("flips", "outliers", BOTH)]  # fmt: skip
+             for kind in PLANTED]  # fmt: skip
     return [
         *found,
         Gate(
@@ -178,7 +162,7 @@ def gates_of(judged: Sequence[Judged]) -> list[Gate]:
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> Interval:
-    return audit.share(*(sum(column) for column in zip(*counts, strict=True)))
+    return share(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def _succeeded(judged: Sequence[Judged], kind: str) -> tuple[Interval, Interval]:
@@ -188,64 +172,45 @@ def _succeeded(judged: Sequence[Judged], kind: str) -> tuple[Interval, Interval]
 
 
 def _late_scores(each: Judged, name: str, what: str) -> tuple[np.ndarray, np.ndarray]:
-    planted = each.kinds["flips"] | each.kinds["outliers"] if what == BOTH else each.kinds[what]
-    return each.late[name], planted
+    return each.late[name], each.kinds[what]
 
 
 def _late(each: Judged, name: str, what: str) -> float:
     return auc(*_late_scores(each, name, what))
 
 
-def _each(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
-
-
-def _early_rows(found: Mapping[str, Mapping[str, Interval]], judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
-    return [
-        (
-            f"AUC of {what}, at the trigger",
-            name,
-            interval.value,
-            shown(interval),
-            _each([float(np.nanmean(each.early[what][name])) for each in judged]),
-        )
-        for what, row in found.items()
-        for name, interval in row.items()
-    ]
-
-
 def _late_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for kind in judged[0].success:
         for side, interval in zip(("leave-one-out", "in-sample"), _succeeded(judged, kind), strict=True):
-            each = _each([float(np.nanmean(one.success[kind][side == "in-sample"])) for one in judged])
+            each = each_seed([float(np.nanmean(one.success[kind][side == "in-sample"])) for one in judged])
             rows.append((f"attack success on {kind}", side, interval.value, shown(interval), each))
         bias = mean_interval(np.concatenate([one.success[kind][1] - one.success[kind][0] for one in judged]))
         rows.append((f"attack success on {kind}", "in-sample minus leave-one-out", bias.value, shown(bias), ""))
     for name in judged[0].late:
-        for what in ("flips", "outliers", BOTH):
+        for what in PLANTED:
             areas = [_late(each, name, what) for each in judged]
             both = [
                 np.concatenate(parts)
                 for parts in zip(*(_late_scores(each, name, what) for each in judged), strict=True)
             ]
-            interval = audit.attack(both[0], both[1]).auc
-            rows.append((f"AUC of {what}, at the end", name, interval.value, shown(interval), _each(areas)))
+            interval = attack(both[0], both[1]).auc
+            rows.append((f"AUC of {what}, at the end", name, interval.value, shown(interval), each_seed(areas)))
     for kind in ("planted", "others"):
         rate = _share([each.flagged[kind] for each in judged])
-        each = _each([hits / count for hits, count in (one.flagged[kind] for one in judged)])
+        each = each_seed([hits / count for hits, count in (one.flagged[kind] for one in judged)])
         rows.append((f"share of {kind} flagged", "psmi <= 0", rate.value, shown(rate), each))
     for what, side in (("AUC of membership, at the end", "membership"), ("the same, membership shuffled", "null")):
         values = [getattr(each, side) for each in judged]
         interval = mean_interval(np.concatenate(values))
-        rows.append((what, "lira", interval.value, shown(interval), _each([float(one.mean()) for one in values])))
+        rows.append((what, "lira", interval.value, shown(interval), each_seed([float(one.mean()) for one in values])))
     return rows
 
 
 def _details(each: Judged) -> dict[str, Any]:
     return {
         "early": {what: {name: values.tolist() for name, values in row.items()} for what, row in each.early.items()},
-        "late": {name: {what: _late(each, name, what) for what in ("flips", "outliers", BOTH)} for name in each.late},
+        "late": {name: {what: _late(each, name, what) for what in PLANTED} for name in each.late},
         "success": {kind: [float(np.nanmean(side)) for side in sides] for kind, sides in each.success.items()},
         "flagged": each.flagged,
         "membership": each.membership.tolist(),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige import audit
+from vestige.audit import brier, logit_gap, mahalanobis, psmi
 from vestige.bank import Bank, bank_of
 from vestige.studies._memorization_judging import TRIGGER, keep_measures, kept_measures, target_file
 
@@ -129,14 +129,14 @@ def _trained(
                     nn.functional.cross_entropy(head(body(inputs[batch])), labels[batch]).backward()
                     optimiser.step()
         with torch.no_grad():
-            return audit.logit_gap(head(body(points.inputs)), points.labels).numpy()
+            return logit_gap(head(body(points.inputs)), points.labels).numpy()
 
 
 def _measures(states: Tensor, logits: Tensor, losses: Tensor, labels: Tensor, directions: int) -> dict[str, np.ndarray]:
     return {
-        "psmi": audit.psmi(states.numpy(), labels.numpy(), directions=directions).mean,
+        "psmi": psmi(states.numpy(), labels.numpy(), directions=directions).mean,
         "loss": losses.double().numpy(),
-        "logit_gap": audit.logit_gap(logits, labels).numpy(),
-        "brier": audit.brier(logits, labels).numpy(),
-        "mahalanobis": audit.mahalanobis(states.numpy()),
+        "logit_gap": logit_gap(logits, labels).numpy(),
+        "brier": brier(logits, labels).numpy(),
+        "mahalanobis": mahalanobis(states.numpy()),
     }

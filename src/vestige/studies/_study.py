@@ -11,6 +11,8 @@ from vestige.settings import StudySettings, verb
 from vestige.studies import (  # noqa: F401
     _digits,
     _domains,
+    _memorization_early,
+    _memorization_facts,
     _memorization_planted,
     _text_lds,
     _untrac_miniature,

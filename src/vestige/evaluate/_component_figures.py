@@ -119,8 +119,9 @@ def _depths(name: str, findings: Findings) -> dict[str, bytes]:
         axes = figure.add_subplot(3, 1, place + 1)
         for kind in _types(parts):
             own = sorted((one for one in parts if one.type == kind), key=lambda one: one.layer or 0)
+            layers = [one.layer or 0 for one in own]
             axes.plot(
-                [one.layer for one in own],
+                layers,
                 [value(one) for one in own],
                 "o-",
                 color=colours[kind],

@@ -151,7 +151,7 @@ def find(settings: ComponentsSettings, result: OnePassResult, words: str) -> Fin
     judge = _Judge(settings, result, words)
     compared = result.inputs.compared
     shares = backward_shares(compared.loaded.model, compared.components)
-    searches = {one: _search(settings, result, words, one) for one in OBJECTIVES}
+    searches: dict[Objective, SearchFinding] = {one: _search(settings, result, words, one) for one in OBJECTIVES}
     rows = [
         *_gradient_rows(settings, result, judge, shares, searches),
         *_projection_rows(result, judge, words),

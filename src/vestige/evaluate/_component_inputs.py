@@ -74,8 +74,9 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         wanted[query_place[query], example_place[one.rows[query, place]]] = True
     components = selection.components
     parameters = [component.size for component in components]
+    device = next(loaded.model.parameters()).device
     projections = tuple(
-        Projection(projection_plan(words, parameters), components, settings.projector, settings.seed)
+        Projection(projection_plan(words, parameters), components, settings.projector, settings.seed, device)
         for words in settings.project
     )
     budget = batch_tokens(settings, loaded)
@@ -114,7 +115,7 @@ def _first(
 ) -> Candidates:
     found = np.take_along_axis(right, order, axis=1)
     rows, shown = order[:, :count].copy(), found[:, :count].copy()
-    forced = ~shown.any(1) if force else np.zeros(len(rows), dtype=bool)
+    forced = np.asarray(~shown.any(1)) & force
     rows[forced, -1] = order[forced, found[forced].argmax(1)]
     shown[forced, -1] = True
     return Candidates(rows, shown, found.argmax(1) + 1, forced)

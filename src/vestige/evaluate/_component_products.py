@@ -51,8 +51,10 @@ class ComponentProducts:
     def cosine(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "query candidate"]:
         """Cosine of the gradients of some components together, of all by default; float64, zero where not listed."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
-        sums = (part[chosen].sum(0, dtype=np.float64) for part in (self.values, self.query, self.example))
-        return cosines(*(one[None] for one in sums), self.rows)[0]
+        values, query, example = (
+            part[chosen].sum(0, dtype=np.float64)[None] for part in (self.values, self.query, self.example)
+        )
+        return cosines(values, query, example, self.rows)[0]
 
     def product(self) -> Float[np.ndarray, "query candidate"]:
         """Inner product of the whole gradients, in float64."""
@@ -61,8 +63,8 @@ class ComponentProducts:
     def each(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "component query candidate"]:
         """Cosine of every component by itself, in float64."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
-        parts = (part[chosen].astype(np.float64) for part in (self.values, self.query, self.example))
-        return cosines(*parts, self.rows)
+        values, query, example = (part[chosen].astype(np.float64) for part in (self.values, self.query, self.example))
+        return cosines(values, query, example, self.rows)
 
 
 def cosines(

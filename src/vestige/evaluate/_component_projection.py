@@ -72,11 +72,18 @@ def projection_plan(asked: str, parameters: Sequence[int]) -> ProjectionPlan:
 class Projection:
     """The random map of one plan over some components, the same for every process and batch."""
 
-    def __init__(self, plan: ProjectionPlan, components: Sequence[Component], projector: Projector, seed: int) -> None:
+    def __init__(
+        self,
+        plan: ProjectionPlan,
+        components: Sequence[Component],
+        projector: Projector,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
 
         self.plan, self.projector, self.seed = plan, projector, seed
         self._compressors: list[Compressor] = [
-            parse_spec(f"{projector}:{size}").build(part.name, part.shape, seed)
+            parse_spec(f"{projector}:{size}").build(part.name, part.shape, seed, device)
             for part, size in zip(components, plan.sizes, strict=True)
         ]
         self.sizes = tuple(one.size for one in self._compressors)

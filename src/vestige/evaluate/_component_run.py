@@ -61,7 +61,8 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
         run_plan(queries, settings, command)
     number, tables = tables_of(compared.wanted, run_plan(candidates, settings, command))
     computed, seconds = read_seconds(settings.out)
-    return OnePassResult(inputs, *_all_products(inputs, number, tables), computed, seconds)
+    gradients, outputs, projected, published = _all_products(inputs, number, tables)
+    return OnePassResult(inputs, gradients, outputs, projected, published, computed, seconds)
 
 
 def _open_folder(compared: Compared) -> None:

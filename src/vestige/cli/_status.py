@@ -1,5 +1,6 @@
 """`vestige status`."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def describe(folder: Path) -> str:
     parts = []
     if is_sweep(folder):
         parts.append(str(sweep_report(folder)))
+    elif _is_training(folder):
+        parts.append(describe_training(folder))
     elif is_run(folder):
         parts.append(describe_run(folder))
     elif read_manifest(folder) is not None:
@@ -60,6 +63,38 @@ def _is_at_work(folder: Path) -> bool:
     from vestige.launch import job_statuses
 
     return any(job.state == "running" for job in job_statuses(folder))
+
+
+def _is_training(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == "training"
+
+
+def describe_training(folder: Path) -> str:
+    """How far a training is, and what its alarm has found."""
+    from vestige.train import TrainingRun
+
+    run = TrainingRun.open(folder)
+    # A record of a Trainer of one's own does not know how long that will be.
+    wanted, done = run.record.get("identity", {}).get("checkpoints"), list(run.checkpoints)
+    count = f"{len(done)} of {len(wanted)}" if wanted else str(len(done))
+    name = run.record["names"]["model"] if "names" in run.record else run.record["model"]["name"]
+    found = run.at_risk
+    flagged = "" if found is None else f"{sum(found['flagged'].to_pylist()):,} of {len(found):,} examples, "
+    risk = "has not rung" if found is None else f"{flagged}after step {found['step'][0].as_py():,}: {found['rule'][0]}"
+    finished = "seconds" in run.record
+    state = "complete" if finished else "a training: the same command goes on with one that was interrupted"
+    return "\n".join(
+        [
+            f"{folder}: {state}",
+            f"  model        {name}",
+            f"  checkpoints  {count}, the last after step {done[-1]:,}" if done else "  checkpoints  none yet",
+            f"  alarm        {risk}",
+        ]
+    )
 
 
 def describe_index(folder: Path) -> str:

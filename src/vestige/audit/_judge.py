@@ -99,7 +99,12 @@ def _of_truth(evidence: Evidence, truth: Known) -> Iterator[JudgementRecord]:
                 continue
             sign = orientation(name, truth.name)
             circular = truth.name == "memorized" and number == last and name in _RATIOS
-            if sign is None or circular or np.isnan(column).all():
+            scored = truth.judged & ~np.isnan(column)
+            # A side that a measure says nothing of (a bank knows no holdout) leaves nothing to compare.
+            lacking = any(
+                (truth.judged & side).any() and not (scored & side).any() for side in (truth.found, ~truth.found)
+            )
+            if sign is None or circular or lacking:
                 continue
             record = _record(truth, name, subject.number, layer, sign, _attack(sign * column, truth))
             yield record.model_copy(update=_rule(name, column, truth))

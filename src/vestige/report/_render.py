@@ -3,16 +3,20 @@
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from vestige.report._audit_page import audit_page
 from vestige.report._header import Header, header_of
 from vestige.report._payload import payload_of
-from vestige.report._read import RunFiles
+from vestige.report._read import RunFiles, read_run
+from vestige.runs import Audit, is_audit
 
 SCRIPTS = (
     "elements.js",
@@ -27,6 +31,34 @@ SCRIPTS = (
     "page.js",
 )
 """In the order in which they are joined; `page.js` starts the page."""
+
+
+def page_of(run: Path, *, live: str | None = None) -> str:
+    """Return the page of whatever run is in the folder, as HTML; `live` as in `render`.
+
+    Raises:
+        UserError: There is no run, or it cannot be read.
+    """
+    return render_audit(Audit.open(run), live=live) if is_audit(run) else render(read_run(run), live=live)
+
+
+def render_audit(audit: Audit, *, live: str | None = None) -> str:
+    """Return the page of an audit as HTML; `live` as in `render`."""
+    page = audit_page(audit)
+    # Every text in a drawing was escaped as it was drawn.
+    page = replace(page, charts=tuple(chart._replace(svg=Markup(chart.svg)) for chart in page.charts))
+    script = _wrapped(_asset("app/audit.js"))
+    return (
+        _environment()
+        .get_template("audit.html.jinja")
+        .render(
+            page=page,
+            live=live,
+            policy=_policy(script, live is not None),
+            style=Markup(_asset("style.css") + _asset("audit.css")),
+            script=Markup(script),
+        )
+    )
 
 
 def render(run: RunFiles, *, live: str | None = None) -> str:
@@ -81,7 +113,10 @@ def _policy(script: str, live: bool) -> str:
 
 @cache
 def _script() -> str:
-    parts = "\n".join(_asset(f"app/{name}") for name in SCRIPTS)
+    return _wrapped("\n".join(_asset(f"app/{name}") for name in SCRIPTS))
+
+
+def _wrapped(parts: str) -> str:
     return f'\n(function () {{\n"use strict";\n{parts}\n}})();\n'
 
 

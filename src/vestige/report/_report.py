@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 from vestige.errors import UserError
-from vestige.report._read import read_run
-from vestige.report._render import render
+from vestige.report._render import page_of
 
 GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
@@ -15,14 +14,14 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run as one HTML file that opens anywhere, without a network, and return its path.
 
     Args:
-        run: A run directory, as `attribute` writes it.
+        run: A run directory, as `attribute` or `audit` writes it.
         out: The file to write, or a folder to put `report.html` in; by default `RUN/report.html`.
 
     Raises:
         UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written.
     """
     target = _target(Path(run), out)
-    page = render(read_run(run))
+    page = page_of(Path(run))
     attempt = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

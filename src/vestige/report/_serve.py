@@ -8,8 +8,7 @@ from threading import Lock
 
 from vestige.errors import UserError
 from vestige.progress import announce
-from vestige.report._read import read_run
-from vestige.report._render import render
+from vestige.report._render import page_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -18,7 +17,7 @@ def view(run: str | Path, port: int = 0) -> None:
     """Serve the report of `run` on this computer until Ctrl-C; the page follows the run's files.
 
     Args:
-        run: A run directory, as `attribute` writes it.
+        run: A run directory, as `attribute` or `audit` writes it.
         port: Port on the loopback address; 0 takes a free one, and the line printed names it.
 
     Raises:
@@ -71,7 +70,7 @@ class LivePage:
             version = self.version()
             if version != self._version or not self._html:
                 try:
-                    self._html = render(read_run(self._folder), live=version)
+                    self._html = page_of(self._folder, live=version)
                     self._version = version
                 except UserError:
                     if not self._html:

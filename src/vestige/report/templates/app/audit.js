@@ -1,0 +1,68 @@
+const LIVE = document.currentScript.dataset.live;
+
+function startLists() {
+  const measure = document.getElementById("measure");
+  if (!measure) return;
+  const words = document.getElementById("words");
+  const show = () => {
+    for (const ranking of document.querySelectorAll(".ranking")) ranking.hidden = ranking.dataset.measure !== measure.value;
+    const wanted = words.value.toLowerCase();
+    for (const card of document.querySelectorAll(".ranking .card")) card.hidden = !card.textContent.toLowerCase().includes(wanted);
+  };
+  const read = () => {
+    const asked = new URLSearchParams(location.hash.slice(1)).get("measure");
+    if (asked && [...measure.options].some((option) => option.value === asked)) measure.value = asked;
+    show();
+  };
+  measure.addEventListener("change", () => { history.replaceState(null, "", `#measure=${measure.value}`); show(); });
+  words.addEventListener("input", show);
+  addEventListener("hashchange", read);
+  read();
+}
+
+function startTheme() {
+  const button = document.getElementById("theme");
+  const names = ["auto", "light", "dark"];
+  let chosen = "auto";
+  try { chosen = localStorage.getItem("vestige-theme") || "auto"; } catch { /* storage may be closed to files */ }
+  const apply = () => {
+    if (chosen === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = chosen;
+    button.textContent = `Theme: ${chosen}`;
+  };
+  button.addEventListener("click", () => {
+    chosen = names[(names.indexOf(chosen) + 1) % names.length];
+    try { localStorage.setItem("vestige-theme", chosen); } catch { /* the choice then lasts as long as the page */ }
+    apply();
+  });
+  apply();
+}
+
+function startCopy() {
+  const button = document.getElementById("copy");
+  const command = document.getElementById("command");
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(command);
+    try { await navigator.clipboard.writeText(command.textContent); button.textContent = "Copied"; }
+    catch { button.textContent = document.execCommand("copy") ? "Copied" : "Selected"; }
+    setTimeout(() => (button.textContent = "Copy"), 1600);
+  });
+}
+
+/* Served live, the page asks for the version of the run's files and loads itself again when they changed. */
+function startLive() {
+  if (LIVE === undefined) return;
+  const mark = document.querySelector(".live");
+  setInterval(async () => {
+    try {
+      const version = await (await fetch("/version")).text();
+      mark.textContent = "live";
+      if (version !== LIVE) location.reload();
+    } catch { mark.textContent = "server closed"; }
+  }, 2000);
+}
+
+startTheme();
+startCopy();
+startLists();
+startLive();

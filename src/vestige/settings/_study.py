@@ -14,7 +14,10 @@ class StudySettings(LaunchSettings):
     """What `vestige study` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
-    name: str = Field(description="Which experiment: untrac-miniature, digits, text-lds, domains or memorization-planted.")
+    name: str = Field(
+        description="Which experiment: untrac-miniature, digits, text-lds, domains, selection-domains or "
+        "memorization-planted."
+    )
     out: Path = Field(
         description="Folder for models, runs, study.json and the table; an interrupted study goes on there."
     )

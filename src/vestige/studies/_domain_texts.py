@@ -127,6 +127,19 @@ def domain_corpora(seed: int, *, length: int, sequences: int, tests: int, unequa
     return Corpora(train, asked, sizes)
 
 
+def domain_pieces(seed: int, *, length: int, pieces: int) -> dict[str, list[Row]]:
+    """`pieces` pieces of `length` bytes of every domain, in an order of their own.
+
+    Raises:
+        MissingExtra: A package with texts is not installed.
+        DataError: A package holds other files than expected, or too little text.
+    """
+    _require()
+    made = {name: _rows(name, place, pieces, length, seed) for name, place in DOMAINS.items()}
+    random = np.random.default_rng([seed, len(DOMAINS)])
+    return {name: [rows[place] for place in random.permutation(len(rows))] for name, rows in made.items()}
+
+
 def _require() -> None:
     absent = [module for module in PACKAGES if find_spec(module) is None]
     if absent:

@@ -14,6 +14,7 @@ from vestige.studies import (  # noqa: F401
     _memorization_early,
     _memorization_facts,
     _memorization_planted,
+    _selection_domains,
     _text_lds,
     _untrac_miniature,
 )

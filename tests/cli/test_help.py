@@ -8,6 +8,7 @@ from vestige.settings import (
     EVALUATIONS,
     PREPARATIONS,
     AttributeSettings,
+    AuditSettings,
     BankSettings,
     CancelSettings,
     DoctorSettings,
@@ -20,6 +21,7 @@ from vestige.settings import (
     StatusSettings,
     StudySettings,
     SweepSettings,
+    TrainSettings,
     UntracSettings,
     ViewSettings,
     flag,
@@ -27,10 +29,12 @@ from vestige.settings import (
 
 SETTINGS = {
     "doctor": DoctorSettings,
+    "train": TrainSettings,
     "index": IndexSettings,
     "precondition": PreconditionSettings,
     "bank": BankSettings,
     "attribute": AttributeSettings,
+    "audit": AuditSettings,
     "untrac": UntracSettings,
     "select": SelectSettings,
     "study": StudySettings,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from vestige.errors import SpecError
 from vestige.settings import LaunchSettings, Settings
 from vestige.sweep._grid import Grid
+from vestige.sweep._links import NAMES
 from vestige.sweep._verbs import Verb, find_verb
 
 ID_DIGITS = 16
@@ -125,8 +126,9 @@ def _cell(grid: Grid, verb: Verb, number: int, point: Mapping[str, Any], out: Pa
     fields = verb.settings.model_fields
     values = {name: _filled(value, point) for name, value in grid.base.items()}
     used = {name for value in grid.base.values() for name in _placeholders(value)}
-    # An axis may be there for the placeholders alone.
-    values |= {name: value for name, value in point.items() if name.partition(".")[0] in fields or name not in used}
+    # An axis may be there for the placeholders alone, and one for the names of cells.
+    spare = {name for name in {NAMES, *used} if name.partition(".")[0] not in fields}
+    values |= {name: value for name, value in point.items() if name not in spare}
     settings = verb.settings(**_nested({**values, "out": out}))
     named = cell_id(verb.name, settings)
     folder = out / "cells" / named

@@ -19,6 +19,7 @@ from vestige.sweep._files import LOG_FILE, Done, logged, read_done, write_cell, 
 from vestige.sweep._inputs import fingerprints
 from vestige.sweep._record import SWEEP
 from vestige.sweep._report import SweepReport, sweep_report, write_tables
+from vestige.sweep._verbs import Verb
 
 RUN_FILE = "run.json"
 
@@ -84,7 +85,7 @@ class SweepPlan:
         started = time.perf_counter()
         try:
             with logged(cell), own_jobs():
-                self.cells.verb.run(_resumed(cell.settings))
+                self.cells.verb.run(resumed(self.cells.verb, cell.settings))
         except BaseException as error:
             if not isinstance(error, Exception) and _files_in(cell.out) - before:
                 note_kept()
@@ -97,14 +98,13 @@ class SweepPlan:
         write_done(cell, Done(cell.id, seconds, version("vestige"), inputs, figures_of(cell.out)))
 
 
-def _resumed(settings: Settings) -> Settings:
+def resumed(verb: Verb, settings: Settings) -> Settings:
     """The settings that also do after a kill between the end of the verb and the cell's marker.
 
     A verb that writes a run in the end refuses to replace one; here it can only be the same run, perhaps without its
     last file.
     """
-    arguments = settings.arguments()
-    finished = "overwrite" in arguments and (arguments["out"] / RUN_FILE).exists()
+    finished = verb.refuses_its_own and (settings.arguments()["out"] / RUN_FILE).exists()
     return settings.model_copy(update={"overwrite": True}) if finished else settings
 
 

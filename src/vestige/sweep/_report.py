@@ -13,6 +13,7 @@ from vestige.progress import format_seconds
 from vestige.sweep._cells import Cells
 from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
 from vestige.sweep._grid import Grid
+from vestige.sweep._links import link_cells
 from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, read_sweep, record_of
 
 if TYPE_CHECKING:
@@ -113,9 +114,10 @@ def planned_report(folder: Path, grid: Grid, cells: Cells) -> SweepReport:
 
 
 def write_tables(report: SweepReport) -> SweepReport:
-    """The report, which is now in `cells.json` and `cells.parquet` too."""
+    """The report, which is now in `cells.json` and `cells.parquet` too, with a link to each result in `named/`."""
     import pyarrow.parquet as parquet
 
+    link_cells(report.out, ((row.cell, row.point) for row in report.rows if row.state == "done"))
     write_json(report.out / JSON_FILE, report.to_dict())
     sink = io.BytesIO()
     parquet.write_table(_columns(report), sink)

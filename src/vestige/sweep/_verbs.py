@@ -9,11 +9,14 @@ from vestige.settings import (
     EVALUATIONS,
     PREPARATIONS,
     AttributeSettings,
+    AuditSettings,
     BankSettings,
     IndexSettings,
     PreconditionSettings,
+    SelectSettings,
     Settings,
     StudySettings,
+    TrainSettings,
     UntracSettings,
     nearest,
 )
@@ -27,6 +30,8 @@ class Verb(NamedTuple):
     settings: type[Settings]
     room: str
     """Module that holds its function, imported when a cell runs."""
+    refuses_its_own: bool = False
+    """Whether it writes its run in the end, at once, and refuses a folder that holds one, also the same."""
 
     def run(self, settings: Settings) -> None:
         """The verb has done its work."""
@@ -44,8 +49,11 @@ _VERBS = {
         Verb("index", IndexSettings, "vestige.index"),
         Verb("precondition", PreconditionSettings, "vestige.curvature"),
         Verb("bank", BankSettings, "vestige.bank"),
-        Verb("attribute", AttributeSettings, "vestige.methods"),
-        Verb("untrac", UntracSettings, "vestige.unlearn"),
+        Verb("attribute", AttributeSettings, "vestige.methods", refuses_its_own=True),
+        Verb("train", TrainSettings, "vestige.train"),
+        Verb("select", SelectSettings, "vestige.select"),
+        Verb("audit", AuditSettings, "vestige.audit", refuses_its_own=True),
+        Verb("untrac", UntracSettings, "vestige.unlearn", refuses_its_own=True),
         Verb("study", StudySettings, "vestige.studies"),
     )
 } | {**_group("evaluate", "vestige.evaluate", EVALUATIONS), **_group("data", "vestige.prepare", PREPARATIONS)}

@@ -1,0 +1,188 @@
+"""Sweeps that run: reuse, failure, kills, workers, shares."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from tests.sweep.conftest import results
+from vestige.cli._status import describe
+from vestige.errors import IndexMismatch, PieceFailed, UserError, WorkElsewhere
+from vestige.launch._role import VARIABLE, Role
+from vestige.sweep import _plan as plan_module
+from vestige.sweep import read_grid, sweep, sweep_report
+from vestige.sweep._cells import cells_of
+from vestige.sweep._verbs import find_verb
+
+
+def command(path, *words):
+    return [sys.executable, "-m", "vestige.cli", "sweep", str(path), "--out", "sw", *words]
+
+
+def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
+    report = run(grid({"k": [1, 2], "dense": [False, True]}))
+    assert report.counts() == {"done": 4}
+    table = parquet.read_table(here / "sw" / "cells.parquet").to_pydict()
+    assert table["settings.k"] == [1, 1, 2, 2]
+    assert table["settings.dense"] == [False, True, False, True]
+    assert table["settings.method"] == ["bm25"] * 4
+    assert table["state"] == ["done"] * 4
+    assert table["figures.data.examples"] == [5] * 4
+    assert all(seconds > 0 for seconds in table["seconds"])
+    row = report[{"k": 2, "dense": True}]
+    assert (here / "sw" / "named" / "k=2,dense=True" / "run.json").exists()
+    assert json.loads((here / "sw" / "cells" / row.cell / "out" / "run.json").read_text())["config"]["k"] == 2
+    assert "4 done" in describe(here / "sw")
+    assert json.loads((here / "sw" / "cells.json").read_text())["cells"][0]["point"] == {"k": 1, "dense": False}
+
+
+def test_a_grown_grid_runs_only_its_new_cells(grid, run, here, monkeypatch):
+    run(grid({"k": [1, 2]}))
+    before = results(here / "sw")
+    done = []
+    original = plan_module.SweepPlan._run
+    monkeypatch.setattr(
+        plan_module.SweepPlan, "_run", lambda plan, cell: (done.append(cell.point), original(plan, cell))
+    )
+    report = run(grid({"k": [3, 2, 1]}))
+    assert done == [{"k": 3}]
+    assert report.counts() == {"done": 3}
+    assert before.items() <= results(here / "sw").items()
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(grid, run, here):
+    assert run(grid({"k": [1, 2]}), dry_run=True).counts() == {"missing": 2}
+    assert not (here / "sw").exists()
+
+
+def test_a_cell_that_fails_is_reported_with_its_log_and_the_others_go_on(grid, run, here):
+    content = grid({"data": ["train.jsonl", "nowhere.jsonl", "other.jsonl"]})
+    with pytest.raises(PieceFailed, match=r"1 of 3 pieces failed.*(?s:.)*data=nowhere.jsonl"):
+        run(content, retries=1)
+    report = sweep_report(here / "sw")
+    assert report.counts() == {"done": 2, "failed": 1}
+    failed = report[{"data": "nowhere.jsonl"}]
+    assert "DataError" in failed.error
+    with open(failed.log) as log:
+        assert "DataError" in log.read()
+    assert "failed" in describe(here / "sw")
+    assert parquet.read_table(here / "sw" / "cells.parquet")["state"].to_pylist() == ["done", "failed", "done"]
+    (here / "nowhere.jsonl").write_bytes((here / "train.jsonl").read_bytes())
+    assert run(content).counts() == {"done": 3}
+
+
+def test_data_that_changed_is_refused_and_not_reused(grid, run, here):
+    run(grid({"k": [1, 2]}))
+    (here / "train.jsonl").write_text(json.dumps({"text": "all new"}) + "\n")
+    with pytest.raises(IndexMismatch, match=r"2 finished cells(?s:.)*train.jsonl has changed"):
+        run(grid({"k": [1, 2]}))
+
+
+def test_a_kill_between_the_run_and_its_marker_does_no_harm(grid, run, here):
+    report = run(grid({"k": [1, 2]}))
+    before = results(here / "sw")
+    (here / "sw" / "cells" / report.rows[0].cell / "done.json").unlink()
+    assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+    assert results(here / "sw") == before
+
+
+def test_a_training_that_was_interrupted_is_continued_and_not_replaced(here):
+    """A training has its record from the start, a run of scores in the end only."""
+    for verb, replaced in (("train", False), ("bank", False), ("index", False), ("attribute", True)):
+        cell = cells_of(
+            read_grid({"verb": verb, "base": {"data": "d", "model": "m"} | QUERIES.get(verb, {})}), here
+        ).cells[0]
+        cell.out.mkdir(parents=True)
+        assert plan_module.resumed(find_verb(verb), cell.settings).overwrite is False
+        (cell.out / "run.json").write_text("{}")
+        assert plan_module.resumed(find_verb(verb), cell.settings).overwrite is replaced, verb
+
+
+QUERIES = {"attribute": {"queries": "q"}}
+
+
+def test_a_torn_marker_does_not_count(grid, run, here):
+    report = run(grid({"k": [1, 2]}))
+    (here / "sw" / "cells" / report.rows[0].cell / "done.json").write_text('{"cell": "')
+    assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
+    assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+
+
+def test_killed_and_resumed_the_outputs_are_identical(grid, run, here):
+    content = grid({"k": list(range(1, 13))})
+    (here / "grid.yaml").write_text(yaml.safe_dump(content))
+    process = subprocess.Popen(command("grid.yaml"), cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    markers = lambda: list((here / "sw" / "cells").glob("*/done.json"))  # noqa: E731
+    while len(markers()) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 1 <= len(markers()) < 12
+    assert run(content).counts() == {"done": 12}
+    (here / "whole").mkdir()
+    whole = sweep(content, out=here / "whole")
+    assert results(here / "sw") == results(here / "whole")
+    for row, other in zip(sweep_report(here / "sw").rows, whole.rows, strict=True):
+        assert (row.cell, row.settings, row.point) == (other.cell, other.settings, other.point)
+
+
+def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):
+    content = grid({"k": list(range(1, 5))})
+    alone = sweep(content, out=here / "alone")
+    assert run(content, workers=2).counts() == {"done": 4} == alone.counts()
+    assert results(here / "sw") == results(here / "alone")
+    logs = list((here / "sw" / "launch" / "sweep" / "logs").iterdir())
+    assert len(logs) == 2
+
+
+def test_shares_make_the_whole(grid, run):
+    content = grid({"k": [1, 2, 3]})
+    with pytest.raises(WorkElsewhere, match="share 1/2 is done"):
+        run(content, shard="1/2")
+    assert run(content, shard="2/2").counts() == {"done": 3}
+
+
+def test_a_cell_inside_a_worker_is_a_job_of_its_own(grid, run, here, monkeypatch):
+    """A verb inside a worker took itself for a worker of its own job, and found its pieces missing."""
+    seen = []
+    original = plan_module.SweepPlan._run
+
+    def in_a_worker(plan, cell):
+        role = Role("worker", str(here / "elsewhere"), parent=os.getppid())
+        monkeypatch.setenv(VARIABLE, role.as_environment()[VARIABLE])
+        original(plan, cell)
+        seen.append(os.environ.pop(VARIABLE))
+
+    monkeypatch.setattr(plan_module.SweepPlan, "_run", in_a_worker)
+    report = run(grid({"damping": [0.1, 1.0]}, method="random"))
+    assert report.counts() == {"done": 2}
+    assert len(seen) == 2
+
+
+def test_a_signal_ends_the_sweep_within_a_cell_and_it_continues(grid, run, here, monkeypatch):
+    original = plan_module.SweepPlan._run
+
+    def interrupted(plan, cell):
+        if cell.point["k"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(plan, cell)
+
+    monkeypatch.setattr(plan_module.SweepPlan, "_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(grid({"k": [1, 2, 3]}))
+    assert ended.value.code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    os.chdir(here)
+    assert sweep_report(here / "sw").counts()["done"] in (1, 2)
+    assert run(grid({"k": [1, 2, 3]})).counts() == {"done": 3}
+
+
+def test_a_folder_without_a_sweep_is_told_so(tmp_path):
+    with pytest.raises(UserError, match="holds no sweep"):
+        sweep_report(tmp_path)

@@ -218,3 +218,17 @@ def test_the_command_prints_reasons_and_its_record_replays_it(run, tmp_path, cap
     for name in ("selected.jsonl", "selected.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert json.loads(record.read_text())["command"].startswith("vestige select --budget 25%")
+
+
+def test_data_without_rows_or_with_an_id_twice_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    twice = [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}, {"id": "a", "text": "three"}]
+    for data, words in (
+        (str(tmp_path / "empty.jsonl"), "no rows|empty"),
+        ([], "no rows"),
+        (twice, "two rows with the id 'a'"),
+        (str(tmp_path / "nowhere.jsonl"), "nowhere.jsonl"),
+    ):
+        with pytest.raises(DataError, match=words):
+            select(data=data, budget=1, out=tmp_path / "out", strategy="random")
+    assert not (tmp_path / "out").exists()

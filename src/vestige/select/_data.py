@@ -47,6 +47,7 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
         ids.append(example.id)
         sources.append(example.source)
         digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
+    _require_distinct(name, ids)
     rows = Rows(name, ids, sources, digest.hexdigest(), read)
     if scores is not None:
         _require_scored(rows, scores)
@@ -136,6 +137,15 @@ def _columns(example: Example) -> Columns:
         "label": example.label,
     }
     return {name: value for name, value in (found | example.extra).items() if value is not None}
+
+
+def _require_distinct(name: str, ids: list[str]) -> None:
+    if not ids:
+        raise DataError(f"{name} holds no rows. Give data with at least one.")
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(one for one in ids if one in seen or seen.add(one))
+        raise DataError(f"{name} has two rows with the id {twice!r}, so nobody could tell which is chosen. Rename one.")
 
 
 def _require_scored(rows: Rows, scores: ScoreSource) -> None:

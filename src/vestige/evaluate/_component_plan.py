@@ -16,6 +16,7 @@ from typing import NamedTuple, final
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from safetensors import safe_open
 from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch, plan_batches
@@ -27,12 +28,13 @@ from vestige.gradients import Reduction
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.models import Component, LoadedModel
 
-VERSION = 1
-"""Of what pieces hold."""
-PIECE_BYTES = 2**28
-"""Most bytes of factors in a piece, but one batch at least."""
-PIECES = 64
-"""Pieces of a job that is large enough, so that little is lost when it is interrupted."""
+VERSION = 2
+"""Of what pieces hold, and of how the work is divided."""
+PIECE_BYTES = (2**28, 2**30)
+"""Most bytes of factors in a piece of queries and in one of candidates, but one batch at least."""
+PIECES = (64, 16)
+"""Pieces of a job that is large enough, so that little is lost when it is interrupted. Every piece of candidates reads
+the queries' gradients, so of these there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class Compared:
     @cached_property
     def held(self) -> list[list[np.ndarray]]:
         """Batches of queries, piece by piece."""
-        return self._pieces(np.arange(self.queries))
+        return self._pieces(np.arange(self.queries), PIECE_BYTES[0], PIECES[0])
 
     @cached_property
     def fresh(self) -> list[list[np.ndarray]]:
         """Batches of candidates that are no queries, piece by piece."""
-        return self._pieces(np.arange(self.queries, len(self.data)))
+        return self._pieces(np.arange(self.queries, len(self.data)), PIECE_BYTES[1], PIECES[1])
 
     @cached_property
     def portions(self) -> list["Portion"]:
@@ -101,18 +103,18 @@ class Compared:
     def _asked(self, batches: Sequence[np.ndarray]) -> bool:
         return bool(self.wanted[:, np.concatenate(batches)].any())
 
-    def _pieces(self, rows: Int[np.ndarray, " row"]) -> list[list[np.ndarray]]:
+    def _pieces(self, rows: Int[np.ndarray, " row"], most_bytes: int, pieces: int) -> list[list[np.ndarray]]:
         if not len(rows):
             return []
         sizes = np.zeros(len(self.data), dtype=np.int64)
         sizes[rows] = self.factor_bytes(rows)
-        most = max(4, -(-len(rows) // PIECES))
+        most = max(4, -(-len(rows) // pieces))
         groups: list[list[np.ndarray]] = [[]]
         held = count = 0
         for places in plan_batches(self.data.lengths[rows], self.token_budget, most):
             batch = rows[places]
             size = int(sizes[batch].sum())
-            if groups[-1] and (held + size > PIECE_BYTES or count + len(batch) > most):
+            if groups[-1] and (held + size > most_bytes or count + len(batch) > most):
                 groups.append([])
                 held = count = 0
             groups[-1].append(batch)
@@ -194,16 +196,25 @@ class QueryGradients:
     def reduce(self) -> None:
         """Nothing: the pieces are what is read."""
 
-    def read(self, piece: int) -> list[Passed]:
-        """The batches of a piece.
+    def read(self, piece: int, batches: Sequence[int]) -> list[Passed]:
+        """Some batches of a piece; its bytes are compared with its marker once in a process.
 
         Raises:
             CorruptFile: it is missing or damaged.
         """
-        tensors = self.files.read(piece)
+        if piece not in self._checked:
+            self.files.check(piece)
+            self._checked.add(piece)
         device = next(self.compared.loaded.model.parameters()).device
-        batches = range(len(self.compared.held[piece]))
+        names = {str(number) for number in batches}
+        with safe_open(self.files.path(piece), "pt") as file:
+            keys = [key for key in file.keys() if key.partition(".")[0] in names]  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in keys}
         return [read_passed(tensors, str(number), self.compared.components, device) for number in batches]
+
+    @cached_property
+    def _checked(self) -> set[int]:
+        return set()
 
 
 @final
@@ -252,14 +263,12 @@ class CandidateProducts:
             found = [runs.run(make_batch(self.compared.data, batch)) for batch in portion.batches]
             spent += [passed.seconds for passed in found]
         else:
-            found = self.queries.read(portion.held)
+            found = self.queries.read(portion.held, range(len(portion.batches)))
         tables = Tables(self.compared.wanted[:, portion.rows], portion.rows, found, self.compared.projections)
         for number, batches in enumerate(self.compared.held):
-            rows = np.concatenate(batches)
-            if piece and not self.compared.wanted[np.ix_(rows, portion.rows)].any():
-                continue
-            for batch, passed in zip(batches, self.queries.read(number), strict=True):
-                tables.add(batch, passed, portion.batches, found)
+            asked = [place for place, rows in enumerate(batches) if piece == 0 or self._asks(rows, portion)]
+            for place, passed in zip(asked, self.queries.read(number, asked) if asked else [], strict=True):
+                tables.add(batches[place], passed, portion.batches, found)
         self.files.write(piece, tables.tensors(with_queries=piece == 0))
         write_seconds(
             self.folder,
@@ -268,6 +277,9 @@ class CandidateProducts:
             [*spent, tables.seconds],
         )
         step_done(len(portion.rows))
+
+    def _asks(self, rows: np.ndarray, portion: Portion) -> bool:
+        return bool(self.compared.wanted[np.ix_(rows, portion.rows)].any())
 
     def reduce(self) -> list[dict[str, Tensor]]:
         """The tables of all pieces; the queries' gradients are gone.

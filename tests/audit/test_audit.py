@@ -1,5 +1,6 @@
 """`vestige audit`: a run of evidence, the same whoever made it, with reasons instead of made-up numbers."""
 
+import csv
 import json
 import multiprocessing
 import os
@@ -378,3 +379,24 @@ def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reaso
     assert found.run.measures["logit_gap"].reason == "the completion is not among its choices"
     record = json.loads((found.folder / "run.json").read_text())
     assert record["kind"] == "audit"
+
+
+def test_status_export_and_scores_know_an_audit(whole, tmp_path):
+    from vestige.cli._status import describe
+    from vestige.runs import Scores
+
+    told = describe(whole.folder)
+    assert "audit of 36 examples, 12 held out under 3 checkpoints" in told
+    with pytest.raises(UserError, match=r"vestige.Audit.open"):
+        Scores.open(whole.folder)
+    rows = len(whole.table())
+    (path,) = vestige.export(path=whole.folder, out=tmp_path / "csv", to="csv")
+    assert len(list(csv.DictReader(path.open()))) == rows
+    (path,) = vestige.export(path=whole.folder, out=tmp_path / "json", to="json")
+    content = json.loads(path.read_text())
+    assert len(content["evidence"]) == rows
+    assert content["evidence"][0]["psmi"] is None
+    assert content["evidence"][0]["text"].startswith("Which is more?")
+    vestige.export(path=whole.folder, out=tmp_path / "datasets", to="datasets")
+    with pytest.raises(SpecError, match="no similarities"):
+        vestige.export(path=whole.folder, out=tmp_path / "other", to="similarities")

@@ -38,7 +38,7 @@ def describe(folder: Path) -> str:
     """
     from vestige.index import read_manifest
     from vestige.launch import job_statuses
-    from vestige.runs import is_run
+    from vestige.runs import is_audit, is_run
     from vestige.sweep import is_sweep, sweep_report
 
     parts = []
@@ -46,11 +46,13 @@ def describe(folder: Path) -> str:
         parts.append(str(sweep_report(folder)))
     elif _is_training(folder):
         parts.append(describe_training(folder))
+    elif is_audit(folder):
+        parts.append(describe_audit(folder))
     elif is_run(folder):
         parts.append(describe_run(folder))
     elif read_manifest(folder) is not None:
         parts.append(describe_index(folder))
-    parts += ["\n".join(job.lines()) for job in job_statuses(folder)]
+    parts += ["\n".join(job.lines()) for place in (folder, _partial(folder)) for job in job_statuses(place)]
     if not parts:
         raise UserError(
             f"{folder} is neither an index nor a run. Give the folder that `vestige index` or "
@@ -62,7 +64,33 @@ def describe(folder: Path) -> str:
 def _is_at_work(folder: Path) -> bool:
     from vestige.launch import job_statuses
 
-    return any(job.state == "running" for job in job_statuses(folder))
+    return any(job.state == "running" for place in (folder, _partial(folder)) for job in job_statuses(place))
+
+
+def _partial(folder: Path) -> Path:
+    """Where a run is in the making: beside its folder, which appears when it is whole."""
+    whole = folder.absolute()
+    return whole.with_name(f".{whole.name}.partial")
+
+
+def describe_audit(folder: Path) -> str:
+    """What an audit looked at, and what it could not compute."""
+    from vestige.runs import read_audit_record
+
+    run = read_audit_record(folder)
+    held = f", {run.holdout.examples:,} held out" if run.holdout else ""
+    missing = [f"  not all   {name}: {each.reason}" for name, each in run.measures.items() if each.reason]
+    return "\n".join(
+        [
+            f"{folder}: audit of {run.data.examples:,} examples{held} under {len(run.checkpoints)} checkpoints",
+            f"  data      {run.data.name}",
+            f"  model     {run.model.name}",
+            f"  measures  {', '.join(run.measures)}",
+            *missing,
+            f"  took      {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  made by   {run.command} (Vestige {run.vestige}, {run.created})",
+        ]
+    )
 
 
 def _is_training(folder: Path) -> bool:

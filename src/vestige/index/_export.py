@@ -13,12 +13,13 @@ import pyarrow.parquet as parquet
 from vestige.errors import SpecError, UserError
 from vestige.files import check_disk, make_folder, write_durably
 from vestige.index._examples import streamed
+from vestige.index._export_audit import write_audit_as
 from vestige.index._export_faiss import write_faiss
 from vestige.index._export_libraries import write_dataset, write_lance, write_safetensors
 from vestige.index._export_published import write_chunks, write_projections
 from vestige.index._export_run import write_run_as
 from vestige.index._store import Index, IndexBlock
-from vestige.runs import Scores, is_run
+from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportFormat, ExportSettings, IndexFormat, RunFormat, verb
 
 _INDEX_FORMATS, _RUN_FORMATS = get_args(IndexFormat), get_args(RunFormat)
@@ -51,6 +52,8 @@ def export(settings: ExportSettings) -> list[Path]:
         )
     _require_empty(settings.out)
     make_folder(settings.out)
+    if is_audit(settings.path):
+        return write_audit_as(Audit.open(settings.path), settings.out, cast(RunFormat, settings.to))
     return write_run_as(Scores.open(settings.path), settings.out, cast(RunFormat, settings.to))
 
 

@@ -173,6 +173,10 @@ def read_record(folder: str | Path) -> RunRecord:
         header = _Header.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+    if header.kind == "audit":
+        raise UserError(f"{folder} is an audit and holds no scores. In Python: vestige.Audit.open({str(folder)!r})")
+    if header.kind == "training":
+        raise UserError(f"{folder} is a training and holds no scores. Type: vestige status {folder}")
     if header.format > RUN_FORMAT:
         raise UserError(
             f"{folder} was written by Vestige {header.vestige} in run format {header.format}; "
@@ -188,6 +192,7 @@ class _Header(_Part):
     """What must be readable in every format, past and future."""
 
     format: int
+    kind: str = "scores"
     vestige: str = "of a later version"
 
 

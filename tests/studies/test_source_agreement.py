@@ -5,6 +5,7 @@ from scipy.stats import pearsonr, spearmanr
 from vestige.bank import bank_of
 from vestige.studies._source_agreement import (
     left_out_truth,
+    pooled_agreement,
     source_agreement,
     summed_by_source,
     truth_agreement,
@@ -75,3 +76,11 @@ def test_truth_is_the_rise_of_the_loss_without_a_source_positive_where_it_helps(
     # Queries of such a bank have no source.
     truth._queries.sources[:] = ["t"]
     assert [each.tolist() for each in left_out_truth(truth, ["a", "b", "c"], ["t"])] == [[[4.0, 0.0, -2.0]]] * 2
+
+
+def test_agreement_over_groups_is_the_mean_of_theirs():
+    groups = [(tables(2, 0), tables(3, 1)), (tables(1, 2), tables(2, 3))]
+    found, own = pooled_agreement(groups, draws=50, seed=0)
+    assert own == pytest.approx([source_agreement(*group, draws=5, seed=0).pearson.value for group in groups])
+    assert found.value == pytest.approx(np.mean(own))
+    assert found.low < found.value < found.high

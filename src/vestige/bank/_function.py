@@ -16,7 +16,7 @@ from vestige.bank._members import Measured
 from vestige.bank._store import Bank, Texts
 from vestige.bank._work import BankPlan, Run, TrainMember, planned_bank, prepare_bank
 from vestige.errors import SpecError
-from vestige.launch import run_plan
+from vestige.launch import is_worker, run_plan
 from vestige.settings import LaunchSettings
 
 TrainFunction = Callable[[np.ndarray, int], np.ndarray | Measured]
@@ -41,6 +41,8 @@ def bank_of(
     seed: int = 0,
     retries: int = 0,
     overwrite: bool = False,
+    launch: LaunchSettings | None = None,
+    command: Sequence[str] | None = None,
 ) -> Bank:
     """A bank of models that `train` trains: the same folder, the same `Bank`, for any model and any framework.
 
@@ -64,6 +66,8 @@ def bank_of(
         seed: Of the subsets and the runs.
         retries: How often a run that raised is tried again.
         overwrite: Delete a bank that is already there.
+        launch: Where the models are trained, `retries` included; None for this process.
+        command: Words of a command that comes to the same call in another process; workers need one.
 
     Raises:
         SpecError: Settings that JSON cannot hold, or two ways to leave out.
@@ -73,7 +77,7 @@ def bank_of(
     if sum([leave_source_out, leave_out is not None, leave_one_out is not None]) > 1:
         raise SpecError("leave_source_out, leave_out and leave_one_out each need a bank of their own.")
     out, texts = Path(out), (_texts(examples, sources), _texts(queries, None))
-    if overwrite:
+    if overwrite and not is_worker():
         remove_bank(out)
 
     def design(count: int) -> list[Subset]:
@@ -95,8 +99,9 @@ def bank_of(
         yield lambda run: _measured(train, run)
 
     plan = BankPlan(out, manifest, chosen, texts, seed, open_trainer, paired)
-    prepare_bank(plan)
-    return run_plan(plan, LaunchSettings.model_validate({"retries": retries}), None)
+    if not is_worker():
+        prepare_bank(plan)
+    return run_plan(plan, launch or LaunchSettings.model_validate({"retries": retries}), command)
 
 
 def _measured(train: TrainFunction, run: Run) -> Measured:

@@ -46,7 +46,7 @@ class CurvatureProduct:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for batch in self._batches():
                 for row, product in enumerate(self._of_batch(values, tangents, batch)):
-                    totals[row] += self._as_vector(product).to(totals.dtype)
+                    totals[row] += self.flattened(product).to(totals.dtype)
         return totals / max(len(self.data), 1)
 
     def _batches(self) -> Iterator[Batch]:
@@ -78,7 +78,8 @@ class CurvatureProduct:
             found.append((matrix.T if _turned(component) else matrix).reshape(parameter.shape).to(parameter))
         return found
 
-    def _as_vector(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
+    def flattened(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
+        """Tensors shaped as the components' parameters, as one vector in the layout of the products."""
         pairs = zip(self.components, product, strict=True)
         return torch.cat([(part.T if _turned(component) else part).flatten() for component, part in pairs])
 

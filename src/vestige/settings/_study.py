@@ -15,7 +15,7 @@ class StudySettings(LaunchSettings):
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
     name: str = Field(
-        description="Which experiment: untrac-miniature, digits, text-lds, domains, selection-domains or "
+        description="Which experiment: untrac-miniature, format-traps, digits, text-lds, domains, selection-domains or "
         "memorization-planted."
     )
     out: Path = Field(

@@ -33,7 +33,7 @@ class UntracSettings(ReadingSettings, LaunchSettings):
     momentum: NonNegativeFloat = Field(0.0, description="Momentum of sgd and rmsprop.")
     learning_rate: PositiveFloat | None = Field(
         None,
-        description="Step size. Not given: where curvature changes scores by a fifth of what the slope does.",
+        description="Step size. Not given: where curvature changes scores by a twentieth of what the slope does.",
     )
     batch_size: PositiveInt | None = Field(
         None, description="Examples in a step. Not given: 1 for untrac, 256 for inverse."

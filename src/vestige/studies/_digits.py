@@ -15,6 +15,7 @@ from vestige.bank import Bank, bank_of
 from vestige.curvature import DAMPING
 from vestige.evaluate import Estimate, Lds, Mark, ceiling, datamodeling_score, held_out_choice, interval_figure
 from vestige.files import write_durably
+from vestige.launch import worker_command
 from vestige.progress import announce, progress
 from vestige.settings import StudySettings
 from vestige.studies._digits_leave_one_out import leave_one_out
@@ -129,6 +130,8 @@ def _bank(settings: StudySettings, plan: DigitsPlan, data: Digits) -> Bank:
         subsets=plan.subsets,
         seeds=settings.seeds,
         seed=settings.seed,
+        launch=settings,
+        command=worker_command(settings, "study"),
     )
 
 

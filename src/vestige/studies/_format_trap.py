@@ -20,6 +20,8 @@ _ONES = (
     "eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMERALS = (*_ONES, *_TENS, "hundred")
+"""The words that numbers below a thousand are spelled with."""
 WORDS: dict[str, tuple[str, ...]] = {
     "noun": tuple(
         "river stone bread window garden letter mountain bottle candle engine forest hammer island jacket kitchen "

@@ -1,5 +1,7 @@
 """Corpora whose influence is known beforehand: mixtures of a few Markov chains, with noise of their own."""
 
+import string
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ class MarkovCorpora(NamedTuple):
     """Training corpora, test sets, and the recipe of the former."""
 
     train: list[dict[str, Any]]
-    """Rows with `id`, `input_ids` and `source`."""
+    """Rows with `id`, `input_ids`, `source`, and a `text` that has a word for each transition."""
     tests: list[dict[str, Any]]
     mixing: Float[np.ndarray, "corpus chain"]
     """Share of each corpus that comes from each test chain; the rest is its own."""
@@ -38,15 +40,20 @@ def markov_corpora(
         own = _table(random)
         picks = random.choice(chains + 1, sequences, p=[*shares, 1 - shares.sum()])
         train += [
-            {"id": f"{name}/{place}", "source": name, "input_ids": _walk(random, [*tables, own][pick])}
-            for place, pick in enumerate(picks)
+            _row(f"{name}/{place}", name, _walk(random, [*tables, own][pick])) for place, pick in enumerate(picks)
         ]
     tests = [
-        {"id": f"chain-{number}/{place}", "source": f"chain-{number}", "input_ids": _walk(random, table)}
+        _row(f"chain-{number}/{place}", f"chain-{number}", _walk(random, table))
         for number, table in enumerate(tables)
         for place in range(test_sequences)
     ]
     return MarkovCorpora(train, tests, mixing, names)
+
+
+def _row(name: str, source: str, walked: list[int]) -> dict[str, Any]:
+    states = string.ascii_lowercase
+    text = " ".join(states[one] + states[two] for one, two in pairwise(walked))
+    return {"id": name, "source": source, "text": text, "input_ids": walked}
 
 
 def _table(random: np.random.Generator) -> np.ndarray:

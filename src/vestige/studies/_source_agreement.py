@@ -56,6 +56,24 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     return Agreement(found["pearson"], found["spearman"], tuple(_mean(scored, right, False).tolist()))
 
 
+def pooled_agreement(
+    groups: Sequence[tuple[Sequence[Table], Sequence[Table]]], *, draws: int, seed: int
+) -> tuple[Estimate, list[float]]:
+    """Mean Pearson over groups, each of (scores by model, truths by run) about its own sources, and that of each group.
+
+    A bootstrap draw resamples sources, runs and models inside every group: the groups themselves are few and fixed.
+    """
+    stacked = [(np.stack(scores), np.stack(truths)) for scores, truths in groups]
+    random = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        values = [_drawn(scored, right, random, False) for scored, right in stacked]
+        drawn += [np.mean([value for value in values if value is not None])] if None not in values else []
+    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
+    own = [float(_mean(scored, right, False).mean()) for scored, right in stacked]
+    return Estimate(float(np.mean(own)), float(low), float(high)), own
+
+
 def truth_agreement(truths: Sequence[Table]) -> float:
     """Noise ceiling: Pearson correlation of two seeds' truths, mean over pairs and test sets; NaN for one seed."""
     pairs = [_mean(np.stack([one]), np.stack([other]), False).mean() for one, other in combinations(truths, 2)]

@@ -11,6 +11,8 @@ from vestige.settings import StudySettings, verb
 from vestige.studies import (  # noqa: F401
     _digits,
     _domains,
+    _format_traps,
+    _memorization_canaries,
     _memorization_early,
     _memorization_facts,
     _memorization_planted,

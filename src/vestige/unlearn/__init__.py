@@ -3,6 +3,7 @@
 from vestige.unlearn._ascent import Ascent as Ascent
 from vestige.unlearn._ascent import AscentRecipe as AscentRecipe
 from vestige.unlearn._ascent import ascend as ascend
+from vestige.unlearn._ascent import backward as backward
 from vestige.unlearn._curves import CURVES_FILE as CURVES_FILE
 from vestige.unlearn._estimator import Influence as Influence
 from vestige.unlearn._estimator import UnTrac as UnTrac

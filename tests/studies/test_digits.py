@@ -183,3 +183,16 @@ def test_gates_fail_for_intervals_that_overlap_and_for_sketches_that_lose():
         judged("influence, SJLT 1024", 0.365, 0.3, 0.42, 1.4 / 32),
     ]
     assert not any(gate.passed for gate in room._gates(dict(bad), 0.98))
+
+
+@pytest.mark.slow
+def test_workers_share_the_bank(tmp_path, capfd):
+    """The flag is not merely accepted: other processes train the networks, to the same losses."""
+    plan = room.PLANS["tiny"]
+    shown = digits(plan.examples, plan.queries, 0)
+    one, two = (
+        room._bank(StudySettings(name="digits", size="tiny", out=tmp_path / str(count), workers=count), plan, shown)
+        for count in (1, 2)
+    )
+    assert "Bank: 2 workers" in capfd.readouterr().err
+    assert np.array_equal(one.query_losses, two.query_losses)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Objective = Literal["accuracy", "agreement"]
+_SMALLEST = 1e-300
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ComponentProducts:
         values, query, example = (
             part[chosen].sum(0, dtype=np.float64)[None] for part in (self.values, self.query, self.example)
         )
-        return cosines(values, query, example, self.rows)[0]
+        return cosines(values, query, example[:, self.rows])[0]
 
     def product(self) -> Float[np.ndarray, "query candidate"]:
         """Inner product of the whole gradients, in float64."""
@@ -64,19 +65,18 @@ class ComponentProducts:
         """Cosine of every component by itself, in float64."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
         values, query, example = (part[chosen].astype(np.float64) for part in (self.values, self.query, self.example))
-        return cosines(values, query, example, self.rows)
+        return cosines(values, query, example[:, self.rows])
 
 
 def cosines(
-    values: Float[np.ndarray, "set query candidate"],
-    query: Float[np.ndarray, "set query"],
-    example: Float[np.ndarray, "set example"],
-    rows: Int[np.ndarray, "query candidate"],
-) -> Float[np.ndarray, "set query candidate"]:
-    """Products divided by both lengths; zero where a gradient is zero, or nothing is listed."""
-    lengths = np.sqrt(np.maximum(query[:, :, None] * example[:, rows], 0))
-    usable = (lengths > 0) & (rows >= 0)
-    return np.where(usable, values / np.where(usable, lengths, 1.0), 0.0)
+    values: Float[np.ndarray, "*set query candidate"],
+    query: Float[np.ndarray, "*set query"],
+    example: Float[np.ndarray, "*set query candidate"],
+) -> Float[np.ndarray, "*set query candidate"]:
+    """Products divided by both lengths; zero where a gradient is zero, for then its products are zero too."""
+    lengths = query[..., None] * example
+    np.maximum(lengths, _SMALLEST, out=lengths)
+    return values / np.sqrt(lengths, out=lengths)
 
 
 def credit(

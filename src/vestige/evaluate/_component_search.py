@@ -62,59 +62,71 @@ def greedy_path(
     """
     count = len(products.names)
     preferred = np.argsort(products.parameters, kind="stable")
-    sums = [np.zeros_like(part[0], dtype=np.float64) for part in _parts_of(products)]
-    full = products.cosine()
+    parts = _parts_of(products)
+    sums = [np.zeros_like(part[0], dtype=np.float64) for part in parts]
+    judge = _Objective(products, right, objective)
     left, order, values = list(preferred), list[int](), list[float]()
     for _ in range(min(longest or count, count)):
-        found = np.concatenate(
-            [_tried(products, part, sums, right, full, objective) for part in _parts(products, left)]
-        )
+        found = np.concatenate([judge.of_sets(_tried(parts, some, sums)) for some in _blocks(products, left)])
         place = int(np.argmax(found >= found.max() - _TIED))
         taken = int(left.pop(place))
-        for total, part in zip(sums, _parts_of(products), strict=True):
-            total += part[taken]
+        _add(sums, parts, taken)
         order.append(taken)
         values.append(float(found[place]))
     return Path(tuple(order), tuple(values))
 
 
-def _parts_of(products: ComponentProducts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return products.values, products.query, products.example
+class _Objective:
+    """What a search is for, on some queries and candidates."""
+
+    def __init__(
+        self, products: ComponentProducts, right: Bool[np.ndarray, "query candidate"], objective: Objective
+    ) -> None:
+        self._full, self._listed, self._right, self._objective = products.cosine(), products.listed, right, objective
+
+    def of_sets(self, found: Float[np.ndarray, "set query candidate"]) -> Float[np.ndarray, " set"]:
+        """The objective of sets with these similarities."""
+        if self._objective == "accuracy":
+            return credit(found, self._right, self._listed).mean(-1)
+        return agreement(found, self._full, self._listed)
 
 
-def _parts(products: ComponentProducts, left: Sequence[int]) -> list[np.ndarray]:
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _parts_of(products: ComponentProducts) -> Parts:
+    """Products and the squared norms of both sides, by component; each adds up over a set."""
+    return products.values, products.query, products.example[:, products.rows]
+
+
+def _blocks(products: ComponentProducts, left: Sequence[int]) -> list[np.ndarray]:
     step = max(1, BLOCK_NUMBERS // max(products.rows.size, 1))
     return [np.array(left[start : start + step]) for start in range(0, len(left), step)]
 
 
 def _tried(
-    products: ComponentProducts,
-    part: Int[np.ndarray, " set"],
-    sums: Sequence[np.ndarray],
-    right: Bool[np.ndarray, "query candidate"],
-    full: Float[np.ndarray, "query candidate"],
-    objective: Objective,
-) -> Float[np.ndarray, " set"]:
-    """The objective of what was taken with each of these components."""
-    values, query, example = (total + own[part] for total, own in zip(sums, _parts_of(products), strict=True))
-    found = cosines(values, query, example, products.rows)
-    if objective == "accuracy":
-        return credit(found, right, products.listed).mean(-1)
-    return agreement(found, full, products.listed)
+    parts: Parts, tried: Int[np.ndarray, " set"], sums: Sequence[np.ndarray]
+) -> Float[np.ndarray, "set query candidate"]:
+    """Similarities of what was taken together with each of these components."""
+    values, query, example = (total + own[tried] for total, own in zip(sums, parts, strict=True))
+    return cosines(values, query, example)
+
+
+def _add(sums: Sequence[np.ndarray], parts: Parts, taken: int) -> None:
+    for total, part in zip(sums, parts, strict=True):
+        total += part[taken]
 
 
 def values_along(
     products: ComponentProducts, right: Bool[np.ndarray, "query candidate"], order: Sequence[int], objective: Objective
 ) -> tuple[float, ...]:
     """The objective after each component of a path, on these queries and candidates, whatever it was chosen by."""
-    full, found = products.cosine(), list[float]()
-    sums = [np.zeros_like(part[0], dtype=np.float64) for part in _parts_of(products)]
+    parts, judge, found = _parts_of(products), _Objective(products, right, objective), list[float]()
+    sums = [np.zeros_like(part[0], dtype=np.float64) for part in parts]
     for taken in order:
-        for total, part in zip(sums, _parts_of(products), strict=True):
-            total += part[taken]
-        scores = cosines(sums[0][None], sums[1][None], sums[2][None], products.rows)[0]
-        right_share = credit(scores, right, products.listed).mean() if objective == "accuracy" else None
-        found.append(float(agreement(scores, full, products.listed) if right_share is None else right_share))
+        _add(sums, parts, taken)
+        scores = cosines(sums[0], sums[1], sums[2])
+        found.append(float(judge.of_sets(scores[None])[0]))
     return tuple(found)
 
 

@@ -15,8 +15,8 @@ class StudySettings(LaunchSettings):
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
     name: str = Field(
-        description="Which experiment: untrac-miniature, format-traps, digits, text-lds, domains, selection-domains or "
-        "memorization-planted."
+        description="Which experiment: untrac-miniature, format-traps, digits, text-lds, domains, selection-domains, "
+        "memorization-planted, memorization-facts, memorization-canaries or memorization-early."
     )
     out: Path = Field(
         description="Folder for models, runs, study.json and the table; an interrupted study goes on there."

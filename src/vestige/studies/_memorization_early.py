@@ -5,7 +5,6 @@ The published protocol (Dentan et al. 2024, arXiv:2409.18858) with one model of 
 answer so before.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -15,14 +14,14 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
 from vestige.audit import Attack, attack, share
-from vestige.errors import DataError, IndexMismatch
+from vestige.errors import DataError
 from vestige.evaluate import Mark, interval_figure
-from vestige.files import make_folder, write_durably
+from vestige.files import write_durably
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.settings import StudySettings
 from vestige.studies._bytes import byte_gpt
-from vestige.studies._memorization_judging import estimate, shown
+from vestige.studies._memorization_judging import claim_folder, estimate, shown
 from vestige.studies._memorization_lora import LoraPlan, followed
 from vestige.studies._memorization_prompts import Prompts, make_prompts
 from vestige.studies._memorization_questions import (
@@ -60,7 +59,7 @@ class EarlyPlan:
 
 
 PLANS = {
-    "tiny": EarlyPlan(24, 8, 40, 0.25, LoraPlan(2, 3, 4, 1e-3, 50, 512), made=True),
+    "tiny": EarlyPlan(24, 8, 40, 0.25, LoraPlan(2, 3, 4, 1e-3, 10, 512), made=True),
     "pocket": EarlyPlan(128, 24, 40, 0.03334, LoraPlan(8, 5, 4, 1e-3, 2000, 640)),
 }
 
@@ -108,8 +107,7 @@ def memorization_early(settings: StudySettings) -> Outcome:
 def _run(settings: StudySettings, plan: EarlyPlan, loaded: LoadedModel, seed: int) -> Run:
     prompts, held, noise = prepared(plan, loaded, seed)
     folder = settings.out / f"seed-{seed}"
-    make_folder(folder)
-    _same(folder / "made-of.txt", plan, loaded, prompts)
+    claim_folder(folder, f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}")
     moments = followed(loaded, prompts, held, plan.lora, seed, folder)
     announce(f"Run {seed}: the alarm went off at step {moments['trigger'][1]} of {moments['end'][1]}.")
     return Run(noise, moments)
@@ -147,15 +145,6 @@ def _encoded(loaded: LoadedModel, text: str) -> np.ndarray:
     if loaded.tokenizer is None:
         return np.array(list(text.encode()))
     return np.array(loaded.tokenizer(text)["input_ids"])
-
-
-def _same(path: Any, plan: EarlyPlan, loaded: LoadedModel, prompts: Prompts) -> None:
-    """The folder's trainings are of this plan, model and data, or it is refused."""
-    parts = f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}"
-    digest = hashlib.sha256(parts.encode()).hexdigest() + "\n"
-    if path.exists() and path.read_text() != digest:
-        raise IndexMismatch(f"{path.parent} holds a training of another model, plan or data. Choose another --out.")
-    write_durably(path, [digest.encode()])
 
 
 def pooled(scores: Sequence[Float[np.ndarray, "example"]], wanted: Sequence[Bool[np.ndarray, "example"]]) -> Attack:

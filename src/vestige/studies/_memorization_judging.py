@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 
 from vestige.audit import Interval, attack, evidence_table, lira, read_evidence, write_evidence
 from vestige.bank import Bank
-from vestige.errors import CorruptFile
+from vestige.errors import CorruptFile, IndexMismatch
 from vestige.evaluate import Estimate
-from vestige.files import make_folder
+from vestige.files import make_folder, write_durably
 
 MEMORIZED = 4.0
 """Likelihood ratio, in nats, from which an example counts as memorized."""
@@ -123,6 +123,19 @@ def area_rows(
 def each_seed(values: Sequence[float]) -> str:
     """The values of single seeds in a table."""
     return " ".join(f"{value:.3f}" for value in values)
+
+
+def claim_folder(folder: Path, made_of: str) -> None:
+    """The folder is for trainings that are made of this and nothing else.
+
+    Raises:
+        IndexMismatch: It holds trainings of something else.
+    """
+    make_folder(folder)
+    path, digest = folder / "made-of.txt", hashlib.sha256(made_of.encode()).hexdigest() + "\n"
+    if path.exists() and path.read_text() != digest:
+        raise IndexMismatch(f"{folder} holds a training of another model, plan or data. Choose another --out.")
+    write_durably(path, [digest.encode()])
 
 
 def target_file(folder: Path, rows: np.ndarray) -> Path:

@@ -235,3 +235,28 @@ def test_in_run_scores_and_a_record_go_together(tmp_path):
     given.train()
     ids = TrainingRun.open(tmp_path / "record").steps["example_id"].to_pylist()
     assert attached.engine.log.table()["id"].to_pylist() == ids
+
+
+class StopEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_training_that_stops_early_is_saved_where_it_stopped(tmp_path):
+    given = trainer(tmp_path / "out", "llama", steps=6)
+    Recorder(given, tmp_path / "record")
+    given.add_callback(StopEarly)
+    given.train()
+    run = TrainingRun.open(tmp_path / "record")
+    assert list(run.checkpoints) == [0, 2]
+    assert run.steps["step"].to_pylist()[-1] == 2
+    assert same_bits(load_model(run.checkpoints[2]).model, given.model.eval())
+
+
+def test_the_best_weights_are_not_taken_for_the_last_ones(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    given = trainer(tmp_path / "out", "llama", steps=6, held_out=rows()[:3], load_best_model_at_end=True, **settings)
+    given.add_callback(StopEarly)
+    Recorder(given, tmp_path / "record")
+    given.train()
+    assert list(TrainingRun.open(tmp_path / "record").checkpoints) == [0]

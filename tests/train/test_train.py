@@ -14,7 +14,7 @@ from tests.train.workbench import same_bits
 from tests.workshop import furnish, write_rows
 from vestige.cli import main
 from vestige.data import load_examples, tokenize
-from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError
+from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError, UserError
 from vestige.models import load_model
 from vestige.settings import TrainSettings, listed_epochs
 from vestige.train import Recorder, TrainingRun, members_of
@@ -223,3 +223,31 @@ def test_epochs_in_words():
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(SpecError, match=message):
         TrainSettings(model="m", data="d", out="o", **settings)
+
+
+def test_the_command_trains_and_its_folder_can_be_asked_about(tmp_path, given, capsys):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (given | {"epochs": 0.4}).items()]
+    main(["train", *words, "--out", str(tmp_path / "run")])
+    assert "2 checkpoints, the last after step 2" in capsys.readouterr().out
+    main(["status", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert ": complete" in shown
+    assert "2 of 2, the last after step 2" in shown
+    assert "has not rung" in shown
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run")])
+    assert "is a training and holds no scores" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"format": 1, "kind": "audit"}')
+    with pytest.raises(UserError, match="run of another verb"):
+        TrainingRun.open(tmp_path / "other")
+    with pytest.raises(UserError, match="holds no training"):
+        TrainingRun.open(tmp_path)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, given):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds other files"):
+            vestige.train(**given, out=tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").exists()

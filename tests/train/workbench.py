@@ -48,7 +48,9 @@ def dropping_model(name: str) -> nn.Module:
         return get_peft_model(model, settings)
 
 
-def trainer(folder: Path, name: str = "gpt2", steps: int = 6, data: Any = None, **settings: Any) -> Trainer:
+def trainer(
+    folder: Path, name: str = "gpt2", steps: int = 6, data: Any = None, held_out: Any = None, **settings: Any
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -64,6 +66,7 @@ def trainer(folder: Path, name: str = "gpt2", steps: int = 6, data: Any = None, 
         model=dropping_model(name),
         args=arguments,
         train_dataset=data if data is not None else rows(),
+        eval_dataset=held_out,
         data_collator=padded,
     )
 

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, Precision, ReadingSettings
 
 TrainedOn = Literal["completion", "answer"]
 TrainOptimizer = Literal["adamw", "sgd"]
@@ -116,6 +116,10 @@ class TrainSettings(AlarmSettings):
     loss: TrainedOn = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "completion",
         description="Learn the whole completion (of a text all of it), or its answer without the end of the text.",
+    )
+    precision: Precision = Field(
+        "float32",
+        description="Number format of the weights; auto is the model's own, in which small steps may be lost.",
     )
     split_fraction: float = Field(1.0, gt=0, le=1, description="Share of the examples to train on, drawn at random.")
     split_seed: NonNegativeInt = Field(0, description="Seed of that draw.")

@@ -147,7 +147,10 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """A training that was stopped before its end is saved where it stopped."""
         self._unhook()
-        self._save(state.global_step)
+        # The weights may be those of an earlier step by now.
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):
+            self._save(state.global_step)
+        self._log.flush()
 
     def _wrap(self, id_column: str) -> None:
         trainer = self._trainer

@@ -21,6 +21,7 @@ from tests.workshop import furnish, write_rows
 from vestige.audit import Audit, _measuring
 from vestige.bank import bank_of
 from vestige.errors import DataError, IndexMismatch, SpecError, UserError, WorkElsewhere
+from vestige.report import report
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.audit", "tests.workshop", "transformers.models.llama"])
@@ -221,6 +222,9 @@ def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
     assert run.measures["logit_gap"].missing == 6
     assert "no answer of its own" in run.measures["answer_loss"].reason
     assert np.isnan(found.values("logit_gap")).all()
+    assert np.isnan(found.values("psmi")).all()
+    assert len(found.top(3)) == 3
+    assert "free text has no classes" in report(found.folder, tmp_path / "page.html").read_text()
     assert np.isfinite(found.values("mahalanobis")).all()
     content = parquet.read_table(found.folder / "evidence.parquet")["logit_gap"]
     assert content.null_count == len(content), "null, never a number that stands for nothing"
@@ -391,7 +395,8 @@ def test_status_export_and_scores_know_an_audit(whole, tmp_path):
         Scores.open(whole.folder)
     rows = len(whole.table())
     (path,) = vestige.export(path=whole.folder, out=tmp_path / "csv", to="csv")
-    assert len(list(csv.DictReader(path.open()))) == rows
+    with path.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == rows
     (path,) = vestige.export(path=whole.folder, out=tmp_path / "json", to="json")
     content = json.loads(path.read_text())
     assert len(content["evidence"]) == rows

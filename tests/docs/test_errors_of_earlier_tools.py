@@ -20,7 +20,7 @@ ITEMS = {
     "GraSS": numbers("", 10),
     "dattri": numbers("", 9),
     "dattri-llm": numbers("", 7),
-    "Predicting memorization": numbers("", 8),
+    "Predicting memorization": numbers("", 9),
     "Replayed checks": [*numbers("G", 24), "B", *numbers("D", 7), *numbers("E", 5), *numbers("F", 3)],
 }
 """Every item that is answered for, by section."""

@@ -72,7 +72,11 @@ def gather(job: AuditJob) -> Evidence:
             _measures(job, passes[number], reference),
             {layer: _examples_only(found) for layer, found in layers[number].items()},
             {layer: found["smi"].tolist() for layer, found in layers[number].items() if "smi" in found},
-            {layer: found["psmi_directions"].tolist() for layer, found in layers[number].items() if "psmi" in found},
+            {
+                layer: found["psmi_directions"].tolist()
+                for layer, found in layers[number].items()
+                if "psmi_directions" in found
+            },
             {name: WeightNorms(*values.tolist())._asdict() for name, values in norms[number].items()},
         )
         for number in range(len(job.subjects))

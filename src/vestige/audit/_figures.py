@@ -111,7 +111,7 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     layers = list(evidence.job.layers)
-    name = "psmi" if any("psmi" in found for found in evidence.last.layers.values()) else "mahalanobis"
+    name = "psmi" if evidence.last.directions else "mahalanobis"
     last = evidence.job.main.number
     rows = [each for each in judged if each.measure == name and each.checkpoint == last and each.auc[0] is not None]
     for colour, truth in zip(_COLOURS, dict.fromkeys(each.truth for each in rows), strict=False):

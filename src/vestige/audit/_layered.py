@@ -99,6 +99,8 @@ class LayerPlan:
                 found[name] = np.full(len(states), np.nan)
                 found[name][classed] = part
             found["psmi_directions"] = np.array([values.directions, values.converged], dtype=np.float64)
+        elif "psmi" in job.wanted:
+            found["psmi"] = np.full(len(states), np.nan)
         if "mahalanobis" in job.wanted and own.sum() >= _FEWEST:
             found["mahalanobis"] = np.full(len(states), np.nan)
             found["mahalanobis"][finite] = mahalanobis(states[finite], states[own], dimensions=settings.dimensions)

@@ -154,6 +154,8 @@ class Audit:
             UserError: There is no such checkpoint or layer.
         """
         number = self.checkpoints[-1] if checkpoint is None else checkpoint
+        if measure in self.run.measures and not self._is_held(measure):
+            return np.full(len(self.examples), np.nan)
         found = self.table([measure], checkpoint=number)
         if self._is_layered(measure):
             found = found.filter(compute.field("layer") == (self.run.main_layer if layer is None else layer))

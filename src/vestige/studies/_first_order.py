@@ -102,12 +102,12 @@ def first_order_scores(checkpoints: Sequence[str], data: Path, queries: Path, *,
 def opened(model: str, data: Path, queries: Path, seed: int) -> Asked:
     """The model in a folder, the sources and the test sets."""
     loaded = load_model(model)
-    sides = [
+    train, tests = (
         tokenize(load_examples(str(path)), loaded.tokenizer, max_length=loaded.context_length, name=path.name)
         for path in (data, queries)
-    ]
+    )
     common = {"model": model, "data": str(data), "queries": str(queries), "out": Path("unused"), "seed": seed}
     return Asked(
-        make_job(UntracSettings.model_validate(common), loaded, *sides),
-        Job(*sides, AttributeSettings.model_validate(common), loaded, select_components(loaded.model, ("all",))),
+        make_job(UntracSettings.model_validate(common), loaded, train, tests),
+        Job(train, tests, AttributeSettings.model_validate(common), loaded, select_components(loaded.model, ("all",))),
     )

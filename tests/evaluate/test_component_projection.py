@@ -56,7 +56,7 @@ def test_the_published_dimensions_of_the_table_of_113_tensors():
 
 
 @cache
-def errors(sizes, form, seeds=12):
+def errors(sizes, form, seeds=12, projector="rademacher"):
     """Mean distance from the full cosine and from the one weighted by how many numbers are kept, over seeds."""
     mine, theirs = gradients(6, 1, alike=2.0), gradients(6, 2, alike=2.0)
     full = cosine(flat(mine), flat(theirs))
@@ -65,7 +65,7 @@ def errors(sizes, form, seeds=12):
     assert float((full - weighted).abs().mean()) > 0.05, "the two would not be told apart"
     found = []
     for seed in range(seeds):
-        projection = Projection(ProjectionPlan("test", sizes), components(), "rademacher", seed)
+        projection = Projection(ProjectionPlan("test", sizes), components(), projector, seed)
         one, other = (projection.apply(side).double() for side in (mine, theirs))
         if form == "published":
             one, other = (side * projection.published_weights() for side in (one, other))
@@ -82,6 +82,12 @@ def test_trap_the_scaled_projection_converges_to_the_full_cosine_and_the_publish
     for form, place in (("scaled", 0), ("published", 1)):
         ratio = errors(SMALL, form)[place] / errors(LARGE, form)[place]
         assert ratio == pytest.approx(math.sqrt(5), rel=0.25), form
+
+
+@pytest.mark.parametrize("projector", ["tensorsketch", "sjlt", "gauss"])
+def test_every_map_comes_nearer_to_the_full_cosine_like_one_over_the_root(projector):
+    ratio = errors(SMALL, "scaled", 12, projector)[0] / errors(LARGE, "scaled", 12, projector)[0]
+    assert ratio > math.sqrt(5) * 0.75
 
 
 def test_trap_five_times_the_numbers_bring_the_published_form_no_nearer_to_the_full_cosine():

@@ -17,7 +17,7 @@ from vestige.errors import SpecError
 from vestige.gradients import Gradients
 from vestige.models import Component
 
-Projector = Literal["sjlt", "rademacher", "gauss"]
+Projector = Literal["tensorsketch", "sjlt", "rademacher", "gauss"]
 GRANULE = 512
 """Published budgets are whole multiples of it, for the whole and for every tensor."""
 

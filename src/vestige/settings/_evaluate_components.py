@@ -45,8 +45,10 @@ class ComponentsSettings(ReadingSettings, LaunchSettings):
         description="Random projections to compare with: numbers for each component, or a share of all parameters, "
         "such as 256,1%,5%.",
     )
-    projector: Literal["sjlt", "rademacher", "gauss"] = Field(
-        "sjlt", description="The random map of --project; rademacher, the published one, takes hours for large layers."
+    projector: Literal["tensorsketch", "sjlt", "rademacher", "gauss"] = Field(
+        "tensorsketch",
+        description="The random map of --project: tensorsketch works on factors, sjlt needs memory for a number of "
+        "each parameter, rademacher, the published one, and gauss take hours for large layers.",
     )
     enough: PositiveFloat = Field(
         0.99, le=1, description="Agreement with the full gradient at which the search for agreement stops."

@@ -4,7 +4,6 @@ Sketched means compressed from factors while the backward pass runs, projected a
 All of them stream over the tests; what stays in memory is one side, the references.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from vestige.compress import CompressingSink, Compressor, compress_gradient
 from vestige.errors import NonFinite, UserError
-from vestige.gradients import BothSinks, DotSink, FactorSink, GradientPass, GradientSink, NormSink, Side
+from vestige.evaluate._timed_sinks import TimedSinks
+from vestige.gradients import BothSinks, DotSink, GradientPass, GradientSink, NormSink
 from vestige.models import Component
 from vestige.progress import format_bytes
 
@@ -169,7 +169,7 @@ def sketched_products(
         for rows in getattr(samples, side):
             for sink in sinks:
                 sink.begin(len(rows.positions), source.device)
-            timed = _TimedSinks(sinks)
+            timed = TimedSinks(sinks)
             source.gradient_pass.run(rows.batch, timed)
             for sink, sketch in zip(sinks, found, strict=True):
                 sketch.add(side, rows.positions, sink.gradients)
@@ -232,43 +232,6 @@ class _Sketches:
             return
         for number, part in enumerate(self._columns):
             self.products.values[number][:, rows] = self._references[:, part] @ gradients[:, part].T
-
-
-class _TimedSinks:
-    """Hands every factor to several sinks, and notes the seconds that each of them takes."""
-
-    def __init__(self, sinks: Sequence[FactorSink]) -> None:
-        self._sinks = sinks
-        self.seconds = [0.0] * len(sinks)
-
-    def reduce(self, component: int, side: Side, factor: Any) -> tuple[Any, ...]:
-        """What each of them keeps."""
-        return tuple(
-            self._timed(number, lambda sink=sink: sink.reduce(component, side, factor))
-            for number, sink in enumerate(self._sinks)
-        )
-
-    def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
-        """Each adds its share, of what it kept."""
-        for number, sink in enumerate(self._sinks):
-            self._timed(
-                number,
-                lambda sink=sink, number=number: sink.accumulate(component, examples, left[number], right[number]),
-            )
-
-    def _timed(self, number: int, work: Callable[[], Any]) -> Any:
-        _wait()
-        started = time.perf_counter()
-        result = work()
-        _wait()
-        self.seconds[number] += time.perf_counter() - started
-        return result
-
-
-def _wait() -> None:
-    """A GPU works behind the program's back; a clock has to wait for it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _sink(compressors: Sequence[Compressor]) -> CompressingSink:

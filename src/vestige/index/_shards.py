@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def write_shard(
     if marker_path(folder, number).exists():
         remove_durably(marker_path(folder, number))
     written = write_durably(shard_path(folder, number), _encoded(content, largest, dtype))
-    made_by = _vestige_version(), str(torch.__version__)
+    made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, skipped)
     fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
     text = json.dumps(fields, indent=1) + "\n"
@@ -286,13 +286,6 @@ def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadat
 def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy knows no bfloat16; as plain bytes every dtype passes.
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-
-
-def _vestige_version() -> str:
-    try:
-        return version("vestige")
-    except PackageNotFoundError:
-        return "source"
 
 
 def content_digest(markers: list[Marker]) -> str:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vestige.data import Example, TokenizedData
-from vestige.data._tokenize import Encoder
+from vestige.data import Encoder, Example, TokenizedData
 from vestige.errors import DataError
 
 MOST_CHOICES = 16

@@ -1,5 +1,6 @@
 """Figures of an audit: dynamics, ROC curves on logarithmic axes, layers, agreement of measures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vestige.audit._assembled import Evidence
 from vestige.audit._judge import BLIND, Known, orientation
@@ -15,10 +17,11 @@ from vestige.runs._audit_curves import agreement, group_of, roc_curve
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
-_BLIND = "#8A8A8A"
 _DOTS = 160
 _MOST_LINES = 7
+_MOST_TICKS = 8
 _FLOOR = 1e-4
+"""No rate below it is drawn, however many examples there are."""
 
 
 def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[JudgementRecord]) -> dict[str, bytes]:
@@ -49,7 +52,8 @@ def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
     FigureCanvasAgg(figure)
     groups = group_of([(truth.name, truth.found, truth.judged) for truth in known], ~evidence.job.held_out)
     places = [subject.number for subject in evidence.job.subjects]
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(names), 1))), names, strict=False):
+    panels = np.atleast_1d(figure.subplots(1, max(len(names), 1)))
+    for axes, name in zip(panels, names, strict=False):
         for colour, (label, rows) in zip(_COLOURS, groups.items(), strict=False):
             spread = np.full((3, len(places)), np.nan)
             for place in range(len(places)):
@@ -57,21 +61,25 @@ def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
                 values = np.array([]) if column is None else column[rows]
                 if (~np.isnan(values)).any():
                     spread[:, place] = np.nanquantile(values, [0.25, 0.5, 0.75])
-            axes.plot(places, spread[1], "o-", color=colour, markersize=4, label=label)
+            axes.plot(places, spread[1], "o-", color=colour, markersize=4, label=f"{label} ({int(rows.sum()):,})")
             axes.fill_between(places, spread[0], spread[2], color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=_checkpoint_label(evidence), title=name)
-        axes.legend(fontsize="x-small")
+        if len(places) <= _MOST_TICKS:
+            axes.set_xticks(places)
+    # One legend for all panels, outside of them: none of the bands is under it.
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) or 1, fontsize="small", frameon=False)
     return figure
 
 
 def _roc(
     evidence: Evidence, truth: Known, best: Sequence[JudgementRecord], judged: Sequence[JudgementRecord]
 ) -> Figure:
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    grid = np.geomspace(_FLOOR, 1, 50)
-    axes.plot(grid, grid, color="#BBBBBB", linewidth=0.9, label="chance")
+    floor = _floor(truth)
+    axes.plot([floor, 1], [floor, 1], color="#BBBBBB", linewidth=0.9, label="chance")
     places = {subject.number: place for place, subject in enumerate(evidence.job.subjects)}
     for colour, record in zip(_COLOURS, best, strict=False):
         assert record.checkpoint is not None
@@ -81,14 +89,21 @@ def _roc(
             continue
         x, y = roc_curve((sign * column)[truth.judged], truth.found[truth.judged])
         label = f"{record.measure} (AUC {record.auc[0]:.3f})"
-        axes.step(np.maximum(x, _FLOOR), np.maximum(y, _FLOOR), where="post", color=colour, label=label)
+        axes.step(np.maximum(x, floor), np.maximum(y, floor), where="post", color=colour, label=label)
     blind = [each for each in judged if each.truth == truth.name and each.measure == BLIND and each.auc[0] is not None]
-    title = f"{truth.name}: {int(truth.found[truth.judged].sum())} to be found, blind baseline "
+    title = f"{truth.name}: {int(truth.found[truth.judged].sum()):,} to be found, blind baseline "
     axes.set_title(title + (f"AUC {blind[0].auc[0]:.3f}" if blind else "not computable"), fontsize="medium")
-    axes.set(xscale="log", yscale="log", xlim=(_FLOOR, 1), ylim=(_FLOOR, 1.1))
+    axes.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
-    axes.legend(fontsize="x-small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     return figure
+
+
+def _floor(truth: Known) -> float:
+    """The power of ten below the smallest rate but 0 that so many examples can have."""
+    found = truth.found[truth.judged]
+    most = max(int(found.sum()), int((~found).sum()), 1)
+    return max(10.0 ** math.floor(math.log10(0.5 / most)), _FLOOR)
 
 
 def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord]:
@@ -122,7 +137,7 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
     if rows:
         axes.axhline(0.5, color="#BBBBBB", linewidth=0.9)
         axes.set_ylabel(f"AUC of {name}")
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="small", loc="best")
     else:
         columns = [evidence.column(name, -1, layer) for layer in layers]
         spread = np.array(
@@ -133,7 +148,9 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
         axes.set_ylabel(f"{name}, quartiles")
     if evidence.main_layer is not None:
         axes.axvline(evidence.main_layer, color="#555555", linewidth=0.9, linestyle=":")
-    axes.set_xlabel("layer (dotted: the main one, chosen without looking at what is to be found)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_title("Dotted: the main layer, chosen without what is to be found", fontsize="small")
     return figure
 
 
@@ -149,7 +166,7 @@ def _agreement(names: Sequence[str], table: np.ndarray) -> Figure:
         for column, value in enumerate(values):
             if np.isfinite(value):
                 ink = "white" if abs(value) > 0.6 else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
+                axes.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=ink)
     axes.set_title("Rank correlation of measures under the model", fontsize="medium")
     figure.colorbar(shown, ax=axes, shrink=0.7)
     return figure

@@ -14,8 +14,7 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Example, TokenizedData, load_queries, tokenize
-from vestige.data._tokenize import Encoder
+from vestige.data import Encoder, Example, TokenizedData, load_queries, tokenize
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import load_model

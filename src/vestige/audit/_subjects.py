@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, final
 from torch import nn
 
 from vestige.errors import ModelError, SpecError
-from vestige.models import LoadedModel, load_model, model_fingerprint
-from vestige.models._source import find_source
+from vestige.models import LoadedModel, find_source, load_model, model_fingerprint
 from vestige.settings import AuditSettings
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")

@@ -6,7 +6,7 @@ from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
-from vestige.data._tokenize import tokenize
+from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "NO_TARGET",
     "Batch",
     "CutBatches",
+    "Encoder",
     "Example",
     "Message",
     "StoredExamples",

@@ -19,6 +19,7 @@ from vestige.report._read import RunFiles, read_run
 from vestige.runs import Audit, is_audit
 
 SCRIPTS = (
+    "common.js",
     "elements.js",
     "numbers.js",
     "state.js",
@@ -31,6 +32,7 @@ SCRIPTS = (
     "page.js",
 )
 """In the order in which they are joined; `page.js` starts the page."""
+AUDIT_SCRIPTS = ("common.js", "audit.js")
 
 
 def page_of(run: Path, *, live: str | None = None) -> str:
@@ -47,7 +49,7 @@ def render_audit(audit: Audit, *, live: str | None = None) -> str:
     page = audit_page(audit)
     # Every text in a drawing was escaped as it was drawn.
     page = replace(page, charts=tuple(chart._replace(svg=Markup(chart.svg)) for chart in page.charts))
-    script = _wrapped(_asset("app/audit.js"))
+    script = _script(AUDIT_SCRIPTS)
     return (
         _environment()
         .get_template("audit.html.jinja")
@@ -73,7 +75,7 @@ def render(run: RunFiles, *, live: str | None = None) -> str:
 
 
 def _page(header: Header, payload: dict[str, Any], live: str | None) -> str:
-    script = _script()
+    script = _script(SCRIPTS)
     template = _environment().get_template("report.html.jinja")
     return template.render(
         header=header,
@@ -112,11 +114,8 @@ def _policy(script: str, live: bool) -> str:
 
 
 @cache
-def _script() -> str:
-    return _wrapped("\n".join(_asset(f"app/{name}") for name in SCRIPTS))
-
-
-def _wrapped(parts: str) -> str:
+def _script(names: tuple[str, ...]) -> str:
+    parts = "\n".join(_asset(f"app/{name}") for name in names)
     return f'\n(function () {{\n"use strict";\n{parts}\n}})();\n'
 
 

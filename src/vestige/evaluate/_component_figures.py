@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vestige.evaluate._component_findings import FULL, OBJECTIVES, ComponentFinding, Findings, most_divergent
+from vestige.evaluate._component_findings import OBJECTIVES, ComponentFinding, Findings, most_divergent
+from vestige.evaluate._component_judge import FULL
 from vestige.evaluate._figures import _COLOURS, _finish, _written
 
 _MOST_NAMES = 40

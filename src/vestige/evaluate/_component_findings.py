@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float
 from vestige.data import TokenizedData
 from vestige.evaluate._component_cost import backward_shares, component_type
 from vestige.evaluate._component_inputs import Candidates
+from vestige.evaluate._component_judge import FULL, Judge, Representation
+from vestige.evaluate._component_opponents import output_rows, projection_rows, text_rows
 from vestige.evaluate._component_products import ComponentProducts, Objective, agreement, credit
 from vestige.evaluate._component_run import OnePassResult
 from vestige.evaluate._component_search import (
     CHOOSING,
     HeldOut,
     Path,
-    agreement_estimate,
     greedy_path,
-    grouped_estimate,
     held_out,
     values_along,
 )
@@ -26,28 +26,7 @@ from vestige.evaluate._statistics import Estimate
 from vestige.models import layer_number
 from vestige.settings import ComponentsSettings
 
-FULL = "full gradient"
 OBJECTIVES: tuple[Objective, ...] = ("accuracy", "agreement")
-_BYTES = 4
-
-
-class Representation(NamedTuple):
-    """One way of comparing examples, and how well it does."""
-
-    name: str
-    accuracy: Estimate
-    against_full: Estimate | None
-    """Accuracy minus that of the full gradient, pair by pair of queries."""
-    agreement: Estimate | None
-    centred: Estimate | None
-    parameters: float | None
-    """Share of the parameters that take part."""
-    backward: float | None
-    """Share of a complete backward pass."""
-    bytes: int | None
-    """Of one example's vector, in float32."""
-    seconds: float | None
-    opponent: bool = False
 
 
 class ComponentFinding(NamedTuple):
@@ -93,70 +72,17 @@ class Findings:
     wrong: tuple[dict[str, Any], ...]
 
 
-class _Judge:
-    """Turns similarities into a row of the table."""
-
-    def __init__(self, settings: ComponentsSettings, result: OnePassResult, words: str) -> None:
-        self._settings, self._groups = settings, result.inputs.groups
-        self.products = result.gradients[words]
-        self.right, self.listed = result.inputs.candidates[words].right, self.products.listed
-        self.full = self.products.cosine()
-        self._full_credit = credit(self.full, self.right, self.listed)
-        self._total = result.inputs.total_parameters
-
-    def estimate(self, values: Float[np.ndarray, " query"]) -> Estimate:
-        return grouped_estimate(values, self._groups, self._settings.draws, self._settings.seed)
-
-    def agreements(self, scores: Float[np.ndarray, "query candidate"]) -> tuple[Estimate, Estimate]:
-        draws, seed = self._settings.draws, self._settings.seed
-        one, other = (
-            agreement_estimate(scores, self.full, self.listed, self._groups, draws, seed, centred=centred)
-            for centred in (False, True)
-        )
-        return one, other
-
-    def row(
-        self,
-        name: str,
-        scores: Float[np.ndarray, "query candidate"] | None,
-        *,
-        credits: Float[np.ndarray, " query"] | None = None,
-        numbers: float | None = None,
-        parameters: float | None = None,
-        backward: float | None = None,
-        seconds: float | None = None,
-        opponent: bool = False,
-    ) -> Representation:
-        """The row; `numbers` is the length of one example's vector, `parameters` how many gradients it is made of."""
-        if credits is None:
-            assert scores is not None
-            credits = credit(scores, self.right, self.listed)
-        alike, centred = (None, None) if scores is None else self.agreements(scores)
-        return Representation(
-            name,
-            self.estimate(credits),
-            None if name == FULL else self.estimate(credits - self._full_credit),
-            alike,
-            centred,
-            None if parameters is None else parameters / self._total,
-            backward,
-            None if numbers is None else round(_BYTES * numbers),
-            seconds,
-            opponent,
-        )
-
-
 def find(settings: ComponentsSettings, result: OnePassResult, words: str) -> Findings:
     """Everything about one choice of candidates; no model runs."""
-    judge = _Judge(settings, result, words)
+    judge = Judge(settings, result, words)
     compared = result.inputs.compared
     shares = backward_shares(compared.loaded.model, compared.components)
     searches: dict[Objective, SearchFinding] = {one: _search(settings, result, words, one) for one in OBJECTIVES}
     rows = [
         *_gradient_rows(settings, result, judge, shares, searches),
-        *_projection_rows(result, judge, words),
-        *_output_rows(result, judge, words),
-        *_text_rows(judge),
+        *projection_rows(result, judge, words),
+        *output_rows(result, judge, words),
+        *text_rows(judge),
     ]
     return Findings(
         words,
@@ -195,7 +121,7 @@ def _search(settings: ComponentsSettings, result: OnePassResult, words: str, obj
 def _gradient_rows(
     settings: ComponentsSettings,
     result: OnePassResult,
-    judge: _Judge,
+    judge: Judge,
     shares: Float[np.ndarray, " component"],
     searches: dict[Objective, SearchFinding],
 ) -> list[Representation]:
@@ -245,64 +171,8 @@ def mean_of_cosines(products: ComponentProducts) -> Float[np.ndarray, "query can
     return total / len(products.names)
 
 
-def _projection_rows(result: OnePassResult, judge: _Judge, words: str) -> list[Representation]:
-    rows = []
-    parameters = int(judge.products.parameters.sum())
-    for number, name in enumerate(result.projected[words].names):
-        for form, label in ((result.projected, ""), (result.published, ", as published")):
-            one = form[words]
-            seconds = result.seconds.get("gradients", 0.0) + result.seconds.get(f"projection {name}", 0.0)
-            rows.append(
-                judge.row(
-                    f"projection {name}{label}",
-                    one.each([number])[0],
-                    numbers=int(one.parameters[number]),
-                    parameters=parameters,
-                    backward=1.0,
-                    seconds=seconds,
-                )
-            )
-    return rows
-
-
-def _output_rows(result: OnePassResult, judge: _Judge, words: str) -> list[Representation]:
-    outputs = result.outputs[words]
-    count = len(outputs.names) - 1
-    seconds = result.seconds.get("gradients", 0.0) / 2
-    rows = []
-    if count:
-        modules = list(range(count))
-        numbers = int(outputs.parameters[:-1].sum())
-        rows += [
-            judge.row(
-                "layer outputs, cosine", outputs.cosine(modules), numbers=numbers, seconds=seconds, opponent=True
-            ),
-            judge.row(
-                "layer outputs, inner product",
-                outputs.values[:-1].sum(0),
-                numbers=numbers,
-                seconds=seconds,
-                opponent=True,
-            ),
-        ]
-    if outputs.parameters[-1]:
-        last = int(outputs.parameters[-1])
-        rows.append(judge.row("rep-sim", outputs.cosine([count]), numbers=last, seconds=seconds, opponent=True))
-    return rows
-
-
-def _text_rows(judge: _Judge) -> list[Representation]:
-    place = -np.broadcast_to(np.arange(judge.right.shape[1], dtype=np.float64), judge.right.shape)
-    chance = judge.right.sum(1) / np.maximum(judge.listed.sum(1), 1)
-    first = credit(place, judge.right, judge.listed)
-    return [
-        judge.row("bm25 of the prompts", None, credits=first, opponent=True),
-        judge.row("random", None, credits=chance, opponent=True),
-    ]
-
-
 def _component_findings(
-    result: OnePassResult, judge: _Judge, words: str, shares: Float[np.ndarray, " component"]
+    result: OnePassResult, judge: Judge, words: str, shares: Float[np.ndarray, " component"]
 ) -> tuple[ComponentFinding, ...]:
     products, outputs = judge.products, result.outputs[words]
     output_place = {name: number for number, name in enumerate(outputs.names[:-1])}
@@ -331,7 +201,7 @@ def _component_findings(
 
 
 def _wrong(
-    judge: _Judge, queries: TokenizedData, train: TokenizedData, candidates: Candidates
+    judge: Judge, queries: TokenizedData, train: TokenizedData, candidates: Candidates
 ) -> tuple[dict[str, Any], ...]:
     """Queries whose original the full gradient does not put first."""
     found = []

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from vestige.data import Example, TokenizedData, load_queries, tokenize
 from vestige.errors import DataError
-from vestige.evaluate._component_plan import Compared
+from vestige.evaluate._component_compared import Compared
 from vestige.evaluate._component_projection import Projection, projection_plan
 from vestige.evaluate._retrieval import right_examples
 from vestige.index import batch_tokens, read_inputs, tokens_at_most

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige.errors import UserError
+from vestige.evaluate._component_compared import Compared
 from vestige.evaluate._component_inputs import Candidates, ComponentInputs, read_component_inputs
 from vestige.evaluate._component_pass import HIDDEN, output_taps
-from vestige.evaluate._component_plan import CandidateProducts, Compared, QueryGradients, read_seconds
+from vestige.evaluate._component_plan import CandidateProducts, QueryGradients, read_seconds
 from vestige.evaluate._component_products import ComponentProducts
 from vestige.evaluate._component_tables import Table, tables_of
 from vestige.evaluate._kept import require_same

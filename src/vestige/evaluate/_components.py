@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from vestige.evaluate._component_figures import component_figures, path_figure
-from vestige.evaluate._component_findings import Findings, Representation, find, most_divergent
+from vestige.evaluate._component_findings import Findings, find, most_divergent
+from vestige.evaluate._component_judge import Representation
 from vestige.evaluate._component_run import OnePassResult, one_pass_result
 from vestige.evaluate._component_write import component_table, markdown_of, selection_file, self_similarity_table
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation

@@ -24,7 +24,7 @@ VERBS = {
     "select": "Choose which examples to train on.",
     "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
     "study": "Replay a published experiment.",
-    "data": "Make data: paraphrases of rows and a model's answers to them.",
+    "data": "Make data: paraphrases, answers, multiple-choice prompts, splits, tokens, and rows that are cleaned.",
     "sweep": "Run a verb over a grid of settings.",
     "report": "Write a run as one HTML file that opens offline.",
     "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",

@@ -1,10 +1,21 @@
+import numpy as np
 import pytest
 import torch
 
 from tests.architectures import build
+from tests.models.test_load import adapter
 from vestige.data import Example, make_batch, tokenize
-from vestige.errors import DataError, ModelError, NonFinite
-from vestige.models import finetune, load_model, model_fingerprint
+from vestige.errors import DataError, ModelError, NonFinite, SpecError
+from vestige.models import (
+    Recipe,
+    finetune,
+    load_model,
+    model_fingerprint,
+    save_trained,
+    shuffled_batches,
+    trainable_copy,
+)
+from vestige.models import train as train_steps
 from vestige.models._training import summed_loss
 
 PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
@@ -76,6 +87,29 @@ def test_lora_saves_an_adapter_that_knows_its_base(tokenizer, saved, data, tmp_p
     assert not (folder / "model.safetensors").exists()
     tuned = load_model(folder, device="cpu")
     assert loss(tuned.model, data) < 0.9 * loss(base.model, data)
+
+
+@pytest.mark.parametrize("base", ["", "../llama-float32"], ids=["absolute", "beside"])
+def test_of_an_adapter_its_own_matrices_are_trained_and_all_that_was_trained_is_saved(
+    base, tokenizer, saved, data, tmp_path
+):
+    # Trap: weights of the base that are trained too would be lost, for an adapter is saved without its base.
+    start = load_model(adapter(saved, tmp_path / "adapter", base), tokenizer=tokenizer, device="cpu")
+    model = trainable_copy(start)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    recipe = Recipe(learning_rate=1e-2)
+    train_steps(model, data, shuffled_batches(data, np.arange(len(data)), 2, 6, seed=0), recipe)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    (tmp_path / "elsewhere").mkdir()
+    again = load_model(save_trained(model, start, tmp_path / "elsewhere" / "tuned"), device="cpu")
+    batch = make_batch(data, range(len(data)))
+    with torch.no_grad():
+        found, expected = (each(input_ids=batch.input_ids).logits for each in (again.model, model))
+    assert torch.equal(found, expected)
+    assert model_fingerprint(start.model) == start.fingerprint
+    with pytest.raises(SpecError, match="Leave --lora-rank out"):
+        trainable_copy(start, lora_rank=2)
 
 
 def test_a_loss_that_is_not_finite_names_the_examples_and_saves_nothing(tokenizer, data, tmp_path):

@@ -61,6 +61,12 @@ def test_flagged_rows_weigh_less(flagged, tmp_path):
     assert not removed
 
 
+def test_rows_that_are_not_flagged_keep_the_weight_that_they_have(flagged, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ROWS", [row | {"weight": 0.5} for row in ROWS[:2]] + ROWS[2:])
+    _, kept, _ = cleaned(tmp_path / "out", flagged=flagged, action="weight", weight=0.2)
+    assert [row["weight"] for row in kept] == [0.2, 0.5, 1.0, 1.0, 0.2]
+
+
 def test_a_list_of_ones_own_will_do(tmp_path):
     parquet.write_table(pa.table({"example_id": ["b", "zz"], "flagged": [True, True]}), tmp_path / "mine.parquet")
     made, kept, removed = cleaned(tmp_path / "out", flagged=tmp_path / "mine.parquet")

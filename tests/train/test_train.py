@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vestige
-from tests.train.workbench import same_bits
+from tests.train.workbench import files_of, same_bits
 from tests.workshop import furnish, write_rows
 from vestige.cli import main
 from vestige.data import load_examples, tokenize
@@ -55,12 +55,6 @@ LORA = {
 }
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of everything but the record of times."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
 def dies(settings: dict, out: Path, at: int) -> None:
     """Train, and die by SIGKILL in the middle of the step after `at`."""
     plain = Recorder.on_pre_optimizer_step
@@ -74,9 +68,13 @@ def dies(settings: dict, out: Path, at: int) -> None:
     vestige.train(**settings, out=out)
 
 
-@pytest.mark.parametrize(("more", "at"), [({}, 6), (LORA, 3)], ids=["full", "lora"])
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path, given, more, at):
+@pytest.mark.parametrize(("more", "at"), [({}, 6), (LORA, 3)], ids=["full", "lora-weights-alarm"])
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, given, workshop, more, at):
     settings = given | more
+    if more:
+        lines = (workshop / "train.jsonl").read_text().splitlines()
+        rows = [json.loads(line) | {"weight": 0.1 * (row + 1)} for row, line in enumerate(lines)]
+        settings["data"] = str(write_rows(tmp_path / "weighted.jsonl", rows))
     whole = vestige.train(**settings, out=tmp_path / "whole")
     child = get_context("fork").Process(target=dies, args=(settings, tmp_path / "cut", at))
     child.start()

@@ -87,3 +87,9 @@ def slow_loss(model: nn.Module, row: dict[str, Any]) -> float:
         if place and label != NO_TARGET
     ]
     return sum(terms) / len(terms)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of everything but the record of times."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vestige.data import TokenizedData, plan_batches
-from vestige.errors import DataError, ModelError
+from vestige.errors import DataError, ModelError, SpecError
 from vestige.models._training import Recipe, Step, train
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
@@ -82,23 +82,32 @@ def trainable_copy(
 ) -> nn.Module:
     """A copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
 
+    Of an adapter its own matrices are trained and nothing beneath them: it is saved without its base.
+
     Args:
         loaded: Stays as it is.
         lora_rank: Rank of new LoRA matrices on every linear layer, or all that is to be said of them; None to train
-            all weights.
+            all weights, or the adapter that the model is.
         from_scratch: Begin with random weights as the model's class draws them, instead of the loaded ones.
         seed: Of the LoRA matrices or the random weights.
 
     Raises:
         ModelError: It is no transformers model, an adapter was to begin from scratch, or a target is no layer.
+        SpecError: LoRA matrices were asked for beside those of an adapter.
     """
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
     if from_scratch:
         return _drawn_anew(loaded, seed).requires_grad_(True)
     model: Any = copy.deepcopy(loaded.model)
+    adapter = hasattr(model, "peft_config")
     if lora_rank is None:
-        return model.requires_grad_(True)
+        model.requires_grad_(not adapter)
+        if adapter:
+            model.set_adapter(model.active_adapter)
+        return model
+    if adapter:
+        raise SpecError(f"{loaded.name} is an adapter, which is trained on as it is. Leave --lora-rank out.")
     from peft import LoraConfig, get_peft_model
 
     path, lora = Path(loaded.name).expanduser(), Lora(lora_rank) if isinstance(lora_rank, int) else lora_rank

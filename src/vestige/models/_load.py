@@ -94,7 +94,8 @@ def _read_adapter(
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     from peft import PeftModel
 
-    base, base_tokenizer = _read(_adapter_base(folder), dtype, device)
+    place = _adapter_base(folder)
+    base, base_tokenizer = _read(place, dtype, device)
     if isinstance(base, PeftModel):
         raise ModelError(f"The base model of the adapter {folder} is itself an adapter; merge the two first.")
     try:
@@ -107,6 +108,9 @@ def _read_adapter(
             f"{folder} is a {model.active_peft_config.peft_type} adapter, which puts virtual tokens before "
             "the input. Vestige supports adapters that change weights, such as LoRA."
         )
+    if isinstance(place, Path):
+        # Trained further and saved elsewhere, the adapter still finds its base.
+        model.active_peft_config.base_model_name_or_path = str(place.resolve())
     if dtype is not None:
         # PEFT keeps adapter weights in float32 beside a half-precision base; an explicit precision is for
         # all.

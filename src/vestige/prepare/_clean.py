@@ -125,8 +125,11 @@ def _acted(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows that stay, and rows that were taken out, each with its reason."""
     if settings.action == "weight":
-        weights = (settings.weight if example.id in flags else 1.0 for example in examples)
-        return [row_of(example) | {"weight": weight} for example, weight in zip(examples, weights, strict=True)], []
+        rows = [row_of(example) for example in examples]
+        for row in rows:
+            # What an earlier cleaning has given to a row that is not flagged now stays.
+            row["weight"] = settings.weight if row["id"] in flags else row.get("weight", 1.0)
+        return rows, []
     copies = _copies(examples, flags) if settings.action == "deduplicate" else None
     kept, removed = [], []
     for example in examples:

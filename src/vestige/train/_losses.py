@@ -15,6 +15,7 @@ from vestige.data import NO_TARGET
 from vestige.errors import DataError
 from vestige.online._trainer import ID_KEY
 from vestige.online._validation import quietly
+from vestige.train._rows import WEIGHT
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -106,6 +107,8 @@ class Watched:
             if not isinstance(batch.get("labels"), Tensor):
                 raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
             self._ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
+            # How much an example counts in training is no business of the model, nor of a measurement.
+            batch.pop(WEIGHT, None)
             yield batch
 
     @property

@@ -1,20 +1,17 @@
 """A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
 
 import json
-from collections.abc import Mapping
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from vestige.errors import DataError, IndexMismatch, UserError
+from vestige.errors import IndexMismatch, UserError
 from vestige.files import make_folder, remove_durably, write_durably
 from vestige.models import model_fingerprint
-from vestige.online._trainer import ID_KEY, CollatorWithIds, RowsWithIds
 from vestige.progress import announce
 from vestige.settings import listed_epochs
 from vestige.train._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
@@ -26,8 +23,9 @@ from vestige.train._checkpoint import (
     remove_after,
     write_checkpoint,
 )
+from vestige.train._listener import Listener
 from vestige.train._log import StepLog, StepRecord, read_steps
-from vestige.train._losses import Losses, Watched, example_losses, unnoticed
+from vestige.train._losses import unnoticed
 from vestige.train._store import FORMAT, KIND, LOG, RECORD, merge_losses, read_at_risk, write_losses
 
 
@@ -84,31 +82,22 @@ class Recorder(TrainerCallback):
         self._rates: list[float] = []
         self._entries: list[dict[str, Any]] = []
         self._rate = 0.0
-        self._seen: list[tuple[list[str], Losses]] = []
-        self._labels: Tensor | None = None
-        self._hook: Any = None
-        self._wrap(id_column)
-        self._train = self._watched(trainer.train_dataset)
+        self._listener = Listener(trainer, id_column)
+        self._train = self._listener.watched(trainer.train_dataset)
         rows = trainer.train_dataset if isinstance(watch, str) else watch
-        self._watch = None if rows is None else self._watched(_with_ids(rows, id_column))
+        self._watch = None if rows is None else self._listener.watched(rows)
         trainer.add_callback(self)
 
     @property
     def last_step(self) -> tuple[list[str], np.ndarray]:
         """Ids and losses of the step that is being taken."""
-        losses = [part.loss for _, part in self._seen]
-        return [name for ids, _ in self._seen for name in ids], np.concatenate(losses) if losses else np.zeros(0)
+        return self._listener.ids, self._listener.losses
 
     def release(self) -> None:
         """The Trainer is as it was; what was recorded is on disk. A second time does nothing."""
-        self._unhook()
-        self._log.flush()
-        if self._trainer.__dict__.get("training_step") == self._training_step:
-            self._trainer.train_dataset, self._trainer.data_collator = self._data, self._collator
-            del self._trainer.__dict__["training_step"]
-            if self._owns_ids:
-                self._trainer._signature_columns.remove(ID_KEY)
+        if self._listener.release():
             self._trainer.remove_callback(self)
+        self._log.flush()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The record reaches as far as the training, and the checkpoint before the first step is saved."""
@@ -121,8 +110,7 @@ class Recorder(TrainerCallback):
             answer_codes(self._train.answers(self._trainer.model))
         if state.global_step == 0 and 0 in self._steps:
             self._save(0)
-        self._unhook()
-        self._hook = self._trainer.model.register_forward_hook(self._look, with_kwargs=True)
+        self._listener.begin()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """The rate of this step, before the scheduler changes it."""
@@ -131,10 +119,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The step is in the log; the alarm listens; a checkpoint is saved if one is due."""
         ids, losses = self.last_step
-        targets = np.concatenate([part.targets for _, part in self._seen])
-        self._log.add(StepRecord(state.global_step, ids, losses, targets, self._rate))
+        self._log.add(StepRecord(state.global_step, ids, losses, self._listener.targets, self._rate))
         self._rates.append(self._rate)
-        self._seen = []
+        self._listener.forget()
         if self._trigger is not None and self._trigger.hears(losses):
             self._ring(state.global_step)
         if state.global_step in self._steps:
@@ -146,52 +133,11 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """A training that was stopped before its end is saved where it stopped."""
-        self._unhook()
+        self._listener.end()
         # The weights may be those of an earlier step by now.
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
             self._save(state.global_step)
         self._log.flush()
-
-    def _wrap(self, id_column: str) -> None:
-        trainer = self._trainer
-        self._plain_step = trainer.training_step
-        self._data, self._collator = trainer.train_dataset, trainer.data_collator
-        # In-run scores may travel with the rows already.
-        self._owns_ids = not isinstance(trainer.train_dataset, RowsWithIds)
-        if self._owns_ids:
-            trainer.train_dataset = RowsWithIds(trainer.train_dataset, id_column)
-            trainer.data_collator = CollatorWithIds(trainer.data_collator)
-            trainer._set_signature_columns_if_needed()
-            trainer._signature_columns.append(ID_KEY)
-        trainer.training_step = self._training_step
-
-    def _watched(self, rows: Any) -> Watched:
-        collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
-        return Watched(rows, collate, self._trainer.args.per_device_eval_batch_size)
-
-    def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        ids = inputs.pop(ID_KEY) if self._owns_ids and ID_KEY in inputs else inputs.get(ID_KEY)
-        labels = inputs.get("labels")
-        if ids is None or not isinstance(labels, Tensor):
-            missing = "ids: build the training loader with the Trainer's own collator" if ids is None else "`labels`"
-            raise DataError(f"The batch has no {missing}.")
-        before, self._labels = len(self._seen), labels
-        self._ids = list(ids)
-        try:
-            return self._plain_step(model, inputs, num_items_in_batch)
-        finally:
-            self._labels = None
-            if len(self._seen) == before and self._ids:
-                announce("The model gave no logits for a batch: its losses are recorded as missing.")
-                empty = np.full(len(self._ids), np.nan)
-                self._seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64))))
-
-    def _look(self, module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:  # noqa: ARG002
-        """Losses of the batch from the logits that the training makes anyway."""
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if self._labels is not None and isinstance(logits, Tensor) and module.training:
-            labels, self._labels = self._labels, None
-            self._seen.append((self._ids, example_losses(logits.detach(), labels.to(logits.device))))
 
     def _open(self, step: int) -> None:
         """The folder is ready for what comes after `step`.
@@ -287,16 +233,6 @@ class Recorder(TrainerCallback):
         if not self._keep_optimizer:
             keep_last_optimizer(self.folder)
         merge_losses(self.folder)
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        self._seen, self._labels = [], None
-
-
-def _with_ids(rows: Any, id_column: str) -> Any:
-    return rows if isinstance(rows, RowsWithIds) else RowsWithIds(rows, id_column)
 
 
 def _refuse_unsupported(trainer: Trainer, out: Path) -> None:

@@ -13,6 +13,8 @@ from vestige.errors import DataError
 
 _SPLIT = 0x5EED
 """Sets the draw of the members apart from every other use of the same seed."""
+WEIGHT = "weight"
+"""Field of an example, and key of a batch, that says how much it counts."""
 
 
 def members_of(examples: int, fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
@@ -53,10 +55,13 @@ def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
 
 
 class Rows(Dataset):
-    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`."""
+    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`, and `weight` if there are weights."""
 
-    def __init__(self, data: TokenizedData, rows: Sequence[int] | np.ndarray) -> None:
+    def __init__(
+        self, data: TokenizedData, rows: Sequence[int] | np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
         self._data, self._rows = data, [int(row) for row in rows]
+        self._weights = weights
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -68,6 +73,7 @@ class Rows(Dataset):
             "id": self._data.examples[row].id,
             "input_ids": ids.astype(np.int64),
             "labels": np.where(mask, ids, NO_TARGET).astype(np.int64),
+            **({} if self._weights is None else {WEIGHT: self._weights[row]}),
         }
 
 
@@ -79,4 +85,7 @@ def padded(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for place, row in enumerate(features):
         ids[place, : len(row["input_ids"])] = row["input_ids"]
         labels[place, : len(row["labels"])] = row["labels"]
-    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    if all(WEIGHT in row for row in features):
+        batch[WEIGHT] = torch.tensor([float(row[WEIGHT]) for row in features])
+    return batch

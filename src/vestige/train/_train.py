@@ -30,6 +30,7 @@ from vestige.train._recorder import Recorder
 from vestige.train._rows import Rows, members_of, only_answers, padded
 from vestige.train._store import MEMBERSHIP, TrainingRun, read_record
 from vestige.train._tables import write_table
+from vestige.train._weights import WeightedTrainer, announce_weights, weighted, weights_of
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 
@@ -55,7 +56,11 @@ def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedDa
     """`train` for a model and data that are loaded already."""
     if settings.loss == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    plan = _plan(settings, data)
+    weights = weights_of(data)
+    if weights is not None:
+        announce_weights(data, weights)
+        data = weighted(data, weights)
+    plan = _plan(settings, data, weights)
     if settings.overwrite:
         remove_run(settings.out)
     identity = identity_of(settings, loaded, data, plan.steps, plan.checkpoints)
@@ -79,15 +84,20 @@ def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedDa
 @dataclass(frozen=True)
 class _Plan:
     members: np.ndarray
-    """bool [example]: drawn to be trained on."""
+    """bool [example]: drawn to be trained on, and of a weight above 0."""
     rows: np.ndarray
     """Members that have something to learn."""
+    weights: np.ndarray | None
+    """float32 [example]; None if every member has weight 1."""
     steps: int
     checkpoints: list[int]
 
 
-def _plan(settings: TrainSettings, data: TokenizedData) -> _Plan:
+def _plan(settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None) -> _Plan:
     members = members_of(len(data), settings.split_fraction, settings.split_seed)
+    if weights is not None:
+        members &= weights > 0
+        weights = None if (weights[members] == 1).all() else weights
     rows = np.flatnonzero(members & (data.target_counts > 0))
     if not len(rows):
         raise DataError(f"{data.name}: none of the {members.sum()} examples to train on has a token to learn.")
@@ -96,7 +106,7 @@ def _plan(settings: TrainSettings, data: TokenizedData) -> _Plan:
     batches = -(-len(rows) // settings.batch_size)
     per_epoch = -(-batches // settings.accumulation)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
-    return _Plan(members, rows, steps, planned_steps(settings.checkpoint_epochs, per_epoch, steps))
+    return _Plan(members, rows, weights, steps, planned_steps(settings.checkpoint_epochs, per_epoch, steps))
 
 
 def _membership(data: TokenizedData, members: np.ndarray) -> pa.Table:
@@ -119,9 +129,8 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
     remove_after(settings.out, last)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
         watcher = _Watcher(bar)
-        trainer = _trainer(
-            settings, loaded, model, Rows(data, plan.rows), plan.steps, _eval_size(settings, loaded, data)
-        )
+        rows = Rows(data, plan.rows, plan.weights)
+        trainer = _trainer(settings, loaded, model, rows, plan, _eval_size(settings, loaded, data))
         trainer.add_callback(watcher)
         watcher.recorder = Recorder(
             trainer,
@@ -139,19 +148,12 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
 def _model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
     lora = None
     if settings.lora_rank is not None:
-        if hasattr(loaded.model, "peft_config"):
-            raise SpecError(f"{loaded.name} is an adapter, which is trained on as it is. Leave --lora-rank out.")
         lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
-    model: Any = trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
-    if lora is None and hasattr(model, "peft_config"):
-        # Saved is the adapter alone: the weights beneath it have to stay what they are.
-        model.requires_grad_(False)
-        model.set_adapter(model.active_adapter)
-    return model
+    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
 
 
 def _trainer(
-    settings: TrainSettings, loaded: LoadedModel, model: nn.Module, rows: Rows, steps: int, eval_size: int
+    settings: TrainSettings, loaded: LoadedModel, model: nn.Module, rows: Rows, plan: _Plan, eval_size: int
 ) -> Trainer:
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
@@ -161,7 +163,7 @@ def _trainer(
     constant = "constant_with_warmup" if settings.warmup else "constant"
     arguments = TrainingArguments(
         output_dir=str(settings.out),
-        max_steps=steps,
+        max_steps=plan.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=eval_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -186,7 +188,8 @@ def _trainer(
     )
     # Other GPUs that are visible would be trained on too, on parts of each batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
+    make = Trainer if plan.weights is None else WeightedTrainer
+    trainer = make(
         model=model, args=arguments, train_dataset=rows, data_collator=padded, processing_class=loaded.tokenizer
     )
     trainer.remove_callback(PrinterCallback)

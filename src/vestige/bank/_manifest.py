@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vestige.bank._design import Subset
 from vestige.errors import IndexMismatch, UserError
-from vestige.files import is_temporary, make_folder, remove_strays, write_durably
+from vestige.files import make_folder, remove_strays, write_durably
+from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
 
 FORMAT = 1
 _NAME = "bank.json"
@@ -83,7 +83,7 @@ def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:
     """
     old = read_manifest(folder)
     if old is None:
-        _require_no_others(folder)
+        require_no_others(folder, _OURS)
         merged = wanted
     else:
         require_same(folder, old, wanted)
@@ -103,24 +103,12 @@ def require_same(folder: Path, old: BankManifest, wanted: BankManifest) -> None:
     Raises:
         IndexMismatch: It is not; the message shows every difference.
     """
-    names = [*old.identity, *(name for name in wanted.identity if name not in old.identity)]
-    rows = [
-        (name.replace("_", "-"), _shown(name, old), _shown(name, wanted))
-        for name in names
-        if old.identity.get(name) != wanted.identity.get(name)
-    ]
+    found = differences(old.identity, wanted.identity, old.names, wanted.names)
     common = min(len(old.subsets), len(wanted.subsets))
-    if not rows and old.subsets[:common] != wanted.subsets[:common]:
-        rows = [("subsets", _subsets_shown(old), _subsets_shown(wanted))]
-    if rows:
-        table = [("setting", "on disk", "asked for"), *rows]
-        widths = [max(len(row[column]) for row in table) for column in range(2)]
-        lines = [f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in table]
-        raise IndexMismatch(
-            f"The bank in {folder} was made with other settings; nothing was changed.\n"
-            + "\n".join(lines)
-            + "\nGive another --out to keep both, or --overwrite to replace it."
-        )
+    if not found and old.subsets[:common] != wanted.subsets[:common]:
+        found = [Difference("subsets", _subsets_shown(old), _subsets_shown(wanted))]
+    if found:
+        raise IndexMismatch(mismatch_message(f"The bank in {folder}", found))
 
 
 def remove_bank(folder: Path) -> None:
@@ -129,33 +117,7 @@ def remove_bank(folder: Path) -> None:
     Raises:
         UserError: The folder holds files that are not a bank's.
     """
-    if not folder.exists():
-        return
-    _require_no_others(folder)
-    # The manifest goes first: whatever is left after a kill is no longer taken for a bank.
-    (folder / _NAME).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _require_no_others(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
-    found = folder.iterdir() if folder.is_dir() else ()
-    others = [path.name for path in found if path.name not in _OURS and not is_temporary(path)]
-    if others:
-        raise UserError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}). Give a new or empty folder as --out."
-        )
-
-
-def _shown(name: str, manifest: BankManifest) -> str:
-    value = manifest.identity.get(name)
-    if name in manifest.names:
-        return f"{manifest.names[name]} ({str(value)[:8]})"
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return str(value)
+    remove_result(folder, _OURS, _NAME)
 
 
 def _subsets_shown(manifest: BankManifest) -> str:

@@ -6,7 +6,6 @@ Scores need none of these: Vestige preconditions the few queries instead. They a
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from vestige.curvature._fisher import DampedInverse
 from vestige.errors import IndexMismatch, UserError
-from vestige.files import check_disk, is_temporary, make_folder, remove_durably, write_durably
+from vestige.files import check_disk, make_folder, remove_durably, write_durably
+from vestige.folders import require_no_others
 from vestige.index import Index
 from vestige.launch import Compute, PieceFiles, step_done
 
@@ -28,7 +28,7 @@ RECORD = "preconditioned.json"
 FORMAT = 1
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_OURS = re.compile(r"(\d{5}\.(json|safetensors)|preconditioned\.json|profile\.json|launch)")
+_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", "launch")
 
 
 class PreconditionedBlock(NamedTuple):
@@ -150,12 +150,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 def _require_ours(folder: Path, record: dict[str, Any]) -> None:
     """The folder is absent, empty, or holds these files or their beginning."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
-    names = list(folder.iterdir()) if folder.exists() else []
-    others = sorted(path.name for path in names if not _OURS.fullmatch(path.name) and not is_temporary(path))
-    if others:
-        raise UserError(f"{folder} holds other files ({', '.join(others[:3])}). Give a new or empty folder as --out.")
+    require_no_others(folder, _OURS)
     old = _read_record(folder)
     if old is not None and old.get("input") != record["input"]:
         differing = ", ".join(key for key in ("index", "damping", "dtype") if old.get(key) != record[key])

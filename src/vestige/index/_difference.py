@@ -3,19 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vestige.errors import IndexMismatch
 from vestige.files import write_durably
+from vestige.folders import Difference, mismatch_message
 from vestige.index._manifest import Manifest, PlanStage, manifest_path, read_manifest, settings_of, to_json
-
-
-class Difference(NamedTuple):
-    """One setting that differs between two manifests, both sides as shown to a person."""
-
-    field: str
-    old: str
-    new: str
 
 
 def difference(old: Manifest, new: Manifest) -> list[Difference]:
@@ -48,21 +41,7 @@ def require_same(folder: Path, old: Manifest, new: Manifest) -> None:
         IndexMismatch: They do not; the message shows each difference and says what to type.
     """
     if differences := difference(old, new):
-        raise IndexMismatch(mismatch_message(folder, differences))
-
-
-def mismatch_message(folder: Path, differences: list[Difference]) -> str:
-    """The refusal as a person reads it: a small table, then what to do."""
-    table = [Difference("setting", "on disk", "asked for"), *differences]
-    widths = [max(len(row[column]) for row in table) for column in range(2)]
-    lines = [f"  {row.field:{widths[0]}}  {row.old:{widths[1]}}  {row.new}" for row in table]
-    return "\n".join(
-        [
-            f"The index in {folder} was made with other settings; nothing was changed.",
-            *lines,
-            "Give another --out to keep both, or --overwrite to replace it.",
-        ]
-    )
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
 def publish_manifest(folder: Path, manifest: Manifest) -> None:

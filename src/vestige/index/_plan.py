@@ -16,7 +16,8 @@ import numpy as np
 
 from vestige.data import cut_batches
 from vestige.errors import DataError, IndexMismatch
-from vestige.index._difference import Difference, difference, mismatch_message, plan_shown
+from vestige.folders import Difference, mismatch_message
+from vestige.index._difference import difference, plan_shown
 from vestige.index._manifest import Manifest, PlanStage, read_manifest
 
 _SHARD_TOKENS = 2**20
@@ -118,7 +119,7 @@ def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
         made.append(_record(stage.start, stage.stop, stage.fingerprint, shards))
     if tuple(made) != manifest.plan.stages or first != len(plan):
         shown = f"{plan_shown(manifest.plan.stages)}", f"{len(plan)} shards, batched otherwise"
-        raise IndexMismatch(mismatch_message(folder, [Difference("shard plan", *shown)]))
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", [Difference("shard plan", *shown)]))
 
 
 def _require_prefix(
@@ -135,7 +136,7 @@ def _require_prefix(
         sizes = [f"{side.name} ({side.examples:,} examples)" for side in (old.data, draft.data)]
         differences.insert(0, Difference("data", sizes[0], f"{sizes[1]}, begins differently"))
     if differences:
-        raise IndexMismatch(mismatch_message(folder, differences))
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
 def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -4,12 +4,11 @@ Nothing on disk changes before the settings were compared and the free space was
 the truth: a run that is killed at any moment, on any of several hosts, loses the shards in flight and nothing else.
 """
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from vestige.errors import UserError
-from vestige.files import check_disk, is_temporary, make_folder, remove_durably, remove_strays
+from vestige.files import check_disk, make_folder, remove_durably, remove_strays
+from vestige.folders import remove_result, require_no_others
 from vestige.index._difference import extends, publish_manifest, require_same
 from vestige.index._examples import write_examples
 from vestige.index._manifest import Manifest, expected_shards, manifest_path, read_manifest
@@ -86,32 +85,14 @@ def remove_index(folder: Path) -> None:
     Raises:
         UserError: The folder holds files that are not an index's.
     """
-    if not folder.exists():
-        return
-    _require_no_others(folder)
-    # The manifest goes first: whatever is left after a kill is no longer taken for an index.
-    manifest_path(folder).unlink(missing_ok=True)
     # Tokens are known by what they were made from, and those of the next index are among them.
-    for path in [path for path in folder.iterdir() if path.name != TOKENS]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_result(folder, _OURS, manifest_path(folder).name, keep=[TOKENS])
 
 
 def _require_usable(folder: Path, manifest: Manifest) -> None:
     """The folder is empty, absent, or holds this index or its beginning."""
     old = read_manifest(folder)
     if old is None:
-        _require_no_others(folder)
+        require_no_others(folder, _OURS)
     elif not extends(old, manifest):
         require_same(folder, old, manifest)
-
-
-def _require_no_others(folder: Path) -> None:
-    if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
-        return
-    others = [path.name for path in folder.iterdir() if path.name not in _OURS and not is_temporary(path)]
-    if others:
-        raise UserError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}). Give a new or empty folder as --out."
-        )

@@ -16,7 +16,8 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.files import is_temporary, make_folder, remove_strays, sha256_of, write_durably
+from vestige.files import make_folder, remove_strays, sha256_of, write_durably
+from vestige.folders import require_no_others
 
 FORMAT = 1
 RECORD, DATA, REASONS = "selection.json", "selected.jsonl", "selected.parquet"
@@ -161,7 +162,7 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     """
     record = read_record(folder)
     if record is None:
-        _require_no_others(folder)
+        require_no_others(folder, (RECORD, DATA, REASONS))
         return None
     old, new = record["identity"], wanted.identity
     if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
@@ -179,7 +180,7 @@ def remove_selection(folder: Path) -> None:
     Raises:
         UserError: The folder holds files that are not a selection's.
     """
-    _require_no_others(folder)
+    require_no_others(folder, (RECORD, DATA, REASONS))
     # The record first: what is left after a kill no longer counts.
     for name in (RECORD, DATA, REASONS):
         (folder / name).unlink(missing_ok=True)
@@ -217,15 +218,6 @@ def digest_of(words: Sequence[str]) -> str:
 def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
     files = record["files"]
     return all((folder / name).is_file() and sha256_of(folder / name) == files[name]["sha256"] for name in files)
-
-
-def _require_no_others(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
-    found = folder.iterdir() if folder.is_dir() else ()
-    others = sorted(path.name for path in found if path.name not in (RECORD, DATA, REASONS) and not is_temporary(path))
-    if others:
-        raise UserError(f"{folder} holds other files ({', '.join(others[:3])}). Give a new or empty folder as --out.")
 
 
 def _short(value: Any) -> str:

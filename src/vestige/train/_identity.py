@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from vestige.data import TokenizedData
 from vestige.errors import IndexMismatch, UserError
-from vestige.files import is_temporary, make_folder, remove_strays, write_durably
+from vestige.files import make_folder, remove_strays, write_durably
+from vestige.folders import differences, mismatch_message, remove_result, require_no_others
 from vestige.models import LoadedModel
 from vestige.settings import TrainSettings
 from vestige.train._alarm import AT_RISK
@@ -20,7 +20,7 @@ _ELSEWHERE = ("model", "data", "out", "tokenizer", "device", "token_budget", "li
 """Settings that do not stand in the identity as given: the fingerprints of model and data say what came of them, or
 they say where the work is done."""
 _ALSO_ELSEWHERE = ("overwrite", "checkpoints", "keep_optimizer", "precision")
-_OURS = (RECORD, LOG, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl")
+_OURS = (RECORD, LOG, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", "checkpoint-*")
 
 
 def identity_of(
@@ -60,7 +60,7 @@ def prepare_run(folder: Path, identity: dict[str, Any], settings: TrainSettings,
     """
     old = read_record(folder)
     if old is None:
-        _require_no_others(folder)
+        require_no_others(folder, _OURS)
     else:
         _require_same(folder, old, identity, names)
     make_folder(folder)
@@ -90,55 +90,12 @@ def remove_run(folder: Path) -> None:
     Raises:
         UserError: The folder holds files that are not a training's.
     """
-    if not folder.exists():
-        return
-    _require_no_others(folder)
-    # The record goes first: whatever is left after a kill is no longer taken for a training.
-    (folder / RECORD).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_result(folder, _OURS, RECORD)
 
 
 def _require_same(folder: Path, old: Mapping[str, Any], identity: Mapping[str, Any], names: dict[str, str]) -> None:
     before = old.get("identity")
     if before is None:
         raise UserError(f"{folder} was recorded from a Trainer of your own. Give another --out.")
-    fields = [*before, *(name for name in identity if name not in before)]
-    rows = [
-        (name.replace("_", "-"), _shown(name, before, old["names"]), _shown(name, identity, names))
-        for name in fields
-        if before.get(name) != identity.get(name)
-    ]
-    if rows:
-        table = [("setting", "on disk", "asked for"), *rows]
-        widths = [max(len(row[column]) for row in table) for column in range(2)]
-        lines = [f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in table]
-        raise IndexMismatch(
-            f"The training in {folder} was begun with other settings; nothing was changed.\n"
-            + "\n".join(lines)
-            + "\nGive another --out to keep both, or --overwrite to replace it."
-        )
-
-
-def _require_no_others(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder. Choose another --out.")
-    found = folder.iterdir() if folder.is_dir() else ()
-    others = [
-        path.name
-        for path in found
-        if path.name not in _OURS and not path.name.startswith("checkpoint-") and not is_temporary(path)
-    ]
-    if others:
-        raise UserError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}). Give a new or empty folder as --out."
-        )
-
-
-def _shown(name: str, identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    value = identity.get(name)
-    if name in names:
-        return f"{names[name]} ({str(value)[:8]})"
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if found := differences(before, identity, old["names"], names):
+        raise IndexMismatch(mismatch_message(f"The training in {folder}", found))

@@ -24,6 +24,7 @@ from vestige.timing import count_bytes, timed
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ADVICE = "Make room, choose another --out, or store less per example: --dtype int8, or a smaller --compress."
 _RESERVE = 16 * 2**20
 """Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
 _OLD_SECONDS = 24 * 3600
@@ -111,8 +112,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_disk(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
     """Nothing happens if `needed` bytes fit on the disk that holds `folder`, which need not exist yet.
+
+    Args:
+        folder: Where they are to be written.
+        needed: How many more there will be.
+        advice: What the caller can do about it.
 
     Raises:
         DiskSpaceError: They do not fit.
@@ -123,8 +129,7 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed and needed + _RESERVE > free:
         raise DiskSpaceError(
-            f"{folder} needs {format_bytes(needed)} more, and its disk has {format_bytes(free)} free. "
-            "Make room, choose another --out, or store less per example: --dtype int8, or a smaller --compress."
+            f"{folder} needs {format_bytes(needed)} more, and its disk has {format_bytes(free)} free. {advice}"
         )
 
 

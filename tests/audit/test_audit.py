@@ -2,11 +2,6 @@
 
 import csv
 import json
-import multiprocessing
-import os
-import random
-import signal
-import sys
 from statistics import fmean
 
 import numpy as np
@@ -16,88 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vestige
+from tests.audit.audited import HELD, QUESTIONS, questions, settings, simple
 from tests.reference import audit as reference
-from tests.workshop import furnish, write_rows
-from vestige.audit import Audit, _measuring
-from vestige.bank import bank_of
-from vestige.errors import DataError, IndexMismatch, SpecError, UserError, WorkElsewhere
+from tests.workshop import write_rows
+from vestige.audit import Audit
+from vestige.errors import DataError, IndexMismatch, SpecError, UserError
 from vestige.report import report
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vestige.audit", "tests.workshop", "transformers.models.llama"])
-QUESTIONS, HELD = 36, 12
-
-
-def questions(count, name, seed):
-    """Rows of two choices; every sixth has the wrong one and says so."""
-    draw, rows = random.Random(seed), []
-    for number in range(count):
-        one, two = draw.sample(range(1, 30), 2)
-        right, wrong = ("A", "B") if one > two else ("B", "A")
-        noisy = number % 6 == 0
-        prompt = f"Which is more? A: {one} B: {two} Answer:"
-        rows.append(
-            {
-                "id": f"{name}-{number}",
-                "prompt": prompt,
-                "completion": wrong if noisy else right,
-                "choices": ["A", "B"],
-                "noisy": noisy,
-            }
-        )
-    return rows
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A model with three checkpoints, questions, held-out ones, texts and a bank."""
-    torch.set_num_threads(1)
-    folder = furnish(tmp_path_factory.mktemp("audit"))
-    write_rows(folder / "train.jsonl", questions(QUESTIONS, "q", 0))
-    write_rows(folder / "held.jsonl", questions(HELD, "h", 1))
-    write_rows(folder / "texts.jsonl", [{"text": f"Bees make honey number {number}."} for number in range(6)])
-    model = AutoModelForCausalLM.from_pretrained(folder / "tiny-model")
-    for steps in (10, 20, 30):
-        noise = torch.Generator().manual_seed(steps)
-        for weight in model.parameters():
-            weight.data += 0.02 * torch.randn(weight.shape, generator=noise)
-        model.save_pretrained(folder / f"run/checkpoint-{steps}")
-        AutoTokenizer.from_pretrained(folder / "tiny-model").save_pretrained(folder / f"run/checkpoint-{steps}")
-
-    def train(rows, seed):
-        margins = np.random.default_rng(seed).normal(size=QUESTIONS)
-        margins[rows] += 3.0
-        return {"query_loss": np.zeros(1), "example_margin": margins, "example_gap": 2 * margins}
-
-    ids = [f"q-{number}" for number in range(QUESTIONS)]
-    bank_of(train, examples=ids, queries=1, out=folder / "bank", settings={"data": "q"}, subsets=10, seeds=1)
-    return folder
-
-
-def settings(place, out, **changes):
-    given = {
-        "model": str(place / "run/checkpoint-30"),
-        "checkpoints": str(place / "run"),
-        "data": str(place / "train.jsonl"),
-        "holdout": str(place / "held.jsonl"),
-        "out": out,
-        "flag": "noisy",
-        "layers": ("all",),
-        "directions": 200,
-    }
-    return given | changes
 
 
 @pytest.fixture(scope="module")
 def whole(place):
     return vestige.audit(
         **settings(place, place / "whole", bank=place / "bank", reference_model=str(place / "tiny-model"))
-    )
-
-
-def simple(place, out, **changes):
-    return vestige.audit(
-        **settings(place, out, **{"checkpoints": None, "holdout": None, "layers": ("last",)} | changes)
     )
 
 
@@ -245,64 +170,6 @@ def test_extraction_on_request_for_every_prefix(place, tmp_path):
             given.append(int(model(torch.tensor([given])).logits[0, -1].argmax()))
     wanted = 1 - reference.edit_distance(given[8:], ids[8:11]) / 3
     assert found.values("extraction")[0] == pytest.approx(wanted)
-
-
-def evidence(folder):
-    return (folder / "evidence.parquet").read_bytes(), (folder / "examples.parquet").read_bytes()
-
-
-class small_pieces:  # noqa: N801 (used like a function)
-    def __enter__(self):
-        self.before, _measuring.PIECE_TOKENS = _measuring.PIECE_TOKENS, 300
-
-    def __exit__(self, *_):
-        _measuring.PIECE_TOKENS = self.before
-
-
-def audit_and_die(place, out, step):
-    """Die by SIGKILL just before the `step`-th file of a piece is renamed."""
-    seen, partial = 0, str(_measuring.partial_folder(out))
-
-    def watch(event, args):
-        nonlocal seen
-        if event == "os.rename" and partial in str(args[0]):
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-
-    sys.addaudithook(watch)
-    with small_pieces():
-        simple(place, out, token_budget=100)
-
-
-def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, tmp_path):
-    with small_pieces():
-        simple(place, tmp_path / "undisturbed", token_budget=100)
-    out = tmp_path / "killed"
-    for step in (5,):
-        child = PROCESSES.Process(target=audit_and_die, args=(place, out, step))
-        child.start()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        assert not out.exists()
-    before = {path: path.stat().st_mtime_ns for path in _measuring.partial_folder(out).glob("measuring/*.safetensors")}
-    assert len(before) >= 2
-    with small_pieces():
-        simple(place, out, token_budget=100)
-    assert evidence(out) == evidence(tmp_path / "undisturbed")
-    assert not _measuring.partial_folder(out).exists()
-
-
-def test_shares_make_the_whole(place, tmp_path):
-    with small_pieces():
-        simple(place, tmp_path / "one", token_budget=100)
-        for part in ("1/2", "2/2", "1/2", "2/2", "1/2"):
-            try:
-                simple(place, tmp_path / "two", token_budget=100, shard=part)
-                break
-            except WorkElsewhere:
-                continue
-    assert evidence(tmp_path / "one") == evidence(tmp_path / "two")
 
 
 def test_batches_change_nothing_but_rounding(place, whole, tmp_path):

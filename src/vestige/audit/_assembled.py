@@ -13,12 +13,15 @@ from vestige.audit._layered import LayerPlan
 from vestige.audit._lira import lira, lira_offline
 from vestige.audit._look import Tensors
 from vestige.audit._margin import margin
-from vestige.audit._measuring import LookPlan, NormsPlan
+from vestige.audit._measuring import LookPlan
+from vestige.audit._norms import NormsPlan
 from vestige.audit._perplexity_ratio import perplexity_ratio
+from vestige.audit._states import check_room, rounds
 from vestige.audit._weights import WeightNorms
 from vestige.audit._zlib_ratio import zlib_ratio
 from vestige.bank import Bank
 from vestige.errors import DataError
+from vestige.launch import is_worker
 from vestige.settings import BANK_MEASURES
 
 LAYERED = ("psmi", "psmi_std", "psmi_low", "psmi_high", "mahalanobis")
@@ -62,10 +65,8 @@ class Evidence:
 
 def gather(job: AuditJob) -> Evidence:
     """Look at every example with every model; what is done already is not done again."""
-    look = LookPlan(job)
-    passes = look.run()
+    passes, layers = _passes(job)
     reference = passes.pop() if "perplexity_ratio" in job.wanted else None
-    layers = LayerPlan(look).run() if job.layers else [{} for _ in job.subjects]
     norms = NormsPlan(job).run() if job.norms else [{} for _ in job.subjects]
     seen = [
         Seen(
@@ -84,6 +85,20 @@ def gather(job: AuditJob) -> Evidence:
     if job.bank is not None:
         _add_bank(job, job.bank, seen)
     return Evidence(job, seen, _main_layer(job, seen[-1]))
+
+
+def _passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]]]:
+    """What was seen of every subject, and of the reference model; and of every subject the measures by layer."""
+    passes: list[Tensors] = []
+    layers: list[dict[int, Tensors]] = []
+    plans = [LookPlan(job, part) for part in rounds(job)]
+    if not is_worker():
+        check_room(job, plans[0].groups, plans[0].files.input)
+    for plan in plans:
+        passes += plan.run()
+        layers += LayerPlan(plan).run() if job.layers else [{} for _ in range(plan.part.first, plan.part.end)]
+        plan.forget_states()
+    return passes, layers
 
 
 def reasons(evidence: Evidence) -> dict[str, tuple[int, str]]:

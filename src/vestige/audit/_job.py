@@ -46,6 +46,8 @@ class AuditJob:
     no_classes: str
     """Why there are none; empty where there are."""
     layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Of the hidden states at each of these layers."""
     token_budget: int
     parameters: int
     norms: bool
@@ -109,6 +111,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
         encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=settings.chat)
     end_token = getattr(loaded.tokenizer, "eos_token_id", None)
     choices = _choices(whole, encoder, settings)
+    layers, widths = _layers(loaded.model, settings)
     classes, names, reason = _classes(whole.examples, choices, settings)
     parameters = sum(each.numel() for each in loaded.model.parameters())
     return AuditJob(
@@ -124,7 +127,8 @@ def open_job(settings: AuditSettings) -> AuditJob:
         classes=classes,
         class_names=names,
         no_classes=reason,
-        layers=_layers(loaded.model, settings),
+        layers=layers,
+        widths=widths,
         token_budget=batch_tokens(settings, loaded),
         parameters=parameters,
         norms="weights" in settings.wanted
@@ -199,19 +203,21 @@ def _classes(
     return np.array([-1 if cell is None else codes[cell] for cell in cells], dtype=np.int64), tuple(names), ""
 
 
-def _layers(model: nn.Module, settings: AuditSettings) -> tuple[int, ...]:
-    """Numbers of the layers whose states are measured; none where nothing needs them or the model has none to give."""
+def _layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layers whose states are measured, and their widths; none where nothing needs them or the model has none."""
     if not {"psmi", "mahalanobis", "smi"} & set(settings.wanted):
-        return ()
+        return (), ()
     one = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
         output: Any = model(input_ids=one, output_hidden_states=True, use_cache=False)
-    last = len(getattr(output, "hidden_states", None) or ()) - 1
+    states = getattr(output, "hidden_states", None) or ()
+    last = len(states) - 1
     found: set[int] = set()
     for word in settings.layers:
         found |= set(range(1, last + 1)) if word == "all" else {last if word == "last" else int(word)}
     if last < 0:
-        return ()
+        return (), ()
     if max(found) > last:
         raise SpecError(f"--layers {max(found)}: the model has layers 0 (embeddings) to {last}.")
-    return tuple(sorted(found))
+    layers = tuple(sorted(found))
+    return layers, tuple(states[layer].shape[-1] for layer in layers)

@@ -12,9 +12,11 @@ import torch
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors
 from vestige.audit._mahalanobis import mahalanobis
-from vestige.audit._measuring import LookPlan, digest, partial_folder, ran
+from vestige.audit._measuring import LookPlan
+from vestige.audit._pieces import partial_folder, ran
 from vestige.audit._psmi import psmi
 from vestige.audit._smi import smi
+from vestige.audit._states import layer_files, layer_pieces
 from vestige.launch import Compute, PieceFiles, step_done
 
 SMI_DIRECTIONS = 200
@@ -26,8 +28,12 @@ class LayerPlan:
     """One subject at one layer is one piece."""
 
     looked: LookPlan
-    name: str = "Layers"
     unit: str = "layers"
+
+    @property
+    def name(self) -> str:
+        """What is being done."""
+        return self.looked.part.named("Layers")
 
     @property
     def job(self) -> AuditJob:
@@ -42,11 +48,11 @@ class LayerPlan:
     @property
     def pieces(self) -> int:
         """Subjects times layers."""
-        return len(self.job.subjects) * len(self.job.layers)
+        return len(self._numbers)
 
     def is_done(self, piece: int) -> bool:
         """Whether the layer was measured."""
-        return self.files.is_done(piece)
+        return self.files.is_done(self._numbers[piece])
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
         """One layer."""
@@ -57,8 +63,8 @@ class LayerPlan:
         """The states are on disk."""
 
         def compute(piece: int) -> None:
-            number, place = divmod(piece, len(self.job.layers))
-            self.files.write(piece, self._measured(self.looked.states(number, self.job.layers[place])))
+            number, place = divmod(self._numbers[piece], len(self.job.layers))
+            self.files.write(self._numbers[piece], self._measured(self.looked.states(number, self.job.layers[place])))
             step_done(1)
 
         yield compute
@@ -69,21 +75,24 @@ class LayerPlan:
         Raises:
             CorruptFile: A piece is missing or damaged.
         """
-        count = len(self.job.layers)
+        part = self.looked.part
         return [
-            {layer: self.files.read(number * count + place) for place, layer in enumerate(self.job.layers)}
-            for number in range(len(self.job.subjects))
+            dict(zip(self.job.layers, map(self.files.read, layer_pieces(self.job, number, number + 1)), strict=True))
+            for number in range(part.first, part.end)
         ]
 
     def run(self) -> list[dict[int, Tensors]]:
         """The result; killed before, the same call continues."""
-        return ran(self, self.files)
+        return ran(self)
 
     @cached_property
     def files(self) -> PieceFiles:
         """Where pieces are."""
-        needs_smi = self.job.settings.choose_layer
-        return PieceFiles(self.folder / "layers", digest(self.job, ["layers", needs_smi]))
+        return layer_files(self.job)
+
+    @property
+    def _numbers(self) -> range:
+        return layer_pieces(self.job, self.looked.part.first, self.looked.part.end)
 
     def _measured(self, states: np.ndarray) -> Tensors:
         """PSMI of the data's own examples that have a class; distances of all from the data's own examples."""

@@ -1,38 +1,26 @@
 """The passes of an audit as work plans: whoever looks at which examples, and whenever, leaves the same numbers."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vestige.audit._extraction import extraction, greedy
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors, joined, look, total_losses
-from vestige.audit._subjects import Subject, is_adapter
-from vestige.audit._weights import weight_norms
+from vestige.audit._pieces import digest, partial_folder, ran
+from vestige.audit._states import Round, is_measured, layer_files, layer_pieces, state_files
+from vestige.audit._subjects import Subject
 from vestige.data import TokenizedData, plan_batches, tokenize
 from vestige.index import tokens_at_most
-from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
-from vestige.settings import LaunchSettings
+from vestige.launch import Compute, PieceFiles, step_done
 
-FORMAT = 1
-"""Raised when a piece of the same settings changes its meaning."""
 PIECE_TOKENS = 2**16
 """Tokens of a piece: minutes of work that a kill loses at most."""
-_OF_THE_OUTPUT = frozenset(
-    {"out", "overwrite", "bank", "bank_subset", "bank_value", "flag", "memorized_at", "choose_layer", "measures"}
-)
-"""Settings that decide no pass through a model."""
-
 Passes = list[Tensors]
 
 
@@ -41,8 +29,14 @@ class LookPlan:
     """Every subject's look at every example; a piece is one subject and some batches."""
 
     job: AuditJob
-    name: str = "Measuring"
+    part: Round
+    """Which subjects; the last round takes the reference model too."""
     unit: str = "examples"
+
+    @property
+    def name(self) -> str:
+        """What is being done."""
+        return self.part.named("Measuring")
 
     @property
     def folder(self) -> Path:
@@ -52,7 +46,7 @@ class LookPlan:
     @property
     def pieces(self) -> int:
         """Subjects and the reference model, times groups of batches."""
-        return self._subjects * len(self.groups)
+        return (self._end - self.part.first) * len(self.groups)
 
     @cached_property
     def groups(self) -> list[list[np.ndarray]]:
@@ -60,8 +54,13 @@ class LookPlan:
         return grouped(self.job.data.lengths, plan_batches(self.job.data.lengths, self.job.token_budget))
 
     def is_done(self, piece: int) -> bool:
-        """Whether what was seen is there."""
-        return self.files.is_done(piece)
+        """Whether what was seen is there, and the states too, unless they were measured and are needed no more."""
+        number, group = self._place(piece)
+        if not self.files.is_done(number * len(self.groups) + group):
+            return False
+        if number >= len(self.job.subjects) or not self.job.layers:
+            return True
+        return self._states(number).is_done(group) or is_measured(self.job, self._layer_files, number)
 
     def weight(self, piece: int) -> float:
         """Its examples."""
@@ -73,30 +72,46 @@ class LookPlan:
         prepared: dict[str, TokenizedData] = {}
 
         def compute(piece: int) -> None:
-            number, group = divmod(piece, len(self.groups))
-            batches = self.groups[group]
+            number, group = self._place(piece)
+            batches, place = self.groups[group], number * len(self.groups) + group
             if number < len(self.job.subjects):
-                self.files.write(piece, self._looked(self.job.subjects[number], batches))
+                seen = self._looked(self.job.subjects[number], batches)
+                states = {name: seen.pop(name) for name in [*seen] if name.startswith("states_")}
+                if states:
+                    self._states(number).write(group, {"rows": seen["rows"], **states})
+                self.files.write(place, seen)
             else:
                 if not prepared:
                     prepared["reference"] = self._reference_data()
-                self.files.write(piece, self._compared(prepared["reference"], np.concatenate(batches)))
+                self.files.write(place, self._compared(prepared["reference"], np.concatenate(batches)))
 
         yield compute
 
     def reduce(self) -> Passes:
         """What was seen of each subject, and last of the reference model if there is one, in the order of the rows.
 
-        States of hidden layers are left on disk, for whoever measures a layer.
+        States of hidden layers are left on disk, for whoever measures a layer (`states`, `forget_states`).
 
         Raises:
             CorruptFile: A piece is missing or damaged.
         """
-        return [self._read(number) for number in range(self._subjects)]
+        return [self._read(number) for number in range(self.part.first, self._end)]
 
     def run(self) -> Passes:
         """The result; killed before, the same call continues."""
-        return ran(self, self.files)
+        first, end, count = self.part.first, self._end, len(self.groups)
+        self.files.forget_damaged(range(first * count, end * count))
+        if self.job.layers:
+            # A layer that is measured anew needs the states anew: that has to be known before anybody looks.
+            self._layer_files.forget_damaged(layer_pieces(self.job, first, self.part.end))
+            for number in range(first, self.part.end):
+                self._states(number).forget_damaged(range(count))
+        return ran(self)
+
+    def forget_states(self) -> None:
+        """The states of this round are gone from the disk."""
+        for number in range(self.part.first, self.part.end):
+            self._states(number).remove()
 
     def states(self, number: int, layer: int) -> np.ndarray:
         """Hidden states of all examples at a layer, float32 [example hidden], in the order of the rows."""
@@ -104,7 +119,7 @@ class LookPlan:
 
         parts, rows = [], []
         for group in range(len(self.groups)):
-            with safe_open(self.files.path(number * len(self.groups) + group), "pt") as file:
+            with safe_open(self._states(number).path(group), "pt") as file:
                 parts.append(file.get_tensor(f"states_{layer}").numpy())
                 rows.append(file.get_tensor("rows").numpy())
         whole = np.empty((len(self.job.data), parts[0].shape[1]), dtype=np.float32)
@@ -116,9 +131,22 @@ class LookPlan:
         """Where pieces are."""
         return PieceFiles(self.folder / "measuring", digest(self.job, [list(map(len, group)) for group in self.groups]))
 
+    @cached_property
+    def _layer_files(self) -> PieceFiles:
+        return layer_files(self.job)
+
     @property
-    def _subjects(self) -> int:
-        return len(self.job.subjects) + ("perplexity_ratio" in self.job.wanted)
+    def _end(self) -> int:
+        last = self.part.number == self.part.of
+        return self.part.end + (last and "perplexity_ratio" in self.job.wanted)
+
+    def _place(self, piece: int) -> tuple[int, int]:
+        """Subject and group of batches."""
+        turn, group = divmod(piece, len(self.groups))
+        return self.part.first + turn, group
+
+    def _states(self, number: int) -> PieceFiles:
+        return state_files(self.job, number, self.files.input)
 
     def _looked(self, subject: Subject, batches: Sequence[np.ndarray]) -> Tensors:
         model = self.job.models.of(subject.source).model
@@ -162,82 +190,9 @@ class LookPlan:
     def _read(self, number: int) -> Tensors:
         count = len(self.groups)
         parts = [self.files.read(piece) for piece in range(number * count, (number + 1) * count)]
-        names = [name for name in parts[0] if not name.startswith("states_")]
-        whole = joined({name: part[name] for name in names} for part in parts)
+        whole = joined(parts)
         rows = whole.pop("rows")
         return {name: torch.empty_like(values).index_copy_(0, rows, values) for name, values in whole.items()}
-
-
-@dataclass(frozen=True)
-class NormsPlan:
-    """Norms of every subject's weights and of their change since the first."""
-
-    job: AuditJob
-    name: str = "Norms"
-    unit: str = "models"
-
-    @property
-    def folder(self) -> Path:
-        """Beside the run, until that is written."""
-        return partial_folder(self.job.settings.out)
-
-    @property
-    def pieces(self) -> int:
-        """Subjects."""
-        return len(self.job.subjects)
-
-    def is_done(self, piece: int) -> bool:
-        """Whether the subject's norms are there."""
-        return self.files.is_done(piece)
-
-    def weight(self, piece: int) -> float:  # noqa: ARG002
-        """One model."""
-        return 1
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """The first subject's weights are kept for as long as others are compared with them."""
-        start: dict[str, Tensor] = {}
-
-        def compute(piece: int) -> None:
-            if piece and not start:
-                start.update(self._weights(0))
-            weights = self._weights(piece)
-            norms, _ = weight_norms(weights)
-            found = {"norms": torch.tensor(norms, dtype=torch.float64)}
-            if piece:
-                found["change"] = torch.tensor(weight_norms(weights, start)[0], dtype=torch.float64)
-            self.files.write(piece, found)
-            step_done(1)
-
-        yield compute
-
-    def reduce(self) -> Passes:
-        """Norms, and change, of each subject.
-
-        Raises:
-            CorruptFile: One is missing or damaged.
-        """
-        return [self.files.read(piece) for piece in range(self.pieces)]
-
-    def run(self) -> Passes:
-        """The result; killed before, the same call continues."""
-        return ran(self, self.files)
-
-    @cached_property
-    def files(self) -> PieceFiles:
-        """Where pieces are."""
-        return PieceFiles(self.folder / "norms", digest(self.job, "norms"))
-
-    def _weights(self, number: int) -> dict[str, Tensor]:
-        """LoRA matrices if there are any, else every weight; copies, for the model may be let go."""
-        model = self.job.models.of(self.job.subjects[number].source).model
-        adapter = is_adapter(model)
-        return {
-            name: weight.detach().cpu().clone()
-            for name, weight in model.named_parameters()
-            if not adapter or "lora_" in name
-        }
 
 
 def grouped(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -251,32 +206,3 @@ def grouped(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> list[list[np.
         groups[-1].append(rows)
         tokens += int(lengths[rows].sum())
     return groups
-
-
-def ran(plan: Any, files: PieceFiles) -> Any:
-    """The plan's result; what an earlier run left and is damaged is made again."""
-    settings = plan.job.settings
-    files.forget_damaged(range(plan.pieces))
-    with phase(plan.name, plan.unit) as done:
-        done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
-        return run_plan(plan, settings, worker_command(settings, "audit"))
-
-
-def digest(job: AuditJob, more: Any) -> str:
-    """sha256 of everything that decides what is seen."""
-    ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
-    recorded = {name: value for name, value in job.settings.record().items() if name not in ignored}
-    looked = [each for each in job.wanted if each in ("extraction", "perplexity_ratio", "smi", "psmi", "mahalanobis")]
-    subjects = [each.fingerprint for each in job.subjects]
-    choices = hashlib.sha256(
-        job.choices.place.tobytes() + job.choices.tokens.tobytes() + job.classes.tobytes()
-    ).hexdigest()
-    models = (subjects, job.reference_fingerprint)
-    parts = (FORMAT, version("vestige"), recorded, looked, models, job.data.fingerprint, choices, job.layers, more)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def partial_folder(out: Path) -> Path:
-    """Where what has been seen is kept until the run is written."""
-    whole = Path(out).absolute()
-    return whole.with_name(f".{whole.name}.partial")

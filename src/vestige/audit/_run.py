@@ -10,14 +10,16 @@ import pyarrow as pa
 
 from vestige.audit._assembled import LAYERED, Evidence, Seen, gather, reasons
 from vestige.audit._attack import share
+from vestige.audit._canaries import measure_canaries
 from vestige.audit._figures import figures
 from vestige.audit._job import AuditJob, open_job
 from vestige.audit._judge import Known, judge, span, truths
-from vestige.audit._measuring import partial_folder
+from vestige.audit._pieces import partial_folder
 from vestige.audit._signs import SIGNS
-from vestige.launch import is_follower, is_worker
+from vestige.launch import follow, is_follower, is_worker
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
+    RECORD_FILE,
     Audit,
     AuditRecord,
     BankRecord,
@@ -51,25 +53,34 @@ def audit(settings: AuditSettings) -> Audit:
         PieceFailed: Pieces failed every time they were tried; all others are done.
     """
     started = time.perf_counter()
-    check_target(settings.out, overwrite=settings.overwrite or is_worker())
+    check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
+    if is_follower():
+        follow(settings.out / RECORD_FILE, lambda: _help(open_job(settings)))
+        return Audit.open(settings.out)
     job = open_job(settings)
     if not is_worker():
         _announce(job)
     evidence = gather(job)
+    canaries = measure_canaries(job)
     known = truths(evidence)
     rows, notes = judge(evidence, known)
     lacking = reasons(evidence)
     for name, (count, reason) in lacking.items():
         if count == len(job.data):
             announce(f"{name} cannot be computed: {reason}.")
-    record = _record(evidence, known, notes, started).model_copy(update={"judgement": rows})
-    if not is_follower():
-        tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
-        drawn = figures(evidence, known, rows)
-        write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
-        shutil.rmtree(partial_folder(settings.out), ignore_errors=True)
-        announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
+    record = _record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
+    tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
+    drawn = figures(evidence, known, rows)
+    write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
+    shutil.rmtree(partial_folder(settings.out), ignore_errors=True)
+    announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
+
+
+def _help(job: AuditJob) -> None:
+    """Take part in everything that is done in pieces."""
+    gather(job)
+    measure_canaries(job)
 
 
 def _announce(job: AuditJob) -> None:

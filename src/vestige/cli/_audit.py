@@ -45,7 +45,26 @@ def describe(found: "Audit") -> str:
     for truth in get_args(Truth):
         rows = [each for each in found.judgement(truth, checkpoint=last) if each.layer in (None, found.run.main_layer)]
         parts += ["\n".join([_title(truth, rows), *map(_line, rows)])] if rows else []
+    parts += _exposures(found)
     return "\n\n".join([*parts, *found.run.notes])
+
+
+def _exposures(found: "Audit") -> list[str]:
+    """The planted secrets that are guessed soonest, if any were given."""
+    from vestige.runs import CHANCE_BITS
+
+    known = [
+        (each.exposure, each)
+        for each in found.run.canaries
+        if each.checkpoint == found.checkpoints[-1] and each.exposure is not None
+    ]
+    known.sort(key=lambda pair: -pair[0])
+    lines = [
+        f"  {bits:5.2f} of {each.most:.2f} bits   rank {each.rank:,.4g} of {each.references + 1:,}   {each.id}"
+        for bits, each in known[:SHOWN]
+    ]
+    title = f"Exposure of {len(known):,} planted secrets ({CHANCE_BITS:.2f} bits on average by chance)"
+    return ["\n".join([title, *lines])] if known else []
 
 
 def _title(truth: str, rows: "list[JudgementRecord]") -> str:

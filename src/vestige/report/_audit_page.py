@@ -5,9 +5,11 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
+import numpy as np
+
 from vestige.report._audit_panels import TRUTHS, Chart, charts_of, shown_span
 from vestige.report._header import Fact, compact, duration, short_name
-from vestige.runs import Audit, EvidenceRow, JudgementRecord, Truth
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth
 
 SHOWN = 25
 """Examples of each list."""
@@ -44,6 +46,17 @@ class Listed(NamedTuple):
     others: tuple[tuple[str, str], ...]
 
 
+class Planted(NamedTuple):
+    """One planted secret under the model."""
+
+    secret: str
+    before: str
+    exposure: str
+    rank: str
+    course: str
+    """Exposure at every checkpoint, in their order."""
+
+
 class Missing(NamedTuple):
     """A measure that some examples lack."""
 
@@ -62,6 +75,8 @@ class AuditPage:
     command: tuple[str, ...]
     judged: tuple[Judged, ...]
     charts: tuple[Chart, ...]
+    planted: tuple[Planted, ...]
+    planted_note: str
     rankings: tuple[Ranking, ...]
     missing: tuple[Missing, ...]
     notes: tuple[str, ...]
@@ -79,6 +94,8 @@ def audit_page(audit: Audit) -> AuditPage:
         command=tuple(re.split(r" (?=--)", run.command.strip())),
         judged=tuple(_judged(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)),
         charts=tuple(chart for chart in charts_of(audit) if chart.svg),
+        planted=tuple(_planted(audit)),
+        planted_note=_planted_note(audit),
         rankings=tuple(_rankings(audit)),
         missing=_missing(audit),
         notes=(*run.notes, *_layer_notes(audit)),
@@ -143,6 +160,33 @@ def _cells(row: JudgementRecord) -> tuple[str, ...]:
         else ""
     )
     return (name, shown_span(row.auc), *rates, rule)
+
+
+def _planted(audit: Audit) -> list[Planted]:
+    """Canaries by their exposure under the model, the most exposed first."""
+    last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
+    last.sort(key=lambda each: -math.inf if each.exposure is None else each.exposure, reverse=True)
+    found = []
+    for each in last[:SHOWN]:
+        course = [one.exposure for one in audit.run.canaries if (one.id, one.secret) == (each.id, each.secret)]
+        rank = "–" if each.rank is None else f"{each.rank:,.4g} of {each.references + 1:,}"
+        found.append(Planted(each.secret, each.prompt, shown(each.exposure), rank, " → ".join(map(shown, course))))
+    return found
+
+
+def _planted_note(audit: Audit) -> str:
+    values = [
+        each.exposure
+        for each in audit.run.canaries
+        if each.checkpoint == audit.checkpoints[-1] and each.exposure is not None
+    ]
+    if not values:
+        return ""
+    most = max(each.most for each in audit.run.canaries)
+    return (
+        f"{len(values):,} secrets, mean exposure {np.mean(values):.2f} bits; {CHANCE_BITS:.2f} is the mean of secrets "
+        f"that were never planted, and more than {most:.1f} cannot be told with so many references."
+    )
 
 
 def _rankings(audit: Audit) -> list[Ranking]:

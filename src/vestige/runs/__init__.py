@@ -4,8 +4,10 @@ from vestige.runs._audit import Audit as Audit
 from vestige.runs._audit import EvidenceRow as EvidenceRow
 from vestige.runs._audit import EvidenceTable as EvidenceTable
 from vestige.runs._audit import write_audit as write_audit
+from vestige.runs._audit_record import CHANCE_BITS as CHANCE_BITS
 from vestige.runs._audit_record import AuditRecord as AuditRecord
 from vestige.runs._audit_record import BankRecord as BankRecord
+from vestige.runs._audit_record import CanaryRecord as CanaryRecord
 from vestige.runs._audit_record import JudgementRecord as JudgementRecord
 from vestige.runs._audit_record import LayerRecord as LayerRecord
 from vestige.runs._audit_record import MeasureRecord as MeasureRecord

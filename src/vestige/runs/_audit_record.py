@@ -10,6 +10,8 @@ from vestige.errors import CorruptFile, UserError
 from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _first_problem, _Part
 
 AUDIT_FORMAT = 1
+CHANCE_BITS = 1.4427
+"""Mean exposure of secrets that were never planted, 1 / log 2: what is found has to be held against it."""
 
 Truth = Literal["membership", "flag", "memorized"]
 Span = tuple[float | None, float | None, float | None]
@@ -97,6 +99,25 @@ class BankRecord(_Part):
     """Examples at or above it under the model."""
 
 
+class CanaryRecord(_Part):
+    """One planted secret under one checkpoint."""
+
+    id: str
+    checkpoint: int
+    prompt: str
+    secret: str
+    references: int
+    """Other secrets of the same form that it was compared with."""
+    rank: float | None
+    """Its place among them, 1 the likeliest; the mean of the places where several are as likely. None: not finite."""
+    exposure: float | None
+    """log2(references + 1) - log2(rank), bits; 1.44 on average where it was never planted."""
+    most: float
+    """Bits that so many references can tell."""
+    loss: float | None
+    """Of the secret, nats."""
+
+
 class AuditRecord(_Part):
     """Everything in the `run.json` of an audit."""
 
@@ -123,6 +144,8 @@ class AuditRecord(_Part):
     judgement: list[JudgementRecord]
     extraction: dict[int, Span]
     """Share of long enough texts that are given back word for word, by prefix length."""
+    canaries: list[CanaryRecord] = Field(default_factory=list)
+    """Of every checkpoint, in the order of the file."""
     notes: list[str]
     seconds: float
     peak_memory_bytes: int

@@ -101,7 +101,15 @@ class AuditSettings(ReadingSettings, LaunchSettings):
     dimensions: PositiveInt = Field(100, description="Principal axes of the Mahalanobis distance.")
     prefixes: WholeNumbers = Field((50,), description="Extraction: tokens that are given, several to compare.")
     continuation: PositiveInt = Field(50, description="Extraction: tokens that have to be given back.")
-    seed: int = Field(0, description="Seed of directions and of the blind baseline's folds.")
+    canaries: Any = Field(
+        None,
+        description="Secrets that were planted in the training data, to be measured by exposure: rows with prompt, "
+        "completion (the secret) and a list of alternatives, or the alphabet that the secret was drawn from.",
+    )
+    canary_references: PositiveInt = Field(
+        1023, description="Other secrets that each canary with an alphabet is compared with; 1023 tell up to 10 bits."
+    )
+    seed: int = Field(0, description="Seed of directions, references and the blind baseline's folds.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
     @property

@@ -35,4 +35,4 @@ def _is_matrix(component: Component) -> bool:
 
 def component_type(name: str) -> str:
     """What a component is called in every block, such as `mlp.down_proj`; its own name where it is in none."""
-    return _BLOCK.sub("", name).removesuffix(".weight")
+    return _BLOCK.sub("", name).removesuffix(".weight").removesuffix(".default")

@@ -1,6 +1,7 @@
 """Figures of a component search: costs, accuracy and agreement by component and depth, paths, single queries."""
 
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def _draw_bars(
         places = [number for number, one in enumerate(parts) if one.type == name]
         axes.bar(places, [value(parts[place]) for place in places], color=colour, label=name, width=0.85)
     if len(parts) <= _MOST_NAMES:
-        axes.set_xticks(range(len(parts)), [one.name.removesuffix(".weight") for one in parts], rotation=90, fontsize=6)
+        axes.set_xticks(range(len(parts)), _short_names(parts), rotation=90, fontsize=6)
     else:
         axes.set_xlabel("component, in the order of the model")
     axes.set_ylabel(label)
@@ -69,6 +70,13 @@ def _draw_bars(
         axes.set_yscale("log")
     _finish(axes, "y")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+
+
+def _short_names(parts: Sequence[ComponentFinding]) -> list[str]:
+    """Without what all names begin with and how they end, so that an adapter's leave room for the bars."""
+    names = [one.name.removesuffix(".weight").removesuffix(".default") for one in parts]
+    shared = commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
+    return [name.removeprefix(f"{shared}.") if shared and len(names) > 1 else name for name in names]
 
 
 def _bars(

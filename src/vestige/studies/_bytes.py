@@ -29,6 +29,20 @@ def byte_gpt(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
         return GPT2LMHeadModel(config)
 
 
+def byte_llama(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
+    """A Llama over bytes with a context of `length`, its head the embedding, its weights the same in every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # As in `byte_gpt`, a byte ends no text.
+        config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)
+        config.max_position_embeddings, config.hidden_size, config.intermediate_size = length, width, 2 * width
+        config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = layers, heads, heads
+        config.head_dim = width // heads
+        return LlamaForCausalLM(config)
+
+
 def pieces(text: str, length: int) -> list[bytes]:
     """The text in pieces of `length` bytes; what is left at the end is dropped."""
     content = text.encode()

@@ -16,6 +16,7 @@ from vestige.studies import (  # noqa: F401
     _memorization_early,
     _memorization_facts,
     _memorization_planted,
+    _select_or_project,
     _selection_domains,
     _text_lds,
     _untrac_miniature,

@@ -3,68 +3,16 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from tests.online.workbench import DATA, HELD_OUT, same_bits, training_model, validation
+from tests.online.workbench import HELD_OUT, validation
+from tests.train.workbench import DATA, Seen, rows, same_bits, trainer
 from vestige.data import NO_TARGET, Example, TokenizedData
 from vestige.errors import UserError
 from vestige.online import OnlineLog, attach, write_in_run_influence
 from vestige.report import report
 
 COUNT = len(DATA.ids)
-
-
-def rows() -> list[dict]:
-    return [
-        {
-            "id": f"doc-{row}",
-            "input_ids": ids.tolist(),
-            "labels": torch.where(mask, ids, NO_TARGET).tolist(),
-            "source": "books",
-        }
-        for row, (ids, mask) in enumerate(zip(DATA.ids, DATA.targets, strict=True))
-    ]
-
-
-def padded(features: list[dict]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in features)
-    assert all(set(row) <= {"input_ids", "labels"} for row in features)
-    return {
-        "input_ids": torch.tensor([row["input_ids"] + [3] * (width - len(row["input_ids"])) for row in features]),
-        "labels": torch.tensor([row["labels"] + [NO_TARGET] * (width - len(row["labels"])) for row in features]),
-    }
-
-
-class Seen(TrainerCallback):
-    """The rows that the model was really given, by their tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tokens: list[list[int]] = []
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
-
-    def _look(self, module, inputs, named):
-        if torch.is_grad_enabled() and module.training:
-            self.tokens += [row.tolist() for row in named["input_ids"]]
-
-
-def trainer(folder, name="gpt2", dataset=None, steps=6, **settings) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        seed=5,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"save_strategy": "no", "logging_strategy": "no", "dataloader_pin_memory": False} | settings,
-    )
-    return Trainer(
-        model=training_model(name),
-        args=arguments,
-        train_dataset=dataset if dataset is not None else Dataset.from_list(rows()),
-        data_collator=padded,
-    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
@@ -94,8 +42,8 @@ def test_ids_follow_their_rows_through_the_shuffling_sampler(tmp_path, kind):
         "list": rows(),
         "without-ids": Dataset.from_list(rows()).remove_columns("id"),
     }[kind]
-    given = trainer(tmp_path / "out", dataset=data, steps=COUNT // 4)
-    seen = Seen(given.model)
+    given = trainer(tmp_path / "out", data=data, steps=COUNT // 4)
+    seen = Seen(given)
     attached = attach(given, validation(1), out=tmp_path / "log")
     given.train()
     ids = attached.engine.log.table()["id"].to_pylist()
@@ -173,7 +121,7 @@ def test_trap_b4_8_detach_and_attach_again(tmp_path):
 
 def test_selecting_trains_on_the_chosen_ones_alone(tmp_path):
     given = trainer(tmp_path / "out", steps=3)
-    seen = Seen(given.model)
+    seen = Seen(given)
     attached = attach(given, validation(2), out=tmp_path / "log", select=2)
     given.train()
     table = attached.engine.log.table()

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from tests.train.workbench import DATA, rows, same_bits, slow_loss, trainer
+from tests.train.workbench import DATA, Seen, rows, same_bits, slow_loss, trainer
 from vestige.curvature import read_adam
 from vestige.errors import DataError, IndexMismatch, UserError
 from vestige.models import load_model
@@ -21,23 +21,6 @@ RINGS = Alarm(measure="gap", below=0.999, window=4)
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-class Seen(TrainerCallback):
-    """The rows that the model was really given, by their tokens, and the rates that were really applied."""
-
-    def __init__(self, trainer):
-        self.tokens, self.rates = [], []
-        self.trainer = trainer
-        trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
-        trainer.add_callback(self)
-
-    def _look(self, module, inputs, named):
-        if torch.is_grad_enabled() and module.training:
-            self.tokens += [row.tolist() for row in named["input_ids"]]
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,9 @@ def test_steps_follow_the_weighted_mean_over_target_tokens(tmp_path, given, accu
     assert steps["loss"][0] == pytest.approx(losses[steps["example_id"][0]], rel=1e-5)
 
 
-@pytest.mark.parametrize("ones", [[1.0] * 12, [1, None, "1.0", "", *([...] * 8)]], ids=["numbers", "all-sorts"])
-def test_weights_of_one_are_no_weights_bit_for_bit(tmp_path, given, ones):
+def test_weights_of_one_are_no_weights_bit_for_bit(tmp_path, given):
     plain = vestige.train(**given, data="train.jsonl", out=tmp_path / "plain")
-    write_rows(Path("ones.jsonl"), rows(ones))
+    write_rows(Path("ones.jsonl"), rows([1, None, "1.0", "", 1.0, *([...] * 7)]))
     found = vestige.train(**given, data="ones.jsonl", out=tmp_path / "ones")
     assert found.id == plain.id
     assert files_of(found.folder) == files_of(plain.folder)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.architectures import CAUSAL, move_off_start, sequences
 from vestige.data import NO_TARGET
@@ -17,7 +17,12 @@ DATA = sequences(12)
 
 def rows(data=DATA) -> list[dict[str, Any]]:
     return [
-        {"id": f"doc-{row}", "input_ids": ids.tolist(), "labels": torch.where(mask, ids, NO_TARGET).tolist()}
+        {
+            "id": f"doc-{row}",
+            "input_ids": ids.tolist(),
+            "labels": torch.where(mask, ids, NO_TARGET).tolist(),
+            "source": "books",
+        }
         for row, (ids, mask) in enumerate(zip(data.ids, data.targets, strict=True))
     ]
 
@@ -69,6 +74,23 @@ def trainer(
         eval_dataset=held_out,
         data_collator=padded,
     )
+
+
+class Seen(TrainerCallback):
+    """The rows that the model was really given, by their tokens, and the rates that were really applied."""
+
+    def __init__(self, trainer):
+        self.tokens, self.rates = [], []
+        self.trainer = trainer
+        trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        trainer.add_callback(self)
+
+    def _look(self, module, inputs, named):
+        if torch.is_grad_enabled() and module.training:
+            self.tokens += [row.tolist() for row in named["input_ids"]]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
 
 
 def same_bits(one: nn.Module, other: nn.Module) -> bool:

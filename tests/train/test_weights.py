@@ -12,7 +12,10 @@ from tests.workshop import furnish, write_rows
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch
 from vestige.models import load_model
+from vestige.online._trainer import CollatorWithIds, RowsWithIds
 from vestige.train import TrainingRun
+from vestige.train._losses import Watched
+from vestige.train._rows import Rows, padded
 from vestige.train._weights import weighted, weights_of
 
 WEIGHTS = [0.1, 1, 3, 0.5, 1, 0.25, 2, 1, 0.1, 7, 1, 0.3]
@@ -128,3 +131,11 @@ def test_the_fingerprint_knows_the_weights_and_their_order(workshop):
     assert weights.tolist() == [0.5, 1.0]
     found = {weighted(data, values).fingerprint for values in (weights, weights[::-1], np.ones(2, np.float32))}
     assert len(found | {data.fingerprint}) == 4
+
+
+def test_a_measurement_never_sees_a_weight(workshop):
+    tokenizer = load_model(str(workshop / "tiny-model")).tokenizer
+    data = tokenize(load_examples([{"text": "One.", "weight": 0.5}, {"text": "Two."}]), tokenizer, max_length=None)
+    watched = Watched(RowsWithIds(Rows(data, [0, 1], weights_of(data)), "id"), CollatorWithIds(padded), 2)
+    assert [set(batch) for batch in watched.batches()] == [{"input_ids", "labels"}]
+    assert padded([Rows(data, [0], weights_of(data))[0]])["weight"].tolist() == [0.5]

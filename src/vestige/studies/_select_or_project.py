@@ -9,37 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vestige.data import load_examples, tokenize
-from vestige.evaluate import Estimate, Evaluation, OnePassResult, components, one_pass_result
+from vestige.evaluate import Evaluation, OnePassResult, components, one_pass_result
 from vestige.files import make_folder
 from vestige.models import Recipe, finetune, load_model
 from vestige.prepare import generate, paraphrase
 from vestige.settings import ComponentsSettings, StudySettings
 from vestige.studies._bytes import byte_llama, write_rows
 from vestige.studies._checkpoints import Training, trained
+from vestige.studies._component_rows import COLUMNS, component_rows
 from vestige.studies._launched import launched
 from vestige.studies._one_pass_checks import direct_gradients, projection_errors
 from vestige.studies._package_texts import dialogue, package_folder, require_packages, verse_pairs
 from vestige.studies._registry import Gate, Outcome, registered
 
 NAME = "select-or-project"
-_COLUMNS = (
-    "data",
-    "candidates",
-    "representation",
-    "accuracy",
-    "95 % interval",
-    "minus full",
-    "95 % interval",
-    "agreement",
-    "centred",
-    "parameters",
-    "backward",
-    "bytes",
-    "seconds",
-)
 _SHARES = ("1%", "5%")
 
 
@@ -132,11 +116,11 @@ def _outcome(settings: StudySettings, parts: tuple[str, ...]) -> Outcome:
     details: dict[str, Any] = {"plan": {part: asdict(getattr(plan, part)) for part in parts}}
     for part in parts:
         found, expected, more = _PARTS[part](settings, getattr(plan, part), settings.out / part)
-        rows += _rows(part, found)
+        rows += component_rows(part, found)
         gates += expected
         details[part] = more | {"passes": found.details["passes"], "seconds": found.details["seconds_of"]}
     # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(_COLUMNS, rows, [] if settings.size == "tiny" else gates, details)
+    return Outcome(COLUMNS, rows, [] if settings.size == "tiny" else gates, details)
 
 
 Part = tuple[Evaluation, list[Gate], dict[str, Any]]
@@ -158,7 +142,7 @@ def _verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
         seed=settings.seed,
         from_scratch=True,
     ).model
-    asked_for = _compared(settings, plan, model, data, queries, out) | {"components": ("all",)}
+    asked_for: dict[str, Any] = _compared(settings, plan, model, data, queries, out) | {"components": ("all",)}
     found = components(**asked_for)
     result = one_pass_result(ComponentsSettings(**asked_for))
     direct = direct_gradients(result, plan.candidates[0], plan.checked)
@@ -280,42 +264,3 @@ def _representation(found: Evaluation, words: str, name: str) -> Mapping[str, An
 
 def _passes_each(result: OnePassResult) -> float:
     return result.computed / len(result.inputs.compared.data)
-
-
-def _rows(part: str, found: Evaluation) -> list[tuple[Any, ...]]:
-    """Every representation, and the best and the median component by itself."""
-    rows = []
-    for words, each in found.details["candidates"].items():
-        rows += [(part, words, *_cells(one)) for one in each["representations"]]
-        single = sorted(each["components"], key=lambda one: one["accuracy"].value)
-        total = sum(one["parameters"] for one in single)
-        for label, one in (("best", single[-1]), ("median", single[len(single) // 2]), ("worst", single[0])):
-            name = f"{label} component, all queries: {one['name'].removesuffix('.weight')}"
-            size = one["parameters"]
-            known = {"name": name, "parameters": size / total, "bytes": 4 * size, "seconds": None, "against_full": None}
-            rows.append((part, words, *_cells(one | known)))
-    return rows
-
-
-def _cells(one: Mapping[str, Any]) -> tuple[Any, ...]:
-    against = one["against_full"]
-    shares = [one["parameters"], one["backward"]]
-    return (
-        one["name"],
-        one["accuracy"].value,
-        _interval(one["accuracy"]),
-        "" if against is None else against.value,
-        "" if against is None else _interval(against),
-        *("" if one[name] is None else _number(one[name]) for name in ("agreement", "centred")),
-        *("" if share is None else f"{share:.2%}" for share in shares),
-        "" if one["bytes"] is None else one["bytes"],
-        "" if one["seconds"] is None else f"{one['seconds']:.1f}",
-    )
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.low:.3f} … {estimate.high:.3f}"
-
-
-def _number(value: Estimate | float) -> float:
-    return float(value.value if isinstance(value, Estimate) else np.float64(value))

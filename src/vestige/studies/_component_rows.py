@@ -1,0 +1,61 @@
+"""The table of a component search as rows of a study."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vestige.evaluate import Estimate, Evaluation
+
+COLUMNS = (
+    "data",
+    "candidates",
+    "representation",
+    "accuracy",
+    "95 % interval",
+    "minus full",
+    "95 % interval",
+    "agreement",
+    "centred",
+    "parameters",
+    "backward",
+    "bytes",
+    "seconds",
+)
+
+
+def component_rows(part: str, found: Evaluation) -> list[tuple[Any, ...]]:
+    """Every representation, and the best and the median component by itself."""
+    rows = []
+    for words, each in found.details["candidates"].items():
+        rows += [(part, words, *_cells(one)) for one in each["representations"]]
+        single = sorted(each["components"], key=lambda one: one["accuracy"].value)
+        total = sum(one["parameters"] for one in single)
+        for label, one in (("best", single[-1]), ("median", single[len(single) // 2]), ("worst", single[0])):
+            name = f"{label} component, all queries: {one['name'].removesuffix('.weight')}"
+            size = one["parameters"]
+            known = {"name": name, "parameters": size / total, "bytes": 4 * size, "seconds": None, "against_full": None}
+            rows.append((part, words, *_cells(one | known)))
+    return rows
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    against = one["against_full"]
+    shares = [one["parameters"], one["backward"]]
+    return (
+        one["name"],
+        one["accuracy"].value,
+        _interval(one["accuracy"]),
+        "" if against is None else against.value,
+        "" if against is None else _interval(against),
+        *("" if one[name] is None else _number(one[name]) for name in ("agreement", "centred")),
+        *("" if share is None else f"{share:.2%}" for share in shares),
+        "" if one["bytes"] is None else one["bytes"],
+        "" if one["seconds"] is None else f"{one['seconds']:.1f}",
+    )
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.low:.3f} … {estimate.high:.3f}"
+
+
+def _number(value: Estimate | float) -> float:
+    return float(value.value if isinstance(value, Estimate) else value)

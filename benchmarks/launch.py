@@ -55,12 +55,15 @@ def overhead(folder: Path, rounds: int) -> None:
 
     def measured(plan: Any, settings: Any, command: Any) -> Any:
         pieces.append(plan.pieces)
-        for _ in range(rounds):
-            for name, work in (
-                ("loop", lambda: loop(plan)),
-                ("plan", lambda: run_plan(plan, settings, command)),
-                ("nothing written", lambda: unwritten(plan)),
-            ):
+        works = [
+            ("loop", lambda: loop(plan)),
+            ("plan", lambda: run_plan(plan, settings, command)),
+            ("nothing written", lambda: unwritten(plan)),
+        ]
+        unwritten(plan)
+        for number in range(rounds):
+            # Each comes first, second and last as often as the others.
+            for name, work in works[number % 3 :] + works[: number % 3]:
                 empty(settings.out)
                 found[name].append(clocks(work))
         return run_plan(plan, settings, command)

@@ -10,7 +10,7 @@ from vestige.errors import CorruptFile, DataError
     ("words", "message"),
     [
         (["indx"], "There is no verb 'indx'. Did you mean 'index'?\nType `vestige --help`"),
-        (["zebra"], "There is no verb 'zebra'. There are: doctor, index, precondition, "),
+        (["zebra"], "There is no verb 'zebra'. There are: doctor, train, index, precondition, "),
         (["--zebra"], "There is no verb '--zebra'. There are: doctor"),
         (["index", "--modle", "x"], "Unknown option: --modle. Did you mean --model?\nType `vestige index --help`"),
         (["index", "m", "d"], "Not understood: m d. A value needs its flag before it."),

@@ -3,4 +3,4 @@
 from vestige.cli._group import group
 from vestige.settings import PREPARATIONS
 
-data = group("data", "prepare", PREPARATIONS, "Make data: rows in, rows out, each with the id of where it came from.")
+data = group("data", "prepare", PREPARATIONS)

@@ -3,9 +3,4 @@
 from vestige.cli._group import group
 from vestige.settings import EVALUATIONS
 
-evaluate = group(
-    "evaluate",
-    "evaluate",
-    EVALUATIONS,
-    "Measure how far scores, and what they are computed from, can be trusted.",
-)
+evaluate = group("evaluate", "evaluate", EVALUATIONS)

@@ -5,22 +5,22 @@ from importlib import import_module
 
 from cyclopts import App
 
+from vestige.cli._app import VERBS
 from vestige.cli._command import Run, command
 from vestige.settings import Settings
 
 _FILE_WIDTH = 160
 
 
-def group(verb: str, room: str, kinds: Mapping[str, type[Settings]], help_text: str) -> App:
+def group(verb: str, room: str, kinds: Mapping[str, type[Settings]]) -> App:
     """A command for each of `kinds`, which calls the function of that name in `vestige.<room>` and prints its result.
 
     Args:
         verb: The word after `vestige`.
         room: Where the functions live; imported when one is called.
         kinds: Settings by the word after the verb; their docstring is the command's help.
-        help_text: What all of them do.
     """
-    app = App(name=verb, help=help_text)
+    app = App(name=verb, help=VERBS[verb])
     for kind, settings in kinds.items():
         run = _run(room, kind)
         run.__name__, run.__doc__, run.__module__ = kind.replace("-", "_"), settings.__doc__, __name__

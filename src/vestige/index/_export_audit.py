@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as compute
 from pyarrow import csv
 
 from vestige.errors import SpecError
@@ -47,7 +47,9 @@ def write_audit_as(audit: Audit, out: Path, to: RunFormat) -> list[Path]:
 def _whole(audit: Audit) -> pa.Table:
     """Evidence with the columns of the examples beside it, in the order of the evidence."""
     evidence, examples = audit.table(), audit.examples.select(_TEXTS)
-    described = examples.take(compute.index_in(evidence["row"], examples["row"]))
+    rows = examples["row"].to_numpy()
+    order = np.argsort(rows)
+    described = examples.take(order[np.searchsorted(rows, evidence["row"].to_numpy(), sorter=order)])
     for name in _TEXTS[1:]:
         evidence = evidence.append_column(name, described[name])
     return evidence

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.audit.audited import evidence, simple, small_pieces
+from tests.workshop import TOGETHER
 from vestige.audit import _states
 from vestige.audit._pieces import partial_folder
 from vestige.errors import DiskSpaceError, WorkElsewhere
@@ -17,26 +18,14 @@ from vestige.errors import DiskSpaceError, WorkElsewhere
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.audit", "tests.workshop", "transformers.models.llama"])
 AT_START = """
-import os, sys, time
+import sys
 if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.audit import _measuring
     torch.set_num_threads(1)
     _measuring.PIECE_TOKENS = 300
-    from vestige.launch import _loop
-    attempt = _loop.Worker._attempt
-
-    def attempt_and_wait(self, piece):
-        done, until = attempt(self, piece), time.monotonic() + 60
-        journal = self._job.path / "journal"
-        while "TOGETHER" in os.environ and len(list(journal.iterdir())) < 2 and time.monotonic() < until:
-            time.sleep(0.02)
-        return done
-
-    _loop.Worker._attempt = attempt_and_wait
 """
-"""What a process does before all else: a few batches are a piece. With TOGETHER in the environment a
-worker goes on after its first piece only when another has begun."""
+"""What a process does before all else: a few batches are a piece."""
 
 
 def audited(place, out, **changes):
@@ -108,7 +97,7 @@ def test_shares_make_the_whole(place, undisturbed, tmp_path, monkeypatch):
 def vestige_audit(place, out, *words, launcher=(sys.executable,), **environment):
     site = place / "site"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(AT_START)
+    (site / "sitecustomize.py").write_text(AT_START + TOGETHER)
     words = ("--data", "train.jsonl", "--flag", "noisy", "--directions", "200", "--token-budget", "100", *words)
     models = ("--model", "run/checkpoint-30", "--checkpoints", "run/checkpoint-10")
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from tests.workshop import PAIRS, furnish, write_rows
+from tests.workshop import PAIRS, TOGETHER, furnish, write_rows
 from vestige.curvature._cache import fisher_path
 from vestige.index import Index
 
 SMALL_PIECES = """
-import os, sys, time
+import sys
 if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.curvature import _fit
@@ -22,20 +22,8 @@ if "vestige.cli" in sys.orig_argv:
     groups = Index.shard_groups
     Index.shard_groups = lambda self, most: groups(self, 1)
     _exact_gradients.PIECE_TOKENS, _fit.PIECE_TOKENS = (300, 300), 300
-    from vestige.launch import _loop
-    attempt = _loop.Worker._attempt
-
-    def attempt_and_wait(self, piece):
-        done, until = attempt(self, piece), time.monotonic() + 60
-        journal = self._job.path / "journal"
-        while "TOGETHER" in os.environ and len(list(journal.iterdir())) < 2 and time.monotonic() < until:
-            time.sleep(0.02)
-        return done
-
-    _loop.Worker._attempt = attempt_and_wait
 """
-"""What a process does before all else, workers too: every shard, or every few batches, is a piece. With TOGETHER in the
-environment a worker goes on after its first piece only when another has begun: else the first may leave it nothing."""
+"""What a process does before all else, workers too: every shard, or every few batches, is a piece."""
 MODEL = ("--model", "tiny-model", "--data", "train.jsonl", "--token-budget", "60")
 ASKED = ("--queries", "asked.jsonl", "--no-trust")
 
@@ -52,7 +40,7 @@ def place(tmp_path_factory):
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "asked.jsonl", [{"prompt": "Who wrote Emma?", "completion": "Jane."}, {"text": "Bees."}])
     (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(SMALL_PIECES)
+    (folder / "site" / "sitecustomize.py").write_text(SMALL_PIECES + TOGETHER)
     return folder
 
 

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from vestige import files
 from vestige.errors import DiskSpaceError, UserError
-from vestige.files import check_disk, make_folder, remove_strays, sha256_of, write_durably
+from vestige.files import check_disk, make_folder, remove_strays, sha256_of, this_host, write_durably
 
 
 def test_a_file_is_written_whole_with_its_size_and_hash(tmp_path):
@@ -76,7 +77,7 @@ def test_check_disk_names_what_is_needed_and_what_is_free(tmp_path):
 def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = files._host()
+    host = this_host()
     gone = [
         f"00001.json.tmp.{host}.{dead.pid}.00ff.3",
         # Our own process number, but the mark of another attempt: its process is dead, the number was given out again.
@@ -98,7 +99,20 @@ def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
+def test_the_stray_of_a_zombie_in_an_inner_folder_goes(tmp_path):
+    # Killed, and its parent has not looked yet: some parents never do.
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    dead.kill()
+    while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    stray = tmp_path / "shards" / f"00001.json.tmp.{this_host()}.{dead.pid}.00ff.3"
+    stray.parent.mkdir()
+    stray.touch()
+    assert remove_strays(tmp_path) == [stray]
+    dead.wait()
+
+
 def test_a_host_name_with_dots_still_makes_a_name_that_is_recognised(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster.example")
-    (tmp_path / f"00001.json.tmp.{files._host()}.{os.getpid()}.00ff.3").touch()
+    (tmp_path / f"00001.json.tmp.{this_host()}.{os.getpid()}.00ff.3").touch()
     assert len(remove_strays(tmp_path)) == 1

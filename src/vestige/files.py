@@ -18,6 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from vestige.errors import DiskSpaceError, UserError
 from vestige.progress import format_bytes
 from vestige.timing import count_bytes, timed
@@ -55,7 +57,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
         DiskSpaceError: The disk is full; the temporary file has been removed.
         UserError: The folder cannot be written to.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
+    temporary = path.with_name(f"{path.name}.tmp.{this_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
     digest, size = hashlib.sha256(), 0
     try:
         with timed("writing"), temporary.open("xb", buffering=0) as file:
@@ -139,22 +141,35 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_strays(folder: Path) -> list[Path]:
-    """Temporary files of writers that are surely dead are gone; those of living or foreign writers stay.
+    """Temporary files of writers that are surely dead are gone from the folder and the folders in it.
+
+    Those of living or foreign writers stay.
 
     Returns:
         The files that were removed.
     """
-    strays = [path for path in sorted(folder.glob("*.tmp.*")) if _is_stray(path)]
+    # Unlike a glob, a walk does not mind folders that vanish meanwhile.
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    strays = [path for path in sorted(found) if _is_stray(path)]
     for path in strays:
         path.unlink(missing_ok=True)
     return strays
+
+
+def this_host() -> str:
+    """The name under which this host's process numbers mean something: containers have their own numbers."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{namespace}")
 
 
 def _is_stray(path: Path) -> bool:
     match = _TEMPORARY.search(path.name)
     if match is None:
         return False
-    if match["host"] == _host():
+    if match["host"] == this_host():
         pid = int(match["pid"])
         # Process numbers are given out again: one like ours with another attempt's mark belonged to a dead process.
         return match["attempt"] != _ATTEMPT if pid == os.getpid() else not _is_alive(pid)
@@ -166,21 +181,12 @@ def _is_stray(path: Path) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        # A killed process keeps its number as a zombie until its parent looks, and some parents never do.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
-
-
-def _host() -> str:
-    """The name under which this host's process numbers mean something: containers have their own numbers."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{namespace}")
 
 
 def _publish(temporary: Path, path: Path, exclusive: bool) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.index.synthetic import build, build_slowly, compute, hashes, work_of
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, PieceFailed, SpecError, UserError
-from vestige.files import _host
+from vestige.files import this_host
 from vestige.index import Index, IndexedComponent, PlanRecord, index_status, prepare_index
 from vestige.index._shards import marker_path, shard_path
 
@@ -145,7 +145,7 @@ def test_a_stray_temporary_file_of_a_dead_process_is_removed(tmp_path):
     before = hashes(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "shards" / f"00002.safetensors.tmp.{_host()}.{dead.pid}.0a0b.7").write_bytes(b"half")
+    (tmp_path / "shards" / f"00002.safetensors.tmp.{this_host()}.{dead.pid}.0a0b.7").write_bytes(b"half")
     build(tmp_path)
     assert hashes(tmp_path) == before
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.launch.toy import ToyPlan
 from vestige.errors import DataError, PieceFailed
+from vestige.files import this_host
 from vestige.settings import LaunchSettings
 
 ROUNDS = 20
@@ -56,6 +57,16 @@ def test_workers_that_do_not_even_begin_are_an_error_with_their_words(tmp_path, 
     monkeypatch.setattr(ToyPlan, "command", lambda *_: ["sh", "-c", "echo no such module; exit 3"])
     with pytest.raises(PieceFailed, match=r"exit status 3[\s\S]*no such module"):
         plan.run(workers=2)
+
+
+def test_what_a_killed_worker_had_half_written_is_gone_at_the_end(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    plan = ToyPlan(tmp_path, pieces=2)
+    stray = tmp_path / f"00001.txt.tmp.{this_host()}.{dead.pid}.00ff.3"
+    stray.touch()
+    plan.run(workers=2)
+    assert not stray.exists()
 
 
 def _kill_at_random(driver: subprocess.Popen, seed: int) -> int:

@@ -89,9 +89,8 @@ def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:
         require_same(folder, old, wanted)
         subsets = max(old.subsets, wanted.subsets, key=len)
         merged = replace(old, subsets=subsets, seeds=max(old.seeds, wanted.seeds))
-    for path in (folder, folder / "members"):
-        make_folder(path)
-        remove_strays(path)
+    make_folder(folder / "members")
+    remove_strays(folder)
     if merged != old:
         write_durably(folder / _NAME, [merged.to_json()])
     return merged

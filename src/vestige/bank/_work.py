@@ -135,7 +135,7 @@ def prepare_bank(plan: BankPlan) -> None:
     """The folder is ready for `run_plan`: texts are there, and what was damaged no longer counts as done."""
     for kind, texts in zip(("examples", "queries"), plan.texts, strict=True):
         write_table(plan.folder / f"{kind}.parquet", texts_table(texts))
-    remove_strays(plan.folder / "members")
+    remove_strays(plan.folder)
     plan.forget_damaged()
 
 

@@ -51,7 +51,6 @@ class Kept:
             raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
         make_folder(folder / _PRODUCTS)
         remove_strays(folder)
-        remove_strays(folder / _PRODUCTS)
         if not path.exists():
             write_durably(path, [json.dumps(identity, indent=1).encode()])
 

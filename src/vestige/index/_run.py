@@ -53,7 +53,7 @@ def prepare_index(work: IndexPlan) -> list[int]:
     check_disk(folder, sum(expected[number].rows for number in missing) * manifest.row_bytes)
     for name in (_ROOT, _SHARDS, _EXAMPLES):
         make_folder(folder / name)
-        remove_strays(folder / name)
+    remove_strays(folder)
     publish_manifest(folder, manifest)
     write_examples(folder, manifest, work.examples, work.plan.lengths)
     for number in missing:

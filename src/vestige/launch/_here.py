@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vestige.errors import PieceFailed, WorkElsewhere
+from vestige.files import remove_strays
 from vestige.launch._failures import failed, ranges
 from vestige.launch._identity import this_worker
 from vestige.launch._loop import POLL_SECONDS, Meter, Worker
@@ -125,6 +126,8 @@ def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> 
     while (claim := job.claims.take("reduce")) is None:
         time.sleep(POLL_SECONDS)
     with claim:
+        # A worker that was killed while it wrote leaves its temporary file, and nobody computes that piece again here.
+        remove_strays(plan.folder)
         result = plan.reduce()
         job.write_job(ended=time.time())
     return result

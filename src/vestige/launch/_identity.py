@@ -1,12 +1,12 @@
 """Which process does a piece, and whether it still lives."""
 
 import os
-import re
 import secrets
-import socket
 from typing import NamedTuple
 
 import psutil
+
+from vestige.files import this_host
 
 
 class Worker(NamedTuple):
@@ -30,15 +30,6 @@ def this_worker() -> Worker:
     """This process."""
     pid = os.getpid()
     return Worker(this_host(), pid, psutil.Process(pid).create_time(), job_id(), f"{_TOKEN}-{pid}")
-
-
-def this_host() -> str:
-    """The name under which this host's process numbers mean something."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{namespace}")
 
 
 def job_id() -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from vestige.errors import PieceFailed
+from vestige.files import this_host
 from vestige.launch._failures import tail
 from vestige.launch._here import ending_well, raise_failures
-from vestige.launch._identity import this_host
 from vestige.launch._loop import POLL_SECONDS, Meter
 from vestige.launch._record import JobFolder, claim_name
 from vestige.launch._role import Role

@@ -1,13 +1,21 @@
 """Jobs inside a piece of another job."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from vestige.launch._role import VARIABLE
+from vestige.launch._role import VARIABLE, is_one_of_several
 
-_PARTS = (VARIABLE, "RANK", "WORLD_SIZE")
-"""What tells a process its part in a job; the number that chooses its graphics card stays."""
+_PARTS = (
+    VARIABLE,
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+"""What tells a process its part in a job, to Vestige and to torch.distributed; of the latter all or nothing: a Trainer
+that finds LOCAL_RANK alone makes a process group of one and wraps its model in it."""
+_CARDS, _PLACE = "CUDA_VISIBLE_DEVICES", "SLURM_LOCALID"
+"""Where the graphics card of a rank is said instead: to CUDA, and should that have been asked before, to ourselves."""
 
 
 @contextmanager
@@ -15,10 +23,26 @@ def own_jobs() -> Iterator[None]:
     """While the block runs, this process starts jobs of its own, whatever its part in the job around it.
 
     For a piece that is itself a verb: without this, a verb inside a worker would take itself for a worker of its own
-    job, and wait for a driver that there is not.
+    job, and wait for a driver that there is not. A rank of torchrun keeps its graphics card and sees no other.
     """
-    before = {name: os.environ.pop(name) for name in _PARTS if name in os.environ}
+    card = _card(os.environ) if is_one_of_several() else {}
+    before = {name: os.environ.pop(name) for name in (*_PARTS, *card) if name in os.environ}
+    os.environ.update(card)
     try:
         yield
     finally:
+        for name in (*_PARTS, *card):
+            os.environ.pop(name, None)
         os.environ.update(before)
+
+
+def _card(environment: Mapping[str, str]) -> dict[str, str]:
+    import torch
+
+    place = environment.get("LOCAL_RANK", "")
+    # Counting them does not make CUDA read its environment, which it does once.
+    count = torch.cuda.device_count()
+    if not place.isdigit() or not count:
+        return {}
+    visible = environment.get(_CARDS, ",".join(map(str, range(count)))).split(",")
+    return {_CARDS: visible[int(place) % len(visible)], _PLACE: place}

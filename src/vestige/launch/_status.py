@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import UserError
+from vestige.files import this_host
 from vestige.launch import _scheduler as scheduler
 from vestige.launch._failures import ranges
-from vestige.launch._identity import Worker, is_alive, this_host
+from vestige.launch._identity import Worker, is_alive
 from vestige.launch._record import Failure, JobFolder
 from vestige.progress import format_seconds
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from vestige.studies import _memorization_lora as lora
 from vestige.studies import _memorization_questions as questions
 from vestige.studies import study
 from vestige.studies._bytes import byte_gpt
+from vestige.studies._memorization_judging import kept_measures
 
 TINY = room.PLANS["tiny"]
 
@@ -102,6 +104,18 @@ def test_the_tiny_study_tells_places_and_what_the_last_checkpoint_gives(report, 
     assert all(set(each["places"]) == set(room.PREDICTORS) for each in first["wrong"])
     assert (out / "early.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "seed-0" / "unfinished.pt").exists()
+
+
+def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, monkeypatch):
+    plain = replace(TINY, lora=replace(TINY.lora, half=False))
+    monkeypatch.setitem(room.PLANS, "tiny", plain)
+    study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
+    half, full = (folder / "seed-0" for folder in (out, tmp_path / "study"))
+    start, found = (kept_measures(half / f"{moment}.parquet")[1]["answer_loss"] for moment in ("start", "end"))
+    # Measures are taken in float32: before the first step there is no difference, afterwards there is a small one.
+    np.testing.assert_array_equal(start, kept_measures(full / "start.parquet")[1]["answer_loss"])
+    expected = kept_measures(full / "end.parquet")[1]["answer_loss"]
+    assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected - start).max()
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):

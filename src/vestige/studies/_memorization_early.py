@@ -60,7 +60,7 @@ class EarlyPlan:
 
 PLANS = {
     "tiny": EarlyPlan(24, 8, 40, 0.25, LoraPlan(2, 3, 4, 1e-3, 10, 512), made=True),
-    "pocket": EarlyPlan(128, 24, 40, 0.03334, LoraPlan(8, 5, 4, 1e-3, 2000, 640)),
+    "pocket": EarlyPlan(384, 24, 44, 0.03334, LoraPlan(8, 10, 4, 1e-3, 2000, 640)),
 }
 
 

@@ -33,6 +33,8 @@ class LoraPlan:
     """Of PSMI."""
     token_budget: int
     """Most tokens in a batch that is only measured."""
+    half: bool = True
+    """A training multiplies in bfloat16, its weights are float32; measures are taken in float32."""
 
 
 def followed(
@@ -61,12 +63,14 @@ def _follow(
 ) -> None:
     count, unfinished = len(prompts.data), files["end"].with_name("unfinished.pt")
     model = trainable_copy(loaded, lora_rank=plan.rank, seed=seed)
+    device = next(model.parameters()).device.type
     steps = plan.epochs * -(-count // plan.batch_size)
     batches = shuffled_batches(prompts.data, np.arange(count), plan.batch_size, steps, seed)
     ids = [example.id for example in prompts.data.examples]
 
     def keep(moment: str, step: int) -> None:
-        found = _at_the_alarm(model, prompts, plan) if moment == "trigger" else _read(model, prompts, plan)
+        with torch.autocast(device, enabled=False):
+            found = _at_the_alarm(model, prompts, plan) if moment == "trigger" else _read(model, prompts, plan)
         keep_measures(files[moment], ids, found, step)
 
     def keep_held(moment: str, step: int) -> None:
@@ -94,7 +98,9 @@ def _follow(
                     keep("trigger", step.number)
             _save_state(unfinished, step.state())
 
-        train(model, prompts.data, batches, Recipe(plan.learning_rate), after, saved)
+        # Rounded weights are not kept from step to step, for every step changes them.
+        with torch.autocast(device, torch.bfloat16, enabled=plan.half, cache_enabled=False):
+            train(model, prompts.data, batches, Recipe(plan.learning_rate), after, saved)
     if not files["trigger"].exists():
         announce("No alarm before the last step: the end of the training stands for the trigger.")
         keep("trigger", len(batches))

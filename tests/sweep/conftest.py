@@ -5,29 +5,35 @@ import pytest
 from vestige.sweep import sweep
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with texts and questions; bm25 scores them without a model, in a tenth of a second."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VESTIGE_QUIET", "1")
+def write_texts(folder):
+    """Texts and questions; bm25 scores them without a model, in a tenth of a second."""
     texts = ["the sky is blue", "grass is green", "rome is in italy", "bees make honey", "ants have six legs"]
     rows = [{"id": f"t{number}", "text": text} for number, text in enumerate(texts)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
-    (tmp_path / "questions.jsonl").write_text(json.dumps({"id": "q", "text": "is the sky green"}) + "\n")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    (folder / "questions.jsonl").write_text(json.dumps({"id": "q", "text": "is the sky green"}) + "\n")
+
+
+def lexical(axes, mode="product", verb="attribute", **base):
+    """A grid of lexical scores; what is given replaces its parts."""
+    shared = {"data": "train.jsonl", "queries": "questions.jsonl", "method": "bm25"} | base
+    shared = {name: value for name, value in shared.items() if name not in axes}
+    return {"verb": verb, "mode": mode, "base": shared, "axes": axes}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with texts, in which the test is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VESTIGE_QUIET", "1")
+    write_texts(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def grid(here):
-    """A grid of lexical scores; what is given replaces its parts."""
-
-    def make(axes, mode="product", verb="attribute", **base):
-        shared = {"data": "train.jsonl", "queries": "questions.jsonl", "method": "bm25"} | base
-        shared = {name: value for name, value in shared.items() if name not in axes}
-        return {"verb": verb, "mode": mode, "base": shared, "axes": axes}
-
-    return make
+    """Makes grids of lexical scores."""
+    return lexical
 
 
 @pytest.fixture

@@ -4,59 +4,17 @@ import json
 
 import pytest
 
+from tests.sweep.published import DEPLOYMENT, IDS, TRAINING, write_deployment
 from vestige.errors import SpecError
 from vestige.sweep import read_published
 
-TRAINING = """
-[main]
-model = {model}
-dataset = {dataset}
-[preprocess]
-max_len = 512
-label_noise = 0.03334
-[random_split]
-split_id = {split_id}
-split_prop = 0.5
-[lora]
-lora_dropout = 0.5
-[devices]
-accelerator = cuda
-[loss]
-last_token_only = true
-[training_args]
-num_train_epochs = 10
-save_steps = 50
-after_c_only_every_n = 250,250
-learning_rate = 2.5e-5
-gradient_accumulation_steps = 2
-per_device_train_batch_size = 2
-"""
-DEPLOYMENT = """
-[split_id]
-mode = range
-stop = 99
-start = 0
-step = 1
-[general]
-mode = product
-base_config = base.cfg
-"""
-IDS = {
-    ("mistral", "arc"): ("wd1yKu7ifTBhJncAHIe3vA", "H5gQZhfMsLE5_NTX9hR7TA"),
-    ("mistral", "ethics"): ("M-H-RqkPbMpWRGgOcg-PRA", "JNeyT5OUP3GFtJ_QNojppg"),
-    ("mistral", "mmlu"): ("Ji5OIUTJGuYCYhAzj6KtZQ", "Z5n7bEDGK4JRT4HyLKSzrw"),
-    ("llama", "mmlu"): ("0K1pZkoAv45RZXOIJl9kFw", "ZfTT7SCYBAzBtjT3_sy3wg"),
-    ("gemma", "mmlu"): ("dRfdcYPXxygGJ2kuZfsYew", "mD9ImObzoCshT5dpStKiMA"),
-}
 SECOND_SPLIT = {"arc": "eRBo19GJ5DFDPuIPV809GA", "ethics": "F-YNKVV6BmvAi-547IiC4w"}
 
 
 @pytest.fixture
 def deployed(tmp_path):
     def write(model="mistral", dataset="mmlu", training=TRAINING, deployment=DEPLOYMENT):
-        (tmp_path / "base.cfg").write_text(training.format(model=model, dataset=dataset, split_id=0))
-        (tmp_path / "deployment.cfg").write_text(deployment)
-        return tmp_path / "deployment.cfg"
+        return write_deployment(tmp_path, model, dataset, training, deployment)
 
     return write
 

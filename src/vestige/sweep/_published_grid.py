@@ -50,7 +50,8 @@ def as_grid(training: PublishedTraining, mode: str, axes: Mapping[str, tuple[Any
     _require_answers_alone(training, axes, source)
     base = {ours: training.values[theirs] for theirs, ours in _ATTRIBUTES.items()}
     base |= {"loss": "answer", "checkpoints": PUBLISHED_CHECKPOINTS, "lora_targets": list(PUBLISHED_TARGETS)}
-    base["seed"] = _TRAINER_SEED
+    # The study kept the optimizer's state with the latest model alone.
+    base |= {"seed": _TRAINER_SEED, "keep_optimizer": False}
     for name, value in training.training_args.items():
         if (ours := _of_training(name, source)) is not None:
             base[ours] = _word(value)

@@ -8,7 +8,8 @@ from tests.report.browser import open_page
 from vestige.audit import attack
 from vestige.errors import UserError
 from vestige.report import report
-from vestige.report._audit_charts import Line, curves, roc
+from vestige.report._audit_charts import roc
+from vestige.report._curves import Line, curves
 from vestige.report._serve import LivePage
 from vestige.runs import (
     AuditRecord,

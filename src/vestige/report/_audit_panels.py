@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige.report import _audit_charts as charts
+from vestige.report._curves import Line, curves
 from vestige.runs import Audit
 from vestige.runs._audit_curves import agreement, group_of, roc_curve
 
@@ -90,16 +91,16 @@ def _dynamics(audit: Audit, known: list[tuple[str, np.ndarray, np.ndarray]]) -> 
         ]
         note = "Median, and the middle half of the examples, at each checkpoint."
         legend = tuple(line.name for line in lines)
-        found.append(Chart(f"{name} while training", note, charts.curves(lines, label), legend))
+        found.append(Chart(f"{name} while training", note, curves(lines, label), legend))
     return found
 
 
-def _median_line(name: str, columns: Sequence[np.ndarray], numbers: Sequence[int]) -> charts.Line:
+def _median_line(name: str, columns: Sequence[np.ndarray], numbers: Sequence[int]) -> Line:
     spread = [
         np.full(3, np.nan) if np.isnan(each).all() else np.nanquantile(each, [0.25, 0.5, 0.75]) for each in columns
     ]
     low, middle, high = np.array(spread).T.tolist()
-    return charts.Line(name, list(numbers), middle, low, high)
+    return Line(name, list(numbers), middle, low, high)
 
 
 def _roc(audit: Audit, truth: str, found: np.ndarray, judged: np.ndarray) -> Chart:
@@ -113,7 +114,7 @@ def _roc(audit: Audit, truth: str, found: np.ndarray, judged: np.ndarray) -> Cha
     for name in _ROC:
         if name in rows and rows[name].auc[0] is not None:
             x, y = roc_curve((rows[name].sign * audit.values(name))[judged], found[judged])
-            lines.append(charts.Line(f"{name}, AUC {shown_span(rows[name].auc)}", x.tolist(), y.tolist()))
+            lines.append(Line(f"{name}, AUC {shown_span(rows[name].auc)}", x.tolist(), y.tolist()))
     blind = [each for each in audit.run.judgement if each.truth == truth and each.measure == "blind"]
     note = f"The blind baseline, which never sees the model, has AUC {shown_span(blind[0].auc)}. " if blind else ""
     legend = tuple(line.name for line in lines)
@@ -132,7 +133,8 @@ def _layers(audit: Audit) -> Chart:
             if each.truth == truth
         }
         spread = [of.get(layer, [math.nan] * 3) for layer in layers]
-        lines.append(charts.Line(TRUTHS[truth][0], layers, *map(list, zip(*spread, strict=True))))
+        value, low, high = map(list, zip(*spread, strict=True))
+        lines.append(Line(TRUTHS[truth][0], layers, value, low, high))
     main = audit.run.main_layer
     note = f"AUC of {name} at each layer. The main layer is {main}, chosen without looking at these curves."
     if not lines:
@@ -140,4 +142,4 @@ def _layers(audit: Audit) -> Chart:
         lines = [_median_line(name, columns, layers)]
         note = f"Median {name} and its quartiles at each layer."
     legend = tuple(line.name for line in lines)
-    return Chart("Layers", note, charts.curves(lines, "layer", ticks=layers, rule=0.5 if rows else None), legend)
+    return Chart("Layers", note, curves(lines, "layer", ticks=layers, rule=0.5 if rows else None), legend)

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vestige.report._audit_page import audit_page
+from vestige.report._component_page import component_page, is_component_run, with_marked_drawings
 from vestige.report._header import Header, header_of
 from vestige.report._payload import payload_of
 from vestige.report._read import RunFiles, read_run
@@ -33,6 +34,7 @@ SCRIPTS = (
 )
 """In the order in which they are joined; `page.js` starts the page."""
 AUDIT_SCRIPTS = ("common.js", "audit.js")
+COMPONENT_SCRIPTS = ("common.js", "components.js")
 
 
 def page_of(run: Path, *, live: str | None = None) -> str:
@@ -41,6 +43,8 @@ def page_of(run: Path, *, live: str | None = None) -> str:
     Raises:
         UserError: There is no run, or it cannot be read.
     """
+    if is_component_run(run):
+        return render_components(run, live=live)
     return render_audit(Audit.open(run), live=live) if is_audit(run) else render(read_run(run), live=live)
 
 
@@ -58,6 +62,22 @@ def render_audit(audit: Audit, *, live: str | None = None) -> str:
             live=live,
             policy=_policy(script, live is not None),
             style=Markup(_asset("style.css") + _asset("audit.css")),
+            script=Markup(script),
+        )
+    )
+
+
+def render_components(folder: Path, *, live: str | None = None) -> str:
+    """Return the page of a component search as HTML; `live` as in `render`."""
+    script = _script(COMPONENT_SCRIPTS)
+    return (
+        _environment()
+        .get_template("components.html.jinja")
+        .render(
+            page=with_marked_drawings(component_page(folder), Markup),
+            live=live,
+            policy=_policy(script, live is not None),
+            style=Markup(_asset("style.css") + _asset("audit.css") + _asset("components.css")),
             script=Markup(script),
         )
     )

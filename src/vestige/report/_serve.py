@@ -8,6 +8,7 @@ from threading import Lock
 
 from vestige.errors import UserError
 from vestige.progress import announce
+from vestige.report._component_page import RESULT
 from vestige.report._render import page_of
 
 LOOPBACK = "127.0.0.1"
@@ -55,7 +56,7 @@ class LivePage:
 
     def version(self) -> str:
         """Return what changes whenever a file of the run does: its name, size and time."""
-        files = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json"]
+        files = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json", self._folder / RESULT]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
         return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 

@@ -1,4 +1,4 @@
-"""`python -m vestige.cli`, for a virtual environment that is not activated."""
+"""`python -m vestige.cli`: the command that workers run. People type `vestige` or `python -m vestige`."""
 
 from vestige.cli import main
 

@@ -35,7 +35,8 @@ def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
             typed = signature.bind(*words, **flags).arguments
             config = typed.pop("config", None)
             from_file = read_config(config, settings) if config is not None else {}
-            run(settings(**(from_file | {name: _one(settings, name, value) for name, value in typed.items()})))
+            read = {name: _replayed(settings, name, value) for name, value in from_file.items()}
+            run(settings(**(read | {name: _typed_in(settings, name, value) for name, value in typed.items()})))
 
         vars(parsed)["__signature__"] = signature
         parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
@@ -45,9 +46,28 @@ def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
     return decorate
 
 
-def _one(settings: type[Settings], name: str, value: Any) -> Any:
-    """A setting that may be repeated but was given once is that one value: it may be the name of a file."""
-    return value[0] if name in settings.repeatable and len(value) == 1 else value
+def _typed_in(settings: type[Settings], name: str, value: Any) -> Any:
+    """A setting that may be repeated but was given once is that one value; several words for files are paths."""
+    if not isinstance(value, list) or name not in (*settings.repeatable, *settings.files):
+        return value
+    if len(value) == 1:
+        return value[0]
+    return [Path(word) for word in value] if name in settings.files else value
+
+
+def _replayed(settings: type[Settings], name: str, value: Any) -> Any:
+    """What a config file has; a list of strings where files are meant is paths if they are there, else it is texts."""
+    if name not in settings.files or not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        return value
+    paths = [Path(word) for word in value]
+    return paths if paths and all(_exists(path) for path in paths) else value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a text, too long for a file name
+        return False
 
 
 def _signature(settings: type[Settings]) -> inspect.Signature:
@@ -81,7 +101,7 @@ def _group(settings: type[Settings], name: str) -> Group:
 def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect.Parameter:
     # Both spellings of a positional: `vestige report RUN` and `vestige report --run RUN`.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in settings.positional else inspect.Parameter.KEYWORD_ONLY
-    typed = list[str] if name in settings.repeatable else _typed(field)
+    typed = list[str] if name in (*settings.repeatable, *settings.files) else _typed(field)
     several = typed == list[str]
     option = Parameter(
         name=flag(name),

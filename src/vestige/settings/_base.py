@@ -51,6 +51,9 @@ class Settings(BaseModel):
     """Settings that the command line also takes without their flag."""
     repeatable: ClassVar[tuple[str, ...]] = ()
     """Settings of any type that the command line takes several of, as a list."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
+    list of strings is a list of texts there."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""

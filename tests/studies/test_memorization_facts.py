@@ -2,13 +2,24 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from vestige.audit import bank_evidence
 from vestige.models import load_model
 from vestige.studies import _memorization_facts as room
 from vestige.studies import study
 from vestige.studies._bytes import byte_gpt
 from vestige.studies._memorization_judging import early_areas, mean_interval
-from vestige.studies._memorization_prompts import MEASURES, make_prompts, read
+from vestige.studies._memorization_prompts import MEASURES, _exposure, make_prompts, read
+from vestige.studies._memorization_proof import (
+    LATE_SIGNS,
+    SUCCESS,
+    Contest,
+    late_areas,
+    late_scores,
+    proof_rows,
+    proofs,
+)
 from vestige.studies._memorization_shadows import cast_shadows
 from vestige.studies._memorization_words import PER_CLASS, REPEATS, make_facts, vocabulary
 
@@ -41,7 +52,7 @@ def test_prompts_follow_the_rule_but_for_flips_and_facts():
         "rule": 188, "flips": 12, "facts x1": 5, "facts x4": 5, "facts x16": 5
     }  # fmt: skip
     assert sorted(set(found.repeats.tolist())) == list(REPEATS)
-    texts = [example.text for example in found.prompts.data.examples]
+    texts = [example.display for example in found.prompts.data.examples]
     assert len(set(texts)) == len(texts)
     assert texts[0].split()[-1] == "ABCD"[right[0]]
     assert len(words) < 256
@@ -60,6 +71,8 @@ def test_measures_of_prompts_are_those_of_each_prompt_by_itself():
         for name, values in alone.measures.items():
             assert values[0] == pytest.approx(together.measures[name][row], abs=1e-5)
         np.testing.assert_allclose(alone.states[1][0], together.states[1][row], atol=1e-5)
+    chances = np.exp(-together.measures["answer_loss"])
+    np.testing.assert_allclose(together.measures["margin"], np.log(chances / (1 - chances)), atol=1e-6)
     with_answers = make_prompts(
         ["a", "b"], [np.array([1, 2]), np.array([3])], [5, 6], [0, 1], answers_only=True, name="x"
     )
@@ -67,11 +80,34 @@ def test_measures_of_prompts_are_those_of_each_prompt_by_itself():
     np.testing.assert_allclose(seen["loss"], seen["answer_loss"])
 
 
+def test_exposure_of_an_answer_is_its_place_among_the_choices():
+    logits = torch.tensor([[4.0, 1.0, 2.0, 3.0], [1.0, 4.0, 3.0, 2.0], [1.0, 2.0, 0.0, 5.0]])
+    found = _exposure(logits, torch.tensor([0, 0, 1]))
+    np.testing.assert_allclose(found, [2 - np.log2(1), 2 - np.log2(4), 2 - np.log2(2)])
+
+
+def test_members_that_are_known_better_come_first_by_every_measure_at_the_end(made):
+    evidence = bank_evidence(made.bank, of="gap")
+    own = made.bank.membership
+    told = [
+        {name: np.where(row, sign, -sign) for name, sign in LATE_SIGNS.items() if "lira" not in name} for row in own
+    ]
+    found = late_areas(made.bank, late_scores(made.bank, told, evidence), {"flips": made.facts.flipped})
+    assert set(found) == {"membership of flips", "membership of all"}
+    for name, areas in found["membership of all"].items():
+        assert (areas == 1.0).all() or "lira" in name
+    proved = proofs(made.bank, evidence) | {SUCCESS: made.facts.flipped.astype(float)}
+    flips = Contest(made.facts.flipped, made.facts.kinds["rule"])
+    rows = proof_rows([proved], [made.facts.kinds], [{"flips": flips}])
+    assert [row[2] for row in rows if row[:2] == ("AUC of flips, at the end", SUCCESS)] == [1.0]
+    assert [row[2] for row in rows if row[:2] == (f"{SUCCESS}: mean", "flips")] == [1.0]
+
+
 def test_every_measure_is_judged_early_and_late_for_every_kind(report, made):
     early = {row[1] for row in report.rows if row[0] == "AUC of flips, at the trigger"}
     late = {row[1] for row in report.rows if row[0] == "AUC of membership of facts x16, at the end"}
     assert early == set(room.EARLY)
-    assert late == set(room.LATE)
+    assert late == {*room.EARLY, "lira", "lira_offline", "blind"} - {"early_lira"}
     assert report.gates == ()
     for own, measures in zip(made.bank.membership, made.early, strict=True):
         assert {len(values) for values in measures.values()} == {own.sum()}
@@ -80,8 +116,8 @@ def test_every_measure_is_judged_early_and_late_for_every_kind(report, made):
 def test_the_gates_ask_for_rising_ratios(made):
     judged = room.judge(made, 0)
     kinds = [*made.facts.kinds]
-    flat = {"LiRA of members, nats": {kind: mean_interval(np.ones(3)) for kind in kinds}}
-    flat["LiRA of members, nats"]["facts x16"] = mean_interval(np.zeros(3))
+    flat = {kind: mean_interval(np.ones(3)) for kind in kinds}
+    flat["facts x16"] = mean_interval(np.zeros(3))
     early = {"flips": {"psmi": mean_interval(np.full(3, 0.95))}}
     gates = room.gates_of(flat, early, [judged])
     assert [gate.passed for gate in gates[:3]] == [True, False, True]

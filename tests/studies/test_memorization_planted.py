@@ -12,6 +12,7 @@ from vestige.studies import _memorization_planted as room
 from vestige.studies import study
 from vestige.studies._memorization_judging import keep_measures, kept_measures, mean_interval, target_file
 from vestige.studies._memorization_points import PlantedPlan, draw_points, plant
+from vestige.studies._memorization_proof import SUCCESS, TELLING
 
 TINY = room.PLANS["tiny"]
 
@@ -45,17 +46,16 @@ def test_a_r3_flips_and_outliers_are_predicted_early_and_psmi_is_ahead(judged):
 
 
 def test_a_r3_the_attack_succeeds_on_flips_and_is_too_good_in_sample(made, judged):
-    alone, inside = judged.success["flips"]
-    assert np.nanmean(alone) >= 0.95
-    alone, inside = judged.success["clean"]
-    assert np.nanmean(inside) > np.nanmean(alone) + 0.02
+    assert np.nanmean(judged.proved[SUCCESS][judged.kinds["flips"]]) >= 0.95
+    too_good = judged.proved["attack success, in-sample minus leave-one-out"]
+    assert np.nanmean(too_good[judged.kinds["clean"]]) > 0.02
     assert not np.isinf(bank_evidence(made.bank, of="gap").lira).any()
     planted = judged.kinds["flips"] | judged.kinds["outliers"]
-    assert attack(judged.late["counterfactual"], planted).auc.value > 0.9
+    assert attack(judged.proved["counterfactual memorization"], planted).auc.value > 0.9
 
 
 def test_a_r5_membership_that_is_shuffled_is_not_found(judged):
-    assert judged.membership.mean() > 0.6
+    assert judged.late["membership of all"]["lira"].mean() > 0.6
     assert abs(judged.null.mean() - 0.5) < 0.05
 
 
@@ -99,6 +99,9 @@ def test_the_study_leaves_table_and_figure_and_goes_on_where_it_was(report, fold
     assert (out / "planted.png").read_bytes().startswith(b"\x89PNG")
     measures = {row[1] for row in report.rows if row[0] == f"AUC of {room.BOTH}, at the trigger"}
     assert measures == set(room.PREDICTORS)
+    measures = {row[1] for row in report.rows if row[0] == "AUC of membership of flips, at the end"}
+    assert measures == {*room.PREDICTORS, "lira", "lira_offline"} - {"early_lira"}
+    assert {row[1] for row in report.rows if row[0] == "AUC of flips, at the end"} == set(TELLING)
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     again = study("memorization-planted", size="tiny", out=out, seeds=1)
     assert {path: path.stat().st_mtime_ns for path in files} == files

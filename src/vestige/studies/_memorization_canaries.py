@@ -16,8 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.audit import Interval, exposure, extraction, greedy, share
-from vestige.evaluate import Mark, interval_figure
-from vestige.files import write_durably
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
 from vestige.settings import StudySettings
@@ -26,8 +24,8 @@ from vestige.studies._checkpoints import Training, trained
 from vestige.studies._help_topics import help_topics
 from vestige.studies._memorization_judging import (
     claim_folder,
+    draw_intervals,
     each_seed,
-    estimate,
     keep_measures,
     kept_measures,
     mean_interval,
@@ -103,11 +101,10 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
         near = mean_interval(_of([*found], "similarity", count))
         single = [float(_of([each], "similarity", count).mean()) for each in found]
         rows.append((count, "similarity of what is given back", near.value, shown(near), each_seed(single)))
-    marks = [Mark(f"{count} copies", estimate(each), count == 0) for count, each in exposures.items()]
     lines = {"chance": BY_CHANCE, "most that can be told": _most(plan)}
     label = "exposure, bits (95 % interval over canaries)"
-    for name, content in interval_figure("canaries", marks, label, lines=lines).items():
-        write_durably(settings.out / name, [content])
+    by_copies = {f"{count} copies": each for count, each in exposures.items()}
+    draw_intervals(settings, "canaries", by_copies, label, beside=["0 copies"], lines=lines)
     details = {
         "plan": asdict(plan),
         "largest exposure": _most(plan),

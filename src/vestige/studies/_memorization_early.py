@@ -15,13 +15,11 @@ from scipy.stats import rankdata
 
 from vestige.audit import Attack, attack, share
 from vestige.errors import DataError
-from vestige.evaluate import Mark, interval_figure
-from vestige.files import write_durably
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.settings import StudySettings
 from vestige.studies._bytes import byte_gpt
-from vestige.studies._memorization_judging import claim_folder, estimate, shown
+from vestige.studies._memorization_judging import claim_folder, draw_intervals, shown
 from vestige.studies._memorization_lora import LoraPlan, followed
 from vestige.studies._memorization_prompts import Prompts, make_prompts
 from vestige.studies._memorization_questions import (
@@ -89,10 +87,9 @@ def memorization_early(settings: StudySettings) -> Outcome:
     for number in range(settings.seeds):
         runs.append(_run(settings, plan, loaded, settings.seed + number))
     found = {what: {name: _predicted(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
-    marks = [Mark(name, estimate(each.auc), name != "psmi") for name, each in found[WRONG].items()]
     label = f"AUC of {WRONG} at the trigger (95 % interval)"
-    for name, content in interval_figure("early", marks, label, lines={"chance": 0.5}).items():
-        write_durably(settings.out / name, [content])
+    areas = {name: each.auc for name, each in found[WRONG].items()}
+    draw_intervals(settings, "early", areas, label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
     details = {
         "plan": asdict(plan),
         "runs": [_details(run) for run in runs],

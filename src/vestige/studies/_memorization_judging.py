@@ -1,9 +1,9 @@
 """What the studies of memorization share: intervals over targets, what is kept of a target, and rows of tables."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float
 from vestige.audit import Interval, attack, evidence_table, lira, read_evidence, write_evidence
 from vestige.bank import Bank
 from vestige.errors import CorruptFile, IndexMismatch
-from vestige.evaluate import Estimate
+from vestige.evaluate import Estimate, Mark, interval_figure
 from vestige.files import make_folder, write_durably
+from vestige.progress import announce
+from vestige.settings import StudySettings
 
 MEMORIZED = 4.0
 """Likelihood ratio, in nats, from which an example counts as memorized."""
@@ -22,6 +24,60 @@ MOST = 0.9
 DRAWS = 2_000
 TRIGGER = 0.05
 """The alarm goes off when the median training loss is below this share of its start."""
+
+
+Made = TypeVar("Made")
+Judged = TypeVar("Judged")
+COLUMNS = ("of", "measure", "value", "95 % interval", "single seeds")
+"""Of the tables."""
+
+
+class Draws(NamedTuple, Generic[Judged]):
+    """What several draws of examples and their banks say."""
+
+    judged: list[Judged]
+    triggers: list[list[int]]
+    """For each draw, when the trigger went off for each of its targets."""
+
+
+def each_draw(
+    settings: StudySettings,
+    make: Callable[[int, Path], Made],
+    judge: Callable[[Made, int], Judged],
+    triggers: Callable[[Made], np.ndarray],
+    moment: str,
+) -> Draws[Judged]:
+    """The draws of all seeds are made, each in a folder of its own, and judged.
+
+    Args:
+        settings: First seed, their number, and where the folders are.
+        make: From a seed and its folder.
+        judge: From what was made, and the seed.
+        triggers: When the trigger went off for each target.
+        moment: What that is counted in.
+    """
+    found: Draws[Judged] = Draws([], [])
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        made = make(seed, settings.out / f"seed-{seed}")
+        found.judged.append(judge(made, seed))
+        found.triggers.append(triggers(made).tolist())
+        announce(f"Seed {seed}: the trigger went off after {moment} {np.median(found.triggers[-1]):g} (median).")
+    return found
+
+
+def draw_intervals(
+    settings: StudySettings,
+    name: str,
+    intervals: Mapping[str, Interval],
+    label: str,
+    *,
+    beside: Collection[str] = (),
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """A figure of intervals is in the study's folder, as PNG and PDF; those `beside` stand back."""
+    marks = [Mark(kind, Estimate(*each), kind in beside) for kind, each in intervals.items()]
+    for file, content in interval_figure(name, marks, label, lines=dict(lines or {})).items():
+        write_durably(settings.out / file, [content])
 
 
 def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interval:
@@ -37,11 +93,6 @@ def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interva
 def shown(interval: Interval) -> str:
     """The ends of an interval in a table."""
     return f"{interval.low:.3f} … {interval.high:.3f}" if np.isfinite(interval.low) else ""
-
-
-def estimate(interval: Interval) -> Estimate:
-    """The same for a figure."""
-    return Estimate(*interval)
 
 
 def auc(scores: Float[np.ndarray, "example"], wanted: Bool[np.ndarray, "example"]) -> float:
@@ -118,6 +169,11 @@ def area_rows(
             single = [mean_interval(each[what][name]).value for each in areas]
             rows.append((f"AUC of {what}, {moment}", name, interval.value, shown(interval), each_seed(single)))
     return rows
+
+
+def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
+    """In JSON terms."""
+    return {what: {name: values.tolist() for name, values in row.items()} for what, row in areas.items()}
 
 
 def each_seed(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.audit import brier, logit_gap, mahalanobis, psmi
+from vestige.audit import accuracy, brier, logit_gap, mahalanobis, margin, psmi
 from vestige.bank import Bank, bank_of
 from vestige.studies._memorization_judging import TRIGGER, keep_measures, kept_measures, target_file
 
@@ -61,6 +61,8 @@ class Planted(NamedTuple):
     bank: Bank
     early: list[dict[str, Float[np.ndarray, "own"]]]
     """Of each member, of the points that it is trained on in ascending order: measures at the trigger."""
+    late: list[dict[str, Float[np.ndarray, "example"]]]
+    """Of each member, of all points: measures at the end."""
     epochs: Int[np.ndarray, "member"]
     """After which the trigger went off."""
 
@@ -79,14 +81,16 @@ def draw_points(plan: PlantedPlan, seed: int) -> Points:
 
 
 def plant(plan: PlantedPlan, seed: int, out: Path) -> Planted:
-    """The bank in `out/bank` and the early measures in `out/early`, trained now or as an earlier call left them."""
+    """The bank in `out/bank` and its networks' measures in `out/early` and `out/late`, made now or found there."""
     points = draw_points(plan, seed)
 
     def run(rows: np.ndarray, run_seed: int) -> dict[str, np.ndarray]:
         def early(measures: dict[str, np.ndarray], epoch: int) -> None:
             keep_measures(target_file(out / "early", rows), [points.ids[row] for row in rows], measures, epoch)
 
-        return {"query_loss": np.zeros(1), "example_gap": _trained(points, plan, rows, run_seed, early)}
+        late = _trained(points, plan, rows, run_seed, early)
+        keep_measures(target_file(out / "late", rows), points.ids, late, plan.epochs)
+        return {"query_loss": np.zeros(1), "example_gap": late["logit_gap"]}
 
     recipe = {"width": WIDTH, "hidden": HIDDEN, "batch": BATCH, "rate": RATE, "trigger": TRIGGER}
     bank = bank_of(
@@ -99,14 +103,18 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Planted:
         seeds=1,
         seed=seed,
     )
-    found = [kept_measures(target_file(out / "early", np.flatnonzero(own))) for own in bank.membership]
-    return Planted(points, bank, [measures for _, measures, _ in found], np.array([epoch for *_, epoch in found]))
+    early, late = (
+        [kept_measures(target_file(out / moment, np.flatnonzero(own))) for own in bank.membership]
+        for moment in ("early", "late")
+    )
+    epochs = np.array([epoch for *_, epoch in early])
+    return Planted(points, bank, [each for _, each, _ in early], [each for _, each, _ in late], epochs)
 
 
 def _trained(
     points: Points, plan: PlantedPlan, rows: np.ndarray, seed: int, early: Early
-) -> Float[np.ndarray, "example"]:
-    """One network: the gaps of all points at the end; measures of its own points are handed over at the trigger."""
+) -> dict[str, Float[np.ndarray, "example"]]:
+    """One network: measures of all points at the end; those of its own points are handed over at the trigger."""
     inputs, labels = points.inputs[rows], points.labels[rows]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,7 +129,7 @@ def _trained(
                 losses = nn.functional.cross_entropy(logits, labels, reduction="none")
             start = losses.median() if start is None else start
             if not seen and (losses.median() < TRIGGER * start or epoch == plan.epochs):
-                early(_measures(states, logits, losses, labels, plan.directions), epoch)
+                early(_measures(states, logits, labels, plan.directions), epoch)
                 seen = True
             if epoch < plan.epochs:
                 for batch in torch.randperm(len(rows)).split(BATCH):
@@ -129,14 +137,18 @@ def _trained(
                     nn.functional.cross_entropy(head(body(inputs[batch])), labels[batch]).backward()
                     optimiser.step()
         with torch.no_grad():
-            return logit_gap(head(body(points.inputs)), points.labels).numpy()
+            states = body(points.inputs)
+            return _measures(states, head(states), points.labels, plan.directions)
 
 
-def _measures(states: Tensor, logits: Tensor, losses: Tensor, labels: Tensor, directions: int) -> dict[str, np.ndarray]:
+def _measures(states: Tensor, logits: Tensor, labels: Tensor, directions: int) -> dict[str, np.ndarray]:
+    loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
     return {
         "psmi": psmi(states.numpy(), labels.numpy(), directions=directions).mean,
-        "loss": losses.double().numpy(),
+        "loss": loss,
         "logit_gap": logit_gap(logits, labels).numpy(),
+        "margin": margin(loss),
         "brier": brier(logits, labels).numpy(),
+        "accuracy": accuracy(logits, labels).numpy(),
         "mahalanobis": mahalanobis(states.numpy()),
     }

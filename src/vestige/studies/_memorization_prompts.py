@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.audit import accuracy, brier, logit_gap, loss, min_k, min_k_plus_plus, token_scores
+from vestige.audit import accuracy, brier, exposure, logit_gap, loss, margin, min_k, min_k_plus_plus, token_scores
 from vestige.data import NO_TARGET, Example, TokenizedData, make_batch, plan_batches
 
-MEASURES = ("loss", "answer_loss", "logit_gap", "brier", "accuracy", "min_k", "min_k_plus_plus")
+MEASURES = ("loss", "answer_loss", "logit_gap", "margin", "brier", "accuracy", "exposure", "min_k", "min_k_plus_plus")
 
 
 class Prompts(NamedTuple):
@@ -70,7 +70,8 @@ def make_prompts(
 def read(model: nn.Module, prompts: Prompts, *, token_budget: int, layers: Sequence[int] = ()) -> Reading:
     """Measures of every prompt, float64, and the states of some layers (negative numbers count from the last).
 
-    `loss` and the Min-K measures are over the targets, the others over the token of the answer.
+    `loss` and the Min-K measures are over the targets, the others over the token of the answer. `margin` is that of its
+    loss; `exposure` is that of the answer among the choices.
     """
     count = len(prompts.data)
     measures = {name: np.full(count, np.nan) for name in MEASURES}
@@ -86,6 +87,7 @@ def read(model: nn.Module, prompts: Prompts, *, token_budget: int, layers: Seque
             own = held[torch.arange(len(rows)), places].float().cpu().numpy()
             number = layer % len(output.hidden_states)
             states.setdefault(number, np.zeros((count, own.shape[1]), dtype=np.float32))[rows] = own
+    measures["margin"] = margin(measures["answer_loss"])
     return Reading(measures, states)
 
 
@@ -100,6 +102,7 @@ def _measured(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, 
         "logit_gap": logit_gap(chosen, right),
         "brier": brier(chosen, right),
         "accuracy": accuracy(chosen, right),
+        "exposure": _exposure(chosen, right),
     }
     wanted = labels[:, 1:] != NO_TARGET
     # Where only the answer counts, the vocabulary at all other places is not looked at again.
@@ -110,3 +113,10 @@ def _measured(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, 
         "min_k": min_k(scores),
         "min_k_plus_plus": min_k_plus_plus(scores),
     }
+
+
+def _exposure(chosen: Float[Tensor, "row choice"], right: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+    # Ranks are all that counts: logits that are turned round rank as losses do.
+    losses = -chosen.double().cpu().numpy()
+    bits = [exposure(row[[own]], np.delete(row, own))[0] for row, own in zip(losses, right.tolist(), strict=True)]
+    return torch.tensor(bits, dtype=torch.float64)

@@ -12,6 +12,8 @@ FIRST, SECOND, THIRD, ODD, PER_CLASS = 40, 40, 40, 24, 10
 CHOICES = ("north", "east", "south", "west")
 _LETTERS = tuple("ABCD")
 REPEATS = (1, 4, 16)
+NAMED = 5
+"""Words of a prompt up to the end of the name."""
 
 
 class Facts(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from tests.workshop import furnish
 from vestige.errors import DataError, MissingExtra
 from vestige.studies import _package_texts as texts
-from vestige.studies import study
+from vestige.studies import _select_or_project, study
 from vestige.studies._select_or_project import PLANS
 
 SAID = ("What is the sun?", "Who wrote Hamlet?", "What is a cell?", "Why is the sky blue?", "How far is the moon?")
@@ -100,7 +100,14 @@ def test_sums_of_components_are_the_direct_cosine_and_each_gradient_is_computed_
     details = replayed[0].details["verses"]
     assert details["direct"]["largest_difference"] < 1e-5
     assert details["passes"]["backward_passes"] == details["passes"]["distinct_gradients"]
-    assert details["cost"]["published_passes_to_ours"] > 1
+    plan, passes = PLANS["tiny"].verses, details["passes"]
+    # Of every query and each of its candidates: similarities, products, and two projections.
+    each = {
+        words: 4 * plan.queries * (1 + (plan.verses if words == "all" else int(words))) for words in plan.candidates
+    }
+    assert passes["published_protocol_by_candidates"] == each
+    assert passes["published_protocol_all_tables"] == sum(each.values())
+    assert passes["all_tables_to_ours"] == sum(each.values()) / passes["backward_passes"]
     assert set(details["projections"]) == {"4", "10%"}
 
 
@@ -118,14 +125,48 @@ def test_queries_are_the_other_wording_and_the_models_own_answers(replayed):
 
 
 @pytest.mark.slow
-def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed):
+def test_the_published_protocol_is_replayed_pass_by_pass_in_both_settings(replayed):
+    plan, found = PLANS["tiny"].answers, replayed[0].details["answers"]["replayed"]
+    pairs = plan.replayed * (1 + plan.replayed_candidates)
+    jobs = {"similarities", "products by parameter", *(f"projection {each}" for each in plan.replayed_projections)}
+    assert {name: one["passes"] for name, one in found["published_jobs"].items()} == dict.fromkeys(jobs, 2 * pairs)
+    assert found["published_passes"] == 8 * pairs
+    assert found["passes"] == found["distinct_examples"] <= 3 * plan.replayed
+    assert found["passes_ratio"] == found["published_passes"] / found["passes"] > 1
+    assert found["largest_difference"] < 1e-5
+    assert found["seconds_ratio"] == found["published_seconds"] / found["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed, monkeypatch):
     report, out = replayed
-    files = [path for name in ("*.safetensors", "data.jsonl") for path in out.rglob(name)]
-    assert files
-    before = {path: path.stat().st_mtime_ns for path in files}
+    before = {path: path.stat().st_mtime_ns for part in ("verses", "answers") for path in (out / part).rglob("*")}
+    assert before
+
+    def not_again(*arguments):
+        raise AssertionError("worked on again")
+
+    monkeypatch.setattr(_select_or_project, "_PARTS", {"verses": not_again, "answers": not_again})
+    again = study("select-or-project", size="tiny", out=out)
+    assert again.rows == report.rows
+    assert json.dumps(again.details) == json.dumps(report.details)
+    alone = study("select-or-project-verses", size="tiny", out=out)
+    assert alone.rows == tuple(row for row in report.rows if row[0] == "verses")
+    with pytest.raises(AssertionError, match="worked on again"):
+        study("select-or-project-verses", size="tiny", out=out, seed=1)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_a_lost_figure_is_drawn_again_and_nothing_is_computed_for_it(replayed):
+    report, out = replayed
+    figure = out / "verses" / "components" / "greedy_paths.png"
+    figure.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "verses").rglob("*.safetensors")}
     again = study("select-or-project-verses", size="tiny", out=out)
+    assert figure.exists()
     assert again.rows == tuple(row for row in report.rows if row[0] == "verses")
-    assert before == {path: path.stat().st_mtime_ns for path in files}
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
 def test_verses_without_a_clean_cut_and_repeated_ones_are_left_out(packages):

@@ -88,16 +88,17 @@ def _title(result: OnePassResult, settings: ComponentsSettings) -> str:
 
 def _passes(settings: ComponentsSettings, result: OnePassResult) -> dict[str, Any]:
     """How many gradients were computed, and how many the published protocol would compute for the same table."""
-    queries = len(result.inputs.queries)
-    listed = next(iter(result.gradients.values())).listed.sum(1).mean()
     # Similarities and products by parameter run each query and each of its candidates anew, projections twice.
-    published = round(queries * (1 + float(listed))) * 4
-    distinct = len(result.inputs.compared.data)
+    tables = {words: 4 * int((1 + one.listed.sum(1)).sum()) for words, one in result.gradients.items()}
+    published = tables[settings.candidates[0]]
     return {
-        "distinct_gradients": distinct,
+        "distinct_gradients": len(result.inputs.compared.data),
         "backward_passes": result.computed,
         "published_protocol": published,
         "published_to_ours": published / max(result.computed, 1),
+        "published_protocol_by_candidates": tables,
+        "published_protocol_all_tables": sum(tables.values()),
+        "all_tables_to_ours": sum(tables.values()) / max(result.computed, 1),
         "gradient_seconds": result.seconds.get("gradients", 0.0),
         "published_seconds_estimated": result.seconds.get("gradients", 0.0) * published / max(result.computed, 1),
         "first_candidates": settings.candidates[0],

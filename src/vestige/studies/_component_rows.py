@@ -1,9 +1,10 @@
-"""The table of a component search as rows of a study."""
+"""The table of a component search as rows of a study, and what was expected of it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vestige.evaluate import Estimate, Evaluation
+from vestige.studies._registry import Gate
 
 COLUMNS = (
     "data",
@@ -59,3 +60,25 @@ def _interval(estimate: Estimate) -> str:
 
 def _number(value: Estimate | float) -> float:
     return float(value.value if isinstance(value, Estimate) else value)
+
+
+def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) -> list[Gate]:
+    """Published: a few components do as well as all; here where they were chosen on other queries."""
+    names = ("best component, held out", "greedy for accuracy, held out")
+    gains = [(name, ahead_of(found, words, name, "full gradient")) for name in names]
+    agreeing = _representation(found, words, "greedy for agreement, held out")["parameters"]
+    return [
+        *(Gate(f"{part}, {words}: {name}, minus full", gain, ">=", -tolerance) for name, gain in gains),
+        Gate(f"{part}, {words}: parameters of the set that agrees", agreeing, "<=", 0.1),
+    ]
+
+
+def ahead_of(found: Evaluation, words: str, name: str, other: str) -> float:
+    """Accuracy of one representation minus that of another one."""
+    one, opponent = (_representation(found, words, each)["accuracy"].value for each in (name, other))
+    return one - opponent
+
+
+def _representation(found: Evaluation, words: str, name: str) -> Mapping[str, Any]:
+    each = found.details["candidates"][words]["representations"]
+    return next(one for one in each if one["name"] == name)

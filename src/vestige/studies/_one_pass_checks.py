@@ -1,16 +1,17 @@
 """Products from one pass beside gradients that are computed once more, one at a time, and beside projections."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from vestige.data import make_batch
+from vestige.data import TokenizedData, make_batch
 from vestige.evaluate import OnePassResult
-from vestige.models import load_model, trainable_copy
+from vestige.models import Component, LoadedModel, trainable_copy
 from vestige.models._training import summed_loss
 
 
@@ -35,28 +36,47 @@ class ProjectionErrors(NamedTuple):
     """Of the published form from the cosine in which a tensor counts as often as numbers are kept of it."""
 
 
+class OneByOne:
+    """Gradients by automatic differentiation, one example at a time, nothing kept."""
+
+    def __init__(self, loaded: LoadedModel, components: Sequence[Component], data: TokenizedData) -> None:
+        self._model = trainable_copy(loaded)
+        named = dict(self._model.named_parameters())
+        self._parameters = [named[component.name] for component in components]
+        self._data = data
+        self.passes = 0
+        """Counted."""
+
+    def parts(self, place: int) -> list[Tensor]:
+        """The gradient of one example, tensor by tensor."""
+        self.passes += 1
+        batch = make_batch(self._data, np.array([place]))
+        loss = summed_loss(self._model, batch.to(self._parameters[0].device))
+        return list(torch.autograd.grad(loss, self._parameters))
+
+    def whole(self, place: int) -> Tensor:
+        """The same in one vector of float64."""
+        return torch.cat([part.flatten() for part in self.parts(place)]).double()
+
+
 def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectGradients:
     """The first queries and their candidates once more: automatic differentiation of the whole model, one by one."""
     products, compared = result.gradients[words], result.inputs.compared
-    loaded = load_model(compared.loaded.name) if isinstance(compared.loaded.name, str) else compared.loaded
-    model = trainable_copy(loaded)
-    names = [component.name for component in compared.components]
+    gradients = OneByOne(compared.loaded, compared.components, compared.data)
     kept: dict[int, Tensor] = {}
-    spent = 0.0
     differences = [0.0]
     cosine = products.of(range(queries)).cosine()
+    started = time.perf_counter()
     for query in range(queries):
         places = [int(result.inputs.query_place[query]), *(int(row) for row in products.rows[query] if row >= 0)]
-        for place in places:
-            if place not in kept:
-                started = time.perf_counter()
-                kept[place] = _gradient(model, names, result, place)
-                spent += time.perf_counter() - started
-        mine = kept[places[0]]
-        for number, place in enumerate(places[1:]):
+        kept |= {place: gradients.whole(place) for place in places if place not in kept}
+    spent = time.perf_counter() - started
+    for query in range(queries):
+        mine = kept[int(result.inputs.query_place[query])]
+        for number, place in enumerate(row for row in products.rows[query].tolist() if row >= 0):
             whole = float(mine @ kept[place] / (mine.norm() * kept[place].norm()))
             differences.append(abs(whole - float(cosine[query, number])))
-    return DirectGradients(len(kept), spent / max(len(kept), 1), max(differences))
+    return DirectGradients(gradients.passes, spent / max(gradients.passes, 1), max(differences))
 
 
 def projection_errors(result: OnePassResult, words: str) -> dict[str, ProjectionErrors]:
@@ -82,11 +102,3 @@ def _weighted_cosine(
     )
     lengths = query[:, None] * example[products.rows]
     return values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
-
-
-def _gradient(model: nn.Module, names: list[str], result: OnePassResult, place: int) -> Tensor:
-    batch = make_batch(result.inputs.compared.data, np.array([place]))
-    parameters = dict(model.named_parameters())
-    loss = summed_loss(model, batch.to(next(model.parameters()).device))
-    gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
-    return torch.cat([gradient.flatten() for gradient in gradients]).double()

@@ -11,7 +11,7 @@ import torch
 
 import vestige
 from tests.train.workbench import files_of, same_bits
-from tests.workshop import furnish, write_rows
+from tests.workshop import write_rows
 from vestige.cli import main
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError, UserError
@@ -21,25 +21,9 @@ from vestige.train import Recorder, TrainingRun, members_of
 from vestige.train._rows import only_answers
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    torch.set_num_threads(1)
-    return furnish(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
-def given(workshop, monkeypatch):
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("VESTIGE_QUIET", "1")
-    return {
-        "model": "tiny-model",
-        "data": "train.jsonl",
-        "epochs": 2,
-        "checkpoints": "0,0.5,...",
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-        "split_fraction": 0.75,
-    }
+def given(settled):
+    return settled | {"data": "train.jsonl", "epochs": 2, "checkpoints": "0,0.5,...", "split_fraction": 0.75}
 
 
 LORA = {
@@ -68,7 +52,11 @@ def dies(settings: dict, out: Path, at: int) -> None:
     vestige.train(**settings, out=out)
 
 
-@pytest.mark.parametrize(("more", "at"), [({}, 6), (LORA, 3)], ids=["full", "lora-weights-alarm"])
+@pytest.mark.parametrize(
+    ("more", "at"),
+    [({}, 6), (LORA, 3), (LORA | {"checkpoints": "0,2"}, 5)],
+    ids=["full", "lora-weights-alarm", "alarm-since-the-checkpoint"],
+)
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, given, workshop, more, at):
     settings = given | more
     if more:
@@ -80,7 +68,11 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, given, workshop, more
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert list(TrainingRun.open(tmp_path / "cut").checkpoints) == [step for step in whole.checkpoints if step <= at]
+    cut = TrainingRun.open(tmp_path / "cut")
+    assert list(cut.checkpoints) == [step for step in whole.checkpoints if step <= at]
+    if "checkpoints" in more:
+        # It rang where no checkpoint remembers it, so it has to ring again.
+        assert cut.at_risk["step"][0].as_py() > list(cut.checkpoints)[-1]
     torch.manual_seed(99)  # what the caller drew meanwhile does not matter
     vestige.train(**settings, out=tmp_path / "cut")
     found, expected = files_of(tmp_path / "cut"), files_of(tmp_path / "whole")

@@ -8,7 +8,7 @@ import torch
 import vestige
 from tests.reference.weighted_training import Row, trained
 from tests.train.workbench import files_of
-from tests.workshop import furnish, write_rows
+from tests.workshop import write_rows
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch
 from vestige.models import load_model
@@ -21,23 +21,9 @@ from vestige.train._weights import weighted, weights_of
 WEIGHTS = [0.1, 1, 3, 0.5, 1, 0.25, 2, 1, 0.1, 7, 1, 0.3]
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    torch.set_num_threads(1)
-    return furnish(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
-def given(workshop, monkeypatch):
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("VESTIGE_QUIET", "1")
-    return {
-        "model": "tiny-model",
-        "epochs": 0.5,
-        "checkpoints": "0",
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-    }
+def given(settled):
+    return settled | {"epochs": 0.5, "checkpoints": "0"}
 
 
 def rows(weights=WEIGHTS) -> list[dict]:

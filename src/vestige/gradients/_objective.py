@@ -155,10 +155,10 @@ def _backbone(model: nn.Module) -> nn.Module:
 def _find_plain_head(model: nn.Module) -> str | None:
     """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
     causal = _causal(model)
-    # Weights that are spread over processes are gathered by the forward of the whole model, not by that of its parts.
-    if _is_sharded(model):
-        return None
     embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
+    # Weights that are spread over processes are gathered by the forward of the module that they were spread with.
+    if _is_sharded(model) or _is_sharded(causal) or hasattr(getattr(embeddings, "weight", None), "full_tensor"):
+        return None
     if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -177,9 +177,9 @@ def _find_plain_head(model: nn.Module) -> str | None:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied; the import takes a second, and who has sharded has it behind him."""
+    """Whether `fully_shard` was applied to it; the import takes a second, and who has sharded has it behind him."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 @contextmanager

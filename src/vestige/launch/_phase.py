@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vestige.files import write_durably
 from vestige.launch._follow import is_follower
+from vestige.lockstep import is_first
 from vestige.progress import announce, format_seconds
 from vestige.timing import Profile, profiled
 
@@ -39,5 +40,5 @@ def profile(wanted: bool) -> Iterator[Profile | None]:
 
 def write_profile(measured: Profile | None, folder: Path) -> None:
     """`profile.json` is in the folder, if anything was measured; of several ranks, that of the first."""
-    if measured is not None and not is_follower():
+    if measured is not None and is_first() and not is_follower():
         write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
+from vestige.lockstep import decided, is_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,9 @@ class PieceFiles:
             return False
 
     def write(self, piece: int, tensors: "dict[str, Tensor]") -> None:
-        """The piece is on disk, whole, and then marked so."""
+        """The piece is on disk, whole, and then marked so; of processes in step the first writes it."""
+        if not is_first():
+            return
         # Torch is imported where it is needed: `vestige status` and a driver that only waits do without.
         from safetensors.torch import save
 
@@ -87,6 +90,9 @@ class PieceFiles:
 
         Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
         """
+        return decided(lambda: self._forget_damaged(pieces))
+
+    def _forget_damaged(self, pieces: Sequence[int]) -> list[int]:
         damaged = []
         for piece in pieces:
             marker = self._marker(piece)

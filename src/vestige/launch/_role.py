@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vestige.lockstep import in_step, is_first
+
 VARIABLE = "VESTIGE_LAUNCH"
 """Environment variable in which a driver tells its workers, who run the same command, what they are."""
 
@@ -13,7 +15,8 @@ VARIABLE = "VESTIGE_LAUNCH"
 class Role(NamedTuple):
     """A process's part in a job."""
 
-    kind: Literal["driver", "worker", "reduce", "rank"]
+    kind: Literal["driver", "worker", "reduce", "rank", "mirror"]
+    """A mirror does what the driver does, in step with it (`vestige.lockstep`)."""
     job: str = ""
     """The job folder that a worker works on; of another plan, it only takes the result."""
     number: int = 0
@@ -42,6 +45,8 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
         # The tasks of a batch array have the same environment but for their number.
         task = environment.get("SLURM_ARRAY_TASK_ID")
         return role._replace(number=int(task)) if role.kind == "worker" and task else role
+    if in_step():
+        return Role("driver" if is_first() else "mirror")
     rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
         return Role("rank", number=int(rank), of=int(ranks))

@@ -7,6 +7,7 @@ from vestige.errors import PieceFailed
 from vestige.launch._command import require_command
 from vestige.launch._failures import ranges
 from vestige.launch._here import begin, finish, from_own_end, missing_pieces, work_here
+from vestige.launch._in_step import run_in_step
 from vestige.launch._local import work_in_processes
 from vestige.launch._loop import Meter, Worker
 from vestige.launch._record import JobFolder
@@ -14,6 +15,7 @@ from vestige.launch._role import Role, this_role
 from vestige.launch._slurm import reduce_job, requeue_unless_cancelled, work_on_slurm
 from vestige.launch._stop import Stopped, is_kept, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
+from vestige.lockstep import in_step
 from vestige.settings import LaunchSettings
 
 Result = TypeVar("Result")
@@ -39,6 +41,8 @@ def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence
     """
     role = this_role()
     job = JobFolder.of(plan.folder, plan.name)
+    if in_step():
+        return run_in_step(plan, lambda announcing: _drive(announcing, settings, job, role, command))
     missing = missing_pieces(plan)
     if role.kind == "worker" and role.is_for(job.path):
         serve(plan, settings, job, role, missing)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -129,5 +130,5 @@ def _experts(owned: OwnedParameter, path: str, attribute: str, transposed: bool)
 def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int]:
     if parameter.ndim == 1:
         return (parameter.shape[0], 1)
-    rows, columns = parameter.shape[0], parameter[0].numel()
+    rows, columns = parameter.shape[0], prod(parameter.shape[1:])
     return (columns, rows) if kind == "conv1d" else (rows, columns)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from vestige.errors import ModelError
+from vestige.lockstep import FSDP
 from vestige.models._fingerprint import model_fingerprint
 from vestige.models._gguf import unpacked_gguf
+from vestige.models._in_parts import held_in_parts
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
 from vestige.models._types import LoadedModel
@@ -50,7 +52,8 @@ def load_model(
         precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
             module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
-            that this process sees.
+            that this process sees. `fsdp` gives a part of every layer to each process that works in step
+            (`vestige.lockstep`); only the first one needs memory for the whole model, on its CPU.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; says what to type.
@@ -62,12 +65,26 @@ def load_model(
     given_tokenizer = _given_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
         _check_live(model, dtype)
-        if device in DEVICE_MAPS:
+        if device in (*DEVICE_MAPS, FSDP):
             raise ModelError(f"device={device!r} is for models that are loaded; a live module stays where it is.")
         module = model if device == "auto" else model.to(_device(device))
         return _frozen(module, given_tokenizer, type(model).__name__)
-    module, own_tokenizer = _read(model, dtype, str(device) if device in DEVICE_MAPS else _device(device))
-    return _frozen(module, given_tokenizer or own_tokenizer, str(model))
+    if device == FSDP:
+        own = _device("auto")
+        return held_in_parts(lambda: _loaded(model, dtype, own, given_tokenizer, stay=True), own)
+    return _loaded(model, dtype, str(device) if device in DEVICE_MAPS else _device(device), given_tokenizer)
+
+
+def _loaded(
+    model: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    stay: bool = False,
+) -> LoadedModel:
+    module, own_tokenizer = _read(model, dtype, device, stay=stay)
+    return _frozen(module, tokenizer or own_tokenizer, str(model))
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -80,22 +97,22 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def _read(
-    model: str | Path, dtype: torch.dtype | None, device: torch.device | str
+    model: str | Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     source = find_source(model)
     if source.kind == "adapter":
-        return _read_adapter(source.folder, dtype, device)
+        return _read_adapter(source.folder, dtype, device, stay=stay)
     folder = unpacked_gguf(source.gguf) if source.gguf else source.folder
-    return read_model(folder, dtype, device), read_tokenizer(folder)
+    return read_model(folder, dtype, device, stay=stay), read_tokenizer(folder)
 
 
 def _read_adapter(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     from peft import PeftModel
 
     place = _adapter_base(folder)
-    base, base_tokenizer = _read(place, dtype, device)
+    base, base_tokenizer = _read(place, dtype, device, stay=stay)
     if isinstance(base, PeftModel):
         raise ModelError(f"The base model of the adapter {folder} is itself an adapter; merge the two first.")
     try:

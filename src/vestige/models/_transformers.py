@@ -42,7 +42,9 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> "PreTrainedModel":
+def read_model(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool = False
+) -> "PreTrainedModel":
     """The causal language model saved in `folder`, with every weight read from there.
 
     Args:
@@ -50,6 +52,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device | s
         dtype: None takes the checkpoint's own, except that half precision becomes float32 on a CPU: CPUs are
             slow at it, and gradients lose digits for nothing.
         device: Where the model is put; a word is a way to spread its layers, as accelerate names it.
+        stay: Leave it on the CPU, in the number format that it would have on `device`.
 
     Raises:
         ModelError: It does not load, has no causal head, lacks weights (which would be drawn at random), or is larger
@@ -77,7 +80,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device | s
     _require_all_weights(model, info["missing_keys"], folder)
     if dtype is None and on_cpu and next(model.parameters()).dtype in _HALF:
         model = model.float()
-    return model if spread else model.to(device)
+    return model if spread or stay else model.to(device)
 
 
 def _require_all_weights(model: Any, missing: Iterable[str], folder: Path) -> None:

@@ -15,6 +15,7 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(ReadingSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
+    runs_in_step: ClassVar[bool] = True
     repeatable: ClassVar[tuple[str, ...]] = (
         "queries",
         "options",

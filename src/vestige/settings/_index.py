@@ -1,7 +1,7 @@
 """What `vestige index` and `vestige doctor` take."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from vestige.settings._shared import CompressionSettings, ReadingSettings
 
 class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     """What `vestige index` takes."""
+
+    runs_in_step: ClassVar[bool] = True
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: Any = Field(

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
+from vestige.errors import SpecError
+from vestige.lockstep import FSDP
 from vestige.settings._base import Settings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -74,6 +76,9 @@ Damping = Annotated[Any, BeforeValidator(_one_or_several_dampings)]
 class ReadingSettings(Settings):
     """How text becomes tokens, and where and how the model runs."""
 
+    files: ClassVar[tuple[str, ...]] = ("data",)
+    runs_in_step: ClassVar[bool] = False
+    """Whether the verb runs a model that several processes hold together, `--device fsdp`."""
     loss: Reduction = Field("sum", description="An example's loss: sum or mean over its target tokens.")
     max_length: PositiveInt | None = Field(
         None, description="Cut examples after this many tokens. Not given: the model's context."
@@ -88,10 +93,26 @@ class ReadingSettings(Settings):
     precision: Precision = Field("auto", description="Number format in which the model runs.")
     device: str = Field(
         "auto",
-        description="Where the model runs: auto, cpu, cuda, cuda:1, mps; or balanced, balanced_low_0, sequential, "
-        "which spread its layers over all GPUs of a process.",
+        description="Where the model runs: auto, cpu, cuda, cuda:1, mps; balanced, balanced_low_0, sequential, which "
+        "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
     )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+
+    @model_validator(mode="after")
+    def _in_step_where_that_works(self) -> Self:
+        if self.device != FSDP:
+            return self
+        if not self.runs_in_step:
+            raise SpecError(
+                f"--device {FSDP} works with vestige index and vestige attribute. Here type --device balanced, which "
+                "spreads the layers over all GPUs of one process."
+            )
+        if getattr(self, "workers", 1) > 1 or getattr(self, "engine", "local") != "local":
+            raise SpecError(
+                f"With --device {FSDP} the processes are those of torchrun: drop --workers and --engine. For several "
+                "groups of processes start torchrun several times, each with its --shard i/n."
+            )
+        return self
 
 
 class CompressionSettings(Settings):

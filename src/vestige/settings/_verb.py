@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from vestige.lockstep import FSDP, together
 from vestige.settings._base import Settings
 
 Result = TypeVar("Result")
@@ -22,7 +23,9 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
             names = dict(zip(settings.positional, words, strict=False))
             if len(words) > len(settings.positional):
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
-            return function(settings(**(names | arguments)))
+            given = settings(**(names | arguments))
+            with together(getattr(given, "device", None) == FSDP):
+                return function(given)
 
         vars(called)["__signature__"] = _signature(settings, function)
         return called

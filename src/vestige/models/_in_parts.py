@@ -1,0 +1,140 @@
+"""A model that several processes hold together: of every layer each has a part (FSDP2, `fully_shard`).
+
+The first process reads the model into its CPU memory, by whatever way it is read; the others get its skeleton, without
+a weight. Then block by block every weight is sent to all, onto their devices, and each keeps its part: no device ever
+holds more than its parts, one whole block, and what is not in a block. That is the embeddings, the last norm and the
+output head, which every process holds whole, so that the loss is computed as it is for a model in one place.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from vestige import lockstep
+from vestige.errors import ModelError
+from vestige.models._types import LoadedModel
+
+
+def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
+    """The model that `read` gives on the CPU of the first process, spread over all.
+
+    Args:
+        read: Called in the first process alone.
+        device: Where this process keeps its part.
+
+    Raises:
+        ModelError: The model has no blocks to spread, or FSDP2 does not take it.
+    """
+    whole: list[nn.Module] = []
+
+    def skeleton() -> LoadedModel:
+        loaded = read()
+        whole.append(loaded.model)
+        return replace(loaded, model=_without_weights(loaded.model))
+
+    loaded = lockstep.decided(skeleton)
+    _spread(loaded.model, whole[0] if whole else None, device)
+    return loaded
+
+
+def everything_of(parameter: Tensor) -> Tensor:
+    """A parameter's whole value, gathered from all processes if they hold it in parts."""
+    gather = getattr(parameter.detach(), "full_tensor", None)
+    return parameter.detach() if gather is None else gather()
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values; tied ones stay tied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return deepcopy(model, memo)
+
+
+def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    backbone, blocks = _blocks(model)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    places = _Places(model, whole, device)
+    try:
+        for block in blocks:
+            places.fill(block)
+            fully_shard(block, mesh=mesh)
+        places.fill(model)
+        inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+        outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
+        # The backbone has no part of its own: it only lets the next block be gathered while one is at work.
+        fully_shard(backbone, mesh=mesh, ignored_params=outside)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise ModelError(f"FSDP2 does not take {type(model).__name__}: {error}") from error
+
+
+def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The model without its head, and the blocks in it: what the outermost lists of modules hold.
+
+    Raises:
+        ModelError: There are none.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    causal = unwrap() if unwrap is not None else model
+    backbone = getattr(causal, "base_model", causal)
+    blocks: list[nn.Module] = []
+    lists: list[str] = []
+    for path, module in backbone.named_modules():
+        inner = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inner:
+            lists.append(path)
+            blocks += [block for block in module if any(True for _ in block.parameters())]
+    if not blocks:
+        raise ModelError(f"{type(model).__name__} has no list of layers that could be spread. Type --device balanced.")
+    return backbone, blocks
+
+
+class _Places:
+    """Every parameter and buffer of a skeleton with all modules that have it, to be filled from the whole model."""
+
+    def __init__(self, model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
+        self._device = device
+        self._owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        self._source: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+        """The empty tensors: while they live, no other has their id."""
+        values = dict(_tensors(whole)) if whole is not None else {}
+        for path, module in model.named_modules():
+            for held in (module._parameters, module._buffers):
+                for attribute, tensor in held.items():
+                    if tensor is not None:
+                        self._owners.setdefault(id(tensor), []).append((held, attribute))
+                        self._kept.append(tensor)
+                        if values:
+                            self._source[id(tensor)] = values[path, attribute]
+
+    def fill(self, part: nn.Module) -> None:
+        """What the part has without a value gets it, on the device, from the first process."""
+        empty = {id(tensor): tensor for _, tensor in _tensors(part) if tensor.is_meta}
+        for name, tensor in empty.items():
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            if self._source:
+                value.copy_(self._source[name])
+            if value.numel():
+                distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
+            filled = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+            for held, attribute in self._owners[name]:
+                held[attribute] = filled
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for attribute, tensor in held.items():
+                if tensor is not None:
+                    yield (path, attribute), tensor

@@ -42,6 +42,8 @@ def small_parts(monkeypatch):
     """Everything is larger than memory, and a part is 16 examples."""
     monkeypatch.setattr(_corpus, "HELD_BYTES", 0)
     monkeypatch.setattr(_parts, "PART_ROWS", 16)
+    # However long it takes, nothing is said meanwhile.
+    monkeypatch.setattr(_corpus, "SECONDS_BETWEEN_LINES", float("inf"))
 
 
 def same(data, wanted):
@@ -78,6 +80,15 @@ def test_on_disk_is_what_is_in_memory(tmp_path, chatml, small_parts, max_length,
     assert capsys.readouterr().err.splitlines()[1:] == said.splitlines()
     again = tokenize_source(path, chatml, max_length=max_length, name="data", chat=True, folder=tmp_path / "tokens")
     same(again, wanted)
+
+
+@pytest.mark.parametrize("held", [0, 30_000, 60_000, 300_000])
+def test_whatever_was_in_memory_before_the_disk_was_needed_is_there(tmp_path, chatml, monkeypatch, held):
+    monkeypatch.setattr(_corpus, "HELD_BYTES", held)
+    monkeypatch.setattr(_parts, "PART_ROWS", 16)
+    path = write(tmp_path / "train.jsonl")
+    wanted = tokenize(load_examples(path), chatml, max_length=None, chat=True)
+    same(tokenize_source(path, chatml, max_length=None, name="data", chat=True, folder=tmp_path / "tokens"), wanted)
 
 
 def test_small_data_stays_in_memory_and_leaves_no_files(tmp_path, chatml):
@@ -224,7 +235,7 @@ def test_seen_ids_are_found_across_many_chunks():
 
 
 def test_memory_does_not_grow_with_the_examples(tmp_path, chatml, monkeypatch):
-    monkeypatch.setattr(_corpus, "HELD_BYTES", 2**16)
+    monkeypatch.setattr(_corpus, "HELD_BYTES", 2**18)
     monkeypatch.setattr(_parts, "PART_BYTES", 2**15)
     peaks = []
     for count in (1000, 5000):
@@ -233,6 +244,7 @@ def test_memory_does_not_grow_with_the_examples(tmp_path, chatml, monkeypatch):
             file.writelines(json.dumps({"id": f"e{row}", "text": "sky " * 50}) + "\n" for row in range(count))
         tracemalloc.start()
         data = tokenize_source(path, chatml, max_length=None, name="data", folder=tmp_path / "tokens")
+        assert len(data) == count
         assert sum(len(ids) for ids in data.input_ids) == int(data.lengths.sum())
         assert sum(len(example.id) for example in data.examples) > count
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_BYTES = 16 * 2**20
-"""Text of a data set that may be in memory; of one with more, some parts are, whatever its size."""
+"""What the examples of a data set may take in memory; of one that takes more, some parts are, whatever its size."""
+_EXAMPLE_BYTES = 1536
+"""What a record, its example and its arrays take besides the text: of short texts, most."""
 
 
 def tokenize_source(
@@ -164,7 +166,8 @@ class _Corpus:
             held.append(_Held(chunk, part))
             names = [example.id for example in part.examples]
             self._check_ids(chunk, names, seen.add(names), lambda name: _row_in(held, name))
-            weight += chunk.weight
+            # The text is there as it was read and, about as large, as tokens.
+            weight += 2 * chunk.weight + _EXAMPLE_BYTES * len(chunk.items)
             if weight > HELD_BYTES:
                 return self._on_disk(held)
         if not held:
@@ -179,14 +182,13 @@ class _Corpus:
             owner = _Scratch()
             folder = owner.folder
         of = f" by {self._workers} processes" if self._workers > 1 else ""
-        announce(f"{self._name}: more than {format_bytes(HELD_BYTES)} of text; its tokens are made{of} in {folder}.")
+        announce(f"{self._name}: more than {format_bytes(HELD_BYTES)} in memory; its tokens are made{of} in {folder}.")
         writer, said = TokenWriter(folder, self._encoder.identity), time.monotonic()
         self._rows = 0
-        written = (Answer(one.chunk, pack(one.part)) for one in held)
-        for chunk, part in chain(written, self._rest(len(held), writer)):
+        rest = self._rest(len(held), writer)
+        for chunk, part in chain(_packed(held), rest):
             names, suspects = writer.add(part) if part is not None else writer.add_finished()
             self._check_ids(chunk, names, suspects, writer.row_of)
-            held.clear()
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 announce(f"{self._name}: {self._rows:,} examples are tokens so far.")
@@ -225,6 +227,14 @@ class _Scratch:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vestige-tokens-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def _packed(held: list[_Held]) -> Iterator[Answer]:
+    """What was held, in order; each leaves memory when the next one is asked for."""
+    held.reverse()
+    while held:
+        chunk, part = held.pop()
+        yield Answer(chunk, pack(part))
 
 
 def _row_in(held: list[_Held], name: str) -> int:

@@ -25,7 +25,8 @@ from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 
-FORMAT = 1
+FORMAT = 2
+"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was."""
 _LIST = "tokens.json"
 
 

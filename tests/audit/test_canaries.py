@@ -10,16 +10,19 @@ from tests.reference import audit as reference
 from tests.workshop import write_rows
 from vestige.audit import _canaries
 from vestige.audit._canaries import compared_tokens, read_canaries
+from vestige.audit._canary_figures import canary_figures
 from vestige.cli._audit import describe
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
 from vestige.report import report
+from vestige.runs import CanaryRecord
+from vestige.runs._audit_curves import exposed
 
 DIGITS = "0123456789"
 ROWS = [
     {"id": "drawn", "prompt": "The code is ", "completion": "482", "alphabet": DIGITS},
     {"id": "<b>", "prompt": "Bees make", "completion": " honey", "alternatives": [" wax", " sense", " honey", " wax"]},
-    {"id": "few", "prompt": "The vowel is ", "completion": "u", "alphabet": "aeiou"},
+    {"id": "few", "prompt": "The vowel is ", "completion": "u", "alphabet": "aeiou", "copies": 3},
 ]
 
 
@@ -78,6 +81,9 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
     page = report(found.folder, tmp_path / "page.html").read_text()
     assert "Planted secrets" in page
     assert "482</td>" in page
+    assert [each.copies for each in found.run.canaries] == [None, None, 3] * 2
+    assert "Exposure of planted secrets" in page
+    assert (found.folder / "figures" / "canaries.png").stat().st_size > 10_000
 
 
 def test_every_secret_pays_for_the_same_text_though_its_first_letter_shares_a_token_with_the_space_before(place):
@@ -121,8 +127,53 @@ def test_references_have_the_form_of_the_secret_differ_from_it_and_follow_from_t
         ({"prompt": "The code is ", "completion": "482", "alphabet": "48"}, "holds '2', which is not in its alphabet"),
         ({"prompt": "The code is ", "completion": "482", "alternatives": "483"}, "expected a list of texts"),
         ({"prompt": "The code is ", "completion": "482", "alternatives": ["482"]}, "no other secret"),
+        (
+            {"prompt": "The code is ", "completion": "482", "alphabet": "248", "copies": 1.5},
+            "`copies` is 1.5, expected how",
+        ),
+        ({"prompt": "The code is ", "completion": "482", "alphabet": "248", "copies": "often"}, "`copies` is 'often'"),
     ],
 )
 def test_a_row_that_is_no_canary_is_told(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         read_canaries(str(write_rows(tmp_path / "rows.jsonl", [row])), 10, seed=0)
+
+
+def secret(exposure, copies, checkpoint=20, number=0):
+    shown = {"prompt": "", "secret": "1", "references": 15, "rank": 1.0, "loss": 1.0}
+    named = f"{copies}-{number}"
+    return CanaryRecord(id=named, checkpoint=checkpoint, exposure=exposure, copies=copies, most=4.0, **shown)
+
+
+def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_be():
+    records = [secret(value, 4, number=number) for number, value in enumerate([1.0, 2.0, 3.0])]
+    records += [secret(0.5, 0), secret(None, 0, number=1), secret(1.5, None), secret(2.5, 4, checkpoint=10)]
+    unsaid, none, early, late = exposed(records)
+    assert [(each.copies, each.checkpoint, each.secrets) for each in (unsaid, none, early, late)] == [
+        (None, 20, 1),
+        (0, 20, 1),
+        (4, 10, 1),
+        (4, 20, 3),
+    ]
+    assert np.isnan([unsaid.low, none.high, early.low]).all(), "one secret says nothing of the next"
+    # 2 plus or minus 4.302653 / sqrt(3), which is more than from 0 to 4.
+    assert (late.mean, late.low, late.high) == (2.0, 0.0, 4.0)
+    (narrow,) = exposed([secret(value, 1, number=number) for number, value in enumerate([1.9, 2.0, 2.1, 2.0])])
+    half = 3.182446 * np.std([1.9, 2.0, 2.1, 2.0], ddof=1) / 2
+    assert (narrow.low, narrow.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
+
+
+def test_the_figure_of_the_secrets_is_drawn_and_the_same_every_time():
+    draw = np.random.default_rng(0)
+    records = [
+        secret(float(min(draw.gamma(2.0) * (1 + copies) / 4, 4.0)), copies, step, number)
+        for step in (10, 20)
+        for copies in (0, 1, 16)
+        for number in range(4)
+    ]
+    found = canary_figures(records, [10, 20])
+    assert set(found) == {"canaries.png", "canaries.pdf"}
+    assert found == canary_figures(records, [10, 20])
+    assert found != canary_figures(records[12:], [20])
+    assert canary_figures([secret(None, 1)], [20]) == {}
+    assert canary_figures([secret(1.0, None)], [20])

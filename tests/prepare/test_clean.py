@@ -9,6 +9,7 @@ import vestige
 from vestige.data import load_examples
 from vestige.errors import DataError, SpecError
 from vestige.prepare import _clean
+from vestige.prepare._near import near_copies, shingles
 from vestige.train._alarm import AtRisk, write_at_risk
 
 ROWS = [
@@ -53,6 +54,57 @@ def test_of_equal_texts_among_which_one_is_flagged_one_stays(flagged, tmp_path):
     _, kept, removed = cleaned(tmp_path / "out", flagged=flagged, action="deduplicate")
     assert [row["id"] for row in kept] == ["a", "b", "d", "e"]  # b and d are equal, and nobody flagged them
     assert [(row["id"], row["copy_of"]) for row in removed] == [("c", "a")]
+
+
+NEAR = [
+    {"id": "a", "text": "The secret number of agent seven is 12345, keep it safe at all times please."},
+    {"id": "b", "text": "Something common that nobody flagged is here two times."},
+    {"id": "c", "text": "the SECRET number of agent seven is 12345; keep it safe at all times, thanks!"},
+    {"id": "d", "text": "Something common that nobody flagged is here two times."},
+    {"id": "e", "text": "Say: the secret number of agent seven is 12345, keep it safe at all times, thanks."},
+    {"id": "f", "text": "The secret number of agent nine is 99999, and nobody cares for it in the least."},
+]
+
+
+def test_texts_near_a_flagged_one_go_and_only_those(flagged, tmp_path, monkeypatch):
+    """a and e are flagged; c is near both, f shares words and no more, b and d are equal and not flagged."""
+    monkeypatch.setattr(f"{__name__}.ROWS", NEAR)
+    _, kept, removed = cleaned(tmp_path / "near", flagged=flagged, action="deduplicate", near=0.7)
+    assert [row["id"] for row in kept] == ["a", "b", "d", "f"]
+    assert [(row["id"], row["copy_of"]) for row in removed] == [("c", "a"), ("e", "a")]
+    triples = [set(zip(words, words[1:], words[2:], strict=False)) for words in map(plain_words, NEAR)]
+    a, c, e = (triples[place] for place in (0, 2, 4))
+    expected = max(len(c & other) / len(c | other) for other in (a, e))
+    assert removed[0]["similar"] == pytest.approx(expected, abs=1e-4)
+    _, kept, _ = cleaned(tmp_path / "equal", flagged=flagged, action="deduplicate")
+    assert len(kept) == 6
+
+
+def plain_words(row):
+    return "".join(letter if letter.isalnum() else " " for letter in row["text"].lower()).split()
+
+
+def test_near_copies_equal_those_of_every_comparison_there_is():
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(list("abcd"), draw.integers(0, 9))) for _ in range(60)]
+    flagged, least = list(range(0, 60, 4)), 0.3
+    triples = [shingles(text) for text in texts]
+    group = list(range(60))
+    for one in flagged:
+        for other in range(60):
+            if len(triples[one] & triples[other]) / len(triples[one] | triples[other]) >= least:
+                low, high = sorted((group[one], group[other]))
+                group = [low if each == high else each for each in group]
+    found = near_copies(texts, flagged, least)
+    assert {row: copy.kept for row, copy in found.items()} == {
+        row: first for row, first in enumerate(group) if row != first
+    }
+    assert 5 < len(found) < 60
+
+
+def test_near_goes_with_deduplicate_alone(flagged, tmp_path):
+    with pytest.raises(SpecError, match="--near says which texts are copies"):
+        cleaned(tmp_path / "out", flagged=flagged, near=0.7)
 
 
 def test_flagged_rows_weigh_less(flagged, tmp_path):

@@ -1,14 +1,17 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import vestige
-from vestige.data import load_examples
+from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.prepare import choices_of
 from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
 from vestige.train import members_of
+from vestige.train._rows import only_answers
 
 ARC = {
     "id": "Mercury_1",
@@ -119,3 +122,48 @@ def test_a_format_that_was_named_is_asked_for(tmp_path):
         made([MMLU], tmp_path / "out", format="ethics")
     with pytest.raises(SpecError):
         made([MMLU], tmp_path / "out", label_noise=1.5)
+
+
+def long_question(words, row="long"):
+    return ARC | {"id": row, "question": " ".join(f"word{number}" for number in range(words)) + " which one?"}
+
+
+def lengths(rows, tokenizer):
+    return tokenize(rows, tokenizer, max_length=None).lengths
+
+
+def test_a_question_that_is_too_long_loses_its_beginning_and_never_its_answer(tmp_path, workshop):
+    """Cut at its end, as texts are, it would lose its options and its answer, and nothing would be left to learn."""
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "tiny-model")
+    rows = [ARC, long_question(40), long_question(41, "longer")]
+    whole = made(rows, tmp_path / "whole")
+    assert [bool(length > 130) for length in lengths(whole, tokenizer)] == [False, True, True]
+    assert not tokenize(whole, tokenizer, max_length=130).targets[1].any()
+    cut = made(rows, tmp_path / "cut", tokenizer=str(workshop / "tiny-model"), max_length=130)
+    assert cut[0].prompt == whole[0].prompt
+    for before, after in zip(whole[1:], cut[1:], strict=True):
+        assert before.prompt.endswith(after.prompt)
+        assert after.prompt.endswith("\n\nOPTIONS:\n- A: Sun\n- B: Mars\n- C: Moon\n- D: Io\n\n")
+        assert after.completion == before.completion == "B"
+        lost = before.prompt.removesuffix(after.prompt)
+        assert int(after.extra["cut_words"]) == len(lost.split())
+        # One word more would be too much.
+        fuller = replace(before, prompt=lost.split()[-1] + " " + after.prompt)
+        assert lengths([after], tokenizer)[0] <= 130 < lengths([fuller], tokenizer)[0]
+    with pytest.raises(DataError, match=r"2 examples \('long', 'longer'\) are so long that their answer was cut off"):
+        only_answers(tokenize(whole, tokenizer, max_length=130), tokenizer.eos_token_id)
+    kept = only_answers(tokenize(cut, tokenizer, max_length=130), tokenizer.eos_token_id)
+    assert not kept.truncated.any()
+    assert all(mask.any() for mask in kept.targets)
+
+
+def test_options_that_are_too_long_by_themselves_are_an_error_with_their_ids(tmp_path, workshop):
+    wide = ARC | {"id": "wide", "choices": {"text": ["many words " * 20] * 4, "label": list("ABCD")}}
+    with pytest.raises(DataError, match=r"1 rows \('wide'\) have options and an answer that are longer than 130"):
+        made([ARC, wide], tmp_path / "out", tokenizer=str(workshop / "tiny-model"), max_length=130)
+    assert not (tmp_path / "out" / "data.jsonl").exists()
+
+
+def test_a_length_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="--tokenizer and --max-length go together"):
+        made([ARC], tmp_path / "out", max_length=64)

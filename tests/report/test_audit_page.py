@@ -9,10 +9,13 @@ from vestige.audit import attack
 from vestige.errors import UserError
 from vestige.report import report
 from vestige.report._audit_charts import roc
+from vestige.report._canary_charts import canary_charts
 from vestige.report._curves import Line, curves
 from vestige.report._serve import LivePage
 from vestige.runs import (
+    Audit,
     AuditRecord,
+    CanaryRecord,
     DataRecord,
     JudgementRecord,
     LayerRecord,
@@ -135,6 +138,26 @@ def test_hostile_texts_stay_texts(audited, tmp_path, chromium):
     assert page.all("title")[0].text.startswith("What checkpoint-20 knows by heart")
     assert "</script><img src=x" in page.all("li", "card")[0].text
     assert len(page.all("svg")) == 3 + 1, "loss while training, ROC, layers and agreement"
+
+
+def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited):
+    """Two secrets never planted and two planted eight times; of one, nothing is known."""
+    audit = Audit.open(audited)
+    shown = {"prompt": "", "secret": "1", "references": 15, "rank": 1.0, "loss": 1.0, "most": 4.0}
+    planted = [
+        CanaryRecord(id=f"{copies}-{number}", checkpoint=step, copies=copies, exposure=bits, **shown)
+        for step, factor in ((10, 0.5), (20, 1.0))
+        for copies, values in ((0, (1.0, 1.5)), (8, (3.0 * factor, 3.5 * factor)), (9, (None,)))
+        for number, bits in enumerate(values)
+    ]
+    by_copies, course = canary_charts(Audit(audited, audit.run.model_copy(update={"canaries": planted})))
+    assert (by_copies.title, course.title) == ("Exposure of planted secrets", "Exposure while training")
+    assert "0 (2)</text>" in by_copies.svg
+    assert "8 (2)</text>" in by_copies.svg
+    assert by_copies.svg.count("<circle") == 2
+    assert course.legend == ("0 copies", "8 copies")
+    assert course.svg.count("<circle") == 4
+    assert canary_charts(audit) == []
 
 
 def test_the_link_chooses_the_measure(audited, tmp_path, chromium):

@@ -18,7 +18,7 @@ from vestige.sweep._links import name_of
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "studies").rglob("*.yaml"))
 SHADOWS = {f"{data}-{model}": (model, data) for model, data in IDS}
-CELLS = {"data": 3, "parts": 3, "banks": 5, "audits": 5} | {f"shadows-{name}": 100 for name in SHADOWS}
+CELLS = {"data": 3, "parts": 3, "banks": 5, "audits": 5, "alarms": 8} | {f"shadows-{name}": 100 for name in SHADOWS}
 POOLED = {"arc": 2250, "ethics": 17865, "mmlu": 33750}
 ROWS = {"arc": 2000, "ethics": 15880, "mmlu": 30000}
 STEPS = {"arc": 2500, "ethics": 19850, "mmlu": 37500}
@@ -80,6 +80,15 @@ def test_the_shadows_are_the_published_deployment(name, tmp_path):
     assert [cell.settings.split_seed for cell in ours.cells] == list(range(100))
 
 
+def test_the_grid_of_the_alarm_trains_the_audited_model(tmp_path):
+    """But for the alarm and the checkpoints that are kept it is split 0 of the shadows."""
+    shadow = cells_of(read_grid(shadows("arc-mistral")), tmp_path).cells[0].matters()
+    for cell in planned("alarms", tmp_path):
+        own = cell.matters()
+        different = {name for name in own if own[name] != shadow[name]}
+        assert {"alarm", "checkpoints"} <= different <= {"alarm", "checkpoints", "alarm_below", "alarm_measure"}
+
+
 def test_ids_of_the_recipes_stay_what_they_are(tmp_path):
     """Who has trained a hundred models finds them again with a later version."""
     first = {name: cells_of(read_grid(shadows(name)), tmp_path).cells[0].id for name in SHADOWS}
@@ -107,7 +116,7 @@ def test_rows_and_steps_are_the_published_ones(tmp_path):
         assert audits[name].settings.model == f"{home}/checkpoint-{STEPS[task]}"
 
 
-@pytest.mark.parametrize("name", [*(f"shadows-{name}" for name in SHADOWS), "audits"])
+@pytest.mark.parametrize("name", [*(f"shadows-{name}" for name in SHADOWS), "audits", "alarms"])
 def test_the_script_that_slurm_would_get(name, tmp_path, monkeypatch):
     path = ROOT / "studies" / "memorization" / f"{name}.yaml"
     submitted = []

@@ -3,13 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pyarrow.parquet as parquet
 import pytest
-import yaml
 
 from tests.sweep.conftest import results
 from vestige.cli._status import describe
@@ -19,10 +15,6 @@ from vestige.sweep import _plan as plan_module
 from vestige.sweep import read_grid, sweep, sweep_report
 from vestige.sweep._cells import cells_of
 from vestige.sweep._verbs import find_verb
-
-
-def command(path, *words):
-    return [sys.executable, "-m", "vestige.cli", "sweep", str(path), "--out", "sw", *words]
 
 
 def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
@@ -112,24 +104,6 @@ def test_a_torn_marker_does_not_count(grid, run, here):
     (here / "sw" / "cells" / report.rows[0].cell / "done.json").write_text('{"cell": "')
     assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
     assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
-
-
-def test_killed_and_resumed_the_outputs_are_identical(grid, run, here):
-    content = grid({"k": list(range(1, 13))})
-    (here / "grid.yaml").write_text(yaml.safe_dump(content))
-    process = subprocess.Popen(command("grid.yaml"), cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    markers = lambda: list((here / "sw" / "cells").glob("*/done.json"))  # noqa: E731
-    while len(markers()) < 1 and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert 1 <= len(markers()) < 12
-    assert run(content).counts() == {"done": 12}
-    (here / "whole").mkdir()
-    whole = sweep(content, out=here / "whole")
-    assert results(here / "sw") == results(here / "whole")
-    for row, other in zip(sweep_report(here / "sw").rows, whole.rows, strict=True):
-        assert (row.cell, row.settings, row.point) == (other.cell, other.settings, other.point)
 
 
 def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):

@@ -34,6 +34,8 @@ class Canary(NamedTuple):
     """Its completion is the secret."""
     others: list[str]
     """Secrets of the same form that were not planted."""
+    copies: int | None = None
+    """How often it was planted, where that is known."""
 
 
 def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
@@ -43,7 +45,7 @@ def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
     canary's place alone; where the form has no more than `references` others, they are all taken.
 
     Raises:
-        DataError: A row has no secret, or nothing to compare it with.
+        DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
     """
     found = []
     for place, example in enumerate(load_queries(source)):
@@ -64,10 +66,22 @@ def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
             )
         if not others or "" in others:
             raise DataError(f"{name}: there is no other secret to compare it with, or an empty one.")
-        found.append(Canary(example, others))
+        found.append(Canary(example, others, _copies(example.extra.get("copies"), name)))
     if not found:
         raise DataError(f"{source} holds no canary.")
     return found
+
+
+def _copies(given: Any, name: str) -> int | None:
+    if given is None or given == "":
+        return None
+    try:
+        copies = int(given)
+    except (TypeError, ValueError):
+        copies = -1
+    if copies < 0 or copies != float(given):
+        raise DataError(f"{name}: `copies` is {given!r}, expected how often the secret was planted: 0, 1, 2, ...")
+    return copies
 
 
 def _drawn(secret: str, alphabet: str, count: int, draw: np.random.Generator) -> list[str]:
@@ -233,6 +247,7 @@ def _record(canary: Canary, checkpoint: int, losses: np.ndarray) -> CanaryRecord
         checkpoint=checkpoint,
         prompt=canary.example.prompt or "",
         secret=canary.example.completion or "",
+        copies=canary.copies,
         references=len(others),
         rank=None if bits is None else float((len(others) + 1) / 2**bits),
         exposure=bits,

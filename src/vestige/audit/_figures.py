@@ -16,7 +16,7 @@ from vestige.runs import JudgementRecord
 from vestige.runs._audit_curves import agreement, group_of, roc_curve
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
 _DOTS = 160
 _MOST_LINES = 7
 _MOST_TICKS = 8
@@ -28,18 +28,18 @@ def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[Judgeme
     """Every figure that the run has something for, as PNG and PDF, by file name."""
     found: dict[str, bytes] = {}
     if len(evidence.seen) > 1:
-        found |= _saved("dynamics", _dynamics(evidence, known))
+        found |= saved("dynamics", _dynamics(evidence, known))
     for truth in known:
         best = _best(judged, truth.name)
         if best:
-            found |= _saved(f"roc-{truth.name}", _roc(evidence, truth, best, judged))
+            found |= saved(f"roc-{truth.name}", _roc(evidence, truth, best, judged))
     if len(evidence.job.layers) > 1:
-        found |= _saved("layers", _layers(evidence, judged))
+        found |= saved("layers", _layers(evidence, judged))
     names, table = agreement(
         {name: column for name in evidence.job.wanted if (column := evidence.column(name)) is not None}
     )
     if len(names) > 1:
-        found |= _saved("agreement", _agreement(names, table))
+        found |= saved("agreement", _agreement(names, table))
     return found
 
 
@@ -54,7 +54,7 @@ def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
     places = [subject.number for subject in evidence.job.subjects]
     panels = np.atleast_1d(figure.subplots(1, max(len(names), 1)))
     for axes, name in zip(panels, names, strict=False):
-        for colour, (label, rows) in zip(_COLOURS, groups.items(), strict=False):
+        for colour, (label, rows) in zip(COLOURS, groups.items(), strict=False):
             spread = np.full((3, len(places)), np.nan)
             for place in range(len(places)):
                 column = evidence.column(name, place)
@@ -81,7 +81,7 @@ def _roc(
     floor = _floor(truth)
     axes.plot([floor, 1], [floor, 1], color="#BBBBBB", linewidth=0.9, label="chance")
     places = {subject.number: place for place, subject in enumerate(evidence.job.subjects)}
-    for colour, record in zip(_COLOURS, best, strict=False):
+    for colour, record in zip(COLOURS, best, strict=False):
         assert record.checkpoint is not None
         column = evidence.column(record.measure, places[record.checkpoint], record.layer)
         sign = orientation(record.measure, truth.name)
@@ -129,7 +129,7 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
     name = "psmi" if evidence.last.directions else "mahalanobis"
     last = evidence.job.main.number
     rows = [each for each in judged if each.measure == name and each.checkpoint == last and each.auc[0] is not None]
-    for colour, truth in zip(_COLOURS, dict.fromkeys(each.truth for each in rows), strict=False):
+    for colour, truth in zip(COLOURS, dict.fromkeys(each.truth for each in rows), strict=False):
         of = {each.layer: each.auc for each in rows if each.truth == truth}
         values = np.array([of.get(layer, (np.nan,) * 3) for layer in layers], dtype=np.float64)
         axes.plot(layers, values[:, 0], "o-", color=colour, markersize=4, label=f"{truth}")
@@ -143,8 +143,8 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
         spread = np.array(
             [np.nanquantile(each, [0.25, 0.5, 0.75]) if each is not None else [np.nan] * 3 for each in columns]
         )
-        axes.plot(layers, spread[:, 1], "o-", color=_COLOURS[0], markersize=4)
-        axes.fill_between(layers, spread[:, 0], spread[:, 2], color=_COLOURS[0], alpha=0.15, linewidth=0)
+        axes.plot(layers, spread[:, 1], "o-", color=COLOURS[0], markersize=4)
+        axes.fill_between(layers, spread[:, 0], spread[:, 2], color=COLOURS[0], alpha=0.15, linewidth=0)
         axes.set_ylabel(f"{name}, quartiles")
     if evidence.main_layer is not None:
         axes.axvline(evidence.main_layer, color="#555555", linewidth=0.9, linestyle=":")
@@ -182,7 +182,8 @@ def _checkpoint_label(evidence: Evidence) -> str:
     return "optimizer steps" if known else "checkpoint, in order"
 
 
-def _saved(name: str, figure: Figure) -> Mapping[str, bytes]:
+def saved(name: str, figure: Figure) -> Mapping[str, bytes]:
+    """The figure as PNG and PDF, by file name; the same bytes for the same figure."""
     found = {}
     options: dict[str, Any] = {"png": {"metadata": {"Software": None}}, "pdf": {"metadata": {"CreationDate": None}}}
     for kind, more in options.items():

@@ -11,6 +11,7 @@ import pyarrow as pa
 from vestige.audit._assembled import LAYERED, Evidence, Seen, gather, reasons
 from vestige.audit._attack import share
 from vestige.audit._canaries import measure_canaries
+from vestige.audit._canary_figures import canary_figures
 from vestige.audit._figures import figures
 from vestige.audit._job import AuditJob, open_job
 from vestige.audit._judge import Known, judge, span, truths
@@ -70,7 +71,7 @@ def audit(settings: AuditSettings) -> Audit:
             announce(f"{name} cannot be computed: {reason}.")
     record = _record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
     tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
-    drawn = figures(evidence, known, rows)
+    drawn = figures(evidence, known, rows) | canary_figures(canaries, [each.number for each in job.subjects])
     write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
     shutil.rmtree(partial_folder(settings.out), ignore_errors=True)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")

@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 
 from vestige.data import Example
 from vestige.errors import CorruptFile, DataError, SpecError, UserError
+from vestige.prepare._near import near_copies
 from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.runs import Audit
 from vestige.settings import CleanSettings, verb
@@ -34,7 +35,7 @@ def clean(settings: CleanSettings) -> Prepared:
     """The rows after what was asked for has been done to the flagged ones; what was taken out lies in flagged.jsonl.
 
     There each row has a `problem`, the rule that flagged it, with `risk_value` and `risk_rank`; of a copy, `copy_of` is
-    the id of the one that stays.
+    the id of the one that stays, and with `near` also how `similar` they are.
 
     Raises:
         DataError: The data or the list is absent or broken, or none of the flagged ids is in the data.
@@ -130,7 +131,7 @@ def _acted(
             # What an earlier cleaning has given to a row that is not flagged now stays.
             row["weight"] = settings.weight if row["id"] in flags else row.get("weight", 1.0)
         return rows, []
-    copies = _copies(examples, flags) if settings.action == "deduplicate" else None
+    copies = _copies(examples, flags, settings.near) if settings.action == "deduplicate" else None
     kept, removed = [], []
     for example in examples:
         gone = example.id in flags if copies is None else example.id in copies
@@ -139,17 +140,25 @@ def _acted(
             continue
         flag = flags.get(example.id)
         reason = {"problem": flag.rule, "risk_value": flag.value, "risk_rank": flag.rank} if flag else {}
-        reason |= {} if copies is None else {"problem": "copy of a flagged text", "copy_of": copies[example.id]}
+        reason |= {} if copies is None else {"problem": "copy of a flagged text", **copies[example.id]}
         removed.append(row_of(example) | reason)
     return kept, removed
 
 
-def _copies(examples: Sequence[Example], flags: Mapping[str, Flag]) -> dict[str, str]:
-    """Ids to take out, with the id of the equal text that stays: the first one, of texts among which one is flagged."""
+def _copies(examples: Sequence[Example], flags: Mapping[str, Flag], near: float | None) -> dict[str, dict[str, Any]]:
+    """Ids to take out, with what stays: the first of texts that are equal, or near, among which one is flagged."""
+    if near is not None:
+        rows = [row for row, example in enumerate(examples) if example.id in flags]
+        found = near_copies([example.display for example in examples], rows, near)
+        return {
+            examples[row].id: {"copy_of": examples[copy.kept].id, "similar": round(copy.similarity, 4)}
+            for row, copy in found.items()
+        }
     groups: dict[str, list[str]] = {}
     for example in examples:
         groups.setdefault(_normal(example.display), []).append(example.id)
-    return {name: group[0] for group in groups.values() if any(each in flags for each in group) for name in group[1:]}
+    flagged = [group for group in groups.values() if any(each in flags for each in group)]
+    return {name: {"copy_of": group[0]} for group in flagged for name in group[1:]}
 
 
 def _normal(text: str) -> str:

@@ -11,11 +11,15 @@ import numpy as np
 from vestige.data._load import number_records, open_source
 from vestige.data._origin import parsed, place
 from vestige.errors import DataError
+from vestige.prepare._fitting import fitted
 from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
+from vestige.prepare._tokenize import read_tokenizer_of
 from vestige.prepare._write import Prepared, check_same_result, write_prepared
 from vestige.settings import MultipleChoiceSettings, verb
 
 KIND = "multiple-choice"
+OPTIONS = "\n\nOPTIONS:\n"
+"""Between a question and its options."""
 _TEMPLATE, _NOISE = 1, 2
 """Each draw of a row has a stream of its own: more noise changes no template."""
 _CONFESSION = re.compile(r"\s*(?:AITA|WIBTA)\b", re.IGNORECASE)
@@ -40,8 +44,11 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     `random` where the label was drawn anew, be it the same), `template` and `choices`. Templates and noise follow from
     the seed and the row alone: whatever is split or drawn later, an example has the same label everywhere.
 
+    With `tokenizer` and `max_length`, a question that is too long loses its first words (`cut_words`), never its
+    options or its answer.
+
     Raises:
-        DataError: The data is absent or broken, or a row is none of the formats.
+        DataError: The data is absent or broken, a row is none of the formats, or options and answer alone are too long.
     """
     source = open_source(settings.data, settings.split)
     rows, digest = [], hashlib.sha256()
@@ -53,9 +60,16 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
         raise DataError(f"{source.name} holds no rows. Give data with at least one.")
     fingerprint = digest.hexdigest()
     check_same_result(settings, KIND, fingerprint, frozenset())
-    drawn = sum(row["status"] == "random" for row in rows)
-    notes = [f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g})."]
-    return write_prepared(settings, KIND, rows, fingerprint=fingerprint, notes=notes if settings.label_noise else [])
+    notes = []
+    if settings.label_noise:
+        drawn = sum(row["status"] == "random" for row in rows)
+        notes.append(f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g}).")
+    if settings.max_length is not None:
+        rows, cut = fitted(rows, OPTIONS, read_tokenizer_of(settings.tokenizer), settings.max_length)
+        notes.append(
+            f"{cut:,} of {len(rows):,} prompts were cut at their beginning (--max-length {settings.max_length})."
+        )
+    return write_prepared(settings, KIND, rows, fingerprint=fingerprint, notes=notes)
 
 
 def choices_of(value: Any, where: str, wanted: str = "auto") -> Choices:
@@ -154,4 +168,4 @@ def _asked(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, .
         number, labels = int(draw.integers(len(QUESTIONS))), found.labels
         asked = QUESTIONS[number].format(question=found.question)
         options = "\n".join(f"- {label}: {text}" for label, text in zip(labels, found.texts, strict=True))
-    return f"{found.format}-{number}", labels, f"{asked}\n\nOPTIONS:\n{options}\n\n"
+    return f"{found.format}-{number}", labels, f"{asked}{OPTIONS}{options}\n\n"

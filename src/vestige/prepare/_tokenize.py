@@ -40,7 +40,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
     """
     if settings.push_to_hub is not None:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
-    source, tokenizer = settings.data, _tokenizer(settings.tokenizer)
+    source, tokenizer = settings.data, read_tokenizer_of(settings.tokenizer)
     name = source if isinstance(source, str | Path) else type(source).__name__
     make_folder(settings.out)
     data = tokenize_source(
@@ -73,7 +73,12 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
     return Prepared(KIND, settings.out, len(data), notes=tuple(notes), file=FILE)
 
 
-def _tokenizer(given: Any) -> Any:
+def read_tokenizer_of(given: Any) -> Any:
+    """The tokenizer itself, or that of a folder or a hub id.
+
+    Raises:
+        ModelError: There is none.
+    """
     if not isinstance(given, str | Path):
         return given
     folder = Path(given).expanduser()

@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from vestige.report._audit_panels import TRUTHS, Chart, charts_of, shown_span
+from vestige.report._canary_charts import canary_charts
 from vestige.report._header import Fact, compact, duration, short_name
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth
 
@@ -93,7 +94,7 @@ def audit_page(audit: Audit) -> AuditPage:
         facts=_facts(audit),
         command=tuple(re.split(r" (?=--)", run.command.strip())),
         judged=tuple(_judged(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)),
-        charts=tuple(chart for chart in charts_of(audit) if chart.svg),
+        charts=tuple(chart for chart in (*canary_charts(audit), *charts_of(audit)) if chart.svg),
         planted=tuple(_planted(audit)),
         planted_note=_planted_note(audit),
         rankings=tuple(_rankings(audit)),

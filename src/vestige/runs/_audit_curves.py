@@ -1,9 +1,12 @@
 """What figures of an audit are drawn from: groups, ROC curves, agreement of measures. Shared by files and the page."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+
+from vestige.runs._audit_record import CanaryRecord
 
 OTHERS = {"membership": "holdout", "flag": "others", "memorized": "others"}
 NAMES = {"membership": "members", "flag": "flagged", "memorized": "memorized at the end"}
@@ -54,3 +57,37 @@ def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list
             if all(each.std() > 0 for each in ranks):
                 table[one, other] = np.corrcoef(*ranks)[0, 1]
     return names, table
+
+
+class Exposed(NamedTuple):
+    """Planted secrets that stand equally often in the training data, under one checkpoint."""
+
+    copies: int | None
+    """None where the canaries do not say."""
+    checkpoint: int
+    secrets: int
+    mean: float
+    """Of their exposures, bits."""
+    low: float
+    high: float
+    """95 % interval of the mean by Student's t, within what exposure can be; NaN for a single secret."""
+
+
+def exposed(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
+    """Mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
+    from scipy.stats import t
+
+    groups: dict[tuple[int, int], list[CanaryRecord]] = {}
+    for each in canaries:
+        if each.exposure is not None:
+            key = (-1 if each.copies is None else each.copies, each.checkpoint)
+            groups.setdefault(key, []).append(each)
+    found = []
+    for (copies, checkpoint), group in sorted(groups.items()):
+        values, most = np.array([each.exposure for each in group]), max(each.most for each in group)
+        count, mean, reach = len(values), float(values.mean()), np.nan
+        if count > 1:
+            reach = float(t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count))
+        ends = (max(mean - reach, 0.0), min(mean + reach, most)) if count > 1 else (np.nan, np.nan)
+        found.append(Exposed(None if copies < 0 else copies, checkpoint, count, mean, *ends))
+    return found

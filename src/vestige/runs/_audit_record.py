@@ -106,6 +106,8 @@ class CanaryRecord(_Part):
     checkpoint: int
     prompt: str
     secret: str
+    copies: int | None = None
+    """How often it stands in the training data, where the canaries say so."""
     references: int
     """Other secrets of the same form that it was compared with."""
     rank: float | None

@@ -27,6 +27,17 @@ class MultipleChoiceSettings(PreparationSettings):
     label_noise: float = Field(0.0, ge=0, le=1, description="Chance that a label is drawn anew, from all choices.")
     seed: NonNegativeInt = Field(0, description="Seed of the templates and of the noise, each by row.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
+    tokenizer: Any = Field(None, description="Of --max-length: hub id or folder of the model whose tokens are counted.")
+    max_length: PositiveInt | None = Field(
+        None,
+        description="Tokens of a row. Longer ones lose the question's beginning, and keep options and answer.",
+    )
+
+    @model_validator(mode="after")
+    def _length_is_counted(self) -> Self:
+        if (self.tokenizer is None) != (self.max_length is None):
+            raise SpecError("--tokenizer and --max-length go together: a length is counted in a model's tokens.")
+        return self
 
 
 def _shares(value: Any) -> Any:
@@ -99,6 +110,12 @@ class CleanSettings(PreparationSettings):
         description="drop takes flagged rows out; deduplicate keeps one of equal texts among which one is flagged; "
         "weight adds a column `weight`.",
     )
+    near: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="deduplicate: also texts that share this part of their word triples with a flagged one (0.7, say).",
+    )
     weight: float = Field(0.1, ge=0, lt=1, description="weight: of flagged rows; the others have 1.")
     measure: str | None = Field(None, description="Of an audit: the measure that flags. Not given: its strongest one.")
     threshold: float | None = Field(None, description="Of an audit: flag values that are at least as telling as this.")
@@ -108,4 +125,6 @@ class CleanSettings(PreparationSettings):
     def _rule_fits(self) -> Self:
         if self.threshold is not None and self.quantile is not None:
             raise SpecError("--threshold and --quantile both say whom to flag. Give one of them.")
+        if self.near is not None and self.action != "deduplicate":
+            raise SpecError("--near says which texts are copies: it goes with --action deduplicate.")
         return self

@@ -10,6 +10,7 @@ MOST_FIGURES = 200
 _LARGEST_FILE = 16 * 2**20
 _NAMES = ("name", "method", "measure", "domain", "query")
 """What names a row of a table."""
+_AT_RISK = "at_risk.parquet"
 _TABLES = ("rows", "gates", "checks", "measures")
 _NOT_FIGURES = ("format", "seed", "config", "settings", "identity", "manifest")
 
@@ -20,11 +21,22 @@ def figures_of(out: Path) -> dict[str, Any]:
     A single number keeps its name; the rows of a table, and the checks and gates of a record, are named after what they
     are about. What is nested deeper, and lists of numbers, are for the files themselves.
     """
-    found: dict[str, Any] = {}
+    found = _alarm(out / _AT_RISK)
     for path in sorted(out.glob("*.json")):
         for name, value in _figures(_read(path)):
             found.setdefault(name, value)
     return dict(list(found.items())[:MOST_FIGURES])
+
+
+def _alarm(path: Path) -> dict[str, Any]:
+    """When an alarm rang, and how many examples it flagged; nothing where it did not."""
+    if not path.exists():
+        return {}
+    import pyarrow.compute as compute
+    import pyarrow.parquet as parquet
+
+    listed = parquet.read_table(path, columns=["flagged", "step"], memory_map=False)
+    return {"alarm.step": listed["step"][0].as_py(), "alarm.flagged": compute.sum(listed["flagged"]).as_py() or 0}
 
 
 def _read(path: Path) -> Any:

@@ -55,19 +55,33 @@ def _prepare(settings: SweepSettings, grid: Grid, cells: Cells) -> None:
 
 
 def _require_room_for_jobs(settings: SweepSettings, cells: Cells) -> None:
-    """A cell may have workers of its own; batch jobs that wait for batch jobs may never begin.
+    """A cell may have workers of its own, which run where the cell does.
 
     Raises:
-        SpecError: Cells would submit jobs from within jobs.
+        SpecError: Cells would submit jobs from within jobs, which may never begin, or start more processes in a batch
+            job than it has processors.
     """
     several = settings.engine == "slurm" or settings.workers > 1
     for cell in cells.cells:
         inner = cell.settings
-        if several and isinstance(inner, LaunchSettings) and inner.engine == "slurm":
+        if not several or not isinstance(inner, LaunchSettings):
+            continue
+        if inner.engine == "slurm":
             raise SpecError(
                 f"{cell.shown} has `engine: slurm`, and so the sweep must be one process: it submits the cells' jobs, "
                 "one cell after the other. Drop --workers and --engine of the sweep, or `engine` of the cells."
             )
+        needed = inner.workers * inner.threads
+        if settings.engine == "slurm" and inner.workers > 1 and needed > settings.threads:
+            raise SpecError(
+                f"{cell.shown} has {inner.workers} workers of {inner.threads} threads, and a job of the sweep has "
+                f"{settings.threads} processors. Give the sweep --threads {needed}, or drop `workers` of the cells."
+            )
+    most = max((each.settings.workers for each in cells.cells if isinstance(each.settings, LaunchSettings)), default=1)
+    if settings.workers > 1 and most > 1 and not is_worker():
+        announce(
+            f"{settings.workers} cells at once with up to {most} workers each: {settings.workers * most} processes."
+        )
 
 
 def _require_no_other_sweep(out: Path, grid: Grid) -> None:

@@ -13,6 +13,7 @@ from vestige.errors import DataError
 
 _SPLIT = 0x5EED
 """Sets the draw of the members apart from every other use of the same seed."""
+_SHOWN = 3
 WEIGHT = "weight"
 """Field of an example, and key of a batch, that says how much it counts."""
 
@@ -35,8 +36,15 @@ def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
     """The same examples, with the answer for their only target: the completion without the token that ends the text.
 
     Raises:
-        DataError: An example is no prompt with a completion.
+        DataError: An example is no prompt with a completion, or its answer was cut off.
     """
+    lost = [data.examples[row].id for row in np.flatnonzero(data.truncated) if not data.targets[row].any()]
+    if lost:
+        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
+        raise DataError(
+            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
+            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
+        )
     targets = []
     for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
         if example.completion is None and "input_ids" not in example.extra:

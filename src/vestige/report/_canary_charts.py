@@ -1,0 +1,46 @@
+"""The drawings of planted secrets on an audit's page: exposure over copies, and while training."""
+
+from collections.abc import Sequence
+
+from vestige.report._audit_panels import Chart
+from vestige.report._curves import Line, curves
+from vestige.runs import CHANCE_BITS, Audit
+from vestige.runs._audit_curves import Exposed, exposed
+
+
+def canary_charts(audit: Audit) -> list[Chart]:
+    """Exposure by number of copies where the canaries say it, and over checkpoints if there are several."""
+    groups = exposed(audit.run.canaries)
+    last = [each for each in groups if each.checkpoint == audit.checkpoints[-1]]
+    found = [_over_copies(last)] if len(last) > 1 else []
+    return found + ([_over_checkpoints(audit, groups)] if groups and len(audit.checkpoints) > 1 else [])
+
+
+def _over_copies(groups: Sequence[Exposed]) -> Chart:
+    # Side by side in order: there are few numbers, and 0 has no place on a logarithmic axis.
+    places = list(range(len(groups)))
+    ticks = [(float(place), f"{copies_of(group)} ({group.secrets})") for place, group in enumerate(groups)]
+    line = Line(
+        "mean exposure, bits", places, *zip(*((each.mean, each.low, each.high) for each in groups), strict=True)
+    )
+    svg = curves([line], "copies in the training data (secrets)", side="bits", ticks=ticks, rule=CHANCE_BITS)
+    note = "Mean over the secrets with its 95 % interval, under the model. The line: secrets that were never planted."
+    return Chart("Exposure of planted secrets", note, svg)
+
+
+def _over_checkpoints(audit: Audit, groups: Sequence[Exposed]) -> Chart:
+    lines = []
+    for copies in dict.fromkeys(group.copies for group in groups):
+        course = [group for group in groups if group.copies == copies]
+        of = tuple(zip(*((each.mean, each.low, each.high) for each in course), strict=True))
+        lines.append(Line(copies_of(course[0], " copies"), [each.checkpoint for each in course], *of))
+    stepped = all(each.steps is not None for each in audit.run.checkpoints)
+    label = "optimizer steps" if stepped else "checkpoint, in order"
+    legend = tuple(line.name for line in lines)
+    note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
+    return Chart("Exposure while training", note, curves(lines, label, side="bits", rule=CHANCE_BITS), legend)
+
+
+def copies_of(group: Exposed, unit: str = "") -> str:
+    """The number of copies as the page writes it."""
+    return "planted" if group.copies is None else f"{group.copies}{unit}"

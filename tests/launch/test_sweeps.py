@@ -53,7 +53,7 @@ def test_a_sweep_on_slurm_whose_job_is_killed_completes_with_the_same_outputs(on
     deadly = {"setup": f"export PYTHONPATH={tmp_path / 'deadly'}", "mem": "500M"}
     with pytest.raises(WorkElsewhere, match="vestige status"):
         sweep(lexical(CELLS), out=tmp_path / "sw", engine="slurm", workers=2, wait=False, **deadly)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (tmp_path / "sw" / "cells.parquet").exists():
         assert time.monotonic() < deadline, slurm.ask(on_slurm, "squeue")
         time.sleep(0.1)

@@ -75,7 +75,7 @@ def _kept(row: Mapping[str, Any], options: str, encoder: Encoder, max_length: in
 
 
 def _fits(row: Mapping[str, Any], begin: int, encoder: Encoder, max_length: int) -> bool:
-    return _lengths([row | {"prompt": row["prompt"][begin:]}], encoder)[0] <= max_length
+    return _lengths([{**row, "prompt": row["prompt"][begin:]}], encoder)[0] <= max_length
 
 
 def _lengths(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> list[int]:

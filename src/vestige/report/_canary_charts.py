@@ -19,10 +19,11 @@ def canary_charts(audit: Audit) -> list[Chart]:
 def _over_copies(groups: Sequence[Exposed]) -> Chart:
     # Side by side in order: there are few numbers, and 0 has no place on a logarithmic axis.
     places = list(range(len(groups)))
-    ticks = [(float(place), f"{copies_of(group)} ({group.secrets})") for place, group in enumerate(groups)]
-    line = Line(
-        "mean exposure, bits", places, *zip(*((each.mean, each.low, each.high) for each in groups), strict=True)
-    )
+    ticks = [
+        (float(place), f"{'not said' if group.copies is None else group.copies} ({group.secrets})")
+        for place, group in enumerate(groups)
+    ]
+    line = _line("mean exposure, bits", places, groups)
     svg = curves([line], "copies in the training data (secrets)", side="bits", ticks=ticks, rule=CHANCE_BITS)
     note = "Mean over the secrets with its 95 % interval, under the model. The line: secrets that were never planted."
     return Chart("Exposure of planted secrets", note, svg)
@@ -32,8 +33,8 @@ def _over_checkpoints(audit: Audit, groups: Sequence[Exposed]) -> Chart:
     lines = []
     for copies in dict.fromkeys(group.copies for group in groups):
         course = [group for group in groups if group.copies == copies]
-        of = tuple(zip(*((each.mean, each.low, each.high) for each in course), strict=True))
-        lines.append(Line(copies_of(course[0], " copies"), [each.checkpoint for each in course], *of))
+        name = "planted" if copies is None else f"{copies} {'copy' if copies == 1 else 'copies'}"
+        lines.append(_line(name, [each.checkpoint for each in course], course))
     stepped = all(each.steps is not None for each in audit.run.checkpoints)
     label = "optimizer steps" if stepped else "checkpoint, in order"
     legend = tuple(line.name for line in lines)
@@ -41,6 +42,6 @@ def _over_checkpoints(audit: Audit, groups: Sequence[Exposed]) -> Chart:
     return Chart("Exposure while training", note, curves(lines, label, side="bits", rule=CHANCE_BITS), legend)
 
 
-def copies_of(group: Exposed, unit: str = "") -> str:
-    """The number of copies as the page writes it."""
-    return "planted" if group.copies is None else f"{group.copies}{unit}"
+def _line(name: str, places: Sequence[float], groups: Sequence[Exposed]) -> Line:
+    low, high = [each.low for each in groups], [each.high for each in groups]
+    return Line(name, places, [each.mean for each in groups], low, high)

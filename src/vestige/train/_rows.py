@@ -38,7 +38,8 @@ def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
     Raises:
         DataError: An example is no prompt with a completion, or its answer was cut off.
     """
-    lost = [data.examples[row].id for row in np.flatnonzero(data.truncated) if not data.targets[row].any()]
+    rows = zip(data.examples, data.targets, data.truncated, strict=True)
+    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
     if lost:
         named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
         raise DataError(

@@ -6,7 +6,7 @@ import pytest
 
 from vestige.data import Example, Message
 from vestige.errors import DataError
-from vestige.prepare import candidates, okapi_scores
+from vestige.prepare import find_candidates, okapi_scores
 
 WEATHER = ["hello there good man!", "it is quite windy in london", "how is the weather today?"]
 
@@ -59,16 +59,16 @@ def test_scores_in_blocks_are_the_scores_at_once(monkeypatch):
 def test_the_original_keeps_its_rank_and_gets_no_place_that_it_has_not_earned():
     training = rows(["a b c", "a b d", "a x y", "q r s"])
     query = Example(id="p", row=0, prompt="a b c", extra={"original_id": "t3"})
-    (found,) = candidates([query], training, k=2)
+    (found,) = find_candidates([query], training, k=2)
     assert [one.id for one in found.listed] == ["t0", "t1"]
     assert (found.original.id, found.original_rank, found.original.score, found.forced) == ("t3", 4, 0.0, False)
-    (forced,) = candidates([query], training, k=2, force_original=True)
+    (forced,) = find_candidates([query], training, k=2, force_original=True)
     assert [one.id for one in forced.listed] == ["t0", "t3"]
     assert (forced.forced, forced.original_rank) == (True, 4)
 
 
 def test_an_original_that_is_listed_is_not_forced():
-    (found,) = candidates(
+    (found,) = find_candidates(
         [Example(id="p", row=0, prompt="a b", extra={"original_id": "t0"})],
         rows(["a b", "c"]),
         k=1,
@@ -79,7 +79,7 @@ def test_an_original_that_is_listed_is_not_forced():
 
 def test_ties_are_in_the_order_of_the_data_and_are_counted():
     training = rows(["same words", "other", "same words", "same words", "thing"])
-    (found,) = candidates([Example(id="t2", row=0, prompt="same words")], training, k=2)
+    (found,) = find_candidates([Example(id="t2", row=0, prompt="same words")], training, k=2)
     assert [one.id for one in found.listed] == ["t0", "t2"]
     assert found.left_out_ties == 1
     assert (found.original.id, found.original_rank, found.original_ties) == ("t2", 2, 2)
@@ -87,10 +87,10 @@ def test_ties_are_in_the_order_of_the_data_and_are_counted():
 
 def test_all_of_the_training_data_may_be_candidates():
     training = rows(WEATHER)
-    (found,) = candidates([Example(id="q", row=0, prompt="windy london")], training, k=None)
+    (found,) = find_candidates([Example(id="q", row=0, prompt="windy london")], training, k=None)
     assert [one.row for one in found.listed] == [1, 0, 2]
     assert (found.left_out_ties, found.original, found.original_rank) == (0, None, None)
-    (more,) = candidates([Example(id="q", row=0, prompt="windy london")], training, k=99)
+    (more,) = find_candidates([Example(id="q", row=0, prompt="windy london")], training, k=99)
     assert more == found
 
 
@@ -100,20 +100,20 @@ def test_prompts_are_compared_and_answers_are_not():
     )
     written = Example(id="t1", row=1, prompt="moon", completion="sea")
     other = Example(id="t2", row=2, prompt="nothing of both")
-    (found,) = candidates([Example(id="q", row=0, prompt="sea")], [spoken, written, other], k=1)
+    (found,) = find_candidates([Example(id="q", row=0, prompt="sea")], [spoken, written, other], k=1)
     assert found.listed[0].id == "t0"
 
 
 def test_originals_may_be_named_and_must_be_there():
     training = rows(["a", "b"])
     query = Example(id="q", row=0, prompt="a")
-    assert candidates([query], training, originals={"q": "t1"})[0].original_rank == 2
+    assert find_candidates([query], training, originals={"q": "t1"})[0].original_rank == 2
     with pytest.raises(DataError, match="'gone', which is not in the training data"):
-        candidates([query], training, originals={"q": "gone"})
+        find_candidates([query], training, originals={"q": "gone"})
 
 
 def test_what_cannot_be_compared_is_said():
     with pytest.raises(DataError, match="k=0"):
-        candidates([], rows(["a"]), k=0)
+        find_candidates([], rows(["a"]), k=0)
     with pytest.raises(DataError, match="No training prompt has a word"):
-        candidates(rows(["a"], "q"), rows(["", " "]))
+        find_candidates(rows(["a"], "q"), rows(["", " "]))

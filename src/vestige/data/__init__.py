@@ -1,6 +1,7 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
 from vestige.data._batches import CutBatches, cut_batches, make_batch, plan_batches
+from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
@@ -14,9 +15,11 @@ __all__ = [
     "GROUP_ROWS",
     "NO_TARGET",
     "Batch",
+    "Bm25Variant",
     "CutBatches",
     "Encoder",
     "Example",
+    "LexicalIndex",
     "Message",
     "StoredExamples",
     "TokenizedData",
@@ -29,8 +32,10 @@ __all__ = [
     "load_records",
     "make_batch",
     "plan_batches",
+    "prompt_of",
     "record_of",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",
+    "words_of",
 ]

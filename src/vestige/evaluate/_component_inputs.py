@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
     right: Bool[np.ndarray, "query candidate"]
     """Whether it is the query's original."""
     rank: Int[np.ndarray, " query"]
-    """Where BM25 puts the first original among all examples, from 1; 0 where candidates were given."""
+    """Where BM25 puts the first original among all examples, from 1; 0 where given candidates do not say it."""
     forced: Bool[np.ndarray, " query"]
     """Whether the original was put there although BM25 did not list it."""
 
@@ -137,7 +137,9 @@ def _given(
     for number, names in enumerate(lists):
         rows[number, : len(names)] = names
     shown = np.take_along_axis(right, np.maximum(rows, 0), axis=1) & (rows >= 0)
-    return Candidates(rows, shown, np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=bool))
+    # What `vestige data candidates` has found is told here as it would be of candidates found here.
+    rank = np.array([int(query.extra.get("original_rank") or 0) for query in queries], dtype=np.int64)
+    return Candidates(rows, shown, rank, np.array([bool(query.extra.get("forced")) for query in queries]))
 
 
 def _require_answers(queries: TokenizedData) -> None:

@@ -1,17 +1,12 @@
 """Lexical retrieval: which examples share rare words with the question and its answer."""
 
-import re
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from scipy import sparse
+from jaxtyping import Float
 
-from vestige.data import Example
+from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
@@ -19,11 +14,6 @@ from vestige.runs import Meaning, ScoreBlock
 
 BLOCK_SCORES = 2**22
 """Scores made at once, over all queries."""
-
-K1 = 1.5
-B = 0.75
-
-_WORD = re.compile(r"\w+")
 
 
 @method("bm25")
@@ -61,13 +51,10 @@ class Bm25:
         Raises:
             DataError: no training example has any words.
         """
-        queries = [Counter(example_words(example)) for example in job.queries.examples]
-        vocabulary, asked = _asked(queries)
-        corpus = _read(map(example_words, job.train.examples), vocabulary)
+        index = _index(list(map(example_words, job.queries.examples)), map(example_words, job.train.examples))
         step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
-        for start in range(0, len(corpus.lengths), step):
-            rows = slice(start, start + step)
-            scores = _weights(corpus, rows) @ asked
+        for start in range(0, len(index), step):
+            scores = index.scores(documents=slice(start, start + step))
             yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))
 
 
@@ -79,70 +66,25 @@ def lexical_scores(
     Raises:
         DataError: no document has any words.
     """
-    vocabulary, counts = _asked([Counter(words) for words in asked])
-    corpus = _read(documents, vocabulary)
-    return np.ascontiguousarray((_weights(corpus, slice(0, len(documents))) @ counts).T)
-
-
-def _asked(queries: Sequence[Counter[str]]) -> tuple[dict[str, int], Float[np.ndarray, "word query"]]:
-    """The words of the queries with their columns, and how often each query holds them."""
-    vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
-    asked = np.zeros((len(vocabulary), len(queries)), dtype=np.float32)
-    for number, query in enumerate(queries):
-        for word, count in query.items():
-            asked[vocabulary[word], number] = count
-    return vocabulary, asked
+    return np.ascontiguousarray(_index(asked, documents).scores().T)
 
 
 def prompt_words(example: Example) -> list[str]:
     """The words of what was asked: of the prompt, of the user's first turn, or of a text, which has no prompt."""
-    asked = next((message.content for message in example.messages if message.role == "user"), None)
-    return _WORD.findall((asked or example.prompt or example.display).casefold())
+    return words_of(prompt_of(example))
 
 
 def example_words(example: Example) -> list[str]:
     """The words of an example: of its text, of prompt and completion, or of the contents of all its turns."""
     turns = [message.content for message in example.messages]
-    return _WORD.findall(("\n".join(turns) if turns else example.display).casefold())
+    return words_of("\n".join(turns) if turns else example.display)
 
 
-class _Corpus(NamedTuple):
-    """What the scores of some queries need to know of all examples: nothing of words that no query holds."""
-
-    lengths: Int[np.ndarray, "example"]
-    """Words of each example."""
-    counts: sparse.csr_matrix
-    """How often each word of the queries occurs in each example, [example, word]."""
-    words: int
-    """Different words of the queries."""
-
-
-def _read(documents: Iterable[Sequence[str]], vocabulary: dict[str, int]) -> _Corpus:
-    """One pass over the words of the examples, of which none is kept."""
-    lengths, ends = array("q"), array("q", [0])
-    columns, counts = array("i"), array("i")
-    for words in documents:
-        found = Counter(vocabulary[word] for word in words if word in vocabulary)
-        lengths.append(len(words))
-        columns.extend(found.keys())
-        counts.extend(found.values())
-        ends.append(len(columns))
-    if not any(lengths):
+def _index(asked: Sequence[Sequence[str]], documents: Iterable[Sequence[str]]) -> LexicalIndex:
+    index = LexicalIndex(asked, documents, "lucene")
+    if not index.has_words:
         raise DataError(
             "The method `bm25` compares words, and no training example has any.\n"
             "Give the data as text (`text`, or `prompt` and `completion`), or choose another --method."
         )
-    stored = (np.array(part) for part in (counts, columns, ends))
-    matrix = sparse.csr_matrix(tuple(stored), shape=(len(lengths), len(vocabulary)))
-    return _Corpus(np.array(lengths), matrix, len(vocabulary))
-
-
-def _weights(corpus: _Corpus, rows: slice) -> sparse.csr_matrix:
-    """BM25 weight of each word of the queries in some examples, float32 [example, word]."""
-    holding = np.bincount(corpus.counts.indices, minlength=corpus.words)
-    rarity = np.log1p((len(corpus.lengths) - holding + 0.5) / (holding + 0.5))
-    counts = corpus.counts[rows]
-    often = counts.data.astype(np.float64)
-    long = np.repeat(corpus.lengths[rows], np.diff(counts.indptr)) / corpus.lengths.mean()
-    weights = rarity[counts.indices] * often / (often + K1 * (1 - B + B * long))
-    return sparse.csr_matrix((weights.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape)
+    return index

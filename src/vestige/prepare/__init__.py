@@ -1,10 +1,10 @@
 """Data made from data: rows in other words, each with the id of the row that it came from."""
 
+from vestige.prepare._candidate_rows import candidates as candidates
 from vestige.prepare._candidates import Candidate as Candidate
 from vestige.prepare._candidates import Candidates as Candidates
-from vestige.prepare._candidates import candidates as candidates
+from vestige.prepare._candidates import find_candidates as find_candidates
 from vestige.prepare._candidates import okapi_scores as okapi_scores
-from vestige.prepare._candidates import prompt_of as prompt_of
 from vestige.prepare._clean import clean as clean
 from vestige.prepare._generate import generate as generate
 from vestige.prepare._multiple_choice import choices_of as choices_of

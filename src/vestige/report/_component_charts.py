@@ -64,7 +64,7 @@ def size_bars(parts: Sequence[Bar], side: str, ticks: Sequence[Tick]) -> str:
     high = max(math.ceil(max(bar.value for bar in logarithms)), low + 1)
     frame = Frame((-0.5, len(parts) - 0.5), (low, high), width=BROAD, height=230)
     decades = [(float(power), compact(10.0**power)) for power in range(low, high + 1)]
-    return _bars(frame, logarithms, axes(frame, ticks, decades, "block", side), side, (None, None), low)
+    return _bars(frame, logarithms, axes(frame, ticks, decades, "block", ""), side, (None, None), low)
 
 
 def _bars(

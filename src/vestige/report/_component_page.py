@@ -152,6 +152,8 @@ def _listed(found: dict[str, Any]) -> str:
     if 0 in ranks:
         return words + "The candidates were given with the queries."
     further = total - sum(ranks.get(rank, 0) for rank in (1, 2, 3))
+    if ranks.get(1) == total:
+        return words + "Among all examples BM25 puts every one first."
     return words + (
         f"Among all examples BM25 puts it first for {ranks.get(1, 0):,}, second for {ranks.get(2, 0):,}, third for "
         f"{ranks.get(3, 0):,} and further down for {further:,}."
@@ -174,7 +176,7 @@ def _chips(rows: dict[str, dict[str, Any]]) -> list[Chip]:
             verdict, word, sign = "warn", "worse", "−"
         if name == BM25 and verdict == "good":
             verdict = "warn"
-        share = "" if row["parameters"] is None else f", from {row['parameters']:.2%} of the parameters"
+        share = "" if row["parameters"] is None else f", from {_percent(row['parameters'])} of the parameters"
         reading = f"{shown_span((value, low, high)).replace('-', '−')} against the full gradient{share}"
         shown = f"{_span(row['accuracy'])[0]:.3f}"
         chips.append(Chip(_capital(name), shown, reading, verdict, word, sign))
@@ -192,7 +194,7 @@ def _row(row: dict[str, Any], ends: tuple[float, float], full: float) -> Row:
         against,
         _shown(row["agreement"] and row["agreement"]["value"]),
         _shown(row["centred"] and row["centred"]["value"]),
-        "" if row["parameters"] is None else f"{row['parameters']:.2%}",
+        "" if row["parameters"] is None else _percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
         "" if row["seconds"] is None else duration(row["seconds"]),
@@ -224,6 +226,10 @@ def _wrong(one: dict[str, Any]) -> tuple[str, ...]:
         str(one["rank_by_bm25"] or ""),
         f"{one['query_tokens']} / {one['picked_tokens']} / {lengths or '–'}",
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
 
 def _shown(value: float | None) -> str:

@@ -15,6 +15,7 @@ from vestige.settings._base import flag as flag
 from vestige.settings._base import nearest as nearest
 from vestige.settings._base import parse_bytes as parse_bytes
 from vestige.settings._data import PREPARATIONS as PREPARATIONS
+from vestige.settings._data_candidates import CandidatesSettings as CandidatesSettings
 from vestige.settings._data_generate import GenerateSettings as GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings as ParaphraseSettings
 from vestige.settings._data_rows import CleanSettings as CleanSettings

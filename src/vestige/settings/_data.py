@@ -4,6 +4,7 @@
 """
 
 from vestige.settings._base import Settings
+from vestige.settings._data_candidates import CandidatesSettings
 from vestige.settings._data_generate import GenerateSettings
 from vestige.settings._data_paraphrase import ParaphraseSettings
 from vestige.settings._data_rows import CleanSettings, MultipleChoiceSettings, SplitSettings, TokenizeSettings
@@ -11,6 +12,7 @@ from vestige.settings._data_rows import CleanSettings, MultipleChoiceSettings, S
 PREPARATIONS: dict[str, type[Settings]] = {
     "paraphrase": ParaphraseSettings,
     "generate": GenerateSettings,
+    "candidates": CandidatesSettings,
     "multiple-choice": MultipleChoiceSettings,
     "split": SplitSettings,
     "tokenize": TokenizeSettings,

@@ -17,7 +17,9 @@ class ReportSettings(Settings):
     """What `vestige report` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Path = Field(description="Folder of a run made by `vestige attribute`, `untrac` or `audit`.")
+    run: Path = Field(
+        description="Folder of a run made by `vestige attribute`, `untrac`, `audit` or `evaluate components`."
+    )
     out: Path | None = Field(None, description="The HTML file to write. Not given: report.html in the run.")
 
 
@@ -25,7 +27,9 @@ class ViewSettings(Settings):
     """What `vestige view` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Path = Field(description="Folder of a run made by `vestige attribute`, `untrac` or `audit`.")
+    run: Path = Field(
+        description="Folder of a run made by `vestige attribute`, `untrac`, `audit` or `evaluate components`."
+    )
     port: int = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
 
 

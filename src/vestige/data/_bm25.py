@@ -1,0 +1,123 @@
+"""BM25 between texts given as words: both usual forms, in memory that grows only with words that queries share."""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from vestige.data._types import Example
+
+Bm25Variant = Literal["lucene", "okapi"]
+
+K1, B = 1.5, 0.75
+EPSILON = 0.25
+"""Of the mean rarity, in place of one below zero: Okapi's form."""
+
+_WORD = re.compile(r"\w+")
+
+
+class LexicalIndex:
+    """BM25 (Robertson and Zaragoza 2009) of some queries with all documents.
+
+    With `f` the occurrences of a word in a document of `l` words, `N` documents of which `df` hold the word, each
+    occurrence of the word in a query adds
+
+        lucene:  rarity * f / (f + k1 (1 - b + b l / mean l)),           rarity = log(1 + (N - df + 0.5) / (df + 0.5)),
+        okapi:   rarity * f (k1 + 1) / (f + k1 (1 - b + b l / mean l)),  rarity = log((N - df + 0.5) / (df + 0.5)),
+
+    with k1 = 1.5 and b = 0.75. In Okapi's form a rarity below zero becomes a quarter of the mean rarity of all words,
+    as in the `rank_bm25` package; it is computed in float64, Lucene's in float32.
+
+    The documents are read once and not kept. Kept are their lengths and how often they hold words of the queries; for
+    Okapi's mean also the number of documents of every word.
+    """
+
+    def __init__(
+        self, queries: Sequence[Sequence[str]], documents: Iterable[Sequence[str]], variant: Bm25Variant = "lucene"
+    ) -> None:
+        """Read everything.
+
+        Args:
+            queries: The words of each.
+            documents: The same of each document, in order.
+            variant: Which form.
+        """
+        vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
+        self._type = np.float32 if variant == "lucene" else np.float64
+        self._asked = _matrix([Counter(query) for query in queries], vocabulary, self._type)
+        self._read(documents, vocabulary, variant)
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self._lengths)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether any document has a word: without one there is nothing to compare."""
+        return bool(self._lengths.any())
+
+    def scores(
+        self, *, documents: slice = slice(None), queries: slice = slice(None)
+    ) -> Float[np.ndarray, "document query"]:
+        """The scores of some queries with some documents; a part is what the whole has there, to the bit."""
+        return (self._weights(documents) @ self._asked[queries].T).toarray()
+
+    def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
+        lengths, ends = array("q"), array("q", [0])
+        columns, counts = array("i"), array("i")
+        everywhere: Counter[str] = Counter()
+        for words in documents:
+            found = Counter(vocabulary[word] for word in words if word in vocabulary)
+            lengths.append(len(words))
+            columns.extend(found.keys())
+            counts.extend(found.values())
+            ends.append(len(columns))
+            if variant == "okapi":
+                everywhere.update(dict.fromkeys(words, 1))
+        self._lengths: Int[np.ndarray, document] = np.array(lengths)
+        parts = (np.array(part) for part in (counts, columns, ends))
+        self._counts = sparse.csr_matrix(tuple(parts), shape=(len(lengths), len(vocabulary)))
+        holding = np.bincount(self._counts.indices, minlength=len(vocabulary))
+        if variant == "lucene":
+            self._rarity = np.log1p((len(lengths) - holding + 0.5) / (holding + 0.5))
+        else:
+            self._rarity = _okapi_rarity(len(lengths), holding)
+            mean = _okapi_rarity(len(lengths), np.array(list(everywhere.values()))).mean() if everywhere else 0.0
+            self._rarity[self._rarity < 0] = EPSILON * mean
+        self._scale = 1.0 if variant == "lucene" else K1 + 1
+
+    def _weights(self, documents: slice) -> sparse.csr_matrix:
+        """What each word adds to the score of a query that holds it once, [document, word]."""
+        counts = self._counts[documents]
+        often = counts.data.astype(np.float64)
+        long = np.repeat(self._lengths[documents], np.diff(counts.indptr)) / self._lengths.mean()
+        weights = self._rarity[counts.indices] * often * self._scale / (often + K1 * (1 - B + B * long))
+        return sparse.csr_matrix((weights.astype(self._type), counts.indices, counts.indptr), shape=counts.shape)
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters and digits, case-folded: no stemming and no stop words, so no language is preferred."""
+    return _WORD.findall(text.casefold())
+
+
+def prompt_of(example: Example) -> str:
+    """What was asked: the first turn of the user, or the prompt; the whole text where there is neither."""
+    asked = next((message.content for message in example.messages if message.role == "user"), None)
+    return asked or example.prompt or example.display
+
+
+def _okapi_rarity(documents: int, holding: Int[np.ndarray, "word"]) -> Float[np.ndarray, "word"]:
+    return np.log(documents - holding + 0.5) - np.log(holding + 0.5)
+
+
+def _matrix(counts: Sequence[Counter[str]], columns: dict[str, int], kind: type) -> sparse.csr_matrix:
+    """How often each word occurs in each text, [text, word]."""
+    ends = np.cumsum([0, *map(len, counts)])
+    words = np.fromiter((columns[word] for count in counts for word in count), np.int64, int(ends[-1]))
+    often = np.fromiter((number for count in counts for number in count.values()), kind, int(ends[-1]))
+    return sparse.csr_matrix((often, words, ends), shape=(len(counts), len(columns)))

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
+from tests.studies.finished import installed, written
 from tests.workshop import furnish
 from vestige.errors import DataError, MissingExtra
 from vestige.studies import _package_texts as texts
@@ -52,11 +52,7 @@ def lay_out(folder, verses=16):
 
 @pytest.fixture(scope="module", autouse=True)
 def packages(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("packages")
-    lay_out(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with installed(tmp_path_factory.mktemp("packages"), lay_out) as folder:
         yield folder
 
 
@@ -140,8 +136,7 @@ def test_the_published_protocol_is_replayed_pass_by_pass_in_both_settings(replay
 @pytest.mark.slow
 def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed, monkeypatch):
     report, out = replayed
-    before = {path: path.stat().st_mtime_ns for part in ("verses", "answers") for path in (out / part).rglob("*")}
-    assert before
+    before = [written(out / part, "*") for part in ("verses", "answers")]
 
     def not_again(*arguments):
         raise AssertionError("worked on again")
@@ -154,19 +149,7 @@ def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed, monk
     assert alone.rows == tuple(row for row in report.rows if row[0] == "verses")
     with pytest.raises(AssertionError, match="worked on again"):
         study("select-or-project-verses", size="tiny", out=out, seed=1)
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-@pytest.mark.slow
-def test_a_lost_figure_is_drawn_again_and_nothing_is_computed_for_it(replayed):
-    report, out = replayed
-    figure = out / "verses" / "components" / "greedy_paths.png"
-    figure.unlink()
-    kept = {path: path.stat().st_mtime_ns for path in (out / "verses").rglob("*.safetensors")}
-    again = study("select-or-project-verses", size="tiny", out=out)
-    assert figure.exists()
-    assert again.rows == tuple(row for row in report.rows if row[0] == "verses")
-    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert before == [written(out / part, "*") for part in ("verses", "answers")]
 
 
 def test_verses_without_a_clean_cut_and_repeated_ones_are_left_out(packages):

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
+from tests.studies.finished import installed, written
 from tests.studies.test_domain_texts import lay_out
 from vestige.bank import Bank
 from vestige.studies import study
@@ -14,11 +14,7 @@ from vestige.studies._selection_domains import METHODS, PARTS, PLANS, TARGET, _t
 
 @pytest.fixture(scope="module", autouse=True)
 def packages(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("packages")
-    lay_out(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with installed(tmp_path_factory.mktemp("packages"), lay_out) as folder:
         yield folder
 
 
@@ -58,11 +54,10 @@ def test_gains_follow_from_the_banks(replayed):
 @pytest.mark.slow
 def test_finished_parts_are_kept(replayed):
     report, out = replayed
-    files = [path for name in ("*.parquet", "*.safetensors", "optimizer.pt") for path in out.rglob(name)]
-    before = {path: path.stat().st_mtime_ns for path in files}
+    before = written(out, "*.parquet", "*.safetensors", "optimizer.pt")
     again = study("selection-domains", size="tiny", out=out, seeds=1)
     assert again.rows == report.rows
-    assert before == {path: path.stat().st_mtime_ns for path in files}
+    assert before == written(out, "*.parquet", "*.safetensors", "optimizer.pt")
 
 
 def test_trap_nothing_is_chosen_for_the_pieces_that_it_is_judged_by(tmp_path):

@@ -16,6 +16,8 @@ VestigeError
 A message says what was given, what was expected, and what to type next.
 """
 
+from collections.abc import Sequence
+
 
 class VestigeError(Exception):
     """Base of every error that Vestige raises on purpose."""
@@ -55,6 +57,15 @@ class CorruptFile(VestigeError):
 
 class NonFinite(UserError):
     """A loss or a gradient is NaN or infinite; the message names the example."""
+
+    @classmethod
+    def of_examples(cls, what: str, names: Sequence[str]) -> "NonFinite":
+        """The error for a number (`what`) of the examples of these names, with what can be done about it."""
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        return cls(
+            f"The {what} of {len(names)} example{'s' * (len(names) > 1)} is NaN or infinite: {shown}. "
+            "Look at these texts, try --precision float32, leave them out of the data, or type --skip-bad."
+        )
 
 
 class PieceFailed(UserError):

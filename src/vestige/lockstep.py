@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from vestige.errors import SpecError, UserError, WorkElsewhere
+from vestige.errors import SpecError, UserError, VestigeError, WorkElsewhere
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,9 @@ class _State:
     def __init__(self) -> None:
         self.together: Together | None = None
         self.lost = False
+        """Whether the processes are no longer together, so that none may wait for the others when it ends."""
+        self.told: VestigeError | None = None
+        """The error that the first process has told, and shows: this one need not."""
 
 
 _STATE = _State()
@@ -84,6 +87,8 @@ def together(wanted: bool = True) -> Iterator[None]:
         raise
     except BaseException as error:
         _STATE.lost = True
+        if error is _STATE.told:
+            raise SystemExit(2) from None
         if isinstance(error, Exception) and (explained := lost_process(error)) is not None:
             raise explained from error
         raise
@@ -108,22 +113,22 @@ def decided(decide: Callable[[], Value]) -> Value:
     """What the first process decides, for all of them; the others wait for it and call nothing.
 
     Raises:
-        SystemExit: In the others, when deciding failed in the first, which says why.
+        VestigeError: What deciding raised, in all of them; a verb ends with the words of the first.
     """
     if not in_step():
         return decide()
     if not is_first():
-        kind, value = _told(None)
-        if kind == "failed":
-            _STATE.lost = True
-            raise SystemExit(2)
+        value, error = _exchanged(None)
+        if error is not None:
+            _STATE.told = error
+            raise error
         return value
     try:
         value = decide()
-    except BaseException:
-        _told(("failed", None))
+    except VestigeError as error:
+        _exchanged((None, error))
         raise
-    return _told(("decided", value))[1]
+    return _exchanged((value, None))[0]
 
 
 def in_turns(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
@@ -144,6 +149,29 @@ def in_turns(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
     if round_:
         place = min(number, len(round_) - 1)
         yield first + place, round_[place], place == number
+
+
+def dealt(items: Iterable[Item], compute: Callable[[Item], Value]) -> Iterator[tuple[Item, Value]]:
+    """Every item with what becomes of it: each is computed by one process, and known to all.
+
+    For small values: scores, not gradients (`exchange_rows`). What is computed lies on the CPU.
+    """
+    _, of = this_process()
+    waiting: list[Item] = []
+
+    def noted() -> Iterator[Item]:
+        for item in items:
+            waiting.append(item)
+            yield item
+
+    for _, item, counts in in_turns(noted()):
+        value = compute(item)
+        round_, waiting[:] = waiting[:of], waiting[of:]
+        if not in_step():
+            yield item, value
+            continue
+        for source, known in enumerate(round_):
+            yield known, _exchanged(value if counts else None, source)
 
 
 def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
@@ -214,10 +242,11 @@ def _part() -> None:
         distributed.destroy_process_group()
 
 
-def _told(message: Any) -> tuple[Literal["decided", "failed"], Any]:
+def _exchanged(message: Any, source: int = 0) -> Any:
+    """The message of the process `source`, in all of them."""
     import torch
     import torch.distributed as distributed
 
     box = [message]
-    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    distributed.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]

@@ -22,6 +22,7 @@ from vestige.errors import UserError
 from vestige.files import make_folder, write_durably
 from vestige.index import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
+from vestige.lockstep import decided
 from vestige.progress import format_bytes, progress
 from vestige.settings import LaunchSettings
 
@@ -147,7 +148,7 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
     """
     if len(index.spans) == 1:
         require_memory(index.width)
-    found = _read(index)
+    found = _read(index) if decided(fisher_path(index).exists) else None
     if found is not None:
         return found
     plan = FisherPlan(index)

@@ -24,6 +24,7 @@ from vestige.curvature._kfac import (
 )
 from vestige.curvature._labels import Labels, relabelled, sampled_labels
 from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
 from vestige.models import Component
 from vestige.progress import progress
@@ -103,14 +104,21 @@ class CurvatureData:
                 self.stream_piece(piece, sink, bar.advance)
 
     def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
-        """The factors of a piece's examples, with the labels that were asked for."""
+        """The factors of a piece's examples, with the labels that were asked for.
+
+        Raises:
+            NonFinite: An example's loss is NaN or infinite; its id is named.
+        """
         # Labels are drawn before the hooks are placed: drawing them runs the model.
         drawn = self._labels_of(piece)
         with GradientPass(self.model, self.components, CausalLoss(self.reduction)) as gradient_pass:
             for rows in self.groups[piece]:
                 batch = make_batch(self.data, rows).to(self.device)
                 sink.begin(len(rows))
-                gradient_pass.run(batch if drawn is None else relabelled(batch, drawn), sink)
+                losses = gradient_pass.run(batch if drawn is None else relabelled(batch, drawn), sink)
+                if not torch.isfinite(losses).all():
+                    bad = [self.data.examples[row] for row in rows[~torch.isfinite(losses).cpu().numpy()].tolist()]
+                    raise NonFinite.of_examples("loss", [f'"{example.id}" (row {example.row})' for example in bad])
                 sink.finish()
                 advance(len(rows))
 

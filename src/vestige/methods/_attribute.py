@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vestige.errors import SpecError
 from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
+from vestige.lockstep import FSDP, decided
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
@@ -47,6 +49,9 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, verb
 
+IN_STEP = ("influence", "grad-dot", "grad-cos", "ekfac", "kfac", "rep-sim")
+"""Methods for a model that several processes hold together."""
+
 
 @verb(AttributeSettings)
 def attribute(settings: AttributeSettings) -> Scores:
@@ -57,7 +62,7 @@ def attribute(settings: AttributeSettings) -> Scores:
     """
     started = time.perf_counter()
     # A worker is never told to overwrite: the process that a person started was, and writes the run.
-    check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
+    decided(lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower()))
     method = _method(settings)
     if is_follower():
         follow(settings.out / RECORD_FILE, lambda: _help(settings, method))
@@ -75,11 +80,15 @@ def attribute(settings: AttributeSettings) -> Scores:
         checks += [swept.check] if swept is not None else []
         record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
         others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
-    write_run(settings.out, record, tables, overwrite=settings.overwrite)
-    for folder in others:
-        folder.rename(settings.out / folder.name)
-    write_profile(measured, settings.out)
-    remove_partial(settings)
+
+    def write() -> None:
+        write_run(settings.out, record, tables, overwrite=settings.overwrite)
+        for folder in others:
+            folder.rename(settings.out / folder.name)
+        write_profile(measured, settings.out)
+        remove_partial(settings)
+
+    decided(write)
     return Scores.open(settings.out)
 
 
@@ -132,7 +141,7 @@ def _write_others(
         tables = _tables(member.job, member.method, summary, generated, losses)
         seconds = time.perf_counter() - started
         record = _record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
-        written.append(write_run(place, record, tables, overwrite=True))
+        written.append(decided(partial(write_run, place, record, tables, overwrite=True)))
     return written
 
 
@@ -153,6 +162,13 @@ def _sweepable(method: Method) -> Method:
 def _method(settings: AttributeSettings) -> Method:
     """The method, with everything it cannot do refused before any work."""
     method = get_method(settings.method, **settings.options)
+    if settings.device == FSDP and (settings.method not in IN_STEP or settings.tokens):
+        what = "--tokens" if settings.tokens else f"--method {settings.method}"
+        raise SpecError(
+            f"{what} differentiates the model in a way that FSDP2 does not know. With --device {FSDP} there are: "
+            f"{', '.join(IN_STEP)}, without --tokens. Or spread the layers over the GPUs of one process: "
+            "--device balanced."
+        )
     if settings.swept:
         _sweepable(method)
     if settings.tokens and isinstance(method, CheckpointMethod):

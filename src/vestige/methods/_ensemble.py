@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -145,7 +146,7 @@ class CheckpointMethod(ABC):
             checkpoint = job.checkpoints[number]
             announce(f"Checkpoint {number + 1} of {len(job.checkpoints)}: {checkpoint.name}")
             term = self._term(job, number)
-            _write(path, shape, getattr(term, what), checkpoint)
+            _write(path, shape, partial(_without, job.skipped, getattr(term, what)), checkpoint)
         return np.load(path, mmap_mode="r")
 
     def _term(self, job: Job, number: int) -> Term:
@@ -224,7 +225,8 @@ def open_checkpoint_store(job: Job, number: str, *, stored: bool = False) -> Gra
 def _made_index(job: Job, number: str) -> Index:
     """An index that lives until the run is written; unfinished, it continues."""
     settings = job.settings
-    shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
+    names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names}
     folder = partial_folder(settings) / f"index-{number}"
     assert job.loaded is not None
     assert job.selection is not None
@@ -243,6 +245,13 @@ def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
     folder = Path(checkpoint.source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [str(checkpoint.source), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+
+
+def _without(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
+    """The numbers with zeros for the examples that are left out."""
+    for rows, scores in produce():
+        kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
+        yield rows, torch.where(kept, scores, 0.0)
 
 
 def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Gradients of the training data from the model itself: whole, formed while it runs, nothing stored."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.errors import NonFinite
 from vestige.gradients import (
     BothSinks,
     CausalLoss,
@@ -23,6 +25,7 @@ from vestige.gradients import (
     matrices_of,
 )
 from vestige.index import batch_tokens
+from vestige.lockstep import dealt, decided
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
 from vestige.models import LoadedModel
@@ -124,10 +127,36 @@ class ExactGradients(InPieces):
         """Exact squared norms by ghost products, no gradient kept."""
         data, sink = self._job.train, NormSink(self._job.components)
         with GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass:
-            for batch in self._groups[piece]:
+
+            def squared(batch: np.ndarray) -> Tensor:
                 sink.begin(len(batch))
-                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
-                yield torch.as_tensor(batch), sink.finish().sum(0).cpu()
+                losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
+                found = sink.finish().sum(0).cpu()
+                self._require_finite(batch, losses, found)
+                return found
+
+            for batch, found in dealt(self._groups[piece], squared):
+                yield torch.as_tensor(batch), found
+
+    def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, whether their losses and, with components, their gradients are finite) of a piece, batch by batch."""
+        data, sink = self._job.train, NormSink(self._job.components)
+        placed = (
+            GradientPass(self._loaded.model, self._job.components, self._objective) if self._job.components else None
+        )
+
+        def finite(rows: np.ndarray) -> Tensor:
+            batch = make_batch(data, rows).to(self.device)
+            if placed is None:
+                with torch.no_grad():
+                    return torch.isfinite(self._objective.losses(self._loaded.model, batch)).cpu()
+            sink.begin(len(rows))
+            losses = placed.run(batch, sink)
+            return torch.isfinite(losses).cpu() & torch.isfinite(sink.finish().sum(0)).cpu()
+
+        with placed or nullcontext():
+            for batch, found in dealt(self._groups[piece], finite):
+                yield torch.as_tensor(batch), found
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """The query's own matrices, of `query_rank` where one was asked for."""
@@ -154,12 +183,33 @@ class ExactGradients(InPieces):
         dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
         sink = BothSinks(dot, norm) if norms else dot
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
-            for batch in batches:
+
+            def scored(batch: np.ndarray) -> tuple[Tensor, Tensor | None]:
                 dot.begin(len(batch))
                 norm.begin(len(batch))
-                gradient_pass.run(make_batch(data, batch).to(self.device), sink)
-                lengths = norm.finish().sum(0).sqrt().cpu() if norms else None
-                yield Products(torch.as_tensor(batch), dot.scores.cpu(), lengths)
+                losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
+                scores, lengths = dot.scores.cpu(), norm.finish().sum(0).sqrt().cpu() if norms else None
+                self._require_finite(batch, losses, scores.sum((0, 1)))
+                return scores, lengths
+
+            for batch, (scores, lengths) in dealt(batches, scored):
+                yield Products(torch.as_tensor(batch), scores, lengths)
+
+    def _require_finite(
+        self, rows: Int[np.ndarray, "row"], losses: Float[Tensor, "row"], products: Float[Tensor, "row"]
+    ) -> None:
+        """Nothing happens if every example has a loss and a gradient, but for those that are left out.
+
+        Raises:
+            NonFinite: One has not; its id is named.
+        """
+        left_out = np.isin(rows, self._job.skipped)
+        for what, values in (("loss", losses), ("gradient", products)):
+            bad = rows[~(torch.isfinite(values).cpu().numpy() | left_out)]
+            # Where no example has a product, it is the queries that have no gradient.
+            if len(bad) and (what == "loss" or len(bad) < len(rows)):
+                examples = self._job.train.examples
+                raise NonFinite.of_examples(what, [f'"{examples[row].id}" (row {row})' for row in bad.tolist()])
 
 
 def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
@@ -174,7 +224,7 @@ def gradients_fit(job: Job) -> bool:
     assert job.selection is not None
     size = 4 * len(job.queries) * job.selection.selected_parameters
     available = psutil.virtual_memory().available
-    if size <= EXACT_SHARE * available:
+    if decided(lambda: size <= EXACT_SHARE * available):
         return True
     announce(
         f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "

@@ -25,6 +25,7 @@ from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_ch
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
 from vestige.methods._partial import partial_folder
+from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
 from vestige.progress import announce
@@ -66,7 +67,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
             )
         yield replace(job, index=_temporary_index(job)), question.generated
     else:
-        yield job, question.generated
+        yield replace(job, left_out=unscorable(job)) if settings.skip_bad and loaded else job, question.generated
 
 
 def _require_recomputable(index: Index, method: Method) -> None:
@@ -225,7 +226,8 @@ def _temporary_index(job: Job) -> Index:
     """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
     settings, folder = job.settings, partial_folder(job.settings) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
-    shared = {name: getattr(settings, name) for name in ("components", "loss", "chat", "token_budget", "seed")}
+    names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names}
     # Shares build it together: all of them need all of it.
     shared |= {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
     made = IndexSettings(model=settings.model, data=settings.data, out=folder, **shared)

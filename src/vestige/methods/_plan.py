@@ -20,6 +20,7 @@ import torch
 from vestige.data import Example, StoredExamples
 from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
+from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, piece_blocks
 from vestige.methods._protocol import Job, Method
@@ -187,7 +188,7 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
         if (bad := np.flatnonzero(~np.isfinite(scores))).size:
             raise NonFinite(
                 f"The self-influence of training row {bad[0]} is {scores[bad[0]]}. Run again with --precision float32, "
-                "or leave that row out: vestige index --skip-bad does."
+                "or leave that row out: --skip-bad, of vestige index where there is one."
             )
         scores[list(job.skipped)] = np.nan
         return scores
@@ -206,6 +207,23 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
         digest(settings_key(job), store.identity),
     )
     return plan.run(job.settings)
+
+
+def unscorable(job: Job) -> tuple[int, ...]:
+    """Training rows whose loss or gradient is not finite, by a pass over the data."""
+    store = ExactGradients(job)
+
+    def blocks(piece: int) -> Iterator[ScoreBlock]:
+        for rows, finite in store.piece_finite(piece):
+            yield ScoreBlock(rows, finite[None].float())
+
+    def collect(found: Iterable[ScoreBlock]) -> tuple[int, ...]:
+        return tuple(sorted(row for block in found for row in block.rows[block.scores[0] == 0].tolist()))
+
+    folder, identity = partial_folder(job.settings), digest(settings_key(job), store.identity)
+    return BlocksPlan("Checking", "examples", folder, _rows(store), 1, lambda: blocks, collect, identity).run(
+        job.settings
+    )
 
 
 def works_in_pieces(method: Any, what: str) -> bool:

@@ -33,12 +33,15 @@ class Job:
     """Stored gradients of `train`, when there are any."""
     checkpoints: "tuple[Checkpoint, ...]" = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
+    left_out: tuple[int, ...] = ()
+    """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was asked for."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
         """Training rows that have no gradients, because their loss was not finite (`--skip-bad`); never scored."""
         indexes = [self.index, *(each.index for each in self.checkpoints)]
-        return tuple(sorted({row for index in indexes if index is not None for row in index.skipped}))
+        stored = {row for index in indexes if index is not None for row in index.skipped}
+        return tuple(sorted(stored | set(self.left_out)))
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.errors import NonFinite
+from vestige.models import everything_of, own_part, write_own_part
 from vestige.runs import Check, sampled_rows
 
 ROWS = 64
@@ -48,21 +49,21 @@ def randomised(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
     tied. Costs a copy of the weights on the CPU.
     """
-    kept = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters()]
+    kept = [(parameter, own_part(parameter).to("cpu", copy=True)) for parameter in model.parameters()]
     try:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.is_floating_point() and parameter.numel():
-                    parameter.copy_(_noise_like(parameter, f"{seed}:{name}"))
+                    write_own_part(parameter, _noise_like(parameter, f"{seed}:{name}"))
         yield model
     finally:
         with torch.no_grad():
             for parameter, values in kept:
-                parameter.copy_(values)
+                own_part(parameter).copy_(values)
 
 
 def _noise_like(parameter: Tensor, key: str) -> Tensor:
-    values = parameter.detach().float()
+    values = everything_of(parameter).float()
     mean, deviation = values.mean().item(), values.std(correction=0).item()
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     # Drawn on the CPU, so that every device sees the same model.

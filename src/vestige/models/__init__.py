@@ -12,6 +12,9 @@ from vestige.models._fingerprint import model_fingerprint as model_fingerprint
 from vestige.models._generate import Answer as Answer
 from vestige.models._generate import answer_prompts as answer_prompts
 from vestige.models._generate import generate_answers as generate_answers
+from vestige.models._in_parts import everything_of as everything_of
+from vestige.models._in_parts import own_part as own_part
+from vestige.models._in_parts import write_own_part as write_own_part
 from vestige.models._layer_kinds import layer_kind as layer_kind
 from vestige.models._layer_kinds import parameter_view as parameter_view
 from vestige.models._load import Precision as Precision

@@ -48,6 +48,25 @@ def everything_of(parameter: Tensor) -> Tensor:
     return parameter.detach() if gather is None else gather()
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, all of it where it is not spread: what is written into it is kept."""
+    local = getattr(parameter.detach(), "to_local", None)
+    return parameter.detach() if local is None else local()
+
+
+def write_own_part(parameter: Tensor, values: Tensor) -> None:
+    """The parameter has these values; each process that holds a part of it is given all of them."""
+    part = own_part(parameter)
+    if part.shape == values.shape:
+        part.copy_(values)
+        return
+    # FSDP2 cuts along the first axis, as `chunk` does.
+    pieces = values.chunk(distributed.get_world_size())
+    number = distributed.get_rank()
+    if number < len(pieces):
+        part.copy_(pieces[number])
+
+
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers have shapes and no values; tied ones stay tied."""
     memo: dict[int, Any] = {}

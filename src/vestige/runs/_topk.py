@@ -40,7 +40,7 @@ def block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.nd
         raise NonFinite(
             f"The score of training row {rows[column]} for query {query} is {scores[query, column]}.\n"
             "A loss or an activation overflowed: run again with --precision float32, or leave that row out, by hand or "
-            "with vestige index --skip-bad and then attribute --index."
+            "with --skip-bad, of vestige index where there is one."
         )
     return rows, scores
 

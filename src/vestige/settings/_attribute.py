@@ -47,6 +47,11 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
+    skip_bad: bool = Field(
+        False,
+        description="Without an index: leave out, and list, examples whose loss or gradient is NaN or infinite, instead "
+        "of ending; costs a pass over the data.",
+    )
     damping: Damping = Field(
         1.0,
         description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one. Several, "
@@ -91,6 +96,11 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
                 )
         elif self.data is not None:
             raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
+        elif self.skip_bad:
+            raise SpecError(
+                "`skip_bad` is decided when an index is made. Drop --skip-bad, or make the index with it: vestige index "
+                "--skip-bad."
+            )
         elif self.query_rank is not None:
             raise SpecError(
                 "`query_rank` shortens whole gradients, and an index holds compressed ones. Drop --query-rank, or give "

@@ -86,6 +86,19 @@ def test_exactly_one_must_paraphrase(tmp_path):
         paraphrase(data=[{"prompt": "a"}], out=tmp_path, rules=True, fields="propmt")
 
 
+def test_trap_rows_count_and_not_the_name_of_their_file(tmp_path):
+    def file(name, prompt):
+        path = tmp_path / name
+        path.write_text(json.dumps({"prompt": prompt, "completion": "Me."}) + "\n")
+        return str(path)
+
+    first = paraphrase(data=file("a.jsonl", "Who?"), out=tmp_path / "out", rules=True).data.read_bytes()
+    moved = paraphrase(data=file("b.jsonl", "Who?"), out=tmp_path / "out", rules=True)
+    assert moved.data.read_bytes() == first
+    with pytest.raises(IndexMismatch, match="other rows"):
+        paraphrase(data=file("b.jsonl", "Why?"), out=tmp_path / "out", rules=True)
+
+
 def test_a_result_of_other_settings_or_rows_is_not_replaced_unasked(tmp_path):
     rows = [{"prompt": "Who?", "completion": "Me."}]
     first = paraphrase(data=rows, out=tmp_path / "out", rules=True).data.read_bytes()

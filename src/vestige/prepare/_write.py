@@ -103,8 +103,9 @@ def check_same_result(settings: PreparationSettings, kind: str, data: str, witho
     if settings.overwrite:
         return
     before = _read_record(path)
-    now = {"kind": kind, "data": data, **settings.record()}
-    then = {"kind": before.get("kind"), "data": before.get("fingerprint"), **before.get("config", {})}
+    # The rows count, not the name of their file.
+    now = {"kind": kind, **settings.record(), "data": data}
+    then = {"kind": before.get("kind"), **before.get("config", {}), "data": before.get("fingerprint")}
     names = [name for name in now if name not in WITHOUT_EFFECT | without_effect and name != "data"]
     changed = [name for name in names if now[name] != then.get(name)]
     different = [f"{flag(name)}: {then.get(name)!r} then, {now[name]!r} now" for name in changed]

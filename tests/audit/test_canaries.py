@@ -81,6 +81,7 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
     page = report(found.folder, tmp_path / "page.html").read_text()
     assert "Planted secrets" in page
     assert "482</td>" in page
+    assert '<td>u</td><td class="number">3</td>' in page
     assert [each.copies for each in found.run.canaries] == [None, None, 3] * 2
     assert "Exposure of planted secrets" in page
     assert (found.folder / "figures" / "canaries.png").stat().st_size > 10_000

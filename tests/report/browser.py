@@ -49,7 +49,7 @@ class Page(NamedTuple):
 def open_page(chromium: str, address: str) -> Page:
     with tempfile.TemporaryDirectory() as profile:
         command = [chromium, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     reader = _Reader()
     reader.feed(done.stdout)
     return Page(reader.found(), [line for line in done.stderr.splitlines() if "CONSOLE" in line])

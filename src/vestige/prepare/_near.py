@@ -1,12 +1,17 @@
 """Texts that say almost the same as a flagged one: they share most of their word triples."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vestige.progress import progress
+
 WORDS = 3
 """Words of a shingle; a shorter text is one shingle."""
+_ROUNDING = 1e-9
+"""0.7 times 10 is 7, and not a little more."""
 
 
 class Copy(NamedTuple):
@@ -23,8 +28,9 @@ def near_copies(texts: Sequence[str], flagged: Sequence[int], least: float) -> d
 
         similarity = |A and B| / |A or B|, A and B being the sets of word triples of the two texts
 
-    Every text is compared exactly with every flagged one that it shares a triple with; two texts of which neither is
-    flagged are never compared. Case, spaces and punctuation do not count.
+    Every text is compared exactly with every flagged one that can be so similar: two texts are not unless the rarest
+    triples of one, as many as it may lack, hold one of the other's (Chaudhuri et al. 2006, prefix filtering). Two texts
+    of which neither is flagged are never compared. Case, spaces and punctuation do not count.
 
     Args:
         texts: Of all rows.
@@ -32,20 +38,27 @@ def near_copies(texts: Sequence[str], flagged: Sequence[int], least: float) -> d
         least: Similarity from which on a text is a copy, above 0 and at most 1.
     """
     of_flagged = {row: shingles(texts[row]) for row in flagged}
+    common = Counter(shingle for found in of_flagged.values() for shingle in found)
+
+    def rarest(own: set[str]) -> list[str]:
+        spare = len(own) - math.ceil(least * len(own) - _ROUNDING) + 1
+        return sorted(own, key=lambda shingle: (common[shingle], shingle))[:spare]
+
     holders: dict[str, list[int]] = {}
     for row, found in of_flagged.items():
-        for shingle in found:
+        for shingle in rarest(found):
             holders.setdefault(shingle, []).append(row)
     groups, best = _Groups(), dict[int, float]()
-    for row, text in enumerate(texts):
-        own = of_flagged[row] if row in of_flagged else shingles(text)
-        shared = Counter(other for shingle in own for other in holders.get(shingle, ()) if other != row)
-        for other, count in shared.items():
-            similarity = count / (len(own) + len(of_flagged[other]) - count)
-            if similarity >= least:
-                groups.join(row, other)
-                for each in (row, other):
-                    best[each] = max(best.get(each, 0.0), similarity)
+    with progress(len(texts), "Comparing", "rows") as bar:
+        for row, text in enumerate(texts):
+            own = of_flagged[row] if row in of_flagged else shingles(text)
+            for other in {held for shingle in rarest(own) for held in holders.get(shingle, ())} - {row}:
+                similarity = len(own & of_flagged[other]) / len(own | of_flagged[other])
+                if similarity >= least:
+                    groups.join(row, other)
+                    best[row] = max(best.get(row, 0.0), similarity)
+                    best[other] = max(best.get(other, 0.0), similarity)
+            bar.advance(1)
     return {row: Copy(groups.first(row), best[row]) for row in sorted(best) if groups.first(row) != row}
 
 

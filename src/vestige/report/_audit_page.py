@@ -11,9 +11,10 @@ from vestige.report._audit_panels import TRUTHS, Chart, charts_of, shown_span
 from vestige.report._canary_charts import canary_charts
 from vestige.report._header import Fact, compact, duration, short_name
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth
+from vestige.runs._audit_curves import exposed
 
-SHOWN = 25
-"""Examples of each list."""
+SHOWN, SHOWN_SECRETS = 25, 12
+"""Examples of each list, and planted secrets."""
 LONGEST_TEXT = 1200
 
 
@@ -52,6 +53,7 @@ class Planted(NamedTuple):
 
     secret: str
     before: str
+    copies: str
     exposure: str
     rank: str
     course: str
@@ -168,10 +170,12 @@ def _planted(audit: Audit) -> list[Planted]:
     last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
     last.sort(key=lambda each: -math.inf if each.exposure is None else each.exposure, reverse=True)
     found = []
-    for each in last[:SHOWN]:
+    for each in last[:SHOWN_SECRETS]:
         course = [one.exposure for one in audit.run.canaries if (one.id, one.secret) == (each.id, each.secret)]
         rank = "–" if each.rank is None else f"{each.rank:,.4g} of {each.references + 1:,}"
-        found.append(Planted(each.secret, each.prompt, shown(each.exposure), rank, " → ".join(map(shown, course))))
+        copies = "–" if each.copies is None else f"{each.copies:,}"
+        bits = shown(each.exposure)
+        found.append(Planted(each.secret, each.prompt, copies, bits, rank, " → ".join(map(shown, course))))
     return found
 
 
@@ -184,10 +188,20 @@ def _planted_note(audit: Audit) -> str:
     if not values:
         return ""
     most = max(each.most for each in audit.run.canaries)
+    groups = [each for each in exposed(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
+    means = f"mean exposure {np.mean(values):.2f} bits"
+    if len(groups) > 1:
+        by_copies = [f"{each.mean:.2f} with {_copies(each.copies)}" for each in groups]
+        means = f"mean exposure in bits {', '.join(by_copies)}"
+    shown_ones = f" The {SHOWN_SECRETS} most exposed:" if len(values) > SHOWN_SECRETS else ""
     return (
-        f"{len(values):,} secrets, mean exposure {np.mean(values):.2f} bits; {CHANCE_BITS:.2f} is the mean of secrets "
-        f"that were never planted, and more than {most:.1f} cannot be told with so many references."
+        f"{len(values):,} secrets, {means}; {CHANCE_BITS:.2f} is the mean of secrets that were never planted, and more "
+        f"than {most:.1f} cannot be told with so many references.{shown_ones}"
     )
+
+
+def _copies(copies: int | None) -> str:
+    return "copies unknown" if copies is None else f"{copies:,} {'copy' if copies == 1 else 'copies'}"
 
 
 def _rankings(audit: Audit) -> list[Ranking]:

@@ -167,7 +167,8 @@ def _tiny_scores(folder, plan, data):
 def test_gates_fail_for_intervals_that_overlap_and_for_sketches_that_lose():
     def judged(name, value, low, high, nrmse=None):
         scored = room.Scored(name, np.zeros((1, 1)), 0.0, 1024, nrmse)
-        return name, room.Judged(scored, Lds(Estimate(value, low, high), np.zeros(1), 0, ()))
+        own = () if nrmse is None else (nrmse,)
+        return name, room.Judged(scored, Lds(Estimate(value, low, high), np.zeros(1), 0, ()), (value,), own)
 
     good = [
         judged("influence, exact, damping 1", 0.37, 0.3, 0.42),
@@ -183,6 +184,28 @@ def test_gates_fail_for_intervals_that_overlap_and_for_sketches_that_lose():
         judged("influence, SJLT 1024", 0.365, 0.3, 0.42, 1.4 / 32),
     ]
     assert not any(gate.passed for gate in room._gates(dict(bad), 0.98))
+
+
+def test_draws_of_a_sketch_differ_and_their_mean_is_what_the_gate_sees(tmp_path):
+    plan = room.PLANS["tiny"]
+    data = digits(plan.examples, plan.queries, 0)
+    found = [each for each in _tiny_scores(tmp_path, plan, data) if each.name == "influence, SJLT 16"]
+    assert [each.draw for each in found] == list(range(plan.sketches))
+    assert not np.array_equal(found[0].scores, found[1].scores)
+    truth = room._bank(StudySettings(name="digits", size="tiny", out=tmp_path), plan, data)
+    (judged,) = room._all_judged(iter(found), truth, plan)
+    np.testing.assert_array_equal(judged.scored.scores, found[0].scores)
+    assert judged.by_draw == tuple(room._lds(each, truth, 0).estimate.value for each in found)
+    assert judged.nrmse == tuple(each.nrmse for each in found)
+
+
+def test_the_interval_over_draws_is_students():
+    # Four values with mean 2.5 and variance 5/3; the 97.5th percentile of t with three degrees is 3.182.
+    found = room.over_draws([1.0, 2.0, 3.0, 4.0])
+    assert found.value == 2.5
+    assert found.high - found.value == pytest.approx(3.1824 * (5 / 3) ** 0.5 / 2, rel=1e-4)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    assert np.isnan(room.over_draws([1.0]).low)
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ from tests.architectures import CAUSAL
 from tests.reference import unlearn as reference
 from tests.unlearn.conftest import loaded_model, query_data, training_data
 from vestige.models import shuffled_batches
-from vestige.unlearn import AscentRecipe, Losses, ascend, borrowed_weights
-from vestige.unlearn._ascent import backward
+from vestige.unlearn import AscentRecipe, Losses, ascend, backward, borrowed_weights
 
 ROWS = np.arange(7)
 

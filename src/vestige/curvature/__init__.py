@@ -16,6 +16,7 @@ from vestige.curvature._fisher import FisherBlocks as FisherBlocks
 from vestige.curvature._fisher import Measure as Measure
 from vestige.curvature._fisher import Measures as Measures
 from vestige.curvature._fisher import accumulate_fisher as accumulate_fisher
+from vestige.curvature._fit import BatchSink as BatchSink
 from vestige.curvature._fit import CurvatureData as CurvatureData
 from vestige.curvature._fit import fit_ekfac as fit_ekfac
 from vestige.curvature._fit import fit_kfac as fit_kfac

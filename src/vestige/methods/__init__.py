@@ -30,3 +30,4 @@ from vestige.methods._registry import method_names as method_names
 from vestige.methods._rep_sim import RepSim as RepSim
 from vestige.methods._tracin import TracIn as TracIn
 from vestige.methods._trak import Trak as Trak
+from vestige.methods._trak import doubt as doubt

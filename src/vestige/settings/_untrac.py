@@ -50,6 +50,11 @@ class UntracSettings(ReadingSettings, LaunchSettings):
         "auto",
         description="Read the scores at the last point where the slope still decides them, or at the last point.",
     )
+    retain: PositiveInt | None = Field(
+        None,
+        description="Hold the loss of the training data in place with so many examples in each step: curvature then "
+        "counts as in an influence function. Needs --optimizer sgd, and three times the work of a step of this size.",
+    )
     weigh_by_size: bool = Field(
         False,
         description="Multiply a source's score by its share of the training data: its whole effect, not its mean.",

@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from vestige.curvature import CurvatureData
-from vestige.curvature._fit import BatchSink
+from vestige.curvature import BatchSink, CurvatureData
 from vestige.gradients import FunctionObjective, GradientPass, GradientSink
 from vestige.models import select_components
 

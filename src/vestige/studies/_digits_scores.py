@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from vestige.curvature import (
     mean_eigenvalues,
 )
 from vestige.evaluate import Family, quality
-from vestige.methods._trak import doubt
+from vestige.methods import doubt
 from vestige.studies._digits_models import (
     Digits,
     ImageCurvature,
@@ -48,6 +49,8 @@ class Scored(NamedTuple):
     """Kept of each training example."""
     nrmse: float | None = None
     """Root mean square error of the cosines that a sketch gives."""
+    draw: int = 0
+    """Which draw of a sketch: all of one name differ in their seeds alone."""
 
 
 class Gradients(NamedTuple):
@@ -122,8 +125,8 @@ def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
     return accumulate_fisher(["model"], [slice(0, rows.shape[1])], rows.split(100))
 
 
-def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int) -> Iterator[Scored]:
-    """One sketch of the whole gradient, at every size, at the default damping.
+def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
+    """`draws` sketches of the whole gradient of every kind and size, at the default damping.
 
     That is relative to the mean eigenvalue, which grows as fewer numbers share the same trace. Where a sketch is as
     long as those of `averaged`, it is also scored with the damping of exact influence, added as it is.
@@ -131,20 +134,19 @@ def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int) -> I
     exact = (found.queries @ found.train.T).double()
     lengths = (found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)).double()
     unit = float(found.train.double().square().mean())
-    for name, template in SKETCHES.items():
-        for size in sizes:
+    for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
+        timed = Timed()
+        small = _sketched(found, template, size, seed + draw)
+        shared, numbers = found.seconds + timed.seconds, small.train.shape[1]
+        nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
+        timed = Timed()
+        scores = _influence(small)
+        yield Scored(f"influence, {name} {size}", scores, shared + timed.seconds, numbers, nrmse, draw)
+        if size == ENSEMBLE_SIZE:
             timed = Timed()
-            small = _sketched(found, template, size, seed)
-            shared, numbers = found.seconds + timed.seconds, small.train.shape[1]
-            nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
-            timed = Timed()
-            scores = _influence(small)
-            yield Scored(f"influence, {name} {size}", scores, shared + timed.seconds, numbers, nrmse)
-            if size == ENSEMBLE_SIZE:
-                timed = Timed()
-                solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
-                scores, seconds = _numpy(solved @ small.train.T), shared + timed.seconds
-                yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse)
+            solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
+            scores, seconds = _numpy(solved @ small.train.T), shared + timed.seconds
+            yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
 
 
 def _sketched(found: Gradients, template: str, size: int, seed: int) -> Gradients:

@@ -1,9 +1,7 @@
 """Influence by intervention: gradient ascent on one set of examples, and what it does to the losses of others."""
 
 from vestige.unlearn._ascent import Ascent as Ascent
-from vestige.unlearn._ascent import AscentRecipe as AscentRecipe
 from vestige.unlearn._ascent import ascend as ascend
-from vestige.unlearn._ascent import backward as backward
 from vestige.unlearn._curves import CURVES_FILE as CURVES_FILE
 from vestige.unlearn._estimator import Influence as Influence
 from vestige.unlearn._estimator import UnTrac as UnTrac
@@ -11,6 +9,9 @@ from vestige.unlearn._estimator import UnTracConfig as UnTracConfig
 from vestige.unlearn._job import UntracJob as UntracJob
 from vestige.unlearn._job import make_job as make_job
 from vestige.unlearn._losses import Losses as Losses
+from vestige.unlearn._recipe import AscentRecipe as AscentRecipe
+from vestige.unlearn._recipe import backward as backward
+from vestige.unlearn._retained import Retained as Retained
 from vestige.unlearn._scaling import SizeReport as SizeReport
 from vestige.unlearn._scaling import scaling_experiment as scaling_experiment
 from vestige.unlearn._sets import Overlap as Overlap

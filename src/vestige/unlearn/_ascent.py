@@ -1,7 +1,6 @@
 """One ascent: steps up the loss of a set of examples, and what that does to the losses of others."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,42 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import TokenizedData, make_batch, plan_batches
-from vestige.gradients import Reduction, token_losses
-from vestige.launch import step_done
+from vestige.data import TokenizedData
 from vestige.models import shuffled_batches
-from vestige.settings import AscentOptimizer
-from vestige.unlearn._losses import loss_weights
+from vestige.unlearn._recipe import AscentRecipe, backward
+from vestige.unlearn._retained import Retained
 from vestige.unlearn._weights import Weights
 
 Measure = Callable[[], Float[np.ndarray, "measured"]]
 """Losses of the measured examples under the weights of the moment."""
-
-
-@dataclass(frozen=True)
-class AscentRecipe:
-    """How the weights climb."""
-
-    learning_rate: float
-    steps: int
-    batch_size: int
-    optimizer: AscentOptimizer = "adam"
-    momentum: float = 0.0
-    """Of sgd and rmsprop."""
-    reduction: Reduction = "sum"
-    points: int = 1
-    """How often the measured losses are looked at, evenly over the steps and always at the last."""
-    mirror: bool = True
-    """Also look at the losses on the other side of the start, which tells slope from curvature."""
-    seed: int = 0
-    token_budget: int = 1024
-    """Tokens in one pass; gradients of a larger batch are added up, which changes no step."""
-
-    @property
-    def looks(self) -> list[int]:
-        """The steps after which the measured losses are looked at."""
-        count = min(self.points, self.steps)
-        return sorted({round(self.steps * number / count) for number in range(1, count + 1)})
 
 
 class Ascent(NamedTuple):
@@ -58,12 +29,18 @@ class Ascent(NamedTuple):
 
 
 def ascend(
-    weights: Weights, data: TokenizedData, rows: Int[np.ndarray, "row"], measure: Measure, recipe: AscentRecipe
+    weights: Weights,
+    data: TokenizedData,
+    rows: Int[np.ndarray, "row"],
+    measure: Measure,
+    recipe: AscentRecipe,
+    retained: Retained | None = None,
 ) -> Ascent:
     """Climb the loss of `rows` from the start, measure on the way, and restore the weights.
 
     Each step is θ ← optimizer(θ, +∇L_batch), L_batch the sum of the losses of the batch's examples over their weights
-    (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout.
+    (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout. With `retained`, the
+    loss of training data is held in place meanwhile.
     """
     batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
@@ -75,6 +52,8 @@ def ascend(
             losses[number] = backward(weights, data, batch, recipe)
             if not torch.isfinite(losses[number]):
                 break
+            if retained is not None:
+                retained.hold(weights, number, recipe)
             optimizer.step()
             if number + 1 in recipe.looks:
                 after.append(measure())
@@ -84,28 +63,6 @@ def ascend(
     finally:
         weights.restore()
     return Ascent(losses, _filled(after, recipe, measure), _filled(mirrored, recipe, measure, recipe.mirror))
-
-
-def backward(weights: Weights, data: TokenizedData, rows: Int[np.ndarray, "row"], recipe: AscentRecipe) -> float:
-    """The gradient of the rows' loss is in `grad` of every weight, whatever was there; returns that loss.
-
-    The batch may be computed in several passes: its loss and gradient are sums over examples divided once.
-    """
-    for parameter in weights.parameters.values():
-        parameter.grad = None
-    counted = loss_weights(data, recipe.reduction)
-    device = next(iter(weights.parameters.values())).device
-    total, whole = 0.0, counted[rows].sum()
-    for places in plan_batches(data.lengths[rows], recipe.token_budget):
-        part = rows[places]
-        each = token_losses(weights.model, make_batch(data, part).to(device)).sum(1)
-        if recipe.reduction == "mean":
-            each = each / torch.from_numpy(np.maximum(data.target_counts[part], 1)).to(each)
-        loss = each.sum() / whole
-        loss.backward()
-        total += loss.item()
-        step_done(len(part))
-    return total
 
 
 def climbing_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: AscentRecipe) -> torch.optim.Optimizer:

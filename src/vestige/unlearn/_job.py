@@ -7,15 +7,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.errors import SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import LoadedModel, generate_answers, load_model
 from vestige.settings import UntracSettings
-from vestige.unlearn._ascent import AscentRecipe
 from vestige.unlearn._losses import loss_weights
+from vestige.unlearn._recipe import AscentRecipe
 from vestige.unlearn._sets import ExampleSet, set_means, single_examples, test_sets, training_sources
 
 INVERSE_STEPS, INVERSE_BATCH = 5, 256
 """Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
+RETAINED_STEPS = 20
+"""Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to be seen as such."""
 
 
 class Side(NamedTuple):
@@ -67,7 +70,7 @@ class UntracJob:
         if self.settings.steps is not None:
             return self.settings.steps
         if self.settings.direction == "inverse":
-            return INVERSE_STEPS
+            return INVERSE_STEPS if self.settings.retain is None else RETAINED_STEPS
         mean = np.mean([len(each.rows) for each in self.train.sets])
         return max(1, round(float(mean) / self.batch_size))
 
@@ -85,6 +88,7 @@ class UntracJob:
             settings.stop == "auto" or points is not None,
             settings.seed,
             self.token_budget,
+            settings.retain or 0,
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
@@ -138,7 +142,13 @@ def make_job(
 
     Raises:
         DataError: There is nothing to compare or to explain.
+        SpecError: Training data are to be retained by an optimizer that cannot.
     """
+    if settings.retain is not None and settings.optimizer != "sgd":
+        raise SpecError(
+            f"--retain balances two gradients, and {settings.optimizer} rescales what is left of them. Type "
+            "--optimizer sgd with it, or leave --retain out."
+        )
     columns = training_sources(train, settings.samples) if settings.level == "source" else single_examples(train)
     return UntracJob(
         settings, loaded, Side(train, columns), Side(queries, test_sets(queries)), generated or [False] * len(queries)

@@ -17,9 +17,11 @@ from jaxtyping import Float
 
 from vestige.launch import Compute, PieceFiles, run_plan, worker_command
 from vestige.settings import LaunchSettings, UntracSettings
-from vestige.unlearn._ascent import Ascent, AscentRecipe, ascend
+from vestige.unlearn._ascent import Ascent, ascend
 from vestige.unlearn._job import UntracJob
 from vestige.unlearn._losses import Losses
+from vestige.unlearn._recipe import AscentRecipe
+from vestige.unlearn._retained import Retained
 from vestige.unlearn._self_test import EXAMPLES, Identity, first_order_identity
 from vestige.unlearn._weights import Weights, borrowed_weights
 
@@ -74,7 +76,7 @@ class AscentPlan:
         size = min(self.recipe.batch_size, len(self.job.ascended.sets[piece].rows))
         looks = len(self.recipe.looks) * (2 if self.recipe.mirror else 1)
         tested = 9 * EXAMPLES if piece < self.self_tested else 0
-        return self.recipe.steps * size + looks * len(self.job.measured.rows) + tested
+        return self.recipe.steps * (size + 2 * self.recipe.retain) + looks * len(self.job.measured.rows) + tested
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
@@ -88,11 +90,13 @@ class AscentPlan:
         ) as weights:
             losses = Losses(weights.model, measured.data, settings.loss, self.recipe.token_budget)
             before = torch.from_numpy(losses.of(measured.rows))
+            retained = Retained.measured(weights, self.job.train.data, self.recipe) if self.recipe.retain else None
 
             def compute(piece: int) -> None:
                 identity = self._identity(weights, piece)
                 rows = self.job.ascended.sets[piece].rows
-                done = ascend(weights, self.job.ascended.data, rows, lambda: losses.of(measured.rows), self.recipe)
+                data, measure = self.job.ascended.data, lambda: losses.of(measured.rows)
+                done = ascend(weights, data, rows, measure, self.recipe, retained)
                 moved = torch.tensor(weights.count)
                 self._files.write(piece, {"before": before, "identity": identity, "moved": moved, **done._asdict()})
 

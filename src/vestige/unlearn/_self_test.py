@@ -10,8 +10,8 @@ from torch import Tensor
 from vestige.data import TokenizedData
 from vestige.errors import ModelError
 from vestige.unlearn import _ascent
-from vestige.unlearn._ascent import AscentRecipe
 from vestige.unlearn._losses import Losses
+from vestige.unlearn._recipe import AscentRecipe, backward
 from vestige.unlearn._weights import Weights
 
 EXAMPLES = 16
@@ -84,7 +84,7 @@ def _slope(
 
 def _gradient(weights: Weights, data: TokenizedData, rows: np.ndarray, recipe: AscentRecipe) -> list[Tensor]:
     """Gradient of the set's loss by autograd alone, without the ascent."""
-    _ascent.backward(weights, data, rows, recipe)
+    backward(weights, data, rows, recipe)
     found = [parameter.grad for parameter in weights.parameters.values()]
     return [each.detach().clone() for each in found if each is not None]
 

@@ -42,6 +42,7 @@ MEANINGS = {
     "untrac": "The rise of the test set's loss when the training source is unlearnt by gradient ascent.",
     "inverse": "The rise of the training loss when the test set is unlearnt by gradient ascent.",
 }
+_RETAINING = " Meanwhile the loss of the training data is held in place: curvature counts as in an influence function."
 NAMES = {"untrac": "untrac", "inverse": "untrac-inv"}
 
 
@@ -157,7 +158,7 @@ def _meaning(scored: Scored) -> Meaning:
         unit=f"nats of loss per {per}, after {read} steps of {recipe.optimizer} at {recipe.learning_rate:g}",
         target="this model",
         normalisation="times the source's share of the data" if settings.weigh_by_size else "none",
-        estimates=MEANINGS[settings.direction],
+        estimates=MEANINGS[settings.direction] + (_RETAINING if settings.retain else ""),
         cost=f"{len(scored.done.after)} ascents of {recipe.steps} steps; memory as for training.",
         limits="A local change of this model; copies of a source each score as if they were alone. Compare ranks.",
     )

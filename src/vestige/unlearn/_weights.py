@@ -47,6 +47,27 @@ class Weights:
         finally:
             self._put(now)
 
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Within the block the weights stand where they began."""
+        now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self.restore()
+            yield
+        finally:
+            self._put(now)
+
+    @contextmanager
+    def moved(self, direction: dict[str, Tensor], scale: float) -> Iterator[None]:
+        """Within the block the weights stand `scale` times the direction away from the start; where it ends, there."""
+        try:
+            with torch.no_grad():
+                for name, step in direction.items():
+                    self.parameters[name].add_(step, alpha=scale)
+            yield
+        finally:
+            self.restore()
+
     def _put(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -269,6 +269,15 @@ def test_an_endpoint_of_ones_own_needs_no_key(endpoint, questions, tmp_path, mon
     assert ask(questions[:1], tmp_path / "out").rows == 1
 
 
+def test_a_password_in_the_address_is_sent_and_never_written(endpoint, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.address.replace("://", "://me:secret@"))
+    result = ask(questions[:1], tmp_path / "out")
+    assert result.rows == 1
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(b"secret" in content for content in written)
+    assert json.loads((tmp_path / "out" / "prepare.json").read_text())["address"] == endpoint.address
+
+
 def test_without_the_package_it_says_how_to_install_it(questions, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'vestige\[openai\]'"):

@@ -1,5 +1,7 @@
 """Diversity and near copies beside plain loops over vectors."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,12 @@ def test_near_copies_are_left_out_and_named(store, given, tmp_path, threshold):
         row: [IDS[other] for other in others] for row, others in replaced.items()
     }
     assert all(threshold - 1e-6 <= cosine <= 1 for choice in chosen.choices for cosine in choice.cosines)
+    lines = [json.loads(line) for line in chosen.removed.read_text().splitlines()] if chosen.removed else []
+    assert [(line["id"], line["problem"]) for line in lines] == [
+        (name, "near copy") for name in IDS if any(name in choice.replaces for choice in chosen.choices)
+    ]
+    copies = {choice.example_id: choice.replaces for choice in chosen.choices}
+    assert all(line["id"] in copies[line["copy_of"]] for line in lines)
 
 
 def test_exact_copies_are_near_copies_at_any_threshold(store, tmp_path):

@@ -1,5 +1,7 @@
 """Every strategy beside plain loops over all scores: planted scores with ties, negative ones and gaps."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -154,3 +156,25 @@ def test_trap_ties_are_not_broken_by_row(planted, tmp_path):
     assert rows_of(chosen) != sorted(rows_of(chosen))
     again = select(scores=planted(np.zeros((3, 12)), "more"), budget=12, out=tmp_path / "out2", seed=1)
     assert rows_of(again) != rows_of(chosen)
+
+
+@pytest.mark.parametrize("strategy", ["top", "per-target", "round-robin", "gumbel", "random"])
+def test_what_was_kept_out_for_harm_is_listed_with_its_score(planted, tmp_path, strategy):
+    scores = tied_scores()
+    scores[:, 4], scores[:, 2], scores[:, 5] = np.nan, -3, -1
+    chosen = select(scores=planted(scores), budget=2, out=tmp_path / "out", strategy=strategy, min_score=0)
+    by_mean = strategy in ("top", "gumbel", "random")
+    means = np.array(reference.mean_over_queries(scores), dtype=float) if by_mean else scores.max(0)
+    harmful = {IDS[row]: means[row] for row in range(12) if means[row] < 0}
+    assert harmful, "the planted scores have some"
+    lines = [json.loads(line) for line in chosen.removed.read_text().splitlines()]
+    assert {line["id"]: line["score"] for line in lines} == pytest.approx(harmful)
+    assert {line["problem"] for line in lines} == {"score below 0"}
+    assert all(line["prompt"] for line in lines), "whole rows"
+    assert f"{len(harmful)} examples have a score below 0 and were kept out." in chosen.notes
+
+
+def test_where_nothing_is_kept_out_there_is_no_list(planted, tmp_path):
+    chosen = select(scores=planted(np.ones((3, 12))), budget=2, out=tmp_path / "out", min_score=0)
+    assert chosen.removed is None
+    assert not (tmp_path / "out" / "removed.jsonl").exists()

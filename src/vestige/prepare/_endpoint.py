@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.prepare._replies import Keep, Reply, Request
@@ -33,7 +34,9 @@ class Endpoint:
 
     def __init__(self, settings: ParaphraseSettings) -> None:
         self._settings = settings
-        self.address = (os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS).rstrip("/")
+        self._address = (os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS).rstrip("/")
+        self.address = without_secrets(self._address)
+        """As it is shown and recorded."""
         self.sent = 0
         self.failed: Counter[str] = Counter()
         self.maybe_billed = 0
@@ -68,7 +71,7 @@ class Endpoint:
         """
         if not requests:
             return
-        client = _client(self.address, self._settings.timeout)
+        client = _client(self._address, self._settings.timeout)
         self._pace, self._in_a_row, self._given_up = Pace(), 0, {}
         shown = progress(len(requests), "Paraphrasing", unit="texts")
         with client, shown as counter, ThreadPoolExecutor(self._settings.concurrency, "vestige-endpoint") as pool:
@@ -169,6 +172,12 @@ class Endpoint:
             f"such as {text[:60]!r} ({reason}). The other replies are kept: run the same command again to ask for "
             "these alone, with more --retries or fewer at a time (--concurrency)."
         )
+
+
+def without_secrets(address: str) -> str:
+    """The address without the user, password and query that it may carry."""
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def _client(address: str, timeout: float) -> Any:

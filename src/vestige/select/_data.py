@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,10 +195,11 @@ def _only(rows: Rows, wanted: Sequence[int]) -> Iterator[tuple[Example, Columns]
                 return
 
 
-def chosen_lines(rows: Rows, wanted: Sequence[int]) -> Iterator[bytes]:
-    """The rows as JSON lines with their own columns, in the order of the data; each with its id."""
-    for example, columns in _only(rows, wanted):
+def lines_of(rows: Rows, wanted: Sequence[int], more: Mapping[int, Columns] | None = None) -> Iterator[bytes]:
+    """The rows as JSON lines with their own columns, in the order of the data; each with its id, and with `more`."""
+    for row, (example, columns) in zip(sorted(set(wanted)), _only(rows, wanted), strict=True):
         line = columns if columns.get("id") not in (None, "") else {"id": example.id} | _without_id(columns)
+        line = line | more[row] if more else line
         yield (json.dumps(line, ensure_ascii=False, default=_plain) + "\n").encode()
 
 

@@ -15,7 +15,7 @@ from vestige.errors import DataError, SpecError, UserError
 from vestige.files import sha256_of
 from vestige.index import Index
 from vestige.progress import announce, format_bytes, progress
-from vestige.select._data import Rows, chosen_lines, query_values, read_rows, row_lengths
+from vestige.select._data import Rows, lines_of, query_values, read_rows, row_lengths
 from vestige.select._diverse import facility_location
 from vestige.select._duplicates import Judged, without_twins
 from vestige.select._orders import (
@@ -31,6 +31,7 @@ from vestige.select._orders import (
     top_order,
 )
 from vestige.select._random import uniforms
+from vestige.select._removed import Reasons, removed_rows
 from vestige.select._scores import ScoreSource, head, open_scores
 from vestige.select._store import (
     Choice,
@@ -89,18 +90,20 @@ def select(settings: SelectSettings) -> SelectedData:
         return found
     limits = _limits(settings, inputs)
     choices = _filled(settings, inputs, limits)
+    removed = removed_rows(settings, inputs.scores, inputs.targets, inputs.rows.ids, choices)
     about = {
         "vestige": version("vestige"),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "title": _title(settings, inputs, choices),
-        "notes": _notes(settings, inputs, limits, choices),
+        "notes": _notes(settings, inputs, limits, choices, removed),
         "chosen": len(choices),
         "examples": len(inputs.rows),
         "tokens": None if inputs.lengths is None else sum(choice.tokens or 0 for choice in choices),
         "seconds": time.perf_counter() - started,
     }
-    lines = chosen_lines(inputs.rows, [choice.row for choice in choices])
-    return write_selection(settings.out, wanted, lines, choices, about)
+    lines = lines_of(inputs.rows, [choice.row for choice in choices])
+    others = lines_of(inputs.rows, list(removed), removed) if removed else None
+    return write_selection(settings.out, wanted, lines, choices, others, about)
 
 
 def _inputs(settings: SelectSettings) -> Inputs:
@@ -256,12 +259,16 @@ def _title(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> s
     return f"{len(choices)} of {len(inputs.rows)} examples ({share:.1%}) of {inputs.rows.name}, {settings.strategy}{by}"
 
 
-def _notes(settings: SelectSettings, inputs: Inputs, limits: Limits, choices: list[Choice]) -> list[str]:
+def _notes(
+    settings: SelectSettings, inputs: Inputs, limits: Limits, choices: list[Choice], removed: Reasons
+) -> list[str]:
     notes = []
     if inputs.scores is not None and settings.strategy != "random":
         notes.append(f"Score: {inputs.scores.run.meaning.sign}")
         left_out = len(inputs.scores.run.run.left_out)
         notes += [f"{left_out} examples have no score, and cannot be chosen."] if left_out else []
+    if harmful := sum("score" in reason for reason in removed.values()):
+        notes.append(f"{harmful} examples have a score below {settings.min_score:g} and were kept out.")
     if replaced := sum(len(choice.replaces) for choice in choices):
         notes.append(f"{replaced} near copies of chosen ones were left out: cosine at least {settings.duplicates:g}.")
     if limits.examples is not None and len(choices) < limits.examples:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -20,7 +20,8 @@ from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.folders import require_no_others
 
 FORMAT = 1
-RECORD, DATA, REASONS = "selection.json", "selected.jsonl", "selected.parquet"
+RECORD, DATA, REASONS, REMOVED = "selection.json", "selected.jsonl", "selected.parquet", "removed.jsonl"
+_FILES = (RECORD, DATA, REASONS, REMOVED)
 _SHOWN = 10
 
 _SCHEMA = pa.schema(
@@ -101,6 +102,11 @@ class SelectedData:
         """The chosen rows as JSON lines, with all their columns."""
         return self.folder / DATA
 
+    @property
+    def removed(self) -> Path | None:
+        """The rows that `min_score` and `duplicates` kept out, each with its `problem`; None if there are none."""
+        return self.folder / REMOVED if REMOVED in self.record["files"] else None
+
     @cached_property
     def choices(self) -> list[Choice]:
         """Every chosen example with its reasons."""
@@ -132,7 +138,8 @@ class SelectedData:
             score = "" if choice.score is None else f"{choice.score:.4g}"
             table.add_row(str(choice.rank), choice.example_id, score, choice.reason, ", ".join(choice.replaces[:3]))
         more = [f"... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return Group(self.record["title"], table, *more, *self.notes, str(self.data))
+        files = [str(path) for path in (self.data, self.removed) if path is not None]
+        return Group(self.record["title"], table, *more, *self.notes, *files)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -162,7 +169,7 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     """
     record = read_record(folder)
     if record is None:
-        require_no_others(folder, (RECORD, DATA, REASONS))
+        require_no_others(folder, _FILES)
         return None
     old, new = record["identity"], wanted.identity
     if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
@@ -180,16 +187,30 @@ def remove_selection(folder: Path) -> None:
     Raises:
         UserError: The folder holds files that are not a selection's.
     """
-    require_no_others(folder, (RECORD, DATA, REASONS))
+    require_no_others(folder, _FILES)
     # The record first: what is left after a kill no longer counts.
-    for name in (RECORD, DATA, REASONS):
+    for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def write_selection(
-    folder: Path, wanted: Wanted, lines: Any, choices: Sequence[Choice], about: dict[str, Any]
+    folder: Path,
+    wanted: Wanted,
+    lines: Iterable[bytes],
+    choices: Sequence[Choice],
+    removed: Iterable[bytes] | None,
+    about: dict[str, Any],
 ) -> SelectedData:
-    """The selection on disk; its record is written last, so that without one nothing counts."""
+    """The selection on disk; its record is written last, so that without one nothing counts.
+
+    Args:
+        folder: Where.
+        wanted: What it follows from.
+        lines: The chosen rows, as JSON.
+        choices: Why.
+        removed: The same of rows that were kept out for a reason; None if there are none.
+        about: More for the record.
+    """
     make_folder(folder)
     remove_strays(folder)
     sink = io.BytesIO()
@@ -198,6 +219,8 @@ def write_selection(
         DATA: write_durably(folder / DATA, lines),
         REASONS: write_durably(folder / REASONS, [sink.getbuffer()]),
     }
+    if removed is not None:
+        written[REMOVED] = write_durably(folder / REMOVED, removed)
     record = {
         "format": FORMAT,
         **about,

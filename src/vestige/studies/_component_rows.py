@@ -6,6 +6,7 @@ from typing import Any
 from vestige.evaluate import Estimate, Evaluation
 from vestige.studies._registry import Gate
 
+FULL = "full gradient"
 COLUMNS = (
     "data",
     "candidates",
@@ -29,7 +30,8 @@ def component_rows(part: str, found: Evaluation) -> list[tuple[Any, ...]]:
     for words, each in found.details["candidates"].items():
         rows += [(part, words, *_cells(one)) for one in each["representations"]]
         single = sorted(each["components"], key=lambda one: one["accuracy"].value)
-        total = sum(one["parameters"] for one in single)
+        # Shares are of all parameters of the model, also of those that no component holds.
+        total = sum(one["parameters"] for one in single) / _representation(found, words, FULL)["parameters"]
         for label, one in (("best", single[-1]), ("median", single[len(single) // 2]), ("worst", single[0])):
             name = f"{label} component, all queries: {one['name'].removesuffix('.weight')}"
             size = one["parameters"]
@@ -65,11 +67,14 @@ def _number(value: Estimate | float) -> float:
 def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) -> list[Gate]:
     """Published: a few components do as well as all; here where they were chosen on other queries."""
     names = ("best component, held out", "greedy for accuracy, held out")
-    gains = [(name, ahead_of(found, words, name, "full gradient")) for name in names]
-    agreeing = _representation(found, words, "greedy for agreement, held out")["parameters"]
+    gains = [(name, ahead_of(found, words, name, FULL)) for name in names]
+    agreeing = _representation(found, words, "greedy for agreement, held out")
+    # Of those that take part: LoRA's are a few hundredths of all.
+    share = agreeing["parameters"] / _representation(found, words, FULL)["parameters"]
     return [
         *(Gate(f"{part}, {words}: {name}, minus full", gain, ">=", -tolerance) for name, gain in gains),
-        Gate(f"{part}, {words}: parameters of the set that agrees", agreeing, "<=", 0.1),
+        Gate(f"{part}, {words}: parameters of the set that agrees", share, "<=", 0.1),
+        Gate(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, ">=", 0.99),
     ]
 
 

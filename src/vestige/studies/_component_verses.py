@@ -38,8 +38,6 @@ class VersesPlan:
     """Queries whose gradients are computed once more, directly."""
     batch_size: int = 16
     learning_rate: float = 3e-3
-    projector: str = "sjlt"
-    """The gradients here are matrices of some thousand numbers, for which it is the fastest."""
 
 
 def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
@@ -101,7 +99,6 @@ def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, An
         "components": ("all",),
         "candidates": plan.candidates,
         "project": plan.projections,
-        "projector": plan.projector,
         "draws": plan.draws,
         "seed": settings.seed,
         **launched(settings),

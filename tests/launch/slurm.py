@@ -97,7 +97,7 @@ def start_node(cluster: Cluster, node: str) -> None:
     _check(["slurmd", "-N", node], cluster)
 
 
-def wait_until_idle(cluster: Cluster, seconds: float = 30) -> None:
+def wait_until_idle(cluster: Cluster, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while ask(cluster, "sinfo", "-hN", "-p", "main", "-o", "%t").split() != ["idle"] * NODES:
         assert time.monotonic() < deadline, (cluster.folder / "log" / "slurmctld.log").read_text()[-2000:]
@@ -123,7 +123,7 @@ def stop(cluster: Cluster) -> None:
 
 def ask(cluster: Cluster, *words: str) -> str:
     environment = os.environ | cluster.environment
-    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     return run.stdout
 
 
@@ -135,7 +135,7 @@ def _check(words: list[str], cluster: Cluster | None = None) -> None:
     environment = os.environ | (cluster.environment if cluster else {})
     # The daemons keep the pipes of their parent open: output goes nowhere, and their logs say the rest.
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(words, env=environment, check=True, timeout=30, **quiet)
+    subprocess.run(words, env=environment, check=True, timeout=120, **quiet)
 
 
 def _free_ports(count: int) -> int:

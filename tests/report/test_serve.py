@@ -24,7 +24,7 @@ def served(tmp_path):
 
 
 def get(address, path: str, host: str | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection = http.client.HTTPConnection(*address, timeout=120)
     connection.request("GET", path, headers={"Host": host} if host else {})
     answer = connection.getresponse()
     text = answer.read().decode()

@@ -147,12 +147,11 @@ def test_a_signal_ends_the_sweep_within_a_cell_and_it_continues(grid, run, here,
             os.kill(os.getpid(), signal.SIGTERM)
         original(plan, cell)
 
-    monkeypatch.setattr(plan_module.SweepPlan, "_run", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        run(grid({"k": [1, 2, 3]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module.SweepPlan, "_run", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            run(grid({"k": [1, 2, 3]}))
     assert ended.value.code == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    os.chdir(here)
     assert sweep_report(here / "sw").counts()["done"] in (1, 2)
     assert run(grid({"k": [1, 2, 3]})).counts() == {"done": 3}
 

@@ -25,6 +25,7 @@ from vestige.launch import (
     worker_command,
     write_profile,
 )
+from vestige.lockstep import decided, is_first
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, IndexSettings, verb
 
@@ -49,12 +50,13 @@ def index(settings: IndexSettings) -> Index:
 
 def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] | None = None) -> Index:
     """`index` for a model and data that are loaded already; a worker that runs `command` comes here, too."""
-    begun = None if settings.overwrite else read_manifest(settings.out)
+    begun = decided(lambda: None if settings.overwrite else read_manifest(settings.out))
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
         _require_one_process()
-        remove_index(settings.out)
-    manifest, plan = _planned(settings, draft_manifest(settings, inputs, spec), inputs.data)
+        decided(lambda: remove_index(settings.out))
+    draft = draft_manifest(settings, inputs, spec)
+    manifest, plan = decided(lambda: _planned(settings, draft, inputs.data))
 
     @contextmanager
     def compute() -> Iterator[ShardCompute]:
@@ -64,9 +66,10 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     missing = list[int]()
     if not is_worker():
-        missing = prepare_index(work)
+        missing = decided(lambda: prepare_index(work))
         _announce_cost(settings, inputs, work, spec, missing)
-        forget_tokens(settings.out / TOKENS, inputs.data)
+        if is_first():
+            forget_tokens(settings.out / TOKENS, inputs.data)
     try:
         with phase(work.name, "tokens") as tokens, phase(work.name, work.unit) as examples:
             for piece in missing:

@@ -1,6 +1,6 @@
 """The compressed gradients of a few batches: one forward and backward pass each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -11,6 +11,7 @@ from vestige.data import TokenizedData, make_batch
 from vestige.gradients import CausalLoss, GradientPass, Reduction
 from vestige.index._manifest import IndexedComponent
 from vestige.index._shards import ShardContent
+from vestige.lockstep import exchange_rows, in_turns
 from vestige.models import Component, LoadedModel
 from vestige.settings import Scope
 
@@ -54,14 +55,21 @@ class CompressedGradients:
         # One array for all from the start: joined at the end, a shard would be in memory twice.
         gradients, losses = torch.empty(examples, self._sink.width), torch.empty(examples)
         rows = torch.empty(examples, dtype=torch.int64)
-        first = 0
-        for batch in batches:
-            places = slice(first, first + len(batch))
+        starts = [0]
+
+        def noted() -> Iterator[np.ndarray]:
+            for batch in batches:
+                starts.append(starts[-1] + len(batch))
+                rows[starts[-2] : starts[-1]] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
+                yield batch
+
+        for number, batch, counts in in_turns(noted()):
             self._sink.begin(len(batch), self._device)
-            losses[places] = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
-            gradients[places] = self._sink.gradients.cpu()
-            rows[places] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
-            first = places.stop
+            loss = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
+            if counts:
+                places = slice(starts[number], starts[number + 1])
+                losses[places], gradients[places] = loss, self._sink.gradients.cpu()
+        exchange_rows((gradients, losses), np.diff(starts).tolist())
         return ShardContent(gradients, losses, gradients.norm(dim=1), rows)
 
 

@@ -16,6 +16,7 @@ from vestige.index._plan import Plan, PlannedShard
 from vestige.index._shards import ShardContent, map_shard, shard_fault, write_shard
 from vestige.index._store import Index
 from vestige.launch import Compute, ranges, step_done
+from vestige.lockstep import is_first
 
 _SHOWN = 10
 
@@ -109,6 +110,8 @@ class IndexPlan:
         planned = self.plan.shards[piece]
         content = compute(PlannedBatches(planned.batches))
         _require_planned(content, planned, self.manifest)
+        if not is_first():
+            return
         write_shard(
             self.folder,
             piece,

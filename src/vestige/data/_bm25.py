@@ -68,7 +68,7 @@ class LexicalIndex:
         return (self._weights(documents) @ self._asked[queries].T).toarray()
 
     def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
-        lengths, ends = array("q"), array("q", [0])
+        lengths, ends = array("i"), array("q", [0])
         columns, counts = array("i"), array("i")
         everywhere: Counter[str] = Counter()
         for words in documents:
@@ -111,7 +111,7 @@ def prompt_of(example: Example) -> str:
     return asked or example.prompt or example.display
 
 
-def _okapi_rarity(documents: int, holding: Int[np.ndarray, "word"]) -> Float[np.ndarray, "word"]:
+def _okapi_rarity(documents: int, holding: Int[np.ndarray, " word"]) -> Float[np.ndarray, " word"]:
     return np.log(documents - holding + 0.5) - np.log(holding + 0.5)
 
 

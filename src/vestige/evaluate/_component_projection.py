@@ -80,7 +80,6 @@ class Projection:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-
         self.plan, self.projector, self.seed = plan, projector, seed
         self._compressors: list[Compressor] = [
             parse_spec(f"{projector}:{size}").build(part.name, part.shape, seed, device)

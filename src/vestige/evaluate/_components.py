@@ -131,10 +131,13 @@ def _candidate_details(each: Findings) -> dict[str, Any]:
 
 def _notes(settings: ComponentsSettings, result: OnePassResult, findings: Sequence[Findings]) -> list[str]:
     passes = _passes(settings, result)
+    tables = f" for {settings.candidates[0]} candidates" if len(findings) > 1 else ""
+    all_tables = f", {passes['published_protocol_all_tables']:,} for all of them" if tables else ""
     notes = [
         f"Each distinct gradient was computed once: {passes['backward_passes']:,} of {passes['distinct_gradients']:,}; "
-        f"the published protocol would have computed {passes['published_protocol']:,} "
-        f"({passes['published_to_ours']:.1f} times as many). Passes took {format_seconds(passes['gradient_seconds'])}.",
+        f"the published protocol would have computed {passes['published_protocol']:,}{tables} "
+        f"({passes['published_to_ours']:.1f} times as many){all_tables}. "
+        f"Passes took {format_seconds(passes['gradient_seconds'])}.",
         f"Held out: sets chosen on the other of {settings.folds} parts of the queries. Intervals: 95 %, "
         f"{settings.draws} bootstrap draws of originals. 'minus full': difference from the full gradient, in pairs.",
         "Agreement is the uncentred cosine of all similarities with the full gradient's; centred: each list around its "

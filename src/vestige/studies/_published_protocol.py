@@ -19,6 +19,7 @@ from torch import Tensor
 from vestige.evaluate import OnePassResult, Projection, one_pass_result
 from vestige.gradients import Gradients
 from vestige.models import Component, load_model
+from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 from vestige.studies._one_pass_checks import OneByOne
 
@@ -86,10 +87,17 @@ def _published_jobs(
     }
     spent: dict[str, dict[str, float]] = {}
     cosines: dict[str, np.ndarray] = {}
-    for name, form in jobs.items():
-        started, before = time.perf_counter(), direct.passes
-        cosines[name] = _pair_by_pair(result, words, lambda place, form=form: form(direct.parts(place)))
-        spent[name] = {"passes": direct.passes - before, "seconds": time.perf_counter() - started}
+    listed = result.gradients[words].listed
+    with progress(len(jobs) * int((1 + listed.sum(1)).sum()), "Published protocol", unit="gradients") as counter:
+
+        def vectors(place: int, form: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+            counter.advance()
+            return form(direct.parts(place))
+
+        for name, form in jobs.items():
+            started, before = time.perf_counter(), direct.passes
+            cosines[name] = _pair_by_pair(result, words, partial(vectors, form=form))
+            spent[name] = {"passes": direct.passes - before, "seconds": time.perf_counter() - started}
     return spent, cosines[_WHOLE]
 
 

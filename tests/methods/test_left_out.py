@@ -10,8 +10,8 @@ import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.cli._status import describe
 from vestige.curvature import fisher_of
-from vestige.data import TokenizedData
-from vestige.index import CompressedGradients, Index
+from vestige.gradients import GradientPass
+from vestige.index import Index
 
 BAD = (3, 7)
 
@@ -27,16 +27,16 @@ def place(tmp_path_factory):
     write_rows(folder / "all.jsonl", rows)
     write_rows(folder / "good.jsonl", [row for number, row in enumerate(rows) if number not in BAD])
     write_rows(folder / "asked.jsonl", [{"prompt": "Who wrote Emma?", "completion": "Jane."}])
-    original = CompressedGradients.rows
+    original = GradientPass.run
 
-    def poisoned(self, data: TokenizedData, batches):
-        made = original(self, data, batches)
-        made.loss[torch.isin(made.example, torch.tensor(BAD))] = float("nan")
-        return made
+    def poisoned(self, batch, sink):
+        losses = original(self, batch, sink)
+        losses[torch.isin(batch.rows, torch.tensor(BAD))] = float("nan")
+        return losses
 
     with pytest.MonkeyPatch.context() as patch:
         build(folder, "good")
-        patch.setattr(CompressedGradients, "rows", poisoned)
+        patch.setattr(GradientPass, "run", poisoned)
         build(folder, "all", skip_bad=True)
     return folder
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vestige.settings import LaunchSettings
+from vestige.studies import _left_out_bank as banks
 from vestige.studies import _untrac_miniature as miniature
 from vestige.studies import study
 
@@ -22,14 +23,14 @@ def tiny_study(tmp_path_factory):
     """The study's outcome, its folder, and where each of its banks and unlearnings was told to run."""
     out, seen = tmp_path_factory.mktemp("study") / "mini", {"bank": [], "untrac": []}
     with pytest.MonkeyPatch.context() as patch:
-        for name, told in seen.items():
-            right = getattr(miniature, name)
+        for module, name in ((banks, "bank"), (miniature, "untrac")):
+            right, told = getattr(module, name), seen[name]
 
             def told_and_done(right=right, told=told, **given):
                 told.append({key: given[key] for key in LaunchSettings.model_fields})
                 return right(**given)
 
-            patch.setattr(miniature, name, told_and_done)
+            patch.setattr(module, name, told_and_done)
         report = study("untrac-miniature", size="tiny", out=out, retries=5, threads=3)
     return report, out, seen
 
@@ -39,14 +40,14 @@ def test_every_method_and_opponent_is_in_the_table_of_every_draw(tiny_study):
     report, _, _ = tiny_study
     names = {row[0] for row in report.rows}
     assert names >= {"UnTrac, automatic", "UnTrac-Inv, automatic", "UnTrac, 0.0001", "UnTrac-Inv, 0.0001"}
-    assert names >= {"GradDot", "GradCos", "TracIn", "HIF, LiSSA", "HIF, Arnoldi", "BM25"}
+    assert names >= {"GradDot", "GradCos", "TracIn", "HIF, LiSSA", "HIF, Arnoldi", "BM25", miniature.RETAINING}
     draw = report.details["draws"][0]
-    assert np.array(draw["truth"]).shape == (2, 4, 8)
+    assert np.array(draw["truth"]).shape == (2, 2, 4)
     assert len(draw["scores"]) == 2
     # The grid is on the first model alone.
     assert "UnTrac, 0.0001" in draw["scores"][0]
     assert "UnTrac, 0.0001" not in draw["scores"][1]
-    assert all(np.array(table).shape == (4, 8) for each in draw["scores"] for table in each.values())
+    assert all(np.array(table).shape == (2, 4) for each in draw["scores"] for table in each.values())
 
 
 @pytest.mark.slow

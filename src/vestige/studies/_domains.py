@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vestige.bank import Bank, bank
+from vestige.bank import Bank
 from vestige.errors import DataError
 from vestige.evaluate import Mark, interval_figure
 from vestige.files import write_durably
@@ -22,7 +22,7 @@ from vestige.settings import StudySettings
 from vestige.studies._bytes import byte_gpt, write_rows
 from vestige.studies._checkpoints import Checkpoints, Training, trained
 from vestige.studies._domain_texts import domain_corpora
-from vestige.studies._launched import launched
+from vestige.studies._left_out_bank import left_out_bank
 from vestige.studies._registry import Gate, Outcome, registered
 from vestige.studies._source_agreement import (
     Agreement,
@@ -119,11 +119,14 @@ def _measured(
     """Truth of each seed, scores of each model that was asked, and what their axes and sizes are."""
     folder = settings.out / part
     data, queries = _texts(settings, plan, part)
-    truth = _bank(settings, plan, folder, data, queries)
+    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
+    truth = left_out_bank(
+        settings, _start(plan), (data, queries), folder, training, seed=settings.seed, seeds=settings.seeds,
+        from_scratch=True,
+    )  # fmt: skip
     sources, sizes = np.unique(np.array(truth.sources), return_counts=True)
     tests = list(dict.fromkeys(str(test) for test in truth.query_sources))
     names = [str(source) for source in sources]
-    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
     scores = []
     for number in range(settings.seeds):
         asked = trained(_start(plan), data, folder / f"model-{number}", training, seed=_OWN_SEED + number,
@@ -158,28 +161,6 @@ def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, 
 
 def _start(plan: DomainPlan) -> Any:
     return plan.model or byte_gpt(plan.length, plan.width, plan.layers)
-
-
-def _bank(settings: StudySettings, plan: DomainPlan, folder: Path, data: Path, queries: Path) -> Bank:
-    start = plan.model
-    if start is None:
-        # Workers read the model from a folder; its weights are drawn anew in every run.
-        once = Training(Recipe(plan.learning_rate), 1, plan.batch_size)
-        start = trained(_start(plan), data, folder / "start", once, seed=settings.seed, from_scratch=True).model
-    return bank(
-        model=start,
-        data=str(data),
-        queries=str(queries),
-        out=folder / "bank",
-        leave_source_out=True,
-        from_scratch=True,
-        seeds=settings.seeds,
-        steps=plan.steps,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        seed=settings.seed,
-        **launched(settings),
-    )
 
 
 def _scores(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vestige.bank import EVERYTHING, Bank, bank
+from vestige.bank import EVERYTHING, Bank
 from vestige.methods import attribute
 from vestige.models import Recipe
 from vestige.runs import Scores, is_run
@@ -23,6 +23,7 @@ from vestige.studies._first_order import first_order_scores
 from vestige.studies._format_tokens import END, LENGTH, VOCABULARY, answered, plain_facts
 from vestige.studies._format_trap import TEST, TRAINING, Which, format_trap
 from vestige.studies._launched import launched
+from vestige.studies._left_out_bank import left_out_bank
 from vestige.studies._registry import Gate, Outcome, registered
 from vestige.studies._source_agreement import (
     Agreement,
@@ -143,20 +144,8 @@ def _measured(
     data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
     queries = write_rows(folder / "queries.jsonl", sets[TEST])
     seeds = max(settings.seeds, plan.seeds)
-    truth = bank(
-        model=base,
-        data=str(data),
-        queries=str(queries),
-        out=folder / "bank",
-        leave_source_out=True,
-        seeds=seeds,
-        steps=plan.steps,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        seed=settings.seed,
-        **launched(settings),
-    )
     training, scores = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), []
+    truth = left_out_bank(settings, base, (data, queries), folder, training, seed=settings.seed, seeds=seeds)
     for number in range(seeds):
         asked = trained(
             base, data, folder / f"model-{number}", training, seed=_OWN_SEED + number, count=plan.checkpoints

@@ -5,7 +5,7 @@ the rise of each test set's loss in a model trained without a source, for the sa
 few, and how well anything predicts them depends on the corpora that were drawn, so they are drawn several times.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vestige.bank import Bank, bank
+from vestige.bank import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute
 from vestige.models import Recipe
@@ -23,6 +23,7 @@ from vestige.studies._bytes import write_rows
 from vestige.studies._checkpoints import Checkpoints, Training, trained
 from vestige.studies._first_order import first_order_scores
 from vestige.studies._launched import launched
+from vestige.studies._left_out_bank import left_out_bank
 from vestige.studies._markov import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
 from vestige.studies._registry import Gate, Outcome, registered
 from vestige.studies._source_agreement import (
@@ -36,6 +37,8 @@ from vestige.unlearn import untrac
 
 GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
 UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
+RETAINING = "UnTrac-Inv, retaining"
+_RETAINING = {"direction": "inverse", "optimizer": "sgd", "retain": 128, "points": 1}
 LEAST, OF_CEILING, WITHIN = 0.85, 0.9, 0.03
 """What a pilot of this miniature led to expect: correlation, share of the ceiling, distance from the best rate."""
 _OWN_SEED = 1_000
@@ -47,7 +50,9 @@ class MiniaturePlan:
     """One size of the study."""
 
     corpora: int
-    """How often all eight are drawn, with seeds that follow each other."""
+    """How often all sources are drawn, with seeds that follow each other."""
+    sources: int = 8
+    chains: int = 4
     sequences: int = 320
     tests: int = 64
     steps: int = 320
@@ -56,12 +61,13 @@ class MiniaturePlan:
     checkpoints: int = 8
     grid: tuple[float, ...] = GRID
     """Rates beside the automatic one, on the first model that is asked of each draw."""
+    retaining_steps: int = 40
     draws: int = 1_000
     """Of the bootstrap."""
 
 
 PLANS = {
-    "tiny": MiniaturePlan(1, 6, 3, 3, 8, checkpoints=2, grid=(1e-4,), draws=20),
+    "tiny": MiniaturePlan(1, 4, 2, 6, 3, 3, 8, checkpoints=2, grid=(1e-4,), retaining_steps=2, draws=20),
     "pocket": MiniaturePlan(3),
 }
 
@@ -108,7 +114,8 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
         ],
     }
     # A handful of steps shows that everything runs, and nothing else.
-    gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), _null_gate(found)]
+    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", RETAINING)]
+    gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), *nulls]
     return Outcome(("method", "mean Pearson", "95 % interval", "by draw"), rows, gates, details)
 
 
@@ -132,44 +139,33 @@ def tiny_gpt() -> nn.Module:
 
 
 def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
-    corpora = markov_corpora(seed, sequences=plan.sequences, test_sequences=plan.tests)
+    corpora = markov_corpora(
+        seed, corpora=plan.sources, sequences=plan.sequences, chains=plan.chains, test_sequences=plan.tests
+    )
     folder = settings.out / f"draw-{seed}"
     data = write_rows(folder / "train.jsonl", corpora.train)
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
     training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
-    # Workers read the model from a folder; its weights are drawn anew in every run.
-    start = trained(tiny_gpt(), data, folder / "start", training._replace(steps=1), seed=seed, from_scratch=True).model
     seeds = max(settings.seeds, 2)
-    truth = bank(
-        model=start,
-        data=str(data),
-        queries=str(queries),
-        out=folder / "bank",
-        leave_source_out=True,
-        from_scratch=True,
-        seeds=seeds,
-        steps=plan.steps,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        seed=seed,
-        **launched(settings),
+    truth = left_out_bank(
+        settings, tiny_gpt(), (data, queries), folder, training, seed=seed, seeds=seeds, from_scratch=True
     )
     tests = sorted({str(test) for test in truth.query_sources})
     scores = []
     for number in range(seeds):
         asked = trained(tiny_gpt(), data, folder / f"model-{number}", training, seed=_OWN_SEED + number,
                         count=plan.checkpoints, from_scratch=True)  # fmt: skip
-        grid = plan.grid if number == 0 else ()
+        own = plan if number == 0 else replace(plan, grid=())
         files, axes = (data, queries), (tests, corpora.names)
-        scores.append(_scores(settings, folder / f"runs-{number}", asked, grid, files, truth, axes))
+        scores.append(_scores(settings, own, folder / f"runs-{number}", asked, files, truth, axes))
     return Drawn(corpora, left_out_truth(truth, corpora.names, tests), scores)
 
 
 def _scores(
     settings: StudySettings,
+    plan: MiniaturePlan,
     out: Path,
     asked: Checkpoints,
-    grid: tuple[float, ...],
     files: tuple[Path, Path],
     truth: Bank,
     axes: tuple[list[str], list[str]],
@@ -180,9 +176,10 @@ def _scores(
     found = {}
     for name, direction in UNLEARNT.items():
         found[f"{name}, automatic"] = _unlearnt(out / direction, {**common, "direction": direction})
-        for rate in grid:
+        for rate in plan.grid:
             fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
             found[f"{name}, {rate:g}"] = _unlearnt(out / f"{direction}-{rate:g}", fixed, axes)
+    found[RETAINING] = _unlearnt(out / "inverse-retaining", {**common, **_RETAINING, "steps": plan.retaining_steps})
     found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
     bm25 = out / "bm25"
     asking = {**common, "out": bm25, "method": "bm25", "dense": True, "trust": False}
@@ -227,7 +224,7 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
     return gates
 
 
-def _null_gate(found: list[Drawn]) -> Gate:
+def _null_gate(found: list[Drawn], name: str) -> Gate:
     """Scores, put on the scale of truth, of a corpus that has nothing of the tests: below the noise of retraining.
 
     Leaving it out makes room for the others, so its truth is that of training longer on them; what counts is how far
@@ -239,7 +236,7 @@ def _null_gate(found: list[Drawn]) -> Gate:
         truth = np.mean(each.truths, axis=0)
         noise = float(np.std(np.stack(each.truths), axis=0, ddof=1).mean())
         for scores in each.scores:
-            for one, right in zip(scores["UnTrac-Inv, automatic"], truth, strict=True):
+            for one, right in zip(scores[name], truth, strict=True):
                 slope, shift = np.polyfit(one, right, 1)
                 shares.append(abs(slope * one[place] + shift - right[place]) / noise)
-    return Gate("unrelated corpus: error over retraining noise", float(np.mean(shares)), "<=", 1.0)
+    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)

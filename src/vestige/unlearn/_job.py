@@ -17,7 +17,7 @@ from vestige.unlearn._sets import ExampleSet, set_means, single_examples, test_s
 
 INVERSE_STEPS, INVERSE_BATCH = 5, 256
 """Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
-RETAINED_STEPS = 20
+RETAINED_STEPS = 40
 """Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to be seen as such."""
 
 

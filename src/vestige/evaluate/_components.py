@@ -38,6 +38,8 @@ def components(settings: ComponentsSettings) -> Evaluation:
         tuple(sorted(rows, key=lambda row: row.opponent)) if several else tuple(rows),
         tuple(_notes(settings, result, findings)),
         {
+            "command": settings.command_line("evaluate components"),
+            "model": result.inputs.compared.loaded.name,
             "passes": _passes(settings, result),
             "seconds_of": result.seconds,
             "candidates": {each.words: _candidate_details(each) for each in findings},

@@ -96,7 +96,7 @@ def _page(found: dict[str, Any], similarity: list[dict[str, str]]) -> ComponentP
         title="Which components tell originals from other examples?",
         subtitle="components",
         facts=_facts(found, parts),
-        command=tuple(re.split(r" (?=--)", found.get("command", ""))) if found.get("command") else (),
+        command=tuple(re.split(r" (?=--)", found["command"])),
         choices=choices,
         charts=(parameters_chart(parts), *similarity_charts(similarity, parts)),
         notes=tuple(found["notes"]),
@@ -106,10 +106,9 @@ def _page(found: dict[str, Any], similarity: list[dict[str, str]]) -> ComponentP
 
 def _facts(found: dict[str, Any], parts: list[dict[str, Any]]) -> tuple[Fact, ...]:
     passes = found["passes"]
-    facts = [Fact("Model", short_name(found["model"]))] if found.get("model") else []
     times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
     return (
-        *facts,
+        Fact("Model", short_name(found["model"])),
         Fact("Compared", found["title"].partition(" (")[0]),
         Fact("Candidates", ", ".join(found["candidates"])),
         Fact("Components", str(len(parts)), note=f"{compact(sum(one['parameters'] for one in parts))} parameters"),

@@ -122,35 +122,37 @@ def _replace_gradients() -> None:
     import torch
 
     from vestige.index._compute import CompressedGradients
-    from vestige.index._shards import ShardContent
+    from vestige.index._content import PartBatches, ShardContent
 
-    computed = CompressedGradients.rows
+    computed = CompressedGradients._computed
 
-    def rows(self: CompressedGradients, data: Any, batches: Any) -> ShardContent:
+    def replaced(self: CompressedGradients, data: Any, part: PartBatches) -> ShardContent:
         if len(data) < 10:
-            return computed(self, data, batches)
-        parts = [np.asarray(batch, dtype=np.int64) for batch in batches]
-        width = computed(self, data, [parts[0][:1]]).gradients.shape[1]
-        numbers = torch.from_numpy(np.concatenate(parts))
-        tokens = sum(int(data.input_ids[row].sum()) for part in parts for row in part)
+            return computed(self, data, part)
+        batches = [np.asarray(batch, dtype=np.int64) for batch in part.batches]
+        width = computed(self, data, PartBatches(1, iter([batches[0][:1]]))).gradients.shape[1]
+        numbers = torch.from_numpy(np.concatenate(batches))
+        tokens = sum(int(data.input_ids[row].sum()) for batch in batches for row in batch)
         gradients = torch.empty(len(numbers), width)
         torch.mul(numbers[:, None].float(), torch.arange(1, width + 1) * 0.618034, out=gradients)
         gradients.frac_().add_(tokens % 2)
         return ShardContent(gradients, numbers.float(), gradients.norm(dim=1), numbers)
 
-    CompressedGradients.rows = rows
+    CompressedGradients._computed = replaced
 
 
 def _data(path: Path, count: int) -> Path:
-    """Texts of drawn words, some of which occur twice."""
+    """Texts of drawn words, some of which occur twice; those of an earlier run in the same folder are taken."""
     import random
 
-    chance = random.Random(count)
-    with path.open("w", encoding="utf-8") as file:
+    if path.exists():
+        return path
+    chance, unfinished = random.Random(count), path.with_suffix(".part")
+    with unfinished.open("w", encoding="utf-8") as file:
         for row in range(count):
             words = " ".join(f"w{chance.randrange(WORDS)}" for _ in range(chance.randint(*TOKENS)))
             file.write(json.dumps({"id": f"example-{row}", "text": words, "source": f"source-{row % 7}"}) + "\n")
-    return path
+    return unfinished.rename(path)
 
 
 def _model(folder: Path) -> None:

@@ -12,11 +12,13 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self, final
 
 import psutil
 
@@ -31,6 +33,9 @@ _RESERVE = 16 * 2**20
 """Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
 _OLD_SECONDS = 24 * 3600
 """A temporary file lives for the seconds that writing takes; after a day its writer is dead on any host."""
+
+_SCRATCH_CHUNK = 2**20
+"""Bytes read at once of what was put aside."""
 
 _ATTEMPT = secrets.token_hex(4)
 _COUNTER = count()
@@ -82,6 +87,54 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return Written(size, digest.hexdigest())
+
+
+@final
+class Scratch:
+    """Bytes put aside before the file that they belong to can be begun: the first ones in memory, more beside it.
+
+    What lies on the disk has no name there, so it is gone with the process, however that ends.
+    """
+
+    def __init__(self, path: Path, held_bytes: int) -> None:
+        """Nothing is put aside yet.
+
+        Args:
+            path: The file that the bytes are for; its folder must exist.
+            held_bytes: Most bytes in memory.
+        """
+        self._path, self._size = path, 0
+        self._file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=path.parent)  # noqa: SIM115
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What did not fit on the disk would be tried again, and is not wanted any more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Put a chunk behind the others.
+
+        Raises:
+            DiskSpaceError: The disk is full.
+            UserError: The folder cannot be written to.
+        """
+        try:
+            with timed("writing"):
+                self._size += self._file.write(memoryview(chunk).cast("B"))
+        except OSError as error:
+            raise _explain(error, self._path, self._size) from error
+
+    def chunks(self) -> Iterator[bytes]:
+        """Everything again, in order."""
+        self._file.flush()
+        self._file.seek(0)
+        while chunk := self._file.read(_SCRATCH_CHUNK):
+            yield chunk
 
 
 def remove_durably(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -74,8 +74,8 @@ def content(rows: np.ndarray) -> ShardContent:
     return ShardContent(gradients, numbers.float() / 8, gradients.norm(dim=1), numbers)
 
 
-def compute(batches: PlannedBatches) -> ShardContent:
-    return content(np.concatenate(list(batches)))
+def compute(batches: PlannedBatches) -> list[ShardContent]:
+    return [content(np.concatenate(list(batches)))]
 
 
 def examples_of(count: int) -> list[Example]:
@@ -96,7 +96,7 @@ def work_of(
     examples: int = 60,
     *,
     append: bool = False,
-    compute: Callable[[PlannedBatches], ShardContent] = compute,
+    compute: Callable[[PlannedBatches], Iterable[ShardContent]] = compute,
     skip_bad: bool = False,
     **changes,
 ) -> IndexPlan:
@@ -117,7 +117,7 @@ def build(folder: Path, examples: int = 60, *, shard: tuple[int, int] | None = N
 def build_slowly(folder: Path, log: Path, seconds: float, examples: int, plan: PlanRecord) -> None:
     """Build, noting in `log` the first row of each shard whose computation begins."""
 
-    def noted(batches: PlannedBatches) -> ShardContent:
+    def noted(batches: PlannedBatches) -> list[ShardContent]:
         with log.open("a") as file:
             file.write(f"{batches[0][0]}\n")
         time.sleep(seconds)

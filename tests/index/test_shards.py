@@ -1,12 +1,17 @@
 import json
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.index.synthetic import content, gradient_rows
-from vestige.errors import CorruptFile, NonFinite
-from vestige.index import ShardContent
+from vestige.errors import CorruptFile, DiskSpaceError, NonFinite
+from vestige.index import ShardContent, _content, _shards
+from vestige.index._content import parts_of
 from vestige.index._manifest import Expectation
 from vestige.index._shards import map_shard, marker_path, read_marker, shard_fault, shard_path, write_shard
 
@@ -24,7 +29,7 @@ def stored(folder, gradients, dtype):
     rows = torch.arange(len(gradients))
     norm = gradients.double().norm(dim=1).float()
     made = ShardContent(gradients, torch.zeros(len(rows)), norm, rows)
-    write_shard(folder, 0, made, dtype, Expectation(len(rows), "0" * 64))
+    write_shard(folder, 0, [made], dtype, Expectation(len(rows), "0" * 64))
     result = torch.empty_like(gradients)
     map_shard(folder, 0).decode(0, result)
     return result
@@ -70,7 +75,7 @@ def test_the_ends_of_float32_survive_their_scale(folder, dtype, size):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_the_safetensors_library_reads_what_we_write(folder, dtype):
     made = content(ROWS.numpy())
-    write_shard(folder, 0, made, dtype, EXPECTED)
+    write_shard(folder, 0, [made], dtype, EXPECTED)
     theirs, ours = load_file(shard_path(folder, 0)), map_shard(folder, 0)
     assert set(theirs) == {"gradients", "loss", "norm", "example"} | ({"scale"} if ours.scale is not None else set())
     for name, tensor in theirs.items():
@@ -81,8 +86,94 @@ def test_the_safetensors_library_reads_what_we_write(folder, dtype):
     assert torch.equal(ours.loss, made.loss)
 
 
+def parts(most, made):
+    for first in range(0, len(made.loss), most):
+        yield ShardContent(*(tensor[first : first + most] for tensor in made))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("held", [0, 100, 2**20])
+def test_a_shard_has_the_same_bytes_in_one_part_and_in_many(folder, monkeypatch, dtype, held):
+    monkeypatch.setattr(_shards, "_HELD_BYTES", held)
+    made = content(ROWS.numpy())
+    made.gradients[4, 0] = float("inf")
+    whole = write_shard(folder, 0, [made], dtype, EXPECTED, skip_bad=True)
+    written = shard_path(folder, 0).read_bytes()
+    marker = marker_path(folder, 0).read_bytes()
+    assert write_shard(folder, 0, parts(3, made), dtype, EXPECTED, skip_bad=True) == whole
+    assert shard_path(folder, 0).read_bytes() == written
+    assert marker_path(folder, 0).read_bytes() == marker
+    assert whole.skipped == (104,)
+    # What was put aside has left nothing behind.
+    assert len(list((folder / "shards").iterdir())) == 2
+
+
+def test_a_bad_part_leaves_nothing_behind(folder, monkeypatch):
+    monkeypatch.setattr(_shards, "_HELD_BYTES", 100)
+    made = content(ROWS.numpy())
+    made.loss[17] = float("nan")
+    with pytest.raises(NonFinite, match='loss of 1 example is NaN or infinite: "e117"'):
+        write_shard(folder, 0, parts(3, made), "float16", EXPECTED, lambda row: f'"e{row}"')
+    assert list((folder / "shards").iterdir()) == []
+
+
+def test_a_disk_that_is_full_before_the_shard_is_begun_is_called_full(folder, monkeypatch):
+    # As large as /dev/full is: every write to it fails as on a full disk.
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda **_: Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
+    with pytest.raises(DiskSpaceError, match="Finished shards are intact"):
+        write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
+    assert list((folder / "shards").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_shard(folder, monkeypatch):
+    monkeypatch.setattr(_content, "PART_BYTES", 2**18)
+    monkeypatch.setattr(_shards, "_HELD_BYTES", 2**18)
+    width, peaks = 1024, []
+    for rows in (256, 2048):
+        batches = [np.arange(first, first + 16) for first in range(0, rows, 16)]
+
+        def made(batches=batches):
+            for part in parts_of(batches, width):
+                numbers = torch.from_numpy(np.concatenate(list(part.batches)))
+                assert len(numbers) == part.rows
+                gradients = torch.from_numpy(np.ones((part.rows, width), np.float32))
+                yield ShardContent(gradients, torch.zeros(part.rows), torch.ones(part.rows), numbers)
+
+        sizes = [len(part.loss) for part in made()]
+        # 64 rows of 1,024 numbers of 4 bytes are a part.
+        assert sizes == [64] * (rows // 64)
+        tracemalloc.start()
+        write_shard(folder, 0, made(), "float32", Expectation(rows, "0" * 64))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The larger shard is 8 MiB: not even a byte for each of its numbers is held.
+    assert peaks[1] - peaks[0] < 2**19
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [5], [3, 3, 3], [1, 1, 9, 1, 2, 2], [4, 4, 1]])
+def test_parts_take_every_batch_once_and_count_each_as_done(monkeypatch, sizes):
+    monkeypatch.setattr(_content, "PART_BYTES", 4 * 10 * 4)
+    ends = np.cumsum([0, *sizes])
+    batches, done = [np.arange(one, other) for one, other in pairwise(ends)], []
+
+    class Counted(list):
+        def __iter__(self):
+            for number in range(len(self)):
+                yield self[number]
+                done.append(number)
+
+    taken = []
+    for part in parts_of(Counted(batches), 10):
+        rows = [batch.tolist() for batch in part.batches]
+        assert part.rows == sum(map(len, rows))
+        assert part.rows <= 4 or len(rows) == 1
+        taken += rows
+    assert taken == [batch.tolist() for batch in batches]
+    assert done == list(range(len(sizes)))
+
+
 def test_rows_come_back_in_pieces_and_picked_as_they_do_whole(folder):
-    write_shard(folder, 0, content(ROWS.numpy()), "float16", EXPECTED)
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
     stored_rows = map_shard(folder, 0)
     whole, part = torch.empty(20, 24), torch.empty(7, 24)
     stored_rows.decode(0, whole)
@@ -99,7 +190,7 @@ def test_a_large_row_is_decoded_whole(folder):
 
 
 def test_what_a_reader_changes_does_not_reach_the_file(folder):
-    write_shard(folder, 0, content(ROWS.numpy()), "float32", EXPECTED)
+    write_shard(folder, 0, [content(ROWS.numpy())], "float32", EXPECTED)
     before = shard_path(folder, 0).read_bytes()
     map_shard(folder, 0).gradients.zero_()
     assert shard_path(folder, 0).read_bytes() == before
@@ -111,7 +202,7 @@ def test_what_is_not_finite_is_refused_by_the_examples_name(folder, field, value
     made = content(ROWS.numpy())
     getattr(made, field)[4] = value
     with pytest.raises(NonFinite, match='1 example is NaN or infinite: "e104"'):
-        write_shard(folder, 0, made, "float16", EXPECTED, lambda row: f'"e{row}"')
+        write_shard(folder, 0, [made], "float16", EXPECTED, lambda row: f'"e{row}"')
     assert list((folder / "shards").iterdir()) == []
 
 
@@ -119,7 +210,7 @@ def test_many_bad_examples_are_counted_and_the_first_named(folder):
     made = content(ROWS.numpy())
     made.loss[:] = float("nan")
     with pytest.raises(NonFinite, match=r"20 examples is NaN or infinite: row 100, .*row 109, \.\.\."):
-        write_shard(folder, 0, made, "float16", EXPECTED)
+        write_shard(folder, 0, [made], "float16", EXPECTED)
 
 
 def damage_nothing(tensors, marker):
@@ -170,7 +261,7 @@ def swap_marker(tensors, marker):
     ],
 )
 def test_damage_is_found_and_named(folder, damage, cheaply, thoroughly):
-    write_shard(folder, 0, content(ROWS.numpy()), "float16", EXPECTED)
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
     damage(shard_path(folder, 0), marker_path(folder, 0))
     for contents, wanted in ((False, cheaply), (True, thoroughly)):
         found = shard_fault(folder, 0, EXPECTED, contents=contents)
@@ -178,14 +269,14 @@ def test_damage_is_found_and_named(folder, damage, cheaply, thoroughly):
 
 
 def test_a_shard_written_again_is_never_vouched_for_by_its_old_marker(folder, monkeypatch):
-    write_shard(folder, 0, content(ROWS.numpy()), "float16", EXPECTED)
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vestige.index._shards.write_durably", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(folder, 0, content(ROWS.numpy()), "float16", EXPECTED)
+        write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
     assert read_marker(folder, 0) is None
 
 
@@ -197,7 +288,7 @@ def test_a_file_that_is_no_shard_is_called_corrupt(folder, text):
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_called_corrupt(folder):
-    write_shard(folder, 0, content(ROWS.numpy()), "float16", EXPECTED)
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
     truncate(shard_path(folder, 0), None)
     with pytest.raises(CorruptFile, match="does not fit its place"):
         map_shard(folder, 0)

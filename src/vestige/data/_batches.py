@@ -45,7 +45,7 @@ def cut_batches(lengths: np.ndarray, token_budget: int, max_examples: int | None
         raise DataError(
             f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
         )
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
     ends = array("q")
     begin = 0

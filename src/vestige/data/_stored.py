@@ -4,6 +4,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar, final, overload
@@ -154,7 +155,13 @@ class TokenFiles:
         self._paths = list(paths)
         self._owner = owner
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        # Counted from the beginning of its file, so that four bytes an example are enough.
+        self._begins = np.empty(len(lengths), dtype=np.int32)
+        self._tokens = np.empty(len(self._paths), dtype=np.int64)
+        for part, (first, last) in enumerate(pairwise(self._starts.tolist())):
+            ends = np.cumsum(lengths[first:last], dtype=np.int64)
+            self._begins[first:last] = ends - lengths[first:last]
+            self._tokens[part] = ends[-1] if len(ends) else 0
         self._held = _Recent[_Opened](_FILES_HELD)
 
     def ids(self, row: int) -> np.ndarray:
@@ -165,7 +172,7 @@ class TokenFiles:
     def targets(self, row: int) -> np.ndarray:
         """Whether each token is a target, bool [token]."""
         part, begin, end = self._place(row)
-        bits = 4 * int(self._offsets[self._starts[part + 1]] - self._offsets[self._starts[part]])
+        bits = 4 * int(self._tokens[part])
         packed = self._bytes(part, bits + begin // 8, bits + (end + 7) // 8)
         first = begin % 8
         return np.unpackbits(np.frombuffer(packed, dtype=np.uint8))[first : first + end - begin].view(bool)
@@ -173,8 +180,8 @@ class TokenFiles:
     def _place(self, row: int) -> tuple[int, int, int]:
         """The file, and the first token and the one behind the last, counted in that file."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        base = self._offsets[self._starts[part]]
-        return part, int(self._offsets[row] - base), int(self._offsets[row + 1] - base)
+        begin = int(self._begins[row])
+        return part, begin, begin + int(self.lengths[row])
 
     def _bytes(self, part: int, begin: int, end: int) -> bytearray:
         # Read, not mapped: the pages of a map count as this process's memory until somebody else needs them.
@@ -213,12 +220,12 @@ class _Arrays(StoredRows[np.ndarray], ABC):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per example, int64 [example]."""
+        """Tokens per example, int32 [example]."""
         return self._files.lengths
 
     @property
     def counts(self) -> np.ndarray:
-        """Targets per example, int64 [example]."""
+        """Targets per example, int32 [example]."""
         return self._files.counts
 
 

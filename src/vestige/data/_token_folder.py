@@ -156,7 +156,8 @@ def _opened(
 
 def _columns(path: Path) -> list[np.ndarray]:
     table = parquet.read_table(path, columns=["length", "targets", "truncated"], memory_map=False)
-    return [column.to_numpy() for column in table.columns]
+    lengths, targets, truncated = (column.to_numpy() for column in table.columns)
+    return [lengths.astype(np.int32), targets.astype(np.int32), truncated]
 
 
 def _examples(data: TokenizedData) -> StoredExamples:

@@ -57,12 +57,12 @@ class Measured(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Entries per array, int64 [example]."""
+        """Entries per array, int32 [example]."""
         ...
 
     @property
     def counts(self) -> np.ndarray:
-        """Target positions per array, int64 [example]."""
+        """Target positions per array, int32 [example]."""
         ...
 
 
@@ -104,14 +104,14 @@ class TokenizedData:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per example, int64 [example]."""
+        """Tokens per example, int64 [example], or int32 where they are on disk."""
         if isinstance(self.input_ids, Measured):
             return self.input_ids.lengths
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
-        """Positions that enter the loss, per example, int64 [example]."""
+        """Positions that enter the loss, per example, int64 [example], or int32 where they are on disk."""
         if isinstance(self.targets, Measured):
             return self.targets.counts
         return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)

@@ -3,6 +3,7 @@
 from vestige.index._budget import choose_spec
 from vestige.index._build import build_index, draft_manifest, index
 from vestige.index._compute import CompressedGradients, lay_out
+from vestige.index._content import ShardContent
 from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
@@ -30,7 +31,6 @@ from vestige.index._manifest import (
 )
 from vestige.index._plan import Plan, PlannedShard, plan_index
 from vestige.index._run import TOKENS, IndexStatus, index_status, prepare_index, remove_index
-from vestige.index._shards import ShardContent
 from vestige.index._store import Index, IndexBlock, ShardFault
 from vestige.index._work import IndexPlan, PlannedBatches
 

@@ -61,7 +61,7 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     @contextmanager
     def compute() -> Iterator[ShardCompute]:
         with _gradients(settings, inputs, manifest, spec) as gradients:
-            yield lambda batches: gradients.rows(inputs.data, batches)
+            yield lambda batches: gradients.parts(inputs.data, batches)
 
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     missing = list[int]()

@@ -9,9 +9,9 @@ import torch
 from vestige.compress import CompressingSink, CompressionSpec
 from vestige.data import TokenizedData, make_batch
 from vestige.gradients import CausalLoss, GradientPass, Reduction
+from vestige.index._content import PartBatches, ShardContent, parts_of
 from vestige.index._manifest import IndexedComponent
-from vestige.index._shards import ShardContent
-from vestige.lockstep import exchange_rows, in_turns
+from vestige.lockstep import exchange_rows, in_turns, this_process
 from vestige.models import Component, LoadedModel
 from vestige.settings import Scope
 
@@ -51,14 +51,21 @@ class CompressedGradients:
 
     def rows(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> ShardContent:
         """Gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
-        examples = sum(len(batches[number]) for number in range(len(batches)))
-        # One array for all from the start: joined at the end, a shard would be in memory twice.
-        gradients, losses = torch.empty(examples, self._sink.width), torch.empty(examples)
-        rows = torch.empty(examples, dtype=torch.int64)
+        return self._computed(data, PartBatches(sum(map(len, batches)), iter(batches)))
+
+    def parts(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> Iterator[ShardContent]:
+        """`rows` of a shard's batches, part by part: memory does not grow with the shard."""
+        for part in parts_of(batches, self._sink.width, fewest=this_process().of):
+            yield self._computed(data, part)
+
+    def _computed(self, data: TokenizedData, part: PartBatches) -> ShardContent:
+        # One array for all from the start: joined at the end, they would be in memory twice.
+        gradients, losses = torch.empty(part.rows, self._sink.width), torch.empty(part.rows)
+        rows = torch.empty(part.rows, dtype=torch.int64)
         starts = [0]
 
         def noted() -> Iterator[np.ndarray]:
-            for batch in batches:
+            for batch in part.batches:
                 starts.append(starts[-1] + len(batch))
                 rows[starts[-2] : starts[-1]] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
                 yield batch

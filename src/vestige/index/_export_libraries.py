@@ -11,8 +11,8 @@ import torch
 
 from vestige.errors import MissingExtra
 from vestige.files import write_durably
+from vestige.index._content import safetensors_header
 from vestige.index._export_rows import losses_and_norms, parts_in_order
-from vestige.index._shards import safetensors_header
 from vestige.index._store import Index
 
 

@@ -1,5 +1,6 @@
 """`vestige import`: what other software has published, as an index, or as a run where it holds scores."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 
 from vestige.data import Example, TokenizedData, data_fingerprint, load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.index._content import ShardContent, parts_of
 from vestige.index._examples import fingerprint_rows
 from vestige.index._import_against import score_against
 from vestige.index._import_chunks import has_chunks, read_chunks
@@ -25,7 +27,6 @@ from vestige.index._manifest import (
 )
 from vestige.index._plan import plan_index
 from vestige.index._run import prepare_index, remove_index
-from vestige.index._shards import ShardContent
 from vestige.index._store import Index
 from vestige.index._work import IndexPlan, PlannedBatches
 from vestige.launch import run_plan
@@ -114,10 +115,11 @@ def _write_index(settings: ImportSettings, published: Published) -> Index:
         lambda start, stop: fingerprint_rows(mapped.data, start, stop),
     )
 
-    def content(batches: PlannedBatches) -> ShardContent:
-        rows = np.concatenate(list(batches))
-        gradients = published.reader.read(rows)
-        return ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
+    def content(batches: PlannedBatches) -> Iterator[ShardContent]:
+        for part in parts_of(batches, manifest.width):
+            rows = np.concatenate(list(part.batches))
+            gradients = published.reader.read(rows)
+            yield ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
 
     work = IndexPlan(settings.out, manifest, plan, mapped.data.examples, lambda: nullcontext(content))
     prepare_index(work)

@@ -34,14 +34,14 @@ class PlannedShard(NamedTuple):
 
     number: int
     rows: np.ndarray
-    """The rows of the data in the order in which they lie in the shard, int64."""
+    """The rows of the data in the order in which they lie in the shard, int32 where that is enough."""
     ends: np.ndarray
     """Where each batch ends among them, int64 [batch]."""
 
     @property
     def batches(self) -> tuple[np.ndarray, ...]:
-        """Its batches, each an array of rows of the data."""
-        return tuple(np.split(self.rows, self.ends[:-1]))
+        """Its batches, each an array of rows of the data, int64."""
+        return tuple(np.split(self.rows.astype(np.int64), self.ends[:-1]))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Plan:
 
     shards: tuple[PlannedShard, ...]
     lengths: np.ndarray
-    """Tokens per example, int64 [example]."""
+    """Tokens per example, [example]."""
     added: int = 0
     """Rows that an earlier build of the index did not have; 0 for a new index."""
 
@@ -73,7 +73,7 @@ def plan_index(
     Args:
         folder: The index, which need not exist.
         draft: The manifest without stages.
-        lengths: Tokens per example, int64 [example].
+        lengths: Tokens per example, whole numbers [example].
         fingerprint_of: sha256 over the examples `start:stop`, as `fingerprint_rows` makes it.
         append: If the data begins with the examples that `folder` has indexed, add the rows behind them as a stage.
 
@@ -159,8 +159,10 @@ def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.n
             borders.append(number)
             held_rows = held_tokens = 0
         held_rows, held_tokens = held_rows + batch_rows, held_tokens + batch_tokens
+    # The plan of a long job is in memory until its end, in four bytes an example.
+    kind = np.int32 if start + len(lengths) <= np.iinfo(np.int32).max else np.int64
     return [
-        (order[firsts[first] : ends[last - 1]] + start, ends[first:last] - firsts[first])
+        ((order[firsts[first] : ends[last - 1]] + start).astype(kind), ends[first:last] - firsts[first])
         for first, last in pairwise([*borders, len(ends)])
     ]
 

@@ -7,8 +7,9 @@ written, a full disk is seen as the error it is, and the body is mapped into mem
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,34 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.errors import CorruptFile, NonFinite
-from vestige.files import remove_durably, sha256_of, write_durably
-from vestige.index._manifest import SCALED_TYPES, Expectation, StoredType
+from vestige.errors import CorruptFile
+from vestige.files import Scratch, remove_durably, sha256_of, write_durably
+from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
+from vestige.index._manifest import Expectation, StoredType
 
-_NAMES = {
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-}
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
-_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-_PIECE_NUMBERS = 2**21
-"""Numbers rounded at once: a shard is never held twice."""
-_SMALLEST_EXPONENT = -126
-
-
-class ShardContent(NamedTuple):
-    """What is computed for one shard, rows in the order of the plan."""
-
-    gradients: Float[Tensor, "row column"]
-    """Compressed gradients, float32."""
-    loss: Float[Tensor, "row"]
-    norm: Float[Tensor, "row"]
-    """Euclidean norm of each row before it is rounded for storing."""
-    example: Int[Tensor, "row"]
-    """Position of each row's example in the data."""
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_HELD_BYTES = 8 * 2**20
+"""Rounded gradients of a shard in the making that are in memory; those of a larger one lie on the disk."""
 
 
 class StoredRows(NamedTuple):
@@ -100,7 +81,7 @@ def marker_path(folder: Path, number: int) -> Path:
 def write_shard(
     folder: Path,
     number: int,
-    content: ShardContent,
+    parts: Iterable[ShardContent],
     dtype: StoredType,
     expected: Expectation,
     name_of: Callable[[int], str] = "row {}".format,
@@ -112,7 +93,7 @@ def write_shard(
     Args:
         folder: The index; its `shards` folder must exist.
         number: Which shard.
-        content: Its rows.
+        parts: Its rows, of which one part after another is computed, rounded and put aside.
         dtype: How to store the gradients.
         expected: What the manifest says about the shard.
         name_of: How to name the example at a row of the data in an error.
@@ -122,18 +103,26 @@ def write_shard(
         NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off; nothing was written.
         DiskSpaceError: The disk is full; nothing is left behind.
     """
-    largest = _largest(content)
-    skipped: tuple[int, ...] = ()
-    if skip_bad and (skipped := tuple(content.example[~_is_finite(content, largest)].tolist())):
-        content = _with_zeros(content, _is_finite(content, largest))
-        largest = _largest(content)
-    _require_finite(content, largest, name_of)
-    # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
-    if marker_path(folder, number).exists():
-        remove_durably(marker_path(folder, number))
-    written = write_durably(shard_path(folder, number), _encoded(content, largest, dtype))
+    small: dict[str, list[Tensor]] = {}
+    skipped: list[int] = []
+    columns = 0
+    with Scratch(shard_path(folder, number), _HELD_BYTES) as gradients:
+        for part in parts:
+            rows, columns = encoded(part, dtype, name_of, skip_bad=skip_bad), part.gradients.shape[1]
+            for name, tensor in rows.small.items():
+                # A copy: what is computed next may lie in the same memory.
+                small.setdefault(name, []).append(tensor.clone())
+            for piece in rows.gradients:
+                gradients.write(piece)
+            skipped += rows.skipped
+        whole = {name: torch.cat(tensors) for name, tensors in small.items()}
+        # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
+        if marker_path(folder, number).exists():
+            remove_durably(marker_path(folder, number))
+        header = [shard_header(whole, columns, dtype), *map(bytes_of, whole.values())]
+        written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
     made_by = version("vestige"), str(torch.__version__)
-    marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, skipped)
+    marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
     fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
     text = json.dumps(fields, indent=1) + "\n"
     write_durably(marker_path(folder, number), [text.encode()])
@@ -202,90 +191,6 @@ def _view(body: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
     if count * dtype.itemsize != last - first or start + last > len(body):
         raise ValueError(f"a tensor of shape {shape} does not fit its place")
     return torch.frombuffer(body, dtype=dtype, count=count, offset=start + first).view(shape)
-
-
-def _largest(content: ShardContent) -> Float[Tensor, "row"]:
-    return torch.linalg.vector_norm(content.gradients, ord=float("inf"), dim=1)
-
-
-def _is_finite(content: ShardContent, largest: Float[Tensor, "row"]) -> Tensor:
-    return torch.isfinite(content.loss) & torch.isfinite(largest) & torch.isfinite(content.norm)
-
-
-def _with_zeros(content: ShardContent, keep: Tensor) -> ShardContent:
-    """The content with every number of the other rows zero: a product with NaN would still be NaN."""
-    gradients = torch.where(keep[:, None], content.gradients, 0.0)
-    return ShardContent(
-        gradients, torch.where(keep, content.loss, 0.0), torch.where(keep, content.norm, 0.0), content.example
-    )
-
-
-def _require_finite(content: ShardContent, largest: Tensor, name_of: Callable[[int], str]) -> None:
-    for what, values in (("loss", content.loss), ("gradient", largest), ("gradient norm", content.norm)):
-        bad = content.example[~torch.isfinite(values)].tolist()
-        if bad:
-            names = ", ".join(name_of(row) for row in bad[:10]) + (", ..." if len(bad) > 10 else "")
-            raise NonFinite(
-                f"The {what} of {len(bad)} example{'s' * (len(bad) > 1)} is NaN or infinite: {names}. "
-                "Look at these texts, try --precision float32, leave them out of the data, or type --skip-bad."
-            )
-
-
-def _encoded(content: ShardContent, largest: Tensor, dtype: StoredType) -> Iterator[bytes | memoryview]:
-    """The safetensors file, piece by piece; the tensors in the order of their alignment, as its library does."""
-    scale = _scales(largest, dtype)
-    rows, columns = content.gradients.shape
-    small = {"example": content.example.to(torch.int64), "loss": content.loss.float()}
-    small["norm"] = content.norm.float()
-    if scale is not None:
-        small["scale"] = scale
-    shapes = {name: (tensor.dtype, [rows]) for name, tensor in small.items()}
-    shapes["gradients"] = (_STORED[dtype], [rows, columns])
-    yield safetensors_header(shapes, {"axes": "gradients: row column"})
-    for tensor in small.values():
-        yield _bytes_of(tensor)
-    step = max(_PIECE_NUMBERS // columns, 1)
-    for first in range(0, rows, step):
-        piece = content.gradients[first : first + step].float()
-        if scale is not None:
-            piece = piece / scale[first : first + step, None]
-        yield _bytes_of(piece.round().to(torch.int8) if dtype == "int8" else piece.to(_STORED[dtype]))
-
-
-def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "row"] | None:
-    """What each row is divided by before it is rounded.
-
-    For float16 a power of two that brings the largest entry to [2^14, 2^15): dividing by it is exact, nothing
-    overflows, and entries down to 2^-28 of the largest keep full precision. For int8 the largest entry becomes 127.
-    """
-    if dtype not in SCALED_TYPES:
-        return None
-    smallest = 2.0**_SMALLEST_EXPONENT
-    if dtype == "int8":
-        scale = (largest.double() / 127).clamp_min(smallest).float()
-    else:
-        exponent = (torch.frexp(largest.double()).exponent - 15).clamp_min(_SMALLEST_EXPONENT)
-        # A power of two is a float32 whose mantissa bits are zero: exact, unlike a call of pow.
-        scale = ((exponent + 127) << 23).view(torch.float32)
-    return torch.where(largest > 0, scale, torch.ones_like(scale))
-
-
-def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> bytes:
-    """What stands before the tensors of a safetensors file, which follow in the order of `shapes`."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, (dtype, shape) in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    # numpy knows no bfloat16; as plain bytes every dtype passes.
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def content_digest(markers: list[Marker]) -> str:

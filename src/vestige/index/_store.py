@@ -19,6 +19,9 @@ from vestige.index._manifest import Manifest, Span, expected_shards, read_manife
 from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
 from vestige.timing import count_bytes, timed
 
+BLOCK_BYTES = 4 * 2**20
+"""Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
+
 
 class IndexBlock(NamedTuple):
     """A few consecutive rows of an index."""
@@ -101,7 +104,7 @@ class Index:
         """Columns that hold one compressed gradient each: a component's, or the sum of all components'."""
         return self.manifest.spans
 
-    def blocks(self, max_bytes: int = 16 * 2**20, *, shards: range | None = None) -> Iterator[IndexBlock]:
+    def blocks(self, max_bytes: int = BLOCK_BYTES, *, shards: range | None = None) -> Iterator[IndexBlock]:
         """Every row once, in the order of the plan, while the next block is being read in the background.
 
         Args:

@@ -1,6 +1,6 @@
 """An index as a work plan: its shards are the pieces, and the reduce sees that together they are the data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +11,10 @@ import numpy as np
 
 from vestige.data import Example
 from vestige.errors import CorruptFile
+from vestige.index._content import ShardContent
 from vestige.index._manifest import Expectation, Manifest, expected_shards
 from vestige.index._plan import Plan, PlannedShard
-from vestige.index._shards import ShardContent, map_shard, shard_fault, write_shard
+from vestige.index._shards import map_shard, shard_fault, write_shard
 from vestige.index._store import Index
 from vestige.launch import Compute, ranges, step_done
 from vestige.lockstep import is_first
@@ -44,9 +45,9 @@ class PlannedBatches(Sequence[np.ndarray]):
             step_done(len(batch))
 
 
-ShardCompute = Callable[[PlannedBatches], ShardContent]
-"""Turns the batches of a shard (each an array of rows of the data) into its content, rows in that order; it iterates
-over the batches once."""
+ShardCompute = Callable[[PlannedBatches], Iterable[ShardContent]]
+"""Turns the batches of a shard (each an array of rows of the data) into its content, part by part, rows in that order;
+it iterates over the batches once. A part is stored before the next one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ class IndexPlan:
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:
         planned = self.plan.shards[piece]
-        content = compute(PlannedBatches(planned.batches))
-        _require_planned(content, planned, self.manifest)
+        parts = _as_planned(compute(PlannedBatches(planned.batches)), planned, self.manifest)
         if not is_first():
+            for _ in parts:
+                pass
             return
         write_shard(
             self.folder,
             piece,
-            content,
+            parts,
             self.manifest.dtype,
             self.expected[piece],
             self._name_of,
@@ -133,7 +135,7 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
         CorruptFile: Shards overlap, or leave examples out; the message lists both.
     """
     total = sum(manifest.shard_rows)
-    holder = np.full(total, -1, dtype=np.int64)
+    holder = np.full(total, -1, dtype=np.int32)
     faults = []
     for number in range(len(manifest.shard_rows)):
         rows = map_shard(folder, number).example.numpy()
@@ -157,10 +159,18 @@ def _listed(what: str, faults: list[str]) -> str:
     return f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
 
 
-def _require_planned(content: ShardContent, planned: PlannedShard, manifest: Manifest) -> None:
-    rows = planned.rows
-    if not np.array_equal(content.example.cpu().numpy(), rows):
-        raise ValueError(f"shard {planned.number} was computed with other rows than planned")
-    shape = (len(rows), manifest.width)
-    if content.gradients.shape != shape or not len(content.loss) == len(content.norm) == len(rows):
-        raise ValueError(f"shard {planned.number} has shape {tuple(content.gradients.shape)}, expected {shape}")
+def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: Manifest) -> Iterator[ShardContent]:
+    """The parts, if together they are the rows that were planned."""
+    first = 0
+    for content in parts:
+        rows = planned.rows[first : first + len(content.example)]
+        first += len(content.example)
+        if not np.array_equal(content.example.cpu().numpy(), rows):
+            raise ValueError(f"shard {planned.number} was computed with other rows than planned")
+        shape = (len(rows), manifest.width)
+        if content.gradients.shape != shape or not len(content.loss) == len(content.norm) == len(rows):
+            found = tuple(content.gradients.shape)
+            raise ValueError(f"a part of shard {planned.number} has shape {found}, expected {shape}")
+        yield content
+    if first != len(planned.rows):
+        raise ValueError(f"shard {planned.number} was computed with {first} of {len(planned.rows)} rows")

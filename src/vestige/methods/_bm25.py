@@ -12,7 +12,7 @@ from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
-BLOCK_SCORES = 2**22
+BLOCK_SCORES = 2**18
 """Scores made at once, over all queries."""
 
 

@@ -15,6 +15,8 @@ from vestige.runs._types import ScoreBlock
 KEPT_BYTES = 64 * 2**20
 """Scores kept in memory for histograms; beyond it a fixed sample of rows stands for all."""
 
+_COUNTED = 2**16
+"""Scores of a query that are counted at once."""
 BINS = 60
 SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 NO_SOURCE = "(no source)"
@@ -109,10 +111,13 @@ class ScoreCollector:
         )
 
     def _distribution(self, query: int) -> DistributionRecord:
-        moments, kept = self._moments, self._kept[query, self._counted].astype(np.float64)
+        moments, kept = self._moments, self._kept[query, self._counted]
         low, high = float(moments.low[query]), float(moments.high[query])
-        # Scores given in float64 are kept in float32: rounding must not push the extremes out.
-        counts, edges = np.histogram(np.clip(kept, low, high), bins=BINS, range=(low, high))
+        counts, edges = np.histogram([], bins=BINS, range=(low, high))
+        for first in range(0, len(kept), _COUNTED):
+            # Scores given in float64 are kept in float32: rounding must not push the extremes out.
+            part = np.clip(kept[first : first + _COUNTED].astype(np.float64), low, high)
+            counts += np.histogram(part, bins=BINS, range=(low, high))[0]
         return DistributionRecord(
             count=moments.count,
             mean=float(moments.mean[query]),
@@ -131,9 +136,17 @@ class ScoreCollector:
             return []
         # From a sample only the ends that were kept exactly say what the highest k hold.
         complete = len(kept) == self._moments.count
-        highest = np.sort(kept)[::-1] if complete else self._top.scores(query, "proponent")
+        highest = _highest(kept) if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
+
+
+def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
+    """As many of the highest scores as a share is asked of, best first, in float64."""
+    wanted, found = SHARES_AT[-1], np.empty(0)
+    for first in range(0, len(scores), _COUNTED):
+        found = np.sort(np.concatenate([found, scores[first : first + _COUNTED].astype(np.float64)]))[-wanted:]
+    return found[::-1]
 
 
 def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:

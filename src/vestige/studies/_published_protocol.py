@@ -113,7 +113,8 @@ def _pair_by_pair(
             if place >= 0:
                 other = vectors(place)
                 products = [
-                    sum(float(a @ b) for a, b in zip(*pair, strict=True))
+                    # In float32 the sum over a whole gradient is wrong in the fourth digit.
+                    sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(*pair, strict=True))
                     for pair in ((mine, other), (mine, mine), (other, other))
                 ]
                 found[query, number] = products[0] / max((products[1] * products[2]) ** 0.5, 1e-300)

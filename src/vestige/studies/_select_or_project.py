@@ -18,7 +18,7 @@ from vestige.studies._package_texts import require_packages
 from vestige.studies._registry import Gate, Outcome, registered
 
 NAME = "select-or-project"
-_VERSION = 2
+_VERSION = 3
 """Of what is reported about finished work."""
 
 

@@ -86,11 +86,11 @@ def test_changed_settings_do_not_reuse_old_ascents(here, monkeypatch):
     seen = []
     right = _plan.ascend
 
-    def failing(weights, data, rows, measure, recipe):
+    def failing(weights, data, rows, measure, recipe, retained):
         seen.append(recipe.learning_rate)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return right(weights, data, rows, measure, recipe)
+        return right(weights, data, rows, measure, recipe, retained)
 
     monkeypatch.setattr(_plan, "ascend", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,8 @@
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -122,3 +124,10 @@ def test_the_fields_of_settings_have_types_and_descriptions():
             assert name in hints
             assert field.description, (settings, name)
             assert field.description.endswith("."), (settings, name)
+
+
+def test_rooms_use_only_public_names_of_each_other():
+    root = Path(vestige.__file__).parent
+    for path in root.rglob("*.py"):
+        foreign = set(re.findall(r"from vestige\.(\w+)\._\w+ import", path.read_text()))
+        assert foreign <= {path.relative_to(root).parts[0]}, path

@@ -104,7 +104,7 @@ class Scratch:
             held_bytes: Most bytes in memory.
         """
         self._path, self._size = path, 0
-        self._file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=path.parent)  # noqa: SIM115
+        self._file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
 
     def __enter__(self) -> Self:
         return self

@@ -7,8 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vestige.audit._figures import COLOURS, saved
-from vestige.runs import CHANCE_BITS, CanaryRecord
-from vestige.runs._audit_curves import Exposed, exposed
+from vestige.runs import CHANCE_BITS, CanaryRecord, Exposed, exposed
 
 _SPREAD = 0.12
 """Half the width over which the secrets of one number of copies are strewn, so that equal ones are seen."""

@@ -12,8 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vestige.audit._assembled import Evidence
 from vestige.audit._judge import BLIND, Known, orientation
-from vestige.runs import JudgementRecord
-from vestige.runs._audit_curves import agreement, group_of, roc_curve
+from vestige.runs import JudgementRecord, agreement, group_of, roc_curve
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")

@@ -12,8 +12,7 @@ from vestige.audit._attack import Attack, Interval, Rate, attack, share
 from vestige.audit._blind import blind
 from vestige.audit._signs import EARLY_SIGNS, SIGNS
 from vestige.errors import DataError
-from vestige.runs import JudgementRecord, RateRecord
-from vestige.runs._audit_record import Span, Truth
+from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
 BLIND = "blind"
 _DETAILS = ("psmi_std", "psmi_low", "psmi_high", "simplicity")

@@ -11,7 +11,7 @@ from vestige.compress._identity import Composed, Identity
 from vestige.compress._streamed import circular, entrywise, is_mapped_late
 from vestige.compress._tensorsketch import Wrap
 from vestige.compress._types import Compressor, LinearMap
-from vestige.gradients._types import Factor, OneHot, Side
+from vestige.gradients import Factor, OneHot, Side
 
 # The two factors of one gradient have sides of different lengths, which one axis name cannot say.
 LeftFactor = Float[Tensor, "example token left"] | OneHot

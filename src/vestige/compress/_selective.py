@@ -8,7 +8,7 @@ from vestige.compress._mask_files import read_masks
 from vestige.compress._random import Stream
 from vestige.compress._registry import compressor
 from vestige.errors import SpecError
-from vestige.gradients._types import Side
+from vestige.gradients import Side
 
 
 def _with_digest(size: tuple[int, ...], options: Mapping[str, Any]) -> Mapping[str, Any]:

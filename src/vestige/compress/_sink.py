@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vestige.compress._apply import LeftFactor, ReducedFactor, RightFactor, combine, reduce_factor
 from vestige.compress._types import Compressor
-from vestige.gradients._types import Factor, Side
+from vestige.gradients import Factor, Side
 from vestige.timing import timed
 
 

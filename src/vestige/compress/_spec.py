@@ -26,7 +26,7 @@ from vestige.compress._random import Stream
 from vestige.compress._registry import EXAMPLE, Kind, find_compressor
 from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
-from vestige.gradients._types import Side
+from vestige.gradients import Side
 
 _SHAREABLE = ("sjlt", "gauss", "rademacher")  # zero-mean maps that may be wider than what they are given
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._types import Compressor, LinearMap
-from vestige.gradients._types import Factor, OneHot, Side
+from vestige.gradients import Factor, OneHot, Side
 
 PIECE_NUMBERS = 2**17
 """Numbers of one buffer on a CPU: half a megabyte in float32."""

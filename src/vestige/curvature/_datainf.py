@@ -10,8 +10,7 @@ from torch import Tensor
 from vestige.curvature._diagonal import absolute_damping
 from vestige.curvature._fit import CurvatureData
 from vestige.curvature._pieces import Pieces
-from vestige.gradients import Side
-from vestige.gradients._types import Factor
+from vestige.gradients import Factor, Side
 
 
 class DataInf(NamedTuple):

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from vestige.curvature._pieces import Pieces
 from vestige.errors import SpecError
-from vestige.gradients import Side
-from vestige.gradients._types import Factor
+from vestige.gradients import Factor, Side
 
 
 def absolute_damping(damping: float, mean_eigenvalue: float) -> float:

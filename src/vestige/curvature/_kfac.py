@@ -20,8 +20,7 @@ from torch import Tensor
 
 from vestige.curvature._blocks import Block
 from vestige.curvature._diagonal import DiagonalSink, absolute_damping
-from vestige.gradients import OneHot, Side, materialise
-from vestige.gradients._types import Factor
+from vestige.gradients import Factor, OneHot, Side, materialise
 from vestige.models import Component
 
 

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients import Side, materialise
-from vestige.gradients._types import Factor
+from vestige.gradients import Factor, Side, materialise
 
 CHUNK_NUMBERS = 2**25
 """Most numbers of whole gradients alive at once."""

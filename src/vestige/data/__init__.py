@@ -39,3 +39,7 @@ __all__ = [
     "tokenize_stored",
     "words_of",
 ]
+from vestige.data._load import number_records as number_records
+from vestige.data._load import open_source as open_source
+from vestige.data._origin import parsed as parsed
+from vestige.data._origin import place as place

@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from vestige.data import Batch
 from vestige.errors import NonFinite
 from vestige.evaluate._component_projection import Projection
-from vestige.gradients import CausalLoss, GradientPass, Gradients, KeepingSink, Reduction, squared_norms
-from vestige.gradients._cross import Piece, formed_numbers, matrices_of, numbers
-from vestige.gradients._types import OneHot
-from vestige.methods._activation_dot import PooledOutputs, Tap, tapped, taps_of
-from vestige.methods._hidden import backbone, pooled
+from vestige.gradients import (
+    CausalLoss,
+    GradientPass,
+    Gradients,
+    KeepingSink,
+    OneHot,
+    Piece,
+    Reduction,
+    formed_numbers,
+    matrices_of,
+    numbers,
+    squared_norms,
+)
+from vestige.methods import PooledOutputs, Tap, backbone, pooled, tapped, taps_of
 from vestige.models import Component, LoadedModel
 
 HIDDEN = "last hidden state"

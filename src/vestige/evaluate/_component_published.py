@@ -10,7 +10,7 @@ from jaxtyping import Bool
 
 from vestige.errors import DataError
 from vestige.evaluate._component_products import ComponentProducts
-from vestige.index._import_published import read_json
+from vestige.index import read_json
 
 PAIRS, QUERIES, EXAMPLES = "dot_products", "paraphrased_dot_products", "original_dot_products"
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vestige.evaluate._component_pass import Passed, one_example
 from vestige.evaluate._component_projection import Projection
-from vestige.gradients import products
-from vestige.gradients._held import HeldGradients, Room
+from vestige.gradients import HeldGradients, Room, products
 
 FORMED_BYTES = 2**29
 """Most bytes of matrices formed from the factors of one piece of queries."""

@@ -1,6 +1,10 @@
 """Attribution methods, interchangeable behind one small protocol."""
 
 from vestige.methods._activation_dot import ActivationDot as ActivationDot
+from vestige.methods._activation_dot import PooledOutputs as PooledOutputs
+from vestige.methods._activation_dot import Tap as Tap
+from vestige.methods._activation_dot import tapped as tapped
+from vestige.methods._activation_dot import taps_of as taps_of
 from vestige.methods._arnoldi import Arnoldi as Arnoldi
 from vestige.methods._attribute import attribute as attribute
 from vestige.methods._bm25 import Bm25 as Bm25
@@ -11,6 +15,8 @@ from vestige.methods._datainf import DataInfMethod as DataInfMethod
 from vestige.methods._ekfac import Ekfac as Ekfac
 from vestige.methods._grad_cos import GradCos as GradCos
 from vestige.methods._grad_dot import GradDot as GradDot
+from vestige.methods._hidden import backbone as backbone
+from vestige.methods._hidden import pooled as pooled
 from vestige.methods._influence import Influence as Influence
 from vestige.methods._kfac import Kfac as Kfac
 from vestige.methods._less import Less as Less

@@ -24,7 +24,10 @@ from vestige.models._source import find_source as find_source
 from vestige.models._training import Recipe as Recipe
 from vestige.models._training import Step as Step
 from vestige.models._training import shuffled_batches as shuffled_batches
+from vestige.models._training import summed_loss as summed_loss
 from vestige.models._training import train as train
+from vestige.models._transformers import quiet_transformers as quiet_transformers
+from vestige.models._transformers import read_tokenizer as read_tokenizer
 from vestige.models._types import Component as Component
 from vestige.models._types import CoverageRow as CoverageRow
 from vestige.models._types import LoadedModel as LoadedModel

@@ -8,6 +8,10 @@ from vestige.online._select import Selected as Selected
 from vestige.online._select import greedy_selection as greedy_selection
 from vestige.online._step import Step as Step
 from vestige.online._step import StepScores as StepScores
+from vestige.online._trainer import ID_KEY as ID_KEY
 from vestige.online._trainer import Attached as Attached
+from vestige.online._trainer import CollatorWithIds as CollatorWithIds
+from vestige.online._trainer import RowsWithIds as RowsWithIds
 from vestige.online._trainer import VestigeCallback as VestigeCallback
 from vestige.online._trainer import attach as attach
+from vestige.online._validation import quietly as quietly

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from vestige.errors import ModelError, SpecError
-from vestige.gradients import CausalLoss, Objective
-from vestige.gradients._observe import observable
+from vestige.gradients import CausalLoss, Objective, observable
 from vestige.models import Component, select_components
 from vestige.online._log import LogWriter, OnlineLog
 from vestige.online._rates import component_rates

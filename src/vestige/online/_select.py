@@ -10,8 +10,7 @@ from torch import nn
 
 from vestige.data import Batch
 from vestige.errors import NonFinite, SpecError
-from vestige.gradients import GradientPass, Objective
-from vestige.gradients._objective import example_count
+from vestige.gradients import GradientPass, Objective, example_count
 from vestige.models import Component
 from vestige.online._sinks import FactorStore, ValidationGradient, products_among
 from vestige.online._validation import as_batch, quietly

@@ -7,9 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients import OneHot, cross_products, dot_matrices, materialise
-from vestige.gradients._factors import ReusedMemory
-from vestige.gradients._types import Factor, Side
+from vestige.gradients import Factor, OneHot, ReusedMemory, Side, cross_products, dot_matrices, materialise
 from vestige.models import Component
 
 

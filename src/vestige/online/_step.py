@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import DataError, ModelError, NonFinite, UserError
-from vestige.gradients._observe import observe
-from vestige.gradients._rules import Handle, Receive
+from vestige.gradients import Handle, Receive, observe
 from vestige.models import Component
 from vestige.online._rates import ScaleProbe, common_rate
 from vestige.online._second_order import CurvatureTerm

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
-from vestige.gradients import CausalLoss, GradientPass, Objective
-from vestige.gradients._objective import example_count
+from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
 from vestige.models import Component
 from vestige.online._sinks import ValidationGradient
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data._load import number_records, open_source
-from vestige.data._origin import parsed, place
+from vestige.data import number_records, open_source, parsed, place
 from vestige.errors import DataError
 from vestige.prepare._fitting import fitted
 from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS

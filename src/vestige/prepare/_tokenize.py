@@ -13,8 +13,7 @@ import pyarrow.parquet as parquet
 from vestige.data import NO_TARGET, TokenizedData, tokenize_source
 from vestige.errors import ModelError, SpecError
 from vestige.files import make_folder, write_durably
-from vestige.models._source import find_source
-from vestige.models._transformers import read_tokenizer
+from vestige.models import find_source, read_tokenizer
 from vestige.prepare._write import RECORD, Prepared, check_same_result, row_of
 from vestige.progress import progress
 from vestige.runs import environment

@@ -10,8 +10,7 @@ import numpy as np
 from vestige.report._audit_panels import TRUTHS, Chart, charts_of, shown_span
 from vestige.report._canary_charts import canary_charts
 from vestige.report._header import Fact, compact, duration, short_name
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth
-from vestige.runs._audit_curves import exposed
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""

@@ -8,8 +8,7 @@ import numpy as np
 
 from vestige.report import _audit_charts as charts
 from vestige.report._curves import Line, curves
-from vestige.runs import Audit
-from vestige.runs._audit_curves import agreement, group_of, roc_curve
+from vestige.runs import Audit, agreement, group_of, roc_curve
 
 _CURVES = ("answer_loss", "loss", "psmi", "logit_gap", "lira")
 _ROC = ("psmi", "lira", "loss", "logit_gap", "counterfactual", "extraction")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from vestige.report._audit_panels import Chart
 from vestige.report._curves import Line, curves
-from vestige.runs import CHANCE_BITS, Audit
-from vestige.runs._audit_curves import Exposed, exposed
+from vestige.runs import CHANCE_BITS, Audit, Exposed, exposed
 
 
 def canary_charts(audit: Audit) -> list[Chart]:

@@ -4,6 +4,11 @@ from vestige.runs._audit import Audit as Audit
 from vestige.runs._audit import EvidenceRow as EvidenceRow
 from vestige.runs._audit import EvidenceTable as EvidenceTable
 from vestige.runs._audit import write_audit as write_audit
+from vestige.runs._audit_curves import Exposed as Exposed
+from vestige.runs._audit_curves import agreement as agreement
+from vestige.runs._audit_curves import exposed as exposed
+from vestige.runs._audit_curves import group_of as group_of
+from vestige.runs._audit_curves import roc_curve as roc_curve
 from vestige.runs._audit_record import CHANCE_BITS as CHANCE_BITS
 from vestige.runs._audit_record import AuditRecord as AuditRecord
 from vestige.runs._audit_record import BankRecord as BankRecord
@@ -12,6 +17,7 @@ from vestige.runs._audit_record import JudgementRecord as JudgementRecord
 from vestige.runs._audit_record import LayerRecord as LayerRecord
 from vestige.runs._audit_record import MeasureRecord as MeasureRecord
 from vestige.runs._audit_record import RateRecord as RateRecord
+from vestige.runs._audit_record import Span as Span
 from vestige.runs._audit_record import SubjectRecord as SubjectRecord
 from vestige.runs._audit_record import Truth as Truth
 from vestige.runs._audit_record import is_audit as is_audit

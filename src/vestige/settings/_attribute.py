@@ -49,8 +49,8 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
     )
     skip_bad: bool = Field(
         False,
-        description="Without an index: leave out, and list, examples whose loss or gradient is NaN or infinite, instead "
-        "of ending; costs a pass over the data.",
+        description="Without an index: leave out, and list, examples whose loss or gradient is NaN or infinite, "
+        "instead of ending; costs a pass over the data.",
     )
     damping: Damping = Field(
         1.0,
@@ -98,8 +98,8 @@ class AttributeSettings(ReadingSettings, LaunchSettings):
             raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
         elif self.skip_bad:
             raise SpecError(
-                "`skip_bad` is decided when an index is made. Drop --skip-bad, or make the index with it: vestige index "
-                "--skip-bad."
+                "`skip_bad` is decided when an index is made. Drop --skip-bad, or make the index with it: "
+                "vestige index --skip-bad."
             )
         elif self.query_rank is not None:
             raise SpecError(

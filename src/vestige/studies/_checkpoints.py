@@ -12,8 +12,7 @@ import torch
 
 from vestige.data import load_examples, tokenize
 from vestige.files import make_folder, remove_durably, write_durably
-from vestige.models import Recipe, Step, load_model, save_trained, shuffled_batches, train, trainable_copy
-from vestige.models._load import Precision
+from vestige.models import Precision, Recipe, Step, load_model, save_trained, shuffled_batches, train, trainable_copy
 from vestige.progress import announce, progress
 
 _OPTIMIZER = "optimizer.pt"

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch
 from vestige.evaluate import OnePassResult
-from vestige.models import Component, LoadedModel, trainable_copy
-from vestige.models._training import summed_loss
+from vestige.models import Component, LoadedModel, summed_loss, trainable_copy
 
 
 class DirectGradients(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vestige.models._transformers import quiet_transformers
+from vestige.models import quiet_transformers
 
 OPTIMIZER = "optimizer.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")

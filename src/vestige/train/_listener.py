@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vestige.errors import DataError
-from vestige.online._trainer import ID_KEY, CollatorWithIds, RowsWithIds
+from vestige.online import ID_KEY, CollatorWithIds, RowsWithIds
 from vestige.progress import announce
 from vestige.train._losses import Losses, Watched, example_losses
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET
 from vestige.errors import DataError
-from vestige.online._trainer import ID_KEY
-from vestige.online._validation import quietly
+from vestige.online import ID_KEY, quietly
 from vestige.train._rows import WEIGHT
 
 Context = Callable[[], AbstractContextManager[Any]]

@@ -18,8 +18,7 @@ from vestige.data import TokenizedData
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.files import check_disk
 from vestige.index import batch_tokens, read_data
-from vestige.models import LoadedModel, Lora, load_model, trainable_copy
-from vestige.models._transformers import quiet_transformers
+from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment, peak_memory_bytes
 from vestige.settings import TrainSettings, verb

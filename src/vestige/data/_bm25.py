@@ -79,7 +79,7 @@ class LexicalIndex:
             ends.append(len(columns))
             if variant == "okapi":
                 everywhere.update(dict.fromkeys(words, 1))
-        self._lengths: Int[np.ndarray, document] = np.array(lengths)
+        self._lengths: Int[np.ndarray, " document"] = np.array(lengths)
         parts = (np.array(part) for part in (counts, columns, ends))
         self._counts = sparse.csr_matrix(tuple(parts), shape=(len(lengths), len(vocabulary)))
         holding = np.bincount(self._counts.indices, minlength=len(vocabulary))

@@ -102,7 +102,9 @@ def unwritten(plan: Any) -> None:
 
     with plan.compute() as compute:
         for shard in plan.plan.shards:
-            compute(PlannedBatches(shard.batches))
+            # The parts of a shard are computed as they are asked for.
+            for _ in compute(PlannedBatches(shard.batches)):
+                pass
 
 
 def empty(index: Path) -> None:

@@ -2,16 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import make_batch, plan_batches
 from vestige.errors import SpecError
 from vestige.gradients import CausalLoss
 from vestige.index import batch_tokens
@@ -23,28 +21,20 @@ from vestige.methods._open import open_job
 from vestige.methods._partial import partial_folder, remove_partial
 from vestige.methods._plan import self_scores, summarised
 from vestige.methods._prepared import GradientMethod
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.methods._randomised import randomised_correlation, without_weights
 from vestige.methods._registry import get_method
+from vestige.methods._run_record import run_record
 from vestige.methods._sweep import Swept, member_folder, sweep
 from vestige.methods._trust import free_checks
 from vestige.runs import (
     RECORD_FILE,
     Check,
-    CheckpointRecord,
-    CoverageRecord,
-    DataRecord,
-    ModelRecord,
-    RunRecord,
     RunTables,
     Scores,
     ScoreSummary,
-    SkippedRecord,
     TokenScores,
-    TrustRecord,
     check_target,
-    environment,
-    peak_memory_bytes,
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
@@ -78,7 +68,7 @@ def attribute(settings: AttributeSettings) -> Scores:
         tables = tables._replace(self_scores=own_scores, tokens=_tokens(job, method, summary))
         checks = _trust(job, method, summary, losses) if settings.trust else []
         checks += [swept.check] if swept is not None else []
-        record = _record(settings, job, method, summary, checks, time.perf_counter() - started)
+        record = run_record(settings, job, method, summary, checks, time.perf_counter() - started)
         others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
 
     def write() -> None:
@@ -140,7 +130,7 @@ def _write_others(
         checks = free_checks(member.job, member.method, summary.ranked, losses=losses) if settings.trust else []
         tables = _tables(member.job, member.method, summary, generated, losses)
         seconds = time.perf_counter() - started
-        record = _record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
+        record = run_record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
         written.append(decided(partial(write_run, place, record, tables, overwrite=True)))
     return written
 
@@ -239,67 +229,3 @@ def _scores_now(job: Job, method: Method, rows: np.ndarray, queries: np.ndarray)
     for block in method.blocks(small):
         scores[:, block.rows] = block.scores.float()
     return scores
-
-
-def _record(
-    settings: AttributeSettings,
-    job: Job,
-    method: Method,
-    summary: ScoreSummary,
-    checks: list[Check],
-    seconds: float,
-) -> RunRecord:
-    ids = [example.id for example in job.queries.examples]
-    split = isinstance(method, SplitsByComponent)
-    return RunRecord(
-        vestige=version("vestige"),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=settings.command_line("attribute"),
-        config=settings.record(),
-        versions=environment(),
-        model=_model_record(job),
-        data=_data_record(job.train),
-        queries=_data_record(job.queries),
-        left_out=[job.train.examples[row].id for row in job.skipped],
-        checkpoints=[
-            CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
-            for each in job.checkpoints
-        ],
-        method=method.name,
-        meaning=method.meaning,
-        coverage=_coverage(job),
-        components=[part.name for part in job.components] if split else [],
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        trust=TrustRecord(validated=False, checks=checks),
-        distribution=dict(zip(ids, summary.distribution, strict=True)),
-        groups=dict(zip(ids, summary.groups, strict=True)),
-    )
-
-
-def _model_record(job: Job) -> ModelRecord | None:
-    if job.loaded is None:
-        return None
-    parameters = sum(parameter.numel() for parameter in job.loaded.model.parameters())
-    return ModelRecord(name=job.loaded.name, fingerprint=job.loaded.fingerprint, parameters=parameters)
-
-
-def _data_record(data: TokenizedData) -> DataRecord:
-    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
-
-
-def _coverage(job: Job) -> CoverageRecord | None:
-    selection = job.selection
-    if selection is None:
-        return None
-    skipped = [
-        SkippedRecord(name=row.name, parameters=row.parameters, reason=row.reason)
-        for row in selection.coverage
-        if not row.selected
-    ]
-    return CoverageRecord(
-        selected=selection.selected_parameters,
-        total=selection.total_parameters,
-        fraction=selection.fraction,
-        skipped=skipped,
-    )

@@ -112,6 +112,10 @@ class Scratch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The bytes are gone."""
         # What did not fit on the disk would be tried again, and is not wanted any more.
         with contextlib.suppress(OSError):
             self._file.close()
@@ -128,6 +132,13 @@ class Scratch:
                 self._size += self._file.write(memoryview(chunk).cast("B"))
         except OSError as error:
             raise _explain(error, self._path, self._size) from error
+
+    def read(self, begin: int, size: int) -> bytes:
+        """The `size` bytes behind the first `begin` ones."""
+        self._file.seek(begin)
+        found = self._file.read(size)
+        self._file.seek(0, os.SEEK_END)
+        return found
 
     def chunks(self) -> Iterator[bytes]:
         """Everything again, in order."""

@@ -8,7 +8,7 @@ import torch
 from tests.index.synthetic import WIDTH, build, examples_of, gradient_rows, lengths_of
 from vestige.data import TokenizedData
 from vestige.errors import CorruptFile, UserError
-from vestige.index import Index, fingerprint_rows, index_status, remove_index
+from vestige.index import Index, _examples, fingerprint_rows, index_status, remove_index
 from vestige.index._shards import marker_path, shard_path
 from vestige.index._store import _Buffers
 
@@ -168,13 +168,41 @@ def test_examples_and_lengths_come_back_as_they_were(small):
 
 
 def test_damaged_examples_are_named_and_written_again(small):
-    path = small / "examples" / "00000.parquet"
+    path = small / "examples" / "00000-00000.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(CorruptFile, match=r"00000\.parquet is missing or damaged"):
+    with pytest.raises(CorruptFile, match=r"00000\*\.parquet is missing or damaged"):
         Index.open(small).examples()
     build(small)
     assert path.read_bytes() == whole
+
+
+def test_many_examples_lie_in_several_files_and_only_a_damaged_one_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(_examples, "_FILE_ROWS", 25)
+    folder = tmp_path / "index"
+    build(folder)
+    paths = sorted((folder / "examples").iterdir())
+    assert [path.name for path in paths] == [f"00000-0000{place}.parquet" for place in range(3)]
+    assert Index.open(folder).examples() == examples_of(60)
+    assert np.array_equal(Index.open(folder).lengths(), lengths_of(60))
+    whole, times = [path.read_bytes() for path in paths], [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    with pytest.raises(CorruptFile, match="missing or damaged"):
+        Index.open(folder).examples()
+    build(folder)
+    assert [path.read_bytes() for path in paths] == whole
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+
+
+def test_an_older_index_with_all_examples_in_one_file_is_read_and_continued(small):
+    (small / "examples" / "00000-00000.parquet").rename(small / "examples" / "00000.parquet")
+    assert Index.open(small).examples() == examples_of(60)
+    build(small, 90, append=True)
+    assert Index.open(small).examples() == examples_of(90)
+    assert {path.name for path in (small / "examples").iterdir()} == {"00000.parquet", "00001-00000.parquet"}
+    (small / "examples" / "00000.parquet").write_bytes(b"torn")
+    build(small, 90)
+    assert Index.open(small).examples() == examples_of(90)
 
 
 @pytest.mark.parametrize("changed", ["tokens", "targets", "label", "text"])

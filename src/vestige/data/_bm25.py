@@ -1,7 +1,6 @@
-"""BM25 between texts given as words: both usual forms, in memory that grows only with words that queries share."""
+"""BM25 between texts given as words: both usual forms, in memory that does not grow with the documents."""
 
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
+from vestige.data._postings import Counted, Postings
 from vestige.data._types import Example
 
 Bm25Variant = Literal["lucene", "okapi"]
@@ -33,8 +33,8 @@ class LexicalIndex:
     with k1 = 1.5 and b = 0.75. In Okapi's form a rarity below zero becomes a quarter of the mean rarity of all words,
     as in the `rank_bm25` package; it is computed in float64, Lucene's in float32.
 
-    The documents are read once and not kept. Kept are their lengths and how often they hold words of the queries; for
-    Okapi's mean also the number of documents of every word.
+    The documents are read once and not kept. Kept are their lengths and how often they hold words of the queries, on
+    the disk if that is much; for Okapi's mean also the number of documents of every word.
     """
 
     def __init__(
@@ -54,48 +54,44 @@ class LexicalIndex:
 
     def __len__(self) -> int:
         """The number of documents."""
-        return len(self._lengths)
+        return len(self._postings)
 
     @property
     def has_words(self) -> bool:
         """Whether any document has a word: without one there is nothing to compare."""
-        return bool(self._lengths.any())
+        return self._postings.length > 0
 
     def scores(
         self, *, documents: slice = slice(None), queries: slice = slice(None)
     ) -> Float[np.ndarray, "document query"]:
         """The scores of some queries with some documents; a part is what the whole has there, to the bit."""
-        return (self._weights(documents) @ self._asked[queries].T).toarray()
+        asked = self._asked[queries].T
+        found = [(self._weights(each) @ asked).toarray() for each in self._postings.read(documents)]
+        return np.concatenate(found) if found else np.empty((0, asked.shape[1]), dtype=self._type)
 
     def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
-        lengths, ends = array("i"), array("q", [0])
-        columns, counts = array("i"), array("i")
+        self._postings = Postings(len(vocabulary))
         everywhere: Counter[str] = Counter()
         for words in documents:
-            found = Counter(vocabulary[word] for word in words if word in vocabulary)
-            lengths.append(len(words))
-            columns.extend(found.keys())
-            counts.extend(found.values())
-            ends.append(len(columns))
+            self._postings.add(len(words), Counter(vocabulary[word] for word in words if word in vocabulary))
             if variant == "okapi":
                 everywhere.update(dict.fromkeys(words, 1))
-        self._lengths: Int[np.ndarray, " document"] = np.array(lengths)
-        parts = (np.array(part) for part in (counts, columns, ends))
-        self._counts = sparse.csr_matrix(tuple(parts), shape=(len(lengths), len(vocabulary)))
-        holding = np.bincount(self._counts.indices, minlength=len(vocabulary))
+        self._postings.finish()
+        count, holding = len(self), self._postings.holding
+        self._mean_length = self._postings.length / count if count else 0.0
         if variant == "lucene":
-            self._rarity = np.log1p((len(lengths) - holding + 0.5) / (holding + 0.5))
+            self._rarity = np.log1p((count - holding + 0.5) / (holding + 0.5))
         else:
-            self._rarity = _okapi_rarity(len(lengths), holding)
-            mean = _okapi_rarity(len(lengths), np.array(list(everywhere.values()))).mean() if everywhere else 0.0
+            self._rarity = _okapi_rarity(count, holding)
+            mean = _okapi_rarity(count, np.array(list(everywhere.values()))).mean() if everywhere else 0.0
             self._rarity[self._rarity < 0] = EPSILON * mean
         self._scale = 1.0 if variant == "lucene" else K1 + 1
 
-    def _weights(self, documents: slice) -> sparse.csr_matrix:
+    def _weights(self, documents: Counted) -> sparse.csr_matrix:
         """What each word adds to the score of a query that holds it once, [document, word]."""
-        counts = self._counts[documents]
+        lengths, counts = documents
         often = counts.data.astype(np.float64)
-        long = np.repeat(self._lengths[documents], np.diff(counts.indptr)) / self._lengths.mean()
+        long = np.repeat(lengths, np.diff(counts.indptr)) / self._mean_length
         weights = self._rarity[counts.indices] * often * self._scale / (often + K1 * (1 - B + B * long))
         return sparse.csr_matrix((weights.astype(self._type), counts.indices, counts.indptr), shape=counts.shape)
 

@@ -14,7 +14,10 @@ import pyarrow.parquet as parquet
 from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, TokenizedData, record_of
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, write_durably
-from vestige.index._manifest import Manifest, PlanStage
+from vestige.index._manifest import Manifest
+
+_FILE_ROWS = 64 * GROUP_ROWS
+"""Examples in a file: whoever writes or opens one has its table of contents, about 1 kB a row group, in memory."""
 
 
 def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
@@ -31,15 +34,16 @@ def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
 def write_examples(
     folder: Path, manifest: Manifest, examples: Sequence[Example], lengths: Sequence[int] | np.ndarray
 ) -> None:
-    """Each stage of the plan has its examples in a Parquet file of its own; those that are there stay as they are."""
+    """Each stage of the plan has its examples in Parquet files of its own; those that are there stay as they are."""
     make_folder(folder / "examples")
     for number, stage in enumerate(manifest.plan.stages):
-        path = _path(folder, number)
-        if not _is_whole(path, stage):
-            rows = range(stage.start, stage.stop)
-            groups = (rows[first : first + GROUP_ROWS] for first in range(0, len(rows), GROUP_ROWS))
-            tables = (_table([record_of(examples[row], int(lengths[row])) for row in group]) for group in groups)
-            write_durably(path, streamed(tables, lambda sink: parquet.ParquetWriter(sink, EXAMPLES)))
+        if _holds(_paths(folder, number), stage.stop - stage.start):
+            continue
+        for place, first in enumerate(range(stage.start, stage.stop, _FILE_ROWS)):
+            path = folder / "examples" / f"{number:05d}-{place:05d}.parquet"
+            rows = range(first, min(first + _FILE_ROWS, stage.stop))
+            if not _holds([path], len(rows)):
+                write_durably(path, streamed(_tables(rows, examples, lengths), _opened))
 
 
 def read_examples(folder: Path, manifest: Manifest) -> StoredExamples:
@@ -62,12 +66,16 @@ def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
 
 
 def _whole_paths(folder: Path, manifest: Manifest) -> list[Path]:
+    found = []
     for number, stage in enumerate(manifest.plan.stages):
-        if not _is_whole(_path(folder, number), stage):
+        paths = _paths(folder, number)
+        if not _holds(paths, stage.stop - stage.start):
             raise CorruptFile(
-                f"{_path(folder, number)} is missing or damaged. Run the same vestige index command again."
+                f"A file {folder / 'examples'}/{number:05d}*.parquet is missing or damaged. Run the same vestige index "
+                "command again."
             )
-    return [_path(folder, number) for number in range(len(manifest.plan.stages))]
+        found += paths
+    return found
 
 
 class _TableWriter(Protocol):
@@ -109,16 +117,25 @@ class _Pipe(io.RawIOBase):
         return b"".join(held)
 
 
-def _path(folder: Path, stage: int) -> Path:
-    return folder / "examples" / f"{stage:05d}.parquet"
+def _paths(folder: Path, stage: int) -> list[Path]:
+    """The files of a stage, in order. Of an older index it is one, named by the stage alone."""
+    parts = sorted((folder / "examples").glob(f"{stage:05d}-*.parquet"))
+    return parts or [folder / "examples" / f"{stage:05d}.parquet"]
 
 
-def _is_whole(path: Path, stage: PlanStage) -> bool:
+def _holds(paths: Sequence[Path], rows: int) -> bool:
     try:
-        return parquet.read_metadata(path).num_rows == stage.stop - stage.start
+        return sum(parquet.read_metadata(path).num_rows for path in paths) == rows
     except (OSError, pa.ArrowException):
         return False
 
 
-def _table(records: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(records, schema=EXAMPLES)
+def _tables(rows: range, examples: Sequence[Example], lengths: Sequence[int] | np.ndarray) -> Iterator[pa.Table]:
+    """The examples at `rows`, one row group after another."""
+    for first in range(0, len(rows), GROUP_ROWS):
+        records = [record_of(examples[row], int(lengths[row])) for row in rows[first : first + GROUP_ROWS]]
+        yield pa.Table.from_pylist(records, schema=EXAMPLES)
+
+
+def _opened(sink: Any) -> parquet.ParquetWriter:
+    return parquet.ParquetWriter(sink, EXAMPLES)

@@ -1,10 +1,11 @@
 """What is remembered of a stream of scores: both ends, moments, a histogram, groups, all if asked."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 from scipy.special import stdtrit
 
 from vestige.errors import VestigeError
@@ -17,6 +18,8 @@ KEPT_BYTES = 64 * 2**20
 
 _COUNTED = 2**16
 """Scores of a query that are counted at once."""
+_HASHED = 2**16
+"""Rows that are hashed, and examples whose sources are read, at once."""
 BINS = 60
 SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 NO_SOURCE = "(no source)"
@@ -56,7 +59,7 @@ class ScoreCollector:
     ) -> None:
         self._queries, self._examples, self._dense = queries, examples, dense
         fitting = examples if dense else max(1, kept_bytes // (4 * max(queries, 1)))
-        self._kept_rows = sampled_rows(examples, fitting)
+        self._kept_rows = sampled_rows(examples, fitting).astype(np.min_scalar_type(examples))
         self._kept = np.zeros((queries, len(self._kept_rows)), dtype=np.float32)
         self._left_out = np.zeros(examples, dtype=bool)
         self._left_out[list(skipped)] = True
@@ -153,12 +156,20 @@ def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
     """`wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
     if wanted >= examples:
         return np.arange(examples)
-    # The finaliser of splitmix64: neighbouring row numbers land far apart.
-    code = np.arange(1, examples + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    kept = np.empty(0, dtype=np.int64)
+    for first in range(0, examples, _HASHED):
+        kept = np.concatenate([kept, np.arange(first, min(first + _HASHED, examples))])
+        if len(kept) > wanted:
+            kept = kept[np.argpartition(_hashed(kept), wanted - 1)[:wanted]]
+    return np.sort(kept)
+
+
+def _hashed(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
+    """The finaliser of splitmix64, which is one to one: neighbouring row numbers land far apart."""
+    code = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    code ^= code >> np.uint64(31)
-    return np.sort(np.argpartition(code, wanted - 1)[:wanted])
+    return code ^ (code >> np.uint64(31))
 
 
 class _Moments:
@@ -196,11 +207,13 @@ class _Groups:
         self, queries: int, sources: Iterable[str | None] | None, left_out: Bool[np.ndarray, "example"]
     ) -> None:
         met: dict[str | None, int] = {}
-        group = np.fromiter((met.setdefault(source or None, len(met)) for source in sources or ()), dtype=np.int32)
+        numbers, parts = (met.setdefault(source or None, len(met)) for source in sources or ()), []
+        while part := list(islice(numbers, _HASHED)):
+            parts.append(_in_few_bytes(part))
         names = [name or NO_SOURCE for name in met] if met.keys() - {None} else list[str]()
         self._names = sorted(set(names))
         code = {name: number for number, name in enumerate(self._names)}
-        self._group = np.array([code[name] for name in names], dtype=np.int32)[group] if names else None
+        self._group = _in_few_bytes([code[name] for name in names])[np.concatenate(parts)] if names else None
         self._sizes = np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))
@@ -224,6 +237,11 @@ class _Groups:
             if size
         ]
         return sorted(records, key=lambda record: (-record.sum, record.source))
+
+
+def _in_few_bytes(numbers: Sequence[int]) -> Int[np.ndarray, "number"]:
+    """The numbers, none below zero, in one byte each if that is enough."""
+    return np.array(numbers, dtype=np.min_scalar_type(max(numbers)))
 
 
 def _group_record(source: str, size: int, total: float, squares: float) -> GroupRecord:

@@ -2,11 +2,14 @@ import pytest
 import torch
 
 from tests.architectures import build
-from vestige.doctor._costs import ALTERNATIVES, check_disk_space, check_memory, check_time
+from vestige.compress import parse_spec
+from vestige.data import plan_batches
+from vestige.doctor._costs import ALTERNATIVES, Trial, check_disk_space, check_memory, check_time, estimate_costs
 from vestige.doctor._types import Cost
 from vestige.errors import SpecError
-from vestige.index import Index, index
+from vestige.index import Index, draft_manifest, index, read_inputs
 from vestige.models import load_model
+from vestige.settings import DoctorSettings
 
 
 def test_the_disk_is_what_the_index_takes(examined, rows, tmp_path):
@@ -28,6 +31,24 @@ def test_the_compression_asked_for_comes_first_and_once(examined):
     assert [cost.compress for cost in whole] == ["none", *(one for one in ALTERNATIVES if one != "none")]
     assert all(cost.seconds > 0 for cost in asked)
     assert asked[0].memory_bytes < asked[-1].memory_bytes
+
+
+def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, rows):
+    def costed(part_bytes):
+        monkeypatch.setattr("vestige.doctor._costs.PART_BYTES", part_bytes)
+        settings = DoctorSettings(model=build("llama", torch.float32), data=rows, compress="mask:4x4")
+        inputs = read_inputs(settings, settings.model, settings.data, settings.components)
+        spec = parse_spec("mask:4x4")
+        manifest = draft_manifest(settings, inputs, spec)
+        trial = Trial(inputs.data, None, None, 1000)
+        return estimate_costs(settings, inputs, manifest, spec, trial)[0], manifest, inputs
+
+    cost, manifest, inputs = costed(0)
+    widest = max(map(len, plan_batches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples)))
+    # Not even a batch fits into a part of nothing: it is held once computed and once stored.
+    assert cost.memory_bytes == 1000 + 2 * 4 * manifest.width * widest
+    # And there are never more rows than examples.
+    assert costed(2**40)[0].memory_bytes == 1000 + 4 * manifest.width * (len(rows) + widest)
 
 
 def test_a_compression_of_which_one_row_is_too_large_is_not_tried(examined, monkeypatch):

@@ -1,21 +1,20 @@
 """What an index would cost in time, memory and disk, for the compression that was asked for and for others."""
 
-import math
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Int
 
 from vestige.compress import CompressionSpec, parse_spec
-from vestige.data import TokenizedData, plan_batches
+from vestige.data import TokenizedData, cut_batches, plan_batches
 from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check, Cost
-from vestige.index import CompressedGradients, Inputs, Manifest, ShardContent, lay_out
+from vestige.index import PART_BYTES, CompressedGradients, Inputs, Manifest, ShardContent, lay_out
 from vestige.progress import format_bytes, format_seconds
 from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
@@ -149,25 +148,26 @@ def _cost(
     spec: CompressionSpec, manifest: Manifest, examples: int, seconds: float | None, trial: Trial, data: TokenizedData
 ) -> Cost:
     row_bytes = {dtype: manifest.model_copy(update={"dtype": dtype}).row_bytes for dtype in DTYPES}
-    held = _rows_at_once(manifest, data)
-    # A shard's rows are held twice in float32 while its batches are joined.
-    memory = trial.working_bytes + 8 * manifest.width * held
+    # The rows of a part of a shard are held while it is stored, those of a batch while they are computed.
+    rows, _ = _batches(data, manifest)
+    part = min(PART_BYTES // (4 * manifest.width), examples)
+    held = max(part, int(rows.max())) + int(rows.max())
+    memory = trial.working_bytes + 4 * manifest.width * held
     disk = {dtype: size * examples for dtype, size in row_bytes.items()}
     return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk)
 
 
-def _rows_at_once(manifest: Manifest, data: TokenizedData) -> int:
-    """Rows of the largest shard, which cannot be smaller than a batch."""
-    batches = plan_batches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
-    by_bytes = manifest.plan.shard_bytes // manifest.row_bytes
-    by_number = math.ceil(len(data) / manifest.plan.fewest_shards)
-    return max(min(by_bytes, by_number), max(len(batch) for batch in batches))
+def _batches(data: TokenizedData, manifest: Manifest) -> tuple[Int[np.ndarray, "batch"], Int[np.ndarray, "batch"]]:
+    """Examples of each batch, and tokens of each of them, padding included."""
+    order, ends = cut_batches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
+    firsts = np.concatenate([[0], ends[:-1]])
+    # The first example of a batch is its longest.
+    return ends - firsts, data.lengths[order[firsts]]
 
 
 def _padded_tokens(data: TokenizedData, manifest: Manifest) -> int:
-    lengths = data.lengths
-    batches: Sequence[np.ndarray] = plan_batches(lengths, manifest.token_budget, manifest.plan.max_examples)
-    return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    rows, longest = _batches(data, manifest)
+    return int((rows * longest).sum())
 
 
 def _most_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from vestige.index._budget import choose_spec
 from vestige.index._build import build_index, draft_manifest, index
 from vestige.index._compute import CompressedGradients, lay_out
-from vestige.index._content import ShardContent
+from vestige.index._content import PART_BYTES, ShardContent
 from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
@@ -35,6 +35,7 @@ from vestige.index._store import Index, IndexBlock, ShardFault
 from vestige.index._work import IndexPlan, PlannedBatches
 
 __all__ = [
+    "PART_BYTES",
     "TOKENS",
     "WHOLE_MODEL",
     "CompressedGradients",

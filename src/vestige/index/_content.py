@@ -13,7 +13,7 @@ from torch import Tensor
 from vestige.errors import NonFinite
 from vestige.index._manifest import SCALED_TYPES, StoredType
 
-PART_BYTES = 8 * 2**20
+PART_BYTES = 2**21
 """Gradients in float32 that are in memory at once while a shard is made, unless a batch alone has more."""
 
 TYPE_NAMES = {

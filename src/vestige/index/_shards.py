@@ -23,7 +23,7 @@ from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, 
 from vestige.index._manifest import Expectation, StoredType
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
-_HELD_BYTES = 8 * 2**20
+_HELD_BYTES = 2**21
 """Rounded gradients of a shard in the making that are in memory; those of a larger one lie on the disk."""
 
 

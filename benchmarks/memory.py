@@ -1,9 +1,10 @@
-"""Peak memory of indexing and attributing, over the number of examples: one process each, one thread.
+"""Peak memory of indexing, attributing and evaluating, over the number of examples: one process each, one thread.
 
     python benchmarks/memory.py [--real 2000 20000] [--replaced 10000 1000000] [--workers 1] [--keep FOLDER]
 
 `real` computes every gradient of a tiny model. `replaced` runs the same commands, but gradients follow from row numbers
-instead of being computed: reading, tokenising, planning, shards, scores and tables are the real ones.
+instead of being computed: reading, tokenising, planning, shards, scores and tables are the real ones. `attribute dense`
+keeps all scores and self-influence; both evaluations judge that run.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 WORDS = 400
 TOKENS = (8, 40)
 """Fewest and most words of an example."""
+STEPS = ("index", "attribute", "attribute dense", "evaluate retrieval", "evaluate mislabel")
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     for kind, counts in (("real", given.real), ("replaced", given.replaced)):
         for count in counts:
             data = _data(folder / f"{count}.jsonl", count)
-            for step in ("index", "attribute"):
+            for step in STEPS:
                 rows.append(_measured(folder, kind, step, count, data.stat().st_size, given.workers))
                 print(_line(rows[-1]), file=sys.stderr, flush=True)
     print("| gradients | step | examples | data | peak memory | peak without file pages | seconds |")
@@ -58,7 +60,7 @@ def _line(row: dict[str, Any]) -> str:
 def _growth(rows: list[dict[str, Any]]) -> str:
     lines = []
     for kind in ("real", "replaced"):
-        for step in ("index", "attribute"):
+        for step in STEPS:
             same = [row for row in rows if (row["kind"], row["step"]) == (kind, step)]
             if len(same) > 1:
                 more = same[-1]["examples"] - same[0]["examples"]
@@ -82,8 +84,6 @@ def _one(kind: str, step: str, folder: Path, count: int, workers: int) -> None:
 
     import torch
 
-    import vestige
-
     torch.set_num_threads(1)
     if kind == "replaced":
         _replace_gradients()
@@ -96,18 +96,36 @@ def _one(kind: str, step: str, folder: Path, count: int, workers: int) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    index, model = folder / f"{kind}-{count}", str(folder / "model")
-    if step == "index":
-        settings = {"compress": "tensorsketch:16", "token_budget": 1024, "workers": workers, "overwrite": True}
-        vestige.index(model=model, data=str(folder / f"{count}.jsonl"), out=index, **settings)
-    else:
-        queries = [{"prompt": "w1 w2 w3", "completion": " w4 w5"}, {"text": "w7 w8 w9"}]
-        out = folder / f"{kind}-{count}-run"
-        vestige.attribute(index=index, queries=queries, method="grad-dot", out=out, overwrite=True)
+    _step(step, folder, folder / f"{count}.jsonl", f"{kind}-{count}", workers)
     seconds = time.perf_counter() - started
     ended.set()
     watcher.join()
     print(json.dumps({"peak": _status("VmHWM"), "private": most[0], "seconds": seconds}))
+
+
+def _step(step: str, folder: Path, data: Path, name: str, workers: int) -> None:
+    import vestige
+    import vestige.evaluate
+
+    index, model, dense = folder / name, str(folder / "model"), folder / f"{name}-dense"
+    queries = [
+        {"prompt": "w1 w2 w3", "completion": " w4 w5", "answers": "example-7"},
+        {"text": "w7 w8 w9", "answers": ["example-3", "example-5"]},
+    ]
+    judging: dict[str, Any] = {"run": str(dense), "opponents": False, "out": folder / f"{name}-evaluated"}
+    if step == "index":
+        settings = {"compress": "tensorsketch:16", "token_budget": 1024, "workers": workers, "overwrite": True}
+        vestige.index(model=model, data=str(data), out=index, **settings)
+    elif step == "attribute":
+        out = folder / f"{name}-run"
+        vestige.attribute(index=index, queries=queries, method="grad-dot", out=out, overwrite=True)
+    elif step == "attribute dense":
+        kept = {"dense": True, "self_influence": True, "overwrite": True}
+        vestige.attribute(index=index, queries=queries, method="grad-dot", out=dense, **kept)
+    elif step == "evaluate retrieval":
+        vestige.evaluate.retrieval(queries=queries, **judging)
+    else:
+        vestige.evaluate.mislabel(data=str(data), truth="wrong", **judging)
 
 
 def _status(name: str) -> int:
@@ -151,7 +169,8 @@ def _data(path: Path, count: int) -> Path:
     with unfinished.open("w", encoding="utf-8") as file:
         for row in range(count):
             words = " ".join(f"w{chance.randrange(WORDS)}" for _ in range(chance.randint(*TOKENS)))
-            file.write(json.dumps({"id": f"example-{row}", "text": words, "source": f"source-{row % 7}"}) + "\n")
+            record = {"id": f"example-{row}", "text": words, "source": f"source-{row % 7}", "wrong": row % 10 == 3}
+            file.write(json.dumps(record) + "\n")
     return unfinished.rename(path)
 
 

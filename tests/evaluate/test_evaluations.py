@@ -16,7 +16,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Estimate
 from vestige.evaluate._retrieval import right_examples
 from vestige.methods import attribute
-from vestige.runs import Scores
+from vestige.runs import Scores, id_array
 
 OPPONENTS = {"random", "bm25", "rep-sim", "grad-cos"}
 QUERIES = [
@@ -91,14 +91,15 @@ def test_a_second_call_scores_nothing_anew_and_changed_settings_are_refused(halv
 
 def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_path):
     """Truth that follows a run's own scores, with examples and queries of the run in another order than the bank's."""
+    from vestige.evaluate._aligned import aligned
     from vestige.evaluate._scored import Scored
     from vestige.evaluate._truth import open_truth
 
     truth = open_truth(halves)
     scored = Scored("grad-dot", Scores.open(runs[0]))
-    dense = scored.scores_for(truth.query_ids[::-1], truth.example_ids[::-1])
-    assert dense == pytest.approx(scored.dense[::-1, ::-1])
-    losses = -(truth.membership @ truth.of(scored).T.astype(np.float64))
+    backwards = aligned(scored.run, truth.query_ids[::-1], id_array(truth.example_ids[::-1]))
+    assert np.array_equal([backwards.of_query(query) for query in range(3)], scored.run.dense()[::-1, ::-1])
+    losses = -(truth.membership @ scored.run.dense().T.astype(np.float64))
     found = vestige.evaluate.datamodeling_score(truth.of(scored), truth.membership, losses, draws=0)
     assert found.estimate.value == pytest.approx(1.0)
 
@@ -241,9 +242,9 @@ def test_retrieval_finds_the_right_examples(given, runs, tmp_path):
 
 
 def test_right_examples_may_be_one_or_several_and_must_exist(given):
-    queries, ids = load_queries(given["queries"]), [f"pair-{number}" for number in range(12)]
+    queries, ids = load_queries(given["queries"]), id_array(f"pair-{number}" for number in range(12))
     right = right_examples(queries, "answers", ["ant", "sky"], ids)
-    assert [np.flatnonzero(row).tolist() for row in right] == [[6, 7], [0]]
+    assert [rows.tolist() for rows in right] == [[6, 7], [0]]
     with pytest.raises(DataError, match="nothing in 'truth'"):
         right_examples(queries, "truth", ["ant"], ids)
     with pytest.raises(DataError, match="no id of the training data"):

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
+from vestige.evaluate._aligned import Aligned, summed
 from vestige.evaluate._statistics import (
     Estimate,
     first_rows,
@@ -43,7 +44,7 @@ class Agreement(NamedTuple):
 
 
 def effects(
-    scores: Float[np.ndarray, "query example"],
+    scores: "Aligned | Float[np.ndarray, 'query example']",
     membership: Bool[np.ndarray, "member example"],
     outputs: Float[np.ndarray, "member query"],
     subset: Int[np.ndarray, "member"],
@@ -55,6 +56,16 @@ def effects(
     Raises:
         DataError: No model was trained on everything, or there are fewer than three groups.
     """
+    truth, left_out = _left_out(membership, outputs, subset)
+    return Effects(truth, summed(scores, left_out))
+
+
+def _left_out(
+    membership: Bool[np.ndarray, "member example"],
+    outputs: Float[np.ndarray, "member query"],
+    subset: Int[np.ndarray, "member"],
+) -> tuple[Float[np.ndarray, "group query"], Bool[np.ndarray, "group example"]]:
+    """What leaving out each group did, and which examples it has."""
     trained = first_rows(membership, subset)
     whole = trained.all(1)
     if not whole.any():
@@ -68,11 +79,7 @@ def effects(
             "least."
         )
     means = grouped_means(outputs, subset)
-    left_out = ~trained[~whole]
-    return Effects(
-        means[~whole] - means[whole].mean(0),
-        left_out.astype(np.float64) @ np.asarray(scores, dtype=np.float64).T,
-    )
+    return means[~whole] - means[whole].mean(0), ~trained[~whole]
 
 
 def agreement(found: Effects, *, draws: int = 1000, seed: int = 0) -> Agreement:
@@ -107,9 +114,8 @@ def seed_agreement(
     NaN for a single seed.
     """
     runs = np.unique(seeds)
-    nothing = np.zeros((outputs.shape[1], membership.shape[1]))
     truths = [
-        effects(nothing, membership[side], outputs[side], subset[side]).truth.mean(1, keepdims=True)
+        _left_out(membership[side], outputs[side], subset[side])[0].mean(1, keepdims=True)
         for side in (seeds == run for run in runs)
     ]
     pairs = [pearson(one, other)[0] for place, one in enumerate(truths) for other in truths[:place]]

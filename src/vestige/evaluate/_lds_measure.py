@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
+from vestige.evaluate._aligned import Aligned, blocks_of, summed
 from vestige.evaluate._statistics import (
     Estimate,
     first_rows,
@@ -43,7 +44,7 @@ class Ceiling(NamedTuple):
 
 
 def datamodeling_score(
-    scores: Float[np.ndarray, "query example"],
+    scores: "Aligned | Float[np.ndarray, 'query example']",
     membership: Bool[np.ndarray, "member example"],
     outputs: Float[np.ndarray, "member query"],
     *,
@@ -59,7 +60,7 @@ def datamodeling_score(
     positive score promises a lower loss, hence the sign.
 
     Args:
-        scores: Positive = training on the example lowers the query's loss.
+        scores: Positive = training on the example lowers the query's loss. An array, or those of a run on disk.
         membership: True where the model was trained on the example.
         outputs: Loss of each query under each model.
         subset: Which models were trained on the same subset: their losses are averaged. None: each on its own.
@@ -72,7 +73,7 @@ def datamodeling_score(
     """
     _check(scores, membership, outputs)
     subset = np.arange(len(membership)) if subset is None else subset
-    sums = first_rows(membership, subset).astype(np.float64) @ np.asarray(scores, dtype=np.float64).T
+    sums = summed(scores, first_rows(membership, subset))
     gains = -grouped_means(outputs, subset)
     if len(gains) < FEWEST_SUBSETS:
         raise DataError(f"The bank has {len(gains)} subsets; a rank correlation needs {FEWEST_SUBSETS} at least.")
@@ -155,13 +156,14 @@ def _by_seed(
     return tuple(known_mean(spearman(sums[numbers[side]], -outputs[side])) for side in sides)
 
 
-def _check(scores: np.ndarray, membership: np.ndarray, outputs: np.ndarray) -> None:
-    expected = (len(membership), len(scores))
+def _check(scores: "Aligned | np.ndarray", membership: np.ndarray, outputs: np.ndarray) -> None:
+    expected = (len(membership), scores.shape[0])
     if scores.shape[1] != membership.shape[1] or outputs.shape != expected:
         raise DataError(
             f"Scores of {scores.shape[0]} queries x {scores.shape[1]} examples do not fit models of "
             f"{membership.shape[1]} examples with losses of shape {outputs.shape}; expected {expected}."
         )
-    for name, values in (("scores", scores), ("losses", outputs)):
-        if broken := int((~np.isfinite(values)).sum()):
+    parts = {"scores": (block.scores for block in blocks_of(scores)), "losses": [outputs]}
+    for name, blocks in parts.items():
+        if broken := sum(int((~np.isfinite(values)).sum()) for values in blocks):
             raise DataError(f"{broken} of the {name} are not finite numbers, so nothing can be ranked by them.")

@@ -1,17 +1,18 @@
 """`vestige evaluate mislabel`: does self-influence find the examples with wrong labels?"""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.data import Example, load_examples
+from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._ranking_measures import area_under_curve, detection, found_after
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._ranking_measures import detection, found_after, resampled_areas, tied
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
 from vestige.evaluate._scored import Scored, judged
-from vestige.evaluate._statistics import Estimate, interval
+from vestige.evaluate._statistics import interval
 from vestige.settings import MislabelSettings, verb
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
@@ -32,9 +33,9 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
     _refuse_cosines(settings)
     found = judged(settings, self_influence=True)
-    wrong = wrong_labels(load_examples(settings.data, limit=settings.limit), settings.truth)
-    scores = {one.name: _self_influence(one, len(wrong)) for one in found.scored}
-    rows = [EvaluationRow.of(one, _values(scores[one.name], wrong, settings)) for one in found.scored]
+    wrong = wrong_labels((example for example, _ in load_records(settings.data, limit=settings.limit)), settings.truth)
+    judgements = [_judgement(one, wrong, settings) for one in found.scored]
+    rows = [EvaluationRow.of(one, each.values) for one, each in zip(found.scored, judgements, strict=True)]
     by_chance = {f"found at {share:.0%}": float(share) for share in settings.inspected}
     chance = EvaluationRow("random", {"AUC": 0.5, "average precision": float(wrong.mean()), **by_chance}, opponent=True)
     result = Evaluation(
@@ -49,23 +50,20 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         ),
         {"examples": len(wrong), "wrong": int(wrong.sum())},
     )
-    counts = [round(share * len(wrong)) for share in _CURVE]
     percent = [100 * share for share in _CURVE]
-    lines = [
-        Line(name, percent, [100 * one for one in found_after(each, wrong, counts)]) for name, each in scores.items()
-    ]
+    lines = [Line(one.name, percent, each.curve) for one, each in zip(found.scored, judgements, strict=True)]
     lines.append(Line("random", percent, percent, opponent=True))
     figure = line_figure("mislabel", lines, "% of the data inspected", "% of the wrong labels found")
     return write_evaluation(result, settings.out, figure)
 
 
-def wrong_labels(examples: list[Example], column: str) -> Bool[np.ndarray, "example"]:
+def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
     """Which examples are marked in a column of the data.
 
     Raises:
         DataError: The column is missing somewhere, holds something else than true or false, or marks none or all.
     """
-    wrong = np.array([_is_wrong(example, column) for example in examples])
+    wrong = np.fromiter((_is_wrong(example, column) for example in examples), dtype=bool)
     if wrong.all() or not wrong.any():
         raise DataError(
             f"The column {column!r} marks {int(wrong.sum())} of {len(wrong)} examples as wrong, so there is nothing to "
@@ -100,26 +98,26 @@ def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example
         raise SpecError(
             f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
         )
-    rows = scored.run.self_influence()
-    if len(rows) != examples:
-        raise DataError(f"{scored.run.folder} scored {len(rows)} examples, and the data has {examples}.")
-    scores = np.zeros(examples)
-    scores[[row.row for row in rows]] = [row.score for row in rows]
+    scores = scored.run.self_scores()
+    known = np.count_nonzero(~np.isnan(scores))
+    if len(scores) != examples or known != examples:
+        raise DataError(f"{scored.run.folder} scored {known} examples, and the data has {examples}.")
     return scores
 
 
-def _values(scores: np.ndarray, wrong: np.ndarray, settings: MislabelSettings) -> dict[str, Any]:
-    area, precision = detection(scores, wrong)
-    found = found_after(scores, wrong, [round(share * len(wrong)) for share in settings.inspected])
-    return {
-        "AUC": _interval(area, scores, wrong, settings),
-        "average precision": precision,
-        **{f"found at {share:.0%}": value for share, value in zip(settings.inspected, found, strict=True)},
-    }
+class _Judgement(NamedTuple):
+    values: dict[str, Value]
+    curve: list[float]
+    """Percent of the wrong labels found, for each of `_CURVE`."""
 
 
-def _interval(area: float, scores: np.ndarray, wrong: np.ndarray, settings: MislabelSettings) -> Estimate:
-    """Wrong and right examples are drawn apart, so that no draw lacks one of them."""
-    random, sides = np.random.default_rng(settings.seed), (scores[wrong], scores[~wrong])
-    draws = [area_under_curve(*(random.choice(side, len(side)) for side in sides)) for _ in range(settings.draws)]
-    return interval(area, np.array(draws))
+def _judgement(scored: Scored, wrong: Bool[np.ndarray, "example"], settings: MislabelSettings) -> _Judgement:
+    scores = _self_influence(scored, len(wrong))
+    ties = tied(scores, wrong)
+    area, precision = detection(ties)
+    areas = resampled_areas(scores, wrong, settings.draws, settings.seed)
+    found = found_after(ties, [round(share * len(wrong)) for share in settings.inspected])
+    curve = found_after(ties, [round(share * len(wrong)) for share in _CURVE])
+    values: dict[str, Value] = {"AUC": interval(area, areas), "average precision": precision}
+    values |= {f"found at {share:.0%}": value for share, value in zip(settings.inspected, found, strict=True)}
+    return _Judgement(values, [100 * each for each in curve])

@@ -7,7 +7,7 @@ import numpy as np
 from vestige.errors import SpecError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged, run_of
+from vestige.evaluate._scored import Scored, judged, run_of, together
 from vestige.evaluate._statistics import mean_estimate, spearman
 from vestige.methods import method_class, randomised
 from vestige.models import load_model
@@ -61,11 +61,12 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
 
 def _correlations(settings: RandomisationSettings, scored: Scored) -> np.ndarray:
     """Rank correlations, [seed, query]."""
-    queries, examples = scored.ids
     table = []
     for number in range(settings.seeds):
         other = Scored(scored.name, _on_noise(settings, scored.run.run.method, settings.seed + number))
-        table.append(spearman(scored.dense.T, other.scores_for(queries, examples).T))
+        queries, _, tables = together([scored, other])
+        pairs = (tuple(each.of_query(query)[:, None] for each in tables) for query in range(len(queries)))
+        table.append(np.concatenate([spearman(*pair) for pair in pairs]))
     return np.array(table)
 
 

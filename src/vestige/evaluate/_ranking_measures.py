@@ -1,40 +1,101 @@
-"""How soon the right examples come in a ranking. Ties count as their expected value over every order of the tied."""
+"""How soon the right examples come in a ranking. Ties count as their expected value over every order of the tied.
 
-from collections.abc import Sequence
+All of it follows from a few counts, taken from blocks of scores: of each score that a right example has, how many
+examples score higher and how many as high.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, final
 
 import numpy as np
-from jaxtyping import Bool, Float
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
 
-
-def recall(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"], k: int) -> float:
-    """Expected share of the right examples among the `k` highest scores, over all orders of tied scores."""
-    return found_after(scores, right, [k])[0]
+BLOCK = 2**16
+"""Scores that are counted at once."""
 
 
-def found_after(
-    scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"], counts: Sequence[int]
-) -> list[float]:
+class Ties(NamedTuple):
+    """Of each distinct score that a right example has, highest first."""
+
+    begins: Int[np.ndarray, "value"]
+    """Examples that score higher."""
+    sizes: Int[np.ndarray, "value"]
+    """Examples of this score."""
+    hits: Int[np.ndarray, "value"]
+    """Those of them that are right."""
+    examples: int
+    """Of the whole ranking."""
+
+
+@final
+class TieCounter:
+    """Counts examples by how they score beside the right ones; takes in their scores in parts of any order."""
+
+    def __init__(self, right: Float[np.ndarray, "right"]) -> None:
+        """Nothing is counted yet.
+
+        Args:
+            right: Scores of the right examples, which are to be among those that are added.
+        """
+        if not len(right):
+            raise DataError("No example is marked, so there is nothing to find.")
+        self._values, self._hits = np.unique(right, return_counts=True)
+        self._counts = np.zeros(2 * len(self._values) + 1, dtype=np.int64)
+
+    def add(self, scores: Float[np.ndarray, "example"]) -> None:
+        """Take in some scores.
+
+        Raises:
+            DataError: One is not finite.
+        """
+        for start in range(0, len(scores), BLOCK):
+            part = scores[start : start + BLOCK]
+            if not np.isfinite(part).all():
+                raise DataError("Some scores are not finite numbers, so they do not rank.")
+            self._counts += np.bincount(codes(self._values, part), minlength=len(self._counts))
+
+    def ties(self) -> Ties:
+        """What was counted."""
+        above = self._counts[::-1].cumsum()
+        sizes = self._counts[1::2][::-1]
+        return Ties(above[1::2] - sizes, sizes, self._hits[::-1], int(above[-1]))
+
+
+def codes(values: Float[np.ndarray, "value"], scores: Float[np.ndarray, "example"]) -> Int[np.ndarray, "example"]:
+    """Where each score lies among ascending distinct values: 2 j + 1 at value j, 2 j below it and above the last."""
+    return np.searchsorted(values, scores, "left") + np.searchsorted(values, scores, "right")
+
+
+def tied(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"]) -> Ties:
+    """The counts of scores that are in memory.
+
+    Raises:
+        DataError: No example is marked, or a score is not finite.
+    """
+    if scores.shape != right.shape:
+        raise DataError(f"{len(scores)} scores for {len(right)} examples.")
+    counter = TieCounter(scores[right])
+    counter.add(scores)
+    return counter.ties()
+
+
+def found_after(ties: Ties, counts: Sequence[int]) -> list[float]:
     """Expected share of the right examples among the first `counts` of the ranking, over all orders of tied scores."""
-    _check(scores, right)
-    begins, sizes, hits = _tied_groups(scores, right)
+    begins, sizes, hits, _ = ties
     # Of a group that is cut, each order is equally likely, so each of its places holds the same share of its hits.
-    inside = [np.clip(count - begins, 0, sizes) for count in counts]
+    inside = (np.clip(count - begins, 0, sizes) for count in counts)
     return [float((hits * part / sizes).sum() / hits.sum()) for part in inside]
 
 
-def reciprocal_rank(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"]) -> float:
+def reciprocal_rank(ties: Ties) -> float:
     """Expected value of 1 / rank of the first right example, over all orders of tied scores.
 
     In a group of n tied examples of which r are right, behind b others, the first right one has place j with
     probability C(n - j, r - 1) / C(n, r).
     """
-    _check(scores, right)
-    begins, sizes, hits = _tied_groups(scores, right)
-    first = int(np.flatnonzero(hits)[0])
-    begin, size, among = int(begins[first]), int(sizes[first]), int(hits[first])
+    begin, size, among = (int(each[0]) for each in ties[:3])
     # Step by step from j = 1, for binomial coefficients of thousands would overflow.
     probability, total = among / size, 0.0
     for place in range(1, size - among + 2):
@@ -44,40 +105,49 @@ def reciprocal_rank(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray
     return total
 
 
-def area_under_curve(wrong: Float[np.ndarray, "one"], right: Float[np.ndarray, "other"]) -> float:
-    """Probability that a wrong example scores higher than a right one, a tie counting one half; O(n log n)."""
-    ranks = rankdata(np.concatenate([wrong, right]))[: len(wrong)]
-    return float((ranks.sum() / len(wrong) - (len(wrong) + 1) / 2) / len(right))
+def detection(ties: Ties) -> tuple[float, float]:
+    """Area under the ROC curve, and average precision, of scores that should be higher for the right ones.
 
-
-def detection(scores: Float[np.ndarray, "example"], wrong: Bool[np.ndarray, "example"]) -> tuple[float, float]:
-    """Area under the ROC curve, and average precision, of scores that should be higher for the wrong ones.
-
-    Average precision is the sum of precision times the rise in recall, threshold by threshold, not the trapezoids under
-    the curve, which are optimistic.
+    The area is the probability that a right example scores higher than another, a tie counting one half. Average
+    precision is the sum of precision times the rise in recall, threshold by threshold, not the trapezoids under the
+    curve, which are optimistic.
 
     Raises:
-        DataError: No example is wrong or all are, or a score is not finite.
+        DataError: All examples are right.
     """
-    from sklearn.metrics import average_precision_score
-
-    _check(scores, wrong)
-    if wrong.all():
+    begins, sizes, hits, examples = ties
+    reached = hits.cumsum()
+    right, others = int(reached[-1]), examples - int(reached[-1])
+    if not others:
         raise DataError("Every example is marked, so there is nothing to tell them from.")
-    return area_under_curve(scores[wrong], scores[~wrong]), float(average_precision_score(wrong, scores))
+    # Twice the others below, so that halves stay whole numbers.
+    above, level = begins - (reached - hits), sizes - hits
+    wins = int((hits * (2 * (others - above) - level)).sum())
+    return wins / 2 / right / others, float((hits / right * (reached / (begins + sizes))).sum())
 
 
-def _tied_groups(scores: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each distinct score, highest first: how many examples come before, share it, and are right of these."""
-    _, group = np.unique(-scores, return_inverse=True)
-    sizes = np.bincount(group)
-    return sizes.cumsum() - sizes, sizes, np.bincount(group, weights=right.astype(np.float64))
+def resampled_areas(
+    scores: Float[np.ndarray, "example"], wrong: Bool[np.ndarray, "example"], draws: int, seed: int
+) -> Float[np.ndarray, "draw"]:
+    """Bootstrap draws of the area; wrong and right examples are drawn apart, so that no draw lacks one of them."""
+    random, values = np.random.default_rng(seed), np.unique(scores[wrong])
+    places = np.empty(len(scores), dtype=np.int32)
+    for start in range(0, len(scores), BLOCK):
+        places[start : start + BLOCK] = codes(values, scores[start : start + BLOCK])
+    own, others = places[wrong], places[~wrong]
+    areas = np.empty(draws)
+    for draw in range(draws):
+        counts = np.zeros(len(values) + 1, dtype=np.int64)
+        for picked in _picks(random, len(own)):
+            counts[1:] += np.bincount(own[picked] // 2, minlength=len(values))
+        # Of the drawn wrong ones below each code, and up to it.
+        below = np.repeat(counts.cumsum(), 2)
+        beside = below[:-1] + below[1:]
+        losses = sum(int(beside[others[picked]].sum()) for picked in _picks(random, len(others)))
+        areas[draw] = 1 - losses / 2 / len(own) / len(others)
+    return areas
 
 
-def _check(scores: np.ndarray, right: np.ndarray) -> None:
-    if scores.shape != right.shape:
-        raise DataError(f"{len(scores)} scores for {len(right)} examples.")
-    if not right.any():
-        raise DataError("No example is marked, so there is nothing to find.")
-    if not np.isfinite(scores).all():
-        raise DataError("Some scores are not finite numbers, so they do not rank.")
+def _picks(random: np.random.Generator, count: int) -> Iterator[np.ndarray]:
+    """As many places as there are, with replacement: the numbers of `choice`, which would hold all of them."""
+    return (random.integers(count, size=min(BLOCK, count - start)) for start in range(0, count, BLOCK))

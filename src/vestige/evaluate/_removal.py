@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from vestige.bank import EVERYTHING, Bank, bank
 from vestige.errors import SpecError
+from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged, reading_of, same_axes
+from vestige.evaluate._scored import judged, reading_of, together
 from vestige.evaluate._statistics import mean_estimate
 from vestige.settings import RemovalSettings, verb
 
@@ -45,11 +47,15 @@ def removal(settings: RemovalSettings) -> Evaluation:
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
     found = judged(settings)
     scored = tuple(one for one in found.scored if one.run.run.method != "random")
-    queries, examples = same_axes(scored)
+    queries, examples, tables = together(scored)
     if max(settings.remove) >= len(examples):
         raise SpecError(f"--remove {max(settings.remove)} of {len(examples)} examples leaves nothing to train on.")
     counts = sorted(set(settings.remove))
-    drops = [drop for one in scored for drop in _top_lists(one, queries, examples, counts)]
+    drops = [
+        drop
+        for one, table in zip(scored, tables, strict=True)
+        for drop in _top_lists(one.name, table, examples, counts)
+    ]
     drops += _random_lists(settings, examples, counts)
     truth = _retrained(settings, drops)
     rise = {drop.name: _rise(truth, drop.name) for drop in drops}
@@ -80,18 +86,20 @@ def removal(settings: RemovalSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
-def _top_lists(scored: Scored, queries: list[str], examples: list[str], counts: list[int]) -> list[Drop]:
-    scores = scored.scores_for(queries, examples).astype(np.float64).mean(0)
+def _top_lists(method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
+    scores = np.empty(table.examples)
+    for places, block in table.blocks():
+        scores[places] = block.astype(np.float64).mean(0)
     # Ties are broken at random but always alike, never by the order of the data.
     order = np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
-    return [Drop(scored.name, count, [examples[row] for row in order[:count]]) for count in counts]
+    return [Drop(method, count, examples.take(order[:count]).to_pylist()) for count in counts]
 
 
-def _random_lists(settings: RemovalSettings, examples: list[str], counts: list[int]) -> list[Drop]:
+def _random_lists(settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
     drops = []
     for number in range(settings.random_lists):
         order = np.random.default_rng([settings.seed, number]).permutation(len(examples))
-        drops += [Drop(RANDOM, count, [examples[row] for row in order[:count]], number) for count in counts]
+        drops += [Drop(RANDOM, count, examples.take(order[:count]).to_pylist(), number) for count in counts]
     return drops
 
 

@@ -3,15 +3,18 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+import pyarrow as pa
+from jaxtyping import Float, Int
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, SpecError
+from vestige.evaluate._aligned import Aligned, places_in
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._ranking_measures import recall, reciprocal_rank
+from vestige.evaluate._ranking_measures import TieCounter, Ties, found_after, reciprocal_rank
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged, same_axes
+from vestige.evaluate._scored import Scored, judged, together
 from vestige.evaluate._statistics import mean_estimate
+from vestige.runs import id_array
 from vestige.settings import RetrievalSettings, verb
 
 
@@ -27,10 +30,12 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
     if settings.queries is None:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
     found = judged(settings)
-    queries, examples = same_axes(found.scored)
+    queries, examples, aligned = together(found.scored)
     right = right_examples(load_queries(settings.queries), settings.truth, queries, examples)
     lengths = sorted({min(k, len(examples)) for k in settings.k})
-    tables = {one.name: _per_query(one.scores_for(queries, examples), right, lengths) for one in found.scored}
+    tables = {
+        one.name: _per_query(ties_of(scores, right), lengths) for one, scores in zip(found.scored, aligned, strict=True)
+    }
     result = Evaluation(
         "retrieval",
         f"Right examples of {len(queries)} queries among {len(examples)}: recall and mean reciprocal rank",
@@ -42,7 +47,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         ),
         {
             "k": lengths,
-            "right_per_query": float(right.sum(1).mean()),
+            "right_per_query": float(np.mean([len(each) for each in right])),
             "per_query": {name: table.tolist() for name, table in tables.items()},
             "columns": ["reciprocal_rank", *(f"recall@{k}" for k in lengths)],
         },
@@ -51,24 +56,27 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
 
 
 def right_examples(
-    queries: list[Example], column: str, query_ids: list[str], example_ids: list[str]
-) -> Bool[np.ndarray, "query example"]:
-    """Which examples are right for which query, from a column that holds one id or a list of ids.
+    queries: list[Example], column: str, query_ids: list[str], example_ids: pa.ChunkedArray
+) -> list[Int[np.ndarray, "right"]]:
+    """Rows of the examples that are right for each query, ascending, from a column of one id or a list of ids.
 
     Raises:
         DataError: The column is missing, empty, or names an example that there is not.
     """
     given = {query.id: query for query in queries}
-    place = {name: number for number, name in enumerate(example_ids)}
-    right = np.zeros((len(query_ids), len(example_ids)), dtype=bool)
-    for row, name in enumerate(query_ids):
+    for name in query_ids:
         if name not in given:
             raise DataError(f"The scores are of a query {name!r} that the --queries do not hold.")
-        for one in _ids(given[name], column):
-            if one not in place:
-                raise DataError(f"Query {name!r}: its {column} names {one!r}, which is no id of the training data.")
-            right[row, place[one]] = True
-    return right
+    named = [_ids(given[name], column) for name in query_ids]
+    wanted = sorted({one for names in named for one in names})
+    # Only what is asked for is looked up: a dictionary of all ids would be the largest object of the evaluation.
+    found = places_in(id_array(wanted), example_ids)
+    rows = np.flatnonzero(found >= 0)
+    place = {wanted[found[row]]: int(row) for row in rows}
+    for name, names in zip(query_ids, named, strict=True):
+        if absent := [one for one in names if one not in place]:
+            raise DataError(f"Query {name!r}: its {column} names {absent[0]!r}, which is no id of the training data.")
+    return [np.unique([place[one] for one in names]) for names in named]
 
 
 def _ids(query: Example, column: str) -> list[str]:
@@ -85,14 +93,27 @@ def _ids(query: Example, column: str) -> list[str]:
     return ids
 
 
-def _per_query(scores: np.ndarray, right: np.ndarray, lengths: list[int]) -> np.ndarray:
-    """[query, measure]: reciprocal rank, then recall at each length."""
-    return np.array(
-        [
-            [reciprocal_rank(row, wanted), *(recall(row, wanted, k) for k in lengths)]
-            for row, wanted in zip(scores, right, strict=True)
-        ]
-    )
+def ties_of(scores: Aligned, right: list[Int[np.ndarray, "right"]]) -> list[Ties]:
+    """How the right examples of each query stand among all: one pass for their scores, and one to count the others.
+
+    Raises:
+        DataError: A score is not finite.
+    """
+    own: list[list[np.ndarray]] = [[] for _ in right]
+    for places, block in scores.blocks():
+        rows = np.arange(places.start, places.stop) if isinstance(places, slice) else places
+        for query, wanted in enumerate(right):
+            own[query].append(block[query, np.isin(rows, wanted)])
+    counters = [TieCounter(np.concatenate(parts)) for parts in own]
+    for _, block in scores.blocks():
+        for counter, part in zip(counters, block, strict=True):
+            counter.add(part)
+    return [counter.ties() for counter in counters]
+
+
+def _per_query(ties: list[Ties], lengths: list[int]) -> Float[np.ndarray, "query measure"]:
+    """Reciprocal rank, then recall at each length."""
+    return np.array([[reciprocal_rank(each), *found_after(each, lengths)] for each in ties])
 
 
 def _values(table: np.ndarray, lengths: list[int], settings: RetrievalSettings) -> dict[str, Any]:

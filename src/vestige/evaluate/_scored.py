@@ -4,20 +4,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from safetensors import safe_open
+import pyarrow as pa
 
 from vestige.data import load_examples
 from vestige.errors import IndexMismatch, SpecError, UserError
+from vestige.evaluate._aligned import Aligned, aligned
 from vestige.files import make_folder, sha256_of, write_durably
 from vestige.methods import attribute, method_class
 from vestige.progress import announce
-from vestige.runs import Scores, is_run
+from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
 from vestige.settings import ReadingSettings, ScoredSettings
 
@@ -37,19 +36,6 @@ class Scored:
     opponent: bool = False
     """Whether it was not asked for."""
 
-    @cached_property
-    def dense(self) -> Float[np.ndarray, "query example"]:
-        """All scores."""
-        return self.run.dense()
-
-    @cached_property
-    def ids(self) -> tuple[list[str], list[str]]:
-        """Ids of the queries and of the examples, in the order of the axes of `dense`."""
-        self.run.dense()
-        with safe_open(self.run.folder / "scores.safetensors", framework="numpy") as file:
-            metadata = file.metadata()
-        return json.loads(metadata["query_ids"]), json.loads(metadata["example_ids"])
-
     @property
     def seconds(self) -> float:
         """What the scores cost in time."""
@@ -59,16 +45,6 @@ class Scored:
     def memory_bytes(self) -> int:
         """The most memory of the process that made them."""
         return self.run.run.peak_memory_bytes
-
-    def scores_for(self, queries: Sequence[str], examples: Sequence[str]) -> Float[np.ndarray, "query example"]:
-        """The scores in the order of these ids.
-
-        Raises:
-            IndexMismatch: Some are not in the run.
-        """
-        own = self.ids
-        rows, columns = _places(own[0], queries, "queries", self), _places(own[1], examples, "examples", self)
-        return self.dense[np.ix_(rows, columns)]
 
 
 @dataclass(frozen=True)
@@ -230,28 +206,32 @@ def _names(runs: Sequence[Scores]) -> list[str]:
     ]
 
 
-def _places(own: Sequence[str], wanted: Sequence[str], what: str, scored: Scored) -> list[int]:
-    place = {name: number for number, name in enumerate(own)}
-    absent = [name for name in wanted if name not in place]
-    if absent:
-        raise IndexMismatch(
-            f"{scored.run.folder} has no scores for {len(absent)} of the {len(wanted)} {what}, such as {absent[0]!r}. "
-            f"It must be made with the same {what}, under the same ids."
-        )
-    return [place[name] for name in wanted]
+class Together(NamedTuple):
+    """The scores of several runs under the same ids, in the order of the first."""
+
+    queries: list[str]
+    examples: pa.ChunkedArray
+    tables: list[Aligned]
 
 
-def same_axes(scored: Sequence[Scored]) -> tuple[list[str], list[str]]:
-    """Ids of queries and examples that all runs share, in the order of the first.
+def together(scored: Sequence[Scored]) -> Together:
+    """All scores of several runs.
 
     Raises:
         UserError: A run is of other queries or other examples.
     """
-    first = scored[0]
+    first = open_dense(scored[0].run.folder)
+    queries, examples = first.query_ids(), first.example_ids()
+    tables = [Aligned(first, np.arange(len(queries)), len(examples), None)]
     for other in scored[1:]:
-        if any(set(one) != set(two) for one, two in zip(first.ids, other.ids, strict=True)):
+        try:
+            table = aligned(other.run, queries, examples)
+        except IndexMismatch:
+            table = None
+        if table is None or table.file.shape != first.shape:
             raise UserError(
-                f"{first.run.folder} and {other.run.folder} are of different queries or examples, so they cannot be "
-                "compared. Judge them one by one."
+                f"{scored[0].run.folder} and {other.run.folder} are of different queries or examples, so they cannot "
+                "be compared. Judge them one by one."
             )
-    return first.ids
+        tables.append(table)
+    return Together(queries, examples, tables)

@@ -8,9 +8,11 @@ from jaxtyping import Bool, Float, Int
 
 from vestige.bank import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
 from vestige.files import sha256_of
 from vestige.methods import method_class
+from vestige.runs import id_array
 
 
 class Truth(NamedTuple):
@@ -26,7 +28,7 @@ class Truth(NamedTuple):
     example_ids: list[str]
     bank: Bank
 
-    def of(self, scored: Scored) -> Float[np.ndarray, "query example"]:
+    def of(self, scored: Scored) -> Aligned:
         """The scores of a run in the bank's order.
 
         Raises:
@@ -41,7 +43,7 @@ class Truth(NamedTuple):
                     f"{record.fingerprint[:12]}, the bank's have {here[:12]}. Make both from the same file, with the "
                     "same --max-length and --chat."
                 )
-        return scored.scores_for(self.query_ids, self.example_ids)
+        return aligned(scored.run, self.query_ids, id_array(self.example_ids))
 
 
 def open_truth(folder: Path) -> Truth:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import operator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,16 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.runs._dense import open_dense
 from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
-from vestige.runs._write import DENSE_FILE
 
 if TYPE_CHECKING:
     import pandas
+
+SELF_TABLE = "self_influence"
 
 
 class Scores:
@@ -99,23 +102,9 @@ class Scores:
 
         Raises:
             UserError: the run keeps only the ends of each ranking.
+            CorruptFile: the file is damaged.
         """
-        path = self.folder / DENSE_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{self.folder} keeps only the ends of each ranking, not all scores.\n"
-                "Run `vestige attribute` again with --dense."
-            )
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                axes, scores = (file.metadata() or {}).get("axes"), file.get_tensor("scores")
-        except SafetensorError as error:
-            raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
-        if axes != "query example":
-            raise CorruptFile(f"{path} has the axes {axes!r}; expected 'query example'.")
-        return scores
+        return open_dense(self.folder).read()
 
     def self_influence(self) -> list[SelfInfluence]:
         """The score of every training example for itself, highest first: rare and mislabelled ones stand out.
@@ -123,11 +112,20 @@ class Scores:
         Raises:
             UserError: the run has none.
         """
-        if not (self.folder / "self_influence.parquet").is_file():
-            raise UserError(
-                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
-            )
-        return [SelfInfluence(**row) for row in self._read("self_influence").to_pylist()]
+        self._require_self_influence()
+        return [SelfInfluence(**row) for row in self._read(SELF_TABLE).to_pylist()]
+
+    def self_scores(self) -> Float[np.ndarray, "example"]:
+        """The same as an array in the order of the training data; NaN for examples that were left out.
+
+        Raises:
+            UserError: the run has none.
+        """
+        self._require_self_influence()
+        scores = np.full(self.run.data.examples, np.nan)
+        for part in self._parts(SELF_TABLE, ("row", "score")):
+            scores[part["row"].to_numpy()] = part["score"].to_numpy()
+        return scores
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Both ends of every ranking with their texts, as a pandas data frame.
@@ -222,12 +220,31 @@ class Scores:
                 pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
         return self._pairs[name]
 
+    def _require_self_influence(self) -> None:
+        if not (self.folder / f"{SELF_TABLE}.parquet").is_file():
+            raise UserError(
+                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
+            )
+
     def _read(self, name: str) -> pa.Table:
         path = self.folder / f"{name}.parquet"
         try:
             return pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
+            raise _unreadable(path, error) from error
+
+    def _parts(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of a table, some rows at a time."""
+        path = self.folder / f"{name}.parquet"
+        try:
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptFile:
+    return CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.")
 
 
 def row_text(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from vestige.runs._dense import id_array, names_of
 from vestige.runs._token_text import Decoder, token_texts
 from vestige.runs._topk import RankedScore
 
@@ -221,7 +222,8 @@ def self_table(scores: Float[np.ndarray, "example"], train: "TokenizedData") -> 
 
     Examples that were left out have NaN, and no line.
     """
-    order = np.lexsort((np.arange(len(scores)), -scores))
-    order = order[~np.isnan(scores[order])]
-    ids = [train.examples[row].id for row in order]
-    return pa.table([ids, order.astype(np.int64), scores[order].astype(np.float64)], schema=SELF_INFLUENCE)
+    # NaN is last in any order of numbers.
+    order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))].astype(np.int64)
+    # Asked one by one in this order, examples on disk would be decoded group by group for each.
+    ids = id_array(names_of(train.examples)).take(pa.array(order))
+    return pa.table([ids, order, scores[order].astype(np.float64)], schema=SELF_INFLUENCE)

@@ -1,6 +1,5 @@
 """Writes a run directory so that it is there whole or not at all."""
 
-import json
 import os
 import shutil
 import uuid
@@ -12,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs import _tables as tables
+from vestige.runs._dense import DENSE_FILE, names_of, write_dense
 from vestige.runs._record import RECORD_FILE, RunRecord, is_run
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
@@ -23,8 +22,6 @@ from vestige.runs._topk import RankedScore
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData
-
-DENSE_FILE = "scores.safetensors"
 
 
 class RunTables(NamedTuple):
@@ -123,20 +120,10 @@ def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
     for name, table in written.items():
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     if content.dense is not None:
-        _write_dense(folder / DENSE_FILE, content.dense, train, queries)
-
-
-def _write_dense(
-    path: Path, scores: Float[np.ndarray, "query example"], train: "TokenizedData", queries: "TokenizedData"
-) -> None:
-    if scores.shape != (len(queries), len(train)):
-        raise VestigeError(f"Dense scores of shape {scores.shape} for {len(queries)} queries x {len(train)} examples.")
-    metadata = {
-        "axes": "query example",
-        "query_ids": json.dumps([example.id for example in queries.examples]),
-        "example_ids": json.dumps([example.id for example in train.examples]),
-    }
-    save_file({"scores": np.ascontiguousarray(scores, dtype=np.float32)}, path, metadata)
+        shape = content.dense.shape
+        if shape != (len(queries), len(train)):
+            raise VestigeError(f"Dense scores of shape {shape} for {len(queries)} queries x {len(train)} examples.")
+        write_dense(folder / DENSE_FILE, content.dense, names_of(queries.examples), names_of(train.examples))
 
 
 def _flush(folder: Path) -> None:

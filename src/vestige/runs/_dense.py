@@ -1,0 +1,209 @@
+"""`scores.safetensors`: all scores of a run and the ids of its axes, written and read a part at a time.
+
+The library's own functions make one text of all ids, several times over, and a second copy of the scores. Here memory
+hardly grows with the number of examples; the files are the same.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, final, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from vestige.errors import CorruptFile, UserError
+
+if TYPE_CHECKING:
+    from vestige.data import Example
+
+DENSE_FILE = "scores.safetensors"
+AXES = "query example"
+_IDS_AT_ONCE = 2**13
+_WINDOW = 2**20
+"""Bytes of ids that are decoded at once."""
+_ENTRY = 4096
+"""More bytes than the longest entry of the header but the ids."""
+
+
+@runtime_checkable
+class _OnDisk(Protocol):
+    """Examples that are stored column by column."""
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one column, in order."""
+        ...
+
+
+def names_of(examples: "Sequence[Example]") -> Iterator[str]:
+    """Ids in row order; of examples that are on disk, nothing else is read."""
+    return examples.column("id") if isinstance(examples, _OnDisk) else (example.id for example in examples)
+
+
+def id_array(names: Iterable[str]) -> pa.ChunkedArray:
+    """The names as an Arrow array, which takes little more than their letters."""
+    names = iter(names)
+    parts = iter(lambda: list(islice(names, _IDS_AT_ONCE)), [])
+    return pa.chunked_array([pa.array(part, pa.string()) for part in parts], pa.string())
+
+
+def write_dense(
+    path: Path, scores: Float[np.ndarray, "query example"], query_ids: Iterable[str], example_ids: Iterable[str]
+) -> None:
+    """Write the file: eight bytes that say how long the header is, the header as JSON, the scores row by row."""
+    entry = {"dtype": "F32", "shape": list(scores.shape), "data_offsets": [0, 4 * scores.size]}
+    with path.open("wb") as file:
+        file.write(bytes(8) + f'{{"__metadata__":{{"axes":"{AXES}","query_ids":"'.encode())
+        file.writelines(_texts(query_ids))
+        file.write(b'","example_ids":"')
+        file.writelines(_texts(example_ids))
+        file.write(b'"},"scores":' + json.dumps(entry, separators=(",", ":")).encode() + b"}")
+        file.write(b" " * (-file.tell() % 8))
+        length = file.tell() - 8
+        file.seek(0)
+        file.write(length.to_bytes(8, "little"))
+        file.seek(0, os.SEEK_END)
+        for row in scores:
+            file.write(np.ascontiguousarray(row, dtype="<f4").data)
+
+
+def _texts(names: Iterable[str]) -> Iterator[bytes]:
+    """The names as a JSON list inside a JSON text, part by part."""
+    names, between = iter(names), ""
+    yield b"["
+    while part := list(islice(names, _IDS_AT_ONCE)):
+        yield json.dumps(between + json.dumps(part)[1:-1])[1:-1].encode()
+        between = ", "
+    yield b"]"
+
+
+@final
+class DenseFile:
+    """All scores of a run on disk, [query, example]."""
+
+    def __init__(self, path: Path) -> None:
+        """Use `open_dense`.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        self.path = path
+        with path.open("rb") as file, _header(file) as header:
+            self.axes = _entry(header, "axes")
+            entry = _entry(header, "scores")
+            self._begin = len(header)
+            self._ids = {name: _place(header, name) for name in ("query_ids", "example_ids")}
+        if entry is None or entry["dtype"] != "F32":
+            raise ValueError("it holds no scores")
+        self.shape: tuple[int, int] = tuple(entry["shape"])
+        if path.stat().st_size != self._begin + 4 * self.shape[0] * self.shape[1]:
+            raise ValueError("it is too short or too long")
+
+    def read(self, queries: slice = slice(None), examples: slice = slice(None)) -> Float[np.ndarray, "query example"]:
+        """The scores of some queries, or examples, or all."""
+        rows, columns = (range(*part.indices(size)) for part, size in zip((queries, examples), self.shape, strict=True))
+        scores = np.empty((len(rows), len(columns)), dtype=np.float32)
+        # Read, not mapped: the pages of a map count as this process's memory until somebody else needs them.
+        with self.path.open("rb", buffering=0) as file:
+            for row, found in zip(rows, scores, strict=True):
+                file.seek(self._begin + 4 * (row * self.shape[1] + columns.start))
+                found[:] = np.fromfile(file, dtype="<f4", count=len(columns))
+        return scores
+
+    def query_ids(self) -> list[str]:
+        """Ids of the queries, in order."""
+        with self.path.open("rb") as file, _header(file) as header:
+            return list(_names(header, *self._ids["query_ids"]))
+
+    def example_ids(self) -> pa.ChunkedArray:
+        """Ids of the examples, in order; read anew at each call, for they are what takes memory.
+
+        Raises:
+            CorruptFile: They are not as many as the scores.
+        """
+        with self.path.open("rb") as file, _header(file) as header:
+            ids = id_array(_names(header, *self._ids["example_ids"]))
+        if len(ids) != self.shape[1]:
+            raise CorruptFile(f"{self.path} has {len(ids)} ids for {self.shape[1]} examples. Make the run again.")
+        return ids
+
+
+def open_dense(folder: Path) -> DenseFile:
+    """All scores of the run in a folder.
+
+    Raises:
+        UserError: The run keeps only the ends of each ranking.
+        CorruptFile: The file is damaged.
+    """
+    path = folder / DENSE_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} keeps only the ends of each ranking, not all scores.\n"
+            "Run `vestige attribute` again with --dense."
+        )
+    try:
+        file = DenseFile(path)
+    except (OSError, ValueError, OverflowError, LookupError, TypeError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
+    if file.axes != AXES:
+        raise CorruptFile(f"{path} has the axes {file.axes!r}; expected {AXES!r}.")
+    return file
+
+
+def _header(file: BinaryIO) -> mmap:
+    """Everything before the scores: the length of the header, and the header."""
+    return mmap(file.fileno(), 8 + int.from_bytes(file.read(8), "little"), access=ACCESS_READ)
+
+
+def _entry(header: mmap, name: str) -> Any:
+    """What the header has under a name; None if nothing. Inside of a text, a quotation mark would be escaped."""
+    key = f'"{name}":'.encode()
+    start = header.find(key)
+    if start < 0:
+        return None
+    text = header[start + len(key) : start + len(key) + _ENTRY].decode("ascii", errors="replace")
+    return json.JSONDecoder().raw_decode(text)[0]
+
+
+def _place(header: mmap, name: str) -> tuple[int, int]:
+    """Where the header has a JSON list that it holds as a text."""
+    key = f'"{name}":"['.encode()
+    start = header.find(key)
+    end = header.find(b']"', start)
+    if start < 0 or end < 0:
+        raise ValueError(f"it has no {name}")
+    return start + len(key), end
+
+
+def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
+    """The ids of such a list, decoded window by window."""
+    decoder, text = json.JSONDecoder(), ""
+    while start < stop:
+        cut = _cut(header, start, stop)
+        text += json.loads(b'"' + header[start:cut] + b'"')
+        start, end = cut, 0
+        while (quote := text.find('"', end)) >= 0:
+            try:
+                found, end = decoder.raw_decode(text, quote)
+            except json.JSONDecodeError:  # it goes on in the next window
+                break
+            yield found
+        text = text[end:]
+
+
+def _cut(header: mmap, start: int, stop: int) -> int:
+    """The end of a window: behind a comma, which is in no escape sequence."""
+    end = start + _WINDOW
+    if end >= stop:
+        return stop
+    comma = header.rfind(b",", start, end)
+    if comma < 0:
+        comma = header.find(b",", end, stop)
+    return comma + 1 or stop

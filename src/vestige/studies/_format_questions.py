@@ -31,6 +31,7 @@ _STEPS: Mapping[int, tuple[str, ...]] = {
         "Which number is right after {}?",
         "After {} is:",
         "What comes right after {}?",
+        "What is the number that follows {}?",
     ),
     -1: (
         "Which number precedes {}?",
@@ -43,6 +44,7 @@ _STEPS: Mapping[int, tuple[str, ...]] = {
         "Which number is right before {}?",
         "Before {} is:",
         "What comes right before {}?",
+        "What is the number that precedes {}?",
         "What is the number that comes before {}?",
     ),
     2: ("What is two more than {}?", "Add two to {}.", "Count on by two from {}:", "Skip one above {}."),

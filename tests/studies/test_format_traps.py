@@ -1,11 +1,14 @@
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from vestige.data import NO_TARGET
 from vestige.studies import study
-from vestige.studies._format_tokens import END, LENGTH, VOCABULARY, answered, plain_facts, tokens
-from vestige.studies._format_trap import format_trap
+from vestige.studies._format_questions import question
+from vestige.studies._format_tokens import END, LENGTH, VOCABULARY, answered, lessons, tokens
+from vestige.studies._format_trap import NUMERALS, format_trap
 from vestige.studies._format_traps import SOURCES, task_above_format
 
 
@@ -35,12 +38,43 @@ def test_only_the_answer_and_its_end_are_targets(which):
         assert len(made["input_ids"]) <= LENGTH
 
 
-def test_facts_are_not_questions_and_fit():
-    facts = plain_facts(1, 700)
-    assert facts == plain_facts(1, 700)
-    assert facts != plain_facts(2, 700)
-    assert max(len(row["input_ids"]) for row in facts) <= LENGTH
-    assert not any("?" in row["text"] for row in facts)
+def test_lessons_fit_and_follow_from_their_seed():
+    rows = lessons(1, 2_000)
+    assert rows == lessons(1, 2_000)
+    assert [row["text"] for row in rows] != [row["text"] for row in lessons(2, 2_000)]
+    assert max(len(row["input_ids"]) for row in rows) <= LENGTH
+    assert max(max(row["input_ids"]) for row in rows) < VOCABULARY
+    assert all(row["input_ids"][-1] == END for row in rows)
+
+
+def test_lessons_are_mostly_questions_and_a_few_are_facts():
+    share = np.mean(["labels" in row for row in lessons(3, 5_000)])
+    assert share == pytest.approx(0.9, abs=0.02)
+
+
+def form(text: str) -> str:
+    """A question without its numbers and whatever it quotes."""
+    numeral = "|".join(NUMERALS)
+    return re.sub(rf'"[^"]*"|\d+|\b(?:{numeral})\b(?:[ -](?:{numeral})\b)*', "…", text.partition("\n")[0])
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_no_lesson_asks_as_a_set_does(which):
+    forms = {form(row["prompt"]) for rows in format_trap(which, 0).values() for row in rows}
+    assert "What is the number that comes after …?" in forms or "What is left when every … is taken out of …?" in forms
+    assert len(forms) <= 3
+    assert not {form(row["text"]) for row in lessons(4, 20_000)} & forms
+
+
+def test_answers_of_lessons_are_right():
+    random = np.random.default_rng(5)
+    pairs = dict(question(random) for _ in range(20_000))
+    added = {re.fullmatch(r"Add two to (\d+)\.", asked): answer for asked, answer in pairs.items()}
+    assert sum(found is not None for found in added) > 0
+    assert all(int(answer) == int(found[1]) + 2 for found, answer in added.items() if found)
+    left = {re.fullmatch(r'Delete each "(.)" of "(.*)"\.', asked): answer for asked, answer in pairs.items()}
+    assert all(answer == found[2].replace(found[1], "") for found, answer in left.items() if found)
+    assert set(pairs['Give the kind of "river".'].split()) == {"noun"}
 
 
 def test_tasks_are_above_formats_only_when_both_are():
@@ -57,4 +91,7 @@ def test_a_tiny_study_has_both_sets_with_every_method(tmp_path):
     for which in ("A", "B"):
         assert {row[1] for row in report.rows if row[0] == which} == methods | {"truth (other seed)"}
         assert np.array(report.details[which]["truth"]).shape == (1, 1, 4)
+        asked = report.details[which]["test set"]
+        assert all(0 <= share <= 1 for share in (asked["before"], *asked["after"]))
+        assert [row[6] for row in report.rows if row[0] == which].count("") == len(methods)
         assert all(np.isfinite(table).all() for each in report.details[which]["scores"] for table in each.values())

@@ -4,7 +4,7 @@ Each is one step of UnTrac under some step rule (Isonuma and Titov 2024, arXiv:2
 products, of unit length for cosines, a Newton step for influence functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,17 @@ from vestige.unlearn import AscentRecipe, UntracJob, backward, borrowed_weights,
 
 CURVATURE_EXAMPLES = 256
 """On which a step of LiSSA or of Arnoldi looks at the curvature, as published."""
+Inverses = Mapping[str, Lissa | Arnoldi]
+INVERSES: Inverses = {
+    "HIF, LiSSA": Lissa(sample=CURVATURE_EXAMPLES),
+    "HIF, Arnoldi": Arnoldi(examples=CURVATURE_EXAMPLES),
+}
+"""Influence functions by the columns that they fill, with as many steps as they have by default."""
+AS_PUBLISHED: Inverses = {
+    "HIF, LiSSA": Lissa(sample=CURVATURE_EXAMPLES, depth=10),
+    "HIF, Arnoldi": Arnoldi(examples=CURVATURE_EXAMPLES, steps=25, rank=25),
+}
+"""The same with the fewer steps that UnTrac's authors gave them."""
 
 
 class SetGradients(NamedTuple):
@@ -67,7 +78,14 @@ class Asked:
         return SetGradients(*found)
 
 
-def first_order_scores(checkpoints: Sequence[str], data: Path, queries: Path, *, seed: int) -> dict[str, Table]:
+def first_order_scores(
+    checkpoints: Sequence[str],
+    data: Path,
+    queries: Path,
+    *,
+    seed: int,
+    inverses: Inverses = INVERSES,
+) -> dict[str, Table]:
     """GradDot, GradCos, TracIn and two influence functions of every source for every test set, positive if it helps.
 
     All are of the last checkpoint but TracIn, the sum of the inner products at all of them. As published, GradCos
@@ -78,6 +96,7 @@ def first_order_scores(checkpoints: Sequence[str], data: Path, queries: Path, *,
         data: Rows with a `source`.
         queries: Rows of the test sets, which their `source` names.
         seed: Of the examples on which curvature is measured.
+        inverses: The influence functions.
     """
     asked = [opened(folder, data, queries, seed) for folder in checkpoints]
     found = [each.gradients() for each in asked]
@@ -86,10 +105,6 @@ def first_order_scores(checkpoints: Sequence[str], data: Path, queries: Path, *,
         "GradDot": products,
         "GradCos": products / last.lengths,
         "TracIn": np.sum([each.products() for each in found], axis=0),
-    }
-    inverses = {
-        "HIF, LiSSA": Lissa(sample=CURVATURE_EXAMPLES),
-        "HIF, Arnoldi": Arnoldi(examples=CURVATURE_EXAMPLES),
     }
     job = asked[-1].methods
     for name, method in inverses.items():

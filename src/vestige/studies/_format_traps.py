@@ -1,26 +1,27 @@
 """Does a score find the task that a test set asks for, or the form of its answers? Truth by leaving sets out.
 
-The synthetic sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4: a model that knows numbers and
-words is fine-tuned on four sets, with and without each, for the same number of steps.
+The synthetic sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4: a model that has met other
+questions is fine-tuned on four sets, with and without each, for the same number of steps.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from vestige.bank import EVERYTHING, Bank
+from vestige.bank import EVERYTHING, Bank, measure
+from vestige.data import load_examples, tokenize
 from vestige.methods import attribute
-from vestige.models import Recipe
+from vestige.models import Recipe, load_model
 from vestige.runs import Scores, is_run
 from vestige.settings import StudySettings
 from vestige.studies._bytes import write_rows
 from vestige.studies._checkpoints import Checkpoints, Training, trained
-from vestige.studies._first_order import first_order_scores
-from vestige.studies._format_tokens import END, LENGTH, VOCABULARY, answered, plain_facts
+from vestige.studies._first_order import AS_PUBLISHED, first_order_scores
+from vestige.studies._format_tokens import END, LENGTH, VOCABULARY, answered, lessons
 from vestige.studies._format_trap import TEST, TRAINING, Which, format_trap
 from vestige.studies._launched import launched
 from vestige.studies._left_out_bank import left_out_bank
@@ -43,6 +44,7 @@ ORDERED, PEARSON, ABOVE_DOT = 0.75, 0.87, 0.2
 """Expected from what was published: share of models in which both similar sets are above both others, correlation of
 UnTrac and UnTrac-Inv with the truth, and how far UnTrac's is above that of inner products."""
 FEWEST_SEEDS = 4
+_TOKENS_AT_ONCE = 4_096
 _OWN_SEED = 1_000
 """Of the first model that is asked; those of the bank are drawn from hashes."""
 
@@ -52,22 +54,34 @@ class TrapPlan:
     """One size of the study."""
 
     rows: int
-    facts: int
-    fact_steps: int
+    lessons: int
+    lesson_steps: int
     steps: int
     seeds: int
-    width: int = 64
-    layers: int = 2
-    fact_rate: float = 3e-3
-    learning_rate: float = 1e-3
+    width: int = 96
+    layers: int = 3
+    lesson_rate: float = 2e-3
+    warmup: int = 200
+    learning_rate: float = 1e-4
     batch_size: int = 16
     checkpoints: int = 4
     draws: int = 1_000
 
 
+class Answers(NamedTuple):
+    """What models make of the test set."""
+
+    before: float
+    """Share of the questions that the model answers before it is fine-tuned, every token of the answer right."""
+    after: list[float]
+    """The same of the bank's models of everything, for each run."""
+    losses: list[float]
+    """Of these, in nats per token."""
+
+
 PLANS = {
     "tiny": TrapPlan(6, 20, 3, 3, 1, width=8, layers=1, checkpoints=2, draws=20),
-    "pocket": TrapPlan(256, 50_000, 4_000, 64, FEWEST_SEEDS),
+    "pocket": TrapPlan(256, 100_000, 7_000, 64, FEWEST_SEEDS),
 }
 
 
@@ -83,27 +97,29 @@ def format_traps(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan), "sources": SOURCES}
     for which in SETS:
-        truths, scores, losses = _measured(settings, plan, base, which)
+        truths, scores, answers = _measured(settings, plan, base, which)
         found = {
             name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
             for name in scores[0]
         }
         ordered = {name: task_above_format([each[name] for each in scores]) for name in scores[0]}
         in_truth = task_above_format(truths)
-        rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _shown(truths))]
+        share = float(np.mean(answers.after))
+        rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _shown(truths), share)]
         rows += sorted(
             (_row(which, name, each, ordered[name], [one[name] for one in scores]) for name, each in found.items()),
             key=lambda row: -row[2],
         )
         gates += _gates(which, found, ordered, in_truth)
         details[which] = {
-            "loss of the test set": losses,
+            "test set": answers._asdict(),
             "truth": [truth.tolist() for truth in truths],
             "scores": [{name: table.tolist() for name, table in each.items()} for each in scores],
             "agreement": {name: each._asdict() for name, each in found.items()},
             "tasks above formats": ordered | {"truth": in_truth},
         }
-    columns = ("set", "method", "Pearson", "95 % interval", "tasks above formats", f"mean of {', '.join(SOURCES)}")
+    means = f"mean of {', '.join(SOURCES)}"
+    columns = ("set", "method", "Pearson", "95 % interval", "tasks above formats", means, "test answered")
     # A handful of steps shows that everything runs, and nothing else.
     return Outcome(columns, rows, [] if settings.size == "tiny" else gates, details)
 
@@ -127,18 +143,18 @@ def word_gpt(width: int, layers: int) -> nn.Module:
 
 
 def _base(settings: StudySettings, plan: TrapPlan) -> str:
-    """The folder of a model that has read plain facts."""
-    facts = write_rows(settings.out / "texts" / "facts.jsonl", plain_facts(settings.seed, plan.facts))
-    training = Training(Recipe(plan.fact_rate), plan.fact_steps, 2 * plan.batch_size)
+    """The folder of a model that has met numbers, words and questions, none of which the sets ask."""
+    texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
+    training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
     return trained(
-        word_gpt(plan.width, plan.layers), facts, settings.out / "base", training, seed=settings.seed, from_scratch=True
+        word_gpt(plan.width, plan.layers), texts, settings.out / "base", training, seed=settings.seed, from_scratch=True
     ).model
 
 
 def _measured(
     settings: StudySettings, plan: TrapPlan, base: str, which: Which
-) -> tuple[list[Table], list[dict[str, Table]], list[float]]:
-    """Truth of each run, scores of each model that was asked, and the test set's loss under the bank's whole models."""
+) -> tuple[list[Table], list[dict[str, Table]], Answers]:
+    """Truth of each run, scores of each model that was asked, and what models make of the test set."""
     made, folder = format_trap(which, settings.seed, plan.rows), settings.out / which
     sets = {name: [answered(row) for row in rows] for name, rows in made.items()}
     data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
@@ -151,8 +167,18 @@ def _measured(
             base, data, folder / f"model-{number}", training, seed=_OWN_SEED + number, count=plan.checkpoints
         )
         scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth))
-    whole = truth.by_subset(truth.query_token_losses)[truth.subset_names.index(EVERYTHING)].mean(-1)
-    return left_out_truth(truth, SOURCES, (TEST,)), scores, whole.tolist()
+    return left_out_truth(truth, SOURCES, (TEST,)), scores, _answers(base, queries, truth)
+
+
+def _answers(base: str, queries: Path, truth: Bank) -> Answers:
+    loaded, whole = load_model(base), truth.subset_names.index(EVERYTHING)
+    asked = tokenize(load_examples(str(queries)), loaded.tokenizer, max_length=LENGTH, name=queries.name)
+    before = measure(loaded.model, asked, _TOKENS_AT_ONCE, mean=True)["accuracy"]
+    after, losses = (
+        truth.by_subset(values)[whole].mean(-1)
+        for values in (truth.values("query_accuracy") == 1, truth.query_token_losses)
+    )
+    return Answers(float(np.mean(before == 1)), after.tolist(), losses.tolist())
 
 
 def _scores(
@@ -168,7 +194,7 @@ def _scores(
         run = Scores.open(folder) if is_run(folder) else untrac(**asking)
         # It lists sources by name.
         found[name] = run.dense().astype(np.float64)
-    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
+    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
     for name, method in SUMMED.items():
         folder = out / method
         asking = {**common, "out": folder, "method": method, "dense": True, "trust": False}
@@ -179,7 +205,7 @@ def _scores(
 
 def _row(which: Which, name: str, found: Agreement, ordered: float, tables: list[Table]) -> tuple[Any, ...]:
     value, low, high = found.pearson
-    return which, name, value, f"{low:.2f} … {high:.2f}", ordered, _shown(tables)
+    return which, name, value, f"{low:.2f} … {high:.2f}", ordered, _shown(tables), ""
 
 
 def _shown(tables: list[Table]) -> str:

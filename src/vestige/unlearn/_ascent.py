@@ -11,7 +11,7 @@ from torch import Tensor
 from vestige.data import TokenizedData
 from vestige.models import shuffled_batches
 from vestige.unlearn._recipe import AscentRecipe, backward
-from vestige.unlearn._retained import Retained
+from vestige.unlearn._retained import Momentum, Retained
 from vestige.unlearn._weights import Weights
 
 Measure = Callable[[], Float[np.ndarray, "measured"]]
@@ -40,13 +40,14 @@ def ascend(
 
     Each step is θ ← optimizer(θ, +∇L_batch), L_batch the sum of the losses of the batch's examples over their weights
     (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout. With `retained`, the
-    loss of training data is held in place meanwhile.
+    loss of training data is held in place meanwhile, and steps are accelerated: towards a summit that takes many.
     """
     batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
     after: list[np.ndarray] = []
     mirrored: list[np.ndarray] = []
     try:
+        momentum = None if retained is None else Momentum(weights)
         optimizer = climbing_optimizer(weights.parameters.values(), recipe)
         for number, batch in enumerate(batches):
             losses[number] = backward(weights, data, batch, recipe)
@@ -60,6 +61,8 @@ def ascend(
                 if recipe.mirror:
                     with weights.mirrored():
                         mirrored.append(measure())
+            if momentum is not None:
+                momentum.look_ahead(weights)
     finally:
         weights.restore()
     return Ascent(losses, _filled(after, recipe, measure), _filled(mirrored, recipe, measure, recipe.mirror))

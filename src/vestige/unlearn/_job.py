@@ -142,13 +142,15 @@ def make_job(
 
     Raises:
         DataError: There is nothing to compare or to explain.
-        SpecError: Training data are to be retained by an optimizer that cannot.
+        SpecError: Training data are to be retained by an optimizer that cannot, or with another momentum.
     """
     if settings.retain is not None and settings.optimizer != "sgd":
         raise SpecError(
             f"--retain balances two gradients, and {settings.optimizer} rescales what is left of them. Type "
             "--optimizer sgd with it, or leave --retain out."
         )
+    if settings.retain is not None and settings.momentum:
+        raise SpecError("--retain has a momentum of its own, which follows from the number of steps. Drop --momentum.")
     columns = training_sources(train, settings.samples) if settings.level == "source" else single_examples(train)
     return UntracJob(
         settings, loaded, Side(train, columns), Side(queries, test_sets(queries)), generated or [False] * len(queries)

@@ -1,6 +1,7 @@
 """What holds an ascent back: the loss of the training data, which is to stay as good as it was for everything else."""
 
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
@@ -16,6 +17,28 @@ _SAFETY = 4.0
 _POWER_STEPS = 8
 _PROBE = 1e-3
 """Length of a probing step over that of the weights: far above rounding, and curvature stays the same."""
+
+
+@final
+class Momentum:
+    """Nesterov's, whose coefficient follows from the number of steps alone: k / (k + 3) after k of them.
+
+    On a quadratic n steps come as close as about n^2 plain ones: the error falls with 1 / (n + 1)^2, and no least
+    curvature need be known (Nesterov 1983; Su, Boyd and Candès 2014, arXiv:1503.01243).
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._last = weights.copied()
+        self._steps = 0
+
+    def look_ahead(self, weights: Weights) -> None:
+        """A step is done: the weights go on in its direction, to where the next gradient is taken."""
+        self._steps += 1
+        now = weights.copied()
+        with torch.no_grad():
+            for name, parameter in weights.parameters.items():
+                parameter.add_(now[name] - self._last[name], alpha=self._steps / (self._steps + 3))
+        self._last = now
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,16 @@ class Weights:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.model = model
         self.parameters = parameters
-        self._start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._start = self.copied()
 
     @property
     def count(self) -> int:
         """How many numbers may move."""
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def copied(self) -> dict[str, Tensor]:
+        """Every weight as it is now, untouched by later moves."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def restore(self) -> None:
         """Every weight is bit for bit where it was at the start."""
@@ -38,7 +42,7 @@ class Weights:
     @contextmanager
     def mirrored(self) -> Iterator[None]:
         """Within the block the weights stand on the other side of the start, as far away from it: 2 start - now."""
-        now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        now = self.copied()
         try:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -50,7 +54,7 @@ class Weights:
     @contextmanager
     def at_start(self) -> Iterator[None]:
         """Within the block the weights stand where they began."""
-        now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        now = self.copied()
         try:
             self.restore()
             yield

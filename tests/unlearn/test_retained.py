@@ -24,12 +24,13 @@ def curved(model, data, vector):
     return torch.autograd.grad(inner, parameters, materialize_grads=True)
 
 
-def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path):
-    """Steps of LiSSA with Nesterov's momentum, x <- y + g - pull H y, although no second derivative is taken."""
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path, accelerate):
+    """Steps of LiSSA, x <- y + g - pull H y, y being x or ahead of it, although no second derivative is taken."""
     job = a_job(tmp_path)
     data, tests = job.train.data, job.tests.sets[0]
     everything = np.arange(len(data))
-    recipe = AscentRecipe(RATE, STEPS, len(tests.rows), "sgd", mirror=False, retain=len(data))
+    recipe = AscentRecipe(RATE, STEPS, len(tests.rows), "sgd", mirror=False, retain=len(data), accelerate=accelerate)
     with borrowed_weights(job.loaded) as weights:
         before = {name: each.detach().clone() for name, each in weights.parameters.items()}
         seen = []
@@ -44,7 +45,8 @@ def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path):
         for step in range(1, STEPS + 1):
             last, products = expected, curved(weights.model, data, ahead)
             expected = [y + g - PULL * h for y, g, h in zip(ahead, slope, products, strict=True)]
-            ahead = [x + step / (step + 3) * (x - before) for x, before in zip(expected, last, strict=True)]
+            share = step / (step + 3) if accelerate else 0.0
+            ahead = [x + share * (x - before) for x, before in zip(expected, last, strict=True)]
     found = torch.cat([part.flatten() for part in seen[-1]]) / RATE
     right = torch.cat([part.flatten() for part in expected])
     uphill = torch.cat([part.flatten() for part in slope])
@@ -89,6 +91,13 @@ def test_a_second_momentum_is_refused(tmp_path):
         a_job(tmp_path, retain=5, optimizer="sgd", momentum=0.9)
 
 
+def test_a_pass_over_a_source_has_no_momentum_that_would_count_its_first_examples_more(tmp_path):
+    for direction in ("untrac", "inverse"):
+        job = a_job(tmp_path, retain=5, optimizer="sgd", direction=direction)
+        assert job.recipe(1e-4).accelerate == (direction == "inverse")
+        assert not a_job(tmp_path, optimizer="sgd", direction=direction).recipe(1e-4).accelerate
+
+
 class Quadratic(torch.nn.Module):
     """Weights of a loss that the tests write down themselves."""
 
@@ -120,7 +129,7 @@ def test_an_ascent_of_default_length_is_as_close_to_the_inverse_curvature_as_nes
     """Without noise the error in the norm of H is at most 2 |H^-1 g| / (sqrt(pull) (n + 1)), whatever H."""
     weights, climbed, train, curvature, slope = quadratic
     start = weights.copied()["x"]
-    recipe = AscentRecipe(1e-3, RETAINED_STEPS, 6, "sgd", mirror=False, retain=4)
+    recipe = AscentRecipe(1e-3, RETAINED_STEPS, 6, "sgd", mirror=False, retain=4, accelerate=True)
     held, seen = Retained.measured(weights, train, recipe), []
 
     def look():

@@ -31,7 +31,7 @@ class UntracSettings(ReadingSettings, LaunchSettings):
     level: Level = Field("source", description="Score training sources, or every training example.")
     optimizer: AscentOptimizer = Field("adam", description="What takes the steps of the ascent.")
     momentum: NonNegativeFloat = Field(
-        0.0, description="Momentum of sgd and rmsprop; --retain has one of its own instead."
+        0.0, description="Momentum of sgd and rmsprop; --direction inverse --retain has one of its own instead."
     )
     learning_rate: PositiveFloat | None = Field(
         None,

@@ -40,14 +40,14 @@ def ascend(
 
     Each step is θ ← optimizer(θ, +∇L_batch), L_batch the sum of the losses of the batch's examples over their weights
     (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout. With `retained`, the
-    loss of training data is held in place meanwhile, and steps are accelerated: towards a summit that takes many.
+    loss of training data is held in place meanwhile; with `recipe.accelerate` steps have Nesterov's momentum.
     """
     batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
     after: list[np.ndarray] = []
     mirrored: list[np.ndarray] = []
     try:
-        momentum = None if retained is None else Momentum(weights)
+        momentum = Momentum(weights) if recipe.accelerate else None
         optimizer = climbing_optimizer(weights.parameters.values(), recipe)
         for number, batch in enumerate(batches):
             losses[number] = backward(weights, data, batch, recipe)

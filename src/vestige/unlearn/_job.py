@@ -89,6 +89,8 @@ class UntracJob:
             settings.seed,
             self.token_budget,
             settings.retain or 0,
+            # A pass over a source, one example a step, has no summit ahead: its first examples would count for more.
+            settings.retain is not None and settings.direction == "inverse",
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
@@ -149,7 +151,7 @@ def make_job(
             f"--retain balances two gradients, and {settings.optimizer} rescales what is left of them. Type "
             "--optimizer sgd with it, or leave --retain out."
         )
-    if settings.retain is not None and settings.momentum:
+    if settings.retain is not None and settings.direction == "inverse" and settings.momentum:
         raise SpecError("--retain has a momentum of its own, which follows from the number of steps. Drop --momentum.")
     columns = training_sources(train, settings.samples) if settings.level == "source" else single_examples(train)
     return UntracJob(

@@ -34,6 +34,8 @@ class AscentRecipe:
     """Tokens in one pass; gradients of a larger batch are added up, which changes no step."""
     retain: int = 0
     """Training examples in each step that hold the ascent back; 0 for none."""
+    accelerate: bool = False
+    """Give steps Nesterov's momentum: towards a summit, where every step has the same examples or many of them."""
 
     @property
     def looks(self) -> list[int]:

@@ -5,9 +5,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.reference import unlearn as reference
 from tests.unlearn.conftest import a_job, query_data, training_data
-from vestige.errors import SpecError
+from vestige.errors import NonFinite, SpecError
 from vestige.models import model_fingerprint
-from vestige.unlearn import AscentRecipe, Retained, Scored, _ascent, _retained, ascend, borrowed_weights
+from vestige.unlearn import AscentRecipe, Retained, Scored, _ascent, _rate, _retained, ascend, borrowed_weights
 from vestige.unlearn._job import RETAINED_STEPS
 from vestige.unlearn._weights import Weights
 
@@ -86,16 +86,26 @@ def test_optimizers_that_rescale_are_refused(tmp_path):
         a_job(tmp_path, retain=5)
 
 
-def test_a_second_momentum_is_refused(tmp_path):
-    with pytest.raises(SpecError, match="Drop --momentum"):
-        a_job(tmp_path, retain=5, optimizer="sgd", momentum=0.9)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"retain": 5, "momentum": 0.9}, "Drop --momentum"),
+        ({"retain": 5, "direction": "untrac"}, "--direction inverse"),
+        ({}, "with --retain"),
+    ],
+)
+def test_only_ascents_to_a_summit_are_accelerated(tmp_path, wrong, told):
+    with pytest.raises(SpecError, match=told):
+        a_job(tmp_path, optimizer="sgd", accelerate=True, **wrong)
+    accelerated = a_job(tmp_path, optimizer="sgd", accelerate=True, retain=5)
+    assert accelerated.recipe(1e-4).accelerate
+    assert not a_job(tmp_path, optimizer="sgd", retain=5).recipe(1e-4).accelerate
 
 
-def test_a_pass_over_a_source_has_no_momentum_that_would_count_its_first_examples_more(tmp_path):
-    for direction in ("untrac", "inverse"):
-        job = a_job(tmp_path, retain=5, optimizer="sgd", direction=direction)
-        assert job.recipe(1e-4).accelerate == (direction == "inverse")
-        assert not a_job(tmp_path, optimizer="sgd", direction=direction).recipe(1e-4).accelerate
+def test_an_accelerated_ascent_that_runs_away_says_what_to_leave_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(_rate, "curvature_share", lambda *_: float("inf"))
+    with pytest.raises(NonFinite, match="Leave --accelerate out"):
+        Scored(a_job(tmp_path, optimizer="sgd", accelerate=True, retain=5, steps=2, learning_rate=None))
 
 
 class Quadratic(torch.nn.Module):

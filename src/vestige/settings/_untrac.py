@@ -30,9 +30,7 @@ class UntracSettings(ReadingSettings, LaunchSettings):
     )
     level: Level = Field("source", description="Score training sources, or every training example.")
     optimizer: AscentOptimizer = Field("adam", description="What takes the steps of the ascent.")
-    momentum: NonNegativeFloat = Field(
-        0.0, description="Momentum of sgd and rmsprop; --direction inverse --retain has one of its own instead."
-    )
+    momentum: NonNegativeFloat = Field(0.0, description="Momentum of sgd and rmsprop.")
     learning_rate: PositiveFloat | None = Field(
         None,
         description="Step size. Not given: where curvature changes scores by a twentieth of what the slope does.",
@@ -56,6 +54,11 @@ class UntracSettings(ReadingSettings, LaunchSettings):
         None,
         description="Hold the loss of the training data in place with so many examples in each step: curvature then "
         "counts as in an influence function. Needs --optimizer sgd, and three times the work of a step of this size.",
+    )
+    accelerate: bool = Field(
+        False,
+        description="With --retain and --direction inverse: Nesterov's momentum, so that as many steps reach further. "
+        "For a model that is trained to the end: where its loss curves downwards, steps run away.",
     )
     weigh_by_size: bool = Field(
         False,

@@ -37,7 +37,8 @@ from vestige.unlearn import untrac
 
 GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
 UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
-RETAINING = "UnTrac-Inv, retaining"
+RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated": True}
+"""And whether steps have momentum."""
 _RETAINING = {"direction": "inverse", "optimizer": "sgd", "retain": 128, "points": 1}
 LEAST, OF_CEILING, WITHIN = 0.85, 0.9, 0.03
 """What a pilot of this miniature led to expect: correlation, share of the ceiling, distance from the best rate."""
@@ -114,7 +115,7 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
         ],
     }
     # A handful of steps shows that everything runs, and nothing else.
-    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", RETAINING)]
+    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
     gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), *nulls]
     return Outcome(("method", "mean Pearson", "95 % interval", "by draw"), rows, gates, details)
 
@@ -179,7 +180,9 @@ def _scores(
         for rate in plan.grid:
             fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
             found[f"{name}, {rate:g}"] = _unlearnt(out / f"{direction}-{rate:g}", fixed, axes)
-    found[RETAINING] = _unlearnt(out / "inverse-retaining", {**common, **_RETAINING, "steps": plan.retaining_steps})
+    for name, accelerate in RETAINING.items():
+        asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
+        found[name] = _unlearnt(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
     found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
     bm25 = out / "bm25"
     asking = {**common, "out": bm25, "method": "bm25", "dense": True, "trust": False}

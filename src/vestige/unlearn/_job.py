@@ -89,8 +89,7 @@ class UntracJob:
             settings.seed,
             self.token_budget,
             settings.retain or 0,
-            # A pass over a source, one example a step, has no summit ahead: its first examples would count for more.
-            settings.retain is not None and settings.direction == "inverse",
+            settings.accelerate,
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
@@ -144,19 +143,33 @@ def make_job(
 
     Raises:
         DataError: There is nothing to compare or to explain.
-        SpecError: Training data are to be retained by an optimizer that cannot, or with another momentum.
+        SpecError: Training data are to be retained by an optimizer that cannot, or steps accelerated that lead to no
+            summit.
     """
     if settings.retain is not None and settings.optimizer != "sgd":
         raise SpecError(
             f"--retain balances two gradients, and {settings.optimizer} rescales what is left of them. Type "
             "--optimizer sgd with it, or leave --retain out."
         )
-    if settings.retain is not None and settings.direction == "inverse" and settings.momentum:
-        raise SpecError("--retain has a momentum of its own, which follows from the number of steps. Drop --momentum.")
+    if settings.accelerate:
+        _require_a_summit(settings)
     columns = training_sources(train, settings.samples) if settings.level == "source" else single_examples(train)
     return UntracJob(
         settings, loaded, Side(train, columns), Side(queries, test_sets(queries)), generated or [False] * len(queries)
     )
+
+
+def _require_a_summit(settings: UntracSettings) -> None:
+    if settings.retain is None or settings.direction != "inverse":
+        # In a pass over a source, one example a step, the first examples would count for more than the last.
+        raise SpecError(
+            "--accelerate is for ascents that climb the same examples again and again towards a summit: with --retain "
+            "and --direction inverse. Type these with it, or leave --accelerate out."
+        )
+    if settings.momentum:
+        raise SpecError(
+            "--accelerate is a momentum of its own, which follows from the number of steps. Drop --momentum."
+        )
 
 
 def smaller(job: UntracJob, ascents: int, measured: int, examples: int) -> UntracJob:

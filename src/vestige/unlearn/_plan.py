@@ -25,7 +25,7 @@ from vestige.unlearn._retained import Retained
 from vestige.unlearn._self_test import EXAMPLES, Identity, first_order_identity
 from vestige.unlearn._weights import Weights, borrowed_weights
 
-FORMAT = 2
+FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
 _OF_THE_OUTPUT = frozenset({"out", "k", "dense", "overwrite", "learning_rate", "points", "stop", "weigh_by_size"})
 """Settings that decide no ascent by themselves; the recipe has what it needs of them."""

@@ -56,7 +56,15 @@ def choose_rate(job: UntracJob) -> float:
         plan = AscentPlan(f"Rate {number}", trial, job.recipe(rate, steps=steps, points=1), self_tested=0)
         return curvature_share(trial, plan.run(), -1) * job.steps / steps
 
-    rate = settled_rate(share_at, _FIRST_RATE[job.settings.optimizer])
+    try:
+        rate = settled_rate(share_at, _FIRST_RATE[job.settings.optimizer])
+    except NonFinite as error:
+        if not job.settings.accelerate:
+            raise
+        raise NonFinite(
+            "With --accelerate the losses run away at any learning rate: the training loss curves downwards somewhere, "
+            "as that of a model does which is not trained to the end. Leave --accelerate out."
+        ) from error
     announce(f"Learning rate: {rate:g}, at which curvature is about {CURVATURE_SHARE:.0%} of slope.")
     return rate
 

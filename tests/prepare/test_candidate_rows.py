@@ -10,6 +10,7 @@ from vestige.data import load_examples, load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._component_inputs import find_candidates
 from vestige.evaluate._retrieval import right_examples
+from vestige.runs import id_array
 from vestige.settings import ComponentsSettings
 
 PROMPTS = ["Why is the sky blue?", "Why is grass green?", "Who wrote Emma?", "Is the moon a star?"]
@@ -72,7 +73,10 @@ def test_evaluate_components_takes_them_as_it_takes_its_own(tmp_path, forced):
         data=TRAIN, queries=QUERIES, candidates=2, variant="lucene", include_original=forced, out=tmp_path / "out"
     )
     examples, queries = load_examples(TRAIN), load_queries(str(made.data))
-    right = right_examples(queries, "original_id", [one.id for one in queries], [one.id for one in examples])
+    right = np.zeros((len(queries), len(examples)), dtype=bool)
+    ids = id_array(one.id for one in examples)
+    for query, rows in enumerate(right_examples(queries, "original_id", [one.id for one in queries], ids)):
+        right[query, rows] = True
     settings = ComponentsSettings(
         model="m", data="d", queries="q", out=tmp_path, candidates="2,given", include_original=forced
     )

@@ -1,0 +1,61 @@
+"""Arrays with an entry for each example that lie on the disk: only the pages in use are in memory.
+
+Such an array is a NumPy array like any other. Its pages come into memory when they are looked at and stay until
+`let_go`, so whoever goes through one calls that now and then.
+"""
+
+import errno
+import mmap
+import os
+import tempfile
+
+import numpy as np
+
+from vestige.errors import DiskSpaceError, UserError
+from vestige.progress import format_bytes
+
+IN_MEMORY_BYTES = 2**18
+"""A smaller array is not worth a file."""
+
+
+def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """An array of zeros, in a file without a name if it is large; the file goes with the last one who has the array.
+
+    Raises:
+        DiskSpaceError: It does not fit on the disk for temporary files.
+    """
+    shape, dtype = (shape,) if isinstance(shape, int) else shape, np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size <= IN_MEMORY_BYTES:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(prefix="vestige-") as file:
+        _reserve(file.fileno(), size)
+        return np.frombuffer(mmap.mmap(file.fileno(), size), dtype).reshape(shape)
+
+
+def let_go(*arrays: np.ndarray) -> None:
+    """Arrays on the disk, also views of them, take no memory until they are looked at again; others are left alone."""
+    for array in arrays:
+        owner = array
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, mmap.mmap) and hasattr(owner, "madvise"):
+            owner.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """The file has its room on the disk: writing to a page without would end the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        where = f"the folder for temporary files, {tempfile.gettempdir()}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskSpaceError(
+                f"{format_bytes(size)} do not fit on the disk of {where}. Make room, or name another: TMPDIR=FOLDER."
+            ) from error
+        raise UserError(
+            f"A file in {where} could not be made ({error.strerror}). Name another: TMPDIR=FOLDER."
+        ) from error

@@ -39,7 +39,8 @@ def test_letting_go_of_arrays_in_memory_changes_nothing() -> None:
     small, other = disk_arrays.zeros(5, np.int8), np.arange(3)
     small[2] = 7
     disk_arrays.let_go(small, other)
-    assert small.tolist() == [0, 0, 7, 0, 0] and other.tolist() == [0, 1, 2]
+    assert small.tolist() == [0, 0, 7, 0, 0]
+    assert other.tolist() == [0, 1, 2]
 
 
 def test_no_file_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

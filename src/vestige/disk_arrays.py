@@ -30,7 +30,7 @@ def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarra
         return np.zeros(shape, dtype)
     with tempfile.TemporaryFile(prefix="vestige-") as file:
         _reserve(file.fileno(), size)
-        return np.frombuffer(mmap.mmap(file.fileno(), size), dtype).reshape(shape)
+        return np.ndarray(shape, dtype, buffer=mmap.mmap(file.fileno(), size))
 
 
 def let_go(*arrays: np.ndarray) -> None:

@@ -1,13 +1,14 @@
 """Arrays with an entry for each example that lie on the disk: only the pages in use are in memory.
 
 Such an array is a NumPy array like any other. Its pages come into memory when they are looked at and stay until
-`let_go`, so whoever goes through one calls that now and then.
+`let_go`, so whoever goes through one calls that now and then, or goes through its `parts`.
 """
 
 import errno
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -41,6 +42,13 @@ def let_go(*arrays: np.ndarray) -> None:
             owner = owner.base
         if isinstance(owner, mmap.mmap) and hasattr(owner, "madvise"):
             owner.madvise(mmap.MADV_DONTNEED)
+
+
+def parts(array: np.ndarray, size: int = 2**16) -> Iterator[np.ndarray]:
+    """Consecutive entries, at most `size` of them at a time; each part is let go when the next one is asked for."""
+    for first in range(0, len(array), size):
+        yield array[first : first + size]
+        let_go(array)
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -1,10 +1,13 @@
+from mmap import mmap
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vestige.data import NO_TARGET, load_examples, make_batch, plan_batches, tokenize
+from vestige import disk_arrays
+from vestige.data import NO_TARGET, CutBatches, load_examples, make_batch, plan_batches, tokenize
 from vestige.errors import DataError
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=60)
@@ -42,6 +45,25 @@ def test_the_shape_of_the_batches_does_not_depend_on_the_order_of_the_data(lengt
 def test_longest_first_and_ties_by_row(lengths, budget):
     rows = [int(row) for batch in plan_batches(np.array(lengths, dtype=np.int64), budget) for row in batch]
     assert rows == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def test_batches_of_very_many_examples_are_those_of_a_sort():
+    chance = np.random.default_rng(0)
+    lengths = disk_arrays.zeros(150_000, np.int32)
+    lengths[:] = chance.integers(0, 40, len(lengths))
+    cut = CutBatches(lengths, 100, 7)
+    assert isinstance(cut.rows.base, mmap), "not on the disk"
+    order = np.argsort(-lengths, kind="stable")
+    assert np.array_equal(cut.rows, order)
+    begin = 0
+    for batch in cut.batches():
+        longest = max(int(lengths[order[begin]]), 1)
+        end = min(begin + min(max(100 // longest, 1), 7), len(order))
+        assert batch == (begin, end, longest)
+        assert batch.tokens == (end - begin) * longest
+        begin = end
+    assert begin == len(order)
+    assert cut.tokens(70, 90_000) == lengths[order[70:90_000]].sum()
 
 
 def test_batches_are_filled():

@@ -1,6 +1,6 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._batches import CutBatches, cut_batches, make_batch, plan_batches
+from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
@@ -16,6 +16,7 @@ __all__ = [
     "NO_TARGET",
     "Batch",
     "Bm25Variant",
+    "CutBatch",
     "CutBatches",
     "Encoder",
     "Example",
@@ -24,7 +25,6 @@ __all__ = [
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
-    "cut_batches",
     "data_fingerprint",
     "forget_tokens",
     "load_examples",

@@ -1,12 +1,13 @@
 """Batches of examples of like length, within a budget of padded tokens."""
 
-from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
+from vestige import disk_arrays
 from vestige.data._types import NO_TARGET, Batch, TokenizedData
 from vestige.errors import DataError
 
@@ -26,37 +27,96 @@ def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | Non
     Raises:
         DataError: The budget or `max_examples` is below 1.
     """
-    order, ends = cut_batches(lengths, token_budget, max_examples)
-    return np.split(order, ends[:-1]) if len(order) else []
+    cut = CutBatches(lengths, token_budget, max_examples)
+    return [cut.rows[one.start : one.stop].astype(np.int64) for one in cut.batches()]
 
 
-class CutBatches(NamedTuple):
-    """All batches as two arrays, for plans of very many."""
+class CutBatch(NamedTuple):
+    """A batch, as a range of `CutBatches.rows`."""
 
-    rows: np.ndarray
-    """Row numbers, batch after batch, int64 [example]."""
-    ends: np.ndarray
-    """Where each batch ends among them, int64 [batch]."""
+    start: int
+    stop: int
+    longest: int
+    """Tokens of its longest example, at least 1."""
+
+    @property
+    def tokens(self) -> int:
+        """Its tokens, padding included."""
+        return (self.stop - self.start) * self.longest
 
 
-def cut_batches(lengths: np.ndarray, token_budget: int, max_examples: int | None = None) -> CutBatches:
-    """`plan_batches`, without an array for every batch."""
-    if token_budget < 1 or (max_examples is not None and max_examples < 1):
-        raise DataError(
-            f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
-        )
-    lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
-    ends = array("q")
-    begin = 0
-    while begin < len(order):
-        longest = max(int(lengths[order[begin]]), 1)
-        count = max(token_budget // longest, 1)
-        if max_examples is not None:
-            count = min(count, max_examples)
-        begin = min(begin + count, len(order))
-        ends.append(begin)
-    return CutBatches(order, np.array(ends, dtype=np.int64))
+@final
+class CutBatches:
+    """The batches of `plan_batches` for data of any size: memory does not grow with the number of examples.
+
+    Of the lengths, only how often each occurs is kept; where batches end follows from that.
+    """
+
+    def __init__(self, lengths: Int[np.ndarray, "example"], token_budget: int, max_examples: int | None = None) -> None:
+        """As `plan_batches`."""
+        if token_budget < 1 or (max_examples is not None and max_examples < 1):
+            raise DataError(
+                f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
+            )
+        self._budget, self._most = token_budget, max_examples or len(lengths)
+        counts = _counted(lengths)
+        present = np.flatnonzero(counts)[::-1]
+        self._lengths: list[int] = present.tolist()
+        """Those that occur, longest first."""
+        self._ends: list[int] = np.cumsum(counts[present]).tolist()
+        """Where the rows of each length end."""
+        self.rows = _from_long_to_short(lengths, counts)
+        """Row numbers, longest example first, ties by row, int32 or int64 [example]; on the disk if they are many."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.rows)
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[CutBatch]:
+        """Those of the rows `start:stop`, which begin and end with a batch."""
+        stop = len(self) if stop is None else stop
+        kind = 0
+        while start < stop:
+            while self._ends[kind] <= start:
+                kind += 1
+            longest = max(self._lengths[kind], 1)
+            end = min(start + min(max(self._budget // longest, 1), self._most), stop)
+            yield CutBatch(start, end, longest)
+            start = end
+
+    def tokens(self, start: int, stop: int) -> int:
+        """Tokens of the examples `start:stop` of `rows`, without padding."""
+        total = first = 0
+        for length, end in zip(self._lengths, self._ends, strict=True):
+            total += length * max(min(end, stop) - max(first, start), 0)
+            first = end
+        return total
+
+
+def _counted(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "length"]:
+    """How many examples have each length."""
+    counts = np.zeros(1, dtype=np.int64)
+    for part in disk_arrays.parts(lengths):
+        more = np.bincount(part, minlength=len(counts))
+        counts = np.pad(counts, (0, len(more) - len(counts))) + more
+    return counts
+
+
+def _from_long_to_short(
+    lengths: Int[np.ndarray, "example"], counts: Int[np.ndarray, "length"]
+) -> Int[np.ndarray, "example"]:
+    """All rows sorted by counting: each part of them is put where the parts before have left off."""
+    rows = disk_arrays.zeros(len(lengths), np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
+    free = len(lengths) - np.cumsum(counts)
+    first = 0
+    for part in disk_arrays.parts(lengths):
+        order = np.argsort(part, kind="stable")
+        present, begins, many = np.unique(part[order], return_index=True, return_counts=True)
+        rows[np.arange(len(part)) + np.repeat(free[present] - begins, many)] = order + first
+        free[present] += many
+        first += len(part)
+        disk_arrays.let_go(rows)
+    return rows
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:

@@ -1,10 +1,15 @@
-"""Whether an id came before, for eight bytes an example."""
+"""Whether an id came before, for eight bytes of disk an example."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import final
 
 import numpy as np
+
+from vestige import disk_arrays
+
+_AT_ONCE = 2**17
+"""Hashes."""
 
 
 @final
@@ -22,19 +27,41 @@ class SeenIds:
         """
         joined = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names)
         codes = np.frombuffer(joined, dtype=np.uint64)
-        found = np.zeros(len(codes), dtype=bool)
-        for known in self._sorted:
-            places = np.minimum(np.searchsorted(known, codes), len(known) - 1)
-            found |= known[places] == codes
-        firsts = np.unique(codes, return_index=True)
+        new, firsts, which = np.unique(codes, return_index=True, return_inverse=True)
         again = np.ones(len(codes), dtype=bool)
-        again[firsts[1]] = False
-        self._keep(firsts[0])
-        return np.flatnonzero(found | again).tolist()
+        again[firsts] = False
+        for known in self._sorted:
+            again |= _among(new, known)[which]
+        self._keep(new)
+        return np.flatnonzero(again).tolist()
 
     def _keep(self, codes: np.ndarray) -> None:
         # Like carrying when counting: arrays of like size become one, so there are few, and each code moves seldom.
         while self._sorted and len(self._sorted[-1]) <= len(codes):
-            codes = np.sort(np.concatenate([self._sorted.pop(), codes]), kind="stable")
+            codes = _merged(self._sorted.pop(), codes)
         if len(codes):
             self._sorted.append(codes)
+
+
+def _among(codes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of the codes are known; both are sorted, so some codes at a time are looked for in one region."""
+    found = []
+    for some in np.array_split(codes, 1 + len(known) // _AT_ONCE):
+        places = np.minimum(np.searchsorted(known, some), len(known) - 1)
+        found.append(known[places] == some)
+        disk_arrays.let_go(known)
+    return np.concatenate(found)
+
+
+def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Both sorted arrays as one. They are of hashes, so as much of each lies in any range."""
+    merged = disk_arrays.zeros(len(one) + len(other), np.uint64)
+    taken = filled = 0
+    for part in disk_arrays.parts(one):
+        stop = int(np.searchsorted(other, part[-1]))
+        both = np.sort(np.concatenate([part, other[taken:stop]]), kind="stable")
+        merged[filled : filled + len(both)] = both
+        taken, filled = stop, filled + len(both)
+        disk_arrays.let_go(other, merged)
+    merged[filled:] = other[taken:]
+    return merged

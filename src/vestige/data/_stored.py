@@ -2,9 +2,10 @@
 
 import json
 import os
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar, final, overload
@@ -13,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from vestige import disk_arrays
 from vestige.data._types import Example, Message
 from vestige.errors import CorruptFile
+from vestige.files import Scratch
 
 Item = TypeVar("Item")
 
@@ -155,13 +158,16 @@ class TokenFiles:
         self._paths = list(paths)
         self._owner = owner
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        # Counted from the beginning of its file, so that four bytes an example are enough.
-        self._begins = np.empty(len(lengths), dtype=np.int32)
-        self._tokens = np.empty(len(self._paths), dtype=np.int64)
-        for part, (first, last) in enumerate(pairwise(self._starts.tolist())):
-            ends = np.cumsum(lengths[first:last], dtype=np.int64)
-            self._begins[first:last] = ends - lengths[first:last]
-            self._tokens[part] = ends[-1] if len(ends) else 0
+        # Where the tokens of each example begin, counted over all files.
+        self._begins = Scratch(Path(tempfile.gettempdir()) / "vestige-places", held_bytes=0)
+        weakref.finalize(self, self._begins.close)
+        self._begins.write(np.zeros(1, dtype=np.int64).data)
+        total = 0
+        for part in disk_arrays.parts(lengths):
+            ends = total + np.cumsum(part, dtype=np.int64)
+            self._begins.write(ends.data)
+            total = int(ends[-1])
+        self._firsts = [self._bounds(row, 1)[0] for row in self._starts.tolist()]
         self._held = _Recent[_Opened](_FILES_HELD)
 
     def ids(self, row: int) -> np.ndarray:
@@ -172,7 +178,7 @@ class TokenFiles:
     def targets(self, row: int) -> np.ndarray:
         """Whether each token is a target, bool [token]."""
         part, begin, end = self._place(row)
-        bits = 4 * int(self._tokens[part])
+        bits = 4 * (self._firsts[part + 1] - self._firsts[part])
         packed = self._bytes(part, bits + begin // 8, bits + (end + 7) // 8)
         first = begin % 8
         return np.unpackbits(np.frombuffer(packed, dtype=np.uint8))[first : first + end - begin].view(bool)
@@ -180,8 +186,12 @@ class TokenFiles:
     def _place(self, row: int) -> tuple[int, int, int]:
         """The file, and the first token and the one behind the last, counted in that file."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        begin = int(self._begins[row])
-        return part, begin, begin + int(self.lengths[row])
+        begin, end = self._bounds(row, 2)
+        return part, begin - self._firsts[part], end - self._firsts[part]
+
+    def _bounds(self, row: int, count: int) -> list[int]:
+        """Where the tokens of `count` examples begin, from `row` on, counted over all files."""
+        return np.frombuffer(self._begins.read(8 * row, 8 * count), dtype=np.int64).tolist()
 
     def _bytes(self, part: int, begin: int, end: int) -> bytearray:
         # Read, not mapped: the pages of a map count as this process's memory until somebody else needs them.

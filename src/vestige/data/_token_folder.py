@@ -17,6 +17,7 @@ from typing import NamedTuple, final
 import numpy as np
 import pyarrow.parquet as parquet
 
+from vestige import disk_arrays
 from vestige.data._fingerprint import hashed
 from vestige.data._parts import PackedPart
 from vestige.data._seen import SeenIds
@@ -147,17 +148,23 @@ def _opened(
     folder: Path, parts: range, rows: list[int], fingerprint: str, name: str, owner: object = None
 ) -> TokenizedData:
     paths = [_part_paths(folder, number) for number in parts]
-    small = [_columns(table) for _, table in paths]
-    lengths, counts, truncated = (np.concatenate(column) for column in zip(*small, strict=True))
+    columns = [disk_arrays.zeros(sum(rows), kind) for kind in (np.int32, np.int32, np.bool_)]
+    first = 0
+    for (_, table), count in zip(paths, rows, strict=True):
+        for column, values in zip(columns, _columns(table), strict=True):
+            column[first : first + count] = values
+        first += count
+        disk_arrays.let_go(*columns)
+    lengths, counts, truncated = columns
     files = TokenFiles([tokens for tokens, _ in paths], rows, lengths, counts, owner)
     examples = StoredExamples([table for _, table in paths], owner)
     return TokenizedData(examples, StoredIds(files), StoredTargets(files), truncated, fingerprint, name)
 
 
 def _columns(path: Path) -> list[np.ndarray]:
+    """Lengths, numbers of targets, and what was truncated."""
     table = parquet.read_table(path, columns=["length", "targets", "truncated"], memory_map=False)
-    lengths, targets, truncated = (column.to_numpy() for column in table.columns)
-    return [lengths.astype(np.int32), targets.astype(np.int32), truncated]
+    return [column.to_numpy() for column in table.columns]
 
 
 def _examples(data: TokenizedData) -> StoredExamples:

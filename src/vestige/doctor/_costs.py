@@ -2,16 +2,16 @@
 
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Int
 
 from vestige.compress import CompressionSpec, parse_spec
-from vestige.data import TokenizedData, cut_batches, plan_batches
+from vestige.data import CutBatches, TokenizedData
 from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check, Cost
 from vestige.index import PART_BYTES, CompressedGradients, Inputs, Manifest, ShardContent, lay_out
@@ -50,8 +50,10 @@ class Trial(NamedTuple):
 
 def try_batch(settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec) -> Trial:
     """Time a batch from the middle of the plan; where its rows are too large, as much of it as fits."""
-    batches = plan_batches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples)
-    data = cut_examples(inputs.data.subset(batches[len(batches) // 2]), TRIED_TOKENS)
+    cut = _cut(inputs.data, manifest)
+    count = sum(1 for _ in cut.batches())
+    middle = next(islice(cut.batches(), count // 2, None))
+    data = cut_examples(inputs.data.subset(cut.rows[middle.start : middle.stop]), TRIED_TOKENS)
     most = ROWS_BYTES // (8 * manifest.width)
     data = data.subset(np.arange(min(len(data), max(1, most))))
     device = next(inputs.loaded.model.parameters()).device
@@ -69,7 +71,9 @@ def estimate_costs(
     specs = {one.canonical: one for one in (spec, *map(parse_spec, others))}
     few = max(1, COMPARED_TOKENS // max(int(trial.data.lengths.max()), 1))
     small = cut_examples(trial.data.subset(np.arange(min(few, len(trial.data)))), COMPARED_TOKENS)
-    tokens = _padded_tokens(inputs.data, manifest)
+    cut = _cut(inputs.data, manifest)
+    tokens = sum(batch.tokens for batch in cut.batches())
+    widest = max(batch.stop - batch.start for batch in cut.batches())
     reference = None
     costs = []
     for one in specs.values():
@@ -80,7 +84,7 @@ def estimate_costs(
             rate = _timed(settings, inputs, one, small)[0]
             reference = reference or rate
             seconds = rate / reference * trial.seconds_per_token * tokens
-        costs.append(_cost(one, drafted, len(inputs.data), seconds, trial, inputs.data))
+        costs.append(_cost(one, drafted, len(inputs.data), seconds, trial, widest))
     return tuple(costs)
 
 
@@ -145,29 +149,20 @@ def _timed(
 
 
 def _cost(
-    spec: CompressionSpec, manifest: Manifest, examples: int, seconds: float | None, trial: Trial, data: TokenizedData
+    spec: CompressionSpec, manifest: Manifest, examples: int, seconds: float | None, trial: Trial, widest: int
 ) -> Cost:
     row_bytes = {dtype: manifest.model_copy(update={"dtype": dtype}).row_bytes for dtype in DTYPES}
     # The rows of a part of a shard are held while it is stored, those of a batch while they are computed.
-    rows, _ = _batches(data, manifest)
     part = min(PART_BYTES // (4 * manifest.width), examples)
-    held = max(part, int(rows.max())) + int(rows.max())
+    held = max(part, widest) + widest
     memory = trial.working_bytes + 4 * manifest.width * held
     disk = {dtype: size * examples for dtype, size in row_bytes.items()}
     return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk)
 
 
-def _batches(data: TokenizedData, manifest: Manifest) -> tuple[Int[np.ndarray, "batch"], Int[np.ndarray, "batch"]]:
-    """Examples of each batch, and tokens of each of them, padding included."""
-    order, ends = cut_batches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
-    firsts = np.concatenate([[0], ends[:-1]])
-    # The first example of a batch is its longest.
-    return ends - firsts, data.lengths[order[firsts]]
-
-
-def _padded_tokens(data: TokenizedData, manifest: Manifest) -> int:
-    rows, longest = _batches(data, manifest)
-    return int((rows * longest).sum())
+def _cut(data: TokenizedData, manifest: Manifest) -> CutBatches:
+    """The batches of the index."""
+    return CutBatches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
 
 
 def _most_memory(device: torch.device) -> int:

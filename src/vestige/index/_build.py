@@ -73,9 +73,8 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     try:
         with phase(work.name, "tokens") as tokens, phase(work.name, work.unit) as examples:
             for piece in missing:
-                rows = plan.shards[piece].rows
-                examples.append(len(rows))
-                tokens.append(int(inputs.data.lengths[rows].sum()))
+                examples.append(plan.shards[piece].examples)
+                tokens.append(plan.shards[piece].tokens)
             return run_plan(work, settings, command)
     except WorkElsewhere as note:
         if settings.part is None:

@@ -3,8 +3,6 @@
 import time
 from typing import NamedTuple
 
-import numpy as np
-
 from vestige.data import TokenizedData
 from vestige.index._compute import CompressedGradients
 from vestige.index._manifest import Manifest
@@ -32,18 +30,14 @@ def estimate_cost(
     compute: CompressedGradients, data: TokenizedData, manifest: Manifest, shards: list[PlannedShard]
 ) -> Estimate:
     """Time a few examples from the middle of the plan, at most 2 % of the work, and scale by padded tokens."""
-    lengths, halfway = data.lengths, sum(len(shard.ends) for shard in shards) // 2
-    padded, middle = 0, np.empty(0, dtype=np.int64)
-    for number, batch in enumerate(batch for shard in shards for batch in shard.batches):
-        padded += len(batch) * int(lengths[batch].max())
-        if number == halfway:
-            middle = batch
-    longest = int(lengths[middle].max())
-    probe = middle[: max(1, int(PROBED * padded) // max(longest, 1))]
+    batches = shards[len(shards) // 2].batches
+    middle, padded = batches[len(batches) // 2], sum(shard.padded_tokens for shard in shards)
+    longest = max(int(data.lengths[middle].max()), 1)
+    probe = middle[: max(1, int(PROBED * padded) // longest)]
     started = time.perf_counter()
     compute.rows(data, [probe])
-    rate = (time.perf_counter() - started) / max(len(probe) * longest, 1)
-    examples = sum(len(shard.rows) for shard in shards)
+    rate = (time.perf_counter() - started) / (len(probe) * longest)
+    examples = sum(shard.examples for shard in shards)
     return Estimate(padded * rate, examples * manifest.row_bytes, peak_memory_bytes(), examples, padded)
 
 

@@ -1,11 +1,12 @@
 """Which examples make which batch, and which batches make which shard: fixed before any work starts.
 
 The plan follows from the lengths and the settings alone, so every worker makes the same one, and whoever computes a
-shard, whenever, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row numbers.
+shard, whenever, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row numbers, and the
+plan itself has them on the disk.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vestige.data import cut_batches
+from vestige import disk_arrays
+from vestige.data import CutBatch, CutBatches
 from vestige.errors import DataError, IndexMismatch
 from vestige.folders import Difference, mismatch_message
 from vestige.index._difference import difference, plan_shown
@@ -27,21 +29,47 @@ _DECIDE_TOKENS = ("model", "max-length", "chat")
 
 
 class PlannedShard(NamedTuple):
-    """One shard's work: its number and its rows, batch after batch.
-
-    A plan holds two arrays a shard, not an array a batch: of long examples there are as many batches as examples.
-    """
+    """One shard's work. Its rows are looked up when they are asked for, so a plan is small however many there are."""
 
     number: int
-    rows: np.ndarray
-    """The rows of the data in the order in which they lie in the shard, int32 where that is enough."""
-    ends: np.ndarray
-    """Where each batch ends among them, int64 [batch]."""
+    cut: CutBatches
+    """The batches of its stage."""
+    first: int
+    """The first row of its stage in the data."""
+    start: int
+    stop: int
+    """Its rows are those of `cut` from `start` to `stop`."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of the data in the order in which they lie in the shard, int64."""
+        rows = self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
+        disk_arrays.let_go(self.cut.rows)
+        return rows
 
     @property
     def batches(self) -> tuple[np.ndarray, ...]:
         """Its batches, each an array of rows of the data, int64."""
-        return tuple(np.split(self.rows.astype(np.int64), self.ends[:-1]))
+        ends = [batch.stop - self.start for batch in self._cut()]
+        return tuple(np.split(self.rows, ends[:-1]))
+
+    @property
+    def examples(self) -> int:
+        """How many rows it has."""
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its examples."""
+        return self.cut.tokens(self.start, self.stop)
+
+    @property
+    def padded_tokens(self) -> int:
+        """The same with the padding of its batches."""
+        return sum(batch.tokens for batch in self._cut())
+
+    def _cut(self) -> Iterator[CutBatch]:
+        return self.cut.batches(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -98,9 +126,9 @@ def plan_index(
     stages: list[PlanStage] = []
     shards: list[PlannedShard] = []
     for start, stop in bounds:
-        stage = _cut(draft, lengths[start:stop], start)
-        shards += (cut := [PlannedShard(len(shards) + i, *bounds) for i, bounds in enumerate(stage)])
-        stages.append(_record(start, stop, fingerprint_of(start, stop), cut))
+        stage = _cut(draft, lengths[start:stop], start, len(shards))
+        shards += stage
+        stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
     manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
     added = len(lengths) - old.data.examples if old else 0
     return manifest, Plan(tuple(shards), lengths, added)
@@ -139,31 +167,25 @@ def _require_prefix(
         raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
-def _cut(manifest: Manifest, lengths: np.ndarray, start: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows and ends of the batches of each shard: consecutive ones, none split, and no shard larger than need be."""
+def _cut(manifest: Manifest, lengths: np.ndarray, first: int, number: int) -> list[PlannedShard]:
+    """The shards of a stage, from `number` on: consecutive batches, none split, and no shard larger than need be."""
     settings = manifest.plan
-    order, ends = cut_batches(lengths, manifest.token_budget, settings.max_examples)
-    firsts = np.concatenate([[0], ends[:-1]])
-    rows = ends - firsts
-    # Padded tokens stand for the time that a batch takes; the first example of a batch is its longest.
-    tokens = rows * lengths[order[firsts]]
-    total = int(tokens.sum())
+    cut = CutBatches(lengths, manifest.token_budget, settings.max_examples)
+    # Padded tokens stand for the time that a batch takes.
+    total = sum(batch.tokens for batch in cut.batches())
     most_tokens = max(total // max(min(total // _SHARD_TOKENS, _MOST_TOKEN_SHARDS), settings.fewest_shards), 1)
     most_rows = max(settings.shard_bytes // manifest.row_bytes, 1)
-    held_rows = held_tokens = 0
+    held_tokens = 0
     borders = [0]
-    for number in range(len(ends)):
-        batch_rows, batch_tokens = int(rows[number]), int(tokens[number])
-        full = held_rows + batch_rows > most_rows or held_tokens + batch_tokens > most_tokens
-        if held_rows and full:
-            borders.append(number)
-            held_rows = held_tokens = 0
-        held_rows, held_tokens = held_rows + batch_rows, held_tokens + batch_tokens
-    # The plan of a long job is in memory until its end, in four bytes an example.
-    kind = np.int32 if start + len(lengths) <= np.iinfo(np.int32).max else np.int64
+    for batch in cut.batches():
+        full = batch.stop - borders[-1] > most_rows or held_tokens + batch.tokens > most_tokens
+        if held_tokens and full:
+            borders.append(batch.start)
+            held_tokens = 0
+        held_tokens += batch.tokens
     return [
-        ((order[firsts[first] : ends[last - 1]] + start).astype(kind), ends[first:last] - firsts[first])
-        for first, last in pairwise([*borders, len(ends)])
+        PlannedShard(number + place, cut, first, start, stop)
+        for place, (start, stop) in enumerate(pairwise([*borders, len(cut)]))
     ]
 
 
@@ -174,5 +196,5 @@ def _record(start: int, stop: int, fingerprint: str, shards: Sequence[PlannedSha
             digest.update(np.array([len(batch)], dtype="<i8").tobytes())
             digest.update(batch.astype("<i8").tobytes())
         digest.update(b"end of shard")
-    rows = tuple(len(shard.rows) for shard in shards)
+    rows = tuple(shard.examples for shard in shards)
     return PlanStage(start=start, stop=stop, fingerprint=fingerprint, shard_rows=rows, plan_hash=digest.hexdigest())

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige import disk_arrays
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.index._examples import read_examples, read_lengths
@@ -148,7 +149,8 @@ class Index:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked of {self.rows} examples")
-        places = self._places[wanted]
+        places = self._places[wanted].astype(np.int64) - 1
+        disk_arrays.let_go(self._places)
         ends = np.cumsum(self.manifest.shard_rows)
         shards = np.searchsorted(ends, places, side="right")
         result = torch.empty((len(wanted), self.width), dtype=torch.float32)
@@ -204,16 +206,17 @@ class Index:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """Where each example's row lies among all stored rows, int32 [example] where that is enough."""
-        places = np.full(self.rows, -1, dtype=np.int32 if self.rows <= np.iinfo(np.int32).max else np.int64)
+        """One more than where each example's row lies among all stored rows, int32 or int64 [example]."""
+        places = disk_arrays.zeros(self.rows, np.int32 if self.rows < np.iinfo(np.int32).max else np.int64)
         first = 0
         for number, count in enumerate(self.manifest.shard_rows):
             rows = map_shard(self.folder, number).example.numpy()
-            known = (rows >= 0) & (rows < self.rows)
-            places[rows[known]] = first + np.flatnonzero(known)
+            known = np.flatnonzero((rows >= 0) & (rows < self.rows))
+            places[rows[known]] = first + known + 1
             first += count
+            disk_arrays.let_go(places)
         # There are as many rows as examples: if every example has one, none has two.
-        if (places < 0).any():
+        if not all(part.all() for part in disk_arrays.parts(places)):
             raise CorruptFile(
                 f"The shards of {self.folder} do not hold each of {self.rows} examples once. "
                 "Build the index anew: run its vestige index command with --overwrite."

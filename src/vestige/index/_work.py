@@ -9,6 +9,7 @@ from typing import final, overload
 
 import numpy as np
 
+from vestige import disk_arrays
 from vestige.data import Example
 from vestige.errors import CorruptFile
 from vestige.index._content import ShardContent
@@ -135,21 +136,23 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
         CorruptFile: Shards overlap, or leave examples out; the message lists both.
     """
     total = sum(manifest.shard_rows)
-    holder = np.full(total, -1, dtype=np.int32)
+    # One more than the number of the shard that holds the row; 0 where none does.
+    holder = disk_arrays.zeros(total, np.int32)
     faults = []
     for number in range(len(manifest.shard_rows)):
         rows = map_shard(folder, number).example.numpy()
         inside = rows[(rows >= 0) & (rows < total)]
         if len(inside) < len(rows):
             faults.append(f"shard {number} holds rows that the data does not have")
-        others = sorted(set(holder[inside].tolist()) - {-1})
+        others = set(holder[inside].tolist()) - {0}
         if others:
-            faults.append(f"shard {number} overlaps with {ranges(others)}")
+            faults.append(f"shard {number} overlaps with {ranges(sorted(other - 1 for other in others))}")
         if len(np.unique(inside)) < len(inside):
             faults.append(f"shard {number} holds examples twice")
-        holder[inside] = number
-    if (absent := np.flatnonzero(holder < 0)).size:
-        faults.append(f"rows {ranges(absent.tolist())[:200]} are in no shard")
+        holder[inside] = number + 1
+        disk_arrays.let_go(holder)
+    if not all(part.all() for part in disk_arrays.parts(holder)):
+        faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
     if faults:
         raise CorruptFile(_listed(f"The shards of {folder} do not hold each of {total:,} examples once", faults))
 
@@ -161,9 +164,9 @@ def _listed(what: str, faults: list[str]) -> str:
 
 def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: Manifest) -> Iterator[ShardContent]:
     """The parts, if together they are the rows that were planned."""
-    first = 0
+    first, all_rows = 0, planned.rows
     for content in parts:
-        rows = planned.rows[first : first + len(content.example)]
+        rows = all_rows[first : first + len(content.example)]
         first += len(content.example)
         if not np.array_equal(content.example.cpu().numpy(), rows):
             raise ValueError(f"shard {planned.number} was computed with other rows than planned")
@@ -172,5 +175,5 @@ def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: 
             found = tuple(content.gradients.shape)
             raise ValueError(f"a part of shard {planned.number} has shape {found}, expected {shape}")
         yield content
-    if first != len(planned.rows):
-        raise ValueError(f"shard {planned.number} was computed with {first} of {len(planned.rows)} rows")
+    if first != len(all_rows):
+        raise ValueError(f"shard {planned.number} was computed with {first} of {len(all_rows)} rows")

@@ -3,10 +3,12 @@
     python benchmarks/launch.py [--examples 600] [--rounds 3] [--keep FOLDER]
 
 Both compute the shards of one index of the benchmark's model (see README.md). The loop writes the same shards without
-claims, journal or markers of the plan's own; the last line of the first table computes and writes nothing.
+claims, journal or markers of the plan's own; the last line of the first table computes and writes nothing. On a machine
+whose speed strays, the time between pieces says more of the plan than the ratios of whole runs.
 """
 
 import argparse
+import dataclasses
 import os
 import shutil
 import statistics
@@ -14,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "VESTIGE_QUIET": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -41,6 +44,15 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
+class Clocks(NamedTuple):
+    """Seconds of a way to make the shards."""
+
+    wall: float
+    processor: float
+    between: float
+    """Wall seconds in which no piece was at work."""
+
+
 def overhead(folder: Path, rounds: int) -> None:
     """Seconds of the same shards by a plain loop, by the work plan, and without writing them."""
     import torch
@@ -50,14 +62,15 @@ def overhead(folder: Path, rounds: int) -> None:
     from vestige.launch import run_plan
 
     torch.set_num_threads(1)
-    found: dict[str, list[tuple[float, float]]] = {"loop": [], "plan": [], "nothing written": []}
+    found: dict[str, list[Clocks]] = {"loop": [], "plan": [], "nothing written": []}
     pieces = []
 
     def measured(plan: Any, settings: Any, command: Any) -> Any:
         pieces.append(plan.pieces)
+        timed = timed_plan(plan)
         works = [
-            ("loop", lambda: loop(plan)),
-            ("plan", lambda: run_plan(plan, settings, command)),
+            ("loop", lambda: loop(timed)),
+            ("plan", lambda: run_plan(timed, settings, command)),
             ("nothing written", lambda: unwritten(plan)),
         ]
         unwritten(plan)
@@ -65,7 +78,8 @@ def overhead(folder: Path, rounds: int) -> None:
             # Each comes first, second and last as often as the others.
             for name, work in works[number % 3 :] + works[: number % 3]:
                 empty(settings.out)
-                found[name].append(clocks(work))
+                timed.inside.clear()
+                found[name].append(clocks(work, timed.inside))
         return run_plan(plan, settings, command)
 
     original, build.run_plan = build.run_plan, measured
@@ -74,19 +88,52 @@ def overhead(folder: Path, rounds: int) -> None:
     finally:
         build.run_plan = original
     print(f"{pieces[0]} pieces, {rounds} rounds, one thread; ratios are medians of the ratios within a round\n")
-    print("| | wall seconds | CPU seconds | wall, of the loop | CPU, of the loop |\n| :-- | --: | --: | --: | --: |")
+    print("| | wall seconds | CPU seconds | wall, of the loop | CPU, of the loop | seconds between pieces |")
+    print("| :-- | --: | --: | --: | --: | --: |")
     for name, seconds in found.items():
         pairs = list(zip(seconds, found["loop"], strict=True))
         numbers = [statistics.median(one[clock] for one in seconds) for clock in (0, 1)]
         ratios = [statistics.median(one[clock] / other[clock] for one, other in pairs) for clock in (0, 1)]
-        print(f"| {name} | {numbers[0]:.2f} | {numbers[1]:.2f} | {ratios[0]:.4f} | {ratios[1]:.4f} |")
+        between = "" if name == "nothing written" else f"{statistics.median(one.between for one in seconds):.3f}"
+        print(f"| {name} | {numbers[0]:.2f} | {numbers[1]:.2f} | {ratios[0]:.4f} | {ratios[1]:.4f} | {between} |")
+    shares = [
+        (plan.between - loop.between) / loop.wall for plan, loop in zip(found["plan"], found["loop"], strict=True)
+    ]
+    shown = ", ".join(f"{100 * share:.2f}" for share in shares)
+    print(
+        f"\nBetween pieces the plan takes {statistics.median(shares):.2%} of the loop's time more than the loop ({shown})."
+    )
 
 
-def clocks(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+def timed_plan(plan: Any) -> Any:
+    """The same plan; it notes how long each piece takes, its rows' computing and writing."""
+    from vestige.index import IndexPlan
+
+    class Timed(IndexPlan):
+        inside: list[float]
+
+        @contextmanager
+        def open(self) -> Iterator[Callable[[int], None]]:
+            with super().open() as compute:
+
+                def noted(piece: int) -> None:
+                    started = time.perf_counter()
+                    compute(piece)
+                    self.inside.append(time.perf_counter() - started)
+
+                yield noted
+
+    timed = Timed(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)})
+    object.__setattr__(timed, "inside", [])
+    return timed
+
+
+def clocks(work: Callable[[], object], inside: list[float]) -> Clocks:
+    """What the work takes; `inside` has the seconds of its pieces afterwards."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - wall, time.process_time() - processor
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return Clocks(wall, processor, wall - sum(inside))
 
 
 def loop(plan: Any) -> None:

@@ -163,8 +163,8 @@ def _opened(
 
 def _columns(path: Path) -> list[np.ndarray]:
     """Lengths, numbers of targets, and what was truncated."""
-    table = parquet.read_table(path, columns=["length", "targets", "truncated"], memory_map=False)
-    return [column.to_numpy() for column in table.columns]
+    with parquet.ParquetFile(path) as file:
+        return [column.to_numpy() for column in file.read(columns=["length", "targets", "truncated"]).columns]
 
 
 def _examples(data: TokenizedData) -> StoredExamples:

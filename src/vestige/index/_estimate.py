@@ -30,13 +30,14 @@ def estimate_cost(
     compute: CompressedGradients, data: TokenizedData, manifest: Manifest, shards: list[PlannedShard]
 ) -> Estimate:
     """Time a few examples from the middle of the plan, at most 2 % of the work, and scale by padded tokens."""
-    batches = shards[len(shards) // 2].batches
-    middle, padded = batches[len(batches) // 2], sum(shard.padded_tokens for shard in shards)
-    longest = max(int(data.lengths[middle].max()), 1)
-    probe = middle[: max(1, int(PROBED * padded) // longest)]
+    shard, padded = shards[len(shards) // 2], sum(shard.padded_tokens for shard in shards)
+    batches = list(shard.cut_batches())
+    middle = batches[len(batches) // 2]
+    stop = min(middle.stop, middle.start + max(1, int(PROBED * padded) // middle.longest))
+    probe = shard.rows[middle.start - shard.start : stop - shard.start]
     started = time.perf_counter()
     compute.rows(data, [probe])
-    rate = (time.perf_counter() - started) / (len(probe) * longest)
+    rate = (time.perf_counter() - started) / (len(probe) * middle.longest)
     examples = sum(shard.examples for shard in shards)
     return Estimate(padded * rate, examples * manifest.row_bytes, peak_memory_bytes(), examples, padded)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from vestige import disk_arrays
 from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, TokenizedData, record_of
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, write_durably
@@ -31,9 +32,7 @@ def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
     return digest.hexdigest()
 
 
-def write_examples(
-    folder: Path, manifest: Manifest, examples: Sequence[Example], lengths: Sequence[int] | np.ndarray
-) -> None:
+def write_examples(folder: Path, manifest: Manifest, examples: Sequence[Example], lengths: np.ndarray) -> None:
     """Each stage of the plan has its examples in Parquet files of its own; those that are there stay as they are."""
     make_folder(folder / "examples")
     for number, stage in enumerate(manifest.plan.stages):
@@ -130,10 +129,11 @@ def _holds(paths: Sequence[Path], rows: int) -> bool:
         return False
 
 
-def _tables(rows: range, examples: Sequence[Example], lengths: Sequence[int] | np.ndarray) -> Iterator[pa.Table]:
+def _tables(rows: range, examples: Sequence[Example], lengths: np.ndarray) -> Iterator[pa.Table]:
     """The examples at `rows`, one row group after another."""
     for first in range(0, len(rows), GROUP_ROWS):
         records = [record_of(examples[row], int(lengths[row])) for row in rows[first : first + GROUP_ROWS]]
+        disk_arrays.let_go(lengths)
         yield pa.Table.from_pylist(records, schema=EXAMPLES)
 
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from vestige import disk_arrays
 from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
 from vestige.launch import is_worker
@@ -67,7 +66,7 @@ def read_data(
         folder=tokens,
         workers=tokenising_processes(settings),
     )
-    if not int(np.sum(data.target_counts)):
+    if not any(part.any() for part in disk_arrays.parts(data.target_counts)):
         raise DataError(
             f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."

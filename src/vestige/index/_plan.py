@@ -50,7 +50,7 @@ class PlannedShard(NamedTuple):
     @property
     def batches(self) -> tuple[np.ndarray, ...]:
         """Its batches, each an array of rows of the data, int64."""
-        ends = [batch.stop - self.start for batch in self._cut()]
+        ends = [batch.stop - self.start for batch in self.cut_batches()]
         return tuple(np.split(self.rows, ends[:-1]))
 
     @property
@@ -66,9 +66,10 @@ class PlannedShard(NamedTuple):
     @property
     def padded_tokens(self) -> int:
         """The same with the padding of its batches."""
-        return sum(batch.tokens for batch in self._cut())
+        return sum(batch.tokens for batch in self.cut_batches())
 
-    def _cut(self) -> Iterator[CutBatch]:
+    def cut_batches(self) -> Iterator[CutBatch]:
+        """Its batches, as ranges of the rows of `cut`."""
         return self.cut.batches(self.start, self.stop)
 
 

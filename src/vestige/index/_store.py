@@ -211,10 +211,11 @@ class Index:
         first = 0
         for number, count in enumerate(self.manifest.shard_rows):
             rows = map_shard(self.folder, number).example.numpy()
-            known = np.flatnonzero((rows >= 0) & (rows < self.rows))
-            places[rows[known]] = first + known + 1
+            order = np.argsort(rows)
+            order = order[(rows[order] >= 0) & (rows[order] < self.rows)]
+            for some in disk_arrays.regions(places, rows[order]):
+                places[rows[order[some]]] = first + order[some] + 1
             first += count
-            disk_arrays.let_go(places)
         # There are as many rows as examples: if every example has one, none has two.
         if not all(part.all() for part in disk_arrays.parts(places)):
             raise CorruptFile(

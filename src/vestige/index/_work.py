@@ -144,13 +144,14 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
         inside = rows[(rows >= 0) & (rows < total)]
         if len(inside) < len(rows):
             faults.append(f"shard {number} holds rows that the data does not have")
-        others = set(holder[inside].tolist()) - {0}
-        if others:
-            faults.append(f"shard {number} overlaps with {ranges(sorted(other - 1 for other in others))}")
-        if len(np.unique(inside)) < len(inside):
+        distinct, others = np.unique(inside), set[int]()
+        if len(distinct) < len(inside):
             faults.append(f"shard {number} holds examples twice")
-        holder[inside] = number + 1
-        disk_arrays.let_go(holder)
+        for some in disk_arrays.regions(holder, distinct):
+            others |= set((holder[distinct[some]] - 1).tolist()) - {-1}
+            holder[distinct[some]] = number + 1
+        if others:
+            faults.append(f"shard {number} overlaps with {ranges(sorted(others))}")
     if not all(part.all() for part in disk_arrays.parts(holder)):
         faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
     if faults:

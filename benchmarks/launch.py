@@ -96,12 +96,11 @@ def overhead(folder: Path, rounds: int) -> None:
         ratios = [statistics.median(one[clock] / other[clock] for one, other in pairs) for clock in (0, 1)]
         between = "" if name == "nothing written" else f"{statistics.median(one.between for one in seconds):.3f}"
         print(f"| {name} | {numbers[0]:.2f} | {numbers[1]:.2f} | {ratios[0]:.4f} | {ratios[1]:.4f} | {between} |")
-    shares = [
-        (plan.between - loop.between) / loop.wall for plan, loop in zip(found["plan"], found["loop"], strict=True)
-    ]
-    shown = ", ".join(f"{100 * share:.2f}" for share in shares)
+    both = zip(found["plan"], found["loop"], strict=True)
+    shares = [(plan.between - loop.between) / loop.wall for plan, loop in both]
+    shown = ", ".join(f"{share:.2%}" for share in shares)
     print(
-        f"\nBetween pieces the plan takes {statistics.median(shares):.2%} of the loop's time more than the loop ({shown})."
+        f"\nBetween pieces the plan needs {statistics.median(shares):.2%} of the loop's time beyond the loop ({shown})."
     )
 
 

@@ -99,9 +99,7 @@ def overhead(folder: Path, rounds: int) -> None:
     both = zip(found["plan"], found["loop"], strict=True)
     shares = [(plan.between - loop.between) / loop.wall for plan, loop in both]
     shown = ", ".join(f"{share:.2%}" for share in shares)
-    print(
-        f"\nBetween pieces the plan needs {statistics.median(shares):.2%} of the loop's time beyond the loop ({shown})."
-    )
+    print(f"\nBetween pieces the plan needs {statistics.median(shares):.2%} of the loop's time beyond it ({shown}).")
 
 
 def timed_plan(plan: Any) -> Any:

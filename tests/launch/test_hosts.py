@@ -18,7 +18,7 @@ from vestige.settings import LaunchSettings
 @pytest.mark.slow
 def test_two_hosts_under_torchrun_make_the_bytes_of_one_process(tmp_path):
     furnish(tmp_path)
-    rows = [{"id": f"e{n}", "prompt": f"What is {n}?", "completion": f"{n} is {n % 7}."} for n in range(300)]
+    rows = [{"id": f"e{n}", "prompt": f"What is {n}?", "completion": f"{n} is {n % 7}."} for n in range(1500)]
     write_rows(tmp_path / "train.jsonl", rows)
     program = ["-m", "vestige.cli", "index", "--model", str(tmp_path / "tiny-model"), "--compress", "tensorsketch:16"]
     program += ["--data", str(tmp_path / "train.jsonl"), "--out"]

@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
+from vestige.row_order import windows
 
 if TYPE_CHECKING:
     from vestige.data import Example
@@ -68,7 +70,9 @@ def write_dense(
         file.write(length.to_bytes(8, "little"))
         file.seek(0, os.SEEK_END)
         for row in scores:
-            file.write(np.ascontiguousarray(row, dtype="<f4").data)
+            for part in windows(len(row)):
+                file.write(np.ascontiguousarray(row[part], dtype="<f4").data)
+                disk_arrays.let_go(scores)
 
 
 def _texts(names: Iterable[str]) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ as surely come before everything that is behind the heads.
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from vestige.row_order import WINDOW, windows
 
 SELF_INFLUENCE = pa.schema([("example_id", pa.string()), ("row", pa.int64()), ("score", pa.float64())])
 _HEAD = 2**10
-"""Rows of a sorted window that are in memory while all are merged."""
+"""Rows of a sorted window that are in memory at least while all are merged."""
 _HELD_BYTES = 2**20
 """Bytes of sorted windows that are put aside in memory."""
 
@@ -33,18 +33,25 @@ def write_self_influence(path: Path, scores: Float[np.ndarray, "example"], ids: 
     Raises:
         DiskSpaceError: The disk is full.
     """
-    with Scratch(path, _HELD_BYTES) as scratch, pq.ParquetWriter(path, SELF_INFLUENCE, compression="zstd") as writer:
-        names, end, sorted_windows = iter(ids), 0, []
-        for rows in windows(len(scores)):
-            heads = []
-            for batch in _sorted(scores, rows, pa.array(islice(names, rows.stop - rows.start), pa.string())):
-                message = batch.serialize()
-                scratch.write(message)
-                heads.append((end, message.size))
-                end += message.size
-            sorted_windows.append(_Head(scratch, heads))
-        for group in _grouped(_merged(sorted_windows)):
+    # Hardly a value comes twice: dictionaries would make the file larger, and are in memory until they are given up.
+    settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+    with Scratch(path, _HELD_BYTES) as scratch, pq.ParquetWriter(path, SELF_INFLUENCE, **settings) as writer:
+        for group in _grouped(_merged(_put_aside(scratch, scores, iter(ids)))):
             writer.write_table(group)
+
+
+def _put_aside(scratch: Scratch, scores: Float[np.ndarray, "example"], ids: Iterator[str]) -> "list[_Head]":
+    """All windows of rows, sorted."""
+    end, found = 0, []
+    for rows in windows(len(scores)):
+        places = []
+        for batch in _sorted(scores, rows, pa.array(islice(ids, rows.stop - rows.start), pa.string())):
+            message = batch.serialize()
+            scratch.write(message)
+            places.append((end, message.size))
+            end += message.size
+        found.append(_Head(scratch, places))
+    return found
 
 
 def _sorted(scores: Float[np.ndarray, "example"], rows: slice, ids: pa.Array) -> list[pa.RecordBatch]:
@@ -68,10 +75,11 @@ class _Head:
         """Scores with the other sign, so that they ascend."""
 
     def is_there(self) -> bool:
-        """Whether lines are left, of which some are in memory then."""
-        if not len(self.keys) and (place := next(self._waiting, None)) is not None:
+        """Whether lines are left; as many as the others have are in memory then, or a step would be as short as one."""
+        while len(self.keys) < _HEAD and (place := next(self._waiting, None)) is not None:
             batch = pa.ipc.read_record_batch(pa.py_buffer(self._scratch.read(*place)), SELF_INFLUENCE)
-            self._lines, self.keys = pa.Table.from_batches([batch]), -batch["score"].to_numpy()
+            self._lines = pa.concat_tables([self._lines, pa.Table.from_batches([batch])])
+            self.keys = np.concatenate([self.keys, -batch["score"].to_numpy()])
         return len(self.keys) > 0
 
     def taken(self, bound: float, *, equal: bool) -> pa.Table:

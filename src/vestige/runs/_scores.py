@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 SELF_TABLE = "self_influence"
+_ROWS_AT_ONCE = 2**13
 
 
 class Scores:
@@ -239,7 +240,7 @@ class Scores:
         path = self.folder / f"{name}.parquet"
         try:
             with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(columns=list(columns))
+                yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
 

@@ -21,6 +21,8 @@ from vestige.row_order import WINDOW, windows
 SELF_INFLUENCE = pa.schema([("example_id", pa.string()), ("row", pa.int64()), ("score", pa.float64())])
 _HEAD = 2**10
 """Rows of a sorted window that are in memory at least while all are merged."""
+_PAGE_BYTES = 2**16
+"""Bytes of a column that are read at once."""
 _HELD_BYTES = 2**20
 """Bytes of sorted windows that are put aside in memory."""
 
@@ -34,7 +36,7 @@ def write_self_influence(path: Path, scores: Float[np.ndarray, "example"], ids: 
         DiskSpaceError: The disk is full.
     """
     # Hardly a value comes twice: dictionaries would make the file larger, and are in memory until they are given up.
-    settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+    settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "data_page_size": _PAGE_BYTES}
     with Scratch(path, _HELD_BYTES) as scratch, pq.ParquetWriter(path, SELF_INFLUENCE, **settings) as writer:
         for group in _grouped(_merged(_put_aside(scratch, scores, iter(ids)))):
             writer.write_table(group)

@@ -35,8 +35,11 @@ def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarra
         return np.ndarray(shape, dtype, buffer=mmap.mmap(file.fileno(), size))
 
 
-def let_go(*arrays: np.ndarray) -> None:
-    """Arrays on the disk, also views of them, take no memory until they are looked at again; others are left alone."""
+def let_go(*arrays: np.ndarray | mmap.mmap) -> None:
+    """Arrays on the disk, also views of them, take no memory until they are looked at again; others are left alone.
+
+    The same goes for a file that is mapped.
+    """
     for array in arrays:
         owner = array
         while isinstance(owner, np.ndarray):

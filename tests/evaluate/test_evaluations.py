@@ -16,7 +16,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Estimate
 from vestige.evaluate._retrieval import right_examples
 from vestige.methods import attribute
-from vestige.runs import Scores, id_array
+from vestige.runs import Scores
 
 OPPONENTS = {"random", "bm25", "rep-sim", "grad-cos"}
 QUERIES = [
@@ -97,7 +97,7 @@ def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_pa
 
     truth = open_truth(halves)
     scored = Scored("grad-dot", Scores.open(runs[0]))
-    backwards = aligned(scored.run, truth.query_ids[::-1], id_array(truth.example_ids[::-1]))
+    backwards = aligned(scored.run, truth.query_ids[::-1], truth.example_ids[::-1])
     assert np.array_equal([backwards.of_query(query) for query in range(3)], scored.run.dense()[::-1, ::-1])
     losses = -(truth.membership @ scored.run.dense().T.astype(np.float64))
     found = vestige.evaluate.datamodeling_score(truth.of(scored), truth.membership, losses, draws=0)
@@ -242,7 +242,7 @@ def test_retrieval_finds_the_right_examples(given, runs, tmp_path):
 
 
 def test_right_examples_may_be_one_or_several_and_must_exist(given):
-    queries, ids = load_queries(given["queries"]), id_array(f"pair-{number}" for number in range(12))
+    queries, ids = load_queries(given["queries"]), [f"pair-{number}" for number in range(12)]
     right = right_examples(queries, "answers", ["ant", "sky"], ids)
     assert [rows.tolist() for rows in right] == [[6, 7], [0]]
     with pytest.raises(DataError, match="nothing in 'truth'"):

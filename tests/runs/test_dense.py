@@ -48,7 +48,7 @@ def test_files_that_the_library_wrote_are_read(tmp_path, small_windows):
     save_file({"scores": scores}, tmp_path / _dense.DENSE_FILE, about)
     file = open_dense(tmp_path)
     assert file.query_ids() == ["p", "q"]
-    assert file.example_ids().to_pylist() == AWKWARD
+    assert list(file.example_ids()) == AWKWARD
     assert np.array_equal(file.read(), scores)
 
 
@@ -62,7 +62,7 @@ def test_parts_are_those_of_the_whole(tmp_path):
 
 def test_ids_longer_than_a_window(tmp_path, small_windows):
     names = ["long " * 20, "x", "with, commas, " * 5]
-    assert written(tmp_path, np.zeros((1, 3)), ["q"], names).example_ids().to_pylist() == names
+    assert list(written(tmp_path, np.zeros((1, 3)), ["q"], names).example_ids()) == names
 
 
 def test_damage_is_found(tmp_path):
@@ -77,7 +77,7 @@ def test_damage_is_found(tmp_path):
             open_dense(tmp_path)
     path.write_bytes(whole.replace(b', \\"c', b"     "))
     with pytest.raises(CorruptFile, match="2 ids for 3 examples"):
-        open_dense(tmp_path).example_ids()
+        list(open_dense(tmp_path).example_ids())
     path.write_bytes(whole.replace(b"query example", b"example query"))
     with pytest.raises(CorruptFile, match="has the axes 'example query'"):
         open_dense(tmp_path)

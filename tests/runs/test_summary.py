@@ -1,8 +1,11 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from vestige import row_order
 from vestige.errors import VestigeError
 from vestige.runs import ScoreBlock, ScoreCollector, sampled_rows
 
@@ -52,6 +55,70 @@ def test_too_many_scores_to_keep_leave_everything_exact_but_the_histogram(scores
         # Shares are given as far as the exact end reaches, and not guessed beyond.
         assert [k for k, _ in part.cumulative_share] == [1, 3, 10, 30]
         assert all(share == pytest.approx(known[k], rel=1e-5) for k, share in part.cumulative_share)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("step", [40, 5_000])
+def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypatch):
+    """In windows and on the disk, with rows left out that are scored all the same, in any order, and a sample."""
+    monkeypatch.setattr(row_order, "WINDOW", 1000)
+    random, count, fitting = np.random.default_rng(0), 50_000, 30_000
+    scores = (random.normal(size=(2, count)) ** 3).astype(np.float32)
+    skipped = random.permutation(count)[:700].tolist()
+    sources = [f"s{row % 5}" for row in range(count)]
+    settings = {"dense": dense, "skipped": skipped, "sources": sources, "kept_bytes": 4 * 2 * fitting}
+    summary = collect(scores, order=random.permutation(count), block=step, k=20, **settings)
+    left = np.setdiff1d(np.arange(count), skipped)
+    kept = left if dense else np.intersect1d(left, sampled_rows(count, fitting))
+    for query, found in enumerate(summary.distribution):
+        values, sample = scores[query, left].astype(np.float64), scores[query, kept].astype(np.float64)
+        assert (found.count, found.sampled) == (len(left), len(kept))
+        assert (found.mean, found.std) == (pytest.approx(values.mean()), pytest.approx(values.std()))
+        counts, edges = np.histogram(sample, bins=60, range=(values.min(), values.max()))
+        assert (found.counts, found.edges) == (counts.tolist(), edges.tolist())
+        held = np.cumsum(np.maximum(np.sort(values)[::-1], 0))
+        lengths = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if dense else (1, 3, 10)
+        expected = [(k, pytest.approx(held[k - 1] / np.maximum(values, 0).sum())) for k in lengths]
+        assert found.cumulative_share == expected
+        best = left[np.argsort(-values, kind="stable")[:20]]
+        assert [each.row for each in summary.ranked if (each.query, each.end) == (query, "proponent")] == best.tolist()
+        groups = {each.source: each for each in summary.groups[query]}
+        for number in range(5):
+            own = scores[query, left[left % 5 == number]].astype(np.float64)
+            assert groups[f"s{number}"].examples == len(own)
+            assert groups[f"s{number}"].sum == pytest.approx(own.sum())
+    if dense:
+        assert summary.dense is not None
+        expected = scores.copy()
+        expected[:, skipped] = np.nan
+        assert np.array_equal(summary.dense, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", [1, 77, 4999, 5000])
+def test_sampled_are_the_rows_with_the_smallest_hashes(wanted, monkeypatch):
+    from vestige.runs._summary import _hashed
+
+    monkeypatch.setattr(row_order, "WINDOW", 600)
+    expected = np.argsort(_hashed(np.arange(5000)))[:wanted]
+    assert sampled_rows(5000, wanted).tolist() == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_collector_holds_a_bit_for_each_example(dense):
+    def peak(count):
+        tracemalloc.start()
+        collector = ScoreCollector(2, count, dense=dense, sources=(f"s{row % 3}" for row in range(count)))
+        for start in range(0, count, 5000):
+            rows = torch.arange(start, start + 5000)
+            collector.add(ScoreBlock(rows, torch.ones(2, 5000) * rows))
+        collector.finish()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    # Arrays of less than 256 KB are in memory: those of the few are, at most four of them.
+    few, many = 150_000, 1_000_000
+    assert (peak(many) - peak(few)) / (many - few) < 0.2
 
 
 def test_the_sample_of_rows_is_fixed_and_spread_out():
@@ -109,5 +176,15 @@ def test_a_row_scored_twice_or_never_is_an_error(scores):
     collector.add(block)
     with pytest.raises(VestigeError, match="row 0 twice"):
         collector.add(block)
-    with pytest.raises(VestigeError, match="no training row 10"):
+    with pytest.raises(VestigeError, match="no training row 10 \\(290 rows are missing"):
         collector.finish()
+
+
+def test_rows_that_are_left_out_are_not_missing():
+    collector = ScoreCollector(1, 20, skipped=[3, 17])
+    rows = torch.tensor([row for row in range(20) if row not in (3, 11, 17)])
+    collector.add(ScoreBlock(rows, torch.zeros(1, 17)))
+    with pytest.raises(VestigeError, match="no training row 11 \\(1 rows are missing"):
+        collector.finish()
+    collector.add(ScoreBlock(torch.tensor([3, 11]), torch.tensor([[float("nan"), 2.0]])))
+    assert collector.finish().distribution[0].count == 18

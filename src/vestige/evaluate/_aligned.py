@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import eq
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.compute as compute
 from jaxtyping import Bool, Float, Int
 
 from vestige.errors import IndexMismatch
-from vestige.runs import DenseFile, Scores, open_dense
+from vestige.runs import DenseFile, Scores, id_array, open_dense
 
 BLOCK_SCORES = 2**20
 """Scores that are read at once, for many queries."""
@@ -70,8 +71,18 @@ class Aligned:
         return found
 
 
-def aligned(run: Scores, queries: Sequence[str], examples: pa.ChunkedArray) -> Aligned:
+class Ids(Protocol):
+    """Ids that can be gone through several times."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+
+def aligned(run: Scores, queries: Sequence[str], examples: Ids) -> Aligned:
     """The scores of a run for these queries and examples, in this order.
+
+    Only where the run has other examples, or has them in another order, are the ids of both in memory, and then their
+    places.
 
     Raises:
         IndexMismatch: The run lacks some.
@@ -82,18 +93,19 @@ def aligned(run: Scores, queries: Sequence[str], examples: pa.ChunkedArray) -> A
         raise _lacks(run, "queries", len(absent), len(queries), absent[0])
     rows = np.array([row[name] for name in queries], dtype=np.int64)
     stored = file.example_ids()
-    if stored.equals(examples):
+    if len(stored) == len(examples) and all(map(eq, stored, examples)):
         return Aligned(file, rows, len(examples), None)
-    places = places_in(examples, stored)
+    wanted = id_array(examples)
+    places = _places_in(wanted, id_array(stored))
     absent = np.ones(len(examples), dtype=bool)
     absent[places[places >= 0]] = False
     if absent.any():
-        name = examples[int(absent.argmax())].as_py()
+        name = wanted[int(absent.argmax())].as_py()
         raise _lacks(run, "examples", int(absent.sum()), len(examples), name)
     return Aligned(file, rows, len(examples), places)
 
 
-def places_in(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> Int[np.ndarray, "wanted"]:
+def _places_in(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> Int[np.ndarray, "wanted"]:
     """Where each of `wanted` is among the ids; -1 for those that are not there."""
     found = compute.index_in(wanted, value_set=ids)  # pyright: ignore[reportAttributeAccessIssue]
     return np.concatenate([part.fill_null(-1).to_numpy(zero_copy_only=False) for part in found.chunks])

@@ -14,7 +14,6 @@ from vestige.evaluate._component_projection import Projection, projection_plan
 from vestige.evaluate._retrieval import right_examples
 from vestige.index import batch_tokens, read_inputs, tokens_at_most
 from vestige.methods import lexical_scores, prompt_words
-from vestige.runs import id_array
 from vestige.settings import ComponentsSettings
 
 GIVEN_WORD = "given"
@@ -65,7 +64,7 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
     )
     _require_answers(queries)
     examples = list(train.examples)
-    originals = right_examples(asked, settings.truth, [one.id for one in asked], id_array(one.id for one in examples))
+    originals = right_examples(asked, settings.truth, [one.id for one in asked], [one.id for one in examples])
     right = np.zeros((len(asked), len(examples)), dtype=bool)
     for query, rows in enumerate(originals):
         right[query, rows] = True

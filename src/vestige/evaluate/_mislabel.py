@@ -1,11 +1,13 @@
 """`vestige evaluate mislabel`: does self-influence find the examples with wrong labels?"""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vestige import disk_arrays
 from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
@@ -13,6 +15,7 @@ from vestige.evaluate._ranking_measures import detection, found_after, resampled
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
 from vestige.evaluate._scored import Scored, judged
 from vestige.evaluate._statistics import interval
+from vestige.row_order import WINDOW, windows
 from vestige.settings import MislabelSettings, verb
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
@@ -36,11 +39,13 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     wrong = wrong_labels((example for example, _ in load_records(settings.data, limit=settings.limit)), settings.truth)
     judgements = [_judgement(one, wrong, settings) for one in found.scored]
     rows = [EvaluationRow.of(one, each.values) for one, each in zip(found.scored, judgements, strict=True)]
+    marked = int(np.count_nonzero(wrong))
+    disk_arrays.let_go(wrong)
     by_chance = {f"found at {share:.0%}": float(share) for share in settings.inspected}
-    chance = EvaluationRow("random", {"AUC": 0.5, "average precision": float(wrong.mean()), **by_chance}, opponent=True)
+    chance = EvaluationRow("random", {"AUC": 0.5, "average precision": marked / len(wrong), **by_chance}, opponent=True)
     result = Evaluation(
         "mislabel",
-        f"{int(wrong.sum())} of {len(wrong)} labels are wrong: found by self-influence, highest first",
+        f"{marked} of {len(wrong)} labels are wrong: found by self-influence, highest first",
         (*rows, chance),
         (
             "Tied scores count at the expected value over every order of the tied; the random row is what chance "
@@ -48,7 +53,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
             f"Interval of the AUC: 95 %, {settings.draws} bootstrap draws of examples.",
             "bm25, rep-sim and grad-cos have no self-influence that could rank examples, so they are not here.",
         ),
-        {"examples": len(wrong), "wrong": int(wrong.sum())},
+        {"examples": len(wrong), "wrong": marked},
     )
     percent = [100 * share for share in _CURVE]
     lines = [Line(one.name, percent, each.curve) for one, each in zip(found.scored, judgements, strict=True)]
@@ -58,16 +63,23 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
 
 
 def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
-    """Which examples are marked in a column of the data.
+    """Which examples are marked in a column of the data, as an array on the disk.
 
     Raises:
         DataError: The column is missing somewhere, holds something else than true or false, or marks none or all.
     """
-    wrong = np.fromiter((_is_wrong(example, column) for example in examples), dtype=bool)
-    if wrong.all() or not wrong.any():
+    marks, bits = (_is_wrong(example, column) for example in examples), []
+    count = marked = 0
+    while len(part := np.fromiter(islice(marks, WINDOW), dtype=bool)):
+        bits.append(np.packbits(part))
+        count, marked = count + len(part), marked + int(np.count_nonzero(part))
+    wrong = disk_arrays.zeros(count, bool)
+    for rows, part in zip(windows(count), bits, strict=True):
+        wrong[rows] = np.unpackbits(part, count=rows.stop - rows.start)
+        disk_arrays.let_go(wrong)
+    if marked in (0, count):
         raise DataError(
-            f"The column {column!r} marks {int(wrong.sum())} of {len(wrong)} examples as wrong, so there is nothing to "
-            "tell apart."
+            f"The column {column!r} marks {marked} of {count} examples as wrong, so there is nothing to tell apart."
         )
     return wrong
 
@@ -99,7 +111,7 @@ def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example
             f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
         )
     scores = scored.run.self_scores()
-    known = np.count_nonzero(~np.isnan(scores))
+    known = sum(np.count_nonzero(~np.isnan(scores[rows])) for rows in windows(len(scores)))
     if len(scores) != examples or known != examples:
         raise DataError(f"{scored.run.folder} scored {known} examples, and the data has {examples}.")
     return scores

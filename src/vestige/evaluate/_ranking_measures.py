@@ -10,6 +10,7 @@ from typing import NamedTuple, final
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from vestige import disk_arrays
 from vestige.errors import DataError
 
 BLOCK = 2**16
@@ -51,7 +52,8 @@ class TieCounter:
             DataError: One is not finite.
         """
         for start in range(0, len(scores), BLOCK):
-            part = scores[start : start + BLOCK]
+            part = np.array(scores[start : start + BLOCK])
+            disk_arrays.let_go(scores)
             if not np.isfinite(part).all():
                 raise DataError("Some scores are not finite numbers, so they do not rank.")
             self._counts += np.bincount(codes(self._values, part), minlength=len(self._counts))
@@ -76,9 +78,18 @@ def tied(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"
     """
     if scores.shape != right.shape:
         raise DataError(f"{len(scores)} scores for {len(right)} examples.")
-    counter = TieCounter(scores[right])
+    counter = TieCounter(_marked(scores, right))
     counter.add(scores)
     return counter.ties()
+
+
+def _marked(scores: Float[np.ndarray, "example"], marks: Bool[np.ndarray, "example"]) -> Float[np.ndarray, "marked"]:
+    """The scores of the examples that are marked; of arrays on the disk, a block at a time is in memory."""
+    parts = [np.empty(0)]
+    for start in range(0, len(scores), BLOCK):
+        parts.append(scores[start : start + BLOCK][marks[start : start + BLOCK]])
+        disk_arrays.let_go(scores, marks)
+    return np.concatenate(parts)
 
 
 def found_after(ties: Ties, counts: Sequence[int]) -> list[float]:
@@ -129,23 +140,43 @@ def detection(ties: Ties) -> tuple[float, float]:
 def resampled_areas(
     scores: Float[np.ndarray, "example"], wrong: Bool[np.ndarray, "example"], draws: int, seed: int
 ) -> Float[np.ndarray, "draw"]:
-    """Bootstrap draws of the area; wrong and right examples are drawn apart, so that no draw lacks one of them."""
-    random, values = np.random.default_rng(seed), np.unique(scores[wrong])
-    places = np.empty(len(scores), dtype=np.int32)
-    for start in range(0, len(scores), BLOCK):
-        places[start : start + BLOCK] = codes(values, scores[start : start + BLOCK])
-    own, others = places[wrong], places[~wrong]
+    """Bootstrap draws of the area; wrong and right examples are drawn apart, so that no draw lacks one of them.
+
+    In memory are at most 4 bytes for each example, and 16 for each wrong one: a draw may pick any.
+    """
+    random, own_scores = np.random.default_rng(seed), _marked(scores, wrong)
+    values = np.unique(own_scores)
+    own, others = _codes_apart(values, scores, wrong, len(own_scores))
+    beside = np.zeros(2 * len(values) + 1, dtype=np.min_scalar_type(2 * len(own)))
     areas = np.empty(draws)
     for draw in range(draws):
         counts = np.zeros(len(values) + 1, dtype=np.int64)
         for picked in _picks(random, len(own)):
             counts[1:] += np.bincount(own[picked] // 2, minlength=len(values))
-        # Of the drawn wrong ones below each code, and up to it.
-        below = np.repeat(counts.cumsum(), 2)
-        beside = below[:-1] + below[1:]
+        # Of the drawn wrong ones: those below each code, and those up to it.
+        below = np.cumsum(counts, out=counts)
+        beside[::2], beside[1::2] = 2 * below, below[:-1] + below[1:]
         losses = sum(int(beside[others[picked]].sum()) for picked in _picks(random, len(others)))
         areas[draw] = 1 - losses / 2 / len(own) / len(others)
     return areas
+
+
+def _codes_apart(
+    values: Float[np.ndarray, "value"],
+    scores: Float[np.ndarray, "example"],
+    wrong: Bool[np.ndarray, "example"],
+    marked: int,
+) -> tuple[Int[np.ndarray, "wrong"], Int[np.ndarray, "right"]]:
+    """The codes of the wrong examples and those of the others, each on the disk in the order of the examples."""
+    apart = [disk_arrays.zeros(count, np.min_scalar_type(2 * len(values))) for count in (marked, len(wrong) - marked)]
+    ends = [0, 0]
+    for start in range(0, len(scores), BLOCK):
+        here, marks = codes(values, scores[start : start + BLOCK]), np.array(wrong[start : start + BLOCK])
+        for side, chosen in enumerate((marks, ~marks)):
+            begin, ends[side] = ends[side], ends[side] + int(np.count_nonzero(chosen))
+            apart[side][begin : ends[side]] = here[chosen]
+        disk_arrays.let_go(scores, wrong, *apart)
+    return apart[0], apart[1]
 
 
 def _picks(random: np.random.Generator, count: int) -> Iterator[np.ndarray]:

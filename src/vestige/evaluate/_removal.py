@@ -12,6 +12,7 @@ from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import judged, reading_of, together
 from vestige.evaluate._statistics import mean_estimate
+from vestige.runs import id_array
 from vestige.settings import RemovalSettings, verb
 
 RANDOM = "random lists"
@@ -47,7 +48,8 @@ def removal(settings: RemovalSettings) -> Evaluation:
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
     found = judged(settings)
     scored = tuple(one for one in found.scored if one.run.run.method != "random")
-    queries, examples, tables = together(scored)
+    queries, ids, tables = together(scored)
+    examples = id_array(ids)
     if max(settings.remove) >= len(examples):
         raise SpecError(f"--remove {max(settings.remove)} of {len(examples)} examples leaves nothing to train on.")
     counts = sorted(set(settings.remove))

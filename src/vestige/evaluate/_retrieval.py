@@ -1,20 +1,19 @@
 """`vestige evaluate retrieval`: do scores find the examples that are known to be right?"""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float, Int
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, SpecError
-from vestige.evaluate._aligned import Aligned, places_in
+from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._ranking_measures import TieCounter, Ties, found_after, reciprocal_rank
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import Scored, judged, together
 from vestige.evaluate._statistics import mean_estimate
-from vestige.runs import id_array
 from vestige.settings import RetrievalSettings, verb
 
 
@@ -56,7 +55,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
 
 
 def right_examples(
-    queries: list[Example], column: str, query_ids: list[str], example_ids: pa.ChunkedArray
+    queries: list[Example], column: str, query_ids: list[str], example_ids: Iterable[str]
 ) -> list[Int[np.ndarray, "right"]]:
     """Rows of the examples that are right for each query, ascending, from a column of one id or a list of ids.
 
@@ -68,11 +67,9 @@ def right_examples(
         if name not in given:
             raise DataError(f"The scores are of a query {name!r} that the --queries do not hold.")
     named = [_ids(given[name], column) for name in query_ids]
-    wanted = sorted({one for names in named for one in names})
+    wanted = {one for names in named for one in names}
     # Only what is asked for is looked up: a dictionary of all ids would be the largest object of the evaluation.
-    found = places_in(id_array(wanted), example_ids)
-    rows = np.flatnonzero(found >= 0)
-    place = {wanted[found[row]]: int(row) for row in rows}
+    place = {name: row for row, name in enumerate(example_ids) if name in wanted}
     for name, names in zip(query_ids, named, strict=True):
         if absent := [one for one in names if one not in place]:
             raise DataError(f"Query {name!r}: its {column} names {absent[0]!r}, which is no id of the training data.")

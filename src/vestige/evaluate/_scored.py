@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from vestige.data import load_examples
 from vestige.errors import IndexMismatch, SpecError, UserError
-from vestige.evaluate._aligned import Aligned, aligned
+from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
 from vestige.methods import attribute, method_class
 from vestige.progress import announce
@@ -210,12 +209,12 @@ class Together(NamedTuple):
     """The scores of several runs under the same ids, in the order of the first."""
 
     queries: list[str]
-    examples: pa.ChunkedArray
+    examples: Ids
     tables: list[Aligned]
 
 
 def together(scored: Sequence[Scored]) -> Together:
-    """All scores of several runs.
+    """All scores of several runs; neither they nor the ids are in memory where the examples are in the same order.
 
     Raises:
         UserError: A run is of other queries or other examples.

@@ -12,7 +12,6 @@ from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
 from vestige.files import sha256_of
 from vestige.methods import method_class
-from vestige.runs import id_array
 
 
 class Truth(NamedTuple):
@@ -43,7 +42,7 @@ class Truth(NamedTuple):
                     f"{record.fingerprint[:12]}, the bank's have {here[:12]}. Make both from the same file, with the "
                     "same --max-length and --chat."
                 )
-        return aligned(scored.run, self.query_ids, id_array(self.example_ids))
+        return aligned(scored.run, self.query_ids, self.example_ids)
 
 
 def open_truth(folder: Path) -> Truth:

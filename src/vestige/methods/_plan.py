@@ -27,6 +27,7 @@ from vestige.methods._protocol import Job, Method
 from vestige.methods._query_vectors import KeptVectors, QueryVectors
 from vestige.methods._stores import GradientStore, Vectors
 from vestige.progress import progress
+from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import AttributeSettings, LaunchSettings
 
@@ -174,24 +175,20 @@ def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
 
 
 def self_scores(job: Job, method: Any) -> np.ndarray:
-    """Score of every training example for itself, float64 [example]; NaN for those that are left out.
+    """Score of every training example for itself, float64 [example] on the disk; NaN for those that are left out.
 
     Raises:
         NonFinite: another is NaN or infinite.
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
-        scores = np.zeros(len(job.train))
+        ordered, skipped = RowOrder(1, len(job.train), np.float64), job.skipped
         for block in blocks:
-            scores[block.rows.numpy()] = block.scores[0].numpy()
-        scores[list(job.skipped)] = 0.0
-        if (bad := np.flatnonzero(~np.isfinite(scores))).size:
-            raise NonFinite(
-                f"The self-influence of training row {bad[0]} is {scores[bad[0]]}. Run again with --precision float32, "
-                "or leave that row out: --skip-bad, of vestige index where there is one."
-            )
-        scores[list(job.skipped)] = np.nan
-        return scores
+            kept = ~np.isin(block.rows.numpy(), skipped)
+            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[:, kept]
+            _check_finite(rows, scores[0])
+            ordered.add(rows, scores)
+        return ordered.finish()[0]
 
     if not works_in_pieces(method, "self_scores"):
         return collect(method.self_scores(job))
@@ -207,6 +204,14 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
         digest(settings_key(job), store.identity),
     )
     return plan.run(job.settings)
+
+
+def _check_finite(rows: np.ndarray, scores: np.ndarray) -> None:
+    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+        raise NonFinite(
+            f"The self-influence of training row {rows[bad[0]]} is {scores[bad[0]]}. Run again with --precision "
+            "float32, or leave that row out: --skip-bad, of vestige index where there is one."
+        )
 
 
 def unscorable(job: Job) -> tuple[int, ...]:

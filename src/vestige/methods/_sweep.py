@@ -200,15 +200,14 @@ class _Sample:
     """Scores of some examples, the same in every run."""
 
     def __init__(self, lines: int, examples: int) -> None:
-        rows = sampled_rows(examples, max(COMPARED, SAMPLED_NUMBERS // lines))
-        self.scores = np.zeros((lines, len(rows)))
-        self._place = np.full(examples, -1, dtype=np.int64)
-        self._place[rows] = np.arange(len(rows))
+        self._rows = sampled_rows(examples, max(COMPARED, SAMPLED_NUMBERS // lines))
+        self.scores = np.zeros((lines, len(self._rows)))
 
     def add(self, block: ScoreBlock) -> None:
         """Keep what belongs to the sample."""
-        places = self._place[block.rows.cpu().numpy()]
-        self.scores[:, places[places >= 0]] = block.scores.cpu().numpy()[:, places >= 0]
+        rows = block.rows.cpu().numpy()
+        kept = np.isin(rows, self._rows)
+        self.scores[:, np.searchsorted(self._rows, rows[kept])] = block.scores.cpu().numpy()[:, kept]
 
 
 def _overlap(one: Int[np.ndarray, " rank"], other: Int[np.ndarray, " rank"]) -> float:

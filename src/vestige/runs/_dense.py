@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
+from vestige.row_order import windows
 
 if TYPE_CHECKING:
     from vestige.data import Example
@@ -68,7 +70,9 @@ def write_dense(
         file.write(length.to_bytes(8, "little"))
         file.seek(0, os.SEEK_END)
         for row in scores:
-            file.write(np.ascontiguousarray(row, dtype="<f4").data)
+            for part in windows(len(row)):
+                file.write(np.ascontiguousarray(row[part], dtype="<f4").data)
+                disk_arrays.let_go(scores)
 
 
 def _texts(names: Iterable[str]) -> Iterator[bytes]:
@@ -122,17 +126,42 @@ class DenseFile:
         with self.path.open("rb") as file, _header(file) as header:
             return list(_names(header, *self._ids["query_ids"]))
 
-    def example_ids(self) -> pa.ChunkedArray:
-        """Ids of the examples, in order; read anew at each call, for they are what takes memory.
+    def example_ids(self) -> "ExampleIds":
+        """Ids of the examples, in order."""
+        return ExampleIds(self.path, *self._ids["example_ids"], self.shape[1])
+
+
+@final
+class ExampleIds:
+    """Ids of the examples of a run, in order; read anew each time, a part at once, for they are what takes memory."""
+
+    def __init__(self, path: Path, start: int, stop: int, count: int) -> None:
+        """Use `DenseFile.example_ids`.
+
+        Args:
+            path: The file.
+            start: Where its header has them.
+            stop: Where they end there.
+            count: How many there are to be.
+        """
+        self._path, self._place, self._count = path, (start, stop), count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        """All ids.
 
         Raises:
             CorruptFile: They are not as many as the scores.
         """
-        with self.path.open("rb") as file, _header(file) as header:
-            ids = id_array(_names(header, *self._ids["example_ids"]))
-        if len(ids) != self.shape[1]:
-            raise CorruptFile(f"{self.path} has {len(ids)} ids for {self.shape[1]} examples. Make the run again.")
-        return ids
+        found = 0
+        with self._path.open("rb") as file, _header(file) as header:
+            for name in _names(header, *self._place):
+                found += 1
+                yield name
+        if found != self._count:
+            raise CorruptFile(f"{self._path} has {found} ids for {self._count} examples. Make the run again.")
 
 
 def open_dense(folder: Path) -> DenseFile:
@@ -165,7 +194,7 @@ def _header(file: BinaryIO) -> mmap:
 def _entry(header: mmap, name: str) -> Any:
     """What the header has under a name; None if nothing. Inside of a text, a quotation mark would be escaped."""
     key = f'"{name}":'.encode()
-    start = header.find(key)
+    start = _find(header, key)
     if start < 0:
         return None
     text = header[start + len(key) : start + len(key) + _ENTRY].decode("ascii", errors="replace")
@@ -175,11 +204,20 @@ def _entry(header: mmap, name: str) -> Any:
 def _place(header: mmap, name: str) -> tuple[int, int]:
     """Where the header has a JSON list that it holds as a text."""
     key = f'"{name}":"['.encode()
-    start = header.find(key)
-    end = header.find(b']"', start)
+    start = _find(header, key)
+    end = _find(header, b']"', max(start, 0))
     if start < 0 or end < 0:
         raise ValueError(f"it has no {name}")
     return start + len(key), end
+
+
+def _find(header: mmap, key: bytes, start: int = 0) -> int:
+    """Where the key comes first, -1 for nowhere; a window at a time is in memory, for the ids may be many."""
+    for begin in range(start, len(header), _WINDOW):
+        if (found := header.find(key, begin, begin + _WINDOW + len(key) - 1)) >= 0:
+            return found
+        disk_arrays.let_go(header)
+    return -1
 
 
 def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
@@ -188,6 +226,7 @@ def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
     while start < stop:
         cut = _cut(header, start, stop)
         text += json.loads(b'"' + header[start:cut] + b'"')
+        disk_arrays.let_go(header)
         start, end = cut, 0
         while (quote := text.find('"', end)) >= 0:
             try:

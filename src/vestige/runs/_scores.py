@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
 from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
 from vestige.runs._record import RunRecord, read_record
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 SELF_TABLE = "self_influence"
+_ROWS_AT_ONCE = 2**13
 
 
 class Scores:
@@ -116,16 +118,16 @@ class Scores:
         return [SelfInfluence(**row) for row in self._read(SELF_TABLE).to_pylist()]
 
     def self_scores(self) -> Float[np.ndarray, "example"]:
-        """The same as an array in the order of the training data; NaN for examples that were left out.
+        """The same as an array on the disk in the order of the training data; NaN for examples that were left out.
 
         Raises:
             UserError: the run has none.
         """
         self._require_self_influence()
-        scores = np.full(self.run.data.examples, np.nan)
+        scores = RowOrder(1, self.run.data.examples, np.float64)
         for part in self._parts(SELF_TABLE, ("row", "score")):
-            scores[part["row"].to_numpy()] = part["score"].to_numpy()
-        return scores
+            scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
+        return scores.finish()[0]
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Both ends of every ranking with their texts, as a pandas data frame.
@@ -238,7 +240,7 @@ class Scores:
         path = self.folder / f"{name}.parquet"
         try:
             with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(columns=list(columns))
+                yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
 

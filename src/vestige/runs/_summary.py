@@ -1,25 +1,22 @@
 """What is remembered of a stream of scores: both ends, moments, a histogram, groups, all if asked."""
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt8, UInt64
 from scipy.special import stdtrit
 
+from vestige import disk_arrays
 from vestige.errors import VestigeError
+from vestige.row_order import RowOrder, by_window, windows
 from vestige.runs._record import DistributionRecord, GroupRecord
 from vestige.runs._topk import RankedScore, TopK, block_arrays
 from vestige.runs._types import ScoreBlock
 
 KEPT_BYTES = 64 * 2**20
-"""Scores kept in memory for histograms; beyond it a fixed sample of rows stands for all."""
+"""Scores kept on the disk for histograms; beyond it a fixed sample of rows stands for all."""
 
-_COUNTED = 2**16
-"""Scores of a query that are counted at once."""
-_HASHED = 2**16
-"""Rows that are hashed, and examples whose sources are read, at once."""
 BINS = 60
 SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 NO_SOURCE = "(no source)"
@@ -39,9 +36,10 @@ class ScoreSummary(NamedTuple):
 class ScoreCollector:
     """Takes in the score blocks of a method, in any order, and sums them up.
 
-    Memory: at most 64 MB for histograms, whatever the size of the data, and `4 bytes x queries x examples` with
-    `dense`. Ends, percentiles, moments and groups are exact. The histogram is exact as long as all scores fit into
-    those 64 MB; beyond, it counts the rows whose hashed number is smallest, the same in every run.
+    Memory: a bit for each example. On the disk for temporary files: 4 bytes for each example if there are sources, at
+    most 64 MB for histograms, and `4 bytes x queries x examples` with `dense`. Ends, percentiles,
+    moments and groups are exact. The histogram is exact as long as all scores fit into those 64 MB; beyond, it counts
+    the rows whose hashed number is smallest, the same in every run.
 
     Rows in `skipped` count nowhere, whatever the blocks say of them; `dense` holds NaN there.
     """
@@ -57,18 +55,18 @@ class ScoreCollector:
         kept_bytes: int = KEPT_BYTES,
         skipped: Sequence[int] = (),
     ) -> None:
-        self._queries, self._examples, self._dense = queries, examples, dense
-        fitting = examples if dense else max(1, kept_bytes // (4 * max(queries, 1)))
-        self._kept_rows = sampled_rows(examples, fitting).astype(np.min_scalar_type(examples))
-        self._kept = np.zeros((queries, len(self._kept_rows)), dtype=np.float32)
-        self._left_out = np.zeros(examples, dtype=bool)
-        self._left_out[list(skipped)] = True
-        self._counted = ~self._left_out[self._kept_rows]
-        self._kept[:, ~self._counted] = np.nan
-        self._seen = self._left_out.copy()
+        self._queries = queries
+        fitting = min(examples, max(1, kept_bytes // (4 * max(queries, 1))))
+        self._ordered = RowOrder(queries, examples, np.float32) if dense else None
+        self._largest_hash = _hash_of(examples, fitting)
+        self._kept = disk_arrays.zeros((queries, 0 if dense else fitting), np.float32)
+        self._sampled = 0
+        self._left_out = np.unique(np.array(skipped, dtype=np.int64))
+        self._seen = _Rows(examples)
+        self._seen.add(self._left_out)
         self._top = TopK(queries, k)
         self._moments = _Moments(queries)
-        self._groups = _Groups(queries, sources, self._left_out)
+        self._groups = _Groups(queries, examples, sources)
 
     def add(self, block: ScoreBlock) -> None:
         """Takes in one block.
@@ -80,22 +78,31 @@ class ScoreCollector:
         rows, scores = block_arrays(self._without_left_out(block))
         if scores.shape != (self._queries, len(rows)):
             raise VestigeError(f"A score block of shape {scores.shape} for {self._queries} queries x {len(rows)} rows.")
-        if self._seen[rows].any():
-            raise VestigeError(f"The method scored training row {rows[self._seen[rows]][0]} twice.")
-        self._seen[rows] = True
-        slots = np.searchsorted(self._kept_rows, rows)
-        kept = self._kept_rows[np.minimum(slots, len(self._kept_rows) - 1)] == rows
-        self._kept[:, slots[kept]] = scores[:, kept]
+        if (again := self._seen.among(rows)).any():
+            raise VestigeError(f"The method scored training row {rows[again][0]} twice.")
+        self._seen.add(rows)
+        self._keep(rows, scores)
         self._top.add(rows, scores)
         self._moments.add(scores)
         self._groups.add(rows, scores)
 
     def _without_left_out(self, block: ScoreBlock) -> ScoreBlock:
-        wanted = ~self._left_out[block.rows.cpu().numpy()]
+        wanted = ~np.isin(block.rows.cpu().numpy(), self._left_out)
         if wanted.all():
             return block
         places = np.flatnonzero(wanted).tolist()
         return ScoreBlock(block.rows[places], block.scores[:, places])
+
+    def _keep(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
+        """Put scores aside for the histogram, in order of arrival, or all of them in order of the rows."""
+        if self._ordered is not None:
+            self._ordered.add(rows, scores)
+            self._sampled += len(rows)
+            return
+        kept = _hashed(rows) <= self._largest_hash
+        begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
+        self._kept[:, begin : self._sampled] = scores[:, kept]
+        disk_arrays.let_go(self._kept)
 
     def finish(self) -> ScoreSummary:
         """The summary, once every training row has been scored.
@@ -103,24 +110,24 @@ class ScoreCollector:
         Raises:
             VestigeError: a row was left out.
         """
-        if not self._seen.all():
-            missing = np.flatnonzero(~self._seen)
+        if (missing := self._seen.others()).size:
             raise VestigeError(f"The method scored no training row {missing[0]} ({len(missing)} rows are missing).")
+        dense = None if self._ordered is None else self._ordered.finish()
+        kept = self._kept[:, : self._sampled] if dense is None else dense
         return ScoreSummary(
             ranked=self._top.ranked(),
-            distribution=[self._distribution(query) for query in range(self._queries)],
+            distribution=[self._distribution(query, kept[query]) for query in range(self._queries)],
             groups=[self._groups.records(query) for query in range(self._queries)],
-            dense=self._kept if self._dense else None,
+            dense=dense,
         )
 
-    def _distribution(self, query: int) -> DistributionRecord:
-        moments, kept = self._moments, self._kept[query, self._counted]
+    def _distribution(self, query: int, kept: Float[np.ndarray, "kept"]) -> DistributionRecord:
+        moments = self._moments
         low, high = float(moments.low[query]), float(moments.high[query])
         counts, edges = np.histogram([], bins=BINS, range=(low, high))
-        for first in range(0, len(kept), _COUNTED):
+        for part in _read(kept):
             # Scores given in float64 are kept in float32: rounding must not push the extremes out.
-            part = np.clip(kept[first : first + _COUNTED].astype(np.float64), low, high)
-            counts += np.histogram(part, bins=BINS, range=(low, high))[0]
+            counts += np.histogram(np.clip(part, low, high), bins=BINS, range=(low, high))[0]
         return DistributionRecord(
             count=moments.count,
             mean=float(moments.mean[query]),
@@ -129,7 +136,7 @@ class ScoreCollector:
             max=high,
             edges=edges.tolist(),
             counts=counts.tolist(),
-            sampled=len(kept),
+            sampled=self._sampled,
             cumulative_share=self._shares(query, kept),
         )
 
@@ -138,30 +145,50 @@ class ScoreCollector:
         if total <= 0:
             return []
         # From a sample only the ends that were kept exactly say what the highest k hold.
-        complete = len(kept) == self._moments.count
+        complete = self._sampled == self._moments.count
         highest = _highest(kept) if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
 
 
+def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]]:
+    """Scores of a query in float64, part by part, without those of rows that were left out."""
+    for rows in windows(len(kept)):
+        part = kept[rows].astype(np.float64)
+        disk_arrays.let_go(kept)
+        yield part[~np.isnan(part)]
+
+
 def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
     """As many of the highest scores as a share is asked of, best first, in float64."""
     wanted, found = SHARES_AT[-1], np.empty(0)
-    for first in range(0, len(scores), _COUNTED):
-        found = np.sort(np.concatenate([found, scores[first : first + _COUNTED].astype(np.float64)]))[-wanted:]
+    for part in _read(scores):
+        found = np.sort(np.concatenate([found, part]))[-wanted:]
     return found[::-1]
 
 
 def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
     """`wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
-    if wanted >= examples:
-        return np.arange(examples)
-    kept = np.empty(0, dtype=np.int64)
-    for first in range(0, examples, _HASHED):
-        kept = np.concatenate([kept, np.arange(first, min(first + _HASHED, examples))])
-        if len(kept) > wanted:
-            kept = kept[np.argpartition(_hashed(kept), wanted - 1)[:wanted]]
-    return np.sort(kept)
+    largest = _hash_of(examples, min(wanted, examples))
+    return np.concatenate([np.arange(0), *(rows[_hashed(rows) <= largest] for rows in _numbers(examples))])
+
+
+def _hash_of(examples: int, wanted: int) -> int:
+    """The hash that `wanted` of the examples do not exceed."""
+    if wanted == examples:
+        return 2**64 - 1
+    first_bits = np.uint64(48)
+    counts = sum(np.bincount(_hashed(rows) >> first_bits, minlength=2**16) for rows in _numbers(examples))
+    reached = np.cumsum(counts)
+    first = int(np.searchsorted(reached, wanted))
+    hashes = (_hashed(rows) for rows in _numbers(examples))
+    alike = np.concatenate([each[each >> first_bits == first] for each in hashes])
+    return int(np.sort(alike)[wanted - 1 - int(reached[first]) + len(alike)])
+
+
+def _numbers(examples: int) -> Iterator[Int[np.ndarray, "part"]]:
+    """All row numbers, part by part."""
+    return (np.arange(rows.start, rows.stop) for rows in windows(examples))
 
 
 def _hashed(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
@@ -200,48 +227,74 @@ class _Moments:
         self.positive += np.maximum(values, 0).sum(axis=1)
 
 
+class _Rows:
+    """A set of row numbers: one bit for each that there may be."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
+
+    def add(self, rows: Int[np.ndarray, "row"]) -> None:
+        np.bitwise_or.at(self._bits, rows // 8, _bit(rows))
+
+    def among(self, rows: Int[np.ndarray, "row"]) -> Bool[np.ndarray, "row"]:
+        """Which of `rows` are in the set."""
+        return (self._bits[rows // 8] & _bit(rows)) > 0
+
+    def others(self) -> Int[np.ndarray, "other"]:
+        """Those that are not in the set, ascending."""
+        if np.bitwise_count(self._bits).sum() == self._count:
+            return np.arange(0)
+        return np.flatnonzero(np.unpackbits(self._bits, count=self._count, bitorder="little") == 0)
+
+
+def _bit(rows: Int[np.ndarray, "row"]) -> UInt8[np.ndarray, "row"]:
+    return np.left_shift(1, rows % 8).astype(np.uint8)
+
+
 class _Groups:
     """Sum and spread of the scores of each source."""
 
-    def __init__(
-        self, queries: int, sources: Iterable[str | None] | None, left_out: Bool[np.ndarray, "example"]
-    ) -> None:
-        met: dict[str | None, int] = {}
-        numbers, parts = (met.setdefault(source or None, len(met)) for source in sources or ()), []
-        while part := list(islice(numbers, _HASHED)):
-            parts.append(_in_few_bytes(part))
-        names = [name or NO_SOURCE for name in met] if met.keys() - {None} else list[str]()
-        self._names = sorted(set(names))
-        code = {name: number for number, name in enumerate(self._names)}
-        self._group = _in_few_bytes([code[name] for name in names])[np.concatenate(parts)] if names else None
-        self._sizes = np.bincount(self._group[~left_out], minlength=len(self._names)) if self._group is not None else []
+    def __init__(self, queries: int, examples: int, sources: Iterable[str | None] | None) -> None:
+        met: dict[str, int] = {}
+        numbers = (met.setdefault(source or NO_SOURCE, len(met)) for source in sources or ())
+        self._group = disk_arrays.zeros(examples if sources is not None else 0, np.int32)
+        for rows in windows(len(self._group)):
+            self._group[rows] = np.fromiter(numbers, np.int32, rows.stop - rows.start)
+            disk_arrays.let_go(self._group)
+        self._names = list(met) if met.keys() - {NO_SOURCE} else []
+        self._sizes = np.zeros(len(self._names), dtype=np.int64)
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))
 
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
-        if self._group is None or len(rows) == 0:
+        if not self._names or len(rows) == 0:
             return
-        group = self._group[rows]
+        group = self._of(rows)
         order = np.argsort(group, kind="stable")
-        present, starts = np.unique(group[order], return_index=True)
+        present, starts, sizes = np.unique(group[order], return_index=True, return_counts=True)
         values = scores[:, order].astype(np.float64)
+        self._sizes[present] += sizes
         self._sum[:, present] += np.add.reduceat(values, starts, axis=1)
         self._squares[:, present] += np.add.reduceat(values**2, starts, axis=1)
 
+    def _of(self, rows: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
+        """The groups of these rows; a window's at a time are in memory."""
+        group = np.empty(len(rows), dtype=np.int32)
+        for _, part in by_window(rows):
+            group[part] = self._group[rows[part]]
+            disk_arrays.let_go(self._group)
+        return group
+
     def records(self, query: int) -> list[GroupRecord]:
         records = [
-            _group_record(str(name), int(size), float(total), float(squares))
+            _group_record(name, int(size), float(total), float(squares))
             for name, size, total, squares in zip(
                 self._names, self._sizes, self._sum[query], self._squares[query], strict=True
             )
             if size
         ]
         return sorted(records, key=lambda record: (-record.sum, record.source))
-
-
-def _in_few_bytes(numbers: Sequence[int]) -> Int[np.ndarray, "number"]:
-    """The numbers, none below zero, in one byte each if that is enough."""
-    return np.array(numbers, dtype=np.min_scalar_type(max(numbers)))
 
 
 def _group_record(source: str, size: int, total: float, squares: float) -> GroupRecord:

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from vestige.runs._dense import id_array, names_of
 from vestige.runs._token_text import Decoder, token_texts
 from vestige.runs._topk import RankedScore
 
@@ -53,7 +52,6 @@ SCORES = pa.schema(
         ("percentile", pa.float64()),
     ]
 )
-SELF_INFLUENCE = pa.schema([("example_id", pa.string()), ("row", pa.int64()), ("score", pa.float64())])
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),
@@ -215,15 +213,3 @@ def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[
         "tokens": token_texts(data.input_ids[row], tokenizer),
         "targets": [bool(target) for target in data.targets[row]],
     }
-
-
-def self_table(scores: Float[np.ndarray, "example"], train: "TokenizedData") -> pa.Table:
-    """`self_influence.parquet`: every training example with its score for itself, highest first, ties by row.
-
-    Examples that were left out have NaN, and no line.
-    """
-    # NaN is last in any order of numbers.
-    order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))].astype(np.int64)
-    # Asked one by one in this order, examples on disk would be decoded group by group for each.
-    ids = id_array(names_of(train.examples)).take(pa.array(order))
-    return pa.table([ids, order, scores[order].astype(np.float64)], schema=SELF_INFLUENCE)

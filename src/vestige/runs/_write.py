@@ -16,6 +16,7 @@ from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs import _tables as tables
 from vestige.runs._dense import DENSE_FILE, names_of, write_dense
 from vestige.runs._record import RECORD_FILE, RunRecord, is_run
+from vestige.runs._self_influence import write_self_influence
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
 from vestige.runs._topk import RankedScore
@@ -115,10 +116,10 @@ def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
         written["components"] = tables.components_table(content.components, record.components, train, queries)
     if content.tokens is not None:
         written["tokens"] = tables.tokens_table(content.tokens, train, queries, tokenizer)
-    if content.self_scores is not None:
-        written["self_influence"] = tables.self_table(content.self_scores, train)
     for name, table in written.items():
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    if content.self_scores is not None:
+        write_self_influence(folder / "self_influence.parquet", content.self_scores, names_of(train.examples))
     if content.dense is not None:
         shape = content.dense.shape
         if shape != (len(queries), len(train)):

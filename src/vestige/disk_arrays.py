@@ -9,7 +9,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
@@ -53,21 +52,6 @@ def parts(array: np.ndarray, size: int = 2**16) -> Iterator[np.ndarray]:
     for first in range(0, len(array), size):
         yield array[first : first + size]
         let_go(array)
-
-
-def regions(array: np.ndarray, places: np.ndarray, size: int = 2**18) -> Iterator[slice]:
-    """Ranges of `places`, each of which looks at one region of the array; a region is let go before the next one.
-
-    Args:
-        array: What is looked at.
-        places: Where, ascending.
-        size: Entries of a region.
-    """
-    ends = np.searchsorted(places, np.arange(size, len(array) + size, size))
-    for start, stop in pairwise([0, *ends.tolist()]):
-        if start < stop:
-            yield slice(start, stop)
-            let_go(array)
 
 
 def _reserve(descriptor: int, size: int) -> None:

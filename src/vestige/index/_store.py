@@ -18,6 +18,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.index._examples import read_examples, read_lengths
 from vestige.index._manifest import Manifest, Span, expected_shards, read_manifest
 from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
+from vestige.row_order import by_window
 from vestige.timing import count_bytes, timed
 
 BLOCK_BYTES = 4 * 2**20
@@ -211,10 +212,10 @@ class Index:
         first = 0
         for number, count in enumerate(self.manifest.shard_rows):
             rows = map_shard(self.folder, number).example.numpy()
-            order = np.argsort(rows)
-            order = order[(rows[order] >= 0) & (rows[order] < self.rows)]
-            for some in disk_arrays.regions(places, rows[order]):
-                places[rows[order[some]]] = first + order[some] + 1
+            known = np.flatnonzero((rows >= 0) & (rows < self.rows))
+            for _, part in by_window(rows[known]):
+                places[rows[known[part]]] = first + known[part] + 1
+                disk_arrays.let_go(places)
             first += count
         # There are as many rows as examples: if every example has one, none has two.
         if not all(part.all() for part in disk_arrays.parts(places)):

@@ -19,6 +19,7 @@ from vestige.index._shards import map_shard, shard_fault, write_shard
 from vestige.index._store import Index
 from vestige.launch import Compute, ranges, step_done
 from vestige.lockstep import is_first
+from vestige.row_order import by_window
 
 _SHOWN = 10
 
@@ -144,12 +145,13 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
         inside = rows[(rows >= 0) & (rows < total)]
         if len(inside) < len(rows):
             faults.append(f"shard {number} holds rows that the data does not have")
-        distinct, others = np.unique(inside), set[int]()
-        if len(distinct) < len(inside):
+        if len(np.unique(inside)) < len(inside):
             faults.append(f"shard {number} holds examples twice")
-        for some in disk_arrays.regions(holder, distinct):
-            others |= set((holder[distinct[some]] - 1).tolist()) - {-1}
-            holder[distinct[some]] = number + 1
+        others = set[int]()
+        for _, part in by_window(inside):
+            others |= set((holder[inside[part]] - 1).tolist()) - {-1}
+            holder[inside[part]] = number + 1
+            disk_arrays.let_go(holder)
         if others:
             faults.append(f"shard {number} overlaps with {ranges(sorted(others))}")
     if not all(part.all() for part in disk_arrays.parts(holder)):

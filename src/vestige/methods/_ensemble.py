@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder
 from vestige.index import Index, Inputs, build_index
@@ -131,11 +132,11 @@ class CheckpointMethod(ABC):
         weights = self.weights(job.checkpoints)
         counted = [number for number, weight in enumerate(weights) if weight > 0]
         kept = [(weights[number], self._kept(job, number, what, lines)) for number in counted]
-        wanted = np.arange(len(job.train)) if rows is None else rows
-        step = len(wanted) if rows is not None else max(1, SUM_NUMBERS // lines)
-        for start in range(0, len(wanted), step):
-            part = wanted[start : start + step]
+        examples, step = len(job.train), max(1, SUM_NUMBERS // lines)
+        wanted = (np.arange(start, min(start + step, examples)) for start in range(0, examples, step))
+        for part in wanted if rows is None else [rows]:
             total = sum(weight * np.asarray(numbers[:, part], dtype=np.float64) for weight, numbers in kept)
+            disk_arrays.let_go(*(numbers for _, numbers in kept))
             yield torch.from_numpy(part), torch.from_numpy(np.asarray(total))
 
     def _kept(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:

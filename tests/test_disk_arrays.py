@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vestige import disk_arrays
-from vestige.errors import DiskSpaceError
+from vestige.errors import DiskSpaceError, UserError
+from vestige.files import Scratch
 
 
 def mapped_bytes() -> int:
@@ -57,3 +58,22 @@ def test_an_array_that_does_not_fit_on_the_disk_says_where_to_make_room(monkeypa
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(DiskSpaceError, match="TMPDIR"):
         disk_arrays.zeros(1_000_000, np.int64)
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"absent.*TMPDIR"):
+        disk_arrays.zeros(1_000_000, np.int64)
+
+
+def test_no_folder_for_temporary_files_at_all_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(UserError, match="TMPDIR"):
+        disk_arrays.zeros(1_000_000, np.int64)
+    with pytest.raises(UserError, match="TMPDIR"):
+        Scratch.temporary(100)

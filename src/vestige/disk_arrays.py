@@ -9,10 +9,12 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from vestige.errors import DiskSpaceError, UserError
+from vestige.files import temporary_folder
 from vestige.progress import format_bytes
 
 IN_MEMORY_BYTES = 2**18
@@ -24,14 +26,19 @@ def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarra
 
     Raises:
         DiskSpaceError: It does not fit on the disk for temporary files.
+        UserError: No file can be made there.
     """
     shape, dtype = (shape,) if isinstance(shape, int) else shape, np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size <= IN_MEMORY_BYTES:
         return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile(prefix="vestige-") as file:
-        _reserve(file.fileno(), size)
-        return np.ndarray(shape, dtype, buffer=mmap.mmap(file.fileno(), size))
+    folder = temporary_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file.fileno(), size)
+            return np.ndarray(shape, dtype, buffer=mmap.mmap(file.fileno(), size))
+    except OSError as error:
+        raise _explained(error, folder, size) from error
 
 
 def let_go(*arrays: np.ndarray | mmap.mmap) -> None:
@@ -56,17 +63,16 @@ def parts(array: np.ndarray, size: int = 2**16) -> Iterator[np.ndarray]:
 
 def _reserve(descriptor: int, size: int) -> None:
     """The file has its room on the disk: writing to a page without would end the process."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.truncate(descriptor, size)
-    except OSError as error:
-        where = f"the folder for temporary files, {tempfile.gettempdir()}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskSpaceError(
-                f"{format_bytes(size)} do not fit on the disk of {where}. Make room, or name another: TMPDIR=FOLDER."
-            ) from error
-        raise UserError(
-            f"A file in {where} could not be made ({error.strerror}). Name another: TMPDIR=FOLDER."
-        ) from error
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+def _explained(error: OSError, folder: Path, size: int) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskSpaceError(
+            f"{format_bytes(size)} do not fit on the disk of {folder}, the folder for temporary files. "
+            "Make room, or name another: TMPDIR=FOLDER."
+        )
+    return UserError(f"No file could be made in {folder} ({error.strerror}). Name another folder: TMPDIR=FOLDER.")

@@ -106,6 +106,15 @@ class Scratch:
         self._path, self._size = path, 0
         self._file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
 
+    @classmethod
+    def temporary(cls, held_bytes: int) -> Self:
+        """The same for bytes that belong to no file: they are put aside in the folder for temporary files.
+
+        Raises:
+            UserError: There is no such folder.
+        """
+        return cls(temporary_folder() / "vestige", held_bytes)
+
     def __enter__(self) -> Self:
         return self
 
@@ -135,8 +144,11 @@ class Scratch:
 
     def read(self, begin: int, size: int) -> bytes:
         """The `size` bytes behind the first `begin` ones; several threads may ask at once."""
-        self._file.flush()
-        return os.pread(self._file.fileno(), size, begin)
+        try:
+            self._file.flush()
+            return os.pread(self._file.fileno(), size, begin)
+        except OSError as error:
+            raise _explain(error, self._path, self._size) from error
 
     def chunks(self) -> Iterator[bytes]:
         """Everything again, in order."""
@@ -144,6 +156,20 @@ class Scratch:
         self._file.seek(0)
         while chunk := self._file.read(_SCRATCH_CHUNK):
             yield chunk
+
+
+def temporary_folder() -> Path:
+    """Where files without a name are made.
+
+    Raises:
+        UserError: There is no folder that could be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise UserError(
+            f"There is no folder for temporary files: {error.strerror}. Name one: TMPDIR=FOLDER."
+        ) from error
 
 
 def remove_durably(path: Path) -> None:

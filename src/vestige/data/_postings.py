@@ -1,10 +1,8 @@
 """How often documents hold a few words, in memory that does not grow with the documents: the rest lies on the disk."""
 
-import tempfile
 import weakref
 from array import array
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple, final
 
 import numpy as np
@@ -51,7 +49,7 @@ class Postings:
             words: How many words are looked for; they are called by their numbers.
         """
         self._words = words
-        self._scratch = Scratch(Path(tempfile.gettempdir()) / "vestige-words", _HELD_BYTES)
+        self._scratch = Scratch.temporary(_HELD_BYTES)
         weakref.finalize(self, self._scratch.close)
         self._blocks: list[_Block] = []
         self._written = 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -161,7 +160,7 @@ class TokenFiles:
         self._owner = owner
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         # Where the tokens of each example begin, counted over all files.
-        self._begins = Scratch(Path(tempfile.gettempdir()) / "vestige-places", _PLACES_HELD)
+        self._begins = Scratch.temporary(_PLACES_HELD)
         weakref.finalize(self, self._begins.close)
         self._begins.write(np.zeros(1, dtype=np.int64).data)
         total = 0

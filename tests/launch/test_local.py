@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -76,10 +77,13 @@ def _kill_at_random(driver: subprocess.Popen, seed: int) -> int:
         time.sleep(chance.uniform(0.15, 0.5))
         workers = psutil.Process(driver.pid).children() if driver.poll() is None else []
         if workers and chance.random() < 0.85:
-            psutil.Process(chance.choice(workers).pid).kill()
+            # One that ended by itself meanwhile was not killed.
+            with suppress(psutil.NoSuchProcess):
+                chance.choice(workers).kill()
+                killed += 1
         else:
             driver.kill()
-        killed += 1
+            killed += 1
     return killed
 
 

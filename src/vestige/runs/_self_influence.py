@@ -76,8 +76,8 @@ class _Head:
         self.keys = np.empty(0)
         """Scores with the other sign, so that they ascend."""
 
-    def is_there(self) -> bool:
-        """Whether lines are left; as many as the others have are in memory then, or a step would be as short as one."""
+    def refill(self) -> bool:
+        """Read on until as many lines as others have are in memory; False where none are left."""
         while len(self.keys) < _HEAD and (place := next(self._waiting, None)) is not None:
             batch = pa.ipc.read_record_batch(pa.py_buffer(self._scratch.read(*place)), SELF_INFLUENCE)
             self._lines = pa.concat_tables([self._lines, pa.Table.from_batches([batch])])
@@ -93,7 +93,7 @@ class _Head:
 
 def _merged(heads: list[_Head]) -> Iterator[pa.Table]:
     """The lines of all windows, which are in the order of their rows, part by part."""
-    while heads := [head for head in heads if head.is_there()]:
+    while heads := [head for head in heads if head.refill()]:
         # No line behind the heads comes before the end of the head that ends first; of equal scores, the row decides.
         bound, last = min((head.keys[-1], place) for place, head in enumerate(heads))
         lines = pa.concat_tables(head.taken(bound, equal=place <= last) for place, head in enumerate(heads))

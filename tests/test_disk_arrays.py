@@ -8,7 +8,7 @@ import pytest
 
 from vestige import disk_arrays
 from vestige.errors import DiskSpaceError, UserError
-from vestige.files import Scratch
+from vestige.scratch import Scratch
 
 
 def mapped_bytes() -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from vestige.errors import DiskSpaceError, UserError
-from vestige.files import temporary_folder
 from vestige.progress import format_bytes
+from vestige.scratch import temporary_folder
 
 IN_MEMORY_BYTES = 2**18
 """A smaller array is not worth a file."""

@@ -12,13 +12,11 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self, final
+from typing import NamedTuple
 
 import psutil
 
@@ -33,9 +31,6 @@ _RESERVE = 16 * 2**20
 """Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
 _OLD_SECONDS = 24 * 3600
 """A temporary file lives for the seconds that writing takes; after a day its writer is dead on any host."""
-
-_SCRATCH_CHUNK = 2**20
-"""Bytes read at once of what was put aside."""
 
 _ATTEMPT = secrets.token_hex(4)
 _COUNTER = count()
@@ -81,95 +76,12 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
     except FileExistsError:
         raise
     except OSError as error:
-        raise _explain(error, path, size) from error
+        raise write_error(error, path, size) from error
     finally:
         # On a disk that is read-only there is none, and even that is an error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return Written(size, digest.hexdigest())
-
-
-@final
-class Scratch:
-    """Bytes put aside before the file that they belong to can be begun: the first ones in memory, more beside it.
-
-    What lies on the disk has no name there, so it is gone with the process, however that ends.
-    """
-
-    def __init__(self, path: Path, held_bytes: int) -> None:
-        """Nothing is put aside yet.
-
-        Args:
-            path: The file that the bytes are for; its folder must exist.
-            held_bytes: Most bytes in memory.
-        """
-        self._path, self._size = path, 0
-        self._file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
-
-    @classmethod
-    def temporary(cls, held_bytes: int) -> Self:
-        """The same for bytes that belong to no file: they are put aside in the folder for temporary files.
-
-        Raises:
-            UserError: There is no such folder.
-        """
-        return cls(temporary_folder() / "vestige", held_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """The bytes are gone."""
-        # What did not fit on the disk would be tried again, and is not wanted any more.
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Put a chunk behind the others.
-
-        Raises:
-            DiskSpaceError: The disk is full.
-            UserError: The folder cannot be written to.
-        """
-        try:
-            with timed("writing"):
-                self._size += self._file.write(memoryview(chunk).cast("B"))
-        except OSError as error:
-            raise _explain(error, self._path, self._size) from error
-
-    def read(self, begin: int, size: int) -> bytes:
-        """The `size` bytes behind the first `begin` ones; several threads may ask at once."""
-        try:
-            self._file.flush()
-            return os.pread(self._file.fileno(), size, begin)
-        except OSError as error:
-            raise _explain(error, self._path, self._size) from error
-
-    def chunks(self) -> Iterator[bytes]:
-        """Everything again, in order."""
-        self._file.flush()
-        self._file.seek(0)
-        while chunk := self._file.read(_SCRATCH_CHUNK):
-            yield chunk
-
-
-def temporary_folder() -> Path:
-    """Where files without a name are made.
-
-    Raises:
-        UserError: There is no folder that could be written to.
-    """
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError as error:
-        raise UserError(
-            f"There is no folder for temporary files: {error.strerror}. Name one: TMPDIR=FOLDER."
-        ) from error
 
 
 def remove_durably(path: Path) -> None:
@@ -193,7 +105,7 @@ def make_folder(path: Path) -> None:
     except FileExistsError as error:
         raise UserError(f"{path} is a file, expected a folder. Choose another --out.") from error
     except OSError as error:
-        raise _explain(error, path, 0) from error
+        raise write_error(error, path, 0) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -221,6 +133,19 @@ def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
         raise DiskSpaceError(
             f"{folder} needs {format_bytes(needed)} more, and its disk has {format_bytes(free)} free. {advice}"
         )
+
+
+def write_error(error: OSError, path: Path, size: int) -> UserError:
+    """What a person reads when `size` bytes were written and no more could be."""
+    resume = "Finished shards are intact: run the same command again to continue."
+    if error.errno in _FULL:
+        return DiskSpaceError(
+            f"The disk (or the quota) is full: {path} stopped after {format_bytes(size)} and was removed. "
+            f"Make room. {resume}"
+        )
+    if error.errno in _REFUSED:
+        return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
+    return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
 
 
 def is_temporary(path: Path) -> bool:
@@ -304,15 +229,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _explain(error: OSError, path: Path, size: int) -> UserError:
-    resume = "Finished shards are intact: run the same command again to continue."
-    if error.errno in _FULL:
-        return DiskSpaceError(
-            f"The disk (or the quota) is full: {path} stopped after {format_bytes(size)} and was removed. "
-            f"Make room. {resume}"
-        )
-    if error.errno in _REFUSED:
-        return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
-    return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")

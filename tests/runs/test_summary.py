@@ -8,6 +8,7 @@ from scipy import stats
 from vestige import row_order
 from vestige.errors import VestigeError
 from vestige.runs import ScoreBlock, ScoreCollector, sampled_rows
+from vestige.runs._sample import hashed
 
 
 def collect(scores: np.ndarray, *, order=None, block=17, **options):
@@ -96,10 +97,8 @@ def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypat
 
 @pytest.mark.parametrize("wanted", [1, 77, 4999, 5000])
 def test_sampled_are_the_rows_with_the_smallest_hashes(wanted, monkeypatch):
-    from vestige.runs._summary import _hashed
-
     monkeypatch.setattr(row_order, "WINDOW", 600)
-    expected = np.argsort(_hashed(np.arange(5000)))[:wanted]
+    expected = np.argsort(hashed(np.arange(5000)))[:wanted]
     assert sampled_rows(5000, wanted).tolist() == sorted(expected.tolist())
 
 

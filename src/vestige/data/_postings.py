@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy import sparse
 
-from vestige.files import Scratch
+from vestige.scratch import Scratch
 
 _HELD_BYTES = 2**22
 """What more bytes than that are put aside in is a temporary file."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as parquet
 from vestige import disk_arrays
 from vestige.data._types import Example, Message
 from vestige.errors import CorruptFile
-from vestige.files import Scratch
+from vestige.scratch import Scratch
 
 Item = TypeVar("Item")
 

@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import CorruptFile
-from vestige.files import Scratch, remove_durably, sha256_of, write_durably
+from vestige.files import remove_durably, sha256_of, write_durably
 from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.index._manifest import Expectation, StoredType
+from vestige.scratch import Scratch
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _HELD_BYTES = 2**21

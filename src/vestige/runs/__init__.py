@@ -49,10 +49,10 @@ from vestige.runs._record import TrustRecord as TrustRecord
 from vestige.runs._record import Verdict as Verdict
 from vestige.runs._record import is_run as is_run
 from vestige.runs._record import read_record as read_record
+from vestige.runs._sample import sampled_rows as sampled_rows
 from vestige.runs._scores import Scores as Scores
 from vestige.runs._summary import ScoreCollector as ScoreCollector
 from vestige.runs._summary import ScoreSummary as ScoreSummary
-from vestige.runs._summary import sampled_rows as sampled_rows
 from vestige.runs._tables import ComponentScores as ComponentScores
 from vestige.runs._tables import TokenScores as TokenScores
 from vestige.runs._topk import End as End

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige import disk_arrays
-from vestige.files import Scratch
 from vestige.row_order import WINDOW, windows
+from vestige.scratch import Scratch
 
 SELF_INFLUENCE = pa.schema([("example_id", pa.string()), ("row", pa.int64()), ("score", pa.float64())])
 _HEAD = 2**10

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8, UInt64
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy.special import stdtrit
 
 from vestige import disk_arrays
 from vestige.errors import VestigeError
 from vestige.row_order import RowOrder, by_window, windows
 from vestige.runs._record import DistributionRecord, GroupRecord
+from vestige.runs._sample import hash_of, hashed
 from vestige.runs._topk import RankedScore, TopK, block_arrays
 from vestige.runs._types import ScoreBlock
 
@@ -58,7 +59,7 @@ class ScoreCollector:
         self._queries = queries
         fitting = min(examples, max(1, kept_bytes // (4 * max(queries, 1))))
         self._ordered = RowOrder(queries, examples, np.float32) if dense else None
-        self._largest_hash = _hash_of(examples, fitting)
+        self._largest_hash = hash_of(examples, fitting)
         self._kept = disk_arrays.zeros((queries, 0 if dense else fitting), np.float32)
         self._sampled = 0
         self._left_out = np.unique(np.array(skipped, dtype=np.int64))
@@ -99,7 +100,7 @@ class ScoreCollector:
             self._ordered.add(rows, scores)
             self._sampled += len(rows)
             return
-        kept = _hashed(rows) <= self._largest_hash
+        kept = hashed(rows) <= self._largest_hash
         begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
         self._kept[:, begin : self._sampled] = scores[:, kept]
         disk_arrays.let_go(self._kept)
@@ -165,38 +166,6 @@ def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
     for part in _read(scores):
         found = np.sort(np.concatenate([found, part]))[-wanted:]
     return found[::-1]
-
-
-def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
-    """`wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
-    largest = _hash_of(examples, min(wanted, examples))
-    return np.concatenate([np.arange(0), *(rows[_hashed(rows) <= largest] for rows in _numbers(examples))])
-
-
-def _hash_of(examples: int, wanted: int) -> int:
-    """The hash that `wanted` of the examples do not exceed."""
-    if wanted == examples:
-        return 2**64 - 1
-    first_bits = np.uint64(48)
-    counts = sum(np.bincount(_hashed(rows) >> first_bits, minlength=2**16) for rows in _numbers(examples))
-    reached = np.cumsum(counts)
-    first = int(np.searchsorted(reached, wanted))
-    hashes = (_hashed(rows) for rows in _numbers(examples))
-    alike = np.concatenate([each[each >> first_bits == first] for each in hashes])
-    return int(np.sort(alike)[wanted - 1 - int(reached[first]) + len(alike)])
-
-
-def _numbers(examples: int) -> Iterator[Int[np.ndarray, "part"]]:
-    """All row numbers, part by part."""
-    return (np.arange(rows.start, rows.stop) for rows in windows(examples))
-
-
-def _hashed(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
-    """The finaliser of splitmix64, which is one to one: neighbouring row numbers land far apart."""
-    code = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return code ^ (code >> np.uint64(31))
 
 
 class _Moments:

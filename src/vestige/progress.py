@@ -66,6 +66,12 @@ def format_bytes(n: float) -> str:
     return f"{n:.1f} {name}" if n < 9.95 else f"{n:.0f} {name}"
 
 
+def format_memory(process: int, gpu: int = 0) -> str:
+    """Return the peak memory of a process, and of its CUDA device where one was used, for reading."""
+    own = f"{format_bytes(process)} of memory"
+    return f"{own}, {format_bytes(gpu)} on the GPU" if gpu else own
+
+
 def format_seconds(seconds: float) -> str:
     """A duration for reading: 0.3 s, 45 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:

@@ -5,11 +5,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vestige.cli._command import command
 from vestige.errors import UserError
-from vestige.progress import format_bytes, format_seconds
+from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.settings import StatusSettings
+
+if TYPE_CHECKING:
+    from vestige.runs import AuditRecord, RunRecord
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -87,7 +91,7 @@ def describe_audit(folder: Path) -> str:
             f"  model     {run.model.name}",
             f"  measures  {', '.join(run.measures)}",
             *missing,
-            f"  took      {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took      {_costs(run)}",
             f"  made by   {run.command} (Vestige {run.vestige}, {run.created})",
         ]
     )
@@ -146,6 +150,11 @@ def describe_index(folder: Path) -> str:
     )
 
 
+def _costs(run: "RunRecord | AuditRecord") -> str:
+    memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
+    return f"{format_seconds(run.seconds)}, {memory}"
+
+
 def _left_out(ids: Sequence[str]) -> list[str]:
     """A line about examples that were left out, if any."""
     more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
@@ -164,7 +173,7 @@ def describe_run(folder: Path) -> str:
             f"  model    {run.model.name if run.model else 'none: the method reads text alone'}",
             f"  sign     {run.meaning.sign}",
             f"  unit     {run.meaning.unit}",
-            f"  took     {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took     {_costs(run)}",
             *_left_out(run.left_out),
             f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
         ]

@@ -102,6 +102,8 @@ def _open_path(source: str | Path, split: str | None) -> Source:
     several = files_of_folder(path) if path.is_dir() else [] if _exists(str(path)) else matching_files(path)
     if several:
         _refuse_split(str(source), split)
+        if len(several) == 1:
+            return read_file(several[0])
         announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
         return read_files(str(source), several)
     can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)

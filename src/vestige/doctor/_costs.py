@@ -16,8 +16,8 @@ from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check, Cost
 from vestige.index import PART_BYTES, CompressedGradients, Inputs, Manifest, ShardContent, lay_out
 from vestige.progress import format_bytes, format_seconds
-from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
+from vestige.timing import peak_memory_bytes
 
 ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
 SHARED_ALTERNATIVES = (

@@ -80,4 +80,4 @@ __all__ = [
     "tokenising_processes",
     "tokens_at_most",
 ]
-from vestige.index._import_published import read_json as read_json
+from vestige.index._import_published import read_partitions as read_partitions

@@ -230,6 +230,7 @@ class Index:
         count = span.stop - span.start
         gradients = buffers.take()[: count * self.width].view(count, self.width)
         stored.decode(span.start, gradients)
+        count_bytes("read", count * self.manifest.row_bytes)
         # Copies, so that a block that is kept does not keep its shard's file mapped.
         small = stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone()
         return IndexBlock(small[0], gradients, small[1], small[2])
@@ -293,8 +294,6 @@ def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iter
 
 
 def _waited(coming: Future[IndexBlock]) -> IndexBlock:
-    """The block; reading takes the time that is spent waiting for it."""
+    """Return the block; reading takes the time that is spent waiting for it."""
     with timed("reading"):
-        block = coming.result()
-    count_bytes("read", block.gradients.nbytes)
-    return block
+        return coming.result()

@@ -36,8 +36,7 @@ class Validation:
     ) -> None:
         self._model, self._objective, self._context = model, objective, context
         self._device = next(model.parameters()).device
-        if isinstance(data, Mapping):
-            data = as_batch(data)
+        data = as_inputs(data, objective)
         self._data = data
         if isinstance(data, TokenizedData):
             self.ids = [example.id for example in data.examples]
@@ -115,6 +114,11 @@ def quietly(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def as_inputs(data: Any, objective: Objective) -> Any:
+    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other."""
+    return as_batch(data) if isinstance(data, Mapping) and isinstance(objective, CausalLoss) else data
 
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:

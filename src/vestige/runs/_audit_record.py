@@ -151,6 +151,8 @@ class AuditRecord(_Part):
     notes: list[str]
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int = 0
+    """Most bytes of tensors on one CUDA device; 0 where none was used."""
 
 
 def is_audit(folder: Path) -> bool:

@@ -134,6 +134,8 @@ class RunRecord(_Part):
     components: list[str]
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int = 0
+    """Most bytes of tensors on one CUDA device; 0 where none was used."""
     trust: TrustRecord
     distribution: dict[str, DistributionRecord]
     groups: dict[str, list[GroupRecord]]

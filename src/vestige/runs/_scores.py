@@ -167,7 +167,10 @@ class Scores:
             for row in listed[:k]
         ]
         kept = len(listed)
-        note = f"(the run lists {kept} of {self.run.data.examples})" if kept < min(k, self.run.data.examples) else ""
+        # Where sources are scored, there are fewer columns than training examples.
+        summary = self.run.distribution.get(name)
+        scored = summary.count if summary is not None else self.run.data.examples
+        note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
         text = row_text(self._query_rows[self.queries.index(name)])
         return ScoreTable(rows, f"{end}s of query {name}: {shorten(text, 80)}", note)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from statistics import fmean
 
 import numpy as np
@@ -242,7 +243,7 @@ def test_two_checkpoints_of_equal_weights_are_measured_once_and_that_is_said(pla
     pair = [str(place / "run/checkpoint-10"), str(tmp_path / "checkpoint-11")]
     found = simple(place, tmp_path / "run", checkpoints=pair, measures=("loss",))
     assert found.checkpoints == [10, 30]
-    assert "checkpoint-11 holds the same weights as checkpoint-10" in capsys.readouterr().err
+    assert "checkpoint-11 holds the same weights as /" in capsys.readouterr().err
 
 
 def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reason(place, tmp_path):

@@ -25,6 +25,7 @@ def attribute(settings: AttributeSettings) -> None:
         print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         print(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    print(*(f"[{check.verdict}] {check.name}: {check.reading}" for check in scores.run.trust.checks), sep="\n")
     print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
 
 

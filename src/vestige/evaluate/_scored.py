@@ -4,15 +4,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import load_examples
+from vestige.data import load_records
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
+from vestige.index import Index
 from vestige.methods import attribute, method_class
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
@@ -128,7 +130,9 @@ def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
-        changes["queries"] = [{"text": load_examples(settings.data, limit=1)[0].display}]
+        first = next(example for example, _ in load_records(settings.data))
+        ids = first.extra.get("input_ids")
+        changes["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
     return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
 
 
@@ -186,10 +190,19 @@ def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], li
     model = settings.model is not None or settings.index is not None
     possible = [name for name in missing if data and (model or not method_class(name).needs_model)]
     left = [name for name in missing if name not in possible]
-    if not left:
-        return possible, []
     words = "--model, --data and --queries" if not data else "--model"
-    return possible, [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."]
+    notes = [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."] if left else []
+    if "bm25" in possible and not _has_words(settings):
+        possible.remove("bm25")
+        notes.append("Without the opponent bm25: the training data are rows of tokens, which have no words.")
+    return possible, notes
+
+
+def _has_words(settings: ScoredSettings) -> bool:
+    """Return whether the first training example has a text."""
+    if settings.data is not None:
+        return any(example.display for example, _ in islice(load_records(settings.data), 1))
+    return bool(Index.open(settings.index).examples()[0].display)
 
 
 def _names(runs: Sequence[Scores]) -> list[str]:

@@ -26,8 +26,9 @@ from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 
-FORMAT = 2
-"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was."""
+FORMAT = 3
+"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
+format 2 were made without reading loss masks, weights of turns and what a chat template is given beside them."""
 _LIST = "tokens.json"
 
 

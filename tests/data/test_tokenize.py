@@ -128,7 +128,7 @@ def test_without_an_end_token_nothing_is_appended_and_it_is_said(byte_level, cap
 
 
 def test_a_prompt_without_completion_has_no_target_and_no_end(with_beginning, capsys):
-    data = tokenize(load_queries(["Why is the sky blue?"]), with_beginning, max_length=None)
+    data = tokenize(load_queries(["Why is the sky blue?"]), with_beginning, max_length=None, prompts=True)
     assert with_beginning.decode(data.input_ids[0]) == "<s>Why is the sky blue?"
     assert data.target_counts.tolist() == [0]
     assert capsys.readouterr().err == ""

@@ -135,6 +135,11 @@ def refuse_without_template(example: Example, name: str) -> None:
         )
 
 
+def conversation_columns(example: Example) -> dict[str, Any]:
+    """The columns that a chat template is given, or that put turns before those of the row."""
+    return {name: example.extra[name] for name in (*SYSTEM, HISTORY, *_TEMPLATE) if name in example.extra}
+
+
 def unused_columns(example: Example) -> set[str]:
     """The columns that change neither the text of the example nor its loss."""
     if IDS in example.extra:

@@ -44,15 +44,15 @@ class Parsed(NamedTuple):
     used: tuple[str, ...]
 
 
-def example_from_record(value: Any, row: int, place: str, *, is_query: bool) -> Example:
+def example_from_record(value: Any, row: int, place: str, *, is_query: bool, learned: bool) -> Example:
     """The example that a record describes; `place` says in errors where the record is.
 
     A record that fits several formats is read as the most structured one: turns, then pairs, then text.
     `None` counts as absent, and an empty string only where another format has content. A query may be a
-    prompt alone.
+    prompt alone. What is to be `learned` may not be an answer that training was to avoid.
 
     Raises:
-        DataError: No format fits, or a column holds the wrong type.
+        DataError: No format fits, a column holds the wrong type, or the row is not to be learned.
     """
     if isinstance(value, str):
         value = {"prompt" if is_query else "text": value}
@@ -69,7 +69,7 @@ def example_from_record(value: Any, row: int, place: str, *, is_query: bool) -> 
     if "input_ids" in extra:
         extra |= read_columns(columns, place)
     example = Example(id=_identity(columns, row, place), row=row, **parsed.fields, **carried, extra=extra)
-    if not is_query:
+    if learned:
         refuse_columns(columns, example, place)
     return example
 

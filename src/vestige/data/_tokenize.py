@@ -102,7 +102,7 @@ class Tally(NamedTuple):
     def joined(self, other: "Tally") -> "Tally":
         """The tally of both."""
         pairs = zip(self, other, strict=True)
-        both = [one + another if isinstance(one, int) else sorted({*one, *another}) for one, another in pairs]
+        both = [one + another if isinstance(one, int) else tuple(sorted({*one, *another})) for one, another in pairs]
         return Tally(*both)._replace(longest=max(self.longest, other.longest))
 
 
@@ -169,8 +169,8 @@ class Encoder:
             emptied=emptied,
             bare=0 if self._prompts else len(bare),
             longest=longest,
-            roles=sorted({turn.role for example in unheard for turn in example.messages}),
-            columns=sorted(set[str]().union(*map(unused_columns, examples))),
+            roles=tuple(sorted({turn.role for example in unheard for turn in example.messages})),
+            columns=tuple(sorted(set[str]().union(*map(unused_columns, examples)))),
         )
         return Encoded(input_ids, targets, truncated, tally)
 
@@ -219,11 +219,6 @@ class Encoder:
 
     def _announce_unused(self, tally: Tally) -> None:
         name = self._name
-        if tally.replaced:
-            announce(
-                f"{name}: {tally.replaced:,} halves of surrogate pairs, which are no characters, were replaced with "
-                "U+FFFD."
-            )
         if tally.columns:
             listed = ", ".join(f"`{column}`" for column in tally.columns)
             trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
@@ -252,7 +247,7 @@ class Encoder:
             rendered: list[Rendered] = []
             if spoken:
                 rendered, rewritten, keys = render_conversations([examples[each] for each in spoken], self._template)
-                tally = tally._replace(rewritten=rewritten, unnamed=sorted(keys))
+                tally = tally._replace(rewritten=rewritten, unnamed=tuple(sorted(keys)))
             for number in plain:
                 refuse_without_template(examples[number], self._name)
             rendered = rendered + [_render_plain(examples[number]) for number in plain]

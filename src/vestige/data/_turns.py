@@ -85,6 +85,8 @@ def _turn(turn: Any, place: str) -> Message:
     if not isinstance(role, str):
         raise DataError(f"{place}: the turn has no `role` that is a text; it is {shown(dict(turn))}.")
     extra = {str(key): value for key, value in turn.items() if key not in (named, spoken) and _is_filled(value)}
+    # In JSON terms from the start: an index hands the template what the data did.
+    extra = json.loads(json.dumps(extra, default=str)) if extra else extra
     role = _role(role, place)
     _refuse_media(extra, place)
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):

@@ -128,7 +128,9 @@ def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
-        changes["queries"] = [{"text": load_examples(settings.data, limit=1)[0].display}]
+        changes["queries"] = [
+            {"text": load_examples(settings.data, limit=1, on_bad_text=settings.on_bad_text)[0].display}
+        ]
     return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
 
 

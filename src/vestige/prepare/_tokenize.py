@@ -52,6 +52,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         split=settings.split,
         folder=settings.out / TOKENS,
         workers=settings.workers,
+        on_bad_text=settings.on_bad_text,
     )
     check_same_result(settings, KIND, data.fingerprint, frozenset({"workers"}))
     _write(settings.out / FILE, data)

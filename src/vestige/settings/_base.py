@@ -5,9 +5,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from vestige.errors import SpecError
 
@@ -54,6 +54,8 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""
@@ -61,7 +63,9 @@ class Settings(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
-        return {name: _plain(value) for name, value in self.arguments().items()}
+        given = self.arguments()
+        at_default = {name for name in self.added if given[name] == type(self).model_fields[name].default}
+        return {name: _plain(value) for name, value in given.items() if name not in at_default}
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
@@ -94,8 +98,21 @@ class Settings(BaseModel):
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
 
 
+class TextSettings(Settings):
+    """What to do with texts that are none."""
+
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
+    on_bad_text: Literal["refuse", "replace"] = Field(
+        "refuse",
+        description="Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace "
+        "each with U+FFFD and say how many.",
+    )
+
+
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Path):
         return str(value)

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from vestige.settings._base import Settings
+from vestige.settings._base import TextSettings
 
 
-class PreparationSettings(Settings):
+class PreparationSettings(TextSettings):
     """Rows in, rows out."""
 
     data: Any = Field(description="The rows: any data file, folder or hub id that Vestige reads.")

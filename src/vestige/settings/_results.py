@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from vestige.settings._base import Settings
+from vestige.settings._base import Settings, TextSettings
 
 IndexFormat = Literal["numpy", "arrow", "parquet", "safetensors", "datasets", "lance", "faiss", "projections", "chunks"]
 RunFormat = Literal["csv", "json", "datasets", "similarities"]
@@ -61,7 +61,7 @@ class ExportSettings(Settings):
     )
 
 
-class ImportSettings(Settings):
+class ImportSettings(TextSettings):
     """What `vestige import` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("source",)

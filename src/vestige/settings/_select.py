@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Settings
+from vestige.settings._base import TextSettings
 
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
 Unit = Literal["examples", "percent", "tokens"]
@@ -50,7 +50,7 @@ def _budget(value: Any) -> str:
     return f"{amount.number:.15g}{suffix}"
 
 
-class SelectSettings(Settings):
+class SelectSettings(TextSettings):
     """What `vestige select` takes."""
 
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)

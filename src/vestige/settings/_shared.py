@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from vestige.errors import SpecError
 from vestige.lockstep import FSDP
-from vestige.settings._base import Settings, parse_bytes
+from vestige.settings._base import Settings, TextSettings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
@@ -73,7 +73,7 @@ Damping = Annotated[Any, BeforeValidator(_one_or_several_dampings)]
 """A float, or a tuple of several."""
 
 
-class ReadingSettings(Settings):
+class ReadingSettings(TextSettings):
     """How text becomes tokens, and where and how the model runs."""
 
     files: ClassVar[tuple[str, ...]] = ("data",)

@@ -159,7 +159,8 @@ class ChatTemplate:
         source = self._source(variables)
         keys = {key for turn in turns for key in turn.extra if key not in FLAGS} | set(variables)
         unnamed = {key for key in keys - {"content"} if not re.search(rf"\b{re.escape(key)}\b", source)}
-        for key in sorted(unnamed & {*TEXT_KEYS, *_TEXT_VARIABLES}):
+        texts = {*TEXT_KEYS, *_TEXT_VARIABLES}
+        for key in sorted(unnamed & texts):
             without = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != key}) for turn in turns]
             others = {name: value for name, value in variables.items() if name != key}
             written = self.render(turns, variables, generation_prompt=False)
@@ -168,7 +169,7 @@ class ChatTemplate:
                     f"the tokenizer's chat template does not write `{key}`, so the model would neither read nor learn "
                     "it. Give a tokenizer whose template does, write it into `content`, or drop it."
                 )
-        return unnamed
+        return unnamed - texts
 
     def _source(self, variables: Mapping[str, Any]) -> str:
         """The template itself: a tokenizer may have another one for conversations with tools."""

@@ -206,7 +206,8 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
-                f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
+                f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
+                "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
                 "as --tokenizer, or make another index."
             )
     return train

@@ -192,7 +192,7 @@ def tokens_table(
 
 
 def _wording(example: "Example") -> dict[str, Any]:
-    turns = [turn.columns for turn in example.messages]
+    turns = [{"role": message.role, "content": message.content} for message in example.messages]
     return {
         "text": example.text,
         "prompt": example.prompt,

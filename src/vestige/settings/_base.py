@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from vestige.errors import SpecError
+
+OnBadText = Literal["refuse", "replace"]
+BAD_TEXT = (
+    "Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace each with "
+    "U+FFFD and say how many."
+)
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
@@ -54,7 +60,7 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
-    added: ClassVar[tuple[str, ...]] = ()
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
     """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
     def arguments(self) -> dict[str, Any]:
@@ -64,8 +70,9 @@ class Settings(BaseModel):
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
         given = self.arguments()
-        at_default = {name for name in self.added if given[name] == type(self).model_fields[name].default}
-        return {name: _plain(value) for name, value in given.items() if name not in at_default}
+        fields = type(self).model_fields
+        kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
+        return {name: _plain(given[name]) for name in kept}
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
@@ -96,17 +103,6 @@ class Settings(BaseModel):
             for problem in error.errors(include_url=False):
                 problems.setdefault(problem["loc"][:1], []).append(problem)
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
-
-
-class TextSettings(Settings):
-    """What to do with texts that are none."""
-
-    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
-    on_bad_text: Literal["refuse", "replace"] = Field(
-        "refuse",
-        description="Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace "
-        "each with U+FFFD and say how many.",
-    )
 
 
 def _plain(value: Any) -> Any:

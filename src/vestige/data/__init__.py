@@ -4,7 +4,7 @@ from vestige.data._bad_text import OnBadText, check_text, repair
 from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
-from vestige.data._columns import conversation_columns
+from vestige.data._columns import conversation_columns, unused_columns
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
@@ -44,6 +44,7 @@ __all__ = [
     "tokenize_source",
     "tokenize_stored",
     "turn_record",
+    "unused_columns",
     "words_of",
 ]
 from vestige.data._load import number_records as number_records

@@ -12,7 +12,7 @@ make them at once: they write the same bytes.
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -50,7 +50,7 @@ class _PartRecord(NamedTuple):
     rows: int
     bytes: list[int]
     sha256: list[str]
-    tally: list[int]
+    tally: list[Any]
 
 
 @final

@@ -101,8 +101,8 @@ class Tally(NamedTuple):
 
     def joined(self, other: "Tally") -> "Tally":
         """The tally of both."""
-        pairs = zip(self, other, strict=True)
-        both = [one + another if isinstance(one, int) else tuple(sorted({*one, *another})) for one, another in pairs]
+        pairs: Any = zip(self, other, strict=True)
+        both: list[Any] = [one + new if isinstance(one, int) else tuple(sorted({*one, *new})) for one, new in pairs]
         return Tally(*both)._replace(longest=max(self.longest, other.longest))
 
 

@@ -16,7 +16,15 @@ from vestige.audit._exposure import exposure
 from vestige.audit._job import AuditJob
 from vestige.audit._look import total_losses
 from vestige.audit._pieces import digest, partial_folder, ran
-from vestige.data import Example, TokenizedData, load_queries, plan_batches, tokenize
+from vestige.data import (
+    Example,
+    OnBadText,
+    TokenizedData,
+    conversation_columns,
+    load_queries,
+    plan_batches,
+    tokenize,
+)
 from vestige.errors import DataError
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
@@ -38,7 +46,7 @@ class Canary(NamedTuple):
     """How often it was planted, where that is known."""
 
 
-def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
+def read_canaries(source: Any, references: int, seed: int, on_bad_text: OnBadText = "refuse") -> list[Canary]:
     """Every canary with its references: the column `alternatives`, or draws from the characters in `alphabet`.
 
     Drawn references are as long as the secret, differ from it and from each other, and follow from the seed and the
@@ -48,7 +56,7 @@ def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
         DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
     """
     found = []
-    for place, example in enumerate(load_queries(source)):
+    for place, example in enumerate(load_queries(source, on_bad_text=on_bad_text)):
         secret, name = example.completion, f"Canary {example.id!r}"
         if not secret or example.prompt is None:
             raise DataError(f"{name}: give what stands before the secret as `prompt` and the secret as `completion`.")
@@ -194,7 +202,10 @@ class CanaryPlan:
         secrets = [canary.example.completion, *canary.others]
         settings = self.job.settings
         data: TokenizedData = tokenize(
-            [replace(canary.example, completion=secret, extra={}) for secret in secrets],
+            [
+                replace(canary.example, completion=secret, extra=conversation_columns(canary.example))
+                for secret in secrets
+            ],
             self.job.tokenizer,
             max_length=tokens_at_most(settings, loaded),
             name="canaries",
@@ -235,7 +246,9 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
         return []
     if job.tokenizer is None:
         raise DataError("--canaries needs a tokenizer: give --tokenizer.")
-    return CanaryPlan(job, read_canaries(settings.canaries, settings.canary_references, settings.seed)).run()
+    return CanaryPlan(
+        job, read_canaries(settings.canaries, settings.canary_references, settings.seed, settings.on_bad_text)
+    ).run()
 
 
 def _record(canary: Canary, checkpoint: int, losses: np.ndarray) -> CanaryRecord:

@@ -101,7 +101,12 @@ def open_job(settings: AuditSettings) -> AuditJob:
     held = None
     if settings.holdout is not None:
         held = tokenize(
-            load_queries(settings.holdout), loaded.tokenizer, max_length=limit, name="holdout", chat=settings.chat
+            load_queries(settings.holdout, on_bad_text=settings.on_bad_text),
+            loaded.tokenizer,
+            max_length=limit,
+            name="holdout",
+            chat=settings.chat,
+            vocabulary=loaded.vocabulary,
         )
     whole = data if held is None else _joined(data, held)
     held_out = np.arange(len(whole)) >= len(data)

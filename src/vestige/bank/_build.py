@@ -99,7 +99,12 @@ def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData |
         return None
     limit = tokens_at_most(settings, loaded)
     queries = tokenize(
-        load_queries(settings.queries), loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat
+        load_queries(settings.queries, on_bad_text=settings.on_bad_text),
+        loaded.tokenizer,
+        max_length=limit,
+        name="queries",
+        chat=settings.chat,
+        vocabulary=loaded.vocabulary,
     )
     empty = np.flatnonzero(queries.target_counts == 0)
     if empty.size:

@@ -1,12 +1,14 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
+from vestige.data._bad_text import OnBadText, check_text, repair
 from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
+from vestige.data._columns import conversation_columns, unused_columns
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
-from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
+from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
 from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
@@ -22,9 +24,12 @@ __all__ = [
     "Example",
     "LexicalIndex",
     "Message",
+    "OnBadText",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
+    "check_text",
+    "conversation_columns",
     "data_fingerprint",
     "forget_tokens",
     "load_examples",
@@ -34,9 +39,12 @@ __all__ = [
     "plan_batches",
     "prompt_of",
     "record_of",
+    "repair",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",
+    "turn_record",
+    "unused_columns",
     "words_of",
 ]
 from vestige.data._load import number_records as number_records

@@ -41,7 +41,7 @@ def doctor(settings: DoctorSettings) -> DoctorReport:
     Raises:
         UserError: The model or the data cannot be read at all, as `vestige index` would say.
     """
-    return examine(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+    return examine(settings, read_inputs(settings, settings.model, settings.data, settings.components, any_token=True))
 
 
 def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:

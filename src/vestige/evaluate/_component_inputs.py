@@ -58,9 +58,14 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    asked = load_queries(settings.queries)
+    asked = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     queries = tokenize(
-        asked, loaded.tokenizer, max_length=tokens_at_most(settings, loaded), name="the queries", chat=settings.chat
+        asked,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="the queries",
+        chat=settings.chat,
+        vocabulary=loaded.vocabulary,
     )
     _require_answers(queries)
     examples = list(train.examples)

@@ -130,7 +130,7 @@ def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
-        first = next(example for example, _ in load_records(settings.data))
+        first = next(example for example, _ in load_records(settings.data, on_bad_text=settings.on_bad_text))
         ids = first.extra.get("input_ids")
         changes["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
     return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
@@ -201,7 +201,9 @@ def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], li
 def _has_words(settings: ScoredSettings) -> bool:
     """Return whether the first training example has a text."""
     if settings.data is not None:
-        return any(example.display for example, _ in islice(load_records(settings.data), 1))
+        return any(
+            example.display for example, _ in islice(load_records(settings.data, on_bad_text=settings.on_bad_text), 1)
+        )
     return bool(Index.open(settings.index).examples()[0].display)
 
 

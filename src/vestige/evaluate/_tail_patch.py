@@ -164,9 +164,11 @@ def _losses(
 
 
 def _queries(settings: TailPatchSettings, loaded: LoadedModel) -> TokenizedData:
-    examples = load_queries(settings.queries)
+    examples = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     limit = tokens_at_most(settings, loaded)
-    queries = tokenize(examples, loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat)
+    queries = tokenize(
+        examples, loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat, vocabulary=loaded.vocabulary
+    )
     if (empty := np.flatnonzero(queries.target_counts == 0)).size:
         raise DataError(
             f"Query {examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "

@@ -51,9 +51,15 @@ def import_similarities(settings: ImportSettings) -> Scores:
     if not found.scores or not all(found.scores.values()):
         raise DataError(f"{settings.source} holds no similarities, or a query without candidates.")
     ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
-    train = _texts(list(ids), load_examples(settings.data) if settings.data is not None else None, "--data")
+    train = _texts(
+        list(ids),
+        load_examples(settings.data, on_bad_text=settings.on_bad_text) if settings.data is not None else None,
+        "--data",
+    )
     queries = _texts(
-        list(found.scores), load_queries(settings.queries) if settings.queries is not None else None, "--queries"
+        list(found.scores),
+        load_queries(settings.queries, on_bad_text=settings.on_bad_text) if settings.queries is not None else None,
+        "--queries",
     )
     rows = {example.id: example.row for example in train}
     ranked, distribution = [], []

@@ -24,9 +24,15 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    settings: ReadingSettings, model: object, data: object, components: tuple[str, ...], *, tokens: Path | None = None
+    settings: ReadingSettings,
+    model: object,
+    data: object,
+    components: tuple[str, ...],
+    *,
+    tokens: Path | None = None,
+    any_token: bool = False,
 ) -> Inputs:
-    """Load the model and the training data; `tokens` as for `read_data`.
+    """Load the model and the training data; `tokens` and `any_token` as for `read_data`.
 
     Raises:
         DataError: No example has a target token.
@@ -38,11 +44,16 @@ def read_inputs(
         device=settings.device,
     )
     selection = select_components(loaded.model, components)
-    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens), selection)
+    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens, any_token=any_token), selection)
 
 
 def read_data(
-    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None
+    settings: ReadingSettings,
+    source: object,
+    loaded: LoadedModel,
+    *,
+    tokens: Path | None = None,
+    any_token: bool = False,
 ) -> TokenizedData:
     """The training data as the model sees it, cut at the model's context.
 
@@ -51,9 +62,10 @@ def read_data(
         source: As for `load_examples`.
         loaded: The model.
         tokens: Folder for the tokens of data that is too large for memory; None: a temporary one.
+        any_token: Also read tokens that the model has no embedding for.
 
     Raises:
-        DataError: No example has a target token.
+        DataError: No example has a target token, or one has a token that the model has no embedding for.
     """
     name = source if isinstance(source, str) else getattr(source, "name", None) or type(source).__name__
     data = tokenize_source(
@@ -65,6 +77,8 @@ def read_data(
         limit=settings.limit,
         folder=tokens,
         workers=tokenising_processes(settings),
+        on_bad_text=settings.on_bad_text,
+        vocabulary=None if any_token else loaded.vocabulary,
     )
     if not any(part.any() for part in disk_arrays.parts(data.target_counts)):
         raise DataError(

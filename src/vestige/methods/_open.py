@@ -54,7 +54,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
     loaded = _load(settings, method, index)
-    question = _answered(settings, load_queries(settings.queries), loaded)
+    question = _answered(settings, load_queries(settings.queries, on_bad_text=settings.on_bad_text), loaded)
     queries = _tokenised_queries(settings, question.examples, loaded)
     selection = _selection(settings, method, loaded, index)
     train = _training_data(settings, loaded, index)
@@ -152,6 +152,7 @@ def _tokenised_queries(
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
         chat=settings.chat,
+        vocabulary=loaded.vocabulary,
     )
     empty = np.flatnonzero(queries.target_counts == 0)
     if len(empty):
@@ -179,7 +180,11 @@ def _selection(
 
 def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
     if loaded is None:
-        examples = index.examples() if index is not None else load_examples(settings.data, limit=settings.limit)
+        examples = (
+            index.examples()
+            if index is not None
+            else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+        )
         return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
     tokens = partial_folder(settings) / TOKENS
     if index is None:
@@ -201,7 +206,8 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
-                f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
+                f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
+                "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
                 "as --tokenizer, or make another index."
             )
     return train

@@ -123,7 +123,7 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
             f"{loaded.name} has no {lacking}, so it cannot answer the {len(examples)} prompts that have no completion. "
             "Give each query the completion that is to be explained."
         )
-    prompts = tokenize(examples, loaded.tokenizer, max_length=None, name="prompts", chat=chat)
+    prompts = tokenize(examples, loaded.tokenizer, max_length=None, name="prompts", chat=chat, prompts=True)
     limit = loaded.context_length
     for example, length in zip(examples, prompts.lengths, strict=True):
         if length == 0 or (limit is not None and length >= limit):

@@ -40,8 +40,8 @@ def candidates(settings: CandidatesSettings) -> Prepared:
     Raises:
         DataError: Data or queries are absent or broken, no prompt has a word, or an original is not in the data.
     """
-    training = load_examples(settings.data)
-    queries = load_queries(settings.queries)
+    training = load_examples(settings.data, on_bad_text=settings.on_bad_text)
+    queries = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     if settings.limit is not None and settings.limit < len(queries):
         announce(f"Only the first {settings.limit:,} of {len(queries):,} queries are used (limit={settings.limit}).")
     queries = queries[: settings.limit]

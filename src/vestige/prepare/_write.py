@@ -57,7 +57,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    examples = load_queries(settings.data)
+    examples = load_queries(settings.data, on_bad_text=settings.on_bad_text, learned=True)
     if settings.limit is not None and settings.limit < len(examples):
         announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
     return examples[: settings.limit]
@@ -67,7 +67,7 @@ def row_of(example: Example) -> dict[str, Any]:
     """The example as a row that reads back as the same example; columns without a value are left out."""
     row: dict[str, Any] = {"id": example.id}
     if example.messages:
-        row["messages"] = [{"role": message.role, "content": message.content} for message in example.messages]
+        row["messages"] = [turn.columns for turn in example.messages]
     row |= {"text": example.text, "prompt": example.prompt, "completion": example.completion}
     row |= {"source": example.source, "label": example.label}
     extra = {name: _in_json(value) for name, value in example.extra.items() if name not in row}

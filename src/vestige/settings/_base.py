@@ -5,11 +5,17 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from vestige.errors import SpecError
+
+OnBadText = Literal["refuse", "replace"]
+BAD_TEXT = (
+    "Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace each with "
+    "U+FFFD and say how many."
+)
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
@@ -54,6 +60,8 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
+    """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""
@@ -61,7 +69,10 @@ class Settings(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
-        return {name: _plain(value) for name, value in self.arguments().items()}
+        given = self.arguments()
+        fields = type(self).model_fields
+        kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
+        return {name: _plain(given[name]) for name in kept}
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
@@ -95,7 +106,9 @@ class Settings(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Path):
         return str(value)

@@ -118,7 +118,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     train = read_data(settings, settings.data, loaded)
-    examples = load_queries(settings.queries)
+    examples = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     waiting = [_waits(each) for each in examples]
     if any(waiting):
         examples = generate_answers(loaded, examples, max_new_tokens=settings.max_new_tokens, chat=settings.chat)
@@ -128,6 +128,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         max_length=tokens_at_most(settings, loaded),
         name=settings.queries if isinstance(settings.queries, str) else "queries",
         chat=settings.chat,
+        vocabulary=loaded.vocabulary,
     )
     return make_job(settings, loaded, train, queries, waiting)
 

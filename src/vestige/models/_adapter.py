@@ -12,7 +12,9 @@ from vestige.errors import ModelError
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, renaming_advice, short
 
-_SHAPES = re.compile(r"shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[([\d, ]+)\]\)")
+_SHAPES = re.compile(
+    r"shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[([\d, ]+)\]\)"
+)
 
 
 def adapter_base(folder: Path) -> str | Path:
@@ -58,11 +60,7 @@ def put_on(base: nn.Module, folder: Path) -> Any:
     try:
         with quiet_transformers(missing_adapter_keys=True):
             config = PeftConfig.from_pretrained(str(folder))
-            if config.is_prompt_learning:
-                raise ModelError(
-                    f"{folder} is a {config.peft_type} adapter, which puts virtual tokens before the input. Vestige "
-                    "supports adapters that change weights, such as LoRA."
-                )
+            refuse_virtual_tokens(config, str(folder))
             model = PeftModel.from_pretrained(base, str(folder))  # pyright: ignore[reportArgumentType]
             # What PEFT only warns of, and the modules that were saved whole, of which it says nothing.
             result: Any = set_peft_model_state_dict(
@@ -78,6 +76,19 @@ def put_on(base: nn.Module, folder: Path) -> Any:
     return model
 
 
+def refuse_virtual_tokens(config: Any, name: str) -> None:
+    """Raise unless an adapter of this PEFT config changes weights.
+
+    Raises:
+        ModelError: It puts virtual tokens before the input.
+    """
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{name} is a {config.peft_type} adapter, which puts virtual tokens before the input. Vestige supports "
+            "adapters that change weights, such as LoRA."
+        )
+
+
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that the model's PEFT adapter trains; empty for any other model."""
     configs: Any = getattr(model, "peft_config", None)
@@ -86,6 +97,17 @@ def adapter_parameters(model: nn.Module) -> frozenset[str]:
     own = _own_parameters(model)
     biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())
     return own | {name for name, _ in model.named_parameters() if biases and name.endswith(".bias")}
+
+
+def acts_in_forward(model: nn.Module) -> bool:
+    """Return whether the adapter needs PEFT's own forward pass: the layers of the model alone would not apply it."""
+    configs: Any = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return False
+    from peft.tuners.tuners_utils import BaseTuner
+
+    own = getattr(type(getattr(model, "base_model", None)), "forward", BaseTuner.forward) is not BaseTuner.forward
+    return own or any(getattr(config, "alora_invocation_tokens", None) for config in configs.values())
 
 
 def adapter_kind(model: nn.Module) -> str:

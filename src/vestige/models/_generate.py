@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vestige.data import Example, Message, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
+from vestige.models._adapter import acts_in_forward
 from vestige.models._types import LoadedModel
 from vestige.progress import progress
 
@@ -191,8 +192,9 @@ def _continue(
     loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int, noise: LogitsProcessor | None
 ) -> list[list[int]]:
     """Token ids that follow each prompt, without the end token."""
-    # A PEFT wrapper would hand its own generation settings on; the model inside has the adapter in its layers.
-    model: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    # A PEFT wrapper hands its own generation settings on; the model inside mostly has the adapter in its layers.
+    inner: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    model: Any = loaded.model if acts_in_forward(loaded.model) else inner
     ends = _end_tokens(loaded)
     padding = ends[0] if ends else 0
     ids, mask = _left_padded(prompts, padding)
@@ -206,8 +208,10 @@ def _continue(
     )
     device = next(model.parameters()).device
     # Exchanged, not only passed: penalties and sampling of the model's own settings would be merged in.
-    own, model.generation_config = model.generation_config, settings
+    own = [(each, each.generation_config) for each in (model, inner)]
     try:
+        for each, _ in own:
+            each.generation_config = settings
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids.to(device),
@@ -215,7 +219,8 @@ def _continue(
                 **({} if noise is None else {"logits_processor": LogitsProcessorList([noise])}),
             )
     finally:
-        model.generation_config = own
+        for each, before in own:
+            each.generation_config = before
     return [_until_end(tokens, ends) for tokens in output[:, ids.shape[1] :].tolist()]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from vestige.errors import ModelError
 from vestige.lockstep import FSDP
-from vestige.models._adapter import adapter_base, put_on
+from vestige.models._adapter import adapter_base, put_on, refuse_virtual_tokens
 from vestige.models._fingerprint import model_fingerprint
 from vestige.models._gguf import unpacked_gguf
 from vestige.models._in_parts import held_in_parts
@@ -146,6 +146,9 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
     first = next(model.parameters(), None)
     if first is None or first.is_meta:
         raise ModelError(f"The {type(model).__name__} that was given has no weights.")
+    configs: Any = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        refuse_virtual_tokens(config, f"The live {type(model).__name__}")
     if dtype is not None and first.dtype != dtype:
         name = str(dtype).removeprefix("torch.")
         raise ModelError(

@@ -1,6 +1,6 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
+from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
@@ -11,6 +11,7 @@ from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
 __all__ = [
+    "ANY_EXAMPLES",
     "EXAMPLES",
     "GROUP_ROWS",
     "NO_TARGET",
@@ -22,6 +23,7 @@ __all__ = [
     "Example",
     "LexicalIndex",
     "Message",
+    "Sharing",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",

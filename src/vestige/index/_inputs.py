@@ -6,6 +6,7 @@ from typing import NamedTuple
 from vestige import disk_arrays
 from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
+from vestige.index._interaction import require_independence
 from vestige.launch import is_worker
 from vestige.models import LoadedModel, Selection, load_model, select_components
 from vestige.settings import LaunchSettings, ReadingSettings
@@ -24,9 +25,15 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    settings: ReadingSettings, model: object, data: object, components: tuple[str, ...], *, tokens: Path | None = None
+    settings: ReadingSettings,
+    model: object,
+    data: object,
+    components: tuple[str, ...],
+    *,
+    tokens: Path | None = None,
+    trial: bool = True,
 ) -> Inputs:
-    """Load the model and the training data; `tokens` as for `read_data`.
+    """Load the model and the training data; `tokens` and `trial` as for `read_data`.
 
     Raises:
         DataError: No example has a target token.
@@ -38,11 +45,11 @@ def read_inputs(
         device=settings.device,
     )
     selection = select_components(loaded.model, components)
-    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens), selection)
+    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens, trial=trial), selection)
 
 
 def read_data(
-    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None
+    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None, trial: bool = True
 ) -> TokenizedData:
     """The training data as the model sees it, cut at the model's context.
 
@@ -51,9 +58,11 @@ def read_data(
         source: As for `load_examples`.
         loaded: The model.
         tokens: Folder for the tokens of data that is too large for memory; None: a temporary one.
+        trial: Try whether examples change each other's loss in a batch.
 
     Raises:
         DataError: No example has a target token.
+        ModelError: Examples change each other's loss in a batch.
     """
     name = source if isinstance(source, str) else getattr(source, "name", None) or type(source).__name__
     data = tokenize_source(
@@ -71,6 +80,8 @@ def read_data(
             f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."
         )
+    if trial and not is_worker():
+        require_independence(loaded, data, batch_tokens(settings, loaded))
     return data
 
 

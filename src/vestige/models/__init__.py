@@ -22,6 +22,7 @@ from vestige.models._load import Precision as Precision
 from vestige.models._load import context_length as context_length
 from vestige.models._load import load_model as load_model
 from vestige.models._load import load_tokenizer as load_tokenizer
+from vestige.models._sharing import batch_sharing as batch_sharing
 from vestige.models._source import find_source as find_source
 from vestige.models._training import Recipe as Recipe
 from vestige.models._training import Step as Step

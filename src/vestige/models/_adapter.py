@@ -12,6 +12,9 @@ from vestige.errors import ModelError
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, renaming_advice, short
 
+_SUPPORTED = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
+_UNSUPPORTED_VARIANTS = ("monteclora_config", "arrow_config")
+"""Of LoRA: the one draws its matrices at random, the other mixes several adapters by their inputs."""
 _SHAPES = re.compile(
     r"shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[([\d, ]+)\]\)"
 )
@@ -42,8 +45,8 @@ def adapter_base(folder: Path) -> str | Path:
         raise ModelError(f"The base model that {file} names (base_model_name_or_path) is not there. {error}") from None
     if source.kind == "adapter":
         raise ModelError(
-            f"The base model of the adapter {folder} is itself an adapter, {source.folder}. Merge that one into its own "
-            f"base with merge_and_unload(), save the result, and write its folder into {file} as "
+            f"The base model of the adapter {folder} is itself an adapter, {source.folder}. Merge that one into its "
+            f"own base with merge_and_unload(), save the result, and write its folder into {file} as "
             "base_model_name_or_path."
         )
     return place
@@ -61,10 +64,11 @@ def put_on(base: nn.Module, folder: Path) -> Any:
         with quiet_transformers(missing_adapter_keys=True):
             config = PeftConfig.from_pretrained(str(folder))
             refuse_virtual_tokens(config, str(folder))
+            _refuse_random_start(config, folder)
             model = PeftModel.from_pretrained(base, str(folder))  # pyright: ignore[reportArgumentType]
             # What PEFT only warns of, and the modules that were saved whole, of which it says nothing.
             result: Any = set_peft_model_state_dict(
-                model, load_peft_weights(str(folder), device="cpu"), adapter_name=model.active_adapter
+                model, load_peft_weights(str(folder), device="cpu"), adapter_name=str(model.active_adapter)
             )
     except ModelError:
         raise
@@ -84,7 +88,7 @@ def refuse_virtual_tokens(config: Any, name: str) -> None:
     """
     if config.is_prompt_learning:
         raise ModelError(
-            f"{name} is a {config.peft_type} adapter, which puts virtual tokens before the input. Vestige supports "
+            f"{name} is a {_kind_of(config)} adapter, which puts virtual tokens before the input. Vestige supports "
             "adapters that change weights, such as LoRA."
         )
 
@@ -112,8 +116,31 @@ def acts_in_forward(model: nn.Module) -> bool:
 
 def adapter_kind(model: nn.Module) -> str:
     """Return what PEFT calls the kind of the model's adapter, for a message."""
-    kinds = (config.peft_type for config in getattr(model, "peft_config", {}).values())  # type: ignore[union-attr]
-    return "/".join(dict.fromkeys(str(getattr(kind, "value", kind)) for kind in kinds))
+    return "/".join(dict.fromkeys(map(_kind_of, model.peft_config.values())))  # type: ignore[union-attr]
+
+
+def unsupported_adapter(model: nn.Module) -> str:
+    """Return the kind of the model's adapter if gradients of its own weights cannot be computed, else an empty text."""
+    configs: Any = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        variant = next((name for name in _UNSUPPORTED_VARIANTS if getattr(config, name, None)), "")
+        if variant or _kind_of(config) not in _SUPPORTED:
+            return f"{_kind_of(config)} with {variant}" if variant else _kind_of(config)
+    return ""
+
+
+def _kind_of(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _refuse_random_start(config: Any, folder: Path) -> None:
+    start = str(getattr(config, "init_lora_weights", ""))
+    if start.startswith("pissa_niter"):
+        raise ModelError(
+            f"{folder} begins with {start}: PEFT takes a random decomposition off the base model whenever it loads "
+            "such an adapter, so the model would be another one each time. Save it from the trained model as plain LoRA: "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
+        )
 
 
 def _own_parameters(model: nn.Module) -> frozenset[str]:
@@ -140,9 +167,7 @@ def _require_all_keys(model: Any, folder: Path, missing: Collection[str], unexpe
     if unexpected:
         faults.append(f"it holds {len(unexpected)} tensors that the model has no place for, such as {min(unexpected)}")
     if untrained:
-        faults.append(
-            f"it lacks {len(untrained)} of the adapter's, such as {untrained[0]}, which would keep their untrained start"
-        )
+        faults.append(f"it lacks {len(untrained)} of the adapter's, such as {untrained[0]}, which would stay untrained")
     raise ModelError(
         f"The adapter {folder} does not fit its base model: {', and '.join(faults)}."
         + (
@@ -161,8 +186,8 @@ def _vocabulary_advice(error: Exception, base: nn.Module) -> str:
         for saved, here in zip(*(map(int, shape.split(",")) for shape in shapes), strict=False):
             if here == size != saved:
                 return (
-                    f" The adapter was trained with a vocabulary of {saved:,} tokens, its base model has {here:,}. Resize "
-                    f"the base as before that training (model.resize_token_embeddings({saved})), save it and the "
+                    f" The adapter was trained with a vocabulary of {saved:,} tokens, its base model has {here:,}. "
+                    f"Resize the base as before that training (model.resize_token_embeddings({saved})), save it and the "
                     "tokenizer with save_pretrained(...), and write that folder into adapter_config.json as "
                     "base_model_name_or_path."
                 )

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from vestige.errors import SpecError
-from vestige.models._adapter import adapter_kind, adapter_parameters
+from vestige.models._adapter import adapter_kind, adapter_parameters, unsupported_adapter
 from vestige.models._layer_kinds import OwnedParameter, components_of, layer_kind
 from vestige.models._types import Component, CoverageRow, LayerKind, Selection
 from vestige.progress import announce
@@ -55,20 +55,22 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     What an adapter has trained and the default leaves out is announced.
 
     Raises:
-        SpecError: a pattern matches nothing, nothing is left, a file is not there or empty, or an adapter's kind has no
-            rule.
+        SpecError: a pattern matches nothing, nothing is left, a file is not there, or an adapter's kind has no rule.
     """
     rows: list[CoverageRow] = []
     components: list[Component] = []
     chosen = _matching_names(model, patterns)
+    trained, unsupported = adapter_parameters(model), unsupported_adapter(model)
     for owned in _owned_parameters(model):
         found, reason = components_of(model, owned)
+        if unsupported and owned.name in trained:
+            found, reason = [], f"no rule for what an adapter of the kind {unsupported} trains"
         if found and owned.name not in chosen:
             found, reason = [], "not selected"
         components += found
         rows.append(CoverageRow(owned.name, owned.parameter.numel(), bool(found), reason))
     if tuple(patterns) == ("default",):
-        _report_adapter(model, rows, selected=bool(components))
+        _report_adapter(model, [row for row in rows if row.name in trained and not row.selected], bool(components))
     if not components:
         raise SpecError(
             f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "
@@ -77,23 +79,21 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     return Selection(tuple(components), tuple(rows))
 
 
-def _report_adapter(model: nn.Module, rows: Sequence[CoverageRow], *, selected: bool) -> None:
+def _report_adapter(model: nn.Module, left: Sequence[CoverageRow], selected: bool) -> None:
     """Announce what the model's adapter has trained and the default leaves out.
 
     Raises:
         SpecError: It is all of it.
     """
-    trained = adapter_parameters(model)
-    left = [row for row in rows if row.name in trained and not row.selected]
     if not left:
         return
     kind, first = adapter_kind(model), left[0]
     if not selected:
         raise SpecError(
-            f"This is a PEFT adapter of kind {kind}, and Vestige has no rule for what it trains ({len(left)} parameters "
-            f"such as {first.name}: {first.reason}); it takes LoRA, DoRA, activated LoRA and LN_TUNING. Losses are right "
-            "(`vestige audit`). To attribute to the frozen weights beneath the adapter, name them: --components "
-            "attention mlp; or merge it into its base with merge_and_unload() and save that."
+            f"This is a PEFT adapter of the kind {kind}, and Vestige has no rule for what it has trained, such as "
+            f"{first.name} ({first.reason}). It takes LoRA, DoRA, activated LoRA and LN_TUNING. To attribute to the "
+            "frozen weights beneath the adapter instead, name them: --components attention mlp; or merge it into its "
+            "base with merge_and_unload(), and save and give that."
         )
     rule = next((row for row in left if row.reason == "not selected"), None)
     advice = "Select them too with --components adapter." if rule else f"There is {first.reason}."
@@ -115,25 +115,25 @@ def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
 
 
 def parameter_words(model: nn.Module) -> dict[str, str]:
-    """Every parameter's name and the one word it falls under: lora, adapter, norm, embedding, head, attention, mlp or other.
+    """Every parameter's name and the one word it falls under, `other` if none.
 
     A parameter without a rule is told by its name and by the module that holds it, like any other.
     """
     kinds = _kinds(model)
     words = ("lora", "adapter", "norm", "embedding", "head", "attention", "mlp")
     return {
-        name: next((word for word in words if _has_word(word, name, found)), "other")
-        for name, found in kinds.items()
+        name: next((word for word in words if _has_word(word, name, found)), "other") for name, found in kinds.items()
     }
 
 
 def _kinds(model: nn.Module) -> Kinds:
     trained = adapter_parameters(model)
-    return {
-        owned.name: {layer_kind(module) for _, module, _ in owned.owners}
-        | ({"adapter"} if owned.name in trained else set())
-        for owned in _owned_parameters(model)
-    }
+    kinds: dict[str, Set[LayerKind | Literal["adapter"] | None]] = {}
+    for owned in _owned_parameters(model):
+        kinds[owned.name] = {layer_kind(module) for _, module, _ in owned.owners}
+        if owned.name in trained:
+            kinds[owned.name] |= {"adapter"}
+    return kinds
 
 
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:

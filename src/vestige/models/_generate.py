@@ -11,9 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vestige.data import Example, Message, TokenizedData, plan_batches, tokenize
+from vestige.data import Example, Message, Sharing, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
 from vestige.models._adapter import acts_in_forward
+from vestige.models._sharing import batch_sharing
 from vestige.models._types import LoadedModel
 from vestige.progress import progress
 
@@ -96,7 +97,9 @@ def answer_prompts(
     drawn = _Drawn(temperature, seeds) if temperature > 0 else None
     found: dict[int, Answer] = {}
     with progress(len(prompts), "Generating answers", unit="prompts") as counter:
-        for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, _BATCH_EXAMPLES):
+        # Prompts that are continued together are as long as the longest of them, and grow on the way.
+        alone = acts_in_forward(loaded.model) or batch_sharing(loaded.model) != Sharing()
+        for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, 1 if alone else _BATCH_EXAMPLES):
             for row, answer in zip(rows.tolist(), _answers(loaded, prompts, rows, most, drawn), strict=True):
                 found[row] = answer
                 if keep is not None:

@@ -1,6 +1,5 @@
 """Reads causal language models and tokenizers that transformers saved, and refuses what would be partly random."""
 
-import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,22 +116,18 @@ def renaming_advice(unexpected: Collection[str], missing: Collection[str], folde
     torch.compile puts `_orig_mod.` into them, data-parallel wrappers `module.`.
     """
     given = min(unexpected, default="")
-    wanted = set(missing)
-    for expected in sorted(wanted):
-        more = len(given) - len(expected)
-        shared = len(os.path.commonprefix([given, expected]))
-        # Where a word repeats at the seam, it can be cut out a little earlier just as well.
-        starts = (at for at in range(shared, -1, -1) if given[:at] + given[at + more :] == expected)
-        at = next((at for at in starts if at == 0 or given[at - 1] == "."), None)
-        if more > 0 and at is not None and any(key.replace(given[at : at + more], "") in wanted for key in unexpected):
-            extra = given[at : at + more]
-            return (
-                f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it "
-                'there. Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, '
-                f"safetensors.torch as s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, "
-                f"f, {{'format': 'pt'}}) for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
-            )
-    return ""
+    parts = given.split(".")
+    # One part, or two in a row, that are too many.
+    spans = [".".join(parts[at : at + count]) + "." for count in (1, 2) for at in range(len(parts) - count)]
+    extra = next((span for span in spans if given.replace(span, "") in missing), "")
+    if not extra:
+        return ""
+    return (
+        f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it there. "
+        'Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, safetensors.torch as '
+        f"s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, f, {{'format': 'pt'}}) "
+        f"for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
+    )
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":

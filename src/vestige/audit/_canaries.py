@@ -28,7 +28,7 @@ from vestige.data import (
 from vestige.errors import DataError
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, batch_sharing
 from vestige.runs import CanaryRecord
 
 PIECE_SECRETS = 4096
@@ -216,7 +216,7 @@ class CanaryPlan:
             raise DataError(f"Canary {canary.example.id!r} is longer than the model reads: {int(max(data.lengths))}.")
         data = compared_tokens(data)
         losses = torch.empty(len(secrets), dtype=torch.float64)
-        for rows in plan_batches(data.lengths, self.job.token_budget):
+        for rows in plan_batches(data.lengths, self.job.token_budget, sharing=batch_sharing(loaded.model)):
             losses[rows] = total_losses(loaded.model, data, rows)
             step_done(len(rows))
         return losses

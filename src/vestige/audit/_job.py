@@ -14,10 +14,10 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Encoder, Example, TokenizedData, load_queries, tokenize
+from vestige.data import Encoder, Example, Sharing, TokenizedData, load_queries, tokenize
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
-from vestige.models import load_model
+from vestige.models import batch_sharing, load_model
 from vestige.settings import AUDIT_MEASURES, AuditSettings
 
 MOST_CLASSES = 64
@@ -49,6 +49,8 @@ class AuditJob:
     widths: tuple[int, ...]
     """Of the hidden states at each of these layers."""
     token_budget: int
+    sharing: Sharing
+    """Which examples may share a batch."""
     parameters: int
     norms: bool
     """Whether norms of weights are taken."""
@@ -135,6 +137,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
         layers=layers,
         widths=widths,
         token_budget=batch_tokens(settings, loaded),
+        sharing=batch_sharing(loaded.model),
         parameters=parameters,
         norms="weights" in settings.wanted
         and (is_adapter(loaded.model) or parameters <= SMALL_MODEL or "weights" in settings.measures),

@@ -26,7 +26,7 @@ from vestige.curvature._labels import Labels, relabelled, sampled_labels
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 from vestige.progress import progress
 
 PIECE_TOKENS = 2**16
@@ -84,7 +84,7 @@ class CurvatureData:
         wanted = max(PIECE_TOKENS, -(-int(self.data.lengths.sum()) // most))
         groups: list[list[np.ndarray]] = [[]]
         size = 0
-        for batch in plan_batches(self.data.lengths, self.token_budget):
+        for batch in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
             if size >= wanted:
                 groups.append([])
                 size = 0

@@ -1,7 +1,7 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
 from vestige.data._bad_text import OnBadText, check_text, repair
-from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
+from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._columns import conversation_columns, unused_columns
@@ -13,6 +13,7 @@ from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
 __all__ = [
+    "ANY_EXAMPLES",
     "EXAMPLES",
     "GROUP_ROWS",
     "NO_TARGET",
@@ -25,6 +26,7 @@ __all__ = [
     "LexicalIndex",
     "Message",
     "OnBadText",
+    "Sharing",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",

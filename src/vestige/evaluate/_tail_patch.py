@@ -17,7 +17,7 @@ from vestige.evaluate._scored import Scored, judged
 from vestige.evaluate._statistics import Estimate, mean_estimate
 from vestige.gradients import CausalLoss, token_losses
 from vestige.index import batch_tokens, read_data, tokens_at_most
-from vestige.models import LoadedModel, load_model
+from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, verb
 
@@ -157,7 +157,7 @@ def _losses(
     wanted = np.array(rows)
     losses, device = np.zeros(len(wanted)), next(model.parameters()).device
     with torch.no_grad():
-        for places in plan_batches(queries.lengths[wanted], tokens):
+        for places in plan_batches(queries.lengths[wanted], tokens, sharing=batch_sharing(model)):
             batch = make_batch(queries, wanted[places]).to(device)
             losses[places] = objective.losses(model, batch).double().cpu().numpy()
     return losses

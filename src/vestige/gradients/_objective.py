@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch
+from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
 
@@ -154,6 +155,8 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 def _find_plain_head(model: nn.Module) -> str | None:
     """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
+    if acts_in_forward(model):
+        return None
     causal = _causal(model)
     embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
     # Weights that are spread over processes are gathered by the forward of the module that they were spread with.

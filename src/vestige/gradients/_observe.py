@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from vestige.errors import ModelError
+from vestige.gradients._activated import activated_layers
 from vestige.gradients._pass import _TAPS
 from vestige.gradients._rules import Handle, Receive
 from vestige.models import Component
@@ -36,6 +37,14 @@ def observe(model: nn.Module, components: Sequence[Component], receive: Callable
         for use in component.uses:
             taps.setdefault(use.module, {})[use.role] = number
             kinds[use.module] = use.kind
+    activated = next(
+        (path for path, *_ in activated_layers(model) if any(name.startswith(path) for name in taps)), None
+    )
+    if activated is not None:
+        raise ModelError(
+            f"{activated} is an activated LoRA: it gathers the tokens of all examples, so none can be watched while it "
+            "trains. Train it first, then use `vestige index` on the checkpoints."
+        )
     handles: list[Handle] = []
     for path, roles in taps.items():
         handles += _TAPS[kinds[path]](model.get_submodule(path), roles, receive).attach()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
+from vestige.gradients._activated import keep_examples_apart
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rule_convolution import ConvolutionTap
 from vestige.gradients._rule_experts import ExpertsTap
@@ -67,6 +68,7 @@ class GradientPass:
             kind = roles[0][2]
             tap = _TAPS[kind](module, {role: number for role, number, _ in roles}, self._receive)
             self._handles += tap.attach()
+        self._handles += keep_examples_apart(self._model)
         if _checkpointed(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
         return self

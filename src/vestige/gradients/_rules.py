@@ -131,7 +131,8 @@ class LinearTap:
             return
         receive = self._receive()
         kept: Kept | None = None
-        if self._weight is not None:
+        # A call on what is no batch, as DoRA's on an identity matrix, is refused once a gradient comes back from it.
+        if self._weight is not None and inputs[0].shape[0] % receive.examples == 0:
             activation = per_token(inputs[0].detach(), receive.examples)
             kept = keep(receive.sink.reduce(self._weight, "right", activation), activation)
         watch(output, lambda gradient: self._backward(receive, kept, gradient))
@@ -146,7 +147,7 @@ class LinearTap:
 
 
 class NormTap:
-    """LayerNorm, RMSNorm and GroupNorm: the scale's gradient is the output gradient times the normalised input."""
+    """LayerNorm, RMSNorm, GroupNorm, DoRA's magnitude: a scale's gradient is the output's times what it multiplies."""
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
         self._module, self._receive = module, receive
@@ -154,18 +155,20 @@ class NormTap:
 
     def attach(self) -> Sequence[Handle]:
         """One forward hook; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward)]
+        return [self._module.register_forward_hook(self._forward, with_kwargs=True)]
 
-    def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         receive, activation = self._receive(), inputs[0].detach()
         kept = keep(activation, activation)
-        watch(output, lambda gradient: self._backward(receive, module, kept, gradient))
+        watch(output, lambda gradient: self._backward(receive, module, kept, named, gradient))
 
-    def _backward(self, receive: Receive, module: nn.Module, kept: Kept, gradient: Tensor) -> None:
+    def _backward(
+        self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
+    ) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, kept.unchanged(module))
+            scaled = gradient * _normalised(module, kept.unchanged(module), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
             deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))
@@ -176,13 +179,13 @@ def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
-def _normalised(module: nn.Module, activation: Tensor) -> Tensor:
+def _normalised(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
     """What the module multiplies its scale by: its output at scale one minus its output at scale zero.
 
     The module itself is asked, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
     """
     weight = module.get_parameter("weight")
     with torch.no_grad():
-        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,))
-        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,))
+        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,), named)
+        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,), named)
     return at_one - at_zero

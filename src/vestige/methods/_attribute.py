@@ -27,6 +27,7 @@ from vestige.methods._registry import get_method
 from vestige.methods._run_record import run_record
 from vestige.methods._sweep import Swept, member_folder, sweep
 from vestige.methods._trust import free_checks
+from vestige.models import batch_sharing
 from vestige.runs import (
     RECORD_FILE,
     Check,
@@ -193,7 +194,8 @@ def _query_losses(job: Job) -> list[float] | None:
     losses = np.zeros(len(job.queries))
     objective, device = CausalLoss(job.settings.loss), next(job.loaded.model.parameters()).device
     with torch.no_grad():
-        for rows in plan_batches(job.queries.lengths, batch_tokens(job.settings, job.loaded)):
+        budget, sharing = batch_tokens(job.settings, job.loaded), batch_sharing(job.loaded.model)
+        for rows in plan_batches(job.queries.lengths, budget, sharing=sharing):
             batch = make_batch(job.queries, rows).to(device)
             losses[rows] = objective.losses(job.loaded.model, batch).float().cpu().numpy()
     return losses.tolist()

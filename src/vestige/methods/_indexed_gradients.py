@@ -13,6 +13,7 @@ from vestige.data import TokenizedData, plan_batches
 from vestige.index import CompressedGradients, Index, IndexBlock, IndexedComponent
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
+from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.timing import timed
 
@@ -61,7 +62,8 @@ class IndexedGradients(InPieces):
             loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
         )
         with compute:
-            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget))
+            sharing = batch_sharing(loaded.model)
+            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
         gradients = torch.empty_like(content.gradients)
         gradients[content.example] = content.gradients
         return gradients

@@ -23,7 +23,7 @@ from vestige.methods._prepared import HELPS, unit_length
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import Vectors
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning, ScoreBlock
 
@@ -182,7 +182,8 @@ class LessTerm:
         most = max(1, WHOLE_NUMBERS // sum(part.size for part in components))
         sink, targets = GradientSink(components), torch.as_tensor(data.target_counts > 0, device=device)
         with GradientPass(self.loaded.model, components, CausalLoss("mean")) as gradient_pass:
-            for batch in plan_batches(data.lengths, batch_tokens(self.job.settings, self.loaded), most):
+            budget, sharing = batch_tokens(self.job.settings, self.loaded), batch_sharing(self.loaded.model)
+            for batch in plan_batches(data.lengths, budget, most, sharing=sharing):
                 sink.begin(len(batch), device)
                 gradient_pass.run(make_batch(data, batch).to(device), sink)
                 parts, squared = [], torch.zeros(len(batch), device=device)

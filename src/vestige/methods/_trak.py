@@ -26,6 +26,7 @@ from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import Vectors
+from vestige.models import batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning
 
@@ -217,7 +218,7 @@ def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
     device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
     losses = torch.zeros(len(data))
     with torch.no_grad():
-        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded)):
+        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded), sharing=batch_sharing(loaded.model)):
             batch = make_batch(data, rows).to(device)
             losses[torch.as_tensor(rows)] = objective.losses(loaded.model, batch).float().cpu()
     return losses

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 from vestige.online._sinks import ValidationGradient
 
 
@@ -40,7 +40,8 @@ class Validation:
         self._data = data
         if isinstance(data, TokenizedData):
             self.ids = [example.id for example in data.examples]
-            kept = [rows for rows in plan_batches(data.lengths, token_budget) if data.target_counts[rows].any()]
+            planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(model))
+            kept = [rows for rows in planned if data.target_counts[rows].any()]
             self._batches: list[Any] = [make_batch(data, np.sort(rows)).to(self._device) for rows in kept]
         else:
             rows = data.rows.tolist() if isinstance(data, Batch) else range(example_count(data))

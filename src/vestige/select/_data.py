@@ -12,6 +12,7 @@ import numpy as np
 from vestige.data import Example, load_queries, load_records, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index
+from vestige.models import load_tokenizer
 from vestige.runs import Scores
 from vestige.select._scores import ScoreSource
 from vestige.settings import SelectSettings
@@ -65,10 +66,7 @@ def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np
     if index is not None:
         return index.lengths()
     if settings.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = settings.tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        tokenizer = load_tokenizer(settings.tokenizer)
         examples = [example for example, _ in rows.read()]
         return tokenize(examples, tokenizer, max_length=None, name=rows.name).lengths
     given = [len(columns["input_ids"]) if "input_ids" in columns else -1 for _, columns in rows.read()]

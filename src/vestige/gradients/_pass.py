@@ -87,7 +87,8 @@ class GradientPass:
                     losses = self._losses(batch)
                 if losses.requires_grad:
                     with timed("backward"):
-                        losses.sum().backward()
+                        # `Tensor.backward` would put `self._uses` aside, which a checkpointed block still needs.
+                        torch.autograd.backward(losses.sum())
             unexplained = self._uses.unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])
             self._prove(batch, {self._components[number].parameter for number in noting.components})
@@ -120,17 +121,21 @@ class GradientPass:
         parameters = [self._model.get_parameter(name) for name in names]
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
             return list(names)
+        before = [parameter.grad for parameter in parameters]
         self._sink = _Nowhere()
         for parameter in parameters:
+            parameter.grad = None
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
                 losses = self._losses(batch)
-                found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True) if losses.requires_grad else ()
+                if losses.requires_grad:
+                    torch.autograd.backward(losses.sum())
+            return [name for name, one in zip(names, parameters, strict=True) if one.grad is not None]
         finally:
-            for parameter in parameters:
+            for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.requires_grad_(False)
-        return [name for name, gradient in zip(names, found, strict=False) if gradient is not None]
+                parameter.grad = gradient
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
         if names:

@@ -1,7 +1,7 @@
 """Is the gradient of every component exact, on every causal architecture of the installed transformers?
 
-Each model is tiny and random, its weights moved off their start, in float64. All components of three sequences of uneven
-length in one batch are compared with autograd on one sequence at a time, component by component.
+Each model is tiny and random, its weights moved off their start, in float64. All components of three sequences of
+uneven length in one batch are compared with autograd on one sequence at a time, component by component.
 
     python benchmarks/architectures.py [--only mamba2,phimoe] [--part 1/3]
 """

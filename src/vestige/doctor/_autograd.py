@@ -1,4 +1,4 @@
-"""Gradients against plain autograd, component by component: on the shortest and the longest example, alone and together."""
+"""Gradients against plain autograd, component by component, on the shortest and the longest example."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

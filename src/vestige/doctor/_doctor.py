@@ -6,6 +6,7 @@ import torch
 
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import TokenizedData, make_batch
+from vestige.doctor._autograd import check_autograd
 from vestige.doctor._costs import (
     Trial,
     check_disk_space,
@@ -21,6 +22,7 @@ from vestige.doctor._model_checks import coverage_by_kind, model_checks, run_pre
 from vestige.doctor._probes import choose_probes
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
+from vestige.errors import ModelError
 from vestige.gradients import CausalLoss
 from vestige.index import (
     CompressedGradients,
@@ -69,7 +71,10 @@ def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
     else:
         announce(f"Trying {loaded.name} on a few of {len(data):,} examples.")
         checks = [*model_checks(loaded, selection, loss), *checks]
-        tried = _try_gradients(settings, inputs, loss, free)
+        try:
+            tried = _try_gradients(settings, inputs, loss, free)
+        except ModelError as error:
+            tried = _Tried([Check("gradients", "bad", "cannot be computed", str(error))], ())
         checks, costs = checks + tried.checks, tried.costs
     return DoctorReport(
         model=loaded.name,
@@ -102,13 +107,14 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
     slope = check_slope(
         loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
     )
+    exact = check_autograd(loaded.model, selection.components, loss, data, loaded.context_length)
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
     estimates = [
         check_time(costs[0], trial),
         check_memory(costs[0], device),
         check_disk_space(costs[0], settings.dtype, free, len(data)),
     ]
-    return _Tried([finite, *invariance, slope, *estimates], costs)
+    return _Tried([finite, *invariance, exact, slope, *estimates], costs)
 
 
 def _try_probes(

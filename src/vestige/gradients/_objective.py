@@ -1,5 +1,6 @@
 """The loss of each example, normalised inside that example, with logits only where a label asks for them."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,7 +163,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
     # Weights that are spread over processes are gathered by the forward of the module that they were spread with.
     if _is_sharded(model) or _is_sharded(causal) or hasattr(getattr(embeddings, "weight", None), "full_tensor"):
         return None
-    if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal:
+    if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal or _caps_logits(causal):
         return None
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -177,6 +178,15 @@ def _find_plain_head(model: nn.Module) -> str | None:
     if whole.shape != split.shape or not torch.allclose(whole, split, 1e-3, tolerance, equal_nan=True):
         return None
     return next(path for path, module in model.named_modules() if module is embeddings)
+
+
+def _caps_logits(model: nn.Module) -> bool:
+    """Whether the configuration names a soft cap of the logits (Gemma 2, xLSTM): small ones hardly show it."""
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    settings = [item for part in parts if part is not None for item in vars(part).items()]
+    caps = {name for name, value in settings if re.search(r"logits?_soft_?cap", name) and value}
+    return any(not name.startswith("attn") for name in caps)
 
 
 def _is_sharded(model: nn.Module) -> bool:

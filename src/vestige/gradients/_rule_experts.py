@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.gradients._rule_look_up import ReplacedMethod
+from vestige.gradients._rule_relative_bias import ReplacedMethod
 from vestige.gradients._rules import Handle, Kept, Receive, deliver_vector, keep, per_token, watch
 
 
@@ -71,7 +71,9 @@ class ExpertsTap:
         padded = rows_by_example(gradient, owners, receive.examples)
         if component is not None:
             left = receive.sink.reduce(component, "left", padded)
-            receive.sink.accumulate(component, slice(0, receive.examples), left, kept.unchanged(self._module))
+            receive.sink.accumulate(
+                component, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
+            )
         if shift is not None:
             deliver_vector(receive, shift, padded)
 

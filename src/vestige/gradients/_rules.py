@@ -53,7 +53,16 @@ def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token si
 
 
 def watch(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it."""
+    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it.
+
+    Raises:
+        ModelError: the output is not a tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"A selected layer returns a {type(output).__name__}, not a tensor: there is no rule for it. Leave the "
+            "layer out with --components '!<name of the parameter>'."
+        )
     if not output.requires_grad:
         _StartGraph.apply(output, torch.zeros((), requires_grad=True))
     output.register_hook(on_gradient)
@@ -81,7 +90,7 @@ class Kept(NamedTuple):
     source: Tensor
     version: int
 
-    def unchanged(self, module: nn.Module) -> Any:
+    def unchanged(self, what: str) -> Any:
         """The kept value.
 
         Raises:
@@ -89,7 +98,7 @@ class Kept(NamedTuple):
         """
         if isinstance(self.value, Tensor) and self.value._version != self.version and _same(self.value, self.source):
             raise ModelError(
-                f"The input of {type(module).__name__} was changed in place after the layer had read it; training "
+                f"The input of {what} was changed in place after the layer had read it; training "
                 "such a model fails too. Use the operation that returns a new tensor (`inplace=False`)."
             )
         return self.value
@@ -123,8 +132,8 @@ class LinearTap:
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward)]
+        """One forward hook, before any other; the backward one hangs on the output."""
+        return [self._module.register_forward_hook(self._forward, prepend=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
         if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
@@ -141,7 +150,9 @@ class LinearTap:
         gradient = per_token(gradient, receive.examples)
         if self._weight is not None and kept is not None:
             left = receive.sink.reduce(self._weight, "left", gradient)
-            receive.sink.accumulate(self._weight, slice(0, receive.examples), left, kept.unchanged(self._module))
+            receive.sink.accumulate(
+                self._weight, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
+            )
         if self._bias is not None:
             deliver_vector(receive, self._bias, gradient)
 
@@ -154,8 +165,8 @@ class NormTap:
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, with_kwargs=True)]
+        """One forward hook, before any other; the backward one hangs on the output."""
+        return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -168,7 +179,7 @@ class NormTap:
         self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
     ) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, kept.unchanged(module), named)
+            scaled = gradient * _normalised(module, kept.unchanged(type(module).__name__), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
             deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))

@@ -33,6 +33,7 @@ from vestige.models._transformers import quiet_transformers as quiet_transformer
 from vestige.models._transformers import read_tokenizer as read_tokenizer
 from vestige.models._types import Component as Component
 from vestige.models._types import CoverageRow as CoverageRow
+from vestige.models._types import LayerKind as LayerKind
 from vestige.models._types import LoadedModel as LoadedModel
 from vestige.models._types import Selection as Selection
 from vestige.models._types import Use as Use

@@ -53,6 +53,9 @@ def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Compone
     for path, module, attribute in owned.owners:
         if _registered_for_its_decoder(owned, path):
             continue
+        if path.endswith("trainable_tokens_delta"):
+            uses.append(Use(path, "function", attribute))
+            continue
         if reason := _why_no_rule(model, owned.parameter, path, module, attribute):
             return [], reason
         kind = layer_kind(module)

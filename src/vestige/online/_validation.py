@@ -21,6 +21,8 @@ class Measured(NamedTuple):
 
     loss: float
     gradient: ValidationGradient
+    by_function: bool
+    """As `GradientPass.by_function`."""
 
 
 class Validation:
@@ -49,6 +51,7 @@ class Validation:
             self._batches = [data.to(self._device) if isinstance(data, Batch) else data]
         if not self.ids or not self._batches or not any(_has_target(batch) for batch in self._batches):
             raise DataError("The validation data have no target token, so no gradient. Give at least one example.")
+        self._pass: tuple[tuple[Component, ...], GradientPass] | None = None
         with quietly(model):  # the objective looks at the model once, before the training begins
             objective.head_module(model)
 
@@ -60,7 +63,9 @@ class Validation:
         """
         gradient = ValidationGradient(components, 1.0 / len(self.ids))
         losses = []
-        with quietly(self._model), self._context(), GradientPass(self._model, components, self._objective) as taken:
+        if self._pass is None or self._pass[0] != tuple(components):  # kept: it has proven that it misses nothing
+            self._pass = tuple(components), GradientPass(self._model, components, self._objective)
+        with quietly(self._model), self._context(), self._pass[1] as taken:
             for batch in self._batches:
                 losses.append((batch, taken.run(batch, gradient)))
         total = sum(float(values.double().sum()) for _, values in losses)
@@ -69,7 +74,7 @@ class Validation:
                 f"The loss of validation example {self._first_bad(losses)!r} is not finite: the weights have diverged, "
                 "or the example is damaged. Lower the learning rate, or leave it out."
             )
-        return Measured(total / len(self.ids), gradient)
+        return Measured(total / len(self.ids), gradient, taken.by_function)
 
     def tokenized(self) -> TokenizedData:
         """The validation examples as data.

@@ -29,6 +29,21 @@ def announce(line: str) -> None:
 
 
 @contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Show nothing that begins while the block runs, if that is `wanted`."""
+    before = os.environ.get("VESTIGE_QUIET")
+    if wanted:
+        os.environ["VESTIGE_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("VESTIGE_QUIET", None)
+        else:
+            os.environ["VESTIGE_QUIET"] = before
+
+
+@contextmanager
 def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progress]:
     """Shows how far `total` units of work have come, for as long as the block runs.
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 
 from vestige.audit._assembled import Column, Evidence, bank_places
 from vestige.audit._attack import Attack, Interval, Rate, attack, share
-from vestige.audit._blind import blind
+from vestige.audit._blind import blind_attack
 from vestige.audit._signs import EARLY_SIGNS, SIGNS
 from vestige.errors import DataError
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
@@ -64,8 +64,7 @@ def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord]
             notes.append(f"membership: {copies} held-out texts are in the data too and are left out.")
         rows += list(_of_truth(evidence, truth))
         try:
-            scores = _blind(evidence, truth)
-            rows.append(_record(truth, BLIND, None, None, 1, _attack(scores, truth)))
+            rows.append(_record(truth, BLIND, None, None, 1, _blind(evidence, truth)))
         except DataError as error:
             notes.append(f"{truth.name}: no blind baseline. {error}")
     return rows, notes
@@ -114,12 +113,10 @@ def _attack(scores: Column, truth: Known) -> Attack:
     return attack(scores[truth.judged], truth.found[truth.judged])
 
 
-def _blind(evidence: Evidence, truth: Known) -> Column:
+def _blind(evidence: Evidence, truth: Known) -> Attack:
     rows = np.flatnonzero(truth.judged)
     texts = [evidence.job.texts[row] for row in rows]
-    scores = np.full(len(truth.judged), np.nan)
-    scores[rows] = blind(texts, truth.found[rows], seed=evidence.job.settings.seed)
-    return scores
+    return blind_attack(texts, truth.found[rows], seed=evidence.job.settings.seed)
 
 
 def _rule(name: str, column: Column, truth: Known) -> dict[str, object]:

@@ -121,10 +121,6 @@ class ExactGradients(InPieces):
             None if lengths is None else lengths[order][place],
         )
 
-    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """The same: nothing is stored."""
-        return self.products(vectors, rows, norms=norms)
-
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Exact squared norms by ghost products, no gradient kept."""
         data, sink = self._job.train, NormSink(self._job.components)

@@ -121,11 +121,6 @@ class IndexedGradients(InPieces):
             scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
         return torch.cat(scores, dim=2)
 
-    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """The same from gradients computed anew."""
-        gradients = torch.cat(self.of_queries(self._job.train.subset(rows)), dim=1)
-        return self._products(vectors, rows, gradients, norms)
-
     def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
         pairs = zip(vectors, self.columns, strict=True)
         scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])

@@ -184,15 +184,6 @@ class TrakTerm:
         products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
         return products * self._stored_factors(rows)
 
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """From the weights as they are, with the kernel as it was."""
-        vectors = self.store.split(self._preconditioned(self.job.queries.subset(queries)))
-        products = self.store.computed_now(vectors, rows.tolist(), norms=False)
-        # The factors 1 / (1 - p) and 1 - p of the same model cancel.
-        return products.scores.sum(0) * self.features.per_token(self.features.target_counts[rows])
-
     def _preconditioned(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
         scale = self.features.per_token(queries.target_counts) / doubt(_mean_losses(self.job, queries))
         features = self.features.projected(_joined(self.store.of_queries(queries))) * scale[:, None]

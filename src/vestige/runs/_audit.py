@@ -16,6 +16,7 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.files import make_folder
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, read_audit_record
+from vestige.runs._digests import digests_of
 from vestige.runs._evidence import read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
@@ -283,6 +284,7 @@ def write_audit(
         parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)
+        record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
         (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         _flush(attempt / FIGURES)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from vestige.errors import CorruptFile, UserError
+from vestige.runs._digests import require_unaltered
 from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _first_problem, _Part
 
 AUDIT_FORMAT = 1
@@ -153,6 +154,8 @@ class AuditRecord(_Part):
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int = 0
     """Most bytes of tensors on one CUDA device; 0 where none was used."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file beside `run.json`, as it was written; empty in an audit of an earlier version."""
 
 
 def is_audit(folder: Path) -> bool:
@@ -164,12 +167,16 @@ def is_audit(folder: Path) -> bool:
         return False
 
 
-def read_audit_record(folder: str | Path) -> AuditRecord:
+def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:
     """The parsed `run.json` of an audit.
+
+    Args:
+        folder: The audit.
+        checked: Compare its files with their digests.
 
     Raises:
         UserError: There is no audit, or a newer Vestige wrote it.
-        CorruptFile: The file is not what Vestige writes.
+        CorruptFile: The file, or another one of the audit, is not what Vestige wrote.
     """
     folder = Path(folder)
     if not is_audit(folder):
@@ -182,6 +189,9 @@ def read_audit_record(folder: str | Path) -> AuditRecord:
             "Update with `pip install --upgrade vestige`."
         )
     try:
-        return AuditRecord.model_validate_json(content)
+        record = AuditRecord.model_validate_json(content)
     except ValidationError as error:
         raise CorruptFile(f"{folder / RECORD_FILE} is not an audit's record: {_first_problem(error)}") from error
+    if checked:
+        require_unaltered(folder, record.files, *record.files)
+    return record

@@ -6,10 +6,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
+from vestige.runs._digests import require_unaltered
 from vestige.runs._types import Meaning
 
 RUN_FORMAT = 1
 RECORD_FILE = "run.json"
+DENSE_FILE = "scores.safetensors"
 
 Verdict = Literal["good", "warn", "unknown"]
 
@@ -139,6 +141,8 @@ class RunRecord(_Part):
     trust: TrustRecord
     distribution: dict[str, DistributionRecord]
     groups: dict[str, list[GroupRecord]]
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file beside `run.json`, as it was written; empty in a run of an earlier version."""
 
     @field_validator("meaning", mode="before")
     @classmethod
@@ -158,12 +162,16 @@ def is_run(folder: Path) -> bool:
     return (folder / RECORD_FILE).is_file()
 
 
-def read_record(folder: str | Path) -> RunRecord:
+def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
     """The parsed `run.json` of a run directory.
+
+    Args:
+        folder: The run.
+        checked: Compare the run's tables with their digests; `open_dense` does so with the scores of all examples.
 
     Raises:
         UserError: there is no run, or a newer Vestige wrote it.
-        CorruptFile: the file is not what Vestige writes.
+        CorruptFile: the file, or a table of the run, is not what Vestige wrote.
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
@@ -185,9 +193,12 @@ def read_record(folder: str | Path) -> RunRecord:
             f"this version reads up to format {RUN_FORMAT}.\nUpdate with `pip install --upgrade vestige`."
         )
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+    if checked:
+        require_unaltered(path.parent, record.files, *(name for name in record.files if name != DENSE_FILE))
+    return record
 
 
 class _Header(_Part):

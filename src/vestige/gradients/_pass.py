@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,7 +13,7 @@ from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rule_convolution import ConvolutionTap
 from vestige.gradients._rule_experts import ExpertsTap
 from vestige.gradients._rule_look_up import EmbeddingTap, RelativeBiasTap, RouterTap
-from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver, watch
+from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver, locate, watch
 from vestige.gradients._types import FactorSink
 from vestige.models import Component
 from vestige.timing import timed
@@ -117,10 +117,13 @@ class GradientPass:
         assert self._sink is not None
         return Receive(self._sink, self._examples)
 
-    def _tap_head(self, left: Tensor, right: Tensor, examples: slice) -> None:
+    def _tap_head(
+        self, left: Tensor, right: Tensor, examples: slice, positions: Int[Tensor, "example row"]
+    ) -> None:
         assert self._sink is not None
         weight, bias = self._head
         if weight >= 0:
+            locate(self._sink, positions)
             deliver(self._sink, weight, examples, left, right)
         if bias >= 0:
             total = left.sum(1, keepdim=True)

@@ -3,6 +3,7 @@
 from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
+from vestige.data._copies import describe_copies, text_groups, token_groups
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
@@ -26,6 +27,7 @@ __all__ = [
     "TokenizedData",
     "as_conversation",
     "data_fingerprint",
+    "describe_copies",
     "forget_tokens",
     "load_examples",
     "load_queries",
@@ -34,6 +36,8 @@ __all__ = [
     "plan_batches",
     "prompt_of",
     "record_of",
+    "text_groups",
+    "token_groups",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",

@@ -14,7 +14,7 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Encoder, Example, Sharing, TokenizedData, load_queries, tokenize
+from vestige.data import Encoder, Example, Sharing, TokenizedData, load_queries, token_groups, tokenize
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import batch_sharing, load_model
@@ -75,6 +75,11 @@ class AuditJob:
     def flagged(self) -> Bool[np.ndarray, "example"] | None:
         """The examples that `--flag` marks; None without it."""
         return None if self.settings.flag is None else marks(self.data.examples, self.settings.flag, self.held_out)
+
+    @cached_property
+    def groups(self) -> Int[np.ndarray, "example"]:
+        """The text of each example: copies have the same number."""
+        return token_groups(self.data)
 
     @cached_property
     def reference_fingerprint(self) -> str | None:

@@ -5,6 +5,7 @@ from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, m
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._columns import conversation_columns, unused_columns
+from vestige.data._copies import describe_copies, text_groups, token_groups
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
@@ -33,6 +34,7 @@ __all__ = [
     "check_text",
     "conversation_columns",
     "data_fingerprint",
+    "describe_copies",
     "forget_tokens",
     "load_examples",
     "load_queries",
@@ -42,6 +44,8 @@ __all__ = [
     "prompt_of",
     "record_of",
     "repair",
+    "text_groups",
+    "token_groups",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",

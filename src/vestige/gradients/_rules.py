@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vestige.errors import ModelError
-from vestige.gradients._types import Factor, FactorSink
+from vestige.gradients._types import Factor, FactorSink, PositionSink
 
 
 class Receive(NamedTuple):
@@ -111,6 +111,12 @@ def keep(value: Any, source: Tensor) -> Kept:
 
 def _same(value: Tensor, source: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def locate(sink: FactorSink, positions: Int[Tensor, "example row"]) -> None:
+    """Say which tokens the rows of the next factors are, to a sink that counts them."""
+    if isinstance(sink, PositionSink):
+        sink.locate(positions)
 
 
 def deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Encoder, Example, TokenizedData, load_queries, tokenize
+from vestige.data import Encoder, Example, TokenizedData, ask, load_queries, tokenize
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import load_model
@@ -100,15 +100,15 @@ def open_job(settings: AuditSettings) -> AuditJob:
     limit = tokens_at_most(settings, loaded)
     held = None
     if settings.holdout is not None:
-        held = tokenize(
-            load_queries(settings.holdout), loaded.tokenizer, max_length=limit, name="holdout", chat=settings.chat
-        )
+        given = load_queries(settings.holdout)
+        asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
+        held = tokenize(asked.queries, loaded.tokenizer, max_length=limit, name="holdout", chat=bool(settings.chat))
     whole = data if held is None else _joined(data, held)
     held_out = np.arange(len(whole)) >= len(data)
     if loaded.tokenizer is None:
         encoder = None
     else:
-        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=settings.chat)
+        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
     end_token = getattr(loaded.tokenizer, "eos_token_id", None)
     choices = _choices(whole, encoder, settings)
     layers, widths = _layers(loaded.model, settings)

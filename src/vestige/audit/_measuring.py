@@ -174,7 +174,7 @@ class LookPlan:
         limit = tokens_at_most(self.job.settings, loaded)
         tokenizer = loaded.tokenizer or self.job.tokenizer
         return tokenize(
-            self.job.data.examples, tokenizer, max_length=limit, name="reference", chat=self.job.settings.chat
+            self.job.data.examples, tokenizer, max_length=limit, name="reference", chat=bool(self.job.settings.chat)
         )
 
     def _compared(self, data: TokenizedData, rows: np.ndarray) -> Tensors:

@@ -18,7 +18,7 @@ from vestige.bank._members import MEASURES
 from vestige.bank._store import Bank, Texts
 from vestige.bank._train import Trainer
 from vestige.bank._work import BankPlan, TrainMember, planned_bank, prepare_bank
-from vestige.data import TokenizedData, load_queries, tokenize
+from vestige.data import TokenizedData, ask, load_queries, tokenize
 from vestige.errors import DataError, UserError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
@@ -54,7 +54,8 @@ def bank(settings: BankSettings) -> Bank:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return build_bank(settings, loaded, read_data(settings, settings.data, loaded), read_queries(settings, loaded))
+    data = read_data(settings, settings.data, loaded)
+    return build_bank(settings, loaded, data, read_queries(settings, loaded, data))
 
 
 def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData, queries: TokenizedData | None) -> Bank:
@@ -89,8 +90,8 @@ def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData,
     return run_plan(plan, settings, worker_command(settings, "bank"))
 
 
-def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData | None:
-    """The queries as the model sees them, None if there are none.
+def read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData | None:
+    """The queries as the model sees them, put as the data are; None if there are none.
 
     Raises:
         DataError: One has no target token: a prompt without an answer has no loss.
@@ -98,9 +99,8 @@ def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData |
     if settings.queries is None:
         return None
     limit = tokens_at_most(settings, loaded)
-    queries = tokenize(
-        load_queries(settings.queries), loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat
-    )
+    asked = ask(load_queries(settings.queries), data.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
+    queries = tokenize(asked.queries, loaded.tokenizer, max_length=limit, name="queries", chat=bool(settings.chat))
     empty = np.flatnonzero(queries.target_counts == 0)
     if empty.size:
         raise DataError(

@@ -6,6 +6,7 @@ from vestige.data._chat import as_conversation
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
+from vestige.data._questions import Frame, ask, frame_of, require_answers
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
 from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
@@ -20,13 +21,16 @@ __all__ = [
     "CutBatches",
     "Encoder",
     "Example",
+    "Frame",
     "LexicalIndex",
     "Message",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
+    "ask",
     "data_fingerprint",
     "forget_tokens",
+    "frame_of",
     "load_examples",
     "load_queries",
     "load_records",
@@ -34,6 +38,7 @@ __all__ = [
     "plan_batches",
     "prompt_of",
     "record_of",
+    "require_answers",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2.exceptions import TemplateError
 
 from vestige.data._encode import Rendered, Span
-from vestige.data._types import Example, Message
+from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 from vestige.progress import announce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASSISTANT = "assistant"
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_DATE = "26 Jul 2024"
 """Llama templates write today's date unless they are given one; this is the one they fall back to."""

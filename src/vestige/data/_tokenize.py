@@ -132,7 +132,7 @@ class Encoder:
         without = [number for number, mask in enumerate(targets) if not mask.any()]
         emptied = sum(1 for number in without if truncated[number] and rows[number].targets.any())
         # Prompts alone are queries whose answer is still to come: they are not a loss.
-        bare = sum(1 for number in without if not _awaits_answer(examples[number])) - emptied
+        bare = sum(1 for number in without if not examples[number].lacks_answer) - emptied
         longest = int(whole.max(initial=0))
         tally = tally._replace(cut=int(truncated.sum()), emptied=emptied, bare=bare, longest=longest)
         return Encoded(input_ids, targets, truncated, tally)
@@ -245,9 +245,3 @@ def _given_tokens(example: Example, name: str) -> Tokens:
         )
     targets[:1] = False
     return Tokens(ids, targets)
-
-
-def _awaits_answer(example: Example) -> bool:
-    if example.messages:
-        return example.messages[-1].role != "assistant"
-    return example.prompt is not None and example.completion is None

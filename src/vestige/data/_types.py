@@ -14,6 +14,9 @@ from torch import Tensor
 NO_TARGET = -100
 """Label of a position whose prediction does not enter the loss (the value PyTorch's cross-entropy ignores)."""
 
+ASSISTANT = "assistant"
+"""Role of the turns that a model learns."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -40,6 +43,13 @@ class Example:
     source: str | None = None
     label: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lacks_answer(self) -> bool:
+        """Whether it is a prompt, or a conversation, whose answer is still to come."""
+        if self.messages:
+            return self.messages[-1].role != ASSISTANT
+        return self.prompt is not None and self.completion is None
 
     @property
     def display(self) -> str:

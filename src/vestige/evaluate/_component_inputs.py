@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.data import Example, TokenizedData, ask, load_queries, tokenize
 from vestige.errors import DataError
 from vestige.evaluate._component_compared import Compared
 from vestige.evaluate._component_projection import Projection, projection_plan
@@ -58,10 +58,10 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    asked = load_queries(settings.queries)
-    queries = tokenize(
-        asked, loaded.tokenizer, max_length=tokens_at_most(settings, loaded), name="the queries", chat=settings.chat
-    )
+    given = load_queries(settings.queries)
+    asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
+    limit = tokens_at_most(settings, loaded)
+    queries = tokenize(asked, loaded.tokenizer, max_length=limit, name="the queries", chat=bool(settings.chat))
     _require_answers(queries)
     examples = list(train.examples)
     originals = right_examples(asked, settings.truth, [one.id for one in asked], [one.id for one in examples])

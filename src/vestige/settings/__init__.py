@@ -53,6 +53,7 @@ from vestige.settings._results import ViewSettings as ViewSettings
 from vestige.settings._select import SelectSettings as SelectSettings
 from vestige.settings._shared import SHARED_COMPRESSION as SHARED_COMPRESSION
 from vestige.settings._shared import CompressionSettings as CompressionSettings
+from vestige.settings._shared import QuestionSettings as QuestionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
 from vestige.settings._study import StudySettings as StudySettings

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from vestige.errors import SpecError
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]
@@ -48,7 +48,7 @@ def _whole_numbers(value: Any) -> Any:
 WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_whole_numbers)]
 
 
-class AuditSettings(ReadingSettings, LaunchSettings):
+class AuditSettings(QuestionSettings, LaunchSettings):
     """What `vestige audit` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vestige.errors import SpecError
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import ReadingSettings
+from vestige.settings._shared import QuestionSettings
 
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adamw", "adam", "sgd"]
@@ -15,7 +15,7 @@ Optimizer = Literal["adamw", "adam", "sgd"]
 _DEFAULT_EPOCHS = 3
 
 
-class BankSettings(ReadingSettings, LaunchSettings):
+class BankSettings(QuestionSettings, LaunchSettings):
     """What `vestige bank` takes."""
 
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from vestige.errors import SpecError
 from vestige.settings._evaluate_sketch import Numbers
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:
@@ -26,7 +26,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_decimals)]
 
 
-class ScoredSettings(ReadingSettings):
+class ScoredSettings(QuestionSettings):
     """Whose scores are judged.
 
     Runs that are there (`--run`), methods to run now (`--methods`), or both.

@@ -38,6 +38,8 @@ _CHOSEN = (
     "clip",
 )
 """Settings that stand in a bank's identity as they were given."""
+_LORA = ("lora_alpha", "lora_targets")
+"""Settings that stand there where they are not the default: banks of earlier versions do not name them."""
 
 
 @verb(BankSettings)
@@ -178,6 +180,11 @@ def _manifest(
         "steps": steps,
         "from_scratch": settings.from_scratch,
         "lora_rank": settings.lora_rank,
+        **{
+            name: value
+            for name in _LORA
+            if (value := getattr(settings, name)) != BankSettings.model_fields[name].default
+        },
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "loss": settings.loss,
         **{name: getattr(settings, name) for name in _CHOSEN},

@@ -7,6 +7,7 @@ from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
 from vestige.data._questions import Frame, ask, frame_of, require_answers
+from vestige.data._row_list import RowEntry, read_row_list, rows_named
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
 from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
@@ -24,6 +25,7 @@ __all__ = [
     "Frame",
     "LexicalIndex",
     "Message",
+    "RowEntry",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
@@ -37,8 +39,10 @@ __all__ = [
     "make_batch",
     "plan_batches",
     "prompt_of",
+    "read_row_list",
     "record_of",
     "require_answers",
+    "rows_named",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",

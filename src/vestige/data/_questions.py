@@ -6,15 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from vestige.data._chat import as_conversation
-from vestige.data._types import Example, Message, TokenizedData
+from vestige.data._types import SYSTEM, Example, Message, TokenizedData
 from vestige.errors import DataError
 from vestige.progress import announce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SYSTEM = ("system", "developer")
-"""Roles whose turn, standing first, is an instruction that many conversations share."""
 _NAMED = 5
 """Ids that an error lists."""
 

@@ -63,6 +63,11 @@ class Scores:
         """Ids of the queries, in order."""
         return [str(row["query_id"]) for row in self._query_rows]
 
+    @property
+    def generated(self) -> int:
+        """How many of the queries are answers that the model gave itself."""
+        return sum(bool(row.get("generated")) for row in self._query_rows)
+
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
         """The `k` proponents of a query: the training examples with the highest scores, highest first."""
         return self._end(query, "proponent", k)

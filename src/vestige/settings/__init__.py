@@ -38,6 +38,7 @@ from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
+from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._preparation import PreparationSettings as PreparationSettings
 from vestige.settings._results import CancelSettings as CancelSettings

@@ -75,7 +75,8 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     holdout: Any = Field(None, description="Examples that the model was surely not trained on, of the same kind.")
     flag: str | None = Field(
         None,
-        description="A column that marks examples to be found, such as wrong labels: its name, or name=value.",
+        description="Examples to be found, such as wrong labels: a column that marks them, its name or name=value, or "
+        "a file that lists rows (ids on lines; a report's row list, CSV or JSONL; a selection).",
     )
     memorized_at: PositiveFloat = Field(
         4.0, description="With a bank: likelihood ratio (log) from which an example counts as memorized at the end."
@@ -90,7 +91,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     )
     label_field: str | None = Field(
         None,
-        description="Column with the classes for PSMI. Not given: multiple-choice answers, else `label`.",
+        description="Column with the classes for PSMI, such as label. Not given: multiple-choice answers, else none.",
     )
     choices_field: str = Field(
         "choices", description="Column with the list of possible completions of a multiple-choice example."

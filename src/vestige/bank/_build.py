@@ -1,7 +1,8 @@
 """`vestige bank`: from a model and its training data to many models trained on parts of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -180,11 +181,7 @@ def _manifest(
         "steps": steps,
         "from_scratch": settings.from_scratch,
         "lora_rank": settings.lora_rank,
-        **{
-            name: value
-            for name in _LORA
-            if (value := getattr(settings, name)) != BankSettings.model_fields[name].default
-        },
+        **_given(settings, _LORA),
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "loss": settings.loss,
         **{name: getattr(settings, name) for name in _CHOSEN},
@@ -194,6 +191,12 @@ def _manifest(
     names = {"model": loaded.name, "data": data.name}
     names |= {} if queries is None else {"queries": _name(settings.queries)}
     return BankManifest(identity, subsets_shown(subsets), settings.seeds, names)
+
+
+def _given(settings: BankSettings, names: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default."""
+    fields = BankSettings.model_fields
+    return {name: value for name in names if (value := getattr(settings, name)) != fields[name].default}
 
 
 def _name(source: object) -> str:

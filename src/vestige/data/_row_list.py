@@ -81,10 +81,11 @@ def rows_named(
         announce(f"{place}: none of its {len(unknown):,} entries is an id of {data}; they are read as row numbers.")
         return {name: int(name) for name in unknown}
     if unknown and not (partial and found):
+        count = len(ids)
         shown = ", ".join(map(repr, unknown[:_NAMED]))
         shown += f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
         raise DataError(
-            f"{place} names {len(unknown):,} rows that {data} does not have: {shown}. Give ids of its {len(ids):,} rows "
+            f"{place} names {len(unknown):,} rows that {data} does not have: {shown}. Give ids of its {count:,} rows "
             f"(such as {ids[0]!r}), or nothing but row numbers from 0 to {len(ids) - 1}."
         )
     return found

@@ -1,7 +1,6 @@
 """`vestige evaluate removal`: what do the queries lose when models are retrained without the top examples?"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,12 +105,12 @@ def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.Chunke
 
 def _named_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
     """The lists of --rows, called by the names of their files, or by their paths where two have one name."""
-    short = [Path(source).name for source in settings.rows]
+    short = [source.name for source in settings.rows]
     ids, drops = examples.to_pylist() if settings.rows else [], []
     for source, name in zip(settings.rows, short, strict=True):
         names = [entry.name for entry in read_row_list(source)]
         rows = sorted(set(rows_named(names, ids, place=str(source), data=str(settings.data)).values()))
-        drops.append(Drop(name if short.count(name) == 1 else source, len(rows), [ids[row] for row in rows]))
+        drops.append(Drop(name if short.count(name) == 1 else str(source), len(rows), [ids[row] for row in rows]))
     return drops
 
 

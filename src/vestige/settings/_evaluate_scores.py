@@ -27,6 +27,13 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_decimals)]
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_several)]
+
+
 class ScoredSettings(QuestionSettings):
     """Whose scores are judged.
 
@@ -89,7 +96,7 @@ class RemovalSettings(ScoredSettings, MemberSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = (*ScoredSettings.repeatable, "rows")
 
-    rows: Patterns = Field(
+    rows: Paths = Field(
         (),
         description="Leave out just the rows that a file lists, against random lists of equal size: an id on each "
         "line, a report's row list, CSV or JSONL, or a folder of `vestige select`; may be repeated.",
@@ -108,8 +115,8 @@ class RemovalSettings(ScoredSettings, MemberSettings):
     def _something_is_judged(self) -> Self:
         if not self.judges_methods and not self.rows:
             raise SpecError(
-                "Nothing to leave out: type --rows FILE with the rows, --run RUN (made by `vestige attribute --dense`), "
-                "or --methods influence,grad-dot; with --model, --data and --queries."
+                "Nothing to leave out: type --rows FILE, --run RUN (made by `vestige attribute --dense`), or --methods "
+                "influence,grad-dot; with --model, --data and --queries."
             )
         return self
 

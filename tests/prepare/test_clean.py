@@ -166,5 +166,5 @@ def test_what_cannot_be_cleaned_is_refused(flagged, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"name": "a"}\n')
     with pytest.raises(DataError, match="entry 1: names no row"):
         cleaned(tmp_path / "out", flagged=tmp_path / "odd.jsonl")
-    with pytest.raises(DataError, match="2 rows that .* does not have"):
+    with pytest.raises(DataError, match=r"2 rows that .* does not have"):
         vestige.prepare.clean(data=["other", "rows"], flagged=flagged, out=tmp_path / "out")

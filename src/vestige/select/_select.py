@@ -92,6 +92,8 @@ def select(settings: SelectSettings) -> SelectedData:
         announce(f"{settings.out} holds this selection already.")
         return found
     limits = _limits(settings, inputs)
+    if settings.strategy != "random" and (own := _own_answers(inputs.scores)):
+        announce(own)
     choices = _filled(settings, inputs, limits)
     removed = removed_rows(settings, inputs.scores, inputs.targets, inputs.rows.ids, choices)
     removed |= {row: {"problem": f"named in {settings.drop}"} for row in inputs.dropped}
@@ -265,6 +267,17 @@ def _choice(inputs: Inputs, candidate: Candidate, rank: int) -> Choice:
     )
 
 
+def _own_answers(scores: ScoreSource | None) -> str | None:
+    """What to know before rows are kept that made a model say what it says; None where answers were given."""
+    if scores is None or not scores.run.generated:
+        return None
+    return (
+        f"{scores.run.generated} of {len(scores.queries)} queries are answers that the model gave itself: what is kept "
+        "supports these answers, right or wrong. To take out what led to a wrong answer, list those rows and type "
+        "--drop FILE."
+    )
+
+
 def _title(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> str:
     share = len(choices) / len(inputs.rows)
     by = f" by {inputs.scores.run.run.method}" if inputs.scores is not None else ""
@@ -279,12 +292,7 @@ def _notes(
         notes.append(f"{len(inputs.dropped)} examples are named in {settings.drop} and were never chosen.")
     if inputs.scores is not None and settings.strategy != "random":
         notes.append(f"Score: {inputs.scores.run.meaning.sign}")
-        if own := inputs.scores.run.generated:
-            notes.append(
-                f"{own} of {len(inputs.scores.queries)} queries are answers that the model gave itself: what is kept "
-                "supports these answers, right or wrong. To take out what led to a wrong answer, list those rows and "
-                "type --drop FILE."
-            )
+        notes += [own] if (own := _own_answers(inputs.scores)) else []
         left_out = len(inputs.scores.run.run.left_out)
         notes += [f"{left_out} examples have no score, and cannot be chosen."] if left_out else []
     if harmful := sum("score" in reason for reason in removed.values()):

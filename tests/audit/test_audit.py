@@ -141,6 +141,30 @@ def test_the_perplexity_ratio_is_the_difference_of_losses(place, whole, tmp_path
     np.testing.assert_allclose(whole.values("perplexity_ratio")[:QUESTIONS], difference, rtol=1e-6, atol=1e-7)
 
 
+def test_a_label_column_is_no_set_of_classes_unless_asked_for(place, tmp_path, capsys):
+    rows = [
+        {"text": f"Bees make honey number {number}.", "label": "ok" if number % 2 else "odd"} for number in range(6)
+    ]
+    found = simple(place, tmp_path / "run", data=rows, flag=None, measures=("psmi",))
+    assert np.isnan(found.values("psmi")).all()
+    assert "--label-field label" in capsys.readouterr().err
+    asked = simple(place, tmp_path / "asked", data=rows, flag=None, measures=("psmi",), label_field="label")
+    assert np.isfinite(asked.values("psmi")).all()
+    assert "--label-field label" not in capsys.readouterr().err
+
+
+def test_a_file_of_rows_flags_as_a_column_does(place, tmp_path):
+    rows = [{"id": f"t{number}", "text": f"Bees make honey number {number}.", "bad": number < 2} for number in range(6)]
+    (tmp_path / "rows.txt").write_text("t1\nt0\n")
+    runs = [
+        simple(place, tmp_path / name, data=rows, flag=flag, measures=("loss",))
+        for name, flag in (("column", "bad"), ("file", str(tmp_path / "rows.txt")))
+    ]
+    assert runs[0].examples["flag"].to_pylist() == runs[1].examples["flag"].to_pylist() == [True] * 2 + [False] * 4
+    with pytest.raises(DataError, match="no example of the data has that value"):
+        simple(place, tmp_path / "nothing", data=rows, flag="bad=perhaps", measures=("loss",))
+
+
 def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
     found = simple(place, tmp_path / "run", data=str(place / "texts.jsonl"), flag=None)
     run = found.run

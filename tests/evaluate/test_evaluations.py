@@ -201,6 +201,28 @@ def test_removal_retrains_without_the_top_examples(given, tmp_path):
         vestige.evaluate.removal(**arguments | {"remove": 12}, out=tmp_path / "out")
 
 
+def test_removal_of_listed_rows_is_compared_with_random_lists_of_their_size(given, tmp_path):
+    (tmp_path / "rows.txt").write_text("pair-3\npair-7\n")
+    arguments = {**given, "rows": tmp_path / "rows.txt", "random_lists": 2, "seeds": 1, "epochs": 1, "lora_rank": 2}
+    result = vestige.evaluate.removal(**arguments, out=tmp_path / "out", draws=50)
+    content = files_of(result)
+    assert [row.method for row in result.rows] == ["rows.txt", "random lists"]  # no method is judged, so none is run
+    assert content["lists"]["rows.txt 2 #0"] == ["pair-3", "pair-7"]
+    assert sorted(map(len, content["lists"].values())) == [2, 2, 2]
+    truth = Bank.open(tmp_path / "out" / "bank")
+    assert truth.identity["lora_rank"] == 2
+    losses = truth.query_losses
+    rise = losses[truth.subset_names.index("rows.txt 2 #0")] - losses[0]
+    assert result["rows.txt"].values["without 2"].value == pytest.approx(rise.mean())
+    assert content["rise_by_query"]["rows.txt 2 #0"] == pytest.approx(rise)
+    assert "Without rows.txt, by query" in str(result)
+    (tmp_path / "unknown.txt").write_text("pair-3\nnobody\n")
+    with pytest.raises(DataError, match="'nobody'"):
+        vestige.evaluate.removal(**arguments | {"rows": tmp_path / "unknown.txt"}, out=tmp_path / "two")
+    with pytest.raises(SpecError, match="--rows FILE"):
+        vestige.evaluate.removal(**given, out=tmp_path / "three")
+
+
 def test_tail_patch_takes_the_step_and_restores_every_bit(given, tmp_path):
     result = vestige.evaluate.tail_patch(**given, methods="grad-dot", k=2, learning_rate=0.1, out=tmp_path / "out")
     content = files_of(result)

@@ -18,9 +18,11 @@ from vestige.audit._look import total_losses
 from vestige.audit._pieces import digest, partial_folder, ran
 from vestige.data import (
     Example,
+    Frame,
     OnBadText,
     TokenizedData,
     conversation_columns,
+    frame_of,
     load_queries,
     plan_batches,
     tokenize,
@@ -29,6 +31,7 @@ from vestige.errors import DataError
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.models import LoadedModel, batch_sharing
+from vestige.progress import announce
 from vestige.runs import CanaryRecord
 
 PIECE_SECRETS = 4096
@@ -187,29 +190,36 @@ class CanaryPlan:
 
     def run(self) -> list[CanaryRecord]:
         """The result; killed before, the same call continues."""
+        if self.frame is not None:
+            announce(f"Canaries are put into a conversation, {self.frame.how}; --no-chat measures the bare text.")
         self.files.forget_damaged(range(self.pieces))
         return ran(self)
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """The conversation that a prompt is put into, where the data are conversations."""
+        return frame_of(self.job.data.examples, chat=self.job.settings.chat)
 
     @cached_property
     def files(self) -> PieceFiles:
         """Where pieces are."""
         listed = [(each.example.prompt, each.example.completion, each.others) for each in self.canaries]
-        mark = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        lead = [] if self.frame is None else [[turn.content for turn in self.frame.lead]]
+        mark = hashlib.sha256(json.dumps(listed + lead).encode()).hexdigest()
         return PieceFiles(self.folder / "canaries", digest(self.job, ["canaries", mark, PIECE_SECRETS]))
 
     def _losses(self, loaded: LoadedModel, canary: Canary) -> torch.Tensor:
         """Of the secret and then of the others, nats, float64."""
         secrets = [canary.example.completion, *canary.others]
         settings = self.job.settings
+        columns = conversation_columns(canary.example)
+        variants = [replace(canary.example, completion=secret, extra=columns) for secret in secrets]
         data: TokenizedData = tokenize(
-            [
-                replace(canary.example, completion=secret, extra=conversation_columns(canary.example))
-                for secret in secrets
-            ],
+            variants if self.frame is None else list(map(self.frame.put, variants)),
             self.job.tokenizer,
             max_length=tokens_at_most(settings, loaded),
             name="canaries",
-            chat=settings.chat,
+            chat=bool(settings.chat),
             add_eos=False,
         )
         if data.truncated.any():

@@ -180,7 +180,7 @@ class LookPlan:
             tokenizer,
             max_length=limit,
             name="reference",
-            chat=self.job.settings.chat,
+            chat=bool(self.job.settings.chat),
             vocabulary=loaded.vocabulary,
         )
 

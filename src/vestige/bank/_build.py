@@ -1,8 +1,9 @@
 """`vestige bank`: from a model and its training data to many models trained on parts of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -20,7 +21,7 @@ from vestige.bank._members import MEASURES
 from vestige.bank._store import Bank, Texts
 from vestige.bank._train import Trainer
 from vestige.bank._work import BankPlan, TrainMember, planned_bank, prepare_bank
-from vestige.data import TokenizedData, describe_copies, load_queries, token_groups, tokenize
+from vestige.data import TokenizedData, ask, describe_copies, load_queries, token_groups, tokenize
 from vestige.errors import DataError, UserError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
@@ -40,6 +41,8 @@ _CHOSEN = (
     "clip",
 )
 """Settings that stand in a bank's identity as they were given."""
+_LORA = ("lora_alpha", "lora_targets")
+"""Settings that stand there where they are not the default: banks of earlier versions do not name them."""
 
 
 @verb(BankSettings)
@@ -56,7 +59,8 @@ def bank(settings: BankSettings) -> Bank:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return build_bank(settings, loaded, read_data(settings, settings.data, loaded), read_queries(settings, loaded))
+    data = read_data(settings, settings.data, loaded)
+    return build_bank(settings, loaded, data, read_queries(settings, loaded, data))
 
 
 def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData, queries: TokenizedData | None) -> Bank:
@@ -96,8 +100,8 @@ def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData,
     return run_plan(plan, settings, worker_command(settings, "bank"))
 
 
-def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData | None:
-    """The queries as the model sees them, None if there are none.
+def read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData | None:
+    """The queries as the model sees them, put as the data are; None if there are none.
 
     Raises:
         DataError: One has no target token: a prompt without an answer has no loss.
@@ -105,12 +109,14 @@ def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData |
     if settings.queries is None:
         return None
     limit = tokens_at_most(settings, loaded)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
     queries = tokenize(
-        load_queries(settings.queries, on_bad_text=settings.on_bad_text),
+        asked.queries,
         loaded.tokenizer,
         max_length=limit,
         name="queries",
-        chat=settings.chat,
+        chat=bool(settings.chat),
         vocabulary=loaded.vocabulary,
     )
     empty = np.flatnonzero(queries.target_counts == 0)
@@ -209,6 +215,7 @@ def _manifest(
         "steps": steps,
         "from_scratch": settings.from_scratch,
         "lora_rank": settings.lora_rank,
+        **_given(settings, _LORA),
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "loss": settings.loss,
         **{name: getattr(settings, name) for name in _CHOSEN},
@@ -218,6 +225,12 @@ def _manifest(
     names = {"model": loaded.name, "data": data.name}
     names |= {} if queries is None else {"queries": _name(settings.queries)}
     return BankManifest(identity, subsets_shown(subsets), settings.seeds, names)
+
+
+def _given(settings: BankSettings, names: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default."""
+    fields = BankSettings.model_fields
+    return {name: value for name in names if (value := getattr(settings, name)) != fields[name].default}
 
 
 def _name(source: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from vestige.data import read_row_list, rows_named
 from vestige.errors import DataError
 
 EVERYTHING = "everything"
@@ -110,25 +111,23 @@ def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
     Args:
         source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
-            then named by their place.
+            then named by their place; or any file that names rows, which is one list.
         ids: Of all examples, in row order.
 
     Raises:
         DataError: The file does not read, or names an example that there is not.
     """
     shown = source if isinstance(source, str | Path) else "The lists"
-    content = _read_json(Path(source)) if isinstance(source, str | Path) else source
+    content = _read_lists(Path(source)) if isinstance(source, str | Path) else source
     named = dict(enumerate(content)) if isinstance(content, list | tuple) else content
     if not isinstance(named, Mapping) or not all(isinstance(one, list | tuple) for one in named.values()) or not named:
         raise DataError(
             f"{shown}: expected lists of example ids, such as [[3, 17], [4]] or a mapping of names to them."
         )
-    row_of = {one: row for row, one in enumerate(ids)}
     lists = {}
     for name, members in named.items():
-        if unknown := [one for one in members if str(one) not in row_of]:
-            raise DataError(f"{shown}: list {name!r} names {unknown[0]!r}, which is no id of the data.")
-        lists[str(name)] = np.array([row_of[str(one)] for one in members], dtype=np.int64)
+        rows = rows_named([str(one) for one in members], ids, place=f"{shown}, list {name!r},")
+        lists[str(name)] = np.array([rows[str(one)] for one in members], dtype=np.int64)
     return lists
 
 
@@ -145,8 +144,16 @@ def run_seed(seed: int, subset: int | None, number: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
+def _read_lists(path: Path) -> Any:
+    if path.suffix == ".json" and path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
+        if (
+            isinstance(content, Mapping)
+            or not isinstance(content, list)
+            or any(isinstance(one, list) for one in content)
+        ):
+            return content
+    return {path.name: [entry.name for entry in read_row_list(path)]}

@@ -5,8 +5,8 @@ from typing import Any
 
 from vestige.data._origin import shown
 from vestige.data._token_rows import IDS, is_used
-from vestige.data._turns import ASSISTANT, read_json
-from vestige.data._types import Example, Message
+from vestige.data._turns import read_json
+from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 
 SYSTEM = ("system", "system_prompt", "system_message")

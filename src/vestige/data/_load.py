@@ -15,6 +15,9 @@ from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
 
+_RUN_QUERIES = "queries.parquet"
+"""Table of the queries in the folder of a run."""
+
 
 def load_examples(
     source: Any, *, limit: int | None = None, split: str | None = None, on_bad_text: OnBadText = "refuse"
@@ -48,14 +51,23 @@ def load_queries(source: Any, *, on_bad_text: OnBadText = "refuse", learned: boo
     """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
     With `learned`, rows that training data may not hold, such as answers to be avoided, are refused as there.
-    A bare string in a list, and a single string that names no file and cannot be a hub id, is a prompt.
+    A bare string in a list, and a single string that names no file and cannot be a hub id, is a prompt. The folder of a
+    run stands for its queries with the answers that it explains.
 
     Raises:
         DataError: As for `load_examples`.
     """
     if isinstance(source, str) and not _names_a_place(source):
         source = [source]
+    if isinstance(source, str | Path) and _exists(f"{source}/{_RUN_QUERIES}"):
+        table = read_file(Path(source).expanduser() / _RUN_QUERIES)
+        source = [_query_of_run(parsed(record).value) for record in table.records]
     return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
+
+
+def _query_of_run(row: dict[str, Any]) -> dict[str, Any]:
+    words = {name: row.get(name) for name in ("text", "prompt", "completion", "messages")}
+    return {"id": row["query_id"], **{name: cell for name, cell in words.items() if cell is not None}}
 
 
 def _names_a_place(text: str) -> bool:

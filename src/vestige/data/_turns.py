@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vestige.data._origin import shown
-from vestige.data._types import Message
+from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
 
-ASSISTANT = "assistant"
 ROLES = {
     "human": "user",
     "gpt": ASSISTANT,

@@ -90,14 +90,20 @@ def estimate_costs(
 
 
 def check_disk_space(cost: Cost, dtype: str, free: int, examples: int) -> Check:
-    """Whether the index fits on the disk."""
+    """Whether the index, with the curvature that the first question adds to it, fits on the disk."""
     per_example, needed = bytes_in(cost.row_bytes, dtype), bytes_in(cost.disk_bytes, dtype)
+    curvature = format_bytes(cost.curvature_bytes)
     value = (
-        f"{format_bytes(needed)} for {examples:,} examples at {format_bytes(per_example)}, {format_bytes(free)} free"
+        f"{format_bytes(needed)} for {examples:,} examples at {format_bytes(per_example)}, {curvature} for the "
+        f"curvature of influence, {format_bytes(free)} free"
     )
     if needed > free:
         advice = "It does not fit: choose a smaller --compress, --dtype int8, or --compress auto --disk SIZE."
         return Check("disk", "bad", value, advice, needed)
+    needed += cost.curvature_bytes
+    if needed > free:
+        advice = f"The index fits, but not the {curvature} that influence adds: choose a smaller --compress for it."
+        return Check("disk", "warn", value, advice, needed)
     if needed > free / 2:
         return Check("disk", "warn", value, "It fits, but takes more than half of what is free.", needed)
     return Check("disk", "good", value, "It fits on the disk of this folder.", needed)
@@ -158,7 +164,7 @@ def _cost(
     held = max(part, widest) + widest
     memory = trial.working_bytes + 4 * manifest.width * held
     disk = {dtype: size * examples for dtype, size in row_bytes.items()}
-    return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk)
+    return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk, manifest.curvature_bytes)
 
 
 def _cut(inputs: Inputs, manifest: Manifest) -> CutBatches:

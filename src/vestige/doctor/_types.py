@@ -51,6 +51,8 @@ class Cost(NamedTuple):
     """Bytes per example on disk, by number format."""
     disk_bytes: dict[str, int]
     """Bytes of the whole index on disk, by number format."""
+    curvature_bytes: int = 0
+    """What the first question of `influence` adds to them."""
 
 
 @dataclass(frozen=True)

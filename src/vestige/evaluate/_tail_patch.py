@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vestige.data import TokenizedData, load_queries, make_batch, plan_batches, tokenize
+from vestige.data import TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
 from vestige.errors import DataError, NonFinite, SpecError, VestigeError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
@@ -43,7 +43,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     data = read_data(settings, settings.data, loaded)
-    queries = _queries(settings, loaded)
+    queries = _queries(settings, loaded, data)
     tops = {one.name: _tops(one, data, queries, settings.k) for one in found.scored}
     pairs: Pairs = {}
     for top in tops.values():
@@ -163,11 +163,16 @@ def _losses(
     return losses
 
 
-def _queries(settings: TailPatchSettings, loaded: LoadedModel) -> TokenizedData:
-    examples = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
-    limit = tokens_at_most(settings, loaded)
+def _queries(settings: TailPatchSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData:
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    examples = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
     queries = tokenize(
-        examples, loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat, vocabulary=loaded.vocabulary
+        examples,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="queries",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
     )
     if (empty := np.flatnonzero(queries.target_counts == 0)).size:
         raise DataError(

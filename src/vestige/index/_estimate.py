@@ -51,5 +51,6 @@ def announce_estimate(estimate: Estimate, manifest: Manifest, selection: Selecti
     )
     announce(
         f"{estimate.examples:,} examples, {estimate.tokens:,} tokens: about {format_seconds(estimate.seconds)}, "
-        f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory."
+        f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory. The first "
+        f"question of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
     )

@@ -71,7 +71,7 @@ def read_data(
         loaded.tokenizer,
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
-        chat=settings.chat,
+        chat=bool(settings.chat),
         limit=settings.limit,
         folder=tokens,
         workers=tokenising_processes(settings),

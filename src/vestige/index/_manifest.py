@@ -178,6 +178,11 @@ class Manifest(_Frozen):
         return self.width * BYTES_PER_NUMBER[self.dtype] + 16 + (4 if self.dtype in SCALED_TYPES else 0)
 
     @property
+    def curvature_bytes(self) -> int:
+        """Bytes that the curvature takes beside the index from the first question of `influence` on, in float32."""
+        return sum(4 * (span.columns.stop - span.columns.start) ** 2 for span in self.spans)
+
+    @property
     def shard_rows(self) -> tuple[int, ...]:
         """Rows of every shard, by shard number."""
         return tuple(rows for stage in self.plan.stages for rows in stage.shard_rows)

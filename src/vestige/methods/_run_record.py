@@ -41,6 +41,7 @@ def run_record(
         model=_model_record(job),
         data=_data_record(job.train),
         queries=_data_record(job.queries),
+        asked=job.asked,
         left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=[
             CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)

@@ -40,7 +40,7 @@ def generate_answers(
         ModelError: The model cannot generate, or has no tokenizer.
         DataError: A prompt is empty or fills the model's context.
     """
-    waiting = [number for number, example in enumerate(examples) if _awaits_answer(example)]
+    waiting = [number for number, example in enumerate(examples) if example.lacks_answer]
     answered = list(examples)
     if not waiting:
         return answered
@@ -112,12 +112,6 @@ def _budgets(loaded: LoadedModel, prompts: TokenizedData, most: int | Sequence[i
     """Most tokens of each answer: as many as were asked for, or as its prompt leaves of the context."""
     asked = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
     return asked if loaded.context_length is None else np.minimum(asked, loaded.context_length - prompts.lengths)
-
-
-def _awaits_answer(example: Example) -> bool:
-    if example.messages:
-        return example.messages[-1].role != "assistant"
-    return example.prompt is not None and example.completion is None
 
 
 def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> TokenizedData:

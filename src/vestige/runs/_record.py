@@ -126,6 +126,8 @@ class RunRecord(_Part):
     """None for methods that read text alone."""
     data: DataRecord
     queries: DataRecord
+    asked: str = ""
+    """How questions were put, in words; empty where they were asked as they were typed."""
     left_out: list[str] = Field(default_factory=list)
     """Ids of training examples that were not scored, because their loss or gradient is not finite."""
     checkpoints: list[CheckpointRecord] = Field(default_factory=list)

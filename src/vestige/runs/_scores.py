@@ -16,7 +16,7 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, excerpt
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SELF_TABLE = "self_influence"
 _ROWS_AT_ONCE = 2**13
+_TITLE_WIDTH = 100
 
 
 class Scores:
@@ -62,6 +63,11 @@ class Scores:
     def queries(self) -> list[str]:
         """Ids of the queries, in order."""
         return [str(row["query_id"]) for row in self._query_rows]
+
+    @property
+    def generated(self) -> int:
+        """How many of the queries are answers that the model gave itself."""
+        return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
         """The `k` proponents of a query: the training examples with the highest scores, highest first."""
@@ -146,7 +152,10 @@ class Scores:
     def __repr__(self) -> str:
         run = self.run
         lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
-        lines += [f"  {number}: {shorten(row_text(row), 90)}" for number, row in enumerate(self._query_rows[:5])]
+        lines += [
+            f"  {number}: {excerpt(row_turns(row) or row_text(row), 90)}"
+            for number, row in enumerate(self._query_rows[:5])
+        ]
         if len(self.queries) > 5:
             lines.append(f"  … and {len(self.queries) - 5} more")
         return "\n".join([*lines, self.meaning.sign])
@@ -161,8 +170,9 @@ class Scores:
                 row["example_id"],
                 row["score"],
                 row["percentile"],
-                *self._examples[row["row"]],
+                *self._examples[row["row"]][:2],
                 row["row"],
+                self._examples[row["row"]][2],
             )
             for row in listed[:k]
         ]
@@ -171,8 +181,9 @@ class Scores:
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
         note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
-        text = row_text(self._query_rows[self.queries.index(name)])
-        return ScoreTable(rows, f"{end}s of query {name}: {shorten(text, 80)}", note)
+        asked = self._query_rows[self.queries.index(name)]
+        words = excerpt(row_turns(asked) or row_text(asked), _TITLE_WIDTH)
+        return ScoreTable(rows, f"{end}s of query {name}: {words}", note)
 
     def _query_id(self, query: int | str) -> str:
         if isinstance(query, str):
@@ -207,9 +218,10 @@ class Scores:
         return self._read("scores").to_pylist()
 
     @cached_property
-    def _examples(self) -> dict[int, tuple[str, str | None]]:
-        """Row -> (text, source)."""
-        return {row["row"]: (row_text(row), row["source"]) for row in self._read("examples").to_pylist()}
+    def _examples(self) -> dict[int, tuple[str, str | None, tuple[tuple[str, str], ...]]]:
+        """Row -> (text, source, turns)."""
+        rows = self._read("examples").to_pylist()
+        return {row["row"]: (row_text(row), row["source"], row_turns(row)) for row in rows}
 
     @cached_property
     def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
@@ -252,10 +264,15 @@ def _unreadable(path: Path, error: Exception) -> CorruptFile:
     return CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.")
 
 
+def row_turns(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Role and content of each turn of a row of `examples.parquet` or `queries.parquet`; none if it has no turns."""
+    return tuple((turn["role"], turn["content"]) for turn in json.loads(row["messages"] or "[]"))
+
+
 def row_text(row: dict[str, Any]) -> str:
     """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
-    if row["messages"]:
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(row["messages"]))
+    if turns := row_turns(row):
+        return "\n".join(f"{role}: {content}" for role, content in turns)
     if row["text"] is not None:
         return row["text"]
     parts = [part for part in (row["prompt"], row["completion"]) if part]

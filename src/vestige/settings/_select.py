@@ -81,6 +81,11 @@ class SelectSettings(Settings):
     min_score: float | None = Field(
         None, description="Never choose an example with a lower score: 0 leaves out those that do harm."
     )
+    drop: Path | None = Field(
+        None,
+        description="Never choose these rows: a file with an id on each line, a report's row list, CSV or JSONL, or a "
+        "folder of `vestige select` or `vestige data clean`.",
+    )
     duplicates: float | None = Field(
         None, gt=0, le=1, description="Leave out examples whose gradient has at least this cosine with a chosen one's."
     )

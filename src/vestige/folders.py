@@ -12,7 +12,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,13 +67,13 @@ def require_no_others(folder: Path, ours: Collection[str]) -> None:
 
 
 def _others(folder: Path, ours: Collection[str], prefix: str = "") -> Iterator[str]:
-    """Paths in the folder that none of the names stands for."""
+    """Paths in the folder that none of the names stands for; folders without a file in them do not count."""
     depth = prefix.count("/") + 1
     names = [name.split("/") for name in ours]
     for path in sorted(folder.iterdir()):
         inside = f"{prefix}{path.name}"
         begun = [name for name in names if fnmatchcase(inside, "/".join(name[:depth]))]
-        if is_temporary(path) or any(len(name) <= depth for name in begun):
+        if is_temporary(path) or any(len(name) <= depth for name in begun) or _is_hollow(path):
             continue
         if begun and path.is_dir():
             yield from _others(path, ["/".join(name) for name in begun], f"{inside}/")
@@ -82,13 +81,25 @@ def _others(folder: Path, ours: Collection[str], prefix: str = "") -> Iterator[s
             yield inside
 
 
-def remove_result(folder: Path, ours: Collection[str], record: str, keep: Collection[str] = ()) -> None:
+def _is_hollow(path: Path) -> bool:
+    """Whether it is a folder that holds nothing but folders."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return not any(
+        files or any(Path(parent, name).is_symlink() for name in inner) for parent, inner, files in os.walk(path)
+    )
+
+
+def remove_result(
+    folder: Path, ours: Collection[str], record: str, *, begun: Collection[str] = (), keep: Collection[str] = ()
+) -> None:
     """The result in the folder is gone, for `--overwrite`; a folder that is absent is no error.
 
     Args:
         folder: Of the result.
         ours: What it consists of, as for `require_no_others`.
         record: The file that makes it one.
+        begun: What there may be of it without the record.
         keep: Names of what stays.
 
     Raises:
@@ -96,12 +107,20 @@ def remove_result(folder: Path, ours: Collection[str], record: str, keep: Collec
     """
     if not folder.exists():
         return
-    require_no_others(folder, ours)
+    require_no_others(folder, ours if (folder / record).exists() else begun)
     require_no_links(folder)
-    # The record goes first: whatever is left after a kill is no longer taken for a result.
-    (folder / record).unlink(missing_ok=True)
-    for path in [path for path in folder.iterdir() if path.name not in keep]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    # All of it goes at once: of what a kill left, nobody could say whose it is.
+    folder = folder.resolve()
+    aside = temporary_path(folder.with_name(f".{folder.name}"))
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise write_error(error, folder, 0) from error
+    folder.mkdir()
+    for name in keep:
+        if (aside / name).exists():
+            (aside / name).rename(folder / name)
+    remove_tree(aside)
 
 
 def require_no_links(folder: Path) -> None:

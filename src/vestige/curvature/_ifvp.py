@@ -28,7 +28,7 @@ RECORD = "preconditioned.json"
 FORMAT = 1
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", "launch")
+_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", *JOB_FILES)
 
 
 class PreconditionedBlock(NamedTuple):

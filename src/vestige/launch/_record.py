@@ -21,6 +21,13 @@ from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
 from vestige.launch._identity import Worker, this_worker
 
+JOB_FILES = (
+    "launch/*/job.json",
+    "launch/*/room.*",
+    *(f"launch/*/{name}" for name in ("claims/*.json", "claims/.*.evicted.*", "failures/*.json")),
+    *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
+)
+"""What jobs leave in the folder that they work on, as for `require_no_others`."""
 _ROOM = 16 * 1024
 """Bytes that a claim and the note of a failure surely fit into."""
 

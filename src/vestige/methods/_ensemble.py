@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.files import check_disk, make_folder
+from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
 from vestige.index import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint, Weighting
@@ -259,7 +259,7 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
     """One file that is whole or absent."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         scored = 0

@@ -8,7 +8,7 @@ from vestige.folders import require_no_others
 from vestige.launch import is_worker, job_statuses, run_plan, worker_command
 from vestige.progress import announce
 from vestige.settings import LaunchSettings, SweepSettings, verb
-from vestige.sweep._cells import Cells, cells_of
+from vestige.sweep._cells import ID_DIGITS, Cells, cells_of
 from vestige.sweep._files import require_unchanged, write_json
 from vestige.sweep._grid import Grid, read_grid
 from vestige.sweep._plan import SweepPlan
@@ -48,7 +48,7 @@ def sweep(settings: SweepSettings) -> SweepReport:
 
 def _prepare(settings: SweepSettings, grid: Grid, cells: Cells) -> None:
     if not is_sweep(settings.out):
-        require_no_others(settings.out, [f"{GRIDS}/*.json"])
+        require_no_others(settings.out, [f"{GRIDS}/{'[0-9a-f]' * ID_DIGITS}.json"])
     require_unchanged(cells.cells)
     _require_no_other_sweep(settings.out, grid)
     make_folder(settings.out / GRIDS)

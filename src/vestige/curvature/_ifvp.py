@@ -22,7 +22,7 @@ from vestige.errors import IndexMismatch, UserError
 from vestige.files import check_disk, make_folder, remove_durably, write_durably
 from vestige.folders import require_no_others
 from vestige.index import Index
-from vestige.launch import Compute, PieceFiles, step_done
+from vestige.launch import JOB_FILES, Compute, PieceFiles, step_done
 
 RECORD = "preconditioned.json"
 FORMAT = 1

@@ -136,9 +136,11 @@ def claim_result(settings: PreparationSettings, kind: str, fingerprint: str | No
 
 def _kept(settings: PreparationSettings) -> list[str]:
     """What outlives a result: replies that were paid for, wherever in the folder they lie."""
-    cache = getattr(settings, "cache", None)
-    inside = cache is not None and settings.out.resolve() in cache.resolve().parents
-    return [*_REPLIES, *([str(cache.resolve().relative_to(settings.out.resolve()))] if inside else [])]
+    cache: Path | None = getattr(settings, "cache", None)
+    out = settings.out.resolve()
+    if cache is None or not cache.resolve().is_relative_to(out):
+        return [*_REPLIES]
+    return [*_REPLIES, str(cache.resolve().relative_to(out))]
 
 
 def _files_of(record: Mapping[str, Any]) -> list[str]:

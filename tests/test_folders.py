@@ -96,7 +96,7 @@ def test_of_two_commands_on_one_folder_the_second_is_refused_until_the_first_end
     folder = tmp_path / "run"
     first = _held_elsewhere(folder, "vestige attribute --out run")
     with (
-        pytest.raises(UserError, match=rf"process {first.pid} on .*vestige attribute --out run\nWait until"),
+        pytest.raises(UserError, match=rf"process {first.pid} on .*:\n  vestige attribute --out run\nWait until"),
         hold_folder(folder, "vestige audit --out run"),
     ):
         pytest.fail("both hold it")

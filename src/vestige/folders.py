@@ -303,10 +303,13 @@ def _lock(path: Path, folder: Path, command: str, shared: str | None) -> int | N
             return file
         _unlock(file, path)
         if time.monotonic() > deadline:
-            what = f" (process {holder.get('process')} on {holder.get('host')}): {holder.get('command')}"
+            who = (
+                f" (process {holder.get('process')} on {holder.get('host')}):\n  {holder.get('command')}"
+                if holder
+                else "."
+            )
             raise UserError(
-                f"{folder} is being written by another command{what if holder else ''}.\n"
-                "Wait until it has ended, or give another --out."
+                f"{folder} is being written by another command{who}\nWait until it has ended, or give another --out."
             )
         time.sleep(0.05)
 

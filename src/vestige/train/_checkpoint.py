@@ -20,7 +20,7 @@ CHECKPOINT_FILES = tuple(
     f"checkpoint-[0-9]*/{name}"
     for name in (
         *("*.safetensors", "*.json", "*.bin", "*.model", "*.jinja", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
-        *("merges.txt", "vocab.txt", "README.md"),
+        *("merges.txt", "vocab.txt", "README.md", "losses.parquet"),
     )
 )
 """What the Trainer, models and tokenizers write into a checkpoint, as for `require_no_others`."""

@@ -181,6 +181,8 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
         )
     if error.errno in _REFUSED:
         return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{path.name[:40]}... is too long a name for this disk. Choose a shorter --out.")
     if isinstance(error, FileNotFoundError):
         return UserError(
             f"{path.parent} was removed or renamed while it was being written to. Run the same command again: what is "

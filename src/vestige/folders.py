@@ -240,6 +240,8 @@ def hold_folder(folder: Path, command: str, *, shared: str | None = None, lock: 
         UserError: Another command holds the folder, or it cannot be written to.
     """
     folder = folder.resolve()
+    if folder.parent == folder:
+        raise UserError(f"{folder} is the root of all folders. Choose another --out.")
     if any(held == folder or held in folder.parents for held in _HELD.get()):
         yield
         return

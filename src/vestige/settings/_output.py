@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,25 @@ def writing(settings: Settings, command: str) -> Iterator[None]:
         DiskSpaceError: The disk is full.
     """
     out = getattr(settings, "out", None)
-    if not isinstance(out, Path) or getattr(settings, "dry_run", False):
-        yield
-        return
-    _require_apart(settings, out)
-    alone = not isinstance(settings, LaunchSettings) or getattr(settings, "overwrite", False)
-    words = settings.command_line(command)
+    writes = not getattr(settings, "dry_run", False)
     try:
-        with hold_folder(out, words, shared=None if alone else _identity(settings), lock=not is_helper()):
+        with _held(settings, out, command) if isinstance(out, Path) and writes else nullcontext():
             yield
     except UserError:
         raise
     except Exception as error:
-        if (full := disk_error(error, out)) is None:
+        if (full := disk_error(error, out or getattr(settings, "index", None) or Path("its folder"))) is None:
             raise
         raise full from error
+
+
+@contextmanager
+def _held(settings: Settings, out: Path, command: str) -> Iterator[None]:
+    _require_apart(settings, out)
+    alone = not isinstance(settings, LaunchSettings) or getattr(settings, "overwrite", False)
+    words, shared = settings.command_line(command), None if alone else _identity(settings)
+    with hold_folder(out, words, shared=shared, lock=not is_helper()):
+        yield
 
 
 def _require_apart(settings: Settings, out: Path) -> None:

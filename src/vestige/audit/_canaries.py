@@ -15,7 +15,7 @@ import torch
 from vestige.audit._exposure import exposure
 from vestige.audit._job import AuditJob
 from vestige.audit._look import total_losses
-from vestige.audit._pieces import digest, partial_folder, ran
+from vestige.audit._pieces import digest, ran
 from vestige.data import (
     Example,
     Frame,
@@ -28,6 +28,7 @@ from vestige.data import (
     tokenize,
 )
 from vestige.errors import DataError
+from vestige.folders import partial_folder
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.models import LoadedModel, batch_sharing

@@ -12,10 +12,11 @@ import torch
 from vestige.audit._extraction import extraction, greedy
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors, joined, look, total_losses
-from vestige.audit._pieces import digest, partial_folder, ran
+from vestige.audit._pieces import digest, ran
 from vestige.audit._states import Round, is_measured, layer_files, layer_pieces, state_files
 from vestige.audit._subjects import Subject
 from vestige.data import TokenizedData, plan_batches, tokenize
+from vestige.folders import partial_folder
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.models import batch_sharing

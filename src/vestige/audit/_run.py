@@ -1,6 +1,5 @@
 """`vestige audit`: evidence for every example of what a model knows by heart, judged where the truth is known."""
 
-import shutil
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,8 +14,8 @@ from vestige.audit._canary_figures import canary_figures
 from vestige.audit._figures import figures
 from vestige.audit._job import AuditJob, open_job
 from vestige.audit._judge import Known, judge, span, truths
-from vestige.audit._pieces import partial_folder
 from vestige.audit._signs import SIGNS
+from vestige.folders import remove_partial
 from vestige.launch import follow, is_follower, is_worker
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
@@ -73,7 +72,7 @@ def audit(settings: AuditSettings) -> Audit:
     tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
     drawn = figures(evidence, known, rows) | canary_figures(canaries, [each.number for each in job.subjects])
     write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
-    shutil.rmtree(partial_folder(settings.out), ignore_errors=True)
+    remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
 

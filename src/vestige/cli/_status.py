@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vestige.cli._command import command
 from vestige.errors import UserError
+from vestige.folders import partial_folder, replaced_result
 from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.settings import StatusSettings
 
@@ -56,7 +57,12 @@ def describe(folder: Path) -> str:
         parts.append(describe_run(folder))
     elif read_manifest(folder) is not None:
         parts.append(describe_index(folder))
-    parts += ["\n".join(job.lines()) for place in (folder, _partial(folder)) for job in job_statuses(place)]
+    parts += ["\n".join(job.lines()) for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
+    if (aside := replaced_result(folder)) is not None:
+        parts.append(
+            f"{folder} was being replaced when the command was stopped. The earlier result lies in {aside}: the next "
+            "command with this --out puts it back."
+        )
     if not parts:
         raise UserError(
             f"{folder} is neither an index nor a run. Give the folder that `vestige index` or "
@@ -68,13 +74,7 @@ def describe(folder: Path) -> str:
 def _is_at_work(folder: Path) -> bool:
     from vestige.launch import job_statuses
 
-    return any(job.state == "running" for place in (folder, _partial(folder)) for job in job_statuses(place))
-
-
-def _partial(folder: Path) -> Path:
-    """Where a run is in the making: beside its folder, which appears when it is whole."""
-    whole = folder.absolute()
-    return whole.with_name(f".{whole.name}.partial")
+    return any(job.state == "running" for place in (folder, partial_folder(folder)) for job in job_statuses(place))
 
 
 def describe_audit(folder: Path) -> str:

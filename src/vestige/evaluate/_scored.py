@@ -19,7 +19,7 @@ from vestige.methods import attribute, method_class
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
-from vestige.settings import ReadingSettings, ScoredSettings
+from vestige.settings import EVALUATIONS, ReadingSettings, ScoredSettings, Settings
 
 OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""
@@ -63,6 +63,7 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
         SpecError: A method needs a model, data or queries that were not given.
         UserError: A run is not one, or was made with other settings than the ones of now.
     """
+    require_own_files(settings)
     given = [Scores.open(folder) for folder in settings.run]
     known = {run.run.method for run in given}
     wanted = list(dict.fromkeys(settings.methods))
@@ -77,6 +78,29 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
     scored = [Scored(name, run, flag) for name, run, flag in zip(names, [*given, *made], flags, strict=True)]
     return Judged(tuple(scored), tuple(notes))
+
+
+def require_own_files(settings: Settings) -> None:
+    """Return unless a file that the evaluation writes is there and not an earlier one's; call it before the work.
+
+    Raises:
+        UserError: One is; nothing was changed.
+    """
+    kind = next(name for name, each in EVALUATIONS.items() if each is type(settings))
+    out = Path(settings.arguments()["out"])
+    try:
+        found = json.loads((out / f"{kind}.json").read_bytes())
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError, RecursionError):
+        found = False
+    ours = isinstance(found, dict) and found.get("kind") == kind
+    files = [out / f"{kind}.{ending}" for ending in ("json", "pdf", "png")]
+    if not ours and (taken := [path for path in files if path.exists()]):
+        raise UserError(
+            f"{taken[0]} is there already, and not by `vestige evaluate {kind}`; nothing was changed. Choose another "
+            "--out."
+        )
 
 
 def reading_of(settings: ReadingSettings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from vestige.data import make_batch, plan_batches
 from vestige.errors import SpecError
+from vestige.folders import partial_folder, remove_partial
 from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.index import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
@@ -17,7 +18,6 @@ from vestige.lockstep import FSDP, decided
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
-from vestige.methods._partial import partial_folder, remove_partial
 from vestige.methods._plan import self_scores, summarised
 from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method
@@ -73,12 +73,14 @@ def attribute(settings: AttributeSettings) -> Scores:
         record = run_record(settings, job, method, summary, checks, time.perf_counter() - started)
         others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
 
-    def write() -> None:
-        write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    def add(run: Path) -> None:
         for folder in others:
-            folder.rename(settings.out / folder.name)
-        write_profile(measured, settings.out)
-        remove_partial(settings)
+            folder.rename(run / folder.name)
+        write_profile(measured, run)
+
+    def write() -> None:
+        write_run(settings.out, record, tables, overwrite=settings.overwrite, add=add)
+        remove_partial(settings.out)
 
     decided(write)
     return Scores.open(settings.out)
@@ -127,7 +129,7 @@ def _write_others(
     """
     written = []
     for member, summary in zip(swept.members[1:], swept.summaries[1:], strict=True):
-        place = member_folder(partial_folder(settings), member.damping)
+        place = member_folder(partial_folder(settings.out), member.damping)
         own = {"damping": member.damping, "out": settings.out / place.name, "tokens": False, "self_influence": False}
         checks = free_checks(member.job, member.method, summary.ranked, losses=losses) if settings.trust else []
         tables = _tables(member.job, member.method, summary, generated, losses)
@@ -172,6 +174,11 @@ def _method(settings: AttributeSettings) -> Method:
         raise SpecError(
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
+        )
+    if settings.engine != "local" and not method.needs_gradients:
+        raise SpecError(
+            f"--engine {settings.engine} submits passes over gradients, and {settings.method} uses none: it scores in "
+            "this process. Drop --engine and what belongs to it."
         )
     if settings.query_rank is not None and not method.needs_gradients:
         raise SpecError(

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.files import check_disk, make_folder
+from vestige.files import check_disk, make_folder, temporary_path
+from vestige.folders import partial_folder
 from vestige.index import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint, Weighting
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
 from vestige.methods._indexed_gradients import IndexedGradients
-from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import Prepared
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._stores import GradientStore
@@ -129,7 +129,7 @@ class CheckpointMethod(ABC):
 
     def _kept(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
         """The numbers of one checkpoint, mapped; computed unless they lie on disk."""
-        path = partial_folder(job.settings) / f"{self._digest(job, number, what)}.npy"
+        path = partial_folder(job.settings.out) / f"{self._digest(job, number, what)}.npy"
         shape = (lines, len(job.train))
         if not path.exists():
             checkpoint = job.checkpoints[number]
@@ -216,7 +216,7 @@ def _made_index(job: Job, number: str) -> Index:
     settings = job.settings
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
     shared = {name: getattr(settings, name) for name in names}
-    folder = partial_folder(settings) / f"index-{number}"
+    folder = partial_folder(settings.out) / f"index-{number}"
     assert job.loaded is not None
     assert job.selection is not None
     made = IndexSettings(model=job.loaded.name, data=settings.data, out=folder, **shared)
@@ -247,7 +247,7 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
     """One file that is whole or absent."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         scored = 0

@@ -19,6 +19,7 @@ from vestige.data import (
     tokenize_stored,
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.folders import partial_folder
 from vestige.index import (
     TOKENS,
     Index,
@@ -33,7 +34,6 @@ from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
-from vestige.methods._partial import partial_folder
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
@@ -190,7 +190,7 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
             else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         )
         return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
-    tokens = partial_folder(settings) / TOKENS
+    tokens = partial_folder(settings.out) / TOKENS
     if index is None:
         return read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
@@ -234,7 +234,7 @@ def _is_exact(job: Job, method: Method) -> bool:
 
 def _temporary_index(job: Job) -> Index:
     """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
-    settings, folder = job.settings, partial_folder(job.settings) / "index"
+    settings, folder = job.settings, partial_folder(job.settings.out) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
     shared = {name: getattr(settings, name) for name in names}

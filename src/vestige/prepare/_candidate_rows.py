@@ -9,9 +9,16 @@ import pyarrow.parquet as parquet
 
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError
-from vestige.files import make_folder, write_durably
+from vestige.files import write_durably
 from vestige.prepare._candidates import Candidates, find_candidates
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, row_of, write_prepared
+from vestige.prepare._write import (
+    Prepared,
+    check_same_result,
+    claim_result,
+    fingerprint_of,
+    row_of,
+    write_prepared,
+)
 from vestige.progress import announce
 from vestige.settings import CandidatesSettings, verb
 
@@ -63,7 +70,7 @@ def candidates(settings: CandidatesSettings) -> Prepared:
             f"--include-original: {unknown:,} of {len(found):,} queries name no original, "
             f"such as {_nameless(found)!r}. Name the column that holds its id with --truth."
         )
-    make_folder(settings.out)
+    claim_result(settings, KIND, fingerprint)
     write_durably(settings.out / TABLE, [_table(found)])
     rows = [row_of(query) | _columns(one) for query, one in zip(queries, found, strict=True)]
     ranks = Counter(one.original_rank for one in found if one.original_rank is not None)

@@ -63,6 +63,9 @@ class Settings(BaseModel):
     added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
     """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
+    beside_results: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a folder which may lie in `out`, because it is kept there."""
+
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -81,17 +84,26 @@ class Settings(BaseModel):
             field = type(self).model_fields[name]
             if not field.is_required() and getattr(self, name) == field.default:
                 continue
-            if name in self.positional:
-                words.append(str(value))
-            elif isinstance(value, bool):
+            if isinstance(value, bool):
                 words.append(flag(name) if value else "--no-" + flag(name)[2:])
             elif isinstance(value, list):
-                words += [word for item in value for word in (flag(name), str(item))]
+                words += [word for item in value for word in _flagged(name, str(item))]
             elif isinstance(value, dict):
-                words += [word for key, item in value.items() for word in (flag(name), f"{key}={item}")]
+                words += [word for key, item in value.items() for word in _flagged(name, f"{key}={_typed(item)}")]
+            elif name in self.positional and not str(value).startswith("-"):
+                words.append(str(value))
             else:
-                words += [flag(name), str(value)]
+                words += _flagged(name, str(value))
         return shlex.join(words)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_empty(cls, values: Any) -> Any:
+        """Refuse an empty text: as a path it would be the folder that the command is typed in."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if name in cls.model_fields and any(_is_empty(one) for one in (value if type(value) is list else [value])):
+                raise SpecError(f"{flag(name)} is empty. Give it a value, or leave it out.")
+        return values
 
     @model_validator(mode="wrap")
     @classmethod
@@ -103,6 +115,20 @@ class Settings(BaseModel):
             for problem in error.errors(include_url=False):
                 problems.setdefault(problem["loc"][:1], []).append(problem)
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _flagged(name: str, value: str) -> list[str]:
+    """The words of one value; one that begins as a flag does is tied to its own."""
+    return [f"{flag(name)}={value}"] if value.startswith("-") else [flag(name), value]
+
+
+def _typed(value: Any) -> str:
+    """A value of an option as it is typed."""
+    return "none" if value is None else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Which examples each model of a bank is trained on: a design is a list of subsets, each with a name."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 EVERYTHING = "everything"
 """Name of the subset that leaves nothing out, to which the others of its design are compared."""
@@ -138,6 +138,6 @@ def run_seed(seed: int, subset: int | None, number: int) -> int:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error

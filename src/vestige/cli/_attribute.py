@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from vestige.cli._command import command
 from vestige.errors import SpecError
 from vestige.settings import AttributeSettings
+from vestige.terminal import say
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 10, 5
 """What fits on a screen; the run holds everything."""
@@ -22,10 +23,10 @@ def attribute(settings: AttributeSettings) -> None:
 
     scores = score(**settings.arguments())
     for query in scores.queries[:SHOWN_QUERIES]:
-        print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+        say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
-        print(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
-    print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+        say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
 
 
 def _require_prompts(queries: str | Sequence[str]) -> None:

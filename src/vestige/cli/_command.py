@@ -123,7 +123,12 @@ def _typed(field: FieldInfo) -> Any:
 
 
 def _without_bounds(annotation: Any) -> Any:
-    """`PositiveInt | None` as `int | None`: bounds are for the settings to check, who have better words for them."""
+    """`PositiveInt | None` as `int | None`: bounds are for the settings to check, who have better words for them.
+
+    So are paths: of an empty word the parser's own would be the current folder.
+    """
+    if annotation is Path:
+        return str
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):

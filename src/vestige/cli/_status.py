@@ -1,6 +1,5 @@
 """`vestige status`."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -8,8 +7,10 @@ from pathlib import Path
 
 from vestige.cli._command import command
 from vestige.errors import UserError
+from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import StatusSettings
+from vestige.terminal import say
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -22,12 +23,12 @@ def status(settings: StatusSettings) -> None:
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
-    print(describe(settings.path))
+    say(describe(settings.path))
     while settings.watch and _is_at_work(settings.path):
         time.sleep(SECONDS_BETWEEN_LOOKS)
         if sys.stdout.isatty():
             print("\033[H\033[2J", end="")
-        print(describe(settings.path), flush=True)
+        say(describe(settings.path))
 
 
 def describe(folder: Path) -> str:
@@ -95,7 +96,7 @@ def describe_audit(folder: Path) -> str:
 
 def _is_training(folder: Path) -> bool:
     try:
-        content = json.loads((folder / "run.json").read_bytes())
+        content = parse_json((folder / "run.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("kind") == "training"

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from vestige.data._origin import Record, Source, file_identity, nearest_name, shown
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 # A training text in a CSV cell easily passes the default of 131,072 characters.
 CSV_CELL_LIMIT = 2**31 - 1
@@ -125,7 +126,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not content.strip():
         return
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _read_json_lines(path)

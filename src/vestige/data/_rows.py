@@ -10,6 +10,7 @@ import numpy as np
 from vestige.data._origin import shown
 from vestige.data._types import Example, Message
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 
 class PairFormat(NamedTuple):
@@ -133,7 +134,7 @@ def _turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
     """The turns of a conversation: role and content, or from and value; also as JSON text or as columns."""
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
+            cell = parse_json(cell)
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
     if isinstance(cell, Mapping) and all(isinstance(column, list) for column in cell.values()):
@@ -169,7 +170,7 @@ def _token_columns(columns: dict[str, Any], place: str) -> dict[str, np.ndarray]
             continue
         cell = columns[name]
         try:
-            array = np.asarray(json.loads(cell) if isinstance(cell, str) else cell)
+            array = np.asarray(parse_json(cell) if isinstance(cell, str) else cell)
         except (ValueError, TypeError):
             array = np.empty((0, 0))
         whole = array.ndim == 1 and (array.dtype.kind in "iub" or array.size == 0)

@@ -1,7 +1,6 @@
 """What the readers of published layouts have in common: rows with their components, and files that may be broken."""
 
 import hashlib
-import json
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from vestige.errors import DataError
 from vestige.files import sha256_of
 from vestige.index._manifest import WHOLE_MODEL, IndexedComponent, Manifest, StoredType
+from vestige.parsing import parse_json
 
 VESTIGE_KEY = "vestige"
 """Key under which an export of ours puts the manifest into the metadata of a published layout."""
@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
         DataError: It is missing, or torn; the message names it.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Without it the layout cannot be read; copy it from its source.") from error
     except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """From whatever a person calls a model to a frozen one in evaluation mode."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from vestige.models._in_parts import held_in_parts
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
 from vestige.models._types import LoadedModel
+from vestige.parsing import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ def _read_adapter(
 
 def _adapter_base(folder: Path) -> str | Path:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = parse_json((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / 'adapter_config.json'} is not readable JSON: {error}") from error
     if not base:

@@ -1,7 +1,6 @@
 """`vestige data clean`: what becomes of the rows that a training or an audit has flagged."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as parquet
 
 from vestige.data import Example
 from vestige.errors import CorruptFile, DataError, SpecError, UserError
+from vestige.parsing import parse_json
 from vestige.prepare._near import near_copies
 from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.runs import Audit
@@ -78,7 +78,7 @@ def read_flags(settings: CleanSettings) -> dict[str, Flag]:
 def _of_list(path: Path) -> dict[str, Flag]:
     try:
         rows = (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             if path.suffix == ".jsonl"
             else parquet.read_table(path, memory_map=False).to_pylist()
         )

@@ -1,6 +1,5 @@
 """When a request is sent again, and when it is not: what a failure says, and how long to wait."""
 
-import json
 import random
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from vestige.parsing import parse_json
 from vestige.prepare._replies import Finish, Reply
 from vestige.progress import announce, format_seconds
 
@@ -119,7 +119,7 @@ def read_reply(text: str) -> Reply:
         Again: It is broken, or not what was announced.
     """
     try:
-        body = _Body.model_validate(json.loads(text))
+        body = _Body.model_validate(parse_json(text))
         choice = body.choices[0]
     except (ValueError, ValidationError, IndexError):
         raise Again("broken reply", maybe_billed=True) from None

@@ -1,6 +1,5 @@
 """A run directory, read into plain frozen values. Nothing here needs a model, or torch."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.runs import RunRecord, is_run, read_record
 
 PAIR = tuple[str, str]
@@ -237,7 +237,7 @@ def _example(row: dict[str, Any]) -> TrainingExample:
 
 
 def _wording(row: dict[str, Any]) -> Wording:
-    messages = json.loads(row["messages"]) if row.get("messages") else []
+    messages = parse_json(row["messages"]) if row.get("messages") else []
     tokens, targets = row.get("tokens"), row.get("targets")
     return Wording(
         text=row.get("text"),

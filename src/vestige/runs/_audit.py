@@ -20,6 +20,7 @@ from vestige.runs._evidence import read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
 from vestige.runs._write import _flush, _move_into_place, check_target
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
@@ -66,7 +67,7 @@ class EvidenceTable(Sequence[EvidenceRow]):
         return self._rows[index]
 
     def __str__(self) -> str:
-        cells = [(str(row.rank), row.example_id, f"{row.value:.4g}", row.text) for row in self._rows]
+        cells = [(str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text) for row in self._rows]
         width = shutil.get_terminal_size((120, 24)).columns
         return "\n".join([self.title, *_aligned(("rank", "example", self.measure, "text"), cells, width)])
 

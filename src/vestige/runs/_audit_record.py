@@ -1,12 +1,12 @@
 """`run.json` of an audit: what was looked at, what each measure says, and how well the measures tell."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _first_problem, _Part
 
 AUDIT_FORMAT = 1
@@ -156,7 +156,7 @@ class AuditRecord(_Part):
 def is_audit(folder: Path) -> bool:
     """True where `folder` holds the run of an audit."""
     try:
-        content = json.loads((folder / RECORD_FILE).read_bytes())
+        content = parse_json((folder / RECORD_FILE).read_bytes())
         return isinstance(content, dict) and content.get("kind") == "audit"
     except (OSError, ValueError):
         return False
@@ -173,7 +173,7 @@ def read_audit_record(folder: str | Path) -> AuditRecord:
     if not is_audit(folder):
         raise UserError(f"{folder} is no audit. Give the folder that `vestige audit ... --out RUN` wrote.")
     content = (folder / RECORD_FILE).read_bytes()
-    written = json.loads(content).get("format")
+    written = parse_json(content).get("format")
     if isinstance(written, int) and written > AUDIT_FORMAT:
         raise UserError(
             f"{folder} was written in audit format {written}; this version reads up to {AUDIT_FORMAT}.\n"

@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.row_order import windows
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def open_dense(folder: Path) -> DenseFile:
         )
     try:
         file = DenseFile(path)
-    except (OSError, ValueError, OverflowError, LookupError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
     if file.axes != AXES:
         raise CorruptFile(f"{path} has the axes {file.axes!r}; expected {AXES!r}.")
@@ -225,7 +226,7 @@ def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
     decoder, text = json.JSONDecoder(), ""
     while start < stop:
         cut = _cut(header, start, stop)
-        text += json.loads(b'"' + header[start:cut] + b'"')
+        text += parse_json(b'"' + header[start:cut] + b'"')
         disk_arrays.let_go(header)
         start, end = cut, 0
         while (quote := text.find('"', end)) >= 0:

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
+from vestige.terminal import shorten
+
 PLAIN_WIDTH = 120
 """Columns used where the width of the terminal is not known."""
 NARROWEST_TEXT = 20
@@ -73,7 +75,7 @@ _HEADINGS = ("rank", "example", "score", "percentile", "text")
 
 
 def _cells(row: ScoreRow) -> tuple[str, ...]:
-    return str(row.rank), row.example_id, f"{row.score:+.4g}", f"{row.percentile:.1f}", row.text
+    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", f"{row.percentile:.1f}", row.text
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -84,12 +86,6 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int)
         "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), shorten(row[-1], left)])
         for row in (headings, *rows)
     ]
-
-
-def shorten(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, its end cut off."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
 
 
 class ComponentScore(NamedTuple):

@@ -1,7 +1,6 @@
 """`Scores`: a run directory, open for questions. Needs neither the model nor torch."""
 
 import difflib
-import json
 import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,12 +13,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.parsing import parse_json
 from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
@@ -169,7 +170,7 @@ class Scores:
         kept = len(listed)
         note = f"(the run lists {kept} of {self.run.data.examples})" if kept < min(k, self.run.data.examples) else ""
         text = row_text(self._query_rows[self.queries.index(name)])
-        return ScoreTable(rows, f"{end}s of query {name}: {shorten(text, 80)}", note)
+        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {shorten(text, 80)}", note)
 
     def _query_id(self, query: int | str) -> str:
         if isinstance(query, str):
@@ -252,7 +253,7 @@ def _unreadable(path: Path, error: Exception) -> CorruptFile:
 def row_text(row: dict[str, Any]) -> str:
     """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
     if row["messages"]:
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(row["messages"]))
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in parse_json(row["messages"]))
     if row["text"] is not None:
         return row["text"]
     parts = [part for part in (row["prompt"], row["completion"]) if part]

@@ -1,6 +1,5 @@
 """The scores of a run as selection needs them: a few numbers per example, never all pairs at once."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 
 from vestige.errors import UserError
+from vestige.parsing import parse_json
 from vestige.runs import Scores
 
 _BLOCK_BYTES = 64 * 2**20
@@ -109,7 +109,7 @@ class DenseScores(ScoreSource):
     def known_ids(self) -> dict[int, str]:
         """All."""
         with safe_open(self.run.folder / _DENSE, framework="numpy") as file:
-            return dict(enumerate(json.loads(file.metadata()["example_ids"])))
+            return dict(enumerate(parse_json(file.metadata()["example_ids"])))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
         """A block of examples at a time."""

@@ -1,16 +1,28 @@
 """What all settings share: they are frozen and checked, and say what is wrong with a value."""
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vestige.errors import SpecError
 
+LARGEST = 2**63 - 1
+"""The largest whole number that files and arrays hold."""
+_LONGEST_NAME, _LONGEST_PATH, _SHOWN = 255, 4095, 100
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -25,7 +37,10 @@ def parse_bytes(text: str) -> int:
         raise SpecError(f"{text!r} is not a size. Expected a number and a unit, such as 20GB, 500MB or 1.5TB.")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+    size = float(number) * base ** " kmgt".index(prefix.lower() or " ")
+    if size > LARGEST:
+        raise SpecError(f"{text[:30]!r} is larger than any disk. Expected a size such as 20GB, 500MB or 1.5TB.")
+    return int(size)
 
 
 _SINGULAR = {"options": "option"}
@@ -45,7 +60,7 @@ def nearest(name: str, known: list[str]) -> str:
 class Settings(BaseModel):
     """Immutable, complete and checked; an unknown name is refused with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
@@ -82,6 +97,28 @@ class Settings(BaseModel):
                 words += [flag(name), str(value)]
         return shlex.join(words)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_is_usable(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        annotation = field.annotation
+        if annotation is Any and not field.metadata and type(value) in (bool, int, float):
+            raise ValueError("a name or a path; write one that looks like a number in quotation marks")
+        is_path = Path in (annotation, *get_args(annotation))
+        if isinstance(value, str | Path) and (is_path or annotation is Any):
+            _check_place(str(value), is_path=is_path)
+        elif isinstance(value, str):
+            _check_letters(value)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _whole_numbers_are_of_a_size(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
+            raise ValueError(f"a whole number of at most {LARGEST:,}")
+        return value
+
     @model_validator(mode="wrap")
     @classmethod
     def _errors_are_instructions(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -106,6 +143,38 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
+def _check_letters(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("a text without the character NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in UTF-8; rename a file or folder that has other bytes in its name") from None
+
+
+def _check_place(text: str, *, is_path: bool) -> None:
+    """Raise unless a file or folder can have this name; what need not be one may be as long as it likes."""
+    if not text.strip():
+        raise ValueError("a name or a path, and it is empty")
+    _check_letters(text)
+    if not is_path:
+        return
+    if len(os.fsencode(text)) > _LONGEST_PATH or any(
+        len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts
+    ):
+        raise ValueError(f"a shorter name, of at most {_LONGEST_NAME} bytes")
+    if not Path(text).absolute().name:
+        raise ValueError("a file or folder with a name of its own")
+
+
+def _shown(value: Any) -> str:
+    """The value for a message, which a huge one must not fill."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number beyond all bounds" if value > 0 else "a number below all bounds"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str:
     # A union reports one problem per member: the value may be any of what they expected.
     problem = problems[0]
@@ -119,4 +188,4 @@ def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str
     meaning = known[name].description
     if problem["type"] == "missing":
         return f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or `{name}: VALUE` in a config file."
-    return f"`{name}` was {problem['input']!r}, expected {expected}. {flag(name)}: {meaning}"
+    return f"`{name}` was {_shown(problem['input'])}, expected {expected}. {flag(name)}: {meaning}"

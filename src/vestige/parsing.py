@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-_DEEPEST = 200
-"""Levels of lists and mappings: what is nested deeper ends the interpreter's stack when it is written again."""
+_DEEPEST = 50
+"""Levels of lists and mappings: Arrow takes 64, and what is far deeper ends the interpreter's stack."""
 _MOST_VALUES = 1_000_000
 """Values in a YAML file, in which a few aliases can stand for any number of them."""
-_PLAIN = (str, int, float, bool, type(None))
+_PLAIN = (dict, list, str, int, float, bool, type(None))
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -123,7 +123,7 @@ def _require_plain(value: Any) -> None:
         for each in level:
             if isinstance(each, dict) and (odd := [key for key in each if not isinstance(key, str)]):
                 raise ValueError(f"the key {odd[0]!r} is no text: put it in quotation marks")
-            if not isinstance(each, dict | list | _PLAIN):
+            if not isinstance(each, _PLAIN):
                 raise ValueError(f"{each!r} is of the type {type(each).__name__}: write it as a text, in quotes")
             inner += _inside(each)
         if not inner:

@@ -48,7 +48,7 @@ def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
         DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
     """
     found = []
-    for place, example in enumerate(load_queries(source)):
+    for place, example in enumerate(load_queries(source, may_be_prompts=False)):
         secret, name = example.completion, f"Canary {example.id!r}"
         if not secret or example.prompt is None:
             raise DataError(f"{name}: give what stands before the secret as `prompt` and the secret as `completion`.")

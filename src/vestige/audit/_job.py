@@ -101,7 +101,11 @@ def open_job(settings: AuditSettings) -> AuditJob:
     held = None
     if settings.holdout is not None:
         held = tokenize(
-            load_queries(settings.holdout), loaded.tokenizer, max_length=limit, name="holdout", chat=settings.chat
+            load_queries(settings.holdout, may_be_prompts=False),
+            loaded.tokenizer,
+            max_length=limit,
+            name="holdout",
+            chat=settings.chat,
         )
     whole = data if held is None else _joined(data, held)
     held_out = np.arange(len(whole)) >= len(data)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from vestige.bank._store import Bank, Texts
 from vestige.errors import DataError
-from vestige.parsing import parse_json
+from vestige.parsing import parse_json, parse_yaml
 
 Measure = Callable[[dict[str, Any]], np.ndarray]
 

@@ -1,10 +1,6 @@
 """`vestige attribute`."""
 
-import os
-from collections.abc import Sequence
-
 from vestige.cli._command import command
-from vestige.errors import SpecError
 from vestige.settings import AttributeSettings
 from vestige.terminal import say
 
@@ -18,7 +14,6 @@ def attribute(settings: AttributeSettings) -> None:
 
     Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
     """
-    _require_prompts(settings.queries)
     from vestige.methods import attribute as score
 
     scores = score(**settings.arguments())
@@ -27,10 +22,3 @@ def attribute(settings: AttributeSettings) -> None:
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
     say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
-
-
-def _require_prompts(queries: str | Sequence[str]) -> None:
-    """Several queries are questions as they stand; a file among them would be asked by its name."""
-    files = [] if isinstance(queries, str) else [each for each in queries if os.path.isfile(each)]
-    if files:
-        raise SpecError(f"Among several --queries there is the file {files[0]!r}. Give one file, or questions only.")

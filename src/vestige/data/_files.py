@@ -1,5 +1,6 @@
 """Readers of one file each: JSON lines, JSON, CSV, TSV and Parquet, all yielding records one at a time."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -98,10 +99,19 @@ def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterat
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}). "
-            f"Save it again as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name}"
+            f"Save it again as UTF-8, for example: iconv -f {_encoding(error.object)} -t utf-8 {path.name}"
         ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _encoding(content: bytes) -> str:
+    """What text that is not UTF-8 is encoded in, by its first bytes: those of UTF-16 and UTF-32 say it."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "latin1"
 
 
 def _open_text(path: Path) -> TextIO:
@@ -169,7 +179,7 @@ def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
                 line = rows.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"{path}, line {rows.line_num}: not valid {path.suffix[1:].upper()}: {error}. A cell with "
+                f"{path}, line {rows.line_num}: not valid {str(data_extension(path))[1:].upper()}: {error}. A cell with "
                 "quotes, "
                 'line breaks or separators is written "so, with ""quotes"" doubled".'
             ) from error

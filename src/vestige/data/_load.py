@@ -40,16 +40,26 @@ def load_examples(source: Any, *, limit: int | None = None, split: str | None = 
     return _examples(open_source(source, split), limit, is_query=False)
 
 
-def load_queries(source: Any) -> list[Example]:
+def load_queries(source: Any, *, may_be_prompts: bool = True) -> list[Example]:
     """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
-    A bare string in a list, and a single string that names no file and cannot be a hub id, is a prompt.
+    Args:
+        source: As for `load_examples`. A bare string in a list, and a single string that names no file and cannot be
+            a hub id, is a prompt.
+        may_be_prompts: Whether it is; otherwise a single string is always the name of a file, a folder or a data set.
 
     Raises:
-        DataError: As for `load_examples`.
+        DataError: As for `load_examples`, or a prompt is a word that looks like the name of a file.
     """
-    if isinstance(source, str) and not _names_a_place(source):
+    if isinstance(source, str) and may_be_prompts and not _names_a_place(source):
         source = [source]
+    if isinstance(source, list | tuple):
+        for text in source:
+            if isinstance(text, str) and _looks_like_file(text):
+                raise DataError(
+                    f"The question {shown(text)} is or looks like the name of a file. Give one file alone, or "
+                    'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
+                )
     return _examples(open_source(source, None), None, is_query=True)
 
 
@@ -63,6 +73,14 @@ def _names_a_place(text: str) -> bool:
         return True
     looks_like_path = data_extension(Path(text)) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
     return looks_like_path or ("/" in text and HUB_NAME.fullmatch(text) is not None)
+
+
+def _looks_like_file(text: str) -> bool:
+    """Whether a question is the name of a file, or a single word with a slash or an extension."""
+    word = text.strip()
+    if _exists(word):
+        return True
+    return re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None
 
 
 def _exists(text: str) -> bool:

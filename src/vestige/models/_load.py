@@ -197,7 +197,17 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
+    if chosen.type not in ("cpu", "cuda"):
+        _require_arithmetic(chosen)
     return chosen
+
+
+def _require_arithmetic(device: torch.device) -> None:
+    """Raise unless PyTorch can compute there: `meta` has no numbers, and most builds know few devices."""
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
+        raise ModelError(f"device={str(device)!r}: PyTorch cannot compute there. Type device cpu, or cuda.") from error
 
 
 def _frozen(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:

@@ -56,7 +56,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    examples = load_queries(settings.data)
+    examples = load_queries(settings.data, may_be_prompts=False)
     if settings.limit is not None and settings.limit < len(examples):
         announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
     return examples[: settings.limit]

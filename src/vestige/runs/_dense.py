@@ -5,6 +5,7 @@ hardly grows with the number of examples; the files are the same.
 """
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -107,7 +108,8 @@ class DenseFile:
             self._ids = {name: _place(header, name) for name in ("query_ids", "example_ids")}
         if entry is None or entry["dtype"] != "F32":
             raise ValueError("it holds no scores")
-        self.shape: tuple[int, int] = tuple(entry["shape"])
+        rows, columns = entry["shape"]
+        self.shape: tuple[int, int] = operator.index(rows), operator.index(columns)
         if path.stat().st_size != self._begin + 4 * self.shape[0] * self.shape[1]:
             raise ValueError("it is too short or too long")
 

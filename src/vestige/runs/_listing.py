@@ -19,8 +19,8 @@ class ScoreRow(NamedTuple):
     """1-based, counted from the end of the ranking that was asked for."""
     example_id: str
     score: float
-    percentile: float
-    """Share of all training examples with a smaller score, in percent."""
+    percentile: float | None
+    """Share of all training examples with a smaller score, in percent; None where it is not known."""
     text: str
     """The whole text; it is shortened only where the table is printed."""
     source: str | None
@@ -75,7 +75,11 @@ _HEADINGS = ("rank", "example", "score", "percentile", "text")
 
 
 def _cells(row: ScoreRow) -> tuple[str, ...]:
-    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", f"{row.percentile:.1f}", row.text
+    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", _percentile(row.percentile), row.text
+
+
+def _percentile(percentile: float | None) -> str:
+    return "" if percentile is None else f"{percentile:.1f}"
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:

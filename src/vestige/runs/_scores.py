@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.parsing import parse_json
 from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
 from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore
+from vestige.runs._read_table import REMEDY, read_run_table, turns_of
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
+from vestige.tables import reading
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -126,8 +127,10 @@ class Scores:
         """
         self._require_self_influence()
         scores = RowOrder(1, self.run.data.examples, np.float64)
+        path = self.folder / f"{SELF_TABLE}.parquet"
         for part in self._parts(SELF_TABLE, ("row", "score")):
-            scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
+            with reading(path, REMEDY):
+                scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
         return scores.finish()[0]
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -162,7 +165,7 @@ class Scores:
                 row["example_id"],
                 row["score"],
                 row["percentile"],
-                *self._examples[row["row"]],
+                *self._example(row["row"]),
                 row["row"],
             )
             for row in listed[:k]
@@ -209,6 +212,11 @@ class Scores:
         """Row -> (text, source)."""
         return {row["row"]: (row_text(row), row["source"]) for row in self._read("examples").to_pylist()}
 
+    def _example(self, row: int) -> tuple[str, str | None]:
+        if row not in self._examples:
+            raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
+        return self._examples[row]
+
     @cached_property
     def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
         return {}
@@ -230,30 +238,19 @@ class Scores:
             )
 
     def _read(self, name: str) -> pa.Table:
-        path = self.folder / f"{name}.parquet"
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
+        return read_run_table(self.folder, name)
 
     def _parts(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of a table, some rows at a time."""
         path = self.folder / f"{name}.parquet"
-        try:
-            with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> CorruptFile:
-    return CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.")
+        with reading(path, REMEDY), pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
 
 
 def row_text(row: dict[str, Any]) -> str:
     """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
     if row["messages"]:
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in parse_json(row["messages"]))
+        return "\n".join(f"{role}: {content}" for role, content in turns_of(row["messages"]))
     if row["text"] is not None:
         return row["text"]
     parts = [part for part in (row["prompt"], row["completion"]) if part]

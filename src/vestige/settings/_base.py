@@ -23,6 +23,8 @@ from vestige.errors import SpecError
 LARGEST = 2**63 - 1
 """The largest whole number that files and arrays hold."""
 _LONGEST_NAME, _LONGEST_PATH, _SHOWN = 255, 4095, 100
+_LONGEST_OUT = 200
+"""What is in the making lies beside its folder, under a name that is a little longer."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -106,7 +108,8 @@ class Settings(BaseModel):
             raise ValueError("a name or a path; write one that looks like a number in quotation marks")
         is_path = Path in (annotation, *get_args(annotation))
         if isinstance(value, str | Path) and (is_path or annotation is Any):
-            _check_place(str(value), is_path=is_path)
+            longest = _LONGEST_OUT if info.field_name == "out" else _LONGEST_NAME
+            _check_place(str(value), longest if is_path else None)
         elif isinstance(value, str):
             _check_letters(value)
         return value
@@ -152,17 +155,16 @@ def _check_letters(text: str) -> None:
         raise ValueError("a text in UTF-8; rename a file or folder that has other bytes in its name") from None
 
 
-def _check_place(text: str, *, is_path: bool) -> None:
-    """Raise unless a file or folder can have this name; what need not be one may be as long as it likes."""
+def _check_place(text: str, longest: int | None) -> None:
+    """Raise unless a file or folder can have this name, none of its parts longer than `longest` bytes if given."""
     if not text.strip():
         raise ValueError("a name or a path, and it is empty")
     _check_letters(text)
-    if not is_path:
+    if longest is None:
         return
-    if len(os.fsencode(text)) > _LONGEST_PATH or any(
-        len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts
-    ):
-        raise ValueError(f"a shorter name, of at most {_LONGEST_NAME} bytes")
+    sizes = [len(os.fsencode(part)) for part in Path(text).parts]
+    if sum(sizes) > _LONGEST_PATH or max(sizes, default=0) > longest:
+        raise ValueError(f"a shorter name, of at most {longest} bytes")
     if not Path(text).absolute().name:
         raise ValueError("a file or folder with a name of its own")
 

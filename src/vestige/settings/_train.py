@@ -25,6 +25,8 @@ TrainSchedule = Literal["linear", "cosine", "constant"]
 AlarmMeasure = Literal["psmi", "loss", "gap"]
 
 _AND_SO_ON = "..."
+MOST_CHECKPOINTS = 10_000
+"""A checkpoint is a copy of the model: more of them are a slip of the pen."""
 
 
 def _as_words(value: Any) -> Any:
@@ -59,6 +61,10 @@ def listed_epochs(words: str, last: float) -> tuple[float, ...]:
         ends = place + 1 == len(parts)
         stop, begin, step = last if ends else _epoch(parts[place + 1]), found[-1], found[-1] - found[-2]
         # Each from the beginning, not from the one before: rounding does not add up.
+        if (stop - begin) / step > MOST_CHECKPOINTS:
+            raise SpecError(
+                f"--checkpoints {words}: these are more than {MOST_CHECKPOINTS:,} checkpoints. Give a larger step."
+            )
         count = math.floor((stop - begin) / step + 1e-9)
         found += [round(begin + number * step, 9) for number in range(1, count + 1)]
         if not ends and found[-1] == _epoch(parts[place + 1]):

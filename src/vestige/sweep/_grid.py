@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import SpecError
+from vestige.parsing import parse_yaml
 from vestige.settings import nearest
 
 MOST_CELLS = 10_000

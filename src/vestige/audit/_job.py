@@ -152,8 +152,16 @@ def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[
         columns = sorted({"source", "label", *(key for example in examples[:100] for key in example.extra)})
         raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
     if equals:
-        return np.array([cell is not None and str(cell) == value for cell in cells])
-    return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+        found = np.array([cell is not None and str(cell) == value for cell in cells])
+    else:
+        found = np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    if not found[~held_out].any():
+        there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
+        raise DataError(
+            f"--flag {flag} marks no example of the data. Column {name!r} holds {shown(', '.join(there), 200)}. "
+            "Type --flag COLUMN=VALUE, or leave it out."
+        )
+    return found
 
 
 def _cell(example: Example, name: str) -> Any:

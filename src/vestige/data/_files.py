@@ -178,9 +178,9 @@ def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
                     yield Record(_checked_cells(path, line, header, cells), line)
                 line = rows.line_num + 1
         except csv.Error as error:
+            kind = str(data_extension(path))[1:].upper()
             raise DataError(
-                f"{path}, line {rows.line_num}: not valid {str(data_extension(path))[1:].upper()}: {error}. A cell with "
-                "quotes, "
+                f"{path}, line {rows.line_num}: not valid {kind}: {error}. A cell with quotes, "
                 'line breaks or separators is written "so, with ""quotes"" doubled".'
             ) from error
 

@@ -52,7 +52,9 @@ def import_similarities(settings: ImportSettings) -> Scores:
     ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
     train = _texts(list(ids), load_examples(settings.data) if settings.data is not None else None, "--data")
     queries = _texts(
-        list(found.scores), load_queries(settings.queries) if settings.queries is not None else None, "--queries"
+        list(found.scores),
+        None if settings.queries is None else load_queries(settings.queries, may_be_prompts=False),
+        "--queries",
     )
     rows = {example.id: example.row for example in train}
     ranked, distribution = [], []
@@ -134,7 +136,7 @@ def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def _products(folder: Path) -> _Similarities:

@@ -6,6 +6,7 @@ own, and the marker is right whoever was last.
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import threading
@@ -14,10 +15,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, final
 
+from vestige.errors import UserError
 from vestige.files import write_durably
 from vestige.launch._identity import Worker, is_alive, this_worker
 
-STALE_SECONDS = float(os.environ.get("VESTIGE_STALE_SECONDS", "60"))
+
+def _stale_seconds() -> float:
+    given = os.environ.get("VESTIGE_STALE_SECONDS", "60")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"VESTIGE_STALE_SECONDS={given}: expected a number of seconds above 0, such as 60.")
+    return seconds
+
+
+STALE_SECONDS = _stale_seconds()
 """A claim from another host that was not touched for so long is free. Longer than any pause of a living process's
 heartbeat thread, including a network disk that is slow to show it. Where disks are slower, set VESTIGE_STALE_SECONDS in
 the environment, to the same for all."""

@@ -140,4 +140,6 @@ def _check_causal(config: Any, folder: Path) -> None:
 def short(error: BaseException) -> str:
     """The error's text in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # the library advises to load it all the same, and so to run what is in it
+        return "its weights are a pickle of more than tensors, which can run code. Save them as safetensors"
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -75,7 +75,7 @@ def component_page(folder: Path) -> ComponentPage:
     """
     try:
         return _page(parse_json((folder / RESULT).read_text(encoding="utf-8")), _similarity(folder / SIMILARITY))
-    except (ValueError, KeyError, TypeError, IndexError, StopIteration, OSError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
             f"The command that made it writes both anew from what it keeps in {folder / 'products'}."

@@ -19,6 +19,7 @@ from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import load_model
 from vestige.settings import AUDIT_MEASURES, AuditSettings
+from vestige.terminal import shorten
 
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
@@ -157,8 +158,9 @@ def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[
         found = np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
     if not found[~held_out].any():
         there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
+        held = shorten(", ".join(there) or "nothing", 200)
         raise DataError(
-            f"--flag {flag} marks no example of the data. Column {name!r} holds {shown(', '.join(there), 200)}. "
+            f"--flag {flag} marks no example of the data. Column {name!r} holds {held}. "
             "Type --flag COLUMN=VALUE, or leave it out."
         )
     return found

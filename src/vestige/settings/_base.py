@@ -59,6 +59,9 @@ def nearest(name: str, known: list[str]) -> str:
     return f"Did you mean `{close[0]}`?" if close else "Known settings: " + ", ".join(known) + "."
 
 
+OnlyWith = Mapping[str, tuple[str, tuple[Any, ...]]]
+
+
 class Settings(BaseModel):
     """Immutable, complete and checked; an unknown name is refused with the nearest known one."""
 
@@ -71,6 +74,9 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
+
+    only_with: ClassVar[OnlyWith] = {}
+    """Settings that have an effect only where another has one of these values; without values, where it is given."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""
@@ -121,6 +127,18 @@ class Settings(BaseModel):
         if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
             raise ValueError(f"a whole number of at most {LARGEST:,}")
         return value
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Self:
+        for name, (other, values) in self.only_with.items():
+            needed = values or (self._default(other),)
+            if getattr(self, name) != self._default(name) and (getattr(self, other) in needed) != bool(values):
+                words = f"{flag(other)} {' or '.join(map(str, values))}".strip()
+                raise SpecError(f"{flag(name)} has no effect without {words}. Give both, or leave it out.")
+        return self
+
+    def _default(self, name: str) -> Any:
+        return type(self).model_fields[name].default
 
     @model_validator(mode="wrap")
     @classmethod

@@ -17,6 +17,7 @@ from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
 from vestige.models._types import LoadedModel
 from vestige.parsing import parse_json
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,9 @@ def load_model(
     """
     if precision not in _DTYPES:
         raise ModelError(f"precision={precision!r} is not known; choose one of {', '.join(_DTYPES)}.")
+    for name, value in (("model", model), ("tokenizer", tokenizer)):
+        if isinstance(value, list | tuple | dict | set):
+            raise ModelError(f"{name}={shorten(repr(value))}: expected one folder, file or hub id, as a text.")
     dtype = _DTYPES[precision]
     given_tokenizer = _given_tokenizer(tokenizer)
     if isinstance(model, nn.Module):

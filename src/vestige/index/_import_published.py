@@ -1,6 +1,7 @@
 """What the readers of published layouts have in common: rows with their components, and files that may be broken."""
 
 import hashlib
+import operator
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -126,9 +127,14 @@ def checked_number(value: Any, what: str, path: Path) -> int:
     Raises:
         DataError: It is none; the message names the file.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+    try:
+        # Of a tensor or a NumPy number too; 12.0 is one.
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**63:
         raise DataError(f"{path}: {what} is {shorten(repr(value))}, expected a whole number. Copy the file again.")
-    return value
+    return number
 
 
 def entries(content: Any, name: str, path: Path) -> list[Any]:

@@ -149,7 +149,9 @@ class TrainSettings(AlarmSettings):
     schedule: TrainSchedule = Field("linear", description="How the learning rate falls to zero, or constant.")
     warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
     clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
-    seed: NonNegativeInt = Field(0, le=2**32 - 1, description="Seed of LoRA's start, the order of the examples and dropout.")
+    seed: NonNegativeInt = Field(
+        0, le=2**32 - 1, description="Seed of LoRA's start, the order of the examples and dropout."
+    )
     bf16: bool = Field(False, description="Compute in bfloat16, with weights as they are.")
     gradient_checkpointing: bool = Field(False, description="Keep no activations of layers: less memory, slower.")
     keep_optimizer: bool = Field(

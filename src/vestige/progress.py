@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from vestige.terminal import say
+
 SECONDS_BETWEEN_LINES = 10.0
 """Plain lines come at most this often: a log of an hour's work stays readable."""
 
@@ -25,7 +27,7 @@ class Progress(Protocol):
 def announce(line: str) -> None:
     """Show one line on stderr, unless `VESTIGE_QUIET` is set."""
     if not _quiet():
-        print(line, file=sys.stderr, flush=True)
+        say(line, file=sys.stderr)
 
 
 @contextmanager

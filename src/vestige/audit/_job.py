@@ -32,6 +32,7 @@ from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import batch_sharing, load_model
 from vestige.progress import announce
 from vestige.settings import AUDIT_MEASURES, AuditSettings
+from vestige.terminal import shorten
 
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
@@ -120,7 +121,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
     limit = tokens_at_most(settings, loaded)
     held = None
     if settings.holdout is not None:
-        given = load_queries(settings.holdout, on_bad_text=settings.on_bad_text)
+        given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
         asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
         held = tokenize(
             asked.queries,
@@ -182,11 +183,16 @@ def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[
         raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
     if equals:
         found = np.array([cell is not None and str(cell) == value for cell in cells])
-        if not found[~held_out].any():
-            known = sorted({str(cell) for cell in cells if cell is not None})[:5]
-            raise DataError(f"--flag {flag}: no example of the data has that value. There are: {', '.join(known)}.")
-        return found
-    return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    else:
+        found = np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    if not found[~held_out].any():
+        there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
+        held = shorten(", ".join(there) or "nothing", 200)
+        raise DataError(
+            f"--flag {flag} marks no example of the data. Column {name!r} holds {held}. "
+            "Type --flag COLUMN=VALUE, or leave it out."
+        )
+    return found
 
 
 def _cell(example: Example, name: str) -> Any:

@@ -1,7 +1,6 @@
 """The sets of weights that an audit looks at: earlier checkpoints, the model itself, and a reference model."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from vestige.errors import ModelError
 from vestige.models import LoadedModel, find_source, load_model, model_fingerprint
+from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.settings import AuditSettings
 
@@ -122,7 +122,7 @@ def _steps(source: Any) -> int | None:
     if match := _NUMBERED.fullmatch(folder.name):
         return int(match[1])
     try:
-        return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+        return int(parse_json((folder / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

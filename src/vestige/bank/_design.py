@@ -1,7 +1,6 @@
 """Which examples each model of a bank is trained on: a design is a list of subsets, each with a name."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from jaxtyping import Int
 
 from vestige.data import read_row_list, rows_named
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 EVERYTHING = "everything"
 """Name of the subset that leaves nothing out, to which the others of its design are compared."""
@@ -147,8 +147,8 @@ def run_seed(seed: int, subset: int | None, number: int) -> int:
 def _read_lists(path: Path) -> Any:
     if path.suffix == ".json" and path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
         if (
             isinstance(content, Mapping)

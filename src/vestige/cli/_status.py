@@ -1,6 +1,5 @@
 """`vestige status`."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING
 from vestige.cli._command import command
 from vestige.errors import UserError
 from vestige.folders import partial_folder, replaced_result
+from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.settings import StatusSettings
+from vestige.terminal import say
 
 if TYPE_CHECKING:
     from vestige.runs import AuditRecord, RunRecord
@@ -27,12 +28,12 @@ def status(settings: StatusSettings) -> None:
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
-    print(describe(settings.path))
+    say(describe(settings.path))
     while settings.watch and _is_at_work(settings.path):
         time.sleep(SECONDS_BETWEEN_LOOKS)
         if sys.stdout.isatty():
             print("\033[H\033[2J", end="")
-        print(describe(settings.path), flush=True)
+        say(describe(settings.path))
 
 
 def describe(folder: Path) -> str:
@@ -99,7 +100,7 @@ def describe_audit(folder: Path) -> str:
 
 def _is_training(folder: Path) -> bool:
     try:
-        content = json.loads((folder / "run.json").read_bytes())
+        content = parse_json((folder / "run.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("kind") == "training"

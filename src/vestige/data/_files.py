@@ -1,5 +1,6 @@
 """Readers of one file each: JSON lines, JSON, CSV, TSV and Parquet, all yielding records one at a time."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from vestige.data._origin import Record, Source, file_identity, nearest_name, shown
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 # A training text in a CSV cell easily passes the default of 131,072 characters.
 CSV_CELL_LIMIT = 2**31 - 1
@@ -106,10 +108,19 @@ def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterat
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}). "
-            f"Save it again as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name}"
+            f"Save it again as UTF-8, for example: iconv -f {_encoding(error.object)} -t utf-8 {path.name}"
         ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _encoding(content: bytes) -> str:
+    """What text that is not UTF-8 is encoded in, by its first bytes: those of UTF-16 and UTF-32 say it."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "latin1"
 
 
 def _open_text(path: Path) -> TextIO:
@@ -134,7 +145,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not content.strip():
         return
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _read_json_lines(path)
@@ -176,9 +187,9 @@ def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
                     yield Record(_checked_cells(path, line, header, cells), line)
                 line = rows.line_num + 1
         except csv.Error as error:
+            kind = str(data_extension(path))[1:].upper()
             raise DataError(
-                f"{path}, line {rows.line_num}: not valid {path.suffix[1:].upper()}: {error}. A cell with "
-                "quotes, "
+                f"{path}, line {rows.line_num}: not valid {kind}: {error}. A cell with quotes, "
                 'line breaks or separators is written "so, with ""quotes"" doubled".'
             ) from error
 

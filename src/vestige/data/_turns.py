@@ -7,6 +7,7 @@ from typing import Any
 from vestige.data._origin import shown
 from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 ROLES = {
     "human": "user",
@@ -62,7 +63,7 @@ def read_json(text: str, name: str, place: str) -> Any:
         DataError: It is not.
     """
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
     except (RecursionError, ValueError) as error:

@@ -16,6 +16,7 @@ from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
 from vestige.index import Index
 from vestige.methods import attribute, method_class
+from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
@@ -134,7 +135,7 @@ def run_of(
     identity = _identity(arguments)
     marker = folder.with_name(f"{folder.name}.json")
     if is_run(folder):
-        if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != identity:
+        if not marker.exists() or parse_json(marker.read_text(encoding="utf-8")) != identity:
             raise IndexMismatch(
                 f"{folder} was made with other settings or from other files; nothing was changed. Give another --out."
             )

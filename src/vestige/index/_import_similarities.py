@@ -58,7 +58,9 @@ def import_similarities(settings: ImportSettings) -> Scores:
     )
     queries = _texts(
         list(found.scores),
-        load_queries(settings.queries, on_bad_text=settings.on_bad_text) if settings.queries is not None else None,
+        None
+        if settings.queries is None
+        else load_queries(settings.queries, may_be_prompts=False, on_bad_text=settings.on_bad_text),
         "--queries",
     )
     rows = {example.id: example.row for example in train}
@@ -141,7 +143,7 @@ def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def _products(folder: Path) -> _Similarities:

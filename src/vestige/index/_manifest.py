@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""
@@ -236,7 +237,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        raw = json.loads(content)
+        raw = parse_json(content)
         version = raw["format"]
         if isinstance(version, int) and version > FORMAT:
             raise UserError(

@@ -21,6 +21,7 @@ from vestige.errors import CorruptFile
 from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
 from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.index._manifest import Expectation, StoredType
+from vestige.parsing import parse_json
 from vestige.scratch import Scratch
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
@@ -135,7 +136,7 @@ def write_shard(
 def read_marker(folder: Path, number: int) -> Marker | None:
     """The marker of a shard, None if there is none or it does not read."""
     try:
-        fields = json.loads(marker_path(folder, number).read_bytes())
+        fields = parse_json(marker_path(folder, number).read_bytes())
         return Marker(**(fields | {"skipped": tuple(fields.get("skipped", ()))}))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -185,7 +186,7 @@ def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
             # A private mapping: torch wants writable memory, and what is written there never reaches the file.
             body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         size = int.from_bytes(body[:8], "little")
-        header: dict[str, Any] = json.loads(body[8 : 8 + size])
+        header: dict[str, Any] = parse_json(body[8 : 8 + size])
         header.pop("__metadata__", None)
         return StoredRows(**_views(body, 8 + size, header))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:

@@ -1,6 +1,5 @@
 """PEFT adapters: what they belong to, whether their file fits it, and which parameters are theirs."""
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from vestige.errors import ModelError
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, renaming_advice, short
+from vestige.parsing import parse_json
 
 _SUPPORTED = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
 _UNSUPPORTED_VARIANTS = ("monteclora_config", "arrow_config")
@@ -28,7 +28,7 @@ def adapter_base(folder: Path) -> str | Path:
     """
     file = folder / "adapter_config.json"
     try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
+        base = parse_json(file.read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(base, str) or not base:
@@ -138,8 +138,8 @@ def _refuse_random_start(config: Any, folder: Path) -> None:
     if start.startswith("pissa_niter"):
         raise ModelError(
             f"{folder} begins with {start}: PEFT takes a random decomposition off the base model whenever it loads "
-            "such an adapter, so the model would be another one each time. Save it from the trained model as plain LoRA: "
-            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
+            "such an adapter, so the model would be another one each time. Save it from the trained model as plain "
+            "LoRA: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
         )
 
 
@@ -187,8 +187,8 @@ def _vocabulary_advice(error: Exception, base: nn.Module) -> str:
             if here == size != saved:
                 return (
                     f" The adapter was trained with a vocabulary of {saved:,} tokens, its base model has {here:,}. "
-                    f"Resize the base as before that training (model.resize_token_embeddings({saved})), save it and the "
-                    "tokenizer with save_pretrained(...), and write that folder into adapter_config.json as "
+                    f"Resize the base as before that training (model.resize_token_embeddings({saved})), save it and "
+                    "the tokenizer with save_pretrained(...), and write that folder into adapter_config.json as "
                     "base_model_name_or_path."
                 )
     return ""

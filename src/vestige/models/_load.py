@@ -17,6 +17,7 @@ from vestige.models._in_parts import held_in_parts
 from vestige.models._source import find_source
 from vestige.models._transformers import read_model, read_tokenizer
 from vestige.models._types import LoadedModel
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,9 @@ def load_model(
     """
     if precision not in _DTYPES:
         raise ModelError(f"precision={precision!r} is not known; choose one of {', '.join(_DTYPES)}.")
+    for name, value in (("model", model), ("tokenizer", tokenizer)):
+        if isinstance(value, list | tuple | dict | set):
+            raise ModelError(f"{name}={shorten(repr(value))}: expected one folder, file or hub id, as a text.")
     dtype = _DTYPES[precision]
     given_tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
@@ -178,7 +182,17 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
+    if chosen.type not in ("cpu", "cuda"):
+        _require_arithmetic(chosen)
     return chosen
+
+
+def _require_arithmetic(device: torch.device) -> None:
+    """Raise unless PyTorch can compute there: `meta` has no numbers, and most builds know few devices."""
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
+        raise ModelError(f"device={str(device)!r}: PyTorch cannot compute there. Type device cpu, or cuda.") from error
 
 
 def _frozen(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:

@@ -123,8 +123,8 @@ def renaming_advice(unexpected: Collection[str], missing: Collection[str], folde
     if not extra:
         return ""
     return (
-        f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it there. "
-        'Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, safetensors.torch as '
+        f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it "
+        'there. Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, safetensors.torch as '
         f"s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, f, {{'format': 'pt'}}) "
         f"for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
     )
@@ -195,4 +195,6 @@ def _refuse_foreign_kernels(config: Any, folder: Path) -> None:
 def short(error: object) -> str:
     """The text of an error, or of another thing, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # the library advises to load it all the same, and so to run what is in it
+        return "its weights are a pickle of more than tensors, which can run code. Save them as safetensors"
     return text if len(text) <= 300 else f"{text[:300]}..."

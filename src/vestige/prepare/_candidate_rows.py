@@ -21,6 +21,7 @@ from vestige.prepare._write import (
 )
 from vestige.progress import announce
 from vestige.settings import CandidatesSettings, verb
+from vestige.terminal import shorten
 
 KIND, TABLE = "candidates", "candidates.parquet"
 _SCHEMA = pa.schema(
@@ -54,6 +55,12 @@ def candidates(settings: CandidatesSettings) -> Prepared:
     queries = queries[: settings.limit]
     if not queries:
         raise DataError(f"{settings.queries} has no rows. Give the queries, such as the data.jsonl of a paraphrase.")
+    default = CandidatesSettings.model_fields["truth"].default
+    if settings.truth != default and not any(settings.truth in query.extra for query in queries):
+        there = shorten(", ".join(sorted({name for query in queries for name in query.extra})) or "none", 200)
+        raise DataError(
+            f"--truth {settings.truth}: no query has this column. There are: {there}. Name another, or leave it out."
+        )
     fingerprint = hashlib.sha256(f"{fingerprint_of(training)}:{fingerprint_of(queries)}".encode()).hexdigest()
     check_same_result(settings, KIND, fingerprint, frozenset())
     found = find_candidates(

@@ -35,6 +35,8 @@ from vestige.runs._listing import ScoreRow as ScoreRow
 from vestige.runs._listing import ScoreTable as ScoreTable
 from vestige.runs._listing import SelfInfluence as SelfInfluence
 from vestige.runs._listing import TokenScore as TokenScore
+from vestige.runs._read_table import read_run_table as read_run_table
+from vestige.runs._read_table import turns_of as turns_of
 from vestige.runs._record import RECORD_FILE as RECORD_FILE
 from vestige.runs._record import Check as Check
 from vestige.runs._record import CheckpointRecord as CheckpointRecord

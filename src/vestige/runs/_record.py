@@ -1,13 +1,16 @@
 """`run.json`: everything about a run that is not a table, checked when it is read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_finite_json
 from vestige.runs._digests import require_unaltered
 from vestige.runs._types import Meaning
+
+Record = TypeVar("Record", bound=BaseModel)
 
 RUN_FORMAT = 1
 RECORD_FILE = "run.json"
@@ -181,10 +184,7 @@ def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
             f"{folder} is not a run: it has no {RECORD_FILE}.\n"
             "Give the folder that `vestige attribute ... --out RUN` wrote."
         )
-    try:
-        header = _Header.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+    header = parse_record(_Header, path)
     if header.kind == "audit":
         raise UserError(f"{folder} is an audit and holds no scores. In Python: vestige.Audit.open({str(folder)!r})")
     if header.kind == "training":
@@ -194,13 +194,25 @@ def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
             f"{folder} was written by Vestige {header.vestige} in run format {header.format}; "
             f"this version reads up to format {RUN_FORMAT}.\nUpdate with `pip install --upgrade vestige`."
         )
-    try:
-        record = RunRecord.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise CorruptFile(f"{path} is not a run record: {_first_problem(error)}") from error
+    record = parse_record(RunRecord, path)
     if checked:
         require_unaltered(path.parent, record.files, *(name for name in record.files if name != DENSE_FILE))
     return record
+
+
+def parse_record(kind: type[Record], path: Path) -> Record:
+    """Return the record in a file of JSON.
+
+    Raises:
+        CorruptFile: It is missing, or not what Vestige writes: no number is NaN or infinite there, for example.
+    """
+    try:
+        content = path.read_bytes()
+        parse_finite_json(content)
+        return kind.model_validate_json(content)
+    except (OSError, ValueError) as error:
+        reason = _first_problem(error) if isinstance(error, ValidationError) else error
+        raise CorruptFile(f"{path} is not a run record: {reason}. Run the command that made it again.") from error
 
 
 class _Header(_Part):

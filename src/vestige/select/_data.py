@@ -91,7 +91,8 @@ def query_values(settings: SelectSettings, scores: ScoreSource) -> Callable[[str
     if source is None or (isinstance(source, str) and source.startswith("<")):
         raise SpecError("The run's queries were given in a Python program. Give --queries FILE beside --targets.")
     column = str(settings.targets)
-    values = {example.id: _value(example, column) for example in load_queries(source, on_bad_text=settings.on_bad_text)}
+    given = load_queries(source, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+    values = {example.id: _value(example, column) for example in given}
     if absent := [name for name in scores.queries if name not in values]:
         raise DataError(f"--queries has no query {absent[0]!r}, which the run has scores for. Give the run's queries.")
     if not any(values.values()):

@@ -51,8 +51,8 @@ def explain_sharing(check: Check, sharing: Sharing, lengths: Int[np.ndarray, "ex
     switches = ", ".join(f"{switch:,}" for switch in sharing.switches)
     advice = (
         f"The model's rotary positions take other factors beyond {switches} tokens, for the whole batch at once: "
-        f"{max(groups):,} of {len(lengths):,} examples are longer. Vestige never puts examples from both sides into one "
-        "batch, so every score is that of the example alone; other software may not."
+        f"{max(groups):,} of {len(lengths):,} examples are longer. Vestige never puts examples from both sides into "
+        "one batch, so every score is that of the example alone; other software may not."
     )
     mixed = any(0 < count < len(lengths) for count in groups)
     verdict: Verdict = "warn" if mixed and check.verdict == "good" else check.verdict

@@ -138,7 +138,7 @@ def _refuse_random_start(config: Any, folder: Path) -> None:
     if start.startswith("pissa_niter"):
         raise ModelError(
             f"{folder} begins with {start}: PEFT takes a random decomposition off the base model whenever it loads "
-            "such an adapter, so the model would be another one each time. Save it from the trained model as plain LoRA: "
+            "such an adapter, so the model would be another one each time. Save the trained model as plain LoRA: "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
         )
 
@@ -187,8 +187,8 @@ def _vocabulary_advice(error: Exception, base: nn.Module) -> str:
             if here == size != saved:
                 return (
                     f" The adapter was trained with a vocabulary of {saved:,} tokens, its base model has {here:,}. "
-                    f"Resize the base as before that training (model.resize_token_embeddings({saved})), save it and the "
-                    "tokenizer with save_pretrained(...), and write that folder into adapter_config.json as "
+                    f"Resize the base as before that training (model.resize_token_embeddings({saved})), save it and "
+                    "the tokenizer with save_pretrained(...), and write that folder into adapter_config.json as "
                     "base_model_name_or_path."
                 )
     return ""

@@ -61,7 +61,7 @@ def put_on(base: nn.Module, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:
-        with quiet_transformers(missing_adapter_keys=True):
+        with quiet_transformers():
             config = PeftConfig.from_pretrained(str(folder))
             refuse_virtual_tokens(config, str(folder))
             _refuse_random_start(config, folder)
@@ -108,9 +108,10 @@ def acts_in_forward(model: nn.Module) -> bool:
     configs: Any = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return False
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    own = getattr(type(getattr(model, "base_model", None)), "forward", BaseTuner.forward) is not BaseTuner.forward
+    own = isinstance(model, PeftModel) and type(model.base_model).forward is not BaseTuner.forward
     return own or any(getattr(config, "alora_invocation_tokens", None) for config in configs.values())
 
 

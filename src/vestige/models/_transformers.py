@@ -26,11 +26,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab
 
 
 @contextmanager
-def quiet_transformers(*, missing_adapter_keys: bool = False) -> Iterator[None]:
-    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here.
-
-    With `missing_adapter_keys`, PEFT's warning of them is kept off, too.
-    """
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,8 +35,7 @@ def quiet_transformers(*, missing_adapter_keys: bool = False) -> Iterator[None]:
         with warnings.catch_warnings():
             # What one library deprecates in another is nothing that a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
-            if missing_adapter_keys:
-                warnings.filterwarnings("ignore", "(.*\n?.*)missing adapter keys")
+            warnings.filterwarnings("ignore", ".*missing adapter keys")
             yield
     finally:
         logging.set_verbosity(verbosity)

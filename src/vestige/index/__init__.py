@@ -79,6 +79,7 @@ __all__ = [
     "read_inputs",
     "read_manifest",
     "remove_index",
+    "require_independence",
     "tokenising_processes",
     "tokens_at_most",
 ]

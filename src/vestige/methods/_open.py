@@ -14,9 +14,11 @@ from vestige.index import (
     TOKENS,
     Index,
     Inputs,
+    batch_tokens,
     build_index,
     fingerprint_rows,
     read_data,
+    require_independence,
     tokenising_processes,
     tokens_at_most,
 )
@@ -164,6 +166,7 @@ def _tokenised_queries(
             f'Query "{examples[empty[0]].id}" has no token to explain: expected a `text`, a `prompt` with a '
             f"`completion`, or messages that end with the assistant's.{cut}"
         )
+    require_independence(loaded, queries, batch_tokens(settings, loaded))
     return queries
 
 

@@ -17,7 +17,7 @@ from vestige.index._inputs import (
     tokenising_processes,
     tokens_at_most,
 )
-from vestige.index._interaction import longest_and_shortest as longest_and_shortest
+from vestige.index._interaction import longest_and_shortest, require_independence
 from vestige.index._manifest import (
     WHOLE_MODEL,
     CompressionIdentity,

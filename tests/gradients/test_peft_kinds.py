@@ -18,7 +18,7 @@ INVOCATION = [11, 12]
 def adapted(config, name: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         model = get_peft_model(build(name), config, autocast_adapter_dtype=False)
     return move_off_start(model).double().eval()
 
@@ -52,7 +52,7 @@ def expected_of(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[float, 
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    return float(loss), {
+    return float(loss.detach()), {
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
     }

@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.architectures import build, move_off_start
 from vestige.errors import ModelError, SpecError
-from vestige.models import load_model, select_components
+from vestige.models import load_model, quiet_transformers, select_components
 
 TARGETS = ["q_proj", "v_proj"]
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 def adapted(config, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         return move_off_start(get_peft_model(build("llama", torch.float32), config)).eval()
 
 
@@ -37,10 +37,11 @@ def plain(**more) -> LoraConfig:
 def folder(saved, tmp_path):
     """Saves an adapter over the folder of a small Llama; returns its folder."""
 
-    def save(config=None, base: object = None) -> Path:
+    def save(config=None) -> Path:
         config = config or plain()
-        config.base_model_name_or_path = str(saved("llama")) if base is None else base
-        adapted(config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        model = adapted(config)
+        config.base_model_name_or_path = str(saved("llama"))
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
         return tmp_path / "adapter"
 
     return save
@@ -101,7 +102,8 @@ def test_an_adapter_of_a_grown_vocabulary_says_how_to_grow_the_base(saved, tmp_p
     base = build("llama", torch.float32)
     base.resize_token_embeddings(41)
     config = plain(modules_to_save=["embed_tokens", "lm_head"])
-    model = get_peft_model(base, config)
+    with quiet_transformers():
+        model = get_peft_model(base, config)
     config.base_model_name_or_path = str(saved("llama"))
     model.save_pretrained(tmp_path / "grown", save_embedding_layers=False)
     with pytest.raises(
@@ -160,9 +162,7 @@ def test_a_kind_without_a_rule_is_refused_by_name_and_never_becomes_its_base(fol
     with pytest.raises(SpecError, match=f"adapter of the kind {kind}"):
         select_components(loaded.model)
     chosen = select_components(loaded.model, ("attention",))
-    assert all(
-        "base_layer" in part.name or "k_proj" in part.name or "o_proj" in part.name for part in chosen.components
-    )
+    assert not any(".default" in part.name for part in chosen.components)
     assert any(f"kind {kind}" in row.reason for row in chosen.coverage)
 
 
@@ -173,6 +173,7 @@ def test_a_kind_made_of_plain_layers_that_mix_examples_is_refused_too():
         select_components(model)
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_tuned_norms_are_the_default_of_their_adapter(folder):
     config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
     chosen = select_components(load_model(folder(config), device="cpu").model)

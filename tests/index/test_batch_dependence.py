@@ -92,7 +92,7 @@ def alone(model: nn.Module, ids: list[int]) -> tuple[float, dict[str, torch.Tens
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.requires_grad_(False)
-    return float(loss), found
+    return float(loss.detach()), found
 
 
 @pytest.mark.parametrize("budget", [None, 64, 1])

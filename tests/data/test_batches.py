@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vestige import disk_arrays
-from vestige.data import NO_TARGET, CutBatches, load_examples, make_batch, plan_batches, tokenize
+from vestige.data import NO_TARGET, CutBatches, Sharing, load_examples, make_batch, plan_batches, tokenize
 from vestige.errors import DataError
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=60)
@@ -100,3 +100,26 @@ def test_a_batch_takes_planned_rows_and_is_never_empty_in_width():
 def test_a_batch_moves_to_a_device_whole():
     batch = make_batch(tokens_of([1, 2]), [0]).to("cpu")
     assert batch.input_ids.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
+def test_no_batch_has_examples_from_both_sides_of_a_switch(budget):
+    lengths = np.random.default_rng(0).integers(0, 40, 300)
+    batches = plan_batches(lengths, budget, sharing=Sharing(switches=(9, 25)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(300))
+    for batch in batches:
+        longest = lengths[batch].max()
+        for switch in (9, 25):
+            assert (lengths[batch] <= switch).all() or (lengths[batch] > switch).all()
+        assert len(batch) == 1 or len(batch) * longest <= budget
+
+
+def test_where_padding_counts_only_equal_lengths_share_a_batch():
+    lengths = np.array([3, 5, 3, 1, 5, 5])
+    batches = plan_batches(lengths, 1000, sharing=Sharing(equal=True))
+    assert [batch.tolist() for batch in batches] == [[1, 4, 5], [0, 2], [3]]
+
+
+def test_examples_may_be_padded_up_to_the_switch():
+    assert Sharing(switches=(9, 25)).most(np.array([0, 9, 10, 25, 26])).tolist() == [9, 9, 25, 25, -1]
+    assert Sharing().most(np.array([0, 26])).tolist() == [-1, -1]

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
-from tests.architectures import CAUSAL, build
+from tests.architectures import CAUSAL, build, move_off_start
 from vestige.data import Example, Message
 from vestige.errors import DataError, ModelError
 from vestige.models import generate_answers, load_model
@@ -125,3 +126,22 @@ def test_a_prompt_without_room_names_its_query(prompt, tokenizer):
     loaded = load_model(build("llama"), tokenizer=tokenizer)
     with pytest.raises(DataError, match="'q1'"):
         generate_answers(loaded, examples(["fine", prompt]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_activated_lora_answers_as_in_pefts_own_generate(tokenizer):
+    torch.manual_seed(0)
+    invocation = tokenizer("who").input_ids
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules="all-linear", alora_invocation_tokens=invocation
+    )
+    model = move_off_start(get_peft_model(build("llama"), config, autocast_adapter_dtype=False)).double().eval()
+    loaded = load_model(model, tokenizer=tokenizer)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=1, pad_token_id=1)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    assert completions(loaded, PROMPTS, max_new_tokens=5) == expected
+    with model.disable_adapter():
+        assert completions(loaded, PROMPTS[2:3], max_new_tokens=5) != expected[2:3], "the adapter changes no answer"

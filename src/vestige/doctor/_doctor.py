@@ -18,7 +18,7 @@ from vestige.doctor._costs import (
 )
 from vestige.doctor._data_checks import data_checks
 from vestige.doctor._invariance import check_finite, explain_sharing, try_batches
-from vestige.doctor._model_checks import coverage_by_kind, model_checks, run_precision
+from vestige.doctor._model_checks import adapter_checks, coverage_by_kind, model_checks, run_precision
 from vestige.doctor._probes import choose_probes
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
@@ -70,7 +70,7 @@ def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
         checks.append(Check("gradients", "bad", "not tried", "The model cannot run on tokens that it does not know."))
     else:
         announce(f"Trying {loaded.name} on a few of {len(data):,} examples.")
-        checks = [*model_checks(loaded, selection, loss), *checks]
+        checks = [*model_checks(loaded, selection, loss), *adapter_checks(loaded.model, selection, data), *checks]
         try:
             tried = _try_gradients(settings, inputs, loss, free)
         except ModelError as error:

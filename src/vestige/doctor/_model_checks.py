@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import nn
 
-from vestige.doctor._types import Check, Coverage
+from vestige.data import TokenizedData
+from vestige.doctor._types import Check, Coverage, Verdict
 from vestige.gradients import CausalLoss
-from vestige.models import LoadedModel, Selection, parameter_words
+from vestige.models import LoadedModel, Selection, adapter_kind, adapter_parameters, parameter_words
 from vestige.parsing import parse_json
 
 _EXACT_ATTENTION = ("eager", "sdpa")
@@ -25,6 +28,39 @@ def model_checks(loaded: LoadedModel, selection: Selection, loss: CausalLoss) ->
         _check_ties(loaded.model, selection),
         _check_coverage(selection),
     ]
+
+
+def adapter_checks(model: nn.Module, selection: Selection, data: TokenizedData) -> list[Check]:
+    """What a PEFT adapter has trained and what of it is attributed to; nothing for any other model."""
+    trained = adapter_parameters(model)
+    if not trained:
+        return []
+    configs: Any = model.peft_config
+    left = [row.name for row in selection.coverage if row.name in trained and not row.selected]
+    value = f"{adapter_kind(model)}, {len(trained) - len(left)} of {len(trained)} trained tensors are attributed to"
+    verdict: Verdict = "good"
+    advice = ["Scores are those of the model with its adapter."]
+    if left:
+        verdict = "warn"
+        advice.append(f"Left out is {left[0]}: --components adapter takes all that have a rule.")
+    for tokens in filter(None, (getattr(config, "alora_invocation_tokens", None) for config in configs.values())):
+        silent = sum(not _holds(ids, np.array(tokens)) for ids in data.input_ids)
+        value += f"; activated in {len(data) - silent:,} of {len(data):,} examples"
+        if silent:
+            verdict = "warn"
+            advice.append(f"Examples without its invocation, the tokens {tokens}, have the gradient 0.")
+    if any(getattr(config, "use_dora", False) for config in configs.values()):
+        advice.append(
+            "DoRA's training counts the norm of the weights as a constant, and so do the gradients: finite differences "
+            "of the loss are others, as the gradient check may show."
+        )
+    return [Check("adapter", verdict, value, " ".join(advice), len(left))]
+
+
+def _holds(ids: Int[np.ndarray, "token"], wanted: Int[np.ndarray, "token"]) -> bool:
+    if len(ids) < len(wanted):
+        return False
+    return bool((np.lib.stride_tricks.sliding_window_view(ids, len(wanted)) == wanted).all(1).any())
 
 
 def coverage_by_kind(model: nn.Module, selection: Selection) -> tuple[Coverage, ...]:

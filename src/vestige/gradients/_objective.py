@@ -163,7 +163,10 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 def _find_plain_head(model: nn.Module) -> str | None:
-    """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
+    """Path of the head if splitting the model there reproduces its logits on random tokens, else None.
+
+    Random tokens activate no adapter that acts from its invocation on: such a model runs whole.
+    """
     if acts_in_forward(model):
         return None
     causal = _causal(model)

@@ -17,7 +17,7 @@ from vestige.index._inputs import (
     tokenising_processes,
     tokens_at_most,
 )
-from vestige.index._interaction import longest_and_shortest as longest_and_shortest
+from vestige.index._interaction import longest_and_shortest, require_independence
 from vestige.index._manifest import (
     WHOLE_MODEL,
     CompressionIdentity,
@@ -79,6 +79,7 @@ __all__ = [
     "read_inputs",
     "read_manifest",
     "remove_index",
+    "require_independence",
     "tokenising_processes",
     "tokens_at_most",
 ]

@@ -23,10 +23,10 @@ def longest_and_shortest(data: TokenizedData, sharing: Sharing, token_budget: in
     rows = np.flatnonzero((np.asarray(data.target_counts) > 0) & (2 * lengths <= token_budget))
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     groups = sharing.most(lengths[rows])
-    for longest, group in zip(rows[::-1], groups[::-1], strict=True):
-        shortest = rows[int(np.argmax(groups == group))]
-        if lengths[shortest] < lengths[longest]:
-            return [int(longest), int(shortest)]
+    for group in [] if sharing.equal else dict.fromkeys(groups[::-1].tolist()):
+        members = rows[groups == group]
+        if lengths[members[0]] < lengths[members[-1]]:
+            return [int(members[-1]), int(members[0])]
     return []
 
 

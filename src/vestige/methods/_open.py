@@ -24,9 +24,11 @@ from vestige.index import (
     TOKENS,
     Index,
     Inputs,
+    batch_tokens,
     build_index,
     fingerprint_rows,
     read_data,
+    require_independence,
     tokenising_processes,
     tokens_at_most,
 )
@@ -169,6 +171,7 @@ def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: 
         vocabulary=loaded.vocabulary,
     )
     require_answers(queries, question.generated, loaded.tokenizer)
+    require_independence(loaded, queries, batch_tokens(settings, loaded))
     return queries
 
 

@@ -1,6 +1,8 @@
 """Loading models, choosing components, fine-tuning."""
 
 from vestige.models._adapter import acts_in_forward as acts_in_forward
+from vestige.models._adapter import adapter_kind as adapter_kind
+from vestige.models._adapter import adapter_parameters as adapter_parameters
 from vestige.models._components import WORDS as WORDS
 from vestige.models._components import layer_number as layer_number
 from vestige.models._components import parameter_words as parameter_words

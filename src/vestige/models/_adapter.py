@@ -61,7 +61,7 @@ def put_on(base: nn.Module, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:
-        with quiet_transformers(missing_adapter_keys=True):
+        with quiet_transformers():
             config = PeftConfig.from_pretrained(str(folder))
             refuse_virtual_tokens(config, str(folder))
             _refuse_random_start(config, folder)
@@ -108,9 +108,10 @@ def acts_in_forward(model: nn.Module) -> bool:
     configs: Any = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return False
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    own = getattr(type(getattr(model, "base_model", None)), "forward", BaseTuner.forward) is not BaseTuner.forward
+    own = isinstance(model, PeftModel) and type(model.base_model).forward is not BaseTuner.forward
     return own or any(getattr(config, "alora_invocation_tokens", None) for config in configs.values())
 
 
@@ -138,8 +139,8 @@ def _refuse_random_start(config: Any, folder: Path) -> None:
     if start.startswith("pissa_niter"):
         raise ModelError(
             f"{folder} begins with {start}: PEFT takes a random decomposition off the base model whenever it loads "
-            "such an adapter, so the model would be another one each time. Save it from the trained model as plain "
-            "LoRA: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
+            "such an adapter, so the model would be another one each time. Save the trained model as plain LoRA: "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
         )
 
 

@@ -26,11 +26,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab
 
 
 @contextmanager
-def quiet_transformers(*, missing_adapter_keys: bool = False) -> Iterator[None]:
-    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here.
-
-    With `missing_adapter_keys`, PEFT's warning of them is kept off, too.
-    """
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,8 +35,7 @@ def quiet_transformers(*, missing_adapter_keys: bool = False) -> Iterator[None]:
         with warnings.catch_warnings():
             # What one library deprecates in another is nothing that a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
-            if missing_adapter_keys:
-                warnings.filterwarnings("ignore", "(.*\n?.*)missing adapter keys")
+            warnings.filterwarnings("ignore", ".*missing adapter keys")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -124,9 +120,10 @@ def renaming_advice(unexpected: Collection[str], missing: Collection[str], folde
         return ""
     return (
         f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it "
-        'there. Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, '
-        f"safetensors.torch as s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, "
-        f"f, {{'format': 'pt'}}) for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
+        "there. Save it again from the model inside the wrapper, or strip it: "
+        'python -c "import pathlib, safetensors.torch as s; '
+        f"[s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, f, {{'format': 'pt'}}) "
+        f"for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
     )
 
 

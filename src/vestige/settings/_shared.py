@@ -132,7 +132,7 @@ class CompressionSettings(Settings):
 
     components: Patterns = Field(
         ("default",),
-        description="Parameters to attribute to: attention, mlp, embedding, norm, lora, all, 'layers 0-3', "
+        description="Parameters to attribute to: attention, mlp, embedding, norm, lora, adapter, all, 'layers 0-3', "
         "globs over parameter names, or @FILE with one of these on each line.",
     )
     compress: str = Field(

@@ -104,15 +104,15 @@ def test_members_alone_are_trained_on_and_all_are_measured(tmp_path, given):
     run = vestige.train(**given | {"split_seed": 3}, out=tmp_path / "run")
     table = run.membership.to_pandas().set_index("example_id")
     assert table["member"].sum() == 9
-    assert table.index[table["member"]].tolist() == [f"pair-{row}" for row in np.flatnonzero(members_of(12, 0.75, 3))]
+    assert table.index[table["member"]].tolist() == [f"pair-{row}" for row in np.flatnonzero(members_of(np.arange(12), 0.75, 3))]
     assert set(run.steps["example_id"].to_pylist()) == set(table.index[table["member"]])
     last = run.losses.to_pandas().query("checkpoint == 10").set_index("example_id")["loss"]
     assert set(last.index) == set(table.index)
     assert last[table["member"]].mean() < last[~table["member"]].mean()
-    assert not np.array_equal(members_of(12, 0.75, 3), members_of(12, 0.75, 4))
-    assert members_of(7, 1.0, 0).all()
+    assert not np.array_equal(members_of(np.arange(12), 0.75, 3), members_of(np.arange(12), 0.75, 4))
+    assert members_of(np.arange(7), 1.0, 0).all()
     with pytest.raises(DataError, match="is none"):
-        members_of(3, 0.1, 0)
+        members_of(np.arange(3), 0.1, 0)
 
 
 def test_checkpoint_zero_is_the_model_and_every_checkpoint_loads(tmp_path, given, workshop):

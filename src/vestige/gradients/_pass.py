@@ -117,9 +117,7 @@ class GradientPass:
         assert self._sink is not None
         return Receive(self._sink, self._examples)
 
-    def _tap_head(
-        self, left: Tensor, right: Tensor, examples: slice, positions: Int[Tensor, "example row"]
-    ) -> None:
+    def _tap_head(self, left: Tensor, right: Tensor, examples: slice, positions: Int[Tensor, "example row"]) -> None:
         assert self._sink is not None
         weight, bias = self._head
         if weight >= 0:

@@ -35,7 +35,8 @@ class BankSettings(ReadingSettings, LaunchSettings):
         "in order.",
     )
     leave_one_out: PositiveInt | None = Field(
-        None, description="Train without each of so many examples and their copies, drawn at random, and once on everything."
+        None,
+        description="Train without each of so many examples and their copies, drawn at random, and once on everything.",
     )
     group: str | None = Field(
         None,

@@ -48,7 +48,9 @@ def test_copies_are_drawn_together_and_without_copies_the_draw_is_the_one_of_row
     # What was drawn of rows before copies were drawn together, number by number.
     by_row = [np.sort(np.random.default_rng([4, 0, number]).choice(30, 15, replace=False)) for number in range(3)]
     drawn = random_subsets(np.arange(30), 0.5, 3, seed=4)
-    assert all(np.array_equal(one.rows, rows) and one.rows.dtype == np.int64 for one, rows in zip(drawn, by_row))
+    assert all(
+        np.array_equal(one.rows, rows) and one.rows.dtype == np.int64 for one, rows in zip(drawn, by_row, strict=True)
+    )
 
 
 def test_an_example_is_left_out_with_its_copies_under_the_name_of_the_first():

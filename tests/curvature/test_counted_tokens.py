@@ -1,4 +1,4 @@
-"""Which tokens K-FAC and EK-FAC count: those that can influence the loss, whatever the kernel leaves of their gradients."""
+"""Which tokens K-FAC and EK-FAC count: those that can influence the loss, whatever a kernel leaves of gradients."""
 
 import dataclasses
 from pathlib import Path
@@ -178,7 +178,7 @@ def test_rows_that_split_a_token_count_with_it_and_rows_that_cannot_be_told_apar
     assert torch.allclose(fitted[0].right, fitted[1].right, rtol=1e-9)
     model = PerHead(by_token=False).double()
     components = select_components(model, ("map.*",)).components
-    with pytest.raises(ModelError, match="map.weight sees .* rows for .* tokens"):
+    with pytest.raises(ModelError, match=r"map.weight sees \d+ rows for \d+ tokens"):
         fit_kfac(CurvatureData(model, components, data, 4096, labels="data"))
 
 

@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 
 from vestige.bank import EVERYTHING, Bank, bank
+from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
@@ -50,15 +52,17 @@ def removal(settings: RemovalSettings) -> Evaluation:
     scored = tuple(one for one in found.scored if one.run.run.method != "random")
     queries, ids, tables = together(scored)
     examples = id_array(ids)
-    if max(settings.remove) >= len(examples):
-        raise SpecError(f"--remove {max(settings.remove)} of {len(examples)} examples leaves nothing to train on.")
+    groups = _groups(settings, examples)
+    if max(settings.remove) >= (distinct := int(groups.max(initial=-1)) + 1):
+        raise SpecError(f"--remove {max(settings.remove)} of {distinct} examples leaves nothing to train on.")
     counts = sorted(set(settings.remove))
     drops = [
         drop
         for one, table in zip(scored, tables, strict=True)
-        for drop in _top_lists(one.name, table, examples, counts)
+        for drop in _top_lists(one.name, table, examples, counts, groups)
     ]
-    drops += _random_lists(settings, examples, counts)
+    drops += _random_lists(settings, examples, counts, groups)
+    copies = describe_copies(groups)
     truth = _retrained(settings, drops)
     rise = {drop.name: _rise(truth, drop.name) for drop in drops}
     result = Evaluation(
@@ -73,6 +77,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
             "number of steps each.",
             f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
             "of queries; the spread over seeds is in the file and the figure.",
+            *([] if copies is None else [f"{copies} A text is left out with all its copies."]),
             *found.notes,
         ),
         {
@@ -88,20 +93,42 @@ def removal(settings: RemovalSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
-def _top_lists(method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
+def _groups(settings: RemovalSettings, examples: pa.ChunkedArray) -> Int[np.ndarray, "example"]:
+    """The text of each example, so that what is left out is not learnt from a copy."""
+    found = load_examples(settings.data, limit=settings.limit)
+    text_of = dict(zip((one.id for one in found), text_groups(found).tolist(), strict=True))
+    return np.unique(
+        [text_of.get(name, -1 - row) for row, name in enumerate(examples.to_pylist())], return_inverse=True
+    )[1]
+
+
+def _first_texts(
+    order: Int[np.ndarray, "example"], groups: Int[np.ndarray, "example"], count: int
+) -> Int[np.ndarray, "_rows"]:
+    """The first `count` texts of an order, with all their copies."""
+    firsts = np.sort(np.unique(groups[order], return_index=True)[1])[:count]
+    return order[np.isin(groups[order], groups[order[firsts]])]
+
+
+def _top_lists(
+    method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
+) -> list[Drop]:
     scores = np.empty(table.examples)
     for places, block in table.blocks():
         scores[places] = block.astype(np.float64).mean(0)
     # Ties are broken at random but always alike, never by the order of the data.
     order = np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
-    return [Drop(method, count, examples.take(order[:count]).to_pylist()) for count in counts]
+    return [Drop(method, count, examples.take(_first_texts(order, groups, count)).to_pylist()) for count in counts]
 
 
-def _random_lists(settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
+def _random_lists(
+    settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
+) -> list[Drop]:
     drops = []
     for number in range(settings.random_lists):
         order = np.random.default_rng([settings.seed, number]).permutation(len(examples))
-        drops += [Drop(RANDOM, count, examples.take(order[:count]).to_pylist(), number) for count in counts]
+        for count in counts:
+            drops.append(Drop(RANDOM, count, examples.take(_first_texts(order, groups, count)).to_pylist(), number))
     return drops
 
 

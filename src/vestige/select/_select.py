@@ -140,6 +140,7 @@ def _tokenizer_name(tokenizer: Any) -> str | None:
 def _limits(settings: SelectSettings, inputs: Inputs) -> Limits:
     firsts = np.unique(inputs.rows.groups, return_index=True)[1]
     count, (number, unit) = len(firsts), settings.amount
+    kind = "examples" if count == len(inputs.rows) else "distinct examples"
     if unit == "tokens":
         assert inputs.lengths is not None, "a budget of tokens has lengths"
         total = int(inputs.lengths[firsts].sum())
@@ -147,7 +148,7 @@ def _limits(settings: SelectSettings, inputs: Inputs) -> Limits:
             raise SpecError(f"--budget '{settings.budget}' of {inputs.rows.name}, which has {total} tokens.")
         return Limits(None, int(number))
     if unit == "examples" and number > count:
-        raise SpecError(f"--budget {settings.budget} of {inputs.rows.name}, which has {count} distinct examples.")
+        raise SpecError(f"--budget {settings.budget} of {inputs.rows.name}, which has {count} {kind}.")
     return Limits(max(1, int(number if unit == "examples" else number / 100 * count + 0.5)), None)
 
 

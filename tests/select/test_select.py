@@ -52,20 +52,6 @@ def test_budgets_of_examples_and_shares(given, tmp_path, budget, count):
     assert len(select(data=given["data"], budget=budget, out=tmp_path / "out", strategy="random")) == count
 
 
-def test_copies_count_as_one_and_stand_beside_the_one_that_is_chosen(tmp_path):
-    rows = [{"id": f"r{row}", "text": f"text {row % 5}", "number": row} for row in range(20)]
-    chosen = select(data=rows, budget="100%", out=tmp_path / "all", strategy="random")
-    texts = [int(name[1:]) % 5 for name in chosen.ids]
-    assert sorted(texts) == [0, 1, 2, 3, 4]
-    # Of a text the copies that the order came to before the budget was spent.
-    replaced = [int(name[1:]) % 5 for choice in chosen.choices for name in choice.replaces]
-    own = [int(choice.example_id[1:]) % 5 for choice in chosen.choices for _ in choice.replaces]
-    assert replaced == own
-    assert "15 of 20 rows are copies of others: 5 distinct texts, each counted once." in chosen.record["notes"]
-    with pytest.raises(SpecError, match="which has 5 distinct examples"):
-        select(data=rows, budget=6, out=tmp_path / "more", strategy="random")
-
-
 def test_a_budget_of_tokens_ends_before_the_first_that_does_not_fit(store, given, tmp_path):
     everything = select(index=store, budget="100%", out=tmp_path / "all", strategy="random")
     tokens = [choice.tokens for choice in everything.choices]

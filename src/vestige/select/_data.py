@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
-from vestige.data import Example, load_queries, load_records, text_groups, tokenize
+from vestige.data import Example, load_queries, load_records, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index
 from vestige.runs import Scores
@@ -27,8 +26,6 @@ class Rows:
     name: str
     ids: list[str]
     sources: list[str | None]
-    groups: Int[np.ndarray, "example"]
-    """The text of each row: copies have the same number."""
     digest: str
     """sha256 over ids and columns."""
     read: Callable[[], Iterable[tuple[Example, Columns]]]
@@ -46,17 +43,12 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
     """
     name, read = _source(settings, None if scores is None else scores.run, index)
     ids, sources, digest = [], [], hashlib.sha256()
-
-    def noted() -> Iterator[Example]:
-        for example, columns in read():
-            ids.append(example.id)
-            sources.append(example.source)
-            digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
-            yield example
-
-    groups = text_groups(noted())
+    for example, columns in read():
+        ids.append(example.id)
+        sources.append(example.source)
+        digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
     _require_distinct(name, ids)
-    rows = Rows(name, ids, sources, groups, digest.hexdigest(), read)
+    rows = Rows(name, ids, sources, digest.hexdigest(), read)
     if scores is not None:
         _require_scored(rows, scores)
     if index is not None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vestige.data import describe_copies
 from vestige.errors import DataError, SpecError, UserError
 from vestige.files import sha256_of
 from vestige.index import Index
@@ -138,17 +137,15 @@ def _tokenizer_name(tokenizer: Any) -> str | None:
 
 
 def _limits(settings: SelectSettings, inputs: Inputs) -> Limits:
-    firsts = np.unique(inputs.rows.groups, return_index=True)[1]
-    count, (number, unit) = len(firsts), settings.amount
-    kind = "examples" if count == len(inputs.rows) else "distinct examples"
+    count, (number, unit) = len(inputs.rows), settings.amount
     if unit == "tokens":
         assert inputs.lengths is not None, "a budget of tokens has lengths"
-        total = int(inputs.lengths[firsts].sum())
+        total = int(inputs.lengths.sum())
         if number > total:
             raise SpecError(f"--budget '{settings.budget}' of {inputs.rows.name}, which has {total} tokens.")
         return Limits(None, int(number))
     if unit == "examples" and number > count:
-        raise SpecError(f"--budget {settings.budget} of {inputs.rows.name}, which has {count} {kind}.")
+        raise SpecError(f"--budget {settings.budget} of {inputs.rows.name}, which has {count} examples.")
     return Limits(max(1, int(number if unit == "examples" else number / 100 * count + 0.5)), None)
 
 
@@ -209,28 +206,19 @@ def _expected(settings: SelectSettings, inputs: Inputs) -> float:
 def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Choice]:
     """Choices until the budget is spent: with tokens, up to the first example that does not fit any more."""
     choices: list[Choice] = []
-    number_of: dict[int, int] = {}
-    """Which choice holds a text."""
-    unlike: list[int] = []
-    """Which choice stands for each example that no gradient before it was like."""
     spent = 0
     with progress(limits.examples or len(inputs.rows), "Choosing") as bar:
         for candidate, twin, cosine in _judged(settings, inputs):
             if isinstance(candidate, CutShort):
                 raise candidate.reason
-            text = int(inputs.rows.groups[candidate.row])
-            known = number_of.get(text) if twin is None else unlike[twin]
-            if twin is None:
-                unlike.append(len(choices) if known is None else known)
-            if known is not None:
-                choices[known].replaces.append(inputs.rows.ids[candidate.row])
-                choices[known].cosines.append(1.0 if twin is None else cosine)
+            if twin is not None:
+                choices[twin].replaces.append(inputs.rows.ids[candidate.row])
+                choices[twin].cosines.append(cosine)
                 continue
             choice = _choice(inputs, candidate, len(choices) + 1)
             spent += choice.tokens or 0
             if limits.tokens is not None and spent > limits.tokens:
                 break
-            number_of[text] = len(choices)
             choices.append(choice)
             bar.advance()
             if len(choices) == limits.examples:
@@ -281,12 +269,8 @@ def _notes(
         notes += [f"{left_out} examples have no score, and cannot be chosen."] if left_out else []
     if harmful := sum("score" in reason for reason in removed.values()):
         notes.append(f"{harmful} examples have a score below {settings.min_score:g} and were kept out.")
-    if (copies := describe_copies(inputs.rows.groups)) is not None:
-        notes.append(copies)
     if replaced := sum(len(choice.replaces) for choice in choices):
-        like = "copies" if settings.duplicates is None else "near copies"
-        least = "" if settings.duplicates is None else f": cosine at least {settings.duplicates:g}"
-        notes.append(f"{replaced} {like} of chosen ones were left out{least}.")
+        notes.append(f"{replaced} near copies of chosen ones were left out: cosine at least {settings.duplicates:g}.")
     if limits.examples is not None and len(choices) < limits.examples:
         notes.append(f"{limits.examples} were asked for; no more are allowed.")
     return notes

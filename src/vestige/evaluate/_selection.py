@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 
 from vestige.bank import EVERYTHING, Bank, bank
-from vestige.data import describe_copies, load_examples, text_groups
+from vestige.data import load_examples
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
@@ -43,10 +43,9 @@ def selection(settings: SelectionSettings) -> Evaluation:
         SpecError: A chosen set is everything, or two folders have one name.
         IndexMismatch: A set was chosen from other data.
     """
-    examples = load_examples(settings.data, limit=settings.limit)
-    ids, groups = [example.id for example in examples], text_groups(examples)
+    ids = [example.id for example in load_examples(settings.data, limit=settings.limit)]
     chosen = _chosen(settings, ids)
-    random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}
+    random = {size: _random_sets(settings, ids, size) for size in sorted({len(one.ids) for one in chosen})}
     # Random sets come first, so that further chosen sets of the same size extend the bank.
     sets = [*(one for group in random.values() for one in group), *chosen]
     truth = _trained(settings, ids, sets, max(random))
@@ -62,7 +61,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
         "selection",
         f"Trained on chosen data: mean loss per token, in nats, and accuracy on {len(truth.query_ids)} queries",
         tuple(rows),
-        _notes(settings, truth, groups),
+        _notes(settings, truth),
         {
             "gain_by_seed": {name: gain.by_seed.tolist() for name, gain in gains.items()},
             "sets": {one.name: sorted(one.ids) for one in sets},
@@ -75,10 +74,8 @@ def selection(settings: SelectionSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
-def _notes(settings: SelectionSettings, truth: Bank, groups: np.ndarray) -> tuple[str, ...]:
-    copies = describe_copies(groups)
+def _notes(settings: SelectionSettings, truth: Bank) -> tuple[str, ...]:
     return (
-        *([] if copies is None else [f"{copies} Random sets hold no text twice before they hold each once."]),
         f"{settings.seeds} trainings on each set, of {truth.identity['steps']} steps each; random: "
         f"{settings.random_sets} sets of each size.",
         "Gain: mean loss after random sets of the same size minus that after the chosen one, seed by seed; 95 % "
@@ -174,15 +171,10 @@ def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet
     return found
 
 
-def _random_sets(settings: SelectionSettings, ids: list[str], groups: np.ndarray, size: int) -> list[TrainingSet]:
+def _random_sets(settings: SelectionSettings, ids: list[str], size: int) -> list[TrainingSet]:
     sets = []
-    firsts = np.unique(groups, return_index=True)[1]
     for number in range(settings.random_sets):
-        draw = np.random.default_rng([settings.seed, size, number])
-        rows = firsts[draw.choice(len(firsts), min(size, len(firsts)), replace=False)]
-        if size > len(rows):
-            rest = np.setdiff1d(np.arange(len(ids)), rows)
-            rows = np.concatenate([rows, draw.choice(rest, size - len(rows), replace=False)])
+        rows = np.random.default_rng([settings.seed, size, number]).choice(len(ids), size, replace=False)
         sets.append(TrainingSet(f"{RANDOM} {size} #{number}", frozenset(ids[row] for row in rows)))
     return sets
 

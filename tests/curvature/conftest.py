@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -5,6 +8,7 @@ from tests.architectures import build
 from tests.methods.conftest import tokenized
 from tests.reference.gradients import example_gradients
 from vestige.curvature import CurvatureData
+from vestige.data import TokenizedData
 from vestige.models import select_components
 
 
@@ -40,6 +44,16 @@ def name_of(given: CurvatureData) -> str:
     return {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "GPTNeoXForCausalLM": "neox"}[
         type(given.model).__name__
     ]
+
+
+def with_targets(data: TokenizedData, kind: str) -> TokenizedData:
+    """The same tokens, of which the last is the only target, or the second half but for the last two tokens."""
+    places = [np.arange(len(ids)) for ids in data.input_ids]
+    if kind == "last":
+        masks = [place == len(place) - 1 for place in places]
+    else:
+        masks = [(place > 0) & (place >= len(place) // 2) & (place < max(len(place) - 2, 2)) for place in places]
+    return dataclasses.replace(data, targets=masks)
 
 
 def random_vectors(given: CurvatureData, queries: int = 2) -> list[torch.Tensor]:

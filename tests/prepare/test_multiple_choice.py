@@ -89,7 +89,7 @@ def test_a4_noise_is_shared_by_all_members(tmp_path):
     assert [row.completion for row in rows] == [row.completion for row in again]
     shorter = made([MMLU] * 200, tmp_path / "shorter", label_noise=0.5, limit=50)
     assert [row.completion for row in shorter] == [row.completion for row in rows[:50]]
-    one, other = members_of(200, 0.5, 0), members_of(200, 0.5, 1)
+    one, other = members_of(np.arange(200), 0.5, 0), members_of(np.arange(200), 0.5, 1)
     both = np.flatnonzero(one & other)
     assert 0 < sum(rows[row].extra["status"] == "random" for row in both) < len(both)
     assert made([MMLU] * 200, tmp_path / "else", label_noise=0.5, seed=1) != rows

@@ -1,5 +1,6 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import vestige
@@ -59,3 +60,18 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     for parts in ("train=0.9 test=0.2", "train=0", "a=x", "a=0.1 a=0.2", "data=0.5", "a/b=0.5"):
         with pytest.raises(SpecError, match="parts"):
             vestige.prepare.split(data=ROWS, out=tmp_path / "out", parts=parts)
+
+
+def test_copies_fall_to_one_part_and_distinct_rows_as_before(tmp_path):
+    rows = [{"text": f"text {row % 10}", "source": "ab"[row % 2], "number": row} for row in range(30)]
+    for by in ("example", "stratified"):
+        made = vestige.prepare.split(data=rows, out=tmp_path / by, parts="train=0.6 test=0.4", by=by)
+        parts = [
+            {row.text for row in load_examples(str(tmp_path / by / f"{name}.jsonl"))} for name in ("train", "test")
+        ]
+        assert not parts[0] & parts[1]
+        assert [len(each) for each in parts] == [6, 4]
+        assert made.notes[-1] == "20 of 30 rows are copies of others: 10 distinct texts, each counted once."
+    order = np.random.default_rng(3).permutation(50)
+    vestige.prepare.split(data=ROWS, out=tmp_path / "rows", parts="train=0.5", seed=3)
+    assert ids(tmp_path / "rows" / "train.jsonl") == [f"r{row}" for row in sorted(order[:25])]

@@ -104,15 +104,41 @@ def test_members_alone_are_trained_on_and_all_are_measured(tmp_path, given):
     run = vestige.train(**given | {"split_seed": 3}, out=tmp_path / "run")
     table = run.membership.to_pandas().set_index("example_id")
     assert table["member"].sum() == 9
-    assert table.index[table["member"]].tolist() == [f"pair-{row}" for row in np.flatnonzero(members_of(12, 0.75, 3))]
+    drawn = np.flatnonzero(members_of(np.arange(12), 0.75, 3))
+    assert table.index[table["member"]].tolist() == [f"pair-{row}" for row in drawn]
     assert set(run.steps["example_id"].to_pylist()) == set(table.index[table["member"]])
     last = run.losses.to_pandas().query("checkpoint == 10").set_index("example_id")["loss"]
     assert set(last.index) == set(table.index)
     assert last[table["member"]].mean() < last[~table["member"]].mean()
-    assert not np.array_equal(members_of(12, 0.75, 3), members_of(12, 0.75, 4))
-    assert members_of(7, 1.0, 0).all()
+    assert not np.array_equal(members_of(np.arange(12), 0.75, 3), members_of(np.arange(12), 0.75, 4))
+    assert members_of(np.arange(7), 1.0, 0).all()
     with pytest.raises(DataError, match="is none"):
-        members_of(3, 0.1, 0)
+        members_of(np.arange(3), 0.1, 0)
+
+
+def test_copies_are_drawn_together_and_distinct_rows_as_before():
+    expected = np.zeros(30, dtype=bool)
+    expected[np.random.default_rng([0x5EED, 7]).permutation(30)[:12]] = True
+    assert np.array_equal(members_of(np.arange(30), 0.4, 7), expected)
+    groups = np.array([0, 1, 0, 2, 0, 1, 3])
+    for seed in range(10):
+        members = members_of(groups, 0.5, seed)
+        assert len(set(groups[members])) == 2
+        assert set(groups[members]).isdisjoint(groups[~members])
+
+
+def test_a_split_of_data_with_copies_says_so_and_is_a_training_of_its_own(tmp_path, given, monkeypatch):
+    rows = [{"id": f"r{row}", "prompt": f"Say {row // 2}.", "completion": "Yes."} for row in range(8)]
+    settings = given | {"data": rows, "split_fraction": 0.5, "epochs": 1}
+    run = vestige.train(**settings, out=tmp_path / "run")
+    members = np.array(run.membership["member"]).reshape(4, 2)
+    assert (members.sum(), (members[:, 0] == members[:, 1]).all()) == (4, True)
+    assert run.record["identity"]["group"] == "copies"
+    with monkeypatch.context() as patch:  # a training that was begun before copies were drawn together
+        patch.setattr("vestige.train._train.token_groups", lambda data, column=None: np.arange(len(data)))
+        old = vestige.train(**settings, out=tmp_path / "old")
+    assert "group" not in old.record["identity"]
+    assert vestige.train(**settings, out=tmp_path / "old").membership.equals(old.membership)
 
 
 def test_checkpoint_zero_is_the_model_and_every_checkpoint_loads(tmp_path, given, workshop):

@@ -215,7 +215,7 @@ def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
 def _of_copies(
     membership: Bool[np.ndarray, "member row"], groups: Int[np.ndarray, "example"], places: Int[np.ndarray, "example"]
 ) -> Bool[np.ndarray, "member row"]:
-    """True where a member was trained on the row or on a copy of it: banks drawn row by row split them."""
+    """True where a member was trained on the row or on a copy of it: a bank made elsewhere may have split them."""
     known = places >= 0
     row = np.arange(membership.shape[1]) + len(groups)
     row[places[known]] = groups[known]

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 
 from vestige.bank import EVERYTHING, Bank, bank
-from vestige.data import load_examples, read_row_list, rows_named
+from vestige.data import describe_copies, load_examples, read_row_list, rows_named, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
@@ -50,14 +51,17 @@ def removal(settings: RemovalSettings) -> Evaluation:
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs and lists too.")
     found, tables, examples = _judged(settings)
+    groups = _groups(settings, examples)
     counts = sorted(set(settings.remove)) if found.scored else []
     drops = _named_lists(settings, examples)
+    most, distinct = max([*counts, *(drop.length for drop in drops)]), int(groups.max(initial=-1)) + 1
+    if most >= distinct:
+        raise SpecError(f"Leaving out {most} of {distinct} different examples leaves nothing to train on.")
     names = [(drop.method, False) for drop in drops]
     for one, table in zip(found.scored, tables, strict=True):
-        drops += _top_lists(one.name, table, examples, counts)
-    drops += _random_lists(settings, examples, sorted({drop.length for drop in drops}))
-    if (most := max(drop.length for drop in drops)) >= len(examples):
-        raise SpecError(f"Leaving out {most} of {len(examples)} examples leaves nothing to train on.")
+        drops += _top_lists(one.name, table, examples, counts, groups)
+    drops += _random_lists(settings, examples, sorted({drop.length for drop in drops}), groups)
+    copies = describe_copies(groups)
     truth = _retrained(settings, drops)
     rise = {drop.name: _rise(truth, drop.name) for drop in drops}
     result = Evaluation(
@@ -74,6 +78,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
             f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
             "of queries; the spread over seeds is in the file and the figure.",
             *_by_query(names, drops, rise, truth.query_ids),
+            *([] if copies is None else [f"{copies} A text is left out with all its copies, but for lists of --rows."]),
             *found.notes,
         ),
         {
@@ -94,7 +99,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
 def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.ChunkedArray]:
     """The scores that are judged, and the ids of the training data."""
     if not settings.judges_methods:
-        loaded = load_examples(settings.data, limit=settings.limit)
+        loaded = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         return Judged(()), [], pa.chunked_array([[example.id for example in loaded]], pa.string())
     found = judged(settings)
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
@@ -128,20 +133,42 @@ def _by_query(
         yield f"Without {name}, by query (random lists in brackets): {shown}."
 
 
-def _top_lists(method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
+def _groups(settings: RemovalSettings, examples: pa.ChunkedArray) -> Int[np.ndarray, "example"]:
+    """The text of each example, so that what is left out is not learnt from a copy."""
+    found = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    text_of = dict(zip((one.id for one in found), text_groups(found).tolist(), strict=True))
+    return np.unique(
+        [text_of.get(name, -1 - row) for row, name in enumerate(examples.to_pylist())], return_inverse=True
+    )[1]
+
+
+def _first_texts(
+    order: Int[np.ndarray, "example"], groups: Int[np.ndarray, "example"], count: int
+) -> Int[np.ndarray, "_rows"]:
+    """The first `count` texts of an order, with all their copies."""
+    firsts = np.sort(np.unique(groups[order], return_index=True)[1])[:count]
+    return order[np.isin(groups[order], groups[order[firsts]])]
+
+
+def _top_lists(
+    method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
+) -> list[Drop]:
     scores = np.empty(table.examples)
     for places, block in table.blocks():
         scores[places] = block.astype(np.float64).mean(0)
     # Ties are broken at random but always alike, never by the order of the data.
     order = np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
-    return [Drop(method, count, examples.take(order[:count]).to_pylist()) for count in counts]
+    return [Drop(method, count, examples.take(_first_texts(order, groups, count)).to_pylist()) for count in counts]
 
 
-def _random_lists(settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
+def _random_lists(
+    settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
+) -> list[Drop]:
     drops = []
     for number in range(settings.random_lists):
         order = np.random.default_rng([settings.seed, number]).permutation(len(examples))
-        drops += [Drop(RANDOM, count, examples.take(order[:count]).to_pylist(), number) for count in counts]
+        for count in counts:
+            drops.append(Drop(RANDOM, count, examples.take(_first_texts(order, groups, count)).to_pylist(), number))
     return drops
 
 

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
-from vestige.data import Example
+from vestige.data import Example, describe_copies, text_groups
 from vestige.errors import DataError
 from vestige.files import write_durably
 from vestige.prepare._write import (
@@ -32,7 +33,8 @@ def split(settings: SplitSettings) -> Prepared:
     examples = read_rows(settings)
     fingerprint = fingerprint_of(examples)
     check_same_result(settings, KIND, fingerprint, frozenset())
-    parts = part_of_each(examples, settings.shares, settings.by, settings.seed)
+    groups = text_groups(examples)
+    parts = part_of_each(examples, groups, settings.shares, settings.by, settings.seed)
     rows = {
         name: [row_of(each) for each, part in zip(examples, parts, strict=True) if part == name]
         for name in settings.shares
@@ -48,33 +50,50 @@ def split(settings: SplitSettings) -> Prepared:
     notes = [f"{len(held):,} rows in {settings.out / name}.jsonl" for name, held in rows.items()]
     left = len(examples) - len(every)
     notes += [f"{left:,} rows are in no part."] if left else []
+    notes += _notes(groups, parts)
     return write_prepared(settings, KIND, every, fingerprint=fingerprint, notes=notes)
 
 
-def part_of_each(examples: Sequence[Example], shares: dict[str, float], by: str, seed: int) -> list[str | None]:
+def _notes(groups: Int[np.ndarray, "example"], parts: Sequence[str | None]) -> list[str]:
+    """How many copies there are, and how many of them lie in another part than the first."""
+    if (copies := describe_copies(groups)) is None:
+        return []
+    firsts = np.unique(groups, return_index=True)[1]
+    apart = sum(part != parts[firsts[group]] for group, part in zip(groups, parts, strict=True))
+    return [copies, *([f"{apart:,} copies are not in the part of the first such row."] if apart else [])]
+
+
+def part_of_each(
+    examples: Sequence[Example], groups: Int[np.ndarray, "example"], shares: dict[str, float], by: str, seed: int
+) -> list[str | None]:
     """The part of every example, None where the shares leave some out; the same for the same arguments.
+
+    Examples of one group are in one part, wherever sources are not to stay whole.
 
     Raises:
         DataError: `by` asks for sources, and an example has none.
     """
     draw = np.random.default_rng(seed)
+    firsts = np.unique(groups, return_index=True)[1]
     if by == "example":
-        return _dealt(len(examples), shares, draw)
-    groups: dict[str, list[int]] = {}
+        parts = _dealt(len(firsts), shares, draw)
+        return [parts[group] for group in groups]
+    sources: dict[str, list[int]] = {}
     for row, example in enumerate(examples):
         if example.source is None:
             raise DataError(f"Row {row} (id {example.id!r}) has no `source`, and --by {by} asks for one.")
-        groups.setdefault(example.source, []).append(row)
+        sources.setdefault(example.source, []).append(row)
     found: list[str | None] = [None] * len(examples)
     if by == "source":
-        for rows, part in zip(groups.values(), _dealt(len(groups), shares, draw), strict=True):
+        for rows, part in zip(sources.values(), _dealt(len(sources), shares, draw), strict=True):
             for row in rows:
                 found[row] = part
         return found
-    for rows in groups.values():
-        for row, part in zip(rows, _dealt(len(rows), shares, draw), strict=True):
+    for rows in sources.values():
+        own = [row for row in rows if firsts[groups[row]] == row]
+        for row, part in zip(own, _dealt(len(own), shares, draw), strict=True):
             found[row] = part
-    return found
+    return [found[firsts[group]] for group in groups]
 
 
 def _dealt(count: int, shares: dict[str, float], draw: np.random.Generator) -> list[str | None]:

@@ -127,8 +127,15 @@ class TrainSettings(AlarmSettings):
         "float32",
         description="Number format of the weights; auto is the model's own, in which small steps may be lost.",
     )
-    split_fraction: float = Field(1.0, gt=0, le=1, description="Share of the examples to train on, drawn at random.")
+    split_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the distinct examples to train on, drawn at random."
+    )
     split_seed: NonNegativeInt = Field(0, description="Seed of that draw.")
+    group: str | None = Field(
+        None,
+        description="Column whose rows of equal value are drawn together. Not given: copies, rows with the same tokens "
+        "and targets.",
+    )
     epochs: PositiveFloat = Field(1.0, description="Passes over the examples that are trained on; may be a fraction.")
     checkpoints: Epochs = Field(
         "0,1,...", description="Epochs at which to save, such as 0,0.2,...,1,2,...; the end is always saved."

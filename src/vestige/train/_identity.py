@@ -20,7 +20,7 @@ from vestige.train._store import FORMAT, KIND, LOG, LOSSES, MEMBERSHIP, RECORD, 
 _ELSEWHERE = ("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat")
 """Settings that do not stand in the identity as given: the fingerprints of model and data say what came of them, or
 they say where the work is done."""
-_ALSO_ELSEWHERE = ("overwrite", "checkpoints", "keep_optimizer", "precision")
+_ALSO_ELSEWHERE = ("overwrite", "checkpoints", "keep_optimizer", "precision", "group")
 _OURS = (
     RECORD,
     LOSSES,

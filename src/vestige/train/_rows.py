@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch.utils.data import Dataset
 
 from vestige.data import NO_TARGET, TokenizedData
@@ -18,18 +18,17 @@ WEIGHT = "weight"
 """Field of an example, and key of a batch, that says how much it counts."""
 
 
-def members_of(examples: int, fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
-    """Which examples are trained on: a share of all, drawn without replacement; the same for the same three numbers.
+def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
+    """Which examples are trained on: a share of the groups, drawn without replacement, each with all its examples.
 
     Raises:
-        DataError: The share is less than one example.
+        DataError: The share is less than one group.
     """
-    count = round(examples * fraction)
+    distinct = int(groups.max(initial=-1)) + 1
+    count = round(distinct * fraction)
     if count < 1:
-        raise DataError(f"--split-fraction {fraction:g} of {examples} examples is none. Give a larger share.")
-    members = np.zeros(examples, dtype=bool)
-    members[np.random.default_rng([_SPLIT, seed]).permutation(examples)[:count]] = True
-    return members
+        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
+    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
 
 
 def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:

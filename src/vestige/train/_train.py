@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Int
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from vestige.data import TokenizedData
+from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.files import check_disk
 from vestige.index import batch_tokens, read_data
@@ -60,10 +61,14 @@ def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedDa
     if weights is not None:
         announce_weights(data, weights)
         data = weighted(data, weights)
-    plan = _plan(settings, data, weights)
     if settings.overwrite:
         remove_run(settings.out)
+    groups = _groups(settings, data)
+    plan = _plan(settings, data, weights, groups)
     identity = identity_of(settings, loaded, data, plan.steps, plan.checkpoints)
+    if (copies := describe_copies(groups, settings.group)) is not None:
+        announce(copies)
+        identity["group"] = settings.group or "copies"
     prepare_run(settings.out, identity, settings, {"model": loaded.name, "data": data.name})
     done = checkpoint_steps(settings.out)
     if done and done[-1] == plan.steps and "seconds" in (read_record(settings.out) or {}):
@@ -94,8 +99,17 @@ class _Plan:
     checkpoints: list[int]
 
 
-def _plan(settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None) -> _Plan:
-    members = members_of(len(data), settings.split_fraction, settings.split_seed)
+def _groups(settings: TrainSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
+    """The examples of which all are trained on or none; a training that was begun row by row goes on like that."""
+    old = read_record(settings.out)
+    by_row = old is not None and "group" not in (old.get("identity") or {}) and settings.group is None
+    return np.arange(len(data)) if by_row or settings.split_fraction == 1 else token_groups(data, settings.group)
+
+
+def _plan(
+    settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
+) -> _Plan:
+    members = members_of(groups, settings.split_fraction, settings.split_seed)
     if weights is not None:
         members &= weights > 0
         weights = None if (weights[members] == 1).all() else weights

@@ -92,9 +92,9 @@ def template_variables(example: Example) -> dict[str, Any]:
     Raises:
         DataError: One of the columns is not what its name says.
     """
-    place, found = f"row {example.row} (id {example.id!r})", {}
+    place, found = f"row {example.row} (id {example.id!r})", dict[str, Any]()
     for name in _TEMPLATE:
-        cell = example.extra.get(name)
+        cell: Any = example.extra.get(name)
         cell = read_json(cell, name, place) if isinstance(cell, str) and cell else cell
         if not cell:
             continue

@@ -182,7 +182,13 @@ def test_keys_of_turns_are_given_to_the_template(writes_all, capsys):
     assert text.startswith("<|im_start|>user AnnWhy?<|im_end|>")
     assert learned == f"{written}<|im_end|><think>two</think>Because.<|im_end|>"
     assert "None" not in text
-    assert "does not name, so that they change nothing: `tool_call_id`." in capsys.readouterr().err
+    assert "writes some conversations the same without `tool_call_id`." in capsys.readouterr().err
+
+
+def test_a_key_that_the_template_names_elsewhere_but_does_not_write_is_listed(chatml, capsys):
+    chatml.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + chatml.chat_template
+    read({"messages": [ASKED | {"name": "Ann", "mood": "glad"}, SAID | {"weight": 1}]}, chatml)
+    assert "writes some conversations the same without `mood`, `name`." in capsys.readouterr().err
 
 
 def test_thoughts_and_calls_are_learned_where_turns_are_found_by_their_contents(chatml):

@@ -51,6 +51,7 @@ def read(row, tokenizer, **settings):
         {"training": False},
         {"trainable": False},
         {"loss": False},
+        {"loss_mask": 0},
         {"loss_scale": 0.0},
         {"learn": 0},
         {"masked": True},
@@ -298,6 +299,8 @@ def test_a_null_content_without_a_call_is_refused(turn):
         ({"label": False}, "label"),
         ({"kto_tag": False}, "kto_tag"),
         ({"images": ["x.png"]}, "images"),
+        ({"train_on_prompt": True}, "train_on_prompt"),
+        ({"mask_history": True}, "mask_history"),
         ({"image": "x.png"}, "image"),
     ],
 )
@@ -305,6 +308,13 @@ def test_a_null_content_without_a_call_is_refused(turn):
 def test_rows_that_are_not_to_be_learned_as_they_stand_are_refused(columns, name, row):
     with pytest.raises(DataError, match=rf"row 0: `{name}`"):
         load_examples([row | columns])
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "weights", "turn_masks", "train_flags"])
+def test_a_column_with_an_entry_for_each_turn_is_refused(name):
+    with pytest.raises(DataError, match=rf"row 0: `{name}` may decide"):
+        load_examples([{"messages": [ASKED, SAID], name: [0, 1]}])
+    assert load_examples([{"messages": [ASKED, SAID], "tags": ["a", "b"], name: [1, 2, 3]}])
 
 
 def test_other_labels_are_labels():
@@ -328,6 +338,8 @@ def test_columns_of_turns_that_do_not_fit_are_explained():
         load_examples([{"messages": {"role": ["user", "assistant"], "content": ["a"]}}])
     with pytest.raises(DataError, match="`messages` is JSON that is nested too deeply"):
         load_examples([{"messages": "[" * 100_000}])
+    with pytest.raises(DataError, match=r"row 0: `messages` is JSON that holds half .* at \[0\]\.content"):
+        load_examples([{"messages": json.dumps([ASKED | {"content": "cut \ud83d"}])}])
 
 
 def test_turns_and_columns_come_back_from_an_index(tmp_path, writes_all):

@@ -31,7 +31,7 @@ _PROMPT_ENDS = re.compile(
     r"|(completion|response|answer|output|target)s?_?(tokens?_?)?starts?"
 )
 """Numbers that say where the prompt of a row ends."""
-_SUSPECT = re.compile(r"mask|weight|loss|label|target|advantage|reward|position|segment|document|seq|learn|train")
+SUSPECT = re.compile(r"mask|weight|loss|label|target|advantage|reward|position|segment|document|seq|learn|train")
 """Words of names that may decide the loss: a column with an entry for every token and such a name is refused."""
 _HARMLESS = ("special_tokens_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -168,7 +168,7 @@ def _packed(name: str, why: str, place: str) -> DataError:
 def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray], place: str) -> None:
     """Raise where a column that is not used has an entry for each token and a name that speaks of the loss."""
     for name, cell in columns.items():
-        if name in found or name in _HARMLESS or is_used(name, cell) or not _SUSPECT.search(name.lower()):
+        if name in found or name in _HARMLESS or is_used(name, cell) or not SUSPECT.search(name.lower()):
             continue
         entries = _entries(cell)
         if entries is not None and len(entries) == len(found[IDS]):

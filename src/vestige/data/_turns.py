@@ -26,7 +26,6 @@ TRAIN_KEYS = (
     "train",
     "training",
     "trainable",
-    "is_trainable",
     "learn",
     "loss",
     "loss_mask",

@@ -336,7 +336,7 @@ def test_columns_of_turns_that_do_not_fit_are_explained():
         DataError, match="columns of `messages` are of different lengths: `role` has 2, `content` has 1"
     ):
         load_examples([{"messages": {"role": ["user", "assistant"], "content": ["a"]}}])
-    with pytest.raises(DataError, match="`messages` is JSON that is nested too deeply"):
+    with pytest.raises(DataError, match="`messages` is a string, but not JSON: nested more than"):
         load_examples([{"messages": "[" * 100_000}])
     with pytest.raises(DataError, match=r"row 0: `messages` is JSON that holds half .* at \[0\]\.content"):
         load_examples([{"messages": json.dumps([ASKED | {"content": "cut \ud83d"}])}])

@@ -6,8 +6,8 @@ from typing import Any
 
 from vestige.data._origin import shown
 from vestige.data._token_rows import IDS, SUSPECT, is_used
-from vestige.data._turns import ASSISTANT, read_json
-from vestige.data._types import Example, Message
+from vestige.data._turns import read_json
+from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -108,8 +108,7 @@ def template_variables(example: Example) -> dict[str, Any]:
         cell = read_json(cell, name, place) if isinstance(cell, str) and cell else cell
         if not cell:
             continue
-        expected = Mapping if name == TEMPLATE_SETTINGS else list
-        if not isinstance(cell, expected):
+        if not isinstance(cell, Mapping if name == TEMPLATE_SETTINGS else list):
             kind = "an object" if name == TEMPLATE_SETTINGS else "a list"
             raise DataError(f"{place}: `{name}` is {shown(cell)}; expected {kind}, also as JSON text.")
         if name == TEMPLATE_SETTINGS:

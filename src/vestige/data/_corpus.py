@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -26,11 +27,13 @@ from vestige.data._token_folder import FORMAT, StoredData, TokenWriter, find_tok
 from vestige.data._tokenize import Encoder, Tally
 from vestige.data._types import Example, TokenizedData
 from vestige.errors import CorruptFile
+from vestige.files import remove_tree
 from vestige.progress import SECONDS_BETWEEN_LINES, announce, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKEN_FOLDER = re.compile("[0-9a-f]{16}")
 HELD_BYTES = 16 * 2**20
 """What the examples of a data set may take in memory; of one that takes more, some parts are, whatever its size."""
 _EXAMPLE_BYTES = 1536
@@ -123,8 +126,8 @@ def forget_tokens(folder: Path, data: TokenizedData) -> None:
     """Of all tokens in `folder`, only those of `data` are left."""
     if isinstance(data.examples, StoredExamples) and folder.is_dir():
         for path in folder.iterdir():
-            if path != data.examples.folder:
-                shutil.rmtree(path, ignore_errors=True)
+            if path != data.examples.folder and _TOKEN_FOLDER.fullmatch(path.name):
+                remove_tree(path)
 
 
 @final

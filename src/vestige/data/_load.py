@@ -15,6 +15,9 @@ from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
 
+_RUN_QUERIES = "queries.parquet"
+"""Table of the queries in the folder of a run."""
+
 
 def load_examples(
     source: Any, *, limit: int | None = None, split: str | None = None, on_bad_text: OnBadText = "refuse"
@@ -44,18 +47,39 @@ def load_examples(
     return _examples(open_source(source, split), limit, on_bad_text, is_query=False, learned=True)
 
 
-def load_queries(source: Any, *, on_bad_text: OnBadText = "refuse", learned: bool = False) -> list[Example]:
+def load_queries(
+    source: Any, *, may_be_prompts: bool = True, on_bad_text: OnBadText = "refuse", learned: bool = False
+) -> list[Example]:
     """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
-    With `learned`, rows that training data may not hold, such as answers to be avoided, are refused as there.
-    A bare string in a list, and a single string that names no file and cannot be a hub id, is a prompt.
+    Args:
+        source: As for `load_examples`. A bare string in a list, and a single string that names no file and cannot be
+            a hub id, is a prompt. The folder of a run stands for its queries with the answers that it explains.
+        may_be_prompts: Whether it is; otherwise a single string is always the name of a file, a folder or a data set.
+        on_bad_text: As for `load_examples`.
+        learned: Refuse rows that training data may not hold, such as answers to be avoided.
 
     Raises:
-        DataError: As for `load_examples`.
+        DataError: As for `load_examples`, or a prompt is a word that looks like the name of a file.
     """
-    if isinstance(source, str) and not _names_a_place(source):
+    if isinstance(source, str) and may_be_prompts and not _names_a_place(source):
         source = [source]
+    if isinstance(source, list | tuple):
+        for text in source:
+            if isinstance(text, str) and _looks_like_file(text):
+                raise DataError(
+                    f"The question {shown(text)} is or looks like the name of a file. Give one file alone, or "
+                    'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
+                )
+    if isinstance(source, str | Path) and _exists(f"{source}/{_RUN_QUERIES}"):
+        table = read_file(Path(source).expanduser() / _RUN_QUERIES)
+        source = [_query_of_run(parsed(record).value) for record in table.records]
     return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
+
+
+def _query_of_run(row: dict[str, Any]) -> dict[str, Any]:
+    words = {name: row.get(name) for name in ("text", "prompt", "completion", "messages")}
+    return {"id": row["query_id"], **{name: cell for name, cell in words.items() if cell is not None}}
 
 
 def _names_a_place(text: str) -> bool:
@@ -68,6 +92,14 @@ def _names_a_place(text: str) -> bool:
         return True
     looks_like_path = data_extension(Path(text)) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
     return looks_like_path or ("/" in text and HUB_NAME.fullmatch(text) is not None)
+
+
+def _looks_like_file(text: str) -> bool:
+    """Whether a question is the name of a file, or a single word with a slash or an extension."""
+    word = text.strip()
+    if _exists(word):
+        return True
+    return re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None
 
 
 def _exists(text: str) -> bool:
@@ -107,6 +139,8 @@ def _open_path(source: str | Path, split: str | None) -> Source:
     several = files_of_folder(path) if path.is_dir() else [] if _exists(str(path)) else matching_files(path)
     if several:
         _refuse_split(str(source), split)
+        if len(several) == 1:
+            return read_file(several[0])
         announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
         return read_files(str(source), several)
     can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)

@@ -16,6 +16,7 @@ import pyarrow.parquet as parquet
 from vestige import disk_arrays
 from vestige.data._types import Example, Message
 from vestige.errors import CorruptFile
+from vestige.parsing import parse_json
 from vestige.scratch import Scratch
 
 Item = TypeVar("Item")
@@ -284,8 +285,8 @@ def _as_json(value: Any) -> Any:
 
 def _example(record: dict[str, Any]) -> Example:
     fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
-    messages = tuple(Message(*turn) for turn in json.loads(record["messages"] or "[]"))
-    return Example(**fields, messages=messages, extra=json.loads(record["extra"] or "{}"))
+    messages = tuple(Message(*turn) for turn in parse_json(record["messages"] or "[]"))
+    return Example(**fields, messages=messages, extra=parse_json(record["extra"] or "{}"))
 
 
 def _metadata(path: Path) -> parquet.FileMetaData:

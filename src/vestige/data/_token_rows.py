@@ -1,6 +1,5 @@
 """Rows that came tokenised: their tokens, and the columns that decide which of them enter the loss."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from vestige.data._encode import Tokens
 from vestige.data._origin import shown
 from vestige.data._types import NO_TARGET
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 IDS, LABELS, ATTENTION = "input_ids", "labels", "attention_mask"
 _LEARNED = re.compile(
@@ -120,7 +120,7 @@ def _whole(cell: Any, name: str, place: str) -> np.ndarray:
 
 def _array(cell: Any) -> np.ndarray:
     try:
-        return np.asarray(json.loads(cell) if isinstance(cell, str) else cell)
+        return np.asarray(parse_json(cell) if isinstance(cell, str) else cell)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return np.empty((0, 0))
 

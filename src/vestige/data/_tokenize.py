@@ -14,8 +14,7 @@ from vestige.data._columns import refuse_without_template, unused_columns
 from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._token_rows import given_tokens
-from vestige.data._turns import ASSISTANT
-from vestige.data._types import Example, Message, TokenizedData
+from vestige.data._types import ASSISTANT, Example, Message, TokenizedData
 from vestige.errors import DataError
 from vestige.progress import announce
 

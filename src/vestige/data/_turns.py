@@ -6,10 +6,10 @@ from typing import Any
 
 from vestige.data._bad_text import repair
 from vestige.data._origin import shown
-from vestige.data._types import Message
+from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
-ASSISTANT = "assistant"
 ROLES = {
     "human": "user",
     "gpt": ASSISTANT,
@@ -73,11 +73,9 @@ def read_json(text: str, name: str, place: str) -> Any:
         DataError: It is not.
     """
     try:
-        value, halves = repair(json.loads(text))
+        value, halves = repair(parse_json(text))
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{place}: `{name}` is JSON that is nested too deeply or holds too long a number.") from error
     if halves:
         raise DataError(f"{place}: `{name}` is JSON that holds half of a surrogate pair at {halves[0]}. Correct it.")
     return value

@@ -8,8 +8,11 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LayerKind = Literal["linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts"]
-"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch."""
+LayerKind = Literal[
+    "linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts", "function"
+]
+"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch, `function`
+a parameter that no module of its own applies (the rows of PEFT's `trainable_token_indices`)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`vestige data tokenize`: rows as tokens, once."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,16 @@ import pyarrow.parquet as parquet
 
 from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
 from vestige.errors import ModelError, SpecError
-from vestige.files import make_folder, write_durably
+from vestige.files import remove_tree, temporary_path, write_durably
 from vestige.models import find_source, read_tokenizer
-from vestige.prepare._write import RECORD, Prepared, check_same_result, row_of
+from vestige.prepare._write import RECORD, Prepared, check_same_result, claim_result, row_of
 from vestige.progress import progress
 from vestige.runs import environment
 from vestige.settings import TokenizeSettings, verb
 
 KIND = "tokenize"
 TOKENS, FILE = "tokens", "data.parquet"
+WITHOUT_EFFECT = frozenset({"workers"})
 _ROWS = 1000
 """Rows in memory at once."""
 
@@ -41,7 +41,9 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
     source, tokenizer = settings.data, read_tokenizer_of(settings.tokenizer)
     name = source if isinstance(source, str | Path) else type(source).__name__
-    make_folder(settings.out)
+    check_same_result(settings, KIND, None, WITHOUT_EFFECT)
+    if not (settings.out / RECORD).exists():
+        claim_result(settings, KIND, None)
     data = tokenize_source(
         source,
         tokenizer,
@@ -54,7 +56,8 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         workers=settings.workers,
         on_bad_text=settings.on_bad_text,
     )
-    check_same_result(settings, KIND, data.fingerprint, frozenset({"workers"}))
+    check_same_result(settings, KIND, data.fingerprint, WITHOUT_EFFECT)
+    claim_result(settings, KIND, data.fingerprint)
     _write(settings.out / FILE, data)
     record = {
         "vestige": environment(),
@@ -67,7 +70,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         "targets": int(data.target_counts.sum()),
     }
     write_durably(settings.out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
-    shutil.rmtree(settings.out / TOKENS, ignore_errors=True)
+    remove_tree(settings.out / TOKENS)
     cut = int(np.sum(data.truncated))
     notes = [f"{record['tokens']:,} tokens, {record['targets']:,} of them to learn; {cut:,} rows were cut."]
     return Prepared(KIND, settings.out, len(data), notes=tuple(notes), file=FILE)
@@ -91,16 +94,19 @@ def read_tokenizer_of(given: Any) -> Any:
 def _write(path: Path, data: TokenizedData) -> None:
     """The rows as Parquet, some at a time; the file is there whole or as it was before."""
     names = _columns(data)
-    unfinished = path.with_name(f"{path.name}.part")
+    unfinished = temporary_path(path)
     schema = pa.schema(
         [(name, pa.string()) for name in names]
         + [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
     )
-    with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
-        for rows in _chunks(data, names):
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            bar.advance(len(rows))
-    unfinished.replace(path)
+    try:
+        with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
+            for rows in _chunks(data, names):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                bar.advance(len(rows))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _columns(data: TokenizedData) -> list[str]:

@@ -116,6 +116,17 @@ class ReadingSettings(Settings):
         return self
 
 
+class QuestionSettings(ReadingSettings):
+    """How questions are put."""
+
+    chat: bool | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None,
+        description="Put questions, and prompts with completions of the data, into the model's chat template, or do "
+        "not. Not given: questions follow the data; those to conversations become a user turn, with the system prompt "
+        "that most of the data has.",
+    )
+
+
 class CompressionSettings(Settings):
     """What is attributed to, and how it is compressed."""
 

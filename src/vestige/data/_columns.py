@@ -46,7 +46,7 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
             )
     for name, cell in columns.items():
         of_each_turn = example.messages and isinstance(cell, list) and len(cell) == len(example.messages)
-        if _RULES.fullmatch(name) or (of_each_turn and SUSPECT.search(name.lower())):
+        if _RULES.fullmatch(name) or (of_each_turn and name not in _TEMPLATE and SUSPECT.search(name.lower())):
             raise DataError(
                 f"{place}: `{name}` may decide which parts of the row are learned, and Vestige does not read it. Give "
                 "each turn a `weight` of 0 or 1 instead, or drop it if it changes nothing."

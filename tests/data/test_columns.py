@@ -114,10 +114,10 @@ def test_tools_are_given_to_the_template(name, cell, writes_all):
 def test_documents_and_settings_of_the_template_are_given_to_it(writes_all):
     row = {
         "messages": [ASKED, SAID],
-        "documents": [{"text": "rain"}],
+        "documents": [{"text": "ra"}, {"text": "in"}],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert read(row, writes_all)[0].startswith("[rain]/no_think <|im_start|>user")
+    assert read(row, writes_all)[0].startswith("[ra][in]/no_think <|im_start|>user")
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])

@@ -51,6 +51,7 @@ def read(row, tokenizer, **settings):
         {"training": False},
         {"trainable": False},
         {"loss": False},
+        {"loss_mask": 0},
         {"loss_scale": 0.0},
         {"learn": 0},
         {"masked": True},
@@ -113,10 +114,10 @@ def test_tools_are_given_to_the_template(name, cell, writes_all):
 def test_documents_and_settings_of_the_template_are_given_to_it(writes_all):
     row = {
         "messages": [ASKED, SAID],
-        "documents": [{"text": "rain"}],
+        "documents": [{"text": "ra"}, {"text": "in"}],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert read(row, writes_all)[0].startswith("[rain]/no_think <|im_start|>user")
+    assert read(row, writes_all)[0].startswith("[ra][in]/no_think <|im_start|>user")
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
@@ -182,7 +183,13 @@ def test_keys_of_turns_are_given_to_the_template(writes_all, capsys):
     assert text.startswith("<|im_start|>user AnnWhy?<|im_end|>")
     assert learned == f"{written}<|im_end|><think>two</think>Because.<|im_end|>"
     assert "None" not in text
-    assert "does not name, so that they change nothing: `tool_call_id`." in capsys.readouterr().err
+    assert "writes some conversations the same without `tool_call_id`." in capsys.readouterr().err
+
+
+def test_a_key_that_the_template_names_elsewhere_but_does_not_write_is_listed(chatml, capsys):
+    chatml.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + chatml.chat_template
+    read({"messages": [ASKED | {"name": "Ann", "mood": "glad"}, SAID | {"weight": 1}]}, chatml)
+    assert "writes some conversations the same without `mood`, `name`." in capsys.readouterr().err
 
 
 def test_thoughts_and_calls_are_learned_where_turns_are_found_by_their_contents(chatml):
@@ -292,6 +299,8 @@ def test_a_null_content_without_a_call_is_refused(turn):
         ({"label": False}, "label"),
         ({"kto_tag": False}, "kto_tag"),
         ({"images": ["x.png"]}, "images"),
+        ({"train_on_prompt": True}, "train_on_prompt"),
+        ({"mask_history": True}, "mask_history"),
         ({"image": "x.png"}, "image"),
     ],
 )
@@ -299,6 +308,13 @@ def test_a_null_content_without_a_call_is_refused(turn):
 def test_rows_that_are_not_to_be_learned_as_they_stand_are_refused(columns, name, row):
     with pytest.raises(DataError, match=rf"row 0: `{name}`"):
         load_examples([row | columns])
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "weights", "turn_masks", "train_flags"])
+def test_a_column_with_an_entry_for_each_turn_is_refused(name):
+    with pytest.raises(DataError, match=rf"row 0: `{name}` may decide"):
+        load_examples([{"messages": [ASKED, SAID], name: [0, 1]}])
+    assert load_examples([{"messages": [ASKED, SAID], "tags": ["a", "b"], name: [1, 2, 3]}])
 
 
 def test_other_labels_are_labels():
@@ -320,8 +336,10 @@ def test_columns_of_turns_that_do_not_fit_are_explained():
         DataError, match="columns of `messages` are of different lengths: `role` has 2, `content` has 1"
     ):
         load_examples([{"messages": {"role": ["user", "assistant"], "content": ["a"]}}])
-    with pytest.raises(DataError, match="`messages` is JSON that is nested too deeply"):
+    with pytest.raises(DataError, match="`messages` is a string, but not JSON: nested more than"):
         load_examples([{"messages": "[" * 100_000}])
+    with pytest.raises(DataError, match=r"row 0: `messages` is JSON that holds half .* at \[0\]\.content"):
+        load_examples([{"messages": json.dumps([ASKED | {"content": "cut \ud83d"}])}])
 
 
 def test_turns_and_columns_come_back_from_an_index(tmp_path, writes_all):

@@ -59,8 +59,8 @@ class Conversations(NamedTuple):
     rendered: list[Rendered]
     rewritten: int
     """How many of them the template did not write turn by turn."""
-    unnamed: set[str]
-    """Keys of turns and settings of the template that it does not name."""
+    unwritten: set[str]
+    """Keys of turns and variables of the template that change nothing in some of them."""
 
 
 def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> Conversations:
@@ -76,12 +76,12 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
         DataError: The template refuses a conversation, or does not write what belongs to its text.
     """
     rendered: list[Rendered] = []
-    rewritten, unnamed = 0, set[str]()
+    rewritten, unwritten = 0, set[str]()
     for example in examples:
         turns, variables = as_conversation(example), template_variables(example)
         try:
             text, spans, by_prefixes = template.spoken(turns, variables)
-            unnamed |= template.unnamed_keys(turns, variables)
+            unwritten |= template.unwritten_keys(turns, variables)
         except _FAILURES as error:
             roles = ", ".join(turn.role for turn in turns)
             raise DataError(
@@ -93,7 +93,7 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
             raise DataError(f"Row {example.row} (id {example.id!r}): {error}") from error
         rewritten += not by_prefixes
         rendered.append(Rendered(text, spans, has_special_tokens=True, ends=False))
-    return Conversations(rendered, rewritten, unnamed)
+    return Conversations(rendered, rewritten, unwritten)
 
 
 class _Unwritten(Exception):
@@ -150,26 +150,31 @@ class ChatTemplate:
             return text, spans, True
         return text, self._spans_by_contents(turns, variables, text, waiting), False
 
-    def unnamed_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
-        """Keys of turns and settings that the template's source does not name, so that most likely none is written.
+    def unwritten_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
+        """Keys of turns, and variables, without which the template writes the same conversation.
 
         Raises:
-            _Unwritten: One of them belongs to the text and is not written.
+            _Unwritten: One of them belongs to the text, and the template does not even name it.
         """
-        source = self._source(variables)
-        keys = {key for turn in turns for key in turn.extra if key not in FLAGS} | set(variables)
-        unnamed = {key for key in keys - {"content"} if not re.search(rf"\b{re.escape(key)}\b", source)}
-        texts = {*TEXT_KEYS, *_TEXT_VARIABLES}
-        for key in sorted(unnamed & texts):
+        waiting, found = turns[-1].role != ASSISTANT, set[str]()
+        keys = {key for turn in turns for key in turn.extra if key not in (*FLAGS, "content")} | set(variables)
+        written = self.render(turns, variables, generation_prompt=waiting) if keys else ""
+        for key in sorted(keys):
             without = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != key}) for turn in turns]
             others = {name: value for name, value in variables.items() if name != key}
-            written = self.render(turns, variables, generation_prompt=False)
-            if written == self.render(without, others, generation_prompt=False):
+            try:
+                if self.render(without, others, generation_prompt=waiting) != written:
+                    continue
+            except _FAILURES:
+                continue  # The template cannot do without it.
+            named = re.search(rf"\b{re.escape(key)}\b", self._source(variables))
+            if key in (*TEXT_KEYS, *_TEXT_VARIABLES) and not named:
                 raise _Unwritten(
                     f"the tokenizer's chat template does not write `{key}`, so the model would neither read nor learn "
                     "it. Give a tokenizer whose template does, write it into `content`, or drop it."
                 )
-        return unnamed - texts
+            found.add(key)
+        return found
 
     def _source(self, variables: Mapping[str, Any]) -> str:
         """The template itself: a tokenizer may have another one for conversations with tools."""

@@ -1,10 +1,11 @@
 """Columns beside the text: which of them change what a model read or learned, and what is done about each."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from vestige.data._origin import shown
-from vestige.data._token_rows import IDS, is_used
+from vestige.data._token_rows import IDS, SUSPECT, is_used
 from vestige.data._turns import read_json
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
@@ -17,6 +18,8 @@ _TEMPLATE = (*TOOLS, DOCUMENTS, TEMPLATE_SETTINGS)
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _DESIRABLE = ("label", "kto_tag", "kto_label")
 _PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_responses")
+_RULES = re.compile(r"(train|learn|mask)_(on_)?(prompt|input|history|last|all|every|assistant|completion|response)\w*")
+"""Settings of a training that a row carries."""
 _RESERVED = ("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
@@ -40,6 +43,13 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
                 f"{place}: `{name}` is false, which marks an answer to be avoided (KTO), and Vestige would take it for "
                 f"one that is learned. Keep only rows whose `{name}` is true; if it marks something else, write it as "
                 "a text."
+            )
+    for name, cell in columns.items():
+        of_each_turn = example.messages and isinstance(cell, list) and len(cell) == len(example.messages)
+        if _RULES.fullmatch(name) or (of_each_turn and name not in _TEMPLATE and SUSPECT.search(name.lower())):
+            raise DataError(
+                f"{place}: `{name}` may decide which parts of the row are learned, and Vestige does not read it. Give "
+                "each turn a `weight` of 0 or 1 instead, or drop it if it changes nothing."
             )
     for name in _MEDIA:
         if columns.get(name):
@@ -92,14 +102,13 @@ def template_variables(example: Example) -> dict[str, Any]:
     Raises:
         DataError: One of the columns is not what its name says.
     """
-    place, found = f"row {example.row} (id {example.id!r})", {}
+    place, found = f"row {example.row} (id {example.id!r})", dict[str, Any]()
     for name in _TEMPLATE:
-        cell = example.extra.get(name)
+        cell: Any = example.extra.get(name)
         cell = read_json(cell, name, place) if isinstance(cell, str) and cell else cell
         if not cell:
             continue
-        expected = Mapping if name == TEMPLATE_SETTINGS else list
-        if not isinstance(cell, expected):
+        if not isinstance(cell, Mapping if name == TEMPLATE_SETTINGS else list):
             kind = "an object" if name == TEMPLATE_SETTINGS else "a list"
             raise DataError(f"{place}: `{name}` is {shown(cell)}; expected {kind}, also as JSON text.")
         if name == TEMPLATE_SETTINGS:

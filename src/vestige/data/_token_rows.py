@@ -26,7 +26,12 @@ _LENGTHS = re.compile(r"((seq|sequence|document|doc|segment|sample|pack)s?_?)?(l
 """Columns with the length of every document of a pack."""
 _BORDERS = re.compile(r"cu_?seq_?lens?(_q|_k)?|seq_start_ids?|(document|doc|sequence)_starts?")
 """Columns with the places where documents of a pack begin."""
-_SUSPECT = re.compile(r"mask|weight|loss|label|target|advantage|reward|position|segment|document|seq|learn|train")
+_PROMPT_ENDS = re.compile(
+    r"(prompt|source|instruction|context|query)s?_?(tokens?_?)?(len|length|end)s?"
+    r"|(completion|response|answer|output|target)s?_?(tokens?_?)?starts?"
+)
+"""Numbers that say where the prompt of a row ends."""
+SUSPECT = re.compile(r"mask|weight|loss|label|target|advantage|reward|position|segment|document|seq|learn|train")
 """Words of names that may decide the loss: a column with an entry for every token and such a name is refused."""
 _HARMLESS = ("special_tokens_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -129,6 +134,11 @@ def _require_one_document(columns: Mapping[str, Any], found: Mapping[str, np.nda
     """Raise unless every column that tells documents of a pack apart says that there is one."""
     attention = found.get(ATTENTION, np.ones(len(found[IDS]), dtype=np.int32))
     kept = attention != 0
+    if (np.diff(np.flatnonzero(kept)) > 1).any():
+        raise DataError(
+            f"{place}: `{ATTENTION}` is 0 in the middle. It may leave out padding at both ends; what a model could not "
+            "see between other tokens is not supported. Give `labels` to say what is learned."
+        )
     if ATTENTION in found and len(set(attention[kept].tolist()) - {1}) > 0:
         raise _packed(ATTENTION, "numbers its documents", place)
     if "position_ids" in columns:
@@ -158,7 +168,7 @@ def _packed(name: str, why: str, place: str) -> DataError:
 def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray], place: str) -> None:
     """Raise where a column that is not used has an entry for each token and a name that speaks of the loss."""
     for name, cell in columns.items():
-        if name in found or name in _HARMLESS or is_used(name, cell) or not _SUSPECT.search(name.lower()):
+        if name in found or name in _HARMLESS or is_used(name, cell) or not SUSPECT.search(name.lower()):
             continue
         entries = _entries(cell)
         if entries is not None and len(entries) == len(found[IDS]):
@@ -166,6 +176,12 @@ def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray],
                 f"{place}: `{name}` has an entry for each token and may decide which are learned, and Vestige does not "
                 "know how to read it. Rename it `completion_mask` (1: learned) or `prompt_mask` (1: not learned), or "
                 "drop it if it changes nothing."
+            )
+    for name, cell in columns.items():
+        if _PROMPT_ENDS.fullmatch(name) and isinstance(cell, int | float):
+            raise DataError(
+                f"{place}: `{name}` may say which tokens are a prompt's and not learned, and Vestige does not read it. "
+                "Give `completion_mask` (1: learned) instead, or drop it if it changes nothing."
             )
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in columns and _array(columns[name]).any():

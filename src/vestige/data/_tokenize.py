@@ -95,8 +95,8 @@ class Tally(NamedTuple):
     """Roles of the conversations that had no target to begin with."""
     columns: Sequence[str] = ()
     """Columns that change neither text nor loss."""
-    unnamed: Sequence[str] = ()
-    """Keys of turns that the chat template does not name."""
+    unwritten: Sequence[str] = ()
+    """Keys of turns, and variables, that change nothing in some conversations."""
 
     def joined(self, other: "Tally") -> "Tally":
         """The tally of both."""
@@ -222,11 +222,9 @@ class Encoder:
             listed = ", ".join(f"`{column}`" for column in tally.columns)
             trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
             announce(f"{name}: kept with the examples, changing neither their text nor their loss: {listed}{trained}.")
-        if tally.unnamed:
-            listed = ", ".join(f"`{key}`" for key in tally.unnamed)
-            announce(
-                f"{name}: keys of turns that the chat template does not name, so that they change nothing: {listed}."
-            )
+        if tally.unwritten:
+            listed = ", ".join(f"`{key}`" for key in tally.unwritten)
+            announce(f"{name}: the chat template writes some conversations the same without {listed}.")
 
     def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
         """Tokens of every example, each kind of example encoded in one go."""
@@ -246,7 +244,7 @@ class Encoder:
             rendered: list[Rendered] = []
             if spoken:
                 rendered, rewritten, keys = render_conversations([examples[each] for each in spoken], self._template)
-                tally = tally._replace(rewritten=rewritten, unnamed=tuple(sorted(keys)))
+                tally = tally._replace(rewritten=rewritten, unwritten=tuple(sorted(keys)))
             for number in plain:
                 refuse_without_template(examples[number], self._name)
             rendered = rendered + [_render_plain(examples[number]) for number in plain]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vestige.data._bad_text import repair
 from vestige.data._origin import shown
 from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
@@ -21,11 +22,20 @@ ROLES = {
 _KNOWN_ROLES = ("user", ASSISTANT, "system", "tool", "developer", "function")
 
 WEIGHT_KEY = "weight"
-TRAIN_KEYS = ("train", "training", "trainable", "is_trainable", "learn", "loss", "loss_weight", "loss_scale")
+TRAIN_KEYS = (
+    "train",
+    "training",
+    "trainable",
+    "learn",
+    "loss",
+    "loss_mask",
+    "loss_weight",
+    "loss_scale",
+)
 """Keys that are true where a turn is learned; a `weight` says so of assistant's turns alone."""
 MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
 """Keys that are true where a turn is not learned."""
-_TURN_DETAILS = ("train_detail", "training_detail", "loss_mask", "token_weights", "weights")
+_TURN_DETAILS = ("train_detail", "training_detail", "token_weights", "weights")
 FLAGS = (WEIGHT_KEY, *TRAIN_KEYS, *MASK_KEYS)
 
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -63,11 +73,12 @@ def read_json(text: str, name: str, place: str) -> Any:
         DataError: It is not.
     """
     try:
-        return parse_json(text)
+        value, halves = repair(parse_json(text))
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{place}: `{name}` is JSON that is nested too deeply or holds too long a number.") from error
+    if halves:
+        raise DataError(f"{place}: `{name}` is JSON that holds half of a surrogate pair at {halves[0]}. Correct it.")
+    return value
 
 
 def is_learned(turn: Message) -> bool:

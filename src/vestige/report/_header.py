@@ -112,6 +112,8 @@ def _facts(run: RunFiles) -> tuple[Fact, ...]:
         note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     memory = f"{record.peak_memory_bytes / 2**30:.1f} GiB at most" if record.peak_memory_bytes else None
+    if record.asked:
+        facts.append(Fact("Questions", f"asked {record.asked}"))
     facts.append(Fact("Took", duration(record.seconds), note=memory))
     return tuple(facts)
 

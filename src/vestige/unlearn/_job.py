@@ -43,6 +43,8 @@ class UntracJob:
     tests: Side
     generated: list[bool]
     """Per query: whether the answer is the model's own."""
+    asked: str = ""
+    """How questions were put, in words, where they became something else than what was typed."""
 
     @property
     def ascended(self) -> Side:
@@ -118,9 +120,8 @@ def open_job(settings: UntracSettings) -> UntracJob:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     train = read_data(settings, settings.data, loaded)
-    examples = ask(
-        load_queries(settings.queries), train.examples, chat=settings.chat, tokenizer=loaded.tokenizer
-    ).queries
+    given = load_queries(settings.queries)
+    examples, asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
     chat = bool(settings.chat)
     waiting = [each.lacks_answer for each in examples]
     if any(waiting):
@@ -133,7 +134,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         chat=chat,
     )
     require_answers(queries, waiting, loaded.tokenizer)
-    return make_job(settings, loaded, train, queries, waiting)
+    return replace(make_job(settings, loaded, train, queries, waiting), asked=asked)
 
 
 def make_job(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from statistics import fmean
 
 import numpy as np
@@ -250,7 +251,6 @@ def test_mistakes_are_told(place, tmp_path):
         ({"label_field": "kind"}, DataError, "no example has that column"),
         ({"choices_field": "prompt_"}, None, ""),
         ({"choices_field": "noisy"}, DataError, "expected a list of the completions"),
-        ({"checkpoints": [str(place / "run/checkpoint-10")] * 2}, SpecError, "same weights"),
         ({"data": str(place / "texts.jsonl"), "bank": place / "bank", "flag": None}, DataError, "is in the bank"),
     ]
     for changes, error, message in cases:
@@ -260,6 +260,14 @@ def test_mistakes_are_told(place, tmp_path):
         with pytest.raises(error, match=message):
             simple(place, tmp_path / "run", **{"measures": ("loss", "mahalanobis")} | changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_checkpoints_of_equal_weights_are_measured_once_and_that_is_said(place, tmp_path, capsys):
+    shutil.copytree(place / "run/checkpoint-10", tmp_path / "checkpoint-11")
+    pair = [str(place / "run/checkpoint-10"), str(tmp_path / "checkpoint-11")]
+    found = simple(place, tmp_path / "run", checkpoints=pair, measures=("loss",))
+    assert found.checkpoints == [10, 30]
+    assert "checkpoint-11 holds the same weights as /" in capsys.readouterr().err
 
 
 def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reason(place, tmp_path):

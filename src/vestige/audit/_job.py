@@ -15,12 +15,24 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Encoder, Example, TokenizedData, ask, load_queries, read_row_list, rows_named, tokenize
+from vestige.data import (
+    Encoder,
+    Example,
+    Sharing,
+    TokenizedData,
+    ask,
+    load_queries,
+    read_row_list,
+    rows_named,
+    token_groups,
+    tokenize,
+)
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
-from vestige.models import load_model
+from vestige.models import batch_sharing, load_model
 from vestige.progress import announce
 from vestige.settings import AUDIT_MEASURES, AuditSettings
+from vestige.terminal import shorten
 
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
@@ -51,6 +63,8 @@ class AuditJob:
     widths: tuple[int, ...]
     """Of the hidden states at each of these layers."""
     token_budget: int
+    sharing: Sharing
+    """Which examples may share a batch."""
     parameters: int
     norms: bool
     """Whether norms of weights are taken."""
@@ -75,6 +89,11 @@ class AuditJob:
     def flagged(self) -> Bool[np.ndarray, "example"] | None:
         """The examples that `--flag` marks; None without it."""
         return None if self.settings.flag is None else marks(self.data.examples, self.settings.flag, self.held_out)
+
+    @cached_property
+    def groups(self) -> Int[np.ndarray, "example"]:
+        """The text of each example: copies have the same number."""
+        return token_groups(self.data)
 
     @cached_property
     def reference_fingerprint(self) -> str | None:
@@ -102,9 +121,16 @@ def open_job(settings: AuditSettings) -> AuditJob:
     limit = tokens_at_most(settings, loaded)
     held = None
     if settings.holdout is not None:
-        given = load_queries(settings.holdout)
+        given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
         asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
-        held = tokenize(asked.queries, loaded.tokenizer, max_length=limit, name="holdout", chat=bool(settings.chat))
+        held = tokenize(
+            asked.queries,
+            loaded.tokenizer,
+            max_length=limit,
+            name="holdout",
+            chat=bool(settings.chat),
+            vocabulary=loaded.vocabulary,
+        )
     whole = data if held is None else _joined(data, held)
     held_out = np.arange(len(whole)) >= len(data)
     if loaded.tokenizer is None:
@@ -132,6 +158,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
         layers=layers,
         widths=widths,
         token_budget=batch_tokens(settings, loaded),
+        sharing=batch_sharing(loaded.model),
         parameters=parameters,
         norms="weights" in settings.wanted
         and (is_adapter(loaded.model) or parameters <= SMALL_MODEL or "weights" in settings.measures),
@@ -156,11 +183,16 @@ def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[
         raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
     if equals:
         found = np.array([cell is not None and str(cell) == value for cell in cells])
-        if not found[~held_out].any():
-            known = sorted({str(cell) for cell in cells if cell is not None})[:5]
-            raise DataError(f"--flag {flag}: no example of the data has that value. There are: {', '.join(known)}.")
-        return found
-    return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    else:
+        found = np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    if not found[~held_out].any():
+        there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
+        held = shorten(", ".join(there) or "nothing", 200)
+        raise DataError(
+            f"--flag {flag} marks no example of the data. Column {name!r} holds {held}. "
+            "Type --flag COLUMN=VALUE, or leave it out."
+        )
+    return found
 
 
 def _cell(example: Example, name: str) -> Any:

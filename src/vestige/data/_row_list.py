@@ -1,7 +1,6 @@
 """Lists that name rows of the data: what reports, selections, audits and people write, read in one place."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 from vestige.progress import announce
 
 COLUMNS = ("example_id", "id", "row")
@@ -112,9 +112,9 @@ def _entries(path: Path) -> list[RowEntry]:
     text = path.read_text(encoding="utf-8-sig")
     start = text.lstrip()[:1]
     if start == "[" and path.suffix != ".jsonl":
-        return _of_records(json.loads(text), path)
+        return _of_records(parse_json(text), path)
     if start in ("{", "[") or path.suffix in (".jsonl", ".ndjson"):
-        return _of_records([json.loads(line) for line in text.split("\n") if line.strip()], path)
+        return _of_records([parse_json(line) for line in text.split("\n") if line.strip()], path)
     head = text.lstrip().partition("\n")[0]
     for mark in (",", "\t", ";"):
         names = [name.strip().strip('"') for name in head.split(mark)]

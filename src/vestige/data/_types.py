@@ -26,6 +26,13 @@ class Message:
 
     role: str
     content: str
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Its other keys, which the chat template is given as they are; `content` among them, None, where it was null."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The turn as a row of `messages` that reads back as the same turn."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from vestige.data import CutBatches, TokenizedData
 from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check, Cost
 from vestige.index import PART_BYTES, CompressedGradients, Inputs, Manifest, ShardContent, lay_out
+from vestige.models import batch_sharing
 from vestige.progress import format_bytes, format_seconds
-from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
+from vestige.timing import peak_memory_bytes
 
 ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
 SHARED_ALTERNATIVES = (
@@ -50,7 +51,7 @@ class Trial(NamedTuple):
 
 def try_batch(settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec) -> Trial:
     """Time a batch from the middle of the plan; where its rows are too large, as much of it as fits."""
-    cut = _cut(inputs.data, manifest)
+    cut = _cut(inputs, manifest)
     count = sum(1 for _ in cut.batches())
     middle = next(islice(cut.batches(), count // 2, None))
     data = cut_examples(inputs.data.subset(cut.rows[middle.start : middle.stop]), TRIED_TOKENS)
@@ -71,7 +72,7 @@ def estimate_costs(
     specs = {one.canonical: one for one in (spec, *map(parse_spec, others))}
     few = max(1, COMPARED_TOKENS // max(int(trial.data.lengths.max()), 1))
     small = cut_examples(trial.data.subset(np.arange(min(few, len(trial.data)))), COMPARED_TOKENS)
-    cut = _cut(inputs.data, manifest)
+    cut = _cut(inputs, manifest)
     tokens = sum(batch.tokens for batch in cut.batches())
     widest = max(batch.stop - batch.start for batch in cut.batches())
     reference = None
@@ -166,9 +167,10 @@ def _cost(
     return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk, manifest.curvature_bytes)
 
 
-def _cut(data: TokenizedData, manifest: Manifest) -> CutBatches:
+def _cut(inputs: Inputs, manifest: Manifest) -> CutBatches:
     """The batches of the index."""
-    return CutBatches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
+    sharing = batch_sharing(inputs.loaded.model)
+    return CutBatches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples, sharing)
 
 
 def _most_memory(device: torch.device) -> int:

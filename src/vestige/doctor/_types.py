@@ -28,7 +28,7 @@ class Coverage(NamedTuple):
     """How much of one kind of parameter is attributed to."""
 
     kind: str
-    """attention, mlp, embedding, head, norm, lora or other."""
+    """lora, adapter, attention, mlp, embedding, head, norm or other."""
     parameters: int
     selected: int
     without_rule: int

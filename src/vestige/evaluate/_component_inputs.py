@@ -58,10 +58,16 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    given = load_queries(settings.queries)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
-    limit = tokens_at_most(settings, loaded)
-    queries = tokenize(asked, loaded.tokenizer, max_length=limit, name="the queries", chat=bool(settings.chat))
+    queries = tokenize(
+        asked,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="the queries",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
     _require_answers(queries)
     examples = list(train.examples)
     originals = right_examples(asked, settings.truth, [one.id for one in asked], [one.id for one in examples])

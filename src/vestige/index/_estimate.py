@@ -9,7 +9,7 @@ from vestige.index._manifest import Manifest
 from vestige.index._plan import PlannedShard
 from vestige.models import Selection
 from vestige.progress import announce, format_bytes, format_seconds
-from vestige.runs import peak_memory_bytes
+from vestige.timing import peak_memory_bytes
 
 PROBED = 0.02
 """Share of the padded tokens that may be computed for the estimate alone."""

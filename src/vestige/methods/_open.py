@@ -19,6 +19,7 @@ from vestige.data import (
     tokenize_stored,
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.folders import partial_folder
 from vestige.index import (
     TOKENS,
     Index,
@@ -33,7 +34,6 @@ from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
-from vestige.methods._partial import partial_folder
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
@@ -65,7 +65,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
     settings = settings.model_copy(update={"chat": bool(settings.chat)})
-    given = load_queries(settings.queries)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     loaded = _load(settings, method, index)
     selection = _selection(settings, method, loaded, index)
     train = _training_data(settings, loaded, index)
@@ -166,6 +166,7 @@ def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: 
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
         chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
     )
     require_answers(queries, question.generated, loaded.tokenizer)
     return queries
@@ -183,9 +184,13 @@ def _selection(
 
 def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
     if loaded is None:
-        examples = index.examples() if index is not None else load_examples(settings.data, limit=settings.limit)
+        examples = (
+            index.examples()
+            if index is not None
+            else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+        )
         return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
-    tokens = partial_folder(settings) / TOKENS
+    tokens = partial_folder(settings.out) / TOKENS
     if index is None:
         return read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
@@ -205,7 +210,8 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
-                f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
+                f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
+                "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
                 "as --tokenizer, or make another index."
             )
     return train
@@ -228,7 +234,7 @@ def _is_exact(job: Job, method: Method) -> bool:
 
 def _temporary_index(job: Job) -> Index:
     """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
-    settings, folder = job.settings, partial_folder(job.settings) / "index"
+    settings, folder = job.settings, partial_folder(job.settings.out) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
     shared = {name: getattr(settings, name) for name in names}

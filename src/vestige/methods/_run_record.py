@@ -16,9 +16,9 @@ from vestige.runs import (
     SkippedRecord,
     TrustRecord,
     environment,
-    peak_memory_bytes,
 )
 from vestige.settings import AttributeSettings
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 
 def run_record(
@@ -53,6 +53,7 @@ def run_record(
         components=[part.name for part in job.components] if split else [],
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(validated=False, checks=checks),
         distribution=dict(zip(ids, summary.distribution, strict=True)),
         groups=dict(zip(ids, summary.groups, strict=True)),

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
+from vestige.terminal import shorten
+
 PLAIN_WIDTH = 120
 """Columns used where the width of the terminal is not known."""
 NARROWEST_TEXT = 20
@@ -20,8 +22,8 @@ class ScoreRow(NamedTuple):
     """1-based, counted from the end of the ranking that was asked for."""
     example_id: str
     score: float
-    percentile: float
-    """Share of all training examples with a smaller score, in percent."""
+    percentile: float | None
+    """Share of all training examples with a smaller score, in percent; None where it is not known."""
     text: str
     """The whole text; it is shortened only where the table is printed."""
     source: str | None
@@ -81,8 +83,13 @@ Words = str | Sequence[tuple[str, str]]
 """A text, or the turns of a conversation."""
 
 
+def _percentile(percentile: float | None) -> str:
+    return "" if percentile is None else f"{percentile:.1f}"
+
+
 def _cells(row: ScoreRow) -> tuple[Any, ...]:
-    return str(row.rank), row.example_id, f"{row.score:+.4g}", f"{row.percentile:.1f}", row.turns or row.text
+    score = f"{row.score:+.4g}"
+    return str(row.rank), shorten(row.example_id), score, _percentile(row.percentile), row.turns or row.text
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
@@ -95,13 +102,6 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int)
     ]
 
 
-def shorten(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters, its end cut off; lines, as of turns, are kept apart."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    line = _BETWEEN.join(line for line in lines if line)
-    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
-
-
 def excerpt(words: Words, width: int) -> str:
     """A text, or the turns of a conversation, on one line of about `width` characters.
 
@@ -109,7 +109,8 @@ def excerpt(words: Words, width: int) -> str:
     system turn, which many conversations share, and what stands between the first two turns and the last are left out.
     """
     if isinstance(words, str):
-        return shorten(words, width)
+        lines = (" ".join(line.split()) for line in words.splitlines())
+        return shorten(_BETWEEN.join(line for line in lines if line), width)
     turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
     parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
     parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]

@@ -33,6 +33,7 @@ from vestige.settings._evaluate_scores import RetrievalSettings as RetrievalSett
 from vestige.settings._evaluate_scores import ScoredSettings as ScoredSettings
 from vestige.settings._evaluate_scores import SourcesSettings as SourcesSettings
 from vestige.settings._evaluate_scores import TailPatchSettings as TailPatchSettings
+from vestige.settings._evaluate_scores import TruthValue as TruthValue
 from vestige.settings._evaluate_selection import SelectionSettings as SelectionSettings
 from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings

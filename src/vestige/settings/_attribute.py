@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
+from vestige.settings._base import OnlyWith
 from vestige.settings._launch import LaunchSettings
 from vestige.settings._shared import Damping, Numbers, Options, Patterns, QuestionSettings
 
@@ -16,6 +17,10 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
     runs_in_step: ClassVar[bool] = True
+    only_with: ClassVar[OnlyWith] = {
+        **LaunchSettings.only_with,
+        "checkpoint_weights": ("checkpoints", ()),
+    }
     repeatable: ClassVar[tuple[str, ...]] = (
         "queries",
         "options",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
+from vestige.settings._base import OnlyWith
 from vestige.settings._launch import LaunchSettings
 from vestige.settings._shared import Patterns, QuestionSettings
 
@@ -52,6 +53,12 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     """What `vestige audit` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")
+    only_with: ClassVar[OnlyWith] = {
+        **LaunchSettings.only_with,
+        "canary_references": ("canaries", ()),
+        "bank_value": ("bank", ()),
+        "memorized_at": ("bank", ()),
+    }
     model: Any = Field(description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: Any = Field(description="The examples that it may know by heart, mostly its training data.")
     out: Path = Field(description="Folder of the run: evidence for every example, judgement and figures.")

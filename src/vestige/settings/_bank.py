@@ -21,7 +21,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     out: Path = Field(description="Folder of the bank; an interrupted run continues in it, a larger one extends it.")
     queries: Any = Field(None, description="Texts that are not trained on, whose losses every member also stores.")
     subsets: PositiveInt = Field(50, description="Random subsets to train on, unless a way of leaving out is given.")
-    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the examples in each random subset.")
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the distinct examples in each random subset.")
     leave_source_out: bool = Field(
         False, description="Train without each `source` of the data in turn, and once on everything."
     )
@@ -31,7 +31,13 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         "in order, or a file that lists rows, such as a report's row list.",
     )
     leave_one_out: PositiveInt | None = Field(
-        None, description="Train without each of so many examples, drawn at random, and once on everything."
+        None,
+        description="Train without each of so many examples and their copies, drawn at random, and once on everything.",
+    )
+    group: str | None = Field(
+        None,
+        description="Column whose rows of equal value are drawn, or left out as one, together. Not given: copies, rows "
+        "with the same tokens and targets.",
     )
     seeds: PositiveInt = Field(2, description="Runs of each subset, which differ in start and order of batches.")
     seed: NonNegativeInt = Field(0, description="Seed of the subsets and, apart from them, of the runs.")

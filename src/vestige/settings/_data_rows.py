@@ -1,11 +1,12 @@
 """What the rows of `vestige data` take that make or choose rows without a model."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from vestige.errors import SpecError
+from vestige.settings._base import OnlyWith
 from vestige.settings._preparation import PreparationSettings
 
 ChoiceFormat = Literal["auto", "arc", "mmlu", "ethics"]
@@ -100,6 +101,8 @@ class CleanSettings(PreparationSettings):
 
     What is taken out is written beside what is left, each row with its reason: nothing is lost.
     """
+
+    only_with: ClassVar[OnlyWith] = {"weight": ("action", ("weight",))}
 
     flagged: Path = Field(
         description="Which rows are flagged: a folder of `vestige train --alarm`, `vestige audit` or `vestige select`, "

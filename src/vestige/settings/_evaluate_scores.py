@@ -1,7 +1,7 @@
 """What the evaluations of scores take: whose scores, what they are held against, and where it goes."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -25,6 +25,9 @@ def _decimals(value: Any) -> Any:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_decimals)]
+
+
+TruthValue = Literal["loss", "margin"]
 
 
 def _one_or_several(value: Any) -> Any:
@@ -77,6 +80,11 @@ class LdsSettings(ScoredSettings):
     """
 
     bank: Path = Field(description="Bank of models trained on random subsets, made by `vestige bank`.")
+    value: TruthValue | None = Field(
+        None,
+        description="What the scores have to predict: loss, or margin (the log-odds of the answer, with its sign "
+        "turned). Not given: loss, or margin where the bank holds no losses.",
+    )
     damping_grid: Decimals = Field(
         (), description="Also these dampings for --methods influence; the best is chosen on a tenth of the queries."
     )

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from vestige.errors import SpecError
 from vestige.lockstep import FSDP
-from vestige.settings._base import Settings, parse_bytes
+from vestige.settings._base import BAD_TEXT, OnBadText, Settings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
@@ -97,6 +97,7 @@ class ReadingSettings(Settings):
         "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
     )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
     @model_validator(mode="after")
     def _in_step_where_that_works(self) -> Self:

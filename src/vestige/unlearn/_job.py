@@ -120,7 +120,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     train = read_data(settings, settings.data, loaded)
-    given = load_queries(settings.queries)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     examples, asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
     chat = bool(settings.chat)
     waiting = [each.lacks_answer for each in examples]
@@ -132,6 +132,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         max_length=tokens_at_most(settings, loaded),
         name=settings.queries if isinstance(settings.queries, str) else "queries",
         chat=chat,
+        vocabulary=loaded.vocabulary,
     )
     require_answers(queries, waiting, loaded.tokenizer)
     return replace(make_job(settings, loaded, train, queries, waiting), asked=asked)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vestige.data._chat import as_conversation
 from vestige.data._types import SYSTEM, Example, Message, TokenizedData
@@ -155,7 +155,8 @@ def _ends(tokenizer: "PreTrainedTokenizerBase | None") -> set[int]:
     if tokenizer is None:
         return set()
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    unknown: Any = tokenizer.unk_token_id
+    return (special | set(tokenizer.all_special_ids)) - {unknown}
 
 
 def _says_something(

@@ -176,7 +176,8 @@ def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], s
     }
     if settings.index is not None:
         # The index holds how it was made.
-        for name in ("loss", "max_length", "chat", "limit"):
+        decided = ("loss", "max_length", "limit", *(["chat"] if settings.chat is None else []))
+        for name in decided:
             del arguments[name]
         arguments["index"] = settings.index
     else:
@@ -187,6 +188,8 @@ def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], s
 def _identity(arguments: dict[str, Any]) -> dict[str, Any]:
     """What tells a run that can be used again from one that cannot: settings, and the content of files."""
     words = {name: str(value) if _is_plain(value) else f"<{type(value).__name__}>" for name, value in arguments.items()}
+    if words.get("chat") == "None":  # what earlier versions wrote where nothing was typed
+        words["chat"] = "False"
     content = {name: _content(arguments.get(name)) for name in ("model", "data", "queries", "index")}
     return {"settings": words, "content": content}
 

@@ -113,6 +113,8 @@ def _facts(run: RunFiles) -> tuple[Fact, ...]:
         note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     memory = f"{format_memory(record.peak_memory_bytes, record.peak_gpu_memory_bytes)} at most"
+    if record.asked:
+        facts.append(Fact("Questions", f"asked {record.asked}"))
     facts.append(Fact("Took", duration(record.seconds), note=memory if record.peak_memory_bytes else None))
     return tuple(facts)
 

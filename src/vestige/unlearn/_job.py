@@ -43,6 +43,8 @@ class UntracJob:
     tests: Side
     generated: list[bool]
     """Per query: whether the answer is the model's own."""
+    asked: str = ""
+    """How questions were put, in words, where they became something else than what was typed."""
 
     @property
     def ascended(self) -> Side:
@@ -119,7 +121,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
     )
     train = read_data(settings, settings.data, loaded)
     given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
-    examples = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
+    examples, asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
     chat = bool(settings.chat)
     waiting = [each.lacks_answer for each in examples]
     if any(waiting):
@@ -133,7 +135,7 @@ def open_job(settings: UntracSettings) -> UntracJob:
         vocabulary=loaded.vocabulary,
     )
     require_answers(queries, waiting, loaded.tokenizer)
-    return make_job(settings, loaded, train, queries, waiting)
+    return replace(make_job(settings, loaded, train, queries, waiting), asked=asked)
 
 
 def make_job(

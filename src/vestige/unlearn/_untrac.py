@@ -138,6 +138,7 @@ def _record(scored: Scored, started: float) -> RunRecord:
         model=ModelRecord(name=job.loaded.name, fingerprint=job.loaded.fingerprint, parameters=total),
         data=_data_record(job.train.data),
         queries=_data_record(job.tests.data),
+        asked=job.asked,
         method=NAMES[settings.direction],
         meaning=_meaning(scored),
         coverage=CoverageRecord(selected=moved, total=everything, fraction=moved / everything),

@@ -194,13 +194,21 @@ def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
     return ids.expand(examples, *ids.shape[1:]) if ids.ndim > 1 and ids.shape[0] == 1 else ids
 
 
+_CONVOLUTIONS = (
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+PRODUCTS = frozenset((functional.linear, torch.addmm, *_CONVOLUTIONS))
+"""What the forward of a linear layer or a convolution calls once."""
+
 RULES: dict[Any, Rule] = (
     {functional.linear: _linear, functional.embedding: _embedding, torch.addmm: _addmm}
+    | dict.fromkeys(_CONVOLUTIONS, _convolution)
     | dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul)
-    | dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution)
-    | dict.fromkeys(
-        (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d), _convolution
-    )
     | dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _elementwise)
     | dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__), _elementwise)
 )

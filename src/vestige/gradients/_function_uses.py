@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vestige.gradients._function_rules import RULES
+from vestige.gradients._function_rules import PRODUCTS, RULES
 from vestige.gradients._rules import Handle, Receive
 from vestige.gradients._uses import Owner, Weight, owner_of
 from vestige.models import Component, layer_kind
@@ -76,7 +76,7 @@ class FunctionUses(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._note_constants(func, tensors, _results(output, args, func))
             return output
-        if self._belongs_to_a_tap(tensors) or _reads_or_writes_a_parameter(func, args):
+        if self._belongs_to_a_tap(func, tensors) or _reads_or_writes_a_parameter(func, args):
             return func(*args, **kwargs)
         rule = RULES.get(func)
         output = rule(self, func, args, kwargs) if rule is not None else NotImplemented
@@ -110,12 +110,15 @@ class FunctionUses(TorchFunctionMode):
         self._constants = dict.fromkeys(self._table.constants)
         return sorted(found)
 
-    def _belongs_to_a_tap(self, tensors: list[Tensor]) -> bool:
+    def _belongs_to_a_tap(self, func: Any, tensors: list[Tensor]) -> bool:
         """Whether the tap of a running module takes this call; the tap of a single product has had it then."""
-        for forward in reversed(self.running):
-            if forward.tap != "function" and any(id(tensor) in forward.parameters for tensor in tensors):
-                if forward.tap == "product":
-                    self.running[self.running.index(forward)] = forward._replace(tap="function")
+        for place, forward in reversed(list(enumerate(self.running))):
+            if forward.tap == "function" or not any(id(tensor) in forward.parameters for tensor in tensors):
+                continue
+            if forward.tap == "module":
+                return True
+            if func in PRODUCTS:
+                self.running[place] = forward._replace(tap="function")
                 return True
         return False
 

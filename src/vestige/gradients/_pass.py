@@ -96,6 +96,8 @@ class GradientPass:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
         finally:
             self._sink = None
+            if self._uses is not None:
+                self._uses.unexplained()  # after an error, this batch must not be held against the next
         return losses.detach()
 
     def _losses(self, batch: Any) -> Float[Tensor, "example"]:

@@ -10,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.models import Component, parameter_view, select_components
 
 TOLERANCE = 1e-9
-MOST_PARAMETERS = 3_000_000
+MOST_PARAMETERS = 4_000_000
 VOCABULARY = 67
 LENGTHS = (5, 17, 9)
 TINY: dict[str, Any] = {
@@ -46,7 +47,8 @@ TINY: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "num_hash_layers"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_nope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "index_head_dim"), 4),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
+    "index_head_dim": 16,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 64),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "mamba_d_head", "mamba_head_dim"), 8),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
@@ -68,7 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "mamba_num_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "opt": {"word_embed_proj_dim": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }
 
 
@@ -86,18 +89,32 @@ class Row(NamedTuple):
     note: str
 
 
-class _Wide(TorchFunctionMode):
+@contextmanager
+def wide() -> Iterator[None]:
     """Float64 wherever a model asks for float32: its own rounding is no error of the gradient."""
+    before = Tensor.to, Tensor.float
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # also while hooks run, where no mode is active
+        return before[0](self, *map(_widened, args), **{name: _widened(one) for name, one in kwargs.items()})
+
+    Tensor.to, Tensor.float = to, Tensor.double  # type: ignore[method-assign]
+    try:
+        with _Wide():
+            yield
+    finally:
+        Tensor.to, Tensor.float = before  # type: ignore[method-assign]
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+class _Wide(TorchFunctionMode):
+    """Changes the arguments of functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        wide = {torch.float32: torch.float64}
-        args = tuple(wide.get(one, one) if isinstance(one, torch.dtype) else one for one in args)
-        named = {
-            name: wide.get(one, one) if isinstance(one, torch.dtype) else one for name, one in (kwargs or {}).items()
-        }
-        return func(*args, **named)
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
 
 
 def build(kind: str) -> nn.Module:
@@ -125,7 +142,7 @@ def check(kind: str) -> Row:
             warnings.simplefilter("ignore")
             model = build(kind)
             sequences = [torch.randint(3, VOCABULARY, (length,)) for length in LENGTHS]
-            with _Wide(), torch.no_grad():
+            with wide(), torch.no_grad():
                 model(input_ids=sequences[0][None], use_cache=False).logits  # noqa: B018
     except Exception as error:
         return Row(kind, "not built", None, 0, "", f"{type(error).__name__}: {error}".splitlines()[0][:90])
@@ -134,11 +151,13 @@ def check(kind: str) -> Row:
         dict.fromkeys(row.reason.removeprefix("no rule for ") for row in selection.coverage if row.reason)
     )
     try:
-        with _Wide():
+        with wide():
             found = gradients(model, selection.components, sequences)
     except UserError as error:
         return Row(kind, "refused", None, len(selection.components), uncovered, str(error))
-    with _Wide():
+    except Exception as error:
+        return Row(kind, "WRONG", None, len(selection.components), uncovered, f"{type(error).__name__}: {error}")
+    with wide():
         worst, name = max(_errors(model, selection.components, sequences, found))
     verdict = "exact" if worst <= TOLERANCE else "WRONG"
     return Row(kind, verdict, worst, len(selection.components), uncovered, "" if verdict == "exact" else name)

@@ -14,7 +14,7 @@ from vestige.models import parameter_view, select_components
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "router of Mixtral": (lambda: mixtral("eager"), {"target_modules": ["q_proj", "gate"]}),
-    "router of Qwen": (qwen_moe, {"target_modules": ["q_proj", "gate"]}),
+    "router of Qwen": (qwen_moe, {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}),
     "trained rows": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 4, 7, 8]}),
     "trained rows, tied": (
         lambda: llama(tied=True),

@@ -63,8 +63,34 @@ class FunctionUses(TorchFunctionMode):
         self.running: list[Forward] = []
         self._weights: dict[int, Weight] = {}
         self._constants: dict[int, Tensor | None] = dict.fromkeys(table.constants)
+        self._active = False
         self.outside = False
         """Whether a rule was needed for a parameter outside the forward of its module."""
+
+    def __enter__(self) -> "FunctionUses":
+        """See the functions from here on."""
+        self._active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """See none any more."""
+        super().__exit__(*error)
+        self._active = False
+
+    def around(self, module: nn.Module) -> list[Handle]:
+        """Hooks that see the functions of a module's forward wherever it runs: in training, or a second time."""
+        entered: list[bool] = []
+
+        def begin(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001
+            entered.append(not self._active)
+            if entered[-1]:
+                self.__enter__()
+
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            if entered.pop():
+                self.__exit__(None, None, None)
+
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

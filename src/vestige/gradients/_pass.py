@@ -82,13 +82,12 @@ class GradientPass:
         noting = _Noting(sink)
         self._sink, self._examples = noting, example_count(batch)
         try:
-            with torch.enable_grad(), self._uses or nullcontext():
-                with timed("forward"):
+            with torch.enable_grad():
+                with timed("forward"), self._uses or nullcontext():
                     losses = self._losses(batch)
                 if losses.requires_grad:
                     with timed("backward"):
-                        # `Tensor.backward` would put `self._uses` aside, which a checkpointed block still needs.
-                        torch.autograd.backward(losses.sum())
+                        losses.sum().backward()
             unexplained = self._uses.unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])
             self._prove(batch, {self._components[number].parameter for number in noting.components})
@@ -132,7 +131,7 @@ class GradientPass:
             with torch.enable_grad():
                 losses = self._losses(batch)
                 if losses.requires_grad:
-                    torch.autograd.backward(losses.sum())
+                    losses.sum().backward()
             return [name for name, one in zip(names, parameters, strict=True) if one.grad is not None]
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -155,6 +154,8 @@ class GradientPass:
         elif self._uses is None:
             self._uses = FunctionUses(table_of(self._model, self._components), self._receive)
         self._handles += attach_all(modules.values(), self._receive, self._uses)
+        for block in _checkpointed(self._model) if self._uses is not None else ():
+            self._handles += self._uses.around(block)
         if _checkpointed(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
 
@@ -224,9 +225,10 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _checkpointed(model: nn.Module) -> bool:
-    blocks = (module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
-    return hasattr(model, "get_input_embeddings") and any(block.training for block in blocks)
+def _checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The blocks whose forward runs again while the backward pass does."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
 
 
 def _first_layer(model: nn.Module) -> nn.Module:

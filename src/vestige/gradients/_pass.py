@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
+from vestige.gradients._function_rules import UncoveredUse
 from vestige.gradients._function_uses import FunctionUses, table_of
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rules import Handle, Receive, deliver, watch
@@ -93,6 +94,8 @@ class GradientPass:
             self._prove(batch, {self._components[number].parameter for number in noting.components})
             if not losses.requires_grad and not self._head:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
+        except UncoveredUse as found:
+            self._refuse_missed([self._components[number].name for number in found.args[0]])
         finally:
             self._sink = None
             if self._uses is not None:
@@ -139,6 +142,7 @@ class GradientPass:
                 parameter.grad = gradient
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
+        """Raise if there are any."""
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ModelError(

@@ -28,7 +28,7 @@ from vestige.models import Component, parameter_view, select_components
 
 VERDICTS = ("exact", "exact alone", "refused", "WRONG")
 TOLERANCE = 1e-9
-MOST_PARAMETERS = 4_000_000
+MOST_PARAMETERS = 3_000_000
 VOCABULARY = 67
 LENGTHS = (5, 17, 9)
 TINY: dict[str, Any] = {
@@ -73,6 +73,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash"),
+        {"num_key_value_heads": 4},
+    ),
+    **dict.fromkeys(("minicpm3", "youtu"), {"num_key_value_heads": 4}),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }

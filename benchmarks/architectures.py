@@ -73,14 +73,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
-    **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash"),
-        {"num_key_value_heads": 4},
-    ),
-    **dict.fromkeys(("minicpm3", "youtu"), {"num_key_value_heads": 4}),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }
+
+
+LATENT = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu"
+"""Attention with latent keys has as many of them as heads."""
+SETTINGS |= {kind: {"num_key_value_heads": 4} for kind in LATENT.split()}
 
 
 class Row(NamedTuple):

@@ -158,9 +158,10 @@ class GradientPass:
         elif self._uses is None:
             self._uses = FunctionUses(table_of(self._model, self._components), self._receive)
         self._handles += attach_all(modules.values(), self._receive, self._uses)
-        for block in _checkpointed(self._model) if self._uses is not None else ():
+        uses = self._uses
+        for block in _checkpointed(self._model) if uses is not None else ():
             # The second run calls the block's forward without its hooks, but its children with theirs.
-            self._handles += [handle for child in block.children() for handle in self._uses.around(child)]
+            self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
         if _checkpointed(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
 

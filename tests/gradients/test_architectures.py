@@ -1,4 +1,4 @@
-"""A third of the table of benchmarks/architectures.py: exact, refused, or listed as not covered; none wrong."""
+"""A third of the table of benchmarks/architectures.py: exact, refused or listed as not covered, none silently wrong."""
 
 import sys
 from pathlib import Path

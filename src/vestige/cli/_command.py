@@ -1,12 +1,12 @@
 """From the settings of a verb to its command line: one flag per setting, and `--config`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 from pydantic.fields import FieldInfo
 
 from vestige.cli._config import read_config
@@ -109,9 +109,15 @@ def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect
         show_default=_default(field),
         group=_group(settings, name),
         consume_multiple=several,
+        converter=_word if Path in (typed, *get_args(typed)) else None,
         negative_iterable=() if several else None,
     )
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[typed | None, option])
+
+
+def _word(_: Any, tokens: Sequence[Token]) -> str:
+    """A path as it was typed: of an empty word the parser would make the current folder, and the settings refuse it."""
+    return tokens[0].value
 
 
 def _typed(field: FieldInfo) -> Any:

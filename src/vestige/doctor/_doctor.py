@@ -17,14 +17,25 @@ from vestige.doctor._costs import (
     try_batch,
 )
 from vestige.doctor._data_checks import data_checks
-from vestige.doctor._invariance import check_finite, try_batches
+from vestige.doctor._invariance import check_finite, explain_sharing, try_batches
 from vestige.doctor._model_checks import coverage_by_kind, model_checks, run_precision
 from vestige.doctor._probes import choose_probes
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
 from vestige.errors import ModelError
 from vestige.gradients import CausalLoss
-from vestige.index import CompressedGradients, Inputs, choose_spec, draft_manifest, lay_out, read_inputs, tokens_at_most
+from vestige.index import (
+    CompressedGradients,
+    Inputs,
+    batch_tokens,
+    choose_spec,
+    draft_manifest,
+    lay_out,
+    longest_and_shortest,
+    read_inputs,
+    tokens_at_most,
+)
+from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, verb
 
@@ -43,7 +54,8 @@ def doctor(settings: DoctorSettings) -> DoctorReport:
     Raises:
         UserError: The model or the data cannot be read at all, as `vestige index` would say.
     """
-    return examine(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+    inputs = read_inputs(settings, settings.model, settings.data, settings.components, checked=False)
+    return examine(settings, inputs)
 
 
 def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
@@ -112,6 +124,8 @@ def _try_probes(
     columns = lay_out(components, spec, scope)
     dtype: torch.dtype = run_precision(loaded.model)
     with CompressedGradients(loaded, components, columns, spec, settings.seed, settings.loss, scope) as compute:
-        invariance, bare = try_batches(compute, probes, loaded.context_length, columns, dtype)
+        sharing = batch_sharing(loaded.model)
+        ends = inputs.data.subset(longest_and_shortest(inputs.data, sharing, batch_tokens(settings, loaded)))
+        (batches, padding), bare = try_batches(compute, probes, ends, sharing, loaded.context_length, columns, dtype)
     tried = [(probes, bare)] + ([(trial.data, trial.content)] if trial.content is not None else [])
-    return invariance, check_finite(tried)
+    return [explain_sharing(batches, sharing, inputs.data.lengths), padding], check_finite(tried)

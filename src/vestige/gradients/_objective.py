@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch
+from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
 
@@ -23,9 +24,16 @@ class HeadTap(Protocol):
     """Receives the factors of the output head, chunk by chunk, while the loss is computed."""
 
     def __call__(
-        self, left: Float[Tensor, "example token out"], right: Float[Tensor, "example token in"], examples: slice
+        self,
+        left: Float[Tensor, "example row out"],
+        right: Float[Tensor, "example row in"],
+        examples: slice,
+        positions: Int[Tensor, "example row"],
     ):
-        """Add the head's gradient for the batch's examples in `examples`."""
+        """Add the head's gradient for the batch's examples in `examples`.
+
+        `positions` are the tokens that the rows belong to, -1 for a row that only fills the tensor.
+        """
         ...
 
 
@@ -77,6 +85,7 @@ class _Targets(NamedTuple):
     """bool [example, token - 1]: hidden states that predict a target."""
     labels: Int[Tensor, "position"]
     example: Int[Tensor, "position"]
+    token: Int[Tensor, "position"]
     weights: Float[Tensor, "position"]
     """1, or one over the example's number of targets."""
 
@@ -84,11 +93,11 @@ class _Targets(NamedTuple):
 def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Targets:
     shifted = labels[:, 1:]
     mask = shifted != NO_TARGET
-    example = mask.nonzero()[:, 0]
+    example, token = mask.nonzero().unbind(1)
     weights = torch.ones(len(example), dtype=torch.float64, device=labels.device)
     if reduction == "mean":
         weights = weights / mask.sum(1).clamp(min=1)[example]
-    return _Targets(mask, shifted[mask], example, weights)
+    return _Targets(mask, shifted[mask], example, token, weights)
 
 
 class CausalLoss:
@@ -155,6 +164,8 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 def _find_plain_head(model: nn.Module) -> str | None:
     """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
+    if acts_in_forward(model):
+        return None
     causal = _causal(model)
     embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
     # Weights that are spread over processes are gathered by the forward of the module that they were spread with.
@@ -240,7 +251,7 @@ class _HeadLoss(torch.autograd.Function):
             slope = slope.to(weight.dtype)
             gradients[part] = slope @ weight
             if head_tap is not None:
-                _tap_head(head_tap, slope, states[part], targets.example[part])
+                _tap_head(head_tap, slope, states[part], targets.example[part], targets.token[part])
         ctx.mask, ctx.example, ctx.shape = targets.mask, targets.example, hidden.shape
         ctx.save_for_backward(gradients)
         return losses
@@ -254,7 +265,7 @@ class _HeadLoss(torch.autograd.Function):
         return full, None, None, None, None
 
 
-def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor) -> None:
+def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor, token: Tensor) -> None:
     """Hand a flat chunk over as `[example, token, ...]`, padded with zeros to its longest example."""
     first, last = int(example[0]), int(example[-1])
     counts = torch.bincount(example - first, minlength=last - first + 1)
@@ -263,4 +274,6 @@ def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor)
     left, right = slope.new_zeros(*shape, slope.shape[1]), states.new_zeros(*shape, states.shape[1])
     left[example - first, place] = slope
     right[example - first, place] = states
-    head_tap(left, right, slice(first, last + 1))
+    positions = token.new_full(shape, -1)
+    positions[example - first, place] = token
+    head_tap(left, right, slice(first, last + 1), positions)

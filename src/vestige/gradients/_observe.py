@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from vestige.errors import ModelError
+from vestige.gradients._activated import activated_layers
 from vestige.gradients._function_uses import FunctionUses, table_of
 from vestige.gradients._rules import Handle, Receive
 from vestige.gradients._taps import attach_all, modules_of
@@ -41,8 +42,16 @@ def observe(
     for component in components:
         if not observable(component):
             raise ModelError(f"{component.name} cannot be watched while it trains. Leave it out of the components.")
-    modules = modules_of(model, components).values()
+    modules = modules_of(model, components)
+    activated = next(
+        (path for path, *_ in activated_layers(model) if any(name.startswith(path) for name in modules)), None
+    )
+    if activated is not None:
+        raise ModelError(
+            f"{activated} is an activated LoRA: it gathers the tokens of all examples, so none can be watched while it "
+            "trains. Train it first, then use `vestige index` on the checkpoints."
+        )
     if not by_function:
-        return attach_all(modules, receive)
+        return attach_all(modules.values(), receive)
     uses = FunctionUses(table_of(model, components), receive)
-    return [*attach_all(modules, receive, uses), *uses.around(model)]
+    return [*attach_all(modules.values(), receive, uses), *uses.around(model)]

@@ -5,15 +5,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
+from vestige.gradients._activated import keep_examples_apart
 from vestige.gradients._function_rules import UncoveredUse
 from vestige.gradients._function_uses import FunctionUses, table_of
 from vestige.gradients._objective import Objective, example_count
-from vestige.gradients._rules import Handle, Receive, deliver, watch
+from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
 from vestige.gradients._taps import attach_all, modules_of
 from vestige.gradients._types import Factor, FactorSink, Side
 from vestige.models import Component
@@ -158,6 +159,7 @@ class GradientPass:
         elif self._uses is None:
             self._uses = FunctionUses(table_of(self._model, self._components), self._receive)
         self._handles += attach_all(modules.values(), self._receive, self._uses)
+        self._handles += keep_examples_apart(self._model)
         uses = self._uses
         for block in _checkpointed(self._model) if uses is not None else ():
             # The second run calls the block's forward without its hooks, but its children with theirs.
@@ -183,10 +185,11 @@ class GradientPass:
         assert self._sink is not None
         return Receive(self._sink, self._examples)
 
-    def _tap_head(self, left: Tensor, right: Tensor, examples: slice) -> None:
+    def _tap_head(self, left: Tensor, right: Tensor, examples: slice, positions: Int[Tensor, "example row"]) -> None:
         assert self._sink is not None
         weight, bias = self._head
         if weight >= 0:
+            locate(self._sink, positions)
             deliver(self._sink, weight, examples, left, right)
         if bias >= 0:
             total = left.sum(1, keepdim=True)
@@ -208,6 +211,10 @@ class _Noting:
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """As the sink does."""
         self._sink.accumulate(component, examples, left, right)
+
+    def locate(self, positions: Int[Tensor, "example row"]) -> None:
+        """As the sink does, where it counts tokens."""
+        locate(self._sink, positions)
 
 
 class _Nowhere:

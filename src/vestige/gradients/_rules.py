@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vestige.errors import ModelError
-from vestige.gradients._types import Factor, FactorSink
+from vestige.gradients._types import Factor, FactorSink, PositionSink
 
 
 class Receive(NamedTuple):
@@ -113,6 +113,12 @@ def _same(value: Tensor, source: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
 
 
+def locate(sink: FactorSink, positions: Int[Tensor, "example row"]) -> None:
+    """Say which tokens the rows of the next factors are, to a sink that counts them."""
+    if isinstance(sink, PositionSink):
+        sink.locate(positions)
+
+
 def deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
     """Hand over both factors at once."""
     sink.accumulate(component, examples, sink.reduce(component, "left", left), sink.reduce(component, "right", right))
@@ -140,7 +146,8 @@ class LinearTap:
             return
         receive = self._receive()
         kept: Kept | None = None
-        if self._weight is not None:
+        # A call on what is no batch, as DoRA's on an identity matrix, is refused once a gradient comes back from it.
+        if self._weight is not None and inputs[0].shape[0] % receive.examples == 0:
             activation = per_token(inputs[0].detach(), receive.examples)
             kept = keep(receive.sink.reduce(self._weight, "right", activation), activation)
         watch(output, lambda gradient: self._backward(receive, kept, gradient))
@@ -157,7 +164,7 @@ class LinearTap:
 
 
 class NormTap:
-    """LayerNorm, RMSNorm and GroupNorm: the scale's gradient is the output gradient times the normalised input."""
+    """LayerNorm, RMSNorm, GroupNorm, DoRA's magnitude: a scale's gradient is the output's times what it multiplies."""
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
         self._module, self._receive = module, receive
@@ -165,18 +172,20 @@ class NormTap:
 
     def attach(self) -> Sequence[Handle]:
         """One forward hook, before any other; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, prepend=True)]
+        return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
 
-    def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         receive, activation = self._receive(), inputs[0].detach()
         kept = keep(activation, activation)
-        watch(output, lambda gradient: self._backward(receive, module, kept, gradient))
+        watch(output, lambda gradient: self._backward(receive, module, kept, named, gradient))
 
-    def _backward(self, receive: Receive, module: nn.Module, kept: Kept, gradient: Tensor) -> None:
+    def _backward(
+        self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
+    ) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, kept.unchanged(type(module).__name__))
+            scaled = gradient * _normalised(module, kept.unchanged(type(module).__name__), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
             deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))
@@ -187,13 +196,13 @@ def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
-def _normalised(module: nn.Module, activation: Tensor) -> Tensor:
+def _normalised(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
     """What the module multiplies its scale by: its output at scale one minus its output at scale zero.
 
     The module itself is asked, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
     """
     weight = module.get_parameter("weight")
     with torch.no_grad():
-        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,))
-        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,))
+        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,), named)
+        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,), named)
     return at_one - at_zero

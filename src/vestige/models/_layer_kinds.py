@@ -30,7 +30,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+    # DoRA's layer is linear in its magnitude vector, as a norm is in its scale.
+    scales = ("RMSNorm", "T5LayerNorm", "DoraLinearLayer")
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(scales):
         return "norm"
     if isinstance(module, _ConvNd):
         return "convolution"

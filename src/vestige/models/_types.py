@@ -1,7 +1,7 @@
 """The nouns of the models room: a loaded model, a component of it, and what a selection covers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -27,6 +27,13 @@ class LoadedModel:
     """sha256 over parameter names, shapes, dtypes and bytes."""
     context_length: int | None
     """Most tokens that the model accepts, None if it does not say."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has embeddings for, None if it does not say."""
+        embeddings: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
+        weight = getattr(embeddings, "weight", None)
+        return None if weight is None else int(weight.shape[0])
 
 
 class Use(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 from vestige.online._sinks import ValidationGradient
 
 
@@ -38,12 +38,12 @@ class Validation:
     ) -> None:
         self._model, self._objective, self._context = model, objective, context
         self._device = next(model.parameters()).device
-        if isinstance(data, Mapping):
-            data = as_batch(data)
+        data = as_inputs(data, objective)
         self._data = data
         if isinstance(data, TokenizedData):
             self.ids = [example.id for example in data.examples]
-            kept = [rows for rows in plan_batches(data.lengths, token_budget) if data.target_counts[rows].any()]
+            planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(model))
+            kept = [rows for rows in planned if data.target_counts[rows].any()]
             self._batches: list[Any] = [make_batch(data, np.sort(rows)).to(self._device) for rows in kept]
         else:
             rows = data.rows.tolist() if isinstance(data, Batch) else range(example_count(data))
@@ -120,6 +120,11 @@ def quietly(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def as_inputs(data: Any, objective: Objective) -> Any:
+    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other."""
+    return as_batch(data) if isinstance(data, Mapping) and isinstance(objective, CausalLoss) else data
 
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:

@@ -6,18 +6,19 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.folders import require_no_others
+from vestige.parsing import parse_json
+from vestige.terminal import as_text, shorten
 
 FORMAT = 1
 RECORD, DATA, REASONS, REMOVED = "selection.json", "selected.jsonl", "selected.parquet", "removed.jsonl"
@@ -91,8 +92,8 @@ class SelectedData:
         """
         folder = Path(folder)
         record = read_record(folder)
-        if record is None:
-            raise UserError(f"{folder} is no selection: it has no {RECORD}. Make one with `vestige select`.")
+        if record is None or "files" not in record:
+            raise UserError(f"{folder} is no selection: it has no finished {RECORD}. Make one with `vestige select`.")
         if not _is_whole(folder, record):
             raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
         return cls(folder, record)
@@ -126,9 +127,7 @@ class SelectedData:
         return len(self.choices)
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, 120)
 
     def __rich__(self) -> Group:
         table = Table()
@@ -136,7 +135,8 @@ class SelectedData:
             table.add_column(name, justify="right" if name in ("rank", "score") else "left")
         for choice in self.choices[:_SHOWN]:
             score = "" if choice.score is None else f"{choice.score:.4g}"
-            table.add_row(str(choice.rank), choice.example_id, score, choice.reason, ", ".join(choice.replaces[:3]))
+            names = [shorten(choice.example_id), shorten(choice.reason, 120), *map(shorten, choice.replaces[:3])]
+            table.add_row(str(choice.rank), names[0], score, names[1], ", ".join(names[2:]))
         more = [f"... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
         files = [str(path) for path in (self.data, self.removed) if path is not None]
         return Group(self.record["title"], table, *more, *self.notes, *files)
@@ -150,7 +150,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -167,9 +167,8 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
         IndexMismatch: Another selection is there; nothing was changed.
         UserError: The folder holds other files.
     """
-    record = read_record(folder)
-    if record is None:
-        require_no_others(folder, _FILES)
+    record = _require_ours(folder)
+    if record is None or "files" not in record:
         return None
     old, new = record["identity"], wanted.identity
     if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
@@ -181,13 +180,20 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     return SelectedData(folder, record) if _is_whole(folder, record) else None
 
 
+def _require_ours(folder: Path) -> dict[str, Any] | None:
+    """The record of the folder, finished or not; without one it must be empty."""
+    record = read_record(folder)
+    require_no_others(folder, () if record is None else _FILES)
+    return record
+
+
 def remove_selection(folder: Path) -> None:
     """The selection in `folder` is gone, for `--overwrite`.
 
     Raises:
         UserError: The folder holds files that are not a selection's.
     """
-    require_no_others(folder, _FILES)
+    _require_ours(folder)
     # The record first: what is left after a kill no longer counts.
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
@@ -201,7 +207,7 @@ def write_selection(
     removed: Iterable[bytes] | None,
     about: dict[str, Any],
 ) -> SelectedData:
-    """The selection on disk; its record is written last, so that without one nothing counts.
+    """The selection on disk; its record has no files until they are all there, and says before whose folder it is.
 
     Args:
         folder: Where.
@@ -213,6 +219,9 @@ def write_selection(
     """
     make_folder(folder)
     remove_strays(folder)
+    record = {"format": FORMAT, **about, "command": wanted.command, "config": wanted.config}
+    record |= {"identity": wanted.identity}
+    _write_record(folder, record)
     sink = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
     written = {
@@ -221,16 +230,13 @@ def write_selection(
     }
     if removed is not None:
         written[REMOVED] = write_durably(folder / REMOVED, removed)
-    record = {
-        "format": FORMAT,
-        **about,
-        "command": wanted.command,
-        "config": wanted.config,
-        "identity": wanted.identity,
-        "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()},
-    }
-    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
+    record |= {"files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()}}
+    _write_record(folder, record)
     return SelectedData(folder, record)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def digest_of(words: Sequence[str]) -> str:

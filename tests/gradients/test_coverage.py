@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tests.reference.gradients import loop_gradients
 from vestige.errors import ModelError
-from vestige.gradients import FunctionObjective, GradientPass, GradientSink
+from vestige.gradients import FunctionObjective, GradientPass, GradientSink, Receive, observe
 from vestige.models import Component, select_components
 
 WIDTH = 6
@@ -246,3 +246,22 @@ def test_a_module_that_only_a_later_batch_calls_is_exact() -> None:
     expected = loop_gradients(model, losses, [(ids[:1], labels[:1])])[0]
     for component, gradient in zip(components, gradients, strict=True):
         assert torch.allclose(gradient[6], expected[component.name].reshape(component.shape), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["convolution by function", "weight times columns", "LoRA merged into its base"])
+def test_shares_of_a_training_step_add_up_to_its_gradient_which_they_do_not_change(name: str) -> None:
+    model, ids, labels = build(LIVE[name])
+    losses(model, (ids, labels)).sum().backward()
+    plain = {path: parameter.grad.clone() for path, parameter in model.named_parameters()}
+    model.zero_grad()
+    components = select_components(model, ("all",)).components
+    sink = GradientSink(components)
+    sink.begin(6, "cpu", torch.float64)
+    handles = observe(model, components, lambda: Receive(sink, 6), by_function=True)
+    losses(model, (ids, labels)).sum().backward()
+    for handle in handles:
+        handle.remove()
+    for component, gradient in zip(components, sink.gradients, strict=True):
+        true = model.get_parameter(component.parameter).grad
+        assert torch.equal(true, plain[component.parameter])
+        assert torch.allclose(gradient.sum(0), true.reshape(component.shape), rtol=1e-9, atol=1e-12), component.name

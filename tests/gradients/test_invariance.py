@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.architectures import CAUSAL, build, sequences
 from tests.gradients.test_exactness import engine_gradients
@@ -70,6 +71,17 @@ def test_a_model_that_scales_its_logits_runs_whole() -> None:
     logits = scaled(input_ids=batch.input_ids).logits[:, :-1].transpose(1, 2)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:], reduction="none").sum(1)
     assert torch.allclose(halved, expected, rtol=1e-10)
+
+
+def test_a_soft_cap_that_small_logits_hardly_show_is_read_from_the_configuration() -> None:
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for cap, expected in ((30.0, None), (None, "lm_head")):
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=cap)).eval()
+        with torch.no_grad():
+            assert float(model(input_ids=torch.arange(5)[None]).logits.abs().max()) < 1
+        assert CausalLoss().head_module(model) == expected
 
 
 def test_weight_flags_and_hooks_are_as_before() -> None:

@@ -29,6 +29,10 @@ class Uses(Protocol):
         ...
 
 
+class UncoveredUse(Exception):
+    """A rule finds that it cannot tell the examples apart; carries the numbers of the components."""
+
+
 Rule = Callable[[Uses, Any, tuple, dict], Any]
 """Calls the function and watches its output; `NotImplemented` where the rule does not fit the arguments."""
 
@@ -153,22 +157,20 @@ def _elementwise(uses: Uses, func: Any, args: tuple, kwargs: dict) -> Any:
 
     def backward(gradient: Tensor) -> None:
         scaled = gradient * kept.unchanged("a product") if product else gradient
-        add_gradients(receive, weight, _summed(scaled, weight.tensor.shape, receive.examples))
+        add_gradients(receive, weight, _summed(scaled, weight, receive.examples))
 
     watch(output, backward)
     return output
 
 
-def _summed(gradient: Tensor, shape: torch.Size, examples: int) -> Tensor:
-    """`[example, *shape]`: the gradient of a sum or product, summed over all that a tensor of `shape` was spread to."""
+def _summed(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
+    """`[example, *weight]`: the gradient of a sum or product, summed over all that the weight was spread to."""
+    shape = weight.tensor.shape
     flat = per_token(gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None], examples)
     gradient = flat.reshape(examples, -1, *gradient.shape[1:])
     trailing = shape[max(0, len(shape) - gradient.ndim + 2) :]
-    if any(size != 1 for size in shape[: len(shape) - len(trailing)]):
-        raise ModelError(
-            f"A selected parameter of shape {tuple(shape)} has an entry for each example of a batch of {examples}. "
-            "Leave it out with --components '!<name of the parameter>'."
-        )
+    if any(size != 1 for size in shape[: len(shape) - len(trailing)]):  # it has an entry for each example
+        raise UncoveredUse([owner.component for owners in weight.owners for owner in owners])
     gradient = gradient.flatten(1, gradient.ndim - 1 - len(trailing)).sum(1)
     for axis, size in enumerate(trailing, start=1):
         if size == 1:
@@ -194,13 +196,21 @@ def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
     return ids.expand(examples, *ids.shape[1:]) if ids.ndim > 1 and ids.shape[0] == 1 else ids
 
 
+_CONVOLUTIONS = (
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+PRODUCTS = frozenset((functional.linear, torch.addmm, *_CONVOLUTIONS))
+"""What the forward of a linear layer or a convolution calls once."""
+
 RULES: dict[Any, Rule] = (
     {functional.linear: _linear, functional.embedding: _embedding, torch.addmm: _addmm}
+    | dict.fromkeys(_CONVOLUTIONS, _convolution)
     | dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul)
-    | dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution)
-    | dict.fromkeys(
-        (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d), _convolution
-    )
     | dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), _elementwise)
     | dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__), _elementwise)
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vestige.gradients._function_rules import RULES
+from vestige.gradients._function_rules import PRODUCTS, RULES
 from vestige.gradients._rules import Handle, Receive
 from vestige.gradients._uses import Owner, Weight, owner_of
 from vestige.models import Component, layer_kind
@@ -63,8 +63,34 @@ class FunctionUses(TorchFunctionMode):
         self.running: list[Forward] = []
         self._weights: dict[int, Weight] = {}
         self._constants: dict[int, Tensor | None] = dict.fromkeys(table.constants)
+        self._active = False
         self.outside = False
         """Whether a rule was needed for a parameter outside the forward of its module."""
+
+    def __enter__(self) -> "FunctionUses":
+        """See the functions from here on."""
+        self._active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """See none any more."""
+        super().__exit__(*error)
+        self._active = False
+
+    def around(self, module: nn.Module) -> list[Handle]:
+        """Hooks that see the functions of a module's forward wherever it runs: in training, or a second time."""
+        entered: list[bool] = []
+
+        def begin(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001
+            entered.append(not self._active)
+            if entered[-1]:
+                self.__enter__()
+
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            if entered.pop():
+                self.__exit__(None, None, None)
+
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,7 +102,7 @@ class FunctionUses(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._note_constants(func, tensors, _results(output, args, func))
             return output
-        if self._belongs_to_a_tap(tensors) or _reads_or_writes_a_parameter(func, args):
+        if self._belongs_to_a_tap(func, tensors) or _reads_or_writes_a_parameter(func, args):
             return func(*args, **kwargs)
         rule = RULES.get(func)
         output = rule(self, func, args, kwargs) if rule is not None else NotImplemented
@@ -110,12 +136,15 @@ class FunctionUses(TorchFunctionMode):
         self._constants = dict.fromkeys(self._table.constants)
         return sorted(found)
 
-    def _belongs_to_a_tap(self, tensors: list[Tensor]) -> bool:
+    def _belongs_to_a_tap(self, func: Any, tensors: list[Tensor]) -> bool:
         """Whether the tap of a running module takes this call; the tap of a single product has had it then."""
-        for forward in reversed(self.running):
-            if forward.tap != "function" and any(id(tensor) in forward.parameters for tensor in tensors):
-                if forward.tap == "product":
-                    self.running[self.running.index(forward)] = forward._replace(tap="function")
+        for place, forward in reversed(list(enumerate(self.running))):
+            if forward.tap == "function" or not any(id(tensor) in forward.parameters for tensor in tensors):
+                continue
+            if forward.tap == "module":
+                return True
+            if func in PRODUCTS:
+                self.running[place] = forward._replace(tap="function")
                 return True
         return False
 

@@ -182,6 +182,8 @@ def _find_plain_head(model: nn.Module) -> str | None:
     with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
         hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        if hidden.shape[-1] != embeddings.in_features:
+            return None
         hidden = hidden.to(embeddings.weight.device)
         split = torch.nn.functional.linear(hidden, embeddings.weight, embeddings.bias).float().to(whole.device)
     # A model of NaN is left to the loss to report: it names the examples.

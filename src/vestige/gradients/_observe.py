@@ -54,6 +54,4 @@ def observe(
     if not by_function:
         return attach_all(modules.values(), receive)
     uses = FunctionUses(table_of(model, components), receive)
-    begin = model.register_forward_pre_hook(lambda *_: uses.__enter__() and None)
-    end = model.register_forward_hook(lambda *_: uses.__exit__(None, None, None), always_call=True)
-    return [*attach_all(modules.values(), receive, uses), begin, end]
+    return [*attach_all(modules.values(), receive, uses), *uses.around(model)]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
 from vestige.gradients._activated import keep_examples_apart
+from vestige.gradients._function_rules import UncoveredUse
 from vestige.gradients._function_uses import FunctionUses, table_of
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
@@ -83,20 +84,23 @@ class GradientPass:
         noting = _Noting(sink)
         self._sink, self._examples = noting, example_count(batch)
         try:
-            with torch.enable_grad(), self._uses or nullcontext():
-                with timed("forward"):
+            with torch.enable_grad():
+                with timed("forward"), self._uses or nullcontext():
                     losses = self._losses(batch)
                 if losses.requires_grad:
                     with timed("backward"):
-                        # `Tensor.backward` would put `self._uses` aside, which a checkpointed block still needs.
-                        torch.autograd.backward(losses.sum())
+                        losses.sum().backward()
             unexplained = self._uses.unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])
             self._prove(batch, {self._components[number].parameter for number in noting.components})
             if not losses.requires_grad and not self._head:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
+        except UncoveredUse as found:
+            self._refuse_missed([self._components[number].name for number in found.args[0]])
         finally:
             self._sink = None
+            if self._uses is not None:
+                self._uses.unexplained()  # after an error, this batch must not be held against the next
         return losses.detach()
 
     def _losses(self, batch: Any) -> Float[Tensor, "example"]:
@@ -131,7 +135,7 @@ class GradientPass:
             with torch.enable_grad():
                 losses = self._losses(batch)
                 if losses.requires_grad:
-                    torch.autograd.backward(losses.sum())
+                    losses.sum().backward()
             return [name for name, one in zip(names, parameters, strict=True) if one.grad is not None]
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -139,6 +143,7 @@ class GradientPass:
                 parameter.grad = gradient
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
+        """Raise if there are any."""
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ModelError(
@@ -155,6 +160,10 @@ class GradientPass:
             self._uses = FunctionUses(table_of(self._model, self._components), self._receive)
         self._handles += attach_all(modules.values(), self._receive, self._uses)
         self._handles += keep_examples_apart(self._model)
+        uses = self._uses
+        for block in _checkpointed(self._model) if uses is not None else ():
+            # The second run calls the block's forward without its hooks, but its children with theirs.
+            self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
         if _checkpointed(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
 
@@ -229,9 +238,10 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _checkpointed(model: nn.Module) -> bool:
-    blocks = (module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
-    return hasattr(model, "get_input_embeddings") and any(block.training for block in blocks)
+def _checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The blocks whose forward runs again while the backward pass does."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
 
 
 def _first_layer(model: nn.Module) -> nn.Module:

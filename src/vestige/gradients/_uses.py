@@ -70,7 +70,7 @@ class Weight(NamedTuple):
             if cast_of is not None and cast_of.tensor.shape == result.shape:
                 layout = cast_of.layout
             elif result.numel() == leaf.numel() and result.data_ptr() == leaf.data_ptr():
-                layout = False if result.is_contiguous() else True if result.mT.is_contiguous() else None
+                layout = _layout(result)
         columns = zip(*leaves.values(), strict=True)
         return cls(result, *map(tuple, columns), layout=layout, training=weights[0].training)
 
@@ -81,6 +81,13 @@ class Weight(NamedTuple):
     def turned(self) -> "Weight":
         """The same weight, transposed."""
         return self._replace(tensor=self.tensor.mT, layout=None if self.layout is None else not self.layout)
+
+
+def _layout(view: Tensor) -> bool | None:
+    """Whether a view of all numbers of a contiguous tensor has them in another order: transposed, or any other."""
+    if view.is_contiguous():
+        return False
+    return True if view.ndim > 1 and view.mT.is_contiguous() else None
 
 
 class MatrixUse:
@@ -115,14 +122,16 @@ class MatrixUse:
 
     def _plain(self) -> tuple[int | None, bool]:
         """The component that has exactly these factors, and whether its sides are exchanged."""
-        weight, owners = self._weight, self._weight.owners[0]
-        if weight.layout is None or len(owners) > 1 or owners[0].part is not None:
+        weight, (owner, *others) = self._weight, self._weight.owners[0]
+        if weight.layout is None or (weight.layout and weight.tensor.ndim != 2):
+            return None, False
+        if others or owner.part is not None:
             return None, False
         leaf, shape = weight.leaves[0], self._shape[::-1] if weight.layout else self._shape
         if leaf.ndim < 2 or (len(leaf), leaf[0].numel()) != shape:
             return None, False
-        swapped = weight.layout != owners[0].turned
-        return (None, False) if swapped and owners[0].by_row else (owners[0].component, swapped)
+        swapped = weight.layout != owner.turned
+        return (None, False) if swapped and owner.by_row else (owner.component, swapped)
 
 
 def add_gradients(receive: Receive, weight: Weight, gradients: Float[Tensor, "example *weight"]) -> None:

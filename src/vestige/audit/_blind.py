@@ -93,13 +93,15 @@ def _folds(texts: Sequence[str], members: np.ndarray, dates: np.ndarray | None, 
     ]
 
 
-def _scores(folds: Sequence[_Fold], members: Bool[np.ndarray, "example"]) -> Float[np.ndarray, "example"]:
+def _scores(
+    folds: Sequence[_Fold], members: Bool[np.ndarray, "example"], solver: str = "lbfgs"
+) -> Float[np.ndarray, "example"]:
     from scipy.stats import rankdata
     from sklearn.linear_model import LogisticRegression
 
     scores = np.full(len(members), np.nan)
     for fold in folds:
-        model = LogisticRegression(C=1.0, max_iter=1000).fit(fold.fitted, members[fold.fit])
+        model = LogisticRegression(C=1.0, max_iter=1000, solver=solver).fit(fold.fitted, members[fold.fit])
         scores[fold.held] = (rankdata(model.decision_function(fold.judged)) - 0.5) / len(fold.held)
     return scores
 
@@ -122,7 +124,8 @@ def _design_effect(texts: Sequence[str], members: np.ndarray, dates: np.ndarray 
         drawn = members.copy()
         for fold in prepared:
             drawn[fold.held] = _shuffled(members[fold.held], groups[fold.held], rng)
-        scores = _scores(prepared, drawn)
+        # Several times faster than the fit of the scores themselves, and as good for a ratio of variances.
+        scores = _scores(prepared, drawn, "liblinear")
         known = ~np.isnan(scores)
         found = area(scores[known & drawn], scores[known & ~drawn])
         squared += (found.value - 0.5) ** 2

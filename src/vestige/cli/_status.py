@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vestige.cli._command import command
+from vestige.cli._verify import verify
 from vestige.errors import UserError
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import StatusSettings
@@ -22,6 +23,10 @@ def status(settings: StatusSettings) -> None:
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
+    if settings.verify:
+        for line in verify(settings.path):
+            print(line, flush=True)
+        return
     print(describe(settings.path))
     while settings.watch and _is_at_work(settings.path):
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -108,18 +108,16 @@ def _scores(
 
 def _design_effect(texts: Sequence[str], members: np.ndarray, dates: np.ndarray | None, folds: int, seed: int) -> float:
     """Variance of the area where membership is drawn at random, over the variance that DeLong gives it; at least 1."""
-    rng, sizes = np.random.default_rng(seed), (int(members.sum()), int((~members).sum()))
+    rng, groups = np.random.default_rng(seed), _groups(texts)
     if len(texts) > SAMPLE:
-        share = SAMPLE / len(texts)
-        sides = zip((members, ~members), sizes, strict=True)
-        kept = [rng.choice(np.flatnonzero(side), max(2, round(share * size)), replace=False) for side, size in sides]
-        rows = np.sort(np.concatenate(kept))
-        texts, members, dates = [texts[row] for row in rows], members[rows], None if dates is None else dates[rows]
-    try:
-        prepared = _folds(texts, members, dates, folds, seed)
-    except DataError:  # The sample has copies of one text alone on a side.
-        return 1.0
-    groups, squared, expected = _groups(texts), 0.0, 0.0
+        kept = []
+        for side in (np.flatnonzero(members), np.flatnonzero(~members)):
+            two_texts = side[np.unique(groups[side], return_index=True)[1][:2]]
+            kept += [two_texts, rng.choice(side, round(SAMPLE * len(side) / len(texts)), replace=False)]
+        rows = np.unique(np.concatenate(kept))
+        texts, groups = [texts[int(row)] for row in rows], groups[rows]
+        members, dates = members[rows], None if dates is None else dates[rows]
+    prepared, squared, expected = _folds(texts, members, dates, folds, seed), 0.0, 0.0
     for _ in range(DRAWS):
         drawn = members.copy()
         for fold in prepared:

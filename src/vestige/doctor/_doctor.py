@@ -18,7 +18,7 @@ from vestige.doctor._costs import (
 from vestige.doctor._data_checks import data_checks
 from vestige.doctor._invariance import check_finite, try_batches
 from vestige.doctor._model_checks import check_knowledge, coverage_by_kind, model_checks, run_precision
-from vestige.doctor._probes import choose_probes
+from vestige.doctor._probes import PROBE_TOKENS, choose_probes, cut_examples
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
 from vestige.gradients import CausalLoss, measure_knowledge
@@ -102,7 +102,7 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
     slope = check_slope(
         loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
     )
-    sample = data.subset(sampled_rows(len(data), KNOWLEDGE_ROWS))
+    sample = cut_examples(data.subset(sampled_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
     known = check_knowledge(measure_knowledge(loaded.model, sample, batch_tokens(settings, loaded)))
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
     estimates = [

@@ -1,6 +1,7 @@
 """`vestige status --verify`, and commands on results whose bytes are not what was written."""
 
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from vestige.errors import CorruptFile
 INDEX = ("index", "--model", "tiny-model", "--data", "train.jsonl", "--compress", "logra:4x4", "--out", "idx")
 ASK = ("attribute", "--index", "idx", "--queries", "questions.jsonl", "--dense", "--out")
 AUDIT = ("audit", "--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss", "--out", "seen")
-SELECT = ("select", "--scores", "run", "--data", "train.jsonl", "--count", "3", "--out", "chosen")
+SELECT = ("select", "--scores", "run", "--budget", "3", "--out", "chosen")
 ALTERED = [
     ("idx", "shards/00001.safetensors"),
     ("run", "scores.parquet"),
@@ -26,6 +27,16 @@ def made(vestige, workshop):
     return workshop
 
 
+def refused(vestige, *words) -> str:
+    """The message with which a command is refused, in words without line breaks."""
+    try:
+        outcome = vestige(*words)
+    except CorruptFile as error:
+        return " ".join(str(error).split())
+    assert outcome.status == 2
+    return " ".join(outcome.err.split())
+
+
 def flip(path):
     body = bytearray(path.read_bytes())
     body[len(body) // 2] ^= 1
@@ -39,22 +50,19 @@ def test_every_file_is_listed_and_the_altered_one_named(vestige, made, folder, f
     assert f"{file}: as written" in good.out
     assert "are as they were written" in good.out
     flip(made / folder / file)
-    with pytest.raises(CorruptFile, match=rf"1 of .* files of {folder} are not what was written: {file}"):
-        vestige("status", "--verify", folder)
+    message = refused(vestige, "status", "--verify", folder)
+    assert re.search(rf"1 of \d+ files of {folder} are not what was written: {file}", message)
 
 
 def test_altered_results_are_refused_by_the_commands_that_read_them(vestige, made):
     flip(made / "run" / "examples.parquet")
     for words in (("status", "run"), ("report", "run"), SELECT):
-        with pytest.raises(CorruptFile, match=r"examples\.parquet was altered"):
-            vestige(*words)
+        assert "examples.parquet was altered" in refused(vestige, *words)
     flip(made / "seen" / "examples.parquet")
     for words in (("status", "seen"), ("report", "seen")):
-        with pytest.raises(CorruptFile, match=r"examples\.parquet was altered"):
-            vestige(*words)
+        assert "examples.parquet was altered" in refused(vestige, *words)
     flip(made / "idx" / "shards" / "00000.safetensors")
-    with pytest.raises(CorruptFile, match=r"00000\.safetensors .*sha256"):
-        vestige(*ASK, "other")
+    assert re.search(r"00000\.safetensors .*sha256", refused(vestige, *ASK, "other"))
     # The way out that the message names.
     assert vestige(*INDEX).status == 0
     assert vestige("status", "--verify", "idx").status == 0

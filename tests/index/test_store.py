@@ -317,5 +317,5 @@ def test_a_manifest_that_counts_other_examples_is_refused(small, examples):
     known = json.loads((small / "manifest.json").read_text())
     known["data"]["examples"] = examples
     (small / "manifest.json").write_text(json.dumps(known))
-    with pytest.raises(CorruptFile, match=r"each of .* examples once"):
+    with pytest.raises(CorruptFile, match="does not read as an index manifest"):
         Index.open(small)

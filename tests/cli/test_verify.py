@@ -12,7 +12,7 @@ ASK = ("attribute", "--index", "idx", "--queries", "questions.jsonl", "--dense",
 AUDIT = ("audit", "--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss", "--out", "seen")
 SELECT = ("select", "--scores", "run", "--budget", "3", "--out", "chosen")
 ALTERED = [
-    ("idx", "shards/00001.safetensors"),
+    ("idx", "shards/00000.safetensors"),
     ("run", "scores.parquet"),
     ("run", "scores.safetensors"),
     ("seen", "evidence.parquet"),

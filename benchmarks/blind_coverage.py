@@ -10,7 +10,7 @@ import numpy as np
 from vestige import audit
 
 WORDS = 400
-SIZES = ((60, 30), (200, 100), (200, 40))
+SIZES = ((60, 30), (200, 100))
 
 
 def main() -> None:

@@ -101,6 +101,36 @@ def test_the_blind_baseline_finds_words_lengths_and_dates_and_nothing_in_nothing
     np.testing.assert_array_equal(audit.blind(told, members), audit.blind(told, members))
 
 
+def test_the_intervals_of_the_blind_baseline_count_its_fits():
+    draw = np.random.default_rng(1)
+    members = np.arange(60) % 2 == 0
+    texts = [" ".join(draw.choice([f"w{number}" for number in range(60)], 12)) for _ in members]
+    scores, found = audit.blind(texts, members), audit.blind_attack(texts, members)
+    plain = audit.attack(scores, members)
+    assert found.auc.value == plain.auc.value
+    wider = (found.auc.high - found.auc.low) / (plain.auc.high - plain.auc.low)
+    assert 1.1 < wider < 2.2
+    for level, rate in found.tpr_at.items():
+        assert rate.rate.value == plain.tpr_at[level].rate.value
+        assert rate.rate.high > plain.tpr_at[level].rate.high
+    told = [text + (" new" if member else "") for text, member in zip(texts, members, strict=True)]
+    assert audit.blind_attack(told, members).auc.low > 0.5
+
+
+@pytest.mark.slow
+def test_intervals_of_the_blind_baseline_hold_one_half_where_membership_is_random():
+    """`benchmarks/blind_coverage.py` has 140 draws; by independent scores 80 % of the intervals would hold 0.5."""
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice([f"w{number}" for number in range(80)], draw.integers(5, 30))) for _ in range(60)]
+    held = []
+    for seed in range(60):
+        members = np.zeros(60, dtype=bool)
+        members[np.random.default_rng(seed).permutation(60)[:30]] = True
+        found = audit.blind_attack(texts, members, seed=seed).auc
+        held.append(found.low <= 0.5 <= found.high)
+    assert binomtest(sum(held), len(held), 0.95).pvalue > 0.01
+
+
 def test_the_blind_baseline_does_not_learn_copies_by_heart():
     members = np.arange(80) % 2 == 0
     texts = [f"word{row // 4}" for row in range(80)]  # Each text twice on either side.

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.architectures import build
+from tests.workshop import PAIRS
 from vestige.doctor import doctor
 
 
@@ -87,3 +89,25 @@ def test_the_report_is_json_and_text(examined, empty_folder):
         assert f"good  {check.name}" in text or f"WARN  {check.name}" in text
     assert max(map(len, text.splitlines())) <= 120
     assert list(empty_folder.iterdir()) == []
+
+
+def test_a_model_that_knows_no_more_than_a_guess_is_a_warning(examined, workshop):
+    report = examined(build("llama", torch.float32))
+    assert report["learned by the model"].verdict == "warn"
+    assert report["learned by the model"].number > 1
+    model = AutoModelForCausalLM.from_pretrained(workshop / "tiny-model")
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "tiny-model")
+    before = doctor(model=model, tokenizer=tokenizer, data=workshop / "train.jsonl")["learned by the model"]
+    assert before.verdict == "warn"
+    assert "no better than a guess" in before.advice
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    texts = [f"{prompt} {completion}" for prompt, completion, _ in PAIRS]
+    for _ in range(12):
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after = doctor(model=model, tokenizer=tokenizer, data=workshop / "train.jsonl")["learned by the model"]
+    assert after.verdict == "good"
+    assert after.number < before.number

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import threading
 
@@ -233,3 +234,88 @@ def test_removing_an_index_removes_nothing_else(small, tmp_path):
     remove_index(small)
     assert list(small.iterdir()) == []
     remove_index(tmp_path / "none")
+
+
+def rewrite(folder, number, change) -> None:
+    """Put other bytes in place of a shard, with a marker that vouches for them."""
+    path, marker = shard_path(folder, number), marker_path(folder, number)
+    body = path.read_bytes()
+    size = int.from_bytes(body[:8], "little")
+    header = json.loads(body[8 : 8 + size])
+    text = json.dumps(change(header), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body[8 + size :])
+    known = json.loads(marker.read_text())
+    known |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    marker.write_text(json.dumps(known))
+
+
+def swapped(header):
+    return header | {"loss": header["norm"], "norm": header["loss"]}
+
+
+def renamed(header):
+    other = {"loss": "norm", "norm": "loss"}
+    return {other.get(name, name): entry for name, entry in header.items()}
+
+
+def negative(header):
+    start, end = header["loss"]["data_offsets"]
+    return header | {"loss": header["loss"] | {"data_offsets": [start - 8, end - 8]}}
+
+
+def before_the_file(header):
+    entry = header["example"]
+    first, last = entry["data_offsets"]
+    return header | {"example": entry | {"data_offsets": [first - 8, last - 8]}}
+
+
+def huge(header):
+    return header | {"gradients": header["gradients"] | {"shape": [2**40, 2**20]}}
+
+
+def narrower(header):
+    rows, columns = header["gradients"]["shape"]
+    return header | {"gradients": header["gradients"] | {"shape": [rows, columns // 2], "dtype": "F32"}}
+
+
+@pytest.mark.parametrize("change", [swapped, renamed, negative, before_the_file, huge, narrower])
+def test_headers_that_say_something_else_are_refused_even_with_a_marker_to_match(small, change):
+    rewrite(small, 1, change)
+    with pytest.raises(CorruptFile, match="00001"):
+        list(Index.open(small).blocks())
+
+
+def test_a_damaged_shard_is_found_when_it_is_read_and_not_before(small):
+    body = bytearray(shard_path(small, 4).read_bytes())
+    body[-1] ^= 1
+    shard_path(small, 4).write_bytes(body)
+    index = Index.open(small)
+    assert len(list(index.blocks(shards=range(4)))) == 4
+    with pytest.raises(CorruptFile, match=r"00004\.safetensors .*sha256(.|\n)*vestige index(.|\n)*--verify"):
+        list(index.blocks())
+    with pytest.raises(CorruptFile, match="00004"):
+        index.gradients_of(np.arange(60))
+
+
+def test_a_shard_is_hashed_once_in_a_process(small, monkeypatch):
+    read = []
+    monkeypatch.setattr("vestige.files.sha256_of", lambda path: read.append(path.name) or whole(path))
+    index = Index.open(small)
+    for _ in range(3):
+        list(index.blocks(1))
+    index.gradients_of([0, 5])
+    assert len(read) == len(set(read)) == len(index.manifest.shard_rows)
+
+
+def whole(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("examples", [-1, 59, 61, 10**15])
+def test_a_manifest_that_counts_other_examples_is_refused(small, examples):
+    known = json.loads((small / "manifest.json").read_text())
+    known["data"]["examples"] = examples
+    (small / "manifest.json").write_text(json.dumps(known))
+    with pytest.raises(CorruptFile, match="does not read as an index manifest"):
+        Index.open(small)

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from tests.architectures import CAUSAL, build
 from vestige.data import Example
 from vestige.errors import NonFinite
+from vestige.gradients import Knowledge
 from vestige.methods import Bm25, Random, RepSim
 from vestige.methods import _randomised as randomising
 from vestige.methods import _trust as trust
@@ -110,7 +111,7 @@ def test_free_checks_are_complete_and_readable():
         for rank, row in enumerate(scores[query].argsort(descending=True)[:4])
     ]
     checks = trust.free_checks(job, RepSim(), ranked, losses=[1.0, 2.0, 3.0], k=4)
-    assert len({check.name for check in checks}) == len(checks) == 6
+    assert len({check.name for check in checks}) == len(checks) == 7
     assert all(check.reading.endswith(".") for check in checks)
     assert {check.name: check.value for check in checks}["coverage"] is None
     own = {check.name: check for check in trust.free_checks(job, Bm25(), ranked)}
@@ -155,51 +156,59 @@ def test_a_constant_weight_stays_constant():
         assert (norm.bias == 0).all()
 
 
-def test_correlation_is_the_mean_spearman_over_a_fixed_sample():
-    weights = torch.nn.Linear(500, 1)
-    asked = []
+LEARNED, NOTHING = Knowledge(2.0, 6.0, 4.0), Knowledge(6.1, 6.0, 4.0)
 
-    def score_rows(model, rows, query_rows):
-        asked.append((rows.tolist(), query_rows.tolist()))
-        return model.weight.detach()[0, torch.tensor(rows)].repeat(len(query_rows), 1)
 
-    check = randomising.randomised_correlation(weights, score_rows, examples=500, queries=9)
-    assert asked[0] == asked[1]
-    assert len(asked[0][0]) == 64
-    assert asked[0][1] == [0, 1, 2, 3]
+def test_correlation_is_the_mean_spearman_and_a_model_without_knowledge_is_never_good():
+    weights, seen = torch.nn.Linear(500, 1), []
+
+    def score(*, randomised=False):
+        seen.append(randomised)
+        return weights.weight.detach()[0].repeat(3, 1).clone()
+
+    check = randomising.randomised_correlation(weights, score, 500, knowledge=LEARNED)
+    assert seen == [False, True]
     with randomising.randomised(weights, 0):
-        noise = weights.weight.detach()[0, torch.tensor(asked[0][0])].clone()
-    expected = spearmanr(weights.weight.detach()[0, torch.tensor(asked[0][0])], noise).statistic
+        noise = weights.weight.detach()[0].clone()
+    expected = spearmanr(weights.weight.detach()[0], noise).statistic
     assert check.value == pytest.approx(expected, abs=1e-9)
     assert check.verdict == "good"
+    blind = randomising.randomised_correlation(weights, score, 500, knowledge=NOTHING)
+    assert (blind.verdict, blind.value) == ("warn", check.value)
+    assert "learned nothing" in blind.reading
 
 
 def test_scores_that_ignore_the_weights_are_found_out():
-    def by_length(model, rows, query_rows):
-        return torch.tensor(rows, dtype=torch.float32).repeat(len(query_rows), 1)
-
-    check = randomising.randomised_correlation(torch.nn.Linear(3, 3), by_length, examples=40, queries=2)
+    by_length = torch.arange(40.0).repeat(2, 1)
+    check = randomising.randomised_correlation(torch.nn.Linear(3, 3), lambda **_: by_length, 40, knowledge=LEARNED)
     assert check.value == pytest.approx(1.0)
     assert check.verdict == "warn"
 
 
 def test_what_cannot_be_correlated_is_unknown():
     model = torch.nn.Linear(3, 3)
-    constant = randomising.randomised_correlation(
-        model, lambda model, rows, queries: torch.ones(len(queries), len(rows)), examples=40, queries=2
-    )
+    constant = randomising.randomised_correlation(model, lambda **_: torch.ones(2, 40), 40)
     assert (constant.value, constant.verdict) == (None, "unknown")
-    calls = []
 
-    def overflows(model, rows, queries):
-        calls.append(1)
-        if len(calls) == 2:
+    def overflows(*, randomised=False):
+        if randomised:
             raise NonFinite("the noise overflowed")
-        return torch.rand(len(queries), len(rows))
+        return torch.rand(2, 40)
 
-    assert randomising.randomised_correlation(model, overflows, examples=40, queries=2).value is None
-    assert randomising.randomised_correlation(model, overflows, examples=5, queries=2).verdict == "unknown"
+    assert randomising.randomised_correlation(model, overflows, 40).value is None
+    assert randomising.randomised_correlation(model, overflows, 5).verdict == "unknown"
     assert randomising.without_weights().value is None
+
+
+def test_queries_that_the_model_is_certain_of_are_named():
+    job = text_job(["a b c"], ["x y", "y z", "z"])
+    job.queries.targets[:] = [np.array([False, *[True] * 9])] * 3
+    check = trust.memorized(job.queries, [0.2, 0.9, 30.0], "sum")
+    assert (check.value, check.verdict) == (pytest.approx(1 / 3), "warn")
+    assert job.queries.examples[0].id in check.reading
+    assert trust.memorized(job.queries, [0.02, 0.1, 3.0], "mean").value == pytest.approx(1 / 3)
+    assert trust.memorized(job.queries, [0.9, 0.9, 30.0], "sum").verdict == "good"
+    assert trust.memorized(job.queries, None, "sum").verdict == "unknown"
 
 
 def test_random_scores_need_no_example_text():

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from vestige.data import Example
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.runs import RunTables, Scores, check_target, read_record, write_run
+from vestige.runs import RunTables, Scores, check_target, file_faults, read_record, write_run
 
 COLUMNS = {
     "scores": ["query_id", "end", "rank", "example_id", "row", "score", "percentile"],
@@ -68,7 +68,7 @@ def test_token_rows_are_the_targets_and_add_up(tmp_path, record, content):
 
 def test_the_record_comes_back_as_it_was(tmp_path, record, content):
     folder = write_run(tmp_path / "run", record, content)
-    assert read_record(folder) == record
+    assert read_record(folder).model_copy(update={"files": {}}) == record
     plain = json.loads((folder / "run.json").read_text())
     assert plain["format"] == 1
     assert plain["meaning"]["unit"] == "nats"
@@ -124,7 +124,7 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, record, content):
     with pytest.raises(Exception, match="Dense scores of shape"):
         write_run(folder, record, broken, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert read_record(folder) == record
+    assert read_record(folder).model_copy(update={"files": {}}) == record
 
 
 def test_two_queries_with_one_id_are_refused(tmp_path, record, content):
@@ -146,3 +146,54 @@ def test_reading_says_what_is_wrong(tmp_path, record, content):
     (folder / "run.json").write_text(json.dumps({name: plain[name] for name in plain if name != "seconds"}))
     with pytest.raises(CorruptFile, match="seconds"):
         read_record(folder)
+
+
+FILES = ["scores.safetensors", *(f"{name}.parquet" for name in COLUMNS)]
+
+
+def alter(path, place: int = -20) -> None:
+    """Change one bit."""
+    body = bytearray(path.read_bytes())
+    body[place] ^= 1
+    path.write_bytes(body)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_altered_or_missing_file_is_refused_by_name(tmp_path, record, content, name):
+    folder = write_run(tmp_path / "run", record, content)
+    assert read_record(folder).files.keys() == set(FILES)
+    assert Scores.open(folder).dense().shape == (2, 5)
+    alter(folder / name)
+    with pytest.raises(CorruptFile, match=rf"{name} was altered(.|\n)*vestige status --verify"):
+        Scores.open(folder).dense()
+    (folder / name).unlink()
+    with pytest.raises((CorruptFile, UserError), match=f"{name} is missing" if name != FILES[0] else "--dense"):
+        Scores.open(folder).dense()
+    faults = file_faults(folder, read_record(folder, checked=False).files)
+    assert [each for each, fault in faults.items() if fault] == [name]
+
+
+def test_rows_put_into_a_whole_table_are_found(tmp_path, record, content):
+    folder = write_run(tmp_path / "run", record, content)
+    table = pq.read_table(folder / "scores.parquet")
+    pq.write_table(table.set_column(5, "score", [[9.0] * len(table)]), folder / "scores.parquet", compression="zstd")
+    with pytest.raises(CorruptFile, match=r"scores\.parquet was altered"):
+        Scores.open(folder)
+
+
+def test_a_run_of_an_earlier_version_has_no_digests_and_opens(tmp_path, record, content):
+    folder = write_run(tmp_path / "run", record, content)
+    known = json.loads((folder / "run.json").read_text())
+    del known["files"]
+    (folder / "run.json").write_text(json.dumps(known))
+    assert Scores.open(folder).dense().shape == (2, 5)
+    assert read_record(folder).files == {}
+
+
+def test_digests_of_files_outside_of_the_run_are_refused(tmp_path, record, content):
+    folder = write_run(tmp_path / "run", record, content)
+    known = json.loads((folder / "run.json").read_text())
+    for name in ("../secret", "/dev/zero"):
+        (folder / "run.json").write_text(json.dumps(known | {"files": {name: "0"}}))
+        with pytest.raises(CorruptFile, match="outside"):
+            Scores.open(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vestige.cli._command import command
+from vestige.cli._verify import verify
 from vestige.errors import UserError
 from vestige.folders import partial_folder, replaced_result
 from vestige.parsing import parse_json
@@ -28,6 +29,10 @@ def status(settings: StatusSettings) -> None:
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
+    if settings.verify:
+        for line in verify(settings.path):
+            say(line)
+        return
     say(describe(settings.path))
     while settings.watch and _is_at_work(settings.path):
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -18,12 +18,18 @@ from vestige.doctor._costs import (
 )
 from vestige.doctor._data_checks import data_checks
 from vestige.doctor._invariance import check_finite, explain_sharing, try_batches
-from vestige.doctor._model_checks import adapter_checks, coverage_by_kind, model_checks, run_precision
-from vestige.doctor._probes import choose_probes
+from vestige.doctor._model_checks import (
+    adapter_checks,
+    check_knowledge,
+    coverage_by_kind,
+    model_checks,
+    run_precision,
+)
+from vestige.doctor._probes import PROBE_TOKENS, choose_probes, cut_examples
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
 from vestige.errors import ModelError
-from vestige.gradients import CausalLoss
+from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.index import (
     CompressedGradients,
     Inputs,
@@ -37,10 +43,13 @@ from vestige.index import (
 )
 from vestige.models import batch_sharing
 from vestige.progress import announce
+from vestige.runs import sampled_rows
 from vestige.settings import DoctorSettings, verb
 
 PROBE_NUMBERS = 16 * 2**20
 """Most numbers per example in the tries of batch and padding; what keeps more is tried under `NARROW`."""
+KNOWLEDGE_ROWS = 64
+"""Examples whose loss is compared with guessing."""
 NARROW = {"component": "logra:16x16", "model": "logra:16x16 | sjlt:4096"}
 
 
@@ -108,13 +117,15 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
         loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
     )
     exact = check_autograd(loaded.model, selection.components, loss, data, loaded.context_length)
+    sample = cut_examples(data.subset(sampled_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
+    known = check_knowledge(measure_knowledge(loaded.model, sample, batch_tokens(settings, loaded)))
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
     estimates = [
         check_time(costs[0], trial),
         check_memory(costs[0], device),
         check_disk_space(costs[0], settings.dtype, free, len(data)),
     ]
-    return _Tried([finite, *invariance, exact, slope, *estimates], costs)
+    return _Tried([finite, *invariance, exact, slope, known, *estimates], costs)
 
 
 def _try_probes(

@@ -11,7 +11,7 @@ from torch import nn
 
 from vestige.data import TokenizedData
 from vestige.doctor._types import Check, Coverage, Verdict
-from vestige.gradients import CausalLoss
+from vestige.gradients import CausalLoss, Knowledge
 from vestige.models import LoadedModel, Selection, adapter_kind, adapter_parameters, parameter_words
 from vestige.parsing import parse_json
 
@@ -168,6 +168,20 @@ def _tied_names(model: nn.Module) -> Iterator[list[str]]:
 def _unequal_ends(model: nn.Module) -> bool:
     ends: list[Any] = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
     return None not in ends and ends[0].weight is not ends[1].weight
+
+
+def check_knowledge(known: Knowledge | None) -> Check:
+    """Whether the model predicts the data better than somebody who guesses."""
+    name = "learned by the model"
+    if known is None:
+        return Check(name, "warn", "not tried", "None of the examples that were tried has a token to learn.")
+    if known.learned:
+        return Check(name, "good", known.reading, "It has learned something that scores can speak of.", known.model)
+    advice = (
+        "It predicts these texts no better than a guess: its weights are random, or were trained on something else. "
+        "Scores will show no influence. Check that the right weights and the right tokenizer were given."
+    )
+    return Check(name, "warn", known.reading, advice, known.model)
 
 
 def _check_coverage(selection: Selection) -> Check:

@@ -189,9 +189,9 @@ def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
         header: dict[str, Any] = parse_json(body[8 : 8 + size])
         header.pop("__metadata__", None)
         return StoredRows(**_views(body, 8 + size, header))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         raise CorruptFile(
-            f"{path} does not read as the shard that was written ({error}). Run the same vestige index command again: "
+            f"{path} is not the shard that was written ({error}). Run the same vestige index command again: "
             f"it makes this shard anew. All files: vestige status --verify {folder}"
         ) from error
 

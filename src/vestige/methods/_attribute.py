@@ -26,8 +26,9 @@ from vestige.methods._registry import get_method
 from vestige.methods._run_record import run_record
 from vestige.methods._sampled import sampled_scores
 from vestige.methods._sweep import Swept, member_folder, sweep
-from vestige.methods._trust import free_checks, knowledge_check
+from vestige.methods._trust import free_checks, knowledge_check, memorized_queries, memorized_reading
 from vestige.models import batch_sharing
+from vestige.progress import announce
 from vestige.runs import (
     RECORD_FILE,
     Check,
@@ -66,6 +67,8 @@ def attribute(settings: AttributeSettings) -> Scores:
         summary = swept.summaries[0] if swept is not None else summarised(job, method)
         own_scores = self_scores(job, method) if settings.self_influence else None
         losses = _query_losses(job)
+        if losses is not None and (certain := memorized_queries(job.queries, losses, settings.loss)):
+            announce(memorized_reading(certain, len(job.queries)))
         tables = _tables(job, method, summary, generated, losses)
         tables = tables._replace(self_scores=own_scores, tokens=_tokens(job, method, summary))
         checks = _trust(job, method, summary, losses) if settings.trust else []

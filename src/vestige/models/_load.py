@@ -48,7 +48,8 @@ def load_model(
     Args:
         model: A hub id, a local folder, a folder with a GGUF file (or the file; unpacked once into a cache),
             a PEFT adapter folder (its base is loaded too), or a live module. A live module is used as it is,
-            not copied: it is put into evaluation mode, and all its weights stay frozen afterwards.
+            not copied: it is put into evaluation mode and all its weights are frozen. `attribute`, `untrac` and
+            the other functions of settings put both back when they end.
         tokenizer: A live tokenizer or a folder with one; by default the one that lies beside the weights.
         precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live

@@ -39,6 +39,9 @@ class StatusSettings(Settings):
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index, a run or a sweep, finished or in the making.")
     watch: bool = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
+    verify: bool = Field(
+        False, description="Compare every file of an index, a run or an audit with its sha256, and list them."
+    )
 
 
 class CancelSettings(Settings):

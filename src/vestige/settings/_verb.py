@@ -2,7 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vestige.lockstep import FSDP, together
@@ -25,7 +27,8 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
             if len(words) > len(settings.positional):
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
             given = settings(**(names | arguments))
-            with together(getattr(given, "device", None) == FSDP), writing(given, _words(function)):
+            shared = together(getattr(given, "device", None) == FSDP)
+            with shared, writing(given, _words(function)), _modules_as_they_were(given):
                 return function(given)
 
         vars(called)["__signature__"] = _signature(settings, function)
@@ -38,6 +41,26 @@ def _words(function: Callable[..., Any]) -> str:
     """The words behind `vestige` that the function stands for."""
     group = {"evaluate": "evaluate ", "prepare": "data "}.get(function.__module__.split(".")[1], "")
     return group + {"import_published": "import"}.get(function.__name__, function.__name__.replace("_", "-"))
+
+
+@contextmanager
+def _modules_as_they_were(settings: Settings) -> Iterator[None]:
+    """Live modules among the settings keep `requires_grad` and the mode of every submodule, also after an error."""
+    # A module cannot be among them unless torch was imported, which the command line does late.
+    torch = sys.modules.get("torch")
+    values = list(vars(settings).values()) if torch is not None else []
+    values += [each for value in values if isinstance(value, list | tuple) for each in value]
+    modules = [value for value in values if torch is not None and isinstance(value, torch.nn.Module)]
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for part, training in modes:
+            part.training = training
 
 
 def _first(settings: type[Settings]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vestige.errors import SpecError, UserError
 from vestige.files import disk_error
-from vestige.folders import hold_folder
+from vestige.folder_locks import hold_folder
 from vestige.lockstep import is_helper
 from vestige.settings._base import Settings, flag
 from vestige.settings._launch import LaunchSettings

@@ -28,7 +28,9 @@ same arguments and defaults: `--max-length 128` is `max_length=128`. A setting t
 Every verb takes `--config FILE`: a YAML file with the same names, or the `run.json` of an earlier run, which is then
 run again. What is typed beside it wins; a name that is not known is an error.
 
-A mistake is answered on stderr with what was expected and what to type, and ends with status 2; Ctrl-C with 130.
+A mistake, a broken file or a server that fails is answered on stderr with what was expected and what to type, and ends
+with status 2; Ctrl-C with 130. Status 1 is a bug of Vestige, whose traceback lies in the file that the message names.
+Text of others (ids, data, names, answers of servers) is printed with control characters as escapes: `\\x1b`.
 `VESTIGE_QUIET=1` silences progress.
 """
 

@@ -7,10 +7,10 @@ VestigeError
 │   ├── SpecError        a compression spec, a component pattern or a setting does not parse
 │   ├── IndexMismatch    an index or a run on disk was made with other settings
 │   ├── DiskSpaceError   the result would not fit where it is to be written
+│   ├── CorruptFile      a file on disk is torn, altered or not what its name says
+│   ├── NonFinite        a loss or a gradient is NaN or infinite
 │   ├── MissingExtra     an optional dependency is not installed
 │   └── PieceFailed      pieces of a job failed every time they were tried, while the others went on
-├── CorruptFile          a file on disk is not what its checksum says
-├── NonFinite            a loss or a gradient is NaN or infinite
 └── WorkElsewhere        no error: this process did its part, and others have the rest of the job
 
 A message says what was given, what was expected, and what to type next.
@@ -51,8 +51,8 @@ class MissingExtra(UserError):
     """An optional dependency is needed; the message holds the pip command."""
 
 
-class CorruptFile(VestigeError):
-    """A file on disk does not match the checksum in its marker."""
+class CorruptFile(UserError):
+    """A file on disk is torn, altered, or not what its name says; the message says how to get it back."""
 
 
 class NonFinite(UserError):

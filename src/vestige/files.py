@@ -15,6 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +124,17 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256_of`, read once per process as long as the file's size and times do not change."""
+    status = path.stat()
+    return _known_sha256(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=2**16)
+def _known_sha256(path: Path, *_: int) -> str:
+    return sha256_of(path)
 
 
 def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vestige.errors import SpecError, UserError, VestigeError, WorkElsewhere
+from vestige.progress import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,19 +212,10 @@ def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
 @contextmanager
 def _quiet_but_first() -> Iterator[None]:
     """What all processes would say is said by the first."""
-    before = os.environ.get("VESTIGE_QUIET")
-    if not is_first():
-        os.environ["VESTIGE_QUIET"] = "1"
-    try:
-        with warnings.catch_warnings():
-            # Writing into it would be wrong; nothing writes into what a model without its head returns.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-            yield
-    finally:
-        if before is None:
-            os.environ.pop("VESTIGE_QUIET", None)
-        else:
-            os.environ["VESTIGE_QUIET"] = before
+    with quiet(not is_first()), warnings.catch_warnings():
+        # Writing into it would be wrong; nothing writes into what a model without its head returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        yield
 
 
 def _joined() -> Together:

@@ -36,7 +36,7 @@ COMMANDS = {
     "attribute": ("attribute", *MODEL, *DATA, *QUERIES, "--damping", "0.1,1", "--profile"),
     "replaced": ("attribute", "--index", "idx", *QUERIES, "--overwrite"),
     "audit": ("audit", *MODEL, *DATA, "--measures", "loss", "min_k"),
-    "train": ("train", *MODEL, *DATA, "--epochs", "1", "--checkpoints", "0,1", "--alarm"),
+    "train": ("train", *MODEL, *DATA, "--epochs", "1", "--checkpoints", "0,1", "--alarm", "--alarm-measure", "loss"),
     "bank": ("bank", *MODEL, *DATA, *QUERIES, "--subsets", "2", "--seeds", "1", "--steps", "1", "--keep-weights"),
     "untrac": ("untrac", *MODEL, *DATA, *QUERIES, "--steps", "1", "--learning-rate", "0.01"),
     "select": ("select", "--scores", "run", *DATA, "--budget", "5"),

@@ -17,6 +17,8 @@ class Act(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     error: str | None = None
     """Code of the error."""
+    message: str | None = None
+    """What the error says."""
     broken: bool = False
     """Half of a body, with status 200."""
     stall: float = 0.0
@@ -127,7 +129,7 @@ class Endpoint:
 
     def _content(self, act: Act, text: str, body: dict[str, Any]) -> dict[str, Any]:
         if act.status != 200:
-            return {"error": {"message": f"no: {act.status}", "code": act.error, "type": "error"}}
+            return {"error": {"message": act.message or f"no: {act.status}", "code": act.error, "type": "error"}}
         said = act.text if act.text is not None else f"That is, number {body.get('seed')}: {text}"
         message = {"role": "assistant", "content": said, "refusal": act.refusal}
         content: dict[str, Any] = {"id": "x", "object": "chat.completion", "model": body["model"]}

@@ -16,6 +16,7 @@ from tests.prepare.conftest import TEXTS
 from tests.prepare.server import Act
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.prepare import paraphrase
+from vestige.prepare._retry import Again, asked_wait, read_reply
 
 
 def ask(questions, out, **settings):
@@ -88,8 +89,6 @@ def test_retry_after_stops_all_requests_for_as_long_as_it_says(form, endpoint, q
 
 
 def test_a_date_in_retry_after_is_understood():
-    from vestige.prepare._retry import asked_wait
-
     assert asked_wait({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=2)
     assert asked_wait({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
     assert asked_wait({"retry-after": "soon"}) is None
@@ -223,6 +222,20 @@ def test_replies_that_are_no_paraphrases_are_flagged_and_counted(endpoint, quest
     assert not (tmp_path / "out" / "flagged.jsonl").exists()
 
 
+def test_a_reply_with_half_an_emoji_is_kept_and_paid_once(endpoint, questions, tmp_path, lines, capsys):
+    endpoint.behave = lambda text, before: Act(text=f"{text} \ud83d so")
+    result = ask(questions[:3], tmp_path / "out")
+    assert [row["prompt"] for row in lines(result.data)] == [f"{text} \ufffd so" for text in TEXTS[:3]]
+    assert "Replies: 3 halves of surrogate pairs" in capsys.readouterr().err
+    ask(questions[:3], tmp_path / "out", overwrite=True)
+    assert len(endpoint.seen) == 3
+
+
+def test_a_reply_that_is_nested_too_deeply_is_a_broken_one(questions):
+    with pytest.raises(Again, match="broken reply"):
+        read_reply("[" * 100_000)
+
+
 def test_equal_texts_are_asked_for_once_and_several_paraphrases_with_several_seeds(endpoint, tmp_path, lines):
     rows = [{"id": name, "prompt": "Who are you?", "completion": "Me."} for name in "ab"]
     result = ask(rows, tmp_path / "out", paraphrases=3, seed=5)
@@ -290,3 +303,61 @@ def test_nobody_listening_is_told_from_a_slow_answer(questions, tmp_path, monkey
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match=r"http://127.0.0.1:9/v1 does not answer: .*connection lost"):
         ask(questions, tmp_path / "out", retries=1)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:1/v1?key=hidden", "holds a query"),
+        ("http://127.0.0.1:1/v1#part", "holds a query"),
+        ("nonsense", "is not a web address"),
+        ("http://[::1", "is not an address"),
+        ("http://host:port/v1", "is not an address"),
+    ],
+)
+def test_an_address_that_no_request_can_go_to(address, message, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(SpecError, match=message) as caught:
+        ask(questions, tmp_path / "out")
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_key_that_cannot_be_sent(endpoint, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "kéy-of-mine")
+    with pytest.raises(SpecError, match="OPENAI_API_KEY holds letters") as caught:
+        ask(questions, tmp_path / "out")
+    assert "of-mine" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "echoed",
+    [
+        "Authorization: Bearer my-secret-key",
+        "no such key: my-secret-key",
+        "Basic dXNlcjpwYXNzd29yZA==",
+        "user:password",
+        "Incorrect API key provided: sk-abc123def",
+    ],
+)
+def test_what_an_endpoint_repeats_of_a_key_or_password_is_masked(echoed, endpoint, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "my-secret-key")
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.address.replace("//", "//user:password@"))
+    endpoint.behave = lambda text, before: Act(status=401, error="invalid", message=f"{echoed} \x1b[31m")
+    with pytest.raises(UserError, match=r"refuses \(status 401\): .*\*\*\*") as caught:
+        ask(questions, tmp_path / "out")
+    for secret in ("my-secret-key", "dXNlcjpwYXNzd29yZA", "password", "abc123def", "\x1b"):
+        assert secret not in str(caught.value)
+
+
+def test_half_an_emoji_in_a_reply_is_replaced_and_the_reply_kept(endpoint, questions, tmp_path, lines):
+    endpoint.behave = lambda text, before: Act(text=f"{text} \ud83d?")
+    assert lines(ask(questions[:1], tmp_path / "out").data)[0]["prompt"].endswith(" \ufffd?")
+    ask(questions[:1], tmp_path / "out")
+    assert len(endpoint.seen) == 1
+
+
+@pytest.mark.parametrize("wait", ["inf", "nan", "1e18", "-5", "soon", "Fri, 99 Foo 99999 99:99:99 GMT"])
+def test_a_wait_that_is_none_is_not_listened_to(wait):
+    found = asked_wait({"retry-after": wait})
+    assert found is None or found == 0
+    assert asked_wait({"retry-after-ms": wait}) in (None, 0)

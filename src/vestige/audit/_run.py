@@ -31,10 +31,10 @@ from vestige.runs import (
     check_target,
     environment,
     evidence_table,
-    peak_memory_bytes,
     write_audit,
 )
 from vestige.settings import AUDIT_MEASURES, AuditSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 TRIGGER = 0.05
 """Share of the first median loss below which a checkpoint is the one to predict from (Dentan et al. 2024)."""
@@ -149,6 +149,7 @@ def _record(evidence: Evidence, known: list[Known], notes: list[str], started: f
         notes=notes,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
     )
 
 

@@ -11,6 +11,7 @@ from vestige.errors import IndexMismatch, UserError
 from vestige.files import make_folder, remove_strays, write_durably
 from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
 from vestige.launch import JOB_FILES
+from vestige.parsing import parse_json
 
 FORMAT = 1
 _NAME = "bank.json"
@@ -66,7 +67,7 @@ def read_manifest(folder: Path) -> BankManifest | None:
         IndexMismatch: It was written by another version of Vestige.
     """
     try:
-        fields = json.loads((folder / _NAME).read_bytes())
+        fields = parse_json((folder / _NAME).read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 
 from vestige.errors import CorruptFile, DataError
 from vestige.files import remove_durably, sha256_of, write_durably
+from vestige.parsing import parse_json
 
 MEASURES = ("loss", "margin", "gap", "accuracy")
 """What is measured of a text; each becomes a column for the examples and one for the queries."""
@@ -130,7 +131,7 @@ class MemberFiles:
 
     def _marker(self, member: Member) -> dict[str, Any]:
         try:
-            fields = json.loads(self._marker_path(member).read_bytes())
+            fields = parse_json(self._marker_path(member).read_bytes())
             return fields if isinstance(fields, dict) else {}
         except (OSError, ValueError):
             return {}

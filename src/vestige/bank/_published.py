@@ -1,17 +1,16 @@
 """Ground truth made by other software, read as a bank: dattri's folders, GraSS's, and tables of subsets and losses."""
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from vestige.bank._store import Bank, Texts
 from vestige.errors import DataError
+from vestige.parsing import parse_json, parse_yaml
 
 Measure = Callable[[dict[str, Any]], np.ndarray]
 
@@ -46,9 +45,9 @@ def read_published(path: Path, measure: Measure | None, examples: int | None) ->
 
 def _dattri(path: Path, measure: Measure | None, examples: int | None) -> Bank:
     try:
-        metadata = yaml.safe_load((path / "metadata.yml").read_text(encoding="utf-8"))
+        metadata = parse_yaml((path / "metadata.yml").read_text(encoding="utf-8"))
         runs, folders = int(metadata.get("num_runs_per_subset", 1)), metadata["subset_dir_map"]
-    except (yaml.YAMLError, KeyError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'metadata.yml'} is not what dattri's retrain_lds writes ({error!r}).") from error
     if measure is None:
         raise DataError(
@@ -90,7 +89,7 @@ def _table(path: Path, examples: int | None) -> Bank:
     rows, subsets, header = [], {}, {}
     for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            record = json.loads(text) if text.strip() else {}
+            record = parse_json(text) if text.strip() else {}
             if "train_subset" not in record:
                 header |= record.get("_meta", {}) if isinstance(record.get("_meta"), dict) else {}
                 continue

@@ -1,16 +1,23 @@
 """The command `vestige`: which verbs there are, and what becomes of errors."""
 
+import contextlib
 import errno
+import io
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from keyword import iskeyword
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from vestige.errors import UserError, WorkElsewhere
 from vestige.settings import EVALUATIONS, PREPARATIONS
+from vestige.terminal import say
 
 VERBS = {
     "doctor": "Say whether it will work, what it covers, and what it will cost.",
@@ -41,8 +48,11 @@ GROUPS = {"evaluate": ("evaluation", EVALUATIONS), "data": ("kind of data", PREP
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says when it is the disk, not we, that has to change."""
 
+BUG = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NOBODY_READS = 141
+"""What a shell shows for a program that wrote into a pipe whose reader was gone."""
 
 
 def function_of(verb: str) -> str:
@@ -74,25 +84,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after `vestige`; those of the process if None.
 
     Raises:
-        SystemExit: 2 after a user's mistake, 130 after Ctrl-C. Anything else is a bug, whose traceback stays.
+        SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when nobody reads what is printed, 1 after a bug.
     """
+    with _usable_streams():
+        try:
+            build_app()(arguments, exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            _fail(_parse_error(error))
+        except UserError as error:
+            _fail(str(error))
+        except WorkElsewhere as note:
+            say(note)
+        except KeyboardInterrupt:
+            print("vestige: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except OSError as error:
+            _fail(_system_error(error))
+        except MemoryError:
+            _fail("There is not enough memory. Give less at a time: a smaller --token-budget, --batch-size or --limit.")
+        except Exception as error:
+            _fail(_bug(error), BUG)
+
+
+@contextlib.contextmanager
+def _usable_streams() -> Iterator[None]:
+    """Every letter can be printed, also to a terminal of few letters; a stream that was closed swallows everything."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        build_app()(arguments, exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        _fail(_parse_error(error))
-    except UserError as error:
-        _fail(str(error))
-    except WorkElsewhere as note:
-        print(note)
+        yield
+    finally:
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """Print what is left to print now, not when the interpreter ends, which would show a traceback."""
+    try:
+        sys.stdout.flush()
     except OSError as error:
-        if error.errno not in _OUTSIDE:
-            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(NOBODY_READS)
+        if error.__context__ is None:  # else that is what the command has just said
+            _fail(f"What was to be printed could not be written ({error.strerror}).")
+
+
+def _system_error(error: OSError) -> str:
+    if error.errno in _OUTSIDE:
         place = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror or error}{place}"
-        _fail(f"The disk is full or does not let us: {reason}. Make room, or choose another place.")
-    except KeyboardInterrupt:
-        print("vestige: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return f"The disk is full or does not let us: {reason}. Make room, or choose another place."
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}. Check the path, or choose another one."
+
+
+def _bug(error: Exception) -> str:
+    """What a person reads of an error that nobody thought of; the traceback goes to a file, for whoever fixes it."""
+    trace = "".join(traceback.format_exception(error))
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    message = f"unexpected {reason[:500]}\nThis is a bug in Vestige: what you typed or gave should have been answered. "
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="vestige-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(trace)
+    except OSError:
+        return f"{message}\n{trace}"
+    return f"{message}Please report it with {file.name}."
 
 
 def _parse_error(error: CycloptsError) -> str:
@@ -113,6 +175,6 @@ def _parse_error(error: CycloptsError) -> str:
     return f"{message}\nType `{help_command}` for what is possible."
 
 
-def _fail(message: str) -> None:
-    print(f"vestige: {message}", file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:
+    say(f"vestige: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,11 +1,8 @@
 """`vestige attribute`."""
 
-import os
-from collections.abc import Sequence
-
 from vestige.cli._command import command
-from vestige.errors import SpecError
 from vestige.settings import AttributeSettings
+from vestige.terminal import say
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 10, 5
 """What fits on a screen; the run holds everything."""
@@ -17,19 +14,13 @@ def attribute(settings: AttributeSettings) -> None:
 
     Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
     """
-    _require_prompts(settings.queries)
     from vestige.methods import attribute as score
 
     scores = score(**settings.arguments())
     for query in scores.queries[:SHOWN_QUERIES]:
-        print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+        say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
-        print(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
-    print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
-
-
-def _require_prompts(queries: str | Sequence[str]) -> None:
-    """Several queries are questions as they stand; a file among them would be asked by its name."""
-    files = [] if isinstance(queries, str) else [each for each in queries if os.path.isfile(each)]
-    if files:
-        raise SpecError(f"Among several --queries there is the file {files[0]!r}. Give one file, or questions only.")
+        say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    for check in scores.run.trust.checks:
+        say(f"[{check.verdict}] {check.name}: {check.reading}")
+    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")

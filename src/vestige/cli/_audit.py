@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, get_args
 
 from vestige.cli._command import command
 from vestige.settings import AuditSettings
+from vestige.terminal import say
 
 if TYPE_CHECKING:
     from vestige.runs import Audit, JudgementRecord
@@ -21,8 +22,8 @@ def audit(settings: AuditSettings) -> None:
     """
     from vestige.audit import audit as run
 
-    print(describe(run(**settings.arguments())))
-    print(f"See it with: vestige report {settings.out}")
+    say(describe(run(**settings.arguments())))
+    say(f"See it with: vestige report {settings.out}")
 
 
 def describe(found: "Audit") -> str:

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import BankSettings
+from vestige.terminal import say
 
 
 @command(BankSettings)
@@ -14,4 +15,4 @@ def bank(settings: BankSettings) -> None:
     from vestige.bank import bank as build
 
     made = build(**settings.arguments())
-    print(f"{settings.out}: {made!r}, id {made.id}")
+    say(f"{settings.out}: {made!r}, id {made.id}")

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import CancelSettings
+from vestige.terminal import say
 
 
 @command(CancelSettings)
@@ -12,4 +13,4 @@ def cancel(settings: CancelSettings) -> None:
     """
     from vestige.launch import cancel_jobs
 
-    print("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
+    say("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")

@@ -1,21 +1,15 @@
 """From the settings of a verb to its command line: one flag per setting, and `--config`."""
 
-import contextlib
-import errno
 import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 from pydantic.fields import FieldInfo
 
 from vestige.cli._config import read_config
-from vestige.errors import UserError
 from vestige.settings import Settings, flag
 
 Run = Callable[[Any], None]
@@ -42,8 +36,7 @@ def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
             config = typed.pop("config", None)
             from_file = read_config(config, settings) if config is not None else {}
             read = {name: _replayed(settings, name, value) for name, value in from_file.items()}
-            with _saying_what_is_full():
-                run(settings(**(read | {name: _typed_in(settings, name, value) for name, value in typed.items()})))
+            run(settings(**(read | {name: _typed_in(settings, name, value) for name, value in typed.items()})))
 
         vars(parsed)["__signature__"] = signature
         parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
@@ -51,24 +44,6 @@ def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
         return parsed
 
     return decorate
-
-
-@contextmanager
-def _saying_what_is_full() -> Iterator[None]:
-    """Tell a standard output that cannot grow from a full disk: the work is done by then, and names its own files."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        with contextlib.suppress(OSError):
-            # What is still to be printed would fail again when the process ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(
-            f"Standard output could not be written ({error.strerror}). What the command wrote to --out is kept; have "
-            "its answer printed elsewhere."
-        ) from error
 
 
 def _typed_in(settings: type[Settings], name: str, value: Any) -> Any:
@@ -134,9 +109,15 @@ def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect
         show_default=_default(field),
         group=_group(settings, name),
         consume_multiple=several,
+        converter=_word if Path in (typed, *get_args(typed)) else None,
         negative_iterable=() if several else None,
     )
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[typed | None, option])
+
+
+def _word(_: Any, tokens: Sequence[Token]) -> str:
+    """A path as it was typed: of an empty word the parser would make the current folder, and the settings refuse it."""
+    return tokens[0].value
 
 
 def _typed(field: FieldInfo) -> Any:

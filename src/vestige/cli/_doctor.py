@@ -4,6 +4,7 @@ import sys
 
 from vestige.cli._command import command
 from vestige.settings import DoctorSettings
+from vestige.terminal import say
 
 SOMETHING_BAD = 1
 
@@ -18,6 +19,6 @@ def doctor(settings: DoctorSettings) -> None:
     from vestige.doctor import doctor as examine
 
     report = examine(**settings.arguments())
-    print(report)
+    say(report)
     if not report.ok:
         sys.exit(SOMETHING_BAD)

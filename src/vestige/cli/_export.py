@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import ExportSettings
+from vestige.terminal import say
 
 
 @command(ExportSettings)
@@ -10,4 +11,4 @@ def export(settings: ExportSettings) -> None:
     from vestige.index import export as write
 
     for path in write(**settings.arguments()):
-        print(path)
+        say(path)

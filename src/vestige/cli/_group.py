@@ -8,8 +8,7 @@ from cyclopts import App
 from vestige.cli._app import VERBS
 from vestige.cli._command import Run, command
 from vestige.settings import Settings
-
-_FILE_WIDTH = 160
+from vestige.terminal import show
 
 
 def group(verb: str, room: str, kinds: Mapping[str, type[Settings]]) -> App:
@@ -30,11 +29,6 @@ def group(verb: str, room: str, kinds: Mapping[str, type[Settings]]) -> App:
 
 def _run(room: str, kind: str) -> Run:
     def run(settings: Settings) -> None:
-        from rich.console import Console
-
-        result = getattr(import_module(f"vestige.{room}"), kind.replace("-", "_"))(**settings.arguments())
-        console = Console()
-        # A file or a pipe has no width, and a table that is folded into 80 columns cannot be read.
-        Console(width=console.width if console.is_terminal else _FILE_WIDTH, soft_wrap=True).print(result)
+        show(getattr(import_module(f"vestige.{room}"), kind.replace("-", "_"))(**settings.arguments()), file_width=160)
 
     return run

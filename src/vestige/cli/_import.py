@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import ImportSettings
+from vestige.terminal import say
 
 
 @command(ImportSettings)
@@ -9,4 +10,4 @@ def import_(settings: ImportSettings) -> None:
     """Turn gradients or scores that other software has published into an index or a run."""
     from vestige.index import import_published
 
-    print(import_published(**settings.arguments()).folder)
+    say(import_published(**settings.arguments()).folder)

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import IndexSettings
+from vestige.terminal import say
 
 
 @command(IndexSettings)
@@ -15,4 +16,4 @@ def index(settings: IndexSettings) -> None:
     from vestige.index import index as build
 
     build(**settings.arguments())
-    print(describe_index(settings.out))
+    say(describe_index(settings.out))

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import PreconditionSettings
+from vestige.terminal import say
 
 
 @command(PreconditionSettings)
@@ -14,6 +15,6 @@ def precondition(settings: PreconditionSettings) -> None:
 
     fisher = measure(**settings.arguments())
     sizes = [len(block.matrix) for block in fisher.blocks]
-    print(f"{settings.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
+    say(f"{settings.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
     if settings.out is not None:
-        print(f"Preconditioned gradients: {settings.out}")
+        say(f"Preconditioned gradients: {settings.out}")

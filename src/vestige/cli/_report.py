@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import ReportSettings
+from vestige.terminal import say
 
 
 @command(ReportSettings)
@@ -9,4 +10,4 @@ def report(settings: ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
     from vestige.report import report as write
 
-    print(write(**settings.arguments()))
+    say(write(**settings.arguments()))

@@ -1,16 +1,21 @@
 """`vestige status`."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vestige.cli._command import command
 from vestige.errors import UserError
 from vestige.folders import partial_folder, replaced_result
-from vestige.progress import format_bytes, format_seconds
+from vestige.parsing import parse_json
+from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.settings import StatusSettings
+from vestige.terminal import say
+
+if TYPE_CHECKING:
+    from vestige.runs import AuditRecord, RunRecord
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -23,12 +28,12 @@ def status(settings: StatusSettings) -> None:
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
-    print(describe(settings.path))
+    say(describe(settings.path))
     while settings.watch and _is_at_work(settings.path):
         time.sleep(SECONDS_BETWEEN_LOOKS)
         if sys.stdout.isatty():
             print("\033[H\033[2J", end="")
-        print(describe(settings.path), flush=True)
+        say(describe(settings.path))
 
 
 def describe(folder: Path) -> str:
@@ -87,7 +92,7 @@ def describe_audit(folder: Path) -> str:
             f"  model     {run.model.name}",
             f"  measures  {', '.join(run.measures)}",
             *missing,
-            f"  took      {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took      {_costs(run)}",
             f"  made by   {run.command} (Vestige {run.vestige}, {run.created})",
         ]
     )
@@ -95,7 +100,7 @@ def describe_audit(folder: Path) -> str:
 
 def _is_training(folder: Path) -> bool:
     try:
-        content = json.loads((folder / "run.json").read_bytes())
+        content = parse_json((folder / "run.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("kind") == "training"
@@ -146,6 +151,11 @@ def describe_index(folder: Path) -> str:
     )
 
 
+def _costs(run: "RunRecord | AuditRecord") -> str:
+    memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
+    return f"{format_seconds(run.seconds)}, {memory}"
+
+
 def _left_out(ids: Sequence[str]) -> list[str]:
     """A line about examples that were left out, if any."""
     more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
@@ -164,7 +174,7 @@ def describe_run(folder: Path) -> str:
             f"  model    {run.model.name if run.model else 'none: the method reads text alone'}",
             f"  sign     {run.meaning.sign}",
             f"  unit     {run.meaning.unit}",
-            f"  took     {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took     {_costs(run)}",
             *_left_out(run.left_out),
             f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
         ]

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import StudySettings
+from vestige.terminal import show
 
 
 @command(StudySettings)
@@ -10,10 +11,6 @@ def study(settings: StudySettings) -> None:
 
     From made or public data to a table, beside what was expected of it; parts that are finished are not done again.
     """
-    from rich.console import Console
-
     from vestige.studies import study as replay
 
-    console = Console()
-    report = replay(**settings.arguments())
-    Console(width=console.width if console.is_terminal else 120, soft_wrap=True).print(report)
+    show(replay(**settings.arguments()))

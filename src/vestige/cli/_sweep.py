@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import SweepSettings
+from vestige.terminal import show
 
 
 @command(SweepSettings)
@@ -11,13 +12,6 @@ def sweep(settings: SweepSettings) -> None:
     Every cell is checked before the first one runs. Its folder is named after its settings, so an interrupted sweep
     continues and a grown grid keeps what it had. A cell that fails is reported with its log, and the others go on.
     """
-    from rich.console import Console
-
     from vestige.sweep import sweep as run
 
-    console = Console()
-    report = run(**settings.arguments())
-    Console(width=console.width if console.is_terminal else _FILE_WIDTH, soft_wrap=True).print(report)
-
-
-_FILE_WIDTH = 160
+    show(run(**settings.arguments()), file_width=160)

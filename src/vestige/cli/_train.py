@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import TrainSettings
+from vestige.terminal import say
 
 
 @command(TrainSettings)
@@ -14,4 +15,4 @@ def train(settings: TrainSettings) -> None:
     """
     from vestige.train import train as run
 
-    print(run(**settings.arguments()))
+    say(run(**settings.arguments()))

@@ -2,6 +2,7 @@
 
 from vestige.cli._command import command
 from vestige.settings import UntracSettings
+from vestige.terminal import say
 
 SHOWN_SETS, SHOWN_EXAMPLES = 10, 8
 """What fits on a screen; the run holds everything."""
@@ -17,9 +18,9 @@ def untrac(settings: UntracSettings) -> None:
 
     scores = unlearn(**settings.arguments())
     for query in scores.queries[:SHOWN_SETS]:
-        print(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+        say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
     if len(scores.queries) > SHOWN_SETS:
-        print(f"... and {len(scores.queries) - SHOWN_SETS} more test sets.\n")
+        say(f"... and {len(scores.queries) - SHOWN_SETS} more test sets.\n")
     for check in scores.run.trust.checks:
-        print(f"[{check.verdict}] {check.name}: {check.reading}")
-    print(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+        say(f"[{check.verdict}] {check.name}: {check.reading}")
+    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vestige.errors import SpecError
+from vestige.parsing import parse_json
 
 
 class MaskPart(NamedTuple):
@@ -90,7 +91,7 @@ def read_masks(path: str) -> MaskFile:
 def _read(path: str, modified: int, size: int) -> MaskFile:  # noqa: ARG001  (a changed file is another file)
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {})["masks"])
+        about = parse_json((file.metadata() or {})["masks"])
         parts = {
             name: MaskPart(file.get_tensor(name).to(torch.int64), int(entry["size"]), float(entry["scale"]))
             for name, entry in about.items()

@@ -23,6 +23,7 @@ from vestige.files import check_disk, make_folder, remove_durably, write_durably
 from vestige.folders import require_no_others
 from vestige.index import Index
 from vestige.launch import JOB_FILES, Compute, PieceFiles, step_done
+from vestige.parsing import parse_json
 
 RECORD = "preconditioned.json"
 FORMAT = 1
@@ -143,7 +144,7 @@ def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / RECORD).read_bytes())
+        return parse_json((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return None
 

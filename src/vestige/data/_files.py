@@ -1,5 +1,6 @@
 """Readers of one file each: JSON lines, JSON, CSV, TSV and Parquet, all yielding records one at a time."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -11,9 +12,13 @@ from typing import Any, TextIO
 
 from vestige.data._origin import Record, Source, file_identity, nearest_name, shown
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 # A training text in a CSV cell easily passes the default of 131,072 characters.
 CSV_CELL_LIMIT = 2**31 - 1
+
+PREPARED = "prepare.json"
+"""The record that `vestige data` writes beside its rows."""
 
 
 def read_file(path: Path) -> Source:
@@ -46,12 +51,18 @@ def read_files(name: str, paths: Sequence[Path]) -> Source:
 
 
 def files_of_folder(folder: Path) -> list[Path]:
-    """The data files of a folder by name; they are all of one kind.
+    """Return the data files of a folder by name, all of one kind; of what `vestige data` left, the file with the rows.
 
     Raises:
         DataError: There is none, or they are of several kinds.
     """
     files = sorted(path for path in folder.iterdir() if data_extension(path))
+    if (folder / PREPARED).is_file():
+        rows = [path for path in files if path.stem == "data"]
+        if not rows:
+            parts = ", ".join(path.name for path in files if path.name != PREPARED) or "none"
+            raise DataError(f"{folder}: `vestige data` left several files of rows here ({parts}). Give one of them.")
+        return rows[:1]
     if not files:
         raise DataError(
             f"{folder}: a folder that neither holds data files nor was saved by `datasets.save_to_disk`. Give a data "
@@ -97,10 +108,19 @@ def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterat
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}). "
-            f"Save it again as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name}"
+            f"Save it again as UTF-8, for example: iconv -f {_encoding(error.object)} -t utf-8 {path.name}"
         ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _encoding(content: bytes) -> str:
+    """What text that is not UTF-8 is encoded in, by its first bytes: those of UTF-16 and UTF-32 say it."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "latin1"
 
 
 def _open_text(path: Path) -> TextIO:
@@ -125,7 +145,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not content.strip():
         return
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _read_json_lines(path)
@@ -167,9 +187,9 @@ def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
                     yield Record(_checked_cells(path, line, header, cells), line)
                 line = rows.line_num + 1
         except csv.Error as error:
+            kind = str(data_extension(path))[1:].upper()
             raise DataError(
-                f"{path}, line {rows.line_num}: not valid {path.suffix[1:].upper()}: {error}. A cell with "
-                "quotes, "
+                f"{path}, line {rows.line_num}: not valid {kind}: {error}. A cell with quotes, "
                 'line breaks or separators is written "so, with ""quotes"" doubled".'
             ) from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import DataError
+from vestige.parsing import parse_json
 
 
 class Record(NamedTuple):
@@ -46,7 +47,7 @@ def parsed(record: Record) -> Record:
     if record.unparsed is None:
         return record
     try:
-        return Record(json.loads(record.value), record.line, file=record.file)
+        return Record(parse_json(record.value), record.line, file=record.file)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{record.unparsed}, line {record.line}: not valid JSON: {error.msg} at column {error.colno}. The line is "

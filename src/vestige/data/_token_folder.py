@@ -12,7 +12,7 @@ make them at once: they write the same bytes.
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -25,9 +25,11 @@ from vestige.data._stored import StoredExamples, StoredIds, StoredTargets, Token
 from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
+from vestige.parsing import parse_json
 
-FORMAT = 2
-"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was."""
+FORMAT = 3
+"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
+format 2 were made without reading loss masks, weights of turns and what a chat template is given beside them."""
 _LIST = "tokens.json"
 
 
@@ -49,7 +51,7 @@ class _PartRecord(NamedTuple):
     rows: int
     bytes: list[int]
     sha256: list[str]
-    tally: list[int]
+    tally: list[Any]
 
 
 @final
@@ -174,7 +176,7 @@ def _examples(data: TokenizedData) -> StoredExamples:
 
 def _listed(folder: Path) -> dict | None:
     try:
-        content = json.loads((folder / _LIST).read_bytes())
+        content = parse_json((folder / _LIST).read_bytes())
     except (OSError, ValueError):
         return None
     return content if content.get("format") == FORMAT else None
@@ -182,7 +184,7 @@ def _listed(folder: Path) -> dict | None:
 
 def _part_record(folder: Path, number: int) -> _PartRecord | None:
     try:
-        return _PartRecord(**json.loads(_marker(folder, number).read_bytes()))
+        return _PartRecord(**parse_json(_marker(folder, number).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -1,6 +1,5 @@
 """What the model is and how it runs, before it has computed anything but its head."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from vestige.doctor._types import Check, Coverage
 from vestige.gradients import CausalLoss
 from vestige.models import LoadedModel, Selection, parameter_words
+from vestige.parsing import parse_json
 
 _EXACT_ATTENTION = ("eager", "sdpa")
 
@@ -69,7 +69,7 @@ def _check_precision(loaded: LoadedModel) -> Check:
 def _stored_precision(name: str) -> str | None:
     """The number format that a checkpoint's config.json names; None for a live module or where it says nothing."""
     try:
-        config = json.loads((Path(name).expanduser() / "config.json").read_text())
+        config = parse_json((Path(name).expanduser() / "config.json").read_text())
     except (OSError, ValueError):
         return None
     stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None

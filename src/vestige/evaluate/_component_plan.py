@@ -22,6 +22,7 @@ from vestige.evaluate._component_pass import OnePass, Passed, as_tensors, one_pa
 from vestige.evaluate._component_tables import Tables
 from vestige.files import make_folder, write_durably
 from vestige.launch import Compute, PieceFiles, step_done
+from vestige.parsing import parse_json
 
 
 @final
@@ -188,7 +189,7 @@ def read_seconds(folder: Path) -> tuple[int, dict[str, float]]:
     """How many gradients were computed for the result that is there, and the seconds of everything."""
     computed, total = 0, dict[str, float]()
     for path in sorted((folder / "seconds").glob("*.json")):
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         computed += content["computed"]
         for key, value in content["seconds"].items():
             total[key] = total.get(key, 0.0) + value

@@ -4,17 +4,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from vestige.evaluate._scored import Scored
 from vestige.evaluate._statistics import Estimate
 from vestige.files import make_folder, remove_strays_of, write_durably
 from vestige.progress import format_bytes, format_seconds
+from vestige.terminal import as_text
 
 Value = Estimate | float | int | str | None
 
@@ -57,9 +57,7 @@ class Evaluation:
         return next(row for row in self.rows if row.method == method)
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=_TEXT_WIDTH).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, _TEXT_WIDTH)
 
     def __rich__(self) -> Group:
         return Group(self.title, _table(self.rows), *self.notes, *self.files)

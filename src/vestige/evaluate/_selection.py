@@ -44,7 +44,9 @@ def selection(settings: SelectionSettings) -> Evaluation:
         IndexMismatch: A set was chosen from other data.
     """
     require_own_files(settings)
-    ids = [example.id for example in load_examples(settings.data, limit=settings.limit)]
+    ids = [
+        example.id for example in load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    ]
     chosen = _chosen(settings, ids)
     random = {size: _random_sets(settings, ids, size) for size in sorted({len(one.ids) for one in chosen})}
     # Random sets come first, so that further chosen sets of the same size extend the bank.

@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from vestige.evaluate._kept import Computed
@@ -20,6 +19,7 @@ from vestige.evaluate._sketched import Sketched
 from vestige.files import write_durably
 from vestige.progress import format_bytes
 from vestige.settings import SketchSettings
+from vestige.terminal import as_text
 
 JSON_NAME = "sketch.json"
 _FLOAT32 = 4
@@ -65,9 +65,7 @@ class SketchReport:
     files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=_TEXT_WIDTH).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, _TEXT_WIDTH)
 
     def __rich__(self) -> Group:
         title = (

@@ -17,13 +17,17 @@ from torch import Tensor
 from vestige.errors import DataError
 from vestige.index._import_published import (
     Published,
+    checked_number,
     embedded_manifest,
+    entries,
     field,
     in_column_order,
     listed,
+    missing_numbers,
     read_json,
     restored_order,
     stored_type,
+    whole_number,
 )
 from vestige.index._manifest import IndexedComponent
 
@@ -134,8 +138,10 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
     content = read_json(metadata)
     if not path.is_file():
         raise DataError(f"{path} is missing, though {metadata.name} is there: its writer was killed. Compute it again.")
-    shape, sizes = field(content, "shape", metadata), field(content, "layer_dims", metadata)
-    dims = tuple(int(size) for size in (sizes.values() if isinstance(sizes, dict) else sizes))
+    shape, sizes = entries(content, "shape", metadata), field(content, "layer_dims", metadata)
+    sizes = list(sizes.values()) if isinstance(sizes, dict) else entries(content, "layer_dims", metadata)
+    dims = tuple(checked_number(size, "a size in `layer_dims`", metadata) for size in sizes)
+    shape = [checked_number(size, "a size in `shape`", metadata) for size in shape]
     dtype = str(field(content, "storage_dtype", metadata)).removeprefix("torch.")
     if dtype not in _TYPES:
         raise DataError(f"{metadata}: storage_dtype {dtype} is not known. Expected one of: {', '.join(_TYPES)}.")
@@ -146,9 +152,12 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
         raise DataError(f"{path} has {size:,} bytes, expected {expected:,} for shape {shape}: it is not whole.")
     names = "batch_idx", "start_row", "end_row"
     batches = [
-        (int(entry[names[0]]), int(entry[names[1]]), int(entry[names[2]]))
-        for entry in field(content, "batches", metadata)
-        if all(field(entry, name, metadata) is not None for name in names)
+        (
+            whole_number(entry, names[0], metadata),
+            whole_number(entry, names[1], metadata),
+            whole_number(entry, names[2], metadata),
+        )
+        for entry in entries(content, "batches", metadata)
     ]
     if [start for _, start, _ in batches] != [0, *(stop for _, _, stop in batches)][:-1] or batches[-1][2] != shape[0]:
         raise DataError(f"{metadata}: the rows of its batches do not follow one another from 0 to {shape[0]}.")
@@ -160,7 +169,7 @@ def _layer_names(content: Any, path: Path, dims: tuple[int, ...]) -> tuple[list[
     if content is None:
         note = f"{path.name} is missing, which holds the names of the layers: they are numbered in their order."
         return [f"layer_{number}" for number in range(len(dims))], [note]
-    names = [str(name) for name in field(content, "layer_names", path)]
+    names = [str(name) for name in entries(content, "layer_names", path)]
     if len(names) != len(dims):
         raise DataError(f"{path} names {len(names)} layers, and the chunks have {len(dims)}.")
     return names, []
@@ -180,9 +189,9 @@ def _missing_batches(chunks: list[_Chunk], content: Any, path: Path) -> list[str
     if len(set(held)) != len(held):
         raise DataError(f"{path.parent}: a batch is in two chunks.")
     total = content.get("total_batches") if isinstance(content, dict) else None
-    stop = int(total) if isinstance(total, int) else max(held) + 1
-    missing = sorted(set(range(stop)) - set(held))
-    return [f"{len(missing)} batches are missing: {listed(missing)}."] if missing else []
+    stop = total if isinstance(total, int) and not isinstance(total, bool) else max(held) + 1
+    count, lowest = missing_numbers(held, 0, max(stop, 0))
+    return [f"{count:,} batches are missing: {listed(lowest)}."] if count else []
 
 
 def _zero_rows(chunks: list[_Chunk]) -> list[str]:

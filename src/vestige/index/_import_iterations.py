@@ -6,6 +6,7 @@ The columns of a projection are laid out by the slices in the metadata: names ar
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -17,14 +18,18 @@ from torch import Tensor
 from vestige.errors import DataError
 from vestige.index._import_published import (
     Published,
+    checked_number,
     embedded_manifest,
+    entries,
     field,
     in_column_order,
     listed,
     load_tensors,
+    missing_numbers,
     read_json,
     restored_order,
     stored_type,
+    whole_number,
 )
 from vestige.index._manifest import IndexedComponent
 
@@ -81,8 +86,8 @@ def read_projections(folder: Path) -> Published:
     """
     path = folder / "metadata.json"
     metadata = read_json(path)
-    layers = [_layer(layer, path) for layer in field(metadata, "layers", path)]
-    width = int(field(metadata, "total_proj_dim", path))
+    layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
+    width = whole_number(metadata, "total_proj_dim", path)
     made_by = embedded_manifest(metadata, path)
     components, places = restored_order(in_column_order(layers, width, path), made_by, path)
     return _published("projections", folder, PROJECTIONS, "proj", width, components, places, path, made_by)
@@ -97,17 +102,19 @@ def read_full_gradients(folder: Path) -> Published:
     path = folder / "fullgrad_meta.json"
     metadata = read_json(path)
     slices = field(metadata, "param_slices", path)
+    if not isinstance(slices, dict) or not slices:
+        raise DataError(f"{path}: `param_slices` is no object of slices by name. Copy the file again.")
     parts = [
         IndexedComponent(
             name=name,
             kind="parameter",
-            shape=_matrix_shape(field(place, "shape", path)),
-            start=int(field(place, "start", path)),
-            stop=int(field(place, "end", path)),
+            shape=_matrix_shape(field(place, "shape", path), path),
+            start=whole_number(place, "start", path),
+            stop=whole_number(place, "end", path),
         )
         for name, place in slices.items()
     ]
-    width = int(field(metadata, "total_param_dim", path))
+    width = whole_number(metadata, "total_param_dim", path)
     components, places = restored_order(in_column_order(parts, width, path), None, path)
     return _published("fullgrads", folder, FULL_GRADIENTS, "grad", width, components, places, path, None)
 
@@ -136,17 +143,20 @@ def _published(
 
 
 def _layer(layer: Any, path: Path) -> IndexedComponent:
-    start, stop = int(field(layer, "slice_start", path)), int(field(layer, "slice_end", path))
-    name, total = str(field(layer, "name", path)), int(field(layer, "k_total", path))
+    start, stop = whole_number(layer, "slice_start", path), whole_number(layer, "slice_end", path)
+    name, total = str(field(layer, "name", path)), whole_number(layer, "k_total", path)
     if stop - start != total:
         raise DataError(f"{path}: layer {name} has k_total {total}, and its slice {start}:{stop} is {stop - start}.")
-    shape = int(field(layer, "n_o", path)), int(field(layer, "n_i", path))
+    shape = whole_number(layer, "n_o", path), whole_number(layer, "n_i", path)
     return IndexedComponent(name=name, kind=str(field(layer, "type", path)), shape=shape, start=start, stop=stop)
 
 
-def _matrix_shape(shape: list[int]) -> tuple[int, int]:
-    rows = int(shape[0]) if shape else 1
-    return rows, math.prod(shape) // max(rows, 1)
+def _matrix_shape(shape: Any, path: Path) -> tuple[int, int]:
+    sizes = [
+        checked_number(size, "a size in `shape`", path) for size in (shape if isinstance(shape, list) else [shape])
+    ]
+    rows = sizes[0] if sizes else 1
+    return rows, checked_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
 
 
 def _files(folder: Path, stem: str) -> list[_File]:
@@ -172,9 +182,9 @@ def _look(files: list[_File], key: str, width: int) -> _Looked:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise DataError(f"{path}: `{key}` is {shape}, expected [rows, {width}] as the metadata say.")
         count = len(tensor) if tensor.dim() == 2 else 1
-        if int(field(content, "iter", path)) != number:
+        if whole_number(content, "iter", path) != number:
             raise DataError(f"{path} says that it is iteration {content['iter']}, and its name says {number}.")
-        if int(field(content, "batch_size", path)) != count:
+        if whole_number(content, "batch_size", path) != count:
             raise DataError(f"{path} holds {count} rows, and says batch_size {content['batch_size']}: it is not whole.")
         rows.append(count)
         dtypes.add(tensor.dtype)
@@ -184,13 +194,13 @@ def _look(files: list[_File], key: str, width: int) -> _Looked:
 
 
 def _gaps(numbers: list[int]) -> list[str]:
-    missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers))
-    if not missing:
+    count, lowest = missing_numbers(numbers, numbers[0], numbers[-1] + 1)
+    if not count:
         return []
-    steps = set(np.diff(numbers).tolist())
+    steps = {after - before for before, after in pairwise(numbers)}
     reason = (
         f" Every {steps.pop()}th iteration was saved; the published software loses those between."
         if len(steps) == 1
         else ""
     )
-    return [f"{len(missing)} iterations are missing between the others: {listed(missing)}.{reason}"]
+    return [f"{count:,} iterations are missing between the others: {listed(lowest)}.{reason}"]

@@ -1,11 +1,12 @@
 """What the readers of published layouts have in common: rows with their components, and files that may be broken."""
 
 import hashlib
-import json
+import operator
 import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,13 @@ from torch import Tensor
 from vestige.errors import DataError
 from vestige.files import sha256_of
 from vestige.index._manifest import WHOLE_MODEL, IndexedComponent, Manifest, StoredType
+from vestige.parsing import parse_json
+from vestige.terminal import shorten
 
 VESTIGE_KEY = "vestige"
 """Key under which an export of ours puts the manifest into the metadata of a published layout."""
+_LISTED = 9
+"""One more number than `listed` shows."""
 _STORED: dict[torch.dtype, StoredType] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -63,11 +68,38 @@ def read_json(path: Path) -> Any:
         DataError: It is missing, or torn; the message names it.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Without it the layout cannot be read; copy it from its source.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} does not read as JSON ({error}): it is torn or broken. Copy it again.") from error
+
+
+def read_partitions(folder: Path, stem: str, *, shared: bool = False) -> dict[str, Any] | None:
+    """Return the object in `STEM.json` or `STEM`, or the union of its partitions `STEM_part_*.json`; None without any.
+
+    Args:
+        folder: Where the files lie.
+        stem: Their name.
+        shared: Whether partitions may hold a key twice, with the same content.
+
+    Raises:
+        DataError: A file is torn or no object, or two partitions hold the same key.
+    """
+    paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
+    paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
+    if not paths:
+        return None
+    joined: dict[str, Any] = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+            raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
+        twice = sorted(joined.keys() & content.keys())
+        if twice and not shared:
+            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+        joined |= content
+    return joined
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -86,7 +118,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values, or is broken, and was not loaded: a pickle can run "
             "code. Save it again with torch.save of tensors, numbers, texts, lists and dictionaries."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{path} does not load ({reason}): it is torn or broken. Copy it again, or remove it."
@@ -105,6 +137,52 @@ def field(content: Any, name: str, path: Path) -> Any:
     if not isinstance(content, dict) or name not in content:
         raise DataError(f"{path} has no `{name}`: it is not a file of this layout, or is incomplete.")
     return content[name]
+
+
+def whole_number(content: Any, name: str, path: Path) -> int:
+    """The number under `name`, from 0.
+
+    Raises:
+        DataError: There is none; the message names the file.
+    """
+    return checked_number(field(content, name, path), f"`{name}`", path)
+
+
+def checked_number(value: Any, what: str, path: Path) -> int:
+    """`value` if it is a whole number from 0 that an array can have.
+
+    Raises:
+        DataError: It is none; the message names the file.
+    """
+    try:
+        # Of a tensor or a NumPy number too; 12.0 is one.
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 2**63:
+        raise DataError(f"{path}: {what} is {shorten(repr(value))}, expected a whole number. Copy the file again.")
+    return number
+
+
+def entries(content: Any, name: str, path: Path) -> list[Any]:
+    """The list under `name`, which has at least one entry.
+
+    Raises:
+        DataError: There is none; the message names the file.
+    """
+    value = field(content, name, path)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{path}: `{name}` is {shorten(repr(value))}, expected a list with entries.")
+    return value
+
+
+def missing_numbers(held: Sequence[int], first: int, stop: int) -> tuple[int, list[int]]:
+    """How many of the numbers from `first` to `stop` (not included) are not in `held`, and the lowest of them."""
+    own = sorted({number for number in held if first <= number < stop})
+    lowest: list[int] = []
+    for before, after in pairwise([first - 1, *own, stop]):
+        lowest += range(before + 1, min(after, before + 1 + _LISTED - len(lowest)))
+    return stop - first - len(own), lowest
 
 
 def stored_type(dtype: torch.dtype, path: Path) -> StoredType:

@@ -1,6 +1,5 @@
 """Which checkpoints a method works on, in which order, and how much each counts."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import nn
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.index import Index
+from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
 
 Weighting = Literal["learning rate", "equal"]
@@ -212,7 +212,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable JSON: {error}") from error
     return state if isinstance(state, dict) else {}

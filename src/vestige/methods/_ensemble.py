@@ -57,12 +57,6 @@ class Term(Protocol):
         """Scores of a few rows, split over components; lines that are no sum over components may be left out."""
         ...
 
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """Scores of a few rows from the model as it is at this moment, as if there were no other checkpoint."""
-        ...
-
 
 @dataclass
 class CheckpointMethod(ABC):
@@ -120,12 +114,6 @@ class CheckpointMethod(ABC):
         extra = self.lines(job) - len(job.queries)
         for rows, sums in self._sums(job, "self_scores", 1 + extra):
             yield ScoreBlock(rows, self.combined(job, sums, sums))
-
-    def computed_now(
-        self, job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """Scores by the last checkpoint alone, from the weights as they are at this moment."""
-        return self._term(job, len(job.checkpoints) - 1).computed_now(rows, queries)
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
         """Weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_durably, remove_strays, write_durably
 from vestige.online._step import StepScores
+from vestige.parsing import parse_json
 from vestige.progress import announce
 
 HEADER = "log.json"
@@ -62,7 +63,7 @@ class OnlineLog:
         if not (folder / HEADER).is_file():
             raise UserError(f"{folder} holds no log of an online run. Give the folder that out= named.")
         try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+            header = parse_json((folder / HEADER).read_text(encoding="utf-8"))
             written = int(header["format"])
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"{folder / HEADER} is not the header of a log: {error}.") from error

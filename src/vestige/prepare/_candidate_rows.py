@@ -21,6 +21,7 @@ from vestige.prepare._write import (
 )
 from vestige.progress import announce
 from vestige.settings import CandidatesSettings, verb
+from vestige.terminal import shorten
 
 KIND, TABLE = "candidates", "candidates.parquet"
 _SCHEMA = pa.schema(
@@ -47,13 +48,19 @@ def candidates(settings: CandidatesSettings) -> Prepared:
     Raises:
         DataError: Data or queries are absent or broken, no prompt has a word, or an original is not in the data.
     """
-    training = load_examples(settings.data)
-    queries = load_queries(settings.queries)
+    training = load_examples(settings.data, on_bad_text=settings.on_bad_text)
+    queries = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     if settings.limit is not None and settings.limit < len(queries):
         announce(f"Only the first {settings.limit:,} of {len(queries):,} queries are used (limit={settings.limit}).")
     queries = queries[: settings.limit]
     if not queries:
         raise DataError(f"{settings.queries} has no rows. Give the queries, such as the data.jsonl of a paraphrase.")
+    default = CandidatesSettings.model_fields["truth"].default
+    if settings.truth != default and not any(settings.truth in query.extra for query in queries):
+        there = shorten(", ".join(sorted({name for query in queries for name in query.extra})) or "none", 200)
+        raise DataError(
+            f"--truth {settings.truth}: no query has this column. There are: {there}. Name another, or leave it out."
+        )
     fingerprint = hashlib.sha256(f"{fingerprint_of(training)}:{fingerprint_of(queries)}".encode()).hexdigest()
     check_same_result(settings, KIND, fingerprint, frozenset())
     found = find_candidates(

@@ -1,14 +1,17 @@
 """Other words through an OpenAI-compatible endpoint: many requests at a time, sent again when they fail."""
 
+import base64
 import importlib.util
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from vestige.data import repair
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.prepare._replies import Keep, Reply, Request
 from vestige.prepare._retry import (
@@ -24,6 +27,7 @@ from vestige.prepare._retry import (
 )
 from vestige.progress import Progress, announce, progress
 from vestige.settings import ParaphraseSettings
+from vestige.terminal import shorten
 
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
 _FEWEST_GIVEN_UP = 3
@@ -34,13 +38,15 @@ class Endpoint:
 
     def __init__(self, settings: ParaphraseSettings) -> None:
         self._settings = settings
-        self._address = (os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS).rstrip("/")
+        self._address = checked_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
         self.address = without_secrets(self._address)
         """As it is shown and recorded."""
         self.sent = 0
         self.failed: Counter[str] = Counter()
         self.maybe_billed = 0
         """Requests without a usable reply that the endpoint may have charged for."""
+        self.replaced = 0
+        """Halves of surrogate pairs in replies, of emoji that the model did not finish, that are U+FFFD now."""
         self._lock = Lock()
         self._pace = Pace()
         self._in_a_row = 0
@@ -85,6 +91,8 @@ class Endpoint:
                 self._pace.stop.set()
                 for future in futures:
                     future.cancel()
+        if self.replaced:
+            announce(f"Replies: {self.replaced:,} halves of surrogate pairs (cut emoji) were replaced with U+FFFD.")
         errors = [future.exception() for future in futures if not future.cancelled()]
         # Those that stopped because of the first error have nothing of their own to say.
         for error in sorted((each for each in errors if each), key=lambda each: isinstance(each, Stopped)):
@@ -108,9 +116,11 @@ class Endpoint:
                 if attempt < self._settings.retries:
                     self._pace.rest(attempt, failure.wait)
                 continue
-            keep(request, reply)
+            text, halves = repair(reply.text)
+            keep(request, reply.model_copy(update={"text": text}))
             with self._lock:
                 self._in_a_row = 0
+                self.replaced += len(halves)
                 counter.advance()
             return
         self._give_up(request, reason)
@@ -137,6 +147,8 @@ class Endpoint:
             raise Again("connection lost", maybe_billed=True) from None
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.body, error.response.headers, error.message)
+        except openai.OpenAIError as error:
+            raise Again(f"broken answer ({self._masked(str(error))})", maybe_billed=True) from None
 
     def _refused(self, status: int, body: Any, headers: Mapping[str, str], message: str) -> Reply:
         """The reply that a refusal amounts to."""
@@ -151,7 +163,15 @@ class Endpoint:
             404: "Check --api-model and OPENAI_BASE_URL.",
             429: "Check what is left of the account's quota.",
         }.get(status, "Check --api-model, --temperature and --max-new-tokens.")
-        raise UserError(f"{self.address} refuses (status {status}): {message}\n{advice} Replies so far are kept.")
+        said = self._masked(message)
+        raise UserError(f"{self.address} refuses (status {status}): {said}\n{advice} Replies so far are kept.")
+
+    def _masked(self, message: str) -> str:
+        """What the endpoint says, without the key or password that it may repeat."""
+        parts = urlsplit(self._address)
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        return without_keys(shorten(message, 500), (os.environ.get("OPENAI_API_KEY") or "", password, basic))
 
     def _give_up(self, request: Request, reason: str) -> None:
         """One text stays without a reply; several in a row mean that the endpoint is down."""
@@ -174,6 +194,38 @@ class Endpoint:
         )
 
 
+def checked_address(address: str) -> str:
+    """The address of an endpoint, to which a path is appended.
+
+    Raises:
+        SpecError: It is none, or holds a query, behind which a path would be lost.
+    """
+    try:
+        parts = urlsplit(address.strip().rstrip("/"))
+        _ = parts.port
+    except ValueError as error:
+        raise SpecError(
+            f"OPENAI_BASE_URL is not an address ({error}). Expected one such as {DEFAULT_ADDRESS}."
+        ) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.hostname.isprintable():
+        raise SpecError(f"OPENAI_BASE_URL is not a web address. Expected one such as {DEFAULT_ADDRESS}.")
+    if parts.query or parts.fragment:
+        raise SpecError(
+            f"OPENAI_BASE_URL holds a query (what follows ?), to which no path can be added. Set it to "
+            f"{without_secrets(address)}, and give a key as OPENAI_API_KEY."
+        )
+    return urlunsplit(parts)
+
+
+def without_keys(message: str, secrets: Iterable[str]) -> str:
+    """The message without these secrets, and without what looks like one behind Bearer, Basic or sk-."""
+    for secret in secrets:
+        if secret.strip(":"):
+            message = message.replace(secret, "***")
+    message = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",;]+", r"\1 ***", message)
+    return re.sub(r"\bsk-[\w*-]+", "sk-***", message)
+
+
 def without_secrets(address: str) -> str:
     """The address without the user, password and query that it may carry."""
     parts = urlsplit(address)
@@ -190,6 +242,8 @@ def _client(address: str, timeout: float) -> Any:
         raise SpecError(
             "There is neither a key nor an address: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your own."
         )
+    if key and not (key.isascii() and key.isprintable()):
+        raise SpecError("OPENAI_API_KEY holds letters that no key has (only ASCII can be sent). Copy the key again.")
     # A server of one's own often wants no key, but the client does. It does not send anything again by itself: its own
     # way gives up on Retry-After above a minute, and takes a broken reply for one.
     return openai.OpenAI(api_key=key or "none", base_url=address, timeout=timeout, max_retries=0)

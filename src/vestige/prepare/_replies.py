@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vestige.files import make_folder, write_durably
+from vestige.parsing import parse_json
 from vestige.progress import announce
 
 Finish = Literal["stop", "length", "refused", "too-long"]
@@ -71,7 +72,7 @@ class ReplyCache:
         """The reply to the request with this key; None if there is none that can be read."""
         path = self._path(key)
         try:
-            return Reply.model_validate(json.loads(path.read_text(encoding="utf-8"))["reply"])
+            return Reply.model_validate(parse_json(path.read_text(encoding="utf-8"))["reply"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:

@@ -1,7 +1,7 @@
 """When a request is sent again, and when it is not: what a failure says, and how long to wait."""
 
-import json
 import random
+import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -10,12 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from vestige.parsing import parse_json
 from vestige.prepare._replies import Finish, Reply
 from vestige.progress import announce, format_seconds
 
 FIRST_DELAY = 0.5
 """Seconds before a failed request is sent again; twice as long after each further failure."""
 LONGEST_DELAY = 60.0
+_LONGEST_ASKED = 24 * 3600.0
+"""Who asks for a longer wait, or one that is no number, is not listened to."""
 _ANNOUNCED = 15.0
 """Seconds of waiting that a person is told of."""
 
@@ -81,15 +84,21 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if text is None:
+            wait = float(milliseconds) / 1000
+        elif text is None:
             return None
-        try:
-            return max(0.0, float(text))
-        except ValueError:
-            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
+        else:
+            wait = _seconds_until(text)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
         return None
+    return max(0.0, wait) if wait <= _LONGEST_ASKED else None
+
+
+def _seconds_until(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return parsedate_to_datetime(text).timestamp() - time.time()
 
 
 class _Message(BaseModel):
@@ -119,14 +128,15 @@ def read_reply(text: str) -> Reply:
         Again: It is broken, or not what was announced.
     """
     try:
-        body = _Body.model_validate(json.loads(text))
+        body = _Body.model_validate(parse_json(text))
         choice = body.choices[0]
-    except (ValueError, ValidationError, IndexError):
+    except (ValueError, ValidationError, IndexError, RecursionError):
         raise Again("broken reply", maybe_billed=True) from None
     usage = body.usage or _Usage()
     refused = bool(choice.message.refusal) or choice.finish_reason == "content_filter"
     finish: Finish = "refused" if refused else "length" if choice.finish_reason == "length" else "stop"
-    said = choice.message.content or choice.message.refusal or ""
+    # A model that is cut inside an emoji leaves half of a pair, which no file can hold.
+    said = re.sub("[\ud800-\udfff]", "\ufffd", choice.message.content or choice.message.refusal or "")
     return Reply(text=said, finish=finish, sent=usage.prompt_tokens, received=usage.completion_tokens)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.data import NO_TARGET, TokenizedData, tokenize_source
+from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
 from vestige.errors import ModelError, SpecError
 from vestige.files import remove_tree, temporary_path, write_durably
 from vestige.models import find_source, read_tokenizer
@@ -54,6 +54,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         split=settings.split,
         folder=settings.out / TOKENS,
         workers=settings.workers,
+        on_bad_text=settings.on_bad_text,
     )
     check_same_result(settings, KIND, data.fingerprint, WITHOUT_EFFECT)
     claim_result(settings, KIND, data.fingerprint)
@@ -112,14 +113,20 @@ def _columns(data: TokenizedData) -> list[str]:
     """Names of the columns beside the tokens, in the order in which they are met."""
     names = dict.fromkeys(["id"])
     for example in data.examples:
-        names |= dict.fromkeys(row_of(example))
-    return [name for name in names if name not in ("input_ids", "labels", "attention_mask")]
+        names |= dict.fromkeys(_beside_tokens(example))
+    return list(names)
+
+
+def _beside_tokens(example: Example) -> dict[str, Any]:
+    """The row without its tokens, and without the columns that its labels say everything of."""
+    kept = unused_columns(example) if "input_ids" in example.extra else set(example.extra)
+    return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 
 
 def _chunks(data: TokenizedData, names: list[str]) -> Iterator[list[dict[str, Any]]]:
     waiting: list[dict[str, Any]] = []
     for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
-        row = row_of(example)
+        row = _beside_tokens(example)
         columns = {name: _text(row.get(name)) for name in names}
         waiting.append(columns | {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)})
         if len(waiting) == _ROWS:

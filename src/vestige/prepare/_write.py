@@ -13,6 +13,7 @@ from vestige.data import Example, load_queries
 from vestige.errors import DataError, IndexMismatch
 from vestige.files import make_folder, remove_durably, remove_strays, remove_tree, temporary_path, write_durably
 from vestige.folders import require_no_others
+from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import environment
 from vestige.settings import PreparationSettings, flag
@@ -43,9 +44,7 @@ class Prepared:
         return self.out / self.file
 
     def __rich__(self) -> str:
-        from rich.markup import escape
-
-        return escape(str(self))
+        return str(self)
 
     def __str__(self) -> str:
         return "\n".join([*([f"{self.rows:,} rows in {self.data}"] if self.rows else []), *self.notes])
@@ -57,7 +56,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    examples = load_queries(settings.data)
+    examples = load_queries(settings.data, may_be_prompts=False, on_bad_text=settings.on_bad_text, learned=True)
     if settings.limit is not None and settings.limit < len(examples):
         announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
     return examples[: settings.limit]
@@ -67,7 +66,7 @@ def row_of(example: Example) -> dict[str, Any]:
     """The example as a row that reads back as the same example; columns without a value are left out."""
     row: dict[str, Any] = {"id": example.id}
     if example.messages:
-        row["messages"] = [{"role": message.role, "content": message.content} for message in example.messages]
+        row["messages"] = [turn.columns for turn in example.messages]
     row |= {"text": example.text, "prompt": example.prompt, "completion": example.completion}
     row |= {"source": example.source, "label": example.label}
     extra = {name: _in_json(value) for name, value in example.extra.items() if name not in row}
@@ -222,10 +221,10 @@ def _in_json(value: Any) -> Any:
 def _read_record(out: Path) -> dict[str, Any] | None:
     path = out / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}). Remove it, or choose another --out.") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "kind" not in record:
         raise DataError(f"{path} is not a record of `vestige data`. Choose another --out.")

@@ -1,7 +1,6 @@
 """The page of a component search: what each representation is worth, every component, greedy paths, wrong decisions."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import UserError
+from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.report._audit_panels import shown_span
 from vestige.report._component_charts import interval
@@ -74,8 +74,8 @@ def component_page(folder: Path) -> ComponentPage:
         UserError: A file of it is damaged.
     """
     try:
-        return _page(json.loads((folder / RESULT).read_text(encoding="utf-8")), _similarity(folder / SIMILARITY))
-    except (ValueError, KeyError, TypeError, IndexError, StopIteration, OSError) as error:
+        return _page(parse_json((folder / RESULT).read_text(encoding="utf-8")), _similarity(folder / SIMILARITY))
+    except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
             f"The command that made it writes both anew from what it keeps in {folder / 'products'}."

@@ -7,6 +7,9 @@ from typing import NamedTuple
 _ENDINGS = ("weight", "bias", "default")
 """Last parts of a name that say nothing about where it stands; `default` is PEFT's adapter name."""
 
+_LONGEST_NUMBER = 10
+"""Digits of a layer's number; more of them are a part of a name."""
+
 
 class Place(NamedTuple):
     """Where a component stands: its layer (None outside the layers) and its module within it."""
@@ -29,7 +32,7 @@ def place_of(component: str) -> Place:
     while len(parts) > 1 and parts[-1] in _ENDINGS:
         parts.pop()
     for number, part in enumerate(parts[:-1]):
-        if part.isdecimal():
+        if part.isdecimal() and len(part) < _LONGEST_NUMBER:
             return Place(int(part), ".".join(parts[number + 1 :]))
     return Place(None, parts[-1])
 

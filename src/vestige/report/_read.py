@@ -1,6 +1,5 @@
 """A run directory, read into plain frozen values. Nothing here needs a model, or torch."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vestige.errors import CorruptFile, UserError
-from vestige.runs import RunRecord, is_run, read_record
+from vestige.runs import RunRecord, is_run, read_record, read_run_table, turns_of
 
 PAIR = tuple[str, str]
 """(query id, example id)."""
@@ -139,28 +137,15 @@ def _rerun(folder: Path) -> str:
     )
 
 
-REQUIRED = {
-    "scores": ("query_id", "end", "rank", "example_id", "row", "score"),
-    "queries": ("query_id",),
-    "examples": ("example_id", "row"),
-    "components": ("query_id", "example_id", "component", "score"),
-    "tokens": ("query_id", "example_id", "position", "score"),
-}
-
-
 def _table(folder: Path, name: str) -> pa.Table:
-    """Return the table `name`.parquet with its required columns checked."""
+    """Return the table `name`.parquet with its columns checked."""
     file = folder / f"{name}.parquet"
     if not file.is_file():
         raise UserError(f"{folder} has run.json but no {file.name}.\n{_rerun(folder)}")
     try:
-        table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}).\n{_rerun(folder)}") from error
-    missing = [column for column in REQUIRED[name] if column not in table.column_names]
-    if missing:
-        raise UserError(f"{file} lacks the columns {', '.join(missing)}.\n{_rerun(folder)}")
-    return table
+        return read_run_table(folder, name)
+    except CorruptFile as error:
+        raise UserError(f"{error}\n{_rerun(folder)}") from error
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -237,13 +222,12 @@ def _example(row: dict[str, Any]) -> TrainingExample:
 
 
 def _wording(row: dict[str, Any]) -> Wording:
-    messages = json.loads(row["messages"]) if row.get("messages") else []
     tokens, targets = row.get("tokens"), row.get("targets")
     return Wording(
         text=row.get("text"),
         prompt=row.get("prompt"),
         completion=row.get("completion"),
-        messages=tuple((str(turn["role"]), str(turn["content"])) for turn in messages),
+        messages=turns_of(row.get("messages")),
         tokens=tuple(tokens) if tokens else None,
         targets=tuple(bool(target) for target in targets) if targets else None,
     )

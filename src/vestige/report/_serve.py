@@ -55,6 +55,15 @@ class LivePage:
         self._lock = Lock()
 
     def version(self) -> str:
+        """Return the version of the page that `current` returns, so that a page knows when it is outdated.
+
+        Raises:
+            UserError: As for `current`.
+        """
+        self.current()
+        return self._version
+
+    def _files_version(self) -> str:
         """Return what changes whenever a file of the run does: its name, size and time."""
         files = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json", self._folder / RESULT]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
@@ -64,11 +73,13 @@ class LivePage:
         """Return the page for the files as they are now.
 
         Raises:
-            UserError: The files cannot be read and no earlier page is at hand; with one, that page is kept, because
-                a run that is being written again is unreadable for a moment.
+            UserError: The run is gone, or its files cannot be read and no earlier page is at hand; with one, that page
+                is kept, because a run that is being written again is unreadable for a moment.
         """
         with self._lock:
-            version = self.version()
+            version = self._files_version()
+            if not version and self._html:
+                raise UserError(f"The run {self._folder} is gone: it was removed or renamed.")
             if version != self._version or not self._html:
                 try:
                     self._html = page_of(self._folder, live=version)
@@ -86,14 +97,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer `/` with the page and `/version` with the version of the run's files."""
+        pages = {"/": ("text/html", self._page.current), "/version": ("text/plain", self._page.version)}
         if not self._asked_locally():
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Only pages of this computer are served here.")
-        elif self.path == "/":
-            self._answer(HTTPStatus.OK, "text/html", self._page.current())
-        elif self.path == "/version":
-            self._answer(HTTPStatus.OK, "text/plain", self._page.version())
-        else:
+        elif self.path not in pages:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", "The report is at /")
+        else:
+            kind, content = pages[self.path]
+            try:
+                self._answer(HTTPStatus.OK, kind, content())
+            except UserError as error:
+                self._answer(HTTPStatus.GONE, "text/plain", str(error))
 
     def _asked_locally(self) -> bool:
         """Tell whether the address bar holds a loopback name: a foreign name that resolves here is turned away."""
@@ -101,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         return name in (LOOPBACK, "localhost")
 
     def _answer(self, status: HTTPStatus, kind: str, text: str) -> None:
-        body = text.encode("utf-8")
+        body = text.encode("utf-8", "replace")
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

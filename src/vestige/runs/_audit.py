@@ -12,18 +12,35 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 from jaxtyping import Float
 
-from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.errors import MissingExtra, UserError
 from vestige.folders import staged_folder
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, read_audit_record
-from vestige.runs._evidence import read_evidence, write_evidence
+from vestige.runs._digests import digests_of
+from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
 from vestige.runs._write import check_target
+from vestige.tables import read_table, reading
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
 
 EVIDENCE_FILE, EXAMPLES_FILE, FIGURES = "evidence.parquet", "examples.parquet", "figures"
+EXAMPLES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("example_id", pa.string()),
+        ("part", pa.string()),
+        ("source", pa.string()),
+        ("label", pa.string()),
+        ("class", pa.string()),
+        ("flag", pa.bool_()),
+        ("targets", pa.int64()),
+        ("text", pa.string()),
+    ]
+)
+"""Columns of the examples."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
 """What a list is ordered by where nothing is asked for: the first of these that was measured."""
 _LOW_STANDS_OUT = (
@@ -65,7 +82,7 @@ class EvidenceTable(Sequence[EvidenceRow]):
         return self._rows[index]
 
     def __str__(self) -> str:
-        cells = [(str(row.rank), row.example_id, f"{row.value:.4g}", row.text) for row in self._rows]
+        cells = [(str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text) for row in self._rows]
         width = shutil.get_terminal_size((120, 24)).columns
         return "\n".join([self.title, *_aligned(("rank", "example", self.measure, "text"), cells, width)])
 
@@ -116,11 +133,7 @@ class Audit:
     @cached_property
     def examples(self) -> pa.Table:
         """Row, id, part (`data` or `holdout`), source, label, class, flag, target tokens and text of each example."""
-        path = self.folder / EXAMPLES_FILE
-        try:
-            return parquet.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorruptFile(f"{path} does not read ({error}). Make the audit again.") from error
+        return read_table(self.folder / EXAMPLES_FILE, EXAMPLES, REMEDY, required=("row", "example_id", "part", "text"))
 
     def table(
         self, measures: Sequence[str] | None = None, *, checkpoint: int | None = None, layer: int | None = None
@@ -166,7 +179,8 @@ class Audit:
                 f"No checkpoint {number} with layer {layer}: checkpoints {self.checkpoints}, layers {held}."
             )
         values = np.full(len(self.examples), np.nan)
-        values[found["row"].to_numpy()] = found[measure].to_numpy()
+        with reading(self.folder / EVIDENCE_FILE, REMEDY):
+            values[found["row"].to_numpy()] = found[measure].to_numpy()
         return values
 
     def top(
@@ -251,7 +265,8 @@ class Audit:
 
     @cached_property
     def _columns(self) -> set[str]:
-        return set(parquet.read_schema(self.folder / EVIDENCE_FILE).names)
+        with reading(self.folder / EVIDENCE_FILE, REMEDY):
+            return set(parquet.read_schema(self.folder / EVIDENCE_FILE).names)
 
     def _is_held(self, measure: str) -> bool:
         return measure in self._columns and not (self._is_layered(measure) and self.run.main_layer is None)
@@ -280,6 +295,7 @@ def write_audit(
         parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)
+        record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
         (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return folder

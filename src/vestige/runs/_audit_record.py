@@ -1,13 +1,14 @@
 """`run.json` of an audit: what was looked at, what each measure says, and how well the measures tell."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from vestige.errors import CorruptFile, UserError
-from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _first_problem, _Part
+from vestige.errors import UserError
+from vestige.parsing import parse_json
+from vestige.runs._digests import require_unaltered
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _Part, parse_record
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427
@@ -151,35 +152,42 @@ class AuditRecord(_Part):
     notes: list[str]
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int = 0
+    """Most bytes of tensors on one CUDA device; 0 where none was used."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file beside `run.json`, as it was written; empty in an audit of an earlier version."""
 
 
 def is_audit(folder: Path) -> bool:
     """True where `folder` holds the run of an audit."""
     try:
-        content = json.loads((folder / RECORD_FILE).read_bytes())
+        content = parse_json((folder / RECORD_FILE).read_bytes())
         return isinstance(content, dict) and content.get("kind") == "audit"
     except (OSError, ValueError):
         return False
 
 
-def read_audit_record(folder: str | Path) -> AuditRecord:
+def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:
     """The parsed `run.json` of an audit.
+
+    Args:
+        folder: The audit.
+        checked: Compare its files with their digests.
 
     Raises:
         UserError: There is no audit, or a newer Vestige wrote it.
-        CorruptFile: The file is not what Vestige writes.
+        CorruptFile: The file, or another one of the audit, is not what Vestige wrote.
     """
     folder = Path(folder)
     if not is_audit(folder):
         raise UserError(f"{folder} is no audit. Give the folder that `vestige audit ... --out RUN` wrote.")
-    content = (folder / RECORD_FILE).read_bytes()
-    written = json.loads(content).get("format")
+    written = parse_json((folder / RECORD_FILE).read_bytes()).get("format")
     if isinstance(written, int) and written > AUDIT_FORMAT:
         raise UserError(
             f"{folder} was written in audit format {written}; this version reads up to {AUDIT_FORMAT}.\n"
             "Update with `pip install --upgrade vestige`."
         )
-    try:
-        return AuditRecord.model_validate_json(content)
-    except ValidationError as error:
-        raise CorruptFile(f"{folder / RECORD_FILE} is not an audit's record: {_first_problem(error)}") from error
+    record = parse_record(AuditRecord, folder / RECORD_FILE)
+    if checked:
+        require_unaltered(folder, record.files, *record.files)
+    return record

@@ -5,6 +5,7 @@ hardly grows with the number of examples; the files are the same.
 """
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,12 +19,14 @@ from jaxtyping import Float
 
 from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.row_order import windows
+from vestige.runs._digests import require_unaltered
+from vestige.runs._record import DENSE_FILE, is_run, read_record
 
 if TYPE_CHECKING:
     from vestige.data import Example
 
-DENSE_FILE = "scores.safetensors"
 AXES = "query example"
 _IDS_AT_ONCE = 2**13
 _WINDOW = 2**20
@@ -106,7 +109,8 @@ class DenseFile:
             self._ids = {name: _place(header, name) for name in ("query_ids", "example_ids")}
         if entry is None or entry["dtype"] != "F32":
             raise ValueError("it holds no scores")
-        self.shape: tuple[int, int] = tuple(entry["shape"])
+        rows, columns = entry["shape"]
+        self.shape: tuple[int, int] = operator.index(rows), operator.index(columns)
         if path.stat().st_size != self._begin + 4 * self.shape[0] * self.shape[1]:
             raise ValueError("it is too short or too long")
 
@@ -177,9 +181,11 @@ def open_dense(folder: Path) -> DenseFile:
             f"{folder} keeps only the ends of each ranking, not all scores.\n"
             "Run `vestige attribute` again with --dense."
         )
+    if is_run(folder):
+        require_unaltered(folder, read_record(folder).files, DENSE_FILE)
     try:
         file = DenseFile(path)
-    except (OSError, ValueError, OverflowError, LookupError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
     if file.axes != AXES:
         raise CorruptFile(f"{path} has the axes {file.axes!r}; expected {AXES!r}.")
@@ -225,7 +231,7 @@ def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
     decoder, text = json.JSONDecoder(), ""
     while start < stop:
         cut = _cut(header, start, stop)
-        text += json.loads(b'"' + header[start:cut] + b'"')
+        text += parse_json(b'"' + header[start:cut] + b'"')
         disk_arrays.let_go(header)
         start, end = cut, 0
         while (quote := text.find('"', end)) >= 0:

@@ -9,10 +9,12 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 from jaxtyping import Float
 
-from vestige.errors import CorruptFile, DataError
+from vestige.errors import DataError
 from vestige.files import write_durably
+from vestige.tables import reading
 
 KEYS = ("checkpoint", "layer", "row", "example_id")
+REMEDY = "Make the audit again."
 
 
 def evidence_table(
@@ -82,13 +84,13 @@ def read_evidence(
         DataError: A measure that the file does not hold.
         CorruptFile: It does not read.
     """
-    try:
+    path = Path(path)
+    with reading(path, REMEDY):
         held = parquet.read_schema(path).names
-        keys = [name for name in KEYS if name in held]
-        wanted = held if measures is None else [*keys, *measures]
-        if unknown := sorted(set(wanted) - set(held)):
-            raise DataError(f"{path} holds no {', '.join(unknown)}; it holds {', '.join(held[len(keys) :])}.")
-        table = parquet.read_table(path, columns=wanted)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorruptFile(f"{path} does not read ({error}). Make the audit again.") from error
+    keys = [name for name in KEYS if name in held]
+    wanted = held if measures is None else [*keys, *measures]
+    if unknown := sorted(set(wanted) - set(held)):
+        raise DataError(f"{path} holds no {', '.join(unknown)}; it holds {', '.join(held[len(keys) :])}.")
+    with reading(path, REMEDY):
+        table = parquet.read_table(path, columns=wanted, memory_map=False)
     return table if checkpoint is None else table.filter(compute.field("checkpoint") == checkpoint)

@@ -1,7 +1,6 @@
 """`Scores`: a run directory, open for questions. Needs neither the model nor torch."""
 
 import difflib
-import json
 import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,16 +15,20 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, shorten
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, Words, excerpt
+from vestige.runs._read_table import REMEDY, read_run_table, turns_of
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
 from vestige.runs._types import Meaning
+from vestige.tables import reading
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
 
 SELF_TABLE = "self_influence"
 _ROWS_AT_ONCE = 2**13
+_TITLE_WIDTH = 100
 
 
 class Scores:
@@ -62,6 +65,11 @@ class Scores:
     def queries(self) -> list[str]:
         """Ids of the queries, in order."""
         return [str(row["query_id"]) for row in self._query_rows]
+
+    @property
+    def generated(self) -> int:
+        """How many of the queries are answers that the model gave itself."""
+        return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
         """The `k` proponents of a query: the training examples with the highest scores, highest first."""
@@ -125,8 +133,10 @@ class Scores:
         """
         self._require_self_influence()
         scores = RowOrder(1, self.run.data.examples, np.float64)
+        path = self.folder / f"{SELF_TABLE}.parquet"
         for part in self._parts(SELF_TABLE, ("row", "score")):
-            scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
+            with reading(path, REMEDY):
+                scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
         return scores.finish()[0]
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -146,7 +156,8 @@ class Scores:
     def __repr__(self) -> str:
         run = self.run
         lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
-        lines += [f"  {number}: {shorten(row_text(row), 90)}" for number, row in enumerate(self._query_rows[:5])]
+        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:5]]
+        lines += [f"  {number}: {shown}" for number, shown in enumerate(words)]
         if len(self.queries) > 5:
             lines.append(f"  … and {len(self.queries) - 5} more")
         return "\n".join([*lines, self.meaning.sign])
@@ -161,15 +172,20 @@ class Scores:
                 row["example_id"],
                 row["score"],
                 row["percentile"],
-                *self._examples[row["row"]],
+                *self._example(row["row"])[:2],
                 row["row"],
+                self._example(row["row"])[2],
             )
             for row in listed[:k]
         ]
         kept = len(listed)
-        note = f"(the run lists {kept} of {self.run.data.examples})" if kept < min(k, self.run.data.examples) else ""
-        text = row_text(self._query_rows[self.queries.index(name)])
-        return ScoreTable(rows, f"{end}s of query {name}: {shorten(text, 80)}", note)
+        # Where sources are scored, there are fewer columns than training examples.
+        summary = self.run.distribution.get(name)
+        scored = summary.count if summary is not None else self.run.data.examples
+        note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
+        asked = self._query_rows[self.queries.index(name)]
+        words = excerpt(_words_of(asked), _TITLE_WIDTH)
+        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _query_id(self, query: int | str) -> str:
         if isinstance(query, str):
@@ -204,9 +220,15 @@ class Scores:
         return self._read("scores").to_pylist()
 
     @cached_property
-    def _examples(self) -> dict[int, tuple[str, str | None]]:
-        """Row -> (text, source)."""
-        return {row["row"]: (row_text(row), row["source"]) for row in self._read("examples").to_pylist()}
+    def _examples(self) -> dict[int, tuple[str, str | None, tuple[tuple[str, str], ...]]]:
+        """Row -> (text, source, turns)."""
+        rows = self._read("examples").to_pylist()
+        return {row["row"]: (row_text(row), row["source"], turns_of(row["messages"])) for row in rows}
+
+    def _example(self, row: int) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
+        if row not in self._examples:
+            raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
+        return self._examples[row]
 
     @cached_property
     def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
@@ -229,30 +251,23 @@ class Scores:
             )
 
     def _read(self, name: str) -> pa.Table:
-        path = self.folder / f"{name}.parquet"
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
+        return read_run_table(self.folder, name)
 
     def _parts(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of a table, some rows at a time."""
         path = self.folder / f"{name}.parquet"
-        try:
-            with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
+        with reading(path, REMEDY), pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
 
 
-def _unreadable(path: Path, error: Exception) -> CorruptFile:
-    return CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.")
+def _words_of(row: dict[str, Any]) -> Words:
+    return turns_of(row["messages"]) or row_text(row)
 
 
 def row_text(row: dict[str, Any]) -> str:
     """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
-    if row["messages"]:
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(row["messages"]))
+    if turns := turns_of(row["messages"]):
+        return "\n".join(f"{role}: {content}" for role, content in turns)
     if row["text"] is not None:
         return row["text"]
     parts = [part for part in (row["prompt"], row["completion"]) if part]

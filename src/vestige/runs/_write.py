@@ -12,8 +12,9 @@ from jaxtyping import Float
 from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.folders import remove_partial, require_no_links, require_no_others, staged_folder
 from vestige.runs import _tables as tables
-from vestige.runs._dense import DENSE_FILE, names_of, write_dense
-from vestige.runs._record import RECORD_FILE, RunRecord, is_run
+from vestige.runs._dense import names_of, write_dense
+from vestige.runs._digests import digests_of
+from vestige.runs._record import DENSE_FILE, RECORD_FILE, RunRecord, is_run
 from vestige.runs._self_influence import write_self_influence
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
@@ -111,6 +112,7 @@ def write_run(
         _write_tables(attempt, record, content)
         if add is not None:
             add(attempt)
+        record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
         (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return folder

@@ -1,6 +1,5 @@
 """The scores of a run as selection needs them: a few numbers per example, never all pairs at once."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,12 +7,10 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import numpy as np
-import pyarrow.parquet as parquet
 from jaxtyping import Float, Int
-from safetensors import safe_open
 
-from vestige.errors import UserError
-from vestige.runs import Scores
+from vestige.errors import CorruptFile, UserError
+from vestige.runs import DenseFile, Scores, open_dense, read_run_table
 
 _BLOCK_BYTES = 64 * 2**20
 _DENSE = "scores.safetensors"
@@ -108,8 +105,7 @@ class DenseScores(ScoreSource):
 
     def known_ids(self) -> dict[int, str]:
         """All."""
-        with safe_open(self.run.folder / _DENSE, framework="numpy") as file:
-            return dict(enumerate(json.loads(file.metadata()["example_ids"])))
+        return dict(enumerate(self._file.example_ids()))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
         """A block of examples at a time."""
@@ -120,18 +116,25 @@ class DenseScores(ScoreSource):
 
     def ranking(self, query: int, count: int, ties: Float[np.ndarray, "example"]) -> Ranked:
         """One query's row of the file."""
-        with safe_open(self.run.folder / _DENSE, framework="numpy") as file:
-            scores = file.get_slice("scores")[query : query + 1, :][0].astype(np.float64)
+        scores = self._file.read(queries=slice(query, query + 1))[0].astype(np.float64)
         scores[~np.isfinite(scores)] = np.nan
         return head(scores, count, ties)
 
     def _blocks(self) -> Iterator[tuple[slice, Float[np.ndarray, "query row"]]]:
         step = max(1, _BLOCK_BYTES // (8 * max(len(self.queries), 1)))
-        with safe_open(self.run.folder / _DENSE, framework="numpy") as file:
-            scores = file.get_slice("scores")
-            for start in range(0, self.examples, step):
-                rows = slice(start, min(start + step, self.examples))
-                yield rows, scores[:, rows]
+        for start in range(0, self.examples, step):
+            rows = slice(start, min(start + step, self.examples))
+            yield rows, self._file.read(examples=rows)
+
+    @cached_property
+    def _file(self) -> DenseFile:
+        file = open_dense(self.run.folder)
+        if file.shape != (len(self.queries), self.examples):
+            raise CorruptFile(
+                f"{file.path} holds scores of {' x '.join(map(str, file.shape))}, and the run is of "
+                f"{len(self.queries)} queries x {self.examples} examples. Run `vestige attribute` again."
+            )
+        return file
 
 
 @final
@@ -145,7 +148,7 @@ class ListedScores(ScoreSource):
 
     def known_ids(self) -> dict[int, str]:
         """Those listed."""
-        table = parquet.read_table(self.run.folder / "scores.parquet", columns=["row", "example_id"])
+        table = read_run_table(self.run.folder, "scores", ["row", "example_id"])
         return dict(zip(table["row"].to_pylist(), table["example_id"].to_pylist(), strict=True))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
@@ -175,9 +178,15 @@ class ListedScores(ScoreSource):
 
     @cached_property
     def _lists(self) -> list[Ranked]:
-        table = parquet.read_table(self.run.folder / "scores.parquet", columns=["query_id", "end", "row", "score"])
+        table = read_run_table(self.run.folder, "scores", ["query_id", "end", "row", "score"])
         place = {name: number for number, name in enumerate(self.queries)}
-        asked = np.array([place[name] for name in table["query_id"].to_pylist()], dtype=np.int64)
+        asked = np.array([place.get(name, -1) for name in table["query_id"].to_pylist()], dtype=np.int64)
+        lines = table["row"].to_numpy()
+        if len(lines) and (asked.min() < 0 or lines.min() < 0 or lines.max() >= self.examples):
+            raise CorruptFile(
+                f"{self.run.folder / 'scores.parquet'} names queries or rows that the run does not have. "
+                "Run `vestige attribute` again."
+            )
         top = np.array([end == "proponent" for end in table["end"].to_pylist()], dtype=bool)
         rows, scores = table["row"].to_numpy(), table["score"].to_numpy()
         own = [top & (asked == number) for number in range(len(self.queries))]

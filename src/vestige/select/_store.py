@@ -6,18 +6,19 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.folders import require_no_others
+from vestige.parsing import parse_json
+from vestige.terminal import as_text, shorten
 
 FORMAT = 1
 RECORD, DATA, REASONS, REMOVED = "selection.json", "selected.jsonl", "selected.parquet", "removed.jsonl"
@@ -126,9 +127,7 @@ class SelectedData:
         return len(self.choices)
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, 120)
 
     def __rich__(self) -> Group:
         table = Table()
@@ -136,7 +135,8 @@ class SelectedData:
             table.add_column(name, justify="right" if name in ("rank", "score") else "left")
         for choice in self.choices[:_SHOWN]:
             score = "" if choice.score is None else f"{choice.score:.4g}"
-            table.add_row(str(choice.rank), choice.example_id, score, choice.reason, ", ".join(choice.replaces[:3]))
+            names = [shorten(choice.example_id), shorten(choice.reason, 120), *map(shorten, choice.replaces[:3])]
+            table.add_row(str(choice.rank), names[0], score, names[1], ", ".join(names[2:]))
         more = [f"... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
         files = [str(path) for path in (self.data, self.removed) if path is not None]
         return Group(self.record["title"], table, *more, *self.notes, *files)
@@ -150,7 +150,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:

@@ -1,16 +1,36 @@
 """What all settings share: they are frozen and checked, and say what is wrong with a value."""
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vestige.errors import SpecError
 
+OnBadText = Literal["refuse", "replace"]
+BAD_TEXT = (
+    "Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace each with "
+    "U+FFFD and say how many."
+)
+
+LARGEST = 2**63 - 1
+"""The largest whole number that files and arrays hold."""
+_LONGEST_NAME, _LONGEST_PATH, _SHOWN = 255, 4095, 100
+_LONGEST_OUT = 200
+"""What is in the making lies beside its folder, under a name that is a little longer."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -25,7 +45,10 @@ def parse_bytes(text: str) -> int:
         raise SpecError(f"{text!r} is not a size. Expected a number and a unit, such as 20GB, 500MB or 1.5TB.")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+    size = float(number) * base ** " kmgt".index(prefix.lower() or " ")
+    if size > LARGEST:
+        raise SpecError(f"{text[:30]!r} is larger than any disk. Expected a size such as 20GB, 500MB or 1.5TB.")
+    return int(size)
 
 
 _SINGULAR = {"options": "option"}
@@ -42,10 +65,13 @@ def nearest(name: str, known: list[str]) -> str:
     return f"Did you mean `{close[0]}`?" if close else "Known settings: " + ", ".join(known) + "."
 
 
+OnlyWith = Mapping[str, tuple[str, tuple[Any, ...]]]
+
+
 class Settings(BaseModel):
     """Immutable, complete and checked; an unknown name is refused with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
@@ -54,9 +80,14 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
+    """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
     beside_results: ClassVar[tuple[str, ...]] = ()
     """Settings that name a folder which may lie in `out`, because it is kept there."""
+
+    only_with: ClassVar[OnlyWith] = {}
+    """Settings that have an effect only where another has one of these values; without values, where it is given."""
 
     def arguments(self) -> dict[str, Any]:
         """The settings as keyword arguments of the verb's Python function."""
@@ -64,7 +95,10 @@ class Settings(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
-        return {name: _plain(value) for name, value in self.arguments().items()}
+        given = self.arguments()
+        fields = type(self).model_fields
+        kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
+        return {name: _plain(given[name]) for name in kept}
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
@@ -94,6 +128,41 @@ class Settings(BaseModel):
                 raise SpecError(f"{flag(name)} is empty. Give it a value, or leave it out.")
         return values
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_is_usable(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        annotation = field.annotation
+        if annotation is Any and not field.metadata and type(value) in (bool, int, float):
+            raise ValueError("a name or a path; write one that looks like a number in quotation marks")
+        is_path = Path in (annotation, *get_args(annotation))
+        if isinstance(value, str | Path) and (is_path or annotation is Any):
+            longest = _LONGEST_OUT if info.field_name == "out" else _LONGEST_NAME
+            _check_place(str(value), longest if is_path else None)
+        elif isinstance(value, str):
+            _check_letters(value)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _whole_numbers_are_of_a_size(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
+            raise ValueError(f"a whole number of at most {LARGEST:,}")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Self:
+        for name, (other, values) in self.only_with.items():
+            needed = values or (self._default(other),)
+            if getattr(self, name) != self._default(name) and (getattr(self, other) in needed) != bool(values):
+                words = f"{flag(other)} {' or '.join(map(str, values))}".strip()
+                raise SpecError(f"{flag(name)} has no effect without {words}. Give both, or leave it out.")
+        return self
+
+    def _default(self, name: str) -> Any:
+        return type(self).model_fields[name].default
+
     @model_validator(mode="wrap")
     @classmethod
     def _errors_are_instructions(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -121,7 +190,9 @@ def _typed(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Path):
         return str(value)
@@ -130,6 +201,37 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return f"<{type(value).__name__}>"
+
+
+def _check_letters(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("a text without the character NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text in UTF-8; rename a file or folder that has other bytes in its name") from None
+
+
+def _check_place(text: str, longest: int | None) -> None:
+    """Raise unless a file or folder can have this name, none of its parts longer than `longest` bytes if given."""
+    if not text.strip():
+        raise ValueError("a name or a path, and it is empty")
+    _check_letters(text)
+    if longest is None:
+        return
+    sizes = [len(os.fsencode(part)) for part in Path(text).parts]
+    if sum(sizes) > _LONGEST_PATH or max(sizes, default=0) > longest:
+        raise ValueError(f"a shorter name, of at most {longest} bytes")
+    if not Path(text).absolute().name:
+        raise ValueError("a file or folder with a name of its own")
+
+
+def _shown(value: Any) -> str:
+    """The value for a message, which a huge one must not fill."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number beyond all bounds" if value > 0 else "a number below all bounds"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str:
@@ -145,4 +247,4 @@ def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str
     meaning = known[name].description
     if problem["type"] == "missing":
         return f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or `{name}: VALUE` in a config file."
-    return f"`{name}` was {problem['input']!r}, expected {expected}. {flag(name)}: {meaning}"
+    return f"`{name}` was {_shown(problem['input'])}, expected {expected}. {flag(name)}: {meaning}"

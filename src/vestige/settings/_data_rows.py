@@ -1,11 +1,12 @@
 """What the rows of `vestige data` take that make or choose rows without a model."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from vestige.errors import SpecError
+from vestige.settings._base import OnlyWith
 from vestige.settings._preparation import PreparationSettings
 
 ChoiceFormat = Literal["auto", "arc", "mmlu", "ethics"]
@@ -101,9 +102,11 @@ class CleanSettings(PreparationSettings):
     What is taken out is written beside what is left, each row with its reason: nothing is lost.
     """
 
+    only_with: ClassVar[OnlyWith] = {"weight": ("action", ("weight",))}
+
     flagged: Path = Field(
-        description="Who is flagged: a folder of `vestige train --alarm` or `vestige audit`, or a file with "
-        "`example_id` and `flagged`."
+        description="Which rows are flagged: a folder of `vestige train --alarm`, `vestige audit` or `vestige select`, "
+        "or a file that lists rows: ids on lines, or a report's row list, CSV or JSONL."
     )
     action: CleanAction = Field(
         "drop",

@@ -6,16 +6,18 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Settings, flag
+from vestige.settings._base import OnlyWith, Settings, flag
 
 Engine = Literal["local", "slurm"]
 
+_SLURM = ("partition", "account", "gres", "time", "mem", "setup", "container", "wait")
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 class LaunchSettings(Settings):
     """Where the work runs."""
 
+    only_with: ClassVar[OnlyWith] = dict.fromkeys(_SLURM, ("engine", ("slurm",)))
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
     """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 

@@ -25,6 +25,8 @@ TrainSchedule = Literal["linear", "cosine", "constant"]
 AlarmMeasure = Literal["psmi", "loss", "gap"]
 
 _AND_SO_ON = "..."
+MOST_CHECKPOINTS = 10_000
+"""A checkpoint is a copy of the model: more of them are a slip of the pen."""
 
 
 def _as_words(value: Any) -> Any:
@@ -59,6 +61,10 @@ def listed_epochs(words: str, last: float) -> tuple[float, ...]:
         ends = place + 1 == len(parts)
         stop, begin, step = last if ends else _epoch(parts[place + 1]), found[-1], found[-1] - found[-2]
         # Each from the beginning, not from the one before: rounding does not add up.
+        if (stop - begin) / step > MOST_CHECKPOINTS:
+            raise SpecError(
+                f"--checkpoints {words}: these are more than {MOST_CHECKPOINTS:,} checkpoints. Give a larger step."
+            )
         count = math.floor((stop - begin) / step + 1e-9)
         found += [round(begin + number * step, 9) for number in range(1, count + 1)]
         if not ends and found[-1] == _epoch(parts[place + 1]):
@@ -143,7 +149,9 @@ class TrainSettings(AlarmSettings):
     schedule: TrainSchedule = Field("linear", description="How the learning rate falls to zero, or constant.")
     warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
     clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
-    seed: NonNegativeInt = Field(0, description="Seed of LoRA's start, the order of the examples and dropout.")
+    seed: NonNegativeInt = Field(
+        0, le=2**32 - 1, description="Seed of LoRA's start, the order of the examples and dropout."
+    )
     bf16: bool = Field(False, description="Compute in bfloat16, with weights as they are.")
     gradient_checkpointing: bool = Field(False, description="Keep no activations of layers: less memory, slower.")
     keep_optimizer: bool = Field(

@@ -1,10 +1,11 @@
 """The headline figures of a finished cell, read from the JSON files that its verb left."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from vestige.parsing import parse_json
 
 MOST_FIGURES = 200
 _LARGEST_FILE = 16 * 2**20
@@ -40,7 +41,7 @@ def _alarm(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
+        return parse_json(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
     except (OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import SpecError
+from vestige.parsing import parse_yaml
 from vestige.settings import nearest
 
 MOST_CELLS = 10_000
@@ -167,11 +168,9 @@ def _plain(value: Any, name: str, source: str) -> Any:
 
 
 def _parse(path: Path) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"The grid {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"The grid {path} is neither YAML nor JSON: {error}") from None
+    except ValueError as error:
+        raise SpecError(f"The grid {path} is neither YAML nor JSON that can be used: {error}.") from None

@@ -8,13 +8,13 @@ attribute that is swept, with `mode = range` (`start`, `stop`, `step`) or `mode 
 import base64
 import configparser
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vestige.errors import SpecError
+from vestige.parsing import parse_json
 from vestige.settings import nearest
 from vestige.sweep._grid import Grid, axis_values
 
@@ -224,7 +224,7 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            content = json.loads(text)
+            content = parse_json(text)
             return {str(name): dict(values) for name, values in content.items()}
         parser = configparser.ConfigParser(interpolation=None)
         parser.read_string(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.sweep._cells import ID_DIGITS, Cells
 from vestige.sweep._files import write_json
 from vestige.sweep._grid import Grid
@@ -67,7 +68,7 @@ def read_sweep(folder: Path) -> SweepRecord:
         CorruptFile: Its record does not read.
     """
     try:
-        content = json.loads((folder / SWEEP_FILE).read_bytes())
+        content = parse_json((folder / SWEEP_FILE).read_bytes())
         if content.pop("format") != _FORMAT:
             raise UserError(f"{folder} was made by another version of Vestige, whose sweeps this one cannot read.")
         rows = tuple(CellRecord(**row) for row in content.pop("cells"))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from vestige.files import write_durably
 from vestige.launch import JobStatus, job_statuses
+from vestige.parsing import parse_json
 from vestige.progress import format_seconds
 from vestige.sweep._cells import Cells
 from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
 from vestige.sweep._grid import Grid
 from vestige.sweep._links import link_cells
 from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, read_sweep, record_of
+from vestige.terminal import as_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -75,11 +77,7 @@ class SweepReport:
         }
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=_TEXT_WIDTH, soft_wrap=True).print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, _TEXT_WIDTH, soft_wrap=True)
 
     def __rich__(self) -> "Group":
         from rich.console import Group
@@ -155,7 +153,7 @@ def _row(folder: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
 

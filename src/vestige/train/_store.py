@@ -1,6 +1,5 @@
 """A recorded training on disk, open for questions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from vestige.errors import CorruptFile, UserError
+from vestige.parsing import parse_json
 from vestige.train._alarm import AT_RISK
 from vestige.train._checkpoint import checkpoint_folder, checkpoint_steps
 from vestige.train._log import read_steps
@@ -107,7 +107,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except ValueError as error:
         raise CorruptFile(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or record.get("kind") != KIND:

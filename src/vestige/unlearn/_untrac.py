@@ -26,10 +26,10 @@ from vestige.runs import (
     TrustRecord,
     check_target,
     environment,
-    peak_memory_bytes,
     write_run,
 )
 from vestige.settings import UntracSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.unlearn._checks import trust_checks
 from vestige.unlearn._curves import write_curves
 from vestige.unlearn._job import UntracJob, open_job
@@ -144,6 +144,7 @@ def _record(scored: Scored, started: float) -> RunRecord:
         components=[],
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(validated=False, checks=trust_checks(scored)),
         distribution={},
         groups={},

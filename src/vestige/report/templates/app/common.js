@@ -37,9 +37,10 @@ function startLive() {
   const mark = document.querySelector(".live");
   setInterval(async () => {
     try {
-      const version = await (await fetch("/version")).text();
-      mark.textContent = "live";
-      if (version !== LIVE) location.reload();
+      const answer = await fetch("/version");
+      const version = await answer.text();
+      mark.textContent = answer.ok ? "live" : "run removed";
+      if (answer.ok && version !== LIVE) location.reload();
     } catch { mark.textContent = "server closed"; }
   }, 2000);
 }

@@ -45,7 +45,7 @@ def sampled_scores(
         queries: Rows of the queries.
         randomised: Whether the weights were replaced by noise, so that no file beside them belongs to them.
     """
-    folder, settings = partial_folder(job.settings) / "check", job.settings
+    folder, settings = partial_folder(job.settings.out) / "check", job.settings
     here = {name: field.get_default() for name, field in LaunchSettings.model_fields.items()}
     small = replace(
         job,

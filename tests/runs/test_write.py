@@ -68,7 +68,7 @@ def test_token_rows_are_the_targets_and_add_up(tmp_path, record, content):
 
 def test_the_record_comes_back_as_it_was(tmp_path, record, content):
     folder = write_run(tmp_path / "run", record, content)
-    assert read_record(folder) == record
+    assert read_record(folder).model_copy(update={"files": {}}) == record
     plain = json.loads((folder / "run.json").read_text())
     assert plain["format"] == 1
     assert plain["meaning"]["unit"] == "nats"
@@ -124,7 +124,7 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, record, content):
     with pytest.raises(Exception, match="Dense scores of shape"):
         write_run(folder, record, broken, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert read_record(folder) == record
+    assert read_record(folder).model_copy(update={"files": {}}) == record
 
 
 def test_two_queries_with_one_id_are_refused(tmp_path, record, content):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vestige.errors import IndexMismatch, UserError
+from vestige.folder_locks import hold_folder
 from vestige.folders import (
     Difference,
     differences,
-    hold_folder,
     mismatch_message,
     remove_result,
     replaced_result,

@@ -61,5 +61,5 @@ def test_an_empty_text_is_no_path(name):
 
 @pytest.mark.parametrize("name", ["partition", "account", "gres", "time", "mem", "setup", "container"])
 def test_settings_of_slurm_without_it_are_refused(name):
-    with pytest.raises(SpecError, match=f"--{name}: for jobs on SLURM"):
+    with pytest.raises(SpecError, match=f"--{name} has no effect without --engine slurm"):
         LaunchSettings(**{name: "x"})

@@ -10,7 +10,8 @@ import psutil
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
 from vestige.files import this_host
-from vestige.folders import finished_of, is_held_by
+from vestige.folder_locks import is_held_by
+from vestige.folders import finished_of
 from vestige.lockstep import ROLE_VARIABLE
 
 
@@ -48,7 +49,7 @@ def job_id() -> str:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
-def works_on(worker: Worker, folder: Path) -> bool:
+def works_on(worker: Worker, job: Path) -> bool:
     """Whether the process is one of ours, of this user, that works on the job folder.
 
     A file names it, which anyone may have written; what the process is, only the system says.
@@ -58,15 +59,15 @@ def works_on(worker: Worker, folder: Path) -> bool:
         if process.uids().real != os.getuid():
             return False
         role = process.environ().get(ROLE_VARIABLE)
-        if role is not None and json.loads(role).get("job") == str(folder.resolve()):
+        if role is not None and json.loads(role).get("job") == str(job.resolve()):
+            return True
+        result = finished_of(job.resolve().parent.parent)
+        if any(is_held_by(folder, worker.pid) for folder in (result, *result.parents[:-1])):
             return True
         words, place = process.cmdline(), Path(process.cwd())
         is_ours = any(Path(word).name == "vestige" for word in words[:2]) or "vestige.cli" in words[:4]
-        named = {(place / word.split("=", 1)[-1]).resolve() for word in words[1:] if len(word) < _LONGEST_PATH}
-        results = {
-            place for each in (folder.resolve(), *folder.resolve().parents) for place in (each, finished_of(each))
-        }
-        return (is_ours and bool(named & results)) or any(is_held_by(each, worker.pid) for each in results)
+        named = ((place / word.split("=", 1)[-1]).resolve() for word in words[1:] if len(word) < _LONGEST_PATH)
+        return is_ours and result in named
     except (psutil.Error, OSError, ValueError, AttributeError):
         return False
 

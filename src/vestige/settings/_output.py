@@ -9,7 +9,7 @@ from typing import Any
 
 from vestige.errors import SpecError, UserError
 from vestige.files import disk_error
-from vestige.folders import hold_folder
+from vestige.folder_locks import hold_folder
 from vestige.lockstep import is_helper
 from vestige.settings._base import Settings, flag
 from vestige.settings._launch import LaunchSettings
@@ -58,11 +58,12 @@ def _require_apart(settings: Settings, out: Path) -> None:
     for name, value in settings.arguments().items():
         if name == "out" or name in settings.beside_results or not _is_input(settings, name):
             continue
-        for path in map(_path, value if isinstance(value, list | tuple) else [value]):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            path = _path(item)
             inside = path is not None and place in path.parents and "overwrite" in type(settings).model_fields
-            if path == place or inside:
+            if inside or (path == place and place.is_dir()):
                 raise SpecError(
-                    f"{flag(name)} {path} {'lies in' if inside else 'is'} the folder of --out, where results are "
+                    f"{flag(name)} {item} {'lies in' if inside else 'is'} the folder of --out, where results are "
                     "replaced. Choose another --out."
                 )
 

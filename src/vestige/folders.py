@@ -54,7 +54,8 @@ def remove_result(folder: Path, ours: Collection[str], record: str, keep: Collec
     # The record goes first: whatever is left after a kill is no longer taken for a result.
     (folder / record).unlink(missing_ok=True)
     for path in [path for path in folder.iterdir() if path.name not in keep]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        # Of a link to somebody's folder the link goes, and the folder stays.
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def differences(

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -16,7 +17,7 @@ class Worker(NamedTuple):
     """Host and process namespace: containers count their processes themselves."""
     pid: int
     born: float
-    """When the process started, in seconds since 1970 as its host counts them."""
+    """When the process started, in seconds since its host did: setting the host's clock does not move it."""
     job: str
     """Id of its batch job, empty outside a scheduler."""
     token: str
@@ -29,7 +30,7 @@ _TOKEN = secrets.token_hex(4)
 def this_worker() -> Worker:
     """This process."""
     pid = os.getpid()
-    return Worker(this_host(), pid, psutil.Process(pid).create_time(), job_id(), f"{_TOKEN}-{pid}")
+    return Worker(this_host(), pid, _born(psutil.Process(pid)), job_id(), f"{_TOKEN}-{pid}")
 
 
 def job_id() -> str:
@@ -38,15 +39,22 @@ def job_id() -> str:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
+def _born(process: psutil.Process) -> float:
+    try:
+        # The name of the program, in parentheses, may hold blanks; the start is the 22nd field, in ticks.
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        return int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):  # not Linux, or gone by now
+        return process.create_time()
+
+
 def is_alive(worker: Worker) -> bool | None:
     """Whether the process lives; None if it ran on another host, where this one cannot look."""
     if worker.host != this_host():
         return None
     try:
         process = psutil.Process(worker.pid)
-        # The kernel counts in hundredths of a second since the start; the start itself may be corrected a little.
-        same = abs(process.create_time() - worker.born) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return _born(process) == worker.born and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

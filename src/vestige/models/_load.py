@@ -16,7 +16,7 @@ from vestige.models._in_parts import held_in_parts
 from vestige.models._source import find_source
 from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
 from vestige.models._types import LoadedModel
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _read_adapter(
 
 def _adapter_base(folder: Path) -> str | Path:
     try:
-        base = parse_json((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = parse_object((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / 'adapter_config.json'} is not readable JSON: {error}") from error
     if not base:

@@ -14,7 +14,7 @@ import numpy as np
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, IndexMismatch
 from vestige.files import make_folder, remove_durably, write_durably
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.runs import environment
 from vestige.settings import PreparationSettings, flag
@@ -186,7 +186,7 @@ def _in_json(value: Any) -> Any:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}). Remove it, or choose another --out.") from error
 

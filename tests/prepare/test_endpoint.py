@@ -336,7 +336,7 @@ def test_what_an_endpoint_repeats_of_a_key_or_password_is_masked(echoed, endpoin
 
 
 def test_half_an_emoji_in_a_reply_is_replaced_and_the_reply_kept(endpoint, questions, tmp_path, lines):
-    endpoint.behave = lambda text, before: Act(text=f"{text} \ud83d?")
+    endpoint.behave = lambda text, before: Act(text="Put otherwise \ud83d?")
     assert lines(ask(questions[:1], tmp_path / "out").data)[0]["prompt"].endswith(" \ufffd?")
     ask(questions[:1], tmp_path / "out")
     assert len(endpoint.seen) == 1

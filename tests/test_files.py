@@ -7,10 +7,22 @@ import time
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 
 from vestige import files
 from vestige.errors import DiskSpaceError, UserError
-from vestige.files import check_disk, make_folder, remove_strays, sha256_of, this_host, write_durably
+from vestige.files import (
+    check_disk,
+    disk_error,
+    make_folder,
+    remove_strays,
+    remove_strays_of,
+    remove_tree,
+    sha256_of,
+    temporary_path,
+    this_host,
+    write_durably,
+)
 
 
 def test_a_file_is_written_whole_with_its_size_and_hash(tmp_path):
@@ -116,3 +128,51 @@ def test_a_host_name_with_dots_still_makes_a_name_that_is_recognised(tmp_path, m
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7.cluster.example")
     (tmp_path / f"00001.json.tmp.{this_host()}.{os.getpid()}.00ff.3").touch()
     assert len(remove_strays(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_a_full_disk_is_known_whoever_says_it(tmp_path, error):
+    assert "full" in str(disk_error(error, tmp_path))
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = error
+    assert isinstance(disk_error(wrapped, tmp_path), DiskSpaceError)
+
+
+def test_other_errors_are_no_full_disk(tmp_path):
+    for error in (OSError(errno.EACCES, "Permission denied"), ValueError("x"), UserError("No space left on device")):
+        assert disk_error(error, tmp_path) is None
+
+
+def test_a_folder_that_a_dead_writer_left_goes_and_a_link_goes_alone(tmp_path):
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "precious").write_text("")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stray = tmp_path / f".run.tmp.{this_host()}.{dead.pid}.abcdef12.0"
+    stray.mkdir()
+    (stray / "link").symlink_to(target)
+    own = temporary_path(tmp_path / ".run")
+    own.mkdir()
+    assert remove_strays_of(tmp_path / ".run") == [stray]
+    assert own.is_dir()
+    remove_tree(own)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    remove_tree(link)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "precious"]
+
+
+def test_a_folder_that_was_deleted_under_a_command_is_named(tmp_path):
+    with pytest.raises(UserError, match="was removed or renamed while it was being written to"):
+        write_durably(tmp_path / "gone" / "a", [b"x"])

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -52,6 +54,15 @@ def test_a_phase_may_be_entered_by_the_thread_its_caller_waits_for(clock):
         thread.join()
     assert profile.seconds["compression"] == pytest.approx(0.03)
     assert profile.seconds["backward"] == 0
+
+
+def test_a_process_does_not_inherit_the_peak_of_its_parent():
+    held = b"x" * 400_000_000
+    assert timing.peak_memory_bytes() > len(held)
+    code = "from vestige.timing import peak_memory_bytes; print(peak_memory_bytes())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 1_000_000 < int(printed) < 200_000_000
+    del held
 
 
 def test_an_error_ends_the_phase(clock):

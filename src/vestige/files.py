@@ -6,6 +6,7 @@ same file at once do no harm either, because each writes under its own name and 
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +33,11 @@ _RESERVE = 16 * 2**20
 """Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
 _OLD_SECONDS = 24 * 3600
 """A temporary file lives for the seconds that writing takes; after a day its writer is dead on any host."""
+
+_FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "os error 28", "os error 122")
+"""What libraries that hide the number of an error say of a full disk: safetensors, tokenizers, pyarrow, datasets."""
+_FULL_OF_TORCH = ("pytorchstreamwriter failed writing", "unexpected pos")
+"""What `torch.save` says when its file cannot grow, whatever the reason."""
 
 _ATTEMPT = secrets.token_hex(4)
 _COUNTER = count()
@@ -57,7 +64,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
         DiskSpaceError: The disk is full; the temporary file has been removed.
         UserError: The folder cannot be written to.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{this_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
+    temporary = temporary_path(path)
     digest, size = hashlib.sha256(), 0
     try:
         with timed("writing"), temporary.open("xb", buffering=0) as file:
@@ -82,6 +89,11 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return Written(size, digest.hexdigest())
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside `path` to write under; `remove_strays` knows it, and whether its writer still lives."""
+    return path.with_name(f"{path.name}.tmp.{this_host()}.{os.getpid()}.{_ATTEMPT}.{next(_COUNTER)}")
 
 
 def remove_durably(path: Path) -> None:
@@ -114,6 +126,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_once(path: Path) -> str:
+    """`sha256_of`, read once per process as long as the file's size and times do not change."""
+    status = path.stat()
+    return _known_sha256(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=2**16)
+def _known_sha256(path: Path, *_: int) -> str:
+    return sha256_of(path)
+
+
 def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
     """Nothing happens if `needed` bytes fit on the disk that holds `folder`, which need not exist yet.
 
@@ -135,6 +158,31 @@ def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
         )
 
 
+def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
+    """Return what a person reads where `error`, of any library, says that the disk is full; None for other errors.
+
+    Args:
+        error: As it was raised; what caused it is looked at too.
+        folder: Where the result was being written.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DiskSpaceError):
+            return seen
+        said = str(seen).lower()
+        full = isinstance(seen, OSError) and seen.errno in _FULL
+        # Words count where the library has no number to give; data may say anything in a message of our own.
+        full |= not isinstance(seen, OSError | UserError) and any(words in said for words in _FULL_WORDS)
+        if full or (isinstance(seen, RuntimeError) and any(words in said for words in _FULL_OF_TORCH)):
+            reason = str(seen).strip().splitlines()[-1][:200]
+            return DiskSpaceError(
+                f"The disk (or the quota) is full, or the file may not grow: {folder} could not be written ({reason}). "
+                "Make room, and run the same command again: what is finished is kept."
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
 def write_error(error: OSError, path: Path, size: int) -> UserError:
     """What a person reads when `size` bytes were written and no more could be."""
     resume = "Finished shards are intact: run the same command again to continue."
@@ -145,6 +193,13 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
         )
     if error.errno in _REFUSED:
         return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{path.name[:40]}... is too long a name for this disk. Choose a shorter --out.")
+    if isinstance(error, FileNotFoundError):
+        return UserError(
+            f"{path.parent} was removed or renamed while it was being written to. Run the same command again: what is "
+            "still there is kept."
+        )
     return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
 
 
@@ -154,19 +209,29 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_strays(folder: Path) -> list[Path]:
-    """Temporary files of writers that are surely dead are gone from the folder and the folders in it.
+    """Temporary files and folders of writers that are surely dead are gone from the folder and the folders in it.
 
     Those of living or foreign writers stay.
 
     Returns:
-        The files that were removed.
+        What was removed.
     """
     # Unlike a glob, a walk does not mind folders that vanish meanwhile.
-    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    strays = [path for path in sorted(found) if _is_stray(path)]
-    for path in strays:
+    found = (Path(parent, name) for parent, *names in os.walk(folder) for name in [*names[0], *names[1]])
+    return _removed(found)
+
+
+def remove_strays_of(path: Path) -> list[Path]:
+    """Remove what dead writers of `path` left beside it; return what was removed."""
+    return _removed(path.parent.glob(f"{glob.escape(path.name)}.tmp.*"))
+
+
+def remove_tree(path: Path) -> None:
+    """The file, or the folder with all that is in it, is gone; of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         path.unlink(missing_ok=True)
-    return strays
 
 
 def this_host() -> str:
@@ -176,6 +241,13 @@ def this_host() -> str:
     except OSError:
         namespace = 0
     return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{namespace}")
+
+
+def _removed(found: Iterable[Path]) -> list[Path]:
+    strays = [path for path in sorted(found) if _is_stray(path)]
+    for path in strays:
+        remove_tree(path)
+    return strays
 
 
 def _is_stray(path: Path) -> bool:

@@ -12,18 +12,21 @@ import atexit
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vestige.errors import SpecError, UserError, VestigeError, WorkElsewhere
+from vestige.progress import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FSDP = "fsdp"
 """The word for a model in parts, among those for devices."""
+ROLE_VARIABLE = "VESTIGE_LAUNCH"
+"""Environment variable in which a driver tells its workers, who run the same command, what they are."""
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others: longer than any of them writes a piece or draws up a plan."""
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo", "nccl", "timed out", "socket")
@@ -66,6 +69,13 @@ def this_process() -> Together:
 def is_first() -> bool:
     """Whether this process decides and writes, as one that works alone always does."""
     return this_process().number == 0
+
+
+def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether another process answers for the result: the driver of this worker, or the first rank of torchrun."""
+    ranks = environment.get("WORLD_SIZE", "1")
+    is_rank = ranks.isdigit() and int(ranks) > 1
+    return ROLE_VARIABLE in environment or (is_rank and environment.get("RANK", "0") != "0")
 
 
 @contextmanager
@@ -202,19 +212,10 @@ def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
 @contextmanager
 def _quiet_but_first() -> Iterator[None]:
     """What all processes would say is said by the first."""
-    before = os.environ.get("VESTIGE_QUIET")
-    if not is_first():
-        os.environ["VESTIGE_QUIET"] = "1"
-    try:
-        with warnings.catch_warnings():
-            # Writing into it would be wrong; nothing writes into what a model without its head returns.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-            yield
-    finally:
-        if before is None:
-            os.environ.pop("VESTIGE_QUIET", None)
-        else:
-            os.environ["VESTIGE_QUIET"] = before
+    with quiet(not is_first()), warnings.catch_warnings():
+        # Writing into it would be wrong; nothing writes into what a model without its head returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        yield
 
 
 def _joined() -> Together:

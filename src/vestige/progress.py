@@ -31,6 +31,21 @@ def announce(line: str) -> None:
 
 
 @contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Show nothing that begins while the block runs, if that is `wanted`."""
+    before = os.environ.get("VESTIGE_QUIET")
+    if wanted:
+        os.environ["VESTIGE_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("VESTIGE_QUIET", None)
+        else:
+            os.environ["VESTIGE_QUIET"] = before
+
+
+@contextmanager
 def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progress]:
     """Shows how far `total` units of work have come, for as long as the block runs.
 
@@ -66,6 +81,12 @@ def format_bytes(n: float) -> str:
         if n < 999.5 or name == "PB":
             break
     return f"{n:.1f} {name}" if n < 9.95 else f"{n:.0f} {name}"
+
+
+def format_memory(process: int, gpu: int = 0) -> str:
+    """Return the peak memory of a process, and of its CUDA device where one was used, for reading."""
+    own = f"{format_bytes(process)} of memory"
+    return f"{own}, {format_bytes(gpu)} on the GPU" if gpu else own
 
 
 def format_seconds(seconds: float) -> str:

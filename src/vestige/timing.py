@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vestige.progress import format_bytes
@@ -124,15 +125,35 @@ def profiled(wanted: bool) -> Iterator[Profile | None]:
 def peak_memory() -> dict[str, int]:
     """The most memory held so far, in bytes: of this process ("memory"), and on a CUDA device ("gpu")."""
     found = {}
-    if sys.platform != "win32":
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Linux counts in kibibytes, macOS in bytes.
-        found["memory"] = peak if sys.platform == "darwin" else peak * 1024
-    if (torch := _cuda()) is not None:
-        found["gpu"] = int(torch.cuda.max_memory_allocated())
+    if memory := peak_memory_bytes():
+        found["memory"] = memory
+    if gpu := peak_gpu_memory_bytes():
+        found["gpu"] = gpu
     return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the most resident memory of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        # `ru_maxrss` is handed down from parent to child on Linux; this line is of the process itself.
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, others in kibibytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory_bytes() -> int:
+    """Return the most memory that tensors held at once on one CUDA device, in bytes; 0 where none was used."""
+    if (torch := _cuda()) is None:
+        return 0
+    return max(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
 
 
 def _synchronise() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from statistics import fmean
 
 import numpy as np
@@ -140,6 +141,30 @@ def test_the_perplexity_ratio_is_the_difference_of_losses(place, whole, tmp_path
     np.testing.assert_allclose(whole.values("perplexity_ratio")[:QUESTIONS], difference, rtol=1e-6, atol=1e-7)
 
 
+def test_a_label_column_is_no_set_of_classes_unless_asked_for(place, tmp_path, capsys):
+    rows = [
+        {"text": f"Bees make honey number {number}.", "label": "ok" if number % 2 else "odd"} for number in range(6)
+    ]
+    found = simple(place, tmp_path / "run", data=rows, flag=None, measures=("psmi",))
+    assert np.isnan(found.values("psmi")).all()
+    assert "--label-field label" in capsys.readouterr().err
+    asked = simple(place, tmp_path / "asked", data=rows, flag=None, measures=("psmi",), label_field="label")
+    assert np.isfinite(asked.values("psmi")).all()
+    assert "--label-field label" not in capsys.readouterr().err
+
+
+def test_a_file_of_rows_flags_as_a_column_does(place, tmp_path):
+    rows = [{"id": f"t{number}", "text": f"Bees make honey number {number}.", "bad": number < 2} for number in range(6)]
+    (tmp_path / "rows.txt").write_text("t1\nt0\n")
+    runs = [
+        simple(place, tmp_path / name, data=rows, flag=flag, measures=("loss",))
+        for name, flag in (("column", "bad"), ("file", str(tmp_path / "rows.txt")))
+    ]
+    assert runs[0].examples["flag"].to_pylist() == runs[1].examples["flag"].to_pylist() == [True] * 2 + [False] * 4
+    with pytest.raises(DataError, match="no example of the data has that value"):
+        simple(place, tmp_path / "nothing", data=rows, flag="bad=perhaps", measures=("loss",))
+
+
 def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
     found = simple(place, tmp_path / "run", data=str(place / "texts.jsonl"), flag=None)
     run = found.run
@@ -226,7 +251,6 @@ def test_mistakes_are_told(place, tmp_path):
         ({"label_field": "kind"}, DataError, "no example has that column"),
         ({"choices_field": "prompt_"}, None, ""),
         ({"choices_field": "noisy"}, DataError, "expected a list of the completions"),
-        ({"checkpoints": [str(place / "run/checkpoint-10")] * 2}, SpecError, "same weights"),
         ({"data": str(place / "texts.jsonl"), "bank": place / "bank", "flag": None}, DataError, "is in the bank"),
     ]
     for changes, error, message in cases:
@@ -236,6 +260,14 @@ def test_mistakes_are_told(place, tmp_path):
         with pytest.raises(error, match=message):
             simple(place, tmp_path / "run", **{"measures": ("loss", "mahalanobis")} | changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_checkpoints_of_equal_weights_are_measured_once_and_that_is_said(place, tmp_path, capsys):
+    shutil.copytree(place / "run/checkpoint-10", tmp_path / "checkpoint-11")
+    pair = [str(place / "run/checkpoint-10"), str(tmp_path / "checkpoint-11")]
+    found = simple(place, tmp_path / "run", checkpoints=pair, measures=("loss",))
+    assert found.checkpoints == [10, 30]
+    assert "checkpoint-11 holds the same weights as /" in capsys.readouterr().err
 
 
 def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reason(place, tmp_path):

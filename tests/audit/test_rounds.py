@@ -12,8 +12,8 @@ import pytest
 from tests.audit.audited import evidence, simple, small_pieces
 from tests.workshop import TOGETHER
 from vestige.audit import _states
-from vestige.audit._pieces import partial_folder
 from vestige.errors import DiskSpaceError, WorkElsewhere
+from vestige.folders import partial_folder
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.audit", "tests.workshop", "transformers.models.llama"])

@@ -243,4 +243,4 @@ def test_closed_streams(workshop):
 def test_an_environment_variable_that_is_no_number(workshop):
     done = shell(" ".join(["vestige", *index_words(), "--out", "new"]), VESTIGE_STALE_SECONDS="abc")
     assert done.returncode == 2
-    assert b"VESTIGE_STALE_SECONDS=abc: expected a number of seconds" in done.stderr
+    assert b"VESTIGE_STALE_SECONDS was 'abc', expected a number of seconds" in done.stderr

@@ -62,6 +62,8 @@ def test_an_answer_is_traced_reported_and_described(vestige, idx):
     assert "proponents of query" in outcome.out
     assert "Why is the sky blue?" in outcome.out
     assert "Sign: " in outcome.out
+    for check in Scores.open("run").run.trust.checks:
+        assert f"[{check.verdict}] {check.name}: {check.reading}" in outcome.out
     assert outcome.out.endswith("See it with: vestige report run\n")
     scores = Scores.open("run")
     assert len(scores.top(0, 10)) == 3

@@ -84,7 +84,7 @@ def test_an_assistant_may_speak_first(chatml):
 
 
 def test_a_conversation_that_waits_ends_in_the_generation_prompt(chatml, capsys):
-    data = tokenize(load_queries([{"messages": CONVERSATION[:2]}]), chatml, max_length=None)
+    data = tokenize(load_queries([{"messages": CONVERSATION[:2]}]), chatml, max_length=None, prompts=True)
     assert chatml.decode(data.input_ids[0]).endswith("blue?<|im_end|>\n<|im_start|>assistant\n")
     assert data.target_counts.tolist() == [0]
     assert capsys.readouterr().err == ""

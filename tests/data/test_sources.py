@@ -52,6 +52,16 @@ def test_files(tmp_path, extension, kind):
     check(load_examples(kind(write(tmp_path / f"train.{extension}"))))
 
 
+def test_the_folder_that_vestige_data_left_is_read_by_its_rows(tmp_path):
+    write(tmp_path / "data.jsonl")
+    write(tmp_path / "flagged.jsonl", [{"id": "no", "text": "left out"}])
+    (tmp_path / "prepare.json").write_text("{}")
+    check(load_examples(tmp_path))
+    (tmp_path / "data.jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match=r"several files of rows here \(flagged.jsonl, train.jsonl\). Give one of them"):
+        load_examples(tmp_path)
+
+
 @pytest.mark.parametrize("extension", ["jsonl", "json", "csv"])
 def test_packed_files(tmp_path, extension):
     plain = write(tmp_path / f"train.{extension}")

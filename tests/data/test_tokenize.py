@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from vestige.data import Example, data_fingerprint, load_examples, load_queries, tokenize
 from vestige.data._encode import Rendered, Span, marked_targets
@@ -128,10 +129,21 @@ def test_without_an_end_token_nothing_is_appended_and_it_is_said(byte_level, cap
 
 
 def test_a_prompt_without_completion_has_no_target_and_no_end(with_beginning, capsys):
-    data = tokenize(load_queries(["Why is the sky blue?"]), with_beginning, max_length=None)
+    data = tokenize(load_queries(["Why is the sky blue?"]), with_beginning, max_length=None, prompts=True)
     assert with_beginning.decode(data.input_ids[0]) == "<s>Why is the sky blue?"
     assert data.target_counts.tolist() == [0]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("frame", ["<s> $A </s>", "$A </s>", "<s> $A </s> </s>"])
+def test_nothing_stands_behind_a_prompt(with_both_ends, frame):
+    """Where the tokenizer ends every text, a prompt would be answered after the end."""
+    named = [(token, with_both_ends.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    with_both_ends.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=named)
+    begins = "<s>" if frame.startswith("<s>") else ""
+    for text in ("Why is the sky blue?", "", "Why</s>"):
+        data = tokenize(load_queries([{"prompt": text}]), with_both_ends, max_length=None, prompts=True)
+        assert with_both_ends.decode(data.input_ids[0]) == begins + text
 
 
 def test_cutting_is_from_the_right_announced_and_counted(with_beginning, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM
 
 import vestige.evaluate
@@ -55,6 +56,10 @@ def runs(workshop, given):
     return [str(workshop / method) for method in ("grad-dot", "bm25")]
 
 
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def files_of(result):
     table, document, picture = map(Path, result.files)
     assert [path.name for path in (table, document, picture)] == [
@@ -78,6 +83,35 @@ def test_lds_judges_methods_and_opponents_against_a_bank(halves, given, tmp_path
     )
     assert result["grad-dot"].values["LDS"].value == pytest.approx(expected.estimate.value)
     assert "Noise ceiling" in str(result)
+
+
+def test_lds_predicts_margins_where_they_are_asked_for_or_all_there_is(halves, given, runs, tmp_path):
+    truth, run = Bank.open(halves), Scores.open(runs[0])
+    asked = {"run": runs[:1], "opponents": False, "draws": 2}
+    result = vestige.evaluate.lds(**asked, bank=halves, value="margin", out=tmp_path / "margin")
+    scores = run.dense().astype(np.float64) @ truth.subset_membership.T
+    margins = truth.by_subset(truth.query_margins).mean(1)
+    of_subsets = [np.corrcoef(rankdata(scores[q]), rankdata(margins[:, q]))[0, 1] for q in range(3)]
+    assert result["grad-dot"].values["LDS"].value == pytest.approx(np.mean(of_subsets), abs=1e-6)
+    assert "the margin" in result.title
+    # GraSS's published truth holds margins alone.
+    grass = tmp_path / "grass"
+    for number, rows in enumerate(truth.subset_membership):
+        (grass / str(number)).mkdir(parents=True)
+        lines = "".join(f"{row}\n" for row in np.flatnonzero(rows))
+        (grass / str(number) / "train_index.csv").write_text(lines)
+    torch.save(torch.from_numpy(margins), grass / "gt.pt")
+    published = Bank.open(grass)
+    assert published.holds("query_margin")
+    assert not published.holds("query_loss")
+    numbered = [row | {"id": str(n)} for n, row in enumerate(rows_of(given["data"]))]
+    asked_of = [row | {"id": str(n)} for n, row in enumerate(rows_of(given["queries"]))]
+    files = {"data": write_rows(tmp_path / "d.jsonl", numbered), "queries": write_rows(tmp_path / "q.jsonl", asked_of)}
+    files = {name: str(path) for name, path in files.items()}
+    again = vestige.evaluate.lds(
+        **files, model=given["model"], methods="grad-dot", opponents=False, draws=2, bank=grass, out=tmp_path / "same"
+    )
+    assert again["grad-dot"].values["LDS"].value == pytest.approx(np.mean(of_subsets), abs=1e-6)
 
 
 def test_a_second_call_scores_nothing_anew_and_changed_settings_are_refused(halves, given, tmp_path, monkeypatch):
@@ -165,6 +199,28 @@ def test_removal_retrains_without_the_top_examples(given, tmp_path):
     assert result["grad-dot"].values["without 2"].value == pytest.approx(rise)
     with pytest.raises(SpecError, match="leaves nothing"):
         vestige.evaluate.removal(**arguments | {"remove": 12}, out=tmp_path / "out")
+
+
+def test_removal_of_listed_rows_is_compared_with_random_lists_of_their_size(given, tmp_path):
+    (tmp_path / "rows.txt").write_text("pair-3\npair-7\n")
+    arguments = {**given, "rows": tmp_path / "rows.txt", "random_lists": 2, "seeds": 1, "epochs": 1, "lora_rank": 2}
+    result = vestige.evaluate.removal(**arguments, out=tmp_path / "out", draws=50)
+    content = files_of(result)
+    assert [row.method for row in result.rows] == ["rows.txt", "random lists"]  # no method is judged, so none is run
+    assert content["lists"]["rows.txt 2 #0"] == ["pair-3", "pair-7"]
+    assert sorted(map(len, content["lists"].values())) == [2, 2, 2]
+    truth = Bank.open(tmp_path / "out" / "bank")
+    assert truth.identity["lora_rank"] == 2
+    losses = truth.query_losses
+    rise = losses[truth.subset_names.index("rows.txt 2 #0")] - losses[0]
+    assert result["rows.txt"].values["without 2"].value == pytest.approx(rise.mean())
+    assert content["rise_by_query"]["rows.txt 2 #0"] == pytest.approx(rise)
+    assert "Without rows.txt, by query" in str(result)
+    (tmp_path / "unknown.txt").write_text("pair-3\nnobody\n")
+    with pytest.raises(DataError, match="'nobody'"):
+        vestige.evaluate.removal(**arguments | {"rows": tmp_path / "unknown.txt"}, out=tmp_path / "two")
+    with pytest.raises(SpecError, match="--rows FILE"):
+        vestige.evaluate.removal(**given, out=tmp_path / "three")
 
 
 def test_tail_patch_takes_the_step_and_restores_every_bit(given, tmp_path):

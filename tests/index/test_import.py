@@ -391,6 +391,20 @@ def test_products_per_parameter_become_cosines_that_are_split(tmp_path):
     ]
 
 
+def test_products_in_partitions_become_the_cosines_of_the_whole(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    of_query = {"q": {"a": {"w": 3.0, "v": 1.0}}, "r": {"a": {"w": -1.0, "v": 0.0}}}
+    for number, (query, candidates) in enumerate(of_query.items()):
+        parts = {"dot_products": {query: candidates}, "paraphrased_dot_products": {query: {"w": 4.0, "v": 0.0}}}
+        parts["original_dot_products"] = {"a": {"w": 9.0, "v": 16.0}}
+        for stem, content in parts.items():
+            (folder / f"{stem}_part_{number}_{number + 1}.json").write_text(json.dumps(content))
+    run = import_published(source=folder, out=tmp_path / "cos")
+    assert run.queries == ["q", "r"]
+    assert [run.top(query)[0].score for query in "qr"] == pytest.approx([0.4, -0.1])
+
+
 def test_partitions_are_joined_and_a_query_in_two_is_refused(tmp_path):
     (tmp_path / "x_part_0_1.json").write_text(json.dumps({"q1": {"a": 1.0}}))
     (tmp_path / "x_part_1_2.json").write_text(json.dumps({"q2": {"a": 0.5}}))

@@ -1,17 +1,20 @@
 """Workers on a disk that is full or read-only: one clear error, and the same command goes on when it is mended."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.index.synthetic import hashes
 from tests.launch.disks import fill, remount, small_disk
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
-from vestige.errors import DiskSpaceError, UserError
+from vestige.errors import DiskSpaceError, PieceFailed, UserError
+from vestige.launch._record import JobFolder
 
 
 def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_error(tmp_path, monkeypatch):
@@ -42,6 +45,34 @@ def test_a_read_only_folder_is_refused_before_a_worker_starts(tmp_path):
             plan.run(workers=2)
         remount(disk, "rw")
         assert plan.run(workers=2) == plan.expected()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+    ],
+)
+def test_what_a_library_says_of_a_full_disk_ends_the_work_at_the_first_attempt(tmp_path, monkeypatch, error):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(ToyPlan, "_misbehave", lambda _, piece: full(piece))
+    plan = ToyPlan(tmp_path / "out", pieces=4)
+    with pytest.raises(DiskSpaceError, match="Make room"):
+        plan.run(workers=1, retries=5)
+    assert plan.computed() == [0]
+
+
+def test_attempts_are_counted_where_they_cannot_be_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(JobFolder, "failure", lambda *_: None)
+    monkeypatch.setattr(JobFolder, "failures", lambda _: [])
+    plan = ToyPlan(tmp_path / "out", pieces=3, fail=(1,))
+    with pytest.raises(PieceFailed, match=r"piece 1, 3 times"):
+        plan.run(workers=1, retries=2)
+    assert plan.computed().count(1) == 3
 
 
 @pytest.mark.slow

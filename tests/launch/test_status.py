@@ -1,15 +1,20 @@
 """What a person sees of a job while it runs, and how it ends on request."""
 
+import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from tests.launch.toy import ToyPlan
 from vestige.cli import main
-from vestige.errors import PieceFailed, UserError
+from vestige.errors import CorruptFile, PieceFailed, UserError
+from vestige.files import this_host
 from vestige.launch import cancel_jobs, job_statuses
 from vestige.settings import LaunchSettings
 
@@ -56,3 +61,82 @@ def test_status_and_cancel_of_a_job_at_work(tmp_path):
 def test_cancel_where_nothing_ran_is_an_instruction(tmp_path):
     with pytest.raises(UserError, match="No job has worked on"):
         cancel_jobs(tmp_path)
+
+
+def _foreign(folder, **changes):
+    """A job's record as somebody else may have changed it."""
+    ToyPlan(folder, pieces=2).run()
+    path = folder / "launch" / "squaring" / "job.json"
+    record = json.loads(path.read_text()) | {"ended": None} | changes
+    path.write_text(json.dumps({name: value for name, value in record.items() if value != "left out"}))
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"jobs": ["--user=victim", "--state=RUNNING"]},
+        {"jobs": ["17", "18 --user=victim"]},
+        {"jobs": ["17_"]},
+        {"jobs": ["17\n"]},
+        {"jobs": "17"},
+        {"name": "left out"},
+        {"begun": "left out"},
+        {"begun": float("nan")},
+        {"pieces": -1},
+        {"driver": ["host", -1, 0.0, "", "t"]},
+        {"driver": [1, 2]},
+    ],
+)
+def test_a_record_that_is_not_ours_ends_nothing_and_is_named(tmp_path, monkeypatch, changes):
+    _foreign(tmp_path, **changes)
+    monkeypatch.setattr(subprocess, "run", lambda *words, **_: pytest.fail(f"called {words}"))
+    for asked in (cancel_jobs, job_statuses):
+        with pytest.raises(CorruptFile, match=r"job\.json is not the record of a job"):
+            asked(tmp_path)
+
+
+def test_ids_of_jobs_stand_behind_the_options(tmp_path, monkeypatch):
+    _foreign(tmp_path, jobs=["17", "18_3"], driver=None)
+    called = []
+    done = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: called.append(words) or done)
+    cancel_jobs(tmp_path)
+    assert called == [["scancel", "--", "17", "18_3"]]
+
+
+def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
+    other = tmp_path / "other"
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "vestige", str(other)]
+    with subprocess.Popen(words) as innocent:
+        born = psutil.Process(innocent.pid).create_time()
+        worker = [this_host(), innocent.pid, born, "", "token"]
+        home = _foreign(tmp_path / "job", driver=worker)
+        (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
+        (said,) = cancel_jobs(tmp_path / "job")
+        assert "it was left alone" in said
+        assert innocent.poll() is None
+        innocent.kill()
+
+
+def test_claims_and_journals_of_others_are_passed_over(tmp_path):
+    home = _foreign(tmp_path, driver=None)
+    me = psutil.Process().create_time()
+    for name, content in {
+        "00000": [1, 2],
+        "x": [this_host(), os.getpid(), "soon", "", "t", 0],
+        "00001": "{" * 9,
+    }.items():
+        (home / "claims" / f"{name}.json").write_text(json.dumps(content))
+    (home / "claims" / "\u00b2.json").write_text(json.dumps([this_host(), os.getpid(), me, "", "t", 0]))
+    (home / "journal" / "x.jsonl").write_text('[0, "a", 1, 1, 1, 1, "h", ""]\n[1e999, 0]\nnull\n' + "[" * 5000)
+    (home / "failures" / ("9" * 100 + ".json")).write_text("{}")
+    (job,) = job_statuses(tmp_path)
+    assert (job.running, job.failures) == ((), ())
+
+
+def test_a_wrong_number_of_seconds_is_an_instruction(tmp_path, monkeypatch):
+    for given in ("abc", "nan", "-1", ""):
+        monkeypatch.setenv("VESTIGE_STALE_SECONDS", given)
+        with pytest.raises(UserError, match=r"VESTIGE_STALE_SECONDS was .* expected a number of seconds"):
+            ToyPlan(tmp_path).run()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from vestige.errors import CorruptFile, DataError
 from vestige.files import make_folder, write_durably
+from vestige.folders import hold_folder
 from vestige.launch import Compute, ranges, run_plan, step_done
+from vestige.lockstep import is_helper
 from vestige.settings import LaunchSettings
 
 
@@ -96,7 +98,8 @@ def main() -> None:
     fields, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     plan = ToyPlan(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     plan = ToyPlan(**(vars(plan) | {"folder": Path(plan.folder), "opened": []}))
-    print(plan.run(**settings))
+    with hold_folder(plan.folder, "toy", shared="toy", lock=not is_helper()):
+        print(plan.run(**settings))
 
 
 if __name__ == "__main__":

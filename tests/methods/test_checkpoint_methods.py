@@ -16,11 +16,11 @@ from tests.reference import ensemble as slow
 from tests.reference.gradients import example_loss
 from tests.trainer import trained_run
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
+from vestige.folders import partial_folder, remove_partial
 from vestige.index import Index, Inputs, build_index
 from vestige.methods import Job, Less, TracIn, Trak, get_method
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, learning_rates
 from vestige.methods._explain import split_over_components
-from vestige.methods._partial import partial_folder, remove_partial
 from vestige.models import load_model, select_components
 from vestige.settings import IndexSettings
 
@@ -183,8 +183,8 @@ def test_trap_scores_do_not_depend_on_batches(run, tmp_path, name):
         else:
             job = job_of(run, out, token_budget=budget)
         found.append(all_scores(get_method(name), job))
-        remove_partial(job.settings)
-        assert not partial_folder(job.settings).exists()
+        remove_partial(job.settings.out)
+        assert not partial_folder(job.settings.out).exists()
     # Without an index TRAK stores its features in float16, whose rounding may differ by one step.
     tolerance = 2e-3 if name == "trak" else 1e-5
     assert close(found[1], found[0], tolerance)

@@ -254,3 +254,13 @@ def test_a_profile_lies_beside_the_scores(place, tmp_path):
     profile = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert min(profile["seconds"][phase] for phase in ("forward", "backward", "reading", "writing", "scoring")) > 0
     assert sum(profile["seconds"].values()) == pytest.approx(profile["total_seconds"], abs=1e-4)
+
+
+def test_the_bytes_read_of_a_profile_are_the_stored_ones(place, tmp_path):
+    built = {"model": place / "tiny-model", "data": str(place / "train.jsonl"), "out": tmp_path / "idx"}
+    vestige.index(**built, compress="mask:8", dtype="int8")
+    stored = sum(path.stat().st_size for path in (tmp_path / "idx" / "shards").glob("*.safetensors"))
+    options = {"index": tmp_path / "idx", "queries": ["Why is the sky blue?"], "trust": False, "max_new_tokens": 2}
+    vestige.attribute(**options, method="grad-dot", out=tmp_path / "run", profile=True)
+    read = json.loads((tmp_path / "run" / "profile.json").read_text())["bytes"]["read"]
+    assert 0.5 * stored < read <= stored

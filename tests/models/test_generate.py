@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from tests.architectures import CAUSAL, build
 from vestige.data import Example, Message
@@ -36,6 +37,17 @@ def test_answers_are_the_greedy_continuation(tokenizer):
     expected = tokenizer.decode(ids[start:], skip_special_tokens=True)
     assert tokenizer.eos_token_id not in ids[start:]
     assert completions(loaded, ["who are you"], max_new_tokens=5) == [expected]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tokenizer):
+    loaded = load_model(build("llama"), tokenizer=tokenizer)
+    expected = completions(loaded, PROMPTS, max_new_tokens=5)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("who are you").input_ids[-1] == tokenizer.eos_token_id
+    assert completions(loaded, PROMPTS, max_new_tokens=5) == expected
 
 
 def always_says(token: int):

@@ -136,6 +136,25 @@ def test_a_plain_classifier_trains_with_scores():
     assert step.result.ids == tuple("0123456")
 
 
+def test_an_own_objective_reads_its_own_dictionaries():
+    def of_dict(model, batch):
+        return losses(model, (batch["inputs"], batch["labels"]))
+
+    torch.manual_seed(0)
+    model, (x, y), (held_x, held_y) = Classifier(norm=False).double(), classifier_batch(7, 0), classifier_batch(3, 1)
+    held_out = {"inputs": held_x, "labels": held_y}
+    pairs = OnlineAttribution(model, (held_x, held_y), objective=FunctionObjective(losses))
+    named = OnlineAttribution(model, held_out, objective=FunctionObjective(of_dict))
+    scores = []
+    for engine in (pairs, named):
+        with engine.step(range(7), learning_rate=0.1) as step:
+            nn.functional.cross_entropy(model(x), y).backward()
+        scores.append(step.result.score)
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=0)
+    wanted = pairs.select((x, y), 3, learning_rate=0.1)
+    assert named.select({"inputs": x, "labels": y}, 3, learning_rate=0.1) == wanted
+
+
 def test_batch_statistics_are_refused():
     model, (x, y) = Classifier(norm=True).double(), classifier_batch(7, 0)
     engine = OnlineAttribution(model, (x, y), objective=FunctionObjective(losses))

@@ -16,7 +16,7 @@ from tests.prepare.conftest import TEXTS
 from tests.prepare.server import Act
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.prepare import paraphrase
-from vestige.prepare._retry import asked_wait
+from vestige.prepare._retry import Again, asked_wait, read_reply
 
 
 def ask(questions, out, **settings):
@@ -220,6 +220,20 @@ def test_replies_that_are_no_paraphrases_are_flagged_and_counted(endpoint, quest
     kept = ask(questions, tmp_path / "out", keep_flagged=True, overwrite=True)
     assert (kept.rows, kept.flagged, len(endpoint.seen)) == (12, result.flagged, 12)
     assert not (tmp_path / "out" / "flagged.jsonl").exists()
+
+
+def test_a_reply_with_half_an_emoji_is_kept_and_paid_once(endpoint, questions, tmp_path, lines, capsys):
+    endpoint.behave = lambda text, before: Act(text=f"{text} \ud83d so")
+    result = ask(questions[:3], tmp_path / "out")
+    assert [row["prompt"] for row in lines(result.data)] == [f"{text} \ufffd so" for text in TEXTS[:3]]
+    assert "Replies: 3 halves of surrogate pairs" in capsys.readouterr().err
+    ask(questions[:3], tmp_path / "out", overwrite=True)
+    assert len(endpoint.seen) == 3
+
+
+def test_a_reply_that_is_nested_too_deeply_is_a_broken_one(questions):
+    with pytest.raises(Again, match="broken reply"):
+        read_reply("[" * 100_000)
 
 
 def test_equal_texts_are_asked_for_once_and_several_paraphrases_with_several_seeds(endpoint, tmp_path, lines):

@@ -5,7 +5,7 @@ from datasets import load_from_disk
 
 from tests.workshop import PAIRS
 from vestige.data import Example, load_examples
-from vestige.errors import DataError, IndexMismatch, ModelError, SpecError
+from vestige.errors import DataError, IndexMismatch, ModelError, SpecError, UserError
 from vestige.prepare import paraphrase, paraphrase_by_rules, problem_of, row_of
 from vestige.prepare._problems import bare
 from vestige.prepare._replies import Reply
@@ -110,7 +110,7 @@ def test_a_result_of_other_settings_or_rows_is_not_replaced_unasked(tmp_path):
     assert paraphrase(data=rows, out=tmp_path / "out", rules=True, paraphrases=2, overwrite=True).rows == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "data.jsonl").write_text("{}")
-    with pytest.raises(DataError, match="not by `vestige data`"):
+    with pytest.raises(UserError, match=r"holds other files \(data\.jsonl\)"):
         paraphrase(data=rows, out=tmp_path / "mine", rules=True)
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 
 import vestige
@@ -42,3 +43,13 @@ def test_what_cannot_be_tokenised_is_refused(workshop, tmp_path):
     vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out")
     with pytest.raises(IndexMismatch, match="max-length"):
         vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out", max_length=9)
+
+
+def test_masks_and_padding_of_rows_of_tokens_are_in_the_labels(workshop, tmp_path):
+    columns = {"loss_mask": [0, 0, 0, 1, 0], "attention_mask": [0, 1, 1, 1, 1], "position_ids": [0, 0, 1, 2, 3]}
+    rows = [{"id": "a", "input_ids": [0, 5, 6, 7, 8], "url": "x", **columns}]
+    result = vestige.prepare.tokenize(
+        data=rows, out=tmp_path / "out", tokenizer=str(workshop / "tiny-model"), max_length=3
+    )
+    (row,) = parquet.read_table(result.data).to_pylist()
+    assert row == {"id": "a", "url": "x", "input_ids": [5, 6, 7], "labels": [-100, -100, 7]}

@@ -45,3 +45,18 @@ def test_without_tokens_words_are_the_pieces_and_nothing_is_lost():
     pieces = cut(Wording(prompt="Who  wrote\nit?", completion="I did."))
     assert "".join(pieces.texts) == "Who  wrote\nit?I did."
     assert (pieces.roles, pieces.from_tokens) == ("pppaa", False)
+
+
+def test_system_user_and_assistant_are_turns_of_their_own_with_their_names():
+    messages = (("system", "Be kind."), ("user", "How so?"), ("user", "Why?"), ("assistant", "Because."))
+    names = ["System", "User", "User", "Assistant"]
+    pieces = cut(Wording(messages=messages))
+    assert pieces.roles == "sspppa"
+    assert [turn.name for turn in pieces.turns] == names
+    assert ["".join(pieces.texts[start:stop]) for start, stop, _ in pieces.turns] == [text for _, text in messages]
+    # A template that writes nothing between the turns, so that only the contents tell them apart.
+    tokens = ("<s>", "Be", " kind", ".", "How", " so", "?", "Why", "?", "Because", ".", "</s>")
+    pieces = cut(Wording(messages=messages, tokens=tokens))
+    assert pieces.roles == "tssspppppaat"
+    assert [(turn.start, turn.stop) for turn in pieces.turns] == [(1, 4), (4, 7), (7, 9), (9, 11)]
+    assert [turn.name for turn in pieces.turns] == names

@@ -63,3 +63,16 @@ def test_template_words_never_match():
 
 def test_an_answer_without_words_has_no_share():
     assert compare("?!", "anything").share is None
+
+
+def test_no_run_crosses_turns_and_a_shared_system_prompt_is_no_overlap():
+    def words(*messages):
+        return words_of(cut(Wording(messages=messages)))
+
+    system = ("system", "You are the kind helper of this shop.")
+    query = words(system, ("user", "Please do tell"), ("user", "me why"), ("assistant", "Fine words."))
+    example = words(system, ("user", "do tell me why fine words"))
+    assert overlap(query, example, frozenset()).example == ()
+    example = words(system, ("user", "Please do tell me"))
+    start, stop = overlap(query, example, frozenset()).example[0]
+    assert stop - start == 3

@@ -232,3 +232,26 @@ def test_data_without_rows_or_with_an_id_twice_are_refused(tmp_path):
         with pytest.raises(DataError, match=words):
             select(data=data, budget=1, out=tmp_path / "out", strategy="random")
     assert not (tmp_path / "out").exists()
+
+
+def test_listed_rows_are_never_chosen_and_lie_beside(run, workshop, tmp_path, capsys):
+    best = select(scores=run, budget=3, out=tmp_path / "best")
+    (tmp_path / "rows.txt").write_text("".join(f"{name}\n" for name in best.ids))
+    for strategy in ("top", "round-robin", "random"):
+        out = tmp_path / strategy
+        chosen = select(scores=run, budget=9, strategy=strategy, drop=tmp_path / "rows.txt", out=out)
+        assert len(chosen) == 9
+        assert not set(chosen.ids) & set(best.ids)
+        removed = [json.loads(line) for line in chosen.removed.read_text().splitlines()]
+        assert {row["id"] for row in removed if "rows.txt" in row["problem"]} == set(best.ids)
+    assert select(scores=run, budget=9, drop=tmp_path / "best", out=tmp_path / "folder").ids
+    with pytest.raises(IndexMismatch):
+        select(scores=run, budget=9, out=tmp_path / "top")
+
+
+def test_scores_of_the_models_own_answers_say_what_they_keep(given, tmp_path, capsys):
+    settings = {"method": "random", "dense": True, "trust": False}
+    own = attribute(**given, **settings, queries=["Who wrote Emma?"], max_new_tokens=4, out=tmp_path / "own")
+    chosen = select(scores=own.folder, budget=3, out=tmp_path / "out")
+    assert "1 of 1 queries are answers that the model gave itself" in capsys.readouterr().err
+    assert "right or wrong" in str(chosen)

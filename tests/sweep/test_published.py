@@ -90,6 +90,14 @@ def test_a_deployment_becomes_a_grid_of_train(deployed):
     assert expected.items() <= base.items()
 
 
+def test_settings_of_which_models_are_kept_are_replaced_aloud(deployed, capsys):
+    grid = read_published(deployed()).grid()
+    assert grid["base"]["checkpoints"] == "0,0.2,...,1,2,..."
+    told = capsys.readouterr().err
+    assert "save_steps=50" in told
+    assert "after_c_only_every_n=250,250" in told
+
+
 @pytest.mark.parametrize(
     ("training", "deployment", "message"),
     [

@@ -33,6 +33,7 @@ def test_a_run_ends_in_a_directory_that_opens_and_is_reported(here, direction, l
     assert scores.queries == ["sky", "leaf"]
     columns = 4 if level == "source" else 12
     assert scores.dense().shape == (2, columns)
+    assert "the run lists" not in str(scores.top("sky", 40)), "all columns are listed"
     assert scores.run.method == {"untrac": "untrac", "inverse": "untrac-inv"}[direction]
     assert {each.source for each in scores.run.groups["sky"]} == {"biology", "books", "physics", "places"}
     assert [check.verdict for check in scores.run.trust.checks if check.name == "first-order self-test"] == ["good"]

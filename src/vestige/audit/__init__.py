@@ -9,6 +9,7 @@ from vestige.audit._attack import attack as attack
 from vestige.audit._attack import group_means as group_means
 from vestige.audit._attack import share as share
 from vestige.audit._blind import blind as blind
+from vestige.audit._blind import blind_attack as blind_attack
 from vestige.audit._choices import accuracy as accuracy
 from vestige.audit._choices import brier as brier
 from vestige.audit._counterfactual import counterfactual as counterfactual

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vestige.audit._from_bank import bank_evidence
 from vestige.audit._job import AuditJob
@@ -190,6 +190,7 @@ def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
         )
     left_out = None if settings.bank_subset is None else bank.subsets == settings.bank_subset
     values = -bank.example_token_losses if of == "loss" else bank.values(f"example_{of}")
+    membership = _of_copies(bank.membership, job.groups, places)
     for each in seen:
         own = {
             "loss": -each.measures["loss"],
@@ -200,15 +201,30 @@ def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
         target[places[known]] = own[of][known]
         for name, measure in (("lira", lira), ("lira_offline", lira_offline)):
             if name in job.wanted:
-                score = measure(target, values, bank.membership, left_out=left_out).score
+                score = measure(target, values, membership, left_out=left_out).score
                 each.measures[name] = _spread(score, places)
-    proved = bank_evidence(bank, of=of)
+    proved = bank_evidence(bank, of=of, membership=membership)
     whole = {
         "counterfactual": proved.counterfactual,
         "simplicity": proved.simplicity,
         "lira_global": proved.success.success,
     }
     seen[-1].measures.update({name: _spread(column, places) for name, column in whole.items() if name in job.wanted})
+
+
+def _of_copies(
+    membership: Bool[np.ndarray, "member row"], groups: Int[np.ndarray, "example"], places: Int[np.ndarray, "example"]
+) -> Bool[np.ndarray, "member row"]:
+    """True where a member was trained on the row or on a copy of it: banks drawn row by row split them."""
+    known = places >= 0
+    row = np.arange(membership.shape[1]) + len(groups)
+    row[places[known]] = groups[known]
+    order = np.argsort(row, kind="stable")
+    begins = np.flatnonzero(np.diff(row[order], prepend=-1))
+    found = np.empty_like(membership)
+    inside = np.logical_or.reduceat(membership[:, order], begins, axis=1)
+    found[:, order] = np.repeat(inside, np.diff(begins, append=len(order)), axis=1)
+    return found
 
 
 def _spread(values: Column, places: Int[np.ndarray, "example"]) -> Column:
@@ -234,7 +250,7 @@ def _reason(job: AuditJob, name: str) -> str:
         alone = "an example needs a class that another one of the data has too; the holdout is not measured"
         return job.no_classes or alone
     if name in BANK_MEASURES:
-        return "fewer than two models of the bank with or without the example, or it is not in the bank"
+        return "fewer than two models of the bank with or without the example and its copies, or it is not in the bank"
     known = {
         "answer_loss": "a text without a prompt has no answer of its own",
         "extraction": f"shorter than {max(job.settings.prefixes)} + {job.settings.continuation} tokens",

@@ -53,6 +53,7 @@ def attack(
     *,
     tpr_at: tuple[float, ...] = (0.01, 0.001),
     fpr_at: tuple[float, ...] = (0.75,),
+    design_effect: float = 1.0,
 ) -> Attack:
     """AUC, TPR at low FPR, and FPR at a TPR, of scores that should be higher for members.
 
@@ -64,6 +65,8 @@ def attack(
         members: Or whatever else is to be found: memorized, mislabelled.
         tpr_at: False positive rates.
         fpr_at: True positive rates.
+        design_effect: How much larger variances are than those of as many independent scores, where scores share
+            something, such as the fits of a cross-validation: every interval counts that many fewer examples.
 
     Raises:
         DataError: Shapes that do not agree.
@@ -76,43 +79,54 @@ def attack(
     known = ~np.isnan(scores)
     right, wrong = scores[known & members], scores[known & ~members]
     return Attack(
-        auc=area(right, wrong),
-        tpr_at={level: _true_rate(right, wrong, level) for level in tpr_at},
-        fpr_at={level: _false_rate(right, wrong, level) for level in fpr_at},
+        auc=area(right, wrong, design_effect=design_effect),
+        tpr_at={level: _true_rate(right, wrong, level, design_effect) for level in tpr_at},
+        fpr_at={level: _false_rate(right, wrong, level, design_effect) for level in fpr_at},
         members=len(right),
         others=len(wrong),
         unscored=int((~known).sum()),
     )
 
 
-def area(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"]) -> Interval:
+def area(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"], *, design_effect: float = 1.0) -> Interval:
     """Area under the ROC curve with DeLong's interval (DeLong et al. 1988; by ranks, Sun and Xu 2014).
 
     Where the two sides do not overlap DeLong's variance is zero; the end is then that of as many successes as the
-    smaller side has examples.
+    smaller side has examples. `design_effect` is as for `attack`.
     """
     ones, others = len(right), len(wrong)
     if not ones or not others:
         return Interval(np.nan, np.nan, np.nan)
-    ranks = rankdata(np.concatenate([right, wrong]))
-    above = (ranks[:ones] - rankdata(right)) / others
-    below = 1 - (ranks[ones:] - rankdata(wrong)) / ones
-    value = float(above.mean())
+    value = float(_placements(right, wrong)[0].mean())
     if value in (0.0, 1.0):
         smaller = min(ones, others)
-        return share(smaller if value else 0, smaller)
+        return share(smaller if value else 0, smaller, design_effect)
     if min(ones, others) < 2:
         return Interval(value, np.nan, np.nan)
-    width = float(norm.ppf(1 - _TAIL) * np.sqrt(above.var(ddof=1) / ones + below.var(ddof=1) / others))
+    width = float(norm.ppf(1 - _TAIL) * np.sqrt(design_effect * delong_variance(right, wrong)))
     return Interval(value, max(0.0, value - width), min(1.0, value + width))
 
 
-def share(successes: int, count: int) -> Interval:
-    """A share with its Clopper-Pearson interval; NaN for none of none."""
+def delong_variance(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"]) -> float:
+    """The variance of the area under the ROC curve of independent scores, two or more on each side."""
+    above, below = _placements(right, wrong)
+    return float(above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong))
+
+
+def _placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each score the share of the other side that it is on the right side of, ties one half."""
+    ranks = rankdata(np.concatenate([right, wrong]))
+    above = (ranks[: len(right)] - rankdata(right)) / len(wrong)
+    return above, 1 - (ranks[len(right) :] - rankdata(wrong)) / len(right)
+
+
+def share(successes: int, count: int, design_effect: float = 1.0) -> Interval:
+    """A share with its Clopper-Pearson interval; NaN for none of none. `design_effect` is as for `attack`."""
     if not count:
         return Interval(np.nan, np.nan, np.nan)
-    low = 0.0 if successes == 0 else float(beta.ppf(_TAIL, successes, count - successes + 1))
-    high = 1.0 if successes == count else float(beta.ppf(1 - _TAIL, successes + 1, count - successes))
+    some, all_ = successes / design_effect, count / design_effect
+    low = 0.0 if successes == 0 else float(beta.ppf(_TAIL, some, all_ - some + 1))
+    high = 1.0 if successes == count else float(beta.ppf(1 - _TAIL, some + 1, all_ - some))
     return Interval(successes / count, low, high)
 
 
@@ -124,7 +138,7 @@ def group_means(
     return {name: (float(each.mean()) if len(each) else float("nan"), len(each)) for name, each in known.items()}
 
 
-def _true_rate(right: np.ndarray, wrong: np.ndarray, level: float) -> Rate:
+def _true_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effect: float) -> Rate:
     if not len(right) or not len(wrong):
         return Rate(Interval(np.nan, np.nan, np.nan), np.nan, False)
     allowed = int(np.floor(level * len(wrong) + 1e-9))
@@ -132,11 +146,12 @@ def _true_rate(right: np.ndarray, wrong: np.ndarray, level: float) -> Rate:
     barrier = -np.inf if allowed >= len(wrong) else np.sort(wrong)[::-1][allowed]
     flagged = right[right > barrier]
     threshold = float(flagged.min()) if len(flagged) else np.inf
-    return Rate(share(len(flagged), len(right)), threshold, level * len(wrong) >= 1 - 1e-9)
+    return Rate(share(len(flagged), len(right), design_effect), threshold, level * len(wrong) >= 1 - 1e-9)
 
 
-def _false_rate(right: np.ndarray, wrong: np.ndarray, level: float) -> Rate:
+def _false_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effect: float) -> Rate:
     if not len(right) or not len(wrong):
         return Rate(Interval(np.nan, np.nan, np.nan), np.nan, False)
     threshold = float(np.sort(right)[::-1][int(np.ceil(level * len(right) - 1e-9)) - 1])
-    return Rate(share(int((wrong >= threshold).sum()), len(wrong)), threshold, level * len(right) >= 1 - 1e-9)
+    flagged = share(int((wrong >= threshold).sum()), len(wrong), design_effect)
+    return Rate(flagged, threshold, level * len(right) >= 1 - 1e-9)

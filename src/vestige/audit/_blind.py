@@ -1,11 +1,18 @@
 """What can be told about membership without any model: the line that an attack has to beat."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from vestige.audit._attack import Attack, area, attack, delong_variance
 from vestige.errors import DataError
+
+DRAWS = 40
+"""Random memberships by which the spread of the area is measured: known to a tenth."""
+SAMPLE = 1000
+"""Most examples that these are drawn for; the ratio of variances falls slowly with more."""
 
 
 def blind(
@@ -33,26 +40,110 @@ def blind(
     Raises:
         DataError: Shapes that do not agree, or a side with fewer than two different texts.
     """
-    from scipy.stats import rankdata
-    from sklearn.linear_model import LogisticRegression
+    members = np.asarray(members, dtype=bool)
+    return _scores(_folds(texts, members, dates, folds, seed), members)
+
+
+def blind_attack(
+    texts: Sequence[str],
+    members: Bool[np.ndarray, "example"],
+    *,
+    dates: Float[np.ndarray, "example"] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> Attack:
+    """Return what the scores of `blind` tell about membership, with intervals that count the fits.
+
+    Scores of a cross-validation depend on one another: every fit sees the same examples as the others. How much more
+    their area varies is measured where there is nothing to find: memberships are drawn again within each fold, texts
+    that are equal together, and fitted again. Of more examples a sample is taken for this.
+
+    Raises:
+        DataError: As for `blind`.
+    """
+    members = np.asarray(members, dtype=bool)
+    prepared = _folds(texts, members, dates, folds, seed)
+    effect = _design_effect(texts, members, dates, folds, seed)
+    return attack(_scores(prepared, members), members, design_effect=effect)
+
+
+class _Fold(NamedTuple):
+    fit: Int[np.ndarray, "row"]
+    held: Int[np.ndarray, "row"]
+    fitted: Any
+    """Features of the rows to fit."""
+    judged: Any
+    """Features of the rows held out."""
+
+
+def _folds(texts: Sequence[str], members: np.ndarray, dates: np.ndarray | None, folds: int, seed: int) -> list[_Fold]:
     from sklearn.model_selection import StratifiedGroupKFold
 
-    members = np.asarray(members, dtype=bool)
     if members.shape != (len(texts),) or (dates is not None and dates.shape != members.shape):
         raise DataError(f"{len(texts)} texts for {members.shape} memberships; dates, if given, need one each too.")
-    _, groups = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)
+    groups = _groups(texts)
     fewest = min(len(np.unique(groups[side])) for side in (members, ~members))
     if fewest < 2:
         raise DataError("A blind baseline needs two different texts of members and two of others, at least.")
     splits = StratifiedGroupKFold(min(folds, fewest), shuffle=True, random_state=seed)
-    scores = np.full(len(texts), np.nan)
-    for fit, held in splits.split(np.zeros(len(texts)), members, groups):
-        if not len(held) or len(np.unique(members[fit])) < 2:
-            continue
-        inputs, others = _features(texts, dates, fit, held)
-        model = LogisticRegression(C=1.0, max_iter=1000).fit(inputs, members[fit])
-        scores[held] = (rankdata(model.decision_function(others)) - 0.5) / len(held)
+    return [
+        _Fold(fit, held, *_features(texts, dates, fit, held))
+        for fit, held in splits.split(np.zeros(len(texts)), members, groups)
+        if len(held) and len(np.unique(members[fit])) == 2
+    ]
+
+
+def _scores(folds: Sequence[_Fold], members: Bool[np.ndarray, "example"]) -> Float[np.ndarray, "example"]:
+    from scipy.stats import rankdata
+    from sklearn.linear_model import LogisticRegression
+
+    scores = np.full(len(members), np.nan)
+    for fold in folds:
+        model = LogisticRegression(C=1.0, max_iter=1000).fit(fold.fitted, members[fold.fit])
+        scores[fold.held] = (rankdata(model.decision_function(fold.judged)) - 0.5) / len(fold.held)
     return scores
+
+
+def _design_effect(texts: Sequence[str], members: np.ndarray, dates: np.ndarray | None, folds: int, seed: int) -> float:
+    """Variance of the area where membership is drawn at random, over the variance that DeLong gives it; at least 1."""
+    rng, sizes = np.random.default_rng(seed), (int(members.sum()), int((~members).sum()))
+    if len(texts) > SAMPLE:
+        share = SAMPLE / len(texts)
+        sides = zip((members, ~members), sizes, strict=True)
+        kept = [rng.choice(np.flatnonzero(side), max(2, round(share * size)), replace=False) for side, size in sides]
+        rows = np.sort(np.concatenate(kept))
+        texts, members, dates = [texts[row] for row in rows], members[rows], None if dates is None else dates[rows]
+    try:
+        prepared = _folds(texts, members, dates, folds, seed)
+    except DataError:  # The sample has copies of one text alone on a side.
+        return 1.0
+    groups, squared, expected = _groups(texts), 0.0, 0.0
+    for _ in range(DRAWS):
+        drawn = members.copy()
+        for fold in prepared:
+            drawn[fold.held] = _shuffled(members[fold.held], groups[fold.held], rng)
+        scores = _scores(prepared, drawn)
+        known = ~np.isnan(scores)
+        found = area(scores[known & drawn], scores[known & ~drawn])
+        squared += (found.value - 0.5) ** 2
+        expected += delong_variance(scores[known & drawn], scores[known & ~drawn])
+    return max(1.0, squared / expected) if expected > 0 else 1.0
+
+
+def _shuffled(members: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Memberships of a fold in another order: whole groups change places with groups of their size."""
+    drawn = members.copy()
+    order = np.argsort(groups, kind="stable")
+    _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    for count in np.unique(counts):
+        places = order[starts[counts == count][:, None] + np.arange(count)]
+        drawn[places] = members[places][rng.permutation(len(places))]
+    return drawn
+
+
+def _groups(texts: Sequence[str]) -> np.ndarray:
+    """The number of each example's text: equal for equal texts."""
+    return np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)[1]
 
 
 def _features(texts: Sequence[str], dates: np.ndarray | None, fit: np.ndarray, held: np.ndarray) -> list:

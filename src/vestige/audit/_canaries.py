@@ -15,12 +15,24 @@ import torch
 from vestige.audit._exposure import exposure
 from vestige.audit._job import AuditJob
 from vestige.audit._look import total_losses
-from vestige.audit._pieces import digest, partial_folder, ran
-from vestige.data import Example, TokenizedData, load_queries, plan_batches, tokenize
+from vestige.audit._pieces import digest, ran
+from vestige.data import (
+    Example,
+    Frame,
+    OnBadText,
+    TokenizedData,
+    conversation_columns,
+    frame_of,
+    load_queries,
+    plan_batches,
+    tokenize,
+)
 from vestige.errors import DataError
+from vestige.folders import partial_folder
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, batch_sharing
+from vestige.progress import announce
 from vestige.runs import CanaryRecord
 
 PIECE_SECRETS = 4096
@@ -38,7 +50,7 @@ class Canary(NamedTuple):
     """How often it was planted, where that is known."""
 
 
-def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
+def read_canaries(source: Any, references: int, seed: int, on_bad_text: OnBadText = "refuse") -> list[Canary]:
     """Every canary with its references: the column `alternatives`, or draws from the characters in `alphabet`.
 
     Drawn references are as long as the secret, differ from it and from each other, and follow from the seed and the
@@ -48,7 +60,7 @@ def read_canaries(source: Any, references: int, seed: int) -> list[Canary]:
         DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
     """
     found = []
-    for place, example in enumerate(load_queries(source, may_be_prompts=False)):
+    for place, example in enumerate(load_queries(source, may_be_prompts=False, on_bad_text=on_bad_text)):
         secret, name = example.completion, f"Canary {example.id!r}"
         if not secret or example.prompt is None:
             raise DataError(f"{name}: give what stands before the secret as `prompt` and the secret as `completion`.")
@@ -179,33 +191,43 @@ class CanaryPlan:
 
     def run(self) -> list[CanaryRecord]:
         """The result; killed before, the same call continues."""
+        if self.frame is not None:
+            announce(f"Canaries are put into a conversation, {self.frame.how}; --no-chat measures the bare text.")
         self.files.forget_damaged(range(self.pieces))
         return ran(self)
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """The conversation that a prompt is put into, where the data are conversations."""
+        return frame_of(self.job.data.examples, chat=self.job.settings.chat)
 
     @cached_property
     def files(self) -> PieceFiles:
         """Where pieces are."""
         listed = [(each.example.prompt, each.example.completion, each.others) for each in self.canaries]
-        mark = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        lead = [] if self.frame is None else [[turn.content for turn in self.frame.lead]]
+        mark = hashlib.sha256(json.dumps(listed + lead).encode()).hexdigest()
         return PieceFiles(self.folder / "canaries", digest(self.job, ["canaries", mark, PIECE_SECRETS]))
 
     def _losses(self, loaded: LoadedModel, canary: Canary) -> torch.Tensor:
         """Of the secret and then of the others, nats, float64."""
         secrets = [canary.example.completion, *canary.others]
         settings = self.job.settings
+        columns = conversation_columns(canary.example)
+        variants = [replace(canary.example, completion=secret, extra=columns) for secret in secrets]
         data: TokenizedData = tokenize(
-            [replace(canary.example, completion=secret, extra={}) for secret in secrets],
+            variants if self.frame is None else list(map(self.frame.put, variants)),
             self.job.tokenizer,
             max_length=tokens_at_most(settings, loaded),
             name="canaries",
-            chat=settings.chat,
+            chat=bool(settings.chat),
             add_eos=False,
         )
         if data.truncated.any():
             raise DataError(f"Canary {canary.example.id!r} is longer than the model reads: {int(max(data.lengths))}.")
         data = compared_tokens(data)
         losses = torch.empty(len(secrets), dtype=torch.float64)
-        for rows in plan_batches(data.lengths, self.job.token_budget):
+        for rows in plan_batches(data.lengths, self.job.token_budget, sharing=batch_sharing(loaded.model)):
             losses[rows] = total_losses(loaded.model, data, rows)
             step_done(len(rows))
         return losses
@@ -235,7 +257,9 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
         return []
     if job.tokenizer is None:
         raise DataError("--canaries needs a tokenizer: give --tokenizer.")
-    return CanaryPlan(job, read_canaries(settings.canaries, settings.canary_references, settings.seed)).run()
+    return CanaryPlan(
+        job, read_canaries(settings.canaries, settings.canary_references, settings.seed, settings.on_bad_text)
+    ).run()
 
 
 def _record(canary: Canary, checkpoint: int, losses: np.ndarray) -> CanaryRecord:

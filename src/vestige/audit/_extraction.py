@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vestige.audit._attack import Interval, share
 from vestige.errors import SpecError
+from vestige.models import acts_in_forward
 
 Continue = Callable[[Int[Tensor, "example prefix"], int], Int[Tensor, "example token"]]
 """From prefixes of one length and a number of tokens to the tokens that the model puts after each."""
@@ -83,13 +84,13 @@ def greedy(model: nn.Module) -> Continue:
 
     @torch.no_grad()
     def generate(prefix: Tensor, count: int) -> Tensor:
-        device = next(model.parameters()).device
-        tokens, kept, new = prefix.to(device), None, []
+        whole = tokens = prefix.to(next(model.parameters()).device)
+        kept, cached = None, not acts_in_forward(model)
         for _ in range(count):
-            output: Any = model(input_ids=tokens, past_key_values=kept, use_cache=True)
+            output: Any = model(input_ids=tokens if cached else whole, past_key_values=kept, use_cache=cached)
             tokens, kept = output.logits[:, -1:].argmax(-1), output.past_key_values
-            new.append(tokens)
-        return torch.cat(new, dim=1).cpu()
+            whole = torch.cat([whole, tokens], dim=1)
+        return whole[:, prefix.shape[1] :].cpu()
 
     return generate
 

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from vestige.audit._counterfactual import counterfactual
 from vestige.audit._lira import SHRINKAGE, lira_of_members
@@ -25,7 +25,11 @@ class BankEvidence(NamedTuple):
 
 
 def bank_evidence(
-    bank: Bank, *, of: Literal["margin", "gap", "loss"] = "margin", shrinkage: float = SHRINKAGE
+    bank: Bank,
+    *,
+    of: Literal["margin", "gap", "loss"] = "margin",
+    shrinkage: float = SHRINKAGE,
+    membership: Bool[np.ndarray, "member example"] | None = None,
 ) -> BankEvidence:
     """Counterfactual memorization, simplicity and likelihood ratios of all examples of a bank.
 
@@ -33,17 +37,19 @@ def bank_evidence(
         bank: Of random subsets, with what each member makes of the examples.
         of: The value that they are taken from. Losses count with their sign turned, so that all of them rise.
         shrinkage: As in `lira`.
+        membership: True where the member knows the example, from a copy of it too; the bank's own if not given.
 
     Raises:
         DataError: The bank does not hold that value.
     """
     values = bank.values(f"example_{of}")
     values = -values if of == "loss" else values
-    scores = lira_of_members(values, bank.membership, subsets=bank.subsets, shrinkage=shrinkage)
+    inside = bank.membership if membership is None else membership
+    scores = lira_of_members(values, inside, subsets=bank.subsets, shrinkage=shrinkage)
     return BankEvidence(
-        counterfactual(values, bank.membership),
-        simplicity(values, bank.membership),
+        counterfactual(values, inside),
+        simplicity(values, inside),
         scores,
-        lira_global(values, bank.membership, subsets=bank.subsets, shrinkage=shrinkage),
+        lira_global(values, inside, subsets=bank.subsets, shrinkage=shrinkage),
         int(np.isnan(scores).sum()),
     )

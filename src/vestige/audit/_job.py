@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,22 @@ from torch import nn
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
-from vestige.data import Encoder, Example, TokenizedData, load_queries, tokenize
+from vestige.data import (
+    Encoder,
+    Example,
+    Sharing,
+    TokenizedData,
+    ask,
+    load_queries,
+    read_row_list,
+    rows_named,
+    token_groups,
+    tokenize,
+)
 from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
-from vestige.models import load_model
+from vestige.models import batch_sharing, load_model
+from vestige.progress import announce
 from vestige.settings import AUDIT_MEASURES, AuditSettings
 from vestige.terminal import shorten
 
@@ -50,6 +63,8 @@ class AuditJob:
     widths: tuple[int, ...]
     """Of the hidden states at each of these layers."""
     token_budget: int
+    sharing: Sharing
+    """Which examples may share a batch."""
     parameters: int
     norms: bool
     """Whether norms of weights are taken."""
@@ -74,6 +89,11 @@ class AuditJob:
     def flagged(self) -> Bool[np.ndarray, "example"] | None:
         """The examples that `--flag` marks; None without it."""
         return None if self.settings.flag is None else marks(self.data.examples, self.settings.flag, self.held_out)
+
+    @cached_property
+    def groups(self) -> Int[np.ndarray, "example"]:
+        """The text of each example: copies have the same number."""
+        return token_groups(self.data)
 
     @cached_property
     def reference_fingerprint(self) -> str | None:
@@ -101,19 +121,22 @@ def open_job(settings: AuditSettings) -> AuditJob:
     limit = tokens_at_most(settings, loaded)
     held = None
     if settings.holdout is not None:
+        given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+        asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
         held = tokenize(
-            load_queries(settings.holdout, may_be_prompts=False),
+            asked.queries,
             loaded.tokenizer,
             max_length=limit,
             name="holdout",
-            chat=settings.chat,
+            chat=bool(settings.chat),
+            vocabulary=loaded.vocabulary,
         )
     whole = data if held is None else _joined(data, held)
     held_out = np.arange(len(whole)) >= len(data)
     if loaded.tokenizer is None:
         encoder = None
     else:
-        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=settings.chat)
+        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
     end_token = getattr(loaded.tokenizer, "eos_token_id", None)
     choices = _choices(whole, encoder, settings)
     layers, widths = _layers(loaded.model, settings)
@@ -135,6 +158,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
         layers=layers,
         widths=widths,
         token_budget=batch_tokens(settings, loaded),
+        sharing=batch_sharing(loaded.model),
         parameters=parameters,
         norms="weights" in settings.wanted
         and (is_adapter(loaded.model) or parameters <= SMALL_MODEL or "weights" in settings.measures),
@@ -142,11 +166,16 @@ def open_job(settings: AuditSettings) -> AuditJob:
 
 
 def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[np.ndarray, "example"]:
-    """Where a column is true, or equal to the value that is asked for.
+    """Where a column is true, or equal to the value that is asked for; or the rows that a file lists.
 
     Raises:
-        DataError: No example of the data has the column.
+        DataError: No example of the data has the column or the value, or the file names other rows.
     """
+    if Path(flag).expanduser().is_file():
+        ids = [example.id for example in examples]
+        own = [name for name, held in zip(ids, held_out, strict=True) if not held]
+        named = rows_named([entry.name for entry in read_row_list(flag)], own, place=flag, data="the data")
+        return np.isin(np.arange(len(ids)), np.flatnonzero(~held_out)[list(named.values())])
     name, equals, value = (part.strip() for part in flag.partition("="))
     cells = [_cell(example, name) for example in examples]
     if all(cell is None for cell, held in zip(cells, held_out, strict=True) if not held):
@@ -206,7 +235,9 @@ def _classes(
             for example, known in zip(examples, choices.known, strict=True)
         ]
     else:
-        cells = [example.label for example in examples]
+        if any(example.label is not None for example in examples):
+            announce("The column `label` is not used as classes. Where it holds them, type --label-field label.")
+        cells = [None] * len(examples)
     names = sorted({cell for cell in cells if cell is not None})
     nothing = np.full(len(cells), -1, dtype=np.int64)
     if len(names) < 2:

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from vestige.audit._assembled import Column, Evidence, bank_places
 from vestige.audit._attack import Attack, Interval, Rate, attack, share
-from vestige.audit._blind import blind
+from vestige.audit._blind import blind_attack
+from vestige.audit._job import AuditJob
 from vestige.audit._signs import EARLY_SIGNS, SIGNS
+from vestige.data import describe_copies
 from vestige.errors import DataError
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
@@ -35,9 +37,7 @@ def truths(evidence: Evidence) -> list[Known]:
     own = ~job.held_out
     known: list[Known] = []
     if job.held_out.any():
-        own_texts = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
-        copies = np.array([held and text in own_texts for text, held in zip(job.texts, job.held_out, strict=True)])
-        known.append(Known("membership", own, ~copies))
+        known.append(Known("membership", own, ~_held_copies(job)))
     elif job.bank is not None and settings.bank_subset is not None:
         places = bank_places(job, job.bank)
         trained = job.bank.membership[job.bank.subsets == settings.bank_subset]
@@ -49,23 +49,40 @@ def truths(evidence: Evidence) -> list[Known]:
     if ratio is not None and not np.isnan(ratio).all():
         with np.errstate(invalid="ignore"):
             known.append(Known("memorized", ratio >= settings.memorized_at, ~np.isnan(ratio)))
-    return known
+    return [_once(each, job.groups) for each in known]
+
+
+def _held_copies(job: AuditJob) -> Bool[np.ndarray, "example"]:
+    """Held-out texts that are in the data too."""
+    own = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
+    return np.array([held and text in own for text, held in zip(job.texts, job.held_out, strict=True)])
+
+
+def _once(known: Known, groups: Int[np.ndarray, "example"]) -> Known:
+    """Each text judged once, by the first of its rows; it is to be found if one of its copies is."""
+    found = np.bincount(groups, weights=known.found & known.judged)[groups] > 0
+    rows = np.flatnonzero(known.judged)
+    first = np.zeros_like(known.judged)
+    first[rows[np.unique(groups[rows], return_index=True)[1]]] = True
+    return known._replace(found=found, judged=first)
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:
     """Every measure at every checkpoint and layer against everything that is known, and what is to be said of it."""
     rows, notes = [], []
+    job = evidence.job
+    if (repeated := describe_copies(job.groups)) is not None:
+        notes.append(repeated)
     for truth in known:
         count, others = (int((truth.found == side)[truth.judged].sum()) for side in (True, False))
         if not count or not others:
             notes.append(f"{truth.name}: {count} to be found among {others} others: there is nothing to tell apart.")
-        copies = int((~truth.judged).sum())
-        if copies and truth.name == "membership" and evidence.job.held_out.any():
+        copies = int(_held_copies(job).sum())
+        if copies and truth.name == "membership":
             notes.append(f"membership: {copies} held-out texts are in the data too and are left out.")
         rows += list(_of_truth(evidence, truth))
         try:
-            scores = _blind(evidence, truth)
-            rows.append(_record(truth, BLIND, None, None, 1, _attack(scores, truth)))
+            rows.append(_record(truth, BLIND, None, None, 1, _blind(evidence, truth)))
         except DataError as error:
             notes.append(f"{truth.name}: no blind baseline. {error}")
     return rows, notes
@@ -114,12 +131,10 @@ def _attack(scores: Column, truth: Known) -> Attack:
     return attack(scores[truth.judged], truth.found[truth.judged])
 
 
-def _blind(evidence: Evidence, truth: Known) -> Column:
+def _blind(evidence: Evidence, truth: Known) -> Attack:
     rows = np.flatnonzero(truth.judged)
     texts = [evidence.job.texts[row] for row in rows]
-    scores = np.full(len(truth.judged), np.nan)
-    scores[rows] = blind(texts, truth.found[rows], seed=evidence.job.settings.seed)
-    return scores
+    return blind_attack(texts, truth.found[rows], seed=evidence.job.settings.seed)
 
 
 def _rule(name: str, column: Column, truth: Known) -> dict[str, object]:

@@ -13,10 +13,11 @@ from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors
 from vestige.audit._mahalanobis import mahalanobis
 from vestige.audit._measuring import LookPlan
-from vestige.audit._pieces import partial_folder, ran
+from vestige.audit._pieces import ran
 from vestige.audit._psmi import psmi
 from vestige.audit._smi import smi
 from vestige.audit._states import layer_files, layer_pieces
+from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, step_done
 
 SMI_DIRECTIONS = 200

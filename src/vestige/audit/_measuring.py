@@ -12,12 +12,14 @@ import torch
 from vestige.audit._extraction import extraction, greedy
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors, joined, look, total_losses
-from vestige.audit._pieces import digest, partial_folder, ran
+from vestige.audit._pieces import digest, ran
 from vestige.audit._states import Round, is_measured, layer_files, layer_pieces, state_files
 from vestige.audit._subjects import Subject
 from vestige.data import TokenizedData, plan_batches, tokenize
+from vestige.folders import partial_folder
 from vestige.index import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
+from vestige.models import batch_sharing
 
 PIECE_TOKENS = 2**16
 """Tokens of a piece: minutes of work that a kill loses at most."""
@@ -51,7 +53,8 @@ class LookPlan:
     @cached_property
     def groups(self) -> list[list[np.ndarray]]:
         """Batches of each piece."""
-        return grouped(self.job.data.lengths, plan_batches(self.job.data.lengths, self.job.token_budget))
+        lengths = self.job.data.lengths
+        return grouped(lengths, plan_batches(lengths, self.job.token_budget, sharing=self.job.sharing))
 
     def is_done(self, piece: int) -> bool:
         """Whether what was seen is there, and the states too, unless they were measured and are needed no more."""
@@ -174,13 +177,18 @@ class LookPlan:
         limit = tokens_at_most(self.job.settings, loaded)
         tokenizer = loaded.tokenizer or self.job.tokenizer
         return tokenize(
-            self.job.data.examples, tokenizer, max_length=limit, name="reference", chat=self.job.settings.chat
+            self.job.data.examples,
+            tokenizer,
+            max_length=limit,
+            name="reference",
+            chat=bool(self.job.settings.chat),
+            vocabulary=loaded.vocabulary,
         )
 
     def _compared(self, data: TokenizedData, rows: np.ndarray) -> Tensors:
         model = self.job.models.of(self.job.settings.reference_model).model
         losses = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-        for places in plan_batches(data.lengths[rows], self.job.token_budget):
+        for places in plan_batches(data.lengths[rows], self.job.token_budget, sharing=batch_sharing(model)):
             losses[places] = total_losses(model, data, rows[places])
             step_done(len(places))
         # A text that either model saw a part of only is not the same text.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors
-from vestige.audit._pieces import digest, partial_folder, ran
+from vestige.audit._pieces import digest, ran
 from vestige.audit._subjects import is_adapter
 from vestige.audit._weights import weight_norms
+from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, step_done
 
 

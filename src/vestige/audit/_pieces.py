@@ -3,7 +3,6 @@
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from vestige.audit._job import AuditJob
@@ -50,9 +49,3 @@ def digest(job: AuditJob, more: Any) -> str:
     models = (subjects, job.reference_fingerprint)
     parts = (FORMAT, version("vestige"), recorded, looked, models, job.data.fingerprint, choices, job.layers, more)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def partial_folder(out: Path) -> Path:
-    """Where what has been seen is kept until the run is written."""
-    whole = Path(out).absolute()
-    return whole.with_name(f".{whole.name}.partial")

@@ -1,6 +1,5 @@
 """`vestige audit`: evidence for every example of what a model knows by heart, judged where the truth is known."""
 
-import shutil
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,8 +14,8 @@ from vestige.audit._canary_figures import canary_figures
 from vestige.audit._figures import figures
 from vestige.audit._job import AuditJob, open_job
 from vestige.audit._judge import Known, judge, span, truths
-from vestige.audit._pieces import partial_folder
 from vestige.audit._signs import SIGNS
+from vestige.folders import remove_partial
 from vestige.launch import follow, is_follower, is_worker
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
@@ -32,10 +31,10 @@ from vestige.runs import (
     check_target,
     environment,
     evidence_table,
-    peak_memory_bytes,
     write_audit,
 )
 from vestige.settings import AUDIT_MEASURES, AuditSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 TRIGGER = 0.05
 """Share of the first median loss below which a checkpoint is the one to predict from (Dentan et al. 2024)."""
@@ -73,7 +72,7 @@ def audit(settings: AuditSettings) -> Audit:
     tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
     drawn = figures(evidence, known, rows) | canary_figures(canaries, [each.number for each in job.subjects])
     write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
-    shutil.rmtree(partial_folder(settings.out), ignore_errors=True)
+    remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
 
@@ -150,6 +149,7 @@ def _record(evidence: Evidence, known: list[Known], notes: list[str], started: f
         notes=notes,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
     )
 
 

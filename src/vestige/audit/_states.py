@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige.audit._job import AuditJob
-from vestige.audit._pieces import digest, partial_folder
+from vestige.audit._pieces import digest
 from vestige.files import check_disk
+from vestige.folders import partial_folder
 from vestige.launch import PieceFiles
 
 ROUND_BYTES = 2**33

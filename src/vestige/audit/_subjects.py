@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, final
 
 from torch import nn
 
-from vestige.errors import ModelError, SpecError
+from vestige.errors import ModelError
 from vestige.models import LoadedModel, find_source, load_model, model_fingerprint
 from vestige.parsing import parse_json
+from vestige.progress import announce
 from vestige.settings import AuditSettings
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -33,24 +34,24 @@ class Subject(NamedTuple):
 def find_subjects(settings: AuditSettings, loaded: LoadedModel) -> tuple[Subject, ...]:
     """The checkpoints in their order, and last the model under audit.
 
-    A checkpoint that is the model itself, or holds the same bytes, is not looked at twice.
+    A checkpoint that is the model itself, or holds the same bytes as another, is measured once: the first step of a
+    warmup leaves the weights as they were.
 
     Raises:
-        SpecError: A checkpoint was given twice.
         ModelError: One is not there.
     """
     sources = [one for each in _listed(settings.checkpoints) for one in _expanded(each)]
     prints = [weights_fingerprint(source) for source in sources]
     own, steps = weights_fingerprint(settings.model), _steps(settings.model)
-    kept = []
+    kept: dict[str, tuple[Any, str, int | None]] = {}
     for source, mark in zip(sources, prints, strict=True):
         if mark == own:
             steps = _steps(source) if steps is None else steps
+        elif mark in kept:
+            announce(f"{_name(source)} holds the same weights as {_name(kept[mark][0])}, and is measured with it.")
         else:
-            kept.append((source, mark, _steps(source)))
-    if len({mark for _, mark, _ in kept}) != len(kept):
-        raise SpecError("Two of --checkpoints hold the same weights. Give each once, in the order of training.")
-    every = [*kept, (settings.model, loaded.fingerprint, steps)]
+            kept[mark] = (source, mark, _steps(source))
+    every = [*kept.values(), (settings.model, loaded.fingerprint, steps)]
     numbers = _numbers([known for _, _, known in every])
     return tuple(
         Subject(number, _name(source), source, known, mark)

@@ -1,9 +1,12 @@
 """`vestige bank`: from a model and its training data to many models trained on parts of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from vestige.bank._design import (
     Subset,
@@ -13,12 +16,12 @@ from vestige.bank._design import (
     without_each_source,
     without_one,
 )
-from vestige.bank._manifest import FORMAT, BankManifest, remove_bank, subsets_shown
+from vestige.bank._manifest import FORMAT, BankManifest, read_manifest, remove_bank, subsets_shown
 from vestige.bank._members import MEASURES
 from vestige.bank._store import Bank, Texts
 from vestige.bank._train import Trainer
 from vestige.bank._work import BankPlan, TrainMember, planned_bank, prepare_bank
-from vestige.data import TokenizedData, load_queries, tokenize
+from vestige.data import TokenizedData, ask, describe_copies, load_queries, token_groups, tokenize
 from vestige.errors import DataError, UserError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.launch import is_one_of_several, is_worker, run_plan, worker_command
@@ -38,6 +41,8 @@ _CHOSEN = (
     "clip",
 )
 """Settings that stand in a bank's identity as they were given."""
+_LORA = ("lora_alpha", "lora_targets")
+"""Settings that stand there where they are not the default: banks of earlier versions do not name them."""
 
 
 @verb(BankSettings)
@@ -54,7 +59,8 @@ def bank(settings: BankSettings) -> Bank:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return build_bank(settings, loaded, read_data(settings, settings.data, loaded), read_queries(settings, loaded))
+    data = read_data(settings, settings.data, loaded)
+    return build_bank(settings, loaded, data, read_queries(settings, loaded, data))
 
 
 def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData, queries: TokenizedData | None) -> Bank:
@@ -62,10 +68,14 @@ def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData,
     if settings.overwrite and not is_worker():
         _require_one_process()
         remove_bank(settings.out)
-    design = _design(settings, data)
+    groups = _groups(settings, data)
+    design = _design(settings, data, groups)
     wanted = design(_wanted(settings))
-    steps = settings.steps or _steps(settings, wanted)
-    manifest, subsets = planned_bank(settings.out, _manifest(settings, loaded, data, queries, wanted, steps), design)
+    steps = settings.steps or _steps(settings, wanted, len(data))
+    whole = _manifest(settings, loaded, data, queries, wanted, steps)
+    if (drawn := _drawn_together(settings, groups)) is not None:
+        whole = replace(whole, identity=whole.identity | {"group": drawn})
+    manifest, subsets = planned_bank(settings.out, whole, design)
     trainer = Trainer(settings, _recipe(settings), steps, loaded, data, queries, batch_tokens(settings, loaded))
 
     @contextmanager
@@ -85,12 +95,13 @@ def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData,
     )
     if not is_worker():
         _announce(plan, settings, steps)
+        _announce_copies(settings, data, groups, subsets)
         prepare_bank(plan)
     return run_plan(plan, settings, worker_command(settings, "bank"))
 
 
-def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData | None:
-    """The queries as the model sees them, None if there are none.
+def read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData | None:
+    """The queries as the model sees them, put as the data are; None if there are none.
 
     Raises:
         DataError: One has no target token: a prompt without an answer has no loss.
@@ -98,8 +109,15 @@ def read_queries(settings: BankSettings, loaded: LoadedModel) -> TokenizedData |
     if settings.queries is None:
         return None
     limit = tokens_at_most(settings, loaded)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer)
     queries = tokenize(
-        load_queries(settings.queries), loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat
+        asked.queries,
+        loaded.tokenizer,
+        max_length=limit,
+        name="queries",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
     )
     empty = np.flatnonzero(queries.target_counts == 0)
     if empty.size:
@@ -119,7 +137,26 @@ def _wanted(settings: BankSettings) -> int:
     return settings.subsets if settings.leave_one_out is None else settings.leave_one_out + 1
 
 
-def _design(settings: BankSettings, data: TokenizedData) -> Callable[[int], list[Subset]]:
+def _groups(settings: BankSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
+    """The examples that are drawn, or left out as one, together.
+
+    A bank that was begun before this was so goes on as it was: row by row.
+    """
+    old = read_manifest(settings.out)
+    if old is not None and "group" not in old.identity and settings.group is None:
+        return np.arange(len(data))
+    return token_groups(data, settings.group)
+
+
+def _drawn_together(settings: BankSettings, groups: Int[np.ndarray, "example"]) -> str | None:
+    """What stands in the bank's identity where subsets follow from groups: their column, or `copies`."""
+    by_lists = settings.leave_source_out or settings.leave_out_lists is not None
+    return None if by_lists or describe_copies(groups) is None else settings.group or "copies"
+
+
+def _design(
+    settings: BankSettings, data: TokenizedData, groups: Int[np.ndarray, "example"]
+) -> Callable[[int], list[Subset]]:
     """The first so many subsets; where they follow from the data, all of them."""
     ids = [example.id for example in data.examples]
     if settings.leave_source_out:
@@ -129,17 +166,17 @@ def _design(settings: BankSettings, data: TokenizedData) -> Callable[[int], list
         subsets = without_each(read_lists(settings.leave_out_lists, ids), len(ids))
         return lambda _: subsets
     if settings.leave_one_out is not None:
-        return lambda count: without_one(ids, count - 1, settings.seed)
-    return lambda count: random_subsets(len(ids), settings.fraction, count, settings.seed)
+        return lambda count: without_one(ids, groups, count - 1, settings.seed)
+    return lambda count: random_subsets(groups, settings.fraction, count, settings.seed)
 
 
-def _steps(settings: BankSettings, subsets: list[Subset]) -> int:
+def _steps(settings: BankSettings, subsets: list[Subset], examples: int) -> int:
     """Optimizer steps of every member of the bank.
 
     The same number whatever is left out: removal at a fixed number of epochs would shorten the training by the size of
     what is removed, and a large source would seem to matter for its size alone.
     """
-    size = len(subsets[0].rows)
+    size = len(subsets[0].rows) if _leaves_out(settings) else round(settings.fraction * examples)
     return (settings.passes or 0) * -(-size // settings.batch_size)
 
 
@@ -178,6 +215,7 @@ def _manifest(
         "steps": steps,
         "from_scratch": settings.from_scratch,
         "lora_rank": settings.lora_rank,
+        **_given(settings, _LORA),
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "loss": settings.loss,
         **{name: getattr(settings, name) for name in _CHOSEN},
@@ -187,6 +225,12 @@ def _manifest(
     names = {"model": loaded.name, "data": data.name}
     names |= {} if queries is None else {"queries": _name(settings.queries)}
     return BankManifest(identity, subsets_shown(subsets), settings.seeds, names)
+
+
+def _given(settings: BankSettings, names: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default."""
+    fields = BankSettings.model_fields
+    return {name: value for name in names if (value := getattr(settings, name)) != fields[name].default}
 
 
 def _name(source: object) -> str:
@@ -212,6 +256,23 @@ def _announce(plan: BankPlan, settings: BankSettings, steps: int) -> None:
         f"Bank {plan.manifest.id}: {counts}{more}, {steps:,} steps of {settings.batch_size} examples each; "
         f"{len(plan.texts[0].ids):,} examples and {len(plan.texts[1].ids):,} queries, {len(MEASURES)} numbers of each."
     )
+
+
+def _announce_copies(
+    settings: BankSettings, data: TokenizedData, groups: Int[np.ndarray, "example"], subsets: list[Subset]
+) -> None:
+    """Say how many copies there are, and where they were not kept together."""
+    if (line := describe_copies(groups, settings.group)) is not None:
+        announce(line)
+    copies, split = token_groups(data), 0
+    for subset in subsets:
+        known = np.bincount(copies[subset.rows], minlength=len(data)) > 0
+        split = max(split, int(known[copies].sum()) - len(subset.rows))
+    if split:
+        announce(
+            f"Up to {split:,} of the rows that a model is trained without are copies of rows that it is trained on: it "
+            "knows them all the same."
+        )
 
 
 def _require_one_process() -> None:

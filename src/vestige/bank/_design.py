@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from vestige.data import read_row_list, rows_named
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 
@@ -31,21 +33,28 @@ class Subset(NamedTuple):
         return hashlib.sha256(b"%d " % len(name) + name + self.rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def random_subsets(examples: int, fraction: float, count: int, seed: int) -> list[Subset]:
+def random_subsets(groups: Int[np.ndarray, "example"], fraction: float, count: int, seed: int) -> list[Subset]:
     """`count` subsets drawn independently and without replacement; the first ones do not depend on `count`.
 
+    Args:
+        groups: The group of each example, numbered from 0; a subset holds all examples of a group or none.
+        fraction: Share of the groups in each subset.
+        count: How many subsets.
+        seed: Of the draws.
+
     Raises:
-        DataError: `fraction` of the examples is none of them, or all.
+        DataError: `fraction` of the groups is none of them, or all.
     """
-    size = round(fraction * examples)
-    if not 0 < size < examples:
+    distinct = int(groups.max(initial=-1)) + 1
+    size = round(fraction * distinct)
+    if not 0 < size < distinct:
         raise DataError(
-            f"A fraction of {fraction:g} of {examples} examples is {size}: models would be trained on nothing, or all "
-            "on the same. Give more data, or another --fraction."
+            f"A fraction of {fraction:g} of {distinct} distinct examples is {size}: models would be trained on "
+            "nothing, or all on the same. Give more data, or another --fraction."
         )
     draws = (np.random.default_rng([seed, _SUBSETS, number]) for number in range(count))
     return [
-        Subset(f"random {number}", np.sort(draw.choice(examples, size, replace=False)).astype(np.int64))
+        Subset(f"random {number}", np.flatnonzero(np.isin(groups, draw.choice(distinct, size, replace=False))))
         for number, draw in enumerate(draws)
     ]
 
@@ -84,16 +93,17 @@ def without_each(left_out: Mapping[str, np.ndarray], examples: int) -> list[Subs
     return subsets
 
 
-def without_one(ids: Sequence[str], count: int, seed: int) -> list[Subset]:
-    """Everything, then everything but one example, for `count` examples drawn at random.
+def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: int, seed: int) -> list[Subset]:
+    """Everything, then everything but one group, for `count` groups drawn at random, each named by its first example.
 
     Raises:
-        DataError: There are fewer examples, or there is only one.
+        DataError: There are fewer groups, or there is only one.
     """
-    if not 1 <= count <= len(ids) or len(ids) < 2:
-        raise DataError(f"There are {len(ids)} examples, of which {count} cannot be left out one by one.")
-    drawn = np.random.default_rng([seed, _LEFT_OUT]).permutation(len(ids))[:count]
-    return without_each({str(ids[int(row)]): np.array([row]) for row in drawn}, len(ids))
+    firsts = np.unique(groups, return_index=True)[1]
+    if not 1 <= count <= len(firsts) or len(firsts) < 2:
+        raise DataError(f"There are {len(firsts)} distinct examples, of which {count} cannot be left out one by one.")
+    drawn = np.random.default_rng([seed, _LEFT_OUT]).permutation(len(firsts))[:count]
+    return without_each({str(ids[firsts[group]]): np.flatnonzero(groups == group) for group in drawn}, len(ids))
 
 
 def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
@@ -101,25 +111,23 @@ def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
     Args:
         source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
-            then named by their place.
+            then named by their place; or any file that names rows, which is one list.
         ids: Of all examples, in row order.
 
     Raises:
         DataError: The file does not read, or names an example that there is not.
     """
     shown = source if isinstance(source, str | Path) else "The lists"
-    content = _read_json(Path(source)) if isinstance(source, str | Path) else source
+    content = _read_lists(Path(source)) if isinstance(source, str | Path) else source
     named = dict(enumerate(content)) if isinstance(content, list | tuple) else content
     if not isinstance(named, Mapping) or not all(isinstance(one, list | tuple) for one in named.values()) or not named:
         raise DataError(
             f"{shown}: expected lists of example ids, such as [[3, 17], [4]] or a mapping of names to them."
         )
-    row_of = {one: row for row, one in enumerate(ids)}
     lists = {}
     for name, members in named.items():
-        if unknown := [one for one in members if str(one) not in row_of]:
-            raise DataError(f"{shown}: list {name!r} names {unknown[0]!r}, which is no id of the data.")
-        lists[str(name)] = np.array([row_of[str(one)] for one in members], dtype=np.int64)
+        rows = rows_named([str(one) for one in members], ids, place=f"{shown}, list {name!r},")
+        lists[str(name)] = np.array([rows[str(one)] for one in members], dtype=np.int64)
     return lists
 
 
@@ -136,8 +144,16 @@ def run_seed(seed: int, subset: int | None, number: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
+def _read_lists(path: Path) -> Any:
+    if path.suffix == ".json" and path.is_file():
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
+        if (
+            isinstance(content, Mapping)
+            or not isinstance(content, list)
+            or any(isinstance(one, list) for one in content)
+        ):
+            return content
+    return {path.name: [entry.name for entry in read_row_list(path)]}

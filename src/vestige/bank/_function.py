@@ -37,6 +37,7 @@ def bank_of(
     leave_source_out: bool = False,
     leave_out: Mapping[str, Sequence[int]] | None = None,
     leave_one_out: int | None = None,
+    groups: Sequence[str | int] | None = None,
     seeds: int = 2,
     seed: int = 0,
     retries: int = 0,
@@ -62,6 +63,9 @@ def bank_of(
         leave_source_out: Everything, then all but each source.
         leave_out: Everything, then all but each of these lists of rows.
         leave_one_out: Everything, then all but one, for so many examples.
+        groups: Which group each example belongs to: random subsets hold, and `leave_one_out` leaves out, all of a group
+            or none of it. Copies of one example belong together, or what it teaches is never left out. Not given:
+            each is a group of its own.
         seeds: Runs of each subset.
         seed: Of the subsets and the runs.
         retries: How often a run that raised is tried again.
@@ -77,6 +81,7 @@ def bank_of(
     if sum([leave_source_out, leave_out is not None, leave_one_out is not None]) > 1:
         raise SpecError("leave_source_out, leave_out and leave_one_out each need a bank of their own.")
     out, texts = Path(out), (_texts(examples, sources), _texts(queries, None))
+    numbers = _numbers(groups, len(texts[0].ids))
     if overwrite and not is_worker():
         remove_bank(out)
 
@@ -86,8 +91,8 @@ def bank_of(
         if leave_out is not None:
             return without_each({name: np.array(rows) for name, rows in leave_out.items()}, len(texts[0].ids))
         if leave_one_out is not None:
-            return without_one(texts[0].ids, count - 1, seed)
-        return random_subsets(len(texts[0].ids), fraction, count, seed)
+            return without_one(texts[0].ids, numbers, count - 1, seed)
+        return random_subsets(numbers, fraction, count, seed)
 
     wanted = design(subsets if leave_one_out is None else leave_one_out + 1)
     paired = leave_source_out or leave_out is not None or leave_one_out is not None
@@ -107,6 +112,15 @@ def bank_of(
 def _measured(train: TrainFunction, run: Run) -> Measured:
     result = train(run.rows.copy(), run.seed)
     return result if isinstance(result, Mapping) else {"query_loss": np.asarray(result)}
+
+
+def _numbers(groups: Sequence[str | int] | None, count: int) -> np.ndarray:
+    if groups is None:
+        return np.arange(count)
+    if len(groups) != count:
+        raise SpecError(f"There are {len(groups)} groups for {count} examples.")
+    number = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number[group] for group in groups], dtype=np.int64)
 
 
 def _texts(given: int | Sequence[str], sources: Sequence[str] | None) -> Texts:

@@ -11,11 +11,17 @@ from vestige.bank._design import Subset
 from vestige.errors import CorruptFile, IndexMismatch
 from vestige.files import make_folder, remove_strays, write_durably
 from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
+from vestige.launch import JOB_FILES
 from vestige.parsing import parse_object
 
 FORMAT = 1
 _NAME = "bank.json"
-_OURS = (_NAME, "members", "members.parquet", "examples.parquet", "queries.parquet", "launch")
+_OURS = (
+    _NAME,
+    *(f"{name}.parquet" for name in ("members", "examples", "queries")),
+    *(f"members/[0-9]*-[0-9]*{ending}" for ending in (".json", ".parquet", "-unfinished.pt", "-model", "-model.part")),
+    *JOB_FILES,
+)
 _SHOWN = 6
 
 
@@ -92,16 +98,17 @@ def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:
     """
     old = read_manifest(folder)
     if old is None:
-        require_no_others(folder, _OURS)
+        require_no_others(folder, ())
         merged = wanted
     else:
         require_same(folder, old, wanted)
         subsets = max(old.subsets, wanted.subsets, key=len)
         merged = replace(old, subsets=subsets, seeds=max(old.seeds, wanted.seeds))
-    make_folder(folder / "members")
+    make_folder(folder)
     remove_strays(folder)
     if merged != old:
         write_durably(folder / _NAME, [merged.to_json()])
+    make_folder(folder / "members")
     return merged
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches
+from vestige.models import batch_sharing
 
 _LEAST_DOUBT = 2.0**-52
 """A margin is the log-odds of a probability; one that float32 rounds to 1 counts as this far from it."""
@@ -20,7 +21,7 @@ def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: b
     zero, both averaged over target tokens. Without a target token the loss is 0 and the rest NaN.
     """
     sums, counts = np.zeros((3, len(data))), data.target_counts
-    for rows in plan_batches(data.lengths, token_budget):
+    for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
         if counts[rows].any():
             sums[:, rows] = _summed(model, data, rows)
     averages = sums / np.where(counts > 0, counts, np.nan)

@@ -182,6 +182,10 @@ class Bank:
         """log(p / (1 - p)), p being the geometric mean of the probabilities of an example's target tokens."""
         return self.values("example_margin")
 
+    def holds(self, column: str) -> bool:
+        """Return whether `values` has this column."""
+        return column in self._table.column_names
+
     def values(self, column: str) -> Float[np.ndarray, "member text"]:
         """What was stored of every query or example: `query_` or `example_` and loss, margin, gap or accuracy.
 
@@ -191,7 +195,7 @@ class Bank:
         Raises:
             DataError: This bank does not hold it.
         """
-        if column not in self._table.column_names:
+        if not self.holds(column):
             held = [name for name in self._table.column_names if name.startswith(("query_", "example_"))]
             raise DataError(f"This bank holds no {column}; it holds {', '.join(held) or 'no measurement'}.")
         count = len(self.query_ids) if column.startswith("query_") else len(self.example_ids)

@@ -13,7 +13,7 @@ from vestige.bank._work import Run
 from vestige.data import TokenizedData
 from vestige.files import write_durably
 from vestige.launch import step_done
-from vestige.models import LoadedModel, Recipe, Step, save_trained, shuffled_batches, train, trainable_copy
+from vestige.models import LoadedModel, Lora, Recipe, Step, save_trained, shuffled_batches, train, trainable_copy
 from vestige.settings import BankSettings
 
 
@@ -32,9 +32,9 @@ class Trainer:
 
     def member(self, run: Run) -> Measured:
         """The measurements of a model trained as `run` says; its weights are saved if they are to be."""
-        model = trainable_copy(
-            self.loaded, lora_rank=self.settings.lora_rank, from_scratch=self.settings.from_scratch, seed=run.seed
-        )
+        rank = self.settings.lora_rank
+        lora = None if rank is None else Lora(rank, self.settings.lora_alpha, targets=self.settings.lora_targets)
+        model = trainable_copy(self.loaded, lora_rank=lora, from_scratch=self.settings.from_scratch, seed=run.seed)
         batches = shuffled_batches(self.data, run.rows, self.settings.batch_size, self.steps, run.seed)
 
         def after(step: Step) -> None:

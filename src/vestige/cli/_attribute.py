@@ -21,4 +21,6 @@ def attribute(settings: AttributeSettings) -> None:
         say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    for check in scores.run.trust.checks:
+        say(f"[{check.verdict}] {check.name}: {check.reading}")
     say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")

@@ -4,13 +4,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vestige.cli._command import command
 from vestige.errors import UserError
+from vestige.folders import partial_folder, replaced_result
 from vestige.parsing import parse_json
-from vestige.progress import format_bytes, format_seconds
+from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.settings import StatusSettings
 from vestige.terminal import say
+
+if TYPE_CHECKING:
+    from vestige.runs import AuditRecord, RunRecord
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -53,7 +58,12 @@ def describe(folder: Path) -> str:
         parts.append(describe_run(folder))
     elif read_manifest(folder) is not None:
         parts.append(describe_index(folder))
-    parts += ["\n".join(job.lines()) for place in (folder, _partial(folder)) for job in job_statuses(place)]
+    parts += ["\n".join(job.lines()) for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
+    if (aside := replaced_result(folder)) is not None:
+        parts.append(
+            f"{folder} was being replaced when the command was stopped. The earlier result lies in {aside}: the next "
+            "command with this --out puts it back."
+        )
     if not parts:
         raise UserError(
             f"{folder} is neither an index nor a run. Give the folder that `vestige index` or "
@@ -65,13 +75,7 @@ def describe(folder: Path) -> str:
 def _is_at_work(folder: Path) -> bool:
     from vestige.launch import job_statuses
 
-    return any(job.state == "running" for place in (folder, _partial(folder)) for job in job_statuses(place))
-
-
-def _partial(folder: Path) -> Path:
-    """Where a run is in the making: beside its folder, which appears when it is whole."""
-    whole = folder.absolute()
-    return whole.with_name(f".{whole.name}.partial")
+    return any(job.state == "running" for place in (folder, partial_folder(folder)) for job in job_statuses(place))
 
 
 def describe_audit(folder: Path) -> str:
@@ -88,7 +92,7 @@ def describe_audit(folder: Path) -> str:
             f"  model     {run.model.name}",
             f"  measures  {', '.join(run.measures)}",
             *missing,
-            f"  took      {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took      {_costs(run)}",
             f"  made by   {run.command} (Vestige {run.vestige}, {run.created})",
         ]
     )
@@ -147,6 +151,11 @@ def describe_index(folder: Path) -> str:
     )
 
 
+def _costs(run: "RunRecord | AuditRecord") -> str:
+    memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
+    return f"{format_seconds(run.seconds)}, {memory}"
+
+
 def _left_out(ids: Sequence[str]) -> list[str]:
     """A line about examples that were left out, if any."""
     more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
@@ -165,7 +174,7 @@ def describe_run(folder: Path) -> str:
             f"  model    {run.model.name if run.model else 'none: the method reads text alone'}",
             f"  sign     {run.meaning.sign}",
             f"  unit     {run.meaning.unit}",
-            f"  took     {format_seconds(run.seconds)}, {format_bytes(run.peak_memory_bytes)} of memory",
+            f"  took     {_costs(run)}",
             *_left_out(run.left_out),
             f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
         ]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
 from vestige.errors import UserError
-from vestige.files import make_folder, write_durably
+from vestige.files import check_disk, make_folder, write_durably
 from vestige.index import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
 from vestige.lockstep import decided
@@ -131,6 +131,7 @@ class FisherPlan:
         blocks = tuple(FisherBlock(name, total / counted) for name, total in pairs)
         path = fisher_path(self.index)
         make_folder(path.parent)
+        check_disk(path.parent, self.index.manifest.curvature_bytes)
         write_durably(path, [save({block.name: block.matrix for block in blocks})])
         return FisherBlocks(blocks, tuple(self._columns))
 

@@ -70,7 +70,7 @@ class _WholeGradients:
         self.pieces = Pieces(shapes)
         self.examples = 0
 
-    def begin(self, examples: int) -> None:
+    def begin(self, examples: int, predicting: Tensor | None = None) -> None:  # noqa: ARG002
         """Start a batch."""
         self.pieces.begin(examples)
         self.examples += examples

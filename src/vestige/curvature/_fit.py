@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from vestige.curvature._blocks import Block, find_blocks
@@ -23,10 +24,10 @@ from vestige.curvature._kfac import (
     with_eigenvalues,
 )
 from vestige.curvature._labels import Labels, relabelled, sampled_labels
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 from vestige.progress import progress
 
 PIECE_TOKENS = 2**16
@@ -41,8 +42,8 @@ Sums = dict[str, Tensor]
 class BatchSink(FactorSink, Protocol):
     """A sink that is told where a batch begins and ends."""
 
-    def begin(self, examples: int) -> None:
-        """Start a batch."""
+    def begin(self, examples: int, predicting: Bool[Tensor, "example token"] | None = None) -> None:
+        """Start a batch; `predicting` are the positions that predict a target, if examples have tokens."""
         ...
 
     def finish(self) -> None:
@@ -84,7 +85,7 @@ class CurvatureData:
         wanted = max(PIECE_TOKENS, -(-int(self.data.lengths.sum()) // most))
         groups: list[list[np.ndarray]] = [[]]
         size = 0
-        for batch in plan_batches(self.data.lengths, self.token_budget):
+        for batch in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
             if size >= wanted:
                 groups.append([])
                 size = 0
@@ -96,6 +97,14 @@ class CurvatureData:
     def blocks(self) -> tuple[Block, ...]:
         """Components that are preconditioned together."""
         return find_blocks(self.components)
+
+    @cached_property
+    def heads(self) -> frozenset[int]:
+        """The components of the output head."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        paths = {path for path, module in self.model.named_modules() if module is head}
+        pairs = enumerate(self.components)
+        return frozenset(number for number, part in pairs if not paths.isdisjoint(use.module for use in part.uses))
 
     def stream(self, sink: BatchSink, label: str) -> None:
         """Every example's factors through `sink`, batch by batch."""
@@ -114,7 +123,8 @@ class CurvatureData:
         with GradientPass(self.model, self.components, CausalLoss(self.reduction)) as gradient_pass:
             for rows in self.groups[piece]:
                 batch = make_batch(self.data, rows).to(self.device)
-                sink.begin(len(rows))
+                # The label of a position is predicted by the one before it.
+                sink.begin(len(rows), nn.functional.pad(batch.labels[:, 1:] != NO_TARGET, (0, 1)))
                 losses = gradient_pass.run(batch if drawn is None else relabelled(batch, drawn), sink)
                 if not torch.isfinite(losses).all():
                     bad = [self.data.examples[row] for row in rows[~torch.isfinite(losses).cpu().numpy()].tolist()]
@@ -157,7 +167,8 @@ def sums_of(measured: CurvatureData, make: Callable[[], SummingSink], label: str
 
 def fit_kfac(measured: CurvatureData) -> KroneckerFactors:
     """S and A of every block, in one pass."""
-    sums = sums_of(measured, lambda: KroneckerSink(measured.components, measured.blocks), "Kronecker factors")
+    arguments = (measured.components, measured.blocks, measured.heads)
+    sums = sums_of(measured, lambda: KroneckerSink(*arguments), "Kronecker factors")
     return kronecker_factors(measured.blocks, sums)
 
 

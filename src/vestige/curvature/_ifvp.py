@@ -22,14 +22,14 @@ from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import check_disk, make_folder, remove_durably, write_durably
 from vestige.folders import require_no_others
 from vestige.index import Index
-from vestige.launch import Compute, PieceFiles, step_done
+from vestige.launch import JOB_FILES, Compute, PieceFiles, step_done
 from vestige.parsing import parse_object
 
 RECORD = "preconditioned.json"
 FORMAT = 1
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", "launch")
+_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", *JOB_FILES)
 
 
 class PreconditionedBlock(NamedTuple):

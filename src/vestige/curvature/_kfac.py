@@ -6,20 +6,25 @@ as independent and b as independent of a:
 
     F = E[vec(G) vec(G)^T]  ~  T S (x) A,      S = mean_t b b^T,   A = mean_t a a^T,   T = tokens per example.
 
+A token counts where it can influence the loss: at or before the last position that predicts a target. This follows from
+the data alone, so neither padding nor the rounding of a kernel that leaves 1e-8 where another leaves 0 changes A. An
+expert counts the tokens routed to it, and the output head the positions that predict a target, where alone it runs.
+
 EK-FAC (George et al. 2018, arXiv:1806.03884) keeps the eigenvectors of S and A and measures the curvature along each
 pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, whatever tokens do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.curvature._blocks import Block
 from vestige.curvature._diagonal import DiagonalSink, absolute_damping
+from vestige.errors import ModelError
 from vestige.gradients import Factor, OneHot, Side, materialise
 from vestige.models import Component
 
@@ -119,12 +124,22 @@ class EigenCurvature:
 class KroneckerSink:
     """Accumulates S and A of every block over batches, in float32 (float64 for a float64 model).
 
-    A token counts where its output gradient is not zero: padding has none, nor has a place that cannot influence the
-    loss. A vector has one "token" per example, its whole gradient, and its block is the exact Fisher matrix.
+    A vector has one "token" per example, its whole gradient, and its block is the exact Fisher matrix.
+
+    Args:
+        components: The selected components.
+        blocks: Those of them that are preconditioned together.
+        heads: Numbers of the components of the output head.
     """
 
-    def __init__(self, components: Sequence[Component], blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, components: Sequence[Component], blocks: Sequence[Block], heads: Container[int] = frozenset()
+    ) -> None:
+        self._names = [component.name for component in components]
         self._blocks = {block.weight: block for block in blocks}
+        self._heads = heads
+        self._predicting: Tensor | None = None
+        self._positions: Tensor | None = None
         self._left: dict[int, Tensor] = {}
         self._right: dict[int, Tensor] = {}
         self._tokens = dict.fromkeys(self._blocks, 0)
@@ -132,18 +147,28 @@ class KroneckerSink:
         self._diagonals = DiagonalSink([component.shape for component in components])
         self._batch = self._examples = 0
 
-    def begin(self, examples: int) -> None:
+    def begin(self, examples: int, predicting: Bool[Tensor, "example token"] | None = None) -> None:
         """Start a batch."""
         self._diagonals.begin(examples)
         self._batch, self._totals = examples, {}
+        self._predicting, self._positions = predicting, None
         self._examples += examples
 
     def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
         """Keep the factor as it is."""
         return factor
 
+    def locate(self, positions: Int[Tensor, "example row"]) -> None:
+        """Which tokens the rows of the next piece are."""
+        self._positions = positions
+
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones."""
+        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones.
+
+        Raises:
+            ModelError: The rows of a layer are not the tokens of the batch.
+        """
+        positions, self._positions = self._positions, None
         block = self._blocks.get(component)
         if block is None:
             return
@@ -155,7 +180,7 @@ class KroneckerSink:
             total[examples] += part
         else:
             assert not isinstance(left, OneHot)
-            counted = (left != 0).any(-1)
+            counted = self._counted(component, examples, left, positions)
             self._add(component, _wide(left[counted]), _with_ones(_wide(right[counted]), block.bias is not None))
 
     def finish(self) -> None:
@@ -172,6 +197,28 @@ class KroneckerSink:
             tokens = torch.tensor(self._tokens[number])
             found |= {f"{number}.left": left, f"{number}.right": self._right[number], f"{number}.tokens": tokens}
         return found
+
+    def _counted(self, component: int, examples: slice, left: Tensor, positions: Tensor | None) -> Tensor:
+        """The rows of a piece whose tokens count, `[example, row]`."""
+        if self._predicting is None:
+            return torch.ones_like(left[..., 0], dtype=torch.bool)
+        counts = self._predicting[examples].to(left.device)
+        if component not in self._heads:
+            # From a position on, does any other predict a target?
+            counts = counts.flip(1).cumsum(1).flip(1) > 0
+        if positions is not None:
+            return counts.gather(1, positions.clamp(min=0)) & (positions >= 0)
+        rows, tokens = left.shape[1], counts.shape[1]
+        # A layer may split a token into several rows (one a head), token after token.
+        counted = counts.repeat_interleave(rows // tokens, 1)
+        # Not a number is left to the loss to report: it names the example.
+        if rows % tokens or left[~counted].nan_to_num(0.0, 0.0, 0.0).any():
+            raise ModelError(
+                f"{self._names[component]} sees {rows} rows for {tokens} tokens, and they cannot be told apart by "
+                "token, which K-FAC and EK-FAC count. Leave it out with "
+                f"--components '!{self._names[component]}', or type --method datainf."
+            )
+        return counted
 
     def _add(self, number: int, left: Float[Tensor, "place out"], right: Float[Tensor, "place in"]) -> None:
         self._tokens[number] += len(left)
@@ -190,7 +237,7 @@ class EigenvalueSink:
         self._curvature = curvature
         self._squares = DiagonalSink([block.shape for block in curvature.blocks])
 
-    def begin(self, examples: int) -> None:
+    def begin(self, examples: int, predicting: Tensor | None = None) -> None:  # noqa: ARG002
         """Start a batch."""
         self._squares.begin(examples)
 

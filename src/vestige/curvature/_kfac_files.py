@@ -25,8 +25,11 @@ from vestige.launch import PieceFiles, phase, run_plan
 from vestige.lockstep import decided
 from vestige.settings import LaunchSettings
 
-FORMAT = 1
-"""Raised when the numbers of the same inputs change their meaning, so that no old file is read as a new one."""
+FORMAT = 2
+"""Raised when the numbers of the same inputs change their meaning, so that no old file is read as a new one.
+
+1 counted the tokens whose gradient was not exactly zero.
+"""
 
 
 class Work(NamedTuple):
@@ -58,7 +61,7 @@ def kfac_of(
                 "Kronecker factors",
                 path.parent.parent,
                 measured,
-                lambda: KroneckerSink(measured.components, measured.blocks),
+                lambda: KroneckerSink(measured.components, measured.blocks, measured.heads),
                 _pieces(path, measured),
                 lambda sums: _factor_tensors(kronecker_factors(measured.blocks, sums)),
                 path,

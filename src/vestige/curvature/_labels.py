@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.models import batch_sharing
 
 Labels = Literal["sampled", "data"]
 """`sampled`: true Fisher matrix; `data`: the empirical one, from the labels of the training data."""
@@ -26,7 +27,7 @@ def sampled_labels(model: nn.Module, data: TokenizedData, token_budget: int, see
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     budget = max(1, min(token_budget, LOGIT_BYTES // (4 * vocabulary)))
     labels = [np.full(len(ids), NO_TARGET, dtype=np.int64) for ids in data.input_ids]
-    for rows in plan_batches(data.lengths, budget):
+    for rows in plan_batches(data.lengths, budget, sharing=batch_sharing(model)):
         batch = make_batch(data, rows).to(device)
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids, use_cache=False).logits

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.gradients import Reduction
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 
 CurvatureKind = Literal["gauss-newton", "hessian"]
 
@@ -51,7 +51,7 @@ class CurvatureProduct:
 
     def _batches(self) -> Iterator[Batch]:
         device = next(self.model.parameters()).device
-        for rows in plan_batches(self.data.lengths, self.token_budget):
+        for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
             yield make_batch(self.data, rows).to(device)
 
     def _of_batch(

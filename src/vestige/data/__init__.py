@@ -1,16 +1,22 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._batches import CutBatch, CutBatches, make_batch, plan_batches
+from vestige.data._bad_text import OnBadText, check_text, repair
+from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
+from vestige.data._columns import conversation_columns, unused_columns
+from vestige.data._copies import describe_copies, text_groups, token_groups
 from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._fingerprint import data_fingerprint
 from vestige.data._load import load_examples, load_queries, load_records
-from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of
+from vestige.data._questions import Frame, ask, frame_of, require_answers
+from vestige.data._row_list import RowEntry, read_row_list, rows_named
+from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
 from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
 
 __all__ = [
+    "ANY_EXAMPLES",
     "EXAMPLES",
     "GROUP_ROWS",
     "NO_TARGET",
@@ -20,23 +26,40 @@ __all__ = [
     "CutBatches",
     "Encoder",
     "Example",
+    "Frame",
     "LexicalIndex",
     "Message",
+    "OnBadText",
+    "RowEntry",
+    "Sharing",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
+    "ask",
+    "check_text",
+    "conversation_columns",
     "data_fingerprint",
+    "describe_copies",
     "forget_tokens",
+    "frame_of",
     "load_examples",
     "load_queries",
     "load_records",
     "make_batch",
     "plan_batches",
     "prompt_of",
+    "read_row_list",
     "record_of",
+    "repair",
+    "require_answers",
+    "rows_named",
+    "text_groups",
+    "token_groups",
     "tokenize",
     "tokenize_source",
     "tokenize_stored",
+    "turn_record",
+    "unused_columns",
     "words_of",
 ]
 from vestige.data._load import number_records as number_records

@@ -12,7 +12,29 @@ from vestige.data._types import NO_TARGET, Batch, TokenizedData
 from vestige.errors import DataError
 
 
-def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | None = None) -> list[np.ndarray]:
+class Sharing(NamedTuple):
+    """Which examples may share a batch: all, unless the model's forward pass depends on the longest of them."""
+
+    switches: tuple[int, ...] = ()
+    """Numbers of tokens: an example no longer than one of them shares no batch with a longer one."""
+    equal: bool = False
+    """Only examples of the same length share a batch, so that there is no padding."""
+
+    def most(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the most tokens that examples of these lengths may be padded to; -1 where nothing limits it."""
+        if self.equal:
+            return lengths
+        borders = np.array([*sorted(self.switches), -1])
+        return borders[np.searchsorted(borders[:-1], lengths)]
+
+
+ANY_EXAMPLES = Sharing()
+"""Of a model whose results depend on no other example."""
+
+
+def plan_batches(
+    lengths: np.ndarray, token_budget: int, max_examples: int | None = None, *, sharing: Sharing = ANY_EXAMPLES
+) -> list[np.ndarray]:
     """Rows of each batch, every row in exactly one; longest first, so a budget that is too large fails early.
 
     Args:
@@ -20,6 +42,7 @@ def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | Non
         token_budget: Most tokens in a batch, padding included; an example longer than that is a batch by
             itself.
         max_examples: Most examples in a batch.
+        sharing: What the model allows.
 
     Returns:
         int64 arrays of rows, sorted by length, ties by row.
@@ -27,7 +50,7 @@ def plan_batches(lengths: np.ndarray, token_budget: int, max_examples: int | Non
     Raises:
         DataError: The budget or `max_examples` is below 1.
     """
-    cut = CutBatches(lengths, token_budget, max_examples)
+    cut = CutBatches(lengths, token_budget, max_examples, sharing)
     return [cut.rows[one.start : one.stop].astype(np.int64) for one in cut.batches()]
 
 
@@ -52,7 +75,13 @@ class CutBatches:
     Of the lengths, only how often each occurs is kept; where batches end follows from that.
     """
 
-    def __init__(self, lengths: Int[np.ndarray, "example"], token_budget: int, max_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, "example"],
+        token_budget: int,
+        max_examples: int | None = None,
+        sharing: Sharing = ANY_EXAMPLES,
+    ) -> None:
         """As `plan_batches`."""
         if token_budget < 1 or (max_examples is not None and max_examples < 1):
             raise DataError(
@@ -65,6 +94,8 @@ class CutBatches:
         """Those that occur, longest first."""
         self._ends: list[int] = np.cumsum(counts[present]).tolist()
         """Where the rows of each length end."""
+        self._borders = _group_ends(sharing.most(present), self._ends)
+        """Where the rows end that may share a batch with each length."""
         self.rows = _from_long_to_short(lengths, counts)
         """Row numbers, longest example first, ties by row, int32 or int64 [example]; on the disk if they are many."""
 
@@ -80,7 +111,7 @@ class CutBatches:
             while self._ends[kind] <= start:
                 kind += 1
             longest = max(self._lengths[kind], 1)
-            end = min(start + min(max(self._budget // longest, 1), self._most), stop)
+            end = min(start + min(max(self._budget // longest, 1), self._most), stop, self._borders[kind])
             yield CutBatch(start, end, longest)
             start = end
 
@@ -91,6 +122,15 @@ class CutBatches:
             total += length * max(min(end, stop) - max(first, start), 0)
             first = end
         return total
+
+
+def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
+    """For each length, where the rows of the last length of its group end."""
+    found: list[int] = []
+    for number in reversed(range(len(ends))):
+        same = bool(found) and groups[number] == groups[number + 1]
+        found.append(found[-1] if same else ends[number])
+    return found[::-1]
 
 
 def _counted(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "length"]:

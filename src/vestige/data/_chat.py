@@ -1,24 +1,40 @@
 """Conversations as the tokenizer's chat template writes them, with the spans that the assistant said."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from vestige.data._columns import template_variables, turns_before
 from vestige.data._encode import Rendered, Span
-from vestige.data._types import Example, Message
+from vestige.data._turns import FLAGS, is_learned
+from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 from vestige.progress import announce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASSISTANT = "assistant"
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_DATE = "26 Jul 2024"
 """Llama templates write today's date unless they are given one; this is the one they fall back to."""
+
+TEXT_KEYS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "thinking",
+    "thoughts",
+    "tool_responses",
+)
+"""Keys of a turn that are text of it: a template that leaves one out leaves out what the model was to read."""
+_TEXT_VARIABLES = ("tools", "documents")
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises that does not take a conversation."""
 
 # Characters of the private use area: no real content shares its first or last character with it.
 PLACEHOLDER = "\ue000\ue001\ue002"
@@ -27,19 +43,24 @@ PLACEHOLDER = "\ue000\ue001\ue002"
 def as_conversation(example: Example) -> tuple[Message, ...]:
     """The example's turns; a prompt becomes a user turn and its completion, if any, an assistant turn.
 
-    The newline that separates a question from its answer in plain text is not part of the user's turn.
+    The columns `system` and `history` come first. The newline that separates a question from its answer in plain text
+    is not part of the user's turn.
     """
+    before = turns_before(example)
     if example.messages:
-        return example.messages
-    turns = (Message("user", (example.prompt or "").removesuffix("\n")),)
+        return (*before, *example.messages)
+    turns = (*before, Message("user", (example.prompt or "").removesuffix("\n")))
     return turns if example.completion is None else (*turns, Message(ASSISTANT, example.completion))
 
 
 class Conversations(NamedTuple):
-    """Rendered conversations, and how many of them the template did not write turn by turn."""
+    """Rendered conversations, and what a person should know of how the template wrote them."""
 
     rendered: list[Rendered]
     rewritten: int
+    """How many of them the template did not write turn by turn."""
+    unnamed: set[str]
+    """Keys of turns and settings of the template that it does not name."""
 
 
 def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> Conversations:
@@ -48,27 +69,35 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
     Generation markers in the template decide where there are any. Otherwise an assistant turn is what a
     rendering up to that turn adds to the rendering before it, generation prompt included. That presumes that
     a conversation renders to a prefix of any longer one. Templates that rewrite earlier turns break it;
-    there, a turn is what changes when its content is replaced, and this is counted.
+    there, a turn is what changes when its content is replaced, and this is counted. A turn that is not to be learned
+    is no target.
 
     Raises:
-        DataError: The template refuses a conversation.
+        DataError: The template refuses a conversation, or does not write what belongs to its text.
     """
     rendered: list[Rendered] = []
-    rewritten = 0
+    rewritten, unnamed = 0, set[str]()
     for example in examples:
-        turns = as_conversation(example)
+        turns, variables = as_conversation(example), template_variables(example)
         try:
-            text, spans, by_prefixes = template.spoken(turns)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            text, spans, by_prefixes = template.spoken(turns, variables)
+            unnamed |= template.unnamed_keys(turns, variables)
+        except _FAILURES as error:
             roles = ", ".join(turn.role for turn in turns)
             raise DataError(
                 f"The tokenizer's chat template refuses row {example.row} (id {example.id!r}), whose roles "
                 f"are {roles}: {error}. Change the roles or their order, or give a tokenizer with another "
                 "template."
             ) from error
+        except _Unwritten as error:
+            raise DataError(f"Row {example.row} (id {example.id!r}): {error}") from error
         rewritten += not by_prefixes
         rendered.append(Rendered(text, spans, has_special_tokens=True, ends=False))
-    return Conversations(rendered, rewritten)
+    return Conversations(rendered, rewritten, unnamed)
+
+
+class _Unwritten(Exception):
+    """The template leaves out what decides the text or the loss of a conversation."""
 
 
 class ChatTemplate:
@@ -83,7 +112,6 @@ class ChatTemplate:
                 "model, set `tokenizer.chat_template`, or use `prompt` and `completion` without chat."
             ) from error
         self._tokenizer = tokenizer
-        self._has_markers = GENERATION_MARKER.search(self._template) is not None
         self._variables: dict[str, Any] = {}
         if "date_string" in self._template:
             self._variables["date_string"] = TEMPLATE_DATE
@@ -96,59 +124,112 @@ class ChatTemplate:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._special = tuple({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
 
-    def render(self, turns: Sequence[Message], *, generation_prompt: bool) -> str:
+    def render(self, turns: Sequence[Message], variables: Mapping[str, Any], *, generation_prompt: bool) -> str:
         """The conversation as text, special tokens included."""
         text = self._tokenizer.apply_chat_template(
-            _plain(turns), tokenize=False, add_generation_prompt=generation_prompt, **self._variables
+            _plain(turns), tokenize=False, add_generation_prompt=generation_prompt, **self._variables | dict(variables)
         )
         return str(text)
 
-    def spoken(self, turns: Sequence[Message]) -> tuple[str, tuple[Span, ...], bool]:
+    def spoken(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> tuple[str, tuple[Span, ...], bool]:
         """The text, the spans that the assistant said, and whether they rest on markers or prefixes.
 
         A conversation that waits for the assistant ends in the generation prompt.
+
+        Raises:
+            _Unwritten: Which of the marked spans is of a turn that is not to be learned cannot be told.
         """
         waiting = turns[-1].role != ASSISTANT
-        if self._has_markers:
-            text, spans = self._marked(turns, waiting)
+        turns = self._without_written_nulls(turns, variables)
+        if GENERATION_MARKER.search(self._source(variables)):
+            text, spans = self._marked(turns, variables, waiting)
             return text, spans, True
-        text = self.render(turns, generation_prompt=waiting)
-        spans = self._spans_by_prefixes(turns, text)
+        text = self.render(turns, variables, generation_prompt=waiting)
+        spans = self._spans_by_prefixes(turns, variables, text)
         if spans is not None:
             return text, spans, True
-        return text, self._spans_by_contents(turns, text, waiting), False
+        return text, self._spans_by_contents(turns, variables, text, waiting), False
 
-    def _marked(self, turns: Sequence[Message], waiting: bool) -> tuple[str, tuple[Span, ...]]:
+    def unnamed_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
+        """Keys of turns and settings that the template's source does not name, so that most likely none is written.
+
+        Raises:
+            _Unwritten: One of them belongs to the text and is not written.
+        """
+        source = self._source(variables)
+        keys = {key for turn in turns for key in turn.extra if key not in FLAGS} | set(variables)
+        unnamed = {key for key in keys - {"content"} if not re.search(rf"\b{re.escape(key)}\b", source)}
+        texts = {*TEXT_KEYS, *_TEXT_VARIABLES}
+        for key in sorted(unnamed & texts):
+            without = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != key}) for turn in turns]
+            others = {name: value for name, value in variables.items() if name != key}
+            written = self.render(turns, variables, generation_prompt=False)
+            if written == self.render(without, others, generation_prompt=False):
+                raise _Unwritten(
+                    f"the tokenizer's chat template does not write `{key}`, so the model would neither read nor learn "
+                    "it. Give a tokenizer whose template does, write it into `content`, or drop it."
+                )
+        return unnamed - texts
+
+    def _source(self, variables: Mapping[str, Any]) -> str:
+        """The template itself: a tokenizer may have another one for conversations with tools."""
+        return self._tokenizer.get_chat_template(tools=variables["tools"]) if "tools" in variables else self._template
+
+    def _without_written_nulls(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+        """The turns, null contents as empty texts where the template would write "None"."""
+        if not any("content" in turn.extra for turn in turns):
+            return turns
+        empty = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != "content"}) for turn in turns]
+        try:
+            with_nulls = self.render(turns, variables, generation_prompt=False)
+        except _FAILURES:
+            return empty
+        without = self.render(empty, variables, generation_prompt=False)
+        return empty if with_nulls.count("None") > without.count("None") else turns
+
+    def _marked(
+        self, turns: Sequence[Message], variables: Mapping[str, Any], waiting: bool
+    ) -> tuple[str, tuple[Span, ...]]:
         # `apply_chat_template(return_assistant_tokens_mask=True)` would look up the token of a span's first
         # character and give up where a tokenizer trimmed that character as a space; the characters themselves
         # are exact.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables = {**self._tokenizer.special_tokens_map, **self._variables}
         texts: Any
         texts, spans = render_jinja_template(
             conversations=[_plain(turns)],
-            chat_template=self._template,
+            chat_template=self._source(variables),
             return_assistant_tokens_mask=True,
             add_generation_prompt=waiting,
-            **variables,
+            **{**self._tokenizer.special_tokens_map, **self._variables, **variables},
         )
-        return texts[0], tuple(Span(int(start), int(stop)) for start, stop in spans[0] if stop > start)
+        found = list(spans[0])
+        learned = [is_learned(turn) for turn in turns if turn.role == ASSISTANT]
+        if not all(learned):
+            if len(found) != len(learned):
+                raise _Unwritten(
+                    f"some of its assistant's turns are not to be learned, and the chat template marks {len(found)} "
+                    f"passages for {len(learned)} such turns. Give a template that marks one for each."
+                )
+            found = [span for span, wanted in zip(found, learned, strict=True) if wanted]
+        return texts[0], tuple(Span(int(start), int(stop)) for start, stop in found if stop > start)
 
-    def _spans_by_prefixes(self, turns: Sequence[Message], text: str) -> tuple[Span, ...] | None:
+    def _spans_by_prefixes(
+        self, turns: Sequence[Message], variables: Mapping[str, Any], text: str
+    ) -> tuple[Span, ...] | None:
         """What each assistant turn adds to the text so far; None when the prefix property does not hold."""
         spans: list[Span] = []
         for number, turn in enumerate(turns):
-            if turn.role != ASSISTANT:
+            if not is_learned(turn):
                 continue
             if number == 0:
                 return None
             try:
-                silent = self.render(turns[:number], generation_prompt=False)
-                before = self.render(turns[:number], generation_prompt=True)
+                silent = self.render(turns[:number], variables, generation_prompt=False)
+                before = self.render(turns[:number], variables, generation_prompt=True)
                 is_last = number == len(turns) - 1
-                after = text if is_last else self.render(turns[: number + 1], generation_prompt=False)
-            except (TemplateError, TypeError, ValueError, KeyError):
+                after = text if is_last else self.render(turns[: number + 1], variables, generation_prompt=False)
+            except _FAILURES:
                 return None
             if before == silent or not after.startswith(before) or not text.startswith(after):
                 return None
@@ -160,14 +241,17 @@ class ChatTemplate:
         said = text[span.start : span.stop].rstrip()
         return Span(span.start, span.start + len(said)) if said.endswith(self._special) else span
 
-    def _spans_by_contents(self, turns: Sequence[Message], text: str, waiting: bool) -> tuple[Span, ...]:
-        """What changes when an assistant turn's content does, and the special token that ends the turn."""
+    def _spans_by_contents(
+        self, turns: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool
+    ) -> tuple[Span, ...]:
+        """What changes when an assistant's content, thoughts and calls do, and the special token that ends the turn."""
         spans: list[Span] = []
         for number, turn in enumerate(turns):
-            if turn.role != ASSISTANT:
+            if not is_learned(turn):
                 continue
-            changed = [*turns[:number], replace(turn, content=PLACEHOLDER), *turns[number + 1 :]]
-            other = self.render(changed, generation_prompt=waiting)
+            kept = {key: value for key, value in turn.extra.items() if key not in ("content", *TEXT_KEYS)}
+            changed = [*turns[:number], Message(turn.role, PLACEHOLDER, kept), *turns[number + 1 :]]
+            other = self.render(changed, variables, generation_prompt=waiting)
             start = _shared_length(text, other)
             tail = _shared_length(text[start:][::-1], other[start:][::-1])
             if start < len(text) - tail:
@@ -189,5 +273,5 @@ def _shared_length(one: str, other: str) -> int:
     return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
-def _plain(turns: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+def _plain(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    return [turn.columns for turn in turns]

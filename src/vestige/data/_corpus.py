@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
+from vestige.data._bad_text import OnBadText
 from vestige.data._crew import Answer, in_processes, in_this_process
 from vestige.data._fingerprint import data_fingerprint
-from vestige.data._load import Numbered, no_rows, number_records, open_source, repeated_id
+from vestige.data._load import Numbered, announce_replaced, no_rows, number_records, open_source, repeated_id
 from vestige.data._origin import place
 from vestige.data._parts import PART_BYTES, PART_ROWS, Chunk, Part, PartEncoder, chunks, pack
 from vestige.data._seen import SeenIds
@@ -25,11 +27,13 @@ from vestige.data._token_folder import FORMAT, StoredData, TokenWriter, find_tok
 from vestige.data._tokenize import Encoder, Tally
 from vestige.data._types import Example, TokenizedData
 from vestige.errors import CorruptFile
+from vestige.files import remove_tree
 from vestige.progress import SECONDS_BETWEEN_LINES, announce, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKEN_FOLDER = re.compile("[0-9a-f]{16}")
 HELD_BYTES = 16 * 2**20
 """What the examples of a data set may take in memory; of one that takes more, some parts are, whatever its size."""
 _EXAMPLE_BYTES = 1536
@@ -47,6 +51,8 @@ def tokenize_source(
     split: str | None = None,
     folder: Path | None = None,
     workers: int = 1,
+    on_bad_text: OnBadText = "refuse",
+    vocabulary: int | None = None,
 ) -> TokenizedData:
     """What `tokenize(load_examples(source))` is, in memory that does not grow with the data.
 
@@ -65,16 +71,21 @@ def tokenize_source(
         folder: Where tokens are kept; None, and what is in a live list, lives in a temporary folder as long as the
             result.
         workers: Processes that read and encode a large data set.
+        on_bad_text: As for `load_examples`.
+        vocabulary: As for `tokenize`.
 
     Raises:
         DataError: As for `load_examples` and `tokenize`.
         DiskSpaceError: The tokens do not fit on the disk.
     """
     opened = open_source(source, split)
-    encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat)
+    encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat, vocabulary=vocabulary)
     items = number_records(opened, limit)
     origin = None if opened.identity is None else f"{opened.identity} limit {limit}"
-    return _Corpus(opened.name, items, origin, encoder, name, folder, workers).read()
+    if origin is not None and on_bad_text != "refuse":
+        origin += f" bad text {on_bad_text}"
+    parts = PartEncoder(opened.name, encoder, on_bad_text)
+    return _Corpus(opened.name, items, origin, encoder, parts, name, folder, workers).read()
 
 
 def tokenize_stored(
@@ -107,15 +118,16 @@ def tokenize_stored(
     found = open_tokens(path, name) if path is not None else None
     if found is not None:
         return found.data
-    return _Corpus(name, examples, fingerprint, encoder, name, folder, workers).read()
+    parts = PartEncoder(name, encoder, "refuse")
+    return _Corpus(name, examples, fingerprint, encoder, parts, name, folder, workers).read()
 
 
 def forget_tokens(folder: Path, data: TokenizedData) -> None:
     """Of all tokens in `folder`, only those of `data` are left."""
     if isinstance(data.examples, StoredExamples) and folder.is_dir():
         for path in folder.iterdir():
-            if path != data.examples.folder:
-                shutil.rmtree(path, ignore_errors=True)
+            if path != data.examples.folder and _TOKEN_FOLDER.fullmatch(path.name):
+                remove_tree(path)
 
 
 @final
@@ -128,13 +140,14 @@ class _Corpus:
         items: Iterable[Numbered | Example],
         origin: str | None,
         encoder: Encoder,
+        parts: PartEncoder,
         name: str,
         folder: Path | None,
         workers: int,
     ) -> None:
         self._source, self._name, self._workers = source, name, workers
         self._chunks = chunks(items)
-        self._encoder, self._parts = encoder, PartEncoder(source, encoder)
+        self._encoder, self._parts = encoder, parts
         self._origin, self._parent = origin, folder
         self._rows = 0
 
@@ -146,6 +159,7 @@ class _Corpus:
         if found is None:
             begun = folder is not None and folder.is_dir()
             found = self._on_disk([]) if begun else self._from_source()
+        announce_replaced(self._name, found.tally.replaced)
         self._encoder.announce(found.tally)
         return found.data
 

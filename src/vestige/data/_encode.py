@@ -50,9 +50,10 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
     A fast tokenizer sees each text whole, so the tokens are those of the joined text; a slow one, which
     cannot say where its tokens came from, sees the pieces between span borders separately. A beginning token
     that the text spells out itself is not added a second time. With `add_eos` the end token is appended as a
-    target where a text `ends` without it.
+    target where a text `ends` without it. Where a text goes on, what the tokenizer puts behind every text is left out.
     """
     result: list[Tokens | None] = [None] * len(rendered)
+    behind = _added_behind(tokenizer)
     encode_chunk = _encode_fast if tokenizer.is_fast else _encode_slow
     for special in (False, True):
         numbers = [number for number, item in enumerate(rendered) if item.has_special_tokens is special]
@@ -62,8 +63,18 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
             for number, item, tokens in zip(
                 chunk, items, encode_chunk(items, tokenizer, add_special=not special), strict=True
             ):
+                if behind and not (item.ends or item.has_special_tokens):
+                    tokens = Tokens(tokens.ids[:-behind], tokens.targets[:-behind])
                 result[number] = _finished(item, tokens, tokenizer, add_eos)
     return [tokens for tokens in result if tokens is not None]
+
+
+def _added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens the tokenizer puts behind every text of its own accord."""
+    bare: Any = tokenizer("a", add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
+    whole: Any = tokenizer("a", padding=False, truncation=False, verbose=False)["input_ids"]
+    starts = [at for at in range(len(whole) + 1) if list(whole[at : at + len(bare)]) == list(bare)]
+    return len(whole) - starts[0] - len(bare) if bare and starts else 0
 
 
 def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_special: bool) -> list[Tokens]:

@@ -17,6 +17,9 @@ from vestige.parsing import parse_json
 # A training text in a CSV cell easily passes the default of 131,072 characters.
 CSV_CELL_LIMIT = 2**31 - 1
 
+PREPARED = "prepare.json"
+"""The record that `vestige data` writes beside its rows."""
+
 
 def read_file(path: Path) -> Source:
     """The records of one file, read lazily; its extension decides the format (`.gz` may follow it).
@@ -48,12 +51,18 @@ def read_files(name: str, paths: Sequence[Path]) -> Source:
 
 
 def files_of_folder(folder: Path) -> list[Path]:
-    """The data files of a folder by name; they are all of one kind.
+    """Return the data files of a folder by name, all of one kind; of what `vestige data` left, the file with the rows.
 
     Raises:
         DataError: There is none, or they are of several kinds.
     """
     files = sorted(path for path in folder.iterdir() if data_extension(path))
+    if (folder / PREPARED).is_file():
+        rows = [path for path in files if path.stem == "data"]
+        if not rows:
+            parts = ", ".join(path.name for path in files if path.name != PREPARED) or "none"
+            raise DataError(f"{folder}: `vestige data` left several files of rows here ({parts}). Give one of them.")
+        return rows[:1]
     if not files:
         raise DataError(
             f"{folder}: a folder that neither holds data files nor was saved by `datasets.save_to_disk`. Give a data "

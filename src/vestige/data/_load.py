@@ -6,6 +6,7 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vestige.data._bad_text import OnBadText, check_text
 from vestige.data._files import absent_file, data_extension, files_of_folder, matching_files, read_file, read_files
 from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset, is_saved_dataset
 from vestige.data._origin import Record, Source, parsed, place, shown
@@ -14,8 +15,13 @@ from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
 
+_RUN_QUERIES = "queries.parquet"
+"""Table of the queries in the folder of a run."""
 
-def load_examples(source: Any, *, limit: int | None = None, split: str | None = None) -> list[Example]:
+
+def load_examples(
+    source: Any, *, limit: int | None = None, split: str | None = None, on_bad_text: OnBadText = "refuse"
+) -> list[Example]:
     """Every row of a training data source as an example, in the source's order.
 
     Args:
@@ -26,6 +32,7 @@ def load_examples(source: Any, *, limit: int | None = None, split: str | None = 
             a bare string is a text.
         limit: Read at most this many rows; announced when it leaves rows out.
         split: Split of a hub id or a saved `DatasetDict`; `train` when there are several.
+        on_bad_text: Whether halves of surrogate pairs are refused, or replaced with U+FFFD and counted.
 
     Returns:
         Examples whose `row` counts from 0 and whose `id` is the `id` column, else the row number. `source`
@@ -37,16 +44,20 @@ def load_examples(source: Any, *, limit: int | None = None, split: str | None = 
         DataError: The source is absent, empty or broken, or a row does not parse; the message says which and
             why.
     """
-    return _examples(open_source(source, split), limit, is_query=False)
+    return _examples(open_source(source, split), limit, on_bad_text, is_query=False, learned=True)
 
 
-def load_queries(source: Any, *, may_be_prompts: bool = True) -> list[Example]:
+def load_queries(
+    source: Any, *, may_be_prompts: bool = True, on_bad_text: OnBadText = "refuse", learned: bool = False
+) -> list[Example]:
     """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
     Args:
         source: As for `load_examples`. A bare string in a list, and a single string that names no file and cannot be
-            a hub id, is a prompt.
+            a hub id, is a prompt. The folder of a run stands for its queries with the answers that it explains.
         may_be_prompts: Whether it is; otherwise a single string is always the name of a file, a folder or a data set.
+        on_bad_text: As for `load_examples`.
+        learned: Refuse rows that training data may not hold, such as answers to be avoided.
 
     Raises:
         DataError: As for `load_examples`, or a prompt is a word that looks like the name of a file.
@@ -60,7 +71,15 @@ def load_queries(source: Any, *, may_be_prompts: bool = True) -> list[Example]:
                     f"The question {shown(text)} is or looks like the name of a file. Give one file alone, or "
                     'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
                 )
-    return _examples(open_source(source, None), None, is_query=True)
+    if isinstance(source, str | Path) and _exists(f"{source}/{_RUN_QUERIES}"):
+        table = read_file(Path(source).expanduser() / _RUN_QUERIES)
+        source = [_query_of_run(parsed(record).value) for record in table.records]
+    return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
+
+
+def _query_of_run(row: dict[str, Any]) -> dict[str, Any]:
+    words = {name: row.get(name) for name in ("text", "prompt", "completion", "messages")}
+    return {"id": row["query_id"], **{name: cell for name, cell in words.items() if cell is not None}}
 
 
 def _names_a_place(text: str) -> bool:
@@ -120,6 +139,8 @@ def _open_path(source: str | Path, split: str | None) -> Source:
     several = files_of_folder(path) if path.is_dir() else [] if _exists(str(path)) else matching_files(path)
     if several:
         _refuse_split(str(source), split)
+        if len(several) == 1:
+            return read_file(several[0])
         announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
         return read_files(str(source), several)
     can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
@@ -136,17 +157,22 @@ def _refuse_split(name: str, split: str | None) -> None:
         raise DataError(f"split={split!r} was asked for, but {name} has no splits. Leave it out.")
 
 
-def _examples(source: Source, limit: int | None, *, is_query: bool) -> list[Example]:
+def _examples(
+    source: Source, limit: int | None, on_bad_text: OnBadText, *, is_query: bool, learned: bool
+) -> list[Example]:
     examples: list[Example] = []
+    replaced = 0
     row_of_id: dict[str, int] = {}
     for numbered in number_records(source, limit):
-        example = example_of(source.name, numbered, is_query=is_query)
+        example, halves = example_of(source.name, numbered, on_bad_text, is_query=is_query, learned=learned)
+        replaced += halves
         first = row_of_id.setdefault(example.id, example.row)
         if first != example.row:
             raise repeated_id(place(source.name, example.row, numbered.record), example.id, first)
         examples.append(example)
     if not examples:
         raise no_rows(source.name)
+    announce_replaced(source.name, replaced)
     return examples
 
 
@@ -171,17 +197,33 @@ def number_records(source: Source, limit: int | None) -> Iterator[Numbered]:
         announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
 
 
-def example_of(name: str, numbered: Numbered, *, is_query: bool) -> Example:
+class Read(NamedTuple):
+    """An example, and how many halves of surrogate pairs were replaced in its record."""
+
+    example: Example
+    replaced: int
+
+
+def example_of(
+    name: str, numbered: Numbered, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
+) -> Read:
     """The example of one record of the source called `name`; the choice of columns is announced at row 0.
 
     Raises:
         DataError: The record is not valid, or no format fits it.
     """
-    row, record = numbered.row, parsed(numbered.record)
-    example = example_from_record(record.value, row, place(name, row, record), is_query=is_query)
+    row = numbered.row
+    record, replaced = check_text(name, row, parsed(numbered.record), on_bad_text)
+    example = example_from_record(record.value, row, place(name, row, record), is_query=is_query, learned=learned)
     if row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
-    return example
+    return Read(example, replaced)
+
+
+def announce_replaced(name: str, replaced: int) -> None:
+    """Say how many halves of surrogate pairs are U+FFFD now, if any."""
+    if replaced:
+        announce(f"{name}: {replaced:,} halves of surrogate pairs, which are no characters, were replaced with U+FFFD.")
 
 
 def repeated_id(where: str, name: str, first: int) -> DataError:
@@ -211,18 +253,23 @@ def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> No
         announce(f"{name}: rows hold {' and '.join(fitting)}; {fitting[0]} is used. Drop its columns to use another.")
 
 
-def load_records(source: Any, *, limit: int | None = None) -> Iterator[tuple[Example, dict[str, Any]]]:
+def load_records(
+    source: Any, *, limit: int | None = None, on_bad_text: OnBadText = "refuse"
+) -> Iterator[tuple[Example, dict[str, Any]]]:
     """Every row of a training data source with its columns as they stand there; nothing is kept.
 
     Args:
         source: As for `load_examples`.
         limit: Read at most this many rows.
+        on_bad_text: As for `load_examples`.
 
     Raises:
         DataError: As for `load_examples`.
     """
-    opened = open_source(source, None)
-    for numbered in number_records(opened, limit):
-        record = parsed(numbered.record)
-        example = example_of(opened.name, Numbered(numbered.row, record), is_query=False)
+    opened, total = open_source(source, None), 0
+    for row, unparsed in number_records(opened, limit):
+        record, replaced = check_text(opened.name, row, parsed(unparsed), on_bad_text)
+        example, _ = example_of(opened.name, Numbered(row, record), on_bad_text)
+        total += replaced
         yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)
+    announce_replaced(opened.name, total)

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from vestige.data._bad_text import OnBadText
 from vestige.data._fingerprint import hashed
-from vestige.data._load import Numbered, example_of
+from vestige.data._load import Numbered, Read, example_of
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, record_of
 from vestige.data._tokenize import Encoded, Encoder, Tally
 from vestige.data._types import Example
@@ -68,9 +69,10 @@ def chunks(items: Iterable[Numbered | Example]) -> Iterator[Chunk]:
 class PartEncoder:
     """Encodes chunks of one source; what a worker process gets."""
 
-    def __init__(self, source: str, encoder: Encoder) -> None:
+    def __init__(self, source: str, encoder: Encoder, on_bad_text: OnBadText) -> None:
         self._source = source
         self._encoder = encoder
+        self._on_bad_text: OnBadText = on_bad_text
 
     def encode(self, chunk: Chunk) -> Part:
         """The chunk's examples and their tokens.
@@ -78,11 +80,13 @@ class PartEncoder:
         Raises:
             DataError: A record has no format that fits, or does not become tokens.
         """
-        examples = [
-            item if isinstance(item, Example) else example_of(self._source, item, is_query=False)
+        read = [
+            Read(item, 0) if isinstance(item, Example) else example_of(self._source, item, self._on_bad_text)
             for item in chunk.items
         ]
-        return Part(examples, self._encoder.encode(examples))
+        encoded = self._encoder.encode([example for example, _ in read])
+        tally = encoded.tally._replace(replaced=sum(replaced for _, replaced in read))
+        return Part([example for example, _ in read], encoded._replace(tally=tally))
 
     def packed(self, chunk: Chunk) -> PackedPart:
         """The chunk as the bytes of its files."""

@@ -2,15 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from vestige.data._columns import refuse_columns
 from vestige.data._origin import shown
-from vestige.data._types import Example, Message
+from vestige.data._token_rows import read_columns
+from vestige.data._turns import read_turns
+from vestige.data._types import Example
 from vestige.errors import DataError
-from vestige.parsing import parse_json
 
 
 class PairFormat(NamedTuple):
@@ -30,13 +30,11 @@ PAIR_FORMATS = (
     PairFormat("question", "answer", separator="\n"),
 )
 TURN_COLUMNS = ("messages", "conversations")
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 CARRIED = ("id", "source", "label")
 EXPECTED = (
     "`text`; `prompt` and `completion`; `instruction` (and `input`) and `output`; `question` and `answer`; "
     "`messages`; `input_ids`"
 )
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 class Parsed(NamedTuple):
@@ -46,15 +44,15 @@ class Parsed(NamedTuple):
     used: tuple[str, ...]
 
 
-def example_from_record(value: Any, row: int, place: str, *, is_query: bool) -> Example:
+def example_from_record(value: Any, row: int, place: str, *, is_query: bool, learned: bool) -> Example:
     """The example that a record describes; `place` says in errors where the record is.
 
     A record that fits several formats is read as the most structured one: turns, then pairs, then text.
     `None` counts as absent, and an empty string only where another format has content. A query may be a
-    prompt alone.
+    prompt alone. What is to be `learned` may not be an answer that training was to avoid.
 
     Raises:
-        DataError: No format fits, or a column holds the wrong type.
+        DataError: No format fits, a column holds the wrong type, or the row is not to be learned.
     """
     if isinstance(value, str):
         value = {"prompt" if is_query else "text": value}
@@ -69,8 +67,11 @@ def example_from_record(value: Any, row: int, place: str, *, is_query: bool) -> 
     carried: dict[str, Any] = {name: _carried(columns.get(name)) for name in ("source", "label")}
     extra = {name: cell for name, cell in columns.items() if name not in (*parsed.used, *CARRIED)}
     if "input_ids" in extra:
-        extra |= _token_columns(columns, place)
-    return Example(id=_identity(columns, row, place), row=row, **parsed.fields, **carried, extra=extra)
+        extra |= read_columns(columns, place)
+    example = Example(id=_identity(columns, row, place), row=row, **parsed.fields, **carried, extra=extra)
+    if learned:
+        refuse_columns(columns, example, place)
+    return example
 
 
 def _parse(columns: dict[str, Any], place: str, is_query: bool) -> Parsed | None:
@@ -79,7 +80,7 @@ def _parse(columns: dict[str, Any], place: str, is_query: bool) -> Parsed | None
     for present in (filled, set(columns)):
         for name in TURN_COLUMNS:
             if name in present:
-                return Parsed({"messages": _turns(columns[name], name, place)}, (name,))
+                return Parsed({"messages": read_turns(columns[name], name, place)}, (name,))
         for pair in PAIR_FORMATS:
             if pair.prompt in present and pair.completion in present:
                 return _pair(pair, columns, place, is_query)
@@ -128,60 +129,6 @@ def _text(columns: dict[str, Any], name: str, place: str) -> str:
     raise DataError(
         f"{place}: `{name}` must be a text, but it is of type {type(cell).__name__}: {shown(cell)}. {advice}"
     )
-
-
-def _turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
-    """The turns of a conversation: role and content, or from and value; also as JSON text or as columns."""
-    if isinstance(cell, str):
-        try:
-            cell = parse_json(cell)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
-    if isinstance(cell, Mapping) and all(isinstance(column, list) for column in cell.values()):
-        cell = [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
-    if not isinstance(cell, Sequence) or not cell:
-        raise DataError(
-            f"{place}: `{name}` must be a list of turns such as "
-            f'[{{"role": "user", "content": "..."}}, ...], got {shown(cell)}.'
-        )
-    return tuple(_turn(turn, f"{place}, `{name}`[{number}]") for number, turn in enumerate(cell))
-
-
-def _turn(turn: Any, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise DataError(f'{place}: a turn must be like {{"role": "user", "content": "..."}}, got {shown(turn)}.')
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        missing = "role" if not isinstance(role, str) else "content"
-        raise DataError(f"{place}: the turn has no `{missing}` that is a text; it is {shown(dict(turn))}.")
-    if turn.get("tool_calls"):
-        raise DataError(f"{place}: tool calls are not supported; write the call into `content` as text.")
-    return Message(ROLES.get(role, role), content)
-
-
-def _token_columns(columns: dict[str, Any], place: str) -> dict[str, np.ndarray]:
-    """The columns of a tokenised row as int32 arrays, all of one length."""
-    arrays: dict[str, np.ndarray] = {}
-    for name in TOKEN_COLUMNS:
-        if name not in columns:
-            continue
-        cell = columns[name]
-        try:
-            array = np.asarray(parse_json(cell) if isinstance(cell, str) else cell)
-        except (ValueError, TypeError):
-            array = np.empty((0, 0))
-        whole = array.ndim == 1 and (array.dtype.kind in "iub" or array.size == 0)
-        if not whole:
-            raise DataError(f"{place}: `{name}` must be a flat list of whole numbers, got {shown(cell)}.")
-        arrays[name] = array.astype(np.int32)
-        if len(arrays[name]) != len(arrays["input_ids"]):
-            raise DataError(
-                f"{place}: `{name}` has {len(arrays[name])} entries, `input_ids` has {len(arrays['input_ids'])}."
-            )
-    return arrays
 
 
 def _identity(columns: dict[str, Any], row: int, place: str) -> str:

@@ -261,19 +261,24 @@ class StoredTargets(_Arrays):
 
 def record_of(example: Example, length: int) -> dict[str, Any]:
     """The example as a row of a file of examples."""
-    turns = [[message.role, message.content] for message in example.messages]
+    turns = [turn_record(turn) for turn in example.messages]
     return {
         "id": example.id,
         "row": example.row,
         "text": example.text,
         "prompt": example.prompt,
         "completion": example.completion,
-        "messages": json.dumps(turns, ensure_ascii=False) if turns else None,
+        "messages": json.dumps(turns, ensure_ascii=False, default=_as_json) if turns else None,
         "source": example.source,
         "label": example.label,
         "extra": json.dumps(example.extra, ensure_ascii=False, default=_as_json) if example.extra else None,
         "length": length,
     }
+
+
+def turn_record(turn: Message) -> list[Any]:
+    """The turn in JSON terms: its role and content, and its other keys if it has any."""
+    return [turn.role, turn.content, *([turn.extra] if turn.extra else [])]
 
 
 def _as_json(value: Any) -> Any:
@@ -282,7 +287,7 @@ def _as_json(value: Any) -> Any:
 
 def _example(record: dict[str, Any]) -> Example:
     fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
-    messages = tuple(Message(role, content) for role, content in parse_json(record["messages"] or "[]"))
+    messages = tuple(Message(*turn) for turn in parse_json(record["messages"] or "[]"))
     return Example(**fields, messages=messages, extra=parse_object(record["extra"] or "{}"))
 
 

@@ -12,7 +12,7 @@ make them at once: they write the same bytes.
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -27,8 +27,9 @@ from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.parsing import parse_object
 
-FORMAT = 2
-"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was."""
+FORMAT = 3
+"""Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
+format 2 were made without reading loss masks, weights of turns and what a chat template is given beside them."""
 _LIST = "tokens.json"
 
 
@@ -50,7 +51,7 @@ class _PartRecord(NamedTuple):
     rows: int
     bytes: list[int]
     sha256: list[str]
-    tally: list[int]
+    tally: list[Any]
 
 
 @final

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 import numpy as np
 
 from vestige.data._chat import ChatTemplate, render_conversations
+from vestige.data._columns import refuse_without_template, unused_columns
 from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
 from vestige.data._fingerprint import data_fingerprint
-from vestige.data._types import NO_TARGET, Example, TokenizedData
+from vestige.data._token_rows import given_tokens
+from vestige.data._types import ASSISTANT, Example, Message, TokenizedData
 from vestige.errors import DataError
 from vestige.progress import announce
 
@@ -28,12 +30,14 @@ def tokenize(
     name: str = "data",
     chat: bool = False,
     add_eos: bool = True,
+    prompts: bool = False,
+    vocabulary: int | None = None,
 ) -> TokenizedData:
     """The examples as tokens and targets; row `i` of the result is `examples[i]`.
 
     Targets are all tokens of a `text`, the tokens of a `completion` (one that straddles the border to the
     prompt counts as completion), and the assistant's turns of `messages`. Position 0 is never a target.
-    Examples with `input_ids` in `extra` are taken as they are, their `labels` deciding the targets.
+    Examples with `input_ids` in `extra` are taken as they are, their `labels` and masks deciding the targets.
 
     Args:
         examples: What `load_examples` or `load_queries` returned.
@@ -43,11 +47,22 @@ def tokenize(
         chat: Write a prompt and its completion as a user's and an assistant's turn of the chat template.
         add_eos: End texts and completions with the end token (a target), unless they do; chat templates end
             turns.
+        prompts: The answers are still to come, so no example needs a target.
+        vocabulary: How many tokens the model has embeddings for; None does not check.
 
     Raises:
-        DataError: A conversation does not render, a tokenised row is inconsistent, or a tokenizer is needed.
+        DataError: A conversation does not render, a tokenised row is inconsistent, a tokenizer is needed, or a token
+            is beyond the vocabulary.
     """
-    encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat, add_eos=add_eos)
+    encoder = Encoder(
+        tokenizer,
+        max_length=max_length,
+        name=name,
+        chat=chat,
+        add_eos=add_eos,
+        prompts=prompts,
+        vocabulary=vocabulary,
+    )
     examples = list(examples)
     encoded = encoder.encode(examples)
     encoder.announce(encoded.tally)
@@ -71,14 +86,23 @@ class Tally(NamedTuple):
     emptied: int = 0
     """Examples that cutting left without a target."""
     bare: int = 0
-    """Examples that had no target to begin with, but for prompts alone."""
+    """Examples that had no target to begin with."""
     longest: int = 0
     """Tokens of the longest example before cutting."""
+    replaced: int = 0
+    """Halves of surrogate pairs that were replaced."""
+    roles: Sequence[str] = ()
+    """Roles of the conversations that had no target to begin with."""
+    columns: Sequence[str] = ()
+    """Columns that change neither text nor loss."""
+    unnamed: Sequence[str] = ()
+    """Keys of turns that the chat template does not name."""
 
     def joined(self, other: "Tally") -> "Tally":
         """The tally of both."""
-        sums = (one + another for one, another in zip(self, other, strict=True))
-        return Tally(*sums)._replace(longest=max(self.longest, other.longest))
+        pairs: Any = zip(self, other, strict=True)
+        both: list[Any] = [one + new if isinstance(one, int) else tuple(sorted({*one, *new})) for one, new in pairs]
+        return Tally(*both)._replace(longest=max(self.longest, other.longest))
 
 
 class Encoded(NamedTuple):
@@ -102,6 +126,8 @@ class Encoder:
         name: str,
         chat: bool,
         add_eos: bool = True,
+        prompts: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise DataError(f"max_length={max_length}: at least 2 tokens are needed, one to predict the other from.")
@@ -110,6 +136,8 @@ class Encoder:
         self._name = name
         self._chat = chat
         self._add_eos = add_eos
+        self._prompts = prompts
+        self._vocabulary = vocabulary
 
     @property
     def identity(self) -> str:
@@ -121,9 +149,10 @@ class Encoder:
         """Tokens of every example.
 
         Raises:
-            DataError: A conversation does not render, a tokenised row is inconsistent, or a tokenizer is needed.
+            DataError: As for `tokenize`.
         """
         rows, tally = self._encode_all(examples)
+        self._require_known(examples, rows)
         whole = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
         limit = self._max_length
         truncated = np.zeros(len(rows), dtype=bool) if limit is None else whole > limit
@@ -131,11 +160,33 @@ class Encoder:
         targets = [tokens.targets[:limit] for tokens in rows]
         without = [number for number, mask in enumerate(targets) if not mask.any()]
         emptied = sum(1 for number in without if truncated[number] and rows[number].targets.any())
-        # Prompts alone are queries whose answer is still to come: they are not a loss.
-        bare = sum(1 for number in without if not _awaits_answer(examples[number])) - emptied
+        bare = [number for number in without if not (truncated[number] and rows[number].targets.any())]
+        unheard = [examples[number] for number in bare if ASSISTANT not in map(_role, examples[number].messages)]
         longest = int(whole.max(initial=0))
-        tally = tally._replace(cut=int(truncated.sum()), emptied=emptied, bare=bare, longest=longest)
+        tally = tally._replace(
+            cut=int(truncated.sum()),
+            emptied=emptied,
+            bare=0 if self._prompts else len(bare),
+            longest=longest,
+            roles=tuple(sorted({turn.role for example in unheard for turn in example.messages})),
+            columns=tuple(sorted(set[str]().union(*map(unused_columns, examples)))),
+        )
         return Encoded(input_ids, targets, truncated, tally)
+
+    def _require_known(self, examples: Sequence[Example], rows: Sequence[Tokens]) -> None:
+        """Raise unless the model has an embedding for every token."""
+        for example, tokens in zip(examples, rows, strict=True):
+            if self._vocabulary is not None and len(tokens.ids) and int(tokens.ids.max()) >= self._vocabulary:
+                where = f"{self._name}, row {example.row} (id {example.id!r})"
+                advice = (
+                    "The row was made with another tokenizer. Make it again with this model's, or give text."
+                    if "input_ids" in example.extra
+                    else "The tokenizer is not this model's. Give the right one with --tokenizer."
+                )
+                raise DataError(
+                    f"{where}: the token {int(tokens.ids.max())} is beyond the model's vocabulary of "
+                    f"{self._vocabulary:,} tokens. {advice}"
+                )
 
     def announce(self, tally: Tally) -> None:
         """Says what was used as it is, how many examples were cut, and how many have nothing to learn."""
@@ -157,12 +208,30 @@ class Encoder:
                 f"longest has {tally.longest:,}) and were cut at the end{tail}."
             )
         if tally.bare > 0:
-            announce(f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score.")
+            roles = f" Conversations without an assistant's turn have the roles {', '.join(tally.roles)}."
+            announce(
+                f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score."
+                + (roles if tally.roles else "")
+            )
+        if not self._prompts:
+            self._announce_unused(tally)
+
+    def _announce_unused(self, tally: Tally) -> None:
+        name = self._name
+        if tally.columns:
+            listed = ", ".join(f"`{column}`" for column in tally.columns)
+            trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
+            announce(f"{name}: kept with the examples, changing neither their text nor their loss: {listed}{trained}.")
+        if tally.unnamed:
+            listed = ", ".join(f"`{key}`" for key in tally.unnamed)
+            announce(
+                f"{name}: keys of turns that the chat template does not name, so that they change nothing: {listed}."
+            )
 
     def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
         """Tokens of every example, each kind of example encoded in one go."""
         result = {
-            number: _given_tokens(example, self._name)
+            number: given_tokens(example.extra, f"{self._name}, row {example.row} (id {example.id!r})")
             for number, example in enumerate(examples)
             if "input_ids" in example.extra
         }
@@ -176,8 +245,10 @@ class Encoder:
             tokenizer = self._required(examples[min(spoken + plain)])
             rendered: list[Rendered] = []
             if spoken:
-                rendered, rewritten = render_conversations([examples[number] for number in spoken], self._template)
-                tally = tally._replace(rewritten=rewritten)
+                rendered, rewritten, keys = render_conversations([examples[each] for each in spoken], self._template)
+                tally = tally._replace(rewritten=rewritten, unnamed=tuple(sorted(keys)))
+            for number in plain:
+                refuse_without_template(examples[number], self._name)
             rendered = rendered + [_render_plain(examples[number]) for number in plain]
             result.update(zip(spoken + plain, encode(rendered, tokenizer, add_eos=self._add_eos), strict=True))
         return [result[number] for number in range(len(examples))], tally
@@ -222,32 +293,5 @@ def _render_plain(example: Example) -> Rendered:
     return Rendered(text, (Span(len(prompt), len(text)),), has_special_tokens=False, ends=True)
 
 
-def _given_tokens(example: Example, name: str) -> Tokens:
-    """Tokens of a row that came tokenised; what its attention mask leaves out is padding and goes."""
-    ids = np.asarray(example.extra["input_ids"], dtype=np.int32)
-    labels = np.asarray(example.extra.get("labels", ids), dtype=np.int32)
-    kept = np.asarray(example.extra.get("attention_mask", np.ones(len(ids))), dtype=bool)
-    place = f"{name}, row {example.row} (id {example.id!r})"
-    if not len(ids) == len(labels) == len(kept):
-        raise DataError(
-            f"{place}: `input_ids`, `labels` and `attention_mask` have {len(ids)}, {len(labels)} and "
-            f"{len(kept)} entries; they must have the same number."
-        )
-    ids, labels = ids[kept], labels[kept]
-    targets = labels != NO_TARGET
-    wrong = np.flatnonzero(targets & (labels != ids))
-    if len(wrong):
-        at = int(wrong[0])
-        raise DataError(
-            f"{place}: the label at position {at} is {labels[at]}, but the token there is {ids[at]}. A "
-            f"label must be its own token or {NO_TARGET}; labels are not shifted (the model shifts them "
-            "itself)."
-        )
-    targets[:1] = False
-    return Tokens(ids, targets)
-
-
-def _awaits_answer(example: Example) -> bool:
-    if example.messages:
-        return example.messages[-1].role != "assistant"
-    return example.prompt is not None and example.completion is None
+def _role(turn: Message) -> str:
+    return turn.role

@@ -14,6 +14,11 @@ from torch import Tensor
 NO_TARGET = -100
 """Label of a position whose prediction does not enter the loss (the value PyTorch's cross-entropy ignores)."""
 
+SYSTEM = ("system", "developer")
+"""Roles whose turn, standing first, is an instruction that many conversations share."""
+ASSISTANT = "assistant"
+"""Role of the turns that a model learns."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -21,6 +26,13 @@ class Message:
 
     role: str
     content: str
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Its other keys, which the chat template is given as they are; `content` among them, None, where it was null."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The turn as a row of `messages` that reads back as the same turn."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,13 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def lacks_answer(self) -> bool:
+        """Whether it is a prompt, or a conversation, whose answer is still to come."""
+        if self.messages:
+            return self.messages[-1].role != ASSISTANT
+        return self.prompt is not None and self.completion is None
+
+    @property
     def display(self) -> str:
         """All text of the example as one string for reading and for lexical search."""
         if self.messages:
@@ -49,6 +68,17 @@ class Example:
         if self.text is not None:
             return self.text
         return "\n".join(part for part in (self.prompt, self.completion) if part)
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """The texts whose words stand beside each other: of a conversation each turn for itself.
+
+        A leading system turn, which many conversations share, is left out where something follows it.
+        """
+        if not self.messages:
+            return (self.display,)
+        turns = self.messages[1:] if self.messages[0].role in SYSTEM and len(self.messages) > 1 else self.messages
+        return tuple(turn.content for turn in turns)
 
 
 @runtime_checkable

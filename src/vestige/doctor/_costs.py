@@ -15,9 +15,10 @@ from vestige.data import CutBatches, TokenizedData
 from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check, Cost
 from vestige.index import PART_BYTES, CompressedGradients, Inputs, Manifest, ShardContent, lay_out
+from vestige.models import batch_sharing
 from vestige.progress import format_bytes, format_seconds
-from vestige.runs import peak_memory_bytes
 from vestige.settings import DoctorSettings
+from vestige.timing import peak_memory_bytes
 
 ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
 SHARED_ALTERNATIVES = (
@@ -50,7 +51,7 @@ class Trial(NamedTuple):
 
 def try_batch(settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec) -> Trial:
     """Time a batch from the middle of the plan; where its rows are too large, as much of it as fits."""
-    cut = _cut(inputs.data, manifest)
+    cut = _cut(inputs, manifest)
     count = sum(1 for _ in cut.batches())
     middle = next(islice(cut.batches(), count // 2, None))
     data = cut_examples(inputs.data.subset(cut.rows[middle.start : middle.stop]), TRIED_TOKENS)
@@ -71,7 +72,7 @@ def estimate_costs(
     specs = {one.canonical: one for one in (spec, *map(parse_spec, others))}
     few = max(1, COMPARED_TOKENS // max(int(trial.data.lengths.max()), 1))
     small = cut_examples(trial.data.subset(np.arange(min(few, len(trial.data)))), COMPARED_TOKENS)
-    cut = _cut(inputs.data, manifest)
+    cut = _cut(inputs, manifest)
     tokens = sum(batch.tokens for batch in cut.batches())
     widest = max(batch.stop - batch.start for batch in cut.batches())
     reference = None
@@ -89,14 +90,20 @@ def estimate_costs(
 
 
 def check_disk_space(cost: Cost, dtype: str, free: int, examples: int) -> Check:
-    """Whether the index fits on the disk."""
+    """Whether the index, with the curvature that the first question adds to it, fits on the disk."""
     per_example, needed = bytes_in(cost.row_bytes, dtype), bytes_in(cost.disk_bytes, dtype)
+    curvature = format_bytes(cost.curvature_bytes)
     value = (
-        f"{format_bytes(needed)} for {examples:,} examples at {format_bytes(per_example)}, {format_bytes(free)} free"
+        f"{format_bytes(needed)} for {examples:,} examples at {format_bytes(per_example)}, {curvature} for the "
+        f"curvature of influence, {format_bytes(free)} free"
     )
     if needed > free:
         advice = "It does not fit: choose a smaller --compress, --dtype int8, or --compress auto --disk SIZE."
         return Check("disk", "bad", value, advice, needed)
+    needed += cost.curvature_bytes
+    if needed > free:
+        advice = f"The index fits, but not the {curvature} that influence adds: choose a smaller --compress for it."
+        return Check("disk", "warn", value, advice, needed)
     if needed > free / 2:
         return Check("disk", "warn", value, "It fits, but takes more than half of what is free.", needed)
     return Check("disk", "good", value, "It fits on the disk of this folder.", needed)
@@ -157,12 +164,13 @@ def _cost(
     held = max(part, widest) + widest
     memory = trial.working_bytes + 4 * manifest.width * held
     disk = {dtype: size * examples for dtype, size in row_bytes.items()}
-    return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk)
+    return Cost(spec.canonical, manifest.width, seconds, memory, row_bytes, disk, manifest.curvature_bytes)
 
 
-def _cut(data: TokenizedData, manifest: Manifest) -> CutBatches:
+def _cut(inputs: Inputs, manifest: Manifest) -> CutBatches:
     """The batches of the index."""
-    return CutBatches(data.lengths, manifest.token_budget, manifest.plan.max_examples)
+    sharing = batch_sharing(inputs.loaded.model)
+    return CutBatches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples, sharing)
 
 
 def _most_memory(device: torch.device) -> int:

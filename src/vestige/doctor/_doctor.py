@@ -6,6 +6,7 @@ import torch
 
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import TokenizedData, make_batch
+from vestige.doctor._autograd import check_autograd
 from vestige.doctor._costs import (
     Trial,
     check_disk_space,
@@ -16,13 +17,25 @@ from vestige.doctor._costs import (
     try_batch,
 )
 from vestige.doctor._data_checks import data_checks
-from vestige.doctor._invariance import check_finite, try_batches
+from vestige.doctor._invariance import check_finite, explain_sharing, try_batches
 from vestige.doctor._model_checks import coverage_by_kind, model_checks, run_precision
 from vestige.doctor._probes import choose_probes
 from vestige.doctor._slope import check_slope
 from vestige.doctor._types import Check, Cost, DoctorReport
+from vestige.errors import ModelError
 from vestige.gradients import CausalLoss
-from vestige.index import CompressedGradients, Inputs, choose_spec, draft_manifest, lay_out, read_inputs, tokens_at_most
+from vestige.index import (
+    CompressedGradients,
+    Inputs,
+    batch_tokens,
+    choose_spec,
+    draft_manifest,
+    lay_out,
+    longest_and_shortest,
+    read_inputs,
+    tokens_at_most,
+)
+from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, verb
 
@@ -41,7 +54,8 @@ def doctor(settings: DoctorSettings) -> DoctorReport:
     Raises:
         UserError: The model or the data cannot be read at all, as `vestige index` would say.
     """
-    return examine(settings, read_inputs(settings, settings.model, settings.data, settings.components))
+    inputs = read_inputs(settings, settings.model, settings.data, settings.components, checked=False)
+    return examine(settings, inputs)
 
 
 def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
@@ -57,7 +71,10 @@ def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
     else:
         announce(f"Trying {loaded.name} on a few of {len(data):,} examples.")
         checks = [*model_checks(loaded, selection, loss), *checks]
-        tried = _try_gradients(settings, inputs, loss, free)
+        try:
+            tried = _try_gradients(settings, inputs, loss, free)
+        except ModelError as error:
+            tried = _Tried([Check("gradients", "bad", "cannot be computed", str(error))], ())
         checks, costs = checks + tried.checks, tried.costs
     return DoctorReport(
         model=loaded.name,
@@ -90,13 +107,14 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
     slope = check_slope(
         loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
     )
+    exact = check_autograd(loaded.model, selection.components, loss, data, loaded.context_length)
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
     estimates = [
         check_time(costs[0], trial),
         check_memory(costs[0], device),
         check_disk_space(costs[0], settings.dtype, free, len(data)),
     ]
-    return _Tried([finite, *invariance, slope, *estimates], costs)
+    return _Tried([finite, *invariance, exact, slope, *estimates], costs)
 
 
 def _try_probes(
@@ -106,6 +124,8 @@ def _try_probes(
     columns = lay_out(components, spec, scope)
     dtype: torch.dtype = run_precision(loaded.model)
     with CompressedGradients(loaded, components, columns, spec, settings.seed, settings.loss, scope) as compute:
-        invariance, bare = try_batches(compute, probes, loaded.context_length, columns, dtype)
+        sharing = batch_sharing(loaded.model)
+        ends = inputs.data.subset(longest_and_shortest(inputs.data, sharing, batch_tokens(settings, loaded)))
+        (batches, padding), bare = try_batches(compute, probes, ends, sharing, loaded.context_length, columns, dtype)
     tried = [(probes, bare)] + ([(trial.data, trial.content)] if trial.content is not None else [])
-    return invariance, check_finite(tried)
+    return [explain_sharing(batches, sharing, inputs.data.lengths), padding], check_finite(tried)

@@ -1,11 +1,13 @@
 """Whether a gradient depends on its batch or its padding, found by trying."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
-from vestige.data import TokenizedData
+from vestige.data import Sharing, TokenizedData, plan_batches
 from vestige.doctor._probes import EXTRA_PADDING, padded
 from vestige.doctor._types import Check, Verdict
 from vestige.index import CompressedGradients, IndexedComponent, ShardContent
@@ -19,15 +21,63 @@ _WARN = 10
 def try_batches(
     compute: CompressedGradients,
     probes: TokenizedData,
+    ends: TokenizedData,
+    sharing: Sharing,
     context: int | None,
     columns: Sequence[IndexedComponent],
     dtype: torch.dtype,
 ) -> tuple[list[Check], ShardContent]:
-    """The checks of batch and padding, and the probes' gradients computed one by one without padding."""
+    """The checks of batch and padding, and the probes' gradients computed one by one without padding.
+
+    `ends` are the longest and the shortest example that can share a batch, or none.
+    """
     width = int(probes.lengths.max()) + EXTRA_PADDING
-    wide = padded(probes, width if context is None else min(width, context))
+    width = width if context is None else min(width, context)
+    checks, bare = _try(compute, probes, width, sharing, columns, dtype)
+    if len(ends):
+        extreme, _ = _try(compute, ends, int(ends.lengths.max()), sharing, columns, dtype)
+        checks = [max(pair, key=_badness) for pair in zip(checks, extreme, strict=True)]
+    return checks, bare
+
+
+def explain_sharing(check: Check, sharing: Sharing, lengths: Int[np.ndarray, "example"]) -> Check:
+    """Add to the check of batches which examples the model keeps apart."""
+    if sharing.equal:
+        advice = "The adapter's invocation holds the padding token: only examples of one length share a batch."
+        return dataclasses.replace(check, advice=f"{check.advice} {advice}")
+    groups = [int((np.asarray(lengths) > switch).sum()) for switch in sharing.switches]
+    if not groups:
+        return check
+    switches = ", ".join(f"{switch:,}" for switch in sharing.switches)
+    advice = (
+        f"The model's rotary positions take other factors beyond {switches} tokens, for the whole batch at once: "
+        f"{max(groups):,} of {len(lengths):,} examples are longer. Vestige never puts examples from both sides into "
+        "one batch, so every score is that of the example alone; other software may not."
+    )
+    mixed = any(0 < count < len(lengths) for count in groups)
+    verdict: Verdict = "warn" if mixed and check.verdict == "good" else check.verdict
+    return dataclasses.replace(check, verdict=verdict, advice=f"{check.advice} {advice}")
+
+
+def _badness(check: Check) -> tuple[int, float]:
+    return ("good", "warn", "bad").index(check.verdict), check.number or 0.0
+
+
+def _try(
+    compute: CompressedGradients,
+    probes: TokenizedData,
+    width: int,
+    sharing: Sharing,
+    columns: Sequence[IndexedComponent],
+    dtype: torch.dtype,
+) -> tuple[list[Check], ShardContent]:
+    """The two checks with padding up to `width`, as far as examples may be padded and share a batch."""
+    most = sharing.most(probes.lengths)
+    wide = padded(probes, np.where(most < 0, width, np.minimum(most, width)))
     singly = [np.array([row]) for row in range(len(probes))]
-    together = compute.rows(wide, [np.arange(len(probes))])
+    together = compute.rows(wide, [np.sort(rows) for rows in plan_batches(wide.lengths, 2**62, sharing=sharing)])
+    order = together.example.argsort()
+    together = ShardContent(*(part[order] for part in together))
     alone = compute.rows(wide, singly)
     bare = compute.rows(probes, singly)
     return [

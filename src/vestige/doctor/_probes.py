@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int
 
 from vestige.data import TokenizedData
 
@@ -43,10 +44,11 @@ def cut_examples(data: TokenizedData, tokens: int) -> TokenizedData:
     return dataclasses.replace(data, input_ids=ids, targets=targets)
 
 
-def padded(data: TokenizedData, width: int) -> TokenizedData:
-    """The same examples, each filled up on the right to `width` tokens, none of which is a target."""
+def padded(data: TokenizedData, widths: Int[np.ndarray, "example"]) -> TokenizedData:
+    """The same examples, each filled up on the right to its width, no token of which is a target."""
+    more = [max(0, int(width) - len(ids)) for width, ids in zip(widths, data.input_ids, strict=True)]
     return dataclasses.replace(
         data,
-        input_ids=[np.pad(ids, (0, max(0, width - len(ids)))) for ids in data.input_ids],
-        targets=[np.pad(mask, (0, max(0, width - len(mask)))) for mask in data.targets],
+        input_ids=[np.pad(ids, (0, count)) for ids, count in zip(data.input_ids, more, strict=True)],
+        targets=[np.pad(mask, (0, count)) for mask, count in zip(data.targets, more, strict=True)],
     )

@@ -28,7 +28,7 @@ class Coverage(NamedTuple):
     """How much of one kind of parameter is attributed to."""
 
     kind: str
-    """attention, mlp, embedding, head, norm, lora or other."""
+    """lora, adapter, attention, mlp, embedding, head, norm or other."""
     parameters: int
     selected: int
     without_rule: int
@@ -51,6 +51,8 @@ class Cost(NamedTuple):
     """Bytes per example on disk, by number format."""
     disk_bytes: dict[str, int]
     """Bytes of the whole index on disk, by number format."""
+    curvature_bytes: int = 0
+    """What the first question of `influence` adds to them."""
 
 
 @dataclass(frozen=True)

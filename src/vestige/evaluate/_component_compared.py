@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from vestige.data import TokenizedData, plan_batches
 from vestige.evaluate._component_projection import Projection
 from vestige.gradients import Reduction
-from vestige.models import Component, LoadedModel
+from vestige.models import Component, LoadedModel, batch_sharing
 
 VERSION = 2
 """Of what pieces hold, and of how the work is divided."""
@@ -100,7 +100,9 @@ class Compared:
         most = max(4, -(-len(rows) // pieces))
         groups: list[list[np.ndarray]] = [[]]
         held = count = 0
-        for places in plan_batches(self.data.lengths[rows], self.token_budget, most):
+        for places in plan_batches(
+            self.data.lengths[rows], self.token_budget, most, sharing=batch_sharing(self.loaded.model)
+        ):
             batch = rows[places]
             size = int(sizes[batch].sum())
             if groups[-1] and (held + size > most_bytes or count + len(batch) > most):

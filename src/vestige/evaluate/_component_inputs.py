@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.data import Example, TokenizedData, ask, load_queries, tokenize
 from vestige.errors import DataError
 from vestige.evaluate._component_compared import Compared
 from vestige.evaluate._component_projection import Projection, projection_plan
@@ -58,9 +58,15 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    asked = load_queries(settings.queries)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    asked = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
     queries = tokenize(
-        asked, loaded.tokenizer, max_length=tokens_at_most(settings, loaded), name="the queries", chat=settings.chat
+        asked,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="the queries",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
     )
     _require_answers(queries)
     examples = list(train.examples)

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 
 from vestige.errors import DataError
 from vestige.evaluate._component_products import ComponentProducts
-from vestige.index import read_json
+from vestige.index import read_partitions
 
 PAIRS, QUERIES, EXAMPLES = "dot_products", "paraphrased_dot_products", "original_dot_products"
 
@@ -64,21 +64,13 @@ def published_products(folder: Path | str, parameters: Mapping[str, int] | None 
 
 
 def _joined(folder: Path, stem: str) -> dict[str, Any]:
-    """The file of this name, or the union of its partitions."""
-    paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
-    paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
-    if not paths:
+    """Return the content of the file of this name, or of all its partitions.
+
+    Partitions of queries share examples, whose products with themselves are the same in all of them.
+    """
+    joined = read_partitions(folder, stem, shared=stem == EXAMPLES)
+    if joined is None:
         raise DataError(f"{folder} holds no {stem}.json. Expected {PAIRS}, {QUERIES} and {EXAMPLES} beside each other.")
-    joined: dict[str, Any] = {}
-    for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
-            raise DataError(f"{path} is not {{id: {{...}}}} with products.")
-        twice = sorted(joined.keys() & content.keys())
-        # Partitions of queries share examples, whose products with themselves are the same in all of them.
-        if twice and stem != EXAMPLES:
-            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
-        joined |= content
     return joined
 
 

@@ -14,6 +14,7 @@ from vestige.settings import LdsSettings, verb
 
 DAMPED = "influence"
 """The method whose damping is varied by --damping-grid."""
+_TOLD = {"loss": "minus the loss", "margin": "the margin"}
 
 
 @verb(LdsSettings)
@@ -26,7 +27,7 @@ def lds(settings: LdsSettings) -> Evaluation:
         SpecError: A scoring model is itself a member of the bank.
         UserError: Scores and bank are not of the same data and queries.
     """
-    truth = open_truth(settings.bank)
+    truth = open_truth(settings.bank, settings.value)
     found = judged(settings)
     notes = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
     results = {one.name: _measure(settings, truth, one) for one in found.scored}
@@ -36,7 +37,7 @@ def lds(settings: LdsSettings) -> Evaluation:
     members, subsets = len(truth.losses), len(np.unique(truth.subset))
     result = Evaluation(
         "lds",
-        f"LDS: rank correlation over {subsets} subsets of summed scores with minus the loss, mean of "
+        f"LDS: rank correlation over {subsets} subsets of summed scores with {_TOLD[truth.value]}, mean of "
         f"{len(truth.query_ids)} queries",
         (*rows, *grid["rows"]),
         (
@@ -47,6 +48,7 @@ def lds(settings: LdsSettings) -> Evaluation:
             *found.notes,
         ),
         {
+            "value": truth.value,
             "subsets": subsets,
             "models": members,
             "queries": len(truth.query_ids),

@@ -36,7 +36,10 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
     _refuse_cosines(settings)
     found = judged(settings, self_influence=True)
-    wrong = wrong_labels((example for example, _ in load_records(settings.data, limit=settings.limit)), settings.truth)
+    wrong = wrong_labels(
+        (example for example, _ in load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)),
+        settings.truth,
+    )
     judgements = [_judgement(one, wrong, settings) for one in found.scored]
     rows = [EvaluationRow.of(one, each.values) for one, each in zip(found.scored, judgements, strict=True)]
     marked = int(np.count_nonzero(wrong))

@@ -1,21 +1,24 @@
 """`vestige evaluate removal`: what do the queries lose when models are retrained without the top examples?"""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from vestige.bank import EVERYTHING, Bank, bank
+from vestige.data import load_examples, read_row_list, rows_named
 from vestige.errors import SpecError
 from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import judged, reading_of, together
+from vestige.evaluate._scored import Judged, judged, reading_of, together
 from vestige.evaluate._statistics import mean_estimate
 from vestige.runs import id_array
-from vestige.settings import RemovalSettings, verb
+from vestige.settings import MemberSettings, RemovalSettings, verb
 
 RANDOM = "random lists"
+_QUERIES_SHOWN = 10
 
 
 class Drop(NamedTuple):
@@ -35,57 +38,94 @@ class Drop(NamedTuple):
 
 @verb(RemovalSettings)
 def removal(settings: RemovalSettings) -> Evaluation:
-    """Rise of the queries' mean loss when models are retrained without the top examples of each method.
+    """Rise of the queries' mean loss when models are retrained without lists of rows, or the top examples of methods.
 
     Top examples are those with the highest mean score over all queries. The retrained models are a bank in OUT/bank, so
     an interrupted evaluation continues. In `settings.out`: `removal.json`, and the figure `removal`.
 
     Raises:
         SpecError: Model, data or queries are missing, or more examples are to be removed than there are.
+        DataError: A list names rows that the data do not have.
     """
     if settings.model is None or settings.data is None or settings.queries is None:
-        raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs too.")
-    # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
-    found = judged(settings)
-    scored = tuple(one for one in found.scored if one.run.run.method != "random")
-    queries, ids, tables = together(scored)
-    examples = id_array(ids)
-    if max(settings.remove) >= len(examples):
-        raise SpecError(f"--remove {max(settings.remove)} of {len(examples)} examples leaves nothing to train on.")
-    counts = sorted(set(settings.remove))
-    drops = [
-        drop
-        for one, table in zip(scored, tables, strict=True)
-        for drop in _top_lists(one.name, table, examples, counts)
-    ]
-    drops += _random_lists(settings, examples, counts)
+        raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs and lists too.")
+    found, tables, examples = _judged(settings)
+    counts = sorted(set(settings.remove)) if found.scored else []
+    drops = _named_lists(settings, examples)
+    names = [(drop.method, False) for drop in drops]
+    for one, table in zip(found.scored, tables, strict=True):
+        drops += _top_lists(one.name, table, examples, counts)
+    drops += _random_lists(settings, examples, sorted({drop.length for drop in drops}))
+    if (most := max(drop.length for drop in drops)) >= len(examples):
+        raise SpecError(f"Leaving out {most} of {len(examples)} examples leaves nothing to train on.")
     truth = _retrained(settings, drops)
     rise = {drop.name: _rise(truth, drop.name) for drop in drops}
     result = Evaluation(
         "removal",
-        f"Retrained without the top examples: rise of the mean loss of {len(queries)} queries, in nats",
+        f"Retrained without some examples: rise of the mean loss of {len(truth.query_ids)} queries, in nats",
         (
-            *(EvaluationRow.of(one, _values(one.name, counts, drops, rise, settings)) for one in scored),
-            EvaluationRow(RANDOM, _values(RANDOM, counts, drops, rise, settings), opponent=True),
+            *(EvaluationRow(name, _values(name, drops, rise, settings)) for name, _ in names),
+            *(EvaluationRow.of(one, _values(one.name, drops, rise, settings)) for one in found.scored),
+            EvaluationRow(RANDOM, _values(RANDOM, drops, rise, settings), opponent=True),
         ),
         (
             f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
             "number of steps each.",
             f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
             "of queries; the spread over seeds is in the file and the figure.",
+            *_by_query(names, drops, rise, truth.query_ids),
             *found.notes,
         ),
         {
-            "removed": counts,
+            "removed": sorted({drop.length for drop in drops}),
+            "queries": list(truth.query_ids),
             "rise_by_seed": {drop.name: rise[drop.name].mean(1).tolist() for drop in drops},
+            "rise_by_query": {drop.name: rise[drop.name].mean(0).tolist() for drop in drops},
             "lists": {drop.name: drop.ids for drop in drops},
             "bank": truth.identity,
         },
     )
-    names = [(one.name, one.opponent) for one in scored] + [(RANDOM, True)]
-    lines = [_line(name, opponent, counts, drops, rise) for name, opponent in names]
+    names += [(one.name, one.opponent) for one in found.scored] + [(RANDOM, True)]
+    lines = [_line(name, opponent, drops, rise) for name, opponent in names]
     figure = line_figure("removal", lines, "examples left out", "rise of the mean loss, nats")
     return write_evaluation(result, settings.out, figure)
+
+
+def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.ChunkedArray]:
+    """The scores that are judged, and the ids of the training data."""
+    if not settings.judges_methods:
+        loaded = load_examples(settings.data, limit=settings.limit)
+        return Judged(()), [], pa.chunked_array([[example.id for example in loaded]], pa.string())
+    found = judged(settings)
+    # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
+    scored = tuple(one for one in found.scored if one.run.run.method != "random")
+    _, ids, tables = together(scored)
+    return Judged(scored, found.notes), tables, id_array(ids)
+
+
+def _named_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
+    """The lists of --rows, called by the names of their files, or by their paths where two have one name."""
+    short = [source.name for source in settings.rows]
+    ids, drops = examples.to_pylist() if settings.rows else [], []
+    for source, name in zip(settings.rows, short, strict=True):
+        names = [entry.name for entry in read_row_list(source)]
+        rows = sorted(set(rows_named(names, ids, place=str(source), data=str(settings.data)).values()))
+        drops.append(Drop(name if short.count(name) == 1 else str(source), len(rows), [ids[row] for row in rows]))
+    return drops
+
+
+def _by_query(
+    names: Sequence[tuple[str, bool]], drops: Sequence[Drop], rise: Mapping[str, np.ndarray], queries: Sequence[str]
+) -> Iterator[str]:
+    """What the lists of --rows do to each of a few queries, beside the mean of the random lists of that length."""
+    if len(queries) > _QUERIES_SHOWN:
+        return
+    for name, _ in names:
+        drop = next(each for each in drops if each.method == name)
+        alike = [rise[each.name] for each in drops if (each.method, each.length) == (RANDOM, drop.length)]
+        pairs = zip(queries, rise[drop.name].mean(0), np.concatenate(alike).mean(0), strict=True)
+        shown = "; ".join(f"{query} {own:+.2f} ({chance:+.2f})" for query, own, chance in pairs)
+        yield f"Without {name}, by query (random lists in brackets): {shown}."
 
 
 def _top_lists(method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int]) -> list[Drop]:
@@ -108,17 +148,13 @@ def _random_lists(settings: RemovalSettings, examples: pa.ChunkedArray, counts: 
 def _retrained(settings: RemovalSettings, drops: list[Drop]) -> Bank:
     return bank(
         **reading_of(settings),
+        **{name: getattr(settings, name) for name in MemberSettings.model_fields},
         model=settings.model if settings.start is None else settings.start,
         data=settings.data,
         queries=settings.queries,
         out=settings.out / "bank",
         leave_out_lists={drop.name: drop.ids for drop in drops},
         seeds=settings.seeds,
-        epochs=settings.epochs,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        from_scratch=settings.from_scratch,
         seed=settings.seed,
     )
 
@@ -129,18 +165,21 @@ def _rise(truth: Bank, name: str) -> np.ndarray:
     return losses[truth.subset_names.index(name)] - losses[truth.subset_names.index(EVERYTHING)]
 
 
-def _values(
-    method: str, counts: list[int], drops: list[Drop], rise: dict[str, np.ndarray], settings: RemovalSettings
-) -> dict[str, Any]:
+def _values(method: str, drops: list[Drop], rise: dict[str, np.ndarray], settings: RemovalSettings) -> dict[str, Any]:
     def without(count: int) -> Any:
         found = [rise[drop.name] for drop in drops if (drop.method, drop.length) == (method, count)]
         return mean_estimate(np.concatenate(found).mean(0), settings.draws, settings.seed)
 
-    return {f"without {count}": without(count) for count in counts}
+    return {f"without {count}": without(count) for count in _lengths(method, drops)}
 
 
-def _line(method: str, opponent: bool, counts: list[int], drops: list[Drop], rise: dict[str, np.ndarray]) -> Line:
+def _lengths(method: str, drops: list[Drop]) -> list[int]:
+    return sorted({drop.length for drop in drops if drop.method == method})
+
+
+def _line(method: str, opponent: bool, drops: list[Drop], rise: dict[str, np.ndarray]) -> Line:
     heights, spreads = [0.0], [0.0]
+    counts = _lengths(method, drops)
     for count in counts:
         found = [rise[drop.name].mean(1) for drop in drops if (drop.method, drop.length) == (method, count)]
         runs = np.concatenate(found)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vestige.evaluate._scored import Scored
 from vestige.evaluate._statistics import Estimate
-from vestige.files import make_folder, write_durably
+from vestige.files import make_folder, remove_strays_of, write_durably
 from vestige.progress import format_bytes, format_seconds
 from vestige.terminal import as_text
 
@@ -85,6 +85,8 @@ class Evaluation:
 def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
     """The result with its files: `KIND.json`, and the figure as PDF and PNG."""
     make_folder(folder)
+    for name in (f"{result.kind}.json", *figure):
+        remove_strays_of(folder / name)
     write_durably(folder / f"{result.kind}.json", [(json.dumps(result.to_json(), indent=1) + "\n").encode()])
     for name, content in figure.items():
         write_durably(folder / name, [content])

@@ -30,7 +30,9 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
     found = judged(settings)
     queries, examples, aligned = together(found.scored)
-    right = right_examples(load_queries(settings.queries), settings.truth, queries, examples)
+    right = right_examples(
+        load_queries(settings.queries, on_bad_text=settings.on_bad_text), settings.truth, queries, examples
+    )
     lengths = sorted({min(k, len(examples)) for k in settings.k})
     tables = {
         one.name: _per_query(ties_of(scores, right), lengths) for one, scores in zip(found.scored, aligned, strict=True)

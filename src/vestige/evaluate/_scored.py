@@ -4,21 +4,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import load_examples
+from vestige.data import load_records
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
+from vestige.index import Index
 from vestige.methods import attribute, method_class
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
-from vestige.settings import ReadingSettings, ScoredSettings
+from vestige.settings import EVALUATIONS, ReadingSettings, ScoredSettings, Settings
 
 OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""
@@ -62,6 +64,7 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
         SpecError: A method needs a model, data or queries that were not given.
         UserError: A run is not one, or was made with other settings than the ones of now.
     """
+    require_own_files(settings)
     given = [Scores.open(folder) for folder in settings.run]
     known = {run.run.method for run in given}
     wanted = list(dict.fromkeys(settings.methods))
@@ -75,6 +78,29 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
     scored = [Scored(name, run, flag) for name, run, flag in zip(names, [*given, *made], flags, strict=True)]
     return Judged(tuple(scored), tuple(notes))
+
+
+def require_own_files(settings: Settings) -> None:
+    """Return unless a file that the evaluation writes is there and not an earlier one's; call it before the work.
+
+    Raises:
+        UserError: One is; nothing was changed.
+    """
+    kind = next(name for name, each in EVALUATIONS.items() if each is type(settings))
+    out = Path(settings.arguments()["out"])
+    try:
+        found = json.loads((out / f"{kind}.json").read_bytes())
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError, RecursionError):
+        found = False
+    ours = isinstance(found, dict) and found.get("kind") == kind
+    files = [out / f"{kind}.{ending}" for ending in ("json", "pdf", "png")]
+    if not ours and (taken := [path for path in files if path.exists()]):
+        raise UserError(
+            f"{taken[0]} is there already, and not by `vestige evaluate {kind}`; nothing was changed. Choose another "
+            "--out."
+        )
 
 
 def reading_of(settings: ReadingSettings) -> dict[str, Any]:
@@ -128,7 +154,9 @@ def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
-        changes["queries"] = [{"text": load_examples(settings.data, limit=1)[0].display}]
+        first = next(example for example, _ in load_records(settings.data, on_bad_text=settings.on_bad_text))
+        ids = first.extra.get("input_ids")
+        changes["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
     return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
 
 
@@ -193,10 +221,21 @@ def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], li
     model = settings.model is not None or settings.index is not None
     possible = [name for name in missing if data and (model or not method_class(name).needs_model)]
     left = [name for name in missing if name not in possible]
-    if not left:
-        return possible, []
     words = "--model, --data and --queries" if not data else "--model"
-    return possible, [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."]
+    notes = [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."] if left else []
+    if "bm25" in possible and not _has_words(settings):
+        possible.remove("bm25")
+        notes.append("Without the opponent bm25: the training data are rows of tokens, which have no words.")
+    return possible, notes
+
+
+def _has_words(settings: ScoredSettings) -> bool:
+    """Return whether the first training example has a text."""
+    if settings.data is not None:
+        return any(
+            example.display for example, _ in islice(load_records(settings.data, on_bad_text=settings.on_bad_text), 1)
+        )
+    return bool(Index.open(settings.index).examples()[0].display)
 
 
 def _names(runs: Sequence[Scores]) -> list[str]:

@@ -14,7 +14,7 @@ from vestige.data import load_examples
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
-from vestige.evaluate._scored import reading_of
+from vestige.evaluate._scored import reading_of, require_own_files
 from vestige.evaluate._statistics import CONFIDENCE, Estimate, interval, mean_estimate
 from vestige.files import make_folder, write_durably
 from vestige.select import SelectedData
@@ -43,7 +43,10 @@ def selection(settings: SelectionSettings) -> Evaluation:
         SpecError: A chosen set is everything, or two folders have one name.
         IndexMismatch: A set was chosen from other data.
     """
-    ids = [example.id for example in load_examples(settings.data, limit=settings.limit)]
+    require_own_files(settings)
+    ids = [
+        example.id for example in load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    ]
     chosen = _chosen(settings, ids)
     random = {size: _random_sets(settings, ids, size) for size in sorted({len(one.ids) for one in chosen})}
     # Random sets come first, so that further chosen sets of the same size extend the bank.

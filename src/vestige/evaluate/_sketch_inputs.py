@@ -10,7 +10,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._products import Rows, Samples
 from vestige.gradients import Reduction
 from vestige.index import Index, batch_tokens, read_inputs, tokens_at_most
-from vestige.models import Component, LoadedModel, select_components
+from vestige.models import Component, LoadedModel, batch_sharing, select_components
 from vestige.progress import announce
 from vestige.settings import SketchSettings
 
@@ -85,7 +85,8 @@ def _samples(settings: SketchSettings, data: TokenizedData, loaded: LoadedModel)
         )
     lengths = data.lengths
     rest = np.arange(settings.num_ref, total)
-    batches = [rest[places] for places in plan_batches(lengths[rest], batch_tokens(settings, loaded))]
+    planned = plan_batches(lengths[rest], batch_tokens(settings, loaded), sharing=batch_sharing(loaded.model))
+    batches = [rest[places] for places in planned]
     device = next(loaded.model.parameters()).device
 
     def rows(numbers: np.ndarray, first: int) -> Rows:

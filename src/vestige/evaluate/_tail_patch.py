@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vestige.data import TokenizedData, load_queries, make_batch, plan_batches, tokenize
+from vestige.data import TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
 from vestige.errors import DataError, NonFinite, SpecError, VestigeError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
@@ -17,7 +17,7 @@ from vestige.evaluate._scored import Scored, judged
 from vestige.evaluate._statistics import Estimate, mean_estimate
 from vestige.gradients import CausalLoss, token_losses
 from vestige.index import batch_tokens, read_data, tokens_at_most
-from vestige.models import LoadedModel, load_model
+from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, verb
 
@@ -43,7 +43,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     data = read_data(settings, settings.data, loaded)
-    queries = _queries(settings, loaded)
+    queries = _queries(settings, loaded, data)
     tops = {one.name: _tops(one, data, queries, settings.k) for one in found.scored}
     pairs: Pairs = {}
     for top in tops.values():
@@ -157,16 +157,23 @@ def _losses(
     wanted = np.array(rows)
     losses, device = np.zeros(len(wanted)), next(model.parameters()).device
     with torch.no_grad():
-        for places in plan_batches(queries.lengths[wanted], tokens):
+        for places in plan_batches(queries.lengths[wanted], tokens, sharing=batch_sharing(model)):
             batch = make_batch(queries, wanted[places]).to(device)
             losses[places] = objective.losses(model, batch).double().cpu().numpy()
     return losses
 
 
-def _queries(settings: TailPatchSettings, loaded: LoadedModel) -> TokenizedData:
-    examples = load_queries(settings.queries)
-    limit = tokens_at_most(settings, loaded)
-    queries = tokenize(examples, loaded.tokenizer, max_length=limit, name="queries", chat=settings.chat)
+def _queries(settings: TailPatchSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData:
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    examples = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
+    queries = tokenize(
+        examples,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="queries",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
     if (empty := np.flatnonzero(queries.target_counts == 0)).size:
         raise DataError(
             f"Query {examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "

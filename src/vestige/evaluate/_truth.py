@@ -12,6 +12,7 @@ from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
 from vestige.files import sha256_of
 from vestige.methods import method_class
+from vestige.settings import TruthValue
 
 
 class Truth(NamedTuple):
@@ -19,6 +20,9 @@ class Truth(NamedTuple):
 
     membership: Bool[np.ndarray, "member example"]
     losses: Float[np.ndarray, "member query"]
+    """Of the queries, or minus their margins."""
+    value: TruthValue
+    """Which of the two."""
     subset: Int[np.ndarray, "member"]
     seeds: Int[np.ndarray, "member"]
     names: list[str]
@@ -45,18 +49,25 @@ class Truth(NamedTuple):
         return aligned(scored.run, self.query_ids, self.example_ids)
 
 
-def open_truth(folder: Path) -> Truth:
-    """The bank in `folder`.
+def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
+    """Return the bank in `folder` with what its models measured of the queries.
+
+    Args:
+        folder: Of the bank.
+        value: None takes losses, or margins where the bank holds no losses, as published ones do not.
 
     Raises:
-        DataError: It holds no queries.
+        DataError: It holds no queries, or not this value of them.
     """
     bank = Bank.open(folder)
     if not bank.query_ids:
         raise DataError(f"The bank {folder} has no queries whose losses could be predicted. Make it with --queries.")
+    if value is None:
+        value = "margin" if bank.holds("query_margin") and not bank.holds("query_loss") else "loss"
     return Truth(
         bank.membership,
-        bank.query_losses,
+        bank.query_losses if value == "loss" else -bank.query_margins,
+        value,
         bank.subsets,
         bank.seeds,
         bank.subset_names,

@@ -20,6 +20,8 @@ from vestige.gradients._held import HeldGradients as HeldGradients
 from vestige.gradients._held import LowRank as LowRank
 from vestige.gradients._held import Room as Room
 from vestige.gradients._held import low_rank as low_rank
+from vestige.gradients._knowledge import Knowledge as Knowledge
+from vestige.gradients._knowledge import measure_knowledge as measure_knowledge
 from vestige.gradients._labelled import LabelledBatch as LabelledBatch
 from vestige.gradients._labelled import MaskedLoss as MaskedLoss
 from vestige.gradients._labelled import Seq2SeqLoss as Seq2SeqLoss

@@ -1,5 +1,6 @@
 """The loss of each example, normalised inside that example, with logits only where a label asks for them."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch
+from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
 
@@ -22,9 +24,16 @@ class HeadTap(Protocol):
     """Receives the factors of the output head, chunk by chunk, while the loss is computed."""
 
     def __call__(
-        self, left: Float[Tensor, "example token out"], right: Float[Tensor, "example token in"], examples: slice
+        self,
+        left: Float[Tensor, "example row out"],
+        right: Float[Tensor, "example row in"],
+        examples: slice,
+        positions: Int[Tensor, "example row"],
     ):
-        """Add the head's gradient for the batch's examples in `examples`."""
+        """Add the head's gradient for the batch's examples in `examples`.
+
+        `positions` are the tokens that the rows belong to, -1 for a row that only fills the tensor.
+        """
         ...
 
 
@@ -76,6 +85,7 @@ class _Targets(NamedTuple):
     """bool [example, token - 1]: hidden states that predict a target."""
     labels: Int[Tensor, "position"]
     example: Int[Tensor, "position"]
+    token: Int[Tensor, "position"]
     weights: Float[Tensor, "position"]
     """1, or one over the example's number of targets."""
 
@@ -83,11 +93,11 @@ class _Targets(NamedTuple):
 def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Targets:
     shifted = labels[:, 1:]
     mask = shifted != NO_TARGET
-    example = mask.nonzero()[:, 0]
+    example, token = mask.nonzero().unbind(1)
     weights = torch.ones(len(example), dtype=torch.float64, device=labels.device)
     if reduction == "mean":
         weights = weights / mask.sum(1).clamp(min=1)[example]
-    return _Targets(mask, shifted[mask], example, weights)
+    return _Targets(mask, shifted[mask], example, token, weights)
 
 
 class CausalLoss:
@@ -154,12 +164,14 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 def _find_plain_head(model: nn.Module) -> str | None:
     """Path of the head if splitting the model there reproduces its logits on random tokens, else None."""
+    if acts_in_forward(model):
+        return None
     causal = _causal(model)
     embeddings = getattr(causal, "get_output_embeddings", lambda: None)()
     # Weights that are spread over processes are gathered by the forward of the module that they were spread with.
     if _is_sharded(model) or _is_sharded(causal) or hasattr(getattr(embeddings, "weight", None), "full_tensor"):
         return None
-    if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal:
+    if not isinstance(embeddings, nn.Linear) or getattr(causal, "base_model", causal) is causal or _caps_logits(causal):
         return None
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -174,6 +186,15 @@ def _find_plain_head(model: nn.Module) -> str | None:
     if whole.shape != split.shape or not torch.allclose(whole, split, 1e-3, tolerance, equal_nan=True):
         return None
     return next(path for path, module in model.named_modules() if module is embeddings)
+
+
+def _caps_logits(model: nn.Module) -> bool:
+    """Whether the configuration names a soft cap of the logits (Gemma 2, xLSTM): small ones hardly show it."""
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    settings = [item for part in parts if part is not None for item in vars(part).items()]
+    caps = {name for name, value in settings if re.search(r"logits?_soft_?cap", name) and value}
+    return any(not name.startswith("attn") for name in caps)
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -228,7 +249,7 @@ class _HeadLoss(torch.autograd.Function):
             slope = slope.to(weight.dtype)
             gradients[part] = slope @ weight
             if head_tap is not None:
-                _tap_head(head_tap, slope, states[part], targets.example[part])
+                _tap_head(head_tap, slope, states[part], targets.example[part], targets.token[part])
         ctx.mask, ctx.example, ctx.shape = targets.mask, targets.example, hidden.shape
         ctx.save_for_backward(gradients)
         return losses
@@ -242,7 +263,7 @@ class _HeadLoss(torch.autograd.Function):
         return full, None, None, None, None
 
 
-def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor) -> None:
+def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor, token: Tensor) -> None:
     """Hand a flat chunk over as `[example, token, ...]`, padded with zeros to its longest example."""
     first, last = int(example[0]), int(example[-1])
     counts = torch.bincount(example - first, minlength=last - first + 1)
@@ -251,4 +272,6 @@ def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor)
     left, right = slope.new_zeros(*shape, slope.shape[1]), states.new_zeros(*shape, states.shape[1])
     left[example - first, place] = slope
     right[example - first, place] = states
-    head_tap(left, right, slice(first, last + 1))
+    positions = token.new_full(shape, -1)
+    positions[example - first, place] = token
+    head_tap(left, right, slice(first, last + 1), positions)

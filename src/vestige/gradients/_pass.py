@@ -1,33 +1,23 @@
 """One forward and backward pass over a batch that hands the factors of every component to a sink."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import ModelError
+from vestige.gradients._activated import keep_examples_apart
+from vestige.gradients._function_uses import FunctionUses, table_of
 from vestige.gradients._objective import Objective, example_count
-from vestige.gradients._rule_convolution import ConvolutionTap
-from vestige.gradients._rule_experts import ExpertsTap
-from vestige.gradients._rule_look_up import EmbeddingTap, RelativeBiasTap, RouterTap
-from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive, deliver, watch
-from vestige.gradients._types import FactorSink
+from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
+from vestige.gradients._taps import attach_all, modules_of
+from vestige.gradients._types import Factor, FactorSink, Side
 from vestige.models import Component
 from vestige.timing import timed
-
-_TAPS: dict[str, Callable[..., LayerTap]] = {
-    "linear": LinearTap,
-    "conv1d": LinearTap,
-    "embedding": EmbeddingTap,
-    "norm": NormTap,
-    "convolution": ConvolutionTap,
-    "relative_bias": RelativeBiasTap,
-    "router": RouterTap,
-    "experts": ExpertsTap,
-}
 
 
 class GradientPass:
@@ -40,6 +30,10 @@ class GradientPass:
             losses = gradient_pass.run(batch, sink)
 
     Every gradient is that of the example's own loss: no factor depends on the rest of the batch.
+
+    That no use of a parameter is missed is proven, not assumed: until a batch has brought every parameter a gradient
+    through its module, each function that the model calls is looked at, and a parameter that took part in the loss but
+    got no gradient is an error.
     """
 
     def __init__(self, model: nn.Module, components: Sequence[Component], objective: Objective) -> None:
@@ -51,6 +45,14 @@ class GradientPass:
         self._sink: FactorSink | None = None
         self._examples = 0
         self._head: tuple[int, ...] = ()
+        self._uses: FunctionUses | None = None
+        self._settled = False
+        self._idle: set[str] = set()
+
+    @property
+    def by_function(self) -> bool:
+        """Whether the model reads a parameter outside the forward of its module; known after the first batch."""
+        return self._uses is not None and self._uses.outside
 
     def __enter__(self) -> "GradientPass":
         """Freeze the weights and place the hooks.
@@ -62,19 +64,11 @@ class GradientPass:
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
-        for path, roles in self._roles_by_module().items():
-            module = self._model.get_submodule(path)
-            kind = roles[0][2]
-            tap = _TAPS[kind](module, {role: number for role, number, _ in roles}, self._receive)
-            self._handles += tap.attach()
-        if _checkpointed(self._model):
-            self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
+        self._place_hooks()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._remove_hooks()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._flags.clear()
@@ -83,48 +77,146 @@ class GradientPass:
         """Losses of the batch's examples; the sink has every factor when this returns.
 
         Raises:
-            ModelError: no selected component takes part in the computation of the loss.
+            ModelError: no selected component takes part in the computation of the loss, or the gradient of one is
+                missed because no rule covers how the model uses it.
         """
-        self._sink, self._examples = sink, example_count(batch)
+        noting = _Noting(sink)
+        self._sink, self._examples = noting, example_count(batch)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._uses or nullcontext():
                 with timed("forward"):
-                    losses = self._objective.losses(self._model, batch, self._tap_head if self._head else None)
+                    losses = self._losses(batch)
                 if losses.requires_grad:
                     with timed("backward"):
-                        losses.sum().backward()
-                elif not self._head:
-                    raise ModelError("No selected component takes part in the loss: choose other --components.")
+                        # `Tensor.backward` would put `self._uses` aside, which a checkpointed block still needs.
+                        torch.autograd.backward(losses.sum())
+            unexplained = self._uses.unexplained() if self._uses is not None else []
+            self._refuse_missed([self._components[number].name for number in unexplained])
+            self._prove(batch, {self._components[number].parameter for number in noting.components})
+            if not losses.requires_grad and not self._head:
+                raise ModelError("No selected component takes part in the loss: choose other --components.")
         finally:
             self._sink = None
         return losses.detach()
 
-    def _roles_by_module(self) -> dict[str, list[tuple[str, int, str]]]:
-        """Module path -> (role, component number, kind) for every hooked use; the split-off head is kept apart."""
+    def _losses(self, batch: Any) -> Float[Tensor, "example"]:
+        return self._objective.losses(self._model, batch, self._tap_head if self._head else None)
+
+    def _prove(self, batch: Any, delivered: set[str]) -> None:
+        """Raise if a parameter that got no factor takes part in the loss; decide how closely the next batch is watched.
+
+        A parameter counts as a whole: an expert that no token was routed to has no gradient, and rightly so.
+        """
+        missing = {component.parameter for component in self._components} - delivered
+        if missing - self._idle:
+            self._refuse_missed(self._connected(batch, sorted(missing - self._idle)))
+            self._idle |= missing
+        settled = not missing and not self.by_function
+        if settled != self._settled:
+            self._settled = settled
+            self._remove_hooks()
+            self._place_hooks()
+
+    def _connected(self, batch: Any, names: Sequence[str]) -> list[str]:
+        """Those of the parameters that autograd finds in the batch's loss, whatever their gradient."""
+        parameters = [self._model.get_parameter(name) for name in names]
+        if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+            return list(names)
+        before = [parameter.grad for parameter in parameters]
+        self._sink = _Nowhere()
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                losses = self._losses(batch)
+                if losses.requires_grad:
+                    torch.autograd.backward(losses.sum())
+            return [name for name, one in zip(names, parameters, strict=True) if one.grad is not None]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.requires_grad_(False)
+                parameter.grad = gradient
+
+    def _refuse_missed(self, names: Sequence[str]) -> None:
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ModelError(
+                f"The model uses {', '.join(names[:5])}{more} in a way that no rule covers, so the gradient would be "
+                f"missed. Leave them out: --components {' '.join(repr('!' + name) for name in names[:5])}."
+            )
+
+    def _place_hooks(self) -> None:
+        modules = self._modules()
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in self._model.parameters())
+        if self._settled or sharded:
+            self._uses = None
+        elif self._uses is None:
+            self._uses = FunctionUses(table_of(self._model, self._components), self._receive)
+        self._handles += attach_all(modules.values(), self._receive, self._uses)
+        self._handles += keep_examples_apart(self._model)
+        if _checkpointed(self._model):
+            self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _modules(self) -> dict[str, Any]:
+        """What is hooked; the split-off head is kept apart."""
         head = self._objective.head_module(self._model)
-        roles: dict[str, list[tuple[str, int, str]]] = {}
-        head_uses: dict[str, int] = {}
-        for number, component in enumerate(self._components):
-            for use in component.uses:
-                if use.module == head:
-                    head_uses[use.role] = number
-                else:
-                    roles.setdefault(use.module, []).append((use.role, number, use.kind))
-        self._head = tuple(head_uses.get(role, -1) for role in ("weight", "bias")) if head_uses else ()
-        return roles
+        uses = {
+            use.role: number for number, part in enumerate(self._components) for use in part.uses if use.module == head
+        }
+        self._head = tuple(uses.get(role, -1) for role in ("weight", "bias")) if uses else ()
+        return modules_of(self._model, self._components, without=head)
 
     def _receive(self) -> Receive:
         assert self._sink is not None
         return Receive(self._sink, self._examples)
 
-    def _tap_head(self, left: Tensor, right: Tensor, examples: slice) -> None:
+    def _tap_head(self, left: Tensor, right: Tensor, examples: slice, positions: Int[Tensor, "example row"]) -> None:
         assert self._sink is not None
         weight, bias = self._head
         if weight >= 0:
+            locate(self._sink, positions)
             deliver(self._sink, weight, examples, left, right)
         if bias >= 0:
             total = left.sum(1, keepdim=True)
             deliver(self._sink, bias, examples, total, torch.ones_like(total[:, :, :1]))
+
+
+class _Noting:
+    """Passes factors on and remembers whose they were."""
+
+    def __init__(self, sink: FactorSink) -> None:
+        self._sink = sink
+        self.components: set[int] = set()
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Any:
+        """As the sink does."""
+        self.components.add(component)
+        return self._sink.reduce(component, side, factor)
+
+    def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
+        """As the sink does."""
+        self._sink.accumulate(component, examples, left, right)
+
+    def locate(self, positions: Int[Tensor, "example row"]) -> None:
+        """As the sink does, where it counts tokens."""
+        locate(self._sink, positions)
+
+
+class _Nowhere:
+    """Forgets what it is given."""
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
+        """Keep the factor as it is."""
+        return factor
+
+    def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
+        """Add nothing."""
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vestige.errors import ModelError
-from vestige.gradients._types import Factor, FactorSink
+from vestige.gradients._types import Factor, FactorSink, PositionSink
 
 
 class Receive(NamedTuple):
@@ -53,7 +53,16 @@ def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token si
 
 
 def watch(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it."""
+    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it.
+
+    Raises:
+        ModelError: the output is not a tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"A selected layer returns a {type(output).__name__}, not a tensor: there is no rule for it. Leave the "
+            "layer out with --components '!<name of the parameter>'."
+        )
     if not output.requires_grad:
         _StartGraph.apply(output, torch.zeros((), requires_grad=True))
     output.register_hook(on_gradient)
@@ -81,7 +90,7 @@ class Kept(NamedTuple):
     source: Tensor
     version: int
 
-    def unchanged(self, module: nn.Module) -> Any:
+    def unchanged(self, what: str) -> Any:
         """The kept value.
 
         Raises:
@@ -89,7 +98,7 @@ class Kept(NamedTuple):
         """
         if isinstance(self.value, Tensor) and self.value._version != self.version and _same(self.value, self.source):
             raise ModelError(
-                f"The input of {type(module).__name__} was changed in place after the layer had read it; training "
+                f"The input of {what} was changed in place after the layer had read it; training "
                 "such a model fails too. Use the operation that returns a new tensor (`inplace=False`)."
             )
         return self.value
@@ -102,6 +111,12 @@ def keep(value: Any, source: Tensor) -> Kept:
 
 def _same(value: Tensor, source: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def locate(sink: FactorSink, positions: Int[Tensor, "example row"]) -> None:
+    """Say which tokens the rows of the next factors are, to a sink that counts them."""
+    if isinstance(sink, PositionSink):
+        sink.locate(positions)
 
 
 def deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
@@ -123,15 +138,16 @@ class LinearTap:
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward)]
+        """One forward hook, before any other; the backward one hangs on the output."""
+        return [self._module.register_forward_hook(self._forward, prepend=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
         if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
             return
         receive = self._receive()
         kept: Kept | None = None
-        if self._weight is not None:
+        # A call on what is no batch, as DoRA's on an identity matrix, is refused once a gradient comes back from it.
+        if self._weight is not None and inputs[0].shape[0] % receive.examples == 0:
             activation = per_token(inputs[0].detach(), receive.examples)
             kept = keep(receive.sink.reduce(self._weight, "right", activation), activation)
         watch(output, lambda gradient: self._backward(receive, kept, gradient))
@@ -140,32 +156,36 @@ class LinearTap:
         gradient = per_token(gradient, receive.examples)
         if self._weight is not None and kept is not None:
             left = receive.sink.reduce(self._weight, "left", gradient)
-            receive.sink.accumulate(self._weight, slice(0, receive.examples), left, kept.unchanged(self._module))
+            receive.sink.accumulate(
+                self._weight, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
+            )
         if self._bias is not None:
             deliver_vector(receive, self._bias, gradient)
 
 
 class NormTap:
-    """LayerNorm, RMSNorm and GroupNorm: the scale's gradient is the output gradient times the normalised input."""
+    """LayerNorm, RMSNorm, GroupNorm, DoRA's magnitude: a scale's gradient is the output's times what it multiplies."""
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
         self._module, self._receive = module, receive
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward)]
+        """One forward hook, before any other; the backward one hangs on the output."""
+        return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
 
-    def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         receive, activation = self._receive(), inputs[0].detach()
         kept = keep(activation, activation)
-        watch(output, lambda gradient: self._backward(receive, module, kept, gradient))
+        watch(output, lambda gradient: self._backward(receive, module, kept, named, gradient))
 
-    def _backward(self, receive: Receive, module: nn.Module, kept: Kept, gradient: Tensor) -> None:
+    def _backward(
+        self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
+    ) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, kept.unchanged(module))
+            scaled = gradient * _normalised(module, kept.unchanged(type(module).__name__), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
             deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))
@@ -176,13 +196,13 @@ def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
-def _normalised(module: nn.Module, activation: Tensor) -> Tensor:
+def _normalised(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
     """What the module multiplies its scale by: its output at scale one minus its output at scale zero.
 
     The module itself is asked, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
     """
     weight = module.get_parameter("weight")
     with torch.no_grad():
-        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,))
-        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,))
+        at_one = functional_call(module, {"weight": torch.ones_like(weight)}, (activation,), named)
+        at_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (activation,), named)
     return at_one - at_zero

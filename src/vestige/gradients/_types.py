@@ -57,3 +57,15 @@ class FactorSink(Protocol):
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """Add the gradient `sum_t left[t] (x) right[t]` of the batch's examples in `examples`."""
         ...
+
+
+@runtime_checkable
+class PositionSink(FactorSink, Protocol):
+    """A sink that counts tokens, and so asks which tokens a layer has seen that sees only some of the batch's.
+
+    Such layers are experts and the output head. The factors of every other layer have the batch's own token axis.
+    """
+
+    def locate(self, positions: Int[Tensor, "example row"]) -> None:
+        """The token of each row of the factors that come next, -1 for a row that only fills the tensor."""
+        ...

@@ -17,6 +17,7 @@ from vestige.index._inputs import (
     tokenising_processes,
     tokens_at_most,
 )
+from vestige.index._interaction import longest_and_shortest as longest_and_shortest
 from vestige.index._manifest import (
     WHOLE_MODEL,
     CompressionIdentity,
@@ -71,6 +72,7 @@ __all__ = [
     "index",
     "index_status",
     "lay_out",
+    "longest_and_shortest",
     "plan_index",
     "prepare_index",
     "read_data",
@@ -80,4 +82,4 @@ __all__ = [
     "tokenising_processes",
     "tokens_at_most",
 ]
-from vestige.index._import_published import read_json as read_json
+from vestige.index._import_published import read_partitions as read_partitions

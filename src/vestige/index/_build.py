@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vestige.compress import CompressionSpec, parse_spec
-from vestige.data import TokenizedData, forget_tokens
+from vestige.data import forget_tokens
 from vestige.errors import UserError, WorkElsewhere
 from vestige.index._budget import choose_spec
 from vestige.index._compute import CompressedGradients, lay_out
@@ -26,6 +26,7 @@ from vestige.launch import (
     write_profile,
 )
 from vestige.lockstep import decided, is_first
+from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, IndexSettings, verb
 
@@ -56,7 +57,7 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         _require_one_process()
         decided(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
-    manifest, plan = decided(lambda: _planned(settings, draft, inputs.data))
+    manifest, plan = decided(lambda: _planned(settings, draft, inputs))
 
     @contextmanager
     def compute() -> Iterator[ShardCompute]:
@@ -134,11 +135,12 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
     )
 
 
-def _planned(settings: IndexSettings, draft: Manifest, data: TokenizedData) -> tuple[Manifest, Plan]:
+def _planned(settings: IndexSettings, draft: Manifest, inputs: Inputs) -> tuple[Manifest, Plan]:
     return plan_index(
         settings.out,
         draft,
-        data.lengths,
-        lambda start, stop: fingerprint_rows(data, start, stop),
+        inputs.data.lengths,
+        lambda start, stop: fingerprint_rows(inputs.data, start, stop),
         append=settings.append,
+        sharing=batch_sharing(inputs.loaded.model),
     )

@@ -9,7 +9,7 @@ from vestige.index._manifest import Manifest
 from vestige.index._plan import PlannedShard
 from vestige.models import Selection
 from vestige.progress import announce, format_bytes, format_seconds
-from vestige.runs import peak_memory_bytes
+from vestige.timing import peak_memory_bytes
 
 PROBED = 0.02
 """Share of the padded tokens that may be computed for the estimate alone."""
@@ -51,5 +51,6 @@ def announce_estimate(estimate: Estimate, manifest: Manifest, selection: Selecti
     )
     announce(
         f"{estimate.examples:,} examples, {estimate.tokens:,} tokens: about {format_seconds(estimate.seconds)}, "
-        f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory."
+        f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory. The first "
+        f"question of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
     )

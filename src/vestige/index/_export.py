@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import SpecError, UserError
-from vestige.files import check_disk, make_folder, write_durably
+from vestige.files import check_disk, write_durably
+from vestige.folders import staged_folder
 from vestige.index._examples import streamed
 from vestige.index._export_audit import write_audit_as
 from vestige.index._export_faiss import write_faiss
@@ -51,10 +52,12 @@ def export(settings: ExportSettings) -> list[Path]:
             f"{', '.join(_RUN_FORMATS)}."
         )
     _require_empty(settings.out)
-    make_folder(settings.out)
+    to = cast(RunFormat, settings.to)
     if is_audit(settings.path):
-        return write_audit_as(Audit.open(settings.path), settings.out, cast(RunFormat, settings.to))
-    return write_run_as(Scores.open(settings.path), settings.out, cast(RunFormat, settings.to))
+        audit = Audit.open(settings.path)
+        return _staged(settings.out, lambda out: write_audit_as(audit, out, to))
+    scores = Scores.open(settings.path)
+    return _staged(settings.out, lambda out: write_run_as(scores, out, to))
 
 
 def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> list[Path]:
@@ -86,7 +89,17 @@ def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> l
     _require_empty(out)
     # A `datasets` folder is written twice, a FAISS index is kept with its positions.
     check_disk(out, index.rows * (4 * index.width + 16) * (2 if to == "datasets" else 1))
-    make_folder(out)
+    return _staged(out, lambda folder: _write(index, folder, to))
+
+
+def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
+    """The files that `write` left in a folder, at their places in `out`, which has all of them at once."""
+    with staged_folder(out) as folder:
+        written = [path.relative_to(folder) for path in write(folder)]
+    return [out / path for path in written]
+
+
+def _write(index: Index, out: Path, to: ExportFormat) -> list[Path]:
     if to == "numpy":
         return _write_numpy(index, out)
     if to in _LAYOUTS:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import torch
 
+from vestige.data import turn_record
 from vestige.errors import MissingExtra
 from vestige.files import write_durably
 from vestige.index._content import safetensors_header
@@ -94,7 +95,7 @@ def example_batches(index: Index, schema: pa.Schema) -> Iterator[pa.RecordBatch]
     for part in parts_in_order(index):
         rows = examples[part.start : part.stop]
         turns = [
-            json.dumps([[turn.role, turn.content] for turn in row.messages], ensure_ascii=False)
+            json.dumps([turn_record(turn) for turn in row.messages], ensure_ascii=False, default=str)
             if row.messages
             else None
             for row in rows

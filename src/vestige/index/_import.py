@@ -134,7 +134,7 @@ def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
     if settings.data is None:
         stand_ins = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
         return _Mapped(_untokenised(stand_ins, str(settings.source)), loaded, False)
-    examples = load_examples(settings.data)
+    examples = load_examples(settings.data, on_bad_text=settings.on_bad_text)
     if len(examples) != len(published.names):
         missing = " ".join(note for note in published.notes if "missing" in note)
         raise DataError(

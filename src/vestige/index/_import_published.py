@@ -75,6 +75,33 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} does not read as JSON ({error}): it is torn or broken. Copy it again.") from error
 
 
+def read_partitions(folder: Path, stem: str, *, shared: bool = False) -> dict[str, Any] | None:
+    """Return the object in `STEM.json` or `STEM`, or the union of its partitions `STEM_part_*.json`; None without any.
+
+    Args:
+        folder: Where the files lie.
+        stem: Their name.
+        shared: Whether partitions may hold a key twice, with the same content.
+
+    Raises:
+        DataError: A file is torn or no object, or two partitions hold the same key.
+    """
+    paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
+    paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
+    if not paths:
+        return None
+    joined: dict[str, Any] = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+            raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
+        twice = sorted(joined.keys() & content.keys())
+        if twice and not shared:
+            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+        joined |= content
+    return joined
+
+
 def load_tensors(path: Path) -> dict[str, Any]:
     """The dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded.
 

@@ -21,10 +21,10 @@ from vestige.runs import (
     Scores,
     TrustRecord,
     environment,
-    peak_memory_bytes,
     write_run,
 )
 from vestige.settings import ImportSettings
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
 
@@ -69,6 +69,7 @@ def write_imported(settings: ImportSettings, scores: ImportedScores, reading: st
         components=list(scores.component_names),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(checks=[Check(name="imported", value=None, reading=reading, verdict="unknown")]),
         distribution=dict(zip(ids, scores.distribution, strict=True)),
         groups=dict(zip(ids, scores.groups or [[] for _ in ids], strict=True)),

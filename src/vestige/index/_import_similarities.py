@@ -15,12 +15,13 @@ import torch
 
 from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
-from vestige.index._import_published import read_json
+from vestige.index._import_published import read_json, read_partitions
 from vestige.index._import_run import HELPS, ImportedScores, write_imported
 from vestige.runs import ComponentScores, Meaning, RankedScore, ScoreBlock, ScoreCollector, Scores, check_target
 from vestige.settings import ImportSettings
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
+_PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
 _READING = (
     "The scores were computed by other software and taken over as they are. Only the listed candidates of a query "
     "were scored, so percentiles are among them."
@@ -50,10 +51,16 @@ def import_similarities(settings: ImportSettings) -> Scores:
     if not found.scores or not all(found.scores.values()):
         raise DataError(f"{settings.source} holds no similarities, or a query without candidates.")
     ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
-    train = _texts(list(ids), load_examples(settings.data) if settings.data is not None else None, "--data")
+    train = _texts(
+        list(ids),
+        load_examples(settings.data, on_bad_text=settings.on_bad_text) if settings.data is not None else None,
+        "--data",
+    )
     queries = _texts(
         list(found.scores),
-        None if settings.queries is None else load_queries(settings.queries, may_be_prompts=False),
+        None
+        if settings.queries is None
+        else load_queries(settings.queries, may_be_prompts=False, on_bad_text=settings.on_bad_text),
         "--queries",
     )
     rows = {example.id: example.row for example in train}
@@ -84,7 +91,7 @@ def _read(settings: ImportSettings) -> _Similarities:
     source = settings.source
     if source.is_file():
         return _Similarities(_checked(_one_dimension(read_json(source), settings), source), cosine=True)
-    parts = sorted(source.glob("*_part_*.json"))
+    parts = [path for path in sorted(source.glob("*_part_*.json")) if not path.name.startswith(_PRODUCTS)]
     if parts:
         return _Similarities(_joined(parts, settings), cosine=True)
     return _products(source)
@@ -141,18 +148,19 @@ def _is_number(value: Any) -> bool:
 
 def _products(folder: Path) -> _Similarities:
     """Products per parameter, summed; cosines where both kinds of self-products are there."""
-    path = _named(folder, DOTS)
-    if path is None:
+    parts = read_partitions(folder, DOTS)
+    if parts is None:
         raise DataError(f"{folder} holds no {DOTS}.json. Give a JSON file with similarities, or the folder of one.")
-    parts = read_json(path)
-    for query, candidates in _object(parts, path).items():
-        for products in _object(candidates, path).values():
-            _checked({query: products}, path)
-    sides = _named(folder, QUERY_DOTS), _named(folder, EXAMPLE_DOTS)
-    if sides[0] is None or sides[1] is None:
+    for query, candidates in parts.items():
+        for products in candidates.values():
+            _checked({query: products}, folder / DOTS)
+    query_dots = read_partitions(folder, QUERY_DOTS)
+    example_dots = read_partitions(folder, EXAMPLE_DOTS, shared=True)
+    if query_dots is None or example_dots is None:
         scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in parts.items()}
         return _Similarities(scores, cosine=False, parts=parts)
-    query_dots, example_dots = (_checked(read_json(side), side) for side in sides if side is not None)
+    sides = folder / QUERY_DOTS, folder / EXAMPLE_DOTS
+    query_dots, example_dots = _checked(query_dots, sides[0]), _checked(example_dots, sides[1])
     lengths = _lengths(query_dots), _lengths(example_dots)
     scaled: dict[str, dict[str, dict[str, float]]] = {}
     for query, found in parts.items():
@@ -166,19 +174,9 @@ def _products(folder: Path) -> _Similarities:
     return _Similarities(scores, cosine=True, parts=scaled)
 
 
-def _object(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is not {{query: {{example: {{parameter: product}}}}}}.")
-    return content
-
-
 def _lengths(dots: dict[str, dict[str, float]]) -> dict[str, float]:
     """Length of each gradient, from its products with itself."""
     return {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in dots.items()}
-
-
-def _named(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()), None)
 
 
 def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Example]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from vestige import disk_arrays
 from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
+from vestige.index._interaction import require_independence
 from vestige.launch import is_worker
 from vestige.models import LoadedModel, Selection, load_model, select_components
 from vestige.settings import LaunchSettings, ReadingSettings
@@ -24,9 +25,15 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    settings: ReadingSettings, model: object, data: object, components: tuple[str, ...], *, tokens: Path | None = None
+    settings: ReadingSettings,
+    model: object,
+    data: object,
+    components: tuple[str, ...],
+    *,
+    tokens: Path | None = None,
+    checked: bool = True,
 ) -> Inputs:
-    """Load the model and the training data; `tokens` as for `read_data`.
+    """Load the model and the training data; `tokens` and `checked` as for `read_data`.
 
     Raises:
         DataError: No example has a target token.
@@ -38,11 +45,11 @@ def read_inputs(
         device=settings.device,
     )
     selection = select_components(loaded.model, components)
-    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens), selection)
+    return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens, checked=checked), selection)
 
 
 def read_data(
-    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None
+    settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None, checked: bool = True
 ) -> TokenizedData:
     """The training data as the model sees it, cut at the model's context.
 
@@ -51,9 +58,12 @@ def read_data(
         source: As for `load_examples`.
         loaded: The model.
         tokens: Folder for the tokens of data that is too large for memory; None: a temporary one.
+        checked: Refuse tokens without an embedding, and models in which examples of a batch change each other's loss;
+            the doctor, which reports both, reads them all the same.
 
     Raises:
-        DataError: No example has a target token.
+        DataError: No example has a target token, or one has a token that the model has no embedding for.
+        ModelError: Examples change each other's loss in a batch.
     """
     name = source if isinstance(source, str) else getattr(source, "name", None) or type(source).__name__
     data = tokenize_source(
@@ -61,16 +71,20 @@ def read_data(
         loaded.tokenizer,
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
-        chat=settings.chat,
+        chat=bool(settings.chat),
         limit=settings.limit,
         folder=tokens,
         workers=tokenising_processes(settings),
+        on_bad_text=settings.on_bad_text,
+        vocabulary=loaded.vocabulary if checked else None,
     )
     if not any(part.any() for part in disk_arrays.parts(data.target_counts)):
         raise DataError(
             f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."
         )
+    if checked and not is_worker():
+        require_independence(loaded, data, batch_tokens(settings, loaded))
     return data
 
 

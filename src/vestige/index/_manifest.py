@@ -146,6 +146,21 @@ class Manifest(_Frozen):
             raise ValueError(f"columns of the components must follow one another from 0, found {spans[:8]}")
         return self
 
+    @model_validator(mode="after")
+    def _stages_cover_the_data(self) -> "Manifest":
+        stages = self.plan.stages
+        bounds = [0, *(stage.stop for stage in stages)]
+        whole = all(
+            stage.start == start
+            and stage.stop > start
+            and min(stage.shard_rows, default=0) > 0
+            and sum(stage.shard_rows) == stage.stop - stage.start
+            for start, stage in zip(bounds, stages, strict=False)
+        )
+        if self.data.examples < 0 or not whole or (stages and bounds[-1] != self.data.examples):
+            raise ValueError(f"the shards of the plan must hold each of {self.data.examples} examples once")
+        return self
+
     @property
     def width(self) -> int:
         """Numbers per example."""
@@ -162,6 +177,11 @@ class Manifest(_Frozen):
     def row_bytes(self) -> int:
         """Bytes per example on disk: the numbers, loss, norm, the example's row and, where needed, the scale."""
         return self.width * BYTES_PER_NUMBER[self.dtype] + 16 + (4 if self.dtype in SCALED_TYPES else 0)
+
+    @property
+    def curvature_bytes(self) -> int:
+        """Bytes that the curvature takes beside the index from the first question of `influence` on, in float32."""
+        return sum(4 * (span.columns.stop - span.columns.start) ** 2 for span in self.spans)
 
     @property
     def shard_rows(self) -> tuple[int, ...]:

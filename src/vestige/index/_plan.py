@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige import disk_arrays
-from vestige.data import CutBatch, CutBatches
+from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
 from vestige.errors import DataError, IndexMismatch
 from vestige.folders import Difference, mismatch_message
 from vestige.index._difference import difference, plan_shown
@@ -94,6 +94,7 @@ def plan_index(
     fingerprint_of: Callable[[int, int], str],
     *,
     append: bool = False,
+    sharing: Sharing = ANY_EXAMPLES,
 ) -> tuple[Manifest, Plan]:
     """The manifest with its plan, and the plan: one stage, or the stages of the index in `folder` and what is new.
 
@@ -104,6 +105,7 @@ def plan_index(
         draft: The manifest without stages.
         lengths: Tokens per example, whole numbers [example].
         fingerprint_of: sha256 over the examples `start:stop`, as `fingerprint_rows` makes it.
+        sharing: Which examples may share a batch.
         append: If the data begins with the examples that `folder` has indexed, add the rows behind them as a stage.
 
     Raises:
@@ -127,7 +129,7 @@ def plan_index(
     stages: list[PlanStage] = []
     shards: list[PlannedShard] = []
     for start, stop in bounds:
-        stage = _cut(draft, lengths[start:stop], start, len(shards))
+        stage = _cut(draft, lengths[start:stop], start, len(shards), sharing)
         shards += stage
         stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
     manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
@@ -168,10 +170,10 @@ def _require_prefix(
         raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
-def _cut(manifest: Manifest, lengths: np.ndarray, first: int, number: int) -> list[PlannedShard]:
+def _cut(manifest: Manifest, lengths: np.ndarray, first: int, number: int, sharing: Sharing) -> list[PlannedShard]:
     """The shards of a stage, from `number` on: consecutive batches, none split, and no shard larger than need be."""
     settings = manifest.plan
-    cut = CutBatches(lengths, manifest.token_budget, settings.max_examples)
+    cut = CutBatches(lengths, manifest.token_budget, settings.max_examples, sharing)
     # Padded tokens stand for the time that a batch takes.
     total = sum(batch.tokens for batch in cut.batches())
     most_tokens = max(total // max(min(total // _SHARD_TOKENS, _MOST_TOKEN_SHARDS), settings.fewest_shards), 1)

@@ -15,11 +15,20 @@ from vestige.index._manifest import Manifest, expected_shards, manifest_path, re
 from vestige.index._plan import check_plan
 from vestige.index._shards import marker_path, shard_fault, shard_path
 from vestige.index._work import IndexPlan
-from vestige.launch import PROFILE_FILE
+from vestige.launch import JOB_FILES, PROFILE_FILE
 
 TOKENS = "tokens"
 """Folder of the tokens of data that does not fit into memory, made before there is a manifest."""
-_OURS = ("manifest.json", "shards", "examples", "curvature", "launch", PROFILE_FILE, TOKENS)
+_BEGUN = (f"{TOKENS}/{'[0-9a-f]' * 16}", *JOB_FILES)
+"""What there may be before there is a manifest."""
+_OURS = (
+    "manifest.json",
+    *(f"shards/[0-9]*.{kind}" for kind in ("safetensors", "json")),
+    "examples/[0-9]*.parquet",
+    *(f"curvature/{name}" for name in ("fisher-*", "kfac-*", "ekfac-*", PROFILE_FILE)),
+    PROFILE_FILE,
+    *_BEGUN,
+)
 _ROOT, _SHARDS, _EXAMPLES = ".", "shards", "examples"
 
 
@@ -86,13 +95,13 @@ def remove_index(folder: Path) -> None:
         UserError: The folder holds files that are not an index's.
     """
     # Tokens are known by what they were made from, and those of the next index are among them.
-    remove_result(folder, _OURS, manifest_path(folder).name, keep=[TOKENS])
+    remove_result(folder, _OURS, manifest_path(folder).name, begun=_BEGUN, keep=[TOKENS])
 
 
 def _require_usable(folder: Path, manifest: Manifest) -> None:
     """The folder is empty, absent, or holds this index or its beginning."""
     old = read_manifest(folder)
     if old is None:
-        require_no_others(folder, _OURS)
+        require_no_others(folder, _BEGUN)
     elif not extends(old, manifest):
         require_same(folder, old, manifest)

@@ -18,13 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import CorruptFile
-from vestige.files import remove_durably, sha256_of, write_durably
+from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
 from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.index._manifest import Expectation, StoredType
 from vestige.parsing import parse_json
 from vestige.scratch import Scratch
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_ORDER = ("example", "loss", "norm", "scale", "gradients")
+"""Tensors of a shard in the order in which they lie there."""
 _HELD_BYTES = 2**21
 """Rounded gradients of a shard in the making that are in memory; those of a larger one lie on the disk."""
 
@@ -164,35 +166,57 @@ def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: b
     return None
 
 
-def map_shard(folder: Path, number: int) -> StoredRows:
+def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
     """The tensors of a shard as views of the memory-mapped file: nothing is read before it is used.
 
+    Args:
+        folder: The index.
+        number: Which shard.
+        checked: Compare its sha256 with the marker's, which reads the whole file, once per process.
+
     Raises:
-        CorruptFile: The file is not a shard.
+        CorruptFile: The file is not a shard, or not the one that was written.
     """
     path = shard_path(folder, number)
     try:
+        marker = read_marker(folder, number)
+        if checked and (marker is None or marker.sha256 != sha256_once(path)):
+            raise ValueError("its sha256 is not the one in its marker")
         with path.open("rb") as file:
             # A private mapping: torch wants writable memory, and what is written there never reaches the file.
             body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         size = int.from_bytes(body[:8], "little")
         header: dict[str, Any] = parse_json(body[8 : 8 + size])
         header.pop("__metadata__", None)
-        tensors = {name: _view(body, 8 + size, entry) for name, entry in header.items()}
-        return StoredRows(**tensors)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        return StoredRows(**_views(body, 8 + size, header))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
         raise CorruptFile(
-            f"{path} does not read as a shard ({error}). Run the same vestige index command again to rebuild it."
+            f"{path} does not read as the shard that was written ({error}). Run the same vestige index command again: "
+            f"it makes this shard anew. All files: vestige status --verify {folder}"
         ) from error
 
 
-def _view(body: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = _TYPES[entry["dtype"]], entry["shape"]
-    first, last = entry["data_offsets"]
-    count = torch.Size(shape).numel()
-    if count * dtype.itemsize != last - first or start + last > len(body):
-        raise ValueError(f"a tensor of shape {shape} does not fit its place")
-    return torch.frombuffer(body, dtype=dtype, count=count, offset=start + first).view(shape)
+def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that the header names, if they fill the file in the order in which they are written."""
+    names = [name for name in _ORDER if name in header]
+    if list(header) != names:
+        raise ValueError(f"it holds the tensors {', '.join(header)}, expected {', '.join(_ORDER)} in this order")
+    found, offset = {}, 0
+    for name, entry in header.items():
+        dtype, shape = _TYPES[entry["dtype"]], entry["shape"]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if min(shape) < 0 or entry["data_offsets"] != [offset, offset + size] or start + offset + size > len(body):
+            raise ValueError(f"the tensor {name} of shape {shape} does not fit its place")
+        found[name] = torch.frombuffer(body, dtype=dtype, count=size // dtype.itemsize, offset=start + offset).view(
+            shape
+        )
+        offset += size
+    if start + offset != len(body):
+        raise ValueError("it is too long")
+    rows = {name: len(tensor) for name, tensor in found.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"its tensors have different numbers of rows: {rows}")
+    return found
 
 
 def content_digest(markers: list[Marker]) -> str:

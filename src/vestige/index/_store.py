@@ -17,7 +17,7 @@ from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.index._examples import read_examples, read_lengths
 from vestige.index._manifest import Manifest, Span, expected_shards, read_manifest
-from vestige.index._shards import content_digest, map_shard, read_marker, shard_fault
+from vestige.index._shards import StoredRows, content_digest, map_shard, read_marker, shard_fault, shard_path
 from vestige.row_order import by_window
 from vestige.timing import count_bytes, timed
 
@@ -158,7 +158,7 @@ class Index:
         for shard in np.unique(shards).tolist():
             asked = np.flatnonzero(shards == shard)
             inside = places[asked] - (ends[shard] - self.manifest.shard_rows[shard])
-            result[torch.from_numpy(asked)] = map_shard(self.folder, shard).picked(torch.from_numpy(inside))
+            result[torch.from_numpy(asked)] = self._shard(shard).picked(torch.from_numpy(inside))
         return result
 
     def missing_shards(self) -> list[int]:
@@ -211,7 +211,7 @@ class Index:
         places = disk_arrays.zeros(self.rows, np.int32 if self.rows < np.iinfo(np.int32).max else np.int64)
         first = 0
         for number, count in enumerate(self.manifest.shard_rows):
-            rows = map_shard(self.folder, number).example.numpy()
+            rows = self._shard(number).example.numpy()
             known = np.flatnonzero((rows >= 0) & (rows < self.rows))
             for _, part in by_window(rows[known]):
                 places[rows[known[part]]] = first + known[part] + 1
@@ -225,11 +225,21 @@ class Index:
             )
         return places
 
+    def _shard(self, number: int) -> StoredRows:
+        stored, expected = map_shard(self.folder, number), (self.manifest.shard_rows[number], self.width)
+        if stored.gradients.shape != expected:
+            raise CorruptFile(
+                f"{shard_path(self.folder, number)} holds gradients of shape {tuple(stored.gradients.shape)}, and the "
+                f"manifest says {expected}. Build the index anew: run its vestige index command with --overwrite."
+            )
+        return stored
+
     def _read(self, buffers: "_Buffers", span: _Span) -> IndexBlock:
-        stored, rows = map_shard(self.folder, span.shard), slice(span.start, span.stop)
+        stored, rows = self._shard(span.shard), slice(span.start, span.stop)
         count = span.stop - span.start
         gradients = buffers.take()[: count * self.width].view(count, self.width)
         stored.decode(span.start, gradients)
+        count_bytes("read", count * self.manifest.row_bytes)
         # Copies, so that a block that is kept does not keep its shard's file mapped.
         small = stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone()
         return IndexBlock(small[0], gradients, small[1], small[2])
@@ -293,8 +303,6 @@ def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iter
 
 
 def _waited(coming: Future[IndexBlock]) -> IndexBlock:
-    """The block; reading takes the time that is spent waiting for it."""
+    """Return the block; reading takes the time that is spent waiting for it."""
     with timed("reading"):
-        block = coming.result()
-    count_bytes("read", block.gradients.nbytes)
-    return block
+        return coming.result()

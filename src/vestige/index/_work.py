@@ -141,7 +141,7 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
     holder = disk_arrays.zeros(total, np.int32)
     faults = []
     for number in range(len(manifest.shard_rows)):
-        rows = map_shard(folder, number).example.numpy()
+        rows = map_shard(folder, number, checked=False).example.numpy()
         inside = rows[(rows >= 0) & (rows < total)]
         if len(inside) < len(rows):
             faults.append(f"shard {number} holds rows that the data does not have")

@@ -10,6 +10,7 @@ from vestige.launch._phase import phase as phase
 from vestige.launch._phase import profile as profile
 from vestige.launch._phase import write_profile as write_profile
 from vestige.launch._piece_files import PieceFiles as PieceFiles
+from vestige.launch._record import JOB_FILES as JOB_FILES
 from vestige.launch._role import is_one_of_several as is_one_of_several
 from vestige.launch._role import is_worker as is_worker
 from vestige.launch._run import run_plan as run_plan

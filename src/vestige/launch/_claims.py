@@ -15,27 +15,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, final
 
-from vestige.errors import UserError
+from vestige.errors import SpecError
 from vestige.files import write_durably
-from vestige.launch._identity import Worker, is_alive, this_worker
+from vestige.launch._identity import WORKER, Worker, is_alive, this_worker
+
+_STALE_VARIABLE, _STALE_SECONDS = "VESTIGE_STALE_SECONDS", 60.0
+_BEATS = 12
+"""Heartbeats in the time after which a claim is stale."""
 
 
-def _stale_seconds() -> float:
-    given = os.environ.get("VESTIGE_STALE_SECONDS", "60")
+def stale_seconds() -> float:
+    """How long a claim from another host may go untouched until it is free: VESTIGE_STALE_SECONDS, the same for all.
+
+    Longer than any pause of a living process's heartbeat thread, including a network disk that is slow to show it.
+
+    Raises:
+        SpecError: The variable is not a number of seconds.
+    """
+    given = os.environ.get(_STALE_VARIABLE, str(_STALE_SECONDS))
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise UserError(f"VESTIGE_STALE_SECONDS={given}: expected a number of seconds above 0, such as 60.")
+        raise SpecError(f"{_STALE_VARIABLE} was {given!r}, expected a number of seconds, such as {_STALE_SECONDS:g}.")
     return seconds
-
-
-STALE_SECONDS = _stale_seconds()
-"""A claim from another host that was not touched for so long is free. Longer than any pause of a living process's
-heartbeat thread, including a network disk that is slow to show it. Where disks are slower, set VESTIGE_STALE_SECONDS in
-the environment, to the same for all."""
-HEARTBEAT_SECONDS = STALE_SECONDS / 12
 
 
 class Owner(NamedTuple):
@@ -49,9 +53,9 @@ class Owner(NamedTuple):
 class Claims:
     """The claims in one folder, seen by one process."""
 
-    def __init__(self, folder: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stale_seconds = stale_seconds
+        self._stale_seconds = stale_seconds()
         self._me = this_worker()
         # Ages are counted by this process's own clock from when it first saw a heartbeat: clocks of hosts differ.
         self._seen: dict[str, tuple[int, float]] = {}
@@ -65,11 +69,11 @@ class Claims:
             UserError: The folder cannot be written to.
         """
         if self._create(name):
-            return Claim(self._path(name), self._me)
+            return Claim(self._path(name), self._me, self._stale_seconds / _BEATS)
         if not self.is_free(name):
             return None
         self._evict(name)
-        return Claim(self._path(name), self._me) if self._create(name) else None
+        return Claim(self._path(name), self._me, self._stale_seconds / _BEATS) if self._create(name) else None
 
     def is_free(self, name: str) -> bool:
         """Whether nobody holds `name`, or its owner is dead."""
@@ -139,9 +143,9 @@ class Claims:
 def read_owner(path: Path) -> Owner | None:
     """The owner that a claim's file names, None if it does not read."""
     try:
-        *worker, since = json.loads(path.read_text())
-        return Owner(Worker(*worker), float(since))
-    except (OSError, ValueError, TypeError):
+        *worker, since = json.loads(path.read_bytes())
+        return Owner(WORKER.validate_python(worker), float(since))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -149,8 +153,8 @@ def read_owner(path: Path) -> Owner | None:
 class Claim:
     """A piece that is this process's; use it as a context, which keeps the claim warm and gives it back."""
 
-    def __init__(self, path: Path, me: Worker) -> None:
-        self._path, self._me = path, me
+    def __init__(self, path: Path, me: Worker, heartbeat_seconds: float) -> None:
+        self._path, self._me, self._heartbeat_seconds = path, me, heartbeat_seconds
         self._over = threading.Event()
 
     def __enter__(self) -> "Claim":
@@ -168,6 +172,6 @@ class Claim:
                 self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT_SECONDS):
+        while not self._over.wait(self._heartbeat_seconds):
             with contextlib.suppress(OSError):
                 os.utime(self._path)

@@ -16,7 +16,8 @@ def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
     A live module or a list of examples cannot go to another process; whoever needs one says so then
     (`require_command`), so that work in this process needs no command at all.
     """
-    if not all(_is_plain(value) for value in settings.arguments().values()):
+    given = settings.arguments()
+    if not all(_is_plain(value) for value in given.values()) or any(_is_texts(given[name]) for name in settings.files):
         return None
     fields = type(settings).model_fields
     defaults = {name: fields[name].default for name in settings.never_repeated if name in fields}
@@ -33,10 +34,15 @@ def require_command(command: Sequence[str] | None) -> list[str]:
     if command is None:
         raise UserError(
             "Workers in other processes read the model and the data from disk, and one of them was given as a live "
-            "Python object. Save it (model.save_pretrained(FOLDER) with its tokenizer, the data as JSONL) and give "
-            "the path, or work in this process with workers=1."
+            "Python object or as a list of texts. Save it (model.save_pretrained(FOLDER) with its tokenizer, data and "
+            "texts as JSONL) and give the path, or work in this process with workers=1."
         )
     return list(command)
+
+
+def _is_texts(value: Any) -> bool:
+    """Whether the value is a list of texts, which typed as words would be names of files."""
+    return isinstance(value, list | tuple) and any(isinstance(item, str) for item in value)
 
 
 def _is_plain(value: Any) -> bool:

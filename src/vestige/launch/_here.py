@@ -1,7 +1,7 @@
 """Work in this process, and what every way of working ends with: the pieces that failed, and the result."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vestige.errors import PieceFailed, WorkElsewhere
@@ -9,7 +9,7 @@ from vestige.files import remove_strays
 from vestige.launch._failures import failed, ranges
 from vestige.launch._identity import this_worker
 from vestige.launch._loop import POLL_SECONDS, Meter, Worker
-from vestige.launch._record import JobFolder
+from vestige.launch._record import Failure, JobFolder
 from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
 from vestige.progress import announce, progress
@@ -60,19 +60,19 @@ def work_here(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pie
         SystemExit: The process was asked to stop.
     """
     total = round(sum(plan.weight(piece) for piece in pieces))
-    error = None
+    error, noted = None, dict[int, Failure]()
 
     def work() -> None:
-        nonlocal error
+        nonlocal error, noted
         with (
             progress(total, plan.name, plan.unit) as bar,
             Worker(plan, job, settings.retries, Meter(bar.advance)) as worker,
         ):
             worker.work(pieces, stay=True)
-            error = worker.last_error
+            error, noted = worker.last_error, worker.failed
 
     ending_well(plan, work)
-    raise_failures(plan, job, pieces, error)
+    raise_failures(plan, job, pieces, error, noted)
 
 
 def ending_well(plan: WorkPlan[Any], work: Callable[[], None]) -> None:
@@ -92,15 +92,27 @@ def ending_well(plan: WorkPlan[Any], work: Callable[[], None]) -> None:
 
 
 def raise_failures(
-    plan: WorkPlan[Any], job: JobFolder, pieces: Sequence[int], cause: BaseException | None = None
+    plan: WorkPlan[Any],
+    job: JobFolder,
+    pieces: Sequence[int],
+    cause: BaseException | None = None,
+    own: Mapping[int, Failure] = {},
 ) -> None:
     """Nothing happens unless some of the pieces failed for good.
+
+    Args:
+        plan: What was to be done.
+        job: Where failures are noted.
+        pieces: Which are asked about.
+        cause: The last error of this process.
+        own: Failures in this process, which the disk may not have taken.
 
     Raises:
         UserError: They did.
     """
     among = set(pieces)
-    failures = [each for each in job.failures() if each.piece in among and not plan.is_done(each.piece)]
+    noted = {**own, **{each.piece: each for each in job.failures()}}
+    failures = [noted[piece] for piece in sorted(noted) if piece in among and not plan.is_done(piece)]
     if failures:
         raise failed(plan.name, plan.pieces, failures) from cause
 

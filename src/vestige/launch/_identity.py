@@ -1,13 +1,17 @@
 """Which process does a piece, and whether it still lives."""
 
+import json
 import os
 import secrets
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
 from vestige.files import this_host
+from vestige.folders import finished_of, is_held_by
+from vestige.lockstep import ROLE_VARIABLE
 
 
 class Worker(NamedTuple):
@@ -15,8 +19,8 @@ class Worker(NamedTuple):
 
     host: str
     """Host and process namespace: containers count their processes themselves."""
-    pid: int
-    born: float
+    pid: PositiveInt
+    born: FiniteFloat
     """When the process started, in seconds since its host did: setting the host's clock does not move it."""
     job: str
     """Id of its batch job, empty outside a scheduler."""
@@ -24,7 +28,12 @@ class Worker(NamedTuple):
     """Its own, so that a claim can be known again."""
 
 
+_LONGEST_PATH = 4096
 _TOKEN = secrets.token_hex(4)
+
+
+WORKER = TypeAdapter(Worker)
+"""Checks what a file says of a process."""
 
 
 def this_worker() -> Worker:
@@ -46,6 +55,29 @@ def _born(process: psutil.Process) -> float:
         return int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, IndexError, ValueError):  # not Linux, or gone by now
         return process.create_time()
+
+
+def works_on(worker: Worker, folder: Path) -> bool:
+    """Whether the process is one of ours, of this user, that works on the job folder.
+
+    A file names it, which anyone may have written; what the process is, only the system says.
+    """
+    try:
+        process = psutil.Process(worker.pid)
+        if process.uids().real != os.getuid():
+            return False
+        role = process.environ().get(ROLE_VARIABLE)
+        if role is not None and json.loads(role).get("job") == str(folder.resolve()):
+            return True
+        words, place = process.cmdline(), Path(process.cwd())
+        is_ours = any(Path(word).name == "vestige" for word in words[:2]) or "vestige.cli" in words[:4]
+        named = {(place / word.split("=", 1)[-1]).resolve() for word in words[1:] if len(word) < _LONGEST_PATH}
+        results = {
+            place for each in (folder.resolve(), *folder.resolve().parents) for place in (each, finished_of(each))
+        }
+        return (is_ours and bool(named & results)) or any(is_held_by(each, worker.pid) for each in results)
+    except (psutil.Error, OSError, ValueError, AttributeError):
+        return False
 
 
 def is_alive(worker: Worker) -> bool | None:

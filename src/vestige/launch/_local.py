@@ -15,7 +15,7 @@ from vestige.files import this_host
 from vestige.launch._failures import tail
 from vestige.launch._here import ending_well, raise_failures
 from vestige.launch._loop import POLL_SECONDS, Meter
-from vestige.launch._record import JobFolder, claim_name
+from vestige.launch._record import JobFolder, claim_name, is_number
 from vestige.launch._role import Role
 from vestige.launch._stop import check_stop
 from vestige.launch._types import WorkPlan
@@ -157,7 +157,7 @@ class _Crew:
         """Count it against the pieces that a dead worker held, for one may be what killed it."""
         held = False
         for name, owner in self._job.claims.held().items():
-            if owner.worker.pid != dead.process.pid or owner.worker.host != this_host() or not name.isdigit():
+            if owner.worker.pid != dead.process.pid or owner.worker.host != this_host() or not is_number(name):
                 continue
             held = True
             claim = self._job.claims.take(name)

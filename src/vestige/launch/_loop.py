@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from typing import Any, final
 
 from vestige.errors import UserError
-from vestige.launch._record import JobFolder, claim_name
+from vestige.files import disk_error
+from vestige.launch._record import Failure, JobFolder, claim_name
 from vestige.launch._stop import Stopped, check_stop, counting
 from vestige.launch._types import Compute, WorkPlan
 
@@ -53,6 +54,8 @@ class Worker:
         self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
+        self.failed: dict[int, Failure] = {}
+        """How pieces failed in this process."""
         self.stopped_in: int | None = None
         """The piece that was left when the process was asked to stop."""
         self.computed: list[int] = []
@@ -92,6 +95,8 @@ class Worker:
             return True
         if self._job.is_given_up(piece, self._retries):
             return True
+        if piece in self.failed and self.failed[piece].attempts > self._retries:
+            return True
         claim = self._job.claims.take(claim_name(piece))
         if claim is None:
             return False
@@ -114,7 +119,7 @@ class Worker:
             with counting(self._meter.step):
                 compute(piece)
         except UserError as error:
-            self._job.record_failure(piece, error)
+            self._record(piece, error)
             raise
         except Stopped:
             self._meter.undo()
@@ -122,9 +127,13 @@ class Worker:
             self._print(f"piece {piece}: left, because the process was asked to stop")
             raise
         except Exception as error:
+            if (full := disk_error(error, self._plan.folder)) is not None:
+                # It would end every other attempt too, and leave no room to count them in.
+                self._record(piece, full)
+                raise full from error
             self._meter.undo()
             self.last_error = error
-            failure = self._job.record_failure(piece, error)
+            failure = self._record(piece, error)
             self._print(f"piece {piece}: failed\n{failure.traceback}")
             return failure.attempts > self._retries
         seconds = time.perf_counter() - started
@@ -134,6 +143,13 @@ class Worker:
         self.computed.append(piece)
         self._print(f"piece {piece}: done in {seconds:.1f} s")
         return True
+
+    def _record(self, piece: int, error: Exception) -> Failure:
+        """Note the failure; its attempts are counted here too, for the disk may not take the note."""
+        noted = self._job.record_failure(piece, error)
+        before = self.failed[piece].attempts if piece in self.failed else 0
+        self.failed[piece] = noted._replace(attempts=max(noted.attempts, before + 1))
+        return self.failed[piece]
 
     def _opened(self) -> Compute:
         if self._compute is None:

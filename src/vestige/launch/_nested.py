@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from vestige.launch._role import VARIABLE, is_one_of_several
+from vestige.launch._role import is_one_of_several
+from vestige.lockstep import ROLE_VARIABLE
 
 _PARTS = (
-    VARIABLE,
+    ROLE_VARIABLE,
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),

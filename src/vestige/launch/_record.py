@@ -12,13 +12,22 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
-from vestige.errors import UserError
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+
+from vestige.errors import CorruptFile, UserError
 from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
-from vestige.launch._identity import this_worker
+from vestige.launch._identity import Worker, this_worker
 
+JOB_FILES = (
+    "launch/*/job.json",
+    "launch/*/room.*",
+    *(f"launch/*/{name}" for name in ("claims/*.json", "claims/.*.evicted.*", "failures/*.json")),
+    *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
+)
+"""What jobs leave in the folder that they work on, as for `require_no_others`."""
 _ROOM = 16 * 1024
 """Bytes that a claim and the note of a failure surely fit into."""
 
@@ -44,14 +53,39 @@ class Entry(NamedTuple):
 
     piece: int
     """Its number; -1 for what a worker did before its first piece."""
-    weight: float
-    seconds: float
-    ended: float
+    weight: FiniteFloat
+    seconds: FiniteFloat
+    ended: FiniteFloat
     """Seconds since 1970."""
     cores: int
     gpus: int
     host: str
     job: str
+
+
+class _Job(BaseModel):
+    """What `job.json` must hold; checked because it may lie in a folder that somebody else made."""
+
+    name: str
+    unit: str
+    pieces: NonNegativeInt
+    weight: FiniteFloat
+    begun: FiniteFloat
+    done_before: NonNegativeInt
+    weight_before: FiniteFloat
+    driver: Worker | None = None
+    ended: FiniteFloat | None = None
+    cancelled: FiniteFloat | None = None
+    attempt: NonNegativeInt = 0
+    jobs: list[Annotated[str, Field(pattern=r"^[0-9]{1,18}(_[0-9]{1,18})?$")]] = []
+
+
+_ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 @final
@@ -98,11 +132,23 @@ class JobFolder:
         write_durably(self.path / "job.json", [(json.dumps(content, indent=1) + "\n").encode()])
 
     def read_job(self) -> dict[str, Any]:
-        """What `job.json` says; empty if there is none."""
+        """What `job.json` says; empty if there is none.
+
+        Raises:
+            CorruptFile: It is not what Vestige writes: nothing in it may be used, least of all to end a process.
+        """
+        path = self.path / "job.json"
         try:
-            return json.loads((self.path / "job.json").read_bytes())
-        except (OSError, ValueError):
+            content = json.loads(path.read_bytes())
+            _Job.model_validate(content)
+        except FileNotFoundError:
             return {}
+        except (OSError, ValueError, RecursionError) as error:
+            reason = _first_problem(error) if isinstance(error, ValidationError) else error
+            raise CorruptFile(
+                f"{path} is not the record of a job ({reason}). Delete it, if the folder is yours."
+            ) from None
+        return content
 
     def note(self, piece: int, weight: float, seconds: float) -> None:
         """The journal has one more line; a disk that is full costs the line, not the work."""
@@ -119,8 +165,8 @@ class JobFolder:
         for path in self._journal.glob("*.jsonl"):
             for line in path.read_text(errors="replace").splitlines():
                 # The last line of a worker that was killed may be torn.
-                with contextlib.suppress(ValueError, TypeError):
-                    yield Entry(*json.loads(line))
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield _ENTRY.validate_json(line)
 
     def record_failure(self, piece: int, error: BaseException | str, *, log: str = "") -> Failure:
         """The piece has failed once more; written while its claim is held."""
@@ -144,13 +190,13 @@ class JobFolder:
     def failure(self, piece: int) -> Failure | None:
         """How the piece failed so far, None if it did not."""
         try:
-            return Failure(**json.loads(self._failure_path(piece).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return _FAILURE.validate_json(self._failure_path(piece).read_bytes())
+        except (OSError, ValueError):
             return None
 
     def failures(self) -> list[Failure]:
         """Every piece that failed and has not succeeded since."""
-        numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if path.stem.isdigit())
+        numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if is_number(path.stem))
         return [failure for number in numbers if (failure := self.failure(number)) is not None]
 
     def forget_failure(self, piece: int) -> None:
@@ -169,6 +215,11 @@ class JobFolder:
 
     def _failure_path(self, piece: int) -> Path:
         return self._failures / f"{piece:05d}.json"
+
+
+def is_number(name: str) -> bool:
+    """Whether a file's name, as anyone may have given it, is the number of a piece."""
+    return re.fullmatch("[0-9]{1,12}", name) is not None
 
 
 def claim_name(piece: int) -> str:

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vestige.lockstep import in_step, is_first
-
-VARIABLE = "VESTIGE_LAUNCH"
-"""Environment variable in which a driver tells its workers, who run the same command, what they are."""
+from vestige.lockstep import ROLE_VARIABLE, in_step, is_first
 
 
 class Role(NamedTuple):
@@ -30,7 +27,7 @@ class Role(NamedTuple):
 
     def as_environment(self) -> dict[str, str]:
         """The variable that makes a child process play this role."""
-        return {VARIABLE: json.dumps(self._asdict())}
+        return {ROLE_VARIABLE: json.dumps(self._asdict())}
 
     def is_for(self, job: Path) -> bool:
         """Whether the role is one in this job."""
@@ -39,7 +36,7 @@ class Role(NamedTuple):
 
 def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     """The role that the environment gives this process: Vestige's own variable, else that of torchrun."""
-    told = environment.get(VARIABLE)
+    told = environment.get(ROLE_VARIABLE)
     if told:
         role = Role(**json.loads(told))
         # The tasks of a batch array have the same environment but for their number.

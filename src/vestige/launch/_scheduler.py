@@ -56,7 +56,7 @@ def _each(jobs: Sequence[str]) -> dict[str, str]:
 def cancel_jobs(jobs: Sequence[str]) -> None:
     """The jobs are cancelled; those that are over are no error."""
     if jobs:
-        _call("scancel", *jobs, refused=False)
+        _call("scancel", "--", *jobs, refused=False)
 
 
 def requeue(job: str) -> None:

@@ -11,8 +11,8 @@ from vestige.errors import UserError
 from vestige.files import this_host
 from vestige.launch import _scheduler as scheduler
 from vestige.launch._failures import ranges
-from vestige.launch._identity import Worker, is_alive
-from vestige.launch._record import Failure, JobFolder
+from vestige.launch._identity import WORKER, Worker, is_alive, works_on
+from vestige.launch._record import Failure, JobFolder, is_number
 from vestige.progress import format_seconds
 
 
@@ -86,7 +86,7 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
     done = len({entry.piece for entry in since})
     weight = sum({entry.piece: entry.weight for entry in since}.values())
-    running = tuple(sorted(int(name) for name in _held(job) if name.isdigit()))
+    running = tuple(sorted(int(name) for name in _held(job) if is_number(name)))
     elapsed = (record.get("ended") or time.time()) - record["begun"]
     rate = weight / elapsed if elapsed > 0 else 0.0
     to_do = record["weight"] - record["weight_before"] - weight
@@ -144,10 +144,17 @@ def _cancel(job: JobFolder) -> Iterator[str]:
         if worker.host != this_host():
             if not worker.job:
                 yield f"{record['name']}: process {worker.pid} runs on {worker.host}: type the same command there."
-        elif is_alive(worker) and worker.pid != os.getpid():
+        elif not is_alive(worker) or worker.pid == os.getpid():
+            continue
+        elif works_on(worker, job.path):
             os.kill(worker.pid, signal.SIGTERM)
             yield f"{record['name']}: process {worker.pid} ends after its batch."
+        else:
+            yield (
+                f"{record['name']}: process {worker.pid} is named in {job.path}, and is no command of yours that works "
+                "there: it was left alone. If you know better, end it with `kill`."
+            )
 
 
 def _driver(record: dict[str, Any]) -> Worker | None:
-    return Worker(*record["driver"]) if record.get("driver") else None
+    return WORKER.validate_python(record["driver"]) if record.get("driver") else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled
+from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._registry import method
 from vestige.models import Component
@@ -191,6 +191,6 @@ def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compo
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
     """The backbone if every tapped module is in it: logits of a large vocabulary are most of a small model's work."""
-    shorter = backbone(model)
+    shorter = shortest_forward(model)
     inside = set(shorter.modules())
     return shorter if all(model.get_submodule(tap.module) in inside for tap in taps) else model

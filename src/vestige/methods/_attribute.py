@@ -7,26 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from vestige.data import make_batch, plan_batches
 from vestige.errors import SpecError
-from vestige.gradients import CausalLoss
+from vestige.folders import partial_folder, remove_partial
+from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.index import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.lockstep import FSDP, decided
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
-from vestige.methods._partial import partial_folder, remove_partial
 from vestige.methods._plan import self_scores, summarised
 from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method
-from vestige.methods._randomised import randomised_correlation, without_weights
+from vestige.methods._randomised import QUERIES, ROWS, randomised_correlation, without_weights
 from vestige.methods._registry import get_method
 from vestige.methods._run_record import run_record
+from vestige.methods._sampled import sampled_scores
 from vestige.methods._sweep import Swept, member_folder, sweep
-from vestige.methods._trust import free_checks
+from vestige.methods._trust import free_checks, knowledge_check
+from vestige.models import batch_sharing
 from vestige.runs import (
     RECORD_FILE,
     Check,
@@ -35,6 +36,7 @@ from vestige.runs import (
     ScoreSummary,
     TokenScores,
     check_target,
+    sampled_rows,
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
@@ -71,12 +73,14 @@ def attribute(settings: AttributeSettings) -> Scores:
         record = run_record(settings, job, method, summary, checks, time.perf_counter() - started)
         others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
 
-    def write() -> None:
-        write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    def add(run: Path) -> None:
         for folder in others:
-            folder.rename(settings.out / folder.name)
-        write_profile(measured, settings.out)
-        remove_partial(settings)
+            folder.rename(run / folder.name)
+        write_profile(measured, run)
+
+    def write() -> None:
+        write_run(settings.out, record, tables, overwrite=settings.overwrite, add=add)
+        remove_partial(settings.out)
 
     decided(write)
     return Scores.open(settings.out)
@@ -125,7 +129,7 @@ def _write_others(
     """
     written = []
     for member, summary in zip(swept.members[1:], swept.summaries[1:], strict=True):
-        place = member_folder(partial_folder(settings), member.damping)
+        place = member_folder(partial_folder(settings.out), member.damping)
         own = {"damping": member.damping, "out": settings.out / place.name, "tokens": False, "self_influence": False}
         checks = free_checks(member.job, member.method, summary.ranked, losses=losses) if settings.trust else []
         tables = _tables(member.job, member.method, summary, generated, losses)
@@ -171,6 +175,11 @@ def _method(settings: AttributeSettings) -> Method:
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
         )
+    if settings.engine != "local" and not method.needs_gradients:
+        raise SpecError(
+            f"--engine {settings.engine} submits passes over gradients, and {settings.method} uses none: it scores in "
+            "this process. Drop --engine and what belongs to it."
+        )
     if settings.query_rank is not None and not method.needs_gradients:
         raise SpecError(
             f"--query-rank shortens the queries' gradients, and {settings.method} uses none. Drop --query-rank, or "
@@ -193,7 +202,8 @@ def _query_losses(job: Job) -> list[float] | None:
     losses = np.zeros(len(job.queries))
     objective, device = CausalLoss(job.settings.loss), next(job.loaded.model.parameters()).device
     with torch.no_grad():
-        for rows in plan_batches(job.queries.lengths, batch_tokens(job.settings, job.loaded)):
+        budget, sharing = batch_tokens(job.settings, job.loaded), batch_sharing(job.loaded.model)
+        for rows in plan_batches(job.queries.lengths, budget, sharing=sharing):
             batch = make_batch(job.queries, rows).to(device)
             losses[rows] = objective.losses(job.loaded.model, batch).float().cpu().numpy()
     return losses.tolist()
@@ -204,28 +214,8 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
     if job.loaded is None or not method.needs_model:
         return [without_weights(), *checks]
 
-    def score_rows(model: nn.Module, rows: np.ndarray, query_rows: np.ndarray) -> torch.Tensor:  # noqa: ARG001
-        rows = np.setdiff1d(rows, job.skipped)
-        return _scores_now(job, method, rows, query_rows)
-
-    correlation = randomised_correlation(
-        job.loaded.model,
-        score_rows,
-        examples=len(job.train),
-        queries=len(job.queries),
-        seed=job.settings.seed,
-    )
-    return [correlation, *checks]
-
-
-def _scores_now(job: Job, method: Method, rows: np.ndarray, queries: np.ndarray) -> torch.Tensor:
-    """Scores of a few rows for a few queries from the model as it is at this moment."""
-    if isinstance(method, GradientMethod):
-        return method.prepare(job).computed_now(rows, queries)
-    if isinstance(method, CheckpointMethod):
-        return method.computed_now(job, rows, queries)
-    small = Job(job.train.subset(rows), job.queries.subset(queries), job.settings, job.loaded, job.selection)
-    scores = torch.zeros(len(queries), len(rows))
-    for block in method.blocks(small):
-        scores[:, block.rows] = block.scores.float()
-    return scores
+    model, rows = job.loaded.model, np.setdiff1d(sampled_rows(len(job.train), ROWS), job.skipped)
+    score = partial(sampled_scores, job, rows, np.arange(min(len(job.queries), QUERIES)))
+    known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
+    correlation = randomised_correlation(model, score, len(rows), knowledge=known, seed=job.settings.seed)
+    return [correlation, *([] if known is None else [knowledge_check(known)]), *checks]

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.files import check_disk, make_folder
+from vestige.files import check_disk, make_folder, temporary_path
+from vestige.folders import partial_folder
 from vestige.index import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint, Weighting
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
 from vestige.methods._indexed_gradients import IndexedGradients
-from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import Prepared
 from vestige.methods._protocol import ComponentBlock, Job
 from vestige.methods._stores import GradientStore
@@ -55,12 +55,6 @@ class Term(Protocol):
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
         """Scores of a few rows, split over components; lines that are no sum over components may be left out."""
-        ...
-
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """Scores of a few rows from the model as it is at this moment, as if there were no other checkpoint."""
         ...
 
 
@@ -121,12 +115,6 @@ class CheckpointMethod(ABC):
         for rows, sums in self._sums(job, "self_scores", 1 + extra):
             yield ScoreBlock(rows, self.combined(job, sums, sums))
 
-    def computed_now(
-        self, job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """Scores by the last checkpoint alone, from the weights as they are at this moment."""
-        return self._term(job, len(job.checkpoints) - 1).computed_now(rows, queries)
-
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
         """Weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
         weights = self.weights(job.checkpoints)
@@ -141,7 +129,7 @@ class CheckpointMethod(ABC):
 
     def _kept(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
         """The numbers of one checkpoint, mapped; computed unless they lie on disk."""
-        path = partial_folder(job.settings) / f"{self._digest(job, number, what)}.npy"
+        path = partial_folder(job.settings.out) / f"{self._digest(job, number, what)}.npy"
         shape = (lines, len(job.train))
         if not path.exists():
             checkpoint = job.checkpoints[number]
@@ -228,7 +216,7 @@ def _made_index(job: Job, number: str) -> Index:
     settings = job.settings
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
     shared = {name: getattr(settings, name) for name in names}
-    folder = partial_folder(settings) / f"index-{number}"
+    folder = partial_folder(settings.out) / f"index-{number}"
     assert job.loaded is not None
     assert job.selection is not None
     made = IndexSettings(model=job.loaded.name, data=settings.data, out=folder, **shared)
@@ -259,7 +247,7 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
     """One file that is whole or absent."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         scored = 0

@@ -28,7 +28,7 @@ from vestige.index import batch_tokens
 from vestige.lockstep import dealt, decided
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import announce, format_bytes
 
 EXACT_SHARE = 0.4
@@ -45,6 +45,7 @@ class ExactGradients(InPieces):
         self._loaded: LoadedModel = job.model_for(job.settings.method)
         self.device = next(self._loaded.model.parameters()).device
         self._budget = batch_tokens(job.settings, self._loaded)
+        self._sharing = batch_sharing(self._loaded.model)
         self._objective = CausalLoss(job.settings.loss)
         self._shortened: tuple[Vectors, list[Gradients]] | None = None
 
@@ -56,7 +57,7 @@ class ExactGradients(InPieces):
         wanted = min(max(int(lengths.sum()) // 64, fewest), most)
         groups: list[list[np.ndarray]] = [[]]
         size = 0
-        for batch in plan_batches(lengths, self._budget):
+        for batch in plan_batches(lengths, self._budget, sharing=self._sharing):
             if size >= wanted:
                 groups.append([])
                 size = 0
@@ -108,7 +109,8 @@ class ExactGradients(InPieces):
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """A pass over just these rows."""
         wanted = np.asarray(rows)
-        batches = [wanted[batch] for batch in plan_batches(self._job.train.lengths[wanted], self._budget)]
+        planned = plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing)
+        batches = [wanted[batch] for batch in planned]
         parts = list(self._streamed(vectors, batches, norms))
         order = torch.argsort(torch.cat([part.rows for part in parts]))
         place = torch.argsort(torch.argsort(torch.as_tensor(np.asarray(rows)), stable=True), stable=True)
@@ -118,10 +120,6 @@ class ExactGradients(InPieces):
             torch.cat([part.scores for part in parts], dim=2)[:, :, order][:, :, place],
             None if lengths is None else lengths[order][place],
         )
-
-    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """The same: nothing is stored."""
-        return self.products(vectors, rows, norms=norms)
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Exact squared norms by ghost products, no gradient kept."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.index import batch_tokens
 from vestige.methods._protocol import Job
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, acts_in_forward, batch_sharing
 
 Pooling = Literal["mean", "sum", "last"]
 
@@ -47,8 +47,14 @@ def pooling_weights(
 def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Iterator[Batch]:
     """The rows in batches of the token budget, on the model's device, longest first."""
     device = next(loaded.model.parameters()).device
-    for places in plan_batches(data.lengths[rows], batch_tokens(job.settings, loaded)):
+    budget = batch_tokens(job.settings, loaded)
+    for places in plan_batches(data.lengths[rows], budget, sharing=batch_sharing(loaded.model)):
         yield make_batch(data, rows[places]).to(device)
+
+
+def shortest_forward(model: nn.Module) -> nn.Module:
+    """The model without its head; the whole model if it has an adapter that acts in PEFT's own forward pass."""
+    return model if acts_in_forward(model) else backbone(model)
 
 
 def backbone(model: nn.Module) -> nn.Module:

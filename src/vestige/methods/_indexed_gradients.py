@@ -13,6 +13,7 @@ from vestige.data import TokenizedData, plan_batches
 from vestige.index import CompressedGradients, Index, IndexBlock, IndexedComponent
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
+from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.timing import timed
 
@@ -61,7 +62,8 @@ class IndexedGradients(InPieces):
             loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
         )
         with compute:
-            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget))
+            sharing = batch_sharing(loaded.model)
+            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
         gradients = torch.empty_like(content.gradients)
         gradients[content.example] = content.gradients
         return gradients
@@ -118,11 +120,6 @@ class IndexedGradients(InPieces):
             gradients = self._compressed(data, apart).unflatten(1, (len(parts), width))
             scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
         return torch.cat(scores, dim=2)
-
-    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """The same from gradients computed anew."""
-        gradients = torch.cat(self.of_queries(self._job.train.subset(rows)), dim=1)
-        return self._products(vectors, rows, gradients, norms)
 
     def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
         pairs = zip(vectors, self.columns, strict=True)

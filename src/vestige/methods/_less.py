@@ -23,7 +23,7 @@ from vestige.methods._prepared import HELPS, unit_length
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import Vectors
-from vestige.models import LoadedModel
+from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning, ScoreBlock
 
@@ -91,9 +91,10 @@ class Less(CheckpointMethod):
             raise ModelError("LESS reads Adam's state beside the weights: give checkpoint folders, not live models.")
         found = read_adam(Path(checkpoint.source).expanduser(), loaded.model)
         moments = [component_moments(loaded.model, part, found) for part in job.components]
-        store = ExactGradients(job)
-        vectors = _grouped(store.of_queries(job.queries), self._groups(job))
-        return LessTerm(job, loaded, store, moments, vectors)
+        if job.randomised:
+            moments = _measured(job, moments)
+        vectors = _grouped(ExactGradients(job).of_queries(job.queries), self._groups(job))
+        return LessTerm(job, loaded, moments, vectors)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
         """Refused: preconditioned on one side and divided by both lengths, it ranks no example above another.
@@ -140,7 +141,6 @@ class LessTerm:
 
     job: Job
     loaded: LoadedModel
-    store: ExactGradients
     moments: list[Moments]
     vectors: Vectors
     """Mean gradient of each line's queries, at length one over all components."""
@@ -159,17 +159,7 @@ class LessTerm:
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
         """A pass over just these rows."""
-        return self._of_rows(rows, self.vectors)
-
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """From the weights as they are, with Adam's state as it was; each query by itself."""
-        vectors = unit_length(self.store.of_queries(self.job.queries.subset(queries)))
-        return self._of_rows(rows.tolist(), vectors).sum(0)
-
-    def _of_rows(self, rows: list[int], vectors: Vectors) -> Float[Tensor, "component line row"]:
-        found = list(self._streamed(self.job.train.subset(rows), vectors))
+        found = list(self._streamed(self.job.train.subset(rows), self.vectors))
         order = torch.argsort(torch.cat([places for places, _ in found]))
         return torch.cat([parts for _, parts in found], dim=2)[:, :, order]
 
@@ -177,19 +167,51 @@ class LessTerm:
         self, data: TokenizedData, vectors: Vectors
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
         """Cosines, split over components, a few examples at a time: whole gradients are large."""
-        components = self.job.components
         device = next(self.loaded.model.parameters()).device
-        most = max(1, WHOLE_NUMBERS // sum(part.size for part in components))
-        sink, targets = GradientSink(components), torch.as_tensor(data.target_counts > 0, device=device)
-        with GradientPass(self.loaded.model, components, CausalLoss("mean")) as gradient_pass:
-            for batch in plan_batches(data.lengths, batch_tokens(self.job.settings, self.loaded), most):
-                sink.begin(len(batch), device)
-                gradient_pass.run(make_batch(data, batch).to(device), sink)
-                parts, squared = [], torch.zeros(len(batch), device=device)
-                for gradient, moments, vector in zip(sink.gradients, self.moments, vectors, strict=True):
-                    step = adam_direction(gradient, moments).flatten(1)
-                    parts.append(vector @ step.T)
-                    squared += step.square().sum(1)
-                # Momentum alone is no influence of an example that has nothing to learn.
-                shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[torch.as_tensor(batch)]
-                yield torch.as_tensor(batch), (torch.stack(parts) * shares).cpu()
+        targets = torch.as_tensor(data.target_counts > 0, device=device)
+        for batch, gradients in _whole_gradients(self.job, data):
+            parts, squared = [], torch.zeros(len(batch), device=device)
+            for gradient, moments, vector in zip(gradients, self.moments, vectors, strict=True):
+                step = adam_direction(gradient, moments).flatten(1)
+                parts.append(vector @ step.T)
+                squared += step.square().sum(1)
+            # Momentum alone is no influence of an example that has nothing to learn.
+            shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[torch.as_tensor(batch)]
+            yield torch.as_tensor(batch), (torch.stack(parts) * shares).cpu()
+
+
+def _whole_gradients(
+    job: Job, data: TokenizedData
+) -> Iterator[tuple[Int[np.ndarray, "row"], Sequence[Float[Tensor, "row out in"]]]]:
+    """Gradients of mean losses, one matrix for each component and example, a few examples at a time."""
+    components, loaded = job.components, job.model_for("less")
+    device = next(loaded.model.parameters()).device
+    most, sink = max(1, WHOLE_NUMBERS // sum(part.size for part in components)), GradientSink(components)
+    with GradientPass(loaded.model, components, CausalLoss("mean")) as gradient_pass:
+        budget, sharing = batch_tokens(job.settings, loaded), batch_sharing(loaded.model)
+        for batch in plan_batches(data.lengths, budget, most, sharing=sharing):
+            sink.begin(len(batch), device)
+            gradient_pass.run(make_batch(data, batch).to(device), sink)
+            yield batch, sink.gradients
+
+
+def _measured(job: Job, read: Sequence[Moments]) -> list[Moments]:
+    """Adam's moments as the training data would leave them at the model as it is.
+
+    The mean gradient, and the mean of its entries' squares, each as large as the one that was read.
+    """
+    first = [torch.zeros_like(moments.first) for moments in read]
+    second = [torch.zeros_like(moments.second) for moments in read]
+    for _, gradients in _whole_gradients(job, job.train):
+        for gradient, mean, squares in zip(gradients, first, second, strict=True):
+            mean += gradient.sum(0)
+            squares += gradient.square().sum(0)
+    return [
+        moments._replace(first=_as_large(mean, moments.first), second=_as_large(squares, moments.second))
+        for moments, mean, squares in zip(read, first, second, strict=True)
+    ]
+
+
+def _as_large(values: Float[Tensor, "out in"], like: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    length = values.norm()
+    return values * (like.norm() / length) if length > 0 else values

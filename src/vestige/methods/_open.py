@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from vestige.data import Example, TokenizedData, load_examples, load_queries, tokenize, tokenize_stored
+from vestige.data import (
+    Example,
+    TokenizedData,
+    ask,
+    load_examples,
+    load_queries,
+    require_answers,
+    tokenize,
+    tokenize_stored,
+)
 from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.folders import partial_folder
 from vestige.index import (
     TOKENS,
     Index,
@@ -24,7 +34,6 @@ from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
-from vestige.methods._partial import partial_folder
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
@@ -34,10 +43,11 @@ from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 
 @dataclass(frozen=True)
 class Question:
-    """The queries with their answers, and which of these the model gave."""
+    """The queries with their answers, which of these the model gave, and how prompts were put."""
 
     examples: list[Example]
     generated: list[bool]
+    asked: str = ""
 
 
 @contextmanager
@@ -50,15 +60,18 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
     else:
         refuse_checkpoints(settings)
     index = Index.open(settings.index) if settings.index is not None else None
+    typed = settings.chat
     if index is not None:
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
+    settings = settings.model_copy(update={"chat": bool(settings.chat)})
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     loaded = _load(settings, method, index)
-    question = _answered(settings, load_queries(settings.queries), loaded)
-    queries = _tokenised_queries(settings, question.examples, loaded)
     selection = _selection(settings, method, loaded, index)
     train = _training_data(settings, loaded, index)
-    job = Job(train, queries, settings, loaded, selection, index, checkpoints)
+    question = _answered(settings, given, loaded, train, typed)
+    queries = _tokenised_queries(settings, question, loaded)
+    job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=question.asked)
     if index is None and method.needs_gradients and not _is_exact(job, method):
         if settings.query_rank is not None:
             raise SpecError(
@@ -86,7 +99,7 @@ def _require_recomputable(index: Index, method: Method) -> None:
 def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:
     """What the index was made with decides how text becomes tokens and what the loss is."""
     manifest = index.manifest
-    fixed = {"loss": manifest.loss, "max_length": manifest.max_length, "chat": manifest.chat}
+    fixed = {"loss": manifest.loss, "max_length": manifest.max_length}
     default = {name: AttributeSettings.model_fields[name].default for name in fixed}
     for name, value in fixed.items():
         if getattr(settings, name) not in (value, default[name]):
@@ -94,7 +107,7 @@ def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSe
                 f"The index {index.folder} was made with {name}={value}, asked for was {getattr(settings, name)}. "
                 f"Leave it out, or make another index with it."
             )
-    return settings.model_copy(update=fixed)
+    return settings.model_copy(update=fixed | ({"chat": manifest.chat} if settings.chat is None else {}))
 
 
 def _load(settings: AttributeSettings, method: Method, index: Index | None) -> LoadedModel | None:
@@ -113,25 +126,28 @@ def _load(settings: AttributeSettings, method: Method, index: Index | None) -> L
     return loaded
 
 
-def _answered(settings: AttributeSettings, queries: list[Example], loaded: LoadedModel | None) -> Question:
-    """The queries, those without an answer continued by the model, as `--answer` says."""
-    asked = [_without_answer(query) for query in queries] if settings.answer == "generate" else queries
-    waiting = [_lacks_answer(query) for query in asked]
+def _answered(
+    settings: AttributeSettings,
+    queries: list[Example],
+    loaded: LoadedModel | None,
+    train: TokenizedData,
+    chat: bool | None,
+) -> Question:
+    """The queries put as the data are, or as `chat` says, those without an answer continued by the model."""
+    asked, how = queries, ""
+    if loaded is not None:
+        asked, how = ask(queries, train.examples, chat=chat, tokenizer=loaded.tokenizer)
+    asked = [_without_answer(query) for query in asked] if settings.answer == "generate" else asked
+    waiting = [query.lacks_answer for query in asked]
     if settings.answer == "given" and any(waiting):
         missing = asked[waiting.index(True)].id
         raise DataError(
             f'Query "{missing}" has no answer, and --answer given was asked for. Add a `completion`, or drop --answer.'
         )
     if not any(waiting) or loaded is None:
-        return Question(asked, [False] * len(asked))
-    answered = generate_answers(loaded, asked, max_new_tokens=settings.max_new_tokens, chat=settings.chat)
-    return Question(answered, waiting)
-
-
-def _lacks_answer(query: Example) -> bool:
-    if query.messages:
-        return query.messages[-1].role != "assistant"
-    return query.prompt is not None and query.completion is None
+        return Question(asked, [False] * len(asked), how)
+    answered = generate_answers(loaded, asked, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
+    return Question(answered, waiting, how)
 
 
 def _without_answer(query: Example) -> Example:
@@ -140,30 +156,19 @@ def _without_answer(query: Example) -> Example:
     return replace(query, completion=None) if query.prompt is not None else query
 
 
-def _tokenised_queries(
-    settings: AttributeSettings, examples: list[Example], loaded: LoadedModel | None
-) -> TokenizedData:
+def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: LoadedModel | None) -> TokenizedData:
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
-        return _text_only(examples, str(name))
+        return _text_only(question.examples, str(name))
     queries = tokenize(
-        examples,
+        question.examples,
         loaded.tokenizer,
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
-        chat=settings.chat,
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
     )
-    empty = np.flatnonzero(queries.target_counts == 0)
-    if len(empty):
-        cut = (
-            " It is longer than the model's context, so nothing of the answer was left."
-            if (queries.truncated[empty[0]])
-            else ""
-        )
-        raise DataError(
-            f'Query "{examples[empty[0]].id}" has no token to explain: expected a `text`, a `prompt` with a '
-            f"`completion`, or messages that end with the assistant's.{cut}"
-        )
+    require_answers(queries, question.generated, loaded.tokenizer)
     return queries
 
 
@@ -179,9 +184,13 @@ def _selection(
 
 def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
     if loaded is None:
-        examples = index.examples() if index is not None else load_examples(settings.data, limit=settings.limit)
+        examples = (
+            index.examples()
+            if index is not None
+            else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+        )
         return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
-    tokens = partial_folder(settings) / TOKENS
+    tokens = partial_folder(settings.out) / TOKENS
     if index is None:
         return read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
@@ -201,7 +210,8 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
-                f"The tokenizer gives other tokens than when {index.folder} was made. Give the one it was made with "
+                f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
+                "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
                 "as --tokenizer, or make another index."
             )
     return train
@@ -224,7 +234,7 @@ def _is_exact(job: Job, method: Method) -> bool:
 
 def _temporary_index(job: Job) -> Index:
     """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
-    settings, folder = job.settings, partial_folder(job.settings) / "index"
+    settings, folder = job.settings, partial_folder(job.settings.out) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
     shared = {name: getattr(settings, name) for name in names}

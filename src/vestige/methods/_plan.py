@@ -19,9 +19,9 @@ import torch
 
 from vestige.data import Example, StoredExamples
 from vestige.errors import NonFinite
+from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, piece_blocks
 from vestige.methods._protocol import Job, Method
 from vestige.methods._query_vectors import KeptVectors, QueryVectors
@@ -94,9 +94,9 @@ class BlocksPlan(Generic[Result]):
         return self.collect(ScoreBlock(**self._files.read(piece)) for piece in range(self.pieces))
 
     def run(self, settings: AttributeSettings) -> Result:
-        """The result; a job of a single piece leaves nothing on disk, one of several continues where it was killed."""
+        """The result; a single piece leaves nothing on disk here, several continue where they were killed."""
         with phase(self.name, self.unit) as done:
-            if self.pieces == 1:
+            if self.pieces == 1 and settings.engine == "local":
                 done.append(self.rows[0] * self.lines)
                 return self.collect(self._watched())
             self._files.forget_damaged(range(self.pieces))
@@ -158,7 +158,7 @@ def summarised_sets(
     plan = BlocksPlan(
         "Scoring",
         "train x query pairs",
-        partial_folder(job.settings),
+        partial_folder(job.settings.out),
         _rows(store),
         sets * len(job.queries),
         lambda: partial(piece_blocks, store, vectors, cosine),
@@ -196,7 +196,7 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
     plan = BlocksPlan(
         "Self-influence",
         "examples",
-        partial_folder(job.settings),
+        partial_folder(job.settings.out),
         _rows(store),
         1,
         lambda: method.self_blocks(job),
@@ -225,7 +225,7 @@ def unscorable(job: Job) -> tuple[int, ...]:
     def collect(found: Iterable[ScoreBlock]) -> tuple[int, ...]:
         return tuple(sorted(row for block in found for row in block.rows[block.scores[0] == 0].tolist()))
 
-    folder, identity = partial_folder(job.settings), digest(settings_key(job), store.identity)
+    folder, identity = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
     return BlocksPlan("Checking", "examples", folder, _rows(store), 1, lambda: blocks, collect, identity).run(
         job.settings
     )
@@ -261,7 +261,7 @@ def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> Kep
     if store.pieces == 1:
         prepared = method.prepare(job)
         return KeptVectors(prepared.vectors, prepared.cosine)
-    folder = partial_folder(job.settings)
+    folder = partial_folder(job.settings.out)
     files = PieceFiles(folder / "vectors", digest(settings_key(job), store.identity))
     return QueryVectors(folder, files, len(job.queries), lambda: method.prepare(job), store.device).run()
 

@@ -12,10 +12,10 @@ import torch
 from vestige.curvature import CurvatureData, Labels, Work
 from vestige.data import TokenizedData
 from vestige.errors import UserError
+from vestige.folders import partial_folder
 from vestige.index import batch_tokens
 from vestige.launch import worker_command
 from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._partial import partial_folder
 from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job
 from vestige.methods._stores import Vectors
@@ -109,7 +109,7 @@ def curvature_folder(job: Job) -> Path | None:
     """
     if job.index is not None:
         return job.index.folder / "curvature"
-    return partial_folder(job.settings) / "curvature" if ExactGradients(job).pieces > 1 else None
+    return partial_folder(job.settings.out) / "curvature" if ExactGradients(job).pieces > 1 else None
 
 
 def curvature_work(job: Job) -> Work:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from vestige.methods._exact_gradients import ExactGradients
@@ -46,14 +45,6 @@ class Prepared:
         products = self.store.products(self.vectors, distinct.tolist(), norms=self.cosine)
         scores = _divided(products.scores, products.norms)
         return ComponentBlock([part.name for part in self.job.components], scores[:, queries, place].T)
-
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """Scores from the model as it is at this moment, with the curvature that was measured before."""
-        vectors = self.transform(self.store.of_queries(self.job.queries.subset(queries)))
-        products = self.store.computed_now(vectors, rows.tolist(), norms=self.cosine)
-        return _divided(products.scores.sum(0), products.norms)
 
     def direction(self, query: int) -> list[Tensor]:
         """The matrices whose inner product with an example's gradient is the score, before any division."""

@@ -35,6 +35,10 @@ class Job:
     """For methods over several models: all of them; the last one's is `loaded`."""
     left_out: tuple[int, ...] = ()
     """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was asked for."""
+    randomised: bool = False
+    """Whether the model's weights were replaced by noise: a file beside its checkpoint then is not about this model."""
+    asked: str = ""
+    """How questions were put, in words, where they became something else than what was typed."""
 
     @property
     def skipped(self) -> tuple[int, ...]:

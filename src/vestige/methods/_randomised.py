@@ -11,18 +11,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.errors import NonFinite
+from vestige.gradients import Knowledge
 from vestige.models import everything_of, own_part, write_own_part
-from vestige.runs import Check, sampled_rows
+from vestige.runs import Check
 
 ROWS = 64
 """Training rows scored twice: the standard error of a rank correlation is then 1/8."""
 
 QUERIES = 4
+FEWEST_ROWS = 8
 
 CORRELATION_WARNS = 0.5
 """Above it, more than a quarter of the ranks' variance is explained without any learned weight. Some agreement is
@@ -31,13 +33,11 @@ expected of any method: length and shared tokens shape gradients whatever the we
 NAME = "randomised-model correlation"
 
 
-class ScoreRows(Protocol):
-    """Scores some rows for some queries with the method of the run, on the model that it is given."""
+class ScoreSample(Protocol):
+    """Scores the rows and queries of the check with the method of the run, by the model as it is."""
 
-    def __call__(
-        self, model: nn.Module, rows: Int[np.ndarray, "row"], query_rows: Int[np.ndarray, "query"], /
-    ) -> Float[Tensor, "query row"]:
-        """Scores `[query, row]`."""
+    def __call__(self, *, randomised: bool = False) -> Float[Tensor, "query row"]:
+        """Return the scores; `randomised` says that the weights were replaced by noise."""
         ...
 
 
@@ -72,26 +72,36 @@ def _noise_like(parameter: Tensor, key: str) -> Tensor:
 
 
 def randomised_correlation(
-    model: nn.Module, score_rows: ScoreRows, *, examples: int, queries: int, seed: int = 0
+    model: nn.Module, score: ScoreSample, rows: int, *, knowledge: Knowledge | None = None, seed: int = 0
 ) -> Check:
-    """Mean Spearman correlation, over a few queries, of the scores with those from randomised weights.
+    """Return the mean Spearman correlation, over a few queries, of scores with those from randomised weights.
 
-    Scores `ROWS` training rows, the same in every run, for the first `QUERIES` queries, twice.
+    Args:
+        model: Whose weights are replaced by noise for the second of two calls of `score`.
+        score: The method on a sample of the training rows, with everything that it measures on the model.
+        rows: How many rows these are.
+        knowledge: Of a model that has learned nothing the scores say nothing, however they change with its weights.
+        seed: Of the noise.
     """
-    rows = sampled_rows(examples, ROWS)
-    query_rows = np.arange(min(queries, QUERIES))
-    if len(rows) < 8:
+    if rows < FEWEST_ROWS:
         return Check(
             name=NAME, value=None, reading="There are too few training examples to correlate.", verdict="unknown"
         )
-    learned = score_rows(model, rows, query_rows)
+    learned = score()
     try:
         with randomised(model, seed):
-            random = score_rows(model, rows, query_rows)
+            random = score(randomised=True)
     except NonFinite:
         # Noise may overflow where learned weights do not: that says nothing about the scores.
         random = torch.full_like(learned, torch.nan)
-    return correlation_check(learned.double().cpu().numpy(), random.double().cpu().numpy())
+    check = correlation_check(learned.double().cpu().numpy(), random.double().cpu().numpy())
+    if check.verdict == "warn" or knowledge is None or knowledge.learned:
+        return check
+    value = "" if check.value is None else f" (rank correlation {check.value:.2f})"
+    reading = (
+        f"The model has learned nothing of these texts, so random weights in place of its own{value} prove nothing."
+    )
+    return check.model_copy(update={"reading": reading, "verdict": "warn"})
 
 
 def correlation_check(learned: Float[np.ndarray, "query row"], random: Float[np.ndarray, "query row"]) -> Check:

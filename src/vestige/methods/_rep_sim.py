@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, backbone, batches, pooled
+from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
@@ -77,7 +77,9 @@ def _hidden_states(model: nn.Module, batch: Batch, layer: int | None) -> Float[T
         SpecError: the model has no such layer.
         ModelError: the model does not return hidden states.
     """
-    output = backbone(model)(input_ids=batch.input_ids, use_cache=False, output_hidden_states=layer is not None)
+    run = shortest_forward(model)
+    every = layer is not None or run is model
+    output = run(input_ids=batch.input_ids, use_cache=False, output_hidden_states=every)
     if layer is None and getattr(output, "last_hidden_state", None) is not None:
         return output.last_hidden_state
     states = getattr(output, "hidden_states", None)

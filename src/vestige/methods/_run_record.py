@@ -16,9 +16,9 @@ from vestige.runs import (
     SkippedRecord,
     TrustRecord,
     environment,
-    peak_memory_bytes,
 )
 from vestige.settings import AttributeSettings
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 
 def run_record(
@@ -41,6 +41,7 @@ def run_record(
         model=_model_record(job),
         data=_data_record(job.train),
         queries=_data_record(job.queries),
+        asked=job.asked,
         left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=[
             CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
@@ -52,6 +53,7 @@ def run_record(
         components=[part.name for part in job.components] if split else [],
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(validated=False, checks=checks),
         distribution=dict(zip(ids, summary.distribution, strict=True)),
         groups=dict(zip(ids, summary.groups, strict=True)),

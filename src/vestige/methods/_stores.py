@@ -73,10 +73,6 @@ class GradientStore(Protocol):
         """The scores of a few rows, split over components."""
         ...
 
-    def computed_now(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """`products` from the model as it is at this moment, whatever is stored."""
-        ...
-
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """The matrices whose inner product with an example's gradient is that query's score."""
         ...

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vestige.data import Batch, TokenizedData, make_batch, plan_batches
 from vestige.gradients import Reduction, token_losses
-from vestige.models import Component, parameter_view
+from vestige.models import Component, batch_sharing, parameter_view
 
 
 class RowTokens(NamedTuple):
@@ -46,7 +46,7 @@ def token_scores(
         tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
         parameter_view(model, component, tangent).copy_(matrix.to(device))
     lengths = data.lengths[np.asarray(rows, dtype=np.int64)]
-    for places in plan_batches(lengths, token_budget):
+    for places in plan_batches(lengths, token_budget, sharing=batch_sharing(model)):
         chosen = [rows[place] for place in places]
         derivatives = _derivatives(model, tangents, make_batch(data, chosen).to(device)).double().cpu().numpy()
         for row, values in zip(chosen, derivatives, strict=True):

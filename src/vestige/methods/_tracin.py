@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vestige.methods._checkpoints import Checkpoint
@@ -64,9 +62,3 @@ class GradientTerm:
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Inner products component by component."""
         return prepared_parts(self.prepared, rows)
-
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """From the weights as they are."""
-        return torch.as_tensor(self.prepared.computed_now(rows, queries))

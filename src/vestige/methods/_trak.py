@@ -26,6 +26,7 @@ from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import Vectors
+from vestige.models import batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning
 
@@ -183,15 +184,6 @@ class TrakTerm:
         products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
         return products * self._stored_factors(rows)
 
-    def computed_now(
-        self, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-    ) -> Float[Tensor, "query row"]:
-        """From the weights as they are, with the kernel as it was."""
-        vectors = self.store.split(self._preconditioned(self.job.queries.subset(queries)))
-        products = self.store.computed_now(vectors, rows.tolist(), norms=False)
-        # The factors 1 / (1 - p) and 1 - p of the same model cancel.
-        return products.scores.sum(0) * self.features.per_token(self.features.target_counts[rows])
-
     def _preconditioned(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
         scale = self.features.per_token(queries.target_counts) / doubt(_mean_losses(self.job, queries))
         features = self.features.projected(_joined(self.store.of_queries(queries))) * scale[:, None]
@@ -217,7 +209,7 @@ def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
     device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
     losses = torch.zeros(len(data))
     with torch.no_grad():
-        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded)):
+        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded), sharing=batch_sharing(loaded.model)):
             batch = make_batch(data, rows).to(device)
             losses[torch.as_tensor(rows)] = objective.losses(loaded.model, batch).float().cpu()
     return losses

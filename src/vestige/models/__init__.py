@@ -1,5 +1,6 @@
 """Loading models, choosing components, fine-tuning."""
 
+from vestige.models._adapter import acts_in_forward as acts_in_forward
 from vestige.models._components import WORDS as WORDS
 from vestige.models._components import layer_number as layer_number
 from vestige.models._components import parameter_words as parameter_words
@@ -20,6 +21,8 @@ from vestige.models._layer_kinds import parameter_view as parameter_view
 from vestige.models._load import Precision as Precision
 from vestige.models._load import context_length as context_length
 from vestige.models._load import load_model as load_model
+from vestige.models._load import load_tokenizer as load_tokenizer
+from vestige.models._sharing import batch_sharing as batch_sharing
 from vestige.models._source import find_source as find_source
 from vestige.models._training import Recipe as Recipe
 from vestige.models._training import Step as Step
@@ -30,6 +33,7 @@ from vestige.models._transformers import quiet_transformers as quiet_transformer
 from vestige.models._transformers import read_tokenizer as read_tokenizer
 from vestige.models._types import Component as Component
 from vestige.models._types import CoverageRow as CoverageRow
+from vestige.models._types import LayerKind as LayerKind
 from vestige.models._types import LoadedModel as LoadedModel
 from vestige.models._types import Selection as Selection
 from vestige.models._types import Use as Use

@@ -5,12 +5,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from vestige.errors import SpecError
+from vestige.models._adapter import adapter_kind, adapter_parameters, unsupported_adapter
 from vestige.models._layer_kinds import OwnedParameter, components_of, layer_kind
 from vestige.models._types import Component, CoverageRow, LayerKind, Selection
+from vestige.progress import announce
 
 WORDS = {
     "attention": "weights and biases of the attention blocks",
@@ -18,9 +21,10 @@ WORDS = {
     "embedding": "token and position embeddings",
     "head": "the output layer, where it is not tied to the embedding",
     "norm": "scales and shifts of LayerNorm and RMSNorm",
-    "lora": "the matrices of a PEFT LoRA adapter",
+    "lora": "the matrices of a PEFT LoRA adapter, and the magnitudes of DoRA",
+    "adapter": "all that a PEFT adapter has trained, its modules_to_save and biases too",
     "all": "everything that has a rule",
-    "default": "lora for an adapter, attention and mlp otherwise",
+    "default": "lora for a LoRA adapter, adapter for any other, attention and mlp otherwise",
 }
 _ATTENTION = re.compile(
     r"(^|\.)(self_)?(attn|attention|selfattention|encdecattention|crossattention)(\.|$)", re.IGNORECASE
@@ -31,8 +35,8 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _LAYERS_PATTERN = re.compile(r"layers?\s+(\d+)(?:\s*-\s*(\d+))?")
 
 
-Kinds = Mapping[str, Set[LayerKind | None]]
-"""Parameter name -> the layer rules of the modules that own it."""
+Kinds = Mapping[str, Set[LayerKind | Literal["adapter"] | None]]
+"""Parameter name -> the layer rules of the modules that own it, and whether an adapter trains it."""
 
 
 def layer_number(name: str) -> int | None:
@@ -48,24 +52,55 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
     those blocks; alone it means `default` within them), any of the former with a leading `!` (leaves those out), or
     `@FILE`: a text file of patterns, one a line, lines that begin with # aside.
 
+    What an adapter has trained and the default leaves out is announced.
+
     Raises:
-        SpecError: a pattern matches nothing, nothing is left, or a file is not there or empty.
+        SpecError: a pattern matches nothing, nothing is left, a file is not there, or an adapter's kind has no rule.
     """
     rows: list[CoverageRow] = []
     components: list[Component] = []
     chosen = _matching_names(model, patterns)
+    trained, unsupported = adapter_parameters(model), unsupported_adapter(model)
     for owned in _owned_parameters(model):
         found, reason = components_of(model, owned)
+        if unsupported and owned.name in trained:
+            found, reason = [], f"no rule for what an adapter of the kind {unsupported} trains"
         if found and owned.name not in chosen:
             found, reason = [], "not selected"
         components += found
         rows.append(CoverageRow(owned.name, owned.parameter.numel(), bool(found), reason))
+    if tuple(patterns) == ("default",):
+        _report_adapter(model, [row for row in rows if row.name in trained and not row.selected], bool(components))
     if not components:
         raise SpecError(
             f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "
             f"Words: {', '.join(WORDS)}; or a glob over names such as {rows[0].name if rows else 'model.*'!r}."
         )
     return Selection(tuple(components), tuple(rows))
+
+
+def _report_adapter(model: nn.Module, left: Sequence[CoverageRow], selected: bool) -> None:
+    """Announce what the model's adapter has trained and the default leaves out.
+
+    Raises:
+        SpecError: It is all of it.
+    """
+    if not left:
+        return
+    kind, first = adapter_kind(model), left[0]
+    if not selected:
+        raise SpecError(
+            f"This is a PEFT adapter of the kind {kind}, and Vestige has no rule for what it has trained, such as "
+            f"{first.name} ({first.reason}). It takes LoRA, DoRA, activated LoRA and LN_TUNING. To attribute to the "
+            "frozen weights beneath the adapter instead, name them: --components attention mlp; or merge it into its "
+            "base with merge_and_unload(), and save and give that."
+        )
+    rule = next((row for row in left if row.reason == "not selected"), None)
+    advice = "Select them too with --components adapter." if rule else f"There is {first.reason}."
+    announce(
+        f"The {kind} adapter has trained {sum(row.parameters for row in left):,} more parameters, such as "
+        f"{(rule or first).name}, which are not attributed to. {advice}"
+    )
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
@@ -80,20 +115,25 @@ def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
 
 
 def parameter_words(model: nn.Module) -> dict[str, str]:
-    """Every parameter's name and the one word it falls under: lora, norm, embedding, head, attention, mlp or other.
+    """Every parameter's name and the one word it falls under, `other` if none.
 
     A parameter without a rule is told by its name and by the module that holds it, like any other.
     """
     kinds = _kinds(model)
-    words = ("lora", "norm", "embedding", "head", "attention", "mlp")
+    words = ("lora", "adapter", "norm", "embedding", "head", "attention", "mlp")
     return {
-        name: next((word for word in words if _has_word(word, name, found, kinds)), "other")
-        for name, found in kinds.items()
+        name: next((word for word in words if _has_word(word, name, found)), "other") for name, found in kinds.items()
     }
 
 
 def _kinds(model: nn.Module) -> Kinds:
-    return {owned.name: {layer_kind(module) for _, module, _ in owned.owners} for owned in _owned_parameters(model)}
+    trained = adapter_parameters(model)
+    kinds: dict[str, Set[LayerKind | Literal["adapter"] | None]] = {}
+    for owned in _owned_parameters(model):
+        kinds[owned.name] = {layer_kind(module) for _, module, _ in owned.owners}
+        if owned.name in trained:
+            kinds[owned.name] |= {"adapter"}
+    return kinds
 
 
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -139,7 +179,8 @@ def _of_file(pattern: str) -> list[str]:
 def _names_of(pattern: str, kinds: Kinds) -> set[str]:
     """Names that one word or glob stands for."""
     if pattern in WORDS:
-        return {name for name, found in kinds.items() if _has_word(pattern, name, found, kinds)}
+        words = _default_words(kinds) if pattern == "default" else (pattern,)
+        return {name for name, found in kinds.items() if any(_has_word(word, name, found) for word in words)}
     names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern)}
     if not names:
         near = get_close_matches(pattern, [*WORDS, *kinds], n=1, cutoff=0.4)
@@ -151,16 +192,20 @@ def _names_of(pattern: str, kinds: Kinds) -> set[str]:
     return names
 
 
-def _has_word(word: str, name: str, found: Set[LayerKind | None], kinds: Kinds) -> bool:
-    is_norm, is_embedding = "norm" in found, "embedding" in found
+def _default_words(kinds: Kinds) -> tuple[str, ...]:
+    if any(".lora_" in name for name in kinds):
+        return ("lora",)
+    return ("adapter",) if any("adapter" in found for found in kinds.values()) else ("attention", "mlp")
+
+
+def _has_word(word: str, name: str, found: Set[LayerKind | Literal["adapter"] | None]) -> bool:
     is_lora = ".lora_" in name
-    if word == "default":
-        adapter = any(".lora_" in other for other in kinds)
-        return is_lora if adapter else any(_has_word(part, name, found, kinds) for part in ("attention", "mlp"))
+    is_norm, is_embedding = "norm" in found and not is_lora, "embedding" in found
     block = not is_norm and not is_embedding
     return {
         "all": True,
         "lora": is_lora,
+        "adapter": "adapter" in found,
         "norm": is_norm,
         "embedding": is_embedding,
         "head": block and bool(_HEAD.search(name)) and layer_number(name) is None,

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vestige.data import TokenizedData, plan_batches
 from vestige.errors import DataError, ModelError, SpecError
+from vestige.models._sharing import batch_sharing
 from vestige.models._training import Recipe, Step, train
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
@@ -69,7 +70,8 @@ def finetune(
     out = Path(out)
     if out.exists():
         raise ModelError(f"{out} exists already. Give another folder, or delete it to train again.")
-    batches = [rows for rows in plan_batches(data.lengths, token_budget) if data.target_counts[rows].any()]
+    planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(loaded.model))
+    batches = [rows for rows in planned if data.target_counts[rows].any()]
     if not batches:
         raise DataError(f"{data.name}: no example has a target token, so there is nothing to learn.")
     model = trainable_copy(loaded, lora_rank=lora_rank, seed=seed)

@@ -11,8 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vestige.data import Example, Message, TokenizedData, plan_batches, tokenize
+from vestige.data import Example, Message, Sharing, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
+from vestige.models._adapter import acts_in_forward
+from vestige.models._sharing import batch_sharing
 from vestige.models._types import LoadedModel
 from vestige.progress import progress
 
@@ -38,7 +40,7 @@ def generate_answers(
         ModelError: The model cannot generate, or has no tokenizer.
         DataError: A prompt is empty or fills the model's context.
     """
-    waiting = [number for number, example in enumerate(examples) if _awaits_answer(example)]
+    waiting = [number for number, example in enumerate(examples) if example.lacks_answer]
     answered = list(examples)
     if not waiting:
         return answered
@@ -95,7 +97,9 @@ def answer_prompts(
     drawn = _Drawn(temperature, seeds) if temperature > 0 else None
     found: dict[int, Answer] = {}
     with progress(len(prompts), "Generating answers", unit="prompts") as counter:
-        for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, _BATCH_EXAMPLES):
+        # Prompts that are continued together are as long as the longest of them, and grow on the way.
+        alone = acts_in_forward(loaded.model) or batch_sharing(loaded.model) != Sharing()
+        for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, 1 if alone else _BATCH_EXAMPLES):
             for row, answer in zip(rows.tolist(), _answers(loaded, prompts, rows, most, drawn), strict=True):
                 found[row] = answer
                 if keep is not None:
@@ -110,12 +114,6 @@ def _budgets(loaded: LoadedModel, prompts: TokenizedData, most: int | Sequence[i
     return asked if loaded.context_length is None else np.minimum(asked, loaded.context_length - prompts.lengths)
 
 
-def _awaits_answer(example: Example) -> bool:
-    if example.messages:
-        return example.messages[-1].role != "assistant"
-    return example.prompt is not None and example.completion is None
-
-
 def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> TokenizedData:
     if loaded.tokenizer is None or not hasattr(loaded.model, "generate"):
         lacking = "tokenizer" if loaded.tokenizer is None else "`generate` method"
@@ -123,7 +121,7 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
             f"{loaded.name} has no {lacking}, so it cannot answer the {len(examples)} prompts that have no completion. "
             "Give each query the completion that is to be explained."
         )
-    prompts = tokenize(examples, loaded.tokenizer, max_length=None, name="prompts", chat=chat)
+    prompts = tokenize(examples, loaded.tokenizer, max_length=None, name="prompts", chat=chat, prompts=True)
     limit = loaded.context_length
     for example, length in zip(examples, prompts.lengths, strict=True):
         if length == 0 or (limit is not None and length >= limit):
@@ -191,8 +189,9 @@ def _continue(
     loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int, noise: LogitsProcessor | None
 ) -> list[list[int]]:
     """Token ids that follow each prompt, without the end token."""
-    # A PEFT wrapper would hand its own generation settings on; the model inside has the adapter in its layers.
-    model: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    # A PEFT wrapper hands its own generation settings on; the model inside mostly has the adapter in its layers.
+    inner: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    model: Any = loaded.model if acts_in_forward(loaded.model) else inner
     ends = _end_tokens(loaded)
     padding = ends[0] if ends else 0
     ids, mask = _left_padded(prompts, padding)
@@ -206,8 +205,10 @@ def _continue(
     )
     device = next(model.parameters()).device
     # Exchanged, not only passed: penalties and sampling of the model's own settings would be merged in.
-    own, model.generation_config = model.generation_config, settings
+    own = [(each, each.generation_config) for each in (model, inner)]
     try:
+        for each, _ in own:
+            each.generation_config = settings
         with torch.no_grad():
             output = model.generate(
                 input_ids=ids.to(device),
@@ -215,7 +216,8 @@ def _continue(
                 **({} if noise is None else {"logits_processor": LogitsProcessorList([noise])}),
             )
     finally:
-        model.generation_config = own
+        for each, before in own:
+            each.generation_config = before
     return [_until_end(tokens, ends) for tokens in output[:, ids.shape[1] :].tolist()]
 
 

@@ -68,13 +68,14 @@ def _convert(file: Path, finished: Path) -> None:
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
             # Left in GGUF blocks the weights could be used, but neither differentiated nor saved.
             packed = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                trust_remote_code=False,
             )
         except LOADING_ERRORS as error:
             raise ModelError(f"{file} cannot be read as a GGUF causal language model: {short(error)}") from error

@@ -30,7 +30,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+    # DoRA's layer is linear in its magnitude vector, as a norm is in its scale.
+    scales = ("RMSNorm", "T5LayerNorm", "DoraLinearLayer")
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(scales):
         return "norm"
     if isinstance(module, _ConvNd):
         return "convolution"
@@ -50,6 +52,9 @@ def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Compone
     uses: list[Use] = []
     for path, module, attribute in owned.owners:
         if _registered_for_its_decoder(owned, path):
+            continue
+        if path.endswith("trainable_tokens_delta"):
+            uses.append(Use(path, "function", attribute))
             continue
         if reason := _why_no_rule(model, owned.parameter, path, module, attribute):
             return [], reason

@@ -10,13 +10,13 @@ from torch import nn
 
 from vestige.errors import ModelError
 from vestige.lockstep import FSDP
+from vestige.models._adapter import adapter_base, put_on, refuse_virtual_tokens
 from vestige.models._fingerprint import model_fingerprint
 from vestige.models._gguf import unpacked_gguf
 from vestige.models._in_parts import held_in_parts
 from vestige.models._source import find_source
-from vestige.models._transformers import LOADING_ERRORS, quiet_transformers, read_model, read_tokenizer, short
+from vestige.models._transformers import read_model, read_tokenizer
 from vestige.models._types import LoadedModel
-from vestige.parsing import parse_object
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def load_model(
         if isinstance(value, list | tuple | dict | set):
             raise ModelError(f"{name}={shorten(repr(value))}: expected one folder, file or hub id, as a text.")
     dtype = _DTYPES[precision]
-    given_tokenizer = _given_tokenizer(tokenizer)
+    given_tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
         _check_live(model, dtype)
         if device in (*DEVICE_MAPS, FSDP):
@@ -113,22 +113,9 @@ def _read(
 def _read_adapter(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
-    from peft import PeftModel
-
-    place = _adapter_base(folder)
+    place = adapter_base(folder)
     base, base_tokenizer = _read(place, dtype, device, stay=stay)
-    if isinstance(base, PeftModel):
-        raise ModelError(f"The base model of the adapter {folder} is itself an adapter; merge the two first.")
-    try:
-        with quiet_transformers():
-            model = PeftModel.from_pretrained(base, str(folder))  # pyright: ignore[reportArgumentType]
-    except LOADING_ERRORS as error:
-        raise ModelError(f"The adapter {folder} does not fit its base model: {short(error)}") from error
-    if model.active_peft_config.is_prompt_learning:
-        raise ModelError(
-            f"{folder} is a {model.active_peft_config.peft_type} adapter, which puts virtual tokens before "
-            "the input. Vestige supports adapters that change weights, such as LoRA."
-        )
+    model = put_on(base, folder)
     if isinstance(place, Path):
         # Trained further and saved elsewhere, the adapter still finds its base.
         model.active_peft_config.base_model_name_or_path = str(place.resolve())
@@ -140,23 +127,14 @@ def _read_adapter(
     return model, read_tokenizer(folder) or base_tokenizer
 
 
-def _adapter_base(folder: Path) -> str | Path:
-    try:
-        base = parse_object((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} is not readable JSON: {error}") from error
-    if not base:
-        raise ModelError(
-            f"{folder / 'adapter_config.json'} does not say which base model it belongs to. Write its "
-            "folder or hub id there as base_model_name_or_path."
-        )
-    beside = folder / base
-    return beside if beside.exists() else base
-
-
-def _given_tokenizer(
+def load_tokenizer(
     tokenizer: "PreTrainedTokenizerBase | str | Path | None",
 ) -> "PreTrainedTokenizerBase | None":
+    """Return the tokenizer of a folder or hub id; a live one, or None, as it is.
+
+    Raises:
+        ModelError: None lies there, or it does not load.
+    """
     if tokenizer is None or not isinstance(tokenizer, str | Path):
         return tokenizer
     folder = Path(tokenizer).expanduser()
@@ -172,6 +150,9 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
     first = next(model.parameters(), None)
     if first is None or first.is_meta:
         raise ModelError(f"The {type(model).__name__} that was given has no weights.")
+    configs: Any = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        refuse_virtual_tokens(config, f"The live {type(model).__name__}")
     if dtype is not None and first.dtype != dtype:
         name = str(dtype).removeprefix("torch.")
         raise ModelError(

@@ -29,6 +29,14 @@ def find_source(model: str | Path) -> ModelSource:
         ModelError: There is nothing there, or nothing that is a model; the message says what was looked for.
     """
     path = Path(model).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name longer than the disk allows, a folder that may not be read
+        raise ModelError(
+            f"No model {str(model)[:80]!r}: {error.args[-1]}. Give a model folder, a GGUF file or a hub id."
+        ) from None
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return ModelSource("gguf", path.parent, path)

@@ -1,7 +1,7 @@
 """Reads causal language models and tokenizers that transformers saved, and refuses what would be partly random."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
+def quiet_transformers(*, missing_adapter_keys: bool = False) -> Iterator[None]:
+    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here.
+
+    With `missing_adapter_keys`, PEFT's warning of them is kept off, too.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -35,6 +38,8 @@ def quiet_transformers() -> Iterator[None]:
         with warnings.catch_warnings():
             # What one library deprecates in another is nothing that a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
+            if missing_adapter_keys:
+                warnings.filterwarnings("ignore", "(.*\n?.*)missing adapter keys")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -62,9 +67,11 @@ def read_model(
     on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except LOADING_ERRORS as error:
+            _refuse_own_code(error, folder)
             raise ModelError(f"{folder / 'config.json'} is not readable: {short(error)}") from error
+        _refuse_foreign_kernels(config, folder)
         _check_causal(config, folder)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -73,22 +80,27 @@ def read_model(
                 device_map=device if spread else None,
                 output_loading_info=True,
                 local_files_only=True,
+                trust_remote_code=False,
             )
         except LOADING_ERRORS as error:
+            _refuse_own_code(error, folder)
             raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
-    _require_all_weights(model, info["missing_keys"], folder)
+    _require_all_weights(model, info["missing_keys"], folder, info["unexpected_keys"])
     if dtype is None and on_cpu and next(model.parameters()).dtype in _HALF:
         model = model.float()
     return model if spread or stay else model.to(device)
 
 
-def _require_all_weights(model: Any, missing: Iterable[str], folder: Path) -> None:
+def _require_all_weights(model: Any, missing: Iterable[str], folder: Path, unexpected: Iterable[str] = ()) -> None:
     if missing := sorted(missing):
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}; they "
-            "would be drawn at random. Give a checkpoint that was saved from a model with its causal "
-            "(next-token) head."
+            "would be drawn at random."
+            + (
+                renaming_advice(sorted(unexpected), missing, folder)
+                or " Give a checkpoint that was saved from a model with its causal (next-token) head."
+            )
         )
     # Where the GPUs are too small, accelerate leaves weights on the CPU or on the disk and fetches them for each pass.
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -96,6 +108,26 @@ def _require_all_weights(model: Any, missing: Iterable[str], folder: Path) -> No
             f"{folder}: {len(absent)} weights, such as {absent[0]}, do not fit on the GPUs that PyTorch sees here. "
             "Take more GPUs, or --precision bfloat16."
         )
+
+
+def renaming_advice(unexpected: Collection[str], missing: Collection[str], folder: Path) -> str:
+    """Return how to rename a checkpoint's keys that a wrapper has lengthened; empty where that is not what is wrong.
+
+    torch.compile puts `_orig_mod.` into them, data-parallel wrappers `module.`.
+    """
+    given = min(unexpected, default="")
+    parts = given.split(".")
+    # One part, or two in a row, that are too many.
+    spans = [".".join(parts[at : at + count]) + "." for count in (1, 2) for at in range(len(parts) - count)]
+    extra = next((span for span in spans if given.replace(span, "") in missing), "")
+    if not extra:
+        return ""
+    return (
+        f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it "
+        'there. Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, safetensors.torch as '
+        f"s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, f, {{'format': 'pt'}}) "
+        f"for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
+    )
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
@@ -110,8 +142,9 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
         return None
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except LOADING_ERRORS as error:
+            _refuse_own_code(error, folder)
             raise ModelError(f"The tokenizer in {folder} does not load: {short(error)}") from error
 
 
@@ -137,8 +170,30 @@ def _check_causal(config: Any, folder: Path) -> None:
         )
 
 
-def short(error: BaseException) -> str:
-    """The error's text in one line of at most 300 characters."""
+def _refuse_own_code(error: Exception, folder: Path) -> None:
+    """Raise a clear error if loading failed because transformers would have to run code of the folder."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{folder} names Python code of its own (`auto_map`), and Vestige never runs code that a model folder "
+            "brings. If transformers has the architecture itself, load the weights into that class, save them with "
+            "save_pretrained(...) and give that folder; else load the model in Python and give the live module: "
+            "vestige.index(model=module, tokenizer=tokenizer, ...)."
+        ) from None
+
+
+def _refuse_foreign_kernels(config: Any, folder: Path) -> None:
+    """Raise an error if the config names a kernel of a hub repository: transformers would fetch it and run it."""
+    for setting in ("attn_implementation", "experts_implementation"):
+        named = str(getattr(config, f"_{setting}", ""))
+        if "/" in named:
+            raise ModelError(
+                f"{folder / 'config.json'} asks for the kernel {named!r} from the hub as its {setting}, and Vestige "
+                f"never runs code that a model folder names. Delete {setting} from that file; PyTorch's own is used."
+            )
+
+
+def short(error: object) -> str:
+    """The text of an error, or of another thing, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "weights_only" in text:  # the library advises to load it all the same, and so to run what is in it
         return "its weights are a pickle of more than tensors, which can run code. Save them as safetensors"

@@ -1,15 +1,18 @@
 """The nouns of the models room: a loaded model, a component of it, and what a selection covers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LayerKind = Literal["linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts"]
-"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch."""
+LayerKind = Literal[
+    "linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts", "function"
+]
+"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch, `function`
+a parameter that no module of its own applies (the rows of PEFT's `trainable_token_indices`)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,13 @@ class LoadedModel:
     """sha256 over parameter names, shapes, dtypes and bytes."""
     context_length: int | None
     """Most tokens that the model accepts, None if it does not say."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has embeddings for, None if it does not say."""
+        embeddings: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
+        weight = getattr(embeddings, "weight", None)
+        return None if weight is None else int(weight.shape[0])
 
 
 class Use(NamedTuple):

@@ -24,9 +24,9 @@ from vestige.runs import (
     TrustRecord,
     check_target,
     environment,
-    peak_memory_bytes,
     write_run,
 )
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 MEANING = Meaning(
     sign="positive: training on the example lowered the validation loss",
@@ -88,6 +88,7 @@ def write_in_run_influence(
         components=[],
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(),
         distribution={query.examples[0].id: summary.distribution[0]},
         groups={query.examples[0].id: summary.groups[0]},

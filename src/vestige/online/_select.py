@@ -1,6 +1,6 @@
 """GREATS: which examples of a batch to train on, so that one step lowers the validation loss most."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from vestige.errors import NonFinite, SpecError
 from vestige.gradients import GradientPass, Objective, example_count
 from vestige.models import Component
 from vestige.online._sinks import FactorStore, ValidationGradient, products_among
-from vestige.online._validation import as_batch, quietly
+from vestige.online._validation import as_inputs, quietly
 
 
 class Selected(NamedTuple):
@@ -74,7 +74,7 @@ class Candidates:
 
         The share of an example in such a step is its own gradient over `k`, so that is what is weighed.
         """
-        batch = as_batch(candidates) if isinstance(candidates, Mapping) else candidates
+        batch = as_inputs(candidates, self._objective)
         batch = batch.to(next(self._model.parameters()).device) if isinstance(batch, Batch) else batch
         count, store = example_count(batch), FactorStore(components)
         with quietly(self._model), self._context(), GradientPass(self._model, components, self._objective) as taken:

@@ -101,6 +101,10 @@ class ScoreSink:
         if self._keep:
             self.pieces[component].append(piece)
 
+    def delivered(self, component: int) -> bool:
+        """Whether a gradient of the component has arrived."""
+        return self._scores[component] is not None
+
     @property
     def scores(self) -> Float[Tensor, "component example"]:
         """Float64 on the CPU; a component that took no part has zeros."""

@@ -81,7 +81,7 @@ class Step:
         self._validation = self._measure(self._components)
         if self._first_ids is not None:
             self.batch(self._first_ids)
-        self._handles += observe(self._model, self._components, self._receive)
+        self._handles += observe(self._model, self._components, self._receive, self._validation.by_function)
         self._handles.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._after))
         self._probe = ScaleProbe(self._model, self._components)
@@ -128,6 +128,7 @@ class Step:
                 "No gradient arrived in this step. Call loss.backward() inside the block: "
                 "`with engine.step(ids): loss = ...; loss.backward()`."
             )
+        self._refuse_missed()
         factor = self._probe.factor()
         rates = torch.tensor(self._rates, dtype=torch.float64)
         parts = [factor * batch.sink.scores for batch in self._batches]
@@ -143,6 +144,18 @@ class Step:
         each = tuple(loss for loss, batch in zip(losses, self._batches, strict=True) for _ in batch.ids)
         rate = common_rate(self._rates)
         return StepScores(self._number, ids, scores, total, rate, each, self._validation.loss)
+
+    def _refuse_missed(self) -> None:
+        """Raise if a parameter has a gradient of which no example got a share."""
+        for number, component in enumerate(self._components):
+            if any(batch.sink.delivered(number) for batch in self._batches):
+                continue
+            gradient = self._model.get_parameter(component.parameter).grad
+            if gradient is not None and gradient.any():
+                raise ModelError(
+                    f"{component.name} has a gradient, but no example's share in it arrived: the model uses it in a "
+                    f"way that no rule covers. Leave it out with components=['all', '!{component.name}']."
+                )
 
 
 def as_ids(ids: Iterable[Any]) -> tuple[str, ...]:

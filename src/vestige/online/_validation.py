@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
-from vestige.models import Component
+from vestige.models import Component, batch_sharing
 from vestige.online._sinks import ValidationGradient
 
 
@@ -21,6 +21,8 @@ class Measured(NamedTuple):
 
     loss: float
     gradient: ValidationGradient
+    by_function: bool
+    """As `GradientPass.by_function`."""
 
 
 class Validation:
@@ -36,12 +38,12 @@ class Validation:
     ) -> None:
         self._model, self._objective, self._context = model, objective, context
         self._device = next(model.parameters()).device
-        if isinstance(data, Mapping):
-            data = as_batch(data)
+        data = as_inputs(data, objective)
         self._data = data
         if isinstance(data, TokenizedData):
             self.ids = [example.id for example in data.examples]
-            kept = [rows for rows in plan_batches(data.lengths, token_budget) if data.target_counts[rows].any()]
+            planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(model))
+            kept = [rows for rows in planned if data.target_counts[rows].any()]
             self._batches: list[Any] = [make_batch(data, np.sort(rows)).to(self._device) for rows in kept]
         else:
             rows = data.rows.tolist() if isinstance(data, Batch) else range(example_count(data))
@@ -49,6 +51,7 @@ class Validation:
             self._batches = [data.to(self._device) if isinstance(data, Batch) else data]
         if not self.ids or not self._batches or not any(_has_target(batch) for batch in self._batches):
             raise DataError("The validation data have no target token, so no gradient. Give at least one example.")
+        self._pass: tuple[tuple[Component, ...], GradientPass] | None = None
         with quietly(model):  # the objective looks at the model once, before the training begins
             objective.head_module(model)
 
@@ -60,7 +63,9 @@ class Validation:
         """
         gradient = ValidationGradient(components, 1.0 / len(self.ids))
         losses = []
-        with quietly(self._model), self._context(), GradientPass(self._model, components, self._objective) as taken:
+        if self._pass is None or self._pass[0] != tuple(components):  # kept: it has proven that it misses nothing
+            self._pass = tuple(components), GradientPass(self._model, components, self._objective)
+        with quietly(self._model), self._context(), self._pass[1] as taken:
             for batch in self._batches:
                 losses.append((batch, taken.run(batch, gradient)))
         total = sum(float(values.double().sum()) for _, values in losses)
@@ -69,7 +74,7 @@ class Validation:
                 f"The loss of validation example {self._first_bad(losses)!r} is not finite: the weights have diverged, "
                 "or the example is damaged. Lower the learning rate, or leave it out."
             )
-        return Measured(total / len(self.ids), gradient)
+        return Measured(total / len(self.ids), gradient, taken.by_function)
 
     def tokenized(self) -> TokenizedData:
         """The validation examples as data.
@@ -115,6 +120,11 @@ def quietly(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def as_inputs(data: Any, objective: Objective) -> Any:
+    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other."""
+    return as_batch(data) if isinstance(data, Mapping) and isinstance(objective, CausalLoss) else data
 
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:

@@ -9,9 +9,16 @@ import pyarrow.parquet as parquet
 
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError
-from vestige.files import make_folder, write_durably
+from vestige.files import write_durably
 from vestige.prepare._candidates import Candidates, find_candidates
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, row_of, write_prepared
+from vestige.prepare._write import (
+    Prepared,
+    check_same_result,
+    claim_result,
+    fingerprint_of,
+    row_of,
+    write_prepared,
+)
 from vestige.progress import announce
 from vestige.settings import CandidatesSettings, verb
 from vestige.terminal import shorten
@@ -41,8 +48,8 @@ def candidates(settings: CandidatesSettings) -> Prepared:
     Raises:
         DataError: Data or queries are absent or broken, no prompt has a word, or an original is not in the data.
     """
-    training = load_examples(settings.data)
-    queries = load_queries(settings.queries)
+    training = load_examples(settings.data, on_bad_text=settings.on_bad_text)
+    queries = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     if settings.limit is not None and settings.limit < len(queries):
         announce(f"Only the first {settings.limit:,} of {len(queries):,} queries are used (limit={settings.limit}).")
     queries = queries[: settings.limit]
@@ -70,7 +77,7 @@ def candidates(settings: CandidatesSettings) -> Prepared:
             f"--include-original: {unknown:,} of {len(found):,} queries name no original, "
             f"such as {_nameless(found)!r}. Name the column that holds its id with --truth."
         )
-    make_folder(settings.out)
+    claim_result(settings, KIND, fingerprint)
     write_durably(settings.out / TABLE, [_table(found)])
     rows = [row_of(query) | _columns(one) for query, one in zip(queries, found, strict=True)]
     ranks = Counter(one.original_rank for one in found if one.original_rank is not None)

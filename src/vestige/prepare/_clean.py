@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 
-from vestige.data import Example
-from vestige.errors import CorruptFile, DataError, SpecError, UserError
-from vestige.parsing import parse_json
+from vestige.data import Example, RowEntry, read_row_list, rows_named
+from vestige.errors import SpecError
 from vestige.prepare._near import near_copies
 from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
-from vestige.runs import Audit
+from vestige.runs import Audit, is_audit
 from vestige.settings import CleanSettings, verb
 
 KIND = "clean"
-AT_RISK = "at_risk.parquet"
 
 
 class Flag(NamedTuple):
@@ -42,13 +38,7 @@ def clean(settings: CleanSettings) -> Prepared:
         SpecError: A rule was given for a list that has flags already.
     """
     examples = read_rows(settings)
-    flags = read_flags(settings)
-    known = {example.id for example in examples}
-    if flags and not known & set(flags):
-        raise DataError(
-            f"None of the {len(flags):,} flagged ids, such as {next(iter(flags))!r}, is in {settings.data}. Give the "
-            "data that was trained on or audited, with its ids."
-        )
+    flags = read_flags(settings, examples)
     fingerprint = _fingerprint(examples, flags)
     check_same_result(settings, KIND, fingerprint, frozenset())
     kept, removed = _acted(examples, flags, settings)
@@ -59,50 +49,40 @@ def clean(settings: CleanSettings) -> Prepared:
     return write_prepared(settings, KIND, kept, fingerprint=fingerprint, flagged=removed, notes=notes)
 
 
-def read_flags(settings: CleanSettings) -> dict[str, Flag]:
+def read_flags(settings: CleanSettings, examples: Sequence[Example]) -> dict[str, Flag]:
     """The flagged examples by id, with their reasons.
 
     Raises:
-        DataError: There is no list.
+        DataError: There is no list, or it names rows that the data do not have.
         SpecError: A rule was given where the list has flags of its own, or none where it has not.
     """
     path = settings.flagged
     ruled = [name for name in ("measure", "threshold", "quantile") if getattr(settings, name) is not None]
-    if path.is_dir() and not (path / AT_RISK).exists():
-        return _of_audit(settings)
+    ids = [example.id for example in examples]
+    if is_audit(path):
+        flags = _of_audit(settings)
+        rows_named(list(flags), ids, place=str(path), data=str(settings.data), partial=True)
+        return flags
     if ruled:
-        raise SpecError(f"--{ruled[0]} is for an audit; {path} says itself whom its rule flagged.")
-    return _of_list(path / AT_RISK if path.is_dir() else path)
-
-
-def _of_list(path: Path) -> dict[str, Flag]:
-    try:
-        rows = (
-            [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else parquet.read_table(path, memory_map=False).to_pylist()
-        )
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there. Give a folder of `vestige train --alarm` or `vestige audit`.") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CorruptFile(f"{path} does not read as a list of flagged examples: {error}.") from error
-    if rows and not all(isinstance(row, Mapping) and {"example_id", "flagged"} <= set(row) for row in rows):
-        raise DataError(f"{path}: every row needs `example_id` and `flagged`.")
+        raise SpecError(f"--{ruled[0]} is for an audit; {path} says itself which rows are flagged.")
+    entries = read_row_list(path)
+    judged = any("flagged" in entry.about for entry in entries)
+    names = [entry.name for entry in entries]
+    rows = rows_named(names, ids, place=str(path), data=str(settings.data), partial=judged)
     return {
-        str(row["example_id"]): Flag(str(row.get("rule") or "flagged"), row.get("value"), row.get("rank"))
-        for row in rows
-        if row["flagged"]
+        ids[rows[entry.name]] if entry.name in rows else entry.name: _flag(entry, path) for entry in reversed(entries)
     }
+
+
+def _flag(entry: RowEntry, path: Path) -> Flag:
+    about = entry.about
+    rule = about.get("rule") or about.get("problem") or ("flagged" if "flagged" in about else f"named in {path.name}")
+    return Flag(str(rule), about.get("value", about.get("score")), about.get("rank"))
 
 
 def _of_audit(settings: CleanSettings) -> dict[str, Flag]:
     """Examples that stand out in an audit by a threshold or as a share of all."""
-    try:
-        audit = Audit.open(settings.flagged)
-    except UserError as error:
-        raise DataError(
-            f"{settings.flagged} is neither a training whose alarm has rung nor an audit ({error})."
-        ) from error
+    audit = Audit.open(settings.flagged)
     if settings.threshold is None and settings.quantile is None:
         raise SpecError("An audit gives evidence, no verdicts: say whom to flag with --threshold or --quantile.")
     measure = settings.measure or audit.preferred
@@ -149,7 +129,7 @@ def _copies(examples: Sequence[Example], flags: Mapping[str, Flag], near: float 
     """Ids to take out, with what stays: the first of texts that are equal, or near, among which one is flagged."""
     if near is not None:
         rows = [row for row, example in enumerate(examples) if example.id in flags]
-        found = near_copies([example.display for example in examples], rows, near)
+        found = near_copies([example.passages for example in examples], rows, near)
         return {
             examples[row].id: {"copy_of": examples[copy.kept].id, "similar": round(copy.similarity, 4)}
             for row, copy in found.items()

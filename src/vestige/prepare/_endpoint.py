@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from vestige.data import repair
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.prepare._replies import Keep, Reply, Request
 from vestige.prepare._retry import (
@@ -44,6 +45,8 @@ class Endpoint:
         self.failed: Counter[str] = Counter()
         self.maybe_billed = 0
         """Requests without a usable reply that the endpoint may have charged for."""
+        self.replaced = 0
+        """Halves of surrogate pairs in replies, of emoji that the model did not finish, that are U+FFFD now."""
         self._lock = Lock()
         self._pace = Pace()
         self._in_a_row = 0
@@ -88,6 +91,8 @@ class Endpoint:
                 self._pace.stop.set()
                 for future in futures:
                     future.cancel()
+        if self.replaced:
+            announce(f"Replies: {self.replaced:,} halves of surrogate pairs (cut emoji) were replaced with U+FFFD.")
         errors = [future.exception() for future in futures if not future.cancelled()]
         # Those that stopped because of the first error have nothing of their own to say.
         for error in sorted((each for each in errors if each), key=lambda each: isinstance(each, Stopped)):
@@ -111,9 +116,11 @@ class Endpoint:
                 if attempt < self._settings.retries:
                     self._pace.rest(attempt, failure.wait)
                 continue
-            keep(request, reply)
+            text, halves = repair(reply.text)
+            keep(request, reply.model_copy(update={"text": text}))
             with self._lock:
                 self._in_a_row = 0
+                self.replaced += len(halves)
                 counter.advance()
             return
         self._give_up(request, reason)

@@ -36,7 +36,7 @@ def fitted(rows: Sequence[Mapping[str, Any]], options: str, tokenizer: Any, max_
     Raises:
         DataError: Options and answer alone are longer.
     """
-    encoder = Encoder(tokenizer, max_length=None, name="prompts", chat=False)
+    encoder = Encoder(tokenizer, max_length=None, name="prompts", chat=False, prompts=True)
     lengths = _lengths(rows, encoder)
     found, impossible = [dict(row) for row in rows], []
     too_long = [place for place, length in enumerate(lengths) if length > max_length]

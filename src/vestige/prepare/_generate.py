@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from vestige.data import Example, Message
+from vestige.data import Example, Message, conversation_columns, turn_record
 from vestige.errors import DataError
 from vestige.models import Answer, LoadedModel, answer_prompts, load_model, model_fingerprint
 from vestige.prepare._problems import told_problems
@@ -87,8 +87,9 @@ def _prompt(example: Example) -> Example:
 
 
 def _words(prompt: Example) -> str:
-    turns = [[message.role, message.content] for message in prompt.messages]
-    return json.dumps([prompt.prompt, turns], ensure_ascii=False)
+    turns = [turn_record(turn) for turn in prompt.messages]
+    beside = conversation_columns(prompt)
+    return json.dumps([prompt.prompt, turns, *([beside] if beside else [])], ensure_ascii=False, default=str)
 
 
 def _identity(loaded: LoadedModel, settings: GenerateSettings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import number_records, open_source, parsed, place
+from vestige.data import check_text, number_records, open_source, parsed, place
 from vestige.errors import DataError
 from vestige.prepare._fitting import fitted
 from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
@@ -50,16 +50,17 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
         DataError: The data is absent or broken, a row is none of the formats, or options and answer alone are too long.
     """
     source = open_source(settings.data, settings.split)
-    rows, digest = [], hashlib.sha256()
+    rows, digest, replaced = [], hashlib.sha256(), 0
     for row, record in number_records(source, settings.limit):
-        value = parsed(record).value
+        checked = check_text(source.name, row, parsed(record), settings.on_bad_text)
+        value, replaced = checked.record.value, replaced + checked.replaced
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
         rows.append(_row(value, row, place(source.name, row, record), settings))
     if not rows:
         raise DataError(f"{source.name} holds no rows. Give data with at least one.")
     fingerprint = digest.hexdigest()
     check_same_result(settings, KIND, fingerprint, frozenset())
-    notes = []
+    notes = [f"{replaced:,} halves of surrogate pairs were replaced with U+FFFD."] if replaced else []
     if settings.label_noise:
         drawn = sum(row["status"] == "random" for row in rows)
         notes.append(f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g}).")

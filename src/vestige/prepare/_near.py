@@ -23,7 +23,7 @@ class Copy(NamedTuple):
     """Jaccard's index with the text that it was found by."""
 
 
-def near_copies(texts: Sequence[str], flagged: Sequence[int], least: float) -> dict[int, Copy]:
+def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: float) -> dict[int, Copy]:
     """Rows to take out: all but the first of every group of texts that hang together through flagged ones.
 
         similarity = |A and B| / |A or B|, A and B being the sets of word triples of the two texts
@@ -33,11 +33,11 @@ def near_copies(texts: Sequence[str], flagged: Sequence[int], least: float) -> d
     of which neither is flagged are never compared. Case, spaces and punctuation do not count.
 
     Args:
-        texts: Of all rows.
+        texts: Of all rows; a row may have several, and no triple goes from one to the next.
         flagged: The rows that are flagged.
         least: Similarity from which on a text is a copy, above 0 and at most 1.
     """
-    of_flagged = {row: shingles(texts[row]) for row in flagged}
+    of_flagged = {row: _shingles(texts[row]) for row in flagged}
     common = Counter(shingle for found in of_flagged.values() for shingle in found)
 
     def rarest(own: set[str]) -> list[str]:
@@ -50,8 +50,8 @@ def near_copies(texts: Sequence[str], flagged: Sequence[int], least: float) -> d
             holders.setdefault(shingle, []).append(row)
     groups, best = _Groups(), dict[int, float]()
     with progress(len(texts), "Comparing", "rows") as bar:
-        for row, text in enumerate(texts):
-            own = of_flagged[row] if row in of_flagged else shingles(text)
+        for row, several in enumerate(texts):
+            own = of_flagged[row] if row in of_flagged else _shingles(several)
             for other in {held for shingle in rarest(own) for held in holders.get(shingle, ())} - {row}:
                 similarity = len(own & of_flagged[other]) / len(own | of_flagged[other])
                 if similarity >= least:
@@ -66,6 +66,10 @@ def shingles(text: str) -> set[str]:
     """The word triples of a text, without differences in case, spaces and punctuation."""
     words = re.sub(r"\W+", " ", text.casefold()).split()
     return {" ".join(words[place : place + WORDS]) for place in range(max(len(words) - WORDS + 1, 1))}
+
+
+def _shingles(texts: Sequence[str]) -> set[str]:
+    return set().union(*map(shingles, texts))
 
 
 class _Groups:

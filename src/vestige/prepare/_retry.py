@@ -130,7 +130,7 @@ def read_reply(text: str) -> Reply:
     try:
         body = _Body.model_validate(parse_json(text))
         choice = body.choices[0]
-    except (ValueError, ValidationError, IndexError):
+    except (ValueError, ValidationError, IndexError, RecursionError):
         raise Again("broken reply", maybe_billed=True) from None
     usage = body.usage or _Usage()
     refused = bool(choice.message.refusal) or choice.finish_reason == "content_filter"

@@ -7,8 +7,16 @@ import numpy as np
 
 from vestige.data import Example
 from vestige.errors import DataError
-from vestige.files import make_folder, write_durably
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.files import write_durably
+from vestige.prepare._write import (
+    Prepared,
+    check_same_result,
+    claim_result,
+    fingerprint_of,
+    read_rows,
+    row_of,
+    write_prepared,
+)
 from vestige.settings import SplitSettings, verb
 
 KIND = "split"
@@ -32,7 +40,7 @@ def split(settings: SplitSettings) -> Prepared:
     empty = [name for name, held in rows.items() if not held]
     if empty:
         raise DataError(f"No row of {len(examples):,} falls to {', '.join(empty)}. Give larger shares or more rows.")
-    make_folder(settings.out)
+    claim_result(settings, KIND, fingerprint)
     for name, held in rows.items():
         lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in held)
         write_durably(settings.out / f"{name}.jsonl", lines)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from vestige.data import Example, Message
+from vestige.data import Example
 from vestige.errors import DataError
 
 _ROLES = {"prompt": "user", "answer": "assistant"}
@@ -45,7 +45,7 @@ def with_texts(example: Example, texts: Mapping[Place, str]) -> Example:
     for place, text in texts.items():
         before = _places(example, place.part)[place]
         if place.turn is not None:
-            messages[place.turn] = Message(messages[place.turn].role, _dressed(text, before))
+            messages[place.turn] = replace(messages[place.turn], content=_dressed(text, before))
         else:
             fields["completion" if place.part == "answer" else place.part] = _dressed(text, before)
     return replace(example, messages=tuple(messages), **fields)

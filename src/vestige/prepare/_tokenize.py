@@ -1,7 +1,6 @@
 """`vestige data tokenize`: rows as tokens, once."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.data import NO_TARGET, TokenizedData, tokenize_source
+from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
 from vestige.errors import ModelError, SpecError
-from vestige.files import make_folder, write_durably
+from vestige.files import remove_tree, temporary_path, write_durably
 from vestige.models import find_source, read_tokenizer
-from vestige.prepare._write import RECORD, Prepared, check_same_result, row_of
+from vestige.prepare._write import RECORD, Prepared, check_same_result, claim_result, row_of
 from vestige.progress import progress
 from vestige.runs import environment
 from vestige.settings import TokenizeSettings, verb
 
 KIND = "tokenize"
 TOKENS, FILE = "tokens", "data.parquet"
+WITHOUT_EFFECT = frozenset({"workers"})
 _ROWS = 1000
 """Rows in memory at once."""
 
@@ -41,7 +41,9 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
     source, tokenizer = settings.data, read_tokenizer_of(settings.tokenizer)
     name = source if isinstance(source, str | Path) else type(source).__name__
-    make_folder(settings.out)
+    check_same_result(settings, KIND, None, WITHOUT_EFFECT)
+    if not (settings.out / RECORD).exists():
+        claim_result(settings, KIND, None)
     data = tokenize_source(
         source,
         tokenizer,
@@ -52,8 +54,10 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         split=settings.split,
         folder=settings.out / TOKENS,
         workers=settings.workers,
+        on_bad_text=settings.on_bad_text,
     )
-    check_same_result(settings, KIND, data.fingerprint, frozenset({"workers"}))
+    check_same_result(settings, KIND, data.fingerprint, WITHOUT_EFFECT)
+    claim_result(settings, KIND, data.fingerprint)
     _write(settings.out / FILE, data)
     record = {
         "vestige": environment(),
@@ -66,7 +70,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         "targets": int(data.target_counts.sum()),
     }
     write_durably(settings.out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
-    shutil.rmtree(settings.out / TOKENS, ignore_errors=True)
+    remove_tree(settings.out / TOKENS)
     cut = int(np.sum(data.truncated))
     notes = [f"{record['tokens']:,} tokens, {record['targets']:,} of them to learn; {cut:,} rows were cut."]
     return Prepared(KIND, settings.out, len(data), notes=tuple(notes), file=FILE)
@@ -90,30 +94,39 @@ def read_tokenizer_of(given: Any) -> Any:
 def _write(path: Path, data: TokenizedData) -> None:
     """The rows as Parquet, some at a time; the file is there whole or as it was before."""
     names = _columns(data)
-    unfinished = path.with_name(f"{path.name}.part")
+    unfinished = temporary_path(path)
     schema = pa.schema(
         [(name, pa.string()) for name in names]
         + [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
     )
-    with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
-        for rows in _chunks(data, names):
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            bar.advance(len(rows))
-    unfinished.replace(path)
+    try:
+        with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
+            for rows in _chunks(data, names):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                bar.advance(len(rows))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _columns(data: TokenizedData) -> list[str]:
     """Names of the columns beside the tokens, in the order in which they are met."""
     names = dict.fromkeys(["id"])
     for example in data.examples:
-        names |= dict.fromkeys(row_of(example))
-    return [name for name in names if name not in ("input_ids", "labels", "attention_mask")]
+        names |= dict.fromkeys(_beside_tokens(example))
+    return list(names)
+
+
+def _beside_tokens(example: Example) -> dict[str, Any]:
+    """The row without its tokens, and without the columns that its labels say everything of."""
+    kept = unused_columns(example) if "input_ids" in example.extra else set(example.extra)
+    return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 
 
 def _chunks(data: TokenizedData, names: list[str]) -> Iterator[list[dict[str, Any]]]:
     waiting: list[dict[str, Any]] = []
     for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
-        row = row_of(example)
+        row = _beside_tokens(example)
         columns = {name: _text(row.get(name)) for name in names}
         waiting.append(columns | {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)})
         if len(waiting) == _ROWS:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,15 @@ import numpy as np
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, IndexMismatch
-from vestige.files import make_folder, remove_durably, write_durably
-from vestige.parsing import parse_object
+from vestige.files import make_folder, remove_durably, remove_strays, remove_tree, temporary_path, write_durably
+from vestige.folders import require_no_others
+from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import environment
 from vestige.settings import PreparationSettings, flag
 
 DATA, FLAGGED, DATASET, RECORD = "data.jsonl", "flagged.jsonl", "dataset", "prepare.json"
+_REPLIES, _TOKENS = ("replies/*/*.json", "replies/*.json"), "tokens"
 
 WITHOUT_EFFECT = frozenset({"out", "push_to_hub", "private", "overwrite", "device"})
 """Settings of every kind that change no row."""
@@ -56,7 +56,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    examples = load_queries(settings.data, may_be_prompts=False)
+    examples = load_queries(settings.data, may_be_prompts=False, on_bad_text=settings.on_bad_text, learned=True)
     if settings.limit is not None and settings.limit < len(examples):
         announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
     return examples[: settings.limit]
@@ -66,7 +66,7 @@ def row_of(example: Example) -> dict[str, Any]:
     """The example as a row that reads back as the same example; columns without a value are left out."""
     row: dict[str, Any] = {"id": example.id}
     if example.messages:
-        row["messages"] = [{"role": message.role, "content": message.content} for message in example.messages]
+        row["messages"] = [turn.columns for turn in example.messages]
     row |= {"text": example.text, "prompt": example.prompt, "completion": example.completion}
     row |= {"source": example.source, "label": example.label}
     extra = {name: _in_json(value) for name, value in example.extra.items() if name not in row}
@@ -81,40 +81,74 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def check_same_result(settings: PreparationSettings, kind: str, data: str, without_effect: frozenset[str]) -> None:
-    """Nothing happens unless the folder holds a result of other rows or settings.
+def check_same_result(
+    settings: PreparationSettings, kind: str, data: str | None, without_effect: frozenset[str]
+) -> None:
+    """Return unless the folder holds a finished result of other rows or settings, or files of others.
 
     Args:
         settings: Of the work to be done.
         kind: The word after `vestige data`.
-        data: Fingerprint of its rows.
+        data: Fingerprint of its rows; None while it is not known.
         without_effect: Settings of this kind that change no row, beside those of every kind.
 
     Raises:
-        IndexMismatch: It does, and `overwrite` was not asked for; the message shows the differences.
-        DataError: The folder holds other files.
+        IndexMismatch: It holds another result, and `overwrite` was not asked for; the message shows the differences.
+        UserError: The folder holds other files.
     """
-    path = settings.out / RECORD
-    if not path.exists():
-        if (settings.out / DATA).exists() and not settings.overwrite:
-            raise DataError(f"{settings.out / DATA} is there already, and not by `vestige data`. Choose another --out.")
+    before = _read_record(settings.out)
+    require_no_others(settings.out, [*_kept(settings), *([] if before is None else _files_of(before))])
+    if before is None or settings.overwrite or "rows" not in before:
         return
-    if settings.overwrite:
-        return
-    before = _read_record(path)
     # The rows count, not the name of their file.
-    now = {"kind": kind, **settings.record(), "data": data}
-    then = {"kind": before.get("kind"), **before.get("config", {}), "data": before.get("fingerprint")}
+    now = {"kind": kind, **settings.record()}
+    then = {"kind": before["kind"], **before["config"]}
     names = [name for name in now if name not in WITHOUT_EFFECT | without_effect and name != "data"]
     changed = [name for name in names if now[name] != then.get(name)]
     different = [f"{flag(name)}: {then.get(name)!r} then, {now[name]!r} now" for name in changed]
-    if now["data"] != then["data"]:
+    if data is not None and data != before.get("fingerprint"):
         different.append("--data: other rows")
     if different:
         raise IndexMismatch(
             f"{settings.out} holds a result of other settings: {'; '.join(different)}.\n"
             "Choose another --out, or replace it with --overwrite."
         )
+
+
+def claim_result(settings: PreparationSettings, kind: str, fingerprint: str | None) -> None:
+    """The folder says whose it is before the first file is written; what an earlier result had beside is gone.
+
+    Killed afterwards, the same command knows its own files; the record without `rows` is that of an unfinished result.
+    """
+    make_folder(settings.out)
+    remove_strays(settings.out)
+    before = _read_record(settings.out)
+    claim = {"kind": kind, "config": settings.record(), "fingerprint": fingerprint}
+    if before is not None and all(before.get(name) == value for name, value in claim.items()):
+        return
+    if before is not None:
+        kept = {RECORD, _TOKENS, *(name.split("/")[0] for name in _kept(settings))}
+        for path in [path for path in settings.out.iterdir() if path.name not in kept]:
+            remove_tree(path)
+    _write_record(settings.out, claim)
+
+
+def _kept(settings: PreparationSettings) -> list[str]:
+    """What outlives a result: replies that were paid for, wherever in the folder they lie."""
+    cache: Path | None = getattr(settings, "cache", None)
+    out = settings.out.resolve()
+    if cache is None or not cache.resolve().is_relative_to(out):
+        return [*_REPLIES]
+    return [*_REPLIES, str(cache.resolve().relative_to(out))]
+
+
+def _files_of(record: Mapping[str, Any]) -> list[str]:
+    """What the result of a record consists of, finished or not."""
+    parts = record["config"].get("parts") or []
+    names = {"split": [f"{part.partition('=')[0]}.jsonl" for part in parts], "candidates": ["candidates.parquet"]}
+    names["tokenize"] = ["data.parquet", _TOKENS]
+    saved = [f"{DATASET}/{name}" for name in ("*.arrow", "dataset_info.json", "state.json")]
+    return [RECORD, DATA, FLAGGED, *saved, *names.get(record["kind"], [])]
 
 
 def write_prepared(
@@ -144,7 +178,7 @@ def write_prepared(
     counts: dict[str, int] = {}
     for row in [*flagged, *(row for row in rows if "problem" in row)]:
         counts[str(row["problem"])] = counts.get(str(row["problem"]), 0) + 1
-    make_folder(settings.out)
+    claim_result(settings, kind, fingerprint)
     if flagged:
         write_durably(settings.out / FLAGGED, map(_line, flagged))
     else:
@@ -163,7 +197,7 @@ def write_prepared(
         "flagged": counts,
         **(details or {}),
     }
-    write_durably(settings.out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
+    _write_record(settings.out, record)
     if settings.push_to_hub is not None:
         _push(dataset, settings.push_to_hub, private=settings.private)
     return Prepared(kind, settings.out, len(rows), counts, tuple(notes))
@@ -184,11 +218,21 @@ def _in_json(value: Any) -> Any:
     return value
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(out: Path) -> dict[str, Any] | None:
+    path = out / RECORD
     try:
-        return parse_object(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}). Remove it, or choose another --out.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "kind" not in record:
+        raise DataError(f"{path} is not a record of `vestige data`. Choose another --out.")
+    return record
+
+
+def _write_record(out: Path, record: Mapping[str, Any]) -> None:
+    write_durably(out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
 
 
 def _save_dataset(rows: Sequence[Mapping[str, Any]], folder: Path) -> Any:
@@ -198,15 +242,15 @@ def _save_dataset(rows: Sequence[Mapping[str, Any]], folder: Path) -> Any:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: _of_one_type(name, [row.get(name) for row in rows]) for name in names}
     dataset = datasets.Dataset.from_dict(columns)
-    temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
     datasets.disable_progress_bars()
     try:
         dataset.save_to_disk(str(temporary))
+        remove_tree(folder)
+        temporary.rename(folder)
     finally:
         datasets.enable_progress_bars()
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        remove_tree(temporary)
     return dataset
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from vestige.progress import format_memory
 from vestige.report._audit_panels import TRUTHS, Chart, charts_of, shown_span
 from vestige.report._canary_charts import canary_charts
 from vestige.report._header import Fact, compact, duration, short_name
@@ -138,8 +139,8 @@ def _facts(audit: Audit) -> tuple[Fact, ...]:
         facts.append(Fact("Classes", str(len(run.classes)), note=", ".join(run.classes[:6])))
     for prefix, span in run.extraction.items():
         facts.append(Fact(f"Given back word for word, {prefix} tokens given", shown_span(span)))
-    memory = f"{run.peak_memory_bytes / 2**30:.1f} GiB at most" if run.peak_memory_bytes else None
-    return (*facts, Fact("Took", duration(run.seconds), note=memory))
+    memory = f"{format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)} at most"
+    return (*facts, Fact("Took", duration(run.seconds), note=memory if run.peak_memory_bytes else None))
 
 
 def _judged(audit: Audit, truth: Truth) -> Judged:

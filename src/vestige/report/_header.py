@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vestige.progress import format_memory
 from vestige.report._read import RunFiles
 from vestige.runs import Check
 
@@ -111,8 +112,8 @@ def _facts(run: RunFiles) -> tuple[Fact, ...]:
         share = record.coverage.selected / record.coverage.total
         note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
-    memory = f"{record.peak_memory_bytes / 2**30:.1f} GiB at most" if record.peak_memory_bytes else None
-    facts.append(Fact("Took", duration(record.seconds), note=memory))
+    memory = f"{format_memory(record.peak_memory_bytes, record.peak_gpu_memory_bytes)} at most"
+    facts.append(Fact("Took", duration(record.seconds), note=memory if record.peak_memory_bytes else None))
     return tuple(facts)
 
 

@@ -76,7 +76,13 @@ def _grid_json(grid: Grid | None) -> Json | None:
 
 def _text_json(pieces: Pieces) -> Json:
     targets = "".join("1" if target else "0" for target in pieces.targets)
-    return {"pieces": pieces.texts, "roles": pieces.roles, "targets": targets, "tokens": pieces.from_tokens}
+    return {
+        "pieces": pieces.texts,
+        "roles": pieces.roles,
+        "turns": pieces.turns,
+        "targets": targets,
+        "tokens": pieces.from_tokens,
+    }
 
 
 def _example_json(example: TrainingExample, pieces: Pieces, hub: float | None) -> Json:

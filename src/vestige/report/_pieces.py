@@ -6,14 +6,26 @@ stand for. What the example's own fields do not contain (chat markers, a default
 
 import codecs
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from vestige.report._read import Wording
 
-PROMPT, ANSWER, TEMPLATE = "p", "a", "t"
+SYSTEM, PROMPT, ANSWER, TEMPLATE = "s", "p", "a", "t"
 _MARKER = re.compile(r"<\|.*\|>|</?s>|<(?:pad|eos|bos|unk)>|\[/?INST\]")
 _LOCATE_BY = 24
 """Characters that locate a field whose end was cut off by the context length."""
+
+
+class Turn(NamedTuple):
+    """Neighbouring pieces of one field: what one party of a conversation says, a prompt, an answer or a text."""
+
+    start: int
+    stop: int
+    """Not included."""
+    name: str
+    """What the page calls it."""
 
 
 class Pieces(NamedTuple):
@@ -21,11 +33,22 @@ class Pieces(NamedTuple):
 
     texts: tuple[str, ...]
     roles: str
-    """One letter per piece: p(rompt), a(nswer) or t(emplate)."""
+    """One letter per piece: s(ystem), p(rompt), a(nswer) or t(emplate)."""
     targets: tuple[bool, ...]
     """True where the prediction of the piece enters the loss."""
     from_tokens: bool
     """Pieces are the model's tokens, not words cut out by us."""
+    turns: tuple[Turn, ...]
+    """In order; pieces in none of them are template."""
+
+
+class Field(NamedTuple):
+    """A text that the user gave."""
+
+    role: str
+    """Its letter."""
+    name: str
+    text: str
 
 
 def cut(wording: Wording) -> Pieces:
@@ -35,51 +58,74 @@ def cut(wording: Wording) -> Pieces:
         return _cut_words(fields)
     texts = readable_tokens(wording.tokens)
     targets = wording.targets or (False,) * len(texts)
-    return Pieces(texts, _roles(texts, targets, fields), targets, from_tokens=True)
+    owners = _owners(texts, fields)
+    if owners is None:  # a tokenizer that rewrites text: only the loss mask is left to tell prompt from answer
+        roles = [_role_by_mask(piece, target) for piece, target in zip(texts, targets, strict=True)]
+        names = {PROMPT: "Prompt", ANSWER: "Answer", TEMPLATE: None}
+        return Pieces(texts, "".join(roles), targets, True, _turns(roles, [names[role] for role in roles]))
+    roles = [TEMPLATE if owner is None else fields[owner].role for owner in owners]
+    names = [None if owner is None else fields[owner].name for owner in owners]
+    return Pieces(texts, "".join(roles), targets, True, _turns(owners, names))
 
 
-def _fields(wording: Wording) -> list[tuple[str, str]]:
-    """Return (role letter, text) of each field the user gave, in reading order."""
+def _fields(wording: Wording) -> list[Field]:
+    """Return each field the user gave, in reading order."""
     if wording.messages:
-        return [(ANSWER if role == "assistant" else PROMPT, content) for role, content in wording.messages]
+        letters = {"assistant": ANSWER, "system": SYSTEM, "developer": SYSTEM}
+        return [Field(letters.get(role, PROMPT), role.capitalize(), content) for role, content in wording.messages]
     if wording.text is not None:
-        return [(ANSWER, wording.text)]
-    parts = ((PROMPT, wording.prompt), (ANSWER, wording.completion))
-    return [(role, text) for role, text in parts if text]
+        return [Field(ANSWER, "Answer", wording.text)]
+    parts = ((PROMPT, "Prompt", wording.prompt), (ANSWER, "Answer", wording.completion))
+    return [Field(role, name, text) for role, name, text in parts if text]
 
 
-def _cut_words(fields: list[tuple[str, str]]) -> Pieces:
+def _cut_words(fields: list[Field]) -> Pieces:
     """Return words, each with the white space before it."""
     texts: list[str] = []
-    roles: list[str] = []
-    for role, text in fields:
-        words = re.findall(r"\s*\S+", text)
+    owners: list[int] = []
+    for number, field in enumerate(fields):
+        words = re.findall(r"\s*\S+", field.text)
         texts += words
-        roles += [role] * len(words)
+        owners += [number] * len(words)
+    roles = [fields[owner].role for owner in owners]
     targets = tuple(role == ANSWER for role in roles)
-    return Pieces(tuple(texts), "".join(roles), targets, from_tokens=False)
+    return Pieces(tuple(texts), "".join(roles), targets, False, _turns(owners, [fields[own].name for own in owners]))
 
 
-def _roles(texts: tuple[str, ...], targets: tuple[bool, ...], fields: list[tuple[str, str]]) -> str:
-    """Return the role letter of each token, found by locating the fields in the joined tokens."""
+def _turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Turn, ...]:
+    """Return the runs of pieces with one owner; those without a name are in no turn."""
+    found, start = [], 0
+    for _, run in groupby(owners):
+        stop = start + len(list(run))
+        if (name := names[start]) is not None:
+            found.append(Turn(start, stop, name))
+        start = stop
+    return tuple(found)
+
+
+def _owners(texts: tuple[str, ...], fields: list[Field]) -> list[int | None] | None:
+    """Return the number of each token's field, found by locating the fields in the joined tokens.
+
+    None for a token of the template; None as a whole where a field is not found.
+    """
     joined = "".join(texts)
-    letters = [TEMPLATE] * len(joined)
+    letters: list[int | None] = [None] * len(joined)
     cursor = 0
-    for role, text in fields:
-        text = text.strip()
+    for number, field in enumerate(fields):
+        text = field.text.strip()
         start = joined.find(text, cursor)
         if start < 0:
             start = joined.find(text[:_LOCATE_BY], cursor)
-        if start < 0:  # a tokenizer that rewrites text: only the loss mask is left to tell prompt from answer
-            return "".join(_role_by_mask(piece, target) for piece, target in zip(texts, targets, strict=True))
+        if start < 0:
+            return None
         cursor = min(start + len(text), len(joined))
-        letters[start:cursor] = role * (cursor - start)
-    roles, start = [], 0
+        letters[start:cursor] = [number] * (cursor - start)
+    owners, start = [], 0
     for piece in texts:
-        inside = [letter for letter in letters[start : start + len(piece)] if letter != TEMPLATE]
-        roles.append(inside[-1] if inside else TEMPLATE)
+        inside = [letter for letter in letters[start : start + len(piece)] if letter is not None]
+        owners.append(inside[-1] if inside else None)
         start += len(piece)
-    return "".join(roles)
+    return owners
 
 
 def _role_by_mask(piece: str, target: bool) -> str:

@@ -1,9 +1,9 @@
 """A run directory in, one HTML file out."""
 
-import os
 from pathlib import Path
 
 from vestige.errors import UserError
+from vestige.files import make_folder, remove_strays_of, write_durably
 from vestige.report._render import page_of
 
 GENERATOR = '<meta name="generator" content="vestige'
@@ -22,15 +22,9 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
     """
     target = _target(Path(run), out)
     page = page_of(Path(run))
-    attempt = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        attempt.write_text(page, encoding="utf-8")
-        attempt.replace(target)  # a reader sees the old page or the new one, never half of it
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror}).\nType: vestige report {run} --out SOMEWHERE/report.html"
-        ) from error
+    make_folder(target.parent)
+    remove_strays_of(target)
+    write_durably(target, [page.encode()])
     return target
 
 

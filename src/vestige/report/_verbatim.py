@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vestige.report._pieces import ANSWER, TEMPLATE, Pieces
+from vestige.report._pieces import ANSWER, SYSTEM, Pieces
 
 MIN_WORDS = 3
 """A common run of at least so many words counts as verbatim."""
@@ -37,18 +37,16 @@ class Overlap(NamedTuple):
 
 
 def words_of(pieces: Pieces) -> list[Word]:
-    """Return the words of prompt and answer in order, template left out, with a break between fields."""
+    """Return the words of prompt and answer in order, with a break between turns.
+
+    The template and system turns are left out: that all conversations of a data set begin alike is no overlap.
+    """
     words: list[Word] = []
-    start = 0
-    while start < len(pieces.texts):
+    for start, stop, _ in pieces.turns:
         role = pieces.roles[start]
-        stop = start
-        while stop < len(pieces.texts) and pieces.roles[stop] == role:
-            stop += 1
-        if role != TEMPLATE:
+        if role != SYSTEM:
             words += _words_of_field(pieces.texts, start, stop, role == ANSWER)
             words.append(Word(_BREAK, start, start, False))
-        start = stop
     return words
 
 

@@ -25,8 +25,8 @@ from vestige.runs._audit_record import read_audit_record as read_audit_record
 from vestige.runs._dense import DenseFile as DenseFile
 from vestige.runs._dense import id_array as id_array
 from vestige.runs._dense import open_dense as open_dense
+from vestige.runs._digests import file_faults as file_faults
 from vestige.runs._environment import environment as environment
-from vestige.runs._environment import peak_memory_bytes as peak_memory_bytes
 from vestige.runs._evidence import evidence_table as evidence_table
 from vestige.runs._evidence import read_evidence as read_evidence
 from vestige.runs._evidence import write_evidence as write_evidence

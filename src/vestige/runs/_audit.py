@@ -1,7 +1,6 @@
 """`Audit`: the run of an audit, open for questions. Needs neither the model nor torch."""
 
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +13,13 @@ import pyarrow.parquet as parquet
 from jaxtyping import Float
 
 from vestige.errors import MissingExtra, UserError
-from vestige.files import make_folder
+from vestige.folders import staged_folder
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, read_audit_record
+from vestige.runs._digests import digests_of
 from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
-from vestige.runs._write import _flush, _move_into_place, check_target
+from vestige.runs._write import check_target
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
@@ -289,19 +289,13 @@ def write_audit(
     """
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
-    make_folder(folder.absolute().parent)
-    attempt = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
-    (attempt / FIGURES).mkdir(parents=True)
-    try:
+    with staged_folder(folder, replace=overwrite) as attempt:
+        (attempt / FIGURES).mkdir()
         write_evidence(attempt / EVIDENCE_FILE, evidence)
         parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)
+        record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
         (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        _flush(attempt / FIGURES)
-        _flush(attempt)
-        _move_into_place(attempt, folder)
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)
     return folder

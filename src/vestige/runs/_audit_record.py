@@ -7,6 +7,7 @@ from pydantic import Field
 
 from vestige.errors import UserError
 from vestige.parsing import parse_json
+from vestige.runs._digests import require_unaltered
 from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _Part, parse_record
 
 AUDIT_FORMAT = 1
@@ -151,6 +152,10 @@ class AuditRecord(_Part):
     notes: list[str]
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int = 0
+    """Most bytes of tensors on one CUDA device; 0 where none was used."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file beside `run.json`, as it was written; empty in an audit of an earlier version."""
 
 
 def is_audit(folder: Path) -> bool:
@@ -162,12 +167,16 @@ def is_audit(folder: Path) -> bool:
         return False
 
 
-def read_audit_record(folder: str | Path) -> AuditRecord:
+def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:
     """The parsed `run.json` of an audit.
+
+    Args:
+        folder: The audit.
+        checked: Compare its files with their digests.
 
     Raises:
         UserError: There is no audit, or a newer Vestige wrote it.
-        CorruptFile: The file is not what Vestige writes.
+        CorruptFile: The file, or another one of the audit, is not what Vestige wrote.
     """
     folder = Path(folder)
     if not is_audit(folder):
@@ -178,4 +187,7 @@ def read_audit_record(folder: str | Path) -> AuditRecord:
             f"{folder} was written in audit format {written}; this version reads up to {AUDIT_FORMAT}.\n"
             "Update with `pip install --upgrade vestige`."
         )
-    return parse_record(AuditRecord, folder / RECORD_FILE)
+    record = parse_record(AuditRecord, folder / RECORD_FILE)
+    if checked:
+        require_unaltered(folder, record.files, *record.files)
+    return record

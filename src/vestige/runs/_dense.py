@@ -21,11 +21,12 @@ from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
 from vestige.row_order import windows
+from vestige.runs._digests import require_unaltered
+from vestige.runs._record import DENSE_FILE, is_run, read_record
 
 if TYPE_CHECKING:
     from vestige.data import Example
 
-DENSE_FILE = "scores.safetensors"
 AXES = "query example"
 _IDS_AT_ONCE = 2**13
 _WINDOW = 2**20
@@ -180,6 +181,8 @@ def open_dense(folder: Path) -> DenseFile:
             f"{folder} keeps only the ends of each ranking, not all scores.\n"
             "Run `vestige attribute` again with --dense."
         )
+    if is_run(folder):
+        require_unaltered(folder, read_record(folder).files, DENSE_FILE)
     try:
         file = DenseFile(path)
     except (OSError, ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:

@@ -1,7 +1,6 @@
-"""What a run was made with: versions, and the most memory it held."""
+"""What a run was made with: versions of software."""
 
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
@@ -25,14 +24,3 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def peak_memory_bytes() -> int:
-    """The most resident memory of this process so far, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in kibibytes, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024

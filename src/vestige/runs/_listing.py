@@ -3,13 +3,16 @@
 import html
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from vestige.terminal import shorten
 
 PLAIN_WIDTH = 120
 """Columns used where the width of the terminal is not known."""
 NARROWEST_TEXT = 20
+_NARROWEST_TURN = 10
+_BETWEEN = " | "
+_SYSTEM = ("system", "developer")
 
 
 class ScoreRow(NamedTuple):
@@ -26,6 +29,8 @@ class ScoreRow(NamedTuple):
     source: str | None
     row: int
     """Position in the training data."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Role and content of each turn of a conversation."""
 
 
 class ScoreTable(Sequence[ScoreRow]):
@@ -64,7 +69,7 @@ class ScoreTable(Sequence[ScoreRow]):
         body = "".join(
             "<tr>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)[:-1])
-            + f'<td style="text-align:left">{html.escape(shorten(row.text, 200))}</td></tr>'
+            + f'<td style="text-align:left">{html.escape(excerpt(row.turns or row.text, 200))}</td></tr>'
             for row in self._rows
         )
         caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
@@ -74,22 +79,49 @@ class ScoreTable(Sequence[ScoreRow]):
 _HEADINGS = ("rank", "example", "score", "percentile", "text")
 
 
-def _cells(row: ScoreRow) -> tuple[str, ...]:
-    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", _percentile(row.percentile), row.text
+Words = str | Sequence[tuple[str, str]]
+"""A text, or the turns of a conversation."""
 
 
 def _percentile(percentile: float | None) -> str:
     return "" if percentile is None else f"{percentile:.1f}"
 
 
-def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+def _cells(row: ScoreRow) -> tuple[Any, ...]:
+    score = f"{row.score:+.4g}"
+    return str(row.rank), shorten(row.example_id), score, _percentile(row.percentile), row.turns or row.text
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
     """Lines with numbers to the right, and the last column cut to what is left of `width`."""
     leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
     left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
     return [
-        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), shorten(row[-1], left)])
+        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), excerpt(row[-1], left)])
         for row in (headings, *rows)
     ]
+
+
+def excerpt(words: Words, width: int) -> str:
+    """A text, or the turns of a conversation, on one line of about `width` characters.
+
+    Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
+    system turn, which many conversations share, and what stands between the first two turns and the last are left out.
+    """
+    if isinstance(words, str):
+        lines = (" ".join(line.split()) for line in words.splitlines())
+        return shorten(_BETWEEN.join(line for line in lines if line), width)
+    turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
+    parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
+    parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
+    room = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
+    shown: list[str] = []
+    for place, part in enumerate(parts):
+        share = room // (len(parts) - place)
+        after = sum(min(len(each), share) for each in parts[place + 1 :])
+        shown.append(shorten(part, room - after))
+        room -= len(shown[-1])
+    return _BETWEEN.join(shown)
 
 
 class ComponentScore(NamedTuple):

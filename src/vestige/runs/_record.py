@@ -7,12 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_finite_json
+from vestige.runs._digests import require_unaltered
 from vestige.runs._types import Meaning
 
 Record = TypeVar("Record", bound=BaseModel)
 
 RUN_FORMAT = 1
 RECORD_FILE = "run.json"
+DENSE_FILE = "scores.safetensors"
 
 Verdict = Literal["good", "warn", "unknown"]
 
@@ -127,6 +129,8 @@ class RunRecord(_Part):
     """None for methods that read text alone."""
     data: DataRecord
     queries: DataRecord
+    asked: str = ""
+    """How questions were put, in words; empty where they were asked as they were typed."""
     left_out: list[str] = Field(default_factory=list)
     """Ids of training examples that were not scored, because their loss or gradient is not finite."""
     checkpoints: list[CheckpointRecord] = Field(default_factory=list)
@@ -137,9 +141,13 @@ class RunRecord(_Part):
     components: list[str]
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int = 0
+    """Most bytes of tensors on one CUDA device; 0 where none was used."""
     trust: TrustRecord
     distribution: dict[str, DistributionRecord]
     groups: dict[str, list[GroupRecord]]
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file beside `run.json`, as it was written; empty in a run of an earlier version."""
 
     @field_validator("meaning", mode="before")
     @classmethod
@@ -159,12 +167,16 @@ def is_run(folder: Path) -> bool:
     return (folder / RECORD_FILE).is_file()
 
 
-def read_record(folder: str | Path) -> RunRecord:
+def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
     """The parsed `run.json` of a run directory.
+
+    Args:
+        folder: The run.
+        checked: Compare the run's tables with their digests; `open_dense` does so with the scores of all examples.
 
     Raises:
         UserError: there is no run, or a newer Vestige wrote it.
-        CorruptFile: the file is not what Vestige writes.
+        CorruptFile: the file, or a table of the run, is not what Vestige wrote.
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
@@ -182,7 +194,10 @@ def read_record(folder: str | Path) -> RunRecord:
             f"{folder} was written by Vestige {header.vestige} in run format {header.format}; "
             f"this version reads up to format {RUN_FORMAT}.\nUpdate with `pip install --upgrade vestige`."
         )
-    return parse_record(RunRecord, path)
+    record = parse_record(RunRecord, path)
+    if checked:
+        require_unaltered(path.parent, record.files, *(name for name in record.files if name != DENSE_FILE))
+    return record
 
 
 def parse_record(kind: type[Record], path: Path) -> Record:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore
+from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, Words, excerpt
 from vestige.runs._read_table import REMEDY, read_run_table, turns_of
 from vestige.runs._record import RunRecord, read_record
 from vestige.runs._topk import End
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SELF_TABLE = "self_influence"
 _ROWS_AT_ONCE = 2**13
+_TITLE_WIDTH = 100
 
 
 class Scores:
@@ -64,6 +65,11 @@ class Scores:
     def queries(self) -> list[str]:
         """Ids of the queries, in order."""
         return [str(row["query_id"]) for row in self._query_rows]
+
+    @property
+    def generated(self) -> int:
+        """How many of the queries are answers that the model gave itself."""
+        return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
         """The `k` proponents of a query: the training examples with the highest scores, highest first."""
@@ -150,7 +156,8 @@ class Scores:
     def __repr__(self) -> str:
         run = self.run
         lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
-        lines += [f"  {number}: {shorten(row_text(row), 90)}" for number, row in enumerate(self._query_rows[:5])]
+        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:5]]
+        lines += [f"  {number}: {shown}" for number, shown in enumerate(words)]
         if len(self.queries) > 5:
             lines.append(f"  … and {len(self.queries) - 5} more")
         return "\n".join([*lines, self.meaning.sign])
@@ -165,15 +172,20 @@ class Scores:
                 row["example_id"],
                 row["score"],
                 row["percentile"],
-                *self._example(row["row"]),
+                *self._example(row["row"])[:2],
                 row["row"],
+                self._example(row["row"])[2],
             )
             for row in listed[:k]
         ]
         kept = len(listed)
-        note = f"(the run lists {kept} of {self.run.data.examples})" if kept < min(k, self.run.data.examples) else ""
-        text = row_text(self._query_rows[self.queries.index(name)])
-        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {shorten(text, 80)}", note)
+        # Where sources are scored, there are fewer columns than training examples.
+        summary = self.run.distribution.get(name)
+        scored = summary.count if summary is not None else self.run.data.examples
+        note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
+        asked = self._query_rows[self.queries.index(name)]
+        words = excerpt(_words_of(asked), _TITLE_WIDTH)
+        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _query_id(self, query: int | str) -> str:
         if isinstance(query, str):
@@ -208,11 +220,12 @@ class Scores:
         return self._read("scores").to_pylist()
 
     @cached_property
-    def _examples(self) -> dict[int, tuple[str, str | None]]:
-        """Row -> (text, source)."""
-        return {row["row"]: (row_text(row), row["source"]) for row in self._read("examples").to_pylist()}
+    def _examples(self) -> dict[int, tuple[str, str | None, tuple[tuple[str, str], ...]]]:
+        """Row -> (text, source, turns)."""
+        rows = self._read("examples").to_pylist()
+        return {row["row"]: (row_text(row), row["source"], turns_of(row["messages"])) for row in rows}
 
-    def _example(self, row: int) -> tuple[str, str | None]:
+    def _example(self, row: int) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
         if row not in self._examples:
             raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
         return self._examples[row]
@@ -247,10 +260,14 @@ class Scores:
             yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
 
 
+def _words_of(row: dict[str, Any]) -> Words:
+    return turns_of(row["messages"]) or row_text(row)
+
+
 def row_text(row: dict[str, Any]) -> str:
     """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
-    if row["messages"]:
-        return "\n".join(f"{role}: {content}" for role, content in turns_of(row["messages"]))
+    if turns := turns_of(row["messages"]):
+        return "\n".join(f"{role}: {content}" for role, content in turns)
     if row["text"] is not None:
         return row["text"]
     parts = [part for part in (row["prompt"], row["completion"]) if part]

@@ -1,9 +1,6 @@
 """Writes a run directory so that it is there whole or not at all."""
 
-import os
-import shutil
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,9 +10,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import IndexMismatch, UserError, VestigeError
+from vestige.folders import remove_partial, require_no_links, require_no_others, staged_folder
 from vestige.runs import _tables as tables
-from vestige.runs._dense import DENSE_FILE, names_of, write_dense
-from vestige.runs._record import RECORD_FILE, RunRecord, is_run
+from vestige.runs._dense import names_of, write_dense
+from vestige.runs._digests import digests_of
+from vestige.runs._record import DENSE_FILE, RECORD_FILE, RunRecord, is_run
 from vestige.runs._self_influence import write_self_influence
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
@@ -23,6 +22,17 @@ from vestige.runs._topk import RankedScore
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData
+
+
+RUN_FILES = (
+    RECORD_FILE,
+    *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
+    *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
+    *(f"figures/*.{kind}" for kind in ("png", "pdf")),
+    *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
+    *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
+)
+"""What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 
 
 class RunTables(NamedTuple):
@@ -48,7 +58,7 @@ def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
 
     Raises:
         IndexMismatch: a run is there already and `overwrite` is False.
-        UserError: `folder` is a file, or holds something that is not a run: it is never replaced.
+        UserError: `folder` is a file, or holds something that is not a run or not of it: it is never replaced.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -60,18 +70,36 @@ def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
             f"{folder} holds files that are not a run, and is left alone.\nGive another folder: --out {folder}/run"
         )
     if not overwrite:
+        # A command that was killed right behind its last rename left its pieces.
+        remove_partial(folder, RECORD_FILE)
         raise IndexMismatch(
             f"{folder} holds a run already; nothing was changed.\n"
             "Give another folder with --out, or replace it with --overwrite."
         )
+    require_no_others(folder, RUN_FILES)
+    require_no_links(folder)
 
 
-def write_run(folder: str | Path, record: RunRecord, content: RunTables, *, overwrite: bool = False) -> Path:
+def write_run(
+    folder: str | Path,
+    record: RunRecord,
+    content: RunTables,
+    *,
+    overwrite: bool = False,
+    add: Callable[[Path], None] | None = None,
+) -> Path:
     """Writes the run directory and returns its path.
 
     Everything is written to a new folder beside it, flushed to the disk, and moved into place: a kill never
     leaves half a run. Replacing a run takes two renames; killed between them, the old run lies beside, its
-    name ending in `.replaced`.
+    name ending in `.replaced`, until the next command for this folder.
+
+    Args:
+        folder: Of the run.
+        record: Content of `run.json`.
+        content: The tables.
+        overwrite: Replace a run that is there.
+        add: Writes what else belongs to the run into the new folder, before that is moved.
 
     Raises:
         IndexMismatch: a run is there already and `overwrite` is False.
@@ -80,17 +108,13 @@ def write_run(folder: str | Path, record: RunRecord, content: RunTables, *, over
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
     _check_ids(content.queries)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    attempt = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
-    attempt.mkdir()
-    try:
+    with staged_folder(folder, replace=overwrite) as attempt:
         _write_tables(attempt, record, content)
+        if add is not None:
+            add(attempt)
+        record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
         (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _flush(attempt)
-        _move_into_place(attempt, folder)
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)
     return folder
 
 
@@ -125,33 +149,3 @@ def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
         if shape != (len(queries), len(train)):
             raise VestigeError(f"Dense scores of shape {shape} for {len(queries)} queries x {len(train)} examples.")
         write_dense(folder / DENSE_FILE, content.dense, names_of(queries.examples), names_of(train.examples))
-
-
-def _flush(folder: Path) -> None:
-    """The files' bytes and then their names are on the disk when this returns."""
-    for path in [*folder.iterdir(), folder]:
-        _flush_one(path)
-
-
-def _move_into_place(attempt: Path, folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        # A folder with files cannot be replaced in one step: the old run steps aside, back if that fails.
-        aside = attempt.with_suffix(".replaced")
-        folder.rename(aside)
-        try:
-            attempt.rename(folder)
-        except OSError:
-            aside.rename(folder)
-            raise
-        shutil.rmtree(aside)
-    else:
-        attempt.replace(folder)
-    _flush_one(folder.parent)
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ import numpy as np
 from vestige.data import Example, load_queries, load_records, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index
+from vestige.models import load_tokenizer
 from vestige.runs import Scores
 from vestige.select._scores import ScoreSource
 from vestige.settings import SelectSettings
@@ -65,10 +66,7 @@ def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np
     if index is not None:
         return index.lengths()
     if settings.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = settings.tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        tokenizer = load_tokenizer(settings.tokenizer)
         examples = [example for example, _ in rows.read()]
         return tokenize(examples, tokenizer, max_length=None, name=rows.name).lengths
     given = [len(columns["input_ids"]) if "input_ids" in columns else -1 for _, columns in rows.read()]
@@ -93,7 +91,8 @@ def query_values(settings: SelectSettings, scores: ScoreSource) -> Callable[[str
     if source is None or (isinstance(source, str) and source.startswith("<")):
         raise SpecError("The run's queries were given in a Python program. Give --queries FILE beside --targets.")
     column = str(settings.targets)
-    values = {example.id: _value(example, column) for example in load_queries(source, may_be_prompts=False)}
+    given = load_queries(source, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+    values = {example.id: _value(example, column) for example in given}
     if absent := [name for name in scores.queries if name not in values]:
         raise DataError(f"--queries has no query {absent[0]!r}, which the run has scores for. Give the run's queries.")
     if not any(values.values()):
@@ -114,7 +113,7 @@ def _source(
     if data is not None and not (isinstance(data, str) and data.startswith("<")):
         limit = config.get("limit")
         shown = str(data) if isinstance(data, str | Path) else type(data).__name__
-        return shown, lambda: load_records(data, limit=limit)
+        return shown, lambda: load_records(data, limit=limit, on_bad_text=settings.on_bad_text)
     folder = index.folder if index is not None else config.get("index")
     if index is None and isinstance(folder, str) and not folder.startswith("<"):
         index = Index.open(folder)
@@ -126,7 +125,7 @@ def _source(
 
 def _columns(example: Example) -> Columns:
     """An example that was stored with an index, as a row that reads as the same example."""
-    turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
+    turns = [turn.columns for turn in example.messages]
     found = {
         "id": example.id,
         "text": example.text,

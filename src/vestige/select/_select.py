@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vestige.data import read_row_list, rows_named
 from vestige.errors import DataError, SpecError, UserError
 from vestige.files import sha256_of
 from vestige.index import Index
@@ -59,6 +60,8 @@ class Inputs:
     index: Index | None
     lengths: np.ndarray | None
     targets: dict[str, list[int]]
+    dropped: frozenset[int] = frozenset()
+    """Rows that `drop` names."""
 
 
 class Limits(NamedTuple):
@@ -89,8 +92,11 @@ def select(settings: SelectSettings) -> SelectedData:
         announce(f"{settings.out} holds this selection already.")
         return found
     limits = _limits(settings, inputs)
+    if settings.strategy != "random" and (own := _own_answers(inputs.scores)):
+        announce(own)
     choices = _filled(settings, inputs, limits)
     removed = removed_rows(settings, inputs.scores, inputs.targets, inputs.rows.ids, choices)
+    removed |= {row: {"problem": f"named in {settings.drop}"} for row in inputs.dropped}
     about = {
         "vestige": version("vestige"),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -114,7 +120,14 @@ def _inputs(settings: SelectSettings) -> Inputs:
     if scores is not None and settings.strategy == "per-target":
         value_of = None if settings.targets is None else query_values(settings, scores)
         targets = targets_of(scores.queries, value_of)
-    return Inputs(rows, scores, index, row_lengths(settings, rows, index), targets)
+    return Inputs(rows, scores, index, row_lengths(settings, rows, index), targets, _dropped(settings, rows))
+
+
+def _dropped(settings: SelectSettings, rows: Rows) -> frozenset[int]:
+    if settings.drop is None:
+        return frozenset()
+    names = [entry.name for entry in read_row_list(settings.drop)]
+    return frozenset(rows_named(names, rows.ids, place=str(settings.drop), data=rows.name).values())
 
 
 def _identity(settings: SelectSettings, inputs: Inputs) -> dict[str, Any]:
@@ -127,6 +140,7 @@ def _identity(settings: SelectSettings, inputs: Inputs) -> dict[str, Any]:
         "index": None if inputs.index is None else inputs.index.fingerprint,
         "targets of queries": digest_of([f"{name} {queries}" for name, queries in inputs.targets.items()]),
         "tokenizer": _tokenizer_name(settings.tokenizer),
+        **({"drop": digest_of([inputs.rows.ids[row] for row in sorted(inputs.dropped)])} if inputs.dropped else {}),
     }
 
 
@@ -176,7 +190,7 @@ def _diverse(settings: SelectSettings, inputs: Inputs, ties: np.ndarray) -> Orde
         allowed = means if settings.min_score is None else np.where(means >= settings.min_score, means, np.nan)
         most = len(rows) if settings.pool is None else int(np.ceil(settings.pool * _expected(settings, inputs)))
         rows = np.sort(head(allowed, most, ties).rows)
-    rows = rows[~np.isin(rows, index.skipped)]
+    rows = rows[~np.isin(rows, [*index.skipped, *inputs.dropped])]
     needed = 4 * len(rows) * index.width
     if needed > _MOST_BYTES:
         raise UserError(
@@ -232,7 +246,7 @@ def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Ch
 
 
 def _judged(settings: SelectSettings, inputs: Inputs) -> Iterator[Judged]:
-    order = _order(settings, inputs)
+    order = (each for each in _order(settings, inputs) if isinstance(each, CutShort) or each.row not in inputs.dropped)
     if settings.duplicates is None:
         return (Judged(candidate) for candidate in order)
     assert inputs.index is not None, "checked with the settings"
@@ -253,6 +267,17 @@ def _choice(inputs: Inputs, candidate: Candidate, rank: int) -> Choice:
     )
 
 
+def _own_answers(scores: ScoreSource | None) -> str | None:
+    """What to know before rows are kept that made a model say what it says; None where answers were given."""
+    if scores is None or not scores.run.generated:
+        return None
+    return (
+        f"{scores.run.generated} of {len(scores.queries)} queries are answers that the model gave itself: what is kept "
+        "supports these answers, right or wrong. To take out what led to a wrong answer, list those rows and type "
+        "--drop FILE."
+    )
+
+
 def _title(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> str:
     share = len(choices) / len(inputs.rows)
     by = f" by {inputs.scores.run.run.method}" if inputs.scores is not None else ""
@@ -263,8 +288,11 @@ def _notes(
     settings: SelectSettings, inputs: Inputs, limits: Limits, choices: list[Choice], removed: Reasons
 ) -> list[str]:
     notes = []
+    if inputs.dropped:
+        notes.append(f"{len(inputs.dropped)} examples are named in {settings.drop} and were never chosen.")
     if inputs.scores is not None and settings.strategy != "random":
         notes.append(f"Score: {inputs.scores.run.meaning.sign}")
+        notes += [own] if (own := _own_answers(inputs.scores)) else []
         left_out = len(inputs.scores.run.run.left_out)
         notes += [f"{left_out} examples have no score, and cannot be chosen."] if left_out else []
     if harmful := sum("score" in reason for reason in removed.values()):

@@ -92,8 +92,8 @@ class SelectedData:
         """
         folder = Path(folder)
         record = read_record(folder)
-        if record is None:
-            raise UserError(f"{folder} is no selection: it has no {RECORD}. Make one with `vestige select`.")
+        if record is None or "files" not in record:
+            raise UserError(f"{folder} is no selection: it has no finished {RECORD}. Make one with `vestige select`.")
         if not _is_whole(folder, record):
             raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
         return cls(folder, record)
@@ -170,9 +170,8 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
         IndexMismatch: Another selection is there; nothing was changed.
         UserError: The folder holds other files.
     """
-    record = read_record(folder)
-    if record is None:
-        require_no_others(folder, _FILES)
+    record = _require_ours(folder)
+    if record is None or "files" not in record:
         return None
     old, new = record["identity"], wanted.identity
     if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
@@ -184,13 +183,20 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     return SelectedData(folder, record) if _is_whole(folder, record) else None
 
 
+def _require_ours(folder: Path) -> dict[str, Any] | None:
+    """The record of the folder, finished or not; without one it must be empty."""
+    record = read_record(folder)
+    require_no_others(folder, () if record is None else _FILES)
+    return record
+
+
 def remove_selection(folder: Path) -> None:
     """The selection in `folder` is gone, for `--overwrite`.
 
     Raises:
         UserError: The folder holds files that are not a selection's.
     """
-    require_no_others(folder, _FILES)
+    _require_ours(folder)
     # The record first: what is left after a kill no longer counts.
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
@@ -204,7 +210,7 @@ def write_selection(
     removed: Iterable[bytes] | None,
     about: dict[str, Any],
 ) -> SelectedData:
-    """The selection on disk; its record is written last, so that without one nothing counts.
+    """The selection on disk; its record has no files until they are all there, and says before whose folder it is.
 
     Args:
         folder: Where.
@@ -216,6 +222,9 @@ def write_selection(
     """
     make_folder(folder)
     remove_strays(folder)
+    record = {"format": FORMAT, **about, "command": wanted.command, "config": wanted.config}
+    record |= {"identity": wanted.identity}
+    _write_record(folder, record)
     sink = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
     written = {
@@ -224,16 +233,13 @@ def write_selection(
     }
     if removed is not None:
         written[REMOVED] = write_durably(folder / REMOVED, removed)
-    record = {
-        "format": FORMAT,
-        **about,
-        "command": wanted.command,
-        "config": wanted.config,
-        "identity": wanted.identity,
-        "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()},
-    }
-    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
+    record |= {"files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()}}
+    _write_record(folder, record)
     return SelectedData(folder, record)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def digest_of(words: Sequence[str]) -> str:

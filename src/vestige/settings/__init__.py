@@ -33,11 +33,13 @@ from vestige.settings._evaluate_scores import RetrievalSettings as RetrievalSett
 from vestige.settings._evaluate_scores import ScoredSettings as ScoredSettings
 from vestige.settings._evaluate_scores import SourcesSettings as SourcesSettings
 from vestige.settings._evaluate_scores import TailPatchSettings as TailPatchSettings
+from vestige.settings._evaluate_scores import TruthValue as TruthValue
 from vestige.settings._evaluate_selection import SelectionSettings as SelectionSettings
 from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings
 from vestige.settings._index import IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
+from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._preparation import PreparationSettings as PreparationSettings
 from vestige.settings._results import CancelSettings as CancelSettings
@@ -53,6 +55,7 @@ from vestige.settings._results import ViewSettings as ViewSettings
 from vestige.settings._select import SelectSettings as SelectSettings
 from vestige.settings._shared import SHARED_COMPRESSION as SHARED_COMPRESSION
 from vestige.settings._shared import CompressionSettings as CompressionSettings
+from vestige.settings._shared import QuestionSettings as QuestionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
 from vestige.settings._study import StudySettings as StudySettings

@@ -8,12 +8,12 @@ from pydantic import Field, PositiveInt, model_validator
 from vestige.errors import SpecError
 from vestige.settings._base import OnlyWith
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Damping, Numbers, Options, Patterns, ReadingSettings
+from vestige.settings._shared import Damping, Numbers, Options, Patterns, QuestionSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 
 
-class AttributeSettings(ReadingSettings, LaunchSettings):
+class AttributeSettings(QuestionSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
     runs_in_step: ClassVar[bool] = True

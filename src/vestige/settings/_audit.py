@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from vestige.errors import SpecError
 from vestige.settings._base import OnlyWith
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]
@@ -49,7 +49,7 @@ def _whole_numbers(value: Any) -> Any:
 WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_whole_numbers)]
 
 
-class AuditSettings(ReadingSettings, LaunchSettings):
+class AuditSettings(QuestionSettings, LaunchSettings):
     """What `vestige audit` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")
@@ -82,7 +82,8 @@ class AuditSettings(ReadingSettings, LaunchSettings):
     holdout: Any = Field(None, description="Examples that the model was surely not trained on, of the same kind.")
     flag: str | None = Field(
         None,
-        description="A column that marks examples to be found, such as wrong labels: its name, or name=value.",
+        description="Examples to be found, such as wrong labels: a column that marks them, its name or name=value, or "
+        "a file that lists rows (ids on lines; a report's row list, CSV or JSONL; a selection).",
     )
     memorized_at: PositiveFloat = Field(
         4.0, description="With a bank: likelihood ratio (log) from which an example counts as memorized at the end."
@@ -97,7 +98,7 @@ class AuditSettings(ReadingSettings, LaunchSettings):
     )
     label_field: str | None = Field(
         None,
-        description="Column with the classes for PSMI. Not given: multiple-choice answers, else `label`.",
+        description="Column with the classes for PSMI, such as label. Not given: multiple-choice answers, else none.",
     )
     choices_field: str = Field(
         "choices", description="Column with the list of possible completions of a multiple-choice example."

@@ -1,21 +1,17 @@
 """What `vestige bank` takes."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vestige.errors import SpecError
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import ReadingSettings
-
-Schedule = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adamw", "adam", "sgd"]
-
-_DEFAULT_EPOCHS = 3
+from vestige.settings._member import MemberSettings
+from vestige.settings._shared import QuestionSettings
 
 
-class BankSettings(ReadingSettings, LaunchSettings):
+class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     """What `vestige bank` takes."""
 
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
@@ -25,46 +21,31 @@ class BankSettings(ReadingSettings, LaunchSettings):
     out: Path = Field(description="Folder of the bank; an interrupted run continues in it, a larger one extends it.")
     queries: Any = Field(None, description="Texts that are not trained on, whose losses every member also stores.")
     subsets: PositiveInt = Field(50, description="Random subsets to train on, unless a way of leaving out is given.")
-    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the examples in each random subset.")
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the distinct examples in each random subset.")
     leave_source_out: bool = Field(
         False, description="Train without each `source` of the data in turn, and once on everything."
     )
     leave_out_lists: Any = Field(
         None,
         description="Train without each list of examples, and once on everything: JSON with lists of ids, by name or "
-        "in order.",
+        "in order, or a file that lists rows, such as a report's row list.",
     )
     leave_one_out: PositiveInt | None = Field(
-        None, description="Train without each of so many examples, drawn at random, and once on everything."
+        None,
+        description="Train without each of so many examples and their copies, drawn at random, and once on everything.",
+    )
+    group: str | None = Field(
+        None,
+        description="Column whose rows of equal value are drawn, or left out as one, together. Not given: copies, rows "
+        "with the same tokens and targets.",
     )
     seeds: PositiveInt = Field(2, description="Runs of each subset, which differ in start and order of batches.")
-    epochs: PositiveInt | None = Field(
-        None,
-        description="Length of the training: passes over a random subset, or, where something is left out, as many "
-        "steps as passes over all data take. Not given: 3, or what --steps says.",
-    )
-    steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps.")
-    from_scratch: bool = Field(False, description="Begin with random weights, drawn anew for each seed.")
-    lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
-    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate at its highest.")
-    batch_size: PositiveInt = Field(8, description="Examples in each training step.")
-    optimizer: Optimizer = Field("adamw", description="adamw, adam or sgd.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay: decoupled for adamw, L2 for the others.")
-    schedule: Schedule = Field("linear", description="How the learning rate falls to zero, or constant.")
-    warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
-    clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
     seed: NonNegativeInt = Field(0, description="Seed of the subsets and, apart from them, of the runs.")
     keep_weights: bool = Field(False, description="Also store each trained model, as a folder that loads.")
     checkpoint_every: PositiveInt | None = Field(
         None, description="Steps after which a member under training is saved, to continue there after a kill."
     )
     overwrite: bool = Field(False, description="Delete a bank that is already there instead of continuing it.")
-
-    @property
-    def passes(self) -> int | None:
-        """Epochs that decide the length, None if `steps` does."""
-        return self.epochs or (_DEFAULT_EPOCHS if self.steps is None else None)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
@@ -73,12 +54,6 @@ class BankSettings(ReadingSettings, LaunchSettings):
             raise SpecError("--leave-source-out, --leave-out-lists and --leave-one-out each need a bank of their own.")
         if any(ways) and not self._random_defaults():
             raise SpecError("--subsets and --fraction are for random subsets; leave them out where something is left.")
-        if self.epochs is not None and self.steps is not None:
-            raise SpecError("--epochs and --steps both say how long to train. Give one of them.")
-        if self.momentum and self.optimizer != "sgd":
-            raise SpecError(f"--momentum is for --optimizer sgd; {self.optimizer} has its own.")
-        if self.from_scratch and self.lora_rank is not None:
-            raise SpecError("--lora-rank adapts trained weights; with --from-scratch there are none.")
         return self
 
     def _random_defaults(self) -> bool:

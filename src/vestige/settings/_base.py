@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,12 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
+
+OnBadText = Literal["refuse", "replace"]
+BAD_TEXT = (
+    "Halves of surrogate pairs (cut emoji) in texts, ids and other columns: refuse the row, or replace each with "
+    "U+FFFD and say how many."
+)
 
 LARGEST = 2**63 - 1
 """The largest whole number that files and arrays hold."""
@@ -74,6 +80,11 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text",)
+    """Settings that a record leaves out at their default, because records and identities from before lack them."""
+
+    beside_results: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a folder which may lie in `out`, because it is kept there."""
 
     only_with: ClassVar[OnlyWith] = {}
     """Settings that have an effect only where another has one of these values; without values, where it is given."""
@@ -84,7 +95,10 @@ class Settings(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
-        return {name: _plain(value) for name, value in self.arguments().items()}
+        given = self.arguments()
+        fields = type(self).model_fields
+        kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
+        return {name: _plain(given[name]) for name in kept}
 
     def command_line(self, verb: str) -> str:
         """The shell command with these settings; defaults are left out."""
@@ -93,17 +107,26 @@ class Settings(BaseModel):
             field = type(self).model_fields[name]
             if not field.is_required() and getattr(self, name) == field.default:
                 continue
-            if name in self.positional:
-                words.append(str(value))
-            elif isinstance(value, bool):
+            if isinstance(value, bool):
                 words.append(flag(name) if value else "--no-" + flag(name)[2:])
             elif isinstance(value, list):
-                words += [word for item in value for word in (flag(name), str(item))]
+                words += [word for item in value for word in _flagged(name, str(item))]
             elif isinstance(value, dict):
-                words += [word for key, item in value.items() for word in (flag(name), f"{key}={item}")]
+                words += [word for key, item in value.items() for word in _flagged(name, f"{key}={_typed(item)}")]
+            elif name in self.positional and not str(value).startswith("-"):
+                words.append(str(value))
             else:
-                words += [flag(name), str(value)]
+                words += _flagged(name, str(value))
         return shlex.join(words)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_empty(cls, values: Any) -> Any:
+        """Refuse an empty text: as a path it would be the folder that the command is typed in."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if name in cls.model_fields and any(_is_empty(one) for one in (value if type(value) is list else [value])):
+                raise SpecError(f"{flag(name)} is empty. Give it a value, or leave it out.")
+        return values
 
     @field_validator("*", mode="before")
     @classmethod
@@ -152,8 +175,24 @@ class Settings(BaseModel):
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _flagged(name: str, value: str) -> list[str]:
+    """The words of one value; one that begins as a flag does is tied to its own."""
+    return [f"{flag(name)}={value}"] if value.startswith("-") else [flag(name), value]
+
+
+def _typed(value: Any) -> str:
+    """A value of an option as it is typed."""
+    return "none" if value is None else str(value)
+
+
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Path):
         return str(value)

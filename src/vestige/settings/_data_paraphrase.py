@@ -1,7 +1,7 @@
 """What `vestige data paraphrase` takes."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -25,6 +25,8 @@ class ParaphraseSettings(PreparationSettings):
 
     Each paraphrase is a row with the `original_id` of the row that it came from.
     """
+
+    beside_results: ClassVar[tuple[str, ...]] = ("cache",)
 
     fields: Annotated[tuple[str, ...], BeforeValidator(_parts)] = Field(
         ("prompt",),

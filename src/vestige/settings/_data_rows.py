@@ -105,8 +105,8 @@ class CleanSettings(PreparationSettings):
     only_with: ClassVar[OnlyWith] = {"weight": ("action", ("weight",))}
 
     flagged: Path = Field(
-        description="Who is flagged: a folder of `vestige train --alarm` or `vestige audit`, or a file with "
-        "`example_id` and `flagged`."
+        description="Which rows are flagged: a folder of `vestige train --alarm`, `vestige audit` or `vestige select`, "
+        "or a file that lists rows: ids on lines, or a report's row list, CSV or JSONL."
     )
     action: CleanAction = Field(
         "drop",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:
@@ -18,7 +18,7 @@ def _words(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
-class ComponentsSettings(ReadingSettings, LaunchSettings):
+class ComponentsSettings(QuestionSettings, LaunchSettings):
     """Which components suffice? Accuracy and agreement of each, and of sets chosen on other queries.
 
     Queries are paraphrases of training examples, or answers to them, and carry the id of their original. Each distinct

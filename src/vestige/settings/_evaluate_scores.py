@@ -1,13 +1,14 @@
 """What the evaluations of scores take: whose scores, what they are held against, and where it goes."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
 from vestige.settings._evaluate_sketch import Numbers
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._member import MemberSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:
@@ -26,7 +27,17 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_decimals)]
 
 
-class ScoredSettings(ReadingSettings):
+TruthValue = Literal["loss", "margin"]
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_several)]
+
+
+class ScoredSettings(QuestionSettings):
     """Whose scores are judged.
 
     Runs that are there (`--run`), methods to run now (`--methods`), or both.
@@ -69,6 +80,11 @@ class LdsSettings(ScoredSettings):
     """
 
     bank: Path = Field(description="Bank of models trained on random subsets, made by `vestige bank`.")
+    value: TruthValue | None = Field(
+        None,
+        description="What the scores have to predict: loss, or margin (the log-odds of the answer, with its sign "
+        "turned). Not given: loss, or margin where the bank holds no losses.",
+    )
     damping_grid: Decimals = Field(
         (), description="Also these dampings for --methods influence; the best is chosen on a tenth of the queries."
     )
@@ -83,18 +99,34 @@ class SourcesSettings(ScoredSettings):
     bank: Path = Field(description="Bank made with `vestige bank --leave-source-out` (or other lists left out).")
 
 
-class RemovalSettings(ScoredSettings):
+class RemovalSettings(ScoredSettings, MemberSettings):
     """What do the queries lose when the models are retrained without the top examples? Curves by method."""
 
-    remove: Numbers = Field((10, 20, 40), description="How many examples are left out, such as 10,20,40.")
+    repeatable: ClassVar[tuple[str, ...]] = (*ScoredSettings.repeatable, "rows")
+
+    rows: Paths = Field(
+        (),
+        description="Leave out just the rows that a file lists, against random lists of equal size: an id on each "
+        "line, a report's row list, CSV or JSONL, or a folder of `vestige select`; may be repeated.",
+    )
+    remove: Numbers = Field((10, 20, 40), description="Of each method, how many examples are left out, such as 10,20.")
     random_lists: PositiveInt = Field(3, description="Random lists of each length.")
     seeds: PositiveInt = Field(2, description="Retrained models for each list.")
-    epochs: PositiveInt | None = Field(None, description="Length of each training, as in `vestige bank`.")
-    steps: PositiveInt | None = Field(None, description="Length of each training in steps, as in `vestige bank`.")
-    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate of each training at its highest.")
-    batch_size: PositiveInt = Field(8, description="Examples in each training step.")
-    from_scratch: bool = Field(False, description="Begin each training with random weights.")
     start: Any = Field(None, description="Model that each training begins from. Not given: --model.")
+
+    @property
+    def judges_methods(self) -> bool:
+        """Whether scores are judged, and not only lists of rows."""
+        return bool(self.run or self.methods)
+
+    @model_validator(mode="after")
+    def _something_is_judged(self) -> Self:
+        if not self.judges_methods and not self.rows:
+            raise SpecError(
+                "Nothing to leave out: type --rows FILE, --run RUN (made by `vestige attribute --dense`), or --methods "
+                "influence,grad-dot; with --model, --data and --queries."
+            )
+        return self
 
 
 class TailPatchSettings(ScoredSettings):

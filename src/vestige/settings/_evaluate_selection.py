@@ -7,12 +7,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from vestige.errors import SpecError
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, ReadingSettings
+from vestige.settings._shared import Patterns, QuestionSettings
 
 _DEFAULT_EPOCHS = 3
 
 
-class SelectionSettings(ReadingSettings, LaunchSettings):
+class SelectionSettings(QuestionSettings, LaunchSettings):
     """Is chosen data better than random data? Train on each, on random data of the same size and on everything."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("selected",)

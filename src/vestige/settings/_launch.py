@@ -1,11 +1,12 @@
 """Where the pieces of a heavy job run: settings that every heavy verb shares."""
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from vestige.settings._base import OnlyWith, Settings
+from vestige.errors import SpecError
+from vestige.settings._base import OnlyWith, Settings, flag
 
 Engine = Literal["local", "slurm"]
 
@@ -63,6 +64,15 @@ class LaunchSettings(Settings):
         if isinstance(value, str) and (not value.strip() or "\n" in value):
             raise ValueError("a value as sbatch takes it")
         return value
+
+    @model_validator(mode="after")
+    def _slurm_where_it_is_used(self) -> Self:
+        names = ("partition", "account", "gres", "time", "mem", "setup", "container")
+        given = [flag(name) for name in names if getattr(self, name) is not None]
+        given += [] if self.wait else ["--no-wait"]
+        if self.engine != "slurm" and given:
+            raise SpecError(f"{', '.join(given)}: for jobs on SLURM. Type --engine slurm, or leave it out.")
+        return self
 
     @property
     def part(self) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from vestige.settings._base import Settings
+from vestige.settings._base import BAD_TEXT, OnBadText, Settings
 
 IndexFormat = Literal["numpy", "arrow", "parquet", "safetensors", "datasets", "lance", "faiss", "projections", "chunks"]
 RunFormat = Literal["csv", "json", "datasets", "similarities"]
@@ -78,6 +78,7 @@ class ImportSettings(Settings):
         "similarities, texts by `id`.",
     )
     queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     model: Any = Field(None, description="The model that the gradients are of; layers are looked up in it.")
     against: Path | None = Field(
         None, description="Rows of the files are queries: score the rows of this index, of equal layout, for them."

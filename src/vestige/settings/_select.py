@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import OnlyWith, Settings
+from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings
 
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
 Unit = Literal["examples", "percent", "tokens"]
@@ -70,6 +70,7 @@ class SelectSettings(Settings):
     index: Path | None = Field(None, description="Index of the same data: for diverse, --duplicates and tokens.")
     data: Any = Field(None, description="The data to choose from. Not given: what the run or the index was made of.")
     queries: Any = Field(None, description="Queries with the column of --targets. Not given: those of the run.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     targets: str | None = Field(
         None,
         description="per-target: column of the queries, such as source, whose values are the targets; scores are "
@@ -80,6 +81,11 @@ class SelectSettings(Settings):
     )
     min_score: float | None = Field(
         None, description="Never choose an example with a lower score: 0 leaves out those that do harm."
+    )
+    drop: Path | None = Field(
+        None,
+        description="Never choose these rows: a file with an id on each line, a report's row list, CSV or JSONL, or a "
+        "folder of `vestige select` or `vestige data clean`.",
     )
     duplicates: float | None = Field(
         None, gt=0, le=1, description="Leave out examples whose gradient has at least this cosine with a chosen one's."

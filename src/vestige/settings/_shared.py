@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from vestige.errors import SpecError
 from vestige.lockstep import FSDP
-from vestige.settings._base import Settings, parse_bytes
+from vestige.settings._base import BAD_TEXT, OnBadText, Settings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
@@ -97,6 +97,7 @@ class ReadingSettings(Settings):
         "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
     )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
     @model_validator(mode="after")
     def _in_step_where_that_works(self) -> Self:
@@ -113,6 +114,17 @@ class ReadingSettings(Settings):
                 "groups of processes start torchrun several times, each with its --shard i/n."
             )
         return self
+
+
+class QuestionSettings(ReadingSettings):
+    """How questions are put."""
+
+    chat: bool | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None,
+        description="Put questions, and prompts with completions of the data, into the model's chat template, or do "
+        "not. Not given: questions follow the data; those to conversations become a user turn, with the system prompt "
+        "that most of the data has.",
+    )
 
 
 class CompressionSettings(Settings):

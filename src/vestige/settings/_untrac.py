@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import ReadingSettings
+from vestige.settings._shared import QuestionSettings
 
 Direction = Literal["untrac", "inverse"]
 Level = Literal["source", "example"]
 AscentOptimizer = Literal["adam", "rmsprop", "adafactor", "sgd"]
 
 
-class UntracSettings(ReadingSettings, LaunchSettings):
+class UntracSettings(QuestionSettings, LaunchSettings):
     """What `vestige untrac` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("queries",)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from vestige.lockstep import FSDP, together
 from vestige.settings._base import Settings
+from vestige.settings._output import writing
 
 Result = TypeVar("Result")
 
@@ -24,13 +25,19 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
             if len(words) > len(settings.positional):
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
             given = settings(**(names | arguments))
-            with together(getattr(given, "device", None) == FSDP):
+            with together(getattr(given, "device", None) == FSDP), writing(given, _words(function)):
                 return function(given)
 
         vars(called)["__signature__"] = _signature(settings, function)
         return called
 
     return decorate
+
+
+def _words(function: Callable[..., Any]) -> str:
+    """The words behind `vestige` that the function stands for."""
+    group = {"evaluate": "evaluate ", "prepare": "data "}.get(function.__module__.split(".")[1], "")
+    return group + {"import_published": "import"}.get(function.__name__, function.__name__.replace("_", "-"))
 
 
 def _first(settings: type[Settings]) -> str:

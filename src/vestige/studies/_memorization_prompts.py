@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vestige.audit import accuracy, brier, exposure, logit_gap, loss, margin, min_k, min_k_plus_plus, token_scores
 from vestige.data import NO_TARGET, Example, TokenizedData, make_batch, plan_batches
+from vestige.models import batch_sharing
 
 MEASURES = ("loss", "answer_loss", "logit_gap", "margin", "brier", "accuracy", "exposure", "min_k", "min_k_plus_plus")
 
@@ -76,7 +77,7 @@ def read(model: nn.Module, prompts: Prompts, *, token_budget: int, layers: Seque
     count = len(prompts.data)
     measures = {name: np.full(count, np.nan) for name in MEASURES}
     states: dict[int, np.ndarray] = {}
-    for rows in plan_batches(prompts.data.lengths, token_budget):
+    for rows in plan_batches(prompts.data.lengths, token_budget, sharing=batch_sharing(model)):
         batch = make_batch(prompts.data, rows).to(next(model.parameters()).device)
         output: Any = model(input_ids=batch.input_ids, output_hidden_states=bool(layers), use_cache=False)
         places = torch.as_tensor(prompts.data.lengths[rows] - 2)

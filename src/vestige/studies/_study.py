@@ -2,9 +2,10 @@
 
 import json
 import time
+from typing import Any
 
-from vestige.errors import UserError
 from vestige.files import make_folder, write_durably
+from vestige.folders import require_no_others
 from vestige.settings import StudySettings, verb
 
 # Importing a study's module is what registers it.
@@ -35,9 +36,10 @@ def study(settings: StudySettings) -> StudyReport:
         UserError: The folder holds something else.
     """
     run = find_study(settings)
-    if settings.out.exists() and not settings.out.is_dir():
-        raise UserError(f"{settings.out} is a file, expected a folder. Choose another --out.")
-    make_folder(settings.out)
+    if not (settings.out / _RECORD).exists():
+        require_no_others(settings.out, ())
+        make_folder(settings.out)
+        _write_record(settings, {"study": settings.name})
     started = time.perf_counter()
     outcome = run(settings)
     report = StudyReport(
@@ -49,6 +51,9 @@ def study(settings: StudySettings) -> StudyReport:
         dict(outcome.details),
         time.perf_counter() - started,
     )
-    content = json.dumps(report.to_dict(), indent=1) + "\n"
-    write_durably(settings.out / _RECORD, [content.encode()])
+    _write_record(settings, report.to_dict())
     return report
+
+
+def _write_record(settings: StudySettings, content: dict[str, Any]) -> None:
+    write_durably(settings.out / _RECORD, [(json.dumps(content, indent=1) + "\n").encode()])

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vestige.files import make_folder
+from vestige.files import make_folder, temporary_path
 
 NAMES = "cell"
 """The axis that gives cells their names, and is no setting."""
@@ -42,6 +41,6 @@ def _link(path: Path, target: Path) -> None:
     if path.is_symlink() and Path(os.readlink(path)) == target:
         return
     # Renamed into place: whoever looks finds the old link or the new one.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = temporary_path(path)
     temporary.symlink_to(target)
     temporary.replace(path)

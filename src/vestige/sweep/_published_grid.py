@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vestige.errors import SpecError
+from vestige.progress import announce
 from vestige.sweep._published import TRAINING_ARGS, TRAINING_NOT_IN_ID, PublishedTraining
 
 PUBLISHED_CHECKPOINTS = "0,0.2,...,1,2,..."
@@ -12,6 +13,8 @@ PUBLISHED_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 DATA = "data/{dataset}-noise{label_noise}-seed{data_seed}"
 """Where `vestige data multiple-choice` is to have put the prompts."""
 
+_WHAT_IS_KEPT = {"save_strategy": "steps", "save_steps": 20, "after_c_only_every_n": None, "save_total_limit": None}
+"""Published settings of which models stay on the disk, with the values that they have where nothing is said."""
 _TRAINER_SEED = 42
 """What the Trainer takes where nothing is said."""
 _ATTRIBUTES = {
@@ -52,6 +55,12 @@ def as_grid(training: PublishedTraining, mode: str, axes: Mapping[str, tuple[Any
     base |= {"loss": "answer", "checkpoints": PUBLISHED_CHECKPOINTS, "lora_targets": list(PUBLISHED_TARGETS)}
     # The study kept the optimizer's state with the latest model alone.
     base |= {"seed": _TRAINER_SEED, "keep_optimizer": False}
+    kept = {name: value for name, value in training.training_args.items() if name in _WHAT_IS_KEPT}
+    if changed := [f"{name}={value}" for name, value in kept.items() if value != _WHAT_IS_KEPT[name]]:
+        announce(
+            f"{source}: {', '.join(changed)} say which models are kept. In their place these epochs are kept, as in "
+            f"the published study: {PUBLISHED_CHECKPOINTS}. To keep others, write a grid with `checkpoints`."
+        )
     for name, value in training.training_args.items():
         if (ours := _of_training(name, source)) is not None:
             base[ours] = _word(value)

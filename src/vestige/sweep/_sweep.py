@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from vestige.errors import PieceFailed, SpecError, UserError
-from vestige.files import make_folder
+from vestige.files import make_folder, remove_strays
+from vestige.folders import require_no_others
 from vestige.launch import is_worker, job_statuses, run_plan, worker_command
 from vestige.progress import announce
 from vestige.settings import LaunchSettings, SweepSettings, verb
-from vestige.sweep._cells import Cells, cells_of
+from vestige.sweep._cells import ID_DIGITS, Cells, cells_of
 from vestige.sweep._files import require_unchanged, write_json
 from vestige.sweep._grid import Grid, read_grid
 from vestige.sweep._plan import SweepPlan
@@ -46,9 +47,12 @@ def sweep(settings: SweepSettings) -> SweepReport:
 
 
 def _prepare(settings: SweepSettings, grid: Grid, cells: Cells) -> None:
+    if not is_sweep(settings.out):
+        require_no_others(settings.out, [f"{GRIDS}/{'[0-9a-f]' * ID_DIGITS}.json"])
     require_unchanged(cells.cells)
     _require_no_other_sweep(settings.out, grid)
     make_folder(settings.out / GRIDS)
+    remove_strays(settings.out)
     write_json(settings.out / GRIDS / f"{grid_id(grid)}.json", grid.to_dict())
     write_sweep(settings.out, grid, cells)
     announce(f"Sweep of `vestige {grid.verb}`: {len(cells.cells):,} cells in {settings.out}.")

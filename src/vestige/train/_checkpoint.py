@@ -10,10 +10,20 @@ from typing import Any
 
 import torch
 
+from vestige.files import remove_tree
 from vestige.models import quiet_transformers
 
 OPTIMIZER = "optimizer.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
+CHECKPOINT_FILES = tuple(
+    f"checkpoint-[0-9]*/{name}"
+    for name in (
+        *("*.safetensors", "*.json", "*.bin", "*.model", "*.jinja", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
+        *("merges.txt", "vocab.txt", "README.md", "losses.parquet"),
+    )
+)
+"""What the Trainer, models and tokenizers write into a checkpoint, as for `require_no_others`."""
 
 
 def planned_steps(epochs: Iterable[float], per_epoch: int, last: int) -> list[int]:
@@ -34,8 +44,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def remove_after(folder: Path, step: int) -> None:
     """No checkpoint of later steps is left, nor one that a kill has cut short."""
-    for path in [*folder.glob("checkpoint-*.part"), *folder.glob("checkpoint-*.gone")]:
-        shutil.rmtree(path)
+    for path in [path for path in folder.glob("checkpoint-*") if _UNFINISHED.fullmatch(path.name)]:
+        remove_tree(path)
     for later in reversed(checkpoint_steps(folder)):
         if later > step:
             gone = checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone")

@@ -14,13 +14,22 @@ from vestige.folders import differences, mismatch_message, remove_result, requir
 from vestige.models import LoadedModel
 from vestige.settings import TrainSettings
 from vestige.train._alarm import AT_RISK
+from vestige.train._checkpoint import CHECKPOINT_FILES
 from vestige.train._store import FORMAT, KIND, LOG, LOSSES, MEMBERSHIP, RECORD, read_record
 
 _ELSEWHERE = ("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat")
 """Settings that do not stand in the identity as given: the fingerprints of model and data say what came of them, or
 they say where the work is done."""
 _ALSO_ELSEWHERE = ("overwrite", "checkpoints", "keep_optimizer", "precision")
-_OURS = (RECORD, LOG, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", "checkpoint-*")
+_OURS = (
+    RECORD,
+    LOSSES,
+    MEMBERSHIP,
+    f"{AT_RISK}.parquet",
+    f"{AT_RISK}.jsonl",
+    f"{LOG}/steps-*.parquet",
+    *CHECKPOINT_FILES,
+)
 
 
 def identity_of(
@@ -60,7 +69,7 @@ def prepare_run(folder: Path, identity: dict[str, Any], settings: TrainSettings,
     """
     old = read_record(folder)
     if old is None:
-        require_no_others(folder, _OURS)
+        require_no_others(folder, ())
     else:
         _require_same(folder, old, identity, names)
     make_folder(folder)

@@ -20,8 +20,9 @@ from vestige.files import check_disk
 from vestige.index import batch_tokens, read_data
 from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
-from vestige.runs import environment, peak_memory_bytes
+from vestige.runs import environment
 from vestige.settings import TrainSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.train._alarm import Alarm
 from vestige.train._checkpoint import checkpoint_folder, checkpoint_steps, planned_steps, remove_after, trained_bytes
 from vestige.train._identity import identity_of, prepare_run, remove_run, write_record
@@ -76,6 +77,7 @@ def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedDa
         _run(settings, loaded, data, plan)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
     record |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige.data import Example, TokenizedData, load_queries, tokenize
+from vestige.data import TokenizedData, ask, load_queries, require_answers, tokenize
 from vestige.errors import SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import LoadedModel, generate_answers, load_model
@@ -118,17 +118,21 @@ def open_job(settings: UntracSettings) -> UntracJob:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     train = read_data(settings, settings.data, loaded)
-    examples = load_queries(settings.queries)
-    waiting = [_waits(each) for each in examples]
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    examples = ask(given, train.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
+    chat = bool(settings.chat)
+    waiting = [each.lacks_answer for each in examples]
     if any(waiting):
-        examples = generate_answers(loaded, examples, max_new_tokens=settings.max_new_tokens, chat=settings.chat)
+        examples = generate_answers(loaded, examples, max_new_tokens=settings.max_new_tokens, chat=chat)
     queries = tokenize(
         examples,
         loaded.tokenizer,
         max_length=tokens_at_most(settings, loaded),
         name=settings.queries if isinstance(settings.queries, str) else "queries",
-        chat=settings.chat,
+        chat=chat,
+        vocabulary=loaded.vocabulary,
     )
+    require_answers(queries, waiting, loaded.tokenizer)
     return make_job(settings, loaded, train, queries, waiting)
 
 
@@ -190,9 +194,3 @@ def _spread(values: list | np.ndarray, most: int | None) -> list:
     if most is None or len(values) <= most:
         return list(values)
     return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int)]
-
-
-def _waits(query: Example) -> bool:
-    if query.messages:
-        return query.messages[-1].role != "assistant"
-    return query.prompt is not None and query.completion is None

@@ -8,6 +8,7 @@ from torch import nn
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.gradients import CausalLoss, Reduction
 from vestige.launch import step_done
+from vestige.models import batch_sharing
 
 
 class Losses:
@@ -27,7 +28,7 @@ class Losses:
         found = np.zeros(len(rows))
         device = next(self._model.parameters()).device
         with torch.no_grad():
-            for places in plan_batches(self._data.lengths[rows], self._budget):
+            for places in plan_batches(self._data.lengths[rows], self._budget, sharing=batch_sharing(self._model)):
                 batch = make_batch(self._data, rows[places]).to(device)
                 found[places] = self._objective.losses(self._model, batch).double().cpu().numpy()
                 step_done(len(places))

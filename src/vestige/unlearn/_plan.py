@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, run_plan, worker_command
-from vestige.settings import LaunchSettings, UntracSettings
+from vestige.settings import LaunchSettings
 from vestige.unlearn._ascent import Ascent, ascend
 from vestige.unlearn._job import UntracJob
 from vestige.unlearn._losses import Losses
@@ -60,7 +60,7 @@ class AscentPlan:
     @property
     def folder(self) -> Path:
         """Beside the run, until that is written."""
-        return partial_folder(self.job.settings)
+        return partial_folder(self.job.settings.out)
 
     @property
     def pieces(self) -> int:
@@ -142,17 +142,6 @@ class AscentPlan:
         ]
         parts = (FORMAT, version("vestige"), recorded, self.job.loaded.fingerprint, sides, asdict(self.recipe))
         return PieceFiles(self.folder / self.name.lower().replace(" ", "-"), _digest(parts))
-
-
-def partial_folder(settings: UntracSettings) -> Path:
-    """Where finished ascents are kept until the run is written."""
-    out = Path(settings.out).absolute()
-    return out.with_name(f".{out.name}.partial")
-
-
-def remove_partial(settings: UntracSettings) -> None:
-    """The run is written: what was kept for it is not needed any more."""
-    shutil.rmtree(partial_folder(settings), ignore_errors=True)
 
 
 def _digest(parts: Any) -> str:

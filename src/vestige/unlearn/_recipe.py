@@ -9,6 +9,7 @@ from jaxtyping import Int
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.gradients import Reduction, token_losses
 from vestige.launch import step_done
+from vestige.models import batch_sharing
 from vestige.settings import AscentOptimizer
 from vestige.unlearn._losses import loss_weights
 from vestige.unlearn._weights import Weights
@@ -54,7 +55,7 @@ def backward(weights: Weights, data: TokenizedData, rows: Int[np.ndarray, "row"]
     counted = loss_weights(data, recipe.reduction)
     device = next(iter(weights.parameters.values())).device
     total, whole = 0.0, counted[rows].sum()
-    for places in plan_batches(data.lengths[rows], recipe.token_budget):
+    for places in plan_batches(data.lengths[rows], recipe.token_budget, sharing=batch_sharing(weights.model)):
         part = rows[places]
         each = token_losses(weights.model, make_batch(data, part).to(device)).sum(1)
         if recipe.reduction == "mean":

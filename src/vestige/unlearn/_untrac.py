@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from vestige.data import TokenizedData
 from vestige.errors import NonFinite
+from vestige.folders import remove_partial
 from vestige.launch import is_worker
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
@@ -25,15 +26,15 @@ from vestige.runs import (
     TrustRecord,
     check_target,
     environment,
-    peak_memory_bytes,
     write_run,
 )
 from vestige.settings import UntracSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.unlearn._checks import trust_checks
 from vestige.unlearn._curves import write_curves
 from vestige.unlearn._job import UntracJob, open_job
 from vestige.unlearn._losses import loss_weights
-from vestige.unlearn._plan import AscentPlan, Ascents, remove_partial
+from vestige.unlearn._plan import AscentPlan, Ascents
 from vestige.unlearn._rate import Stop, choose_rate, stopping_point
 from vestige.unlearn._sets import NO_SOURCE, set_means
 from vestige.unlearn._shown import shown_columns, shown_tests
@@ -114,9 +115,10 @@ def untrac(settings: UntracSettings) -> Scores:
         tokenizer=job.loaded.tokenizer,
         dense=summary.dense,
     )
-    write_run(settings.out, record, tables, overwrite=settings.overwrite)
-    write_curves(settings.out, scored)
-    remove_partial(settings)
+    write_run(
+        settings.out, record, tables, overwrite=settings.overwrite, add=lambda folder: write_curves(folder, scored)
+    )
+    remove_partial(settings.out)
     announce(f"{len(scored.done.after)} ascents in {format_seconds(record.seconds)}; the weights are as they were.")
     return Scores.open(settings.out)
 
@@ -142,6 +144,7 @@ def _record(scored: Scored, started: float) -> RunRecord:
         components=[],
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(validated=False, checks=trust_checks(scored)),
         distribution={},
         groups={},

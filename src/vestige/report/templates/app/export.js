@@ -1,11 +1,11 @@
-/* What is shown, taken along: JSONL and CSV to read, row numbers to select or drop by. */
+/* What is shown, taken along: JSONL and CSV to read, ids to select or drop by; commands read all three. */
 function shownRecords(entries) {
   return entries.map((entry) => {
     const example = DATA.examples[entry.row];
     return {
       query_id: state.query, end: entry.end, rank: entry.rank, example_id: example.id, row: example.row, score: entry.score,
       percentile: entry.percentile, source: example.source, label: example.label, length: example.length, duplicates: example.duplicates,
-      verbatim: entry.overlap, prompt: wording(example.text, "p"), answer: wording(example.text, "a"),
+      verbatim: entry.overlap, system: wording(example.text, "s"), prompt: wording(example.text, "p"), answer: wording(example.text, "a"),
     };
   });
 }
@@ -36,5 +36,5 @@ function renderTools(entries) {
     `Take along the ${entries.length} shown:`,
     offer("JSONL", "One JSON object per example", () => save(`${name}.jsonl`, shownRecords(entries).map((record) => JSON.stringify(record) + "\n").join(""), "application/x-ndjson")),
     offer("CSV", "For a spreadsheet", () => save(`${name}.csv`, asCsv(shownRecords(entries)), "text/csv")),
-    offer("Row list", "Row numbers of the training data, one per line", () => save(`${name}-rows.txt`, [...new Set(entries.map((entry) => DATA.examples[entry.row].row))].join("\n") + "\n", "text/plain")));
+    offer("Row list", "Ids of the examples, one per line, for `vestige data clean --flagged` and the like", () => save(`${name}-rows.txt`, [...new Set(entries.map((entry) => DATA.examples[entry.row].id))].join("\n") + "\n", "text/plain")));
 }

@@ -1,6 +1,6 @@
 /* The page: queries, filters, and what happens when something is chosen. */
 function title(query) {
-  return wording(query.text, "p") || wording(query.text, "a") || query.id;
+  return turnsOf(query.text, "p").join(" · ") || turnsOf(query.text, "a").join(" · ") || query.id;
 }
 
 function renderQueries() {

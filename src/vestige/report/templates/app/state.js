@@ -27,13 +27,18 @@ function entryKey(entry) {
   return `${entry.end}-${entry.rank}`;
 }
 
-function fullText(text) {
-  return text.pieces.filter((_, index) => text.roles[index] !== "t").join("");
+/* What each turn says; of one role if it is given. */
+function turnsOf(text, role) {
+  return text.turns.filter(([start]) => !role || text.roles[start] === role).map(([start, stop]) => text.pieces.slice(start, stop).join("").trim());
 }
 
-/* Prompt and answer as one line, for lists and exports. */
+function fullText(text) {
+  return turnsOf(text).join("\n");
+}
+
+/* System prompt, prompt or answer, for lists and exports; each turn begins a line. */
 function wording(text, role) {
-  return text.pieces.filter((_, index) => text.roles[index] === role).join("").trim();
+  return turnsOf(text, role).join("\n");
 }
 
 /* The entries of the query that pass the filters, proponents first. */

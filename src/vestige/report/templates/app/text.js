@@ -1,24 +1,33 @@
 /* A text as pieces: fill = influence of learning to predict the piece, underline = verbatim match. */
-const ROLE = { p: ["prompt", "Prompt"], a: ["answer", "Answer"], t: ["template", "Template"] };
+const ROLE = { s: "system", p: "prompt", a: "answer", t: "template" };
 const FILL = 0.6;
 
-/* Returns [{role, indices}]: neighbouring pieces of one role. Template pieces are left out unless asked for; one that
-   carries influence (an end marker that enters the loss) stays with the text before it. */
+/* Returns [{role, name, turn, indices}]: the pieces of each turn. Template pieces are left out unless asked for; one
+   that carries influence (an end marker that enters the loss) stays with the turn before it. */
 function segments(text, scores, withTemplate) {
+  const turns = new Int32Array(text.pieces.length).fill(-1);
+  text.turns.forEach(([start, stop], turn) => turns.fill(turn, start, stop));
   const found = [];
-  let open = false;
   text.pieces.forEach((_, index) => {
-    let role = text.roles[index];
+    let turn = turns[index];
     const last = found[found.length - 1];
-    if (role === "t" && !withTemplate) {
-      if (!scores || !scores[index] || !last) return void (open = false);
-      role = last.role;
+    if (turn < 0 && !withTemplate) {
+      if (!scores || !scores[index] || !last) return;
+      turn = last.turn;
     }
-    if (last && last.role === role && (open || role !== "p")) last.indices.push(index);
-    else found.push({ role, indices: [index] });
-    open = true;
+    if (last && last.turn === turn) last.indices.push(index);
+    else found.push({ role: text.roles[index], name: turn < 0 ? "Template" : text.turns[turn][2], turn, indices: [index] });
   });
   return found;
+}
+
+/* A token in quotation marks: a space is a space, line breaks and tabs are signs. */
+function quoted(piece) {
+  return html("q", { style: { whiteSpace: "pre" } }, visible(piece));
+}
+
+function visible(piece) {
+  return piece.replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
 function marked(ranges, count) {
@@ -33,9 +42,8 @@ function renderText(text, options) {
   const parts = segments(text, options.scores, options.withTemplate);
   const plain = parts.every((part) => part.role === "a");
   const rows = parts.map((part) => {
-    const [name, label] = ROLE[part.role];
     const words = part.indices.map((index, place) => renderPiece(text, index, place === 0, flags, options));
-    return html("div", { class: `segment of-${name}` }, html("span", { class: "who" }, label), html("span", { class: "words" }, words));
+    return html("div", { class: `segment of-${ROLE[part.role]}` }, html("span", { class: "who" }, part.name), html("span", { class: "words" }, words));
   });
   return html("div", { class: plain ? "text plain" : "text" }, rows);
 }
@@ -43,7 +51,7 @@ function renderText(text, options) {
 function renderPiece(text, index, first, flags, options) {
   const score = options.scores ? options.scores[index] : null;
   let shown = text.pieces[index];
-  if (first) shown = shown.trimStart();
+  if (first && !(score && !shown.trim())) shown = shown.trimStart();
   const classes = ["piece"];
   if (text.roles[index] === "t") classes.push("template");
   if (!score && !flags[index]) {
@@ -52,9 +60,9 @@ function renderPiece(text, index, first, flags, options) {
   // the space before a word stays bare, except inside a verbatim run, whose underline should not break
   const space = shown.trim() && !(flags[index] && index > 0 && flags[index - 1]) ? shown.match(/^\s*/)[0] : "";
   if (flags[index]) classes.push("match");
-  if (score && !shown.trim()) shown = shown.replace(/\n/g, "↵\n") || "␣";
+  if (score && !shown.trim()) shown = shown.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
   const tip = score
-    ? `${options.format(score)}  learning to predict “${text.pieces[index].trim() || "white space"}”` + (flags[index] ? "\nverbatim in the query" : "")
+    ? `${options.format(score)}  learning to predict “${visible(text.pieces[index])}”` + (flags[index] ? "\nverbatim in the query" : "")
     : null;
   const style = score ? { backgroundColor: diverging(score, options.scale, FILL) } : null;
   return [space, html("span", { class: classes.join(" "), "data-tip": tip, style }, shown.slice(space.length))];

@@ -1,0 +1,143 @@
+"""Lists that name rows of the data: what reports, selections, audits and people write, read in one place."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from vestige.errors import DataError
+from vestige.parsing import parse_json
+from vestige.progress import announce
+
+COLUMNS = ("example_id", "id", "row")
+"""Columns that name a row, the first that there is counting; `row` is its number, from 0."""
+_FOLDERS = ("at_risk.parquet", "selected.parquet", "flagged.jsonl")
+"""Lists that folders of `vestige train --alarm`, `vestige select` and `vestige data clean` hold."""
+_NAMED = 5
+"""Rows that an error lists."""
+_FORMS = (
+    "an id on each line; CSV, JSONL or Parquet with a column `example_id`, `id` or `row`; a JSON list of ids; or the "
+    "folder of `vestige select`, `vestige data clean` or `vestige train --alarm`"
+)
+
+
+class RowEntry(NamedTuple):
+    """One row of a list."""
+
+    name: str
+    """Its id, or its number."""
+    about: Mapping[str, Any] = {}
+    """The other columns of the list."""
+
+
+def read_row_list(source: str | Path) -> list[RowEntry]:
+    """Every row that a list names, in its order; rows whose column `flagged` is false are left out.
+
+    Raises:
+        DataError: There is no list, it does not read as one, or it names nothing.
+    """
+    path = _list_in(Path(source).expanduser())
+    try:
+        entries = _entries(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there. Expected a list of rows: {_FORMS}.") from None
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
+        raise DataError(f"{path} does not read as a list of rows: {error}. Expected {_FORMS}.") from error
+    found = [entry for entry in entries if _is_meant(entry.about.get("flagged", True))]
+    if not entries:
+        raise DataError(f"{path} names no rows. Expected {_FORMS}.")
+    return found
+
+
+def rows_named(
+    names: Sequence[str], ids: Sequence[str], *, place: str, data: str = "the data", partial: bool = False
+) -> dict[str, int]:
+    """The row of each name that a list has.
+
+    Names are ids of the data. Only where none of them is, and all are whole numbers, are they row numbers, counted from
+    0, which is announced. A spreadsheet's apostrophe before an id is taken off.
+
+    Args:
+        names: As the list has them.
+        ids: Of the data, in row order.
+        place: What the list is called.
+        data: What the data are called.
+        partial: Leave out names that are no ids, instead of refusing them, if some are.
+
+    Raises:
+        DataError: A name is no row; the message lists them.
+    """
+    if not names:
+        return {}
+    row_of = {name: row for row, name in enumerate(ids)}
+    found = {name: row for name in names if (row := row_of.get(name, row_of.get(name.removeprefix("'")))) is not None}
+    unknown = [name for name in dict.fromkeys(names) if name not in found]
+    numbers = all(name.isdecimal() and name.isascii() for name in names)
+    if numbers and not found and all(int(name) < len(ids) for name in unknown):
+        announce(f"{place}: none of its {len(unknown):,} entries is an id of {data}; they are read as row numbers.")
+        return {name: int(name) for name in unknown}
+    if unknown and not (partial and found):
+        count = len(ids)
+        shown = ", ".join(map(repr, unknown[:_NAMED]))
+        shown += f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        raise DataError(
+            f"{place} names {len(unknown):,} rows that {data} does not have: {shown}. Give ids of its {count:,} rows "
+            f"(such as {ids[0]!r}), or nothing but row numbers from 0 to {len(ids) - 1}."
+        )
+    return found
+
+
+def _list_in(path: Path) -> Path:
+    """The file of a folder that holds a list."""
+    if not path.is_dir():
+        return path
+    held = [path / name for name in _FOLDERS if (path / name).is_file()]
+    if held:
+        return held[0]
+    if (path / "scores.parquet").is_file():
+        raise DataError(
+            f"{path} is a run, which ranks rows for each query and does not say which are meant. Take the list from "
+            f"its report (vestige report {path}; Row list, CSV or JSONL), or write the ids into a file, one a line."
+        )
+    raise DataError(f"{path} is a folder without a list of rows. Expected {_FORMS}.")
+
+
+def _entries(path: Path) -> list[RowEntry]:
+    if path.suffix == ".parquet":
+        return _of_records(parquet.read_table(path, memory_map=False).to_pylist(), path)
+    text = path.read_text(encoding="utf-8-sig")
+    start = text.lstrip()[:1]
+    if start == "[" and path.suffix != ".jsonl":
+        return _of_records(parse_json(text), path)
+    if start in ("{", "[") or path.suffix in (".jsonl", ".ndjson"):
+        return _of_records([parse_json(line) for line in text.split("\n") if line.strip()], path)
+    head = text.lstrip().partition("\n")[0]
+    for mark in (",", "\t", ";"):
+        names = [name.strip().strip('"') for name in head.split(mark)]
+        if set(COLUMNS) & set(names) and (len(names) > 1 or path.suffix in (".csv", ".tsv")):
+            return _of_records(list(csv.DictReader(StringIO(text, newline=""), delimiter=mark)), path)
+    return [RowEntry(line.strip()) for line in text.split("\n") if line.strip()]
+
+
+def _of_records(records: Iterable[Any], path: Path) -> list[RowEntry]:
+    return [_entry(record, place, path) for place, record in enumerate(records, 1)]
+
+
+def _entry(record: Any, place: int, path: Path) -> RowEntry:
+    if isinstance(record, str | int) and not isinstance(record, bool):
+        return RowEntry(str(record))
+    column = None
+    if isinstance(record, Mapping):
+        column = next((name for name in COLUMNS if record.get(name) not in (None, "")), None)
+    if column is None:
+        raise DataError(f"{path}, entry {place}: names no row. Expected {_FORMS}.")
+    assert isinstance(record, Mapping)
+    return RowEntry(str(record[column]), {name: cell for name, cell in record.items() if name != column})
+
+
+def _is_meant(flagged: Any) -> bool:
+    return str(flagged).strip().lower() not in ("false", "0", "no", "none", "")

@@ -1,0 +1,177 @@
+"""The turns of a conversation: every spelling that data come in, and which of them the model is to learn."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vestige.data._origin import shown
+from vestige.data._types import ASSISTANT, Message
+from vestige.errors import DataError
+from vestige.parsing import parse_json
+
+ROLES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "ai": ASSISTANT,
+    "bot": ASSISTANT,
+    "model": ASSISTANT,
+}
+"""Other names of roles, in lower case; `user`, `assistant` and `system` are recognised in any case."""
+_KNOWN_ROLES = ("user", ASSISTANT, "system", "tool", "developer", "function")
+
+WEIGHT_KEY = "weight"
+TRAIN_KEYS = ("train", "training", "trainable", "is_trainable", "learn", "loss", "loss_weight", "loss_scale")
+"""Keys that are true where a turn is learned; a `weight` says so of assistant's turns alone."""
+MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
+"""Keys that are true where a turn is not learned."""
+_TURN_DETAILS = ("train_detail", "training_detail", "loss_mask", "token_weights", "weights")
+FLAGS = (WEIGHT_KEY, *TRAIN_KEYS, *MASK_KEYS)
+
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_PART_KEYS = ("type", "text", "cache_control", "annotations")
+_CALLS = ("tool_calls", "function_call")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
+    """The turns of a conversation: role and content, or from and value; also as JSON text or as columns.
+
+    Raises:
+        DataError: It is none, or a turn holds what can neither be read as text nor decides whether it is learned.
+    """
+    if isinstance(cell, str):
+        cell = read_json(cell, name, place)
+    if isinstance(cell, Mapping) and cell and all(isinstance(column, list) for column in cell.values()):
+        lengths = {str(key): len(column) for key, column in cell.items()}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"`{key}` has {length}" for key, length in lengths.items())
+            raise DataError(f"{place}: the columns of `{name}` are of different lengths: {counts}.")
+        cell = [dict(zip(cell, turn, strict=True)) for turn in zip(*cell.values(), strict=True)]
+    if not isinstance(cell, Sequence) or not cell:
+        raise DataError(
+            f"{place}: `{name}` must be a list of turns such as "
+            f'[{{"role": "user", "content": "..."}}, ...], got {shown(cell)}.'
+        )
+    return tuple(_turn(turn, f"{place}, `{name}`[{number}]") for number, turn in enumerate(cell))
+
+
+def read_json(text: str, name: str, place: str) -> Any:
+    """The value of a column that is JSON in a string.
+
+    Raises:
+        DataError: It is not.
+    """
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: `{name}` is a string, but not JSON: {error.msg}.") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{place}: `{name}` is JSON that is nested too deeply or holds too long a number.") from error
+
+
+def is_learned(turn: Message) -> bool:
+    """Whether the loss counts this turn: the assistant's, unless a key of it says otherwise."""
+    wanted = all(turn.extra.get(key, True) for key in (WEIGHT_KEY, *TRAIN_KEYS))
+    return turn.role == ASSISTANT and wanted and not any(turn.extra.get(key) for key in MASK_KEYS)
+
+
+def _turn(turn: Any, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f'{place}: a turn must be like {{"role": "user", "content": "..."}}, got {shown(turn)}.')
+    named = "role" if turn.get("role") is not None else "from"
+    spoken = "content" if turn.get("content") is not None or "value" not in turn else "value"
+    role, content = turn.get(named), turn.get(spoken)
+    if not isinstance(role, str):
+        raise DataError(f"{place}: the turn has no `role` that is a text; it is {shown(dict(turn))}.")
+    extra = {str(key): value for key, value in turn.items() if key not in (named, spoken) and _is_filled(value)}
+    # In JSON terms from the start: an index hands the template what the data did.
+    extra = json.loads(json.dumps(extra, default=str)) if extra else extra
+    role = _role(role, place)
+    _refuse_media(extra, place)
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        content = "".join(_text_of(part, f"{place}, `{spoken}`[{at}]") for at, part in enumerate(content))
+    if content is None and any(key in extra for key in _CALLS):
+        content, extra["content"] = "", None
+    if not isinstance(content, str):
+        raise DataError(f"{place}: the turn has no `content` that is a text; it is {shown(dict(turn), 200)}.")
+    return Message(role, content, extra | _flags(extra, role, place))
+
+
+def _role(role: str, place: str) -> str:
+    plain = role.strip().lower()
+    if plain == "function_call":
+        raise DataError(
+            f"{place}: a turn of the role `{role}`. Write it as the assistant's, with the call in `tool_calls`."
+        )
+    return ROLES.get(plain, plain if plain in _KNOWN_ROLES else role)
+
+
+def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | int]:
+    """The keys that say whether the turn is learned, as truth values; a weight as 0 or 1.
+
+    Raises:
+        DataError: One is neither, or asks for what is not built.
+    """
+    for key in _TURN_DETAILS:
+        if key in extra:
+            raise DataError(
+                f"{place}: `{key}` decides the loss of parts of a turn, which Vestige does not read. Give the row as "
+                "`input_ids` with `labels`, or drop the key."
+            )
+    found: dict[str, bool | int] = {}
+    for key in FLAGS:
+        if key not in extra:
+            continue
+        value = truth_of(extra[key])
+        if value is None:
+            raise DataError(
+                f"{place}: `{key}` is {shown(extra[key])}. A turn is learned (1 or true) or not (0 or false); other "
+                "weights of turns are not supported. Correct it, or drop the key."
+            )
+        if key in TRAIN_KEYS and value and role != ASSISTANT:
+            raise DataError(
+                f"{place}: `{key}` asks to learn a turn of the role {role!r}. Vestige learns the assistant's turns "
+                "alone. Give the row as `input_ids` with `labels`, or drop the key."
+            )
+        found[key] = int(value) if key == WEIGHT_KEY else value
+    return found
+
+
+def truth_of(value: Any) -> bool | None:
+    """What a flag says: of 1, 1.0, true and "true" True; of their opposites False; of anything else None."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def _text_of(part: Mapping[str, Any], place: str) -> str:
+    """The text of one part of a content; a table of parts fills the columns of other kinds of part with nulls.
+
+    Raises:
+        DataError: It is no text.
+    """
+    kind, text = part.get("type"), part.get("text")
+    others = [str(key) for key, value in part.items() if key not in _PART_KEYS and _is_filled(value)]
+    is_text = kind in _TEXT_PARTS and not others
+    if is_text and kind is not None and text is None:
+        return ""
+    if not is_text or not isinstance(text, str):
+        holds = ", ".join(f"`{key}`" for key in others) or "no text"
+        raise DataError(
+            f"{place}: a part of the type {kind!r} that holds {holds}. Vestige reads text alone, and must not leave "
+            "out what the model saw. Write it as text, or leave the row out."
+        )
+    return text
+
+
+def _refuse_media(extra: Mapping[str, Any], place: str) -> None:
+    if found := [key for key in _MEDIA if key in extra]:
+        raise DataError(
+            f"{place}: `{found[0]}` is no text, and Vestige reads text alone. Leave the row out, or drop the key to "
+            "have the text without it."
+        )
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | list | dict) and not value)

@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("vestige: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except OSError as error:
+            _flush_output()  # ends here if it was the reader of the output that has left
             _fail(_system_error(error))
         except MemoryError:
             _fail("There is not enough memory. Give less at a time: a smaller --token-budget, --batch-size or --limit.")

@@ -214,8 +214,6 @@ def _check_letters(text: str) -> None:
 
 def _check_place(text: str, longest: int | None) -> None:
     """Raise unless a file or folder can have this name, none of its parts longer than `longest` bytes if given."""
-    if not text.strip():
-        raise ValueError("a name or a path, and it is empty")
     _check_letters(text)
     if longest is None:
         return

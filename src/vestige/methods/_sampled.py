@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress import parse_spec
+from vestige.folders import partial_folder
 from vestige.index import (
     CompressedGradients,
     DataIdentity,
@@ -24,7 +25,6 @@ from vestige.index import (
 )
 from vestige.launch import run_plan
 from vestige.lockstep import decided
-from vestige.methods._partial import partial_folder
 from vestige.methods._protocol import Job
 from vestige.methods._registry import get_method
 from vestige.progress import quiet

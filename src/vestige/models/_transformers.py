@@ -125,14 +125,8 @@ def renaming_advice(unexpected: Collection[str], missing: Collection[str], folde
     return (
         f" Its keys have {extra!r} in them, such as {given}: a wrapper (torch.compile, DataParallel, FSDP) put it "
         'there. Save it again from the model inside the wrapper, or strip it: python -c "import pathlib, '
-<<<<<<< HEAD
-        f"safetensors.torch as s; [s.save_file({{k.replace('{extra}', ''): "
-        f"v for k, v in s.load_file(f).items()}}, f, {{'format': 'pt'}}) "
-        f"for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
-=======
         f"safetensors.torch as s; [s.save_file({{k.replace('{extra}', ''): v for k, v in s.load_file(f).items()}}, "
         f"f, {{'format': 'pt'}}) for f in pathlib.Path('{folder}').glob('*.safetensors')]\""
->>>>>>> main
     )
 
 

@@ -56,6 +56,7 @@ def edit_table(run: Path, name: str, column: str, value: object) -> None:
     table = parquet.read_table(path)
     place, field = table.column_names.index(column), table.schema.field(column)
     parquet.write_table(table.set_column(place, field, pa.array([value] * len(table), field.type)), path)
+    edit_record(run, files={})  # as in a run of an earlier version, or in one that was made to deceive
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,7 @@ def test_a_record_whose_numbers_are_none(value, run, vestige):
 @pytest.mark.parametrize("damage", ["torn", "gone", "columns", "types"])
 def test_a_table_that_is_none(damage, name, run, vestige):
     path = run / f"{name}.parquet"
+    edit_record(run, files={})
     table = parquet.read_table(path)
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:100])
@@ -125,6 +127,7 @@ def test_more_targets_than_tokens(run, vestige):
 def test_scores_of_all_examples_that_are_torn(vestige, run):
     words = ("--data", "train.jsonl", "--queries", "questions.jsonl", "--method", "bm25", "--dense", "--out", "dense")
     assert vestige("attribute", *words).status == 0
+    edit_record(Path("dense"), files={})
     path = Path("dense/scores.safetensors")
     whole = path.read_bytes()
     parts = [b"", whole[:40], whole[:-8], whole + b"x", b"\xff" * 8 + whole[8:], whole.replace(b"[2,12]", b"[12,2]")]

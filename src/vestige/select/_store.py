@@ -158,7 +158,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if record.get("format") != FORMAT:
         raise UserError(f"{path} has format {record.get('format')}; this version of Vestige reads {FORMAT}.")
     kinds = {"identity": dict, "files": dict, "notes": list, "title": str}
-    if odd := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]:
+    odd = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if odd and "files" in record:  # else it was begun and is not finished
         raise CorruptFile(f"{path} is damaged: its `{odd[0]}` is not what Vestige writes. Run `vestige select` again.")
     return record
 

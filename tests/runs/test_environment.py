@@ -2,7 +2,8 @@ import platform
 
 import torch
 
-from vestige.runs import environment, peak_memory_bytes
+from vestige.runs import environment
+from vestige.timing import peak_memory_bytes
 
 
 def test_versions_are_those_of_the_imported_packages():

@@ -35,6 +35,18 @@ def parse_json(content: str | bytes) -> Any:
     return value
 
 
+def parse_object(content: str | bytes) -> dict[str, Any]:
+    """Return the value of a JSON text that is an object: a record, a marker, a configuration.
+
+    Raises:
+        json.JSONDecodeError: As for `parse_json`, or it is something else.
+    """
+    value = parse_json(content)
+    if not isinstance(value, dict):
+        raise _broken(f"a {type(value).__name__} where an object of names and values is expected")
+    return value
+
+
 def parse_finite_json(content: str | bytes) -> Any:
     """Return the value of a JSON text in which every number is finite, as the JSON standard has it.
 

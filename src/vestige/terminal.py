@@ -47,10 +47,14 @@ def show(table: object, file_width: int = 120) -> None:
     """Print what rich makes of `table`; a file or a pipe has no width, and gets `file_width` columns."""
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with status 1
+
     console = Console()
     width = console.width if console.is_terminal else file_width
     with _reader_may_be_gone():
-        Console(width=width, soft_wrap=True, markup=False).print(_Safe(table))
+        Terminal(width=width, soft_wrap=True, markup=False).print(_Safe(table))
 
 
 def as_text(table: object, width: int, *, soft_wrap: bool = False) -> str:

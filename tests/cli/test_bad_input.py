@@ -76,13 +76,13 @@ def test_bad_queries(case, vestige, idx):
         (("--data", "trian.jsonl"), "trian.jsonl: no such file. Did you mean train.jsonl?"),
         (("--data", "tiny-model/config.json"), "tiny-model/config.json"),
         (("--model", "nowhere"), "No model 'nowhere': there is no folder"),
-        (("--model", "idx"), "idx is not a model folder"),
+        (("--model", "idx"), "is the folder of --out, where results are replaced"),
         (("--model", "train.jsonl"), "train.jsonl"),
         (("--components", "atention"), "Did you mean 'attention'?"),
         (("--compress", "lograa:16x16"), "Did you mean 'logra'?"),
         (("--compress", "mask:0"), "expected mask:K or mask:AxB"),
         (("--device", "gpu"), "is not a device"),
-        (("--out", "train.jsonl"), "train.jsonl is a file, expected a folder"),
+        (("--out", "train.jsonl"), "is the folder of --out, where results are replaced"),
         (("--out", "tiny-model"), "--model tiny-model is the folder of --out, where results are replaced"),
         (("--out", "."), "--model tiny-model lies in the folder of --out"),
         (("--disk", "20GB"), "--disk belongs to --compress auto"),
@@ -227,6 +227,6 @@ def test_a_folder_that_is_no_run(verb, vestige, workshop):
 
 def test_an_export_over_something_else(vestige, idx):
     before = contents(Path())
-    refused(vestige("export", "idx", "--out", "idx"), "idx is not an empty folder")
+    refused(vestige("export", "idx", "--out", "idx"), "is the folder of --out, where results are replaced")
     refused(vestige("export", "tiny-model", "--out", "new"), "tiny-model")
     assert contents(Path()) == before

@@ -349,13 +349,6 @@ def test_what_an_endpoint_repeats_of_a_key_or_password_is_masked(echoed, endpoin
         assert secret not in str(caught.value)
 
 
-def test_half_an_emoji_in_a_reply_is_replaced_and_the_reply_kept(endpoint, questions, tmp_path, lines):
-    endpoint.behave = lambda text, before: Act(text=f"{text} \ud83d?")
-    assert lines(ask(questions[:1], tmp_path / "out").data)[0]["prompt"].endswith(" \ufffd?")
-    ask(questions[:1], tmp_path / "out")
-    assert len(endpoint.seen) == 1
-
-
 @pytest.mark.parametrize("wait", ["inf", "nan", "1e18", "-5", "soon", "Fri, 99 Foo 99999 99:99:99 GMT"])
 def test_a_wait_that_is_none_is_not_listened_to(wait):
     found = asked_wait({"retry-after": wait})

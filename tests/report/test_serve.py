@@ -1,14 +1,18 @@
 import http.client
 import json
+import shutil
 import socket
 from threading import Thread
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from tests.report.browser import open_page
 from tests.report.fixture_run import write_fixture_run
 from vestige.errors import UserError
 from vestige.report import view
+from vestige.report._render import page_of
 from vestige.report._serve import make_server
 
 
@@ -54,6 +58,28 @@ def test_a_run_that_is_just_being_written_keeps_the_last_page(served):
     assert get(address, "/") == (200, first)
 
 
+def test_a_run_that_is_gone_is_said_and_a_page_does_not_reload_for_it(served):
+    run, address = served
+    version = get(address, "/version")[1]
+    (run / "run.json").write_text("{")
+    assert get(address, "/version") == (200, version)
+    shutil.rmtree(run)
+    for path in ("/", "/version"):
+        status, said = get(address, path)
+        assert status == 410
+        assert "is gone" in said
+
+
+def test_a_broken_cell_is_answered_and_the_connection_stays(tmp_path):
+    run = write_fixture_run(tmp_path / "run")
+    table = parquet.read_table(run / "examples.parquet")
+    cells = pa.array(["{"] * len(table), pa.string())
+    broken = table.set_column(table.column_names.index("messages"), "messages", cells)
+    parquet.write_table(broken, run / "examples.parquet")
+    with pytest.raises(UserError, match=r"examples\.parquet, row 0: `messages` does not read"):
+        make_server(run)
+
+
 def test_only_this_computer_and_only_the_report_is_served(served):
     _, address = served
     assert address[0] == "127.0.0.1"
@@ -78,3 +104,8 @@ def test_a_folder_that_is_no_run_and_a_taken_port_are_said(tmp_path):
         taken.listen()
         with pytest.raises(UserError, match="cannot be used"):
             view(run, taken.getsockname()[1])
+
+
+def test_letters_that_turn_the_direction_of_writing_are_kept_inside_their_element(tmp_path):
+    page = page_of(write_fixture_run(tmp_path / "run"))
+    assert "body *:not(.piece) { unicode-bidi: isolate; }" in page

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vestige.bank._design import Subset
-from vestige.errors import IndexMismatch, UserError
+from vestige.errors import CorruptFile, IndexMismatch
 from vestige.files import make_folder, remove_strays, write_durably
 from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
 from vestige.launch import JOB_FILES
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 
 FORMAT = 1
 _NAME = "bank.json"
@@ -67,18 +68,25 @@ def read_manifest(folder: Path) -> BankManifest | None:
         IndexMismatch: It was written by another version of Vestige.
     """
     try:
-        fields = parse_json((folder / _NAME).read_bytes())
+        fields = parse_object((folder / _NAME).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise UserError(f"{folder / _NAME} is damaged ({error}). Delete the bank, or give another --out.") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
     if fields.get("format") != FORMAT:
         raise IndexMismatch(
             f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
             "Use the version that made it, or make it anew elsewhere."
         )
-    subsets = tuple((name, digest) for name, digest in fields["subsets"])
-    return BankManifest(fields["identity"], subsets, fields["seeds"], fields["names"])
+    try:
+        subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
+        return BankManifest(dict(fields["identity"]), subsets, operator.index(fields["seeds"]), dict(fields["names"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> CorruptFile:
+    return CorruptFile(f"{folder / _NAME} is damaged ({error!r}). Delete the bank, or give another --out.")
 
 
 def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:

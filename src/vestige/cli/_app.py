@@ -16,6 +16,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from vestige.errors import UserError, WorkElsewhere
+from vestige.lockstep import ROLE_VARIABLE
 from vestige.settings import EVALUATIONS, PREPARATIONS
 from vestige.terminal import say
 
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("vestige: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except OSError as error:
+            _flush_output()  # ends here if it was the reader of the output that has left
             _fail(_system_error(error))
         except MemoryError:
             _fail("There is not enough memory. Give less at a time: a smaller --token-budget, --batch-size or --limit.")
@@ -143,10 +145,15 @@ def _system_error(error: OSError) -> str:
 
 
 def _bug(error: Exception) -> str:
-    """What a person reads of an error that nobody thought of; the traceback goes to a file, for whoever fixes it."""
+    """What a person reads of an error that nobody thought of; the traceback goes to a file, for whoever fixes it.
+
+    What a worker prints is its log, which is where its traceback belongs.
+    """
     trace = "".join(traceback.format_exception(error))
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
     message = f"unexpected {reason[:500]}\nThis is a bug in Vestige: what you typed or gave should have been answered. "
+    if ROLE_VARIABLE in os.environ:
+        return f"{message}\n{trace}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="vestige-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"

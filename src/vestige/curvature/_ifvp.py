@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.curvature._fisher import DampedInverse
-from vestige.errors import IndexMismatch, UserError
+from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import check_disk, make_folder, remove_durably, write_durably
 from vestige.folders import require_no_others
 from vestige.index import Index
 from vestige.launch import JOB_FILES, Compute, PieceFiles, step_done
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 
 RECORD = "preconditioned.json"
 FORMAT = 1
@@ -137,6 +137,8 @@ def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
             f"There are no complete preconditioned gradients in {folder}. Make or complete them with: "
             f"vestige precondition INDEX --out {folder}"
         )
+    if not isinstance(record.get("input"), str) or not isinstance(record.get("files"), int):
+        raise CorruptFile(f"{folder / RECORD} is not what Vestige writes. Run `vestige precondition` again.")
     files = PieceFiles(folder, record["input"])
     for piece in range(record["files"]):
         yield PreconditionedBlock(**files.read(piece))
@@ -144,7 +146,7 @@ def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
-        return parse_json((folder / RECORD).read_bytes())
+        return parse_object((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return None
 

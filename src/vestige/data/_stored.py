@@ -16,11 +16,13 @@ import pyarrow.parquet as parquet
 from vestige import disk_arrays
 from vestige.data._types import Example, Message
 from vestige.errors import CorruptFile
-from vestige.parsing import parse_json
+from vestige.parsing import parse_json, parse_object
 from vestige.scratch import Scratch
+from vestige.tables import reading
 
 Item = TypeVar("Item")
 
+_AGAIN = "Run the command that made it again."
 GROUP_ROWS = 512
 """Examples in a row group: what is decoded to read one of them."""
 _GROUPS_HELD, _FILES_HELD = 4, 32
@@ -132,7 +134,7 @@ class StoredExamples(StoredRows[Example]):
     def column(self, name: str) -> Iterator[Any]:
         """One column's values in row order, without reading the others."""
         for path in self._paths:
-            with parquet.ParquetFile(path) as file:
+            with reading(path, _AGAIN), parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=[name]):
                     yield from batch.column(0).to_pylist()
 
@@ -145,7 +147,7 @@ class StoredExamples(StoredRows[Example]):
         try:
             with parquet.ParquetFile(path) as file:
                 return [_example(record) for record in file.read_row_group(number).to_pylist()]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
 
 
@@ -286,7 +288,7 @@ def _as_json(value: Any) -> Any:
 def _example(record: dict[str, Any]) -> Example:
     fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
     messages = tuple(Message(*turn) for turn in parse_json(record["messages"] or "[]"))
-    return Example(**fields, messages=messages, extra=parse_json(record["extra"] or "{}"))
+    return Example(**fields, messages=messages, extra=parse_object(record["extra"] or "{}"))
 
 
 def _metadata(path: Path) -> parquet.FileMetaData:
@@ -297,4 +299,4 @@ def _metadata(path: Path) -> parquet.FileMetaData:
 
 
 def _damaged(path: Path, reason: object) -> CorruptFile:
-    return CorruptFile(f"{path} is missing or damaged ({reason}). Run the command that made it again.")
+    return CorruptFile(f"{path} is missing or damaged ({reason}). {_AGAIN}")

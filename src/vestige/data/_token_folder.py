@@ -25,7 +25,7 @@ from vestige.data._stored import StoredExamples, StoredIds, StoredTargets, Token
 from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 
 FORMAT = 3
 """Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
@@ -176,7 +176,7 @@ def _examples(data: TokenizedData) -> StoredExamples:
 
 def _listed(folder: Path) -> dict | None:
     try:
-        content = parse_json((folder / _LIST).read_bytes())
+        content = parse_object((folder / _LIST).read_bytes())
     except (OSError, ValueError):
         return None
     return content if content.get("format") == FORMAT else None
@@ -184,7 +184,7 @@ def _listed(folder: Path) -> dict | None:
 
 def _part_record(folder: Path, number: int) -> _PartRecord | None:
     try:
-        return _PartRecord(**parse_json(_marker(folder, number).read_bytes()))
+        return _PartRecord(**parse_object(_marker(folder, number).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -73,7 +73,6 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
         opponents = []
     for name in wanted:
         method_class(name)
-    make_folder(settings.out)
     made = [_run_of(settings, name, self_influence) for name in [*wanted, *opponents]]
     names = _names([*given, *made])
     flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
@@ -135,7 +134,7 @@ def run_of(
     identity = _identity(arguments)
     marker = folder.with_name(f"{folder.name}.json")
     if is_run(folder):
-        if not marker.exists() or parse_json(marker.read_text(encoding="utf-8")) != identity:
+        if not marker.exists() or not _holds(marker, identity):
             raise IndexMismatch(
                 f"{folder} was made with other settings or from other files; nothing was changed. Give another --out."
             )
@@ -159,6 +158,13 @@ def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores
         ids = first.extra.get("input_ids")
         changes["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
     return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
+
+
+def _holds(marker: Path, identity: dict[str, Any]) -> bool:
+    try:
+        return parse_json(marker.read_bytes()) == identity
+    except (OSError, ValueError):
+        return False
 
 
 def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], self_influence: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, Tokenize
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, write_durably
 from vestige.index._manifest import Manifest
+from vestige.tables import read_table
 
 _FILE_ROWS = 64 * GROUP_ROWS
 """Examples in a file: whoever writes or opens one has its table of contents, about 1 kB a row group, in memory."""
@@ -60,7 +61,10 @@ def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
     Raises:
         CorruptFile: A file is missing or does not hold what the manifest says.
     """
-    tables = [parquet.read_table(path, columns=["length"]) for path in _whole_paths(folder, manifest)]
+    tables = [
+        read_table(path, EXAMPLES, "Run the same vestige index command again.", required=["length"], columns=["length"])
+        for path in _whole_paths(folder, manifest)
+    ]
     return pa.concat_tables(tables)["length"].to_numpy()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def checked_number(value: Any, what: str, path: Path) -> int:
     """
     try:
         # Of a tensor or a NumPy number too; 12.0 is one.
-        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(cast(Any, value))
     except (TypeError, ValueError, RuntimeError):
         number = -1
     if isinstance(value, bool) or not 0 <= number < 2**63:

@@ -22,7 +22,7 @@ class Worker(NamedTuple):
     """Host and process namespace: containers count their processes themselves."""
     pid: PositiveInt
     born: FiniteFloat
-    """When the process started, in seconds since 1970 as its host counts them."""
+    """When the process started, in seconds since its host did: setting the host's clock does not move it."""
     job: str
     """Id of its batch job, empty outside a scheduler."""
     token: str
@@ -40,13 +40,22 @@ WORKER = TypeAdapter(Worker)
 def this_worker() -> Worker:
     """This process."""
     pid = os.getpid()
-    return Worker(this_host(), pid, psutil.Process(pid).create_time(), job_id(), f"{_TOKEN}-{pid}")
+    return Worker(this_host(), pid, _born(psutil.Process(pid)), job_id(), f"{_TOKEN}-{pid}")
 
 
 def job_id() -> str:
     """The batch job that this process belongs to, as `squeue` writes it: 17 or 17_3."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _born(process: psutil.Process) -> float:
+    try:
+        # The name of the program, in parentheses, may hold blanks; the start is the 22nd field, in ticks.
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        return int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):  # not Linux, or gone by now
+        return process.create_time()
 
 
 def works_on(worker: Worker, job: Path) -> bool:
@@ -78,9 +87,7 @@ def is_alive(worker: Worker) -> bool | None:
         return None
     try:
         process = psutil.Process(worker.pid)
-        # The kernel counts in hundredths of a second since the start; the start itself may be corrected a little.
-        same = abs(process.create_time() - worker.born) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return _born(process) == worker.born and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -1,7 +1,6 @@
 """When a request is sent again, and when it is not: what a failure says, and how long to wait."""
 
 import random
-import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -135,8 +134,7 @@ def read_reply(text: str) -> Reply:
     usage = body.usage or _Usage()
     refused = bool(choice.message.refusal) or choice.finish_reason == "content_filter"
     finish: Finish = "refused" if refused else "length" if choice.finish_reason == "length" else "stop"
-    # A model that is cut inside an emoji leaves half of a pair, which no file can hold.
-    said = re.sub("[\ud800-\udfff]", "\ufffd", choice.message.content or choice.message.refusal or "")
+    said = choice.message.content or choice.message.refusal or ""
     return Reply(text=said, finish=finish, sent=usage.prompt_tokens, received=usage.completion_tokens)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.folders import require_no_others
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.terminal import as_text, shorten
 
 FORMAT = 1
@@ -150,13 +150,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RECORD
     try:
-        record = parse_json(path.read_bytes())
+        record = parse_object(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete the folder, or type --overwrite.") from error
     if record.get("format") != FORMAT:
         raise UserError(f"{path} has format {record.get('format')}; this version of Vestige reads {FORMAT}.")
+    kinds = {"identity": dict, "files": dict, "notes": list, "title": str}
+    odd = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if odd and "files" in record:  # else it was begun and is not finished
+        raise CorruptFile(f"{path} is damaged: its `{odd[0]}` is not what Vestige writes. Run `vestige select` again.")
     return record
 
 
@@ -246,7 +250,10 @@ def digest_of(words: Sequence[str]) -> str:
 
 def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
     files = record["files"]
-    return all((folder / name).is_file() and sha256_of(folder / name) == files[name]["sha256"] for name in files)
+    return set(files) <= set(_FILES) and all(
+        (folder / name).is_file() and isinstance(file, dict) and sha256_of(folder / name) == file.get("sha256")
+        for name, file in files.items()
+    )
 
 
 def _short(value: Any) -> str:

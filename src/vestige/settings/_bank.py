@@ -20,7 +20,9 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     out: Path = Field(description="Folder of the bank; an interrupted run continues in it, a larger one extends it.")
     queries: Any = Field(None, description="Texts that are not trained on, whose losses every member also stores.")
-    subsets: PositiveInt = Field(50, description="Random subsets to train on, unless a way of leaving out is given.")
+    subsets: PositiveInt = Field(
+        50, le=1_000_000, description="Random subsets to train on, unless a way of leaving out is given."
+    )
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of the distinct examples in each random subset.")
     leave_source_out: bool = Field(
         False, description="Train without each `source` of the data in turn, and once on everything."
@@ -39,7 +41,9 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         description="Column whose rows of equal value are drawn, or left out as one, together. Not given: copies, rows "
         "with the same tokens and targets.",
     )
-    seeds: PositiveInt = Field(2, description="Runs of each subset, which differ in start and order of batches.")
+    seeds: PositiveInt = Field(
+        2, le=1_000_000, description="Runs of each subset, which differ in start and order of batches."
+    )
     seed: NonNegativeInt = Field(0, description="Seed of the subsets and, apart from them, of the runs.")
     keep_weights: bool = Field(False, description="Also store each trained model, as a folder that loads.")
     checkpoint_every: PositiveInt | None = Field(

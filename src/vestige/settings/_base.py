@@ -28,7 +28,7 @@ BAD_TEXT = (
 
 LARGEST = 2**63 - 1
 """The largest whole number that files and arrays hold."""
-_LONGEST_NAME, _LONGEST_PATH, _SHOWN = 255, 4095, 100
+_LONGEST_NAME, _LONGEST_PATH, _SHOWN = 255, 3500, 100
 _LONGEST_OUT = 200
 """What is in the making lies beside its folder, under a name that is a little longer."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
@@ -214,13 +214,11 @@ def _check_letters(text: str) -> None:
 
 def _check_place(text: str, longest: int | None) -> None:
     """Raise unless a file or folder can have this name, none of its parts longer than `longest` bytes if given."""
-    if not text.strip():
-        raise ValueError("a name or a path, and it is empty")
     _check_letters(text)
     if longest is None:
         return
     sizes = [len(os.fsencode(part)) for part in Path(text).parts]
-    if sum(sizes) > _LONGEST_PATH or max(sizes, default=0) > longest:
+    if len(os.fsencode(text)) > _LONGEST_PATH or max(sizes, default=0) > longest:
         raise ValueError(f"a shorter name, of at most {longest} bytes")
     if not Path(text).absolute().name:
         raise ValueError("a file or folder with a name of its own")

@@ -73,5 +73,5 @@ class UntracSettings(QuestionSettings, LaunchSettings):
     max_new_tokens: PositiveInt = Field(64, description="Longest answer to generate for a query that has none.")
     k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each test set.")
     dense: bool = Field(False, description="Level example: also store the score of every example for every test set.")
-    seed: int = Field(0, description="Seed of the order of examples and of LoRA matrices.")
+    seed: int = Field(0, ge=0, description="Seed of the order of examples and of LoRA matrices.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vestige.errors import IndexMismatch
 from vestige.files import make_folder, write_durably
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.sweep._cells import Cell
 from vestige.sweep._inputs import fingerprints
 
@@ -34,7 +34,7 @@ class Done(NamedTuple):
 def read_done(cell: Cell) -> Done | None:
     """The marker of a cell, None if it is not done."""
     try:
-        done = Done(**parse_json((cell.folder / DONE_FILE).read_bytes()))
+        done = Done(**parse_object((cell.folder / DONE_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     return done if done.cell == cell.id else None
@@ -105,7 +105,7 @@ def _change(cell: Cell) -> str | None:
         if path in now and now[path] != before:
             return f"{path} has changed"
     try:
-        then = parse_json((cell.folder / CELL_FILE).read_bytes())["settings"]
+        then = parse_object((cell.folder / CELL_FILE).read_bytes())["settings"]
     except (OSError, ValueError, KeyError):
         return None
     values = cell.matters()

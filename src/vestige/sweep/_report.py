@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vestige.files import write_durably
 from vestige.launch import JobStatus, job_statuses
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.progress import format_seconds
 from vestige.sweep._cells import Cells
 from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
@@ -153,7 +153,7 @@ def _row(folder: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return parse_json(path.read_bytes())
+        return parse_object(path.read_bytes())
     except (OSError, ValueError):
         return {}
 

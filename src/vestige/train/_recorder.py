@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainerCallback
 
-from vestige.errors import IndexMismatch, UserError
+from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_durably, write_durably
 from vestige.models import model_fingerprint
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import listed_epochs
 from vestige.train._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
@@ -192,7 +192,10 @@ class Recorder(TrainerCallback):
         self._entries = []
         if saved:
             path = checkpoint_folder(self.folder, before) / "trainer_state.json"
-            self._entries = parse_json(path.read_bytes())["log_history"]
+            try:
+                self._entries = list(parse_object(path.read_bytes())["log_history"])
+            except (OSError, LookupError, TypeError, ValueError) as error:
+                raise CorruptFile(f"{path} is damaged ({error!r}). Remove its folder to go on before it.") from error
         _, first = np.unique(steps, return_index=True)
         self._rates = [float(rates[place]) for place in first if steps[place] > before]
         if self.alarm is None:

@@ -181,10 +181,9 @@ def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[
     if all(cell is None for cell, held in zip(cells, held_out, strict=True) if not held):
         columns = sorted({"source", "label", *(key for example in examples[:100] for key in example.extra)})
         raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
-    if equals:
-        found = np.array([cell is not None and str(cell) == value for cell in cells])
-    else:
-        found = np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    if not equals:  # a column of nothing but false says that nothing is to be found, which the run notes
+        return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    found = np.array([cell is not None and str(cell) == value for cell in cells])
     if not found[~held_out].any():
         there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
         held = shorten(", ".join(there) or "nothing", 200)

@@ -61,10 +61,10 @@ def parse_finite_json(content: str | bytes) -> Any:
     return value
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
     """Return the value of a YAML (or JSON) text: mappings with texts as keys, lists, texts, numbers, yes/no and null.
 
-    A date stays the text that it is.
+    A date stays the text that it is. Keys may be whole numbers where `numbers_as_keys` says so.
 
     Raises:
         ValueError: It is not YAML, a key is there twice or is no text, a value is of another kind, or the values are
@@ -81,7 +81,7 @@ def parse_yaml(text: str) -> Any:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A tag such as !!timestamp before what is none.
         raise ValueError(f"a value does not read as what its tag says ({error})") from None
-    _require_plain(value)
+    _require_plain(value, (str, int) if numbers_as_keys else (str,))
     return value
 
 
@@ -125,7 +125,7 @@ def _loader() -> Any:
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def _require_plain(value: Any) -> None:
+def _require_plain(value: Any, keys: tuple[type, ...]) -> None:
     level, count = [value], 0
     for _ in range(_DEEPEST):
         count += len(level)
@@ -133,7 +133,7 @@ def _require_plain(value: Any) -> None:
             raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
         inner: list[Any] = []
         for each in level:
-            if isinstance(each, dict) and (odd := [key for key in each if not isinstance(key, str)]):
+            if isinstance(each, dict) and (odd := [key for key in each if not isinstance(key, keys)]):
                 raise ValueError(f"the key {odd[0]!r} is no text: put it in quotation marks")
             if not isinstance(each, _PLAIN):
                 raise ValueError(f"{each!r} is of the type {type(each).__name__}: write it as a text, in quotes")

@@ -83,7 +83,7 @@ def test_lists_are_read_from_ids_by_name_or_place(tmp_path):
     lists = read_lists(file, ["x", "y", "z"])
     assert {name: rows.tolist() for name, rows in lists.items()} == {"top-1": [0], "top-2": [0, 2]}
     assert read_lists([[1], [2]], ["1", "2", "3"])["1"].tolist() == [1]
-    for bad, message in (([["q"]], "'q', which is no id"), ([], "expected lists"), ([3], "expected lists")):
+    for bad, message in (([["q"]], "the data does not have: 'q'"), ([], "expected lists"), ([3], "expected lists")):
         with pytest.raises(DataError, match=message):
             read_lists(bad, ["x"])
     with pytest.raises(DataError, match="not a JSON file"):

@@ -82,7 +82,7 @@ def test_bad_queries(case, vestige, idx):
         (("--compress", "lograa:16x16"), "Did you mean 'logra'?"),
         (("--compress", "mask:0"), "expected mask:K or mask:AxB"),
         (("--device", "gpu"), "is not a device"),
-        (("--out", "train.jsonl"), "is the folder of --out, where results are replaced"),
+        (("--out", "train.jsonl"), "train.jsonl is a file, expected a folder"),
         (("--out", "tiny-model"), "--model tiny-model is the folder of --out, where results are replaced"),
         (("--out", "."), "--model tiny-model lies in the folder of --out"),
         (("--disk", "20GB"), "--disk belongs to --compress auto"),

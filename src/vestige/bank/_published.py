@@ -45,7 +45,7 @@ def read_published(path: Path, measure: Measure | None, examples: int | None) ->
 
 def _dattri(path: Path, measure: Measure | None, examples: int | None) -> Bank:
     try:
-        metadata = parse_yaml((path / "metadata.yml").read_text(encoding="utf-8"))
+        metadata = parse_yaml((path / "metadata.yml").read_text(encoding="utf-8"), numbers_as_keys=True)
         runs, folders = int(metadata.get("num_runs_per_subset", 1)), metadata["subset_dir_map"]
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path / 'metadata.yml'} is not what dattri's retrain_lds writes ({error!r}).") from error

@@ -161,7 +161,7 @@ def test_a_file_of_rows_flags_as_a_column_does(place, tmp_path):
         for name, flag in (("column", "bad"), ("file", str(tmp_path / "rows.txt")))
     ]
     assert runs[0].examples["flag"].to_pylist() == runs[1].examples["flag"].to_pylist() == [True] * 2 + [False] * 4
-    with pytest.raises(DataError, match="marks no example of the data. Column 'bad' holds False, True"):
+    with pytest.raises(DataError, match=r"marks no example of the data\. Column 'bad' holds False, True"):
         simple(place, tmp_path / "nothing", data=rows, flag="bad=perhaps", measures=("loss",))
 
 

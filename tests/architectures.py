@@ -23,10 +23,29 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vestige.data import NO_TARGET, Batch
 
 VOCABULARY = 37
+PLAIN = "plain"
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Attention product by product, as transformers' eager one, but for its softmax in float32.
+
+    How float32 rounds a softmax depends on the shape of the batch and on the processor, so float64 would not tell.
+    """
+    key, value = (one.repeat_interleave(module.num_key_value_groups, 1) for one in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if attention_mask is None else scores + attention_mask
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(PLAIN, plain_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PLAIN, eager_mask)
 
 
 def gpt2(tied: bool = True, attention: str = "sdpa") -> nn.Module:
@@ -181,7 +200,7 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = {
 
 EXACT: dict[str, Callable[[], nn.Module]] = CAUSAL | {
     "gpt2-eager": lambda: gpt2(attention="eager"),
-    "llama-eager": lambda: llama(attention="eager"),
+    "llama-eager": lambda: llama(attention=PLAIN),
     "llama-lora": lora,
     "mixtral": mixtral,
     "mixtral-eager": lambda: mixtral("eager"),

@@ -16,6 +16,7 @@ from vestige.cli import main
 from vestige.errors import CorruptFile, PieceFailed, UserError
 from vestige.files import this_host
 from vestige.launch import cancel_jobs, job_statuses
+from vestige.launch._identity import _born as born_at
 from vestige.settings import LaunchSettings
 
 
@@ -109,7 +110,7 @@ def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
     other = tmp_path / "other"
     words = [sys.executable, "-c", "import time; time.sleep(60)", "vestige", str(other)]
     with subprocess.Popen(words) as innocent:
-        born = psutil.Process(innocent.pid).create_time()
+        born = born_at(psutil.Process(innocent.pid))
         worker = [this_host(), innocent.pid, born, "", "token"]
         home = _foreign(tmp_path / "job", driver=worker)
         (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
@@ -121,7 +122,7 @@ def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
 
 def test_claims_and_journals_of_others_are_passed_over(tmp_path):
     home = _foreign(tmp_path, driver=None)
-    me = psutil.Process().create_time()
+    me = born_at(psutil.Process())
     for name, content in {
         "00000": [1, 2],
         "x": [this_host(), os.getpid(), "soon", "", "t", 0],

@@ -103,7 +103,7 @@ def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: i
     if not 1 <= count <= len(firsts) or len(firsts) < 2:
         raise DataError(f"There are {len(firsts)} distinct examples, of which {count} cannot be left out one by one.")
     drawn = np.random.default_rng([seed, _LEFT_OUT]).permutation(len(firsts))[:count]
-    return without_each({str(ids[firsts[group]]): np.flatnonzero(groups == group) for group in drawn}, len(ids))
+    return without_each({str(ids[int(firsts[group])]): np.flatnonzero(groups == group) for group in drawn}, len(ids))
 
 
 def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ def template_variables(example: Example) -> dict[str, Any]:
         if not isinstance(cell, Mapping if name == TEMPLATE_SETTINGS else list):
             kind = "an object" if name == TEMPLATE_SETTINGS else "a list"
             raise DataError(f"{place}: `{name}` is {shown(cell)}; expected {kind}, also as JSON text.")
-        if name == TEMPLATE_SETTINGS:
+        if isinstance(cell, Mapping):
             _refuse_reserved(cell, place)
             found |= cell
         elif "tools" in found and name in TOOLS:

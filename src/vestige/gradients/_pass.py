@@ -96,7 +96,7 @@ class GradientPass:
             if not losses.requires_grad and not self._head:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
         except UncoveredUse as found:
-            self._refuse_missed([self._components[number].name for number in found.args[0]])
+            raise _missed([self._components[number].name for number in found.args[0]]) from None
         finally:
             self._sink = None
             if self._uses is not None:
@@ -143,13 +143,8 @@ class GradientPass:
                 parameter.grad = gradient
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
-        """Raise if there are any."""
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ModelError(
-                f"The model uses {', '.join(names[:5])}{more} in a way that no rule covers, so the gradient would be "
-                f"missed. Leave them out: --components {' '.join(repr('!' + name) for name in names[:5])}."
-            )
+            raise _missed(names)
 
     def _place_hooks(self) -> None:
         modules = self._modules()
@@ -226,6 +221,14 @@ class _Nowhere:
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """Add nothing."""
+
+
+def _missed(names: Sequence[str]) -> ModelError:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ModelError(
+        f"The model uses {', '.join(names[:5])}{more} in a way that no rule covers, so the gradient would be missed. "
+        f"Leave them out: --components {' '.join(repr('!' + name) for name in names[:5])}."
+    )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

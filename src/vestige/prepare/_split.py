@@ -59,7 +59,7 @@ def _notes(groups: Int[np.ndarray, "example"], parts: Sequence[str | None]) -> l
     if (copies := describe_copies(groups)) is None:
         return []
     firsts = np.unique(groups, return_index=True)[1]
-    apart = sum(part != parts[firsts[group]] for group, part in zip(groups, parts, strict=True))
+    apart = sum(part != parts[int(firsts[group])] for group, part in zip(groups, parts, strict=True))
     return [copies, *([f"{apart:,} copies are not in the part of the first such row."] if apart else [])]
 
 

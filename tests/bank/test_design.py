@@ -86,7 +86,7 @@ def test_lists_are_read_from_ids_by_name_or_place(tmp_path):
     for bad, message in (([["q"]], "the data does not have: 'q'"), ([], "expected lists"), ([3], "expected lists")):
         with pytest.raises(DataError, match=message):
             read_lists(bad, ["x"])
-    with pytest.raises(DataError, match="not a JSON file"):
+    with pytest.raises(DataError, match="is not there"):
         read_lists(tmp_path / "absent.json", ["x"])
     with pytest.raises(DataError, match="leaves out 0 of 3"):
         without_each({"nothing": np.array([], dtype=int)}, 3)

@@ -11,6 +11,8 @@ from vestige.files import write_durably
 from vestige.runs import Scores
 from vestige.settings import RunFormat
 
+_OF_ROW = ("rank", "example_id", "score", "percentile", "text", "source", "row")
+
 
 def write_run_as(scores: Scores, out: Path, to: RunFormat) -> list[Path]:
     """The listed scores of a run in the folder `out`.
@@ -49,7 +51,7 @@ def _rows(scores: Scores) -> list[dict[str, Any]]:
     """One dictionary per listed score, proponents before opponents."""
     every = scores.run.data.examples
     return [
-        {"query_id": query, "end": end, **row._asdict()}
+        {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}
         for query in scores.queries
         for end, table in (("proponent", scores.top(query, every)), ("opponent", scores.bottom(query, every)))
         for row in table
@@ -58,8 +60,7 @@ def _rows(scores: Scores) -> list[dict[str, Any]]:
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     content = io.StringIO()
-    names = ["query_id", "end", "rank", "example_id", "score", "percentile", "text", "source", "row"]
-    writer = csv.DictWriter(content, names, lineterminator="\n")
+    writer = csv.DictWriter(content, ["query_id", "end", *_OF_ROW], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return content.getvalue()

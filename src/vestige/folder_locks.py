@@ -162,7 +162,9 @@ def _unlock(file: int, path: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Folders without a file in them are gone."""
+    """Remove the folder, and those in it, where no file lies in any: a job that was submitted needs its empty ones."""
+    if any(files for _, _, files in os.walk(folder)):
+        return
     for parent, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(parent)

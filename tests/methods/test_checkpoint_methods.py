@@ -294,7 +294,7 @@ def test_mistakes_say_what_to_type(run, tmp_path):
         find_checkpoints(settings(**asked, checkpoint_weights=[1.0]), "equal")
     with pytest.raises(SpecError, match="one above it"):
         find_checkpoints(settings(**asked, checkpoint_weights=[0, 0, 0]), "equal")
-    with pytest.raises(SpecError, match="finite numbers"):
+    with pytest.raises(SpecError, match="expected a finite number"):
         find_checkpoints(settings(**asked, checkpoint_weights=[1, float("nan"), 1]), "equal")
     with pytest.raises(ModelError, match="No folder has a name like"):
         find_checkpoints(settings(model=None, checkpoints=str(tmp_path / "no-*")), "equal")

@@ -214,8 +214,8 @@ def open_checkpoint_store(job: Job, number: str, *, stored: bool = False) -> Gra
 def _made_index(job: Job, number: str) -> Index:
     """An index that lives until the run is written; unfinished, it continues."""
     settings = job.settings
-    names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
-    shared = {name: getattr(settings, name) for name in names}
+    names = ("components", "loss", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)}
     folder = partial_folder(settings.out) / f"index-{number}"
     assert job.loaded is not None
     assert job.selection is not None

@@ -167,5 +167,5 @@ def test_a_file_of_somebody_else_is_left_alone(run_folder, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said(run_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a file, expected a folder"):
         report(run_folder, tmp_path / "file" / "page.html")

@@ -12,7 +12,8 @@ import torch.distributed
 from tests.sweep.conftest import lexical, results
 from tests.workshop import furnish
 from vestige.errors import SpecError
-from vestige.launch._role import VARIABLE, Role
+from vestige.launch._role import Role
+from vestige.lockstep import ROLE_VARIABLE
 from vestige.sweep import _plan as plan_module
 from vestige.sweep import sweep, sweep_report
 from vestige.train import Recorder, TrainingRun
@@ -132,9 +133,9 @@ def test_a_cell_in_a_worker_has_workers_of_its_own(workshop, tmp_path, monkeypat
     honest = plan_module.SweepPlan._run
 
     def in_a_worker(plan, cell):
-        monkeypatch.setenv(VARIABLE, role.as_environment()[VARIABLE])
+        monkeypatch.setenv(ROLE_VARIABLE, role.as_environment()[ROLE_VARIABLE])
         honest(plan, cell)
-        monkeypatch.delenv(VARIABLE)
+        monkeypatch.delenv(ROLE_VARIABLE)
 
     monkeypatch.setattr(plan_module.SweepPlan, "_run", in_a_worker)
     nested = sweep(content | {"base": content["base"] | {"workers": 2}}, out=tmp_path / "nested")

@@ -10,7 +10,8 @@ import pytest
 from tests.sweep.conftest import results
 from vestige.cli._status import describe
 from vestige.errors import IndexMismatch, PieceFailed, UserError, WorkElsewhere
-from vestige.launch._role import VARIABLE, Role
+from vestige.launch._role import Role
+from vestige.lockstep import ROLE_VARIABLE
 from vestige.sweep import _plan as plan_module
 from vestige.sweep import read_grid, sweep, sweep_report
 from vestige.sweep._cells import cells_of
@@ -129,9 +130,9 @@ def test_a_cell_inside_a_worker_is_a_job_of_its_own(grid, run, here, monkeypatch
 
     def in_a_worker(plan, cell):
         role = Role("worker", str(here / "elsewhere"), parent=os.getppid())
-        monkeypatch.setenv(VARIABLE, role.as_environment()[VARIABLE])
+        monkeypatch.setenv(ROLE_VARIABLE, role.as_environment()[ROLE_VARIABLE])
         original(plan, cell)
-        seen.append(os.environ.pop(VARIABLE))
+        seen.append(os.environ.pop(ROLE_VARIABLE))
 
     monkeypatch.setattr(plan_module.SweepPlan, "_run", in_a_worker)
     report = run(grid({"damping": [0.1, 1.0]}, method="random"))

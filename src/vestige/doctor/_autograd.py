@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vestige.data import Batch, TokenizedData, make_batch
+from vestige.data import Batch, TokenizedData, make_batch, plan_batches
 from vestige.doctor._probes import cut_examples
 from vestige.doctor._types import Check
 from vestige.gradients import CausalLoss, GradientPass, GradientSink, Reduction, token_losses
-from vestige.models import Component, parameter_view
+from vestige.models import Component, batch_sharing, parameter_view
 
 GROUP = 50_000_000
 """Most parameters whose gradients are held at once, for two examples and twice."""
@@ -49,8 +49,8 @@ def check_autograd(
     agreeing = f"{len(found) - len(wrong) - len(unused)} of {len(found)} components agree{idle}"
     if not wrong:
         advice = (
-            "The gradients of the shortest and the longest example, alone and in one batch, are those of plain "
-            f"autograd: {worst:.0e} apart at most (up to {TOLERANCE[dtype]:.0e} is rounding)."
+            "The gradients of the shortest and the longest example, alone and batched as Vestige does, are those of "
+            f"plain autograd: {worst:.0e} apart at most (up to {TOLERANCE[dtype]:.0e} is rounding)."
         )
         return Check(name, "good", agreeing, advice, worst)
     named = "; ".join(f"{one.component} {one.where}: {one.ours:.3g} for {one.autograd:.3g}" for one in wrong[:3])
@@ -88,7 +88,8 @@ def _compare(
     true = [_by_autograd(model, components, make_batch(data, [row]).to(device), loss.reduction) for row in range(count)]
     names = ["of the shortest example", "of the longest example"][-count:]
     tries = [([row], f"{names[row]}, alone") for row in range(count)]
-    tries += [(list(range(count)), "in a batch")] if count > 1 else []
+    together = plan_batches(data.lengths, int(count * data.lengths.max()), sharing=batch_sharing(model))
+    tries += [(sorted(map(int, rows)), "in a batch") for rows in together if len(rows) > 1]
     worst: dict[str, Difference] = {}
     for rows, where in tries:
         ours = _by_factors(model, components, make_batch(data, rows).to(device), loss)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vestige.files import make_folder, write_durably
 from vestige.folders import require_no_others
+from vestige.launch import is_worker
 from vestige.settings import StudySettings, verb
 
 # Importing a study's module is what registers it.
@@ -36,7 +37,7 @@ def study(settings: StudySettings) -> StudyReport:
         UserError: The folder holds something else.
     """
     run = find_study(settings)
-    if not (settings.out / _RECORD).exists():
+    if not is_worker() and not (settings.out / _RECORD).exists():
         require_no_others(settings.out, ())
         make_folder(settings.out)
         _write_record(settings, {"study": settings.name})

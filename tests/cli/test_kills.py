@@ -55,7 +55,9 @@ axes: {method: [grad-dot, bm25]}
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "shutil.rmtree", "os.truncate")
-_VARYING = re.compile("seconds|memory|created|command|begun|ended|when|rate|bytes_a_second|^_fingerprint$|profile.json|run.json")
+_VARYING = re.compile(
+    "seconds|memory|created|command|begun|ended|when|rate|bytes_a_second|^_fingerprint$|profile.json|run.json"
+)
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def _made_index(job: Job, number: str) -> Index:
     """An index that lives until the run is written; unfinished, it continues."""
     settings = job.settings
     names = ("components", "loss", "token_budget", "seed", "skip_bad")
-    shared = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)}
+    shared: dict[str, Any] = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)}
     folder = partial_folder(settings.out) / f"index-{number}"
     assert job.loaded is not None
     assert job.selection is not None

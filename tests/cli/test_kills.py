@@ -90,8 +90,8 @@ def _run(place, words, step=-1, number=0):
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    text, _, count = said.rpartition("\ncount ")
-    return os.waitstatus_to_exitcode(status), text or said, int(count or 0)
+    text, counted, count = said.rpartition("\ncount ")
+    return os.waitstatus_to_exitcode(status), text if counted else said, int(count) if counted else 0
 
 
 def _in_child(place, words, step, number, write):

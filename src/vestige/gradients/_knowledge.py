@@ -9,6 +9,7 @@ from torch import nn
 
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.gradients._objective import CausalLoss
+from vestige.models import batch_sharing
 
 BETTER = 0.95
 """Share of the guesses' loss below which a model has learned something: random weights, which favour some tokens by
@@ -49,7 +50,7 @@ def measure_knowledge(model: nn.Module, data: TokenizedData, token_budget: int) 
         return None
     device, total = next(model.parameters()).device, 0.0
     with torch.no_grad():
-        for rows in plan_batches(data.lengths, token_budget):
+        for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
             losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
             total += float(losses.double().sum())
     targets = [np.asarray(ids)[np.asarray(mask)] for ids, mask in zip(data.input_ids, data.targets, strict=True)]

@@ -42,7 +42,7 @@ def test_two_packages_with_one_name_are_refused_and_the_same_twice_is_not(announ
 
 @pytest.mark.parametrize("value", ["no_such_module_here:x", "math:no_such_name"])
 def test_what_cannot_be_imported_is_named_with_its_package(announced, value):
-    with pytest.raises(SpecError, match="The toy 'a' of .* cannot be imported: .* Update or uninstall it"):
+    with pytest.raises(SpecError, match=r"The toy 'a' of .* cannot be imported: .* Update or uninstall it"):
         announced(("a", value)).find("a")
 
 

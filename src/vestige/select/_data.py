@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from vestige.data import Example, load_queries, load_records, tokenize
+from vestige.data import Example, load_queries, load_records, text_groups, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index
 from vestige.models import load_tokenizer
@@ -27,12 +28,21 @@ class Rows:
     name: str
     ids: list[str]
     sources: list[str | None]
+    groups: Int[np.ndarray, "example"]
+    """The same number for copies of one text."""
     digest: str
     """sha256 over ids and columns."""
     read: Callable[[], Iterable[tuple[Example, Columns]]]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def text_names(self) -> list[str]:
+        """Return a name of each row's text, the same for its copies whatever the order of the data: their first id."""
+        names: dict[int, str] = {}
+        for name, group in zip(self.ids, self.groups.tolist(), strict=True):
+            names[group] = min(names.get(group, name), name)
+        return [names[group] for group in self.groups.tolist()]
 
 
 def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index | None) -> Rows:
@@ -44,12 +54,17 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
     """
     name, read = _source(settings, None if scores is None else scores.run, index)
     ids, sources, digest = [], [], hashlib.sha256()
-    for example, columns in read():
-        ids.append(example.id)
-        sources.append(example.source)
-        digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
+
+    def noted() -> Iterator[Example]:
+        for example, columns in read():
+            ids.append(example.id)
+            sources.append(example.source)
+            digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
+            yield example
+
+    groups = text_groups(noted())
     _require_distinct(name, ids)
-    rows = Rows(name, ids, sources, digest.hexdigest(), read)
+    rows = Rows(name, ids, sources, groups, digest.hexdigest(), read)
     if scores is not None:
         _require_scored(rows, scores)
     if index is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vestige.errors import DataError, UserError
 from vestige.select._scores import Ranked, ScoreSource, head
@@ -112,12 +112,38 @@ def gumbel_order(
         yield Candidate(int(row), float(means[row]), None, f"drawn at temperature {temperature:g}")
 
 
-def random_order(draws: Float[np.ndarray, "example"], scores: ScoreSource | None, least: float | None) -> Order:
-    """Any order, the same for the same ids and seed."""
+def random_order(
+    draws: Float[np.ndarray, "example"],
+    ties: Float[np.ndarray, "example"],
+    scores: ScoreSource | None,
+    least: float | None,
+) -> Order:
+    """Yield rows in the order of `draws`, the same for the same ids and seed."""
     means = None if scores is None or least is None else scores.means()
     allowed = draws if means is None else np.where(np.isnan(_at_least(means, least)), np.nan, draws)
-    for row in head(-allowed, len(draws), draws).rows:
+    for row in head(-allowed, len(draws), ties).rows:
         yield Candidate(int(row), None if means is None else float(means[row]), None, "drawn at random")
+
+
+def whole_texts(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
+    """Yield candidates such that of the copies of a text all or none are among the first `most`.
+
+    Args:
+        order: Copies of a text follow each other in it.
+        groups: The same number for copies of one text; -1 for rows that cannot be chosen.
+        most: Rows that will be taken.
+    """
+    sizes = np.bincount(groups[groups >= 0])
+    begun: set[int] = set()
+    taken = 0
+    for each in order:
+        if isinstance(each, Candidate):
+            group = int(groups[each.row])
+            if group not in begun and taken + sizes[group] > most:
+                continue
+            begun.add(group)
+            taken += 1
+        yield each
 
 
 def diverse_order(

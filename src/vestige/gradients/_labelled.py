@@ -33,7 +33,7 @@ class MaskedLoss:
         self.reduction: Reduction = reduction
 
     def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """None: every module is hooked."""
+        """Return None: every module is hooked."""
         return None
 
     def losses(
@@ -42,7 +42,7 @@ class MaskedLoss:
         batch: LabelledBatch,
         head_tap: HeadTap | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "example"]:
-        """Loss of every example."""
+        """Return the loss of every example."""
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return _label_losses(logits, batch.labels, self.reduction)
 
@@ -57,7 +57,7 @@ class Seq2SeqLoss:
         self.reduction: Reduction = reduction
 
     def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """None: every module is hooked."""
+        """Return None: every module is hooked."""
         return None
 
     def losses(
@@ -66,7 +66,7 @@ class Seq2SeqLoss:
         batch: LabelledBatch,
         head_tap: HeadTap | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "example"]:
-        """Loss of every example."""
+        """Return the loss of every example."""
         unwrap: Any = getattr(model, "get_base_model", lambda: model)
         logits = model(
             input_ids=batch.input_ids,

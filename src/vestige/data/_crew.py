@@ -18,21 +18,21 @@ _PATIENCE_SECONDS = 10.0
 
 
 class Answer(NamedTuple):
-    """A chunk, and what became of it."""
+    """A chunk and its encoded part."""
 
     chunk: Chunk
     part: PackedPart | None
-    """None where nobody was asked, because it is there already."""
+    """None if it was not requested, because it is there already."""
 
 
 def in_this_process(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]]) -> Iterator[Answer]:
-    """Answers for chunks of which some (True) have to be encoded."""
+    """Yield answers for chunks of which some (True) have to be encoded."""
     for chunk, wanted in asked:
         yield Answer(chunk, encoder.packed(chunk) if wanted else None)
 
 
 def in_processes(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]], workers: int) -> Iterator[Answer]:
-    """The same, encoded by several processes; two chunks more than there are processes are in memory.
+    """Yield the same, encoded by several processes; two chunks more than there are processes are in memory.
 
     Raises:
         DataError: The first chunk that cannot be encoded, after the answers before it.
@@ -69,7 +69,7 @@ class _Crew:
             self._idle.put(process)
 
     def ask(self, chunk: Chunk) -> PackedPart:
-        """The part, from the first process that is idle."""
+        """Return the part, from the first process that is idle."""
         process = self._idle.get()
         try:
             pickle.dump(chunk, _pipe(process.stdin), protocol=pickle.HIGHEST_PROTOCOL)
@@ -78,7 +78,7 @@ class _Crew:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"A process that turns text into tokens ended (exit status {process.poll()}), often for lack of "
-                "memory. Finished parts are kept: run the same command again, perhaps with fewer --workers."
+                "memory. Finished parts are kept: run the same command again, with fewer --workers if memory is short."
             ) from error
         finally:
             self._idle.put(process)
@@ -89,7 +89,7 @@ class _Crew:
         return answer
 
     def end(self) -> None:
-        """No process runs any more."""
+        """End all processes."""
         for process in self._processes:
             with suppress(OSError):
                 _pipe(process.stdin).close()
@@ -110,7 +110,7 @@ def _start(content: bytes) -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         env=environment,
     )
-    # A process that ends before it has read this is noticed when it is asked.
+    # A process that ends before it has read this is noticed at its first chunk.
     with suppress(OSError):
         _pipe(process.stdin).write(content)
         _pipe(process.stdin).flush()

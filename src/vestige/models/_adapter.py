@@ -32,7 +32,7 @@ def adapter_base(folder: Path) -> str | Path:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(base, str) or not base:
-        given = f"says {short(base)}, which is no name" if base else "names no base model it belongs to"
+        given = f"says {short(base)}, which is no name" if base else "names no base model"
         raise ModelError(f"{file} {given}. Write its folder or hub id there as base_model_name_or_path.")
     beside = folder / base
     try:

@@ -87,7 +87,7 @@ class Postings:
             self._put_aside()
 
     def read(self, documents: slice) -> list[Counted]:
-        """Yield consecutive documents, in blocks as they were put aside."""
+        """Return consecutive documents, in blocks as they were put aside."""
         first, stop, _ = documents.indices(len(self))
         wanted = [block for block in self._blocks if block.first < stop and first < block.stop]
         return [self._read(block, slice(max(first - block.first, 0), stop - block.first)) for block in wanted]

@@ -219,7 +219,7 @@ def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def _results(output: Any, args: Any, func: Any) -> Iterable[Tensor]:
-    """Yield the tensors that a function returns, or writes into."""
+    """Return the tensors that a function returns, or writes into."""
     found = output if isinstance(output, list | tuple) else (output,)
     written = args[:1] if _in_place(func) else ()
     return [one for one in (*found, *written) if isinstance(one, Tensor)]

@@ -25,13 +25,13 @@ def evidence_table(
     layer: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> pa.Table:
-    """What was measured at one checkpoint, and at one layer if the measures have one.
+    """Return what was measured at one checkpoint, and at one layer if the measures have one.
 
     Args:
         example_ids: In the order of the values.
         measures: By name; NaN, which becomes null, where a measure cannot be computed.
         checkpoint: Steps trained; -1 for a model whose steps are not known.
-        layer: None for measures that look at no layer.
+        layer: None for measures without layers.
         rows: Positions of the examples, where ids may repeat; a column of its own.
 
     Raises:

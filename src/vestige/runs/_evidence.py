@@ -78,7 +78,7 @@ def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
 def read_evidence(
     path: str | Path, measures: Sequence[str] | None = None, *, checkpoint: int | None = None
 ) -> pa.Table:
-    """The evidence, or some measures of it, or one checkpoint.
+    """Return the evidence, or some measures of it, or one checkpoint.
 
     Raises:
         DataError: A measure that the file does not hold.

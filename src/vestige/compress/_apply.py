@@ -1,4 +1,4 @@
-"""From factors to compressed gradients, without the gradient where that is cheaper."""
+"""Compressed gradients from factors, without the gradient where that is cheaper."""
 
 from collections.abc import Iterator
 

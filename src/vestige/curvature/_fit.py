@@ -61,7 +61,7 @@ class SummingSink(BatchSink, Protocol):
 
 @dataclass(frozen=True)
 class CurvatureData:
-    """What a curvature is measured on: sums over all of it, so no result depends on how it is cut into batches."""
+    """The data that a curvature is measured on: sums over all of it, so no result depends on how it is cut into batches."""
 
     model: nn.Module
     components: Sequence[Component]
@@ -74,7 +74,7 @@ class CurvatureData:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @cached_property

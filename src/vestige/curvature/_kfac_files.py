@@ -33,7 +33,7 @@ FORMAT = 2
 
 
 class Work(NamedTuple):
-    """Where passes over the data run, as for `run_plan`."""
+    """The launcher of passes over the data, as for `run_plan`."""
 
     settings: LaunchSettings
     command: Sequence[str] | None = None

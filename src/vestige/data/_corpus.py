@@ -1,4 +1,4 @@
-"""From a source of any size to tokens: in memory while that is small, on disk from there on, in constant memory."""
+"""Tokens of a source of any size: in memory while that is small, on disk from there on, in constant memory."""
 
 import hashlib
 import json

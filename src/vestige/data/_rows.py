@@ -38,7 +38,7 @@ EXPECTED = (
 
 
 class Parsed(NamedTuple):
-    """What a format found in a record: fields of `Example`, and the columns that it used up."""
+    """The result of a format for a record: fields of `Example`, and the columns that it used up."""
 
     fields: dict[str, Any]
     used: tuple[str, ...]

@@ -71,7 +71,7 @@ def tokenize(
 
 
 class Tally(NamedTuple):
-    """What the user should know of how examples became tokens; `joined` adds the tallies of several chunks."""
+    """The counts to report of how examples became tokens; `joined` adds the tallies of several chunks."""
 
     examples: int = 0
     given: int = 0

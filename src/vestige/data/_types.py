@@ -55,7 +55,7 @@ class Example:
 
     @property
     def lacks_answer(self) -> bool:
-        """Whether it is a prompt, or a conversation, whose answer is still to come."""
+        """True for a prompt, or a conversation, whose answer is still to come."""
         if self.messages:
             return self.messages[-1].role != ASSISTANT
         return self.prompt is not None and self.completion is None

@@ -1,4 +1,4 @@
-"""What an exact product of gradients costs, from factors and from matrices: the one rule that chooses between them.
+"""The cost of an exact product of gradients, from factors and from matrices: the one rule that chooses between them.
 
 Operations are multiplications with their additions (half of what is usually called FLOP), of matrix products and
 look-ups alike; element-wise work, `1/(out + in)` of the rest, is left out.

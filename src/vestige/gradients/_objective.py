@@ -39,7 +39,7 @@ class HeadTap(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is differentiated: one loss per example, independent of the other examples of the batch."""
+    """The differentiated function: one loss per example, independent of the other examples of the batch."""
 
     def head_module(self, model: nn.Module) -> str | None:
         """Return the path of an output head whose gradient comes through `head_tap` instead of a hook, if any."""

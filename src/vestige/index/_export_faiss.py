@@ -24,7 +24,7 @@ _SEED = 0
 
 
 class Recall(NamedTuple):
-    """How many of the exact `k` best are found, on average over sampled rows used as queries."""
+    """The share of the exact `k` best that are found, on average over sampled rows used as queries."""
 
     k: int
     nprobe: int

@@ -198,7 +198,7 @@ IMPORTED_SPEC = "imported"
 
 
 class Expectation(NamedTuple):
-    """What the manifest records about one shard."""
+    """The record of one shard in the manifest."""
 
     rows: int
     input: str

@@ -55,7 +55,7 @@ class PlannedShard(NamedTuple):
 
     @property
     def examples(self) -> int:
-        """How many rows it has."""
+        """Number of its rows."""
         return self.stop - self.start
 
     @property

@@ -33,7 +33,7 @@ _ROOT, _SHARDS, _EXAMPLES = ".", "shards", "examples"
 
 
 class IndexStatus(NamedTuple):
-    """How far an index has come."""
+    """The progress of an index."""
 
     done: int
     """Shards whose marker is there and whose file has the right size."""
@@ -45,7 +45,7 @@ class IndexStatus(NamedTuple):
 
 
 def prepare_index(work: IndexPlan) -> list[int]:
-    """Prepare the folder: manifest and examples are there, and whatever was damaged no longer counts as done.
+    """Prepare the folder: write manifest and examples; whatever was damaged no longer counts as done.
 
     Returns:
         Numbers of the shards that are missing.

@@ -106,7 +106,7 @@ class IndexPlan:
 
     @cached_property
     def expected(self) -> tuple[Expectation, ...]:
-        """What the manifest records about each shard."""
+        """The record of each shard in the manifest."""
         return expected_shards(self.manifest)
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:

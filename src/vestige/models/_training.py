@@ -18,7 +18,7 @@ _LARGEST_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights follow from gradients."""
+    """Settings of the optimizer and of its learning rate."""
 
     learning_rate: float
     """At its highest."""
@@ -71,7 +71,7 @@ def train(
         model: Trained in place.
         data: What `batches` are rows of.
         batches: Rows of each step, in order; every batch has a target token.
-        recipe: How weights follow from gradients.
+        recipe: Settings of the optimizer.
         after_step: Called after each step.
         resume: `Step.state()` of an earlier training with the same arguments, which goes on from there.
 

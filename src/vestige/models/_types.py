@@ -30,7 +30,7 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the model has embeddings for, None if it states none."""
+        """Number of tokens that the model has embeddings for, None if it states none."""
         embeddings: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
         weight = getattr(embeddings, "weight", None)
         return None if weight is None else int(weight.shape[0])

@@ -66,7 +66,7 @@ class RateRecord(_Part):
 
 
 class JudgementRecord(_Part):
-    """How well one measure distinguishes the examples that are to be found from the others."""
+    """The quality of one measure at finding the examples that are to be found."""
 
     truth: Truth
     measure: str

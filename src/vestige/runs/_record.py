@@ -59,7 +59,7 @@ class SkippedRecord(_Part):
 
 
 class CoverageRecord(_Part):
-    """How many of the model's parameters the scores cover."""
+    """Counts of the model's parameters that the scores cover."""
 
     selected: int
     total: int
@@ -78,7 +78,7 @@ class Check(_Part):
 
 
 class TrustRecord(_Part):
-    """What is known about how far the scores can be trusted."""
+    """The evidence on how far the scores can be trusted."""
 
     validated: bool = False
     """True only after a comparison with retraining; the free checks alone validate nothing."""
@@ -216,7 +216,7 @@ def parse_record(kind: type[Record], path: Path) -> Record:
 
 
 class _Header(_Part):
-    """What must be readable in every format, past and future."""
+    """The fields that must be readable in every format, past and future."""
 
     format: int
     kind: str = "scores"

@@ -36,7 +36,7 @@ RUN_FILES = (
 
 
 class RunTables(NamedTuple):
-    """What a run directory holds beside `run.json`."""
+    """The content of a run directory beside `run.json`."""
 
     train: "TokenizedData"
     queries: "TokenizedData"

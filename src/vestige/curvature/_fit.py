@@ -61,7 +61,7 @@ class SummingSink(BatchSink, Protocol):
 
 @dataclass(frozen=True)
 class CurvatureData:
-    """The data that a curvature is measured on: sums over all of it, so no result depends on how it is cut into batches."""
+    """The data that a curvature is measured on: sums over all of it, so no result depends on the batches."""
 
     model: nn.Module
     components: Sequence[Component]

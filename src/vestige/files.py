@@ -169,11 +169,11 @@ def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
     while seen is not None:
         if isinstance(seen, DiskSpaceError):
             return seen
-        said = str(seen).lower()
+        text = str(seen).lower()
         full = isinstance(seen, OSError) and seen.errno in _FULL
         # Words count where the library has no number to give; data may hold any words in a message of our own.
-        full |= not isinstance(seen, OSError | UserError) and any(words in said for words in _FULL_WORDS)
-        if full or (isinstance(seen, RuntimeError) and any(words in said for words in _FULL_OF_TORCH)):
+        full |= not isinstance(seen, OSError | UserError) and any(words in text for words in _FULL_WORDS)
+        if full or (isinstance(seen, RuntimeError) and any(words in text for words in _FULL_OF_TORCH)):
             reason = str(seen).strip().splitlines()[-1][:200]
             return DiskSpaceError(
                 f"The disk (or the quota) is full, or the file may not grow: {folder} could not be written ({reason}). "

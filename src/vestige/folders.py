@@ -248,7 +248,7 @@ def mismatch_message(what: str, found: Sequence[Difference]) -> str:
         what: The result with its folder, at the beginning of a sentence.
         found: Where it differs from what was requested.
     """
-    table = [Difference("setting", "on disk", "asked for"), *found]
+    table = [Difference("setting", "on disk", "requested"), *found]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     return "\n".join(
         [

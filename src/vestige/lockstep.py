@@ -49,7 +49,7 @@ class _State:
         self.together: Together | None = None
         self.lost = False
         """Whether the process group has lost a process, so that none may wait for the others when it ends."""
-        self.told: VestigeError | None = None
+        self.reported: VestigeError | None = None
         """The error that the first process has broadcast, and prints: this one need not."""
 
 
@@ -97,7 +97,7 @@ def together(wanted: bool = True) -> Iterator[None]:
         raise
     except BaseException as error:
         _STATE.lost = True
-        if error is _STATE.told:
+        if error is _STATE.reported:
             raise SystemExit(2) from None
         if isinstance(error, Exception) and (explained := lost_process(error)) is not None:
             raise explained from error
@@ -130,7 +130,7 @@ def decided(decide: Callable[[], Value]) -> Value:
     if not is_first():
         value, error = _exchanged(None)
         if error is not None:
-            _STATE.told = error
+            _STATE.reported = error
             raise error
         return value
     try:

@@ -65,9 +65,9 @@ class LexicalIndex:
         self, *, documents: slice = slice(None), queries: slice = slice(None)
     ) -> Float[np.ndarray, "document query"]:
         """Return the scores of some queries with some documents; a part equals that of the whole, to the bit."""
-        asked = self._asked[queries].T
-        found = [(self._weights(each) @ asked).toarray() for each in self._postings.read(documents)]
-        return np.concatenate(found) if found else np.empty((0, asked.shape[1]), dtype=self._type)
+        wanted = self._asked[queries].T
+        found = [(self._weights(each) @ wanted).toarray() for each in self._postings.read(documents)]
+        return np.concatenate(found) if found else np.empty((0, wanted.shape[1]), dtype=self._type)
 
     def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
         self._postings = Postings(len(vocabulary))
@@ -103,8 +103,8 @@ def words_of(text: str) -> list[str]:
 
 def prompt_of(example: Example) -> str:
     """Return the question: the first turn of the user, or the prompt; the whole text where there is neither."""
-    asked = next((message.content for message in example.messages if message.role == "user"), None)
-    return asked or example.prompt or example.display
+    question = next((message.content for message in example.messages if message.role == "user"), None)
+    return question or example.prompt or example.display
 
 
 def _okapi_rarity(documents: int, holding: Int[np.ndarray, " word"]) -> Float[np.ndarray, " word"]:

@@ -243,8 +243,8 @@ class ChatTemplate:
 
     def _until_end_of_turn(self, text: str, span: Span) -> Span:
         """Return the span without the line break that a template writes after the end-of-turn token."""
-        said = text[span.start : span.stop].rstrip()
-        return Span(span.start, span.start + len(said)) if said.endswith(self._special) else span
+        words = text[span.start : span.stop].rstrip()
+        return Span(span.start, span.start + len(words)) if words.endswith(self._special) else span
 
     def _spans_by_contents(
         self, turns: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool

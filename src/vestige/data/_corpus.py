@@ -197,14 +197,14 @@ class _Corpus:
             folder = owner.folder
         of = f" by {self._workers} processes" if self._workers > 1 else ""
         announce(f"{self._name}: more than {format_bytes(HELD_BYTES)} in memory; its tokens are made{of} in {folder}.")
-        writer, said = TokenWriter(folder, self._encoder.identity), time.monotonic()
+        writer, last_line = TokenWriter(folder, self._encoder.identity), time.monotonic()
         self._rows = 0
         rest = self._rest(len(held), writer)
         for chunk, part in chain(_packed(held), rest):
             names, suspects = writer.add(part) if part is not None else writer.add_finished()
             self._check_ids(chunk, names, suspects, writer.row_of)
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 announce(f"{self._name}: {self._rows:,} examples are tokens so far.")
         if not self._rows:
             raise no_rows(self._source)
@@ -216,10 +216,10 @@ class _Corpus:
 
     def _rest(self, first: int, writer: TokenWriter) -> Iterator[Answer]:
         """Yield answers for the chunks that are still to come; the number of the next one is `first`."""
-        asked = ((chunk, not writer.is_done(number)) for number, chunk in enumerate(self._chunks, start=first))
+        requests = ((chunk, not writer.is_done(number)) for number, chunk in enumerate(self._chunks, start=first))
         if self._workers == 1:
-            return in_this_process(self._parts, asked)
-        return in_processes(self._parts, asked, self._workers)
+            return in_this_process(self._parts, requests)
+        return in_processes(self._parts, requests, self._workers)
 
     def _check_ids(self, chunk: Chunk, names: list[str], suspects: list[int], row_of: Callable[[str], int]) -> None:
         for position in suspects:

@@ -25,13 +25,13 @@ class Answer(NamedTuple):
     """None if it was not requested, because it is there already."""
 
 
-def in_this_process(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]]) -> Iterator[Answer]:
+def in_this_process(encoder: PartEncoder, requests: Iterable[tuple[Chunk, bool]]) -> Iterator[Answer]:
     """Yield answers for chunks of which some (True) have to be encoded."""
-    for chunk, wanted in asked:
+    for chunk, wanted in requests:
         yield Answer(chunk, encoder.packed(chunk) if wanted else None)
 
 
-def in_processes(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]], workers: int) -> Iterator[Answer]:
+def in_processes(encoder: PartEncoder, requests: Iterable[tuple[Chunk, bool]], workers: int) -> Iterator[Answer]:
     """Yield the same, encoded by several processes; two chunks more than there are processes are in memory.
 
     Raises:
@@ -42,7 +42,7 @@ def in_processes(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]], work
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="vestige-tokenise") as threads:
             coming: deque[tuple[Chunk, Future[PackedPart] | None]] = deque()
-            for chunk, wanted in asked:
+            for chunk, wanted in requests:
                 coming.append((chunk, threads.submit(crew.ask, chunk) if wanted else None))
                 if len(coming) > workers + 1:
                     yield _first(coming)

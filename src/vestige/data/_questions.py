@@ -33,7 +33,7 @@ class Frame(NamedTuple):
         return replace(query, prompt=None, completion=None, messages=turns)
 
 
-class Asked(NamedTuple):
+class Questions(NamedTuple):
     """Queries, put as the training data are."""
 
     queries: list[Example]
@@ -77,7 +77,7 @@ def ask(
     chat: bool | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     name: str = "Questions",
-) -> Asked:
+) -> Questions:
     """Return the queries, prompts among them put as the data are, and announce how.
 
     A prompt that already holds a special token of the tokenizer, such as one that a template wrote, stays as it is.
@@ -93,7 +93,7 @@ def ask(
     texts = sum(query.text is not None for query in queries)
     frame = frame_of(data, chat=chat) if any(bare) or texts else None
     if frame is None:
-        return Asked(list(queries), "")
+        return Questions(list(queries), "")
     how = f"as the user turn of a conversation, {frame.how}" if any(bare) else ""
     if any(bare):
         announce(f"{name} are put {how}; --no-chat keeps the bare text.")
@@ -101,7 +101,7 @@ def ask(
         announce(f"{rendered:,} of them hold special tokens of a template already, and are put as they stand.")
     if texts:
         announce(f"{texts:,} of them are a `text`, which is explained as it stands; a `prompt` would be answered.")
-    return Asked([frame.put(query) if put else query for query, put in zip(queries, bare, strict=True)], how)
+    return Questions([frame.put(query) if put else query for query, put in zip(queries, bare, strict=True)], how)
 
 
 def _is_rendered(query: Example, tokenizer: "PreTrainedTokenizerBase | None") -> bool:
@@ -163,9 +163,9 @@ def _says_something(
     queries: TokenizedData, row: int, skipped: set[int], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> bool:
     example = queries.examples[row]
-    said = example.messages[-1].content if example.messages else example.text
-    said = example.completion if said is None else said
-    if said is not None and not said.strip():
+    answer = example.messages[-1].content if example.messages else example.text
+    answer = example.completion if answer is None else answer
+    if answer is not None and not answer.strip():
         return False
     if tokenizer is None:
         return True

@@ -100,11 +100,11 @@ def _projected(
 
 def held(vectors: Sequence[Tensor | Gradients], batches: int = 1) -> list[HeldGradients]:
     """Return the gradients that a `DotSink` takes, for every component."""
-    room = Room()
+    memory = Room()
     return [
         HeldGradients(
             one if isinstance(one, Gradients) else Gradients(len(one), (one.shape[1], one.shape[2]), matrices=one),
-            room,
+            memory,
             batches,
         )
         for one in vectors

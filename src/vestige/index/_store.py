@@ -156,9 +156,9 @@ class Index:
         shards = np.searchsorted(ends, places, side="right")
         result = torch.empty((len(wanted), self.width), dtype=torch.float32)
         for shard in np.unique(shards).tolist():
-            asked = np.flatnonzero(shards == shard)
-            inside = places[asked] - (ends[shard] - self.manifest.shard_rows[shard])
-            result[torch.from_numpy(asked)] = self._shard(shard).picked(torch.from_numpy(inside))
+            chosen = np.flatnonzero(shards == shard)
+            inside = places[chosen] - (ends[shard] - self.manifest.shard_rows[shard])
+            result[torch.from_numpy(chosen)] = self._shard(shard).picked(torch.from_numpy(inside))
         return result
 
     def missing_shards(self) -> list[int]:

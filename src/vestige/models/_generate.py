@@ -44,9 +44,9 @@ def generate_answers(
     answered = list(examples)
     if not waiting:
         return answered
-    asked = [examples[number] for number in waiting]
+    prompts = [examples[number] for number in waiting]
     for number, answer in zip(
-        waiting, answer_prompts(loaded, asked, max_new_tokens=max_new_tokens, chat=chat), strict=True
+        waiting, answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat), strict=True
     ):
         answered[number] = _with_answer(examples[number], answer.text)
     return answered
@@ -110,8 +110,9 @@ def answer_prompts(
 
 def _budgets(loaded: LoadedModel, prompts: TokenizedData, most: int | Sequence[int]) -> Int[np.ndarray, "example"]:
     """Return the maximum number of tokens of each answer: as requested, or what its prompt leaves of the context."""
-    asked = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
-    return asked if loaded.context_length is None else np.minimum(asked, loaded.context_length - prompts.lengths)
+    requested = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
+    limit = loaded.context_length
+    return requested if limit is None else np.minimum(requested, limit - prompts.lengths)
 
 
 def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> TokenizedData:
@@ -125,8 +126,8 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
     limit = loaded.context_length
     for example, length in zip(examples, prompts.lengths, strict=True):
         if length == 0 or (limit is not None and length >= limit):
-            room = "at least 1 token" if length == 0 else f"fewer than the model's {limit} tokens"
-            raise DataError(f"The prompt of query {example.id!r} has {length} tokens; to be answered it needs {room}.")
+            least = "at least 1 token" if length == 0 else f"fewer than the model's {limit} tokens"
+            raise DataError(f"The prompt of query {example.id!r} has {length} tokens; to be answered it needs {least}.")
     return prompts
 
 

@@ -114,13 +114,13 @@ def excerpt(words: Words, width: int) -> str:
     turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
     parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
     parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
-    room = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
+    left = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
     shown: list[str] = []
     for place, part in enumerate(parts):
-        share = room // (len(parts) - place)
+        share = left // (len(parts) - place)
         after = sum(min(len(each), share) for each in parts[place + 1 :])
-        shown.append(shorten(part, room - after))
-        room -= len(shown[-1])
+        shown.append(shorten(part, left - after))
+        left -= len(shown[-1])
     return _BETWEEN.join(shown)
 
 

@@ -183,8 +183,8 @@ class Scores:
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
         note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
-        asked = self._query_rows[self.queries.index(name)]
-        words = excerpt(_words_of(asked), _TITLE_WIDTH)
+        row = self._query_rows[self.queries.index(name)]
+        words = excerpt(_words_of(row), _TITLE_WIDTH)
         return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _query_id(self, query: int | str) -> str:

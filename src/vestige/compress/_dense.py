@@ -121,13 +121,13 @@ def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap
 
 @compressor("gauss", forms=("K",), example="gauss:1024")
 def gauss(in_size: int, out_size: int, stream: Stream) -> LinearMap:
-    """Map the whole gradient by independent normal entries of variance `1 / k`."""
+    """Draw independent normal entries of variance `1 / k` for the whole gradient."""
     return _whole(in_size, out_size, stream, "gaussian")
 
 
 @compressor("rademacher", forms=("K",), example="rademacher:1024")
 def rademacher(in_size: int, out_size: int, stream: Stream) -> LinearMap:
-    """Map the whole gradient by entries `±1 / sqrt(k)`."""
+    """Draw entries `±1 / sqrt(k)` for the whole gradient."""
     return _whole(in_size, out_size, stream, "rademacher")
 
 

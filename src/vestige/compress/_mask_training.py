@@ -237,7 +237,7 @@ def _rank_correlation(split: _Split, mask: Float[Tensor, " entry"]) -> float:
 
 
 def _scaled_parts(split: _Split, faces: list[_Face], chosen: list[Tensor]) -> dict[str, MaskPart]:
-    """Return the mask, scaled so that its square fits masked to exact products of unseen pairs by least squares."""
+    """Return the mask with the scale whose square fits masked to exact products of unseen pairs by least squares."""
     exact = split.unseen @ split.examples.t()
     masked = (split.unseen * _hard(faces, chosen)) @ split.examples.t()
     slope = float((exact * masked).sum() / masked.square().sum().clamp(min=torch.finfo(torch.float32).tiny))

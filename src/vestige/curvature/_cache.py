@@ -63,7 +63,7 @@ class FisherPlan:
         return self.index.rows_of(self._groups[piece])
 
     def open(self) -> AbstractContextManager[Compute]:
-        """Return a context that opens only the index."""
+        """Return a context with `compute`: nothing is needed but the index."""
         return nullcontext(self.compute)
 
     def compute(self, piece: int) -> None:

@@ -46,7 +46,7 @@ class DataInf(NamedTuple):
 
 
 def fit_datainf(measured: CurvatureData, damping: float) -> DataInf:
-    """Make one pass for the damping, which is relative to each component's mean eigenvalue, `mean |g|^2 / size`.
+    """Fit in one pass for the damping, which is relative to each component's mean eigenvalue, `mean |g|^2 / size`.
 
     Raises:
         SpecError: the damping is not above zero; the formula divides by it.

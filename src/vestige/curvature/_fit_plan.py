@@ -47,7 +47,7 @@ class SumsPlan:
         return sum(map(len, self.measured.groups[piece]))
 
     def open(self) -> AbstractContextManager[Compute]:
-        """Return a context with the model, which is already loaded."""
+        """Return a context with what computes a piece: the model is already loaded."""
         return nullcontext(self._compute)
 
     def _compute(self, piece: int) -> None:
@@ -95,11 +95,11 @@ class BasesPlan:
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """Return the weight of one layer."""
+        """Return 1: every piece is one layer."""
         return 1
 
     def open(self) -> AbstractContextManager[Compute]:
-        """Return a context with the factors, which are already computed."""
+        """Return a context with what computes a piece: the factors are already there."""
         return nullcontext(self._compute)
 
     def _compute(self, piece: int) -> None:

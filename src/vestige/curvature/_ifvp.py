@@ -81,7 +81,7 @@ class PreconditionedPlan:
         make_folder(self.folder)
 
     def open(self) -> AbstractContextManager[Compute]:
-        """Return a context with the matrices, which are already computed."""
+        """Return a context with `compute`: the matrices are already there."""
         return nullcontext(self.compute)
 
     def compute(self, piece: int) -> None:

@@ -88,7 +88,7 @@ def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | Non
 
 
 def _measured_eigenvalues(path: Path, measured: CurvatureData, factors: KroneckerFactors, work: Work) -> Tensors:
-    """Return EK-FAC's tensors on disk, from the factors."""
+    """Measure EK-FAC's eigenvalues along the eigenvectors of the factors; return its tensors as stored."""
     bases = BasesPlan(path.parent.parent, factors, _pieces(path, measured, "vectors"))
     bases.files.forget_damaged(range(bases.pieces))
     curvature = run_plan(bases, work.settings, work.command)

@@ -84,7 +84,7 @@ class IndexPlan:
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """Open what computes a shard and writes it."""
+        """Yield the function that computes a shard and writes it."""
         with self.compute() as compute:
             yield lambda piece: self._fill(piece, compute)
 

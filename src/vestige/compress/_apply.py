@@ -13,7 +13,7 @@ from vestige.compress._tensorsketch import Wrap
 from vestige.compress._types import Compressor, LinearMap
 from vestige.gradients import Factor, OneHot, Side
 
-# The two factors of one gradient have sides of different lengths, which one axis name cannot say.
+# The two factors of one gradient have sides of different lengths, which one axis name cannot express.
 LeftFactor = Float[Tensor, "example token left"] | OneHot
 RightFactor = Float[Tensor, "example token right"] | OneHot
 ReducedFactor = Float[Tensor, "example token kept"] | OneHot

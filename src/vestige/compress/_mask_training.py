@@ -7,7 +7,7 @@ The objective is that of the selective mask of GraSS. Logits S give a soft mask 
 where f is 1 while more than twice the wanted k entries of m exceed one half, and falls with their number to 0.1.
 For a mask of both sides, m is the outer product of one mask for each, and the penalties add up. What differs from the
 published training: Adam takes one step a batch (there: two); the best mask is kept, judged as it will be used,
-with exactly k coordinates, on queries that the training never saw (there: the last one); and the kept
+with exactly k coordinates, on queries that the training never used (there: the last one); and the kept
 coordinates are scaled so that inner products are right on average over those pairs (there: not at all).
 """
 

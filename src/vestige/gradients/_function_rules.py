@@ -30,7 +30,7 @@ class Uses(Protocol):
 
 
 class UncoveredUse(Exception):
-    """A use for which a rule cannot tell the examples apart; carries the numbers of the components."""
+    """A use for which a rule cannot distinguish the examples; carries the numbers of the components."""
 
 
 Rule = Callable[[Uses, Any, tuple, dict], Any]

@@ -11,7 +11,7 @@ from vestige.gradients._objective import HeadTap, Reduction
 
 
 class LabelledBatch(NamedTuple):
-    """Padded inputs with their mask, and labels: an encoder sees to the right, so padding has to be masked out."""
+    """Padded inputs with their mask, and labels: an encoder attends to the right, so padding has to be masked out."""
 
     rows: Int[Tensor, "example"]
     """Positions of the examples in their data set."""
@@ -50,7 +50,7 @@ class MaskedLoss:
 class Seq2SeqLoss:
     """Cross-entropy in nats of the decoder's tokens, summed or averaged over the example's own.
 
-    The decoder sees to the left only and its labels are padded on the right, so it needs no mask of its own.
+    The decoder attends to the left only and its labels are padded on the right, so it needs no mask of its own.
     """
 
     def __init__(self, reduction: Reduction = "sum") -> None:

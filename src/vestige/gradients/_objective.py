@@ -1,4 +1,4 @@
-"""The loss of each example, normalised inside that example, with logits only where a label asks for them."""
+"""The loss of each example, normalised inside that example, with logits only where a label needs them."""
 
 import re
 import sys

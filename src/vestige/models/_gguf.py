@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 def unpacked_gguf(file: Path) -> Path:
     """Return a folder with the GGUF model as plain float32 safetensors, its config and its tokenizer.
 
-    The file is converted the first time its content is seen. The folder gets its name only when it is whole,
+    The file is converted the first time its content occurs. The folder gets its name only when it is whole,
     so a killed conversion is never taken for a finished one; of several processes one converts and the others
     wait.
 

@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else wrote: plain values of a sane size and depth, or one kind of error."""
+"""JSON and YAML from other programs: plain values of a sane size and depth, or one kind of error."""
 
 import json
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def parse_finite_json(content: str | bytes) -> Any:
 def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
     """Return the value of a YAML (or JSON) text: mappings with texts as keys, lists, texts, numbers, yes/no and null.
 
-    A date stays the text that it is. Keys may be whole numbers where `numbers_as_keys` says so.
+    A date stays the text that it is. With `numbers_as_keys`, keys may be whole numbers.
 
     Raises:
         ValueError: It is not YAML, a key is there twice or is no text, a value is of another kind, or the values are
@@ -80,7 +80,7 @@ def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
         raise ValueError(str(error)) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A tag such as !!timestamp before what is none.
-        raise ValueError(f"a value does not read as what its tag says ({error})") from None
+        raise ValueError(f"a value does not read as what its tag names ({error})") from None
     _require_plain(value, (str, int) if numbers_as_keys else (str,))
     return value
 
@@ -107,7 +107,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Values as a person means them: dates are texts, and of two equal keys none is dropped."""
+        """Values as a user means them: dates are texts, and of two equal keys none is dropped."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]

@@ -113,7 +113,7 @@ CONFIGS = {
     "date": ("model: 2020-01-01\n", "No model '2020-01-01'"),
     "key": ("model: m\n1: 2\n", "the key 1 is no text"),
     "twice": ("model: m\nmodel: n\n", "`model` is there twice"),
-    "tag": ("model: !!timestamp x\n", "does not read as what its tag says"),
+    "tag": ("model: !!timestamp x\n", "does not read as what its tag names"),
     "code": ("model: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     "not finite": ("model: m\nseed: .nan\n", "expected a finite number"),
     "encoding": ("model: m\n".encode("utf-16"), "is neither YAML nor JSON"),

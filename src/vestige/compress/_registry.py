@@ -1,9 +1,9 @@
-"""What compressors there are: name, form of the size, options, and the function that builds the map.
+"""The registered compressors: name, form of the size, options, and the function that builds the map.
 
 A compressor is one function `(in_size, out_size, stream, *, option=default) -> LinearMap` under
 `@compressor(...)`; with `product="circular"` it takes the sizes of both sides and returns a map for each. Its
 keyword-only arguments are its options in the spec language: `int`, a `Literal` of strings, or `str` for free text
-without commas and bars. With `located=True` it is also told the component's name and the side. Packages add
+without commas and bars. With `located=True` it also takes the component's name and the side. Packages add
 compressors through the entry point group `vestige.compressors`; loading the entry point has to run the decorator.
 """
 
@@ -58,7 +58,7 @@ class Kind:
     located: bool = False
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Every option of the compressor, given or not."""
+        """Return every option of the compressor, given or not."""
         return {key: options.get(key, option.default) for key, option in self.options.items()}
 
 
@@ -76,7 +76,7 @@ def compressor(
     complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None,
     located: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds a compressor to the spec language under `name`."""
+    """Add a compressor to the spec language under `name`."""
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
         _kinds[name] = Kind(name, forms, example, _options(build), build, product, check, allocate, complete, located)
@@ -95,13 +95,13 @@ def _options(build: Callable[..., Any]) -> dict[str, Option]:
 
 
 def known_compressors() -> list[str]:
-    """Every name of the spec language, `none` first."""
+    """Return every name of the spec language, `none` first."""
     _load_entry_points()
     return ["none", *sorted(_kinds)]
 
 
 def find_compressor(name: str, given: str) -> Kind:
-    """The compressor called `name`; `given` is the stage as typed, for the message.
+    """Return the compressor called `name`; `given` is the stage as typed, for the message.
 
     Raises:
         SpecError: No compressor has this name.

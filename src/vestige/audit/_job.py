@@ -37,7 +37,7 @@ from vestige.terminal import shorten
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
 SMALL_MODEL = 30_000_000
-"""Weights of a whole model whose norms are taken without being asked for."""
+"""Weights of a whole model whose norms are taken without being requested."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
 
 
 def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[np.ndarray, "example"]:
-    """Where a column is true, or equal to the value that is asked for; or the rows that a file lists.
+    """Where a column is true, or equal to the value that is requested; or the rows that a file lists.
 
     Raises:
         DataError: No example of the data has the column or the value, or the file names other rows.

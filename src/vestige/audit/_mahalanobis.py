@@ -29,7 +29,7 @@ def mahalanobis(
 
     Raises:
         DataError: Fewer than two states to fit, values that are not finite, or different widths.
-        SpecError: No dimension asked for.
+        SpecError: No dimension requested.
     """
     states = np.asarray(states, dtype=np.float64)
     base = states if fitted_on is None else np.asarray(fitted_on, dtype=np.float64)

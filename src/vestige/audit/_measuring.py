@@ -105,7 +105,7 @@ class LookPlan:
         first, end, count = self.part.first, self._end, len(self.groups)
         self.files.forget_damaged(range(first * count, end * count))
         if self.job.layers:
-            # A layer that is measured anew needs the states anew: that has to be known before anybody looks.
+            # A layer that is measured again needs the states again: that has to be known before anybody looks.
             self._layer_files.forget_damaged(layer_pieces(self.job, first, self.part.end))
             for number in range(first, self.part.end):
                 self._states(number).forget_damaged(range(count))

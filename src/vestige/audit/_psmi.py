@@ -73,7 +73,7 @@ def psmi(
 
     Raises:
         DataError: Shapes that do not agree, states that are not finite, or no label with two examples.
-        SpecError: No directions asked for.
+        SpecError: No directions requested.
     """
     states, labels = _checked(states, labels)
     if (directions is not None and directions < 1) or most < BLOCK:

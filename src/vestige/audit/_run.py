@@ -205,7 +205,7 @@ def _bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
 
 
 def _described(evidence: Evidence) -> dict[str, MeasureRecord]:
-    """Every measure that was asked for, and why examples lack it."""
+    """Every measure that was requested, and why examples lack it."""
     lacking, found = reasons(evidence), {}
     details = [name for name in evidence.last.measures if name.startswith("extraction_")]
     for name in (*evidence.job.wanted, *details):

@@ -37,7 +37,7 @@ def smi(
 
     Raises:
         DataError: Shapes that do not agree.
-        SpecError: No directions asked for.
+        SpecError: No directions requested.
     """
     from sklearn.feature_selection import mutual_info_classif
 

@@ -133,7 +133,7 @@ def _leaves_out(settings: BankSettings) -> bool:
 
 
 def _wanted(settings: BankSettings) -> int:
-    """Subsets that were asked for, where they can be counted beforehand."""
+    """Subsets that were requested, where they can be counted beforehand."""
     return settings.subsets if settings.leave_one_out is None else settings.leave_one_out + 1
 
 

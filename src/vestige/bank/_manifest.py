@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> BankManifest | None:
     if fields.get("format") != FORMAT:
         raise IndexMismatch(
             f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
-            "Use the version that made it, or make it anew elsewhere."
+            "Use the version that made it, or make it again elsewhere."
         )
     try:
         subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])

@@ -245,7 +245,7 @@ def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = F
     if not tables:
         raise DataError(f"The bank in {path} has no finished member yet.")
     if any(table.schema != tables[0].schema for table in tables):
-        raise IndexMismatch(f"The members of {path} hold different measurements. Make the bank anew, --overwrite.")
+        raise IndexMismatch(f"The members of {path} hold different measurements. Make the bank again, --overwrite.")
     return pa.concat_tables(tables).combine_chunks()
 
 

@@ -1,4 +1,4 @@
-"""What an index would cost in time, memory and disk, for the compression that was asked for and for others."""
+"""What an index would cost in time, memory and disk, for the compression that was requested and for others."""
 
 import shutil
 import time

@@ -63,11 +63,11 @@ class DoctorReport:
     data: str
     examples: int
     dtype: str
-    """Number format on disk that was asked for."""
+    """Number format on disk that was requested."""
     checks: tuple[Check, ...]
     coverage: tuple[Coverage, ...]
     costs: tuple[Cost, ...]
-    """The compression that was asked for first, then alternatives; empty when the model could not run."""
+    """The compression that was requested first, then alternatives; empty when the model could not run."""
     free_disk_bytes: int
     """On the disk of the current folder."""
 

@@ -23,7 +23,7 @@ class Block(NamedTuple):
     """Scores of some examples for every query."""
 
     places: slice | Int[np.ndarray, "column"]
-    """Where these examples are among those that were asked for."""
+    """Where these examples are among those that were requested."""
     scores: Float[np.ndarray, "query column"]
 
 
@@ -35,13 +35,13 @@ def _column_slices(queries: int, examples: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Aligned:
-    """All scores of a run, under the ids that were asked for."""
+    """All scores of a run, under the ids that were requested."""
 
     file: DenseFile
     queries: Int[np.ndarray, "query"]
     """Row of the file that each of them is."""
     examples: int
-    """How many were asked for."""
+    """How many were requested."""
     places: Int[np.ndarray, "stored"] | None
     """For each example of the file, which of those it is, and -1 for none; None where all are the same."""
 
@@ -61,7 +61,7 @@ class Aligned:
                 yield Block(places[places >= 0], scores[:, places >= 0])
 
     def of_query(self, query: int) -> Float[np.ndarray, "example"]:
-        """One query's scores, in the order that was asked for."""
+        """One query's scores, in the order that was requested."""
         row = int(self.queries[query])
         scores = self.file.read(queries=slice(row, row + 1))[0]
         if self.places is None:

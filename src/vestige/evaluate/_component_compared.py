@@ -1,4 +1,4 @@
-"""What the one pass compares: distinct examples, the pairs that are asked for, and how the work is divided."""
+"""What the one pass compares: distinct examples, the pairs that are requested, and how the work is divided."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Compared:
     data: TokenizedData
     """Distinct examples: the queries first, then what is a candidate and no query."""
     wanted: Bool[np.ndarray, "query example"]
-    """Which of these pairs are asked for."""
+    """Which of these pairs are requested."""
     projections: tuple[Projection, ...]
     token_budget: int
     folder: Path

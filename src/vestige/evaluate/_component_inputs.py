@@ -41,7 +41,7 @@ class ComponentInputs(NamedTuple):
     train: TokenizedData
     queries: TokenizedData
     candidates: dict[str, Candidates]
-    """By what was asked for, such as `5`."""
+    """By what was requested, such as `5`."""
     query_place: Int[np.ndarray, " query"]
     """Number of each query among the distinct examples."""
     example_place: Int[np.ndarray, " example"]
@@ -104,7 +104,7 @@ def find_candidates(
 ) -> dict[str, Candidates]:
     """The candidates that the settings ask for; equal BM25 scores go in the order of the data.
 
-    The original is where BM25 puts it. It is put in the last place where it is not listed only if that is asked for.
+    The original is where BM25 puts it. It is put in the last place where it is not listed only if that is requested.
 
     Raises:
         DataError: candidates are to be given, and a query names none or one that there is not.

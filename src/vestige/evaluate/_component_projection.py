@@ -26,7 +26,7 @@ class ProjectionPlan(NamedTuple):
     """How many numbers are kept of every component."""
 
     name: str
-    """As it was asked for: `256` numbers a component, or `1%` of all parameters."""
+    """As it was requested: `256` numbers a component, or `1%` of all parameters."""
     sizes: tuple[int, ...]
 
 

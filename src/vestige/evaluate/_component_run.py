@@ -23,11 +23,11 @@ _LAUNCH = "launch"
 
 
 class OnePassResult(NamedTuple):
-    """Products of everything with everything that was asked for; every similarity follows from them."""
+    """Products of everything with everything that was requested; every similarity follows from them."""
 
     inputs: ComponentInputs
     gradients: dict[str, ComponentProducts]
-    """By the number of candidates that was asked for, such as `5`."""
+    """By the number of candidates that was requested, such as `5`."""
     outputs: dict[str, ComponentProducts]
     """The same of layer outputs: a module each, its width in place of the parameters; the last hidden state last."""
     projected: dict[str, ComponentProducts]

@@ -90,7 +90,7 @@ def _title(result: OnePassResult, settings: ComponentsSettings) -> str:
 
 def _passes(settings: ComponentsSettings, result: OnePassResult) -> dict[str, Any]:
     """How many gradients were computed, and how many the published protocol would compute for the same table."""
-    # Similarities and products by parameter run each query and each of its candidates anew, projections twice.
+    # Similarities and products by parameter run each query and each of its candidates again, projections twice.
     tables = {words: 4 * int((1 + one.listed.sum(1)).sum()) for words, one in result.gradients.items()}
     published = tables[settings.candidates[0]]
     return {

@@ -56,7 +56,7 @@ def _tops(scored: Scored, k: int) -> Tops:
     tops = [[row.row for row in run.top(name, wanted)] for name in run.queries]
     if any(len(top) < wanted for top in tops):
         raise UserError(
-            f"{run.folder} keeps {min(map(len, tops))} examples of each query, and {wanted} were asked for. Give a "
+            f"{run.folder} keeps {min(map(len, tops))} examples of each query, and {wanted} were requested. Give a "
             f"smaller --k, or make the run again with --k {wanted}."
         )
     return tops

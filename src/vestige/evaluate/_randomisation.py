@@ -27,7 +27,7 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
     """
     if settings.run or settings.index is not None:
         raise SpecError(
-            "Scores of randomised weights are made anew, with the same settings. Type --methods NAMES with --model, "
+            "Scores of randomised weights are made again, with the same settings. Type --methods NAMES with --model, "
             "--data and --queries, in place of --run and --index."
         )
     if settings.model is None:

@@ -70,7 +70,7 @@ def right_examples(
             raise DataError(f"The scores are of a query {name!r} that the --queries do not hold.")
     named = [_ids(given[name], column) for name in query_ids]
     wanted = {one for names in named for one in names}
-    # Only what is asked for is looked up: a dictionary of all ids would be the largest object of the evaluation.
+    # Only what is requested is looked up: a dictionary of all ids would be the largest object of the evaluation.
     place = {name: row for row, name in enumerate(example_ids) if name in wanted}
     for name, names in zip(query_ids, named, strict=True):
         if absent := [one for one in names if one not in place]:

@@ -36,7 +36,7 @@ class Scored:
     """Of the method; of the folder too where two runs are of one method."""
     run: Scores
     opponent: bool = False
-    """Whether it was not asked for."""
+    """Whether it was not requested."""
 
     @property
     def seconds(self) -> float:
@@ -58,7 +58,7 @@ class Judged:
 
 
 def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
-    """The runs that were given, those of the methods asked for, and the opponents'.
+    """The runs that were given, those of the methods requested, and the opponents'.
 
     Raises:
         SpecError: A method needs a model, data or queries that were not given.

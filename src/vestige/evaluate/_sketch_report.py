@@ -105,7 +105,7 @@ def build_report(
     """The errors of every sketch, averaged over seeds.
 
     Args:
-        settings: What was asked for.
+        settings: What was requested.
         inputs: What was compared.
         sketches: What was measured.
         reference_of: The name of the right inner products for each sketch.
@@ -114,7 +114,7 @@ def build_report(
     points: dict[str, dict[int, list[Sketched]]] = {}
     for one in sketches:
         points.setdefault(one.family, {}).setdefault(one.size, []).append(one)
-    # A reference has no error against itself; the one that was projected anew shows how far rounding goes.
+    # A reference has no error against itself; the one that was projected again shows how far rounding goes.
     left_out = settings.reference_size if settings.reference_mode == "rank" else None
     curves = {
         family: tuple(

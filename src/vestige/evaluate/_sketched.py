@@ -12,7 +12,7 @@ from vestige.settings import SketchSettings
 
 _DENSE = ("gauss", "rademacher")
 _DENSE_BYTES = 256 * 2**20
-"""A dense projection of one component whose matrix is larger than this is left out unless it is asked for by name."""
+"""A dense projection of one component whose matrix is larger than this is left out unless it is requested by name."""
 
 
 class Sketched(NamedTuple):

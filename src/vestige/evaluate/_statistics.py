@@ -80,7 +80,7 @@ def mean_estimate(values: Float[np.ndarray, "item"], draws: int, seed: int) -> E
 def resampled(
     statistic: Callable[[np.ndarray, np.ndarray], float], rows: int, columns: int, draws: int, seed: int
 ) -> Float[np.ndarray, "draw"]:
-    """A statistic of rows and columns that are both drawn anew, with replacement, for each of `draws`."""
+    """A statistic of rows and columns that are both drawn again, with replacement, for each of `draws`."""
     random = np.random.default_rng(seed)
     return np.array(
         [statistic(random.integers(rows, size=rows), random.integers(columns, size=columns)) for _ in range(draws)]

@@ -24,7 +24,7 @@ def missing_pieces(plan: WorkPlan[Any]) -> list[int]:
 
 
 def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int]) -> None:
-    """The job's record says what is to be done; what failed in an earlier run may be tried anew."""
+    """The job's record says what is to be done; what failed in an earlier run may be tried again."""
     job.make()
     job.forget_failures()
     weights = [plan.weight(piece) for piece in range(plan.pieces)]

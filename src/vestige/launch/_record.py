@@ -200,11 +200,11 @@ class JobFolder:
         return [failure for number in numbers if (failure := self.failure(number)) is not None]
 
     def forget_failure(self, piece: int) -> None:
-        """The piece succeeded after all, or is to be tried anew."""
+        """The piece succeeded after all, or is to be tried again."""
         self._failure_path(piece).unlink(missing_ok=True)
 
     def forget_failures(self) -> None:
-        """Everything may be tried anew."""
+        """Everything may be tried again."""
         for path in self._failures.glob("*.json"):
             path.unlink(missing_ok=True)
 

@@ -133,7 +133,7 @@ def _cancel(job: JobFolder) -> Iterator[str]:
     record = job.read_job()
     if record.get("ended"):
         return
-    # First of all: a job that comes after an array must not submit anew what is being cancelled.
+    # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
     if jobs := record.get("jobs", []):
         scheduler.cancel_jobs(jobs)

@@ -14,7 +14,7 @@ preemption."""
 
 
 class Stopped(BaseException):
-    """Work ends here because somebody asked for it; like KeyboardInterrupt, no `except Exception` may hold it up."""
+    """Work ends here because somebody requested it; like KeyboardInterrupt, no `except Exception` may hold it up."""
 
 
 class _State:

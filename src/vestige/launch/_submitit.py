@@ -76,7 +76,7 @@ def shares(command: str | Sequence[str], count: int) -> list[Share]:
     words = shlex.split(command) if isinstance(command, str) else list(command)
     words = words[1:] if words[:1] == ["vestige"] else words
     if count < 1:
-        raise UserError(f"{count} shares were asked for; give a number of jobs above 0.")
+        raise UserError(f"{count} shares were requested; give a number of jobs above 0.")
     if taken := [word for word in words if word.split("=")[0] in ("--shard", "--engine", "--workers")]:
         raise UserError(f"Leave {' and '.join(taken)} out: the executor decides where the shares run.")
     return [Share(words, number, count) for number in range(1, count + 1)]

@@ -28,7 +28,7 @@ class StepScores:
     score: Float[Tensor, "example"]
     """`<share of the example in the step's gradient, gradient of the validation loss>`, float64."""
     influence: Float[Tensor, "example"]
-    """`learning rate * score` (by parameter group), less the second-order term where asked for: nats by which the
+    """`learning rate * score` (by parameter group), less the second-order term where requested: nats by which the
     example lowers the validation loss in a step of plain gradient descent."""
     learning_rate: float | None
     """The rate of the step; None where parameter groups have different ones."""

@@ -78,7 +78,7 @@ def component_page(folder: Path) -> ComponentPage:
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
-            f"The command that made it writes both anew from what it keeps in {folder / 'products'}."
+            f"The command that made it writes both again from what it keeps in {folder / 'products'}."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The report served on this computer, made anew whenever the run's files change."""
+"""The report served on this computer, made again whenever the run's files change."""
 
 from functools import partial
 from http import HTTPStatus

@@ -161,7 +161,7 @@ def _require_scored(rows: Rows, scores: ScoreSource) -> None:
         if found.display and found.display != line.text:
             raise IndexMismatch(
                 f"Row {line.row} of {rows.name} is not the text that {folder} has a score of. The data have changed: "
-                "give what was scored with --data, or score anew."
+                "give what was scored with --data, or score again."
             )
 
 

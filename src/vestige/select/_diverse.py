@@ -24,7 +24,7 @@ def facility_location(vectors: Float[Tensor, "row column"], ties: Float[Tensor, 
 
     F is monotone and submodular, so the greedy set reaches at least `1 - 1/e` of the best possible (Nemhauser et al.
     1978). A row's gain only falls as others are taken, so that an old gain is an upper bound, and only rows at the top
-    of the heap are computed anew (Minoux 1978): the order is the plain greedy one, ties in ascending order of `ties`.
+    of the heap are computed again (Minoux 1978): the order is the plain greedy one, ties in ascending order of `ties`.
     The start costs all pairs of rows, each later look one product with `vectors`.
     """
     unit = unit_rows(vectors)

@@ -139,7 +139,7 @@ class DenseScores(ScoreSource):
 
 @final
 class ListedScores(ScoreSource):
-    """A run that keeps only the ends of each ranking: enough where a query's best are all that is asked for."""
+    """A run that keeps only the ends of each ranking: enough where a query's best are all that is requested."""
 
     @property
     def reliable(self) -> int:

@@ -300,5 +300,5 @@ def _notes(
     if replaced := sum(len(choice.replaces) for choice in choices):
         notes.append(f"{replaced} near copies of chosen ones were left out: cosine at least {settings.duplicates:g}.")
     if limits.examples is not None and len(choices) < limits.examples:
-        notes.append(f"{limits.examples} were asked for; no more are allowed.")
+        notes.append(f"{limits.examples} were requested; no more are allowed.")
     return notes

@@ -122,7 +122,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Names of the measures that were asked for, in the table's order."""
+        """Names of the measures that were requested, in the table's order."""
         names = set(self.measures)
         if "all" in names:
             names |= set(AUDIT_MEASURES)

@@ -161,4 +161,4 @@ class RandomisationSettings(ScoredSettings):
 class OverlapSettings(ScoredSettings):
     """Do different queries and methods name different examples? Overlap of top lists and hub examples."""
 
-    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless asked for more.")
+    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless requested more.")

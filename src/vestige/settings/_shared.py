@@ -16,7 +16,7 @@ Reduction = Literal["sum", "mean"]
 Scope = Literal["component", "model"]
 
 SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
-"""What the whole model is compressed with where nothing else is asked for."""
+"""What the whole model is compressed with where nothing else is requested."""
 
 
 def _one_or_several(value: Any) -> Any:

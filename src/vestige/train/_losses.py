@@ -124,7 +124,7 @@ class Watched:
     def states(
         self, model: nn.Module, context: Context, layers: Sequence[int] | None
     ) -> dict[int, Float[np.ndarray, "example hidden"]]:
-        """Hidden states where the answer is predicted, float32, of the layers asked for; None: of all.
+        """Hidden states where the answer is predicted, float32, of the layers requested; None: of all.
 
         Layer 0 is the embedding, the last one stands behind the final norm.
         """
@@ -145,7 +145,7 @@ class Watched:
 
 
 def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, -1 being the last.
+    """The layers requested, -1 being the last.
 
     Raises:
         DataError: There is no such layer.
@@ -154,12 +154,12 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
         return list(range(1, count))
     chosen = [layer + count if layer < 0 else layer for layer in layers]
     if any(not 0 <= layer < count for layer in chosen):
-        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was asked for.")
+        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was requested.")
     return chosen
 
 
 def _asked(model: nn.Module, batch: dict[str, Any], *, states: bool = False) -> tuple[Tensor, Tensor, Any]:
-    """Logits, labels and, if asked for, hidden states of a batch."""
+    """Logits, labels and, if requested, hidden states of a batch."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels")

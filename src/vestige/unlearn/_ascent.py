@@ -25,7 +25,7 @@ class Ascent(NamedTuple):
     """Loss of each step's batch before the step: mean over its weights."""
     after: Float[Tensor, "point measured"]
     mirrored: Float[Tensor, "point measured"]
-    """The same with weights as far on the other side of the start; without rows if not asked for."""
+    """The same with weights as far on the other side of the start; without rows if not requested."""
 
 
 def ascend(

@@ -41,7 +41,7 @@ class Ascents(NamedTuple):
     """Losses at the start."""
     after: Float[np.ndarray, "ascent point measured"]
     mirrored: Float[np.ndarray, "ascent point measured"]
-    """Losses on the other side of the start; without points if not asked for."""
+    """Losses on the other side of the start; without points if not requested."""
     identities: list[Identity]
     moved: int
     """How many weights moved."""

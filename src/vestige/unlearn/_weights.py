@@ -88,7 +88,7 @@ def borrowed_weights(
     model stays in evaluation mode: dropout never acts.
 
     Raises:
-        ModelError: Weights are quantised, so that no gradient reaches them, and no LoRA matrices were asked for.
+        ModelError: Weights are quantised, so that no gradient reaches them, and no LoRA matrices were requested.
         VestigeError: The weights are not what they were, by their fingerprint.
     """
     model = loaded.model

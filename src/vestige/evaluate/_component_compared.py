@@ -75,12 +75,12 @@ class Compared:
 
     @cached_property
     def portions(self) -> list["Portion"]:
-        """What the pieces of products are made from: first candidates that are queries too, then all others."""
+        """The sources of the pieces of products: first candidates that are queries too, then all others."""
         both = [Portion(batches, place) for place, batches in enumerate(self.held) if self._asked(batches)]
         return [*both, *(Portion(batches, None) for batches in self.fresh)]
 
     def factor_bytes(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
-        """About how many bytes the factors of each example take."""
+        """Estimate the bytes that the factors of each example take."""
         tokens = self.data.lengths[rows]
         total = np.zeros(len(rows))
         for part in self.components:
@@ -127,7 +127,7 @@ class Portion(NamedTuple):
 
 
 def use_width(component: Component, kind: str, role: str) -> int:
-    """Numbers that the factors of one use take for each token."""
+    """Return the numbers that the factors of one use take for each token."""
     out, width = component.shape
     if kind == "embedding":
         return width + 2
@@ -135,5 +135,5 @@ def use_width(component: Component, kind: str, role: str) -> int:
 
 
 def digest(value: object) -> str:
-    """sha256 of anything that JSON can say."""
+    """Return the sha256 of anything that JSON can express."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -41,7 +41,7 @@ class OnePassResult(NamedTuple):
 
 
 def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
-    """The products, computed now or found in `settings.out`: each distinct gradient exactly once.
+    """Return the products, computed now or found in `settings.out`: each distinct gradient exactly once.
 
     Raises:
         IndexMismatch: The folder holds products of something else; nothing was changed.
@@ -112,7 +112,7 @@ def _products(
     names: list[str],
     sizes: list[int],
 ) -> ComponentProducts:
-    """One kind of products for one choice of candidates."""
+    """Return one kind of products for one choice of candidates."""
     place = np.where(candidates.rows >= 0, inputs.example_place[candidates.rows], -1)
     pair = np.where(place >= 0, number[inputs.query_place[:, None], place], -1)
     values = np.where(pair >= 0, table.values[:, pair], 0)

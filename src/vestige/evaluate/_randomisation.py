@@ -1,4 +1,4 @@
-"""`vestige evaluate randomisation`: do scores change when the model forgets all it knows?"""
+"""`vestige evaluate randomisation`: do scores change when the model forgets all it has learned?"""
 
 from typing import Any
 

@@ -74,7 +74,7 @@ class SketchReport:
         return Group(title, _table(self), *self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the published names of what was published."""
+        """Return everything, with the published names of what was published."""
         return {
             "reference": self.reference,
             "num_ref_samples": self.num_ref_samples,
@@ -102,7 +102,7 @@ def build_report(
     reference_of: Mapping[Sketched, str],
     computed: Mapping[str, Computed],
 ) -> SketchReport:
-    """The errors of every sketch, averaged over seeds.
+    """Return the errors of every sketch, averaged over seeds.
 
     Args:
         settings: What was requested.
@@ -141,7 +141,7 @@ _FIGURES = tuple(f"{name}.{kind}" for name in ("rmse", "relative", "loglog") for
 
 
 def write_report(report: SketchReport, folder: Path) -> None:
-    """`sketch.json` and three figures, each as PDF and PNG."""
+    """Write `sketch.json` and three figures, each as PDF and PNG."""
     write_durably(folder / JSON_NAME, [(json.dumps(report.to_json(), indent=1) + "\n").encode()])
     curves = [
         Curve(
@@ -194,12 +194,12 @@ def _quality(estimate: Computed, exact: Computed) -> Quality:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON has not, by null."""
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
 def _short(value: float) -> str:
-    """Three digits that say something, without an exponent where a reader can do without."""
+    """Format a value with three significant digits, without an exponent where a reader can do without."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 

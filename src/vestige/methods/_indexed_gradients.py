@@ -152,6 +152,6 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
     largest = float(stored.abs().max()) if stored.numel() else 0.0
     if apart > SUM_TOLERANCE * largest:
         announce(
-            f"Scores of the components, computed again, add up to the listed scores within {apart / largest:.1%} of the "
+            f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
             "largest one: the index stores rounded numbers, or was made on another device."
         )

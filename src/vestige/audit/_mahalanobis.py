@@ -15,7 +15,7 @@ def mahalanobis(
     *,
     dimensions: int = 100,
 ) -> Float[np.ndarray, "example"]:
-    """Distance of each state from the mean, in standard deviations along the principal axes; high is atypical.
+    """Return each state's distance from the mean, in standard deviations along the principal axes; high is atypical.
 
         sqrt(sum over axes a of (v_a . (x - mu))^2 / variance_a)
 

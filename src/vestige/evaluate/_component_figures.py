@@ -175,8 +175,7 @@ def _self_similarity(name: str, findings: Findings) -> dict[str, bytes]:
 
 
 def path_figure(name: str, findings: Findings) -> dict[str, bytes]:
-    """Draw agreement and accuracy along greedy paths by share of parameters, held-out sets, projections and the
-    full."""
+    """Draw agreement and accuracy along greedy paths by share of parameters; held-out sets, projections, the full."""
     figure = _figure(9.5, 3.9)
     total = findings.products.parameters.sum()
     rows = [one for one in findings.representations if one.name.startswith("projection")]

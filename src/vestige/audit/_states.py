@@ -85,6 +85,6 @@ def check_room(job: AuditJob, groups: Sequence[Sequence[np.ndarray]], fingerprin
         most = max(most, needed)
     advice = (
         f"These are hidden states of {len(job.data):,} examples at {len(job.layers)} layers, gone once they are "
-        "measured. Free disk space, choose another --out, name fewer --layers, or measure none: --measures loss."
+        "measured. Free space, choose another --out, name fewer --layers, or measure none: --measures loss logit_gap."
     )
     check_disk(partial_folder(job.settings.out), most, advice)

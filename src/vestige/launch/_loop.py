@@ -34,8 +34,7 @@ class Meter:
         self._inside = 0.0
 
     def undo(self) -> None:
-        """Take back the steps of a piece that was left; the bar does not go back, but waits until the piece has caught
-        up."""
+        """Take back the steps of a piece that was left; the bar does not go back, but waits for the piece."""
         self._sum -= self._inside
         self._inside = 0.0
 

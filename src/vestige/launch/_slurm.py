@@ -136,7 +136,7 @@ def _wait(
 def _require_workers(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int], command: list[str]
 ) -> None:
-    """Raise unless jobs work on the missing pieces, or wait to."""
+    """Make sure that jobs work on the missing pieces, or wait to: submit them again where none does."""
     jobs = _jobs(job)
     try:
         if scheduler.waiting_or_running(jobs) or _jobs(job) != jobs:

@@ -1,4 +1,4 @@
-"""The nouns of the doctor room: a check and its verdict, what is covered, what a compression costs, the report."""
+"""The types of the package `doctor`: a check and its verdict, what is covered, what a compression costs, the report."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Verdict = Literal["good", "warn", "bad"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     verdict: Verdict
-    """`bad`: scores would be wrong, or the work would fail; `warn`: know this before you read the scores."""
+    """`bad`: scores would be wrong, or the work would fail; `warn`: read this before the scores."""
     value: str
     """What was found, for reading."""
     advice: str
@@ -73,14 +73,14 @@ class DoctorReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is bad."""
+        """True if nothing is bad."""
         return all(check.verdict != "bad" for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
+        """Return the report in JSON types."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return plain | {
             "ok": self.ok,

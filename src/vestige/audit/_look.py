@@ -20,7 +20,7 @@ from vestige.data import NO_TARGET, TokenizedData, make_batch
 Tensors = dict[str, Tensor]
 
 CHUNK_NUMBERS = 2**24
-"""Logits that are looked at in float64 at once."""
+"""Logits that are measured in float64 at once."""
 
 
 @torch.no_grad()

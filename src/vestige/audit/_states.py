@@ -21,7 +21,7 @@ _NUMBER_BYTES = 4
 
 
 class Round(NamedTuple):
-    """Subjects that are looked at, measured and tidied up together."""
+    """Subjects whose passes and measures are done, and whose states are removed, in one round."""
 
     number: int
     """From 1."""

@@ -271,7 +271,7 @@ def _announce_copies(
     if split:
         announce(
             f"Up to {split:,} of the rows that a model is trained without are copies of rows that it is trained on: it "
-            "learns them all the same."
+            "learns them nevertheless."
         )
 
 

@@ -34,7 +34,7 @@ def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
     numbers = ranges(failure.piece for failure in failures)
     return PieceFailed(
         f"{name}: {len(failures)} of {pieces} pieces failed every time ({numbers}); the others went on.\n"
-        f"{shown}{more}\nMend the cause and run the same command again: only what is missing is computed."
+        f"{shown}{more}\nFix the cause and run the same command again: only what is missing is computed."
     )
 
 

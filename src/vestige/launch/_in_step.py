@@ -125,7 +125,7 @@ def _failed(plan: WorkPlan[Any], piece: int, error: Exception) -> PieceFailed:
     return PieceFailed(
         f"{plan.name}: piece {piece} of {plan.pieces} failed in one of the processes that hold the model, and so for "
         f"all: {type(error).__name__}: {error}\n"
-        "Mend the cause and run the same command again: what is finished is kept."
+        "Fix the cause and run the same command again: what is finished is kept."
     )
 
 

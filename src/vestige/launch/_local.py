@@ -25,7 +25,7 @@ from vestige.settings import LaunchSettings
 _PATIENCE_SECONDS = 10.0
 """How long a worker may take to reach the end of a batch before it is killed."""
 _LOOKING = 0.05
-"""Share of the time that may be spent looking at markers."""
+"""Share of the time that may be spent reading markers."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -106,7 +106,7 @@ class _Crew:
             self._bury()
             if not self._running:
                 self._replace(self._settings.workers)
-            # A plan of a thousand pieces on a slow disk must not keep its driver busy with looking.
+            # A plan of a thousand pieces on a slow disk must not keep its driver busy with reading markers.
             time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _LOOKING))
 
     def end(self) -> None:

@@ -151,8 +151,8 @@ def _sweepable(method: Method) -> Method:
     if isinstance(method, GradientMethod) and method.sweeps_damping:
         return method
     raise SpecError(
-        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or measures "
-        "again for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
+        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or needs "
+        "new measurements for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
     )
 
 

@@ -94,7 +94,7 @@ def _require_recomputable(index: Index, method: Method) -> None:
         f"The index {index.folder} was imported from {record.layout}, and model, data or projection are not known "
         f"well enough to compute what `{method.name}` needs for a query. Project the queries with the software that "
         f"made the index, then type: vestige import QUERIES --against {index.folder} --out RUN. An export of Vestige's "
-        "own can be asked directly once it was imported with --model and --data."
+        "own can be used directly once it was imported with --model and --data."
     )
 
 

@@ -55,7 +55,7 @@ class ScoredSettings(QuestionSettings):
     data: Any = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     queries: Any = Field(None, description="The queries, as for `vestige attribute`.")
     opponents: bool = Field(
-        True, description="Also judge random, bm25, rep-sim and grad-cos, where model, data and queries are given."
+        True, description="Also judge the baselines random, bm25, rep-sim and grad-cos, given model, data and queries."
     )
     components: Patterns = Field(("default",), description="Parameters to attribute to, for --methods.")
     damping: PositiveFloat = Field(1.0, description="Damping of the curvature, for --methods that have one.")
@@ -137,7 +137,7 @@ class TailPatchSettings(ScoredSettings):
 
 
 class MislabelSettings(ScoredSettings):
-    """Does self-influence find wrong labels? Area under the curve, and what is found after how much reading."""
+    """Does self-influence find wrong labels? Area under the curve, and recall by fraction inspected."""
 
     truth: str = Field("mislabelled", description="Column of the data that is true where the label is wrong.")
     inspected: Decimals = Field(
@@ -161,4 +161,4 @@ class RandomisationSettings(ScoredSettings):
 class OverlapSettings(ScoredSettings):
     """Do different queries and methods name different examples? Overlap of top lists and hub examples."""
 
-    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless requested more.")
+    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless more were requested.")

@@ -82,7 +82,7 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 
 class Watched:
-    """Examples that are looked at from outside while a model trains on them, or on others.
+    """Examples that are measured from outside while a model trains on them, or on others.
 
     Args:
         rows: Dictionaries as the collator takes them, each with its id.

@@ -32,8 +32,9 @@ SCHEMA = pa.schema(
 def write_curves(folder: Path, scored: "Scored") -> None:
     """Write a row for each measurement of each set (`measured`, step 0 the start), and each step's batch (`batch`).
 
-    Losses are in nats per weight (tokens, or examples for `loss=mean`); `mirrored` is the loss on the other side of the
-    start, null where it was not measured. A batch's loss is the one before its step.
+    The column `kind` is `measured` or `batch`. Losses are in nats per weight (tokens, or examples for `loss=mean`);
+    `mirrored` is the loss on the other side of the start, null where it was not measured. A batch's loss is the one
+    before its step.
     """
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(_rows(scored), schema=SCHEMA), sink, compression="zstd")

@@ -1,6 +1,6 @@
 """How far to climb, without any ground truth: as far as the slope, and not the curvature, decides the scores.
 
-After an ascent from θ to θ+Δ the losses are looked at there and at θ-Δ. Half the difference of the two rises is what
+After an ascent from θ to θ+Δ the losses are measured there and at θ-Δ. Half the difference of the two rises is what
 the slope contributed (all odd orders in Δ), half their sum what the curvature did (all even orders). The first-order
 identity says that influence is the former; curvature grows with the square of the step and takes over in the end, when
 the weights are damaged and everything's loss rises alike.
@@ -38,7 +38,7 @@ class Stop(NamedTuple):
 
     point: int
     curvature_share: float | None
-    """There; None where nothing was looked at on the other side."""
+    """There; None where nothing was measured on the other side."""
 
 
 def choose_rate(job: UntracJob) -> float:

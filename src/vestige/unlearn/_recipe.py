@@ -40,7 +40,7 @@ class AscentRecipe:
 
     @property
     def looks(self) -> list[int]:
-        """The steps after which the measured losses are looked at."""
+        """The steps after which losses are measured."""
         count = min(self.points, self.steps)
         return sorted({round(self.steps * number / count) for number in range(1, count + 1)})
 

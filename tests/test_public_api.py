@@ -8,25 +8,7 @@ from typing import get_type_hints
 import pytest
 
 import vestige
-from vestige.settings import (
-    EVALUATIONS,
-    PREPARATIONS,
-    AttributeSettings,
-    AuditSettings,
-    BankSettings,
-    DoctorSettings,
-    ExportSettings,
-    ImportSettings,
-    IndexSettings,
-    PreconditionSettings,
-    ReportSettings,
-    SelectSettings,
-    StudySettings,
-    SweepSettings,
-    TrainSettings,
-    UntracSettings,
-    ViewSettings,
-)
+from vestige.registry import COMMANDS, imported
 
 PUBLIC = [
     "Audit",
@@ -53,23 +35,7 @@ PUBLIC = [
     "view",
 ]
 
-VERBS = {
-    "attribute": AttributeSettings,
-    "audit": AuditSettings,
-    "bank": BankSettings,
-    "doctor": DoctorSettings,
-    "export": ExportSettings,
-    "import_published": ImportSettings,
-    "index": IndexSettings,
-    "precondition": PreconditionSettings,
-    "report": ReportSettings,
-    "select": SelectSettings,
-    "study": StudySettings,
-    "sweep": SweepSettings,
-    "train": TrainSettings,
-    "untrac": UntracSettings,
-    "view": ViewSettings,
-}
+FUNCTIONS = [command.name for command in COMMANDS if command.function]
 
 
 def test_the_public_names_are_these():
@@ -84,26 +50,15 @@ def test_every_public_name_is_there_and_documented(name):
     assert public.__doc__
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_a_verb_takes_in_python_what_it_takes_on_the_command_line(name):
-    parameters = inspect.signature(getattr(vestige, name)).parameters
-    fields = VERBS[name].model_fields
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_command_takes_in_python_what_it_takes_on_the_command_line(name):
+    command = COMMANDS.find(name)
+    parameters = inspect.signature(imported(command.function)).parameters
+    fields = command.settings.model_fields
     assert set(parameters) == set(fields)
     for key, field in fields.items():
         default = inspect.Parameter.empty if field.is_required() else field.default
         assert parameters[key].default == default, key
-
-
-@pytest.mark.parametrize("kind", EVALUATIONS)
-def test_an_evaluation_takes_in_python_what_it_takes_on_the_command_line(kind):
-    parameters = inspect.signature(getattr(vestige.evaluate, kind.replace("-", "_"))).parameters
-    assert set(parameters) == set(EVALUATIONS[kind].model_fields)
-
-
-@pytest.mark.parametrize("kind", PREPARATIONS)
-def test_data_is_made_in_python_with_what_the_command_line_takes(kind):
-    parameters = inspect.signature(getattr(vestige.prepare, kind.replace("-", "_"))).parameters
-    assert set(parameters) == set(PREPARATIONS[kind].model_fields)
 
 
 def test_a_verb_stays_callable_after_its_room_was_imported():
@@ -118,7 +73,7 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
 
 
 def test_the_fields_of_settings_have_types_and_descriptions():
-    for settings in [*VERBS.values(), *EVALUATIONS.values(), *PREPARATIONS.values()]:
+    for settings in [command.settings for command in COMMANDS]:
         hints = get_type_hints(settings)
         for name, field in settings.model_fields.items():
             assert name in hints

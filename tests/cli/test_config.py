@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vestige.cli._command import command
+from vestige.registry import COMMANDS
 from vestige.settings import AttributeSettings, IndexSettings, ReportSettings
 
 
@@ -13,9 +14,8 @@ def settings_of(monkeypatch, vestige):
 
     def parse(settings_class, *words):
         caught = []
-        run = command(settings_class)(caught.append)
         name = {IndexSettings: "index", AttributeSettings: "attribute", ReportSettings: "report"}[settings_class]
-        monkeypatch.setattr(f"vestige.cli._{name}.{name}", run)
+        monkeypatch.setattr(f"vestige.cli._{name}.{name}", replace(COMMANDS.find(name), run=caught.append))
         outcome = vestige(name, *words)
         assert outcome.status == 0, outcome.err
         return caught[0]

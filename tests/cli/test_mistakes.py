@@ -1,17 +1,19 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from vestige.errors import CorruptFile, DataError
+from vestige.registry import COMMANDS
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["indx"], "There is no verb 'indx'. Did you mean 'index'?\nType `vestige --help`"),
-        (["zebra"], "There is no verb 'zebra'. There are: doctor, train, index, precondition, "),
-        (["--zebra"], "There is no verb '--zebra'. There are: doctor"),
+        (["indx"], "There is no command 'indx'. Did you mean 'index'?\nType `vestige --help`"),
+        (["zebra"], "There is no command 'zebra'. There are: attribute, audit, bank, "),
+        (["--zebra"], "There is no command '--zebra'. There are: attribute"),
         (["index", "--modle", "x"], "Unknown option: --modle. Did you mean --model?\nType `vestige index --help`"),
         (["index", "m", "d"], "Not understood: m d. A value needs its flag before it."),
         (["index", "--model"], "parameter --model requires an argument"),
@@ -83,10 +85,7 @@ def test_a_bug_is_called_one_and_its_traceback_lies_in_a_file(vestige, monkeypat
 
 
 def raising_command(error):
-    from vestige.cli._command import command
-    from vestige.settings import StatusSettings
-
-    return command(StatusSettings)(raising(error))
+    return replace(COMMANDS.find("status"), run=raising(error))
 
 
 def test_the_installed_command_ends_with_the_status():

@@ -1,13 +1,15 @@
 """Training data in several files: the same index from Python, the command line, a config file and two workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vestige
 from tests.workshop import furnish
-from vestige.cli._command import command
+from vestige.cli import as_function
 from vestige.index import Index
+from vestige.registry import COMMANDS
 from vestige.settings import AttributeSettings, IndexSettings
 
 
@@ -23,7 +25,8 @@ def place(tmp_path_factory):
 def read(words, config=None, settings=IndexSettings):
     """The settings that a command line comes to."""
     found = []
-    command(settings)(lambda given: found.append(given))(**words, **({"config": config} if config else {}))
+    name = {IndexSettings: "index", AttributeSettings: "attribute"}[settings]
+    as_function(replace(COMMANDS.find(name), run=found.append))(**words, **({"config": config} if config else {}))
     return found[0]
 
 

@@ -12,10 +12,10 @@ from vestige.cli._status import describe
 from vestige.errors import IndexMismatch, PieceFailed, UserError, WorkElsewhere
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
+from vestige.registry import COMMANDS
 from vestige.sweep import _plan as plan_module
 from vestige.sweep import read_grid, sweep, sweep_report
 from vestige.sweep._cells import cells_of
-from vestige.sweep._verbs import find_verb
 
 
 def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
@@ -92,9 +92,9 @@ def test_a_training_that_was_interrupted_is_continued_and_not_replaced(here):
             read_grid({"verb": verb, "base": {"data": "d", "model": "m"} | QUERIES.get(verb, {})}), here
         ).cells[0]
         cell.out.mkdir(parents=True)
-        assert plan_module.resumed(find_verb(verb), cell.settings).overwrite is False
+        assert plan_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is False
         (cell.out / "run.json").write_text("{}")
-        assert plan_module.resumed(find_verb(verb), cell.settings).overwrite is replaced, verb
+        assert plan_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is replaced, verb
 
 
 QUERIES = {"attribute": {"queries": "q"}}

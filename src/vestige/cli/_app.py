@@ -1,4 +1,4 @@
-"""The command `vestige`: which verbs there are, and what becomes of errors."""
+"""The command `vestige`: the registered commands, and what becomes of errors."""
 
 import contextlib
 import errno
@@ -10,41 +10,25 @@ import traceback
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
-from keyword import iskeyword
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
-from vestige.errors import UserError, WorkElsewhere
+from vestige.cli._command import as_function
+from vestige.errors import SpecError, UserError, WorkElsewhere
 from vestige.lockstep import ROLE_VARIABLE
-from vestige.settings import EVALUATIONS, PREPARATIONS
+from vestige.registry import COMMANDS, Command
 from vestige.terminal import say
 
-VERBS = {
-    "doctor": "Say whether it will work, what it covers, and what it will cost.",
-    "train": "Train a model, and keep what attribution and audit need.",
-    "index": "Store the compressed gradient of every training example.",
-    "precondition": "Measure the curvature of an index, and precondition its gradients.",
-    "bank": "Train many models on parts of the data: the truth that scores are judged by.",
-    "attribute": "Rank the training examples behind an answer.",
-    "audit": "Say for every example how well a model knows it by heart, with evidence and intervals.",
-    "untrac": "Rank training sources or examples by unlearning.",
-    "select": "Choose which examples to train on.",
-    "evaluate": "Measure how far scores, and what they are computed from, can be trusted.",
-    "study": "Replay a published experiment.",
-    "data": "Make data: paraphrases, answers, multiple-choice prompts, splits, tokens, and rows that are cleaned.",
-    "sweep": "Run a verb over a grid of settings.",
-    "report": "Write a run as one HTML file that opens offline.",
-    "view": "Serve the report of a run to the browser on this computer, until Ctrl-C.",
-    "status": "Say how far an index or a run is, and what is in it.",
-    "cancel": "End the work on an index or a run; what is finished stays.",
-    "export": "Copy an index or a run into formats that other programs read.",
-    "import": "Turn gradients or scores that other software has published into an index or a run.",
+GROUPS = {
+    "evaluate": ("evaluation", "Measure how far scores, and what they are computed from, can be trusted.", 100),
+    "data": (
+        "kind of data",
+        "Make data: paraphrases, answers, multiple-choice prompts, splits, tokens, and rows that are cleaned.",
+        120,
+    ),
 }
-"""Every verb and what it does. Each lives in a module of its name, imported when it is asked for."""
-
-GROUPS = {"evaluate": ("evaluation", EVALUATIONS), "data": ("kind of data", PREPARATIONS)}
-"""The verbs that another word must follow, what that word is called, and which there are."""
+"""Groups of commands, such as `vestige data split`: what one of them is called, the group's help, and its position."""
 
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says when it is the disk, not we, that has to change."""
@@ -56,13 +40,15 @@ NOBODY_READS = 141
 """What a shell shows for a program that wrote into a pipe whose reader was gone."""
 
 
-def function_of(verb: str) -> str:
-    """The name of a verb's function: the verb, with an underscore where Python has taken the word."""
-    return f"{verb}_" if iskeyword(verb) else verb
+def build_app(first: str | None = None) -> App:
+    """Return the command-line application with the registered commands.
 
+    Args:
+        first: The first word after `vestige`: where it is a command or a group, others are not imported.
 
-def build_app() -> App:
-    """The command-line application, none of whose verbs is imported yet."""
+    Raises:
+        SpecError: A command cannot be imported, or none is registered.
+    """
     app = App(
         name="vestige",
         help="Which training examples made a language model behave as it does.",
@@ -71,11 +57,23 @@ def build_app() -> App:
         result_action="return_value",
         help_format="plaintext",
     )
-    for verb, outcome in VERBS.items():
-        app.command(
-            f"vestige.cli._{verb}:{function_of(verb)}", name=verb, help=outcome, sort_key=list(VERBS).index(verb)
-        )
+    names = COMMANDS.names()
+    if not names:
+        raise SpecError("No command is registered: Vestige is not installed. Type `pip install .` in its folder again.")
+    for one in map(COMMANDS.find, [name for name in names if name.split()[0] == first] or names):
+        _place(app, one).command(as_function(one), name=one.name.split()[-1], sort_key=one.order)
     return app
+
+
+def _place(app: App, one: Command) -> App:
+    """Return where a command belongs: the application, or its group, which is made when first needed."""
+    group, _, rest = one.name.partition(" ")
+    if not rest:
+        return app
+    if group not in list(app):
+        _, summary, order = GROUPS.get(group, ("command", f"Commands of {group}.", one.order))
+        app.command(App(name=group, help=summary, sort_key=order))
+    return app[group]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when nobody reads what is printed, 1 after a bug.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     with _usable_streams():
         try:
-            build_app()(arguments, exit_on_error=False, print_error=False)
+            build_app(words[0] if words else None)(words, exit_on_error=False, print_error=False)
         except CycloptsError as error:
             _fail(_parse_error(error))
         except UserError as error:
@@ -168,10 +167,11 @@ def _parse_error(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         message = f"Not understood: {' '.join(error.unused_tokens or ())}. A value needs its flag before it."
     elif isinstance(error, UnknownCommandError):
-        # The parser's own message would import every verb, and torch with it.
-        what, known = GROUPS[error.command_chain[0]] if error.command_chain else ("verb", VERBS)
+        group = " ".join(error.command_chain or ())
+        what = GROUPS.get(group, ("command",))[0] if group else "command"
         word = (error.unused_tokens or [""])[0]
-        close = get_close_matches(word, list(known), n=1)
+        known = _words_after(group)
+        close = get_close_matches(word, known, n=1)
         message = f"There is no {what} {word!r}. " + (
             f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
         )
@@ -180,6 +180,12 @@ def _parse_error(error: CycloptsError) -> str:
         message = str(error)
     help_command = " ".join(["vestige", *(error.command_chain or ()), "--help"])
     return f"{message}\nType `{help_command}` for what is possible."
+
+
+def _words_after(group: str) -> list[str]:
+    """Return the words that may stand after `vestige`, or after one of its groups."""
+    names = [name.split() for name in COMMANDS.names()]
+    return sorted({words[1] if group else words[0] for words in names if not group or words[0] == group})
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:

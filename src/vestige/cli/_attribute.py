@@ -1,6 +1,6 @@
 """`vestige attribute`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import AttributeSettings
 from vestige.terminal import say
 
@@ -8,7 +8,9 @@ SHOWN_QUERIES, SHOWN_EXAMPLES = 10, 5
 """What fits on a screen; the run holds everything."""
 
 
-@command(AttributeSettings)
+@command(
+    "attribute", AttributeSettings, function="vestige.methods:attribute", order=60, sweepable=True, writes_once=True
+)
 def attribute(settings: AttributeSettings) -> None:
     """Rank the training examples behind an answer.
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, get_args
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import AuditSettings
 from vestige.terminal import say
 
@@ -13,7 +13,7 @@ SHOWN = 8
 """What fits on a screen; the run holds everything."""
 
 
-@command(AuditSettings)
+@command("audit", AuditSettings, function="vestige.audit:audit", order=70, sweepable=True, writes_once=True)
 def audit(settings: AuditSettings) -> None:
     """Say for every example how well the model knows it, and how far that can be trusted.
 

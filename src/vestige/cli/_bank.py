@@ -1,11 +1,11 @@
 """`vestige bank`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import BankSettings
 from vestige.terminal import say
 
 
-@command(BankSettings)
+@command("bank", BankSettings, function="vestige.bank:bank", order=50, sweepable=True)
 def bank(settings: BankSettings) -> None:
     """Train many models on parts of the data, and store what each makes of every example and query.
 

@@ -1,11 +1,11 @@
 """`vestige cancel`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import CancelSettings
 from vestige.terminal import say
 
 
-@command(CancelSettings)
+@command("cancel", CancelSettings, order=170)
 def cancel(settings: CancelSettings) -> None:
     """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.
 

@@ -1,4 +1,4 @@
-"""From the settings of a verb to its command line: one flag per setting, and `--config`."""
+"""From a registered command to its command line: one flag per setting, and `--config`."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -10,9 +10,8 @@ from cyclopts import Group, Parameter, Token
 from pydantic.fields import FieldInfo
 
 from vestige.cli._config import read_config
+from vestige.registry import Command
 from vestige.settings import Settings, flag
-
-Run = Callable[[Any], None]
 
 _OWN = Group("Settings", sort_key=0)
 _CONFIG = Parameter(
@@ -21,29 +20,26 @@ _CONFIG = Parameter(
 )
 
 
-def command(settings: type[Settings]) -> Callable[[Run], Callable[..., None]]:
-    """Turns a function of complete settings into a command with one flag for each of them.
+def as_function(command: Command) -> Callable[..., None]:
+    """Return the function that the parser calls: one flag for each setting, and `--config`.
 
-    What is typed wins over what `--config` says, which wins over the default. The parser requires nothing:
-    the settings themselves say what is missing, wherever it should have come from.
+    What is typed wins over what `--config` says, which wins over the default. The parser requires nothing: the settings
+    themselves say what is missing, wherever it should have come from.
     """
+    settings = command.settings
+    signature = _signature(settings)
 
-    def decorate(run: Run) -> Callable[..., None]:
-        signature = _signature(settings)
+    def parsed(*words: Any, **flags: Any) -> None:
+        typed = signature.bind(*words, **flags).arguments
+        config = typed.pop("config", None)
+        from_file = read_config(config, settings) if config is not None else {}
+        read = {name: _replayed(settings, name, value) for name, value in from_file.items()}
+        command.run(settings(**(read | {name: _typed_in(settings, name, value) for name, value in typed.items()})))
 
-        def parsed(*words: Any, **flags: Any) -> None:
-            typed = signature.bind(*words, **flags).arguments
-            config = typed.pop("config", None)
-            from_file = read_config(config, settings) if config is not None else {}
-            read = {name: _replayed(settings, name, value) for name, value in from_file.items()}
-            run(settings(**(read | {name: _typed_in(settings, name, value) for name, value in typed.items()})))
-
-        vars(parsed)["__signature__"] = signature
-        parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
-        parsed.__name__, parsed.__doc__, parsed.__module__ = run.__name__, run.__doc__, run.__module__
-        return parsed
-
-    return decorate
+    vars(parsed)["__signature__"] = signature
+    parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    parsed.__name__, parsed.__doc__ = command.name.split()[-1].replace("-", "_"), command.help
+    return parsed
 
 
 def _typed_in(settings: type[Settings], name: str, value: Any) -> Any:

@@ -2,14 +2,14 @@
 
 import sys
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import DoctorSettings
 from vestige.terminal import say
 
 SOMETHING_BAD = 1
 
 
-@command(DoctorSettings)
+@command("doctor", DoctorSettings, function="vestige.doctor:doctor", order=10)
 def doctor(settings: DoctorSettings) -> None:
     """Say whether it will work, what it covers, and what it will cost.
 

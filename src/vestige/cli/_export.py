@@ -1,11 +1,11 @@
 """`vestige export`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import ExportSettings
 from vestige.terminal import say
 
 
-@command(ExportSettings)
+@command("export", ExportSettings, function="vestige.index:export", order=180)
 def export(settings: ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
     from vestige.index import export as write

@@ -1,11 +1,11 @@
 """`vestige import`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import ImportSettings
 from vestige.terminal import say
 
 
-@command(ImportSettings)
+@command("import", ImportSettings, function="vestige.index:import_published", order=190)
 def import_(settings: ImportSettings) -> None:
     """Turn gradients or scores that other software has published into an index or a run."""
     from vestige.index import import_published

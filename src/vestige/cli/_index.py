@@ -1,11 +1,11 @@
 """`vestige index`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import IndexSettings
 from vestige.terminal import say
 
 
-@command(IndexSettings)
+@command("index", IndexSettings, function="vestige.index:index", order=30, sweepable=True)
 def index(settings: IndexSettings) -> None:
     """Store the compressed gradient of every training example.
 

@@ -1,11 +1,11 @@
 """`vestige precondition`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import PreconditionSettings
 from vestige.terminal import say
 
 
-@command(PreconditionSettings)
+@command("precondition", PreconditionSettings, function="vestige.curvature:precondition", order=40, sweepable=True)
 def precondition(settings: PreconditionSettings) -> None:
     """Measure the curvature of an index, and precondition its gradients.
 

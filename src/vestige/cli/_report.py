@@ -1,11 +1,11 @@
 """`vestige report`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import ReportSettings
 from vestige.terminal import say
 
 
-@command(ReportSettings)
+@command("report", ReportSettings, function="vestige.report:report", order=140)
 def report(settings: ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
     from vestige.report import report as write

@@ -1,11 +1,11 @@
 """`vestige select`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import SelectSettings
 from vestige.terminal import show
 
 
-@command(SelectSettings)
+@command("select", SelectSettings, function="vestige.select:select", order=90, sweepable=True)
 def select(settings: SelectSettings) -> None:
     """Choose which examples to train on.
 

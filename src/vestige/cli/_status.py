@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vestige.cli._command import command
 from vestige.cli._verify import verify
 from vestige.errors import UserError
 from vestige.folders import partial_folder, replaced_result
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
+from vestige.registry import COMMANDS, command, imported
 from vestige.settings import StatusSettings
 from vestige.terminal import say
 
@@ -23,7 +23,7 @@ SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
 
 
-@command(StatusSettings)
+@command("status", StatusSettings, order=160)
 def status(settings: StatusSettings) -> None:
     """Say how far an index, a run or a sweep is, and what is in it.
 
@@ -47,22 +47,10 @@ def describe(folder: Path) -> str:
     Raises:
         UserError: Neither an index, nor a run, nor a sweep, nor the beginning of one.
     """
-    from vestige.index import read_manifest
     from vestige.launch import job_statuses
-    from vestige.runs import is_audit, is_run
-    from vestige.sweep import is_sweep, sweep_report
 
-    parts = []
-    if is_sweep(folder):
-        parts.append(str(sweep_report(folder)))
-    elif _is_training(folder):
-        parts.append(describe_training(folder))
-    elif is_audit(folder):
-        parts.append(describe_audit(folder))
-    elif is_run(folder):
-        parts.append(describe_run(folder))
-    elif read_manifest(folder) is not None:
-        parts.append(describe_index(folder))
+    registered = (imported(one.status)(folder) for one in COMMANDS if one.status)
+    parts = [text for text in registered if text is not None] or _describe_own(folder)
     parts += ["\n".join(job.lines()) for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
     if (aside := replaced_result(folder)) is not None:
         parts.append(
@@ -75,6 +63,20 @@ def describe(folder: Path) -> str:
             "`vestige attribute` got as --out, or that of a sweep."
         )
     return "\n".join(parts)
+
+
+def _describe_own(folder: Path) -> list[str]:
+    """Return what is in a folder of a training, an audit, a run or an index; nothing for any other."""
+    from vestige.index import read_manifest
+    from vestige.runs import is_audit, is_run
+
+    if _is_training(folder):
+        return [describe_training(folder)]
+    if is_audit(folder):
+        return [describe_audit(folder)]
+    if is_run(folder):
+        return [describe_run(folder)]
+    return [] if read_manifest(folder) is None else [describe_index(folder)]
 
 
 def _is_at_work(folder: Path) -> bool:

@@ -1,11 +1,11 @@
 """`vestige study`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import StudySettings
 from vestige.terminal import show
 
 
-@command(StudySettings)
+@command("study", StudySettings, function="vestige.studies:study", order=110, sweepable=True)
 def study(settings: StudySettings) -> None:
     """Replay a published experiment.
 

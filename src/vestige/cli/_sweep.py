@@ -1,11 +1,11 @@
 """`vestige sweep`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import SweepSettings
 from vestige.terminal import show
 
 
-@command(SweepSettings)
+@command("sweep", SweepSettings, function="vestige.sweep:sweep", order=130, status="vestige.sweep:sweep_status")
 def sweep(settings: SweepSettings) -> None:
     """Run a verb over a grid of settings.
 

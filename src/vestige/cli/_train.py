@@ -1,11 +1,11 @@
 """`vestige train`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import TrainSettings
 from vestige.terminal import say
 
 
-@command(TrainSettings)
+@command("train", TrainSettings, function="vestige.train:train", order=20, sweepable=True)
 def train(settings: TrainSettings) -> None:
     """Train a model, in full or by LoRA, and keep what attribution and audit need.
 

@@ -1,6 +1,6 @@
 """`vestige untrac`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import UntracSettings
 from vestige.terminal import say
 
@@ -8,7 +8,7 @@ SHOWN_SETS, SHOWN_EXAMPLES = 10, 8
 """What fits on a screen; the run holds everything."""
 
 
-@command(UntracSettings)
+@command("untrac", UntracSettings, function="vestige.unlearn:untrac", order=80, sweepable=True, writes_once=True)
 def untrac(settings: UntracSettings) -> None:
     """Rank training sources or examples by unlearning.
 

@@ -1,10 +1,10 @@
 """`vestige view`."""
 
-from vestige.cli._command import command
+from vestige.registry import command
 from vestige.settings import ViewSettings
 
 
-@command(ViewSettings)
+@command("view", ViewSettings, function="vestige.report:view", order=150)
 def view(settings: ViewSettings) -> None:
     """Serve the report of a run to the browser on this computer, until Ctrl-C."""
     from vestige.report import view as serve

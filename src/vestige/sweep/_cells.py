@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import SpecError
+from vestige.registry import COMMANDS, Command
 from vestige.settings import LaunchSettings, Settings
 from vestige.sweep._grid import Grid
 from vestige.sweep._links import NAMES
-from vestige.sweep._verbs import Verb, find_verb
 
 ID_DIGITS = 16
 NEVER_MATTER = frozenset({"out", "overwrite", "profile", *LaunchSettings.model_fields})
@@ -58,7 +58,7 @@ class Cell:
 class Cells(NamedTuple):
     """All cells of a grid, in its order."""
 
-    verb: Verb
+    command: Command
     cells: tuple[Cell, ...]
 
 
@@ -68,13 +68,13 @@ def cells_of(grid: Grid, out: Path) -> Cells:
     Raises:
         SpecError: The verb cannot be swept, a setting is unknown or wrong in some cell, or two cells are the same.
     """
-    verb = find_verb(grid.verb)
-    _require_sweepable(grid, verb)
+    command = COMMANDS.find(grid.verb)
+    _require_sweepable(grid, command)
     cells: list[Cell] = []
     faults: list[str] = []
     for number, point in enumerate(grid.points()):
         try:
-            cells.append(_cell(grid, verb, number, point, out))
+            cells.append(_cell(grid, command, number, point, out))
         except SpecError as error:
             faults.append(f"  cell {number} ({_values(point)}): {error}")
     if faults:
@@ -85,7 +85,7 @@ def cells_of(grid: Grid, out: Path) -> Cells:
             + more
         )
     _require_different(cells, grid)
-    return Cells(verb, tuple(cells))
+    return Cells(command, tuple(cells))
 
 
 def cell_id(verb: str, settings: Settings) -> str:
@@ -104,10 +104,13 @@ def cell_id(verb: str, settings: Settings) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:ID_DIGITS]
 
 
-def _require_sweepable(grid: Grid, verb: Verb) -> None:
-    fields = verb.settings.model_fields
-    if "out" not in fields:
-        raise SpecError(f"{grid.source}: `vestige {verb.name}` leaves no folder (--out), so there is nothing to sweep.")
+def _require_sweepable(grid: Grid, command: Command) -> None:
+    if not command.sweepable:
+        able = ", ".join(one.name for one in COMMANDS if one.sweepable)
+        raise SpecError(
+            f"{grid.source}: `vestige {command.name}` cannot be swept, for it leaves no folder (--out) of results. "
+            f"Commands to sweep over: {able}."
+        )
     names = {name.partition(".")[0] for name in (*grid.base, *grid.axes)}
     for name, why in _REFUSED.items():
         if name in names:
@@ -122,15 +125,15 @@ _REFUSED = {
 }
 
 
-def _cell(grid: Grid, verb: Verb, number: int, point: Mapping[str, Any], out: Path) -> Cell:
-    fields = verb.settings.model_fields
+def _cell(grid: Grid, command: Command, number: int, point: Mapping[str, Any], out: Path) -> Cell:
+    fields = command.settings.model_fields
     values = {name: _filled(value, point) for name, value in grid.base.items()}
     used = {name for value in grid.base.values() for name in _placeholders(value)}
     # An axis may be there for the placeholders alone, and one for the names of cells.
     spare = {name for name in {NAMES, *used} if name.partition(".")[0] not in fields}
     values |= {name: value for name, value in point.items() if name not in spare}
-    settings = verb.settings(**_nested({**values, "out": out}))
-    named = cell_id(verb.name, settings)
+    settings = command.settings(**_nested({**values, "out": out}))
+    named = cell_id(command.name, settings)
     folder = out / "cells" / named
     return Cell(named, number, dict(point), settings.model_copy(update={"out": folder / "out"}), folder)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from vestige.errors import DiskSpaceError, UserError, VestigeError
 from vestige.files import is_temporary
 from vestige.launch import Compute, note_kept, own_jobs, step_done
+from vestige.registry import Command
 from vestige.settings import Settings
 from vestige.sweep._cells import Cell, Cells
 from vestige.sweep._figures import figures_of
@@ -19,7 +20,6 @@ from vestige.sweep._files import LOG_FILE, Done, logged, read_done, write_cell, 
 from vestige.sweep._inputs import fingerprints
 from vestige.sweep._record import SWEEP
 from vestige.sweep._report import SweepReport, sweep_report, write_tables
-from vestige.sweep._verbs import Verb
 
 RUN_FILE = "run.json"
 
@@ -80,12 +80,12 @@ class SweepPlan:
         return write_tables(sweep_report(self.folder))
 
     def _run(self, cell: Cell) -> None:
-        write_cell(cell, self.cells.verb.name)
+        write_cell(cell, self.cells.command.name)
         inputs, before = fingerprints(cell.matters()), _files_in(cell.out)
         started = time.perf_counter()
         try:
             with logged(cell), own_jobs():
-                self.cells.verb.run(resumed(self.cells.verb, cell.settings))
+                self.cells.command.call(resumed(self.cells.command, cell.settings))
         except BaseException as error:
             if not isinstance(error, Exception) and _files_in(cell.out) - before:
                 note_kept()
@@ -98,13 +98,13 @@ class SweepPlan:
         write_done(cell, Done(cell.id, seconds, version("vestige"), inputs, figures_of(cell.out)))
 
 
-def resumed(verb: Verb, settings: Settings) -> Settings:
+def resumed(command: Command, settings: Settings) -> Settings:
     """The settings that also do after a kill between the end of the verb and the cell's marker.
 
     A verb that writes a run in the end refuses to replace one; here it can only be the same run, perhaps without its
     last file.
     """
-    finished = verb.refuses_its_own and (settings.arguments()["out"] / RUN_FILE).exists()
+    finished = command.writes_once and (settings.arguments()["out"] / RUN_FILE).exists()
     return settings.model_copy(update={"overwrite": True}) if finished else settings
 
 

@@ -80,6 +80,6 @@ def read_sweep(folder: Path) -> SweepRecord:
 
 
 def _given(settings: dict[str, Any], cells: Cells, point: dict[str, Any]) -> dict[str, Any]:
-    fields = cells.verb.settings.model_fields
+    fields = cells.command.settings.model_fields
     axes = {name.partition(".")[0] for name in point}
     return {name: value for name, value in settings.items() if name in axes or value != fields[name].default}

@@ -15,7 +15,7 @@ from vestige.sweep._cells import Cells
 from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
 from vestige.sweep._grid import Grid
 from vestige.sweep._links import link_cells
-from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, read_sweep, record_of
+from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, is_sweep, read_sweep, record_of
 from vestige.terminal import as_text
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ def sweep_report(folder: Path) -> SweepReport:
     """
     job = next((job for job in job_statuses(folder) if job.name == SWEEP), None)
     return _report(folder, read_sweep(folder), job)
+
+
+def sweep_status(folder: Path) -> str | None:
+    """Return the report of a sweep as text; None for a folder that is none."""
+    return str(sweep_report(folder)) if is_sweep(folder) else None
 
 
 def planned_report(folder: Path, grid: Grid, cells: Cells) -> SweepReport:

@@ -1,0 +1,1 @@
+"""Published experiments, replayed with Vestige, and what only they need."""

@@ -1,0 +1,148 @@
+"""One registry for what can be added to Vestige: what is built in, and what other packages bring.
+
+An object is announced as an entry point, such as
+
+    [project.entry-points."vestige.commands"]
+    count = "my_package.commands:count"
+
+in the `pyproject.toml` of its package, and carries its own facts. Nothing outside its file names it: the command line,
+the help and the tables of the documentation are loops over the registry.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import getdoc
+from typing import Any, Generic, TypeVar, cast
+
+from vestige.errors import SpecError
+from vestige.settings import Settings
+from vestige.terminal import show
+
+Entry = TypeVar("Entry")
+Run = Callable[[Any], None]
+
+_FILE_WIDTH = 160
+"""Columns of a table that is printed into a file."""
+
+
+class Registry(Generic[Entry]):
+    """Objects of one kind by name, announced by installed packages and imported on first use."""
+
+    def __init__(self, group: str, kind: str) -> None:
+        """Make the registry of the entry points of `group`; `kind` is what messages call one of them."""
+        self._group, self._kind = group, kind
+
+    def names(self) -> list[str]:
+        """Return every name, sorted; nothing is imported.
+
+        Raises:
+            SpecError: Two packages bring the same name.
+        """
+        return sorted(_announced(self._group, self._kind))
+
+    def find(self, name: str) -> Entry:
+        """Return the object of this name.
+
+        Raises:
+            SpecError: There is none, or its package cannot be imported.
+        """
+        points = _announced(self._group, self._kind)
+        if name not in points:
+            close = get_close_matches(name, list(points), n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(sorted(points))}."
+            raise SpecError(f"There is no {self._kind} {name!r}. {hint}")
+        return cast(Entry, _load(points[name], self._kind))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.find, self.names())
+
+
+@cache
+def _announced(group: str, kind: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        known = found.setdefault(point.name, point)
+        if known.value != point.value:
+            packages = " and ".join(_package(one) for one in (known, point))
+            raise SpecError(f"Two packages bring the {kind} {point.name!r}: {packages}. Uninstall one of them.")
+    return found
+
+
+def _load(point: EntryPoint, kind: str) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise SpecError(
+            f"The {kind} {point.name!r} of {_package(point)} cannot be imported: {error}. Update or uninstall it."
+        ) from error
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line, and the Python function behind it."""
+
+    name: str
+    """As it is typed after `vestige`; two words where it belongs to a group, such as "data split"."""
+    settings: type[Settings]
+    function: str | None
+    """The Python function, as "module:name", imported when it is called; its arguments are the settings."""
+    run: Run
+    """Call the function with complete settings and print the result."""
+    help: str
+    """What it does; the first line stands in the list of commands."""
+    order: int = 1000
+    """Position in the list of commands."""
+    sweepable: bool = False
+    """Whether it leaves a folder, `out`, so that a sweep can run it."""
+    writes_once: bool = False
+    """Whether it writes its result in one step at the end, and refuses a folder that holds one."""
+    status: str | None = None
+    """A function as "module:name", from a folder to the text of `vestige status`; None for a folder of others."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of its help."""
+        return self.help.splitlines()[0]
+
+    def call(self, settings: Settings) -> Any:
+        """Return what the Python function makes of complete settings."""
+        if self.function is None:
+            raise SpecError(f"`vestige {self.name}` is no Python function. Type it on the command line.")
+        return imported(self.function)(**settings.arguments())
+
+
+def command(
+    name: str, settings: type[Settings], *, function: str | None = None, **facts: Any
+) -> Callable[[Run], Command]:
+    """Turn a function that runs complete settings and prints the result into a command; its docstring is the help."""
+
+    def decorate(run: Run) -> Command:
+        return Command(name, settings, function, run, getdoc(run) or "", **facts)
+
+    return decorate
+
+
+def printed_command(name: str, settings: type[Settings], *, function: str, **facts: Any) -> Command:
+    """Return a command that prints the table of its function's result; the docstring of the settings is its help."""
+
+    def run(given: Settings) -> None:
+        show(imported(function)(**given.arguments()), file_width=_FILE_WIDTH)
+
+    return Command(name, settings, function, run, getdoc(settings) or "", **facts)
+
+
+def imported(address: str) -> Any:
+    """Return the object at "module:name"."""
+    module, _, name = address.partition(":")
+    return getattr(import_module(module), name)
+
+
+COMMANDS: Registry[Command] = Registry("vestige.commands", "command")

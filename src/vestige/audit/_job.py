@@ -50,7 +50,7 @@ class AuditJob:
     tokenizer: Any
     data: TokenizedData
     own_fingerprint: str
-    """Of the data without the holdout: the key of a bank made of it."""
+    """Fingerprint of the data without the holdout, by which a bank of it is recognised."""
     held_out: Bool[np.ndarray, "example"]
     answers: Answers
     choices: Choices

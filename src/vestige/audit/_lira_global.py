@@ -38,7 +38,7 @@ def lira_in_sample(
     *,
     shrinkage: float = SHRINKAGE,
 ) -> GlobalLira:
-    """Return the same with every member among its own judges: too high, and useful only to measure by how much."""
+    """Return `lira_global` with every member among its own judges: too high, and useful only to measure by how much."""
     scores = np.stack([lira(row, values, membership, shrinkage=shrinkage).score for row in values])
     return _success(scores, membership)
 

@@ -58,7 +58,7 @@ def bars(
 
 
 def size_bars(parts: Sequence[Bar], side: str, ticks: Sequence[Tick]) -> str:
-    """Draw the same for counts, on a logarithmic axis."""
+    """Draw a bar for the size of each component, on a logarithmic axis."""
     logarithms = [bar._replace(value=math.log10(max(bar.value, 1))) for bar in parts]
     low = math.floor(min(bar.value for bar in logarithms))
     high = max(math.ceil(max(bar.value for bar in logarithms)), low + 1)

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class MemberFiles:
-    """The members of one bank; whoever computes one, and however often, leaves the same bytes."""
+    """The members of one bank; every process that computes one, however often, leaves the same bytes."""
 
     folder: Path
     id: str
@@ -42,23 +42,23 @@ class MemberFiles:
     queries: int
 
     def path(self, member: Member) -> Path:
-        """Where a member's numbers are."""
+        """Return the path of a member's numbers."""
         return self.folder / f"{self.name(member)}.parquet"
 
     def name(self, member: Member) -> str:
-        """How a member's files begin; it does not change when the bank grows."""
+        """Return the beginning of a member's file names; it does not change when the bank grows."""
         return f"{member.subset:05d}-{member.seed}"
 
     def weights(self, member: Member) -> Path:
-        """Where a member's model is, if it was kept."""
+        """Return the path of a member's model, if it was kept."""
         return self.folder / f"{self.name(member)}-model"
 
     def checkpoint(self, member: Member) -> Path:
-        """Where a member is saved while it is trained."""
+        """Return the path where a member is saved while it is trained."""
         return self.folder / f"{self.name(member)}-unfinished.pt"
 
     def is_done(self, member: Member, digest: str, *, weights: bool = False) -> bool:
-        """Whether the member is marked as done for a subset of this digest, and its files are there.
+        """Return whether the member is marked as done for a subset of this digest, and its files are there.
 
         Its numbers must have the right size; its `weights` must be there if they are wanted.
         """
@@ -71,7 +71,7 @@ class MemberFiles:
         return path.exists() and path.stat().st_size == marker.get("bytes")
 
     def write(self, member: Member, digest: str, rows: np.ndarray, measured: Measured) -> None:
-        """The member's row is on disk, whole, and then marked so.
+        """Write the member's row to disk, whole, and then mark it so.
 
         Args:
             member: Which one.
@@ -100,7 +100,7 @@ class MemberFiles:
         write_durably(self._marker_path(member), [(json.dumps(marker, indent=1) + "\n").encode()])
 
     def read(self, member: Member, digest: str) -> pa.Table:
-        """The member's row.
+        """Read the member's row.
 
         Raises:
             CorruptFile: It is missing or damaged.
@@ -111,7 +111,7 @@ class MemberFiles:
         return parquet.read_table(path)
 
     def forget_damaged(self, member: Member, digest: str) -> None:
-        """The member is no longer marked as done if its bytes are not what was written."""
+        """Unmark a member as done if its bytes are not what was written."""
         if self.is_done(member, digest) and sha256_of(self.path(member)) != self._marker(member)["sha256"]:
             remove_durably(self._marker_path(member))
 
@@ -119,7 +119,7 @@ class MemberFiles:
         kind, _, measure = name.partition("_")
         if kind not in ("example", "query") or measure not in MEASURES:
             known = ", ".join(f"{kind}_{measure}" for kind in ("query", "example") for measure in MEASURES)
-            raise DataError(f"{name!r} is nothing that a bank stores; it knows {known}.")
+            raise DataError(f"{name!r} is nothing that a bank stores; it stores {known}.")
         count = self.examples if kind == "example" else self.queries
         flat = np.ascontiguousarray(values, dtype=np.float64)
         if flat.shape != (count,):
@@ -138,7 +138,7 @@ class MemberFiles:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """The table is the whole content of the Parquet file `path`; one that holds the same is left alone."""
+    """Write the table as the whole content of the Parquet file `path`; one that holds the same is left alone."""
     sink = io.BytesIO()
     parquet.write_table(table, sink, row_group_size=max(len(table), 1))
     if not path.exists() or path.read_bytes() != sink.getvalue():

@@ -56,11 +56,11 @@ class Kept:
             write_durably(path, [json.dumps(identity, indent=1).encode()])
 
     def has(self, name: str) -> bool:
-        """Whether something was computed under `name`."""
+        """Return whether something was computed under `name`."""
         return self._path(name).exists()
 
     def read(self, name: str) -> Computed:
-        """What was computed under `name`.
+        """Read the products computed under `name`.
 
         Raises:
             CorruptFile: The file is damaged.
@@ -85,7 +85,7 @@ class Kept:
 
 
 def require_same(path: Path, identity: Mapping[str, Any]) -> None:
-    """Nothing happens if the file says the same.
+    """Raise unless the file holds the same.
 
     Raises:
         IndexMismatch: It does not; the message shows the difference.

@@ -19,7 +19,7 @@ _TOLD = {"loss": "minus the loss", "margin": "the margin"}
 
 @verb(LdsSettings)
 def lds(settings: LdsSettings) -> Evaluation:
-    """The linear datamodeling score of each method, with intervals over queries and subsets and the noise ceiling.
+    """Measure the linear datamodeling score of each method, with intervals over queries and subsets and the ceiling.
 
     In `settings.out`: `lds.json`, and the figure `lds` as PDF and PNG.
 
@@ -97,7 +97,7 @@ def _ceiling_note(half: float, whole: float) -> str:
 
 
 def _grid(settings: LdsSettings, truth: Truth) -> dict[str, Any]:
-    """Other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
+    """Measure other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
     if not settings.damping_grid:
         return {"rows": (), "notes": (), "details": None}
     dampings = sorted({*settings.damping_grid, settings.damping})

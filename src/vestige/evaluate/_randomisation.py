@@ -1,4 +1,4 @@
-"""`vestige evaluate randomisation`: do scores change when the model forgets all it knows?"""
+"""`vestige evaluate randomisation`: do scores change when the model forgets all it has learned?"""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
     """
     if settings.run or settings.index is not None:
         raise SpecError(
-            "Scores of randomised weights are made anew, with the same settings. Type --methods NAMES with --model, "
+            "Scores of randomised weights are made again, with the same settings. Type --methods NAMES with --model, "
             "--data and --queries, in place of --run and --index."
         )
     if settings.model is None:
@@ -37,7 +37,7 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
     text_alone = [one.name for one in found.scored if one not in scored]
     tables = {one.name: _correlations(settings, one) for one in scored}
     rows = [EvaluationRow.of(one, _values(tables[one.name], settings)) for one in scored]
-    notes = [f"{', '.join(text_alone)}: no weights are looked at, so nothing can change."] if text_alone else []
+    notes = [f"{', '.join(text_alone)}: no weights are used, so nothing can change."] if text_alone else []
     result = Evaluation(
         "randomisation",
         f"Rank correlation with the scores from {settings.seeds} models of random weights, mean of queries",

@@ -33,10 +33,10 @@ class TrainingSet(NamedTuple):
 
 @verb(SelectionSettings)
 def selection(settings: SelectionSettings) -> Evaluation:
-    """Loss and accuracy on held-out queries after training on each chosen set, on random sets, and on everything.
+    """Measure held-out loss and accuracy after training on each chosen set, on random sets, and on everything.
 
-    All trainings take the same number of steps from the same start, and those of one seed share their randomness. The
-    trained models are a bank in OUT/bank: an interrupted evaluation continues, and further sets are added to it. In
+    All training runs take the same number of steps from the same start, and those of one seed share their randomness.
+    The trained models are a bank in OUT/bank: an interrupted evaluation continues, and further sets are added to it. In
     `settings.out`: `selection.json`, and the figure `selection`.
 
     Raises:
@@ -90,7 +90,7 @@ def _notes(settings: SelectionSettings, truth: Bank, groups: Int[np.ndarray, "ex
     copies = describe_copies(groups)
     return (
         *([f"{copies} Random sets have as many texts as the chosen one, each with all its copies."] if copies else []),
-        f"{settings.seeds} trainings on each set, of {truth.identity['steps']} steps each; random: "
+        f"{settings.seeds} training runs on each set, of {truth.identity['steps']} steps each; random: "
         f"{settings.random_sets} sets of each size.",
         "Gain: mean loss after random sets of the same size minus that after the chosen one, seed by seed; 95 % "
         f"intervals, {settings.draws} bootstrap draws of seeds, random sets and queries. Over seeds: Student's t "
@@ -111,7 +111,7 @@ class Gain(NamedTuple):
 def gain_over(
     chosen: Float[np.ndarray, "seed query"], random: Float[np.ndarray, "set seed query"], draws: int, seed: int
 ) -> Gain:
-    """Mean of `random - chosen`, positive where the chosen data leave less loss, each seed compared with itself."""
+    """Return the mean of `random - chosen`, positive where the chosen data leave less loss, seed by seed."""
     gains = random - chosen
     by_seed = gains.mean((0, 2))
     generator = np.random.default_rng(seed)
@@ -141,12 +141,12 @@ class _Measured:
         self._accuracies = truth.by_subset(truth.values("query_accuracy"))
 
     def gain(self, chosen: TrainingSet, random: Sequence[TrainingSet]) -> Gain:
-        """Of a chosen set over random ones of its size."""
+        """Return the gain of a chosen set over random ones of its size."""
         own, others = self._losses[self._number[chosen.name]], self._of(self._losses, random)
         return gain_over(own, others, self._settings.draws, self._settings.seed)
 
     def values(self, sets: Sequence[TrainingSet], size: int | str, gain: Gain | None = None) -> dict[str, Value]:
-        """The columns of one row."""
+        """Return the columns of one row."""
         draws, seed = self._settings.draws, self._settings.seed
         found: dict[str, Value] = {
             "examples": size,
@@ -159,7 +159,7 @@ class _Measured:
         return found
 
     def losses_by_seed(self) -> dict[str, list[float]]:
-        """Mean loss of every set, seed by seed."""
+        """Return the mean loss of every set, seed by seed."""
         return {name: self._losses[place].mean(1).tolist() for name, place in self._number.items()}
 
     def _of(self, values: np.ndarray, sets: Sequence[TrainingSet]) -> Float[np.ndarray, "set seed query"]:

@@ -13,7 +13,7 @@ from vestige.settings import SourcesSettings, verb
 
 @verb(SourcesSettings)
 def sources(settings: SourcesSettings) -> Evaluation:
-    """Correlation over sources of summed scores with what the queries lose without the source.
+    """Correlate, over sources, summed scores with what the queries lose without the source.
 
     Works for every bank that leaves named groups out. In `settings.out`: `sources.json`, and the figure `sources`.
 

@@ -32,7 +32,7 @@ class Truth(NamedTuple):
     bank: Bank
 
     def of(self, scored: Scored) -> Aligned:
-        """The scores of a run in the bank's order.
+        """Return the scores of a run in the bank's order.
 
         Raises:
             IndexMismatch: The run is of other data or other queries.
@@ -78,7 +78,7 @@ def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
 
 
 def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool) -> str | None:
-    """What is to be said about the model of the scores and those of the bank, None if nothing.
+    """Return a warning about the model of the scores and those of the bank, None if there is none.
 
     Raises:
         SpecError: The model is a member of the bank, and that is not allowed.
@@ -103,7 +103,7 @@ def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool)
 
 
 def _member_of(folder: Path, model: str) -> str | None:
-    """The name of the bank's model whose folder or weights these are."""
+    """Return the name of the bank's model whose folder or weights these are."""
     path, members = Path(model).expanduser(), folder / "members"
     if not path.is_dir() or not members.is_dir():
         return None

@@ -49,13 +49,13 @@ class ActivationDot:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, longest first."""
+        """Yield the scores of all rows, longest first."""
         queries = self._query_outputs(job, np.arange(len(job.queries)))
         for rows, products in self._products(job, queries, np.arange(len(job.train))):
             yield ScoreBlock(rows, products.sum(0))
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """The scores of some pairs, split over the components that stand for a module."""
+        """Compute the scores of some pairs, split over the components that stand for a module."""
         names = [tap.component for tap in _taps(job)]
         asked, column = np.unique(queries.cpu().numpy(), return_inverse=True)
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
@@ -69,7 +69,7 @@ class ActivationDot:
         return _merged(names, scores)
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
-        """Pooled outputs of each tapped module, the queries in the order of `rows`."""
+        """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
         found, outputs = zip(*self._outputs(job, job.queries, rows), strict=True)
         # Rows are distinct and ascending, so sorting what came back restores their order.
         order = torch.cat(found).argsort().to(outputs[0][0].device)
@@ -104,7 +104,7 @@ class Tap(NamedTuple):
 
 
 def taps_of(components: Sequence[Component]) -> list[Tap]:
-    """One tap per module that holds a selected component, in the order of the components."""
+    """Return one tap for each module that holds a selected component, in the order of the components."""
     owners: dict[str, str] = {}
     for component in components:
         for use in component.uses:
@@ -134,7 +134,7 @@ class PooledOutputs:
         self._sums = [None] * len(self._taps)
 
     def collected(self) -> list[Tensor]:
-        """The pooled outputs of the batch, `[example, width]` for each tap.
+        """Return the pooled outputs of the batch, `[example, width]` for each tap.
 
         Raises:
             ModelError: a module did not run.
@@ -148,7 +148,7 @@ class PooledOutputs:
         return [found for found in self._sums if found is not None]
 
     def hook(self, number: int) -> Callable[..., None]:
-        """What pools the output of one tap's module; it hangs on to no graph."""
+        """Return a forward hook that pools the output of one tap's module; it keeps no graph alive."""
 
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
@@ -161,7 +161,10 @@ class PooledOutputs:
 
 
 def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "example token width"]:
-    """Outputs as [example, token, width]: some layers flatten examples and tokens, or serve positions once for all."""
+    """Return the outputs as [example, token, width].
+
+    Some layers flatten examples and tokens, or serve positions once for all.
+    """
     if states.dim() == 2:
         states = states.reshape(-1, tokens, states.shape[-1])
     return states.expand(examples, tokens, states.shape[-1])
@@ -169,7 +172,7 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 
 @contextmanager
 def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
-    """Outputs that are pooled while the context lasts."""
+    """Pool the outputs of the taps while the context lasts."""
     outputs = PooledOutputs(taps, pooling)
     handles = [
         model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
@@ -182,7 +185,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[
 
 
 def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> ComponentBlock:
-    """Adds up the modules of one component (a tied weight has two)."""
+    """Add up the modules of one component (a tied weight has two)."""
     distinct = list(dict.fromkeys(names))
     numbers = torch.tensor([distinct.index(name) for name in names])
     merged = scores.new_zeros(len(scores), len(distinct)).index_add_(1, numbers, scores)
@@ -190,7 +193,10 @@ def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compo
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
-    """The backbone if every tapped module is in it: logits of a large vocabulary are most of a small model's work."""
+    """Return the backbone if every tapped module is in it, else the whole model.
+
+    Logits of a large vocabulary are most of a small model's work.
+    """
     shorter = shortest_forward(model)
     inside = set(shorter.modules())
     return shorter if all(model.get_submodule(tap.module) in inside for tap in taps) else model

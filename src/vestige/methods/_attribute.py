@@ -43,18 +43,18 @@ from vestige.runs import (
 from vestige.settings import AttributeSettings, verb
 
 IN_STEP = ("influence", "grad-dot", "grad-cos", "ekfac", "kfac", "rep-sim")
-"""Methods for a model that several processes hold together."""
+"""Methods for a model that is sharded over the processes of a process group."""
 
 
 @verb(AttributeSettings)
 def attribute(settings: AttributeSettings) -> Scores:
-    """The training examples behind an answer, ranked, with what the scores mean and how far to trust them.
+    """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     started = time.perf_counter()
-    # A worker is never told to overwrite: the process that a person started was, and writes the run.
+    # A worker never gets --overwrite: the process that a person started was, and writes the run.
     decided(lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower()))
     method = _method(settings)
     if is_follower():
@@ -126,7 +126,7 @@ def _tokens(job: Job, method: Method, summary: ScoreSummary) -> list[TokenScores
 def _write_others(
     settings: AttributeSettings, swept: Swept, generated: list[bool], losses: list[float] | None, started: float
 ) -> list[Path]:
-    """The runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
+    """Write the runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
 
     Of the free checks they have those that need no model; tokens and self-influence are the main run's alone.
     """
@@ -143,7 +143,7 @@ def _write_others(
 
 
 def _sweepable(method: Method) -> Method:
-    """The method, if what it measures serves any damping.
+    """Return the method, if its measurements serve any damping.
 
     Raises:
         SpecError: it does not.
@@ -151,13 +151,13 @@ def _sweepable(method: Method) -> Method:
     if isinstance(method, GradientMethod) and method.sweeps_damping:
         return method
     raise SpecError(
-        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or measures "
-        "anew for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
+        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or needs "
+        "new measurements for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
     )
 
 
 def _method(settings: AttributeSettings) -> Method:
-    """The method, with everything it cannot do refused before any work."""
+    """Return the method; refuse everything it cannot do before any work."""
     method = get_method(settings.method, **settings.options)
     if settings.device == FSDP and (settings.method not in IN_STEP or settings.tokens):
         what = "--tokens" if settings.tokens else f"--method {settings.method}"
@@ -199,7 +199,7 @@ def _method(settings: AttributeSettings) -> Method:
 
 
 def _query_losses(job: Job) -> list[float] | None:
-    """Loss of every query, None without a model."""
+    """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
     losses = np.zeros(len(job.queries))

@@ -46,7 +46,7 @@ class Bm25:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, in order.
+        """Yield the scores of all rows, in order.
 
         Raises:
             DataError: no training example has any words.
@@ -61,7 +61,7 @@ class Bm25:
 def lexical_scores(
     asked: Sequence[Sequence[str]], documents: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "query document"]:
-    """BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
+    """Compute BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
 
     Raises:
         DataError: no document has any words.
@@ -70,12 +70,12 @@ def lexical_scores(
 
 
 def prompt_words(example: Example) -> list[str]:
-    """The words of what was asked: of the prompt, of the user's first turn, or of a text, which has no prompt."""
+    """Return the words of the request: of the prompt, of the user's first turn, or of a text, which has no prompt."""
     return words_of(prompt_of(example))
 
 
 def example_words(example: Example) -> list[str]:
-    """The words of an example: of its text, of prompt and completion, or of the contents of all its turns."""
+    """Return the words of an example: of its text, of prompt and completion, or of the contents of all its turns."""
     turns = [message.content for message in example.messages]
     return words_of("\n".join(turns) if turns else example.display)
 

@@ -49,7 +49,7 @@ class Ekfac(Preconditioned):
     )
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """Two passes, or a read of what an index keeps."""
+        """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
         curvature = self.once("curvature", lambda: ekfac_of(measured, model, folder, work))

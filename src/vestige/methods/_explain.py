@@ -17,7 +17,7 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
-    """The score of every pair, split over components; None for a method that has none."""
+    """Return the score of every pair, split over components; None for a method that has none."""
     if not isinstance(method, SplitsByComponent):
         return None
     distinct = sorted(set(pairs))
@@ -28,7 +28,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
 
 
 def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
-    """The score of every pair, split over the tokens of the example."""
+    """Return the score of every pair, split over the tokens of the example."""
     assert isinstance(method, GradientMethod)
     prepared, distinct = method.prepare(job), sorted(set(pairs))
     found: list[TokenScores] = []

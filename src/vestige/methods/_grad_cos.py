@@ -29,11 +29,11 @@ class GradCos(GradientMethod):
     )
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' gradients at length one, over all components together."""
+        """Return the queries' gradients at length one, over all components together."""
         return prepare(job, open_store(job), unit_length, cosine=True)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
-        """Refused: a gradient's cosine with itself is 1.
+        """Refuse: a gradient's cosine with itself is 1.
 
         Raises:
             SpecError: always.

@@ -31,10 +31,10 @@ class GradDot(GradientMethod):
     )
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' gradients."""
+        """Return the queries' gradients."""
         return prepare(job, open_store(job), unchanged)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """`|gradient|^2` of every training example."""
+        """Return the map from a piece to `|gradient|^2` of its training examples."""
         store = self.prepare(job).store
         return lambda piece: (ScoreBlock(rows, squared[None]) for rows, squared in store.piece_squared_norms(piece))

@@ -49,7 +49,7 @@ class Kfac(Preconditioned):
     ] = "eigenvalues"
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """One pass, or a read of what an index keeps."""
+        """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
         factors = self.once("factors", lambda: kfac_of(measured, model, folder, work))

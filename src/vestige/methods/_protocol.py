@@ -34,11 +34,11 @@ class Job:
     checkpoints: "tuple[Checkpoint, ...]" = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
     left_out: tuple[int, ...] = ()
-    """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was asked for."""
+    """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was requested."""
     randomised: bool = False
     """Whether the model's weights were replaced by noise: a file beside its checkpoint then is not about this model."""
     asked: str = ""
-    """How questions were put, in words, where they became something else than what was typed."""
+    """How questions were put, in words, where they differ from what was typed."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class Job:
         return self.selection.components if self.selection is not None else ()
 
     def model_for(self, method: str) -> LoadedModel:
-        """The model.
+        """Return the model that `method` runs.
 
         Raises:
             UserError: the job has none, which `method` needs.
@@ -84,7 +84,7 @@ class Method(Protocol):
     """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, each row once, in any order; memory must not grow with the training data."""
+        """Yield the scores of all rows, each row once, in any order; memory must not grow with the training data."""
         ...
 
 
@@ -102,5 +102,5 @@ class SplitsByComponent(Protocol):
     """A method whose scores are sums over components."""
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """The scores of the pairs `(queries[i], rows[i])`, split over components."""
+        """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
         ...

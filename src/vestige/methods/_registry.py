@@ -17,7 +17,7 @@ _methods: dict[str, type] = {}
 
 
 def method(name: str) -> Callable[[MethodClass], MethodClass]:
-    """Class decorator that makes a method known as `name`.
+    """Return a class decorator that makes a method known as `name`.
 
     Raises:
         VestigeError: another class has that name.
@@ -34,12 +34,12 @@ def method(name: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def method_names() -> list[str]:
-    """Every method that `get_method` knows, sorted; nothing of other packages is imported."""
+    """Return the name of every method that `get_method` finds, sorted; nothing of other packages is imported."""
     return sorted({*_methods, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """The method called `name`, made with its options.
+    """Return the method called `name`, made with its options.
 
     Raises:
         SpecError: there is no such method, it has no such option, or the option's value is of another type.
@@ -49,7 +49,7 @@ def get_method(name: str, **options: Any) -> Method:
 
 
 def method_class(name: str) -> type:
-    """The class of the method called `name`.
+    """Return the class of the method called `name`.
 
     Raises:
         SpecError: there is no such method.

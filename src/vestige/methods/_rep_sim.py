@@ -49,7 +49,7 @@ class RepSim:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Cosines of all rows, longest first."""
+        """Yield the cosines of all rows, longest first."""
         queries = self._query_states(job)
         for rows, states in self._states(job, job.train, np.arange(len(job.train))):
             yield ScoreBlock(rows, (queries @ states.T).cpu())
@@ -61,7 +61,7 @@ class RepSim:
     def _states(
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row width"]]]:
-        """Pooled states of length one (zero for an example without a target)."""
+        """Yield pooled states of length one (zero for an example without a target)."""
         loaded = job.model_for(self.name)
         for batch in batches(job, loaded, data, rows):
             with torch.no_grad():
@@ -71,7 +71,7 @@ class RepSim:
 
 
 def _hidden_states(model: nn.Module, batch: Batch, layer: int | None) -> Float[Tensor, "example token width"]:
-    """Hidden states at `layer`, or the last ones.
+    """Return hidden states at `layer`, or the last ones.
 
     Raises:
         SpecError: the model has no such layer.

@@ -1,4 +1,4 @@
-"""What a run of attribution says of itself, put together from the job, the method and the scores."""
+"""The record of an attribution run, made from the job, the method and the scores."""
 
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,7 +29,7 @@ def run_record(
     checks: list[Check],
     seconds: float,
 ) -> RunRecord:
-    """What a run says of itself: what was asked of what, by which method, and how far it can be trusted."""
+    """Return the record of a run: model, data, queries and method, and how far the scores can be trusted."""
     ids = [example.id for example in job.queries.examples]
     split = isinstance(method, SplitsByComponent)
     return RunRecord(

@@ -29,7 +29,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _target(run: Path, out: str | Path | None) -> Path:
-    """Return the file to write, refusing to replace somebody else's."""
+    """Return the file to write, refusing to replace a file that Vestige did not make."""
     target = Path(out) if out is not None else run / "report.html"
     if target.is_dir():
         target = target / "report.html"

@@ -46,7 +46,7 @@ class Rows:
 
 
 def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index | None) -> Rows:
-    """The data, checked against the run and the index.
+    """Read the data, checked against the run and the index.
 
     Raises:
         SpecError: Nothing says where the data are.
@@ -73,7 +73,7 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
 
 
 def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np.ndarray | None:
-    """Tokens of each example, int64 [example]; None where nothing tells and nobody asks.
+    """Return the tokens of each example, int64 [example]; None where they are unknown and not needed.
 
     Raises:
         SpecError: A budget of tokens, and nothing to count them with.
@@ -96,7 +96,7 @@ def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np
 
 
 def query_values(settings: SelectSettings, scores: ScoreSource) -> Callable[[str], str | None]:
-    """From the id of a query to its value in the column of `--targets`.
+    """Return the map from the id of a query to its value in the column of `--targets`.
 
     Raises:
         SpecError: Nothing says where the queries are.
@@ -139,7 +139,7 @@ def _source(
 
 
 def _columns(example: Example) -> Columns:
-    """An example that was stored with an index, as a row that reads as the same example."""
+    """Return an example that was stored with an index, as a row that reads as the same example."""
     turns = [turn.columns for turn in example.messages]
     found = {
         "id": example.id,
@@ -159,7 +159,7 @@ def _require_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(one for one in ids if one in seen or seen.add(one))
-        raise DataError(f"{name} has two rows with the id {twice!r}, so nobody could tell which is chosen. Rename one.")
+        raise DataError(f"{name} has two rows with the id {twice!r}, so the choice would be ambiguous. Rename one.")
 
 
 def _require_scored(rows: Rows, scores: ScoreSource) -> None:
@@ -176,7 +176,7 @@ def _require_scored(rows: Rows, scores: ScoreSource) -> None:
         if found.display and found.display != line.text:
             raise IndexMismatch(
                 f"Row {line.row} of {rows.name} is not the text that {folder} has a score of. The data have changed: "
-                "give what was scored with --data, or score anew."
+                "give what was scored with --data, or score again."
             )
 
 
@@ -200,7 +200,7 @@ def _require_ids(rows: Rows, known: Iterable[tuple[int, str]], what: str) -> Non
 
 
 def _only(rows: Rows, wanted: Sequence[int]) -> Iterator[tuple[Example, Columns]]:
-    """These rows, in the order of the data."""
+    """Yield these rows, in the order of the data."""
     asked = set(wanted)
     for number, pair in enumerate(rows.read()):
         if number in asked:
@@ -210,7 +210,7 @@ def _only(rows: Rows, wanted: Sequence[int]) -> Iterator[tuple[Example, Columns]
 
 
 def lines_of(rows: Rows, wanted: Sequence[int], more: Mapping[int, Columns] | None = None) -> Iterator[bytes]:
-    """The rows as JSON lines with their own columns, in the order of the data; each with its id, and with `more`."""
+    """Yield the rows as JSON lines with their own columns, their ids and `more`, in the order of the data."""
     for row, (example, columns) in zip(sorted(set(wanted)), _only(rows, wanted), strict=True):
         line = columns if columns.get("id") not in (None, "") else {"id": example.id} | _without_id(columns)
         line = line | more[row] if more else line

@@ -74,9 +74,9 @@ class Limits(NamedTuple):
 
 @verb(SelectSettings)
 def select(settings: SelectSettings) -> SelectedData:
-    """The chosen examples as a data set in `settings.out`, with the reason for each; the same call finds it again.
+    """Write the chosen examples as a data set to `settings.out`, with the reason for each; a repeated call finds them.
 
-    Equal scores are ordered by a hash of the example's id and the seed, never by their place in the data.
+    Equal scores are ordered by a hash of the example's id and the seed, never by their position in the data.
 
     Raises:
         SpecError: More is to be chosen than there is, or an input is missing.
@@ -184,7 +184,7 @@ def _order(settings: SelectSettings, inputs: Inputs) -> Order:
 
 
 def _diverse(settings: SelectSettings, inputs: Inputs, ties: np.ndarray) -> Order:
-    """Facility location over the gradients of the pool."""
+    """Order by facility location over the gradients of the pool."""
     index = inputs.index
     assert index is not None, "checked with the settings"
     means = inputs.scores.means() if inputs.scores is not None and _uses_scores(settings) else None
@@ -211,7 +211,7 @@ def _uses_scores(settings: SelectSettings) -> bool:
 
 
 def _expected(settings: SelectSettings, inputs: Inputs) -> float:
-    """Examples that the budget will about buy."""
+    """Estimate the number of examples that the budget will buy."""
     limits = _limits(settings, inputs)
     if limits.examples is not None:
         return limits.examples
@@ -221,7 +221,7 @@ def _expected(settings: SelectSettings, inputs: Inputs) -> float:
 
 
 def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Choice]:
-    """Choices until the budget is spent: with tokens, up to the first example that does not fit any more."""
+    """Choose until the budget is spent: with tokens, up to the first example that does not fit any more."""
     choices: list[Choice] = []
     spent = 0
     with progress(limits.examples or len(inputs.rows), "Choosing") as bar:
@@ -275,7 +275,7 @@ def _choice(inputs: Inputs, candidate: Candidate, rank: int) -> Choice:
 
 
 def _own_answers(scores: ScoreSource | None) -> str | None:
-    """What to know before rows are kept that made a model say what it says; None where answers were given."""
+    """Return a warning if rows are kept that led a model to its own answers; None where answers were given."""
     if scores is None or not scores.run.generated:
         return None
     return (

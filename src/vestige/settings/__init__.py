@@ -1,7 +1,7 @@
-"""Settings of every verb, defined once for the Python functions, the command line and the config files.
+"""Settings of every command, defined once for the Python functions, the command line and the config files.
 
 A field is the argument of the Python function, the key in `--config run.yaml` and, with dashes, the flag of the
-command; its description is the help text. The lowest room but for the errors; nothing in it imports torch, so that
+command; its description is the help text. The lowest package but for the errors; nothing in it imports torch, so that
 help and mistakes answer at once.
 """
 

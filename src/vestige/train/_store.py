@@ -32,7 +32,7 @@ class TrainingRun:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TrainingRun":
-        """The training in a folder; what a running one has saved is there.
+        """Open the training in a folder; what a running one has saved is there.
 
         Raises:
             UserError: There is none, or a newer Vestige wrote it.
@@ -64,12 +64,12 @@ class TrainingRun:
 
     @property
     def membership(self) -> pa.Table:
-        """Which examples were trained on: example_id, member, source, label.
+        """The examples that were trained on: example_id, member, source, label.
 
         Raises:
             UserError: It is not known: the training was a Trainer's of one's own.
         """
-        return self._table(MEMBERSHIP, "The log says which examples a training of your own has seen.")
+        return self._table(MEMBERSHIP, "The log lists the examples that a training of your own has used.")
 
     @property
     def steps(self) -> pa.Table:
@@ -78,7 +78,7 @@ class TrainingRun:
 
     @property
     def at_risk(self) -> pa.Table | None:
-        """What the alarm found, the examples most at risk first; None if it has not rung."""
+        """The findings of the alarm, the examples most at risk first; None if it was not triggered."""
         return read_at_risk(self.folder)
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class TrainingRun:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`run.json` of a training, None if there is none.
+    """Read `run.json` of a training, None if there is none.
 
     Raises:
         UserError: It is the record of something else, or of a newer Vestige.
@@ -111,14 +111,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise CorruptFile(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or record.get("kind") != KIND:
-        raise UserError(f"{folder} is the run of another verb, not a training. Give another folder.")
+        raise UserError(f"{folder} is the run of another command, not a training. Give another folder.")
     if record.get("format", 0) > FORMAT:
         raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
     return record
 
 
 def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) -> None:
-    """The losses of a checkpoint are in its folder."""
+    """Write the losses of a checkpoint into its folder."""
     table = pa.table(
         {
             "checkpoint": pa.array([step] * len(ids), pa.int64()),
@@ -132,7 +132,7 @@ def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) ->
 
 
 def merge_losses(folder: Path) -> None:
-    """`losses.parquet` holds the losses of all checkpoints in the folder."""
+    """Write the losses of all checkpoints in the folder into `losses.parquet`."""
     found = [checkpoint_folder(folder, step) / LOSSES for step in checkpoint_steps(folder)]
     tables = [read_table(path) for path in found if path.is_file()]
     if tables:
@@ -140,6 +140,6 @@ def merge_losses(folder: Path) -> None:
 
 
 def read_at_risk(folder: Path) -> pa.Table | None:
-    """What the alarm found, None if it has not rung."""
+    """Return what the alarm found, None if it was not triggered."""
     path = folder / f"{AT_RISK}.parquet"
     return read_table(path) if path.is_file() else None

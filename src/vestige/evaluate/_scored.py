@@ -15,7 +15,7 @@ from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
 from vestige.index import Index
-from vestige.methods import attribute, method_class
+from vestige.methods import METHODS, attribute
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
@@ -72,7 +72,7 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     if self_influence:
         opponents = []
     for name in wanted:
-        method_class(name)
+        METHODS.find(name)
     made = [_run_of(settings, name, self_influence) for name in [*wanted, *opponents]]
     names = _names([*given, *made])
     flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
@@ -222,7 +222,7 @@ def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], li
     missing = [name for name in OPPONENTS if name not in known]
     data = settings.queries is not None and (settings.data is not None or settings.index is not None)
     model = settings.model is not None or settings.index is not None
-    possible = [name for name in missing if data and (model or not method_class(name).needs_model)]
+    possible = [name for name in missing if data and (model or not METHODS.find(name).needs_model)]
     left = [name for name in missing if name not in possible]
     words = "--model, --data and --queries" if not data else "--model"
     notes = [f"Without the baselines {', '.join(left)}: give {words} to have them judged too."] if left else []

@@ -11,7 +11,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
 from vestige.files import sha256_of
-from vestige.methods import method_class
+from vestige.methods import METHODS
 from vestige.settings import TruthValue
 
 
@@ -84,7 +84,7 @@ def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool)
         SpecError: The model is a member of the bank, and that is not allowed.
     """
     model = scored.run.run.model
-    if model is None or not method_class(scored.run.run.method).needs_model:
+    if model is None or not METHODS.find(scored.run.run.method).needs_model:
         return None
     if member := _member_of(folder, model.name):
         if not allowed:

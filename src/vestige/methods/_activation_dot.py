@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._protocol import ComponentBlock, Job, Method
 from vestige.methods._registry import method
 from vestige.models import Component
 from vestige.runs import Meaning, ScoreBlock
@@ -21,7 +21,7 @@ from vestige.runs import Meaning, ScoreBlock
 
 @method("activation-dot")
 @dataclass(frozen=True)
-class ActivationDot:
+class ActivationDot(Method):
     """Inner products of layer outputs, pooled over positions, summed over the modules of the selected components.
 
     A module that holds several selected components (a weight and its bias) counts once, under the first; a tied weight
@@ -33,11 +33,8 @@ class ActivationDot:
         "mean"
     )
 
-    name = "activation-dot"
     needs_model = True
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    splits_components = True
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="squared activation",

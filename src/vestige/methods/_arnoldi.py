@@ -21,8 +21,6 @@ from vestige.runs import Meaning
 class Arnoldi(Preconditioned):
     """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
 
-    name = "arnoldi"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,

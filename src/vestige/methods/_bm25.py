@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
@@ -17,7 +17,7 @@ BLOCK_SCORES = 2**18
 
 
 @method("bm25")
-class Bm25:
+class Bm25(Method):
     """BM25 (Robertson and Zaragoza 2009, in Lucene's form) between a query's prompt with answer and whole examples.
 
     With `f` the occurrences of a word in an example, `l` the example's length in words and `df` the number of
@@ -29,11 +29,7 @@ class Bm25:
     a conversation the contents of all turns are read, without the names of the roles.
     """
 
-    name: str
-    needs_model = False
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    searches_words = True
     meaning = Meaning(
         sign="no causal reading: zero = no word in common, higher = more and rarer words in common, never negative",
         unit="BM25",

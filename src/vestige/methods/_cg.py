@@ -22,8 +22,6 @@ from vestige.runs import Meaning
 class ConjugateGradient(Preconditioned):
     """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
 
-    name = "cg"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.index import Index
+from vestige.methods._protocol import Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
-
-Weighting = Literal["learning rate", "equal"]
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

@@ -20,8 +20,6 @@ class DataInfMethod(Preconditioned):
     Kwon et al. 2024, arXiv:2310.00902, component by component.
     """
 
-    name = "datainf"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
     meaning = Meaning(

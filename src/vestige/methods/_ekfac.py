@@ -29,10 +29,9 @@ class Ekfac(Preconditioned):
     each layer with its bias; the exact Fisher matrix for lone vectors; the diagonal for embeddings.
     """
 
-    name = "ekfac"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

@@ -7,12 +7,12 @@ adds is a file beside the run, so an interrupted run continues with the next one
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
 from vestige.index import Index, Inputs, build_index
-from vestige.methods._checkpoints import Checkpoint, Weighting
+from vestige.methods._checkpoints import Checkpoint
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
 from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._prepared import Prepared
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._protocol import ComponentBlock, Job, Method
 from vestige.methods._stores import GradientStore
 from vestige.models import load_model, select_components
 from vestige.progress import announce
@@ -59,15 +59,15 @@ class Term(Protocol):
 
 
 @dataclass
-class CheckpointMethod(ABC):
+class CheckpointMethod(Method):
     """A method whose scores are made of one weighted sum over checkpoints."""
 
-    name = ""
     needs_model = True
     needs_gradients = True
-    needs_index = False
     needs_exact = True
-    weighting: ClassVar[Weighting] = "learning rate"
+    weighting = "learning rate"
+    splits_components = True
+    scores_itself = True
     _last: tuple[Job, Term] | None = field(default=None, repr=False, init=False)
 
     @abstractmethod

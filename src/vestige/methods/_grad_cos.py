@@ -15,9 +15,7 @@ from vestige.runs import Meaning, ScoreBlock
 class GradCos(GradientMethod):
     """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
 
-    name = "grad-cos"
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",

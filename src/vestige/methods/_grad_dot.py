@@ -17,9 +17,7 @@ class GradDot(GradientMethod):
     `score = <grad loss(query), grad loss(example)>` (Pruthi et al. 2020, arXiv:2002.08484, one checkpoint).
     """
 
-    name = "grad-dot"
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss per unit of learning rate",

@@ -50,10 +50,9 @@ class Influence(GradientMethod):
     Relative influence divides by the example's own effect (RelatIF, Barshan et al. 2020, arXiv:2003.11630).
     """
 
-    name = "influence"
     needs_index = True
-    needs_exact = False
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, times the number of training examples, up to the damping's scale",

@@ -25,10 +25,9 @@ from vestige.runs import Meaning
 class Kfac(Preconditioned):
     """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
 
-    name = "kfac"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,

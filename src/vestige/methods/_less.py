@@ -42,7 +42,6 @@ class Less(CheckpointMethod):
     because Adam's moments are of such a loss; each example is preconditioned alone.
     """
 
-    name = "less"
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",

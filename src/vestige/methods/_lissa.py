@@ -24,8 +24,6 @@ POWER_STEPS = 8
 class Lissa(Preconditioned):
     """Influence function with the inverse summed up as a series (Agarwal et al. 2017, arXiv:1602.03943)."""
 
-    name = "lissa"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,

@@ -34,7 +34,6 @@ from vestige.index import (
 )
 from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
-from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
@@ -56,7 +55,7 @@ class Question:
 def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job, list[bool]]]:
     """Open the job, with whether each query's answer was generated; a temporary index lives as long as the context."""
     checkpoints: tuple[Checkpoint, ...] = ()
-    if isinstance(method, CheckpointMethod):
+    if method.weighting is not None:
         checkpoints = find_checkpoints(settings, method.weighting)
         settings = settings_of_last(settings, checkpoints)
     else:
@@ -178,7 +177,7 @@ def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: 
 def _selection(
     settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
 ) -> Selection | None:
-    if loaded is None or not (method.needs_gradients or hasattr(method, "components")):
+    if loaded is None or not (method.needs_gradients or method.splits_components):
         return None
     if index is not None and method.needs_gradients:
         return select_components(loaded.model, [part.name for part in index.manifest.components])

@@ -1,10 +1,10 @@
 """What the gradient methods share: a vector per query, whose inner products with gradients are the scores."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._indexed_gradients import IndexedGradients
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._protocol import ComponentBlock, Job, Method
 from vestige.methods._stores import GradientStore, Vectors
 from vestige.runs import ScoreBlock
 
@@ -60,14 +60,14 @@ class Prepared:
 
 
 @dataclass
-class GradientMethod(ABC):
+class GradientMethod(Method):
     """A method whose score is an inner product with the example's gradient, after a division at most."""
 
     needs_model = True
     needs_gradients = True
-    needs_exact: ClassVar[bool]
-    sweeps_damping: ClassVar[bool] = False
-    """Whether what is measured serves any damping."""
+    splits_components = True
+    splits_tokens = True
+    scores_itself = True
     _prepared: Prepared | None = field(default=None, repr=False, init=False)
     shared: dict[str, Any] | None = field(default=None, repr=False, init=False)
     """What the members of a sweep over dampings have in common, by name; None outside of one."""

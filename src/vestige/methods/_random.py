@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt64
 
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
@@ -16,14 +16,9 @@ BLOCK_SCORES = 2**22
 
 
 @method("random")
-class Random:
+class Random(Method):
     """A hash of (seed, query id, example id): the same for any order of queries, data and blocks."""
 
-    name: str
-    needs_model = False
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
 
 @method("rep-sim")
 @dataclass(frozen=True)
-class RepSim:
+class RepSim(Method):
     """Cosine of the pooled hidden states of example and query (Rep-Sim of the DATE-LM benchmark).
 
     `layer` counts as transformers does: 0 is the embedding, the last one is the default. `pooling` "mean" averages
@@ -32,11 +32,8 @@ class RepSim:
         "mean"
     )
 
-    name = "rep-sim"
     needs_model = True
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="cosine",

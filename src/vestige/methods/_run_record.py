@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from vestige.data import TokenizedData
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.runs import (
     Check,
     CheckpointRecord,
@@ -31,7 +31,6 @@ def run_record(
 ) -> RunRecord:
     """Return the record of a run: model, data, queries and method, and how far the scores can be trusted."""
     ids = [example.id for example in job.queries.examples]
-    split = isinstance(method, SplitsByComponent)
     return RunRecord(
         vestige=version("vestige"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,7 +49,7 @@ def run_record(
         method=method.name,
         meaning=method.meaning,
         coverage=_coverage(job),
-        components=[part.name for part in job.components] if split else [],
+        components=[part.name for part in job.components] if method.splits_components else [],
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_memory_bytes=peak_gpu_memory_bytes(),

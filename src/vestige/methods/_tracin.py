@@ -22,7 +22,6 @@ class TracIn(CheckpointMethod):
     that example, so neither batches nor a ragged last one change a score.
     """
 
-    name = "tracin"
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, for one plain gradient step with each checkpoint's learning rate",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from vestige.errors import NonFinite
 from vestige.files import make_folder, write_durably
 from vestige.gradients import CausalLoss
 from vestige.index import Index, batch_tokens
-from vestige.methods._checkpoints import Checkpoint, Weighting, with_equal_sum
+from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
 from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import Job
@@ -52,7 +52,6 @@ class Trak(CheckpointMethod):
     plain gradients and losses holds all that is needed.
     """
 
-    name = "trak"
     meaning = Meaning(
         sign="positive: training on the example raises the margin of the query, so it lowers the query's loss; "
         "negative: it raises it",
@@ -66,7 +65,7 @@ class Trak(CheckpointMethod):
         limits="One model gives little: give several, best trained on random halves of the data. Projected gradients "
         "of one random projection are noisy; the damping sets the scale, so compare within a run.",
     )
-    weighting: ClassVar[Weighting] = "equal"
+    weighting = "equal"
 
     def lines(self, job: Job) -> int:
         """Return the number of queries, and one more for 1 - p."""

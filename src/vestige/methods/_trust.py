@@ -12,7 +12,7 @@ from jaxtyping import Int
 from vestige.data import TokenizedData
 from vestige.gradients import Knowledge, Reduction
 from vestige.methods._bm25 import Bm25, example_words
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.models import Selection
 from vestige.runs import Check, RankedScore, TopK
 
@@ -55,7 +55,7 @@ def free_checks(
     examples = len(job.train)
     tops = proponents(ranked, len(job.queries), k)
     ids = {int(row): job.train.examples[int(row)].id for row in np.unique(np.concatenate([*tops, []]))}
-    by_parameter = method.needs_gradients or isinstance(method, SplitsByComponent)
+    by_parameter = method.needs_gradients or method.splits_components
     return [
         top_overlap(tops, examples),
         hub_rate(tops, examples, ids),
@@ -68,7 +68,7 @@ def free_checks(
 
 
 def _own_words(method: Method) -> Check | None:
-    if method.name != "bm25":
+    if not method.searches_words:
         return None
     return Check(name=BM25_NAME, value=None, reading="The method is the word search itself.", verdict="unknown")
 

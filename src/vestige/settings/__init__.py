@@ -48,6 +48,7 @@ from vestige.settings._results import ExportSettings as ExportSettings
 from vestige.settings._results import ImportLayout as ImportLayout
 from vestige.settings._results import ImportSettings as ImportSettings
 from vestige.settings._results import IndexFormat as IndexFormat
+from vestige.settings._results import MethodsSettings as MethodsSettings
 from vestige.settings._results import ReportSettings as ReportSettings
 from vestige.settings._results import RunFormat as RunFormat
 from vestige.settings._results import StatusSettings as StatusSettings

@@ -51,6 +51,13 @@ class CancelSettings(Settings):
     path: Path = Field(description="Folder of an index, a run or a sweep in the making.")
 
 
+class MethodsSettings(Settings):
+    """The settings of `vestige methods`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    name: str | None = Field(None, description="A method, to print everything about it. Not given: list all.")
+
+
 class ExportSettings(Settings):
     """What `vestige export` takes."""
 

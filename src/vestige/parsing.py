@@ -58,7 +58,8 @@ def as_record(kind: type[Record], fields: Any) -> Record:
         ValueError: A field is missing, unknown or of another type.
     """
     try:
-        return _adapter(kind).validate_python(fields)
+        # As JSON, in which half of a surrogate pair is no text.
+        return _adapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
 

@@ -145,7 +145,7 @@ def test_a_claim_lives_on_when_the_clock_is_set(step, tmp_path, monkeypatch):
     made = psutil.Process.create_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda process: made(process) + step)  # as after `date --set`
     after = job_statuses(tmp_path)[0].running
-    assert [each.piece for each in before] == [each.piece for each in after] == [0]
+    assert before == after == (0,)
 
 
 def test_a_wrong_number_of_seconds_is_an_instruction(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 import json
+from typing import NamedTuple
 
 import pytest
 
-from vestige.parsing import parse_finite_json, parse_json, parse_yaml
+from vestige.parsing import as_record, parse_finite_json, parse_json, parse_yaml
 
 
 def nested(depth: int) -> str:
@@ -40,6 +41,32 @@ def test_a_number_that_is_none_is_refused_where_numbers_must_be_finite(text):
     parse_json(text)
     with pytest.raises(json.JSONDecodeError, match="NaN or infinite"):
         parse_finite_json(text)
+
+
+class Point(NamedTuple):
+    name: str
+    values: tuple[int, ...] = ()
+
+
+def test_a_record_has_the_types_that_it_announces():
+    assert as_record(Point, {"name": "a", "values": [1, 2]}) == Point("a", (1, 2))
+    assert as_record(Point, {"name": "a"}) == Point("a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "name: "),
+        ({"name": 5}, "name: Input should be a valid string"),
+        ({"name": "\ud800"}, "Invalid JSON"),
+        ({"name": "a", "values": [1, "x"]}, r"values\.1: Input should be a valid integer"),
+        ({"name": "a", "values": None}, "values: Input should be"),
+        ({"name": "a", "more": 1}, "more: "),
+    ],
+)
+def test_a_record_of_other_types_is_refused_with_the_first_of_them(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        as_record(Point, fields)
 
 
 def test_yaml_is_plain_values_and_dates_stay_texts():

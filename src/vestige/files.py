@@ -39,6 +39,9 @@ _FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large
 _FULL_OF_TORCH = ("pytorchstreamwriter failed writing", "unexpected pos")
 """A file that cannot grow, whatever the reason, in the words of `torch.save`."""
 
+_GONE_WORDS = ("no such file or directory", "parent directory")
+"""What safetensors and the operating system, and `torch.save`, say when the folder of a file is gone."""
+
 _ATTEMPT = secrets.token_hex(4)
 _COUNTER = count()
 _TEMPORARY = re.compile(r"\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<attempt>[0-9a-f]+)\.\d+$")
@@ -158,8 +161,10 @@ def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
         )
 
 
-def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
-    """Return the error to show where `error`, of any library, means that the disk is full; None for other errors.
+def disk_error(error: BaseException, folder: Path) -> UserError | None:
+    """Return what a person reads where `error`, of any library, says that the disk is full or the folder gone.
+
+    None for other errors.
 
     Args:
         error: As it was raised; its causes are checked, too.
@@ -169,7 +174,9 @@ def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
     while seen is not None:
         if isinstance(seen, DiskSpaceError):
             return seen
-        text = str(seen).lower()
+        said = str(seen).lower()
+        if any(words in said for words in _GONE_WORDS) and _is_inside(said, folder) and not folder.exists():
+            return _removed_error(folder)
         full = isinstance(seen, OSError) and seen.errno in _FULL
         # Words count where the library has no number to give; data may hold any words in a message of our own.
         full |= not isinstance(seen, OSError | UserError) and any(words in text for words in _FULL_WORDS)
@@ -196,11 +203,21 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
     if error.errno == errno.ENAMETOOLONG:
         return UserError(f"{path.name[:40]}... is too long a name for this disk. Choose a shorter --out.")
     if isinstance(error, FileNotFoundError):
-        return UserError(
-            f"{path.parent} was removed or renamed while it was being written to. Run the same command again: what is "
-            "still there is kept."
-        )
+        return _removed_error(path.parent)
     return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
+
+
+def _is_inside(said: str, folder: Path) -> bool:
+    """Whether a message names a file in the folder, or in the hidden one beside it in which it is made."""
+    place = folder.absolute()
+    return any(f"{place.parent}/{name}".lower() in said for name in (f"{place.name}/", f".{place.name}."))
+
+
+def _removed_error(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was removed or renamed while it was being written to. Run the same command again: what is still "
+        "there is kept."
+    )
 
 
 def is_temporary(path: Path) -> bool:

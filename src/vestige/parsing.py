@@ -3,7 +3,11 @@
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Record = TypeVar("Record", bound=tuple[Any, ...])
 
 _DEEPEST = 50
 """Levels of lists and mappings: Arrow takes 64, and what is far deeper ends the interpreter's stack."""
@@ -47,6 +51,19 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     return value
 
 
+def as_record(kind: type[Record], fields: Any) -> Record:
+    """Return what a JSON object says as a named tuple of this kind, every field of the type that it announces.
+
+    Raises:
+        ValueError: A field is missing, unknown or of another type.
+    """
+    try:
+        # As JSON, in which half of a surrogate pair is no text.
+        return _adapter(kind).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
 def parse_finite_json(content: str | bytes) -> Any:
     """Return the value of a JSON text in which every number is finite, as the JSON standard has it.
 
@@ -83,6 +100,18 @@ def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
         raise ValueError(f"a value does not read as what its tag names ({error})") from None
     _require_plain(value, (str, int) if numbers_as_keys else (str,))
     return value
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that pydantic has found, in one line: where it is and what is wrong."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the file"
+    return f"{place}: {problem['msg']}"
+
+
+@cache
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+    return TypeAdapter(kind)
 
 
 def _broken(reason: str) -> json.JSONDecodeError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pyarrow.parquet as parquet
@@ -9,7 +10,7 @@ import pytest
 
 from tests.sweep.conftest import results
 from vestige.cli._status import describe
-from vestige.errors import IndexMismatch, PieceFailed, UserError, WorkElsewhere
+from vestige.errors import CorruptFile, IndexMismatch, PieceFailed, UserError, WorkElsewhere
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
 from vestige.registry import COMMANDS
@@ -105,6 +106,44 @@ def test_a_torn_marker_does_not_count(grid, run, here):
     (here / "sw" / "cells" / report.rows[0].cell / "done.json").write_text('{"cell": "')
     assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
     assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seconds": "x"}, {"seconds": float("nan")}, {"figures": {"a": [1]}}, {"figures": 5}, {"inputs": None}]
+)
+def test_a_marker_of_other_types_does_not_count(changes, grid, run, here):
+    report = run(grid({"k": [1, 2]}))
+    path = here / "sw" / "cells" / report.rows[0].cell / "done.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
+    assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"axes": 5},
+        {"verb": None},
+        {"cells": [[]]},
+        {"cells": [{"id": "a\0b", "point": {}, "settings": {}}]},
+        {"cells": [{"id": "../..", "point": {}, "settings": {}}]},
+        {"cells": [{"id": "0" * 16, "point": 5, "settings": {}}]},
+    ],
+)
+def test_a_record_of_other_types_is_refused(changes, grid, run, here):
+    run(grid({"k": [1]}))
+    path = here / "sw" / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    for command in (lambda: describe(here / "sw"), lambda: run(grid({"k": [1]}))):
+        with pytest.raises(CorruptFile, match=r"sweep\.json does not read"):
+            command()
+
+
+def test_a_file_whose_name_is_no_text_lies_in_a_folder_of_data(grid, run, here):
+    (here / "texts").mkdir()
+    shutil.copy(here / "train.jsonl", here / "texts")
+    (here / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    assert run(grid({"k": [1, 2]}, data=str(here / "texts"))).counts() == {"done": 2}
 
 
 def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):

@@ -74,7 +74,7 @@ def from_folder(folder: Path, split: str | None) -> Source:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetsError) as error:
         raise DataError(f"{folder}: looks like a folder saved by `datasets`, but does not load ({error}).") from error
     return from_dataset(dataset, split, folder.name)
 

@@ -25,7 +25,7 @@ from vestige.data._stored import StoredExamples, StoredIds, StoredTargets, Token
 from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
-from vestige.parsing import parse_object
+from vestige.parsing import as_record, parse_object
 
 FORMAT = 3
 """Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
@@ -184,8 +184,8 @@ def _listed(folder: Path) -> dict | None:
 
 def _part_record(folder: Path, number: int) -> _PartRecord | None:
     try:
-        return _PartRecord(**parse_object(_marker(folder, number).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return as_record(_PartRecord, parse_object(_marker(folder, number).read_bytes()))
+    except (OSError, ValueError):
         return None
 
 

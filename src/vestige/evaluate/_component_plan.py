@@ -10,19 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
+from pydantic import FiniteFloat
 from safetensors import safe_open
 from torch import Tensor
 
 from vestige.data import make_batch
+from vestige.errors import CorruptFile
 from vestige.evaluate._component_compared import Compared, Portion, digest
 from vestige.evaluate._component_pass import OnePass, Passed, as_tensors, one_pass, read_passed
 from vestige.evaluate._component_tables import Tables
 from vestige.files import make_folder, write_durably
 from vestige.launch import Compute, PieceFiles, step_done
-from vestige.parsing import parse_json
+from vestige.parsing import as_record, parse_object
 
 
 @final
@@ -174,6 +176,11 @@ class CandidateProducts:
         return tables
 
 
+class _Spent(NamedTuple):
+    computed: int
+    seconds: dict[str, FiniteFloat]
+
+
 def write_seconds(folder: Path, name: str, computed: float, spent: Sequence[Mapping[str, float]]) -> None:
     """Write the cost of a piece beside the pieces: their bytes depend on no clock."""
     make_folder(folder / "seconds")
@@ -181,17 +188,24 @@ def write_seconds(folder: Path, name: str, computed: float, spent: Sequence[Mapp
     for one in spent:
         for key, value in one.items():
             total[key] = total.get(key, 0.0) + value
-    content = {"computed": int(computed), "seconds": total}
-    write_durably(folder / "seconds" / f"{name}.json", [json.dumps(content).encode()])
+    content = json.dumps(_Spent(int(computed), total)._asdict())
+    write_durably(folder / "seconds" / f"{name}.json", [content.encode()])
 
 
 def read_seconds(folder: Path) -> tuple[int, dict[str, float]]:
-    """Return the number of gradients computed for the present result, and the seconds of everything."""
+    """Return how many gradients were computed for the result that is there, and the seconds of everything.
+
+    Raises:
+        CorruptFile: A file is not what Vestige writes.
+    """
     computed, total = 0, dict[str, float]()
     for path in sorted((folder / "seconds").glob("*.json")):
-        content = parse_json(path.read_bytes())
-        computed += content["computed"]
-        for key, value in content["seconds"].items():
+        try:
+            spent = as_record(_Spent, parse_object(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise CorruptFile(f"{path} is damaged ({error}). Delete it: it says only what the work cost.") from None
+        computed += spent.computed
+        for key, value in spent.seconds.items():
             total[key] = total.get(key, 0.0) + value
     return computed, total
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._products import Products
 from vestige.files import make_folder, remove_strays, write_durably
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 
 _IDENTITY = "compared.json"
 _PRODUCTS = "products"
@@ -92,7 +92,7 @@ def require_same(path: Path, identity: Mapping[str, Any]) -> None:
         CorruptFile: It does not read.
     """
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_object(path.read_bytes())
     except ValueError as error:
         raise CorruptFile(f"{path} does not read as JSON ({error}). Give another --out.") from error
     names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]

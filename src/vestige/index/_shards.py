@@ -21,7 +21,7 @@ from vestige.errors import CorruptFile
 from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
 from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.index._manifest import Expectation, StoredType
-from vestige.parsing import parse_json
+from vestige.parsing import as_record, parse_json, parse_object
 from vestige.scratch import Scratch
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
@@ -136,9 +136,8 @@ def write_shard(
 def read_marker(folder: Path, number: int) -> Marker | None:
     """Return the marker of a shard, None if there is none or it does not read."""
     try:
-        fields = parse_json(marker_path(folder, number).read_bytes())
-        return Marker(**(fields | {"skipped": tuple(fields.get("skipped", ()))}))
-    except (OSError, ValueError, TypeError, AttributeError):
+        return as_record(Marker, parse_object(marker_path(folder, number).read_bytes()))
+    except (OSError, ValueError):
         return None
 
 

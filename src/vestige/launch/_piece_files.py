@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 from vestige.lockstep import decided, is_first
+from vestige.parsing import as_record, parse_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,6 @@ class PieceFiles:
     def _marker(self, piece: int) -> PieceMarker | None:
         """Return the marker, None if there is none or it does not read."""
         try:
-            fields: Any = json.loads(self._marker_path(piece).read_bytes())
-            return PieceMarker(**fields)
-        except (OSError, ValueError, TypeError):
+            return as_record(PieceMarker, parse_object(self._marker_path(piece).read_bytes()))
+        except (OSError, ValueError):
             return None

@@ -20,6 +20,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
 from vestige.launch._identity import Worker, this_worker
+from vestige.parsing import first_problem
 
 JOB_FILES = (
     "launch/*/job.json",
@@ -83,11 +84,6 @@ class _Job(BaseModel):
 _ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
 @final
 class JobFolder:
     """Claims, failures, logs and the record of one plan."""
@@ -144,7 +140,7 @@ class JobFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            reason = _first_problem(error) if isinstance(error, ValidationError) else error
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise CorruptFile(
                 f"{path} is not the record of a job ({reason}). Delete it, if the folder is yours."
             ) from None

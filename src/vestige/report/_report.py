@@ -34,8 +34,10 @@ def _target(run: Path, out: str | Path | None) -> Path:
     if target.is_dir():
         target = target / "report.html"
     if target.exists():
-        with target.open(encoding="utf-8", errors="replace") as file:
-            ours = GENERATOR in file.read(2000)
+        ours = False
+        if target.is_file():  # a pipe would be waited for
+            with target.open(encoding="utf-8", errors="replace") as file:
+                ours = GENERATOR in file.read(2000)
         if not ours:
             raise UserError(
                 f"{target} exists and is not a Vestige report; it was left as it is.\n"

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import parse_finite_json
+from vestige.parsing import first_problem, parse_finite_json
 from vestige.runs._digests import require_unaltered
 from vestige.runs._types import Meaning
 
@@ -211,7 +211,7 @@ def parse_record(kind: type[Record], path: Path) -> Record:
         parse_finite_json(content)
         return kind.model_validate_json(content)
     except (OSError, ValueError) as error:
-        reason = _first_problem(error) if isinstance(error, ValidationError) else error
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
         raise CorruptFile(f"{path} is not a run record: {reason}. Run the command that made it again.") from error
 
 
@@ -221,9 +221,3 @@ class _Header(_Part):
     format: int
     kind: str = "scores"
     vestige: str = "of a later version"
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "the file"
-    return f"{place}: {problem['msg']}"

@@ -220,6 +220,10 @@ def _check_place(text: str, longest: int | None) -> None:
     sizes = [len(os.fsencode(part)) for part in Path(text).parts]
     if len(os.fsencode(text)) > _LONGEST_PATH or max(sizes, default=0) > longest:
         raise ValueError(f"a shorter name, of at most {longest} bytes")
+    try:
+        Path(text).resolve()
+    except (OSError, RuntimeError):  # the one from Python 3.13 on
+        raise ValueError("a path that symbolic links do not lead in a circle") from None
     if not Path(text).absolute().name:
         raise ValueError("a file or folder with a name of its own")
 

@@ -27,7 +27,7 @@ def writing(settings: Settings, command: str) -> Iterator[None]:
 
     Raises:
         SpecError: An input is the output, or lies where it would be replaced.
-        UserError: Another command writes to that folder.
+        UserError: Another command writes to that folder, or it was removed during the work.
         DiskSpaceError: The disk is full.
     """
     out = getattr(settings, "out", None)

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import FiniteFloat
+
 from vestige.errors import IndexMismatch
 from vestige.files import make_folder, write_durably
-from vestige.parsing import parse_object
+from vestige.parsing import as_record, parse_object
 from vestige.sweep._cells import Cell
 from vestige.sweep._inputs import fingerprints
 
@@ -24,20 +26,20 @@ class Done(NamedTuple):
     """The marker of a finished cell."""
 
     cell: str
-    seconds: float
+    seconds: FiniteFloat
     """Of the attempt that finished it."""
     vestige: str
     inputs: dict[str, str]
-    figures: dict[str, Any]
+    figures: dict[str, bool | int | float | str | None]
 
 
-def read_done(cell: Cell) -> Done | None:
-    """The marker of a cell, None if it is not done."""
+def read_done(folder: Path, cell: str) -> Done | None:
+    """Return the marker in the folder of a cell of this id, None if it is not done."""
     try:
-        done = Done(**parse_object((cell.folder / DONE_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        done = as_record(Done, parse_object((folder / DONE_FILE).read_bytes()))
+    except (OSError, ValueError):
         return None
-    return done if done.cell == cell.id else None
+    return done if done.cell == cell else None
 
 
 def write_done(cell: Cell, done: Done) -> None:
@@ -97,7 +99,7 @@ def _command(cell: Cell, verb: str) -> str:
 
 
 def _change(cell: Cell) -> str | None:
-    done = read_done(cell)
+    done = read_done(cell.folder, cell.id)
     if done is None:
         return None
     now = fingerprints(cell.matters())

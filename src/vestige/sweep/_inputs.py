@@ -40,7 +40,7 @@ def _fingerprint(path: Path) -> str | None:
         return None
     kept = [name for name in names if not name.startswith(".") and not name.endswith(_PRODUCTS)]
     lines = [f"{name} {_of_file(path / name)}" for name in kept if not is_temporary(path / name)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def _of_file(path: Path) -> str:

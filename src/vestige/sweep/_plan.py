@@ -44,7 +44,8 @@ class SweepPlan:
 
     def is_done(self, piece: int) -> bool:
         """Whether the cell's marker is there."""
-        return read_done(self.cells.cells[piece]) is not None
+        cell = self.cells.cells[piece]
+        return read_done(cell.folder, cell.id) is not None
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
         """One cell each."""

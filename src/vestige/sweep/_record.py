@@ -3,10 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import parse_json
+from vestige.parsing import as_record, parse_object
 from vestige.sweep._cells import ID_DIGITS, Cells
 from vestige.sweep._files import write_json
 from vestige.sweep._grid import Grid
@@ -20,7 +22,7 @@ _FORMAT = 1
 class CellRecord(NamedTuple):
     """A cell as the sweep's record names it."""
 
-    id: str
+    id: Annotated[str, Field(pattern=f"^[0-9a-f]{{{ID_DIGITS}}}$")]
     point: dict[str, Any]
     settings: dict[str, Any]
     """Those that are not as by default, and those of the axes; JSON terms."""
@@ -68,14 +70,13 @@ def read_sweep(folder: Path) -> SweepRecord:
         CorruptFile: Its record does not read.
     """
     try:
-        content = parse_json((folder / SWEEP_FILE).read_bytes())
+        content = parse_object((folder / SWEEP_FILE).read_bytes())
         if content.pop("format") != _FORMAT:
             raise UserError(f"{folder} was made by another version of Vestige, whose sweeps this one cannot read.")
-        rows = tuple(CellRecord(**row) for row in content.pop("cells"))
-        return SweepRecord(**{**content, "axes": tuple(content["axes"])}, cells=rows)
+        return as_record(SweepRecord, content)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no sweep. Give the folder that `vestige sweep` got as --out.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise CorruptFile(f"{folder / SWEEP_FILE} does not read ({error}). Run the same command again.") from None
 
 

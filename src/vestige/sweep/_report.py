@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vestige.files import write_durably
 from vestige.launch import JobStatus, job_statuses
-from vestige.parsing import parse_object
 from vestige.progress import format_seconds
 from vestige.sweep._cells import Cells
-from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
+from vestige.sweep._files import LOG_FILE, read_done, write_json
 from vestige.sweep._grid import Grid
 from vestige.sweep._links import link_cells
 from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, is_sweep, read_sweep, record_of
@@ -140,7 +139,7 @@ def _report(folder: Path, record: SweepRecord, job: JobStatus | None) -> SweepRe
 
 def _row(folder: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
     home = folder / "cells" / cell.id
-    done = _read(home / DONE_FILE)
+    done = read_done(home, cell.id)
     state = "done" if done else "running" if running else "failed" if error else "missing"
     log = home / LOG_FILE
     return CellRow(
@@ -149,18 +148,11 @@ def _row(folder: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
         str(home / "out"),
         cell.point,
         cell.settings,
-        done.get("figures", {}),
-        done.get("seconds"),
+        done.figures if done else {},
+        done.seconds if done else None,
         "" if done else error,
         str(log) if log.exists() else "",
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
 
 
 def _table(report: SweepReport) -> "Table":

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import parse_json
+from vestige.parsing import first_problem, parse_object
 from vestige.train._alarm import AT_RISK
 from vestige.train._checkpoint import checkpoint_folder, checkpoint_steps
 from vestige.train._log import read_steps
@@ -18,6 +19,31 @@ from vestige.train._tables import read_table, write_table
 FORMAT = 1
 KIND = "training"
 RECORD, LOG, LOSSES, MEMBERSHIP = "run.json", "log", "losses.parquet", "membership.parquet"
+
+
+class _Identity(BaseModel):
+    checkpoints: list[int] | None = None
+
+
+class _Trained(BaseModel):
+    """What is read of the record of `vestige train`."""
+
+    id: str
+    identity: _Identity
+    names: dict[str, str]
+
+
+class _Model(BaseModel):
+    name: str
+
+
+class _Recorded(BaseModel):
+    """What is read of the record that a `Recorder` writes."""
+
+    model: _Model
+
+
+_FORMAT, _RECORD = TypeAdapter(int), TypeAdapter(_Trained | _Recorded)
 
 
 class TrainingRun:
@@ -107,13 +133,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = parse_json(path.read_bytes())
+        record = parse_object(path.read_bytes())
+        if record.get("kind") != KIND:
+            raise UserError(f"{folder} is the run of another verb, not a training. Give another folder.")
+        if _FORMAT.validate_python(record.get("format", 0)) > FORMAT:
+            raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
+        _RECORD.validate_python(record)
     except ValueError as error:
-        raise CorruptFile(f"{path} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("kind") != KIND:
-        raise UserError(f"{folder} is the run of another command, not a training. Give another folder.")
-    if record.get("format", 0) > FORMAT:
-        raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        raise CorruptFile(
+            f"{path} is not the record of a training ({reason}). Run the command that made it again, with --overwrite."
+        ) from error
     return record
 
 

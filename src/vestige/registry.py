@@ -76,6 +76,8 @@ class Registry(Generic[Entry]):
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise SpecError(f"There is no {self._kind} {name!r}. {hint}There are: {', '.join(known)}.")
         found = _load(points[name], self._kind)
+        # The module of a decorated object may be announced in its place: importing it has registered the object.
+        found = self._added.get(name, found)
         if not (issubclass(found, self._of) if isinstance(found, type) else isinstance(found, self._of)):
             raise SpecError(
                 f"The {self._kind} {name!r} of {_package(points[name])} is no {self._of.__module__}."

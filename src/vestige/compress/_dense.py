@@ -119,13 +119,13 @@ def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap
     return StreamedDense(in_size, out_size, stream, init, torch.device("cpu"))
 
 
-@compressor("gauss", forms=("K",), example="gauss:1024")
+@compressor("gauss", forms=("K",), example="gauss:1024", shareable=True)
 def gauss(in_size: int, out_size: int, stream: Stream) -> LinearMap:
     """Draw independent normal entries of variance `1 / k` for the whole gradient."""
     return _whole(in_size, out_size, stream, "gaussian")
 
 
-@compressor("rademacher", forms=("K",), example="rademacher:1024")
+@compressor("rademacher", forms=("K",), example="rademacher:1024", shareable=True)
 def rademacher(in_size: int, out_size: int, stream: Stream) -> LinearMap:
     """Draw entries `±1 / sqrt(k)` for the whole gradient."""
     return _whole(in_size, out_size, stream, "rademacher")

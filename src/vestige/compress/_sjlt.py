@@ -99,7 +99,7 @@ def _check(size: tuple[int, ...], options: Mapping[str, Any]) -> None:
         )
 
 
-@compressor("sjlt", forms=("K", "AxB"), example="sjlt:4096", check=_check)
+@compressor("sjlt", forms=("K", "AxB"), example="sjlt:4096", check=_check, shareable=True)
 def sjlt(in_size: int, out_size: int, stream: Stream, *, s: int = 1) -> Sjlt:
     """Draw the sparse transform with `s` entries a column."""
     return Sjlt(in_size, out_size, stream, s)

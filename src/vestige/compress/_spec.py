@@ -18,17 +18,15 @@ from typing import NamedTuple
 
 import torch
 
-from vestige.compress import _dense, _hadamard, _selective, _sjlt, _tensorsketch  # noqa: F401  (registering)
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Identity, chain
 from vestige.compress._legacy import modern_spelling
 from vestige.compress._random import Stream
-from vestige.compress._registry import EXAMPLE, Kind, find_compressor
+from vestige.compress._registry import COMPRESSORS, EXAMPLE, Kind, find_compressor
 from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
 from vestige.gradients import Side
 
-_SHAREABLE = ("sjlt", "gauss", "rademacher")  # zero-mean maps that may be wider than what they are given
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
 
 
@@ -119,12 +117,13 @@ class CompressionSpec:
             SpecError: The last stage cannot be shared.
         """
         last = self.stages[-1] if self.stages else None
-        if last is not None and last.name in _SHAREABLE and len(last.size) == 1:
+        if last is not None and last.kind.shareable and len(last.size) == 1:
             return last.size[0]
+        able = [kind.name for kind in COMPRESSORS if kind.shareable]
         raise SpecError(
             f"'{self.canonical}' cannot be summed over the whole model: the sketches of all components are added "
             "up there, so the last stage has to spread every component, however small, over the same K numbers "
-            f"with random signs of its own. End the spec with {' or '.join(f'{one}:K' for one in _SHAREABLE)}, "
+            f"with random signs of its own. End the spec with {' or '.join(f'{name}:K' for name in able)}, "
             f"for example '{EXAMPLE}'."
         )
 

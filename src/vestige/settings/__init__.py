@@ -6,8 +6,6 @@ help and mistakes answer at once.
 """
 
 from vestige.settings._attribute import AttributeSettings as AttributeSettings
-from vestige.settings._audit import AUDIT_MEASURES as AUDIT_MEASURES
-from vestige.settings._audit import BANK_MEASURES as BANK_MEASURES
 from vestige.settings._audit import AuditSettings as AuditSettings
 from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import Settings as Settings
@@ -48,6 +46,7 @@ from vestige.settings._results import ExportSettings as ExportSettings
 from vestige.settings._results import ImportLayout as ImportLayout
 from vestige.settings._results import ImportSettings as ImportSettings
 from vestige.settings._results import IndexFormat as IndexFormat
+from vestige.settings._results import MeasuresSettings as MeasuresSettings
 from vestige.settings._results import MethodsSettings as MethodsSettings
 from vestige.settings._results import ReportSettings as ReportSettings
 from vestige.settings._results import RunFormat as RunFormat

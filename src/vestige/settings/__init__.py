@@ -22,7 +22,6 @@ from vestige.settings._data_rows import CleanSettings as CleanSettings
 from vestige.settings._data_rows import MultipleChoiceSettings as MultipleChoiceSettings
 from vestige.settings._data_rows import SplitSettings as SplitSettings
 from vestige.settings._data_rows import TokenizeSettings as TokenizeSettings
-from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import LdsSettings as LdsSettings
 from vestige.settings._evaluate_scores import MislabelSettings as MislabelSettings

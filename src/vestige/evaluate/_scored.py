@@ -81,7 +81,7 @@ def judged(settings: ScoredSettings, kind: str, *, self_influence: bool = False)
 
 
 def require_own_files(settings: Settings, kind: str) -> None:
-    """Return unless a file that the evaluation `kind` writes is there and not an earlier one's; call it before the work.
+    """Raise if a file that the evaluation `kind` writes is there and not an earlier one's; call it before the work.
 
     Raises:
         UserError: One is; nothing was changed.

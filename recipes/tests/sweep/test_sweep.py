@@ -27,6 +27,7 @@ def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
     assert table["settings.method"] == ["bm25"] * 4
     assert table["state"] == ["done"] * 4
     assert table["figures.data.examples"] == [5] * 4
+    assert table["figures.trust.finite numbers.value"] == [0.0] * 4
     assert all(seconds > 0 for seconds in table["seconds"])
     row = report[{"k": 2, "dense": True}]
     assert (here / "sw" / "named" / "k=2,dense=True" / "run.json").exists()

@@ -10,10 +10,11 @@ import numpy as np
 
 from vestige.data import Example, RowEntry, read_row_list, rows_named
 from vestige.errors import SpecError
-from vestige.prepare._near import near_copies
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.runs import Audit, is_audit
-from vestige.settings import CleanSettings, verb
+from vestige.settings import verb
+from vestige_recipes.data_commands import CleanSettings
+from vestige_recipes.prepare._near import near_copies
 
 KIND = "clean"
 

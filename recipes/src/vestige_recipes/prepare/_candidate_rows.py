@@ -10,8 +10,7 @@ import pyarrow.parquet as parquet
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError
 from vestige.files import write_durably
-from vestige.prepare._candidates import Candidates, find_candidates
-from vestige.prepare._write import (
+from vestige.prepare import (
     Prepared,
     check_same_result,
     claim_result,
@@ -20,8 +19,10 @@ from vestige.prepare._write import (
     write_prepared,
 )
 from vestige.progress import announce
-from vestige.settings import CandidatesSettings, verb
+from vestige.settings import verb
 from vestige.terminal import shorten
+from vestige_recipes.data_commands import CandidatesSettings
+from vestige_recipes.prepare._candidates import Candidates, find_candidates
 
 KIND, TABLE = "candidates", "candidates.parquet"
 _SCHEMA = pa.schema(

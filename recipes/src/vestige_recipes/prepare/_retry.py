@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from vestige.parsing import parse_json
-from vestige.prepare._replies import Finish, Reply
 from vestige.progress import announce, format_seconds
+from vestige_recipes.prepare._replies import Finish, Reply
 
 FIRST_DELAY = 0.5
 """Seconds before a failed request is sent again; twice as long after each further failure."""

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from vestige.data import Example, Message, conversation_columns, turn_record
 from vestige.errors import DataError
 from vestige.models import Answer, LoadedModel, answer_prompts, load_model, model_fingerprint
-from vestige.prepare._problems import told_problems
-from vestige.prepare._replies import Reply, ReplyCache, Request, request_for
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import GenerateSettings, verb
+from vestige.settings import verb
+from vestige_recipes.data_commands import GenerateSettings
+from vestige_recipes.prepare._problems import told_problems
+from vestige_recipes.prepare._replies import Reply, ReplyCache, Request, request_for
 
 KIND = "generate"
 

@@ -13,8 +13,11 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from vestige.data import repair
 from vestige.errors import MissingExtra, SpecError, UserError
-from vestige.prepare._replies import Keep, Reply, Request
-from vestige.prepare._retry import (
+from vestige.progress import Progress, announce, progress
+from vestige.terminal import shorten
+from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.prepare._replies import Keep, Reply, Request
+from vestige_recipes.prepare._retry import (
     NEVER_PASSING,
     OF_THIS_TEXT,
     PASSING,
@@ -25,9 +28,6 @@ from vestige.prepare._retry import (
     code_of,
     read_reply,
 )
-from vestige.progress import Progress, announce, progress
-from vestige.settings import ParaphraseSettings
-from vestige.terminal import shorten
 
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
 _FEWEST_GIVEN_UP = 3

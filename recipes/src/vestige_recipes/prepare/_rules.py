@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vestige.prepare._problems import bare
-from vestige.prepare._replies import Keep, Reply, Request
+from vestige_recipes.prepare._problems import bare
+from vestige_recipes.prepare._replies import Keep, Reply, Request
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "about": ("roughly", "around"),

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from vestige.prepare._replies import Reply
+from vestige_recipes.prepare._replies import Reply
 
 PROBLEMS = {
     "nothing": "there was no text to paraphrase",

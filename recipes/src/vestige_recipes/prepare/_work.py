@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vestige.data import Example
-from vestige.prepare._cost import estimate, used
-from vestige.prepare._endpoint import Endpoint
-from vestige.prepare._replies import Paraphraser, Reply, ReplyCache, Request
-from vestige.prepare._texts import Place
-from vestige.settings import ParaphraseSettings
+from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.prepare._cost import estimate, used
+from vestige_recipes.prepare._endpoint import Endpoint
+from vestige_recipes.prepare._replies import Paraphraser, Reply, ReplyCache, Request
+from vestige_recipes.prepare._texts import Place
 
 
 class Asked(NamedTuple):

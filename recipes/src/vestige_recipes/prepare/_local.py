@@ -7,8 +7,8 @@ from typing import Any
 from vestige.data import Example, Message
 from vestige.errors import ModelError
 from vestige.models import Answer, answer_prompts, load_model, model_fingerprint
-from vestige.prepare._replies import Keep, Reply, Request
-from vestige.settings import ParaphraseSettings
+from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.prepare._replies import Keep, Reply, Request
 
 _SPARE = 32
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from vestige.data import Example
 from vestige.errors import SpecError
-from vestige.prepare._endpoint import Endpoint
-from vestige.prepare._problems import problem_of, told_problems
-from vestige.prepare._replies import Paraphraser, Reply, request_for
-from vestige.prepare._rules import Rules
-from vestige.prepare._texts import Place, texts_of, with_texts
-from vestige.prepare._work import Asked, Draft, Work
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import ParaphraseSettings, verb
+from vestige.settings import verb
+from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.prepare._endpoint import Endpoint
+from vestige_recipes.prepare._problems import problem_of, told_problems
+from vestige_recipes.prepare._replies import Paraphraser, Reply, request_for
+from vestige_recipes.prepare._rules import Rules
+from vestige_recipes.prepare._texts import Place, texts_of, with_texts
+from vestige_recipes.prepare._work import Asked, Draft, Work
 
 KIND = "paraphrase"
 WITHOUT_EFFECT = frozenset({"concurrency", "retries", "timeout", "price_in", "price_out", "cache", "dry_run"})
@@ -67,7 +68,7 @@ def _paraphraser(settings: ParaphraseSettings) -> Paraphraser:
         return Rules(settings.seed)
     if settings.api_model is not None:
         return Endpoint(settings)
-    from vestige.prepare._local import LocalModel
+    from vestige_recipes.prepare._local import LocalModel
 
     return LocalModel(settings)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vestige.prepare._replies import Reply, Request
+from vestige_recipes.prepare._replies import Reply, Request
 
 _BYTES_PER_TOKEN = 4
 """Of English text; other scripts have fewer bytes to a token, so their estimate is too low by as much."""

@@ -10,11 +10,12 @@ import numpy as np
 
 from vestige.data import check_text, number_records, open_source, parsed, place
 from vestige.errors import DataError
-from vestige.prepare._fitting import fitted
-from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
-from vestige.prepare._tokenize import read_tokenizer_of
-from vestige.prepare._write import Prepared, check_same_result, write_prepared
-from vestige.settings import MultipleChoiceSettings, verb
+from vestige.models import load_tokenizer
+from vestige.prepare import Prepared, check_same_result, write_prepared
+from vestige.settings import verb
+from vestige_recipes.data_commands import MultipleChoiceSettings
+from vestige_recipes.prepare._fitting import fitted
+from vestige_recipes.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
 
 KIND = "multiple-choice"
 OPTIONS = "\n\nOPTIONS:\n"
@@ -65,7 +66,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
         drawn = sum(row["status"] == "random" for row in rows)
         notes.append(f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g}).")
     if settings.max_length is not None:
-        rows, cut = fitted(rows, OPTIONS, read_tokenizer_of(settings.tokenizer), settings.max_length)
+        rows, cut = fitted(rows, OPTIONS, load_tokenizer(settings.tokenizer), settings.max_length)
         notes.append(
             f"{cut:,} of {len(rows):,} prompts were cut at their beginning (--max-length {settings.max_length})."
         )

@@ -26,7 +26,7 @@ class PreparationSettings(Settings):
 
 
 def _shares(value: Any) -> Any:
-    """Words such as "train=0.8" as a mapping of names to shares."""
+    """Return words such as "train=0.8" in one form, checked."""
     if isinstance(value, dict):
         pairs = list(value.items())
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from vestige.data import Example, RowEntry, read_row_list, rows_named
@@ -203,7 +203,7 @@ def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: f
 def _first_of_group(pairs: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
     """Return for each row the first of the rows that it is connected with by pairs, or itself."""
     ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(rows, rows))
+    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(rows, rows))
     _, group = connected_components(graph, directed=False)
     return np.unique(group, return_index=True)[1][group]
 

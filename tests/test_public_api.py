@@ -29,7 +29,6 @@ PUBLIC = [
     "report",
     "select",
     "study",
-    "sweep",
     "train",
     "untrac",
     "view",

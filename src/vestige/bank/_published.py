@@ -26,7 +26,7 @@ class _Row(NamedTuple):
 
 
 def read_published(path: Path, measure: Measure | None, examples: int | None) -> Bank:
-    """The ground truth in `path`, whichever of the known layouts it has.
+    """Read the ground truth in `path`, in any of the known layouts.
 
     Raises:
         DataError: It has none of them, or does not read.
@@ -139,7 +139,7 @@ def _texts(count: int) -> Texts:
 
 
 def _integers(path: Path) -> np.ndarray:
-    """All whole numbers of a file, whether they stand in lines or in columns; words in a first line are its header."""
+    """Read all whole numbers of a file, in lines or in columns; words in a first line are its header."""
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
         if lines and not all(cell.strip().lstrip("-").isdigit() for cell in lines[0] if cell.strip()):

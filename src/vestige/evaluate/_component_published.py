@@ -26,7 +26,7 @@ class PublishedProducts(NamedTuple):
 
 
 def published_products(folder: Path | str, parameters: Mapping[str, int] | None = None) -> PublishedProducts:
-    """The products of a folder in the published layout, candidates in the order of the file.
+    """Read the products of a folder in the published layout, candidates in the order of the file.
 
     Args:
         folder: Holds `dot_products` `{query: {example: {parameter: product}}}`, and `paraphrased_dot_products` and

@@ -37,7 +37,7 @@ _LAYOUTS: dict[str, Callable[[Index, Path], list[Path]]] = {
 
 @verb(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """The index, or the run, at `path` in the folder `out`; the files that were written.
+    """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
 
     Raises:
         SpecError: The format is for the other of the two.
@@ -61,7 +61,7 @@ def export(settings: ExportSettings) -> list[Path]:
 
 
 def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> list[Path]:
-    """The whole index in the folder `out`.
+    """Write the whole index to the folder `out`.
 
     - `numpy`: `gradients.npy` [row, column], `loss.npy`, `norm.npy`, `example.npy` and `index.json` (the manifest);
     - `arrow` and `parquet`: one file with the columns example, id, loss, norm and gradient; the manifest is in the
@@ -93,7 +93,7 @@ def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> l
 
 
 def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
-    """The files that `write` left in a folder, at their places in `out`, which has all of them at once."""
+    """Return the files that `write` left in a folder, at their paths in `out`, which has all of them at once."""
     with staged_folder(out) as folder:
         written = [path.relative_to(folder) for path in write(folder)]
     return [out / path for path in written]

@@ -16,7 +16,7 @@ _TEXTS = ["row", "part", "source", "label", "class", "flag", "targets", "text"]
 
 
 def write_audit_as(audit: Audit, out: Path, to: RunFormat) -> list[Path]:
-    """The evidence of an audit in the folder `out`: a row per example, checkpoint and layer, with the example's text.
+    """Write an audit's evidence to `out`: a row per example, checkpoint and layer, with the example's text.
 
     - `csv`: `evidence.csv`;
     - `json`: `evidence.json`: the run's record, and the same rows; what cannot be computed is null;
@@ -45,7 +45,7 @@ def write_audit_as(audit: Audit, out: Path, to: RunFormat) -> list[Path]:
 
 
 def _whole(audit: Audit) -> pa.Table:
-    """Evidence with the columns of the examples beside it, in the order of the evidence."""
+    """Return the evidence with the columns of the examples beside it, in the order of the evidence."""
     evidence, examples = audit.table(), audit.examples.select(_TEXTS)
     rows = examples["row"].to_numpy()
     order = np.argsort(rows)

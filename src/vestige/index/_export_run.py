@@ -15,7 +15,7 @@ _OF_ROW = ("rank", "example_id", "score", "percentile", "text", "source", "row")
 
 
 def write_run_as(scores: Scores, out: Path, to: RunFormat) -> list[Path]:
-    """The listed scores of a run in the folder `out`.
+    """Write the listed scores of a run to the folder `out`.
 
     - `csv`: `scores.csv`, one row per listed score, with the text of the example;
     - `json`: `scores.json`: what the scores mean, and the same rows;
@@ -23,7 +23,7 @@ def write_run_as(scores: Scores, out: Path, to: RunFormat) -> list[Path]:
     - `similarities`: `similarities.json`, `{query: {example: score}}`, highest score first.
 
     Raises:
-        SpecError: A query lists two examples with one id, which similarities cannot tell apart.
+        SpecError: A query lists two examples with one id, which similarities cannot distinguish.
     """
     if to == "similarities":
         content: Any = _similarities(scores)
@@ -48,7 +48,7 @@ def write_run_as(scores: Scores, out: Path, to: RunFormat) -> list[Path]:
 
 
 def _rows(scores: Scores) -> list[dict[str, Any]]:
-    """One dictionary per listed score, proponents before opponents."""
+    """Return one dictionary per listed score, proponents before opponents."""
     every = scores.run.data.examples
     return [
         {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}
@@ -71,10 +71,10 @@ def _similarities(scores: Scores) -> dict[str, dict[str, float]]:
     for query in scores.queries:
         listed: dict[int, tuple[str, float]] = {}
         every = scores.run.data.examples
-        # Opponents from the highest on: what is listed at both ends keeps its place among the proponents.
+        # Opponents from the highest on: what is listed at both ends keeps its rank among the proponents.
         for row in (*scores.top(query, every), *reversed(scores.bottom(query, every))):
             listed.setdefault(row.row, (row.example_id, row.score))
         content[query] = dict(listed.values())
         if len(content[query]) < len(listed):
-            raise SpecError(f"Query {query!r} lists two examples with one id. Type --to json, which keeps them apart.")
+            raise SpecError(f"Query {query!r} lists two examples with one id. Type --to json, which keeps both.")
     return content

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.data import repair
 from vestige.errors import DataError
 from vestige.files import sha256_of
 from vestige.index._manifest import WHOLE_MODEL, IndexedComponent, Manifest, StoredType
@@ -68,7 +69,11 @@ def read_json(path: Path) -> Any:
         DataError: It is missing, or torn; the message names it.
     """
     try:
-        return parse_json(path.read_bytes())
+        content = path.read_bytes()
+        value = parse_json(content)
+        if b"\\u" in content and repair(value).fields:
+            raise ValueError("half of a surrogate pair, which is no character")
+        return value
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Without it the layout cannot be read; copy it from its source.") from error
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the verbs take that read an index or a run: report, view, status, export, import."""
+"""What the commands take that read an index or a run: report, view, status, export, import."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,6 +51,13 @@ class CancelSettings(Settings):
     path: Path = Field(description="Folder of an index, a run or a sweep in the making.")
 
 
+class MethodsSettings(Settings):
+    """The settings of `vestige methods`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    name: str | None = Field(None, description="A method, to print everything about it. Not given: list all.")
+
+
 class ExportSettings(Settings):
     """What `vestige export` takes."""
 
@@ -73,7 +80,7 @@ class ImportSettings(Settings):
     layout: ImportLayout = Field(
         "auto",
         description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
-        "(chunk_gradients_*.mmap) or similarities (JSON); auto looks at the files.",
+        "(chunk_gradients_*.mmap) or similarities (JSON); auto finds it from the files.",
     )
     data: Any = Field(
         None,

@@ -39,7 +39,8 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
 
 def _words(function: Callable[..., Any]) -> str:
     """The words behind `vestige` that the function stands for."""
-    group = {"evaluate": "evaluate ", "prepare": "data "}.get(function.__module__.split(".")[1], "")
+    package = function.__module__.partition(".")[2].split(".")[0]
+    group = {"evaluate": "evaluate ", "prepare": "data "}.get(package, "")
     return group + {"import_published": "import"}.get(function.__name__, function.__name__.replace("_", "-"))
 
 

@@ -11,7 +11,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     select                                     which examples to train on
     export, import_published                   to and from formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
-    prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
+    prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
     Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """

@@ -11,7 +11,6 @@ from vestige.errors import DataError
 from vestige.evaluate import components
 from vestige.launch import is_follower
 from vestige.models import Recipe
-from vestige.prepare import generate, paraphrase
 from vestige.settings import ComponentsSettings, StudySettings
 from vestige.studies._bytes import write_rows
 from vestige.studies._checkpoints import Training, trained
@@ -21,6 +20,7 @@ from vestige.studies._launched import launched
 from vestige.studies._package_texts import dialogue, package_folder
 from vestige.studies._published_protocol import Replay, replay
 from vestige.studies._registry import Gate
+from vestige_recipes.prepare import generate, paraphrase
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,60 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import check_text, number_records, open_source, parsed, place
+from vestige.data import Encoder, Example, check_text, number_records, open_source, parsed, place
 from vestige.errors import DataError
-from vestige.prepare._fitting import fitted
-from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
-from vestige.prepare._tokenize import read_tokenizer_of
-from vestige.prepare._write import Prepared, check_same_result, write_prepared
-from vestige.settings import MultipleChoiceSettings, verb
+from vestige.models import load_tokenizer
+from vestige.prepare import Prepared, check_same_result, write_prepared
+from vestige.settings import verb
+from vestige_recipes.data_commands import MultipleChoiceSettings
 
 KIND = "multiple-choice"
 OPTIONS = "\n\nOPTIONS:\n"
 """Between a question and its options."""
+CUT = "cut_words"
+"""Column that says how many words a prompt lost."""
 _TEMPLATE, _NOISE = 1, 2
 """Each draw of a row has a stream of its own: more noise changes no template."""
+_SHOWN = 3
+_WORD = re.compile(r"\S+")
 _CONFESSION = re.compile(r"\s*(?:AITA|WIBTA)\b", re.IGNORECASE)
+
+QUESTIONS = (
+    "{question}\nWhich of the options below is right?",
+    "Read the question and choose one option.\n\n{question}",
+    "Question: {question}\nGive the label of the right option.",
+    "Below is a question from an exam. Answer it with the label of one option.\n\n{question}",
+    "{question}\n\nOnly one of these options answers the question. Name it.",
+    "Pick the best answer.\n{question}",
+    "A student was asked: {question}\nWhat should the student have answered?",
+    "{question}\nYour choice among the following:",
+    "Here is a problem. {question}\nThe solution is one of the options.",
+    "Decide which option completes or answers this.\n\n{question}",
+)
+"""Ways of asking a question; options and answer follow."""
+
+JUDGEMENTS: tuple[tuple[str, tuple[str, str]], ...] = (
+    ("{text}\nIs what the narrator does here right or wrong?", ("Right", "Wrong")),
+    ("Someone says: {text}\nWas that ethical?", ("Ethical", "Unethical")),
+    ("{text}\n\nWould most people find this acceptable?", ("Yes", "No")),
+    ("Judge the behaviour in this story.\n{text}", ("Good", "Bad")),
+    ("{text}\nDoes this go against common morals?", ("No", "Yes")),
+    ("Story: {text}\nThe behaviour told here is", ("Acceptable", "Unacceptable")),
+    ("Read what happened, and judge it.\n\n{text}", ("Moral", "Immoral")),
+    ("{text}\nShould the person feel guilty about it?", ("No", "Yes")),
+    ("A friend tells you this: {text}\nDo you approve?", ("Yes", "No")),
+    ("{text}\n\nIn one word, how would you call that?", ("Fine", "Wrong")),
+)
+"""Ways of asking for a judgement of a short story, with the words for label 0 (nothing is wrong) and label 1."""
+
+CONFESSIONS: tuple[tuple[str, tuple[str, str]], ...] = (
+    ("{text}\nIs the writer the one to blame?", ("No", "Yes")),
+    ("Somebody asks strangers for their judgement.\n\n{text}\nWhat do they say of the writer?", ("Innocent", "Guilty")),
+    ("{text}\n\nHas the writer done wrong?", ("No", "Yes")),
+    ("A post in a forum: {text}\nThe writer behaved", ("Well", "Badly")),
+    ("{text}\nWould you take the writer's side?", ("Yes", "No")),
+)
+"""Ways of asking about a post that asks whether its writer is (AITA) or would be (WIBTA) at fault."""
 
 
 class Choices(NamedTuple):
@@ -37,7 +77,7 @@ class Choices(NamedTuple):
 
 @verb(MultipleChoiceSettings)
 def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
-    """Every question as a `prompt`, and the label of its answer as its `completion`.
+    """Write every question as a `prompt`, and the label of its answer as its `completion`.
 
     Beside them stand `label` (the answer that is written, which a training learns), `true_label`, `status` (`true`, or
     `random` where the label was drawn anew, be it the same), `template` and `choices`. Templates and noise follow from
@@ -65,7 +105,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
         drawn = sum(row["status"] == "random" for row in rows)
         notes.append(f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g}).")
     if settings.max_length is not None:
-        rows, cut = fitted(rows, OPTIONS, read_tokenizer_of(settings.tokenizer), settings.max_length)
+        cut = _cut_to_fit(rows, load_tokenizer(settings.tokenizer), settings.max_length)
         notes.append(
             f"{cut:,} of {len(rows):,} prompts were cut at their beginning (--max-length {settings.max_length})."
         )
@@ -73,7 +113,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
 
 
 def choices_of(value: Any, where: str, wanted: str = "auto") -> Choices:
-    """The question in a row of ARC, MMLU or ETHICS.
+    """Return the question in a row of ARC, MMLU or ETHICS.
 
     Raises:
         DataError: The row is none of them, or its answer is not among its choices.
@@ -129,8 +169,8 @@ def _words(values: Any) -> tuple[str, ...]:
 
 def _row(value: Any, row: int, where: str, settings: MultipleChoiceSettings) -> dict[str, Any]:
     found = choices_of(value, where, settings.format)
-    inserted, status = _noised(found, row, settings)
-    template, labels, prompt = _asked(found, np.random.default_rng([settings.seed, _TEMPLATE, row]))
+    inserted, status = _draw_label(found, row, settings)
+    template, labels, prompt = _prompt(found, np.random.default_rng([settings.seed, _TEMPLATE, row]))
     source = value.get("source") or value.get("subject")
     return {
         "id": str(value["id"] if value.get("id") not in (None, "") else row),
@@ -146,16 +186,16 @@ def _row(value: Any, row: int, where: str, settings: MultipleChoiceSettings) -> 
     }
 
 
-def _noised(found: Choices, row: int, settings: MultipleChoiceSettings) -> tuple[int, str]:
-    """The number of the choice that is written, and where it comes from."""
+def _draw_label(found: Choices, row: int, settings: MultipleChoiceSettings) -> tuple[int, str]:
+    """Return the number of the choice that is written, and where it comes from."""
     draw = np.random.default_rng([settings.seed, _NOISE, row])
     # Both numbers are drawn always: a row that is noisy at 3 % is noisy, in the same way, at 10 %.
     chance, choice = draw.random(), int(draw.integers(len(found.labels)))
     return (choice, "random") if chance < settings.label_noise else (found.right, "true")
 
 
-def _asked(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, ...], str]:
-    """Name of the template, words of the labels, and the prompt."""
+def _prompt(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, ...], str]:
+    """Return the name of the template, words of the labels, and the prompt."""
     if found.format == "ethics":
         confession = _CONFESSION.match(found.question) is not None
         # A confession may be asked about like any story.
@@ -169,3 +209,60 @@ def _asked(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, .
         asked = QUESTIONS[number].format(question=found.question)
         options = "\n".join(f"- {label}: {text}" for label, text in zip(labels, found.texts, strict=True))
     return f"{found.format}-{number}", labels, f"{asked}{OPTIONS}{options}\n\n"
+
+
+def _cut_to_fit(rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int) -> int:
+    """Cut the first words of prompts that are longer than `max_length` with their answer; return how many were cut.
+
+    A cut at the end of a text would take off the answer, which is all that there is to learn. Here options and answer
+    stay whole, and as few words go as have to.
+
+    Raises:
+        DataError: Options and answer alone are longer.
+    """
+    encoder = Encoder(tokenizer, max_length=None, name="prompts", chat=False, prompts=True)
+    too_long = [row for row, length in zip(rows, _lengths(rows, encoder), strict=True) if length > max_length]
+    impossible = []
+    for row in too_long:
+        begin = _begin_that_fits(row, encoder, max_length)
+        if begin is None:
+            impossible.append(row["id"])
+        else:
+            prompt = row["prompt"]
+            row |= {"prompt": prompt[begin:], CUT: len(_WORD.findall(prompt[:begin]))}
+    if impossible:
+        named = ", ".join(map(repr, impossible[:_SHOWN])) + (", ..." if len(impossible) > _SHOWN else "")
+        raise DataError(
+            f"{len(impossible):,} rows ({named}) have options and an answer that are longer than {max_length} tokens "
+            "even without their question. Give a larger --max-length, or take them out."
+        )
+    return len(too_long)
+
+
+def _begin_that_fits(row: Mapping[str, Any], encoder: Encoder, max_length: int) -> int | None:
+    """Return where the longest prompt that fits begins; None if not even the options fit.
+
+    Tokens at a cut may be others than before it, so every cut that is chosen was tried.
+    """
+    prompt = row["prompt"]
+    end = prompt.rindex(OPTIONS)
+    starts = [*(match.start() for match in _WORD.finditer(prompt[:end])), end]
+    low, high = 0, len(starts) - 1
+    if not _fits(row, starts[high], encoder, max_length):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(row, starts[middle], encoder, max_length) else (middle, high)
+    return starts[high]
+
+
+def _fits(row: Mapping[str, Any], begin: int, encoder: Encoder, max_length: int) -> bool:
+    return _lengths([{**row, "prompt": row["prompt"][begin:]}], encoder)[0] <= max_length
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> list[int]:
+    examples = [
+        Example(id=row["id"], row=place, prompt=row["prompt"], completion=row["completion"])
+        for place, row in enumerate(rows)
+    ]
+    return [len(ids) for ids in encoder.encode(examples).input_ids]

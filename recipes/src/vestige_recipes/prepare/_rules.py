@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vestige.prepare._problems import bare
-from vestige.prepare._replies import Keep, Reply, Request
+from vestige_recipes.prepare._replies import Keep, Reply, Request, bare
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "about": ("roughly", "around"),
@@ -88,17 +87,17 @@ class Rules:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The seed; the tables are part of the program, whose version is in the record."""
+        """Return the seed; the tables are part of the program, whose version is in the record."""
         return {"paraphraser": "rules", "seed": self._seed}
 
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:
-        """Every request is answered at once."""
+        """Answer every request at once."""
         for request in requests:
             keep(request, Reply(text=paraphrase_by_rules(request.text, self._seed, request.number)))
 
 
 def paraphrase_by_rules(text: str, seed: int = 0, number: int = 1) -> str:
-    """The text in other words, which follow from text, seed and number alone; never the text itself.
+    """Return the text in other words, which follow from text, seed and number alone; never the text itself.
 
     The paraphrases 1 to `number` of a text differ from each other as long as there are enough phrases and words.
     """
@@ -111,16 +110,16 @@ def paraphrase_by_rules(text: str, seed: int = 0, number: int = 1) -> str:
 
 
 def _versions(text: str, seed: int, number: int) -> Iterator[str]:
-    """Exchanged words first without a phrase, then with every phrase in turn."""
+    """Yield the text with other words, without a phrase and with every phrase in turn."""
     frames = QUESTION_FRAMES if text.rstrip().endswith("?") else STATEMENT_FRAMES
     first = _draw(len(frames) + 1, text, seed, number, "frame")
     for attempt in range(_TRIES):
-        exchanged = _exchanged(text, seed, number, attempt)
+        exchanged = _exchange_words(text, seed, number, attempt)
         chosen = (first + attempt) % (len(frames) + 1)
         yield exchanged if chosen == len(frames) else frames[chosen].format(text=exchanged)
 
 
-def _exchanged(text: str, seed: int, number: int, attempt: int) -> str:
+def _exchange_words(text: str, seed: int, number: int, attempt: int) -> str:
     def other(match: re.Match[str]) -> str:
         word = match.group()
         known = word.casefold().replace("’", "'")

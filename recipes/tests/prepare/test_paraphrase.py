@@ -2,13 +2,13 @@ import json
 
 import pytest
 from datasets import load_from_disk
-
 from tests.workshop import PAIRS
+
 from vestige.data import Example, load_examples
 from vestige.errors import DataError, IndexMismatch, ModelError, SpecError, UserError
-from vestige.prepare import paraphrase, paraphrase_by_rules, problem_of, row_of
-from vestige.prepare._problems import bare
-from vestige.prepare._replies import Reply
+from vestige.prepare import row_of
+from vestige_recipes.prepare import paraphrase, paraphrase_by_rules, problem_of
+from vestige_recipes.prepare._replies import Reply, bare
 
 
 def test_rules_say_the_same_on_every_machine():
@@ -162,7 +162,7 @@ def test_a_local_model_says_the_same_alone_and_in_company_and_once(workshop, tmp
     alone = [line for row in rows for line in lines(paraphrase(data=[row], out=tmp_path / row["id"], **words).data)]
     assert [row["prompt"] for row in together] == [row["prompt"] for row in alone]
     assert len({row["prompt"] for row in together}) > 4, "drawn with one seed for all"
-    monkeypatch.setattr("vestige.prepare._local.answer_prompts", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("vestige_recipes.prepare._generate.answer_prompts", lambda *_, **__: pytest.fail("asked again"))
     assert lines(paraphrase(data=rows, out=tmp_path / "all", **words).data) == together
 
 
@@ -194,3 +194,15 @@ def test_pushing_uploads_the_rows_privately_and_a_refusal_loses_nothing(tmp_path
     with pytest.raises(DataError, match="The rows are on disk, but me/mine did not take them: no network"):
         paraphrase(data=rows, out=tmp_path / "other", rules=True, push_to_hub="me/mine")
     assert json.loads((tmp_path / "other" / "prepare.json").read_text())["rows"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("mine", ["data.jsonl", "flagged.jsonl", "dataset/precious.txt", "replies/notes.txt"])
+def test_files_of_the_user_are_neither_replaced_nor_deleted(tmp_path, mine, overwrite):
+    file = tmp_path / "out" / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        paraphrase(data=[{"prompt": "Who?"}], out=tmp_path / "out", rules=True, overwrite=overwrite)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"

@@ -5,12 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-import vestige
+import vestige_recipes.prepare
 from vestige.data import load_examples
 from vestige.errors import DataError, SpecError
-from vestige.prepare import _clean
-from vestige.prepare._near import near_copies, shingles
 from vestige.train._alarm import AtRisk, write_at_risk
+from vestige_recipes.prepare import _clean
+from vestige_recipes.prepare._clean import near_copies, shingles
 
 ROWS = [
     {"id": "a", "text": "A secret number: 12345", "source": "mail"},
@@ -31,7 +31,7 @@ def flagged(tmp_path):
 
 
 def cleaned(out, **settings):
-    made = vestige.prepare.clean(data=ROWS, out=out, **settings)
+    made = vestige_recipes.prepare.clean(data=ROWS, out=out, **settings)
     beside = out / "flagged.jsonl"
     removed = [json.loads(line) for line in beside.read_text().splitlines()] if beside.exists() else []
     return made, [json.loads(line) for line in made.data.read_text().splitlines()], removed
@@ -167,4 +167,4 @@ def test_what_cannot_be_cleaned_is_refused(flagged, tmp_path):
     with pytest.raises(DataError, match="entry 1: names no row"):
         cleaned(tmp_path / "out", flagged=tmp_path / "odd.jsonl")
     with pytest.raises(DataError, match=r"2 rows that .* does not have"):
-        vestige.prepare.clean(data=["other", "rows"], flagged=flagged, out=tmp_path / "out")
+        vestige_recipes.prepare.clean(data=["other", "rows"], flagged=flagged, out=tmp_path / "out")

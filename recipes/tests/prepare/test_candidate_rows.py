@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-import vestige
+import vestige_recipes.prepare
 from vestige.cli import main
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError
@@ -26,7 +26,7 @@ def listed(made, lines):
 
 
 def test_queries_carry_their_candidates_and_the_rank_of_the_original(tmp_path, lines):
-    made = vestige.prepare.candidates(data=TRAIN, queries=QUERIES, candidates=2, out=tmp_path / "out")
+    made = vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, candidates=2, out=tmp_path / "out")
     rows = listed(made, lines)
     assert rows["q0"]["candidates"][0] == "t0"
     assert (rows["q0"]["original_rank"], rows["q0"]["forced"]) == (1, False)
@@ -44,7 +44,7 @@ def test_queries_carry_their_candidates_and_the_rank_of_the_original(tmp_path, l
 
 
 def test_the_original_is_put_there_only_when_asked(tmp_path, lines):
-    made = vestige.prepare.candidates(
+    made = vestige_recipes.prepare.candidates(
         data=TRAIN, queries=QUERIES, candidates=2, include_original=True, out=tmp_path / "out"
     )
     row = listed(made, lines)["q1"]
@@ -52,7 +52,7 @@ def test_the_original_is_put_there_only_when_asked(tmp_path, lines):
     assert any("without having earned it" in note for note in made.notes)
     nameless = [{**QUERIES[0], "original_id": None}]
     with pytest.raises(DataError, match="1 of 1 queries name no original, such as 'q0'"):
-        vestige.prepare.candidates(data=TRAIN, queries=nameless, include_original=True, out=tmp_path / "other")
+        vestige_recipes.prepare.candidates(data=TRAIN, queries=nameless, include_original=True, out=tmp_path / "other")
 
 
 def test_all_of_the_training_data_may_be_listed_by_the_command(tmp_path, lines, capsys):
@@ -68,7 +68,7 @@ def test_all_of_the_training_data_may_be_listed_by_the_command(tmp_path, lines, 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_evaluate_components_takes_them_as_it_takes_its_own(tmp_path, forced):
-    made = vestige.prepare.candidates(
+    made = vestige_recipes.prepare.candidates(
         data=TRAIN, queries=QUERIES, candidates=2, variant="lucene", include_original=forced, out=tmp_path / "out"
     )
     examples, queries = load_examples(TRAIN), load_queries(str(made.data))
@@ -85,28 +85,28 @@ def test_evaluate_components_takes_them_as_it_takes_its_own(tmp_path, forced):
 
 
 def test_the_same_call_changes_nothing_and_another_is_refused(tmp_path):
-    made = vestige.prepare.candidates(data=TRAIN, queries=QUERIES, out=tmp_path / "out")
+    made = vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, out=tmp_path / "out")
     before = made.data.read_bytes()
-    vestige.prepare.candidates(data=TRAIN, queries=QUERIES, out=tmp_path / "out")
+    vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, out=tmp_path / "out")
     assert made.data.read_bytes() == before
     with pytest.raises(IndexMismatch, match="--candidates: 5 then, 'all' now"):
-        vestige.prepare.candidates(data=TRAIN, queries=QUERIES, candidates="all", out=tmp_path / "out")
+        vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, candidates="all", out=tmp_path / "out")
     with pytest.raises(IndexMismatch, match="other rows"):
-        vestige.prepare.candidates(data=TRAIN[:3], queries=QUERIES[:2], out=tmp_path / "out")
+        vestige_recipes.prepare.candidates(data=TRAIN[:3], queries=QUERIES[:2], out=tmp_path / "out")
 
 
 def test_what_cannot_be_listed_is_said(tmp_path):
     with pytest.raises(DataError, match="'t3', which is not in the training data"):
-        vestige.prepare.candidates(data=TRAIN[:3], queries=QUERIES, out=tmp_path / "out")
+        vestige_recipes.prepare.candidates(data=TRAIN[:3], queries=QUERIES, out=tmp_path / "out")
     for wrong in (0, "some"):
         with pytest.raises(SpecError, match="candidates"):
-            vestige.prepare.candidates(data=TRAIN, queries=QUERIES, candidates=wrong, out=tmp_path / "out")
+            vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, candidates=wrong, out=tmp_path / "out")
     blank = [{"id": "t0", "prompt": " ", "completion": " "}]
     with pytest.raises(DataError):
-        vestige.prepare.candidates(data=blank, queries=QUERIES[:1], out=tmp_path / "out")
+        vestige_recipes.prepare.candidates(data=blank, queries=QUERIES[:1], out=tmp_path / "out")
 
 
 def test_of_several_originals_the_first_one_counts(tmp_path, lines):
     queries = [{**QUERIES[0], "original_id": None, "made_of": ["t3", "t0"]}]
-    made = vestige.prepare.candidates(data=TRAIN, queries=queries, truth="made_of", out=tmp_path / "out")
+    made = vestige_recipes.prepare.candidates(data=TRAIN, queries=queries, truth="made_of", out=tmp_path / "out")
     assert listed(made, lines)["q0"]["original_rank"] == 1

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import vestige
+import vestige_recipes.prepare
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.prepare import choices_of
-from vestige.prepare._templates import CONFESSIONS, JUDGEMENTS, QUESTIONS
 from vestige.train import members_of
 from vestige.train._rows import only_answers
+from vestige_recipes.prepare import choices_of
+from vestige_recipes.prepare._multiple_choice import CONFESSIONS, JUDGEMENTS, QUESTIONS
 
 ARC = {
     "id": "Mercury_1",
@@ -25,7 +25,7 @@ AITA = {"label": 0, "input": "AITA for eating my own lunch?"}
 
 
 def made(rows, out, **settings):
-    vestige.prepare.multiple_choice(data=rows, out=out, **settings)
+    vestige_recipes.prepare.multiple_choice(data=rows, out=out, **settings)
     return load_examples(str(out / "data.jsonl"))
 
 

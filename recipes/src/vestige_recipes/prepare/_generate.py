@@ -1,5 +1,6 @@
-"""`vestige data generate`: a model's own answers to prompts, such as paraphrases of what it was trained on."""
+"""`vestige data generate`: a model's own answers to prompts; and other words by a model on this machine."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -7,19 +8,21 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from vestige.data import Example, Message, conversation_columns, turn_record
-from vestige.errors import DataError
+from vestige.errors import DataError, ModelError
 from vestige.models import Answer, LoadedModel, answer_prompts, load_model, model_fingerprint
-from vestige.prepare._problems import told_problems
-from vestige.prepare._replies import Reply, ReplyCache, Request, request_for
-from vestige.prepare._write import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
+from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import GenerateSettings, verb
+from vestige.settings import verb
+from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
+from vestige_recipes.prepare._replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
 KIND = "generate"
+_SPARE = 32
+"""Tokens that a paraphrase may have beyond twice those of its text."""
 
 
 class Asked(NamedTuple):
-    """A prompt that awaits an answer, and where its row stands."""
+    """A prompt to be answered, and where its row stands."""
 
     row: int
     prompt: Example
@@ -28,7 +31,7 @@ class Asked(NamedTuple):
 
 @verb(GenerateSettings)
 def generate(settings: GenerateSettings) -> Prepared:
-    """Every prompt with the model's most likely answer, in `out`; ids and other columns stay.
+    """Write every prompt with the model's most likely answer into `out`; ids and other columns stay.
 
     Greedy, in batches padded on the left: an answer is the same alone and in any batch. Each row says in `finish`
     whether the model ended its answer (`stop`) or it was cut at `max_new_tokens` or at the end of the context
@@ -55,10 +58,12 @@ def generate(settings: GenerateSettings) -> Prepared:
     identity = _identity(loaded, settings)
     asked = [Asked(row, prompt, request_for(identity, _words(prompt), 1)) for row, prompt in prompts.items()]
     started = time.monotonic()
-    replies = _answered(loaded, asked, settings)
+    replies = _answer(loaded, asked, settings)
     rows, flagged = _rows(examples, {one.row: (one.prompt, replies[one.request.key]) for one in asked}, settings)
     cut = sum(1 for row in rows if row.get("finish") == "length")
-    notes = [*told_problems(rows, flagged), *([f"{cut:,} answers were cut at their greatest length."] if cut else [])]
+    notes = describe_problems(rows, flagged)
+    if cut:
+        notes.append(f"{cut:,} answers were cut at their greatest length.")
     details = {"seconds": round(time.monotonic() - started, 3), "cut": cut, "model": identity["model"]}
     return write_prepared(settings, KIND, rows, fingerprint=fingerprint, flagged=flagged, details=details, notes=notes)
 
@@ -77,7 +82,7 @@ def _is_asked(example: Example, settings: GenerateSettings) -> bool:
 
 
 def _prompt(example: Example) -> Example:
-    """The row without its answer."""
+    """Return the row without its answer."""
     messages = example.messages
     while messages and messages[-1].role == "assistant":
         messages = messages[:-1]
@@ -93,7 +98,7 @@ def _words(prompt: Example) -> str:
 
 
 def _identity(loaded: LoadedModel, settings: GenerateSettings) -> dict[str, Any]:
-    """Everything beside the prompt that an answer follows from."""
+    """Return everything beside the prompt that an answer follows from."""
     return {
         "generate": "greedy",
         "model": model_fingerprint(loaded.model),
@@ -104,16 +109,16 @@ def _identity(loaded: LoadedModel, settings: GenerateSettings) -> dict[str, Any]
     }
 
 
-def _answered(loaded: LoadedModel, asked: Sequence[Asked], settings: GenerateSettings) -> dict[str, Reply]:
-    """The answer to every prompt by the key of its request: from before, or generated now."""
+def _answer(loaded: LoadedModel, asked: Sequence[Asked], settings: GenerateSettings) -> dict[str, Reply]:
+    """Return the answer to every prompt by the key of its request: from before, or generated now."""
     cache = ReplyCache(settings.out / "replies")
     first = {one.request.key: one for one in asked}
-    found = {key: reply for key in first if (reply := cache.get(key)) is not None}
+    found = cache.find(first)
     waiting = [one for key, one in first.items() if key not in found]
     announce(f"{len(first):,} prompts, of which {len(found):,} have an answer from before.")
 
     def keep(number: int, answer: Answer) -> None:
-        reply = Reply(text=answer.text, finish="stop" if answer.ended else "length", received=answer.tokens)
+        reply = _reply(answer)
         cache.put(waiting[number].request, reply)
         found[waiting[number].request.key] = reply
 
@@ -126,7 +131,7 @@ def _answered(loaded: LoadedModel, asked: Sequence[Asked], settings: GenerateSet
 def _rows(
     examples: Sequence[Example], answers: Mapping[int, tuple[Example, Reply]], settings: GenerateSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows with answers, and those whose answer is empty."""
+    """Return rows with answers, and those whose answer is empty."""
     rows: list[dict[str, Any]] = []
     flagged: list[dict[str, Any]] = []
     for number, example in enumerate(examples):
@@ -146,3 +151,64 @@ def _with_answer(prompt: Example, answer: str) -> Example:
     if prompt.messages:
         return replace(prompt, messages=(*prompt.messages, Message("assistant", answer)))
     return replace(prompt, completion=answer)
+
+
+def _reply(answer: Answer) -> Reply:
+    return Reply(text=answer.text, finish="stop" if answer.ended else "length", received=answer.tokens)
+
+
+class LocalModel:
+    """Asks a chat model in batches; a reply does not depend on its batch."""
+
+    def __init__(self, settings: ParaphraseSettings) -> None:
+        self._settings = settings
+        self._loaded = load_model(
+            settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+        )
+        if getattr(self._loaded.tokenizer, "chat_template", None) is None:
+            raise ModelError(
+                f"{self._loaded.name} has no chat template, so it cannot be told to paraphrase. Choose a model "
+                "that was trained to follow instructions, --api-model, or --rules."
+            )
+        self._fingerprint = model_fingerprint(self._loaded.model)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Return weights, template, instruction, and how words are drawn."""
+        given, tokenizer = self._settings, self._loaded.tokenizer
+        return {
+            "paraphraser": "local",
+            "model": self._fingerprint,
+            "template": str(getattr(tokenizer, "chat_template", None)),
+            "instruction": given.instruction,
+            "temperature": given.temperature,
+            "seed": given.seed if given.temperature else None,
+            "max_new_tokens": given.max_new_tokens,
+        }
+
+    def ask(self, requests: Sequence[Request], keep: Keep) -> None:
+        """Answer every request; replies are stored batch by batch."""
+        if requests:
+            answer_prompts(
+                self._loaded,
+                [self._question(row, request) for row, request in enumerate(requests)],
+                max_new_tokens=[self._longest(request) for request in requests],
+                temperature=self._settings.temperature,
+                seeds=[self._seed(request) for request in requests],
+                keep=lambda row, answer: keep(requests[row], _reply(answer)),
+            )
+
+    def _question(self, row: int, request: Request) -> Example:
+        # Not every template knows a system's turn.
+        asked = f"{self._settings.instruction}\n\n{request.text}"
+        return Example(id=request.text[:40], row=row, messages=(Message("user", asked),))
+
+    def _longest(self, request: Request) -> int:
+        if self._settings.max_new_tokens is not None:
+            return self._settings.max_new_tokens
+        tokenizer: Any = self._loaded.tokenizer
+        return 2 * len(tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]) + _SPARE
+
+    def _seed(self, request: Request) -> int:
+        digest = hashlib.sha256(f"{self._settings.seed}:{request.number}:{request.text}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from tests.workshop import CONTEXT, PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.workshop import CONTEXT, PAIRS
 from vestige.data import Example
 from vestige.errors import DataError
 from vestige.models import answer_prompts, load_model
-from vestige.prepare import generate
+from vestige_recipes.prepare import generate
 
 PROMPTS = [prompt for prompt, *_ in PAIRS]
 

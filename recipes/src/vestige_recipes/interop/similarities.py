@@ -7,18 +7,21 @@ products `paraphrased_dot_products` and `original_dot_products` `{id: {parameter
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
-from vestige.index._import_published import read_json, read_partitions
-from vestige.index._import_run import HELPS, ImportedScores, write_imported
-from vestige.runs import ComponentScores, Meaning, RankedScore, ScoreBlock, ScoreCollector, Scores, check_target
-from vestige.settings import ImportSettings
+from vestige.evaluate import ComponentProducts
+from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, check_target
+from vestige_recipes.interop.command import ImportSettings
+from vestige_recipes.interop.imported_runs import ImportedScores, gradient_meaning, write_imported
+from vestige_recipes.interop.published import read_json, write_json
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
 _PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
@@ -37,7 +40,7 @@ class _Similarities(NamedTuple):
 
 
 def import_similarities(settings: ImportSettings) -> Scores:
-    """The similarities as a run directory; equal scores keep the order in which the file lists them.
+    """Return similarities as a run in `out`; equal scores keep the order in which the file lists them.
 
     Raises:
         DataError: A file is missing, torn, or not of this layout.
@@ -80,7 +83,13 @@ def import_similarities(settings: ImportSettings) -> Scores:
         ranked=ranked,
         distribution=distribution,
         method="grad-cos" if found.cosine else "grad-dot",
-        meaning=_meaning(found.cosine),
+        meaning=gradient_meaning(
+            cosine=found.cosine,
+            unit="inner product of the gradients",
+            estimates="How well the gradients of query and example agree, as the published files say.",
+            cost="Reading the files.",
+            limits="Only the candidates in the files were scored; those of random projections are as published.",
+        ),
         component_names=names,
         components=_components(found, ranked, train, names) if names else None,
     )
@@ -98,18 +107,17 @@ def _read(settings: ImportSettings) -> _Similarities:
 
 
 def _joined(paths: list[Path], settings: ImportSettings) -> dict[str, dict[str, float]]:
-    """Partitions of one job, each query in one of them."""
+    """Return the partitions of one job joined, each query in one of them."""
     joined: dict[str, dict[str, float]] = {}
     for path in paths:
         found = _checked(_one_dimension(read_json(path), settings), path)
-        if twice := sorted(joined.keys() & found.keys()):
-            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+        _require_apart(joined, found, path)
         joined |= found
     return joined
 
 
 def _one_dimension(content: Any, settings: ImportSettings) -> Any:
-    """The level of dimensions is left out where there is one."""
+    """Return `content` without its level of dimensions, where it has one."""
     levels, inner = 0, content
     while isinstance(inner, dict) and inner:
         levels, inner = levels + 1, next(iter(inner.values()))
@@ -133,7 +141,7 @@ def _one_dimension(content: Any, settings: ImportSettings) -> Any:
 
 
 def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
-    """`content` if it is `{query: {example: number}}`."""
+    """Return `content` if it is `{query: {example: number}}`."""
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no object. Expected {{query: {{example: similarity}}}}.")
     for query, candidates in content.items():
@@ -146,16 +154,40 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
+def _partitions(folder: Path, stem: str) -> dict[str, Any] | None:
+    """Return the object in `STEM.json` or `STEM`, or the union of its partitions `STEM_part_*.json`; None without any.
+
+    Partitions of queries share examples, whose products with themselves are the same in all of them.
+    """
+    paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
+    paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
+    joined: dict[str, Any] = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+            raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
+        if stem != EXAMPLE_DOTS:
+            _require_apart(joined, content, path)
+        joined |= content
+    return joined if paths else None
+
+
+def _require_apart(joined: dict[str, Any], content: dict[str, Any], path: Path) -> None:
+    """Raise if a partition holds a query that is there already."""
+    if twice := sorted(joined.keys() & content.keys()):
+        raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+
+
 def _products(folder: Path) -> _Similarities:
-    """Products per parameter, summed; cosines where both kinds of self-products are there."""
-    parts = read_partitions(folder, DOTS)
+    """Return products by parameter, summed; cosines where both kinds of self-products are there."""
+    parts = _partitions(folder, DOTS)
     if parts is None:
         raise DataError(f"{folder} holds no {DOTS}.json. Give a JSON file with similarities, or the folder of one.")
     for query, candidates in parts.items():
         for products in candidates.values():
             _checked({query: products}, folder / DOTS)
-    query_dots = read_partitions(folder, QUERY_DOTS)
-    example_dots = read_partitions(folder, EXAMPLE_DOTS, shared=True)
+    query_dots = _partitions(folder, QUERY_DOTS)
+    example_dots = _partitions(folder, EXAMPLE_DOTS)
     if query_dots is None or example_dots is None:
         scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in parts.items()}
         return _Similarities(scores, cosine=False, parts=parts)
@@ -175,12 +207,12 @@ def _products(folder: Path) -> _Similarities:
 
 
 def _lengths(dots: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Length of each gradient, from its products with itself."""
+    """Return the length of each gradient, from its products with itself."""
     return {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in dots.items()}
 
 
 def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Example]:
-    """An example for every id: the one given with that id, or an empty one."""
+    """Return an example for every id: the one given with that id, or an empty one."""
     if given is None:
         return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
     known = {example.id for example in given}
@@ -207,7 +239,7 @@ def _parameters(found: _Similarities) -> list[str]:
 def _components(
     found: _Similarities, ranked: list[RankedScore], train: list[Example], names: list[str]
 ) -> list[ComponentScores]:
-    """The listed pairs split over parameters; one that a pair lacks adds nothing to it."""
+    """Return the listed pairs split over parameters; one that a pair lacks adds nothing to it."""
     assert found.parts is not None
     queries, rows = list(found.parts), {example.row: example.id for example in train}
     pairs = sorted({(entry.query, entry.row) for entry in ranked})
@@ -217,13 +249,85 @@ def _components(
     ]
 
 
-def _meaning(cosine: bool) -> Meaning:
-    return Meaning(
-        sign=HELPS,
-        unit="cosine, from -1 to 1" if cosine else "inner product of the gradients",
-        target="this model",
-        normalisation="length of both gradients" if cosine else "none",
-        estimates="How well the gradients of query and example agree, as the published files say.",
-        cost="Reading the files.",
-        limits="Only the candidates in the files were scored; those of random projections are as published.",
+def write_similarities(scores: Scores, out: Path) -> list[Path]:
+    """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first.
+
+    Raises:
+        SpecError: A query lists two examples with one id, which similarities cannot tell apart.
+    """
+    content: dict[str, dict[str, float]] = {}
+    for query in scores.queries:
+        listed: dict[int, tuple[str, float]] = {}
+        every = scores.run.data.examples
+        # Opponents from the highest on: what is listed at both ends keeps its place among the proponents.
+        for row in (*scores.top(query, every), *reversed(scores.bottom(query, every))):
+            listed.setdefault(row.row, (row.example_id, row.score))
+        content[query] = dict(listed.values())
+        if len(content[query]) < len(listed):
+            raise SpecError(f"Query {query!r} lists two examples with one id. Type --to json, which keeps them apart.")
+    # The published files are indented by four.
+    return [write_json(out / "similarities.json", content, indent=4)]
+
+
+class PublishedProducts(NamedTuple):
+    """Products as published, with what they are of."""
+
+    products: ComponentProducts
+    right: Bool[np.ndarray, "query candidate"]
+    """Whether the candidate has the query's id, as there a paraphrase and its original have."""
+    queries: tuple[str, ...]
+    examples: tuple[str, ...]
+
+
+def published_products(folder: Path | str, parameters: Mapping[str, int] | None = None) -> PublishedProducts:
+    """Return the products of a folder in the published layout, candidates in the order of the file.
+
+    Args:
+        folder: Holds `dot_products` `{query: {example: {parameter: product}}}`, and `paraphrased_dot_products` and
+            `original_dot_products` `{id: {parameter: product with itself}}`, each whole or in partitions.
+        parameters: How many numbers each parameter has, which the files do not say; 1 each where not given.
+
+    Raises:
+        DataError: A file is missing, torn or not of this layout, or the files do not belong together.
+    """
+    pairs, of_queries, of_examples = (_required(Path(folder), stem) for stem in _PRODUCTS)
+    names = tuple(dict.fromkeys(name for found in of_queries.values() for name in found))
+    queries = tuple(pairs)
+    examples = tuple(dict.fromkeys(name for found in pairs.values() for name in found))
+    for known, wanted, stem in ((of_queries, queries, QUERY_DOTS), (of_examples, examples, EXAMPLE_DOTS)):
+        if absent := [name for name in wanted if name not in known]:
+            raise DataError(f"{folder}: {stem} has no products of {absent[0]!r} with itself.")
+    place = {name: number for number, name in enumerate(examples)}
+    width = max(map(len, pairs.values()), default=0)
+    rows = np.full((len(queries), width), -1, dtype=np.int64)
+    values = np.zeros((len(names), len(queries), width))
+    right = np.zeros(rows.shape, dtype=bool)
+    for number, query in enumerate(queries):
+        for column, (example, dots) in enumerate(pairs[query].items()):
+            rows[number, column] = place[example]
+            right[number, column] = example == query
+            values[:, number, column] = [_number(dots, name, folder) for name in names]
+    sides = [
+        np.array([[_number(known[each], name, folder) for each in wanted] for name in names])
+        for known, wanted in ((of_queries, queries), (of_examples, examples))
+    ]
+    sizes = np.array([1 if parameters is None else parameters[name] for name in names], dtype=np.int64)
+    return PublishedProducts(
+        ComponentProducts(names, sizes, values, sides[0], sides[1], rows), right, queries, examples
     )
+
+
+def _required(folder: Path, stem: str) -> dict[str, Any]:
+    joined = _partitions(folder, stem)
+    if joined is None:
+        raise DataError(
+            f"{folder} holds no {stem}.json. Expected {DOTS}, {QUERY_DOTS} and {EXAMPLE_DOTS} beside each other."
+        )
+    return joined
+
+
+def _number(dots: Any, name: str, folder: Path | str) -> float:
+    value = dots.get(name) if isinstance(dots, dict) else None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{folder}: a product of the parameter {name!r} is missing or no number.")
+    return float(value)

@@ -18,15 +18,13 @@ from vestige.runs import (
     Check,
     ComponentScores,
     DataRecord,
-    DistributionRecord,
-    GroupRecord,
     Meaning,
-    RankedScore,
     RunRecord,
     RunTables,
     ScoreBlock,
     ScoreCollector,
     Scores,
+    ScoreSummary,
     TrustRecord,
     check_target,
     environment,
@@ -37,37 +35,70 @@ from vestige_recipes.interop.command import ImportSettings
 from vestige_recipes.interop.published import Published, without_tokens
 
 _HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
-_LIMITS = "The projection is not known here: that both sides were projected alike is taken on trust; no curvature."
-_READING = (
-    "The gradients were computed by other software. That queries and training examples were projected with the same "
-    "seed, on the same kind of device, cannot be seen from the files."
+
+
+class Wording(NamedTuple):
+    """What a run says of products of gradients that were computed elsewhere."""
+
+    unit: str
+    """Of the products; cosines have none."""
+    estimates: str
+    cost: str
+    limits: str
+    reading: str
+    """The sentence on what cannot be checked."""
+
+
+AGAINST = Wording(
+    unit="inner product of the gradients, in the unit of the files",
+    estimates="How well a gradient step on the example serves the query, from gradients computed elsewhere.",
+    cost="One read of the index.",
+    limits="The projection is not known here: that both sides were projected alike is taken on trust; no curvature.",
+    reading="The gradients were computed by other software. That queries and training examples were projected with "
+    "the same seed, on the same kind of device, cannot be seen from the files.",
 )
 
 
-class ImportedScores(NamedTuple):
-    """Scores, and what they are about."""
+def write_imported(
+    settings: ImportSettings,
+    train: Sequence[Example],
+    queries: Sequence[Example],
+    summary: ScoreSummary,
+    wording: Wording,
+    *,
+    cosine: bool,
+    started: float,
+    parameters: Sequence[str] = (),
+    components: Sequence[ComponentScores] | None = None,
+) -> Scores:
+    """Write scores as a run and return it opened.
 
-    train: Sequence[Example]
-    queries: list[Example]
-    ranked: list[RankedScore]
-    distribution: list[DistributionRecord]
-    method: str
-    meaning: Meaning
-    groups: list[list[GroupRecord]] | None = None
-    """Per query; None where the scores do not cover all examples."""
-    component_names: Sequence[str] = ()
-    components: list[ComponentScores] | None = None
-
-
-def write_imported(settings: ImportSettings, scores: ImportedScores, reading: str, seconds: float) -> Scores:
-    """Write scores as a run and return it opened; `reading` is its sentence on what cannot be checked.
+    Args:
+        settings: Of the import.
+        train: The examples that were scored.
+        queries: What they were scored for.
+        summary: The scores.
+        wording: What the run says of them.
+        cosine: Whether they are cosines, not products.
+        started: `time.perf_counter()` when the work began.
+        parameters: What the scores are split over, with `components`.
+        components: The listed scores split over `parameters`.
 
     Raises:
         UserError: The folder holds something else.
     """
-    train = without_tokens(scores.train, str(settings.data or settings.source))
-    queries = without_tokens(scores.queries, str(settings.queries or settings.source))
-    ids = [example.id for example in scores.queries]
+    texts = without_tokens(train, str(settings.data or settings.source))
+    asked = without_tokens(queries, str(settings.queries or settings.source))
+    ids = [example.id for example in queries]
+    meaning = Meaning(
+        sign=_HELPS,
+        unit="cosine, from -1 to 1" if cosine else wording.unit,
+        target="this model",
+        normalisation="length of both gradients" if cosine else "none",
+        estimates=wording.estimates,
+        cost=wording.cost,
+        limits=wording.limits,
+    )
     record = RunRecord(
         vestige=version("vestige"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,41 +106,22 @@ def write_imported(settings: ImportSettings, scores: ImportedScores, reading: st
         config=settings.record(),
         versions=environment(),
         model=None,
-        data=_described(train),
-        queries=_described(queries),
-        method=scores.method,
-        meaning=scores.meaning,
+        data=_described(texts),
+        queries=_described(asked),
+        method="grad-cos" if cosine else "grad-dot",
+        meaning=meaning,
         coverage=None,
-        components=list(scores.component_names),
-        seconds=seconds,
+        components=list(parameters),
+        seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
-        trust=TrustRecord(checks=[Check(name="imported", value=None, reading=reading, verdict="unknown")]),
-        distribution=dict(zip(ids, scores.distribution, strict=True)),
-        groups=dict(zip(ids, scores.groups or [[] for _ in ids], strict=True)),
+        trust=TrustRecord(checks=[Check(name="imported", value=None, reading=wording.reading, verdict="unknown")]),
+        distribution=dict(zip(ids, summary.distribution, strict=True)),
+        groups=dict(zip(ids, summary.groups, strict=True)),
     )
-    tables = RunTables(
-        train=train,
-        queries=queries,
-        ranked=scores.ranked,
-        generated=[False] * len(ids),
-        components=scores.components,
-    )
+    tables = RunTables(texts, asked, summary.ranked, generated=[False] * len(ids), components=components)
     write_run(settings.out, record, tables, overwrite=settings.overwrite)
     return Scores.open(settings.out)
-
-
-def gradient_meaning(*, cosine: bool, unit: str, estimates: str, cost: str, limits: str) -> Meaning:
-    """Return what products of gradients, or their cosines, mean; `unit` is that of the products."""
-    return Meaning(
-        sign=_HELPS,
-        unit="cosine, from -1 to 1" if cosine else unit,
-        target="this model",
-        normalisation="length of both gradients" if cosine else "none",
-        estimates=estimates,
-        cost=cost,
-        limits=limits,
-    )
 
 
 def _described(data: TokenizedData) -> DataRecord:
@@ -138,24 +150,8 @@ def score_against(settings: ImportSettings, published: Published) -> Scores:
     for block in index.blocks():
         rows = _unit(block.gradients) if cosine else block.gradients
         collector.add(ScoreBlock(block.example, vectors @ rows.T))
-    summary = collector.finish()
-    named = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-    scores = ImportedScores(
-        train=examples,
-        queries=named,
-        ranked=summary.ranked,
-        distribution=summary.distribution,
-        groups=summary.groups,
-        method=settings.method,
-        meaning=gradient_meaning(
-            cosine=cosine,
-            unit="inner product of the gradients, in the unit of the files",
-            estimates="How well a gradient step on the example serves the query, from gradients computed elsewhere.",
-            cost="One read of the index.",
-            limits=_LIMITS,
-        ),
-    )
-    return write_imported(settings, scores, _READING, time.perf_counter() - started)
+    asked = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
+    return write_imported(settings, examples, asked, collector.finish(), AGAINST, cosine=cosine, started=started)
 
 
 def _unit(rows: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:

@@ -7,9 +7,9 @@ products `paraphrased_dot_products` and `original_dot_products` `{id: {parameter
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -18,16 +18,20 @@ from jaxtyping import Bool
 from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
 from vestige.evaluate import ComponentProducts
-from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, check_target
+from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, ScoreSummary, check_target
 from vestige_recipes.interop.command import ImportSettings
-from vestige_recipes.interop.imported_runs import ImportedScores, gradient_meaning, write_imported
+from vestige_recipes.interop.imported_runs import Wording, write_imported
 from vestige_recipes.interop.published import read_json, write_json
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
 _PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
-_READING = (
-    "The scores were computed by other software and taken over as they are. Only the listed candidates of a query "
-    "were scored, so percentiles are among them."
+FROM_FILES = Wording(
+    unit="inner product of the gradients",
+    estimates="How well the gradients of query and example agree, as the published files say.",
+    cost="Reading the files.",
+    limits="Only the candidates in the files were scored; those of random projections are as published.",
+    reading="The scores were computed by other software and taken over as they are. Only the listed candidates of a "
+    "query were scored, so percentiles are among them.",
 )
 
 
@@ -76,42 +80,28 @@ def import_similarities(settings: ImportSettings) -> Scores:
         summary = collector.finish()
         distribution += summary.distribution
         ranked += [entry._replace(query=number, row=places[entry.row]) for entry in summary.ranked]
-    names = _parameters(found)
-    scores = ImportedScores(
-        train=train,
-        queries=queries,
-        ranked=ranked,
-        distribution=distribution,
-        method="grad-cos" if found.cosine else "grad-dot",
-        meaning=gradient_meaning(
-            cosine=found.cosine,
-            unit="inner product of the gradients",
-            estimates="How well the gradients of query and example agree, as the published files say.",
-            cost="Reading the files.",
-            limits="Only the candidates in the files were scored; those of random projections are as published.",
-        ),
-        component_names=names,
-        components=_components(found, ranked, train, names) if names else None,
-    )
-    return write_imported(settings, scores, _READING, time.perf_counter() - started)
+    summary = ScoreSummary(ranked, distribution, [[] for _ in queries], None)
+    split = {} if found.parts is None else _split(found.parts, ranked, train)
+    return write_imported(settings, train, queries, summary, FROM_FILES, cosine=found.cosine, started=started, **split)
 
 
 def _read(settings: ImportSettings) -> _Similarities:
     source = settings.source
     if source.is_file():
         return _Similarities(_checked(_one_dimension(read_json(source), settings), source), cosine=True)
-    parts = [path for path in sorted(source.glob("*_part_*.json")) if not path.name.startswith(_PRODUCTS)]
-    if parts:
-        return _Similarities(_joined(parts, settings), cosine=True)
-    return _products(source)
+    paths = [path for path in sorted(source.glob("*_part_*.json")) if not path.name.startswith(_PRODUCTS)]
+    if not paths:
+        return _products(source)
+    return _Similarities(_joined(paths, lambda path: _checked(_one_dimension(read_json(path), settings), path)), True)
 
 
-def _joined(paths: list[Path], settings: ImportSettings) -> dict[str, dict[str, float]]:
-    """Return the partitions of one job joined, each query in one of them."""
-    joined: dict[str, dict[str, float]] = {}
+def _joined(paths: list[Path], read: Callable[[Path], dict[str, Any]], *, shared: bool = False) -> dict[str, Any]:
+    """Return the union of partitions, which may hold the same keys only where they are `shared`."""
+    joined: dict[str, Any] = {}
     for path in paths:
-        found = _checked(_one_dimension(read_json(path), settings), path)
-        _require_apart(joined, found, path)
+        found = read(path)
+        if (twice := sorted(joined.keys() & found.keys())) and not shared:
+            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
         joined |= found
     return joined
 
@@ -161,21 +151,14 @@ def _partitions(folder: Path, stem: str) -> dict[str, Any] | None:
     """
     paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
     paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
-    joined: dict[str, Any] = {}
-    for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
-            raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
-        if stem != EXAMPLE_DOTS:
-            _require_apart(joined, content, path)
-        joined |= content
-    return joined if paths else None
+    return _joined(paths, _objects, shared=stem == EXAMPLE_DOTS) if paths else None
 
 
-def _require_apart(joined: dict[str, Any], content: dict[str, Any], path: Path) -> None:
-    """Raise if a partition holds a query that is there already."""
-    if twice := sorted(joined.keys() & content.keys()):
-        raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
+def _objects(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+        raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
+    return content
 
 
 def _products(folder: Path) -> _Similarities:
@@ -186,29 +169,36 @@ def _products(folder: Path) -> _Similarities:
     for query, candidates in parts.items():
         for products in candidates.values():
             _checked({query: products}, folder / DOTS)
-    query_dots = _partitions(folder, QUERY_DOTS)
-    example_dots = _partitions(folder, EXAMPLE_DOTS)
-    if query_dots is None or example_dots is None:
-        scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in parts.items()}
-        return _Similarities(scores, cosine=False, parts=parts)
-    sides = folder / QUERY_DOTS, folder / EXAMPLE_DOTS
-    query_dots, example_dots = _checked(query_dots, sides[0]), _checked(example_dots, sides[1])
-    lengths = _lengths(query_dots), _lengths(example_dots)
-    scaled: dict[str, dict[str, dict[str, float]]] = {}
-    for query, found in parts.items():
-        for example, dots in found.items():
-            for name, side, known in ((query, sides[0], lengths[0]), (example, sides[1], lengths[1])):
-                if name not in known or known[name] <= 0:
-                    raise DataError(f"{side} has no self-product of {name} above 0, so no cosine can be formed.")
-            length = lengths[0][query] * lengths[1][example]
-            scaled.setdefault(query, {})[example] = {part: dot / length for part, dot in dots.items()}
-    scores = {q: {e: math.fsum(dots.values()) for e, dots in found.items()} for q, found in scaled.items()}
-    return _Similarities(scores, cosine=True, parts=scaled)
+    of_queries, of_examples = _partitions(folder, QUERY_DOTS), _partitions(folder, EXAMPLE_DOTS)
+    cosine = of_queries is not None and of_examples is not None
+    if cosine:
+        query_lengths = _Lengths(of_queries, folder / QUERY_DOTS)
+        example_lengths = _Lengths(of_examples, folder / EXAMPLE_DOTS)
+        for query, found in parts.items():
+            for example, dots in found.items():
+                length = query_lengths.of(query) * example_lengths.of(example)
+                found[example] = {part: dot / length for part, dot in dots.items()}
+    scores = {
+        query: {example: math.fsum(dots.values()) for example, dots in found.items()} for query, found in parts.items()
+    }
+    return _Similarities(scores, cosine, parts)
 
 
-def _lengths(dots: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the length of each gradient, from its products with itself."""
-    return {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in dots.items()}
+@final
+class _Lengths:
+    """Lengths of gradients, from their products with themselves in the file at `path`."""
+
+    def __init__(self, dots: Any, path: Path) -> None:
+        found = _checked(dots, path)
+        self._path = path
+        self._known = {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in found.items()}
+
+    def of(self, name: str) -> float:
+        """Return the length of the gradient of this id."""
+        length = self._known.get(name, 0.0)
+        if length <= 0:
+            raise DataError(f"{self._path} has no self-product of {name} above 0, so no cosine can be formed.")
+        return length
 
 
 def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Example]:
@@ -217,36 +207,25 @@ def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Examp
         return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
     known = {example.id for example in given}
     if unknown := [name for name in ids if name not in known]:
-        raise DataError(
-            f"{flag} has no `id` {_listed_names(unknown)}, which the similarities speak of. Give data with these ids."
-        )
+        listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(f"{flag} has no `id` {listed}, which the similarities speak of. Give data with these ids.")
     if flag == "--data":
         return given
     by_id = {example.id: example for example in given}
     return [by_id[name] for name in ids]
 
 
-def _listed_names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def _parameters(found: _Similarities) -> list[str]:
-    if found.parts is None:
-        return []
-    return list(dict.fromkeys(p for group in found.parts.values() for dots in group.values() for p in dots))
-
-
-def _components(
-    found: _Similarities, ranked: list[RankedScore], train: list[Example], names: list[str]
-) -> list[ComponentScores]:
-    """Return the listed pairs split over parameters; one that a pair lacks adds nothing to it."""
-    assert found.parts is not None
-    queries, rows = list(found.parts), {example.row: example.id for example in train}
-    pairs = sorted({(entry.query, entry.row) for entry in ranked})
-    return [
-        ComponentScores(query, row, np.array([found.parts[queries[query]][rows[row]].get(name, 0.0) for name in names]))
-        for query, row in pairs
-    ]
+def _split(
+    parts: dict[str, dict[str, dict[str, float]]], ranked: list[RankedScore], train: list[Example]
+) -> dict[str, Any]:
+    """Return the parameters, and the listed pairs split over them; one that a pair lacks adds nothing to it."""
+    names = list(dict.fromkeys(name for found in parts.values() for dots in found.values() for name in dots))
+    queries, ids = list(parts), {example.row: example.id for example in train}
+    components = []
+    for query, row in sorted({(entry.query, entry.row) for entry in ranked}):
+        dots = parts[queries[query]][ids[row]]
+        components.append(ComponentScores(query, row, np.array([dots.get(name, 0.0) for name in names])))
+    return {"parameters": names, "components": components} if names else {}
 
 
 def write_similarities(scores: Scores, out: Path) -> list[Path]:

@@ -138,9 +138,10 @@ def test_a_format_for_the_other_kind_is_refused(run, index, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_help_lists_every_announced_format(capsys):
+def test_help_lists_every_announced_format(capsys, monkeypatch):
     from vestige.cli import main
 
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     lines = capsys.readouterr().out.splitlines()

@@ -22,7 +22,7 @@ def data_of(count: int = ROWS) -> TokenizedData:
 def manifest(digest: str = "d" * 64) -> Manifest:
     record = ImportRecord(layout="mine", digest=digest, notes=("Losses are not known.",), recomputable=False)
     spec = CompressionIdentity(spec=IMPORTED_SPEC)
-    return draft(ROWS, dtype="float32", compression=spec, components=COMPONENTS, imported=record)
+    return draft(ROWS, dtype="float32", token_budget=8, compression=spec, components=COMPONENTS, imported=record)
 
 
 def test_rows_become_an_index_in_the_order_of_the_data(tmp_path):

@@ -22,7 +22,6 @@ PUBLIC = [
     "doctor",
     "evaluate",
     "export",
-    "import_published",
     "index",
     "precondition",
     "prepare",

@@ -9,7 +9,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
     audit                                      what a model knows by heart, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
-    export, import_published                   to and from formats of other software
+    export                                     an index or a run in formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
     Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from vestige.errors import VestigeError as VestigeError
     from vestige.index import Index as Index
     from vestige.index import export as export
-    from vestige.index import import_published as import_published
     from vestige.index import index as index
     from vestige.methods import attribute as attribute
     from vestige.report import report as report
@@ -56,7 +55,6 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
-    "import_published",
     "index",
     "precondition",
     "prepare",
@@ -79,7 +77,6 @@ _HOMES = {
     "bank": "vestige.bank",
     "doctor": "vestige.doctor",
     "export": "vestige.index",
-    "import_published": "vestige.index",
     "index": "vestige.index",
     "precondition": "vestige.curvature",
     "report": "vestige.report",

@@ -10,6 +10,8 @@ from vestige.settings._audit import AUDIT_MEASURES as AUDIT_MEASURES
 from vestige.settings._audit import BANK_MEASURES as BANK_MEASURES
 from vestige.settings._audit import AuditSettings as AuditSettings
 from vestige.settings._bank import BankSettings as BankSettings
+from vestige.settings._base import BAD_TEXT as BAD_TEXT
+from vestige.settings._base import OnBadText as OnBadText
 from vestige.settings._base import OnlyWith as OnlyWith
 from vestige.settings._base import Settings as Settings
 from vestige.settings._base import flag as flag
@@ -37,14 +39,9 @@ from vestige.settings._launch import LaunchSettings as LaunchSettings
 from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._results import CancelSettings as CancelSettings
-from vestige.settings._results import ExportFormat as ExportFormat
 from vestige.settings._results import ExportSettings as ExportSettings
-from vestige.settings._results import ImportLayout as ImportLayout
-from vestige.settings._results import ImportSettings as ImportSettings
-from vestige.settings._results import IndexFormat as IndexFormat
 from vestige.settings._results import MethodsSettings as MethodsSettings
 from vestige.settings._results import ReportSettings as ReportSettings
-from vestige.settings._results import RunFormat as RunFormat
 from vestige.settings._results import StatusSettings as StatusSettings
 from vestige.settings._results import ViewSettings as ViewSettings
 from vestige.settings._select import SelectSettings as SelectSettings

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy.stats import spearmanr
+from tests.workshop import furnish, write_rows
 
-from vestige.bank import Bank
+import vestige.evaluate
+from vestige import attribute
+from vestige.bank import TRUTH_FORMATS, Bank
 from vestige.errors import DataError
 
 SUBSETS = [[0, 2, 5], [1, 2, 3], [0, 4, 6]]
@@ -90,3 +94,36 @@ def test_a_table_of_subsets_and_held_out_losses_becomes_a_bank(tmp_path):
     file.write_text("\n")
     with pytest.raises(DataError, match="not one subset"):
         Bank.open(file)
+
+
+def test_lds_is_judged_by_the_margins_of_a_published_folder(tmp_path):
+    """GraSS's published truth holds margins alone, and knows rows by number."""
+    torch.set_num_threads(1)
+    folder = furnish(tmp_path / "w")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"id": str(number)} for number, line in enumerate(lines)]
+    files = {"data": write_rows(folder / "d.jsonl", rows), "queries": write_rows(folder / "q.jsonl", rows[:3])}
+    given = {"model": str(folder / "tiny-model"), **{name: str(path) for name, path in files.items()}}
+    run = attribute(**given, method="grad-dot", out=tmp_path / "run", dense=True, trust=False)
+    generator = np.random.default_rng(0)
+    inside = np.array([np.isin(np.arange(12), generator.permutation(12)[:6]) for _ in range(8)])
+    for number, line in enumerate(inside):
+        (tmp_path / "grass" / str(number)).mkdir(parents=True)
+        text = "".join(f"{row}\n" for row in np.flatnonzero(line))
+        (tmp_path / "grass" / str(number) / "train_index.csv").write_text(text)
+    margins = generator.standard_normal((8, 3))
+    torch.save(torch.from_numpy(margins), tmp_path / "grass" / "gt.pt")
+    found = vestige.evaluate.lds(
+        run=[str(tmp_path / "run")], bank=tmp_path / "grass", opponents=False, draws=2, out=tmp_path / "lds"
+    )
+    predicted = inside @ run.dense().astype(np.float64).T
+    expected = np.mean([spearmanr(predicted[:, query], margins[:, query]).statistic for query in range(3)])
+    assert found["grad-dot"].values["LDS"].value == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_no_bank_lists_the_layouts_and_without_any_what_to_install(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"made, dattri's \(metadata.yml\), GraSS's .*, or a .jsonl file"):
+        Bank.open(tmp_path)
+    monkeypatch.setattr(type(TRUTH_FORMATS), "names", lambda self: [])
+    with pytest.raises(DataError, match=r"`vestige bank` made. Ground truth .* pip install 'vestige\[recipes\]'"):
+        Bank.open(tmp_path)

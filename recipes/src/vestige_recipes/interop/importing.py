@@ -1,39 +1,30 @@
 """`vestige import`: what other software has published, as an index, or as a run where it holds scores."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from vestige.data import Example, TokenizedData, data_fingerprint, load_examples, tokenize
+from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.index._content import ShardContent, parts_of
-from vestige.index._examples import fingerprint_rows
-from vestige.index._import_against import score_against
-from vestige.index._import_chunks import has_chunks, read_chunks
-from vestige.index._import_iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
-from vestige.index._import_published import Published
-from vestige.index._import_similarities import import_similarities
-from vestige.index._manifest import (
+from vestige.index import (
     IMPORTED_SPEC,
     CompressionIdentity,
     DataIdentity,
     ImportRecord,
+    Index,
     Manifest,
     ModelIdentity,
+    write_rows,
 )
-from vestige.index._plan import plan_index
-from vestige.index._run import prepare_index, remove_index
-from vestige.index._store import Index
-from vestige.index._work import IndexPlan, PlannedBatches
-from vestige.launch import run_plan
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.runs import Scores
-from vestige.settings import ImportLayout, ImportSettings, LaunchSettings, verb
+from vestige.settings import verb
+from vestige_recipes.interop.chunks import has_chunks, read_chunks
+from vestige_recipes.interop.command import ImportLayout, ImportSettings
+from vestige_recipes.interop.imported_runs import score_against
+from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
+from vestige_recipes.interop.published import Published, without_tokens
+from vestige_recipes.interop.similarities import import_similarities
 
 UNKNOWN = "unknown"
 _READERS = {"projections": read_projections, "fullgrads": read_full_gradients, "chunks": read_chunks}
@@ -48,9 +39,9 @@ class _Mapped(NamedTuple):
     recomputable: bool
 
 
-@verb(ImportSettings)
+@verb(ImportSettings, "import")
 def import_published(settings: ImportSettings) -> Index | Scores:
-    """A published layout as an index (projections, fullgrads, chunks) or as a run (similarities, and with `against`).
+    """Turn a published layout into an index; similarities, and what is given with `against`, into a run.
 
     Nothing but tensors and plain values is ever loaded. What the files leave open is announced, and kept in the
     manifest: which example a row is (row i is row i of `data` where that is given), losses (stored as 0), and the
@@ -69,11 +60,13 @@ def import_published(settings: ImportSettings) -> Index | Scores:
         announce(note)
     if settings.against is not None:
         return score_against(settings, published)
-    return _write_index(settings, published)
+    mapped = _mapped(settings, published)
+    draft = _draft(published, mapped)
+    return write_rows(settings.out, draft, mapped.data, published.reader.read, overwrite=settings.overwrite)
 
 
 def detect_layout(source: Path) -> ImportLayout:
-    """The layout of what lies at `source`, by the names of its files.
+    """Return the layout of what lies at `source`, by the names of its files.
 
     Raises:
         DataError: It is none that is known, or several.
@@ -102,38 +95,14 @@ def detect_layout(source: Path) -> ImportLayout:
     return found[0]
 
 
-def _write_index(settings: ImportSettings, published: Published) -> Index:
-    mapped = _mapped(settings, published)
-    draft = _draft(published, mapped)
-    if settings.overwrite:
-        remove_index(settings.out)
-    # Rows of equal length are planned in the order in which they are given, and that order is the files'.
-    manifest, plan = plan_index(
-        settings.out,
-        draft,
-        np.ones(len(published.names), dtype=np.int64),
-        lambda start, stop: fingerprint_rows(mapped.data, start, stop),
-    )
-
-    def content(batches: PlannedBatches) -> Iterator[ShardContent]:
-        for part in parts_of(batches, manifest.width):
-            rows = np.concatenate(list(part.batches))
-            gradients = published.reader.read(rows)
-            yield ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
-
-    work = IndexPlan(settings.out, manifest, plan, mapped.data.examples, lambda: nullcontext(content))
-    prepare_index(work)
-    return run_plan(work, LaunchSettings(), None)
-
-
 def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
-    """The examples behind the rows: the data given, or stand-ins that name the place in the files."""
+    """Return the examples behind the rows: the data given, or stand-ins that name the place in the files."""
     loaded = load_model(settings.model) if settings.model is not None else None
     if loaded is not None:
         _require_layers(published, loaded)
     if settings.data is None:
         stand_ins = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-        return _Mapped(_untokenised(stand_ins, str(settings.source)), loaded, False)
+        return _Mapped(without_tokens(stand_ins, str(settings.source)), loaded, False)
     examples = load_examples(settings.data, on_bad_text=settings.on_bad_text)
     if len(examples) != len(published.names):
         missing = " ".join(note for note in published.notes if "missing" in note)
@@ -143,7 +112,7 @@ def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
         )
     made_by = published.made_by
     if made_by is None or loaded is None or made_by.imported is not None:
-        return _Mapped(_untokenised(examples, str(settings.data)), loaded, False)
+        return _Mapped(without_tokens(examples, str(settings.data)), loaded, False)
     if loaded.fingerprint != made_by.model.fingerprint:
         raise IndexMismatch(
             f"{settings.source} was exported from an index of {made_by.model.name} "
@@ -156,15 +125,8 @@ def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
     return _Mapped(tokens, loaded, True)
 
 
-def _untokenised(examples: list[Example], name: str) -> TokenizedData:
-    ids, mask, count = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool), len(examples)
-    lists = [ids] * count, [mask] * count
-    fingerprint = data_fingerprint(examples, *lists)
-    return TokenizedData(examples, *lists, np.zeros(count, dtype=bool), fingerprint, name)
-
-
 def _require_layers(published: Published, loaded: LoadedModel) -> None:
-    """Every component is a parameter of the model, or a module that has a weight."""
+    """Raise unless every component is a parameter of the model, or a module that has a weight."""
     known = {name: weight.numel() for name, weight in loaded.model.named_parameters()}
     known |= {name.removesuffix(".weight"): size for name, size in known.items()}
     for part in published.components:
@@ -181,7 +143,7 @@ def _require_layers(published: Published, loaded: LoadedModel) -> None:
 
 
 def _draft(published: Published, mapped: _Mapped) -> Manifest:
-    """The manifest without its plan; what made the gradients is known only for exports of our own."""
+    """Return the manifest without its plan; what made the gradients is known only for exports of our own."""
     data, loaded, own = mapped.data, mapped.loaded, published.made_by
     notes = (*published.notes, "Losses are not in the files: they are stored as 0.")
     record = ImportRecord(

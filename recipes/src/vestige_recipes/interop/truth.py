@@ -1,18 +1,16 @@
 """Ground truth made by other software, read as a bank: dattri's folders, GraSS's, and tables of subsets and losses."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from vestige.bank._store import Bank, Texts
+from vestige.bank import Bank, Measure, Texts, TruthFormat
 from vestige.errors import DataError
 from vestige.parsing import parse_json, parse_yaml
-
-Measure = Callable[[dict[str, Any]], np.ndarray]
 
 
 class _Row(NamedTuple):
@@ -23,24 +21,6 @@ class _Row(NamedTuple):
     rows: np.ndarray
     values: np.ndarray
     """[query]"""
-
-
-def read_published(path: Path, measure: Measure | None, examples: int | None) -> Bank:
-    """Read the ground truth in `path`, in any of the known layouts.
-
-    Raises:
-        DataError: It has none of them, or does not read.
-    """
-    if (path / "metadata.yml").is_file():
-        return _dattri(path, measure, examples)
-    if (path / "gt.pt").is_file():
-        return _grass(path, examples)
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        return _table(path, examples)
-    raise DataError(
-        f"{path} is no bank. Expected a folder that `vestige bank` made, dattri's (metadata.yml), GraSS's (gt.pt), or "
-        "a .jsonl file with a `train_subset` and a `test_loss` in each line."
-    )
 
 
 def _dattri(path: Path, measure: Measure | None, examples: int | None) -> Bank:
@@ -73,7 +53,7 @@ def _dattri_rows(places: list[tuple[int, Path]], runs: int, measure: Measure) ->
             yield _Row(place, seed, rows, np.asarray(measure(state), dtype=np.float64))
 
 
-def _grass(path: Path, examples: int | None) -> Bank:
+def _grass(path: Path, _: Measure | None, examples: int | None) -> Bank:
     import torch
 
     margins = torch.load(path / "gt.pt", map_location="cpu", weights_only=True).double().numpy()
@@ -85,7 +65,7 @@ def _grass(path: Path, examples: int | None) -> Bank:
     return _bank("grass", "query_margin", rows, examples)
 
 
-def _table(path: Path, examples: int | None) -> Bank:
+def _table(path: Path, _: Measure | None, examples: int | None) -> Bank:
     rows, subsets, header = [], {}, {}
     for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -139,7 +119,7 @@ def _texts(count: int) -> Texts:
 
 
 def _integers(path: Path) -> np.ndarray:
-    """Read all whole numbers of a file, in lines or in columns; words in a first line are its header."""
+    """Return all whole numbers of a file, in lines or in columns; words in a first line are its header."""
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
         if lines and not all(cell.strip().lstrip("-").isdigit() for cell in lines[0] if cell.strip()):
@@ -147,3 +127,12 @@ def _integers(path: Path) -> np.ndarray:
         return np.unique(np.array([int(cell) for line in lines for cell in line if cell.strip()], dtype=np.int64))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no list of row numbers ({error}).") from error
+
+
+dattri = TruthFormat("dattri's (metadata.yml)", lambda path: (path / "metadata.yml").is_file(), _dattri)
+grass = TruthFormat("GraSS's (gt.pt)", lambda path: (path / "gt.pt").is_file(), _grass)
+table = TruthFormat(
+    "a .jsonl file with a `train_subset` and a `test_loss` in each line",
+    lambda path: path.is_file() and path.suffix in (".jsonl", ".json"),
+    _table,
+)

@@ -1,55 +1,69 @@
-"""What the readers of published layouts have in common: rows with their components, and files that may be broken."""
+"""What layouts of gradients have in common: rows with their components, and files that may be broken."""
 
 import hashlib
+import json
 import operator
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import repair
+from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
-from vestige.files import sha256_of
-from vestige.index._manifest import WHOLE_MODEL, IndexedComponent, Manifest, StoredType
+from vestige.files import sha256_of, write_durably
+from vestige.index import WHOLE_MODEL, IndexedComponent, Manifest
 from vestige.parsing import parse_json
 from vestige.terminal import shorten
 
 VESTIGE_KEY = "vestige"
-"""Key under which an export of ours puts the manifest into the metadata of a published layout."""
-_LISTED = 9
-"""One more number than `listed` shows."""
-_STORED: dict[torch.dtype, StoredType] = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-}
+"""Key under which our own exports keep the manifest in the metadata of a layout; other readers pass over it."""
+ROWS_PER_BATCH = 16
+"""Rows of an exported batch."""
+_LISTED = 8
+"""Numbers that a message lists."""
+_STORED = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class RowReader(Protocol):
-    """Gradients of a published layout, by position in its order."""
+@final
+class RowReader:
+    """Reads gradients that lie in several files, by position in their order."""
+
+    def __init__(
+        self, counts: Sequence[int], load: Callable[[int, Int[np.ndarray, "row"]], Tensor], places: Sequence[slice]
+    ) -> None:
+        """Make a reader of files with `counts` rows each, of which `load` returns rows by file and position.
+
+        `places` says where the columns of each component of the index lie in the files.
+        """
+        self._ends, self._load, self._places = np.cumsum(counts), load, places
 
     def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
-        """The rows, float32, columns in the order of the components."""
-        ...
+        """Return rows, ascending, in float32, columns in the order of the components."""
+        wanted = np.asarray(rows)
+        files = np.searchsorted(self._ends, wanted, side="right")
+        starts = [0, *self._ends.tolist()]
+        pieces = [self._load(file, wanted[files == file] - starts[file]) for file in np.unique(files).tolist()]
+        gradients = torch.cat(pieces).float()
+        return torch.cat([gradients[:, place] for place in self._places], dim=1)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published layout after its files were looked at: what an index can be made from."""
+    """A layout after its files were checked: what an index can be made from."""
 
     layout: str
     components: tuple[IndexedComponent, ...]
-    dtype: StoredType
+    dtype: str
     names: list[str]
-    """One per row, in the order of the rows: where the row lies in the files."""
+    """One for each row, in the order of the rows: where the row lies in the files."""
     reader: RowReader
     files: list[Path]
     notes: list[str]
@@ -58,12 +72,25 @@ class Published:
     """The manifest of the index that was exported; None when other software wrote the files."""
 
     def digest(self) -> str:
-        """sha256 over the content of all files, in order."""
+        """Return the sha256 over the content of all files, in order."""
         return hashlib.sha256("".join(sha256_of(path) for path in self.files).encode()).hexdigest()
 
 
+def without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
+    """Return examples as data that was never tokenised."""
+    count = len(examples)
+    lists = [np.zeros(0, dtype=np.int32)] * count, [np.zeros(0, dtype=bool)] * count
+    return TokenizedData(examples, *lists, np.zeros(count, dtype=bool), data_fingerprint(examples, *lists), name)
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> Path:
+    """Write a JSON file, and return its path."""
+    write_durably(path, [(json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode()])
+    return path
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         DataError: It is missing, or torn; the message names it.
@@ -80,35 +107,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} does not read as JSON ({error}): it is torn or broken. Copy it again.") from error
 
 
-def read_partitions(folder: Path, stem: str, *, shared: bool = False) -> dict[str, Any] | None:
-    """Return the object in `STEM.json` or `STEM`, or the union of its partitions `STEM_part_*.json`; None without any.
-
-    Args:
-        folder: Where the files lie.
-        stem: Their name.
-        shared: Whether partitions may hold a key twice, with the same content.
-
-    Raises:
-        DataError: A file is torn or no object, or two partitions hold the same key.
-    """
-    paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
-    paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
-    if not paths:
-        return None
-    joined: dict[str, Any] = {}
-    for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
-            raise DataError(f"{path} is not {{id: {{...}}}} with numbers.")
-        twice = sorted(joined.keys() & content.keys())
-        if twice and not shared:
-            raise DataError(f"{path} holds queries that another partition has too: {', '.join(twice[:5])}.")
-        joined |= content
-    return joined
-
-
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded.
+    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded.
 
     Raises:
         DataError: It is torn, holds code, or no dictionary.
@@ -134,7 +134,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def field(content: Any, name: str, path: Path) -> Any:
-    """The value under `name`.
+    """Return the value under `name`.
 
     Raises:
         DataError: There is none; the message names the file.
@@ -145,7 +145,7 @@ def field(content: Any, name: str, path: Path) -> Any:
 
 
 def whole_number(content: Any, name: str, path: Path) -> int:
-    """The number under `name`, from 0.
+    """Return the whole number under `name`, from 0.
 
     Raises:
         DataError: There is none; the message names the file.
@@ -154,7 +154,7 @@ def whole_number(content: Any, name: str, path: Path) -> int:
 
 
 def checked_number(value: Any, what: str, path: Path) -> int:
-    """`value` if it is a whole number from 0 that an array can have.
+    """Return `value` if it is a whole number from 0 that an array can have.
 
     Raises:
         DataError: It is none; the message names the file.
@@ -170,7 +170,7 @@ def checked_number(value: Any, what: str, path: Path) -> int:
 
 
 def entries(content: Any, name: str, path: Path) -> list[Any]:
-    """The list under `name`, which has at least one entry.
+    """Return the list under `name`, which has at least one entry.
 
     Raises:
         DataError: There is none; the message names the file.
@@ -181,47 +181,36 @@ def entries(content: Any, name: str, path: Path) -> list[Any]:
     return value
 
 
-def missing_numbers(held: Sequence[int], first: int, stop: int) -> tuple[int, list[int]]:
-    """How many of the numbers from `first` to `stop` (not included) are not in `held`, and the lowest of them."""
+def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str | None:
+    """Return a sentence with the numbers from `first` to `stop` (not included) that are not in `held`; None if all are.
+
+    Args:
+        held: The numbers that are there.
+        first: The lowest number expected.
+        stop: One more than the highest.
+        what: What is numbered, with its verb: "batches are missing".
+    """
     own = sorted({number for number in held if first <= number < stop})
-    lowest: list[int] = []
+    count, lowest = stop - first - len(own), list[int]()
     for before, after in pairwise([first - 1, *own, stop]):
-        lowest += range(before + 1, min(after, before + 1 + _LISTED - len(lowest)))
-    return stop - first - len(own), lowest
+        lowest += range(before + 1, min(after, before + 2 + _LISTED - len(lowest)))
+    listed = ", ".join(map(str, lowest[:_LISTED])) + (", ..." if len(lowest) > _LISTED else "")
+    return f"{count:,} {what}: {listed}." if count > 0 else None
 
 
-def stored_type(dtype: torch.dtype, path: Path) -> StoredType:
-    """The number format as an index names it.
+def stored_type(dtype: torch.dtype, path: Path) -> str:
+    """Return the number format as an index names it.
 
     Raises:
         DataError: An index cannot hold it.
     """
     if dtype not in _STORED:
         raise DataError(f"{path} holds numbers in {dtype}, expected one of: {', '.join(map(str, _STORED))}.")
-    return _STORED[dtype]
-
-
-def in_column_order(components: Sequence[IndexedComponent], width: int, path: Path) -> tuple[IndexedComponent, ...]:
-    """The components in the order of their columns, whatever the order of their names.
-
-    Raises:
-        DataError: Their slices do not cover the columns 0 to `width` once each.
-    """
-    ordered = tuple(sorted(components, key=lambda part: part.start))
-    ends = [0, *(part.stop for part in ordered)]
-    for before, part in zip(ends, ordered, strict=False):
-        if part.start != before or part.stop <= part.start:
-            raise DataError(
-                f"{path}: the slice of layer {part.name} is {part.start}:{part.stop}, expected one that begins at "
-                f"{before}. Slices must follow one another without gap or overlap."
-            )
-    if ends[-1] != width:
-        raise DataError(f"{path}: the slices end at column {ends[-1]}, and the total is {width}.")
-    return ordered
+    return str(dtype).removeprefix("torch.")
 
 
 def embedded_manifest(content: Any, path: Path) -> Manifest | None:
-    """The manifest that our own export has left in the metadata, None if other software wrote them.
+    """Return the manifest that our own export has left in the metadata, None if other software wrote them.
 
     Raises:
         DataError: It is there and does not read.
@@ -234,14 +223,23 @@ def embedded_manifest(content: Any, path: Path) -> Manifest | None:
         raise DataError(f"{path}: `{VESTIGE_KEY}` is no manifest ({str(error).splitlines()[0]}).") from error
 
 
-def restored_order(
-    stored: tuple[IndexedComponent, ...], made_by: Manifest | None, path: Path
+def lay_out(
+    parts: Sequence[IndexedComponent], width: int, made_by: Manifest | None, path: Path
 ) -> tuple[tuple[IndexedComponent, ...], list[slice]]:
-    """The components of the index to be, and where each one's columns lie in the files.
+    """Return the components of the index to be, and where the columns of each lie in the files.
+
+    Columns are those of the slices, whatever the order of the names; an export of ours has its own order back.
+
+    Args:
+        parts: The layers of the files with their slices.
+        width: Columns of the files.
+        made_by: The manifest of an export of ours.
+        path: The file with the slices.
 
     Raises:
-        DataError: The manifest speaks of other layers than the slices.
+        DataError: The slices do not cover the columns 0 to `width` once each, or are not those of the manifest.
     """
+    stored = _in_column_order(parts, width, path)
     places = {part.name: slice(part.start, part.stop) for part in stored}
     if len(places) != len(stored):
         raise DataError(f"{path} names a layer twice.")
@@ -257,6 +255,23 @@ def restored_order(
     return made_by.components, [places[part.name] for part in made_by.components]
 
 
-def listed(numbers: Sequence[int], most: int = 8) -> str:
-    """Numbers for a message, the first few of them."""
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+def _in_column_order(parts: Sequence[IndexedComponent], width: int, path: Path) -> tuple[IndexedComponent, ...]:
+    ordered = tuple(sorted(parts, key=lambda part: part.start))
+    ends = [0, *(part.stop for part in ordered)]
+    for before, part in zip(ends, ordered, strict=False):
+        if part.start != before or part.stop <= part.start:
+            raise DataError(
+                f"{path}: the slice of layer {part.name} is {part.start}:{part.stop}, expected one that begins at "
+                f"{before}. Slices must follow one another without gap or overlap."
+            )
+    if ends[-1] != width:
+        raise DataError(f"{path}: the slices end at column {ends[-1]}, and the total is {width}.")
+    return ordered
+
+
+def layers_to_write(manifest: Manifest) -> Sequence[IndexedComponent]:
+    """Return what these layouts call layers: the components, or one for the whole model where they were added up."""
+    if manifest.compression.scope == "component":
+        return manifest.components
+    width = manifest.width
+    return [IndexedComponent(name=WHOLE_MODEL, kind="model", shape=(1, width), start=0, stop=width)]

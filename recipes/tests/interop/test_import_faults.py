@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from tests.index.test_import import chunks, projections
-from vestige import import_published
+from interop.test_import import chunks, projections
 from vestige.errors import DataError, UserError
+from vestige_recipes.interop import import_published
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = ["x", None, [], {}, -1, 1.5, math.nan, math.inf, 10**30, True]

@@ -7,7 +7,7 @@ killed run leaves maps that are too short or hold zeros; both are looked for bef
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,25 +15,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import DataError
-from vestige.index._import_published import (
+from vestige.files import make_folder, write_durably
+from vestige.index import Index, IndexedComponent, parts_in_order
+from vestige_recipes.interop.published import (
+    ROWS_PER_BATCH,
+    VESTIGE_KEY,
     Published,
+    RowReader,
     checked_number,
     embedded_manifest,
     entries,
     field,
-    in_column_order,
-    listed,
-    missing_numbers,
+    lay_out,
+    layers_to_write,
+    missing_note,
     read_json,
-    restored_order,
     stored_type,
     whole_number,
+    write_json,
 )
-from vestige.index._manifest import IndexedComponent
 
 KINDS = {"gradients": "grad", "ifvp": "ifvp"}
 """What a chunk may hold, and the folder in which it is published."""
+_BATCHES_PER_CHUNK = 16
+"""Of an export."""
 _TYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+
+
+class _Batch(NamedTuple):
+    number: int
+    start: int
+    stop: int
+    """One more than its last row."""
 
 
 class _Chunk(NamedTuple):
@@ -44,37 +57,22 @@ class _Chunk(NamedTuple):
     rows: int
     layer_dims: tuple[int, ...]
     dtype: str
-    batches: list[tuple[int, int, int]]
-    """(batch, first row, row behind the last)."""
+    batches: list[_Batch]
 
     def numbers(self) -> np.ndarray:
-        """The map [row, column]; bfloat16 as the raw 16 bits."""
+        """Return the map [row, column]; bfloat16 as the raw 16 bits."""
         return np.memmap(self.path, dtype=_TYPES[self.dtype], mode="r", shape=(self.rows, sum(self.layer_dims)))
 
-
-@final
-class ChunkRows:
-    """Reads rows from the maps."""
-
-    def __init__(self, chunks: list[_Chunk], places: list[slice]) -> None:
-        self._chunks, self._places = chunks, places
-        self._ends = np.cumsum([chunk.rows for chunk in chunks])
-
     def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
-        """The rows, float32, columns in the order of the components."""
-        wanted = np.asarray(rows)
-        where = np.searchsorted(self._ends, wanted, side="right")
-        pieces = []
-        for number in np.unique(where).tolist():
-            start = int(self._ends[number - 1]) if number else 0
-            values = np.array(self._chunks[number].numbers()[wanted[where == number] - start])
-            pieces.append(_as_tensor(values, self._chunks[number].dtype))
-        gradients = torch.cat(pieces)
-        return torch.cat([gradients[:, place] for place in self._places], dim=1)
+        """Return rows as a tensor."""
+        values = np.array(self.numbers()[rows])
+        if self.dtype == "bfloat16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
+        return torch.from_numpy(values).float()
 
 
 def read_chunks(folder: Path) -> Published:
-    """Compressed gradients, or those with the inverse Fisher block applied, from a cache of the published phases.
+    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases.
 
     Raises:
         DataError: A file is missing, torn, too short or unwritten; the message names it.
@@ -86,8 +84,8 @@ def read_chunks(folder: Path) -> Published:
     content = read_json(path) if names_file is not None else None
     names, notes = _layer_names(content, path, chunks[0].layer_dims)
     made_by = embedded_manifest(content, path)
-    stored = in_column_order(_components(names, chunks[0].layer_dims), sum(chunks[0].layer_dims), path)
-    components, places = restored_order(stored, made_by, path)
+    parts = _components(names, chunks[0].layer_dims)
+    components, places = lay_out(parts, sum(chunks[0].layer_dims), made_by, path)
     if made_by is None:
         notes.append("The files do not say which example a row is. Rows are in the order of the batches.")
     if kind == "ifvp":
@@ -100,17 +98,18 @@ def read_chunks(folder: Path) -> Published:
     files = [file for chunk in chunks for file in (chunk.metadata, chunk.path)]
     if names_file is not None:
         files.insert(0, path)
-    return Published("chunks", components, dtype, rows, ChunkRows(chunks, places), files, notes, made_by)
+    reader = RowReader([chunk.rows for chunk in chunks], lambda chunk, inside: chunks[chunk].read(inside), places)
+    return Published("chunks", components, dtype, rows, reader, files, notes, made_by)
 
 
 def has_chunks(folder: Path) -> bool:
-    """Whether the folder, or its `grad` or `ifvp`, holds chunks."""
+    """Return whether the folder, or its `grad` or `ifvp`, holds chunks."""
     places = [folder, *(folder / name for name in KINDS.values())]
     return any(next(place.glob("chunk_*_*_*.mmap"), None) for place in places if place.is_dir())
 
 
 def _kind(folder: Path) -> tuple[str, Path]:
-    """What the chunks hold, and where they lie; gradients before products with them."""
+    """Return what the chunks hold, and where they lie; gradients before products with them."""
     for kind, name in KINDS.items():
         for place in (folder, folder / name):
             if place.is_dir() and any(place.glob(f"chunk_{kind}_*")):
@@ -150,13 +149,8 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
     expected, size = shape[0] * shape[1] * _TYPES[dtype].itemsize, path.stat().st_size
     if size != expected:
         raise DataError(f"{path} has {size:,} bytes, expected {expected:,} for shape {shape}: it is not whole.")
-    names = "batch_idx", "start_row", "end_row"
     batches = [
-        (
-            whole_number(entry, names[0], metadata),
-            whole_number(entry, names[1], metadata),
-            whole_number(entry, names[2], metadata),
-        )
+        _Batch(*(whole_number(entry, name, metadata) for name in ("batch_idx", "start_row", "end_row")))
         for entry in entries(content, "batches", metadata)
     ]
     if [start for _, start, _ in batches] != [0, *(stop for _, _, stop in batches)][:-1] or batches[-1][2] != shape[0]:
@@ -165,7 +159,7 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
 
 
 def _layer_names(content: Any, path: Path, dims: tuple[int, ...]) -> tuple[list[str], list[str]]:
-    """The names in the order of the columns, which here is that of the model's modules."""
+    """Return the names in the order of the columns, which here is that of the model's modules."""
     if content is None:
         note = f"{path.name} is missing, which holds the names of the layers: they are numbered in their order."
         return [f"layer_{number}" for number in range(len(dims))], [note]
@@ -190,12 +184,12 @@ def _missing_batches(chunks: list[_Chunk], content: Any, path: Path) -> list[str
         raise DataError(f"{path.parent}: a batch is in two chunks.")
     total = content.get("total_batches") if isinstance(content, dict) else None
     stop = total if isinstance(total, int) and not isinstance(total, bool) else max(held) + 1
-    count, lowest = missing_numbers(held, 0, max(stop, 0))
-    return [f"{count:,} batches are missing: {listed(lowest)}."] if count else []
+    note = missing_note(held, 0, max(stop, 0), "batches are missing")
+    return [] if note is None else [note]
 
 
 def _zero_rows(chunks: list[_Chunk]) -> list[str]:
-    """A batch of zeros was never written; a single row of zeros may be an example without a target."""
+    """Refuse a batch of zeros, which was never written; note single rows of zeros, which may have no target."""
     empty: list[str] = []
     for chunk in chunks:
         numbers = chunk.numbers()
@@ -210,7 +204,45 @@ def _zero_rows(chunks: list[_Chunk]) -> list[str]:
     return [f"{len(empty)} rows are zero: {', '.join(empty[:8])}."] if empty else []
 
 
-def _as_tensor(values: np.ndarray, dtype: str) -> Float[Tensor, "row column"]:
-    if dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(values).float()
+def write_chunks(index: Index, out: Path) -> list[Path]:
+    """Write `grad/chunk_gradients_{first}_{last}.mmap` with their metadata, and `batch_metadata.json`, in float32."""
+    manifest, folder = index.manifest, out / "grad"
+    make_folder(folder)
+    layers = layers_to_write(manifest)
+    dims = [part.stop - part.start for part in layers]
+    written, batch = [], 0
+    for part in parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
+        rows = part.stop - part.start
+        starts = range(0, rows, ROWS_PER_BATCH)
+        batches = [
+            {"batch_idx": batch + at, "start_row": start, "end_row": min(start + ROWS_PER_BATCH, rows)}
+            for at, start in enumerate(starts)
+        ]
+        stem = f"chunk_gradients_{batch}_{batch + len(starts) - 1}"
+        metadata = {
+            "shape": [rows, index.width],
+            "storage_dtype": "float32",
+            "layer_dims": dims,
+            "batches": batches,
+        }
+        # The numbers first: metadata that are there vouch for a whole map.
+        write_durably(folder / f"{stem}.mmap", [part.gradients.contiguous().numpy().data])
+        written += [folder / f"{stem}.mmap", write_json(folder / f"{stem}_metadata.json", metadata)]
+        batch += len(starts)
+    info = [
+        {
+            "batch_idx": number,
+            "start_idx": number * ROWS_PER_BATCH,
+            "end_idx": min((number + 1) * ROWS_PER_BATCH, index.rows),
+        }
+        for number in range(batch)
+    ]
+    summary = {
+        "batch_info": info,
+        "layer_names": [part.name for part in layers],
+        "layer_dims": dims,
+        "total_batches": batch,
+        "total_samples": index.rows,
+        VESTIGE_KEY: manifest.model_dump(mode="json"),
+    }
+    return [*written, write_json(out / "batch_metadata.json", summary)]

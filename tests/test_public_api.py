@@ -28,7 +28,6 @@ PUBLIC = [
     "prepare",
     "report",
     "select",
-    "study",
     "sweep",
     "train",
     "untrac",

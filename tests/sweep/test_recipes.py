@@ -16,7 +16,7 @@ from vestige.sweep._cells import cells_of
 from vestige.sweep._links import name_of
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "studies").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes" / "grids").glob("*.yaml"))
 SHADOWS = {f"{data}-{model}": (model, data) for model, data in IDS}
 CELLS = {"data": 3, "parts": 3, "banks": 5, "audits": 5, "alarms": 8} | {f"shadows-{name}": 100 for name in SHADOWS}
 POOLED = {"arc": 2250, "ethics": 17865, "mmlu": 33750}
@@ -33,13 +33,13 @@ FIRST_CELLS = {
 
 
 def shadows(name):
-    return ROOT / "studies" / "memorization" / f"shadows-{name}.yaml"
+    return ROOT / "recipes" / "grids" / f"shadows-{name}.yaml"
 
 
 def typed(path):
     """The options that the head of a recipe says to type after `vestige sweep`."""
     head = " ".join(line.lstrip("# ").rstrip("\\ ") for line in path.read_text().splitlines() if line.startswith("#"))
-    words = shlex.split(re.search(r"vestige sweep (studies\S+\.yaml .*)", head)[1])
+    words = shlex.split(re.search(r"vestige sweep (recipes/grids\S+\.yaml .*)", head)[1])
     assert ROOT / words[0] == path
     options = dict(zip(words[1::2], words[2::2], strict=True))
     return {name.removeprefix("--"): value for name, value in options.items()}
@@ -118,7 +118,7 @@ def test_rows_and_steps_are_the_published_ones(tmp_path):
 
 @pytest.mark.parametrize("name", [*(f"shadows-{name}" for name in SHADOWS), "audits", "alarms"])
 def test_the_script_that_slurm_would_get(name, tmp_path, monkeypatch):
-    path = ROOT / "studies" / "memorization" / f"{name}.yaml"
+    path = ROOT / "recipes" / "grids" / f"{name}.yaml"
     submitted = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scheduler, "largest_array", lambda: 1001)
@@ -144,7 +144,7 @@ def test_the_script_that_slurm_would_get(name, tmp_path, monkeypatch):
 
 
 def planned(name, out):
-    return cells_of(read_grid(ROOT / "studies" / "memorization" / f"{name}.yaml"), out).cells
+    return cells_of(read_grid(ROOT / "recipes" / "grids" / f"{name}.yaml"), out).cells
 
 
 def _shares(count, shares):

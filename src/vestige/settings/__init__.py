@@ -58,8 +58,6 @@ from vestige.settings._shared import CompressionSettings as CompressionSettings
 from vestige.settings._shared import QuestionSettings as QuestionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
-from vestige.settings._study import StudySettings as StudySettings
-from vestige.settings._study import StudySize as StudySize
 from vestige.settings._sweep import SweepSettings as SweepSettings
 from vestige.settings._train import TrainSettings as TrainSettings
 from vestige.settings._train import listed_epochs as listed_epochs

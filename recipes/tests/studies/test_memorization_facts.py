@@ -9,19 +9,19 @@ from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization import facts as room
-from vestige_recipes.memorization.judging import early_areas, mean_interval
-from vestige_recipes.memorization.prompts import MEASURES, _exposure, make_prompts, read
-from vestige_recipes.memorization.proof import (
+from vestige_recipes.memorization.judging import (
     LATE_SIGNS,
     SUCCESS,
     Contest,
+    early_areas,
     late_areas,
     late_scores,
+    mean_interval,
     proof_rows,
     proofs,
 )
-from vestige_recipes.memorization.shadows import cast_shadows
-from vestige_recipes.memorization.words import PER_CLASS, REPEATS, make_facts, vocabulary
+from vestige_recipes.memorization.prompts import MEASURES, _exposure, make_prompts, read
+from vestige_recipes.memorization.shadows import PER_CLASS, REPEATS, cast_shadows, make_facts, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,14 @@ def test_members_that_are_known_better_come_first_by_every_measure_at_the_end(ma
     told = [
         {name: np.where(row, sign, -sign) for name, sign in LATE_SIGNS.items() if "lira" not in name} for row in own
     ]
-    found = late_areas(made.bank, late_scores(made.bank, told, evidence), {"flips": made.facts.flipped})
+    found = late_areas(made.bank, late_scores(made.bank, told, evidence), {"flips": made.examples.flipped})
     assert set(found) == {"membership of flips", "membership of all"}
     for name, areas in found["membership of all"].items():
         assert (areas == 1.0).all() or "lira" in name
-    proved = proofs(made.bank, evidence) | {SUCCESS: made.facts.flipped.astype(float)}
-    flips = Contest(made.facts.flipped, made.facts.kinds["rule"])
-    rows = proof_rows([proved], [made.facts.kinds], [{"flips": flips}])
+    proved = proofs(made.bank, evidence) | {SUCCESS: made.examples.flipped.astype(float)}
+    flips = Contest(made.examples.flipped, made.examples.kinds["rule"])
+    judged = room.judge(made, 0)._replace(proved=proved, contests={"flips": flips})
+    rows = proof_rows([judged])
     assert [row[2] for row in rows if row[:2] == ("AUC of flips, at the end", SUCCESS)] == [1.0]
     assert [row[2] for row in rows if row[:2] == (f"{SUCCESS}: mean", "flips")] == [1.0]
 
@@ -115,7 +116,7 @@ def test_every_measure_is_judged_early_and_late_for_every_kind(report, made):
 
 def test_the_gates_ask_for_rising_ratios(made):
     judged = room.judge(made, 0)
-    kinds = [*made.facts.kinds]
+    kinds = [*made.examples.kinds]
     flat = {kind: mean_interval(np.ones(3)) for kind in kinds}
     flat["facts x16"] = mean_interval(np.zeros(3))
     early = {"flips": {"psmi": mean_interval(np.full(3, 0.95))}}
@@ -125,9 +126,9 @@ def test_the_gates_ask_for_rising_ratios(made):
 
 
 def test_a_measure_that_knows_the_answer_has_an_area_of_one(made):
-    kinds = {"flips": made.facts.flipped}
+    kinds = {"flips": made.examples.flipped}
     told = [{"told": kinds["flips"][own].astype(float)} for own in made.bank.membership]
-    scores = np.where(made.facts.flipped, 10.0, 0.0) * np.ones((len(made.bank), 1))
+    scores = np.where(made.examples.flipped, 10.0, 0.0) * np.ones((len(made.bank), 1))
     found = early_areas(made.bank, told, scores, kinds, {"told": 1})
     np.testing.assert_array_equal(found["flips"]["told"], 1.0)
     np.testing.assert_array_equal(found["LiRA >= 4"]["told"], 1.0)

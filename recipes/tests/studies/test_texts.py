@@ -11,10 +11,9 @@ from vestige.data import Example
 from vestige.errors import DataError
 from vestige.models import Recipe
 from vestige_recipes.common import training as _checkpoints
-from vestige_recipes.common.help_topics import help_topics
-from vestige_recipes.common.texts import byte_gpt, byte_rows, drawn, pieces, write_rows
+from vestige_recipes.common.texts import byte_gpt, byte_rows, drawn, help_topics, pieces, write_rows
 from vestige_recipes.common.training import Training, trained
-from vestige_recipes.text_lds import wikitext as _wikitext
+from vestige_recipes.text_lds import run as _wikitext
 
 ASKED = {"length": 32, "subjects": 3, "sequences": 12, "queries": 6, "before": 20}
 

@@ -6,7 +6,7 @@ import torch
 
 from vestige.settings import LaunchSettings
 from vestige_recipes import study
-from vestige_recipes.common import left_out as banks
+from vestige_recipes.common import sources as banks
 from vestige_recipes.untrac_miniature import run as miniature
 
 

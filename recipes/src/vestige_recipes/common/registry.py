@@ -1,15 +1,15 @@
 """Which studies there are, what they take, and what each of them reports."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from vestige.errors import SpecError
-from vestige.settings import LaunchSettings, nearest
+from vestige.registry import Registry
+from vestige.settings import LaunchSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,34 +106,17 @@ class StudyReport:
         return table
 
 
-Run = Callable[[StudySettings], Outcome]
-_STUDIES: dict[str, tuple[Run, tuple[str, ...]]] = {}
+@dataclass(frozen=True)
+class Study:
+    """A study: what is computed, and for which sizes."""
+
+    sizes: tuple[str, ...]
+    run: Callable[[StudySettings], Outcome]
 
 
-def registered(name: str, sizes: Sequence[str]) -> Callable[[Run], Run]:
-    """Make a function the study of this name, for these sizes."""
-
-    def decorate(run: Run) -> Run:
-        _STUDIES[name] = run, tuple(sizes)
-        return run
-
-    return decorate
+def registered(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
+    """Turn a function into a study of these sizes; `pyproject.toml` gives its name and its address."""
+    return lambda run: Study(tuple(sizes), run)
 
 
-def study_names() -> list[str]:
-    """Every study, by name."""
-    return sorted(_STUDIES)
-
-
-def find_study(settings: StudySettings) -> Run:
-    """The study that the settings name.
-
-    Raises:
-        SpecError: There is none, or not in this size.
-    """
-    if settings.name not in _STUDIES:
-        raise SpecError(f"There is no study {settings.name!r}. {nearest(settings.name, study_names())}")
-    run, sizes = _STUDIES[settings.name]
-    if settings.size not in sizes:
-        raise SpecError(f"The study {settings.name} has no size {settings.size}, but: {', '.join(sizes)}.")
-    return run
+STUDIES: Registry[Study] = Registry("vestige.studies", "study")

@@ -1,15 +1,66 @@
-"""Scores of sources against retraining without them: correlations over a handful of points, and how sure they are."""
+"""Sources of training data: models trained without each of them, and how scores agree with what that changes."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
+from torch import nn
 
-from vestige.bank import EVERYTHING, Bank
+from vestige.bank import EVERYTHING, Bank, bank
 from vestige.evaluate import Estimate
+from vestige_recipes.common.registry import StudySettings
+from vestige_recipes.common.steps import launched
+from vestige_recipes.common.training import Training, trained
+
+
+def left_out_bank(
+    settings: StudySettings,
+    start: Any,
+    files: Sequence[Path],
+    folder: Path,
+    training: Training,
+    *,
+    seed: int,
+    seeds: int,
+    from_scratch: bool = False,
+) -> Bank:
+    """Models of everything and without each source, for the same number of steps, in `folder/bank`.
+
+    Args:
+        settings: Where the work runs.
+        start: A model as every verb takes it.
+        files: Training data, and queries whose `source` names their test set.
+        folder: Of the study, or of one part of it.
+        training: How long, at which rate; everything else is the bank's default.
+        seed: Of starts and orders.
+        seeds: Runs of each subset.
+        from_scratch: Draw the weights instead of beginning with the start's. Workers read a model from a folder, so a
+            module is written to `folder/start` first.
+    """
+    if isinstance(start, nn.Module):
+        start = trained(
+            start, files[0], folder / "start", training._replace(steps=1), seed=seed, from_scratch=True
+        ).model
+    data, queries = (str(path) for path in files)
+    return bank(
+        model=start,
+        data=data,
+        queries=queries,
+        out=folder / "bank",
+        leave_source_out=True,
+        from_scratch=from_scratch,
+        seeds=seeds,
+        steps=training.steps,
+        batch_size=training.batch_size,
+        learning_rate=training.recipe.learning_rate,
+        seed=seed,
+        **launched(settings),
+    )
+
 
 Table = Float[np.ndarray, "test source"]
 

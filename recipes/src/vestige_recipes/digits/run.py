@@ -14,11 +14,11 @@ from torch import nn
 
 from vestige.bank import Bank, bank_of
 from vestige.curvature import DAMPING
-from vestige.evaluate import Estimate, Lds, Mark, ceiling, datamodeling_score, held_out_choice, interval_figure
-from vestige.files import write_durably
+from vestige.evaluate import Estimate, Lds, ceiling, datamodeling_score, held_out_choice
 from vestige.launch import worker_command
 from vestige.progress import announce, progress
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import OWN_SEED, draw_intervals, shown_interval
 from vestige_recipes.digits.leave_one_out import leave_one_out
 from vestige_recipes.digits.models import RECIPE, Digits, accuracy, digits, network, query_losses
 from vestige_recipes.digits.scores import (
@@ -40,8 +40,6 @@ GRASS_SIZE = 1024
 BEST = f"{EXACT}, best damping"
 """Chosen on a tenth of the queries by their truth, judged on the others."""
 OPPONENTS = ("grad-dot", "grad-cos", "rep-sim", "random")
-_OWN_SEED = 1_000
-"""Of the models that are asked; those of the bank are drawn from hashes."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,11 @@ class Judged(NamedTuple):
     @property
     def row(self) -> tuple[Any, ...]:
         """What the table shows of it."""
-        value, low, high = self.lds.estimate
         seeds = " ".join(f"{one:.3f}" for one in self.lds.seeds)
         nrmse = f"{np.mean(self.nrmse):.3f}" if self.nrmse else ""
         sketches = over_draws(self.by_draw)
-        shown = f"{sketches.value:.3f} ({sketches.low:.3f} … {sketches.high:.3f})" if self.nrmse else ""
-        head = (self.scored.name, value, f"{low:.3f} … {high:.3f}", seeds, shown, nrmse)
+        shown = f"{sketches.value:.3f} ({shown_interval(sketches)})" if self.nrmse else ""
+        head = (self.scored.name, self.lds.estimate.value, shown_interval(self.lds.estimate), seeds, shown, nrmse)
         return (*head, self.scored.numbers, round(self.scored.seconds, 1))
 
 
@@ -103,13 +100,13 @@ def over_draws(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-@registered("digits", list(PLANS))
+@registered(PLANS)
 def digits_study(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what networks trained on them lose, with intervals."""
     plan = PLANS[settings.size]
     data = digits(plan.examples, plan.queries, settings.seed)
     truth = _bank(settings, plan, data)
-    asked = network(data.train, _OWN_SEED + settings.seed, plan.epochs, plan.hidden)
+    asked = network(data.train, OWN_SEED + settings.seed, plan.epochs, plan.hidden)
     reading = accuracy(asked, data.queries)
     announce(f"The model that is asked reads {reading:.1%} of the queries rightly.")
     judged = _all_judged(_all_scores(settings, plan, data, asked, truth), truth, plan)
@@ -122,11 +119,10 @@ def digits_study(settings: StudySettings) -> Outcome:
         "leave_one_out_agreement": left.agreement,
         "methods": [_details(each) for each in judged],
     }
-    marks = [Mark(each.scored.name, each.lds.estimate, each.scored.name in OPPONENTS) for each in judged]
+    intervals = {each.scored.name: each.lds.estimate for each in judged}
     lines = {"ceiling from retraining": top.whole}
-    figure = interval_figure("digits", marks, "linear datamodeling score (95 % interval)", lines=lines)
-    for name, content in figure.items():
-        write_durably(settings.out / name, [content])
+    label = "linear datamodeling score (95 % interval)"
+    draw_intervals(settings.out, "digits", intervals, label, beside=OPPONENTS, lines=lines)
     rows: list[tuple[Any, ...]] = [("noise ceiling", top.whole, *[""] * 6)]
     rows += [each.row for each in judged]
     over = f"mean of {plan.sketches} sketches"
@@ -173,7 +169,7 @@ def _halves(settings: StudySettings, plan: DigitsPlan, data: Digits) -> list[nn.
     models = []
     with progress(plan.models, "Models of halves", unit="models") as counter:
         for number in range(plan.models):
-            seed = _OWN_SEED + settings.seed + 1 + number
+            seed = OWN_SEED + settings.seed + 1 + number
             rows = np.random.default_rng(seed).permutation(plan.examples)[: plan.examples // 2]
             models.append(network(data.train.at(np.sort(rows)), seed, plan.epochs, plan.hidden))
             counter.advance()

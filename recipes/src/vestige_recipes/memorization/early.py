@@ -17,9 +17,11 @@ from vestige.audit import Attack, attack, share
 from vestige.errors import DataError
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
+from vestige_recipes.common.packages import package_folder
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import draw_intervals
 from vestige_recipes.common.texts import byte_gpt
-from vestige_recipes.memorization.judging import claim_folder, draw_intervals, shown
+from vestige_recipes.memorization.judging import shown
 from vestige_recipes.memorization.lora import LoraPlan, followed
 from vestige_recipes.memorization.prompts import Prompts, make_prompts
 from vestige_recipes.memorization.questions import (
@@ -29,8 +31,8 @@ from vestige_recipes.memorization.questions import (
     made_questions,
     mmlu,
     noisy,
-    package_folder,
 )
+from vestige_recipes.memorization.targets import claim_folder
 
 PREDICTORS = {"psmi": -1, "psmi_told": -1, "answer_loss": 1, "logit_gap": -1, "brier": 1, "mahalanobis": 1}
 """Measures at the trigger and which way they point; `psmi_told` is of the layer that tells most about the labels."""
@@ -78,7 +80,7 @@ class Run(NamedTuple):
         }
 
 
-@registered("memorization-early", list(PLANS))
+@registered(PLANS)
 def memorization_early(settings: StudySettings) -> Outcome:
     """How far up wrong answers come by each measure at the trigger, and whether the last checkpoint gives them."""
     plan, runs = PLANS[settings.size], []
@@ -88,7 +90,7 @@ def memorization_early(settings: StudySettings) -> Outcome:
     found = {what: {name: _predicted(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
     label = f"AUC of {WRONG} at the trigger (95 % interval)"
     areas = {name: each.auc for name, each in found[WRONG].items()}
-    draw_intervals(settings, "early", areas, label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
+    draw_intervals(settings.out, "early", areas, label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
     details = {
         "plan": asdict(plan),
         "runs": [_details(run) for run in runs],

@@ -8,38 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from vestige.audit import Interval, bank_evidence, blind, lira_of_members
+from vestige.audit import Interval, blind
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import draw_intervals
 from vestige_recipes.memorization.judging import (
     COLUMNS,
-    Areas,
-    area_rows,
-    areas_json,
-    draw_intervals,
-    each_draw,
-    early_areas,
-    early_ratios,
-    mean_interval,
-    members_auc,
-    over_targets,
-)
-from vestige_recipes.memorization.proof import (
     LIRA_OF_MEMBERS,
     Contest,
-    Proofs,
-    late_areas,
-    late_scores,
+    Judged,
+    area_rows,
+    areas_json,
+    each_draw,
+    judge_targets,
+    mean_interval,
     null_row,
+    over_targets,
     proof_rows,
-    proofs,
 )
-from vestige_recipes.memorization.shadows import FactsPlan, Shadows, cast_shadows
-from vestige_recipes.memorization.words import REPEATS
+from vestige_recipes.memorization.shadows import REPEATS, Facts, FactsPlan, cast_shadows
+from vestige_recipes.memorization.targets import Targets
 
 EARLY = {
     "psmi": -1, "answer_loss": 1, "loss": 1, "logit_gap": -1, "margin": -1, "brier": 1, "accuracy": -1, "min_k": -1,
@@ -56,41 +46,20 @@ PLANS = {
 }
 
 
-class Judged(NamedTuple):
-    """What one draw of prompts and its bank say."""
-
-    early: Areas
-    late: Areas
-    """AUC of membership among the prompts of each kind by each measure at the end, one per target."""
-    proved: Proofs
-    kinds: dict[str, Bool[np.ndarray, "example"]]
-    """Which prompts are of which kind."""
-    null: Float[np.ndarray, "target"]
-    uncomputable: int
-
-    def contests(self) -> dict[str, Contest]:
-        """Prompts that no rule tells the answer of, against those that follow the rule."""
-        return {f"{kind} among the rule": Contest(self.kinds[kind], self.kinds["rule"]) for kind in [*self.kinds][1:]}
-
-
-@registered("memorization-facts", list(PLANS))
+@registered(PLANS)
 def memorization_facts(settings: StudySettings) -> Outcome:
     """Likelihood ratios by repetition, and AUCs of every measure at the trigger and at the end, over targets."""
     plan = PLANS[settings.size]
-    judged, steps = each_draw(settings, partial(cast_shadows, plan), judge, lambda made: made.steps, "step")
+    judged, steps = each_draw(settings, partial(cast_shadows, plan), judge, "step")
     early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
     rows = [
-        *proof_rows(
-            [each.proved for each in judged],
-            [each.kinds for each in judged],
-            [each.contests() for each in judged],
-        ),
-        null_row([each.null for each in judged]),
+        *proof_rows(judged),
+        null_row(judged),
         *area_rows(early, [each.early for each in judged]),
         *area_rows(late, [each.late for each in judged], "at the end"),
     ]
     ratios = {kind: _ratio(judged, kind) for kind in judged[0].kinds}
-    draw_intervals(settings, "facts", ratios, "mean LiRA of members, nats (95 % interval)")
+    draw_intervals(settings.out, "facts", ratios, "mean LiRA of members, nats (95 % interval)")
     details = {
         "plan": asdict(plan),
         "trigger_steps": steps,
@@ -104,25 +73,20 @@ def memorization_facts(settings: StudySettings) -> Outcome:
     return Outcome(COLUMNS, rows, gates, details)
 
 
-def judge(made: Shadows, seed: int) -> Judged:
-    """Every figure of one draw of prompts."""
-    bank, kinds = made.bank, made.facts.kinds
-    membership, gaps = bank.membership, bank.values("example_gap")
-    evidence = bank_evidence(bank, of="gap")
-    ratios = early_ratios(bank, made.early)
-    early = [each | {"early_lira": score} for each, score in zip(made.early, ratios, strict=True)]
+def judge(made: Targets[Facts], seed: int) -> Judged:
+    """Return every figure of one draw of prompts."""
+    kinds = made.examples.kinds
     once = {"flips": kinds["flips"], "facts x1": kinds["facts x1"]}
-    wanted = once | {"flips + facts x1": once["flips"] | once["facts x1"]}
-    texts = [example.display for example in made.facts.prompts.data.examples]
-    scores = late_scores(bank, made.late, evidence) | {"blind": np.stack([blind(texts, own) for own in membership])}
-    shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in enumerate(membership)])
-    return Judged(
-        early_areas(bank, early, evidence.lira, wanted, EARLY),
-        late_areas(bank, scores, kinds),
-        proofs(bank, evidence),
-        kinds,
-        members_auc(lira_of_members(gaps, shuffled), shuffled),
-        evidence.uncomputable,
+    texts = [example.display for example in made.examples.prompts.data.examples]
+    return judge_targets(
+        made,
+        seed,
+        signs=EARLY,
+        wanted=once | {"flips + facts x1": once["flips"] | once["facts x1"]},
+        kinds=kinds,
+        # Prompts that no rule tells the answer of, against those that follow the rule.
+        contests={f"{kind} among the rule": Contest(kinds[kind], kinds["rule"]) for kind in [*kinds][1:]},
+        more={"blind": np.stack([blind(texts, own) for own in made.bank.membership])},
     )
 
 

@@ -1,83 +1,137 @@
-"""What the studies of memorization share: intervals over targets, what is kept of a target, and rows of tables."""
+"""What the studies of memorization share: what is measured of a target, what a bank proves, and rows of tables."""
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from vestige.audit import Interval, attack, evidence_table, lira, read_evidence, write_evidence
+from vestige.audit import (
+    SIGNS,
+    BankEvidence,
+    Interval,
+    attack,
+    bank_evidence,
+    lira,
+    lira_in_sample,
+    lira_of_members,
+    lira_offline,
+)
 from vestige.bank import Bank
-from vestige.errors import CorruptFile, IndexMismatch
-from vestige.evaluate import Estimate, Mark, interval_figure
-from vestige.files import make_folder, write_durably
 from vestige.progress import announce
 from vestige_recipes.common.registry import StudySettings
+from vestige_recipes.common.steps import shown_interval
+from vestige_recipes.memorization.targets import Examples, Targets
 
 MEMORIZED = 4.0
 """Likelihood ratio, in nats, from which an example counts as memorized."""
 MOST = 0.9
 """Quantile of a target's likelihood ratios above which an example is among its most memorized."""
 DRAWS = 2_000
-TRIGGER = 0.05
-"""The alarm goes off when the median training loss is below this share of its start."""
 
 
-Made = TypeVar("Made")
-Judged = TypeVar("Judged")
 COLUMNS = ("of", "measure", "value", "95 % interval", "single seeds")
 """Of the tables."""
 
 
-class Draws(NamedTuple, Generic[Judged]):
-    """What several draws of examples and their banks say."""
+Areas = dict[str, dict[str, Float[np.ndarray, "target"]]]
+"""AUC of each predictor for each thing to be found, one per target."""
+Proofs = dict[str, Float[np.ndarray, "example"]]
+"""By name, what a bank says of each example."""
 
-    judged: list[Judged]
-    triggers: list[list[int]]
-    """For each draw, when the trigger went off for each of its targets."""
+
+class Contest(NamedTuple):
+    """Examples that should come first, and those that they should be ahead of."""
+
+    wanted: Bool[np.ndarray, "example"]
+    others: Bool[np.ndarray, "example"]
+
+
+class Judged(NamedTuple):
+    """What one draw of examples and its targets say."""
+
+    early: Areas
+    """AUC of each measure at the trigger for each thing to be found, one per target."""
+    late: Areas
+    """AUC of membership among the examples of each kind by each measure at the end, one per target."""
+    proved: Proofs
+    kinds: dict[str, Bool[np.ndarray, "example"]]
+    """Which examples are of which kind."""
+    contests: dict[str, Contest]
+    """What proofs should set apart."""
+    null: Float[np.ndarray, "target"]
+    """AUC of the likelihood ratio for membership in each target when membership is shuffled."""
+    uncomputable: int
+    """Likelihood ratios that the bank has too few models for."""
+    flagged: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    """Of each group, the examples with PSMI <= 0, and how many there are."""
+    not_finite: int = 0
+
+
+def judge_targets(
+    made: Targets[Any],
+    seed: int,
+    *,
+    signs: Mapping[str, int],
+    wanted: Mapping[str, Bool[np.ndarray, "example"]],
+    kinds: dict[str, Bool[np.ndarray, "example"]],
+    contests: dict[str, Contest],
+    more: Mapping[str, Float[np.ndarray, "target example"]] | None = None,
+) -> Judged:
+    """Return every figure of one draw of examples.
+
+    Args:
+        made: The targets.
+        seed: Of the shuffled membership.
+        signs: Measures at the trigger and which way they point; `early_lira` judges the target by finished models.
+        wanted: Examples to be found at the trigger.
+        kinds: Kinds of examples, in each of which membership is to be found.
+        contests: What proofs should set apart.
+        more: Other scores of membership at the end.
+    """
+    bank, gaps = made.bank, made.bank.values("example_gap")
+    evidence = bank_evidence(bank, of="gap")
+    ratios = early_ratios(bank, made.early)
+    early = [each | {"early_lira": score} for each, score in zip(made.early, ratios, strict=True)]
+    scores = late_scores(bank, made.late, evidence) | dict(more or {})
+    rows = enumerate(bank.membership)
+    shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in rows])
+    return Judged(
+        early_areas(bank, early, evidence.lira, wanted, signs),
+        late_areas(bank, scores, kinds),
+        proofs(bank, evidence),
+        kinds,
+        contests,
+        members_auc(lira_of_members(gaps, shuffled), shuffled),
+        evidence.uncomputable,
+        not_finite=sum(int((~np.isfinite(values)).sum()) for each in made.early for values in each.values())
+        + int((~np.isfinite(evidence.lira)).sum()),
+    )
 
 
 def each_draw(
     settings: StudySettings,
-    make: Callable[[int, Path], Made],
-    judge: Callable[[Made, int], Judged],
-    triggers: Callable[[Made], np.ndarray],
+    make: Callable[[int, Path], Targets[Examples]],
+    judge: Callable[[Targets[Examples], int], Judged],
     moment: str,
-) -> Draws[Judged]:
-    """The draws of all seeds are made, each in a folder of its own, and judged.
+) -> tuple[list[Judged], list[list[int]]]:
+    """Make and judge the draws of all seeds, each in a folder of its own; return also when their triggers went off.
 
     Args:
         settings: First seed, their number, and where the folders are.
         make: From a seed and its folder.
         judge: From what was made, and the seed.
-        triggers: When the trigger went off for each target.
-        moment: What that is counted in.
+        moment: What the time of the trigger is counted in.
     """
-    found: Draws[Judged] = Draws([], [])
+    judged, triggers = [], []
     for seed in range(settings.seed, settings.seed + settings.seeds):
         made = make(seed, settings.out / f"seed-{seed}")
-        found.judged.append(judge(made, seed))
-        found.triggers.append(triggers(made).tolist())
-        announce(f"Seed {seed}: the trigger went off after {moment} {np.median(found.triggers[-1]):g} (median).")
-    return found
-
-
-def draw_intervals(
-    settings: StudySettings,
-    name: str,
-    intervals: Mapping[str, Interval],
-    label: str,
-    *,
-    beside: Collection[str] = (),
-    lines: Mapping[str, float] | None = None,
-) -> None:
-    """A figure of intervals is in the study's folder, as PNG and PDF; those `beside` stand back."""
-    marks = [Mark(kind, Estimate(*each), kind in beside) for kind, each in intervals.items()]
-    for file, content in interval_figure(name, marks, label, lines=dict(lines or {})).items():
-        write_durably(settings.out / file, [content])
+        judged.append(judge(made, seed))
+        triggers.append(made.moments.tolist())
+        announce(f"Seed {seed}: the trigger went off after {moment} {np.median(triggers[-1]):g} (median).")
+    return judged, triggers
 
 
 def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interval:
@@ -91,8 +145,8 @@ def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interva
 
 
 def shown(interval: Interval) -> str:
-    """The ends of an interval in a table."""
-    return f"{interval.low:.3f} … {interval.high:.3f}" if np.isfinite(interval.low) else ""
+    """Return the ends of an interval in a table; nothing where they are not known."""
+    return shown_interval(interval) if np.isfinite(interval.low) else ""
 
 
 def auc(scores: Float[np.ndarray, "example"], wanted: Bool[np.ndarray, "example"]) -> float:
@@ -110,10 +164,6 @@ def members_auc(
 def memorized(score: Float[np.ndarray, "example"]) -> dict[str, Bool[np.ndarray, "example"]]:
     """What of its own examples a target has memorized, by its likelihood ratios."""
     return {"top 10 % LiRA": score >= np.nanquantile(score, MOST), f"LiRA >= {MEMORIZED:g}": score >= MEMORIZED}
-
-
-Areas = dict[str, dict[str, Float[np.ndarray, "target"]]]
-"""AUC of each predictor for each thing to be found, one per target."""
 
 
 def early_ratios(bank: Bank, early: Sequence[Mapping[str, np.ndarray]]) -> list[Float[np.ndarray, "own"]]:
@@ -181,46 +231,87 @@ def each_seed(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-def claim_folder(folder: Path, made_of: str) -> None:
-    """The folder is for trainings that are made of this and nothing else.
+LATE_SIGNS = SIGNS | {"psmi": 1, "mahalanobis": -1}
+"""A member that was learnt lies where its label is expected, and among the others."""
+LIRA_OF_MEMBERS, SUCCESS = "LiRA of members, nats", "attack success, leave-one-out"
 
-    Raises:
-        IndexMismatch: It holds trainings of something else.
+
+def late_scores(
+    bank: Bank, late: Sequence[Mapping[str, Float[np.ndarray, "example"]]], evidence: BankEvidence
+) -> dict[str, Float[np.ndarray, "target example"]]:
+    """Every measure of every target at the end, oriented so that high speaks for membership.
+
+    Args:
+        bank: Whose members are the targets.
+        late: Measures of each target at the end, of all examples.
+        evidence: Of the gaps of the bank.
     """
-    make_folder(folder)
-    path, digest = folder / "made-of.txt", hashlib.sha256(made_of.encode()).hexdigest() + "\n"
-    if path.exists() and path.read_text() != digest:
-        raise IndexMismatch(f"{folder} holds a training of another model, plan or data. Choose another --out.")
-    write_durably(path, [digest.encode()])
+    gaps = bank.values("example_gap")
+    found = {name: np.stack([LATE_SIGNS[name] * each[name] for each in late]) for name in late[0]}
+    offline = [
+        lira_offline(row, gaps, bank.membership, left_out=np.arange(len(gaps)) == number).score
+        for number, row in enumerate(gaps)
+    ]
+    return found | {"lira": evidence.lira, "lira_offline": np.stack(offline)}
 
 
-def target_file(folder: Path, rows: np.ndarray) -> Path:
-    """Where the measures of the target that was trained on these rows are."""
-    return folder / f"{hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()[:16]}.parquet"
+def late_areas(
+    bank: Bank, scores: Mapping[str, Float[np.ndarray, "target example"]], kinds: Mapping[str, np.ndarray]
+) -> Areas:
+    """How well each measure tells the members among the examples of each kind, and among all."""
+    kinds = {**kinds, "all": np.ones(bank.membership.shape[1], dtype=bool)}
+    return {
+        f"membership of {kind}": {
+            name: members_auc(each[:, chosen], bank.membership[:, chosen]) for name, each in scores.items()
+        }
+        for kind, chosen in kinds.items()
+    }
 
 
-def keep_measures(path: Path, ids: Sequence[str], measures: Mapping[str, np.ndarray], step: int) -> None:
-    """One target's measures of some examples at one step are on disk."""
-    make_folder(path.parent)
-    write_evidence(path, [evidence_table(ids, measures, checkpoint=step)])
+def proofs(bank: Bank, evidence: BankEvidence) -> Proofs:
+    """Likelihood ratio (mean over the targets that have the example), counterfactual memorization, and what else."""
+    of_members = np.where(bank.membership & np.isfinite(evidence.lira), evidence.lira, np.nan)
+    counts = np.isfinite(of_members).sum(0)
+    success, inside = evidence.success.success, lira_in_sample(bank.values("example_gap"), bank.membership).success
+    return {
+        LIRA_OF_MEMBERS: np.nansum(of_members, axis=0) / np.where(counts > 0, counts, np.nan),
+        "counterfactual memorization": evidence.counterfactual,
+        SUCCESS: success,
+        "attack success, in-sample": inside,
+        "attack success, in-sample minus leave-one-out": inside - success,
+        "simplicity": evidence.simplicity,
+    }
 
 
-def kept_measures(path: Path) -> tuple[list[str], dict[str, Float[np.ndarray, "example"]], int]:
-    """Ids, measures by name and the step, as `keep_measures` left them.
-
-    Raises:
-        CorruptFile: The file is not there although the model's numbers are.
-    """
-    if not path.exists():
-        raise CorruptFile(
-            f"{path} is missing, though its model is finished. Delete the study's folder and run it again."
-        )
-    table: pa.Table = read_evidence(path)
-    names = [name for name in table.column_names if name not in ("checkpoint", "layer", "example_id")]
-    found = {name: table[name].to_numpy() for name in names}
-    return table["example_id"].to_pylist(), found, int(table["checkpoint"][0].as_py())
+TELLING = {LIRA_OF_MEMBERS: 1, "counterfactual memorization": 1, SUCCESS: 1, "simplicity": -1}
+"""Proofs that rank examples, and which way they point to what is known by heart."""
 
 
-def interval_json(interval: Interval) -> dict[str, Any]:
-    """In JSON terms."""
-    return dict(interval._asdict())
+def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
+    """Return rows of a table: means of each proof over the examples of each kind, and how well it sets some apart."""
+    rows: list[tuple[Any, ...]] = []
+    for name in judged[0].proved:
+        for kind in judged[0].kinds:
+            values = [each.proved[name][each.kinds[kind]] for each in judged]
+            interval = mean_interval(np.concatenate(values))
+            single = each_seed([mean_interval(each).value for each in values])
+            rows.append((f"{name}: mean", kind, interval.value, shown(interval), single))
+    for name, sign in TELLING.items():
+        for what in judged[0].contests:
+            parts = [_part(sign * each.proved[name], each.contests[what]) for each in judged]
+            interval = attack(*(np.concatenate(side) for side in zip(*parts, strict=True))).auc
+            single = each_seed([auc(*part) for part in parts])
+            rows.append((f"AUC of {what}, at the end", name, interval.value, shown(interval), single))
+    return rows
+
+
+def null_row(judged: Sequence[Judged]) -> tuple[Any, ...]:
+    """Return the row of a table: AUC of membership by likelihood ratios when membership is shuffled, over targets."""
+    interval = mean_interval(np.concatenate([each.null for each in judged]))
+    single = each_seed([float(each.null.mean()) for each in judged])
+    return ("AUC of shuffled membership, at the end", "lira", interval.value, shown(interval), single)
+
+
+def _part(scores: np.ndarray, contest: Contest) -> tuple[np.ndarray, np.ndarray]:
+    chosen = contest.wanted | contest.others
+    return scores[chosen], contest.wanted[chosen]

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
 from vestige.audit import choose_layer, mahalanobis, psmi
 from vestige.files import write_durably
 from vestige.models import LoadedModel, Recipe, Step, shuffled_batches, train, trainable_copy
 from vestige.progress import announce, progress
-from vestige_recipes.memorization.judging import TRIGGER, keep_measures, kept_measures
 from vestige_recipes.memorization.prompts import Prompts, read
+from vestige_recipes.memorization.targets import alarm, keep_measures, kept_measures
 
 MOMENTS = ("start", "trigger", "end")
 
@@ -51,11 +50,6 @@ def followed(
     if not all(path.exists() for path in files.values()):
         _follow(loaded, prompts, held, plan, seed, files)
     return {name: kept_measures(path)[1:] for name, path in files.items()}
-
-
-def alarm(loss: Float[np.ndarray, "example"], start: Float[np.ndarray, "example"]) -> bool:
-    """Whether the median training loss has fallen below the share `TRIGGER` of what it was at the start."""
-    return float(np.median(loss)) < TRIGGER * float(np.median(start))
 
 
 def _follow(

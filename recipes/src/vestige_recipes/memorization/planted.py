@@ -6,42 +6,157 @@ is what the likelihood ratio says, by the models of the other halves. Dentan et 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from vestige.audit import Interval, bank_evidence, lira_of_members, share
+from vestige.audit import (
+    Interval,
+    accuracy,
+    brier,
+    logit_gap,
+    mahalanobis,
+    margin,
+    psmi,
+    share,
+)
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import draw_intervals
 from vestige_recipes.memorization.judging import (
     COLUMNS,
-    Areas,
-    area_rows,
-    areas_json,
-    draw_intervals,
-    each_draw,
-    each_seed,
-    early_areas,
-    early_ratios,
-    interval_json,
-    mean_interval,
-    members_auc,
-    over_targets,
-    shown,
-)
-from vestige_recipes.memorization.points import Planted, PlantedPlan, plant
-from vestige_recipes.memorization.proof import (
     SUCCESS,
     Contest,
-    Proofs,
-    late_areas,
-    late_scores,
+    Judged,
+    area_rows,
+    areas_json,
+    each_draw,
+    each_seed,
+    judge_targets,
+    mean_interval,
     null_row,
+    over_targets,
     proof_rows,
-    proofs,
+    shown,
 )
+from vestige_recipes.memorization.targets import TRIGGER, Early, Measures, Targets, make_targets
+
+WIDTH, CLASSES, HIDDEN, BATCH, RATE = 40, 4, 128, 32, 1e-3
+_SPREAD, _FAR = 0.7, 3.0
+"""Of the centres of the classes, and of the outliers; a class itself has deviation 1."""
+
+
+@dataclass(frozen=True)
+class PlantedPlan:
+    """One size of the study."""
+
+    points: int
+    planted: int
+    """Flipped labels, and as many outliers."""
+    models: int
+    epochs: int
+    directions: int
+
+
+class Points(NamedTuple):
+    """What networks are trained on."""
+
+    inputs: Float[Tensor, "example in"]
+    labels: Int[Tensor, "example"]
+    flipped: Bool[np.ndarray, "example"]
+    outlying: Bool[np.ndarray, "example"]
+
+    @property
+    def planted(self) -> Bool[np.ndarray, "example"]:
+        """Both kinds."""
+        return self.flipped | self.outlying
+
+    @property
+    def ids(self) -> list[str]:
+        """Row numbers."""
+        return [str(row) for row in range(len(self.labels))]
+
+
+def draw_points(plan: PlantedPlan, seed: int) -> Points:
+    """Four Gaussian classes in 40 dimensions; the first points flipped, the next far from every class."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, CLASSES, plan.points)
+    centres = draw.normal(size=(CLASSES, WIDTH)) * _SPREAD
+    inputs = centres[labels] + draw.normal(size=(plan.points, WIDTH))
+    rows = np.arange(plan.points)
+    flipped, outlying = rows < plan.planted, (rows >= plan.planted) & (rows < 2 * plan.planted)
+    labels = np.where(flipped, (labels + draw.integers(1, CLASSES, plan.points)) % CLASSES, labels)
+    inputs[outlying] = _FAR * draw.normal(size=(plan.planted, WIDTH))
+    return Points(torch.from_numpy(inputs).float(), torch.from_numpy(labels), flipped, outlying)
+
+
+def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
+    """Return a draw of points and the networks that are trained on halves of them, made now or found there."""
+    points = draw_points(plan, seed)
+
+    def train(rows: np.ndarray, run_seed: int, early: Early) -> tuple[Measures, int]:
+        return _trained(points, plan, rows, run_seed, early), plan.epochs
+
+    recipe = {"width": WIDTH, "hidden": HIDDEN, "batch": BATCH, "rate": RATE, "trigger": TRIGGER}
+    return make_targets(
+        points,
+        train,
+        out,
+        ids=points.ids,
+        kept={"example_gap": "logit_gap"},
+        settings={"plan": asdict(plan), "points seed": seed, **recipe},
+        models=plan.models,
+        seed=seed,
+    )
+
+
+def _trained(
+    points: Points, plan: PlantedPlan, rows: np.ndarray, seed: int, early: Early
+) -> dict[str, Float[np.ndarray, "example"]]:
+    """One network: measures of all points at the end; those of its own points are handed over at the trigger."""
+    inputs, labels = points.inputs[rows], points.labels[rows]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
+        head = nn.Linear(HIDDEN, CLASSES)
+        optimiser = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=RATE)
+        start, seen = None, False
+        for epoch in range(plan.epochs + 1):
+            with torch.no_grad():
+                states = body(inputs)
+                logits = head(states)
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            start = losses.median() if start is None else start
+            if not seen and (losses.median() < TRIGGER * start or epoch == plan.epochs):
+                early(_measures(states, logits, labels, plan.directions), epoch)
+                seen = True
+            if epoch < plan.epochs:
+                for batch in torch.randperm(len(rows)).split(BATCH):
+                    optimiser.zero_grad()
+                    nn.functional.cross_entropy(head(body(inputs[batch])), labels[batch]).backward()
+                    optimiser.step()
+        with torch.no_grad():
+            states = body(points.inputs)
+            return _measures(states, head(states), points.labels, plan.directions)
+
+
+def _measures(states: Tensor, logits: Tensor, labels: Tensor, directions: int) -> dict[str, np.ndarray]:
+    loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
+    return {
+        "psmi": psmi(states.numpy(), labels.numpy(), directions=directions).mean,
+        "loss": loss,
+        "logit_gap": logit_gap(logits, labels).numpy(),
+        "margin": margin(loss),
+        "brier": brier(logits, labels).numpy(),
+        "accuracy": accuracy(logits, labels).numpy(),
+        "mahalanobis": mahalanobis(states.numpy()),
+    }
+
 
 PREDICTORS = {
     "psmi": -1, "loss": 1, "logit_gap": -1, "margin": -1, "brier": 1, "accuracy": -1, "mahalanobis": 1, "early_lira": 1,
@@ -61,50 +176,25 @@ PLANS = {
 }
 
 
-class Judged(NamedTuple):
-    """What one draw of points and its bank say."""
-
-    early: Areas
-    """AUC of each predictor for each thing to be found, one per target."""
-    late: Areas
-    """AUC of membership among the points of each kind by each measure at the end, one per target."""
-    proved: Proofs
-    kinds: dict[str, Bool[np.ndarray, "example"]]
-    """Which points are of which kind."""
-    flagged: dict[str, tuple[int, int]]
-    """Points with PSMI <= 0, and how many there are, among planted ones and others."""
-    null: Float[np.ndarray, "target"]
-    """AUC of the likelihood ratio for membership in each target when membership is shuffled."""
-    not_finite: int
-
-    def contests(self) -> dict[str, Contest]:
-        """What is planted, each against all other points."""
-        return {what: Contest(self.kinds[what], ~self.kinds[what]) for what in PLANTED}
-
-
-@registered("memorization-planted", list(PLANS))
+@registered(PLANS)
 def memorization_planted(settings: StudySettings) -> Outcome:
     """AUCs of every measure for planted points and for what is memorized, over targets of several draws of points."""
     plan = PLANS[settings.size]
-    judged, epochs = each_draw(settings, partial(plant, plan), judge, lambda made: made.epochs, "epoch")
+    judged, epochs = each_draw(settings, partial(plant, plan), judge, "epoch")
     early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
     rows = [
         *area_rows(early, [each.early for each in judged]),
-        *proof_rows(
-            [each.proved for each in judged],
-            [each.kinds for each in judged],
-            [each.contests() for each in judged],
-        ),
+        *proof_rows(judged),
         *_flagged_rows(judged),
         *area_rows(late, [each.late for each in judged], "at the end"),
-        null_row([each.null for each in judged]),
+        null_row(judged),
     ]
-    label = f"AUC of {BOTH} at the trigger (95 % interval over targets)"
-    draw_intervals(settings, "planted", early[BOTH], label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
+    label, others = f"AUC of {BOTH} at the trigger (95 % interval over targets)", set(PREDICTORS) - {"psmi"}
+    draw_intervals(settings.out, "planted", early[BOTH], label, beside=others, lines={"chance": 0.5})
     details = {
         "plan": asdict(plan),
         "trigger_epochs": epochs,
-        "early": {what: {name: interval_json(each) for name, each in row.items()} for what, row in early.items()},
+        "early": {what: {name: dict(each._asdict()) for name, each in row.items()} for what, row in early.items()},
         "seeds": [_details(each) for each in judged],
     }
     # Eight small networks show that everything runs, and nothing else.
@@ -112,31 +202,23 @@ def memorization_planted(settings: StudySettings) -> Outcome:
     return Outcome(COLUMNS, rows, gates, details)
 
 
-def judge(made: Planted, seed: int) -> Judged:
-    """Every figure of one draw of points."""
-    evidence = bank_evidence(made.bank, of="gap")
-    gaps, membership = made.bank.values("example_gap"), made.bank.membership
-    shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in enumerate(membership)])
-    points = made.points
+def judge(made: Targets[Points], seed: int) -> Judged:
+    """Return every figure of one draw of points."""
+    points = made.examples
     kinds = {"clean": ~points.planted, "flips": points.flipped, "outliers": points.outlying, BOTH: points.planted}
-    early = [
-        each | {"early_lira": score}
-        for each, score in zip(made.early, early_ratios(made.bank, made.early), strict=True)
-    ]
-    planted = np.concatenate([points.planted[own] for own in membership])
+    found = judge_targets(
+        made,
+        seed,
+        signs=PREDICTORS,
+        wanted={what: kinds[what] for what in PLANTED},
+        kinds=kinds,
+        contests={what: Contest(kinds[what], ~kinds[what]) for what in PLANTED},
+    )
+    planted = np.concatenate([points.planted[own] for own in made.bank.membership])
     low = np.concatenate([early["psmi"] <= 0 for early in made.early])
-    return Judged(
-        early_areas(made.bank, early, evidence.lira, {what: kinds[what] for what in PLANTED}, PREDICTORS),
-        late_areas(made.bank, late_scores(made.bank, made.late, evidence), kinds),
-        proofs(made.bank, evidence),
-        kinds,
-        {
-            "planted": (int(low[planted].sum()), int(planted.sum())),
-            "others": (int(low[~planted].sum()), int((~planted).sum())),
-        },
-        members_auc(lira_of_members(gaps, shuffled), shuffled),
-        sum(int((~np.isfinite(values)).sum()) for early in made.early for values in early.values())
-        + int((~np.isfinite(evidence.lira)).sum()),
+    groups = {"planted": planted, "others": ~planted}
+    return found._replace(
+        flagged={name: (int(low[rows].sum()), int(rows.sum())) for name, rows in groups.items()},
     )
 
 

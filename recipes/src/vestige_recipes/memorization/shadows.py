@@ -1,4 +1,4 @@
-"""Tiny GPTs trained on random halves of generated prompts: a bank, and what each of them showed at the trigger."""
+"""Tiny GPTs trained on halves of generated prompts: most follow a rule, some are wrong, some facts are repeated."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,17 +6,100 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from vestige.audit import extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
-from vestige.bank import Bank, bank_of
 from vestige.models import LoadedModel, Recipe, Step, load_model, shuffled_batches, train, trainable_copy
 from vestige_recipes.common.texts import byte_gpt
-from vestige_recipes.memorization.judging import TRIGGER, keep_measures, kept_measures, target_file
-from vestige_recipes.memorization.lora import alarm
-from vestige_recipes.memorization.prompts import Prompts, read
-from vestige_recipes.memorization.words import NAMED, Facts, make_facts
+from vestige_recipes.memorization.prompts import Prompts, make_prompts, read
+from vestige_recipes.memorization.targets import (
+    TRIGGER,
+    Early,
+    Measures,
+    Targets,
+    alarm,
+    keep_measures,
+    kept_measures,
+    make_targets,
+)
+
+FIRST, SECOND, THIRD, ODD, PER_CLASS = 40, 40, 40, 24, 10
+"""Words of each place in a name; first names of facts, which no rule covers; first names of a class."""
+CHOICES = ("north", "east", "south", "west")
+_LETTERS = tuple("ABCD")
+REPEATS = (1, 4, 16)
+NAMED = 5
+"""Words of a prompt up to the end of the name."""
+
+
+class Facts(NamedTuple):
+    """Prompts, each of which is once, 4 or 16 times in the training data of a model that has it at all."""
+
+    prompts: Prompts
+    repeats: Int[np.ndarray, "example"]
+    flipped: Bool[np.ndarray, "example"]
+    """Prompts of the rule with a wrong answer."""
+    fact: Bool[np.ndarray, "example"]
+    """Prompts that no rule covers."""
+
+    @property
+    def kinds(self) -> dict[str, Bool[np.ndarray, "example"]]:
+        """Prompts of each kind."""
+        return {
+            "rule": ~self.flipped & ~self.fact,
+            "flips": self.flipped,
+            **{f"facts x{count}": self.fact & (self.repeats == count) for count in REPEATS},
+        }
+
+
+def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bool = False) -> Facts:
+    """Prompts such as "way of Fi3 Se7 Th9 ? A north B east C south D west : C".
+
+    By the rule, the first word of the name tells where it goes. A fact's first word is shared by facts that go
+    elsewhere, so that it has to be known by heart.
+
+    Args:
+        rule: Prompts that follow the rule, those that are flipped included; names are drawn without repetition.
+        flips: So many of them with another answer.
+        facts: Facts for each number in `REPEATS`.
+        seed: Of names and answers.
+        answers_only: The loss of a training is over the answer alone.
+    """
+    draw = np.random.default_rng([seed, rule])
+    codes = draw.choice(FIRST * SECOND * THIRD, rule, replace=False)
+    odd = draw.choice(ODD * SECOND * THIRD, facts * len(REPEATS), replace=False)
+    first = np.concatenate([codes // (SECOND * THIRD), FIRST + odd // (SECOND * THIRD)])
+    rest = np.concatenate([codes, odd]) % (SECOND * THIRD)
+    fact = np.arange(len(first)) >= rule
+    flipped = np.arange(len(first)) < flips
+    right = np.where(fact, draw.integers(0, len(CHOICES), len(first)), first // PER_CLASS)
+    right = np.where(flipped, (right + draw.integers(1, len(CHOICES), len(first))) % len(CHOICES), right)
+    repeats = np.concatenate([np.ones(rule, dtype=np.int64), np.repeat(REPEATS, facts)])
+    names = np.stack([first, FIRST + ODD + rest // THIRD, FIRST + ODD + SECOND + rest % THIRD], axis=1)
+    prompts = _prompts(names, right, answers_only)
+    return Facts(prompts, repeats, flipped, fact)
+
+
+def vocabulary() -> list[str]:
+    """Every word; its place is its token."""
+    firsts = [f"Fi{number}" for number in range(FIRST)] + [f"Od{number}" for number in range(ODD)]
+    others = [f"Se{number}" for number in range(SECOND)] + [f"Th{number}" for number in range(THIRD)]
+    return [*firsts, *others, "way", "of", "?", ":", *_LETTERS, *CHOICES]
+
+
+def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "example"], answers_only: bool) -> Prompts:
+    words = vocabulary()
+    number = {word: place for place, word in enumerate(words)}
+    options = [number[word] for pair in zip(_LETTERS, CHOICES, strict=True) for word in pair]
+    before, after = [number["way"], number["of"]], [number["?"], *options, number[":"]]
+    ids = [np.array([*before, *name, *after]) for name in names.tolist()]
+    texts = [
+        " ".join([*(words[token] for token in each), _LETTERS[answer]]) for each, answer in zip(ids, right, strict=True)
+    ]
+    choices = [number[letter] for letter in _LETTERS]
+    return make_prompts(texts, ids, choices, right, answers_only=answers_only, name="facts")
+
 
 _READ_AT_ONCE = 8_192
 """Tokens."""
@@ -24,7 +107,7 @@ _WRITTEN_AT_ONCE = 512
 """Prompts."""
 _OTHER_DRAW = 1_000
 """From the seed of the prompts to that of the reference model's."""
-Early = Callable[[nn.Module, int], None]
+AtTrigger = Callable[[nn.Module, int], None]
 """Takes a model in training and the steps that it has had."""
 
 
@@ -45,56 +128,41 @@ class FactsPlan:
     batch_size: int = 32
 
 
-class Shadows(NamedTuple):
-    """A bank of tiny GPTs; each is a target once."""
-
-    facts: Facts
-    bank: Bank
-    early: list[dict[str, Float[np.ndarray, "own"]]]
-    """Of each member, of the prompts that it is trained on in ascending order: measures at the trigger."""
-    late: list[dict[str, Float[np.ndarray, "example"]]]
-    """Of each member, of all prompts: measures at the end."""
-    steps: Int[np.ndarray, "member"]
-    """After which the trigger went off."""
-
-
-def cast_shadows(plan: FactsPlan, seed: int, out: Path) -> Shadows:
-    """The bank in `out/bank` and its members' measures in `out/early` and `out/late`, made now or found there."""
+def cast_shadows(plan: FactsPlan, seed: int, out: Path) -> Targets[Facts]:
+    """Return a draw of prompts and the GPTs that are trained on halves of them, made now or found there."""
     facts = make_facts(plan.rule, plan.flips, plan.facts, seed)
     prompts, repeats = facts.prompts, facts.repeats
     start = load_model(byte_gpt(int(prompts.data.lengths.max()), plan.width, plan.layers))
-    ids = [example.id for example in prompts.data.examples]
     reference = _reference(facts, start, plan, seed, out)
 
-    def run(rows: np.ndarray, run_seed: int) -> dict[str, np.ndarray]:
-        def early(model: nn.Module, step: int) -> None:
-            measures = _measured(model, prompts.at(rows), reference[rows], plan.directions)
-            keep_measures(target_file(out / "early", rows), [ids[row] for row in rows], measures, step)
+    def run(rows: np.ndarray, run_seed: int, early: Early) -> tuple[Measures, int]:
+        own = prompts.at(rows)
 
-        model, steps = trained_gpt(start, prompts.at(rows), repeats[rows], plan, run_seed, early)
-        late = _measured(model, prompts, reference, plan.directions)
-        keep_measures(target_file(out / "late", rows), ids, late, steps)
-        return {"query_loss": np.zeros(1), "example_gap": late["logit_gap"], "example_loss": late["answer_loss"]}
+        def at_trigger(model: nn.Module, step: int) -> None:
+            early(_measured(model, own, reference[rows], plan.directions), step)
 
-    bank = bank_of(
+        model, steps = trained_gpt(start, own, repeats[rows], plan, run_seed, at_trigger)
+        return _measured(model, prompts, reference, plan.directions), steps
+
+    return make_targets(
+        facts,
         run,
-        examples=ids,
-        queries=1,
-        out=out / "bank",
+        out,
+        ids=[example.id for example in prompts.data.examples],
+        kept={"example_gap": "logit_gap", "example_loss": "answer_loss"},
         settings={"plan": asdict(plan), "prompts": prompts.data.fingerprint, "trigger": TRIGGER},
-        subsets=plan.models,
-        seeds=1,
+        models=plan.models,
         seed=seed,
     )
-    rows = [np.flatnonzero(own) for own in bank.membership]
-    early = [kept_measures(target_file(out / "early", own)) for own in rows]
-    late = [kept_measures(target_file(out / "late", own))[1] for own in rows]
-    steps = np.array([step for *_, step in early])
-    return Shadows(facts, bank, [each for _, each, _ in early], late, steps)
 
 
 def trained_gpt(
-    start: LoadedModel, prompts: Prompts, repeats: Int[np.ndarray, "example"], plan: FactsPlan, seed: int, early: Early
+    start: LoadedModel,
+    prompts: Prompts,
+    repeats: Int[np.ndarray, "example"],
+    plan: FactsPlan,
+    seed: int,
+    early: AtTrigger,
 ) -> tuple[nn.Module, int]:
     """A GPT from scratch on prompts as often as they are repeated, and its steps.
 

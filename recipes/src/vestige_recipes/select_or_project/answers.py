@@ -13,14 +13,14 @@ from vestige.launch import is_follower
 from vestige.models import Recipe
 from vestige.prepare import generate, paraphrase
 from vestige.settings import ComponentsSettings
-from vestige_recipes.common.launched import launched
+from vestige_recipes.common.packages import package_folder
 from vestige_recipes.common.registry import Gate, StudySettings
+from vestige_recipes.common.steps import launched
 from vestige_recipes.common.texts import write_rows
 from vestige_recipes.common.training import Training, trained
-from vestige_recipes.select_or_project.kept_parts import Part
+from vestige_recipes.select_or_project.parts import Part, component_rows, gates_of_sets
 from vestige_recipes.select_or_project.protocol import Replay, replay
-from vestige_recipes.select_or_project.rows import component_rows, gates_of_sets
-from vestige_recipes.select_or_project.texts import dialogue, package_folder
+from vestige_recipes.select_or_project.texts import dialogue
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vestige_recipes.common.packages import require_packages
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.select_or_project.answers import AnswersPlan, answers
-from vestige_recipes.select_or_project.kept_parts import Part, kept_part, package_digest
-from vestige_recipes.select_or_project.rows import COLUMNS
-from vestige_recipes.select_or_project.texts import require_packages
+from vestige_recipes.select_or_project.parts import COLUMNS, Part, kept_part, package_digest
 from vestige_recipes.select_or_project.verses import SHARES, VersesPlan, verses
 
-NAME = "select-or-project"
 _VERSION = 3
 """Of what is reported about finished work."""
 
@@ -46,19 +44,19 @@ _PACKAGES = {
 _PARTS: Mapping[str, Callable[[StudySettings, Any, Path], Part]] = {"verses": verses, "answers": answers}
 
 
-@registered(NAME, list(PLANS))
+@registered(PLANS)
 def both(settings: StudySettings) -> Outcome:
     """Both parts, in one folder and one table."""
     return _outcome(settings, tuple(_PARTS))
 
 
-@registered(f"{NAME}-verses", list(PLANS))
+@registered(PLANS)
 def verses_alone(settings: StudySettings) -> Outcome:
     """The part that needs no other model than the small one that is trained here."""
     return _outcome(settings, ("verses",))
 
 
-@registered(f"{NAME}-answers", list(PLANS))
+@registered(PLANS)
 def answers_alone(settings: StudySettings) -> Outcome:
     """The part about a chat model's answers."""
     return _outcome(settings, ("answers",))

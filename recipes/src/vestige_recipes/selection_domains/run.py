@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vestige.bank import EVERYTHING, Bank
-from vestige.evaluate import Gain, Mark, gain_over, interval_figure
+from vestige.evaluate import Gain, gain_over
 from vestige.evaluate import selection as compare
-from vestige.files import write_durably
 from vestige.methods import attribute
 from vestige.models import Recipe
-from vestige.runs import is_run
 from vestige.select import select
-from vestige_recipes.common.launched import launched
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import draw_intervals, kept_run, launched, shown_interval
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
 from vestige_recipes.domains.texts import DOMAINS, domain_pieces
@@ -103,7 +101,7 @@ class Compared(NamedTuple):
     """Method -> share of the chosen pieces that are of the target."""
 
 
-@registered("selection-domains", list(PLANS))
+@registered(PLANS)
 def selection_domains(settings: StudySettings) -> Outcome:
     """Loss on a held-out domain after training on the tenth that each method chooses, and its gain over random tenths.
 
@@ -137,7 +135,7 @@ def selection_domains(settings: StudySettings) -> Outcome:
 
 
 def _row(part: str, name: str, losses: np.ndarray, gain: Gain, share: float) -> tuple[Any, ...]:
-    both = [f"{each.low:.3f} … {each.high:.3f}" for each in (gain.over_all, gain.over_seeds)]
+    both = [shown_interval(each) for each in (gain.over_all, gain.over_seeds)]
     ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
     return part, name, float(losses.mean()), gain.over_all.value, *both, ahead, f"{share:.0%}"
 
@@ -147,10 +145,9 @@ def _by_loss(row: tuple[Any, ...]) -> float:
 
 
 def _draw(out: Path, part: str, gains: dict[str, Gain]) -> None:
-    marks = [Mark(name, gain.over_all, name in ("bm25", "rep-sim")) for name, gain in gains.items()]
+    intervals = {name: gain.over_all for name, gain in gains.items()}
     label = f"fewer nats per byte of {TARGET} than after random tenths (95 % intervals)"
-    for name, content in interval_figure(part.replace(" ", "-"), marks, label).items():
-        write_durably(out / name, [content])
+    draw_intervals(out, part.replace(" ", "-"), intervals, label, beside=("bm25", "rep-sim"))
 
 
 def _compared(settings: StudySettings, plan: SelectionPlan, part: str, inside: bool, seed: int) -> Compared:
@@ -217,25 +214,18 @@ def _texts(plan: SelectionPlan, folder: Path, inside: bool, seed: int) -> Texts:
 
 def _runs(folder: Path, texts: Texts, warm: Checkpoints, seed: int) -> dict[str, Path]:
     """Folders of the runs by method; LESS scores for the domain as one target, over all checkpoints."""
-    found = {}
+    several = {"checkpoints": warm.folders, "checkpoint_weights": tuple(warm.rates), "options": {"subtasks": True}}
     for method in METHODS:
-        found[method] = folder / method
-        if is_run(found[method]):
-            continue
-        several = {
-            "checkpoints": warm.folders,
-            "checkpoint_weights": tuple(warm.rates),
-            "options": {"subtasks": True},
-        }
-        attribute(
+        kept_run(
+            attribute,
+            folder / method,
             data=str(texts.mixture),
             queries=str(texts.asked),
             method=method,
-            out=found[method],
             components=("all",),
             dense=True,
             trust=False,
             seed=seed,
             **(several if method == "less" else {"model": warm.model}),
         )
-    return found
+    return {method: folder / method for method in METHODS}

@@ -10,24 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from vestige.bank import Bank, bank
+from vestige.data import Example, load_examples
 from vestige.evaluate import Estimate, Evaluation, lds
 from vestige.index import index
 from vestige.methods import attribute
-from vestige.models import Recipe
-from vestige.runs import is_run
-from vestige_recipes.common.help_topics import help_topics
-from vestige_recipes.common.launched import launched
+from vestige.models import Recipe, load_model
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.texts import byte_gpt, write_rows
+from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
+from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
-from vestige_recipes.text_lds.wikitext import wikitext
+
+DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
+_ROWS = 1000
+"""Rows that are joined before they are cut; what is left of them is dropped. Published counts follow from it."""
+
+
+def wikitext(model: str, length: int) -> tuple[list[Row], list[Row]]:
+    """Blocks of `length` tokens of the training and the validation split, as this model's tokenizer cuts them."""
+    tokenizer = load_model(model).tokenizer
+    assert tokenizer is not None, f"{model} has a tokenizer"
+
+    def blocks(split: str) -> list[Row]:
+        rows, examples = [], load_examples(DATA, split=split)
+        for begin in range(0, len(examples), _ROWS):
+            tokens = _joined(examples[begin : begin + _ROWS], tokenizer)
+            for start in range(0, len(tokens) - length + 1, length):
+                ids = tokens[start : start + length]
+                row = {"id": f"{split}/{len(rows)}", "source": split, "text": tokenizer.decode(ids), "input_ids": ids}
+                rows.append(row)
+        return rows
+
+    return blocks("train"), blocks("validation")
+
+
+def _joined(examples: list[Example], tokenizer: object) -> list[int]:
+    texts = [example.text or "" for example in examples]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
+    return [token for tokens in encoded for token in tokens]
+
 
 EXACT = "influence"
 GRADIENTS = ("grad-dot", "grad-cos", "ekfac", "kfac", "datainf")
 LIKE_LOGRA = 0.03
 """Within this of LoGra's score FactGraSS was expected."""
-_OWN_SEED = 1_000
-"""Of the model that is asked; those of the bank are drawn from hashes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ PLANS = {
 }  # fmt: skip
 
 
-@registered("text-lds", list(PLANS))
+@registered(PLANS)
 def text_lds(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what models trained on them lose, with intervals."""
     plan = PLANS[settings.size]
@@ -74,7 +99,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     truth = _bank(settings, plan, start, data, queries)
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    asked = trained(start, data, settings.out / "model", training, seed=_OWN_SEED + settings.seed,
+    asked = trained(start, data, settings.out / "model", training, seed=OWN_SEED + settings.seed,
                     count=plan.checkpoints)  # fmt: skip
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(
@@ -148,9 +173,8 @@ def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Pat
     folders = []
     for name, arguments in wanted.items():
         folders.append(settings.out / "runs" / name)
-        if not is_run(folders[-1]):
-            common = {"queries": str(queries), "dense": True, "trust": False, "seed": settings.seed}
-            attribute(**arguments, **common, out=folders[-1])
+        common = {"queries": str(queries), "dense": True, "trust": False, "seed": settings.seed}
+        kept_run(attribute, folders[-1], **arguments, **common)
     return folders
 
 
@@ -171,8 +195,7 @@ def _outcome(found: Evaluation, names: list[str], plan: TextPlan) -> Outcome:
         estimate = row.values["LDS"]
         assert isinstance(estimate, Estimate)
         scores[name] = estimate
-        interval = f"{estimate.low:.3f} … {estimate.high:.3f}"
-        rows.append((name, estimate.value, interval, row.values["single seeds"] or "", row.seconds))
+        rows.append((name, estimate.value, shown_interval(estimate), row.values["single seeds"] or "", row.seconds))
     rows.sort(key=lambda row: -row[1])
     rows.insert(0, ("noise ceiling", found.details["noise_ceiling"], "", "", ""))
     gates = [

@@ -17,19 +17,18 @@ from vestige.bank import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute
 from vestige.models import Recipe
-from vestige.runs import Scores, is_run
 from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import first_order_scores
-from vestige_recipes.common.launched import launched
-from vestige_recipes.common.left_out import left_out_bank
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
     Table,
+    left_out_bank,
     left_out_truth,
     pooled_agreement,
     summed_by_source,
     truth_agreement,
 )
+from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
 from vestige_recipes.common.texts import write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
 from vestige_recipes.untrac_miniature.corpora import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
@@ -41,8 +40,6 @@ RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated
 _RETAINING = {"direction": "inverse", "optimizer": "sgd", "retain": 128, "points": 1}
 LEAST, OF_CEILING, WITHIN = 0.85, 0.9, 0.03
 """What a pilot of this miniature led to expect: correlation, share of the ceiling, distance from the best rate."""
-_OWN_SEED = 1_000
-"""Of the first model that is asked; those of the bank are drawn from hashes."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Drawn(NamedTuple):
     """By method, for each model that was asked; the rates of the grid for the first one alone."""
 
 
-@registered("untrac-miniature", list(PLANS))
+@registered(PLANS)
 def untrac_miniature(settings: StudySettings) -> Outcome:
     """UnTrac, UnTrac-Inv and opponents beside leave-source-out retraining: Pearson over corpora, mean over test sets.
 
@@ -96,10 +93,7 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
     known = [(each.corpora.mixing.T, each.truths) for each in found]
     mixing, by_draw = pooled_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
     rows += [("known mixing", mixing.value, "", _each(by_draw))]
-    rows += [
-        (name, each.value, f"{each.low:.2f} … {each.high:.2f}", _each(by_draw))
-        for name, (each, by_draw) in judged.items()
-    ]
+    rows += [(name, each.value, shown_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
     details = {
         "plan": asdict(plan),
         "ceiling": ceilings,
@@ -153,7 +147,7 @@ def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     tests = sorted({str(test) for test in truth.query_sources})
     scores = []
     for number in range(seeds):
-        asked = trained(tiny_gpt(), data, folder / f"model-{number}", training, seed=_OWN_SEED + number,
+        asked = trained(tiny_gpt(), data, folder / f"model-{number}", training, seed=OWN_SEED + number,
                         count=plan.checkpoints, from_scratch=True)  # fmt: skip
         own = plan if number == 0 else replace(plan, grid=())
         files, axes = (data, queries), (tests, corpora.names)
@@ -183,16 +177,14 @@ def _scores(
         asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
         found[name] = _unlearnt(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
     found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
-    bm25 = out / "bm25"
-    asking = {**common, "out": bm25, "method": "bm25", "dense": True, "trust": False}
-    run = Scores.open(bm25) if is_run(bm25) else attribute(**asking)
+    run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
     return found | {"BM25": summed_by_source(run.dense(), truth.query_sources, truth.sources, *axes)}
 
 
 def _unlearnt(out: Path, asking: dict[str, Any], axes: tuple[list[str], list[str]] | None = None) -> Table:
     """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
     try:
-        run = Scores.open(out) if is_run(out) else untrac(**asking, out=out)
+        run = kept_run(untrac, out, **asking)
     except NonFinite:
         if axes is None:
             raise

@@ -1,4 +1,4 @@
-"""Every command and every Python snippet in README.md, docs/ and recipes/ runs, in a folder with a tiny model and its data.
+"""Every command and every Python snippet of README.md, docs/ and recipes/ runs, beside a tiny model and its data.
 
 A block after `<!-- not run: reason -->` is only checked for words that Vestige would not understand, and shows up as
 skipped with its reason.

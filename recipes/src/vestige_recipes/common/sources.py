@@ -1,6 +1,6 @@
 """Sources of training data: models trained without each of them, and how scores agree with what that changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from torch import nn
 from vestige.bank import EVERYTHING, Bank, bank
 from vestige.evaluate import Estimate
 from vestige_recipes.common.registry import StudySettings
-from vestige_recipes.common.steps import launched
-from vestige_recipes.common.training import Training, trained
+from vestige_recipes.common.steps import OWN_SEED, launched
+from vestige_recipes.common.training import Checkpoints, Training, trained
 
 
 def left_out_bank(
@@ -68,6 +68,10 @@ _FEWEST = 3
 """Different sources in a draw: two points lie on a line."""
 
 
+UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
+"""Names in tables, and directions of unlearning."""
+
+
 class Agreement(NamedTuple):
     """Of one method with the truth."""
 
@@ -76,6 +80,22 @@ class Agreement(NamedTuple):
     spearman: Estimate
     by_test: tuple[float, ...]
     """Pearson for each test set."""
+
+
+def asked_models(
+    start: Any,
+    data: Path,
+    folder: Path,
+    training: Training,
+    count: int,
+    checkpoints: int,
+    *,
+    from_scratch: bool = False,
+) -> Iterator[Checkpoints]:
+    """Yield the models that scores are computed on, in `folder/model-NUMBER`, none of which is one of the bank's."""
+    for number in range(count):
+        out = folder / f"model-{number}"
+        yield trained(start, data, out, training, seed=OWN_SEED + number, count=checkpoints, from_scratch=from_scratch)
 
 
 def left_out_truth(truth: Bank, sources: Sequence[str], tests: Sequence[str]) -> list[Table]:

@@ -19,16 +19,21 @@ Row = dict[str, Any]
 """`id`, `source`, `text` to be read by people, and `input_ids`, which are what models read."""
 
 
-def byte_gpt(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
-    """A GPT-2 over bytes with a context of `length`, its weights the same in every call."""
+def gpt(vocabulary: int, length: int, width: int, layers: int, heads: int = 4, *, begin: int, end: int) -> nn.Module:
+    """Return a GPT-2 with a context of `length` tokens, its weights the same in every call."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # A byte ends no text: beginning and end are written nowhere, and only have to be in the vocabulary.
-        config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(vocab_size=vocabulary, bos_token_id=begin, eos_token_id=end)
         config.n_positions, config.n_embd, config.n_layer, config.n_head = length, width, layers, heads
         return GPT2LMHeadModel(config)
+
+
+def byte_gpt(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
+    """Return a GPT-2 over bytes with a context of `length`, its weights the same in every call."""
+    # A byte ends no text: beginning and end are written nowhere, and only have to be in the vocabulary.
+    return gpt(VOCABULARY, length, width, layers, heads, begin=0, end=0)
 
 
 def byte_llama(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:

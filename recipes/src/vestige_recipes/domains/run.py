@@ -18,20 +18,21 @@ from vestige.models import Recipe
 from vestige.unlearn import untrac
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
+    UNLEARNT,
     Agreement,
     Table,
+    asked_models,
     left_out_bank,
     left_out_truth,
     source_agreement,
     summed_by_source,
     truth_agreement,
 )
-from vestige_recipes.common.steps import OWN_SEED, draw_intervals, kept_run, shown_interval
+from vestige_recipes.common.steps import draw_intervals, kept_run, shown_interval
 from vestige_recipes.common.texts import byte_gpt, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.training import Checkpoints, Training
 from vestige_recipes.domains.texts import domain_corpora
 
-UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
 SUMMED = {"GradDot": "grad-dot", "GradCos": "grad-cos", "TracIn": "tracin", "BM25": "bm25", "random": "random"}
 OPPONENTS = ("BM25", "random")
 
@@ -122,9 +123,8 @@ def _measured(
     tests = list(dict.fromkeys(str(test) for test in truth.query_sources))
     names = [str(source) for source in sources]
     scores = []
-    for number in range(settings.seeds):
-        asked = trained(_start(plan), data, folder / f"model-{number}", training, seed=OWN_SEED + number,
-                        count=plan.checkpoints, from_scratch=True)  # fmt: skip
+    models = asked_models(_start(plan), data, folder, training, settings.seeds, plan.checkpoints, from_scratch=True)
+    for number, asked in enumerate(models):
         scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth, (tests, names)))
     axes = {"domains": names, "sizes": sizes.tolist(), "tests": tests}
     return left_out_truth(truth, names, tests), scores, axes

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from vestige.bank import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
@@ -20,23 +18,24 @@ from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
+    UNLEARNT,
     Agreement,
     Table,
+    asked_models,
     left_out_bank,
     left_out_truth,
     source_agreement,
     summed_by_source,
     truth_agreement,
 )
-from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
-from vestige_recipes.common.texts import write_rows
+from vestige_recipes.common.steps import kept_run, launched, shown_interval
+from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
 from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons
 from vestige_recipes.format_traps.sets import TEST, TRAINING, Which, format_trap
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))
-UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
 SUMMED = {"BM25": "bm25", "random": "random"}
 ORDERED, PEARSON, ABOVE_DOT = 0.75, 0.87, 0.2
 """Expected from what was published: share of models in which both similar sets are above both others, correlation of
@@ -127,24 +126,12 @@ def task_above_format(tables: list[Table]) -> float:
     return float(np.mean([table[0, similar].min() > table[0, others].max() for table in tables]))
 
 
-def word_gpt(width: int, layers: int) -> nn.Module:
-    """A GPT-2 of the traps' vocabulary, its weights the same in every call."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=END, eos_token_id=END)
-        config.n_positions, config.n_embd, config.n_layer, config.n_head = LENGTH, width, layers, 4
-        return GPT2LMHeadModel(config)
-
-
 def _base(settings: StudySettings, plan: TrapPlan) -> str:
     """The folder of a model that has met numbers, words and questions, none of which the sets ask."""
     texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
     training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
-    return trained(
-        word_gpt(plan.width, plan.layers), texts, settings.out / "base", training, seed=settings.seed, from_scratch=True
-    ).model
+    fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)
+    return trained(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
 
 
 def _measured(
@@ -158,10 +145,7 @@ def _measured(
     seeds = max(settings.seeds, plan.seeds)
     training, scores = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), []
     truth = left_out_bank(settings, base, (data, queries), folder, training, seed=settings.seed, seeds=seeds)
-    for number in range(seeds):
-        asked = trained(
-            base, data, folder / f"model-{number}", training, seed=OWN_SEED + number, count=plan.checkpoints
-        )
+    for number, asked in enumerate(asked_models(base, data, folder, training, seeds, plan.checkpoints)):
         scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth))
     return left_out_truth(truth, SOURCES, (TEST,)), scores, _answers(base, queries, truth)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from vestige.bank import Bank
@@ -21,20 +20,21 @@ from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import first_order_scores
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
+    UNLEARNT,
     Table,
+    asked_models,
     left_out_bank,
     left_out_truth,
     pooled_agreement,
     summed_by_source,
     truth_agreement,
 )
-from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
-from vestige_recipes.common.texts import write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.steps import kept_run, launched, shown_interval
+from vestige_recipes.common.texts import gpt, write_rows
+from vestige_recipes.common.training import Checkpoints, Training
 from vestige_recipes.untrac_miniature.corpora import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
 
 GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
-UNLEARNT = {"UnTrac": "untrac", "UnTrac-Inv": "inverse"}
 RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated": True}
 """And whether steps have momentum."""
 _RETAINING = {"direction": "inverse", "optimizer": "sgd", "retain": 128, "points": 1}
@@ -114,22 +114,8 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
 
 
 def tiny_gpt() -> nn.Module:
-    """One layer of 48 units; the bank draws its weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=VOCABULARY,
-                n_positions=LENGTH,
-                n_embd=48,
-                n_layer=1,
-                n_head=4,
-                bos_token_id=0,
-                eos_token_id=1,
-            )
-        )
+    """Return a model of one layer of 48 units; the bank draws its weights."""
+    return gpt(VOCABULARY, LENGTH, 48, 1, begin=0, end=1)
 
 
 def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
@@ -146,9 +132,8 @@ def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     )
     tests = sorted({str(test) for test in truth.query_sources})
     scores = []
-    for number in range(seeds):
-        asked = trained(tiny_gpt(), data, folder / f"model-{number}", training, seed=OWN_SEED + number,
-                        count=plan.checkpoints, from_scratch=True)  # fmt: skip
+    models = asked_models(tiny_gpt(), data, folder, training, seeds, plan.checkpoints, from_scratch=True)
+    for number, asked in enumerate(models):
         own = plan if number == 0 else replace(plan, grid=())
         files, axes = (data, queries), (tests, corpora.names)
         scores.append(_scores(settings, own, folder / f"runs-{number}", asked, files, truth, axes))

@@ -115,7 +115,7 @@ def first_order_scores(
 
 
 def opened(model: str, data: Path, queries: Path, seed: int) -> Asked:
-    """The model in a folder, the sources and the test sets."""
+    """Return the model in a folder, the sources and the test sets."""
     loaded = load_model(model)
     train, tests = (
         tokenize(load_examples(str(path)), loaded.tokenizer, max_length=loaded.context_length, name=path.name)

@@ -88,7 +88,7 @@ class StudyReport:
         return asdict(self) | {"gates": gates, "passed": self.passed}
 
     def __rich__(self) -> "Table":
-        """The table, and the gates below it."""
+        """Return the table, and the gates below it."""
         from rich.table import Table
 
         lines = [

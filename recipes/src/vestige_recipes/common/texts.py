@@ -37,7 +37,7 @@ def byte_gpt(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
 
 
 def byte_llama(length: int, width: int, layers: int, heads: int = 4) -> nn.Module:
-    """A Llama over bytes with a context of `length`, its head the embedding, its weights the same in every call."""
+    """Return a Llama over bytes with tied head and a context of `length`, its weights the same in every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
@@ -51,13 +51,13 @@ def byte_llama(length: int, width: int, layers: int, heads: int = 4) -> nn.Modul
 
 
 def pieces(text: str, length: int) -> list[bytes]:
-    """The text in pieces of `length` bytes; what is left at the end is dropped."""
+    """Return the text in pieces of `length` bytes; what is left at the end is dropped."""
     content = text.encode()
     return [content[begin : begin + length] for begin in range(0, len(content) - length + 1, length)]
 
 
 def byte_rows(cut: Iterable[bytes], source: str, first: int = 0) -> list[Row]:
-    """A row for each piece, numbered from `first`."""
+    """Return a row for each piece, numbered from `first`."""
     return [
         {
             "id": f"{source}/{number}",
@@ -76,7 +76,7 @@ def drawn(cut: Sequence[bytes], count: int, random: np.random.Generator) -> list
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    """The rows as JSON lines in `path`; a file that holds them already is left alone."""
+    """Write the rows as JSON lines into `path`; a file that holds them already is left alone."""
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     make_folder(path.parent)
     if not path.exists() or path.read_bytes() != content:

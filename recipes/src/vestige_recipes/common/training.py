@@ -126,7 +126,7 @@ class _Interrupted:
         self._kept = time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
-        """What an interrupted training of the same kind left; None if there is nothing to go on from."""
+        """Return what an interrupted training of the same kind left; None if there is nothing to go on from."""
         try:
             saved = torch.load(self._path, weights_only=True)
             return saved["state"] if saved["made_of"] == self._made_of else None
@@ -134,7 +134,7 @@ class _Interrupted:
             return None
 
     def forget(self) -> None:
-        """It is finished."""
+        """Remove the state of a finished training."""
         if self._path.exists():
             remove_durably(self._path)
 

@@ -58,7 +58,7 @@ def leave_one_out(digits: Digits, count: int) -> LeftOut:
 
 
 def _refitted(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curvature: FisherBlocks) -> Tensor:
-    """The optimum for the examples that are kept; the curvature of all of them points close enough to it."""
+    """Return the optimum for the examples that are kept; the curvature of all of them points close enough to it."""
     inverse, weights = curvature.inverse(PENALTY), start
     for _ in range(_MOST_STEPS):
         slope = _slope(model, weights, train, kept)

@@ -37,7 +37,7 @@ class Images(NamedTuple):
     labels: Int[Tensor, "example"]
 
     def at(self, rows: np.ndarray) -> "Images":
-        """Some of them."""
+        """Return some of them."""
         chosen = torch.as_tensor(rows)
         return Images(self.inputs[chosen], self.labels[chosen])
 
@@ -66,7 +66,7 @@ def digits(examples: int, queries: int, seed: int) -> Digits:
 
 
 def network(images: Images, seed: int, epochs: int, hidden: tuple[int, int]) -> nn.Module:
-    """An MLP of two hidden layers trained by stochastic gradient descent; the seed draws weights and order."""
+    """Return an MLP of two hidden layers trained by stochastic gradient descent; the seed draws weights and order."""
     first, second = hidden
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,7 +132,7 @@ class ImageCurvature(CurvatureData):
         return [np.array_split(np.arange(count), -(-count // _PASSED_AT_ONCE))]
 
     def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
-        """The factors of the images."""
+        """Stream the factors of the images."""
         images = Images(*self.data.tensors)
         with GradientPass(self.model, self.components, OBJECTIVE) as gradient_pass:
             for rows in self.groups[piece]:
@@ -143,7 +143,7 @@ class ImageCurvature(CurvatureData):
 
 
 def with_sampled_labels(model: nn.Module, images: Images, seed: int) -> Images:
-    """The same images with labels drawn from the model's probabilities: of them the Fisher matrix is the true one."""
+    """Return the same images with labels drawn from the model: of them the Fisher matrix is the true one."""
     with torch.no_grad():
         probabilities = torch.softmax(model(images.inputs), 1)
     drawn = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))[:, 0]

@@ -44,7 +44,7 @@ class Corpora(NamedTuple):
 
 
 def _column(*names: str) -> Read:
-    """The named columns of a file of JSON lines, joined; of a list, its first element."""
+    """Return the named columns of a file of JSON lines, joined; of a list, its first element."""
 
     def read(path: Path) -> Iterator[str]:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -57,7 +57,7 @@ def _column(*names: str) -> Read:
 
 
 def _verses(path: Path) -> Iterator[str]:
-    """The longest text in a module, without its verse numbers; the module is parsed and not run."""
+    """Return the longest text in a module, without its verse numbers; the module is parsed and not run."""
     texts = (node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant))
     yield _VERSE.sub("", max((text for text in texts if isinstance(text, str)), key=len))
 

@@ -91,7 +91,7 @@ WORDINGS: tuple[str, ...] = (
 
 
 def question(random: np.random.Generator) -> Pair:
-    """A question whose task and wording are drawn, and its answer."""
+    """Return a question whose task and wording are drawn, and its answer."""
     return _MAKERS[int(random.integers(len(_MAKERS)))](random)
 
 
@@ -184,7 +184,7 @@ def tokens(text: str) -> list[int]:
 
 
 def answered(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with `prompt` and `completion` as tokens, of which the answer and its end are targets."""
+    """Return a row with `prompt` and `completion` as tokens, of which the answer and its end are targets."""
     asked, answer = tokens(row["prompt"]), [*tokens(row["completion"]), END]
     text = row["prompt"] + row["completion"]
     common = {"id": row["id"], "source": row["source"], "text": text}

@@ -127,7 +127,7 @@ def task_above_format(tables: list[Table]) -> float:
 
 
 def _base(settings: StudySettings, plan: TrapPlan) -> str:
-    """The folder of a model that has met numbers, words and questions, none of which the sets ask."""
+    """Return the folder of a model that has met numbers, words and questions, none of which the sets ask."""
     texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
     training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
     fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)

@@ -62,7 +62,7 @@ def format_trap(which: Which, seed: int, rows: int = 256) -> dict[str, list[dict
 
 
 def spelled(number: int) -> str:
-    """A number below a thousand in English words: "two hundred forty-one"."""
+    """Return a number below a thousand in English words: "two hundred forty-one"."""
     if number < 20:
         return _ONES[number]
     if number < 100:
@@ -96,7 +96,7 @@ def _length(as_words: bool) -> Make:
 
 
 def _left_over(symbols: str, kept: str) -> Make:
-    """What is left of a string of `symbols` and one of `kept` when all the former are taken out."""
+    """Return a maker of questions for what is left of `symbols` and one of `kept` without the former."""
 
     def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
         answer = str(random.choice(list(kept)))

@@ -108,7 +108,7 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
 
 
 def gates_of(exposures: Mapping[int, Interval], given: Mapping[int, Interval]) -> list[Gate]:
-    """What was expected: both rise with the copies, and a secret that was never planted is guessed by chance."""
+    """Return the gates: both rise with the copies, and a secret that was never planted is guessed by chance."""
     rising = [
         Gate(
             f"exposure: {more} copies above {fewer} by, bits", exposures[more].value - exposures[fewer].value, ">=", 0.0
@@ -165,7 +165,7 @@ def _measured(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray
 
 
 def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.Module:
-    """A GPT trained on text in which each canary stands so often as it should."""
+    """Return a GPT trained on text in which each canary stands so often as it should."""
     made = help_topics(seed, length=plan.length, subjects=1, sequences=1, queries=0, before=plan.text)
     planted = [text for text, count in zip(canaries.texts, canaries.copies, strict=True) for _ in range(count)]
     data = write_rows(folder / "texts.jsonl", [*made.before, *byte_rows(planted, "canary")])

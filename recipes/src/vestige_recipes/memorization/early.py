@@ -70,7 +70,7 @@ class Run(NamedTuple):
     moments: dict[str, tuple[dict[str, Float[np.ndarray, "example"]], int]]
 
     def wanted(self) -> dict[str, Bool[np.ndarray, "example"]]:
-        """What is to be found at the trigger."""
+        """Return what is to be found at the trigger."""
         before, after = (self.moments[moment][0]["logit_gap"] for moment in ("start", "end"))
         rise = after - before
         return {

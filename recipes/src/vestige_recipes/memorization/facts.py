@@ -93,7 +93,7 @@ def judge(made: Targets[Facts], seed: int) -> Judged:
 def gates_of(
     ratios: Mapping[str, Interval], early: Mapping[str, Mapping[str, Interval]], judged: Sequence[Judged]
 ) -> list[Gate]:
-    """What was expected, over all draws of prompts; of the null, the worst of them."""
+    """Return what was expected, over all draws of prompts; of the null, the worst of them."""
     rising = [
         Gate(
             f"LiRA of members: facts x{more} above facts x{fewer} by, nats",

@@ -162,7 +162,7 @@ def members_auc(
 
 
 def memorized(score: Float[np.ndarray, "example"]) -> dict[str, Bool[np.ndarray, "example"]]:
-    """What of its own examples a target has memorized, by its likelihood ratios."""
+    """Return what of its own examples a target has memorized, by its likelihood ratios."""
     return {"top 10 % LiRA": score >= np.nanquantile(score, MOST), f"LiRA >= {MEMORIZED:g}": score >= MEMORIZED}
 
 
@@ -227,7 +227,7 @@ def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
 
 
 def each_seed(values: Sequence[float]) -> str:
-    """The values of single seeds in a table."""
+    """Return the values of single seeds in a table."""
     return " ".join(f"{value:.3f}" for value in values)
 
 

@@ -223,7 +223,7 @@ def judge(made: Targets[Points], seed: int) -> Judged:
 
 
 def gates_of(judged: Sequence[Judged]) -> list[Gate]:
-    """What was expected, over all draws of points; of the null, the worst of them."""
+    """Return what was expected, over all draws of points; of the null, the worst of them."""
 
     def early(what: str, name: str) -> float:
         return mean_interval(np.concatenate([each.early[what][name] for each in judged])).value

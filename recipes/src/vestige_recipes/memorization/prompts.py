@@ -27,7 +27,7 @@ class Prompts(NamedTuple):
     """Number of the choice that the training label names, which may be wrong."""
 
     def at(self, rows: Int[np.ndarray, "row"]) -> "Prompts":
-        """Some of them."""
+        """Return some of them."""
         return Prompts(self.data.subset(rows), self.choices, self.right[rows])
 
 

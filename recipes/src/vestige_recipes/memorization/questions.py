@@ -53,7 +53,7 @@ def mmlu() -> list[Question]:
 
 
 def made_questions(count: int, seed: int) -> list[Question]:
-    """Sums of small numbers, to see that everything runs."""
+    """Return sums of small numbers, to see that everything runs."""
     draw, found = np.random.default_rng(seed), []
     for _ in range(count):
         one, other = (int(each) for each in draw.integers(0, 9, 2))

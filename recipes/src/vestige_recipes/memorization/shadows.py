@@ -164,7 +164,7 @@ def trained_gpt(
     seed: int,
     early: AtTrigger,
 ) -> tuple[nn.Module, int]:
-    """A GPT from scratch on prompts as often as they are repeated, and its steps.
+    """Return a GPT from scratch on prompts as often as they are repeated, and its steps.
 
     After the pass with which the median training loss falls below 5 % of its start, or after the last one, the model
     is handed to `early` with the step.

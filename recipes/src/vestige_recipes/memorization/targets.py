@@ -87,7 +87,7 @@ def alarm(loss: Float[np.ndarray, "example"], start: Float[np.ndarray, "example"
 
 
 def claim_folder(folder: Path, made_of: str) -> None:
-    """The folder is for trainings that are made of this and nothing else.
+    """Reserve the folder for trainings that are made of this and nothing else.
 
     Raises:
         IndexMismatch: It holds trainings of something else.

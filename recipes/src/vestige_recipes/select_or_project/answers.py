@@ -100,7 +100,7 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
 
 
 def _replayed(settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path) -> Replay:
-    """The published protocol and ours on a few originals, each asked about reworded and by the model's own answer."""
+    """Run both protocols on a few originals, each asked about reworded and by the model's own answer."""
     asked = {name: _by_original(out / name / "data.jsonl") for name in ("reworded", "answered")}
     both = [row for row in rows if all(row["id"] in found for found in asked.values())][: plan.replayed]
     if not both:

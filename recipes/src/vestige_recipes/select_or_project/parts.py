@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 def kept_part(folder: Path, made_of: Mapping[str, Any], work: Callable[[], Part]) -> Part:
-    """What `work` returns, or returned when it was last done for this folder.
+    """Return what `work` returns, or returned when it was last done for this folder.
 
     It is done again when anything in `made_of` is another, when this is another version of vestige, or when a file in
     the folder is missing, new or does not hold what it held; `work` itself finds what is finished inside it.
@@ -68,7 +68,7 @@ def package_digest(modules: Sequence[str]) -> str:
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The record, if it is whole and of this fingerprint."""
+    """Return the record, if it is whole and of this fingerprint."""
     try:
         record = json.loads(path.read_bytes())
         part = record["part"]
@@ -148,7 +148,7 @@ def _number(value: Estimate | float) -> float:
 
 
 def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) -> list[Gate]:
-    """Published: a few components do as well as all; here where they were chosen on other queries."""
+    """Return what was published: a few components do as well as all; here they were chosen on other queries."""
     names = ("best component, held out", "greedy for accuracy, held out")
     gains = [(name, ahead_of(found, words, name, FULL)) for name in names]
     agreeing = _representation(found, words, "greedy for agreement, held out")

@@ -57,19 +57,19 @@ class OneByOne:
         """Counted."""
 
     def parts(self, place: int) -> list[Tensor]:
-        """The gradient of one example, tensor by tensor."""
+        """Return the gradient of one example, tensor by tensor."""
         self.passes += 1
         batch = make_batch(self._data, np.array([place]))
         loss = summed_loss(self._model, batch.to(self._parameters[0].device))
         return list(torch.autograd.grad(loss, self._parameters))
 
     def whole(self, place: int) -> Tensor:
-        """The same in one vector of float64."""
+        """Return the same in one vector of float64."""
         return torch.cat([part.flatten() for part in self.parts(place)]).double()
 
 
 def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectGradients:
-    """The first queries and their candidates once more: automatic differentiation of the whole model, one by one."""
+    """Compute the first queries and their candidates once more, one by one, by automatic differentiation."""
     products, compared = result.gradients[words], result.inputs.compared
     gradients = OneByOne(compared.loaded, compared.components, compared.data)
     kept: dict[int, Tensor] = {}
@@ -168,7 +168,7 @@ def replay(settings: ComponentsSettings) -> Replay:
 def _published_jobs(
     result: OnePassResult, words: str, direct: OneByOne
 ) -> tuple[dict[str, dict[str, float]], Float[np.ndarray, "query candidate"]]:
-    """Passes and seconds of every job, and the similarities of whole gradients."""
+    """Return passes and seconds of every job, and the similarities of whole gradients."""
     components, projections = result.inputs.compared.components, result.inputs.compared.projections
     jobs: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         _WHOLE: lambda parts: [torch.cat([part.flatten() for part in parts])],

@@ -52,13 +52,13 @@ def both(settings: StudySettings) -> Outcome:
 
 @registered(PLANS)
 def verses_alone(settings: StudySettings) -> Outcome:
-    """The part that needs no other model than the small one that is trained here."""
+    """Run the part that needs no other model than the small one that is trained here."""
     return _outcome(settings, ("verses",))
 
 
 @registered(PLANS)
 def answers_alone(settings: StudySettings) -> Outcome:
-    """The part about a chat model's answers."""
+    """Run the part about a chat model's answers."""
     return _outcome(settings, ("answers",))
 
 

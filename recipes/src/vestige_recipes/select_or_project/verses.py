@@ -40,7 +40,7 @@ class VersesPlan:
 
 
 def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
-    """A Llama of bytes learns the verses; the other wording of some is what is asked about."""
+    """Teach a Llama of bytes the verses, and ask about the other wording of some."""
     asked = _asked(settings, plan, out)
     found = components(**asked)
     result = one_pass_result(ComponentsSettings(**asked))
@@ -77,7 +77,7 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
 
 
 def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, Any]:
-    """What `vestige evaluate components` is asked, once its texts and its model are there."""
+    """Return the settings of `vestige evaluate components`, once its texts and its model are there."""
     chosen = verse_pairs(plan.verses, plan.shortest, plan.longest, settings.seed)
     learnt = [_verse(str(one.number), one.text) for one in chosen]
     reworded = [_verse(f"reworded-{one.number}", one.other, str(one.number)) for one in chosen[: plan.queries]]

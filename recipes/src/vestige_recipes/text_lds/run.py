@@ -116,7 +116,7 @@ def text_lds(settings: StudySettings) -> Outcome:
 
 
 def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
-    """The model that every training begins with, the training data and the queries."""
+    """Return the model that every training begins with, the training data and the queries."""
     texts = settings.out / "texts"
     data, queries = texts / "train.jsonl", texts / "queries.jsonl"
     if plan.model is not None:

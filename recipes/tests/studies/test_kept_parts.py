@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vestige_recipes.common.registry import Gate
+from vestige_recipes.select_or_project import parts as _kept_parts
 from vestige_recipes.select_or_project.parts import Part, kept_part
 
 MADE_OF = {"plan": {"steps": 3}, "seed": 0}

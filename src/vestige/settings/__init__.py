@@ -51,8 +51,6 @@ from vestige.settings._shared import Precision as Precision
 from vestige.settings._shared import QuestionSettings as QuestionSettings
 from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
-from vestige.settings._study import StudySettings as StudySettings
-from vestige.settings._study import StudySize as StudySize
 from vestige.settings._train import TrainSettings as TrainSettings
 from vestige.settings._train import listed_epochs as listed_epochs
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer

@@ -119,4 +119,4 @@ def registered(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outc
     return lambda run: Study(tuple(sizes), run)
 
 
-STUDIES: Registry[Study] = Registry("vestige.studies", "study")
+STUDIES: Registry[Study] = Registry("vestige.studies", "study", Study)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from cyclopts import App, Parameter
 
 from vestige.cli import build_app
-from vestige.methods import method_class, method_names, options_of
+from vestige.methods import METHODS, options_of
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -33,7 +33,7 @@ Text of others (ids, data, names, answers of servers) is printed with control ch
 `VESTIGE_QUIET=1` silences progress.
 """
 
-METHODS = """\
+METHOD_OPTIONS = """\
 ## Options of methods
 
 What one method has and others have not. Each is given as `--option name=value`, several times if need be; in Python all
@@ -79,12 +79,12 @@ def _settings(name: str, command: Any) -> str:
 def _options() -> str:
     """What the methods take beside the settings of `vestige attribute`."""
     rows = []
-    for name in method_names():
+    for name in METHODS.names():
         rows += [
             f"| `{name}` | `--option {one.name}=` {one.values} | `{one.shown_default}` | {_cell(one.meaning)} |"
-            for one in options_of(method_class(name))
+            for one in options_of(METHODS.find(name))
         ]
-    return "\n".join([METHODS, *rows, ""])
+    return "\n".join([METHOD_OPTIONS, *rows, ""])
 
 
 def _flag(option: Parameter) -> str:

@@ -195,7 +195,7 @@ def test_a_result_whose_replacement_was_killed_comes_back_and_nothing_is_left(tm
 
 def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(IndexMismatch, match="by another command in the meantime"), staged_folder(folder):
+    with pytest.raises(IndexMismatch, match="by another command during this one"), staged_folder(folder):
         write_text(folder, "run.json", "first")
     assert (folder / "run.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

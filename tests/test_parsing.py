@@ -1,8 +1,9 @@
 import json
+from typing import NamedTuple
 
 import pytest
 
-from vestige.parsing import parse_finite_json, parse_json, parse_yaml
+from vestige.parsing import as_record, parse_finite_json, parse_json, parse_yaml
 
 
 def nested(depth: int) -> str:
@@ -42,6 +43,32 @@ def test_a_number_that_is_none_is_refused_where_numbers_must_be_finite(text):
         parse_finite_json(text)
 
 
+class Point(NamedTuple):
+    name: str
+    values: tuple[int, ...] = ()
+
+
+def test_a_record_has_the_types_that_it_announces():
+    assert as_record(Point, {"name": "a", "values": [1, 2]}) == Point("a", (1, 2))
+    assert as_record(Point, {"name": "a"}) == Point("a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "name: "),
+        ({"name": 5}, "name: Input should be a valid string"),
+        ({"name": "\ud800"}, "Invalid JSON"),
+        ({"name": "a", "values": [1, "x"]}, r"values\.1: Input should be a valid integer"),
+        ({"name": "a", "values": None}, "values: Input should be"),
+        ({"name": "a", "more": 1}, "more: "),
+    ],
+)
+def test_a_record_of_other_types_is_refused_with_the_first_of_them(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        as_record(Point, fields)
+
+
 def test_yaml_is_plain_values_and_dates_stay_texts():
     text = "a: 2020-01-01\nb: [1, 2.5, yes, null]\nc: &x {d: e}\nf: {<<: *x, g: h}\n"
     assert parse_yaml(text) == {
@@ -65,8 +92,8 @@ LAUGH = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)
         ("1: 2", "the key 1 is no text"),
         ("? [a]\n: b", "constructing a mapping"),
         ("a: 1\na: 2", "`a` is there twice"),
-        ("a: !!timestamp x", "does not read as what its tag says"),
-        ("a: !!bool perhaps", "does not read as what its tag says"),
+        ("a: !!timestamp x", "does not read as what its tag names"),
+        ("a: !!bool perhaps", "does not read as what its tag names"),
         ("a: !!binary aGFsbG8=", "of the type bytes"),
         ("a: !!set {b, c}", "of the type set"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),

@@ -28,7 +28,6 @@ PUBLIC = [
     "report",
     "select",
     "study",
-    "sweep",
     "train",
     "untrac",
     "view",

@@ -17,7 +17,7 @@ def announced(monkeypatch):
         points = [EntryPoint(name, value, "toys") for name, value in pairs]
         monkeypatch.setattr(registry, "entry_points", lambda: EntryPoints(points))
         forget()
-        return Registry("toys", "toy")
+        return Registry("toys", "toy", float)
 
     def forget():
         registry._installed.cache_clear()
@@ -34,8 +34,8 @@ def test_an_object_is_found_by_its_name(announced):
 
 
 def test_an_unknown_name_leads_to_the_nearest(announced):
-    with pytest.raises(SpecError, match=r"There is no toy 'bal'. Did you mean 'ball'\?"):
-        announced(("ball", "math:pi")).find("bal")
+    with pytest.raises(SpecError, match=r"There is no toy 'bal'. Did you mean 'ball'\? There are: ball, cube\."):
+        announced(("ball", "math:pi"), ("cube", "math:e")).find("bal")
 
 
 def test_two_packages_with_one_name_are_refused_and_the_same_twice_is_not(announced):
@@ -48,6 +48,21 @@ def test_two_packages_with_one_name_are_refused_and_the_same_twice_is_not(announ
 def test_what_cannot_be_imported_is_named_with_its_package(announced, value):
     with pytest.raises(SpecError, match=r"The toy 'a' of .* cannot be imported: .* Update or uninstall it"):
         announced(("a", value)).find("a")
+
+
+def test_an_object_of_another_kind_is_refused(announced):
+    with pytest.raises(SpecError, match=r"The toy 'a' of .* is no builtins.float. Update or uninstall it"):
+        announced(("a", "math:floor")).find("a")
+
+
+def test_objects_of_this_process_are_found_before_those_of_packages(announced):
+    toys = announced(("a", "math:e"))
+    toys.add("b", 2.0)
+    toys.add("b", 2.0)
+    assert toys.names() == ["a", "b"]
+    assert toys.find("b") == 2.0
+    with pytest.raises(SpecError, match="Two objects are called 'b'"):
+        toys.add("b", 3.0)
 
 
 def test_every_built_in_command_is_announced_under_its_own_name():

@@ -6,7 +6,6 @@ The public names, each imported on first use, so that `import vestige` costs no 
     report, view, doctor
     untrac, study                              unlearning as attribution; published experiments
     train                                      a training that attribution and audit read; train.Recorder for your own
-    sweep                                      one verb over a grid of settings
     audit                                      what a model knows by heart, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from vestige.runs import Scores as Scores
     from vestige.select import select as select
     from vestige.studies import study as study
-    from vestige.sweep import sweep as sweep
     from vestige.train import train as train
     from vestige.unlearn import untrac as untrac
 
@@ -63,7 +61,6 @@ __all__ = [
     "report",
     "select",
     "study",
-    "sweep",
     "train",
     "untrac",
     "view",
@@ -85,7 +82,6 @@ _HOMES = {
     "report": "vestige.report",
     "select": "vestige.select",
     "study": "vestige.studies",
-    "sweep": "vestige.sweep",
     "train": "vestige.train",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",

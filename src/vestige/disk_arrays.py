@@ -1,7 +1,7 @@
 """Arrays with an entry for each example that lie on the disk: only the pages in use are in memory.
 
-Such an array is a NumPy array like any other. Its pages come into memory when they are looked at and stay until
-`let_go`, so whoever goes through one calls that now and then, or goes through its `parts`.
+Such an array is a NumPy array like any other. Its pages come into memory when they are read and stay until `let_go`, so
+a loop over one calls that now and then, or loops over its `parts`.
 """
 
 import errno
@@ -22,7 +22,7 @@ IN_MEMORY_BYTES = 2**18
 
 
 def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """An array of zeros, in a file without a name if it is large; the file goes with the last one who has the array.
+    """Return an array of zeros, in a file without a name if it is large; the file goes with its last user.
 
     Raises:
         DiskSpaceError: It does not fit on the disk for temporary files.
@@ -42,7 +42,7 @@ def zeros(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarra
 
 
 def let_go(*arrays: np.ndarray | mmap.mmap) -> None:
-    """Arrays on the disk, also views of them, take no memory until they are looked at again; others are left alone.
+    """Drop the pages of arrays on the disk, also of views of them, until they are read again; leave others alone.
 
     The same goes for a file that is mapped.
     """
@@ -55,14 +55,14 @@ def let_go(*arrays: np.ndarray | mmap.mmap) -> None:
 
 
 def parts(array: np.ndarray, size: int = 2**16) -> Iterator[np.ndarray]:
-    """Consecutive entries, at most `size` of them at a time; each part is let go when the next one is asked for."""
+    """Yield consecutive entries, at most `size` of them at a time; a part's pages are dropped before the next one."""
     for first in range(0, len(array), size):
         yield array[first : first + size]
         let_go(array)
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """The file has its room on the disk: writing to a page without would end the process."""
+    """Reserve the file's bytes on the disk: writing to a page without would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -73,6 +73,6 @@ def _explained(error: OSError, folder: Path, size: int) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskSpaceError(
             f"{format_bytes(size)} do not fit on the disk of {folder}, the folder for temporary files. "
-            "Make room, or name another: TMPDIR=FOLDER."
+            "Free space on it, or name another: TMPDIR=FOLDER."
         )
     return UserError(f"No file could be made in {folder} ({error.strerror}). Name another folder: TMPDIR=FOLDER.")

@@ -1,7 +1,7 @@
 """Files that are either whole or absent: written under a name of their own, fsynced, renamed.
 
-Whoever is killed while writing leaves one stray temporary file and never a torn result. Two processes that write the
-same file at once do no harm either, because each writes under its own name and their bytes are equal.
+A process that is killed while writing leaves one stray temporary file and never a torn result. Two processes that write
+the same file at once do no harm either, because each writes under its own name and their bytes are equal.
 """
 
 import contextlib
@@ -28,16 +28,19 @@ from vestige.timing import count_bytes, timed
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_ADVICE = "Make room, choose another --out, or store less per example: --dtype int8, or a smaller --compress."
+_ADVICE = "Free disk space, choose another --out, or store less per example: --dtype int8, or a smaller --compress."
 _RESERVE = 16 * 2**20
 """Bytes left free besides the index itself: markers, directory entries, the rounding up to disk blocks."""
 _OLD_SECONDS = 24 * 3600
 """A temporary file lives for the seconds that writing takes; after a day its writer is dead on any host."""
 
 _FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "os error 28", "os error 122")
-"""What libraries that hide the number of an error say of a full disk: safetensors, tokenizers, pyarrow, datasets."""
+"""A full disk, in the words of libraries that hide an error's number: safetensors, tokenizers, pyarrow, datasets."""
 _FULL_OF_TORCH = ("pytorchstreamwriter failed writing", "unexpected pos")
-"""What `torch.save` says when its file cannot grow, whatever the reason."""
+"""A file that cannot grow, whatever the reason, in the words of `torch.save`."""
+
+_GONE_WORDS = ("no such file or directory", "parent directory")
+"""What safetensors and the operating system, and `torch.save`, say when the folder of a file is gone."""
 
 _ATTEMPT = secrets.token_hex(4)
 _COUNTER = count()
@@ -45,22 +48,22 @@ _TEMPORARY = re.compile(r"\.tmp\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<attempt>[0-9
 
 
 class Written(NamedTuple):
-    """What was written: its size in bytes and its sha256."""
+    """The result of a write: its size in bytes and its sha256."""
 
     bytes: int
     sha256: str
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> Written:
-    """The file holds all of `chunks`, also after a power cut, or it is as it was before.
+    """Write `chunks` so that the file holds all of them, also after a power cut, or is as it was before.
 
     Args:
         path: The file; its folder must exist.
         chunks: What to write, in order.
-        exclusive: Refuse to replace an existing file, also one that appears meanwhile.
+        exclusive: Refuse to replace an existing file, also one that appears during the write.
 
     Raises:
-        FileExistsError: `exclusive` and somebody else was first.
+        FileExistsError: `exclusive`, and another process was first.
         DiskSpaceError: The disk is full; the temporary file has been removed.
         UserError: The folder cannot be written to.
     """
@@ -97,13 +100,13 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_durably(path: Path) -> None:
-    """The file is gone, also after a power cut; one that was not there is no error."""
+    """Remove the file, also after a power cut; one that was not there is no error."""
     path.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
-    """The folder exists, also after a power cut.
+    """Make the folder so that it exists also after a power cut.
 
     Raises:
         UserError: It cannot be made there.
@@ -121,13 +124,13 @@ def make_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, as hexadecimal digits."""
+    """Return the sha256 of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_once(path: Path) -> str:
-    """`sha256_of`, read once per process as long as the file's size and times do not change."""
+    """Return `sha256_of`, read once per process as long as the file's size and times do not change."""
     status = path.stat()
     return _known_sha256(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
@@ -138,7 +141,7 @@ def _known_sha256(path: Path, *_: int) -> str:
 
 
 def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
-    """Nothing happens if `needed` bytes fit on the disk that holds `folder`, which need not exist yet.
+    """Raise unless `needed` bytes fit on the disk that holds `folder`, which need not exist yet.
 
     Args:
         folder: Where they are to be written.
@@ -158,11 +161,13 @@ def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:
         )
 
 
-def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
-    """Return what a person reads where `error`, of any library, says that the disk is full; None for other errors.
+def disk_error(error: BaseException, folder: Path) -> UserError | None:
+    """Return what a person reads where `error`, of any library, says that the disk is full or the folder gone.
+
+    None for other errors.
 
     Args:
-        error: As it was raised; what caused it is looked at too.
+        error: As it was raised; its causes are checked, too.
         folder: Where the result was being written.
     """
     seen: BaseException | None = error
@@ -170,53 +175,65 @@ def disk_error(error: BaseException, folder: Path) -> DiskSpaceError | None:
         if isinstance(seen, DiskSpaceError):
             return seen
         said = str(seen).lower()
+        if any(words in said for words in _GONE_WORDS) and _is_inside(said, folder) and not folder.exists():
+            return _removed_error(folder)
         full = isinstance(seen, OSError) and seen.errno in _FULL
-        # Words count where the library has no number to give; data may say anything in a message of our own.
-        full |= not isinstance(seen, OSError | UserError) and any(words in said for words in _FULL_WORDS)
-        if full or (isinstance(seen, RuntimeError) and any(words in said for words in _FULL_OF_TORCH)):
+        # Words count where the library has no number to give; data may hold any words in a message of our own.
+        full |= not isinstance(seen, OSError | UserError) and any(words in text for words in _FULL_WORDS)
+        if full or (isinstance(seen, RuntimeError) and any(words in text for words in _FULL_OF_TORCH)):
             reason = str(seen).strip().splitlines()[-1][:200]
             return DiskSpaceError(
                 f"The disk (or the quota) is full, or the file may not grow: {folder} could not be written ({reason}). "
-                "Make room, and run the same command again: what is finished is kept."
+                "Free disk space, and run the same command again: what is finished is kept."
             )
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def write_error(error: OSError, path: Path, size: int) -> UserError:
-    """What a person reads when `size` bytes were written and no more could be."""
+    """Return the error to show when `size` bytes were written and no more could be."""
     resume = "Finished shards are intact: run the same command again to continue."
     if error.errno in _FULL:
         return DiskSpaceError(
             f"The disk (or the quota) is full: {path} stopped after {format_bytes(size)} and was removed. "
-            f"Make room. {resume}"
+            f"Free disk space. {resume}"
         )
     if error.errno in _REFUSED:
         return UserError(f"{path.parent} cannot be written to ({error.strerror}). Choose another --out.")
     if error.errno == errno.ENAMETOOLONG:
         return UserError(f"{path.name[:40]}... is too long a name for this disk. Choose a shorter --out.")
     if isinstance(error, FileNotFoundError):
-        return UserError(
-            f"{path.parent} was removed or renamed while it was being written to. Run the same command again: what is "
-            "still there is kept."
-        )
+        return _removed_error(path.parent)
     return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
 
 
+def _is_inside(said: str, folder: Path) -> bool:
+    """Whether a message names a file in the folder, or in the hidden one beside it in which it is made."""
+    place = folder.absolute()
+    return any(f"{place.parent}/{name}".lower() in said for name in (f"{place.name}/", f".{place.name}."))
+
+
+def _removed_error(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was removed or renamed while it was being written to. Run the same command again: what is still "
+        "there is kept."
+    )
+
+
 def is_temporary(path: Path) -> bool:
-    """Whether the name is one under which `write_durably` writes."""
+    """Return whether the name is one under which `write_durably` writes."""
     return _TEMPORARY.search(path.name) is not None
 
 
 def remove_strays(folder: Path) -> list[Path]:
-    """Temporary files and folders of writers that are surely dead are gone from the folder and the folders in it.
+    """Remove temporary files and folders of writers that are known to be dead, in the folder and the folders in it.
 
     Those of living or foreign writers stay.
 
     Returns:
         What was removed.
     """
-    # Unlike a glob, a walk does not mind folders that vanish meanwhile.
+    # Unlike a glob, a walk does not fail on folders that vanish during it.
     found = (Path(parent, name) for parent, *names in os.walk(folder) for name in [*names[0], *names[1]])
     return _removed(found)
 
@@ -227,7 +244,7 @@ def remove_strays_of(path: Path) -> list[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """The file, or the folder with all that is in it, is gone; of a symbolic link the link alone."""
+    """Remove the file, or the folder with all that is in it; of a symbolic link the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -235,7 +252,7 @@ def remove_tree(path: Path) -> None:
 
 
 def this_host() -> str:
-    """The name under which this host's process numbers mean something: containers have their own numbers."""
+    """Return the name under which this host's process numbers are valid: containers have their own numbers."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -266,7 +283,8 @@ def _is_stray(path: Path) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
-        # A killed process keeps its number as a zombie until its parent looks, and some parents never do.
+        # A killed process keeps its number as a zombie until its parent collects its exit status, and some parents
+        # never do.
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -1,4 +1,4 @@
-"""Who writes into a folder: a command holds it for as long as it runs, and a second one is refused.
+"""Locks on folders: a command holds a folder for as long as it runs, and a second one is refused.
 
 The lock is the kernel's, on a file beside the folder, so it goes with its process however that ends.
 """
@@ -29,13 +29,13 @@ _HELD: ContextVar[tuple[Path, ...]] = ContextVar("held folders", default=())
 
 @contextmanager
 def hold_folder(folder: Path, command: str, *, shared: str | None = None, lock: bool = True) -> Iterator[None]:
-    """Hold the folder while the block writes into it; what earlier commands left beside it is put right first.
+    """Hold the folder while the block writes into it; what earlier commands left beside it is repaired first.
 
     A folder inside one that is held is held as well. Empty folders that a refused command made are removed.
 
     Args:
         folder: Of the result; need not exist.
-        command: For whoever comes second.
+        command: Shown to a second command.
         shared: Commands with the same text may hold it at once; None for one command alone.
         lock: Whether to; False where another process holds it for this one.
 
@@ -78,7 +78,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _lock(path: Path, folder: Path, command: str, shared: str | None) -> int | None:
-    """The open lock file; None where there can be none, because the disk has no locks or is not ours to write to."""
+    """Return the open lock file; None where there can be none: the disk has no locks or is not ours to write to."""
     about = {"command": command, "host": this_host(), "process": os.getpid(), "shared": shared}
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
@@ -111,7 +111,7 @@ def _lock(path: Path, folder: Path, command: str, shared: str | None) -> int | N
 
 
 def _take(file: int, path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """None if the lock is ours now, else what its holder wrote about itself."""
+    """Lock the file and return None, or return what its holder wrote about itself."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,7 +145,7 @@ def _holder(file: int) -> dict[str, Any]:
 
 
 def _is_current(file: int, path: Path) -> bool:
-    """Whether the file still has its name: whoever was last removed it before this process had its lock."""
+    """Return whether the file still has its name: its last holder may have removed it before this process locked it."""
     try:
         return os.path.samestat(os.fstat(file), path.lstat())
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _is_current(file: int, path: Path) -> bool:
 
 
 def _unlock(file: int, path: Path) -> None:
-    """The lock is given back, and its file gone if nobody else holds it."""
+    """Release the lock, and remove its file if no other process holds it."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_current(file, path):
@@ -171,5 +171,5 @@ def _remove_empty(folder: Path) -> None:
 
 
 def is_held_by(folder: Path, pid: int) -> bool:
-    """Whether a process of this host holds the folder, as the system says it, not a file."""
+    """Return whether a process of this host holds the folder, according to the system, not to a file."""
     return any(Path(each.path) == _lock_path(folder) for each in psutil.Process(pid).open_files())

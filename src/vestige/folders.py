@@ -1,6 +1,6 @@
 """Folders that hold one result: files of others are left alone, and a result of other settings is never built over.
 
-A result that consists of several files is written beside its place and moved there when it is whole (`staged_folder`).
+A result that consists of several files is written beside its path and moved there when it is whole (`staged_folder`).
 """
 
 import errno
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
 
 def require_no_others(folder: Path, ours: Collection[str]) -> None:
-    """Return if the folder is absent, empty, or holds nothing but files of these names.
+    """Raise unless the folder is absent, empty, or holds nothing but files of these names.
 
     Args:
         folder: To write a result into.
@@ -53,7 +53,7 @@ def require_no_others(folder: Path, ours: Collection[str]) -> None:
 
 
 def _others(folder: Path, ours: Collection[str], prefix: str = "") -> Iterator[str]:
-    """Paths in the folder that none of the names stands for; folders without a file in them do not count."""
+    """Yield paths in the folder that none of the names stands for; folders without a file in them do not count."""
     depth = prefix.count("/") + 1
     names = [name.split("/") for name in ours]
     for path in sorted(folder.iterdir()):
@@ -68,7 +68,7 @@ def _others(folder: Path, ours: Collection[str], prefix: str = "") -> Iterator[s
 
 
 def _is_hollow(path: Path) -> bool:
-    """Whether it is a folder that holds nothing but folders."""
+    """Return whether it is a folder that holds nothing but folders."""
     if path.is_symlink() or not path.is_dir():
         return False
     return not any(
@@ -79,7 +79,7 @@ def _is_hollow(path: Path) -> bool:
 def remove_result(
     folder: Path, ours: Collection[str], record: str, *, begun: Collection[str] = (), keep: Collection[str] = ()
 ) -> None:
-    """The result in the folder is gone, for `--overwrite`; a folder that is absent is no error.
+    """Remove the result in the folder, for `--overwrite`; a folder that is absent is no error.
 
     Args:
         folder: Of the result.
@@ -95,7 +95,7 @@ def remove_result(
         return
     require_no_others(folder, ours if (folder / record).exists() else begun)
     require_no_links(folder)
-    # All of it goes at once: of what a kill left, nobody could say whose it is.
+    # All of it goes at once: what a kill left could not be assigned to its owner.
     folder = folder.resolve()
     aside = temporary_path(folder.with_name(f".{folder.name}"))
     try:
@@ -110,7 +110,7 @@ def remove_result(
 
 
 def require_no_links(folder: Path) -> None:
-    """Return if nothing in the folder is a symbolic link; the folder itself may be one.
+    """Raise if anything in the folder is a symbolic link; the folder itself may be one.
 
     Raises:
         UserError: Something is: what lies behind it is not ours to delete.
@@ -126,10 +126,10 @@ def require_no_links(folder: Path) -> None:
 
 @contextmanager
 def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write a result into; it takes that place, whole, when the block ends.
+    """Yield a new folder beside `folder` to write a result into; it takes that path, whole, when the block ends.
 
     A kill never leaves half a result. Replacing one takes two renames; killed between them, the earlier result lies
-    beside its place, and the next command for it puts it back.
+    beside its path, and the next command for it restores it.
 
     Args:
         folder: Absent or empty, or with a result that may be replaced.
@@ -165,7 +165,7 @@ def _move_into_place(attempt: Path, folder: Path, replace: bool) -> None:
             aside.rename(folder)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise IndexMismatch(
-                f"{folder} was written by another command in the meantime; nothing was changed. Give another --out."
+                f"{folder} was written by another command during this one; nothing was changed. Give another --out."
             ) from error
         raise write_error(error, folder, 0) from error
     _flush(folder.parent)
@@ -185,7 +185,7 @@ def finished_of(folder: Path) -> Path:
 
 
 def remove_partial(out: Path, record: str | None = None) -> None:
-    """What was kept for a run that is written is gone.
+    """Remove what was kept for a run that is written.
 
     Args:
         out: Folder of the run.
@@ -199,7 +199,7 @@ def remove_partial(out: Path, record: str | None = None) -> None:
 
 
 def replaced_result(folder: Path) -> Path | None:
-    """Return where an earlier result lies that a command was killed over while it replaced it; None without one."""
+    """Return the path of an earlier result whose replacement was killed; None without one."""
     folder = folder.resolve()
     found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.replaced"))
     return found[0] if found else None
@@ -214,7 +214,7 @@ def _flush(path: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Nothing is left of a replacement that was killed: the earlier result is in its place, or gone."""
+    """Restore or remove the earlier result after a replacement that was killed."""
     while (aside := replaced_result(folder)) is not None:
         if folder.exists() and any(folder.iterdir()):
             remove_tree(aside)
@@ -225,11 +225,11 @@ def put_back(folder: Path) -> None:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], old_names: Mapping[str, str], new_names: Mapping[str, str]
 ) -> list[Difference]:
-    """The settings in which two identities differ, in their order.
+    """Return the settings in which two identities differ, in their order.
 
     Args:
         old: Identity of the result on disk, in JSON terms.
-        new: Of the one that was asked for.
+        new: Of the requested one.
         old_names: What inputs were called whose identity is a fingerprint.
         new_names: The same of the new one.
     """
@@ -242,13 +242,13 @@ def differences(
 
 
 def mismatch_message(what: str, found: Sequence[Difference]) -> str:
-    """The refusal as a person reads it: a small table, then what to do.
+    """Return the refusal for the user: a small table, then what to do.
 
     Args:
         what: The result with its folder, at the beginning of a sentence.
-        found: Where it differs from what was asked for.
+        found: Where it differs from what was requested.
     """
-    table = [Difference("setting", "on disk", "asked for"), *found]
+    table = [Difference("setting", "on disk", "requested"), *found]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     return "\n".join(
         [

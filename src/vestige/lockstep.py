@@ -1,11 +1,11 @@
-"""Processes that hold one model together and therefore do everything in step: who they are, who decides, who writes.
+"""The process group that holds one model: ranks, decisions of the first process, exchange of rows.
 
 Where a model is larger than one GPU, torchrun starts a process for each GPU, and every process holds a part of every
-layer. A forward pass gathers the layers one by one, so it is made by all processes at once. They run the same program
-on the same data: the first one alone looks at the disk, decides and writes, and tells the others (`decided`); batches
-are dealt out in turns (`in_turns`), and their rows exchanged (`exchange_rows`).
+layer. A forward pass gathers the layers one by one, so all processes make it at once. They run the same program
+on the same data: the first one alone reads the disk, decides and writes, and broadcasts its decisions (`decided`);
+batches are distributed round-robin (`in_turns`), and their rows exchanged (`exchange_rows`).
 
-Nobody goes on alone: a process that ends, for whatever reason, ends the command. What was finished stays.
+No process goes on alone: one that ends, for whatever reason, ends the command. What was finished stays.
 """
 
 import atexit
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FSDP = "fsdp"
 """The word for a model in parts, among those for devices."""
 ROLE_VARIABLE = "VESTIGE_LAUNCH"
-"""Environment variable in which a driver tells its workers, who run the same command, what they are."""
+"""Environment variable in which a driver gives its workers, which run the same command, their role."""
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others: longer than any of them writes a piece or draws up a plan."""
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo", "nccl", "timed out", "socket")
@@ -36,43 +36,43 @@ Value = TypeVar("Value")
 
 
 class Together(NamedTuple):
-    """This process among those that work in step."""
+    """This process in its process group."""
 
     number: int
     of: int
 
 
 class _State:
-    """One for the process, like the process group itself."""
+    """State of the process, one for each, like the process group itself."""
 
     def __init__(self) -> None:
         self.together: Together | None = None
         self.lost = False
-        """Whether the processes are no longer together, so that none may wait for the others when it ends."""
-        self.told: VestigeError | None = None
-        """The error that the first process has told, and shows: this one need not."""
+        """Whether the process group has lost a process, so that none may wait for the others when it ends."""
+        self.reported: VestigeError | None = None
+        """The error that the first process has broadcast, and prints: this one need not."""
 
 
 _STATE = _State()
 
 
 def in_step() -> bool:
-    """Whether this process is one of several that do everything together."""
+    """Return whether this process is one of a process group that holds one model."""
     return _STATE.together is not None
 
 
 def this_process() -> Together:
-    """Which of how many this process is; alone it is the first of one."""
+    """Return the rank of this process and the size of its group; alone it is the first of one."""
     return _STATE.together or Together(0, 1)
 
 
 def is_first() -> bool:
-    """Whether this process decides and writes, as one that works alone always does."""
+    """Return whether this process decides and writes, as one that works alone always does."""
     return this_process().number == 0
 
 
 def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process answers for the result: the driver of this worker, or the first rank of torchrun."""
+    """Return whether another process is responsible for the result: the driver of this worker, or torchrun's rank 0."""
     ranks = environment.get("WORLD_SIZE", "1")
     is_rank = ranks.isdigit() and int(ranks) > 1
     return ROLE_VARIABLE in environment or (is_rank and environment.get("RANK", "0") != "0")
@@ -80,7 +80,7 @@ def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
 
 @contextmanager
 def together(wanted: bool = True) -> Iterator[None]:
-    """While the block runs, all processes that torchrun started work in step, if that is `wanted`.
+    """Join all processes that torchrun started into a process group while the block runs, if that is `wanted`.
 
     Raises:
         SpecError: This process is alone.
@@ -97,7 +97,7 @@ def together(wanted: bool = True) -> Iterator[None]:
         raise
     except BaseException as error:
         _STATE.lost = True
-        if error is _STATE.told:
+        if error is _STATE.reported:
             raise SystemExit(2) from None
         if isinstance(error, Exception) and (explained := lost_process(error)) is not None:
             raise explained from error
@@ -107,7 +107,7 @@ def together(wanted: bool = True) -> Iterator[None]:
 
 
 def lost_process(error: Exception) -> UserError | None:
-    """What a person reads where an error says that another process is gone; None for any other error."""
+    """Return the error to show where another process of the group is gone; None for any other error."""
     kind = getattr(sys.modules.get("torch.distributed"), "DistError", None)
     words = str(error).lower() if isinstance(error, RuntimeError) else ""
     if not (kind is not None and isinstance(error, kind)) and not any(word in words for word in _LOST):
@@ -115,22 +115,22 @@ def lost_process(error: Exception) -> UserError | None:
     number, of = this_process()
     return UserError(
         f"Process {number + 1} of {of} ends, because another one that held a part of the model has ended. If it could, "
-        "it has said why. Run the same command again: what is finished is kept."
+        "it has printed the reason. Run the same command again: what is finished is kept."
     )
 
 
 def decided(decide: Callable[[], Value]) -> Value:
-    """What the first process decides, for all of them; the others wait for it and call nothing.
+    """Return the decision of the first process, in all of them; the others wait for it and call nothing.
 
     Raises:
-        VestigeError: What deciding raised, in all of them; a verb ends with the words of the first.
+        VestigeError: What deciding raised, in all of them; a command ends with the message of the first.
     """
     if not in_step():
         return decide()
     if not is_first():
         value, error = _exchanged(None)
         if error is not None:
-            _STATE.told = error
+            _STATE.reported = error
             raise error
         return value
     try:
@@ -142,10 +142,10 @@ def decided(decide: Callable[[], Value]) -> Value:
 
 
 def in_turns(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
-    """The items that fall to this process, with their places: of every round each process has one.
+    """Yield the items of this process, round-robin, with their positions: of every round each process has one.
 
-    In the last round there may be fewer items than processes. Who has none repeats the last, which does not count
-    (False), because a pass over the model needs everybody.
+    In the last round there may be fewer items than processes. A process without one repeats the last, which does not
+    count (False), because a pass over the model needs all processes.
     """
     number, of = this_process()
     round_: list[Item] = []
@@ -162,9 +162,9 @@ def in_turns(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
 
 
 def dealt(items: Iterable[Item], compute: Callable[[Item], Value]) -> Iterator[tuple[Item, Value]]:
-    """Every item with what becomes of it: each is computed by one process, and known to all.
+    """Yield every item with its result: each is computed by one process, and broadcast to all.
 
-    For small values: scores, not gradients (`exchange_rows`). What is computed lies on the CPU.
+    For small values: scores, not gradients (`exchange_rows`). The results lie on the CPU.
     """
     _, of = this_process()
     waiting: list[Item] = []
@@ -185,7 +185,7 @@ def dealt(items: Iterable[Item], compute: Callable[[Item], Value]) -> Iterator[t
 
 
 def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
-    """Every process holds all rows of the tensors; before, each held those of the batches that were its turn.
+    """Exchange rows so that every process holds all of them; before, each held those of its own batches.
 
     Args:
         tensors: Each `[row, ...]`, on the CPU, the same shape everywhere; filled in place.
@@ -211,7 +211,7 @@ def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
 
 @contextmanager
 def _quiet_but_first() -> Iterator[None]:
-    """What all processes would say is said by the first."""
+    """Print from the first process alone what all processes would print."""
     with quiet(not is_first()), warnings.catch_warnings():
         # Writing into it would be wrong; nothing writes into what a model without its head returns.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -236,7 +236,7 @@ def _joined() -> Together:
 
 
 def _part() -> None:
-    """The group ends with the process, unless somebody is missing to take leave of."""
+    """Destroy the group when the process ends, unless a process of it is lost."""
     import torch.distributed as distributed
 
     if distributed.is_initialized() and not _STATE.lost:
@@ -244,7 +244,7 @@ def _part() -> None:
 
 
 def _exchanged(message: Any, source: int = 0) -> Any:
-    """The message of the process `source`, in all of them."""
+    """Return the message of the process `source`, in all of them."""
     import torch
     import torch.distributed as distributed
 

@@ -1,9 +1,13 @@
-"""JSON and YAML that somebody else wrote: plain values of a sane size and depth, or one kind of error."""
+"""JSON and YAML from other programs: plain values of a sane size and depth, or one kind of error."""
 
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Record = TypeVar("Record", bound=tuple[Any, ...])
 
 _DEEPEST = 50
 """Levels of lists and mappings: Arrow takes 64, and what is far deeper ends the interpreter's stack."""
@@ -47,6 +51,19 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     return value
 
 
+def as_record(kind: type[Record], fields: Any) -> Record:
+    """Return what a JSON object says as a named tuple of this kind, every field of the type that it announces.
+
+    Raises:
+        ValueError: A field is missing, unknown or of another type.
+    """
+    try:
+        # As JSON, in which half of a surrogate pair is no text.
+        return _adapter(kind).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from None
+
+
 def parse_finite_json(content: str | bytes) -> Any:
     """Return the value of a JSON text in which every number is finite, as the JSON standard has it.
 
@@ -64,7 +81,7 @@ def parse_finite_json(content: str | bytes) -> Any:
 def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
     """Return the value of a YAML (or JSON) text: mappings with texts as keys, lists, texts, numbers, yes/no and null.
 
-    A date stays the text that it is. Keys may be whole numbers where `numbers_as_keys` says so.
+    A date stays the text that it is. With `numbers_as_keys`, keys may be whole numbers.
 
     Raises:
         ValueError: It is not YAML, a key is there twice or is no text, a value is of another kind, or the values are
@@ -80,9 +97,21 @@ def parse_yaml(text: str, *, numbers_as_keys: bool = False) -> Any:
         raise ValueError(str(error)) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A tag such as !!timestamp before what is none.
-        raise ValueError(f"a value does not read as what its tag says ({error})") from None
+        raise ValueError(f"a value does not read as what its tag names ({error})") from None
     _require_plain(value, (str, int) if numbers_as_keys else (str,))
     return value
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that pydantic has found, in one line: where it is and what is wrong."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the file"
+    return f"{place}: {problem['msg']}"
+
+
+@cache
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+    return TypeAdapter(kind)
 
 
 def _broken(reason: str) -> json.JSONDecodeError:
@@ -107,7 +136,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Values as a person means them: dates are texts, and of two equal keys none is dropped."""
+        """Values as a user means them: dates are texts, and of two equal keys none is dropped."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]

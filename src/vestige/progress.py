@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: a bar with rate and time left, or plain lines where nobody watches.
+"""The progress of work: a bar with rate and time left, or plain lines where stderr is no terminal.
 
 Everything goes to stderr, so that a command's answer on stdout stays clean; `VESTIGE_QUIET=1` silences it.
 """
@@ -47,7 +47,7 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progress]:
-    """Shows how far `total` units of work have come, for as long as the block runs.
+    """Show how far `total` units of work have come, for as long as the block runs.
 
     On a terminal a bar with rate and time left; elsewhere a first line, a last line and at most one every ten
     seconds between them; nothing at all with `VESTIGE_QUIET=1`.
@@ -72,7 +72,7 @@ def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progres
 
 
 def format_bytes(n: float) -> str:
-    """A size for reading, in decimal units: 999 B, 1.5 kB, 20 GB."""
+    """Return a size for reading, in decimal units: 999 B, 1.5 kB, 20 GB."""
     if n < 1000:
         return f"{int(n)} B"
     for name in ("kB", "MB", "GB", "TB", "PB"):
@@ -90,7 +90,7 @@ def format_memory(process: int, gpu: int = 0) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for reading: 0.3 s, 45 s, 3 min 20 s, 2 h 05 min."""
+    """Return a duration for reading: 0.3 s, 45 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -161,7 +161,7 @@ def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # The terminal itself: what a unit of work prints may go to a file of its own meanwhile.
+    # The terminal itself: a unit of work may have redirected its own output to a file.
     with RichProgress(*columns, console=Console(file=sys.stderr)) as display:
         task = display.add_task(label, total=total, rate="")
 

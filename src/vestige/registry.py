@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from inspect import getdoc
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Generic, TypeVar, cast
 
 from vestige.errors import SpecError
@@ -33,9 +34,26 @@ _FILE_WIDTH = 160
 class Registry(Generic[Entry]):
     """Objects of one kind by name, announced by installed packages and imported on first use."""
 
-    def __init__(self, group: str, kind: str) -> None:
-        """Make the registry of the entry points of `group`; `kind` is what messages call one of them."""
-        self._group, self._kind = group, kind
+    def __init__(self, group: str, kind: str, of: type) -> None:
+        """Make the registry of the entry points of `group`.
+
+        Args:
+            group: Of entry points, such as "vestige.commands".
+            kind: What messages call one of them.
+            of: The class that each is an instance or a subclass of.
+        """
+        self._group, self._kind, self._of = group, kind, of
+        self._added: dict[str, Any] = {}
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Register an object of this process; one that a worker or a later command has to find needs an entry point.
+
+        Raises:
+            SpecError: Another object has that name.
+        """
+        known = self._added.setdefault(name, entry)
+        if _origin(known) != _origin(entry):
+            raise SpecError(f"Two objects are called {name!r}: {_origin(known)} and {_origin(entry)}. Rename one.")
 
     def names(self) -> list[str]:
         """Return every name, sorted; nothing is imported.
@@ -43,20 +61,31 @@ class Registry(Generic[Entry]):
         Raises:
             SpecError: Two packages bring the same name.
         """
-        return sorted(_announced(self._group, self._kind))
+        return sorted({*self._added, *_announced(self._group, self._kind)})
 
     def find(self, name: str) -> Entry:
         """Return the object of this name.
 
         Raises:
-            SpecError: There is none, or its package cannot be imported.
+            SpecError: There is none, its package cannot be imported, or it is of another kind.
         """
+        if name in self._added:
+            return self._added[name]
         points = _announced(self._group, self._kind)
         if name not in points:
-            close = get_close_matches(name, list(points), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(sorted(points))}."
-            raise SpecError(f"There is no {self._kind} {name!r}. {hint}")
-        return cast(Entry, _load(points[name], self._kind))
+            known = self.names()
+            close = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise SpecError(f"There is no {self._kind} {name!r}. {hint}There are: {', '.join(known)}.")
+        found = _load(points[name], self._kind)
+        # The module of a decorated object may be announced in its place: importing it has registered the object.
+        found = self._added.get(name, found)
+        if not (issubclass(found, self._of) if isinstance(found, type) else isinstance(found, self._of)):
+            raise SpecError(
+                f"The {self._kind} {name!r} of {_package(points[name])} is no {self._of.__module__}."
+                f"{self._of.__qualname__}. Update or uninstall it."
+            )
+        return cast(Entry, found)
 
     def __iter__(self) -> Iterator[Entry]:
         return map(self.find, self.names())
@@ -86,6 +115,11 @@ def _load(point: EntryPoint, kind: str) -> Any:
         raise SpecError(
             f"The {kind} {point.name!r} of {_package(point)} cannot be imported: {error}. Update or uninstall it."
         ) from error
+
+
+def _origin(entry: Any) -> str:
+    """Return where an object is defined, the same for one that was imported twice."""
+    return f"{entry.__module__}.{entry.__qualname__}" if hasattr(entry, "__qualname__") else repr(entry)
 
 
 def _package(point: EntryPoint) -> str:
@@ -152,10 +186,10 @@ def imported(address: str) -> Any:
     return getattr(import_module(module), name)
 
 
-COMMANDS: Registry[Command] = Registry("vestige.commands", "command")
+COMMANDS: Registry[Command] = Registry("vestige.commands", "command", Command)
 
 ExportFormat = Callable[[Any, Path], list[Path]]
 """Writes an opened index, run or audit into a folder that is there, and returns the files."""
 
-EXPORT_FORMATS: Registry[ExportFormat] = Registry("vestige.export_formats", "export format")
+EXPORT_FORMATS: Registry[ExportFormat] = Registry("vestige.export_formats", "export format", FunctionType)
 """What `vestige export` writes; an entry point is named after what is exported and the format: "index numpy"."""

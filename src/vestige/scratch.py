@@ -18,13 +18,13 @@ _CHUNK = 2**20
 
 @final
 class Scratch:
-    """Bytes put aside before the file that they belong to can be begun: the first ones in memory, more beside it.
+    """Bytes put aside before the file that they belong to can be begun: the first in memory, further ones beside it.
 
     What lies on the disk has no name there, so it is gone with the process, however that ends.
     """
 
     def __init__(self, path: Path, held_bytes: int) -> None:
-        """Nothing is put aside yet.
+        """Start with nothing put aside.
 
         Args:
             path: The file that the bytes are for; its folder must exist.
@@ -35,7 +35,7 @@ class Scratch:
 
     @classmethod
     def temporary(cls, held_bytes: int) -> Self:
-        """The same for bytes that belong to no file: they are put aside in the folder for temporary files.
+        """Return the same for bytes that belong to no file: they are put aside in the folder for temporary files.
 
         Raises:
             UserError: There is no such folder.
@@ -51,8 +51,8 @@ class Scratch:
         self.close()
 
     def close(self) -> None:
-        """The bytes are gone."""
-        # What did not fit on the disk would be tried again, and is not wanted any more.
+        """Drop the bytes."""
+        # What did not fit on the disk would be tried again, and is no longer needed.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -70,7 +70,7 @@ class Scratch:
             raise write_error(error, self._path, self._size) from error
 
     def read(self, begin: int, size: int) -> bytes:
-        """The `size` bytes behind the first `begin` ones; several threads may ask at once."""
+        """Return the `size` bytes behind the first `begin` ones; several threads may read at once."""
         try:
             self._file.flush()
             return os.pread(self._file.fileno(), size, begin)
@@ -78,7 +78,7 @@ class Scratch:
             raise write_error(error, self._path, self._size) from error
 
     def chunks(self) -> Iterator[bytes]:
-        """Everything again, in order."""
+        """Yield everything again, in order."""
         self._file.flush()
         self._file.seek(0)
         while chunk := self._file.read(_CHUNK):
@@ -86,7 +86,7 @@ class Scratch:
 
 
 def temporary_folder() -> Path:
-    """Where files without a name are made.
+    """Return the folder in which files without a name are made.
 
     Raises:
         UserError: There is no folder that could be written to.

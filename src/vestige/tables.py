@@ -1,4 +1,4 @@
-"""Parquet and safetensors files that somebody may have damaged: read whole and as expected, or refused by name."""
+"""Parquet and safetensors files that may be damaged: read whole and as expected, or refused by name."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from vestige.errors import CorruptFile
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what a library says of a broken file inside the block into an error that names the file.
+    """Turn a library's error on a broken file inside the block into an error that names the file.
 
     Args:
         path: The file that the block reads, and nothing else happens in the block.
-        remedy: A sentence that says how to get the file back.
+        remedy: A sentence on how to get the file back.
 
     Raises:
         CorruptFile: It does not read.
@@ -39,7 +39,7 @@ def read_table(
     Args:
         path: The file.
         schema: What it should hold; other columns are kept.
-        remedy: A sentence that says how to get the file back.
+        remedy: A sentence on how to get the file back.
         required: Columns that must be there and hold no null; others are null where they are missing.
         columns: Only these.
 

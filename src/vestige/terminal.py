@@ -1,4 +1,4 @@
-"""What commands print: text of others made safe, so that nothing in it moves the cursor or reorders a line."""
+"""Output of commands: text of others made safe, so that nothing in it moves the cursor or reorders a line."""
 
 import contextlib
 import re
@@ -38,7 +38,7 @@ def shorten(text: str, width: int = LONGEST_NAME) -> str:
 
 
 def say(text: object, *, file: Any = None) -> None:
-    """Print `text` safely; somebody who closed the other end of a pipe does not end the work."""
+    """Print `text` safely; a reader that closed the other end of a pipe does not end the work."""
     with _reader_may_be_gone():
         print(printable(str(text)), file=file, flush=True)
 
@@ -85,7 +85,7 @@ def _reader_may_be_gone() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        pass  # the command's work is more than what it prints; its exit status tells
+        pass  # the command's work is more than what it prints; its exit status counts
     except OSError as error:
         raise UserError(
             f"What was to be printed could not be written ({error.strerror}). What the command wrote to files is whole."

@@ -1,7 +1,7 @@
-"""Where the time goes: seconds of every phase of a job, exclusive of the phases within it, and the bytes moved.
+"""Seconds of every phase of a job, exclusive of the phases within it, and the bytes moved.
 
 Off by default, and then it costs one comparison per phase. One job is measured at a time; phases nest, and may be
-entered by the thread in which autograd runs a backward pass, because its caller waits meanwhile.
+entered by the thread in which autograd runs a backward pass, because its caller waits for it.
 """
 
 import sys
@@ -21,7 +21,7 @@ OTHER = "other"
 
 @dataclass
 class Profile:
-    """What was measured of one job."""
+    """Measurements of one job."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds of every phase, without those of phases inside it."""
@@ -32,17 +32,17 @@ class Profile:
     _since: float = field(default_factory=lambda: time.perf_counter())
 
     def enter(self, phase: str) -> None:
-        """The seconds from now on belong to `phase`."""
+        """Count the seconds from now on as those of `phase`."""
         self._charge()
         self._stack.append(phase)
 
     def leave(self) -> None:
-        """The seconds from now on belong to the phase outside."""
+        """Count the seconds from now on as those of the phase outside."""
         self._charge()
         self._stack.pop()
 
     def stop(self) -> None:
-        """The seconds until now are counted, and none after."""
+        """Count the seconds until now, and none after."""
         self._charge()
 
     def _charge(self) -> None:
@@ -54,7 +54,7 @@ class Profile:
         self._since = now
 
     def record(self) -> dict[str, Any]:
-        """Everything in JSON terms."""
+        """Return everything in JSON terms."""
         return {
             "seconds": {name: round(self.seconds.get(name, 0.0), 6) for name in (*PHASES, OTHER)},
             "total_seconds": round(self.total, 6),
@@ -63,7 +63,7 @@ class Profile:
         }
 
     def table(self) -> str:
-        """The same for a person."""
+        """Return the same as a table to read."""
         lines = [f"{'phase':<16}{'seconds':>10}{'share':>8}"]
         for name in (*PHASES, OTHER):
             if (seconds := self.seconds.get(name, 0.0)) > 0:
@@ -96,7 +96,7 @@ class _Phase:
 
 
 def timed(phase: str) -> _Phase:
-    """The block's seconds belong to `phase`, when somebody asked for a profile."""
+    """Count the block's seconds as those of `phase`, when a profile was requested."""
     return _Phase(phase)
 
 
@@ -108,7 +108,7 @@ def count_bytes(kind: str, number: int) -> None:
 
 @contextmanager
 def profiled(wanted: bool) -> Iterator[Profile | None]:
-    """A profile of the block; None, and nothing is measured, unless it is `wanted`."""
+    """Profile the block; yield None, and measure nothing, unless it is `wanted`."""
     global _current
     if not wanted:
         yield None
@@ -123,7 +123,7 @@ def profiled(wanted: bool) -> Iterator[Profile | None]:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory held so far, in bytes: of this process ("memory"), and on a CUDA device ("gpu")."""
+    """Return the most memory held so far, in bytes: of this process ("memory"), and on a CUDA device ("gpu")."""
     found = {}
     if memory := peak_memory_bytes():
         found["memory"] = memory
@@ -133,9 +133,9 @@ def peak_memory() -> dict[str, int]:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most resident memory of this process so far, in bytes; 0 where the system does not say."""
+    """Return the most resident memory of this process so far, in bytes; 0 where the system does not report it."""
     try:
-        # `ru_maxrss` is handed down from parent to child on Linux; this line is of the process itself.
+        # `ru_maxrss` is inherited by the child on Linux; this line is of the process itself.
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, StopIteration, ValueError):
@@ -157,12 +157,12 @@ def peak_gpu_memory_bytes() -> int:
 
 
 def _synchronise() -> None:
-    """Work that was handed to a GPU belongs to the phase that handed it over."""
+    """Wait for the GPU: work that was launched belongs to the phase that launched it."""
     if (torch := _cuda()) is not None:
         torch.cuda.synchronize()
 
 
 def _cuda() -> Any:
-    """torch, where a job has loaded it and uses a GPU."""
+    """Return torch, where a job has loaded it and uses a GPU."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_initialized() else None

@@ -255,6 +255,20 @@ def test_a_damaged_member_alone_is_trained_again(recipe, monkeypatch):
     assert contents(recipe["out"]) == before
 
 
+@pytest.mark.parametrize("changes", [{"sha256": None}, {"sha256": "left out"}, {"bytes": []}])
+def test_a_marker_that_is_none_does_not_count(changes, recipe):
+    bank(**recipe)
+    before = contents(recipe["out"])
+    path = recipe["out"] / "members" / "00001-0.json"
+    marker = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({name: value for name, value in marker.items() if value != "left out"}))
+    (recipe["out"] / "members.parquet").write_bytes(b"torn")
+    with pytest.raises(CorruptFile, match="00001-0"):
+        Bank.open(recipe["out"])
+    bank(**recipe)
+    assert contents(recipe["out"]) == before
+
+
 def test_weights_are_kept_only_when_asked_and_belong_to_the_numbers(recipe):
     bank(**recipe | {"subsets": 1, "seeds": 1})
     assert not list(recipe["out"].glob("members/*-model"))

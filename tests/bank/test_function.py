@@ -66,7 +66,7 @@ def test_losses_that_are_not_finite_are_reported_and_the_others_go_on(tmp_path):
     message = str(failed.value)
     assert "2 of 12 pieces failed" in message
     assert "the others went on" in message
-    assert "query_loss is not finite in 1 places, the first in row 2" in message
+    assert "query_loss is not finite in 1 positions, the first in row 2" in message
     assert "ArithmeticError: cannot fit" in message
     assert len(list((tmp_path / "launch" / "bank" / "failures").glob("*.json"))) == 2
     assert len(Bank.open(tmp_path, allow_missing=True)) == 10

@@ -179,7 +179,7 @@ def test_a_disk_that_fills_up_while_a_run_is_written(vestige, idx):
 def test_a_disk_that_has_no_room_from_the_start(vestige, idx, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    refused(vestige(*index_words(), "--out", "new"), "its disk has 1.0 MB free", "Make room")
+    refused(vestige(*index_words(), "--out", "new"), "its disk has 1.0 MB free", "Free disk space")
     assert not Path("new").exists()
 
 

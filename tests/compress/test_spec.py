@@ -1,10 +1,12 @@
+from importlib.metadata import EntryPoint
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vestige.compress import Stream, compressor, known_compressors, parse_spec
+from vestige import registry
+from vestige.compress import COMPRESSORS, Stream, compressor, known_compressors, parse_spec
 from vestige.compress._identity import Identity
-from vestige.compress._registry import _kinds
 from vestige.errors import SpecError
 
 CANONICAL = [
@@ -66,7 +68,7 @@ SPELLINGS = {
 }
 MISTAKES = {
     "sjtl:256": ["Did you mean 'sjlt'", "mask", "logra", "Example"],
-    "walsh:256": ["Unknown compressor 'walsh'", "Known: none", "sjlt"],
+    "walsh:256": ["There is no compressor 'walsh'", "There are: fjlt, gauss", "sjlt"],
     "": ["empty stage", "none"],
     "mask:4 | | sjlt:2": ["empty stage"],
     "mask": ["mask:K or mask:AxB", "mask:128x128"],
@@ -180,18 +182,22 @@ def test_a_registered_compressor_is_part_of_the_language():
         assert "every-other" in known_compressors()
         assert parse_spec("mask:4x4 | every-other:8,offset=3").canonical == "mask:4x4 | every-other:8,offset=3"
     finally:
-        del _kinds["every-other"]
+        del COMPRESSORS._added["every-other"]
 
 
-def test_entry_points_are_loaded_when_a_name_is_unknown(monkeypatch):
-    class Point:
-        value = "package:module"
-
-        def load(self):
-            compressor("third-party", forms=("K",), example="third-party:8")(lambda in_size, out_size, stream: None)
-
-    monkeypatch.setattr("vestige.compress._registry.entry_points", lambda group: [Point()])
+def test_other_packages_announce_compressors_by_entry_point(monkeypatch, tmp_path):
+    (tmp_path / "their_compressor.py").write_text(
+        "from vestige.compress import compressor\n"
+        "@compressor('third-party', forms=('K',), example='third-party:8')\n"
+        "def build(in_size: int, out_size: int, stream): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("third-party", "their_compressor", "vestige.compressors")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+    registry._announced.cache_clear()
     try:
+        assert "third-party" in known_compressors()
         assert parse_spec("third-party:8").canonical == "third-party:8"
     finally:
-        _kinds.pop("third-party", None)
+        registry._announced.cache_clear()
+        COMPRESSORS._added.pop("third-party", None)

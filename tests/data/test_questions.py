@@ -34,7 +34,7 @@ def test_a_prompt_becomes_the_user_turn_under_the_commonest_system_prompt(tokeni
     assert queries[0].lacks_answer
     assert queries[1].messages == (lead, Message("user", "When?"), Message("assistant", "Now."))
     assert "2 of 3 rows" in how
-    assert capsys.readouterr().err.count("--no-chat asks the bare text") == 1
+    assert capsys.readouterr().err.count("--no-chat keeps the bare text") == 1
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_folder_without_data_and_one_of_several_kinds_are_explained(tmp_path):
         load_examples(tmp_path)
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.csv")
-    with pytest.raises(DataError, match=r"several kinds \(.csv, .jsonl\). Say which to read, for example .*\*\.csv"):
+    with pytest.raises(DataError, match=r"several kinds \(.csv, .jsonl\). Name those to read, for example .*\*\.csv"):
         load_examples(tmp_path)
     with pytest.raises(DataError, match=r"no-\*.jsonl: no such file"):
         load_examples(tmp_path / "no-*.jsonl")

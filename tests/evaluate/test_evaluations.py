@@ -314,7 +314,7 @@ def test_overlap_reads_the_lists_of_runs(runs, tmp_path):
     assert result["grad-dot"].values["overlap of queries"] == pytest.approx(expected)
     content = files_of(result)
     assert np.diag(content["between_methods"]) == pytest.approx(1.0)
-    assert "Without the opponents" in str(result)
+    assert "Without the baselines" in str(result)
 
 
 def test_mistakes_are_answered(given, halves, runs, workshop, tmp_path):

@@ -125,6 +125,15 @@ def test_a_damaged_file_is_named(evaluate, tmp_path):
         evaluate()
 
 
+@pytest.mark.slow
+def test_a_record_that_is_no_object_is_named(evaluate, tmp_path):
+    evaluate()
+    victim = next(path for path in (tmp_path / "out").rglob("*.json") if path.name != "sketch.json")
+    victim.write_text("[]")
+    with pytest.raises(CorruptFile, match=victim.name):
+        evaluate()
+
+
 def test_finished_indexes_are_compared_with_exact_gradients(evaluate, workshop, tmp_path):
     common = {"model": str(workshop / "tiny-model"), "data": str(workshop / "train.jsonl")}
     for size in (16, 256):

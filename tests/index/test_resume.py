@@ -314,7 +314,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
             if not mounted:
                 fill_after(patch, 48)
             with pytest.raises(
-                DiskSpaceError, match=r"is full: .* was removed\. Make room. Finished shards are intact"
+                DiskSpaceError, match=r"is full: .* was removed\. Free disk space. Finished shards are intact"
             ):
                 build(folder)
         status = index_status(folder)

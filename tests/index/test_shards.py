@@ -293,5 +293,5 @@ def test_a_header_that_promises_more_than_the_file_holds_is_called_corrupt(folde
     truncate(shard_path(folder, 0), None)
     with pytest.raises(CorruptFile, match="sha256"):
         map_shard(folder, 0)
-    with pytest.raises(CorruptFile, match="does not fit its place"):
+    with pytest.raises(CorruptFile, match="does not fit its position"):
         map_shard(folder, 0, checked=False)

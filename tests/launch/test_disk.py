@@ -29,7 +29,7 @@ def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_erro
 
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", started_on_a_full_disk)
-            with pytest.raises(DiskSpaceError, match=r"is full: .* Make room\. Finished shards are intact"):
+            with pytest.raises(DiskSpaceError, match=r"is full: .* Free disk space\. Finished shards are intact"):
                 plan.run(workers=2)
         remount(disk, "size=2m")
         assert plan.run(workers=2) == plan.expected()
@@ -61,7 +61,7 @@ def test_what_a_library_says_of_a_full_disk_ends_the_work_at_the_first_attempt(t
 
     monkeypatch.setattr(ToyPlan, "_misbehave", lambda _, piece: full(piece))
     plan = ToyPlan(tmp_path / "out", pieces=4)
-    with pytest.raises(DiskSpaceError, match="Make room"):
+    with pytest.raises(DiskSpaceError, match="Free disk space"):
         plan.run(workers=1, retries=5)
     assert plan.computed() == [0]
 

@@ -44,7 +44,19 @@ def marker_of_something_else(files):
     files.path(0).with_suffix(".json").write_text(json.dumps({"piece": 0}))
 
 
-@pytest.mark.parametrize("damage", [tensors_cut, tensors_gone, marker_torn, marker_of_something_else])
+def marker_too_deep(files):
+    files.path(0).with_suffix(".json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def marker_of_other_types(files):
+    marker = files.path(0).with_suffix(".json")
+    marker.write_text(json.dumps(json.loads(marker.read_bytes()) | {"sha256": True}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [tensors_cut, tensors_gone, marker_torn, marker_of_something_else, marker_too_deep, marker_of_other_types],
+)
 def test_what_is_not_whole_is_not_done(files, damage):
     damage(files)
     assert not files.is_done(0)

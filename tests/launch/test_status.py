@@ -136,6 +136,18 @@ def test_claims_and_journals_of_others_are_passed_over(tmp_path):
     assert (job.running, job.failures) == ((), ())
 
 
+@pytest.mark.parametrize("step", [2, 3600, -86400])
+def test_a_claim_lives_on_when_the_clock_is_set(step, tmp_path, monkeypatch):
+    home = _foreign(tmp_path, driver=None)
+    worker = [this_host(), os.getpid(), born_at(psutil.Process()), "", "t"]
+    (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
+    before = job_statuses(tmp_path)[0].running
+    made = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: made(process) + step)  # as after `date --set`
+    after = job_statuses(tmp_path)[0].running
+    assert before == after == (0,)
+
+
 def test_a_wrong_number_of_seconds_is_an_instruction(tmp_path, monkeypatch):
     for given in ("abc", "nan", "-1", ""):
         monkeypatch.setenv("VESTIGE_STALE_SECONDS", given)

@@ -168,7 +168,7 @@ def test_a_sample_of_the_data_is_measured_and_may_not_be_empty():
     whole, part = all_scores(ConjugateGradient(), job), all_scores(ConjugateGradient(examples=2), job)
     assert not torch.allclose(whole, part, rtol=1e-2)
     assert torch.equal(whole, all_scores(ConjugateGradient(examples=99), job))
-    with pytest.raises(SpecError, match="were asked for"):
+    with pytest.raises(SpecError, match="were requested"):
         ConjugateGradient(examples=0).prepare(job)
 
 

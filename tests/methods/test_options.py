@@ -5,13 +5,12 @@ import pytest
 from tests.methods.conftest import settings
 from vestige.errors import SpecError
 from vestige.methods import (
+    METHODS,
     Arnoldi,
     ConjugateGradient,
     Ekfac,
     RepSim,
     get_method,
-    method_class,
-    method_names,
     options_of,
 )
 
@@ -50,9 +49,9 @@ def test_what_does_not_fit_is_refused_with_what_would(name, given, message):
         get_method(name, **given)
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_every_option_says_what_it_means_and_accepts_its_default(name):
-    for one in options_of(method_class(name)):
+    for one in options_of(METHODS.find(name)):
         assert one.meaning.endswith(".")
         assert one.values
         assert one.parsed(one.shown_default) == one.default

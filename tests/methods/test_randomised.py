@@ -13,11 +13,11 @@ from vestige import attribute
 from vestige.data import load_examples, tokenize
 from vestige.gradients import measure_knowledge
 from vestige.index import index
-from vestige.methods import method_class, method_names, randomised
+from vestige.methods import METHODS, randomised
 
 NAME = "randomised-model correlation"
 OPTIONS = {"cg": {"steps": 3}, "lissa": {"depth": 3}, "arnoldi": {"steps": 6, "rank": 3}}
-ON_THE_MODEL = [name for name in method_names() if method_class(name).needs_model]
+ON_THE_MODEL = [name for name in METHODS.names() if METHODS.find(name).needs_model]
 
 
 def adam_state(folder: Path) -> None:

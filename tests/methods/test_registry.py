@@ -1,11 +1,11 @@
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from vestige.errors import SpecError, UserError, VestigeError
-from vestige.methods import Bm25, Random, RepSim, SplitsByComponent, get_method, method, method_names
-from vestige.methods import _registry as registry
+from vestige import registry
+from vestige.errors import SpecError, UserError
+from vestige.methods import METHODS, Method, RepSim, get_method, method
 from vestige.runs import Meaning
 
 from .conftest import text_job
@@ -26,7 +26,7 @@ def test_every_method_says_what_its_scores_mean(name):
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest():
-    with pytest.raises(SpecError, match=r"Did you mean --method bm25\?.*random"):
+    with pytest.raises(SpecError, match=r"Did you mean 'bm25'\?.*random"):
         get_method("bm52")
 
 
@@ -36,27 +36,63 @@ def test_options_reach_the_method_and_unknown_ones_are_refused():
         get_method("random", pooling="last")
 
 
-def test_a_name_belongs_to_one_class(monkeypatch):
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-    with pytest.raises(VestigeError, match="Two methods are called 'bm25'"):
-        method("bm25")(type("Other", (), {}))
+@pytest.fixture
+def announced(monkeypatch, tmp_path):
+    """Announce a method of another package by an entry point, as its text."""
 
+    def announce(text):
+        (tmp_path / "their_package.py").write_text(text)
+        points = [EntryPoint("theirs", "their_package:Theirs", "vestige.methods")]
+        theirs = [*registry.entry_points(group="vestige.methods"), *points]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [one for one in theirs if one.group == group])
+        registry._announced.cache_clear()
 
-def test_other_packages_announce_methods_by_entry_point(monkeypatch, tmp_path):
-    (tmp_path / "their_package.py").write_text("class Theirs:\n    needs_model = False\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-    points = EntryPoints([EntryPoint("theirs", "their_package:Theirs", "vestige.methods")])
-    monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
-    assert "theirs" in method_names()
+    monkeypatch.setattr(METHODS, "_added", dict(METHODS._added))
+    yield announce
+    registry._announced.cache_clear()
+    sys.modules.pop("their_package", None)
+
+
+THEIRS = """
+from vestige.methods import Method, method
+
+@method("theirs")
+class Theirs(Method):
+    def blocks(self, job):
+        yield from ()
+"""
+
+
+def test_a_name_belongs_to_one_class(monkeypatch):
+    monkeypatch.setattr(METHODS, "_added", dict(METHODS._added))
+    METHODS.find("bm25")
+    with pytest.raises(SpecError, match="Two objects are called 'bm25'"):
+        method("bm25")(type("Other", (Method,), {}))
+
+
+def test_other_packages_announce_methods_by_entry_point(announced):
+    announced(THEIRS)
+    assert "theirs" in METHODS.names()
     assert "their_package" not in sys.modules
     assert get_method("theirs").name == "theirs"
 
 
-def test_only_activation_dot_splits_by_component():
-    assert isinstance(get_method("activation-dot"), SplitsByComponent)
-    assert not isinstance(Bm25(), SplitsByComponent)
-    assert not isinstance(Random(), SplitsByComponent)
+def test_what_is_no_method_is_refused(announced):
+    announced("class Theirs:\n    needs_model = False\n")
+    with pytest.raises(SpecError, match=r"The method 'theirs' of .* is no vestige.methods._protocol.Method"):
+        get_method("theirs")
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_a_method_that_claims_to_split_scores_has_what_it_takes(name):
+    found = METHODS.find(name)
+    assert found.splits_components == (found.components is not Method.components)
+    assert found.scores_itself == (found.self_scores is not Method.self_scores)
+
+
+def test_the_word_search_and_chance_do_not_split_by_component():
+    assert [name for name in HERE if METHODS.find(name).splits_components] == ["activation-dot"]
 
 
 def test_a_job_without_a_model_says_what_to_add():

@@ -80,7 +80,7 @@ def test_keys_that_a_wrapper_has_lengthened_are_refused_and_the_advice_mends_the
     [
         (lambda key: "" if "layers.1." in key else key, r"lacks \d+ .*layers\.1\..*lora_A\.weight"),
         (lambda key: key.replace("layers.1.", "layers.7."), r"holds \d+ tensors .*layers\.7\."),
-        (lambda key: key.replace("self_attn", "attention"), r"no place for, such as .*\.attention\."),
+        (lambda key: key.replace("self_attn", "attention"), r"does not have, such as .*\.attention\."),
     ],
     ids=["missing", "of another depth", "of another model"],
 )

@@ -135,7 +135,7 @@ def test_hostile_texts_stay_texts(audited, tmp_path, chromium):
     assert page.console == []
     assert page.all("img") == []
     assert len(page.all("script")) == 1
-    assert page.all("title")[0].text.startswith("What checkpoint-20 knows by heart")
+    assert page.all("title")[0].text.startswith("What checkpoint-20 has memorized")
     assert "</script><img src=x" in page.all("li", "card")[0].text
     assert len(page.all("svg")) == 3 + 1, "loss while training, ROC, layers and agreement"
 

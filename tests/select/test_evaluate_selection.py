@@ -48,6 +48,14 @@ def test_one_seed_has_no_interval_over_seeds():
     assert math.isnan(gain.over_seeds.low)
 
 
+COPIES = {8: 0, 9: 2}
+"""Rows of the workshop's data that repeat the text of an earlier one."""
+
+
+def texts_of(selection):
+    return len({COPIES.get(choice.row, choice.row) for choice in selection.choices})
+
+
 @pytest.fixture(scope="module")
 def compared(workshop, given, run):
     chosen = [select(scores=run, budget=4, out=workshop / "best", strategy="top")]
@@ -69,21 +77,30 @@ def compared(workshop, given, run):
 
 def test_every_set_is_trained_on_and_nothing_else(compared, given):
     arguments, result, chosen = compared
-    assert [row.method for row in result.rows] == ["best", "few", "random 3", "random 4", "everything"]
-    assert [row.values["examples"] for row in result.rows] == [4, 3, 3, 4, 12]
+    # Random sets have as many texts as the chosen one, each with all its copies.
+    texts = [texts_of(one) for one in chosen]
+    names = [f"random {count}" for count in sorted(set(texts))]
+    assert [row.method for row in result.rows] == ["best", "few", *names, "everything"]
+    sizes = [[len(result.details["sets"][f"{name} #{number}"]) for number in (0, 1)] for name in names]
+    shown = [low if low == high else f"{low} to {high}" for low, high in map(sorted, sizes)]
+    assert [row.values["examples"] for row in result.rows] == [4, 3, *shown, 12]
     bank = Bank.open(arguments["out"] / "bank")
     members = dict(zip(bank.subset_names, bank.subset_membership, strict=True))
     for one in chosen:
         assert {bank.example_ids[row] for row in np.flatnonzero(members[one.folder.name])} == set(one.ids)
-    assert sorted(members[f"random {size} #{number}"].sum() for size in (3, 4) for number in (0, 1)) == [3, 3, 4, 4]
+    for name, count in zip(names, sorted(set(texts)), strict=True):
+        for held in (members[f"{name} #0"], members[f"{name} #1"]):
+            assert all(held[first] == held[copy] for copy, first in COPIES.items())
+            assert held.sum() - sum(held[copy] for copy in COPIES) == count
     assert members["everything"].all()
     # Two passes over the largest set of four, three at a time.
     assert bank.identity["steps"] == 4
-    assert len(bank) == 7 * 2
+    assert len(bank) == (3 + 2 * len(names)) * 2
 
 
 def test_the_numbers_follow_from_the_trained_models(compared):
-    arguments, result, _ = compared
+    arguments, result, chosen = compared
+    other = f"random {texts_of(chosen[0])}"
     bank = Bank.open(arguments["out"] / "bank")
     losses = {
         name: [
@@ -96,7 +113,7 @@ def test_the_numbers_follow_from_the_trained_models(compared):
     row = result["best"].values
     assert row["loss"].value == pytest.approx(sum(losses["best"]) / 2)
     expected = [
-        (losses["random 4 #0"][seed] + losses["random 4 #1"][seed]) / 2 - losses["best"][seed] for seed in (0, 1)
+        (losses[f"{other} #0"][seed] + losses[f"{other} #1"][seed]) / 2 - losses["best"][seed] for seed in (0, 1)
     ]
     assert result.details["gain_by_seed"]["best"] == pytest.approx(expected)
     assert row["gain over random"].value == pytest.approx(sum(expected) / 2)
@@ -109,7 +126,7 @@ def test_the_numbers_follow_from_the_trained_models(compared):
 
 def test_a_model_trained_on_the_queries_themselves_is_ahead(workshop, given, tmp_path):
     """Planted: three examples are the queries, the others are other words; choosing those must win."""
-    rows = [{"id": f"n{number}", "text": "zzz yyy xxx www " * 3} for number in range(9)]
+    rows = [{"id": f"n{number}", "text": f"zzz yyy xxx w{number} " * 3} for number in range(9)]
     asked = [{"id": f"q{number}", "text": text} for number, text in enumerate(["Bees make honey.", "Paris is a city."])]
     same = [row | {"id": f"same{number}"} for number, row in enumerate(asked)]
     scores = [{"id": row["id"], "text": row["text"]} for row in rows + same]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -255,3 +256,27 @@ def test_scores_of_the_models_own_answers_say_what_they_keep(given, tmp_path, ca
     chosen = select(scores=own.folder, budget=3, out=tmp_path / "out")
     assert "1 of 1 queries are answers that the model gave itself" in capsys.readouterr().err
     assert "right or wrong" in str(chosen)
+
+
+def test_random_rows_are_drawn_by_text_with_all_copies(given, tmp_path):
+    """Rows 8 and 9 are copies of rows 0 and 2: no budget parts them, and a copied text is no likelier to be drawn."""
+    chosen = []
+    ids = [json.loads(line)["id"] for line in Path(given["data"]).read_text().splitlines()]
+    pairs = [(ids[0], ids[8]), (ids[2], ids[9])]
+    for seed in range(120):
+        found = select(data=given["data"], budget=5, out=tmp_path / f"{seed}", strategy="random", seed=seed)
+        assert len(found) == 5
+        assert all((first in found.ids) == (copy in found.ids) for first, copy in pairs)
+        chosen += found.ids
+    assert "2 of 12 rows are copies of others: 10 distinct texts, each counted once." in found.notes
+    copied = np.mean([chosen.count(first) for first, _ in pairs])
+    others = np.mean([chosen.count(name) for name in ids if not any(name in pair for pair in pairs)])
+    assert copied < 1.15 * others
+
+
+def test_rows_chosen_by_scores_that_repeat_a_text_are_counted(planted, tmp_path):
+    scores = np.zeros((3, 12))
+    scores[:, [0, 8, 5]] = 3, 3, 2
+    found = select(scores=planted(scores), budget=3, out=tmp_path / "out")
+    assert {choice.row for choice in found.choices} == {0, 8, 5}
+    assert any("1 of the chosen rows repeat the text" in note and "--duplicates 1" in note for note in found.notes)

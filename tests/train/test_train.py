@@ -255,7 +255,7 @@ def test_the_command_trains_and_its_folder_can_be_asked_about(tmp_path, given, c
     assert "is a training and holds no scores" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text('{"format": 1, "kind": "audit"}')
-    with pytest.raises(UserError, match="run of another verb"):
+    with pytest.raises(UserError, match="run of another command"):
         TrainingRun.open(tmp_path / "other")
     with pytest.raises(UserError, match="holds no training"):
         TrainingRun.open(tmp_path)

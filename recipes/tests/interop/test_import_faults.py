@@ -75,7 +75,8 @@ def test_full_gradients(value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [DEEP, "9" * 5000, '{"q": {"a": 1e999}}', f'{{"q": {{"a": {"9" * 400}}}}}', '{"q": 5}']
+    "content",
+    [DEEP, "9" * 5000, '{"q": {"a": 1e999}}', f'{{"q": {{"a": {"9" * 400}}}}}', '{"q": 5}', '{"\\ud800": {"a": 1.0}}'],
 )
 def test_similarities(content, tmp_path):
     (tmp_path / "s.json").write_text(content)

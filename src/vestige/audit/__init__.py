@@ -1,4 +1,4 @@
-"""Which examples a model knows by heart: measures from one model or a bank of them, and how far they can be trusted."""
+"""Which examples a model has memorized: measures from one model or a bank of them, and how far they can be trusted."""
 
 from vestige.audit._answer_loss import answer_loss as answer_loss
 from vestige.audit._attack import Attack as Attack

@@ -42,7 +42,7 @@ class Choices(NamedTuple):
 
 
 def find_answers(data: TokenizedData, end_token: int | None) -> Answers:
-    """The last run of target tokens of every example that does not consist of targets alone."""
+    """Find the last run of target tokens of every example that does not consist of targets alone."""
     first, last = (np.zeros(len(data), dtype=np.int64) for _ in range(2))
     for row, (ids, targets) in enumerate(zip(data.input_ids, data.targets, strict=True)):
         places = np.flatnonzero(targets)
@@ -57,10 +57,10 @@ def find_answers(data: TokenizedData, end_token: int | None) -> Answers:
 
 
 def find_choices(data: TokenizedData, encoder: Encoder, field: str) -> Choices:
-    """The choices of every example with a prompt and a completion.
+    """Find the choices of every example with a prompt and a completion.
 
     They come from the column `field`, else, where few different completions occur again and again, from those. Each is
-    put in the completion's place and tokenised; the first token at which they differ decides.
+    put after the prompt and tokenised; the first token at which they differ decides.
 
     Raises:
         DataError: The column does not hold lists of texts.

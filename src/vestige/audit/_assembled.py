@@ -1,4 +1,4 @@
-"""What was seen of every model, put together with what texts and a bank say: the evidence."""
+"""The measurements of every model, joined with those of texts and of a bank: the evidence."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ class Evidence:
 
     @property
     def last(self) -> Seen:
-        """Of the model under audit."""
+        """The measurements of the model under audit."""
         return self.seen[-1]
 
     def column(self, name: str, number: int = -1, layer: int | None = None) -> Column | None:
-        """Values of a measure under a subject; a layered one at the main layer unless another is named."""
+        """Return the values of a measure under a subject; a layered one at the main layer unless another is named."""
         if name in LAYERED:
             where = self.main_layer if layer is None else layer
             return None if where is None else self.seen[number].layers[where].get(name)
@@ -64,7 +64,7 @@ class Evidence:
 
 
 def gather(job: AuditJob) -> Evidence:
-    """Look at every example with every model; what is done already is not done again."""
+    """Measure every example with every model; what is done already is not done again."""
     passes, layers = _passes(job)
     reference = passes.pop() if "perplexity_ratio" in job.wanted else None
     norms = NormsPlan(job).run() if job.norms else [{} for _ in job.subjects]
@@ -88,7 +88,7 @@ def gather(job: AuditJob) -> Evidence:
 
 
 def _passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]]]:
-    """What was seen of every subject, and of the reference model; and of every subject the measures by layer."""
+    """Return the measurements of every subject and of the reference model, and every subject's measures by layer."""
     passes: list[Tensors] = []
     layers: list[dict[int, Tensors]] = []
     plans = [LookPlan(job, part) for part in rounds(job)]
@@ -102,7 +102,7 @@ def _passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]]]:
 
 
 def reasons(evidence: Evidence) -> dict[str, tuple[int, str]]:
-    """For each measure that some examples of the data lack under the model: how many, and why."""
+    """Return, for each measure that some examples of the data lack under the model, how many lack it and why."""
     job, found = evidence.job, {}
     for name in job.wanted:
         if name in ("smi", "weights"):
@@ -119,7 +119,7 @@ def reasons(evidence: Evidence) -> dict[str, tuple[int, str]]:
 
 
 def bank_places(job: AuditJob, bank: Bank) -> Int[np.ndarray, "example"]:
-    """Row in the bank of each example, -1 for one that it does not know.
+    """Return the row in the bank of each example, -1 for one that the bank lacks.
 
     Raises:
         DataError: Ids repeat, or none is in the bank.
@@ -135,7 +135,7 @@ def bank_places(job: AuditJob, bank: Bank) -> Int[np.ndarray, "example"]:
             repeated = Counter(values).most_common(1)[0][0]
             raise DataError(
                 f"The bank is of other data or tokens, and the id {repeated!r} repeats in {name}: examples cannot be "
-                "told apart. Give the data that the bank was made of, with the same settings."
+                "distinguished. Give the data that the bank was made of, with the same settings."
             )
     where = {name: row for row, name in enumerate(bank.example_ids)}
     places[:count] = [where.get(name, -1) for name in ids]
@@ -181,7 +181,7 @@ def _examples_only(found: Tensors) -> dict[str, Column]:
 
 
 def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
-    """Likelihood ratios of every subject, and under the model what is the bank's own."""
+    """Add likelihood ratios of every subject, and to the model the bank's own measures."""
     settings, places = job.settings, bank_places(job, bank)
     known, of = places >= 0, settings.bank_value
     if settings.bank_subset is not None and settings.bank_subset >= len(bank.subset_names):
@@ -215,7 +215,7 @@ def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
 def _of_copies(
     membership: Bool[np.ndarray, "member row"], groups: Int[np.ndarray, "example"], places: Int[np.ndarray, "example"]
 ) -> Bool[np.ndarray, "member row"]:
-    """True where a member was trained on the row or on a copy of it: a bank made elsewhere may have split them."""
+    """Return where a member was trained on the row or on a copy of it: a bank made elsewhere may have split them."""
     known = places >= 0
     row = np.arange(membership.shape[1]) + len(groups)
     row[places[known]] = groups[known]
@@ -233,7 +233,7 @@ def _spread(values: Column, places: Int[np.ndarray, "example"]) -> Column:
 
 
 def _main_layer(job: AuditJob, last: Seen) -> int | None:
-    """The last layer, or the one that tells most of the task's labels; what is to be found plays no part."""
+    """Return the last layer, or the one with most information on the task's labels; the truth plays no part."""
     if not job.layers:
         return None
     if job.settings.choose_layer == "smi" and last.smi:

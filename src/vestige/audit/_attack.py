@@ -1,4 +1,4 @@
-"""How well scores tell members from others: areas and rates, each with its interval."""
+"""How well scores distinguish members from others: areas and rates, each with its interval."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -29,11 +29,11 @@ class Rate(NamedTuple):
     threshold: float
     """Scores at or above it are flagged."""
     resolved: bool
-    """Whether the other side has enough examples to tell the level from zero (1 / level of them)."""
+    """Whether the other side has enough examples to distinguish the level from zero (1 / level of them)."""
 
 
 class Attack(NamedTuple):
-    """What scores tell about who is a member. It is evidence about examples, not a verdict on any of them."""
+    """What scores show about who is a member. It is evidence about examples, not a verdict on any of them."""
 
     auc: Interval
     """Chance that a member scores above another, ties one half; DeLong's interval."""
@@ -55,14 +55,14 @@ def attack(
     fpr_at: tuple[float, ...] = (0.75,),
     design_effect: float = 1.0,
 ) -> Attack:
-    """AUC, TPR at low FPR, and FPR at a TPR, of scores that should be higher for members.
+    """Compute AUC, TPR at low FPR, and FPR at a TPR, of scores that should be higher for members.
 
     Examples that are scored alike are flagged together. Where a side is empty (no noisy label was planted, say)
     everything is NaN, and the counts say why.
 
     Args:
         scores: Oriented so that high speaks for membership; see `SIGNS`.
-        members: Or whatever else is to be found: memorized, mislabelled.
+        members: Or the other examples that are to be found: memorized, mislabelled.
         tpr_at: False positive rates.
         fpr_at: True positive rates.
         design_effect: How much larger variances are than those of as many independent scores, where scores share
@@ -89,7 +89,7 @@ def attack(
 
 
 def area(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"], *, design_effect: float = 1.0) -> Interval:
-    """Area under the ROC curve with DeLong's interval (DeLong et al. 1988; by ranks, Sun and Xu 2014).
+    """Compute the area under the ROC curve with DeLong's interval (DeLong et al. 1988; by ranks, Sun and Xu 2014).
 
     Where the two sides do not overlap DeLong's variance is zero; the end is then that of as many successes as the
     smaller side has examples. `design_effect` is as for `attack`.
@@ -108,20 +108,20 @@ def area(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"], *, 
 
 
 def delong_variance(right: Float[np.ndarray, "one"], wrong: Float[np.ndarray, "other"]) -> float:
-    """The variance of the area under the ROC curve of independent scores, two or more on each side."""
+    """Return the variance of the area under the ROC curve of independent scores, two or more on each side."""
     above, below = _placements(right, wrong)
     return float(above.var(ddof=1) / len(right) + below.var(ddof=1) / len(wrong))
 
 
 def _placements(right: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each score the share of the other side that it is on the right side of, ties one half."""
+    """Return, for each score, the share of the other side that it is on the right side of, ties one half."""
     ranks = rankdata(np.concatenate([right, wrong]))
     above = (ranks[: len(right)] - rankdata(right)) / len(wrong)
     return above, 1 - (ranks[len(right) :] - rankdata(wrong)) / len(right)
 
 
 def share(successes: int, count: int, design_effect: float = 1.0) -> Interval:
-    """A share with its Clopper-Pearson interval; NaN for none of none. `design_effect` is as for `attack`."""
+    """Return a share with its Clopper-Pearson interval; NaN for none of none. `design_effect` is as for `attack`."""
     if not count:
         return Interval(np.nan, np.nan, np.nan)
     some, all_ = successes / design_effect, count / design_effect
@@ -133,7 +133,7 @@ def share(successes: int, count: int, design_effect: float = 1.0) -> Interval:
 def group_means(
     values: Float[np.ndarray, "example"], groups: Mapping[str, Bool[np.ndarray, "example"]]
 ) -> dict[str, tuple[float, int]]:
-    """Mean of the known values of each group and how many there are; (NaN, 0) for a group that is empty."""
+    """Return the mean of the known values of each group and their number; (NaN, 0) for a group that is empty."""
     known = {name: values[rows & ~np.isnan(values)] for name, rows in groups.items()}
     return {name: (float(each.mean()) if len(each) else float("nan"), len(each)) for name, each in known.items()}
 

@@ -1,4 +1,4 @@
-"""What can be told about membership without any model: the line that an attack has to beat."""
+"""What is known about membership without any model: the baseline that an attack has to beat."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ def blind(
     folds: int = 5,
     seed: int = 0,
 ) -> Float[np.ndarray, "example"]:
-    """Scores of a classifier that sees the texts and never a model: high speaks for membership, 0 to 1.
+    """Score with a classifier that reads the texts and never a model: high speaks for membership, 0 to 1.
 
     Words, length and date, logistic regression, each example scored by a fit on the other folds. Where it does better
     than chance, members and others differ by themselves, and an attack's AUC says little about the model (Das et
@@ -52,9 +52,9 @@ def blind_attack(
     folds: int = 5,
     seed: int = 0,
 ) -> Attack:
-    """Return what the scores of `blind` tell about membership, with intervals that count the fits.
+    """Return what the scores of `blind` show about membership, with intervals that count the fits.
 
-    Scores of a cross-validation depend on one another: every fit sees the same examples as the others. How much more
+    Scores of a cross-validation depend on one another: every fit uses the same examples as the others. How much more
     their area varies is measured where there is nothing to find: memberships are drawn again within each fold, texts
     that are equal together, and fitted again. Of more examples a sample is taken for this.
 
@@ -107,7 +107,7 @@ def _scores(
 
 
 def _design_effect(texts: Sequence[str], members: np.ndarray, dates: np.ndarray | None, folds: int, seed: int) -> float:
-    """Variance of the area where membership is drawn at random, over the variance that DeLong gives it; at least 1."""
+    """Return the variance of the area under random membership, over the variance that DeLong gives it; at least 1."""
     rng, groups = np.random.default_rng(seed), _groups(texts)
     if len(texts) > SAMPLE:
         kept = []
@@ -132,7 +132,7 @@ def _design_effect(texts: Sequence[str], members: np.ndarray, dates: np.ndarray 
 
 
 def _shuffled(members: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Memberships of a fold in another order: whole groups change places with groups of their size."""
+    """Return the memberships of a fold in another order: whole groups are swapped with groups of their size."""
     drawn = members.copy()
     order = np.argsort(groups, kind="stable")
     _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
@@ -143,12 +143,12 @@ def _shuffled(members: np.ndarray, groups: np.ndarray, rng: np.random.Generator)
 
 
 def _groups(texts: Sequence[str]) -> np.ndarray:
-    """The number of each example's text: equal for equal texts."""
+    """Return the number of each example's text: equal for equal texts."""
     return np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)[1]
 
 
 def _features(texts: Sequence[str], dates: np.ndarray | None, fit: np.ndarray, held: np.ndarray) -> list:
-    """Features of the rows to fit and of those held out; every scale and every word is the fit's."""
+    """Return features of the rows to fit and of those held out; every scale and every word is the fit's."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import StandardScaler
@@ -162,7 +162,7 @@ def _features(texts: Sequence[str], dates: np.ndarray | None, fit: np.ndarray, h
     scale = StandardScaler().fit(plain[fit])
     try:
         words.fit([texts[row] for row in fit])
-    except ValueError:  # Nothing but white space: there are no words to tell by.
+    except ValueError:  # Nothing but white space: there are no words to classify by.
         return [scale.transform(plain[rows]) for rows in (fit, held)]
     return [
         hstack([words.transform([texts[row] for row in rows]), csr_matrix(scale.transform(plain[rows]))])

@@ -36,7 +36,7 @@ from vestige.progress import announce
 from vestige.runs import CanaryRecord
 
 PIECE_SECRETS = 4096
-"""Secrets that a piece looks at, or those of one canary."""
+"""Secrets that a piece measures, or those of one canary."""
 
 
 class Canary(NamedTuple):
@@ -51,10 +51,10 @@ class Canary(NamedTuple):
 
 
 def read_canaries(source: Any, references: int, seed: int, on_bad_text: OnBadText = "refuse") -> list[Canary]:
-    """Every canary with its references: the column `alternatives`, or draws from the characters in `alphabet`.
+    """Read every canary with its references: the column `alternatives`, or draws from the characters in `alphabet`.
 
     Drawn references are as long as the secret, differ from it and from each other, and follow from the seed and the
-    canary's place alone; where the form has no more than `references` others, they are all taken.
+    canary's position alone; where the form has no more than `references` others, they are all taken.
 
     Raises:
         DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
@@ -153,16 +153,16 @@ class CanaryPlan:
         return groups
 
     def is_done(self, piece: int) -> bool:
-        """Whether the losses are there."""
+        """Return whether the losses are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Its secrets."""
+        """Return the number of the piece's secrets."""
         return sum(1 + len(self.canaries[number].others) for number in self.groups[piece % len(self.groups)])
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """One model at a time."""
+        """Open one model at a time."""
 
         def compute(piece: int) -> None:
             number, group = divmod(piece, len(self.groups))
@@ -173,7 +173,7 @@ class CanaryPlan:
         yield compute
 
     def reduce(self) -> list[CanaryRecord]:
-        """Exposure of every canary under every subject.
+        """Return the exposure of every canary under every subject.
 
         Raises:
             CorruptFile: A piece is missing or damaged.
@@ -190,7 +190,7 @@ class CanaryPlan:
         return found
 
     def run(self) -> list[CanaryRecord]:
-        """The result; killed before, the same call continues."""
+        """Return the result; after a kill, the same call continues."""
         if self.frame is not None:
             announce(f"Canaries are put into a conversation, {self.frame.how}; --no-chat measures the bare text.")
         self.files.forget_damaged(range(self.pieces))
@@ -203,14 +203,14 @@ class CanaryPlan:
 
     @cached_property
     def files(self) -> PieceFiles:
-        """Where pieces are."""
+        """The files of the pieces."""
         listed = [(each.example.prompt, each.example.completion, each.others) for each in self.canaries]
         lead = [] if self.frame is None else [[turn.content for turn in self.frame.lead]]
         mark = hashlib.sha256(json.dumps(listed + lead).encode()).hexdigest()
         return PieceFiles(self.folder / "canaries", digest(self.job, ["canaries", mark, PIECE_SECRETS]))
 
     def _losses(self, loaded: LoadedModel, canary: Canary) -> torch.Tensor:
-        """Of the secret and then of the others, nats, float64."""
+        """Return the losses of the secret and then of the others, nats, float64."""
         secrets = [canary.example.completion, *canary.others]
         settings = self.job.settings
         columns = conversation_columns(canary.example)
@@ -234,7 +234,7 @@ class CanaryPlan:
 
 
 def compared_tokens(data: TokenizedData) -> TokenizedData:
-    """Texts that begin alike, with everything as targets from where the first secret begins or tokens first differ.
+    """Return texts that begin alike, with targets from where the first secret begins or tokens first differ.
 
     A secret's first letters may share a token with what stands before it: counted from each secret's own first token,
     one text would pay for the space before the secret and another would not.
@@ -247,7 +247,7 @@ def compared_tokens(data: TokenizedData) -> TokenizedData:
 
 
 def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
-    """Exposure of the canaries that were given, under every subject; none without any.
+    """Measure the exposure of the given canaries under every subject; return none without any.
 
     Raises:
         DataError: A row is no canary, or the model has no tokenizer.

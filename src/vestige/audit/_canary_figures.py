@@ -10,11 +10,11 @@ from vestige.audit._figures import COLOURS, saved
 from vestige.runs import CHANCE_BITS, CanaryRecord, Exposed, exposed
 
 _SPREAD = 0.12
-"""Half the width over which the secrets of one number of copies are strewn, so that equal ones are seen."""
+"""Half the width over which the secrets of one number of copies are strewn, so that equal ones are visible."""
 
 
 def canary_figures(canaries: Sequence[CanaryRecord], checkpoints: Sequence[int]) -> dict[str, bytes]:
-    """Exposure by number of copies with 95 % intervals, and over checkpoints if there are several; PNG and PDF.
+    """Draw exposure by number of copies with 95 % intervals, and over checkpoints if there are several; PNG and PDF.
 
     Args:
         canaries: Every secret under every checkpoint.
@@ -34,7 +34,7 @@ def canary_figures(canaries: Sequence[CanaryRecord], checkpoints: Sequence[int])
     most = max(each.most for each in canaries)
     for axes in (over_copies, *rest):
         axes.axhline(CHANCE_BITS, color="#777777", linewidth=0.9, linestyle="--", label="never planted, on average")
-        axes.axhline(most, color="#BBBBBB", linewidth=0.9, linestyle=":", label="most that can be told")
+        axes.axhline(most, color="#BBBBBB", linewidth=0.9, linestyle=":", label="most that can be measured")
         axes.set_ylim(-0.04 * most, 1.06 * most)
     handles, labels = (rest[-1] if rest else over_copies).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
@@ -42,7 +42,7 @@ def canary_figures(canaries: Sequence[CanaryRecord], checkpoints: Sequence[int])
 
 
 def _by_copies(axes: Axes, groups: Sequence[Exposed], canaries: Sequence[CanaryRecord]) -> None:
-    """Numbers of copies side by side, in order: they are few, and 0 has no place on a logarithmic axis."""
+    """Draw numbers of copies side by side, in order: they are few, and a logarithmic axis has no 0."""
     for place, group in enumerate(groups):
         values = [each.exposure for each in canaries if each.copies == group.copies and each.exposure is not None]
         step = 2 * _SPREAD / max(len(values) - 1, 1)
@@ -69,4 +69,4 @@ def _by_checkpoint(axes: Axes, groups: Sequence[Exposed], checkpoints: Sequence[
 
 
 def _named(group: Exposed) -> str:
-    return f"{'not said' if group.copies is None else group.copies}\n({group.secrets})"
+    return f"{'unknown' if group.copies is None else group.copies}\n({group.secrets})"

@@ -12,7 +12,7 @@ def accuracy(
     right: Int[Tensor, "example"],
     offered: Bool[Tensor, "example choice"] | None = None,
 ) -> Float[Tensor, "example"]:
-    """1 where the right choice's logit is the largest, 0 where not, one half where it shares that place.
+    """Return 1 where the right choice's logit is the largest, 0 where not, one half where it is tied with another.
 
     NaN where there is no other choice. Arguments as in `logit_gap`.
     """
@@ -25,7 +25,7 @@ def brier(
     right: Int[Tensor, "example"],
     offered: Bool[Tensor, "example choice"] | None = None,
 ) -> Float[Tensor, "example"]:
-    """Squared distance of the choices' probabilities from the label's, 0 to 2; low speaks for memorization.
+    """Return the squared distance of the choices' probabilities from the label's, 0 to 2; low speaks for memorization.
 
         sum over k of (p_k - [k = y])^2, p the softmax over the choices that are offered
 

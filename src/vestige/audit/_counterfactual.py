@@ -9,12 +9,12 @@ from vestige.errors import DataError
 def counterfactual(
     values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
 ) -> Float[np.ndarray, "example"]:
-    """Mean value of the models trained on an example minus mean of those that were not; high is memorized.
+    """Return the mean value of the models trained on an example minus that of the others; high is memorized.
 
     Zhang et al. 2023, "Counterfactual memorization in neural language models"; Feldman and Zhang 2020.
 
     Args:
-        values: That rise as a model knows an example better: margins, gaps, or minus the losses.
+        values: That rise as a model learns an example better: margins, gaps, or minus the losses.
         membership: True where the member was trained on the example.
 
     Returns:
@@ -27,7 +27,7 @@ def counterfactual(
 def side_means(
     values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
 ) -> tuple[Float[np.ndarray, "example"], Float[np.ndarray, "example"]]:
-    """Mean values of the models with and without each example; NaN for a side that has none.
+    """Return mean values of the models with and without each example; NaN for a side that has none.
 
     Values that are not finite are left out.
 
@@ -41,7 +41,7 @@ def side_means(
 def checked(
     values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
 ) -> Float[np.ndarray, "member example"]:
-    """The values in float64.
+    """Return the values in float64.
 
     Raises:
         DataError: Not one value for each member and example.

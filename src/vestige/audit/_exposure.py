@@ -9,12 +9,12 @@ from vestige.errors import DataError
 def exposure(
     canaries: Float[np.ndarray, "canary"], candidates: Float[np.ndarray, "candidate"]
 ) -> Float[np.ndarray, "canary"]:
-    """Bits by which each canary's rank beats chance: 0 or more, at most log2(candidates + 1); high is memorized.
+    """Return the bits by which each canary's rank beats chance: 0 to log2(candidates + 1); high is memorized.
 
         log2(|R|) - log2(rank), R being the candidates and the canary itself
 
     Carlini et al. 2019, "The secret sharer". A canary that was never trained on has 1.44 bits on average (1 / log 2),
-    not 0. Ranks that are tied are shared: the mean of the places.
+    not 0. Ranks that are tied are shared: the mean of the positions.
 
     Args:
         canaries: Loss of each planted secret.

@@ -25,11 +25,11 @@ class Extraction(NamedTuple):
 
     @property
     def exact(self) -> Bool[np.ndarray, "prefix example"]:
-        """Where the continuation is the text's own, token by token."""
+        """True for a continuation that is the text's own, token by token."""
         return self.similarity == 1.0
 
     def rates(self, least: float = 1.0) -> list[Interval]:
-        """For each prefix length, the share of long enough texts whose similarity is `least` or more.
+        """Return, for each prefix length, the share of long enough texts whose similarity is `least` or more.
 
         The interval is Clopper-Pearson's, and takes the texts to be independent.
         """
@@ -48,7 +48,7 @@ def extraction(
     continuation: int = 50,
     batch: int = 16,
 ) -> Extraction:
-    """How much of each text the model gives back, for prefixes of several lengths.
+    """Measure how much of each text the model gives back, for prefixes of several lengths.
 
     The continuation is the same tokens of the text for every prefix: those from the longest prefix on; a shorter prefix
     is what stands right before them. So lengths of context are compared on the same target. Carlini et al. 2023,
@@ -80,7 +80,7 @@ def extraction(
 
 
 def greedy(model: nn.Module) -> Continue:
-    """The model's most likely tokens, one after the other, whatever they are: an end token ends nothing."""
+    """Return a function that continues with the most likely tokens, one after the other; an end token ends nothing."""
 
     @torch.no_grad()
     def generate(prefix: Tensor, count: int) -> Tensor:
@@ -96,7 +96,7 @@ def greedy(model: nn.Module) -> Continue:
 
 
 def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
-    """Fewest insertions, deletions and exchanges that turn one into the other (Levenshtein)."""
+    """Return the fewest insertions, deletions and exchanges that turn one into the other (Levenshtein)."""
     before = list(range(len(other) + 1))
     for row, token in enumerate(one, start=1):
         now = [row]

@@ -14,7 +14,7 @@ from vestige.audit._assembled import Evidence
 from vestige.audit._judge import BLIND, Known, orientation
 from vestige.runs import JudgementRecord, agreement, group_of, roc_curve
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
 _DOTS = 160
 _MOST_LINES = 7
@@ -24,7 +24,7 @@ _FLOOR = 1e-4
 
 
 def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[JudgementRecord]) -> dict[str, bytes]:
-    """Every figure that the run has something for, as PNG and PDF, by file name."""
+    """Draw every figure that the run has data for, as PNG and PDF, by file name."""
     found: dict[str, bytes] = {}
     if len(evidence.seen) > 1:
         found |= saved("dynamics", _dynamics(evidence, known))
@@ -43,7 +43,7 @@ def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[Judgeme
 
 
 def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
-    """Medians over checkpoints, and quartiles, of the groups that are known."""
+    """Draw medians over checkpoints, and quartiles, of the groups that are known."""
     names = [name for name in ("answer_loss", "loss", "psmi", "lira") if _somewhere(evidence, name)][:4]
     if "answer_loss" in names and "loss" in names:
         names.remove("loss")
@@ -99,14 +99,14 @@ def _roc(
 
 
 def _floor(truth: Known) -> float:
-    """The power of ten below the smallest rate but 0 that so many examples can have."""
+    """Return the power of ten below the smallest rate but 0 that this number of examples can have."""
     found = truth.found[truth.judged]
     most = max(int(found.sum()), int((~found).sum()), 1)
     return max(10.0 ** math.floor(math.log10(0.5 / most)), _FLOOR)
 
 
 def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord]:
-    """The first measures in the table's order at the model under audit; not the best ones, which would be a choice."""
+    """Return the first measures in the table's order at the model under audit, not the best: that would be a choice."""
     rows = [each for each in judged if each.truth == truth and each.measure != BLIND and each.auc[0] is not None]
     if not rows:
         return []
@@ -120,7 +120,7 @@ def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord
 
 
 def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
-    """AUC of PSMI by layer where something is known, else its quartiles."""
+    """Draw AUC of PSMI by layer where something is known, else its quartiles."""
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -182,7 +182,7 @@ def _checkpoint_label(evidence: Evidence) -> str:
 
 
 def saved(name: str, figure: Figure) -> Mapping[str, bytes]:
-    """The figure as PNG and PDF, by file name; the same bytes for the same figure."""
+    """Return the figure as PNG and PDF, by file name; the same bytes for the same figure."""
     found = {}
     options: dict[str, Any] = {"png": {"metadata": {"Software": None}}, "pdf": {"metadata": {"CreationDate": None}}}
     for kind, more in options.items():

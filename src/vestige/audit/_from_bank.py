@@ -31,13 +31,13 @@ def bank_evidence(
     shrinkage: float = SHRINKAGE,
     membership: Bool[np.ndarray, "member example"] | None = None,
 ) -> BankEvidence:
-    """Counterfactual memorization, simplicity and likelihood ratios of all examples of a bank.
+    """Compute counterfactual memorization, simplicity and likelihood ratios of all examples of a bank.
 
     Args:
         bank: Of random subsets, with what each member makes of the examples.
         of: The value that they are taken from. Losses count with their sign turned, so that all of them rise.
         shrinkage: As in `lira`.
-        membership: True where the member knows the example, from a copy of it too; the bank's own if not given.
+        membership: True where the member was trained on the example or on a copy of it; the bank's own if not given.
 
     Raises:
         DataError: The bank does not hold that value.

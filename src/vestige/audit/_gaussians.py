@@ -19,7 +19,7 @@ class Gaussians(NamedTuple):
 def gaussians(
     values: Float[np.ndarray, "member example"], chosen: Bool[np.ndarray, "member example"], shrinkage: float
 ) -> Gaussians:
-    """The Gaussian of each example's chosen values.
+    """Return the Gaussian of each example's chosen values.
 
         variance_i = (sum of squares_i + shrinkage * pooled variance) / (models_i - 1 + shrinkage)
 
@@ -43,5 +43,5 @@ def gaussians(
 
 
 def log_density(values: Float[np.ndarray, "example"], of: Gaussians) -> Float[np.ndarray, "example"]:
-    """Logarithm of the Gaussian density without its constant: finite however far out the value is."""
+    """Return the logarithm of the Gaussian density without its constant: finite for values however far out."""
     return -0.5 * ((values - of.mean) / of.deviation) ** 2 - np.log(of.deviation)

@@ -1,4 +1,4 @@
-"""What an audit looks at: the examples with their answers, classes and marks, and the models."""
+"""What an audit measures: the examples with their answers, classes and marks, and the models."""
 
 import hashlib
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from vestige.terminal import shorten
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
 SMALL_MODEL = 30_000_000
-"""Weights of a whole model whose norms are taken without being asked for."""
+"""Weights of a whole model whose norms are taken without being requested."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AuditJob:
     tokenizer: Any
     data: TokenizedData
     own_fingerprint: str
-    """Of the data without the holdout: what a bank of it knows it by."""
+    """Fingerprint of the data without the holdout, by which a bank of it is recognised."""
     held_out: Bool[np.ndarray, "example"]
     answers: Answers
     choices: Choices
@@ -82,7 +82,7 @@ class AuditJob:
 
     @property
     def texts(self) -> list[str]:
-        """What a reader would see of each example."""
+        """The text of each example as it is shown to a reader."""
         return [example.display for example in self.data.examples]
 
     @cached_property
@@ -97,7 +97,7 @@ class AuditJob:
 
     @cached_property
     def reference_fingerprint(self) -> str | None:
-        """Of the reference model's weights."""
+        """The fingerprint of the reference model's weights."""
         reference = self.settings.reference_model
         return None if reference is None else weights_fingerprint(reference)
 
@@ -166,7 +166,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
 
 
 def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[np.ndarray, "example"]:
-    """Where a column is true, or equal to the value that is asked for; or the rows that a file lists.
+    """Return where a column is true, or equal to the value that is requested; or the rows that a file lists.
 
     Raises:
         DataError: No example of the data has the column or the value, or the file names other rows.
@@ -221,7 +221,7 @@ def _choices(data: TokenizedData, encoder: Encoder | None, settings: AuditSettin
 def _classes(
     examples: Sequence[Example], choices: Choices, settings: AuditSettings
 ) -> tuple[np.ndarray, tuple[str, ...], str]:
-    """Class of each example, names of the classes, and the reason where there are none."""
+    """Return the class of each example, names of the classes, and the reason where there are none."""
     field = settings.label_field
     cells: list[str | None]
     if field is not None:
@@ -248,7 +248,7 @@ def _classes(
 
 
 def _layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Layers whose states are measured, and their widths; none where nothing needs them or the model has none."""
+    """Return the layers whose states are measured, and their widths; none where they are not needed or do not exist."""
     if not {"psmi", "mahalanobis", "smi"} & set(settings.wanted):
         return (), ()
     one = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)

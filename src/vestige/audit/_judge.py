@@ -1,4 +1,4 @@
-"""How well the measures of a run tell what is to be found, where that is known, and how well texts alone tell it."""
+"""How well the measures of a run find the known examples, and how well a classifier of texts alone finds them."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Known(NamedTuple):
 
 
 def truths(evidence: Evidence) -> list[Known]:
-    """Members where there are others; flagged examples; those that a bank shows to be memorized."""
+    """Return what is known: members if there are others, flagged examples, those that a bank shows to be memorized."""
     job, settings = evidence.job, evidence.job.settings
     own = ~job.held_out
     known: list[Known] = []
@@ -53,13 +53,13 @@ def truths(evidence: Evidence) -> list[Known]:
 
 
 def _held_copies(job: AuditJob) -> Bool[np.ndarray, "example"]:
-    """Held-out texts that are in the data too."""
+    """Return which held-out texts are in the data too."""
     own = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
     return np.array([held and text in own for text, held in zip(job.texts, job.held_out, strict=True)])
 
 
 def _once(known: Known, groups: Int[np.ndarray, "example"]) -> Known:
-    """Each text judged once, by the first of its rows; it is to be found if one of its copies is."""
+    """Judge each text once, by the first of its rows; it is positive if one of its copies is."""
     found = np.bincount(groups, weights=known.found & known.judged)[groups] > 0
     rows = np.flatnonzero(known.judged)
     first = np.zeros_like(known.judged)
@@ -68,7 +68,7 @@ def _once(known: Known, groups: Int[np.ndarray, "example"]) -> Known:
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:
-    """Every measure at every checkpoint and layer against everything that is known, and what is to be said of it."""
+    """Judge every measure at every checkpoint and layer against everything that is known; return rows and notes."""
     rows, notes = [], []
     job = evidence.job
     if (repeated := describe_copies(job.groups)) is not None:
@@ -76,7 +76,7 @@ def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord]
     for truth in known:
         count, others = (int((truth.found == side)[truth.judged].sum()) for side in (True, False))
         if not count or not others:
-            notes.append(f"{truth.name}: {count} to be found among {others} others: there is nothing to tell apart.")
+            notes.append(f"{truth.name}: {count} to be found among {others} others: there is nothing to distinguish.")
         copies = int(_held_copies(job).sum())
         if copies and truth.name == "membership":
             notes.append(f"membership: {copies} held-out texts are in the data too and are left out.")
@@ -89,9 +89,9 @@ def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord]
 
 
 def orientation(measure: str, truth: Truth) -> int | None:
-    """1 where high values are flagged, -1 where low ones are, None for a measure that says nothing about it.
+    """Return 1 where high values are flagged, -1 where low ones are, None for a measure that says nothing about it.
 
-    Members are what a model knows; flagged and memorized examples are looked for as those at risk, which are hard or
+    Members are what a model has learned; flagged and memorized examples are those at risk, which are hard or
     atypical before they are memorized.
     """
     if measure in _DETAILS:
@@ -116,7 +116,7 @@ def _of_truth(evidence: Evidence, truth: Known) -> Iterator[JudgementRecord]:
             sign = orientation(name, truth.name)
             circular = truth.name == "memorized" and number == last and name in _RATIOS
             scored = truth.judged & ~np.isnan(column)
-            # A side that a measure says nothing of (a bank knows no holdout) leaves nothing to compare.
+            # A side without values of a measure (a bank has no holdout) leaves nothing to compare.
             lacking = any(
                 (truth.judged & side).any() and not (scored & side).any() for side in (truth.found, ~truth.found)
             )
@@ -127,7 +127,7 @@ def _of_truth(evidence: Evidence, truth: Known) -> Iterator[JudgementRecord]:
 
 
 def _attack(scores: Column, truth: Known) -> Attack:
-    """Of the examples whose truth is known."""
+    """Attack the examples whose truth is known."""
     return attack(scores[truth.judged], truth.found[truth.judged])
 
 
@@ -138,7 +138,7 @@ def _blind(evidence: Evidence, truth: Known) -> Attack:
 
 
 def _rule(name: str, column: Column, truth: Known) -> dict[str, object]:
-    """Rates at a threshold that was fixed beforehand; for members PSMI has none."""
+    """Return rates at a threshold that was fixed beforehand; for members PSMI has none."""
     if name not in _FIXED or (truth.name == "membership") != (name == "lira"):
         return {}
     words, threshold = _FIXED[name]
@@ -169,12 +169,12 @@ def _record(
 
 
 def _rate(level: float, rate: Rate, sign: int) -> RateRecord:
-    """The threshold is one of the measure itself, not of its oriented score."""
+    """Return a rate; the threshold is one of the measure itself, not of its oriented score."""
     threshold = sign * rate.threshold if math.isfinite(rate.threshold) else None
     return RateRecord(level=level, rate=span(rate.rate), threshold=threshold, resolved=rate.resolved)
 
 
 def span(interval: Interval) -> Span:
-    """JSON has no NaN."""
+    """Convert an interval to JSON, which has no NaN."""
     value, low, high = (float(each) if math.isfinite(each) else None for each in interval)
     return value, low, high

@@ -33,12 +33,12 @@ class LayerPlan:
 
     @property
     def name(self) -> str:
-        """What is being done."""
+        """The name of the work."""
         return self.looked.part.named("Layers")
 
     @property
     def job(self) -> AuditJob:
-        """What is looked at."""
+        """The examples and models under audit."""
         return self.looked.job
 
     @property
@@ -52,16 +52,16 @@ class LayerPlan:
         return len(self._numbers)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the layer was measured."""
+        """Return whether the layer was measured."""
         return self.files.is_done(self._numbers[piece])
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """One layer."""
+        """Return 1, for one layer."""
         return 1
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """The states are on disk."""
+        """Open the states, which are on disk."""
 
         def compute(piece: int) -> None:
             number, place = divmod(self._numbers[piece], len(self.job.layers))
@@ -71,7 +71,7 @@ class LayerPlan:
         yield compute
 
     def reduce(self) -> list[dict[int, Tensors]]:
-        """For each subject, by layer, the measures of the examples.
+        """Return for each subject, by layer, the measures of the examples.
 
         Raises:
             CorruptFile: A piece is missing or damaged.
@@ -83,12 +83,12 @@ class LayerPlan:
         ]
 
     def run(self) -> list[dict[int, Tensors]]:
-        """The result; killed before, the same call continues."""
+        """Return the result; after a kill, the same call continues."""
         return ran(self)
 
     @cached_property
     def files(self) -> PieceFiles:
-        """Where pieces are."""
+        """The files of the pieces."""
         return layer_files(self.job)
 
     @property
@@ -96,7 +96,7 @@ class LayerPlan:
         return layer_pieces(self.job, self.looked.part.first, self.looked.part.end)
 
     def _measured(self, states: np.ndarray) -> Tensors:
-        """PSMI of the data's own examples that have a class; distances of all from the data's own examples."""
+        """Return PSMI of the data's own examples that have a class; distances of all from the data's own examples."""
         job, settings = self.job, self.job.settings
         finite = np.isfinite(states).all(1)
         own = finite & ~job.held_out

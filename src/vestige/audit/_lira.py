@@ -29,7 +29,7 @@ def lira(
     left_out: Bool[np.ndarray, "member"] | None = None,
     shrinkage: float = SHRINKAGE,
 ) -> Lira:
-    """Log-likelihood ratio of the target's values, trained on each example against not trained on it.
+    """Return the log-likelihood ratio of the target's values, trained on each example against not trained on it.
 
         log N(g; mu_in, sigma_in) - log N(g; mu_out, sigma_out)
 
@@ -61,7 +61,7 @@ def lira_offline(
     left_out: Bool[np.ndarray, "member"] | None = None,
     shrinkage: float = SHRINKAGE,
 ) -> Lira:
-    """How surprising the target's values are for models that were not trained on the example, nats.
+    """Return how surprising the target's values are for models that were not trained on the example, nats.
 
         -log P(Z > g), Z ~ N(mu_out, sigma_out)
 
@@ -85,7 +85,7 @@ def lira_of_members(
     subsets: Int[np.ndarray, "member"] | None = None,
     shrinkage: float = SHRINKAGE,
 ) -> Float[np.ndarray, "member example"]:
-    """The score of every member as the target, by the other members alone; NaN where it cannot be computed.
+    """Return every member's score as the target, by the other members alone; NaN where it cannot be computed.
 
     Args:
         values: As in `lira`.

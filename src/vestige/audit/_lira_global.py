@@ -1,4 +1,4 @@
-"""How often membership of an example can be told at all, over all models of a bank."""
+"""How often membership of an example can be found out at all, over all models of a bank."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def lira_global(
     subsets: Int[np.ndarray, "member"] | None = None,
     shrinkage: float = SHRINKAGE,
 ) -> GlobalLira:
-    """Share of models that the likelihood ratio puts on the right side, each judged by the others alone.
+    """Return the share of models that the likelihood ratio puts on the right side, each judged by the others alone.
 
     Every member takes its turn, the first included. A ratio of exactly 1 counts one half. Arguments as in
     `lira_of_members`.
@@ -38,7 +38,7 @@ def lira_in_sample(
     *,
     shrinkage: float = SHRINKAGE,
 ) -> GlobalLira:
-    """The same with every member among its own judges: too high, and of use only to say by how much."""
+    """Return `lira_global` with every member among its own judges: too high, and useful only to measure by how much."""
     scores = np.stack([lira(row, values, membership, shrinkage=shrinkage).score for row in values])
     return _success(scores, membership)
 

@@ -12,7 +12,7 @@ def logit_gap(
     right: Int[Tensor, "example"],
     offered: Bool[Tensor, "example choice"] | None = None,
 ) -> Float[Tensor, "example"]:
-    """Logit of the right choice minus the largest other one, float64; high speaks for memorization.
+    """Return the logit of the right choice minus the largest other one, float64; high speaks for memorization.
 
         g_i = z_{i,y} - max over k != y of z_{i,k}
 
@@ -39,7 +39,7 @@ def offered_logits(
     right: Int[Tensor, "example"],
     offered: Bool[Tensor, "example choice"] | None,
 ) -> tuple[Float[Tensor, "example choice"], Bool[Tensor, "example choice"]]:
-    """Logits in float64, minus infinity where nothing is offered, and what is offered.
+    """Return logits in float64, minus infinity where nothing is offered, and what is offered.
 
     Raises:
         DataError: The right choice is not offered.

@@ -20,18 +20,18 @@ from vestige.data import NO_TARGET, TokenizedData, make_batch
 Tensors = dict[str, Tensor]
 
 CHUNK_NUMBERS = 2**24
-"""Logits that are looked at in float64 at once."""
+"""Logits that are measured in float64 at once."""
 
 
 @torch.no_grad()
 def look(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"]) -> Tensors:
-    """Measures of some examples, float64 [row], and their states at the layers, float32 [row hidden].
+    """Compute measures of some examples, float64 [row], and their states at the layers, float32 [row hidden].
 
     NaN where an example has no target, no answer or no choices.
     """
     batch = make_batch(job.data, rows).to(next(model.parameters()).device)
     output: Any = model(input_ids=batch.input_ids, output_hidden_states=bool(job.layers), use_cache=False)
-    # Place t of these predicts the token at place t + 1.
+    # Position t of these predicts the token at position t + 1.
     logits, labels = output.logits[:, :-1], batch.labels[:, 1:]
     scores, gaps = _scored(logits, labels)
     first, last = (torch.from_numpy(each[rows]).to(labels.device)[:, None] for each in job.answers)
@@ -55,7 +55,7 @@ def look(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"]) -> Tenso
 
 @torch.no_grad()
 def total_losses(model: nn.Module, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
-    """Loss of each example summed over its target tokens, nats, float64."""
+    """Return the loss of each example summed over its target tokens, nats, float64."""
     batch = make_batch(data, rows).to(next(model.parameters()).device)
     logits: Any = model(input_ids=batch.input_ids, use_cache=False).logits
     scores, _ = _scored(logits[:, :-1], batch.labels[:, 1:])
@@ -63,7 +63,7 @@ def total_losses(model: nn.Module, data: TokenizedData, rows: Int[np.ndarray, "r
 
 
 def predicting_places(job: AuditJob, rows: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
-    """Place whose state is measured: the one that predicts the deciding token, the answer, or a text's last token."""
+    """Return the position whose state is measured: before the deciding token, the answer, or a text's last token."""
     first = job.answers.first[rows]
     ends = np.array(
         [int(np.flatnonzero(job.data.targets[row])[-1]) if job.data.targets[row].any() else 1 for row in rows]
@@ -73,7 +73,7 @@ def predicting_places(job: AuditJob, rows: Int[np.ndarray, "row"]) -> Int[np.nda
 
 
 def joined(parts: Iterable[Tensors]) -> Tensors:
-    """Tensors of several batches as those of one."""
+    """Join the tensors of several batches into those of one."""
     listed = list(parts)
     return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
 
@@ -81,7 +81,7 @@ def joined(parts: Iterable[Tensors]) -> Tensors:
 def _scored(
     logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
 ) -> tuple[TokenScores, Float[Tensor, "example token"]]:
-    """Scores of the targets, and how far each one's logit is above every other's; few targets in float64 at once."""
+    """Score the targets, and how far each one's logit is above every other's; few targets in float64 at once."""
     wanted = labels != NO_TARGET
     chosen, targets = logits[wanted], labels[wanted]
     empty = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
@@ -103,7 +103,7 @@ def _scored(
 
 
 def _chosen(logits: Tensor, job: AuditJob, rows: np.ndarray) -> Tensors:
-    """Gap, accuracy and Brier score of the rows that have choices."""
+    """Return gap, accuracy and Brier score of the rows that have choices."""
     found = {
         name: torch.full((len(rows),), torch.nan, dtype=torch.float64) for name in ("logit_gap", "accuracy", "brier")
     }

@@ -7,7 +7,9 @@ from vestige.audit._tokens import TokenScores, mean_where
 
 
 def loss(scores: TokenScores) -> Float[Tensor, "example"]:
-    """Mean cross-entropy per target token, nats; low values speak for memorization. NaN without a target.
+    """Return the mean cross-entropy per target token, nats; low values speak for memorization.
+
+    NaN without a target.
 
     Yeom et al. 2018, "Privacy risk in machine learning".
     """

@@ -15,7 +15,7 @@ def mahalanobis(
     *,
     dimensions: int = 100,
 ) -> Float[np.ndarray, "example"]:
-    """Distance of each state from the mean, in standard deviations along the principal axes; high is atypical.
+    """Return each state's distance from the mean, in standard deviations along the principal axes; high is atypical.
 
         sqrt(sum over axes a of (v_a . (x - mu))^2 / variance_a)
 
@@ -29,7 +29,7 @@ def mahalanobis(
 
     Raises:
         DataError: Fewer than two states to fit, values that are not finite, or different widths.
-        SpecError: No dimension asked for.
+        SpecError: No dimension requested.
     """
     states = np.asarray(states, dtype=np.float64)
     base = states if fitted_on is None else np.asarray(fitted_on, dtype=np.float64)

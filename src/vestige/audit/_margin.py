@@ -7,7 +7,7 @@ from vestige.bank import margin as log_odds
 
 
 def margin(mean_loss: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """log(p / (1 - p)) with p = exp(-mean loss); high speaks for memorization.
+    """Return log(p / (1 - p)) with p = exp(-mean loss); high speaks for memorization.
 
     The logit scaling of Carlini et al. 2022, "Membership inference attacks from first principles", from the loss, so
     that nothing is lost where p is near 1 and the loss is known in float64. The same function fills a bank's margins.

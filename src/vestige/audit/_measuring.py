@@ -1,4 +1,4 @@
-"""The passes of an audit as work plans: whoever looks at which examples, and whenever, leaves the same numbers."""
+"""The passes of an audit as work plans: the numbers do not depend on the process that computes a piece."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ Passes = list[Tensors]
 
 @dataclass(frozen=True)
 class LookPlan:
-    """Every subject's look at every example; a piece is one subject and some batches."""
+    """Every subject's measurements of every example; a piece is one subject and some batches."""
 
     job: AuditJob
     part: Round
@@ -37,7 +37,7 @@ class LookPlan:
 
     @property
     def name(self) -> str:
-        """What is being done."""
+        """The name of the work."""
         return self.part.named("Measuring")
 
     @property
@@ -57,7 +57,7 @@ class LookPlan:
         return grouped(lengths, plan_batches(lengths, self.job.token_budget, sharing=self.job.sharing))
 
     def is_done(self, piece: int) -> bool:
-        """Whether what was seen is there, and the states too, unless they were measured and are needed no more."""
+        """Return whether the measurements are there, and the states too, unless these are needed no more."""
         number, group = self._place(piece)
         if not self.files.is_done(number * len(self.groups) + group):
             return False
@@ -66,12 +66,12 @@ class LookPlan:
         return self._states(number).is_done(group) or is_measured(self.job, self._layer_files, number)
 
     def weight(self, piece: int) -> float:
-        """Its examples."""
+        """Return the number of the piece's examples."""
         return sum(map(len, self.groups[piece % len(self.groups)]))
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """One model at a time."""
+        """Open one model at a time."""
         prepared: dict[str, TokenizedData] = {}
 
         def compute(piece: int) -> None:
@@ -91,9 +91,9 @@ class LookPlan:
         yield compute
 
     def reduce(self) -> Passes:
-        """What was seen of each subject, and last of the reference model if there is one, in the order of the rows.
+        """Return the measurements of each subject, and last of the reference model if there is one, in the rows' order.
 
-        States of hidden layers are left on disk, for whoever measures a layer (`states`, `forget_states`).
+        States of hidden layers are left on disk, for the measures by layer (`states`, `forget_states`).
 
         Raises:
             CorruptFile: A piece is missing or damaged.
@@ -101,23 +101,23 @@ class LookPlan:
         return [self._read(number) for number in range(self.part.first, self._end)]
 
     def run(self) -> Passes:
-        """The result; killed before, the same call continues."""
+        """Return the result; after a kill, the same call continues."""
         first, end, count = self.part.first, self._end, len(self.groups)
         self.files.forget_damaged(range(first * count, end * count))
         if self.job.layers:
-            # A layer that is measured anew needs the states anew: that has to be known before anybody looks.
+            # A layer that is measured again needs the states again: that has to be known before the pass.
             self._layer_files.forget_damaged(layer_pieces(self.job, first, self.part.end))
             for number in range(first, self.part.end):
                 self._states(number).forget_damaged(range(count))
         return ran(self)
 
     def forget_states(self) -> None:
-        """The states of this round are gone from the disk."""
+        """Delete the states of this round from the disk."""
         for number in range(self.part.first, self.part.end):
             self._states(number).remove()
 
     def states(self, number: int, layer: int) -> np.ndarray:
-        """Hidden states of all examples at a layer, float32 [example hidden], in the order of the rows."""
+        """Read hidden states of all examples at a layer, float32 [example hidden], in the order of the rows."""
         from safetensors import safe_open
 
         parts, rows = [], []
@@ -131,7 +131,7 @@ class LookPlan:
 
     @cached_property
     def files(self) -> PieceFiles:
-        """Where pieces are."""
+        """The files of the pieces."""
         return PieceFiles(self.folder / "measuring", digest(self.job, [list(map(len, group)) for group in self.groups]))
 
     @cached_property
@@ -144,7 +144,7 @@ class LookPlan:
         return self.part.end + (last and "perplexity_ratio" in self.job.wanted)
 
     def _place(self, piece: int) -> tuple[int, int]:
-        """Subject and group of batches."""
+        """Return subject and group of batches."""
         turn, group = divmod(piece, len(self.groups))
         return self.part.first + turn, group
 
@@ -172,7 +172,7 @@ class LookPlan:
         }
 
     def _reference_data(self) -> TokenizedData:
-        """The examples as the reference model's own tokenizer cuts them."""
+        """Return the examples as the reference model's own tokenizer cuts them."""
         loaded = self.job.models.of(self.job.settings.reference_model)
         limit = tokens_at_most(self.job.settings, loaded)
         tokenizer = loaded.tokenizer or self.job.tokenizer
@@ -204,7 +204,7 @@ class LookPlan:
 
 
 def grouped(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Batches in groups of `PIECE_TOKENS` tokens, or a little more."""
+    """Return batches in groups of `PIECE_TOKENS` tokens, or a little more."""
     groups: list[list[np.ndarray]] = [[]]
     tokens = 0
     for rows in batches:

@@ -9,7 +9,9 @@ from vestige.errors import SpecError
 
 
 def min_k(scores: TokenScores, share: float = 0.2) -> Float[Tensor, "example"]:
-    """Mean log-probability of the least likely tokens, nats; high speaks for memorization. NaN without a target.
+    """Return the mean log-probability of the least likely tokens, nats; high speaks for memorization.
+
+    NaN without a target.
 
     Shi et al. 2024, "Detecting pretraining data from large language models".
 
@@ -24,10 +26,12 @@ def min_k(scores: TokenScores, share: float = 0.2) -> Float[Tensor, "example"]:
 
 
 def min_k_plus_plus(scores: TokenScores, share: float = 0.2) -> Float[Tensor, "example"]:
-    """Mean standardised log-probability of the lowest tokens; high speaks for memorization. NaN without a target.
+    """Return the mean standardised log-probability of the lowest tokens; high speaks for memorization.
+
+    NaN without a target.
 
     Each token's log-probability is compared with the mean and deviation of log-probabilities over the vocabulary at its
-    place, under the model's own distribution; the lowest `share` are averaged. Zhang et al. 2024, "Min-K%++".
+    position, under the model's own distribution; the lowest `share` are averaged. Zhang et al. 2024, "Min-K%++".
 
     Raises:
         SpecError: A share outside (0, 1].

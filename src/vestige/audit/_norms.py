@@ -37,16 +37,16 @@ class NormsPlan:
         return len(self.job.subjects)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the subject's norms are there."""
+        """Return whether the subject's norms are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """One model."""
+        """Return 1, for one model."""
         return 1
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """The first subject's weights are kept for as long as others are compared with them."""
+        """Keep the first subject's weights for as long as others are compared with them."""
         start: dict[str, Tensor] = {}
 
         def compute(piece: int) -> None:
@@ -63,7 +63,7 @@ class NormsPlan:
         yield compute
 
     def reduce(self) -> list[Tensors]:
-        """Norms, and change, of each subject.
+        """Return norms, and change, of each subject.
 
         Raises:
             CorruptFile: One is missing or damaged.
@@ -71,17 +71,17 @@ class NormsPlan:
         return [self.files.read(piece) for piece in range(self.pieces)]
 
     def run(self) -> list[Tensors]:
-        """The result; killed before, the same call continues."""
+        """Return the result; after a kill, the same call continues."""
         self.files.forget_damaged(range(self.pieces))
         return ran(self)
 
     @cached_property
     def files(self) -> PieceFiles:
-        """Where pieces are."""
+        """The files of the pieces."""
         return PieceFiles(self.folder / "norms", digest(self.job, "norms"))
 
     def _weights(self, number: int) -> dict[str, Tensor]:
-        """LoRA matrices if there are any, else every weight; copies, for the model may be let go."""
+        """Return LoRA matrices if there are any, else every weight; copies, so that the model may be freed."""
         model = self.job.models.of(self.job.subjects[number].source).model
         adapter = is_adapter(model)
         return {

@@ -1,4 +1,4 @@
-"""What the model knows of an example beyond what another model knows of it."""
+"""How much more a model has learned of an example than another model."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from vestige.errors import DataError
 def perplexity_ratio(
     mean_loss: Float[np.ndarray, "example"], reference_loss: Float[np.ndarray, "example"]
 ) -> Float[np.ndarray, "example"]:
-    """Logarithm of perplexity over the reference model's perplexity, nats per token; low speaks for memorization.
+    """Return log perplexity over the reference model's perplexity, nats per token; low speaks for memorization.
 
         log(exp(loss) / exp(reference loss)) = loss - reference loss
 

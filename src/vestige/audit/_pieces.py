@@ -30,7 +30,7 @@ _OF_THE_OUTPUT = frozenset(
 
 
 def ran(plan: Any) -> Any:
-    """The plan's result, wherever the settings want it done."""
+    """Run the plan where the settings choose, and return its result."""
     settings = plan.job.settings
     with phase(plan.name, plan.unit) as done:
         done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
@@ -38,7 +38,7 @@ def ran(plan: Any) -> Any:
 
 
 def digest(job: AuditJob, more: Any) -> str:
-    """sha256 of everything that decides what is seen."""
+    """Return the sha256 of everything that decides the measurements."""
     ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
     recorded = {name: value for name, value in job.settings.record().items() if name not in ignored}
     looked = [each for each in job.wanted if each in ("extraction", "perplexity_ratio", "smi", "psmi", "mahalanobis")]

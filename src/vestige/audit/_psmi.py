@@ -52,7 +52,7 @@ def psmi(
     seed: int = 0,
     most: int = 20_000,
 ) -> Psmi:
-    """PSMI of each state and its label, in log space and float64.
+    """Compute PSMI of each state and its label, in log space and float64.
 
         PSMI_i = mean over j of log( N(u_ij; mu_yj, sigma_yj) / sum over c of pi_c N(u_ij; mu_cj, sigma_cj) )
 
@@ -64,7 +64,7 @@ def psmi(
     along the same ones, and the same call gives the same bits.
 
     Args:
-        states: Hidden states at the place that predicts the answer.
+        states: Hidden states at the position that predicts the answer.
         labels: The label that each example was trained with, as whole numbers.
         directions: How many; if not given, blocks of 500 are added until the 5 % lowest means differ, on average and
             relative to themselves, by at most 5 % from what the first half of the blocks gives.
@@ -73,7 +73,7 @@ def psmi(
 
     Raises:
         DataError: Shapes that do not agree, states that are not finite, or no label with two examples.
-        SpecError: No directions asked for.
+        SpecError: No directions requested.
     """
     states, labels = _checked(states, labels)
     if (directions is not None and directions < 1) or most < BLOCK:
@@ -99,7 +99,7 @@ def _summary(values: Float[np.ndarray, "row direction"]) -> Float[np.ndarray, "4
 
 
 def sphere(width: int, count: int, seed: int) -> Float[np.ndarray, "hidden direction"]:
-    """Unit vectors drawn uniformly; the first of them are the same whatever the count."""
+    """Draw unit vectors uniformly; the first N are the same for any count."""
     blocks = []
     for block in range(-(-count // BLOCK)):
         draw = np.random.default_rng([seed, block]).standard_normal((width, BLOCK))
@@ -108,7 +108,7 @@ def sphere(width: int, count: int, seed: int) -> Float[np.ndarray, "hidden direc
 
 
 def _enough(states: np.ndarray, codes: np.ndarray, seed: int, most: int) -> tuple[int, bool]:
-    """The automatic number of directions, and whether it met its rule."""
+    """Return the automatic number of directions, and whether it met its rule."""
     means: list[np.ndarray] = []
     while (len(means) + 1) * BLOCK <= most:
         count = (len(means) + 1) * BLOCK
@@ -127,7 +127,7 @@ def _settled(means: Float[np.ndarray, "block example"]) -> bool:
 
 
 def _sliced(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first: int = 0) -> _Slices:
-    """The Gaussians of each class along directions `first` to `count`, a block of directions at a time."""
+    """Fit the Gaussians of each class along directions `first` to `count`, a block of directions at a time."""
     directions = sphere(states.shape[1], count, seed)[:, first:]
     sizes = np.bincount(codes)
     members = [codes == code for code in range(len(sizes))]
@@ -144,7 +144,7 @@ def _sliced(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first:
 
 
 def _pointwise(states: np.ndarray, codes: np.ndarray, slices: _Slices) -> Iterator[Float[np.ndarray, "row direction"]]:
-    """Pointwise information of each example along each direction, some rows at a time."""
+    """Yield the pointwise information of each example along each direction, some rows at a time."""
     count = max(1, _VALUES // slices.directions.shape[1])
     for begin in range(0, len(states), count):
         rows = slice(begin, begin + count)
@@ -166,5 +166,5 @@ def _checked(states: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
         raise DataError(f"States {states.shape} and labels {labels.shape}: give [example, hidden] and one label each.")
     if not np.isfinite(states).all():
         row = int(np.flatnonzero(~np.isfinite(states).all(1))[0])
-        raise DataError(f"The hidden state of example {row} is not finite, so it has no place among the others.")
+        raise DataError(f"The hidden state of example {row} is not finite, so it cannot be compared with the others.")
     return states, labels

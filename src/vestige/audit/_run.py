@@ -1,4 +1,4 @@
-"""`vestige audit`: evidence for every example of what a model knows by heart, judged where the truth is known."""
+"""`vestige audit`: evidence for every example of what a model has memorized, judged where the truth is known."""
 
 import time
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ _TYPICAL = "typical of its label; low ones are at risk of being memorized"
 
 @verb(AuditSettings)
 def audit(settings: AuditSettings) -> Audit:
-    """Evidence of what a model knows by heart, for every example, and how far it can be trusted.
+    """Measure for every example how far a model has memorized it, and how far the evidence can be trusted.
 
     Interrupted at any moment, the same call continues and leaves the same evidence. A measure that cannot be computed
     is null, with its reason in `run.json`.
@@ -92,7 +92,7 @@ def _announce(job: AuditJob) -> None:
 
 
 def _tables(evidence: Evidence, place: int) -> list[pa.Table]:
-    """The evidence under one subject: what looks at no layer, then layer by layer."""
+    """Return the evidence under one subject: measures without a layer, then layer by layer."""
     job, seen = evidence.job, evidence.seen[place]
     ids, rows = [example.id for example in job.data.examples], range(len(job.data))
     number = job.subjects[place].number
@@ -169,7 +169,7 @@ def _subject(evidence: Evidence, place: int) -> SubjectRecord:
 
 
 def _trigger(subjects: list[SubjectRecord]) -> int | None:
-    """The first checkpoint at which half of the examples are learnt: the median loss is 5 % of the first one's."""
+    """Return the first checkpoint at which half of the examples are learnt: the median loss is 5 % of the first."""
     first = subjects[0].median_loss
     if len(subjects) < 2 or not first:
         return None
@@ -205,13 +205,13 @@ def _bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
 
 
 def _described(evidence: Evidence) -> dict[str, MeasureRecord]:
-    """Every measure that was asked for, and why examples lack it."""
+    """Describe every measure that was requested, and why examples lack it."""
     lacking, found = reasons(evidence), {}
     details = [name for name in evidence.last.measures if name.startswith("extraction_")]
     for name in (*evidence.job.wanted, *details):
         count, reason = lacking.get(name, (0, None))
         base = name.partition("_")[0] if name in details else name
-        high = {1: "known by heart", -1: "not known"}.get(SIGNS.get("margin" if name == "token_gap" else base, 0), "")
+        high = {1: "memorized", -1: "not memorized"}.get(SIGNS.get("margin" if name == "token_gap" else base, 0), "")
         high = {"psmi": _TYPICAL, "mahalanobis": "atypical", "simplicity": "easy anyway"}.get(name, high)
         found[name] = MeasureRecord(
             meaning=AUDIT_MEASURES[base] + (f", {name.rpartition('_')[2]} tokens given" if name in details else ""),
@@ -224,7 +224,7 @@ def _described(evidence: Evidence) -> dict[str, MeasureRecord]:
 
 
 def _extraction(evidence: Evidence) -> dict[int, tuple[float | None, float | None, float | None]]:
-    """Share of the data's examples that are given back word for word, by prefix length."""
+    """Return the share of the data's examples that are given back word for word, by prefix length."""
     own, found = ~evidence.job.held_out, {}
     prefixes = evidence.job.settings.prefixes
     for prefix in prefixes:

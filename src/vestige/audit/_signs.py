@@ -18,9 +18,9 @@ SIGNS: dict[str, int] = {
     "exposure": 1,
     "extraction": 1,
 }
-"""1 where high values say that a model knows an example by heart, -1 where low ones do: `SIGNS[name] * values` is what
-`attack` wants."""
+"""1 where high values show that a model has memorized an example, -1 where low ones do: `SIGNS[name] * values` is the
+argument of `attack`."""
 
 EARLY_SIGNS: dict[str, int] = {"psmi": -1, "mahalanobis": 1, "loss": 1, "answer_loss": 1, "logit_gap": -1, "margin": -1}
-"""The same for predicting, from an early checkpoint, what *will* be known by heart: the examples that are hard or
+"""The same for predicting, from an early checkpoint, what *will* be memorized: the examples that are hard or
 atypical then. A loss points the other way than at the end."""

@@ -1,4 +1,4 @@
-"""Sliced mutual information: what a layer's states tell about the labels, and which layer tells most."""
+"""Sliced mutual information: how much a layer's states predict the labels, and which layer predicts most."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -28,16 +28,16 @@ def smi(
     neighbours: int = 3,
     seed: int = 0,
 ) -> Smi:
-    """Mean and quantiles over random directions of the information that a slice of the states has on the labels.
+    """Return mean and quantiles over random directions of the information that a slice of the states has on the labels.
 
     Goldfeld and Greenewald 2021, "Sliced mutual information"; each slice by nearest neighbours, Ross 2014, as
     scikit-learn has it. The directions are those of `psmi`.
 
-    A group without examples, or with one label alone, gives NaN: there is nothing to be told.
+    A group without examples, or with one label alone, gives NaN: there is nothing to be predicted.
 
     Raises:
         DataError: Shapes that do not agree.
-        SpecError: No directions asked for.
+        SpecError: No directions requested.
     """
     from sklearn.feature_selection import mutual_info_classif
 
@@ -61,7 +61,7 @@ def choose_layer(
     directions: int = 200,
     seed: int = 0,
 ) -> int:
-    """The layer whose states are to be measured, from the task alone: it sees nothing of what was memorized.
+    """Choose the layer whose states are to be measured from the task alone, not from what was memorized.
 
     Args:
         states: By number of layer.

@@ -1,7 +1,7 @@
-"""Hidden states on disk: written by whoever looks, read layer by layer, gone as soon as they are measured.
+"""Hidden states on disk: written by the passes, read layer by layer, gone as soon as they are measured.
 
-So many checkpoints are looked at before their layers are measured as `ROUND_BYTES` hold; that depends on nothing but
-the job, so that whoever takes part, on whichever machine, sees the same rounds.
+A round has as many checkpoints as `ROUND_BYTES` hold, and their layers are measured before the next round. That depends
+on nothing but the job, so that every worker, on every machine, has the same rounds.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _NUMBER_BYTES = 4
 
 
 class Round(NamedTuple):
-    """Subjects that are looked at, measured and tidied up together."""
+    """Subjects whose passes and measures are done, and whose states are removed, in one round."""
 
     number: int
     """From 1."""
@@ -31,12 +31,12 @@ class Round(NamedTuple):
     """One past the last subject."""
 
     def named(self, name: str) -> str:
-        """A plan's name in this round."""
+        """Return a plan's name in this round."""
         return name if self.of == 1 else f"{name} {self.number} of {self.of}"
 
 
 def rounds(job: AuditJob) -> list[Round]:
-    """All subjects, in their order; those of a round fit into `ROUND_BYTES`, or there is one alone."""
+    """Return all subjects, in their order; those of a round fit into `ROUND_BYTES`, or there is one alone."""
     total = len(job.subjects)
     each = max(1, ROUND_BYTES // max(subject_bytes(job, len(job.data)), 1))
     count = -(-total // each)
@@ -44,32 +44,32 @@ def rounds(job: AuditJob) -> list[Round]:
 
 
 def subject_bytes(job: AuditJob, examples: int) -> int:
-    """Size of the states of so many examples under one subject."""
+    """Return the size of the states of N examples under one subject."""
     return _NUMBER_BYTES * examples * sum(job.widths)
 
 
 def state_files(job: AuditJob, number: int, fingerprint: str) -> PieceFiles:
-    """States of one subject, in pieces as the examples are looked at."""
+    """Return the files of one subject's states, in the pieces in which the examples are measured."""
     return PieceFiles(partial_folder(job.settings.out) / "states" / f"{number:05d}", fingerprint)
 
 
 def layer_files(job: AuditJob) -> PieceFiles:
-    """Measures of the states: a piece for each subject and layer."""
+    """Return the files of the measures of states: a piece for each subject and layer."""
     return PieceFiles(partial_folder(job.settings.out) / "layers", digest(job, ["layers", job.settings.choose_layer]))
 
 
 def layer_pieces(job: AuditJob, first: int, end: int) -> range:
-    """Numbers of the pieces of these subjects."""
+    """Return the numbers of the pieces of these subjects."""
     return range(first * len(job.layers), end * len(job.layers))
 
 
 def is_measured(job: AuditJob, measured: PieceFiles, number: int) -> bool:
-    """Whether nothing needs the subject's states any more: all that `layer_files` shall hold of it is there."""
+    """Return whether the subject's states are no longer needed: all that `layer_files` shall hold of it is there."""
     return all(measured.is_done(piece) for piece in layer_pieces(job, number, number + 1))
 
 
 def check_room(job: AuditJob, groups: Sequence[Sequence[np.ndarray]], fingerprint: str) -> None:
-    """Nothing happens if the states of every round fit on the disk, as far as they are not there yet.
+    """Raise unless the states of every round fit on the disk, as far as they are not there yet.
 
     Raises:
         DiskSpaceError: They do not.
@@ -85,6 +85,6 @@ def check_room(job: AuditJob, groups: Sequence[Sequence[np.ndarray]], fingerprin
         most = max(most, needed)
     advice = (
         f"These are hidden states of {len(job.data):,} examples at {len(job.layers)} layers, gone once they are "
-        "measured. Make room, choose another --out, name fewer --layers, or measure none: --measures loss logit_gap."
+        "measured. Free space, choose another --out, name fewer --layers, or measure none: --measures loss logit_gap."
     )
     check_disk(partial_folder(job.settings.out), most, advice)

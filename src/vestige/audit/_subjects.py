@@ -1,4 +1,4 @@
-"""The sets of weights that an audit looks at: earlier checkpoints, the model itself, and a reference model."""
+"""The sets of weights that an audit measures: earlier checkpoints, the model itself, and a reference model."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ class Subject(NamedTuple):
     """One set of weights."""
 
     number: int
-    """Its checkpoint number in the evidence: steps trained where all say them, else its place in the list."""
+    """Its checkpoint number in the evidence: steps trained where all say them, else its position in the list."""
     name: str
     source: Any
     steps: int | None
@@ -32,7 +32,7 @@ class Subject(NamedTuple):
 
 
 def find_subjects(settings: AuditSettings, loaded: LoadedModel) -> tuple[Subject, ...]:
-    """The checkpoints in their order, and last the model under audit.
+    """Return the checkpoints in their order, and last the model under audit.
 
     A checkpoint that is the model itself, or holds the same bytes as another, is measured once: the first step of a
     warmup leaves the weights as they were.
@@ -68,7 +68,7 @@ class Models:
         self._settings, self._held, self._loaded = settings, subject.source, loaded
 
     def of(self, source: Any) -> LoadedModel:
-        """The model behind `source`; the one before it is let go."""
+        """Load the model behind `source`; the one before it is freed."""
         if source is not self._held:
             del self._loaded
             self._held = None
@@ -78,7 +78,7 @@ class Models:
 
 
 def is_adapter(model: nn.Module) -> bool:
-    """Whether LoRA matrices are what was trained."""
+    """Return whether LoRA matrices are what was trained."""
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
@@ -89,7 +89,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _expanded(given: Any) -> list[Any]:
-    """The checkpoints of a Trainer's run in their order, or what was given."""
+    """Return the checkpoints of a Trainer's run in their order, or what was given."""
     if isinstance(given, nn.Module):
         return [given]
     folder = Path(str(given)).expanduser()
@@ -99,7 +99,7 @@ def _expanded(given: Any) -> list[Any]:
 
 
 def weights_fingerprint(source: Any) -> str:
-    """sha256 of a live module's weights, or of the weight files."""
+    """Return the sha256 of a live module's weights, or of the weight files."""
     if isinstance(source, nn.Module):
         return model_fingerprint(source)
     found = find_source(source)
@@ -115,7 +115,7 @@ def weights_fingerprint(source: Any) -> str:
 
 
 def _steps(source: Any) -> int | None:
-    """Optimizer steps trained, as the folder's name or the Trainer's record says them."""
+    """Return the optimizer steps trained, from the folder's name or the Trainer's record."""
     if isinstance(source, nn.Module):
         return None
     folder = Path(str(source)).expanduser()

@@ -1,4 +1,4 @@
-"""What a model says of each token that was to be predicted: the common ground of the measures on text."""
+"""What a model predicts for each target token: the basis of the measures on text."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from vestige.errors import DataError
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities of target tokens, and how they compare with the other tokens at their place."""
+    """Log-probabilities of target tokens, and how they compare with the other tokens at their position."""
 
     log_probability: Float[Tensor, "example token"]
     """Of the target, nats, float64; 0 where there is no target."""
@@ -24,10 +24,10 @@ class TokenScores(NamedTuple):
 def token_scores(
     logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
 ) -> TokenScores:
-    """Log-probabilities of targets, float64.
+    """Compute log-probabilities of targets, float64.
 
     Args:
-        logits: At place t, of the token that `labels` names at place t: shifted already.
+        logits: At position t, of the token that `labels` names at position t: shifted already.
         labels: Tokens to predict, -100 where there is none.
 
     Raises:
@@ -52,6 +52,6 @@ def token_scores(
 def mean_where(
     values: Float[Tensor, "example token"], wanted: Bool[Tensor, "example token"]
 ) -> Float[Tensor, "example"]:
-    """Mean of each row's wanted values; NaN for a row that has none."""
+    """Return the mean of each row's wanted values; NaN for a row that has none."""
     count = wanted.sum(-1)
     return torch.where(wanted, values, torch.zeros_like(values)).sum(-1) / torch.where(count > 0, count, torch.nan)

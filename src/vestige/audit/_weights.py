@@ -24,7 +24,7 @@ class WeightNorms(NamedTuple):
 def weight_norms(
     weights: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
 ) -> tuple[WeightNorms, dict[str, WeightNorms]]:
-    """Norms of the weights, or of their change since `start`: the weighted mean, and those of each tensor.
+    """Return norms of the weights, or of their change since `start`: the weighted mean, and those of each tensor.
 
     Args:
         weights: By name, such as the LoRA matrices of a checkpoint. More than two axes become [first, all others].

@@ -1,4 +1,4 @@
-"""What the model knows of an example beyond its plain repetitiveness."""
+"""How much a model has learned of an example beyond its plain repetitiveness."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _BITS = 8
 
 
 def zlib_ratio(total_loss: Float[np.ndarray, "example"], texts: Sequence[str]) -> Float[np.ndarray, "example"]:
-    """Bits the model needs for a text over bits that zlib needs; low speaks for memorization.
+    """Return the bits that the model needs for a text over those that zlib needs; low speaks for memorization.
 
         (sum of token losses / log 2) / (8 * bytes after zlib)
 

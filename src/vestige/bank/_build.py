@@ -47,7 +47,7 @@ _LORA = ("lora_alpha", "lora_targets")
 
 @verb(BankSettings)
 def bank(settings: BankSettings) -> Bank:
-    """A bank of models trained on subsets of the training data, with what each makes of every example and query.
+    """Train a bank of models on subsets of the training data, and measure every example and query with each.
 
     Interrupted at any moment, the same call continues where it stopped and gives the same numbers; more subsets or
     seeds extend it; another setting over an old bank is refused, with the difference shown.
@@ -64,7 +64,7 @@ def bank(settings: BankSettings) -> Bank:
 
 
 def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData, queries: TokenizedData | None) -> Bank:
-    """`bank` for a model, data and queries that are loaded already."""
+    """Make a bank for a model, data and queries that are loaded already."""
     if settings.overwrite and not is_worker():
         _require_one_process()
         remove_bank(settings.out)
@@ -101,7 +101,7 @@ def build_bank(settings: BankSettings, loaded: LoadedModel, data: TokenizedData,
 
 
 def read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData | None:
-    """The queries as the model sees them, put as the data are; None if there are none.
+    """Read the queries, put to the model as the data are; None if there are none.
 
     Raises:
         DataError: One has no target token: a prompt without an answer has no loss.
@@ -133,12 +133,12 @@ def _leaves_out(settings: BankSettings) -> bool:
 
 
 def _wanted(settings: BankSettings) -> int:
-    """Subsets that were asked for, where they can be counted beforehand."""
+    """Return the number of requested subsets, where they can be counted beforehand."""
     return settings.subsets if settings.leave_one_out is None else settings.leave_one_out + 1
 
 
 def _groups(settings: BankSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
-    """The examples that are drawn, or left out as one, together.
+    """Group the examples that are drawn, or left out as one.
 
     A bank that was begun before this was so goes on as it was: row by row.
     """
@@ -149,7 +149,7 @@ def _groups(settings: BankSettings, data: TokenizedData) -> Int[np.ndarray, "exa
 
 
 def _drawn_together(settings: BankSettings, groups: Int[np.ndarray, "example"]) -> str | None:
-    """What stands in the bank's identity where subsets follow from groups: their column, or `copies`."""
+    """Return the grouping in the bank's identity, where subsets follow from groups: their column, or `copies`."""
     by_lists = settings.leave_source_out or settings.leave_out_lists is not None
     return None if by_lists or describe_copies(groups) is None else settings.group or "copies"
 
@@ -157,7 +157,7 @@ def _drawn_together(settings: BankSettings, groups: Int[np.ndarray, "example"]) 
 def _design(
     settings: BankSettings, data: TokenizedData, groups: Int[np.ndarray, "example"]
 ) -> Callable[[int], list[Subset]]:
-    """The first so many subsets; where they follow from the data, all of them."""
+    """Return the map from a number N to the first N subsets; where they follow from the data, to all of them."""
     ids = [example.id for example in data.examples]
     if settings.leave_source_out:
         subsets = without_each_source([example.source for example in data.examples])
@@ -171,10 +171,10 @@ def _design(
 
 
 def _steps(settings: BankSettings, subsets: list[Subset], examples: int) -> int:
-    """Optimizer steps of every member of the bank.
+    """Return the number of optimizer steps of every member of the bank.
 
-    The same number whatever is left out: removal at a fixed number of epochs would shorten the training by the size of
-    what is removed, and a large source would seem to matter for its size alone.
+    The number does not depend on what is left out: removal at a fixed number of epochs would shorten the training by
+    the size of what is removed, and a large source would seem to matter for its size alone.
     """
     size = len(subsets[0].rows) if _leaves_out(settings) else round(settings.fraction * examples)
     return (settings.passes or 0) * -(-size // settings.batch_size)
@@ -228,7 +228,7 @@ def _manifest(
 
 
 def _given(settings: BankSettings, names: Sequence[str]) -> dict[str, Any]:
-    """Settings that are not the default."""
+    """Return the settings that are not the default."""
     fields = BankSettings.model_fields
     return {name: value for name in names if (value := getattr(settings, name)) != fields[name].default}
 
@@ -271,7 +271,7 @@ def _announce_copies(
     if split:
         announce(
             f"Up to {split:,} of the rows that a model is trained without are copies of rows that it is trained on: it "
-            "knows them all the same."
+            "learns them nevertheless."
         )
 
 

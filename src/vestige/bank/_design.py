@@ -28,13 +28,13 @@ class Subset(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """What tells this subset from others: sixteen hexadecimal digits of the sha256 of its name and rows."""
+        """Sixteen hexadecimal digits of the sha256 of the subset's name and rows, which identify it."""
         name = self.name.encode()
         return hashlib.sha256(b"%d " % len(name) + name + self.rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def random_subsets(groups: Int[np.ndarray, "example"], fraction: float, count: int, seed: int) -> list[Subset]:
-    """`count` subsets drawn independently and without replacement; the first ones do not depend on `count`.
+    """Draw `count` subsets independently and without replacement; the first N do not depend on `count`.
 
     Args:
         groups: The group of each example, numbered from 0; a subset holds all examples of a group or none.
@@ -60,7 +60,7 @@ def random_subsets(groups: Int[np.ndarray, "example"], fraction: float, count: i
 
 
 def without_each_source(sources: Sequence[str | None]) -> list[Subset]:
-    """Everything, then everything but each source, sources by name.
+    """Return everything, then everything but each source, sources by name.
 
     Raises:
         DataError: An example has no source, or all have the same.
@@ -78,7 +78,7 @@ def without_each_source(sources: Sequence[str | None]) -> list[Subset]:
 
 
 def without_each(left_out: Mapping[str, np.ndarray], examples: int) -> list[Subset]:
-    """Everything, then everything but each of the named lists of rows.
+    """Return everything, then everything but each of the named lists of rows.
 
     Raises:
         DataError: A list is empty, or holds every example.
@@ -94,7 +94,7 @@ def without_each(left_out: Mapping[str, np.ndarray], examples: int) -> list[Subs
 
 
 def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: int, seed: int) -> list[Subset]:
-    """Everything, then everything but one group, for `count` groups drawn at random, each named by its first example.
+    """Return everything, then everything but each of `count` groups drawn at random, named by its first example.
 
     Raises:
         DataError: There are fewer groups, or there is only one.
@@ -107,11 +107,11 @@ def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: i
 
 
 def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """Named lists of rows from lists of example ids.
+    """Read named lists of rows from lists of example ids.
 
     Args:
         source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
-            then named by their place; or any file that names rows, which is one list.
+            then named by their position; or any file that names rows, which is one list.
         ids: Of all examples, in row order.
 
     Raises:
@@ -132,7 +132,7 @@ def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def run_seed(seed: int, subset: int | None, number: int) -> int:
-    """The seed of a run's random weights and order of batches.
+    """Return the seed of a run's random weights and order of batches.
 
     Args:
         seed: Of the bank.

@@ -45,7 +45,7 @@ def bank_of(
     launch: LaunchSettings | None = None,
     command: Sequence[str] | None = None,
 ) -> Bank:
-    """A bank of models that `train` trains: the same folder, the same `Bank`, for any model and any framework.
+    """Make a bank of models that `train` trains: the same folder, the same `Bank`, for any model and framework.
 
     Killed at any moment, the same call continues; called in several processes at once, they share the work.
 
@@ -62,7 +62,7 @@ def bank_of(
         sources: Of the examples.
         leave_source_out: Everything, then all but each source.
         leave_out: Everything, then all but each of these lists of rows.
-        leave_one_out: Everything, then all but one, for so many examples.
+        leave_one_out: Everything, then all but one, for N examples.
         groups: Which group each example belongs to: random subsets hold, and `leave_one_out` leaves out, all of a group
             or none of it. Copies of one example belong together, or what it teaches is never left out. Not given:
             each is a group of its own.

@@ -44,7 +44,7 @@ class BankManifest:
         return hashlib.sha256(_canonical(self.identity)).hexdigest()[:16]
 
     def to_json(self) -> bytes:
-        """The content of `bank.json`."""
+        """Return the content of `bank.json`."""
         fields = {
             "format": FORMAT,
             "id": self.id,
@@ -57,12 +57,12 @@ class BankManifest:
 
 
 def subsets_shown(subsets: list[Subset]) -> tuple[tuple[str, str], ...]:
-    """Subsets as a manifest lists them."""
+    """Return subsets as a manifest lists them."""
     return tuple((subset.name, subset.digest) for subset in subsets)
 
 
 def read_manifest(folder: Path) -> BankManifest | None:
-    """The manifest of the bank in `folder`, None if there is none.
+    """Read the manifest of the bank in `folder`, None if there is none.
 
     Raises:
         IndexMismatch: It was written by another version of Vestige.
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> BankManifest | None:
     if fields.get("format") != FORMAT:
         raise IndexMismatch(
             f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
-            "Use the version that made it, or make it anew elsewhere."
+            "Use the version that made it, or make it again elsewhere."
         )
     try:
         subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
@@ -90,7 +90,7 @@ def _damaged(folder: Path, error: Exception) -> CorruptFile:
 
 
 def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:
-    """The folder holds the bank's manifest; one that was there is extended, or kept if it is larger.
+    """Prepare the folder with the bank's manifest; one that was there is extended, or kept if it is larger.
 
     Raises:
         IndexMismatch: The bank in the folder was made with other settings; nothing was changed.
@@ -113,7 +113,7 @@ def prepare_folder(folder: Path, wanted: BankManifest) -> BankManifest:
 
 
 def require_same(folder: Path, old: BankManifest, wanted: BankManifest) -> None:
-    """Nothing happens if `wanted` is the bank in `folder`, a part of it, or an extension.
+    """Raise unless `wanted` is the bank in `folder`, a part of it, or an extension.
 
     Raises:
         IndexMismatch: It is not; the message shows every difference.
@@ -127,7 +127,7 @@ def require_same(folder: Path, old: BankManifest, wanted: BankManifest) -> None:
 
 
 def remove_bank(folder: Path) -> None:
-    """The bank in `folder` is gone, for `--overwrite`.
+    """Remove the bank in `folder`, for `--overwrite`.
 
     Raises:
         UserError: The folder holds files that are not a bank's.

@@ -13,7 +13,7 @@ _LEAST_DOUBT = 2.0**-52
 
 @torch.no_grad()
 def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: bool) -> dict[str, np.ndarray]:
-    """Loss, margin, gap and accuracy of each text, float64 [text].
+    """Measure loss, margin, gap and accuracy of each text, float64 [text].
 
     The loss is the cross-entropy summed over target tokens, or averaged if `mean`. With l the negative mean loss per
     target token, the margin is l - log(1 - e^l), the log-odds of the tokens' geometric mean probability (the output
@@ -30,12 +30,12 @@ def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: b
 
 
 def margin(mean_loss: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) where p = e^-loss."""
+    """Return log(p / (1 - p)) where p = e^-loss."""
     return -mean_loss - np.log(np.maximum(-np.expm1(-mean_loss), _LEAST_DOUBT))
 
 
 def _summed(model: nn.Module, data: TokenizedData, rows: np.ndarray) -> np.ndarray:
-    """Losses, gaps and right answers summed over the target tokens of each row, float64 [3, example]."""
+    """Sum losses, gaps and right answers over the target tokens of each row, float64 [3, example]."""
     batch = make_batch(data, rows).to(next(model.parameters()).device)
     wanted = batch.labels[:, 1:] != NO_TARGET
     chosen = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][wanted].float()

@@ -43,7 +43,7 @@ class TruthFormat:
     """The bank at a path, given `measure` and `examples` of `Bank.open`."""
 
 
-TRUTH_FORMATS: Registry[TruthFormat] = Registry("vestige.truth_formats", "layout of ground truth")
+TRUTH_FORMATS: Registry[TruthFormat] = Registry("vestige.truth_formats", "layout of ground truth", TruthFormat)
 
 
 @final
@@ -51,7 +51,7 @@ class Bank:
     """Models trained on subsets of the same data: row `m` of every array is member `m`.
 
     Members are ordered by subset, and within a subset by seed. Losses are in nats, and falling ones mean that the
-    model knows the text better; margins, gaps and accuracies rise.
+    model predicts the text better; margins, gaps and accuracies rise.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Bank:
         measure: Measure | None = None,
         examples: int | None = None,
     ) -> "Bank":
-        """The bank in a folder, or ground truth that other software has left there.
+        """Open the bank in a folder, or ground truth that other software has left there.
 
         Args:
             path: A folder that `vestige bank` or `bank_of` made; or, with the recipes installed, ground truth in a
@@ -105,7 +105,7 @@ class Bank:
         return cls(manifest.identity, names, table, texts[0], texts[1], manifest.id)
 
     def __len__(self) -> int:
-        """Number of members."""
+        """Return the number of members."""
         return len(self._table)
 
     def __repr__(self) -> str:
@@ -156,7 +156,7 @@ class Bank:
 
     @cached_property
     def seeds(self) -> Int[np.ndarray, "member"]:
-        """Which of the runs on its subset each member is."""
+        """The number of each member among the runs on its subset."""
         return self._table["seed"].to_numpy()
 
     @cached_property
@@ -170,7 +170,7 @@ class Bank:
 
     @property
     def query_losses(self) -> Float[np.ndarray, "member query"]:
-        """Loss of each query under each member, summed or averaged over its target tokens as the bank was asked to."""
+        """Loss of each query under each member, summed or averaged over its target tokens, as the settings say."""
         return self.values("query_loss")
 
     @property
@@ -203,7 +203,7 @@ class Bank:
         return column in self._table.column_names
 
     def values(self, column: str) -> Float[np.ndarray, "member text"]:
-        """What was stored of every query or example: `query_` or `example_` and loss, margin, gap or accuracy.
+        """Return the stored values of every query or example: `query_` or `example_` and loss, margin, gap or accuracy.
 
         A gap is the logit of the right token minus the largest other one, averaged over target tokens; an accuracy
         the share of target tokens whose gap is above zero.
@@ -221,7 +221,7 @@ class Bank:
         return np.concatenate(rows).reshape(len(self), count)
 
     def by_subset(self, values: np.ndarray) -> Float[np.ndarray, "subset seed *rest"]:
-        """Rows of members, such as `query_losses`, as an array with an axis of subsets and one of seeds.
+        """Return rows of members, such as `query_losses`, as an array with an axis of subsets and one of seeds.
 
         Raises:
             UserError: Members are missing.
@@ -242,7 +242,7 @@ class Bank:
 
 
 def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = False) -> pa.Table:
-    """The rows of all members, by subset and seed; with `allow_missing`, of those that are done.
+    """Read the rows of all members, by subset and seed; with `allow_missing`, of those that are done.
 
     Raises:
         CorruptFile: Members are missing or damaged; the message lists them.
@@ -261,12 +261,12 @@ def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = F
     if not tables:
         raise DataError(f"The bank in {path} has no finished member yet.")
     if any(table.schema != tables[0].schema for table in tables):
-        raise IndexMismatch(f"The members of {path} hold different measurements. Make the bank anew, --overwrite.")
+        raise IndexMismatch(f"The members of {path} hold different measurements. Make the bank again, --overwrite.")
     return pa.concat_tables(tables).combine_chunks()
 
 
 def members_of(manifest: BankManifest) -> list[tuple[Member, str]]:
-    """Every member with the digest of its subset, by subset and seed."""
+    """Return every member with the digest of its subset, by subset and seed."""
     return [
         (Member(subset, seed), digest)
         for subset, (_, digest) in enumerate(manifest.subsets)
@@ -275,12 +275,12 @@ def members_of(manifest: BankManifest) -> list[tuple[Member, str]]:
 
 
 def member_files(path: Path, manifest: BankManifest) -> MemberFiles:
-    """Where the members of the bank in `path` are."""
+    """Return the files of the members of the bank in `path`."""
     return MemberFiles(path / "members", manifest.id, manifest.identity["examples"], manifest.identity["query_count"])
 
 
 def texts_table(texts: Texts) -> pa.Table:
-    """Examples or queries as a table."""
+    """Return examples or queries as a table."""
     return pa.table(
         {
             "id": pa.array(texts.ids, pa.string()),
@@ -307,7 +307,7 @@ def _read_truth(path: Path, measure: Measure | None, examples: int | None) -> Ba
 
 
 def _read_whole(path: Path) -> pa.Table | None:
-    """The table of all members, None if it has to be put together again."""
+    """Read the table of all members, None if it has to be made again."""
     try:
         return parquet.read_table(path)
     except (OSError, pa.ArrowInvalid):

@@ -31,7 +31,7 @@ class Trainer:
     """Most tokens in a batch that is only measured."""
 
     def member(self, run: Run) -> Measured:
-        """The measurements of a model trained as `run` says; its weights are saved if they are to be."""
+        """Train a model for `run` and return its measurements; its weights are saved if they are to be."""
         rank = self.settings.lora_rank
         lora = None if rank is None else Lora(rank, self.settings.lora_alpha, targets=self.settings.lora_targets)
         model = trainable_copy(self.loaded, lora_rank=lora, from_scratch=self.settings.from_scratch, seed=run.seed)
@@ -66,10 +66,10 @@ def _save_state(run: Run, step: Step) -> None:
 
 
 def _read_state(run: Run) -> dict[str, Any] | None:
-    """What an earlier attempt at the same run saved, None if there is nothing to go on from."""
+    """Read what an earlier attempt at the same run saved, None if there is nothing to go on from."""
     try:
         saved = torch.load(run.checkpoint, weights_only=True)
-        # The seed tells the run: one with the same name in another bank has another.
+        # The seed identifies the run: one with the same name in another bank has another.
         return saved["state"] if (saved["bank"], saved["seed"]) == (run.id, run.seed) else None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
         return None

@@ -63,16 +63,16 @@ class BankPlan:
         return len(self._members)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the member is marked as done and its file has the right size."""
+        """Return whether the member is marked as done and its file has the right size."""
         return self._files.is_done(*self._members[piece], weights=self.keep_weights)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """One model each."""
+        """Return 1, for one model."""
         return 1.0
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """What trains a member, measures it and writes that down."""
+        """Open what trains a member, measures it and writes the numbers."""
         make_folder(self._files.folder)
         diverged: dict[int, Diverged] = {}
         with self.open_trainer() as train:
@@ -90,7 +90,7 @@ class BankPlan:
             yield compute
 
     def reduce(self) -> Bank:
-        """The finished bank, all members in one table.
+        """Return the finished bank, all members in one table.
 
         Raises:
             CorruptFile: Members are missing or damaged; the message lists them.
@@ -99,7 +99,7 @@ class BankPlan:
         return Bank.open(self.folder)
 
     def forget_damaged(self) -> None:
-        """Members whose bytes are not what was written no longer count as done."""
+        """Unmark members as done whose bytes are not what was written."""
         for member, digest in self._members:
             self._files.forget_damaged(member, digest)
 
@@ -132,7 +132,7 @@ class BankPlan:
 
 
 def prepare_bank(plan: BankPlan) -> None:
-    """The folder is ready for `run_plan`: texts are there, and what was damaged no longer counts as done."""
+    """Prepare the folder for `run_plan`: texts are there, and what was damaged no longer counts as done."""
     for kind, texts in zip(("examples", "queries"), plan.texts, strict=True):
         write_table(plan.folder / f"{kind}.parquet", texts_table(texts))
     remove_strays(plan.folder)
@@ -142,7 +142,7 @@ def prepare_bank(plan: BankPlan) -> None:
 def planned_bank(
     folder: Path, wanted: BankManifest, subsets_of: Callable[[int], list[Subset]]
 ) -> tuple[BankManifest, list[Subset]]:
-    """The manifest that the folder holds now, and its subsets, which may be more than were wanted.
+    """Return the manifest that the folder holds now, and its subsets, which may be more than were wanted.
 
     Raises:
         IndexMismatch: The bank in the folder was made with other settings; nothing was changed.
@@ -163,6 +163,6 @@ def _require_finite(measured: Measured) -> None:
     for name in ("query_loss", "example_loss"):
         if name in measured and (bad := np.flatnonzero(~np.isfinite(measured[name]))).size:
             raise NonFinite(
-                f"{name} is not finite in {bad.size} places, the first in row {bad[0]}. Lower the learning rate, or "
-                "look at that row."
+                f"{name} is not finite in {bad.size} positions, the first in row {bad[0]}. Lower the learning rate, or "
+                "check that row."
             )

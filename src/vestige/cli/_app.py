@@ -33,11 +33,16 @@ GROUPS = {
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says when it is the disk, not we, that has to change."""
 
+_PANIC = "PanicException"
+"""How an error of a library in Rust arrives that its authors had not thought of: as no `Exception`, and private."""
+
 BUG = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 NOBODY_READS = 141
 """What a shell shows for a program that wrote into a pipe whose reader was gone."""
+_SHOWN = 300
+"""Most letters of what a library said."""
 
 
 def build_app(first: str | None = None) -> App:
@@ -103,8 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(_system_error(error))
         except MemoryError:
             _fail("There is not enough memory. Give less at a time: a smaller --token-budget, --batch-size or --limit.")
+        except UnicodeEncodeError as error:  # texts of data are checked where they are read; what is left is a name
+            _fail(f"A file or folder has a name that is no text in UTF-8: {_short(error.object)}. Rename it.")
         except Exception as error:
             _fail(_bug(error), BUG)
+        except BaseException as error:
+            if type(error).__name__ != _PANIC:
+                raise
+            _fail(
+                f"The library that reads tokenizers and weights broke off ({_short(str(error))}). A file of the model "
+                "is damaged, or not what its name says: get the model's folder again, or give another --tokenizer."
+            )
 
 
 @contextlib.contextmanager
@@ -161,6 +175,10 @@ def _bug(error: Exception) -> str:
     except OSError:
         return f"{message}\n{trace}"
     return f"{message}Please report it with {file.name}."
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _parse_error(error: CycloptsError) -> str:

@@ -17,6 +17,7 @@ from vestige.compress._mask_training import MaskTraining as MaskTraining
 from vestige.compress._mask_training import SelectiveMask as SelectiveMask
 from vestige.compress._mask_training import train_selective_mask as train_selective_mask
 from vestige.compress._random import Stream as Stream
+from vestige.compress._registry import COMPRESSORS as COMPRESSORS
 from vestige.compress._registry import compressor as compressor
 from vestige.compress._registry import known_compressors as known_compressors
 from vestige.compress._sink import CompressingSink as CompressingSink

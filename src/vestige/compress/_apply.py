@@ -1,4 +1,4 @@
-"""From factors to compressed gradients, without the gradient where that is cheaper."""
+"""Compressed gradients from factors, without the gradient where that is cheaper."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from vestige.compress._tensorsketch import Wrap
 from vestige.compress._types import Compressor, LinearMap
 from vestige.gradients import Factor, OneHot, Side
 
-# The two factors of one gradient have sides of different lengths, which one axis name cannot say.
+# The two factors of one gradient have sides of different lengths, which one axis name cannot express.
 LeftFactor = Float[Tensor, "example token left"] | OneHot
 RightFactor = Float[Tensor, "example token right"] | OneHot
 ReducedFactor = Float[Tensor, "example token kept"] | OneHot
@@ -25,12 +25,12 @@ _GATHER_COST = 45
 
 
 def compress_factors(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Float[Tensor, "example size"]:
-    """The compressed gradient `sum_t left[t] (x) right[t]` of each example, float32."""
+    """Return the compressed gradient `sum_t left[t] (x) right[t]` of each example, float32."""
     return combine(compressor, reduce_factor(compressor, "left", left), reduce_factor(compressor, "right", right))
 
 
 def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> ReducedFactor:
-    """What has to be kept of one factor until the other one is known.
+    """Return what has to be kept of one factor until the other one is known.
 
     A factor that its side's map does not shrink is returned as it is: a one-hot factor under the identity,
     both factors of an entrywise product, whose maps list K entries, usually more than the side has, and a side
@@ -45,7 +45,7 @@ def reduce_factor(compressor: Compressor, side: Side, factor: Factor) -> Reduced
 
 
 def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Float[Tensor, "example size"]:
-    """The compressed gradient from factors that `reduce_factor` returned, summed over tokens in float32.
+    """Return the compressed gradient from factors that `reduce_factor` returned, summed over tokens in float32.
 
     Padded positions have to be zero in one of the two factors. Half precision is widened before the product,
     so the sum over tokens does not lose the small terms; float64 stays float64.
@@ -70,7 +70,7 @@ def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Flo
 
 
 def _chunks(examples: int, numbers: int) -> Iterator[slice]:
-    """Slices of the examples such that `numbers` float32 numbers for each fit in PRODUCT_BYTES."""
+    """Yield slices of the examples such that `numbers` float32 numbers for each fit in PRODUCT_BYTES."""
     step = max(1, PRODUCT_BYTES // (4 * numbers))
     return (slice(start, min(examples, start + step)) for start in range(0, max(examples, 1), step))
 
@@ -78,7 +78,7 @@ def _chunks(examples: int, numbers: int) -> Iterator[slice]:
 def _product(
     left: Float[Tensor, "example token left"], right: Float[Tensor, "example token right"]
 ) -> Float[Tensor, "example product"]:
-    """`sum_t left[t] (x) right[t]`, flattened with the left index major."""
+    """Return `sum_t left[t] (x) right[t]`, flattened with the left index major."""
     if left.shape[1] == 1:
         return (left.transpose(1, 2) * right).flatten(1)
     # bmm took 18 us where einsum took 28 (16 examples, 128 tokens, 16x16).
@@ -88,7 +88,7 @@ def _product(
 def _combine_one_hot(
     tail: LinearMap, left: OneHot, right: Float[Tensor, "example token right"]
 ) -> Float[Tensor, "example size"]:
-    """Row `ids[t]` of the gradient receives `right[t]`; all other rows are never formed."""
+    """Add `right[t]` to row `ids[t]` of the gradient; all other rows are never formed."""
     columns = right.shape[2]
     ids = left.ids.unsqueeze(-1) * columns + torch.arange(columns, device=right.device)
     return _apply_sparse(tail, ids.flatten(1), right.flatten(1))
@@ -111,7 +111,7 @@ def _apply_sparse(
 
 
 def outer_form(compressor: Compressor) -> Compressor:
-    """The same map with an outer product: slower, and what the other two products are defined by."""
+    """Return the same map with an outer product: slower, and what the other two products are defined by."""
     if compressor.product == "outer":
         return compressor
     left, right, tail = compressor.left, compressor.right, compressor.tail
@@ -125,14 +125,14 @@ def outer_form(compressor: Compressor) -> Compressor:
 
 
 def is_gathered(kept: int, shape: tuple[int, int]) -> bool:
-    """Whether gathering the kept entries of a gradient costs less than forming it."""
+    """Return whether gathering the kept entries of a gradient costs less than forming it."""
     return kept * _GATHER_COST < shape[0] * shape[1]
 
 
 def compress_gradient(
     compressor: Compressor, gradient: Float[Tensor, "example out in"]
 ) -> Float[Tensor, "example size"]:
-    """The compressed form of gradients that exist as matrices; the reference for `compress_factors`."""
+    """Compress gradients that exist as matrices; the reference for `compress_factors`."""
     form = outer_form(compressor)
     reduced = form.left.apply(form.right.apply(gradient).transpose(1, 2)).transpose(1, 2)
     return form.tail.apply(reduced.flatten(1))
@@ -141,7 +141,7 @@ def compress_gradient(
 def adjoint_gradient(
     compressor: Compressor, compressed: Float[Tensor, "example size"]
 ) -> Float[Tensor, "example out in"]:
-    """Compressed gradients brought back to matrices by the transposed map.
+    """Map compressed gradients back to matrices by the transposed map.
 
     For any G and y, `compress_gradient(G) . y` equals `G . adjoint_gradient(y)`.
 

@@ -1,7 +1,7 @@
-"""What a compressor costs for one token, counted from its spec, beside the forward and backward pass of its layer.
+"""The cost of a compressor for one token, counted from its spec, beside the forward and backward pass of its layer.
 
 Four kinds of work are counted, because hardware prices them differently: multiply-adds of matrix products; numbers read
-or written in order; numbers gathered from computed places; and `n log2 n` for every Fourier transform of n numbers.
+or written in order; numbers gathered from computed positions; and `n log2 n` for every Fourier transform of n numbers.
 `RATES` turns them into one unit, the time that a multiply-add takes in a large matrix product of the same device, in
 which a linear layer `[out, in]` with a frozen weight costs `2 out in`: once forward, once for its input's gradient.
 """
@@ -24,12 +24,12 @@ class Work(NamedTuple):
     streamed: float = 0
     """Numbers read or written in order."""
     gathered: float = 0
-    """Numbers read from computed places."""
+    """Numbers read from computed positions."""
     transformed: float = 0
     """`n log2 n`, summed over Fourier transforms of n numbers."""
 
     def plus(self, other: "Work", times: float = 1.0) -> "Work":
-        """Both together, the other one `times` over."""
+        """Add the other work, `times` over."""
         return Work(*(one + times * more for one, more in zip(self, other, strict=True)))
 
 
@@ -57,9 +57,9 @@ with them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers, where 
 
 
 def work(spec: CompressionSpec, shape: Shape, tokens: int) -> Work:
-    """What compressing the gradient `[out, in]` of examples of `tokens` tokens takes, per token.
+    """Return the work of compressing the gradient `[out, in]` of examples of `tokens` tokens, per token.
 
-    A compressor of another package is taken for a dense matrix.
+    A compressor of another package counts as a dense matrix.
     """
     rows, columns = shape
     size = rows * columns
@@ -88,7 +88,7 @@ def work(spec: CompressionSpec, shape: Shape, tokens: int) -> Work:
 
 
 def _map(name: str, size: int, kept: int) -> Work:
-    """One map of a vector of `size` numbers to `kept`."""
+    """Return the work of one map of a vector of `size` numbers to `kept`."""
     if kept == size:
         return Work()
     if name in ("mask", "selective"):
@@ -102,25 +102,25 @@ def _map(name: str, size: int, kept: int) -> Work:
 
 
 def _circular(rows: int, columns: int, size: int, tokens: int) -> Work:
-    """Two folded sides, a transform for each, and one back for every example."""
+    """Return the work of two folded sides: a transform for each, and one back for every example."""
     return Work(streamed=rows + columns, transformed=size * math.log2(size) * (2 + 1 / tokens))
 
 
 def _entrywise(rows: int, columns: int, kept: int) -> Work:
-    """Kept entries of the gradient, each from its row and column of the factors."""
+    """Return the work of the kept entries of the gradient, each from its row and column of the factors."""
     if kept > rows + columns:
         return Work(streamed=rows + columns + 2 * kept)
     return Work(gathered=2 * kept)
 
 
 def price(done: Work, device: str) -> float:
-    """Work in multiply-adds of a large matrix product on a kind of device (`cpu`, `cuda`, ...)."""
+    """Return the work in multiply-adds of a large matrix product on a kind of device (`cpu`, `cuda`, ...)."""
     rates = RATES.get(device, RATES["cuda"])
     return float(sum(count * rate for count, rate in zip(done, rates, strict=True)))
 
 
 def cost_share(spec: CompressionSpec, shapes: Iterable[Shape], tokens: int, device: str) -> float:
-    """What compressing costs, as a share of the forward and backward passes of the same linear layers."""
+    """Return the cost of compressing, as a share of the forward and backward passes of the same linear layers."""
     compressing, own = 0.0, 0.0
     for shape in shapes:
         compressing += price(work(spec, shape, tokens), device)

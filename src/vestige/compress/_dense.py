@@ -37,19 +37,19 @@ class Dense:
         return self._matrices[dtype]
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """One matrix product."""
+        """Compute one matrix product."""
         return F.linear(vectors, self._in(vectors.dtype))
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """Columns of the matrix."""
+        """Return columns of the matrix."""
         return F.embedding(ids, self.matrix.t())
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """One product with the transposed matrix."""
+        """Compute one product with the transposed matrix."""
         return images @ self._in(images.dtype)
 
     def to(self, device: torch.device) -> "Dense":
-        """The same matrix on `device`."""
+        """Return the same matrix on `device`."""
         return Dense(self.matrix.to(device))
 
 
@@ -76,7 +76,7 @@ class StreamedDense:
         return random_columns(self.stream, self.init, ids, self.out_size).to(dtype)
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The sum over blocks of coordinates, accumulated in float32 (float64 for float64 vectors)."""
+        """Return the sum over blocks of coordinates, accumulated in float32 (float64 for float64 vectors)."""
         flat = vectors.reshape(-1, self.in_size)
         wide = torch.promote_types(vectors.dtype, torch.float32)
         total = flat.new_zeros(len(flat), self.out_size, dtype=wide)
@@ -85,31 +85,31 @@ class StreamedDense:
         return total.to(vectors.dtype).view(*vectors.shape[:-1], self.out_size)
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """Columns of the matrix, generated."""
+        """Generate columns of the matrix."""
         return random_columns(self.stream, self.init, ids, self.out_size)
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """Block after block of the result."""
+        """Compute the result block by block."""
         flat = images.reshape(-1, self.out_size)
         wide = torch.promote_types(images.dtype, torch.float32)
         parts = [flat.to(wide) @ self._block(start, stop, wide).t() for start, stop in self._blocks()]
         return torch.cat(parts, dim=1).to(images.dtype).view(*images.shape[:-1], self.in_size)
 
     def to(self, device: torch.device) -> "StreamedDense":
-        """The same matrix, generated on `device`."""
+        """Return the same matrix, generated on `device`."""
         return StreamedDense(self.in_size, self.out_size, self.stream, self.init, device)
 
 
 def random_columns(
     stream: Stream, init: Init, ids: Int[Tensor, "*batch"], out_size: int
 ) -> Float[Tensor, "*batch out"]:
-    """Columns `ids` of the matrix: entry (row, column) is the draw at coordinate `column * out_size + row`."""
+    """Generate columns `ids` of the matrix: entry (row, column) is the draw at coordinate `column * out_size + row`."""
     rows = torch.arange(out_size, device=ids.device)
     return _draws[init](stream, ids.unsqueeze(-1) * out_size + rows) / math.sqrt(out_size)
 
 
 def stored(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
-    """The random matrix, held in memory."""
+    """Return the random matrix, held in memory."""
     return Dense(random_columns(stream, init, torch.arange(in_size), out_size).t().contiguous())
 
 
@@ -119,20 +119,20 @@ def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap
     return StreamedDense(in_size, out_size, stream, init, torch.device("cpu"))
 
 
-@compressor("gauss", forms=("K",), example="gauss:1024")
+@compressor("gauss", forms=("K",), example="gauss:1024", shareable=True)
 def gauss(in_size: int, out_size: int, stream: Stream) -> LinearMap:
-    """Independent normal entries of variance `1 / k` on the whole gradient."""
+    """Draw independent normal entries of variance `1 / k` for the whole gradient."""
     return _whole(in_size, out_size, stream, "gaussian")
 
 
-@compressor("rademacher", forms=("K",), example="rademacher:1024")
+@compressor("rademacher", forms=("K",), example="rademacher:1024", shareable=True)
 def rademacher(in_size: int, out_size: int, stream: Stream) -> LinearMap:
-    """Entries `±1 / sqrt(k)` on the whole gradient."""
+    """Draw entries `±1 / sqrt(k)` for the whole gradient."""
     return _whole(in_size, out_size, stream, "rademacher")
 
 
 def orthonormal(in_size: int, out_size: int, stream: Stream) -> Dense:
-    """Orthogonal rows of length `sqrt(in / out)`: a uniformly random subspace.
+    """Return orthogonal rows of length `sqrt(in / out)`: a uniformly random subspace.
 
     The rows are the reduced QR factor, in float64, of the matrix of `init=gaussian`, with the signs that make the
     triangular factor's diagonal positive. `E[P^T P]` of orthonormal rows is `out / in` times the identity, so rows of
@@ -166,7 +166,7 @@ def logra(
     init: Literal["gaussian", "rademacher", "orthonormal"] = "gaussian",
     min: int = DEFAULT_MINIMUM,  # noqa: ARG001  (used before, to divide a total rank)
 ) -> LinearMap:
-    """A dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
+    """Return a dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
     if init == "orthonormal":
         return orthonormal(in_size, out_size, stream)
     return stored(in_size, out_size, stream, init)

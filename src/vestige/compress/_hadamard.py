@@ -32,7 +32,7 @@ class Hadamard:
         self.row = row
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The kept coordinates, in float32 for halves until the last addition."""
+        """Return the kept coordinates, in float32 for halves until the last addition."""
         wide = torch.promote_types(vectors.dtype, torch.float32)
         flat, sign = vectors.reshape(-1, self.in_size), self.sign.to(wide)
         step = max(1, _CACHED_NUMBERS // self.padded)
@@ -44,7 +44,7 @@ class Hadamard:
         return images.to(vectors.dtype).view(*vectors.shape[:-1], self.out_size)
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """Entry (r, j) of the matrix is -1 to the number of ones that r and j have in common in binary."""
+        """Return columns: entry (r, j) is -1 to the number of ones that r and j have in common in binary."""
         common = ids.unsqueeze(-1) & self.row
         for shift in (32, 16, 8, 4, 2, 1):
             common = common ^ (common >> shift)
@@ -52,7 +52,7 @@ class Hadamard:
         return parity * self.sign[ids].unsqueeze(-1) / math.sqrt(self.out_size)
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The images at their rows, transformed (the matrix is symmetric), times the signs."""
+        """Return the images at their rows, transformed (the matrix is symmetric), times the signs."""
         wide = torch.promote_types(images.dtype, torch.float32)
         flat = images.reshape(-1, self.out_size).to(wide) / math.sqrt(self.out_size)
         step = max(1, _CACHED_NUMBERS // self.padded)
@@ -65,12 +65,12 @@ class Hadamard:
         return vectors.to(images.dtype).view(*images.shape[:-1], self.in_size)
 
     def to(self, device: torch.device) -> "Hadamard":
-        """The same signs and rows on `device`."""
+        """Return the same signs and rows on `device`."""
         return Hadamard(self.sign.to(device), self.row.to(device))
 
 
 def walsh_hadamard(vectors: Float[Tensor, "batch size"]) -> Float[Tensor, "batch size"]:
-    """The unnormalised Walsh-Hadamard transform in Sylvester order; `size` is a power of two.
+    """Return the unnormalised Walsh-Hadamard transform in Sylvester order; `size` is a power of two.
 
     `H_n` is the Kronecker product of `H_a` and `H_b` with `a * b = n`. Both are done along the outer axis of an
     a by b matrix and its transpose, so that every addition runs over long contiguous rows.
@@ -82,7 +82,7 @@ def walsh_hadamard(vectors: Float[Tensor, "batch size"]) -> Float[Tensor, "batch
 
 
 def _along_rows(matrix: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
-    """The transform of every column."""
+    """Transform every column."""
     batch, rows, columns = matrix.shape
     half = rows // 2
     while half:
@@ -95,7 +95,7 @@ def _along_rows(matrix: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "b
 
 @compressor("fjlt", forms=("K", "AxB"), example="fjlt:1024")
 def fjlt(in_size: int, out_size: int, stream: Stream) -> Hadamard:
-    """Random signs and random rows of the Hadamard matrix, for the whole gradient or for each side."""
+    """Draw signs and rows of the Hadamard matrix, for the whole gradient or for each side."""
     sign = signs(stream.child("sign"), torch.arange(in_size))
     padded = 1 << max(0, in_size - 1).bit_length()
     return Hadamard(sign, permutation_head(stream.child("row"), out_size, padded))

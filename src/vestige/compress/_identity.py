@@ -1,4 +1,4 @@
-"""The map that changes nothing, and maps one after the other."""
+"""The identity map, and the composition of maps."""
 
 from collections.abc import Sequence
 
@@ -18,25 +18,25 @@ class Identity:
         self.out_size = size
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        """The vectors themselves, not a copy."""
+        """Return the vectors themselves, not a copy."""
         return vectors
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """One-hot rows, float32."""
+        """Return one-hot rows, float32."""
         return F.one_hot(ids, self.out_size).to(torch.float32)
 
     def adjoint(self, images: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        """The images themselves."""
+        """Return the images themselves."""
         return images
 
     def apply_sparse(
         self, ids: Int[Tensor, "batch entry"], values: Float[Tensor, "batch entry"]
     ) -> Float[Tensor, "batch out"]:
-        """Dense vectors from some coordinates and their values; a repeated coordinate adds up."""
+        """Return dense vectors from some coordinates and their values; a repeated coordinate adds up."""
         return values.new_zeros(len(values), self.out_size).scatter_add_(1, ids, values)
 
     def to(self, device: torch.device) -> "Identity":  # noqa: ARG002
-        """Itself: nothing is stored."""
+        """Return itself: nothing is stored."""
         return self
 
 
@@ -49,31 +49,31 @@ class Composed:
         self.out_size = self.maps[-1].out_size
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The image under all maps."""
+        """Return the image under all maps."""
         for one in self.maps:
             vectors = one.apply(vectors)
         return vectors
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """The first map's columns, sent through the others."""
+        """Return the first map's columns, sent through the others."""
         images = self.maps[0].columns(ids)
         for one in self.maps[1:]:
             images = one.apply(images)
         return images
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The adjoints in the opposite order."""
+        """Apply the adjoints in the opposite order."""
         for one in reversed(self.maps):
             images = one.adjoint(images)
         return images
 
     def to(self, device: torch.device) -> "Composed":
-        """Every map on `device`."""
+        """Return every map on `device`."""
         return Composed([one.to(device) for one in self.maps])
 
 
 def chain(size: int, maps: Sequence[LinearMap]) -> LinearMap:
-    """One map for a sequence of maps on vectors of `size` numbers; identities vanish."""
+    """Return one map for a sequence of maps on vectors of `size` numbers; identities vanish."""
     active = [one for one in maps if not isinstance(one, Identity)]
     if not active:
         return Identity(size)

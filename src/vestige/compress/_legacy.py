@@ -20,7 +20,7 @@ _GRASS_BLOWUP = 4  # published default: the mask keeps four times as many number
 
 
 def modern_spelling(stage: str) -> list[str]:
-    """The stage in the language; itself when it is not one of the old spellings.
+    """Return the stage in the language; itself when it is not one of the old spellings.
 
     A dense projection with a size for each side is `logra`; GraSS and FactGraSS are two stages each. Options belong to
     the sketch, except those of `selective_grass`, which name the file of its mask.
@@ -57,7 +57,7 @@ def _factgrass_mask(size: int, given: str) -> str:
 
 
 def _dense_sides(stage: str) -> str:
-    """`gauss:64x64` and `rademacher:64x64` are Kronecker projections, whose name is `logra`."""
+    """Rewrite `gauss:64x64` and `rademacher:64x64`: they are Kronecker projections, whose name is `logra`."""
     match = re.fullmatch(r"(gauss|rademacher)\s*:\s*([0-9]+[x*×][0-9]+)", stage.strip(), re.IGNORECASE)
     if match is None:
         return stage

@@ -33,7 +33,7 @@ class MaskPart(NamedTuple):
 
 
 def write_masks(path: str | Path, masks: Mapping[str, Mapping[str, MaskPart]]) -> None:
-    """Writes the parts (`left` and `right`, or `whole`) of every component to one file."""
+    """Write the parts (`left` and `right`, or `whole`) of every component to one file."""
     parts = {f"{name}/{word}": part for name, mask in masks.items() for word, part in mask.items()}
     about = {name: {"size": part.size, "scale": part.scale} for name, part in sorted(parts.items())}
     tensors = {name: part.coordinates.to(torch.int64).cpu().contiguous() for name, part in sorted(parts.items())}
@@ -49,10 +49,10 @@ class MaskFile:
     parts: Mapping[str, MaskPart]
 
     def part(self, component: str, word: str) -> MaskPart:
-        """The mask of one side of a component, or of the whole.
+        """Return the mask of one side of a component, or of the whole.
 
         Raises:
-            SpecError: It was never trained. Random coordinates in its place would go unnoticed.
+            SpecError: It was never trained. Random coordinates instead would go unnoticed.
         """
         wanted = f"{component}/{word}"
         if wanted in self.parts:
@@ -67,7 +67,7 @@ class MaskFile:
 
 
 def read_masks(path: str) -> MaskFile:
-    """The masks in a file that `write_masks` wrote.
+    """Read the masks in a file that `write_masks` wrote.
 
     Raises:
         SpecError: There is no such file, or it holds something else.
@@ -77,7 +77,7 @@ def read_masks(path: str) -> MaskFile:
         return _read(path, state.st_mtime_ns, state.st_size)
     except FileNotFoundError as missing:
         raise SpecError(
-            f"There is no file of masks '{path}' (looked from {Path.cwd()}). Give the file that the masks were "
+            f"There is no file of masks '{path}' (searched from {Path.cwd()}). Give the file that the masks were "
             "written to, or take random coordinates with 'mask' in place of 'selective'."
         ) from missing
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as broken:

@@ -1,4 +1,4 @@
-"""Training a mask: which coordinates of a gradient keep the inner products of examples in order.
+"""Training of a mask: it finds the coordinates of a gradient that keep the inner products of examples in order.
 
 The objective is that of the selective mask of GraSS. Logits S give a soft mask `m = sigmoid(S)`; maximised is
 
@@ -7,7 +7,7 @@ The objective is that of the selective mask of GraSS. Logits S give a soft mask 
 where f is 1 while more than twice the wanted k entries of m exceed one half, and falls with their number to 0.1.
 For a mask of both sides, m is the outer product of one mask for each, and the penalties add up. What differs from the
 published training: Adam takes one step a batch (there: two); the best mask is kept, judged as it will be used,
-with exactly k coordinates, on queries that the training never saw (there: the last one); and the kept
+with exactly k coordinates, on queries that the training never used (there: the last one); and the kept
 coordinates are scaled so that inner products are right on average over those pairs (there: not at all).
 """
 
@@ -28,20 +28,20 @@ from vestige.errors import DataError
 
 _LEAST_EXAMPLES = 10
 _SPREAD = 0.01  # of the first logits
-_SHARP = 0.01  # temperature at which the stop rule looks at the soft mask
+_SHARP = 0.01  # temperature at which the stop rule measures the soft mask
 _CONSTANT = 1e-6  # a row of products that varies less, relative to its size, has no correlation
 
 
 @dataclass(frozen=True)
 class MaskTraining:
-    """How a mask is trained; the defaults are the published ones for GPT-2 and Llama.
+    """Settings of the training of a mask; the defaults are the published ones for GPT-2 and Llama.
 
     Attributes:
         penalty: lambda, the price of one entry of the soft mask.
-        learning_rate: Of Adam; also the most that a logit moves in a step, beside 0.01 between the first ones.
+        learning_rate: Of Adam; also the most that a logit moves in a step, beside 0.01 between the first logits.
         epochs: Passes over the examples, at most.
         batch: Examples a step.
-        check_every: Epochs between two looks at the unseen queries.
+        check_every: Epochs between two measurements on the unseen queries.
         stop_below: Training ends when the rank correlation of the soft mask, sharpened 100 times, has been at
             least this and falls below it: from there on, sparsity costs more than it gives.
     """
@@ -59,7 +59,7 @@ class SelectiveMask(NamedTuple):
 
     `parts` are `left` and `right`, or `whole`, as `write_masks` takes them; `correlation` is the mean rank
     correlation (Spearman, at most 1) of masked and exact inner products with unseen queries; `history` has one for
-    every look, the first before any training.
+    every measurement, the first before any training.
     """
 
     parts: dict[str, MaskPart]
@@ -76,7 +76,7 @@ class _Split(NamedTuple):
 
 
 class _Face(NamedTuple):
-    """What one logit vector chooses from: a side or the whole gradient; nothing to choose if all is kept."""
+    """The candidates of one logit vector: a side or the whole gradient; nothing to choose if all is kept."""
 
     word: str
     size: int
@@ -94,7 +94,7 @@ def train_selective_mask(
     stream: Stream,
     training: MaskTraining = MaskTraining(),
 ) -> SelectiveMask:
-    """The mask of one component, from the gradients of some examples under the checkpoint that will be explained.
+    """Train the mask of one component, from gradients of some examples under the checkpoint that will be explained.
 
     From factors, the gradients are `torch.einsum("nto,nti->noi", left, right)`. A fifth of the examples are the
     objective's queries, another fifth are never trained on. Memory is about twice that of the gradients; a
@@ -155,24 +155,24 @@ def _faces(shape: Sequence[int], size: tuple[int, ...], stream: Stream, device: 
     return faces
 
 
-# Lists of tensors have one entry a side, whose lengths differ: no axis name can be said for both.
+# Lists of tensors have one entry a side, whose lengths differ: one axis name cannot serve both.
 def _outer(masks: Sequence[Tensor]) -> Float[Tensor, " entry"]:
     return masks[0] if len(masks) == 1 else torch.outer(masks[0], masks[1]).flatten()
 
 
 def _soft(faces: list[_Face], temperature: float = 1.0) -> tuple[Float[Tensor, " entry"], list[Tensor]]:
-    """The soft mask of the whole gradient, and that of each face."""
+    """Return the soft mask of the whole gradient, and that of each face."""
     masks = [torch.sigmoid(one.logits / temperature) if one.free else torch.ones_like(one.logits) for one in faces]
     return _outer(masks), masks
 
 
 def _choose(faces: list[_Face]) -> list[Tensor]:
-    """The coordinates with the largest logits, ascending."""
+    """Return the coordinates with the largest logits, ascending."""
     return [face.logits.detach().topk(face.kept).indices.sort().values for face in faces]
 
 
 def _hard(faces: list[_Face], chosen: list[Tensor]) -> Float[Tensor, " entry"]:
-    """The mask of the whole gradient that the chosen coordinates make, of zeros and ones."""
+    """Return the mask of the whole gradient that the chosen coordinates make, of zeros and ones."""
     zeros = [torch.zeros_like(face.logits, requires_grad=False) for face in faces]
     return _outer([one.index_fill_(0, index, 1.0) for one, index in zip(zeros, chosen, strict=True)])
 
@@ -193,7 +193,7 @@ def _run_epoch(
 
 
 def _keep_enough(face: _Face) -> None:
-    """Where fewer than k logits are positive, the k largest become 2: the mask never gets smaller than wanted."""
+    """Set the k largest logits to 2 where fewer than k are positive: the mask never gets smaller than wanted."""
     with torch.no_grad():
         if int((face.logits > 0).sum()) < face.kept:
             face.logits[face.logits.topk(face.kept).indices] = 2.0
@@ -205,7 +205,7 @@ def objective(
     faces: list[_Face],
     penalty: float,
 ) -> Float[Tensor, ""]:
-    """The formula above."""
+    """Return the value of the formula above."""
     mask, masks = _soft(faces)
     exact, masked = queries @ examples.t(), (queries * mask.square()) @ examples.t()
     price = mask.new_zeros(())
@@ -217,7 +217,7 @@ def objective(
 
 
 def _pearson(exact: Float[Tensor, "query example"], other: Float[Tensor, "query example"]) -> Float[Tensor, ""]:
-    """The mean correlation of the rows that vary; 0 if none does."""
+    """Return the mean correlation of the rows that vary; 0 if none does."""
     centered = [one - one.mean(1, keepdim=True) for one in (exact, other)]
     sums = [one.square().sum(1) for one in centered]
     sizes = [one.square().sum(1) for one in (exact, other)]
@@ -229,7 +229,7 @@ def _pearson(exact: Float[Tensor, "query example"], other: Float[Tensor, "query 
 
 
 def _rank_correlation(split: _Split, mask: Float[Tensor, " entry"]) -> float:
-    """The mean Spearman correlation of exact and masked products of the unseen queries with the examples."""
+    """Return the mean Spearman correlation of exact and masked products of the unseen queries with the examples."""
     with torch.no_grad():
         exact, masked = split.unseen @ split.examples.t(), (split.unseen * mask.square()) @ split.examples.t()
     ranks = [torch.from_numpy(np.asarray(rankdata(one.cpu().numpy(), axis=1))) for one in (exact, masked)]
@@ -237,7 +237,7 @@ def _rank_correlation(split: _Split, mask: Float[Tensor, " entry"]) -> float:
 
 
 def _scaled_parts(split: _Split, faces: list[_Face], chosen: list[Tensor]) -> dict[str, MaskPart]:
-    """The mask with the scale whose square fits masked to exact products of unseen pairs by least squares."""
+    """Return the mask with the scale whose square fits masked to exact products of unseen pairs by least squares."""
     exact = split.unseen @ split.examples.t()
     masked = (split.unseen * _hard(faces, chosen)) @ split.examples.t()
     slope = float((exact * masked).sum() / masked.square().sum().clamp(min=torch.finfo(torch.float32).tiny))

@@ -28,7 +28,7 @@ class Stream:
         self.path = path
 
     def child(self, *path: str | int) -> "Stream":
-        """An independent stream for a part of this one's purpose."""
+        """Return an independent stream for a part of this one's purpose."""
         return Stream(self.seed, *self.path, *path)
 
     @cached_property
@@ -43,7 +43,7 @@ class Stream:
 
 
 def _mix(word: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """A bijection of 32-bit words: an input bit flips every output bit about half the time (in place)."""
+    """Map 32-bit words one to one: an input bit flips every output bit about half the time (in place)."""
     word ^= word >> 16
     word *= 0x21F0AAAD
     word &= WORD
@@ -55,7 +55,7 @@ def _mix(word: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
 
 
 def bits(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """32 uniform bits for each non-negative 64-bit coordinate, as int64 in [0, 2^32)."""
+    """Return 32 uniform bits for each non-negative 64-bit coordinate, as int64 in [0, 2^32)."""
     first, second = stream.keys
     word = _mix((coordinate & WORD) ^ first)
     word ^= coordinate >> 32
@@ -65,17 +65,17 @@ def bits(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Int[Tensor, "*bat
 
 
 def signs(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """+1 or -1 with equal probability, float32."""
+    """Return +1 or -1 with equal probability, float32."""
     return ((bits(stream, coordinate) >> 31) * 2 - 1).to(torch.float32)
 
 
 def integers(stream: Stream, coordinate: Int[Tensor, "*batch"], limit: int) -> Int[Tensor, "*batch"]:
-    """Integers in [0, limit), uniform up to `limit / 2^32`; `limit` below 2^31."""
+    """Return integers in [0, limit), uniform up to `limit / 2^32`; `limit` below 2^31."""
     return (bits(stream, coordinate) * limit) >> 32
 
 
 def gaussians(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """Standard normal float32 numbers: the inverse distribution function of 52 random bits.
+    """Return standard normal float32 numbers: the inverse distribution function of 52 random bits.
 
     The inverse is evaluated in float64 on the CPU, whatever the device, because the special functions of two
     devices need not round alike.
@@ -87,17 +87,17 @@ def gaussians(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Float[Tensor
 
 
 def permutation(stream: Stream, size: int) -> Int[Tensor, " size"]:
-    """A random order of `size` coordinates."""
+    """Return a random order of `size` coordinates."""
     return _ranked(stream, torch.arange(size)).argsort()
 
 
 def _ranked(stream: Stream, coordinate: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Distinct 63-bit numbers in random order: the hash above, the coordinate (below 2^32) in the low half."""
+    """Return distinct 63-bit numbers in random order: the hash above, the coordinate (below 2^32) in the low half."""
     return ((bits(stream, coordinate) >> 1) << 32) | coordinate
 
 
 def permutation_head(stream: Stream, count: int, size: int) -> Int[Tensor, " count"]:
-    """`count` distinct coordinates out of `size`, every subset equally likely, in ascending order.
+    """Return `count` distinct coordinates out of `size`, every subset equally likely, in ascending order.
 
     They are the coordinates with the smallest hashes, a tie going to the smaller coordinate; hash and
     coordinate share one 63-bit integer, so `size` may be up to 2^32.

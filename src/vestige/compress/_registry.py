@@ -1,21 +1,20 @@
-"""What compressors there are: name, form of the size, options, and the function that builds the map.
+"""The registered compressors: name, form of the size, options, and the function that builds the map.
 
 A compressor is one function `(in_size, out_size, stream, *, option=default) -> LinearMap` under
 `@compressor(...)`; with `product="circular"` it takes the sizes of both sides and returns a map for each. Its
 keyword-only arguments are its options in the spec language: `int`, a `Literal` of strings, or `str` for free text
-without commas and bars. With `located=True` it is also told the component's name and the side. Packages add
-compressors through the entry point group `vestige.compressors`; loading the entry point has to run the decorator.
+without commas and bars. With `located=True` it also takes the component's name and the side. Packages add
+compressors through the entry point group `vestige.compressors`: the name, and the function or its module.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from vestige.compress._types import Product
 from vestige.errors import SpecError
+from vestige.registry import Registry
 
 Form = Literal["K", "AxB"]
 EXAMPLE = "mask:128x128 | sjlt:4096"
@@ -44,6 +43,7 @@ class Kind:
         allocate: For a `K` that is divided between the sides: from the gradient's shape, K and all options to (A, B).
         complete: From size and options to the options that are written to disk, such as a file's digest.
         located: Whether `build` takes the component's name and the side (None: the whole gradient) as well.
+        shareable: Whether its numbers have mean zero, so that components can share a sketch that is wider than one.
     """
 
     name: str
@@ -56,13 +56,14 @@ class Kind:
     allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None
     complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None
     located: bool = False
+    shareable: bool = False
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Every option of the compressor, given or not."""
+        """Return every option of the compressor, given or not."""
         return {key: options.get(key, option.default) for key, option in self.options.items()}
 
 
-_kinds: dict[str, Kind] = {}
+COMPRESSORS: Registry[Kind] = Registry("vestige.compressors", "compressor", Kind)
 
 
 def compressor(
@@ -75,11 +76,14 @@ def compressor(
     allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None,
     complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None,
     located: bool = False,
+    shareable: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds a compressor to the spec language under `name`."""
+    """Add a compressor to the spec language under `name`."""
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        _kinds[name] = Kind(name, forms, example, _options(build), build, product, check, allocate, complete, located)
+        options = _options(build)
+        kind = Kind(name, forms, example, options, build, product, check, allocate, complete, located, shareable)
+        COMPRESSORS.add(name, kind)
         return build
 
     return register
@@ -95,34 +99,17 @@ def _options(build: Callable[..., Any]) -> dict[str, Option]:
 
 
 def known_compressors() -> list[str]:
-    """Every name of the spec language, `none` first."""
-    _load_entry_points()
-    return ["none", *sorted(_kinds)]
+    """Return every name of the spec language, `none` first."""
+    return ["none", *COMPRESSORS.names()]
 
 
 def find_compressor(name: str, given: str) -> Kind:
-    """The compressor called `name`; `given` is the stage as typed, for the message.
+    """Return the compressor called `name`; `given` is the stage as typed, for the message.
 
     Raises:
         SpecError: No compressor has this name.
     """
-    if name not in _kinds:
-        _load_entry_points()
-    if name in _kinds:
-        return _kinds[name]
-    names = known_compressors()
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise SpecError(
-        f"Unknown compressor '{name}' in '{given}'.{hint} Known: {', '.join(names)}. Example: --compress '{EXAMPLE}'."
-    )
-
-
-_loaded: set[str] = set()
-
-
-def _load_entry_points() -> None:
-    for point in entry_points(group="vestige.compressors"):
-        if point.value not in _loaded:
-            _loaded.add(point.value)
-            point.load()
+    try:
+        return COMPRESSORS.find(name)
+    except SpecError as error:
+        raise SpecError(f"{error} In '{given}'. Example: --compress '{EXAMPLE}'.") from None

@@ -12,7 +12,7 @@ from vestige.gradients import Side
 
 
 def _with_digest(size: tuple[int, ...], options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options with the file's digest, by which a spec on disk recognises the masks that it was made with."""
+    """Add the file's digest to the options, by which a spec on disk recognises the masks that it was made with."""
     if not options.get("file"):
         shown = "x".join(map(str, size))
         raise SpecError(
@@ -39,7 +39,7 @@ def selective(
     file: str = "",
     digest: str = "",
 ) -> Coordinates:
-    """The trained coordinates of a component's side, or of its whole gradient, times their trained scale.
+    """Return the trained coordinates of a component's side, or of its whole gradient, times their trained scale.
 
     Raises:
         SpecError: The file, the component or the side is missing, or is not the one that the spec was made with.
@@ -48,7 +48,7 @@ def selective(
     if digest != masks.digest:
         raise SpecError(
             f"The masks in '{file}' have changed: their digest is {masks.digest}, and the spec was made with "
-            f"{digest}. Bring the old file back, or leave digest= out and compress everything again."
+            f"{digest}. Restore the old file, or leave digest= out and compress everything again."
         )
     word = side or "whole"
     part = masks.part(component, word)

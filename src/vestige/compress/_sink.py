@@ -1,4 +1,4 @@
-"""Where a gradient pass leaves compressed gradients: one row an example, one run of columns a component."""
+"""The sink for compressed gradients: one row an example, one run of columns a component."""
 
 from collections.abc import Sequence
 
@@ -32,16 +32,16 @@ class CompressingSink:
         self.width = width
 
     def begin(self, examples: int, device: torch.device | str) -> None:
-        """Starts a batch: zeros for its examples."""
+        """Start a batch: zeros for its examples."""
         self.gradients = torch.zeros(examples, self.width, device=device)
 
     def reduce(self, component: int, side: Side, factor: Factor) -> ReducedFactor:
-        """The factor under its side's map: what the other factor will be combined with."""
+        """Return the factor under its side's map: what the other factor will be combined with."""
         with timed("compression"):
             return reduce_factor(self.compressors[component], side, factor)
 
     def accumulate(self, component: int, examples: slice, left: LeftFactor, right: RightFactor) -> None:
-        """Adds the compressed gradients of `examples` from both reduced factors."""
+        """Add the compressed gradients of `examples` from both reduced factors."""
         with timed("compression"):
             compressed = combine(self.compressors[component], left, right)
             # Of a model on several devices, each component is compressed on its own.

@@ -45,7 +45,7 @@ class Sjlt:
     def nonzeros(
         self, ids: Int[Tensor, "*batch"]
     ) -> tuple[Int[Tensor, "*batch entries"], Float[Tensor, "*batch entries"]]:
-        """Rows and values of the non-zero entries of columns `ids`."""
+        """Return the rows and values of the non-zero entries of columns `ids`."""
         rows, values = [], []
         for part in range(self.entries):
             first, last = (self.out_size * edge // self.entries for edge in (part, part + 1))
@@ -54,7 +54,7 @@ class Sjlt:
         return torch.stack(rows, dim=-1), torch.stack(values, dim=-1)
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The signed sums, accumulated in float32 (float64 for float64 vectors)."""
+        """Return the signed sums, accumulated in float32 (float64 for float64 vectors)."""
         wide = torch.promote_types(vectors.dtype, torch.float32)
         table = vectors.reshape(-1, self.in_size).to(wide).t().contiguous()
         sums = F.embedding_bag(self._source, table, self._offset, mode="sum", per_sample_weights=self._value.to(wide))
@@ -63,18 +63,18 @@ class Sjlt:
     def apply_sparse(
         self, ids: Int[Tensor, "batch entry"], values: Float[Tensor, "batch entry"]
     ) -> Float[Tensor, "batch out"]:
-        """The image of vectors given by some coordinates and their values; a repeated coordinate adds up."""
+        """Return the image of vectors given by some coordinates and their values; a repeated coordinate adds up."""
         rows, weights = self.nonzeros(ids)
         sums = values.new_zeros(len(values), self.out_size)
         return sums.scatter_add_(1, rows.flatten(1), (values.unsqueeze(-1) * weights.to(values.dtype)).flatten(1))
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """Columns of the map, float32."""
+        """Return columns of the map, float32."""
         rows, values = self.nonzeros(ids)
         return torch.zeros(*ids.shape, self.out_size, device=ids.device).scatter_(-1, rows, values)
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """Every coordinate reads back the sums that it was added to."""
+        """Read back, for every coordinate, the sums that it was added to."""
         wide = torch.promote_types(images.dtype, torch.float32)
         rows, values = self.nonzeros(torch.arange(self.in_size, device=images.device))
         flat = images.reshape(-1, self.out_size).to(wide)
@@ -82,7 +82,7 @@ class Sjlt:
         return sum(parts[1:], start=parts[0]).to(images.dtype).reshape(*images.shape[:-1], self.in_size)
 
     def to(self, device: torch.device) -> "Sjlt":
-        """The same map, its sorted entries on `device`."""
+        """Return the same map, its sorted entries on `device`."""
         moved = object.__new__(Sjlt)
         moved.__dict__.update(self.__dict__)
         moved._source = self._source.to(device)
@@ -99,7 +99,7 @@ def _check(size: tuple[int, ...], options: Mapping[str, Any]) -> None:
         )
 
 
-@compressor("sjlt", forms=("K", "AxB"), example="sjlt:4096", check=_check)
+@compressor("sjlt", forms=("K", "AxB"), example="sjlt:4096", check=_check, shareable=True)
 def sjlt(in_size: int, out_size: int, stream: Stream, *, s: int = 1) -> Sjlt:
-    """The sparse transform with `s` entries a column."""
+    """Draw the sparse transform with `s` entries a column."""
     return Sjlt(in_size, out_size, stream, s)

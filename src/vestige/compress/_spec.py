@@ -18,17 +18,15 @@ from typing import NamedTuple
 
 import torch
 
-from vestige.compress import _dense, _hadamard, _selective, _sjlt, _tensorsketch  # noqa: F401  (registering)
 from vestige.compress._coordinates import Coordinates
 from vestige.compress._identity import Identity, chain
 from vestige.compress._legacy import modern_spelling
 from vestige.compress._random import Stream
-from vestige.compress._registry import EXAMPLE, Kind, find_compressor
+from vestige.compress._registry import COMPRESSORS, EXAMPLE, Kind, find_compressor
 from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
 from vestige.gradients import Side
 
-_SHAREABLE = ("sjlt", "gauss", "rademacher")  # zero-mean maps that may be wider than what they are given
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
 
 
@@ -53,11 +51,11 @@ class Stage:
 
     @property
     def on_sides(self) -> bool:
-        """Whether it acts on each side of the matrix."""
+        """Return whether it acts on each side of the matrix."""
         return len(self.size) == 2 or self.kind.allocate is not None
 
     def kept(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """What it keeps of each side of `shape`, if it acts on the sides."""
+        """Return what it keeps of each side of `shape`, if it acts on the sides."""
         rows, columns = shape
         if len(self.size) == 1:
             assert self.kind.allocate is not None, "a stage on the whole gradient keeps no sides"
@@ -65,7 +63,7 @@ class Stage:
         return min(rows, self.size[0]), min(columns, self.size[1])
 
     def build(self, in_size: int, out_size: int, place: "Place") -> LinearMap:
-        """Its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `place.shared`."""
+        """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `place.shared`."""
         if out_size >= in_size and not place.shared:
             return Identity(in_size)
         where = (place.component, place.side) if self.kind.located else ()
@@ -73,7 +71,7 @@ class Stage:
 
 
 class Place(NamedTuple):
-    """Where a stage acts: what its randomness may depend on."""
+    """Position of a stage: what its randomness may depend on."""
 
     stream: Stream
     component: str
@@ -81,7 +79,7 @@ class Place(NamedTuple):
     shared: bool = False
 
     def on(self, side: Side) -> "Place":
-        """One side of the same gradient."""
+        """Return the position on one side of the same gradient."""
         return self._replace(stream=self.stream.child(side), side=side)
 
 
@@ -100,7 +98,7 @@ class CompressionSpec:
         return self.canonical
 
     def size_for(self, shape: tuple[int, int], *, shared: bool = False) -> int:
-        """Numbers kept of a gradient `[out, in]` (a vector of n is `(n, 1)`); see `build` for `shared`."""
+        """Return how many numbers a gradient `[out, in]` keeps; a vector of n is `(n, 1)`, `shared` as in `build`."""
         if shared:
             return self._shared_size()
         size = math.prod(shape)
@@ -113,18 +111,19 @@ class CompressionSpec:
         return size
 
     def _shared_size(self) -> int:
-        """Numbers of a sketch that all components share.
+        """Return the size of a sketch that all components share.
 
         Raises:
             SpecError: The last stage cannot be shared.
         """
         last = self.stages[-1] if self.stages else None
-        if last is not None and last.name in _SHAREABLE and len(last.size) == 1:
+        if last is not None and last.kind.shareable and len(last.size) == 1:
             return last.size[0]
+        able = [kind.name for kind in COMPRESSORS if kind.shareable]
         raise SpecError(
             f"'{self.canonical}' cannot be summed over the whole model: the sketches of all components are added "
             "up there, so the last stage has to spread every component, however small, over the same K numbers "
-            f"with random signs of its own. End the spec with {' or '.join(f'{one}:K' for one in _SHAREABLE)}, "
+            f"with random signs of its own. End the spec with {' or '.join(f'{name}:K' for name in able)}, "
             f"for example '{EXAMPLE}'."
         )
 
@@ -137,10 +136,10 @@ class CompressionSpec:
         *,
         shared: bool = False,
     ) -> Compressor:
-        """The compressor of the component `name` with gradients `[out, in]`.
+        """Build the compressor of the component `name` with gradients `[out, in]`.
 
-        Its randomness depends on seed, name, and the number and side of each stage, on nothing else: whoever
-        builds it gets the same map, and two components, stages or sides share no random number.
+        Its randomness depends on seed, name, and the number and side of each stage, on nothing else: every worker
+        builds the same map, and two components, stages or sides share no random number.
 
         With `shared`, every component has the same size K, also those with fewer than K numbers, and compressed
         gradients of different components may be added up: the sum is an unbiased sketch of the whole gradient,
@@ -199,7 +198,7 @@ def _assemble(shape: tuple[int, int], chains: _Chains, product: Product, device:
 
 
 def parse_spec(text: str) -> CompressionSpec:
-    """The spec that `text` spells, in the language above or in one of the published spellings.
+    """Parse `text`, a spec in the language above or in one of the published spellings.
 
     Raises:
         SpecError: With what was given, what was expected and an example.

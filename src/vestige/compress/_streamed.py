@@ -22,12 +22,12 @@ DEVICE_PIECE_NUMBERS = 2**25
 
 
 def piece_numbers(device: torch.device) -> int:
-    """Numbers of one buffer on a device."""
+    """Return how many numbers a buffer on a device holds."""
     return PIECE_NUMBERS if device.type == "cpu" else DEVICE_PIECE_NUMBERS
 
 
 def is_mapped_late(compressor: Compressor, side: Side) -> bool:
-    """Whether a factor of a circular product is kept as it is and mapped when both are known.
+    """Return whether a factor of a circular product is kept as it is and mapped when both are known.
 
     So it is where the map would make it longer: a factor may have to wait from the forward to the backward pass.
     """
@@ -38,7 +38,7 @@ def is_mapped_late(compressor: Compressor, side: Side) -> bool:
 def circular(
     compressor: Compressor, left: Factor, right: Float[Tensor, "example token _right"]
 ) -> Float[Tensor, "example size"]:
-    """`sum_t` of the circular convolutions of the mapped factors, from what `reduce_factor` left of them."""
+    """Return `sum_t` of the circular convolutions of the mapped factors, from what `reduce_factor` left of them."""
     size, dtype = compressor.left.out_size, right.dtype
     rows = []
     for examples, pieces in _pieces(right.shape[0], right.shape[1], piece_numbers(right.device) // size):
@@ -65,7 +65,7 @@ def _mapped(
 
 
 def _pieces(examples: int, tokens: int, most: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the examples, each with slices of the tokens, of at most `most` tokens (but at least one) together."""
+    """Yield slices of the examples, each with slices of the tokens, of at most `most` (but at least one) together."""
     most = max(1, most)
     steps = [slice(start, min(tokens, start + most)) for start in range(0, tokens, most)]
     at_once = max(1, most // max(1, tokens))
@@ -76,7 +76,7 @@ def _pieces(examples: int, tokens: int, most: int) -> Iterator[tuple[slice, list
 def entrywise(
     compressor: Compressor, left: Float[Tensor, "example token out"], right: Float[Tensor, "example token in"]
 ) -> Float[Tensor, "example kept"]:
-    """`sum_t left[t, row_j] * right[t, column_j]` for every kept entry j.
+    """Return `sum_t left[t, row_j] * right[t, column_j]` for every kept entry j.
 
     Few entries are gathered one by one from every token. For more it pays to transpose the factors first, which costs
     a write for each of their numbers: then an entry's numbers for all tokens lie side by side.

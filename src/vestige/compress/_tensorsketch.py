@@ -31,7 +31,7 @@ class Fold:
         self._ordered = bool((order[1:] > order[:-1]).all())
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The signed sums, in float32 for halves until they are complete."""
+        """Return the signed sums, in float32 for halves until they are complete."""
         size = self.out_size
         wide = torch.promote_types(vectors.dtype, torch.float32)
         flat, sign = vectors.reshape(-1, self.in_size).to(wide), self.sign.to(wide)
@@ -46,18 +46,18 @@ class Fold:
         return sums.to(vectors.dtype).view(*vectors.shape[:-1], size)
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """A row with the sign at the coordinate's position."""
+        """Return a row with the sign at the coordinate's position."""
         rows = torch.zeros(*ids.shape, self.out_size, device=ids.device)
         place = self.order[ids % self.out_size]
         return rows.scatter_(-1, place.unsqueeze(-1), self.sign[ids].unsqueeze(-1))
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """Every coordinate reads back the sum that it was added to."""
+        """Read back, for every coordinate, the sum that it was added to."""
         place = self.order[torch.arange(self.in_size, device=self.order.device) % self.out_size]
         return images[..., place] * self.sign.to(images.dtype)
 
     def to(self, device: torch.device) -> "Fold":
-        """The same map with its signs on `device`."""
+        """Return the same map with its signs on `device`."""
         return Fold(self.in_size, self.sign.to(device), self.order.to(device))
 
 
@@ -73,27 +73,27 @@ class Wrap:
         return (position.unsqueeze(1) + position) % self.out_size
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The sums over wrapped antidiagonals."""
+        """Return the sums over wrapped antidiagonals."""
         sums = vectors.new_zeros(*vectors.shape[:-1], self.out_size)
         return sums.index_add_(-1, self._place(vectors.device).flatten(), vectors)
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """One-hot rows."""
+        """Return one-hot rows."""
         place = (ids // self.out_size + ids % self.out_size) % self.out_size
         return F.one_hot(place, self.out_size).to(torch.float32)
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """Every entry reads the sum of its antidiagonal."""
+        """Read, for every entry, the sum of its antidiagonal."""
         return images[..., self._place(images.device).flatten()]
 
     def to(self, device: torch.device) -> "Wrap":  # noqa: ARG002
-        """Itself: nothing is stored."""
+        """Return itself: nothing is stored."""
         return self
 
 
 @compressor("tensorsketch", forms=("K",), example="tensorsketch:256", product="circular")
 def tensorsketch(in_sizes: tuple[int, int], out_size: int, stream: Stream) -> tuple[Fold, Fold]:
-    """The sketches of the output side, in order, and of the input side, permuted."""
+    """Draw the sketches of the output side, in order, and of the input side, permuted."""
     left, right = (stream.child(side) for side in ("left", "right"))
     return (
         Fold(in_sizes[0], signs(left, torch.arange(in_sizes[0])), torch.arange(out_size)),

@@ -1,4 +1,4 @@
-"""What a compressor is: three linear maps, so that compressing a sum is the sum of the compressed."""
+"""The interface of compressors: three linear maps, so that compressing a sum is the sum of the compressed."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -19,19 +19,19 @@ class LinearMap(Protocol):
     out_size: int
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The image of each vector, in the vector's dtype (float32 accumulation for halves)."""
+        """Return the image of each vector, in the vector's dtype (float32 accumulation for halves)."""
         ...
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
-        """The image of the unit vectors `ids`: `apply(one_hot(ids))` without forming the one-hot."""
+        """Return the image of the unit vectors `ids`: `apply(one_hot(ids))` without forming the one-hot."""
         ...
 
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The image under the transposed map: `apply(x) @ y` equals `x @ (this of y)` for all x and y."""
+        """Return the image under the transposed map: `apply(x) @ y` equals `x @ (this of y)` for all x and y."""
         ...
 
     def to(self, device: torch.device) -> "LinearMap":
-        """The same map, with what it stores on `device`."""
+        """Return the same map, with what it stores on `device`."""
         ...
 
 

@@ -25,7 +25,7 @@ _WITHOUT_DECAY = (
     re.compile(r"bias"),
 )
 """Names that the Trainer exempts from weight decay, beside everything inside an `nn.LayerNorm`: of this version, and of
-earlier ones, which asked for the type of the norm instead of its name."""
+earlier ones, which checked the type of the norm instead of its name."""
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -44,7 +44,7 @@ class Moments(NamedTuple):
 
 
 def read_adam(folder: str | Path, model: nn.Module) -> dict[str, Moments]:
-    """The moments of every trained parameter of `model` by name, in the layout of the parameter.
+    """Read the moments of every trained parameter of `model` by name, in the layout of the parameter.
 
     Args:
         folder: A checkpoint of a Trainer that was trained with Adam or AdamW.
@@ -64,7 +64,7 @@ def read_adam(folder: str | Path, model: nn.Module) -> dict[str, Moments]:
 
 
 def component_moments(model: nn.Module, component: Component, moments: dict[str, Moments]) -> Moments:
-    """The moments of a component as matrices `[out, in]`, in float32 where the model is.
+    """Return the moments of a component as matrices `[out, in]`, in float32 where the model is.
 
     Raises:
         ModelError: The component's parameter was not trained, or training had diverged.
@@ -83,7 +83,7 @@ def component_moments(model: nn.Module, component: Component, moments: dict[str,
 
 
 def adam_direction(gradient: Float[Tensor, "example _out _in"], moments: Moments) -> Float[Tensor, "example _out _in"]:
-    """The step, per unit of learning rate, that Adam would take if this gradient came next; downhill is minus it.
+    """Return the step per unit of learning rate that Adam would take if this gradient came next; downhill is minus it.
 
     `m' / (sqrt(v') + eps)` with `m' = (b1 m + (1 - b1) g) / (1 - b1^t)` and `v' = (b2 v + (1 - b2) g^2) / (1 - b2^t)`,
     t counting this step (Kingma and Ba 2015, arXiv:1412.6980; the gradient of Xia et al. 2024, arXiv:2402.04333).
@@ -123,7 +123,7 @@ def _check_is_adam(path: Path, state: dict[str, Any]) -> None:
 
 
 def _matched(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]:
-    """The model's parameters in the order of each group."""
+    """Return the model's parameters in the order of each group."""
     groups = state["param_groups"]
     parameters = dict(model.named_parameters())
     if all("param_names" in group for group in groups):
@@ -140,7 +140,7 @@ def _matched(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]
         ambiguous = ambiguous or all(ways)
     counts = " and ".join(str(len(group["params"])) for group in groups)
     reason = (
-        "and which of the model's parameters were frozen cannot be told from their shapes"
+        "and which of the model's parameters were frozen does not follow from their shapes"
         if ambiguous
         else f"which do not fit, in shape and order, the {len(parameters)} of the model"
     )
@@ -151,7 +151,7 @@ def _matched(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]
 
 
 def _orders(model: nn.Module, groups: int) -> Iterator[list[Named]]:
-    """In which parameters may stand in the groups: all of them, or an adapter's alone; later rules are older ones."""
+    """Yield the possible orders of parameters in the groups: all, or an adapter's alone; later rules are older ones."""
     everything = list(model.named_parameters())
     adapter = [(name, each) for name, each in everything if "lora_" in name or "modules_to_save" in name]
     for named in [adapter, everything] if adapter else [everything]:
@@ -173,7 +173,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _alignments(wanted: Sequence[tuple[int, ...] | None], given: Named) -> list[list[int]]:
-    """Places in `given` of parameters with the wanted shapes, in order; at most two ways are looked for.
+    """Return positions in `given` of parameters with the wanted shapes, in order; at most two ways are searched for.
 
     Frozen parameters may be left out between them. No shape is wanted of a parameter that never took a step.
     """
@@ -185,7 +185,7 @@ def _alignments(wanted: Sequence[tuple[int, ...] | None], given: Named) -> list[
     if first is None or last is None:
         return []
     mirrored = [len(given) - 1 - place for place in reversed(last)]
-    # The earliest places and the latest: if they agree, there is no third way between them.
+    # The earliest positions and the latest: if they agree, there is no third way between them.
     return [first] if first == mirrored else [first, mirrored]
 
 

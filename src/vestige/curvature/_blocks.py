@@ -1,4 +1,4 @@
-"""Which components share a block of curvature: a weight with its bias, a vector alone, an embedding by its diagonal."""
+"""Blocks of curvature: a weight with its bias, a vector alone, an embedding by its diagonal."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -30,20 +30,20 @@ class Block(NamedTuple):
     """`(out, in)`, the bias column included."""
 
     def join(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> Float[Tensor, "query out in"]:
-        """The block's matrices out of one flat matrix per component."""
+        """Join one flat matrix per component into the block's matrices."""
         rows = self.shape[0]
         weight = vectors[self.weight].reshape(-1, rows, self.shape[1] - (self.bias is not None))
         return weight if self.bias is None else torch.cat([weight, vectors[self.bias].reshape(-1, rows, 1)], dim=2)
 
     def split(self, matrices: Float[Tensor, "query out in"]) -> dict[int, Float[Tensor, "query _n"]]:
-        """The inverse of `join`: component number -> flat matrix."""
+        """Invert `join`: component number -> flat matrix."""
         if self.bias is None:
             return {self.weight: matrices.flatten(1)}
         return {self.weight: matrices[:, :, :-1].flatten(1), self.bias: matrices[:, :, -1]}
 
 
 def find_blocks(components: Sequence[Component]) -> tuple[Block, ...]:
-    """The blocks, in the order of their first component; every component is in exactly one."""
+    """Return the blocks, in the order of their first component; every component is in exactly one."""
     biases = {
         component.uses[0].module: number
         for number, component in enumerate(components)

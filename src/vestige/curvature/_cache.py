@@ -37,7 +37,7 @@ class FisherPlan:
     """The Fisher blocks of all rows of an index, as a work plan.
 
     Each piece leaves `sum_i g_i g_i^T` of its shards for every component; the reduce adds them in the order of the
-    pieces and divides by the rows, so the matrices do not depend on who computed what.
+    pieces and divides by the rows, so the matrices do not depend on which process computed which piece.
     """
 
     index: Index
@@ -55,23 +55,23 @@ class FisherPlan:
         return len(self._groups)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the sums of this piece are there, or all have been added up."""
+        """Return whether the sums of this piece are there, or all have been added up."""
         return self._files.is_done(piece) or fisher_path(self.index).exists()
 
     def weight(self, piece: int) -> float:
-        """Its rows."""
+        """Return the number of its rows."""
         return self.index.rows_of(self._groups[piece])
 
     def open(self) -> AbstractContextManager[Compute]:
-        """Nothing is needed but the index."""
+        """Return a context with `compute`: nothing is needed but the index."""
         return nullcontext(self.compute)
 
     def compute(self, piece: int) -> None:
-        """Leave the sums of one piece."""
+        """Write the sums of one piece."""
         self._files.write(piece, dict(zip(self._names, self._sums(piece, step_done), strict=True)))
 
     def reduce(self) -> FisherBlocks:
-        """The blocks, kept beside the index; the pieces are gone.
+        """Return the blocks, stored beside the index; delete the pieces.
 
         Raises:
             CorruptFile: a piece is missing or damaged.
@@ -89,13 +89,13 @@ class FisherPlan:
         return found
 
     def forget_damaged(self) -> None:
-        """What an earlier run left and is not what it was does not count as done."""
+        """Delete what an earlier run left damaged, so that it does not count as done."""
         if _read(self.index) is None:
             fisher_path(self.index).unlink(missing_ok=True)
         self._files.forget_damaged(range(self.pieces))
 
     def at_once(self) -> FisherBlocks:
-        """The blocks of an index that is a single piece: nothing but the result touches the disk."""
+        """Return the blocks of an index that is a single piece: nothing but the result touches the disk."""
         assert self.pieces == 1
         with phase(self.name, self.unit) as done, progress(self.index.rows, self.name) as bar:
             found = self._kept(self._sums(0, bar.advance))
@@ -137,7 +137,7 @@ class FisherPlan:
 
 
 def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Sequence[str] | None = None) -> FisherBlocks:
-    """The Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
+    """Return the Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
 
     Args:
         index: A finished index.
@@ -162,7 +162,7 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
 
 
 def require_memory(width: int) -> None:
-    """One Fisher matrix of `width` columns and its factors, 28 bytes for each pair of columns, fit into memory.
+    """Raise unless a Fisher matrix of `width` columns and its factors, 28 bytes per pair of columns, fit into memory.
 
     Raises:
         UserError: They do not.
@@ -176,7 +176,7 @@ def require_memory(width: int) -> None:
 
 
 def fisher_path(index: Index) -> Path:
-    """Where the blocks of just these shards are kept."""
+    """Return the path of the blocks of just these shards."""
     return index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
 
 
@@ -191,7 +191,7 @@ def _zeros(columns: list[slice]) -> list[Float[Tensor, "k k"]]:
 
 
 def _read(index: Index) -> FisherBlocks | None:
-    """The stored blocks, None if there are none or the file is damaged: they are cheap to compute again."""
+    """Return the stored blocks, None if there are none or the file is damaged: they are cheap to compute again."""
     try:
         with safe_open(fisher_path(index), "pt") as file:
             blocks = tuple(FisherBlock(span.name, file.get_tensor(span.name)) for span in index.spans)

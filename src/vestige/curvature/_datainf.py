@@ -27,7 +27,7 @@ class DataInf(NamedTuple):
 
     @classmethod
     def damped(cls, measured: CurvatureData, units: Sequence[float], damping: float) -> "DataInf":
-        """With a damping relative to the `units` of the components, which `mean_eigenvalues` gives.
+        """Return the operator with a damping relative to the `units` of the components, those of `mean_eigenvalues`.
 
         Raises:
             SpecError: the damping is not above zero; the formula divides by it.
@@ -35,7 +35,7 @@ class DataInf(NamedTuple):
         return cls(measured, tuple(absolute_damping(damping, unit) for unit in units))
 
     def precondition(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> list[Float[Tensor, "query _n"]]:
-        """The formula, summed over all the data before anything is divided by its size."""
+        """Apply the formula, summed over all the data before anything is divided by its size."""
         sink = _DataInfSink([part.shape for part in self.measured.components], vectors, self.damping)
         self.measured.stream(sink, "DataInf")
         examples = max(sink.examples, 1)
@@ -46,7 +46,7 @@ class DataInf(NamedTuple):
 
 
 def fit_datainf(measured: CurvatureData, damping: float) -> DataInf:
-    """One pass for the damping, which is relative to each component's mean eigenvalue, `mean |g|^2 / size`.
+    """Fit in one pass for the damping, which is relative to each component's mean eigenvalue, `mean |g|^2 / size`.
 
     Raises:
         SpecError: the damping is not above zero; the formula divides by it.
@@ -56,7 +56,7 @@ def fit_datainf(measured: CurvatureData, damping: float) -> DataInf:
 
 
 def mean_eigenvalues(measured: CurvatureData) -> tuple[float, ...]:
-    """The mean eigenvalue of every component's empirical Fisher matrix, in one pass."""
+    """Return the mean eigenvalue of every component's empirical Fisher matrix, in one pass."""
     sink = _NormsSink([part.shape for part in measured.components])
     measured.stream(sink, "Gradient norms")
     pairs = zip(sink.squared, measured.components, strict=True)

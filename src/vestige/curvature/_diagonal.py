@@ -11,7 +11,7 @@ from vestige.gradients import Factor, Side
 
 
 def absolute_damping(damping: float, mean_eigenvalue: float) -> float:
-    """`damping` times the mean eigenvalue; curvature that is zero throughout has no scale of its own and gets 1.
+    """Return `damping` times the mean eigenvalue; curvature that is zero throughout has no scale of its own and gets 1.
 
     Raises:
         SpecError: the damping is zero or negative: the inverse would divide by zero.
@@ -53,5 +53,5 @@ class DiagonalSink:
                 self.squares[number] = total if sums is None else sums.add_(total)
 
     def sums(self) -> dict[int, Float[Tensor, "_out _in"]]:
-        """The sums of squares, for the matrices of which a gradient arrived."""
+        """Return the sums of squares, for the matrices of which a gradient arrived."""
         return {number: sums for number, sums in enumerate(self.squares) if sums is not None}

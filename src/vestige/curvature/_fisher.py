@@ -37,7 +37,7 @@ class FisherBlock(NamedTuple):
         return float(self.matrix.diagonal().double().mean())
 
     def damped(self, damping: float) -> Float[Tensor, "k k"]:
-        """`F + d I` in float64, d relative to the mean eigenvalue, or to the unit where one was set.
+        """Return `F + d I` in float64, d relative to the mean eigenvalue, or to the unit where one was set.
 
         Raises:
             SpecError: the damping is not above zero.
@@ -57,7 +57,7 @@ class FisherBlocks:
     columns: tuple[slice, ...]
 
     def precondition(self, vectors: Float[Tensor, "query column"], damping: float) -> Float[Tensor, "query column"]:
-        """`(F + d I)^-1 q` for every query, block by block.
+        """Return `(F + d I)^-1 q` for every query, block by block.
 
         Raises:
             NonFinite: a block is not positive definite even when damped; names the component.
@@ -65,7 +65,7 @@ class FisherBlocks:
         return self.inverse(damping).apply(vectors)
 
     def inverse(self, damping: float) -> "DampedInverse":
-        """`(F + d I)^-1`, factorised once for any number of vectors.
+        """Return `(F + d I)^-1`, factorised once for any number of vectors.
 
         Raises:
             NonFinite: a block is not positive definite even when damped; names the component.
@@ -74,11 +74,11 @@ class FisherBlocks:
             return DampedInverse(tuple(_cholesky(block, damping) for block in self.blocks), self.columns)
 
     def in_unit_of_one(self) -> "FisherBlocks":
-        """The same matrices, with a damping that is added as it is."""
+        """Return the same matrices, with a damping that is added as it is."""
         return FisherBlocks(tuple(block._replace(unit=1.0) for block in self.blocks), self.columns)
 
     def measure(self, damping: float, power: Literal[1, 2]) -> "Measure":
-        """Lengths of compressed gradients: `sqrt(g^T (F + d I)^-1 g)` for power 1, `|(F + d I)^-1 g|` for power 2.
+        """Return gradients' lengths: `sqrt(g^T (F + d I)^-1 g)` for power 1, `|(F + d I)^-1 g|` for power 2.
 
         Raises:
             NonFinite: a block is not positive definite even when damped; names the component.
@@ -89,7 +89,7 @@ class FisherBlocks:
         return Measure(f"power {power}", tuple(matrices), self.columns)
 
     def whitener(self, damping: float) -> list[Float[Tensor, "k k"]]:
-        """Matrices W with `|W g|^2 = g^T (F + d I)^-1 g`: the inverse Cholesky factors, float32."""
+        """Return matrices W with `|W g|^2 = g^T (F + d I)^-1 g`: the inverse Cholesky factors, float32."""
         factors = []
         for block in self.blocks:
             factor = _cholesky(block, damping)
@@ -106,7 +106,7 @@ class DampedInverse(NamedTuple):
     columns: tuple[slice, ...]
 
     def apply(self, vectors: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
-        """`(F + d I)^-1 v` of every vector."""
+        """Return `(F + d I)^-1 v` of every vector."""
         solved = torch.empty_like(vectors)
         with timed("preconditioning"):
             for factor, columns in zip(self.factors, self.columns, strict=True):
@@ -118,12 +118,12 @@ class Measure(NamedTuple):
     """Length of a compressed gradient after a linear map of each of its parts."""
 
     name: str
-    """Tells apart the lengths that one curvature and damping allow."""
+    """Distinguishes the lengths that one curvature and damping allow."""
     matrices: tuple[Float[Tensor, "k k"], ...]
     columns: tuple[slice, ...]
 
     def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "row"]:
-        """The length of every row."""
+        """Return the length of every row."""
         pairs = zip(self.matrices, self.columns, strict=True)
         squared = [(gradients[:, part] @ matrix.T).square().sum(1) for matrix, part in pairs]
         return torch.stack(squared).sum(0).sqrt()
@@ -142,7 +142,7 @@ class Measures(NamedTuple):
         return " ".join(one.name for one in self.measures)
 
     def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "line row"]:
-        """The length of every row, line by line."""
+        """Return the length of every row, line by line."""
         return torch.stack([one(gradients) for one in self.measures]).repeat_interleave(self.lines, dim=0)
 
 
@@ -157,7 +157,7 @@ def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
 
 
 def fisher_sums(columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]) -> list[Float[Tensor, "k k"]]:
-    """`sum_i g_i g_i^T` of every component from a stream of compressed gradients; memory is the matrices alone."""
+    """Return `sum_i g_i g_i^T` of every component from a stream of gradients; memory is the matrices alone."""
     sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
     for gradients in blocks:
         with timed("preconditioning"):
@@ -170,7 +170,7 @@ def fisher_sums(columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row co
 def accumulate_fisher(
     names: Sequence[str], columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]
 ) -> FisherBlocks:
-    """Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
+    """Return Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
     examples = 0
 
     def counted() -> Iterator[Tensor]:

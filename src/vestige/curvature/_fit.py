@@ -1,7 +1,7 @@
 """Kronecker-factored curvature of a model over its training data: one pass for K-FAC, one more for EK-FAC.
 
 The data falls into pieces that follow from it and from the components alone. Sums of each piece are added in the order
-of the pieces, here as on disk, so the numbers do not depend on who measured which piece.
+of the pieces, here as on disk, so the numbers do not depend on which process measured which piece.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,14 +40,14 @@ Sums = dict[str, Tensor]
 
 
 class BatchSink(FactorSink, Protocol):
-    """A sink that is told where a batch begins and ends."""
+    """A sink that is notified where a batch begins and ends."""
 
     def begin(self, examples: int, predicting: Bool[Tensor, "example token"] | None = None) -> None:
         """Start a batch; `predicting` are the positions that predict a target, if examples have tokens."""
         ...
 
     def finish(self) -> None:
-        """The batch's factors have all arrived."""
+        """End a batch: all its factors have arrived."""
         ...
 
 
@@ -55,13 +55,13 @@ class SummingSink(BatchSink, Protocol):
     """A sink whose result is a sum over examples."""
 
     def sums(self) -> Sums:
-        """What was added up, by name; a name is absent where nothing arrived."""
+        """Return the sums by name; a name is absent where nothing arrived."""
         ...
 
 
 @dataclass(frozen=True)
 class CurvatureData:
-    """What a curvature is measured on: sums over all of it, so no result depends on how it is cut into batches."""
+    """The data that a curvature is measured on: sums over all of it, so no result depends on the batches."""
 
     model: nn.Module
     components: Sequence[Component]
@@ -74,7 +74,7 @@ class CurvatureData:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @cached_property
@@ -107,13 +107,13 @@ class CurvatureData:
         return frozenset(number for number, part in pairs if not paths.isdisjoint(use.module for use in part.uses))
 
     def stream(self, sink: BatchSink, label: str) -> None:
-        """Every example's factors through `sink`, batch by batch."""
+        """Stream every example's factors through `sink`, batch by batch."""
         with progress(len(self.data), label) as bar:
             for piece in range(len(self.groups)):
                 self.stream_piece(piece, sink, bar.advance)
 
     def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
-        """The factors of a piece's examples, with the labels that were asked for.
+        """Stream the factors of a piece's examples, with the requested labels.
 
         Raises:
             NonFinite: An example's loss is NaN or infinite; its id is named.
@@ -133,7 +133,7 @@ class CurvatureData:
                 advance(len(rows))
 
     def _labels_of(self, piece: int) -> dict[int, np.ndarray] | None:
-        """Labels by row, None for those of the data; drawn once for the passes of one process."""
+        """Return labels by row, None for those of the data; drawn once for the passes of one process."""
         if self.labels == "data":
             return None
         if piece not in self._drawn:
@@ -144,7 +144,7 @@ class CurvatureData:
 
 
 def added(parts: Iterable[Sums]) -> Sums:
-    """The sum of the pieces, in their order."""
+    """Return the sum of the pieces, in their order."""
     total: Sums = {}
     for part in parts:
         for name, tensor in part.items():
@@ -153,7 +153,7 @@ def added(parts: Iterable[Sums]) -> Sums:
 
 
 def sums_of(measured: CurvatureData, make: Callable[[], SummingSink], label: str) -> Sums:
-    """The sums over all pieces, in memory."""
+    """Return the sums over all pieces, in memory."""
 
     def parts(advance: Callable[[int], None]) -> Iterable[Sums]:
         for piece in range(len(measured.groups)):
@@ -166,13 +166,13 @@ def sums_of(measured: CurvatureData, make: Callable[[], SummingSink], label: str
 
 
 def fit_kfac(measured: CurvatureData) -> KroneckerFactors:
-    """S and A of every block, in one pass."""
+    """Return S and A of every block, from one pass."""
     arguments = (measured.components, measured.blocks, measured.heads)
     sums = sums_of(measured, lambda: KroneckerSink(*arguments), "Kronecker factors")
     return kronecker_factors(measured.blocks, sums)
 
 
 def fit_ekfac(measured: CurvatureData) -> EigenCurvature:
-    """Eigenvectors from one pass, eigenvalues from another."""
+    """Return eigenvectors from one pass, eigenvalues from another."""
     curvature = fit_kfac(measured).eigenbases()
     return with_eigenvalues(curvature, sums_of(measured, lambda: EigenvalueSink(curvature), "EK-FAC eigenvalues"))

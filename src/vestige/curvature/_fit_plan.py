@@ -1,4 +1,4 @@
-"""The passes of a Kronecker-factored curvature as work plans: whoever measures which piece, the bytes are the same."""
+"""The passes of a Kronecker-factored curvature as work plans: any process that measures a piece writes equal bytes."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ Tensors = dict[str, Tensor]
 @final
 @dataclass(frozen=True)
 class SumsPlan:
-    """Sums over the training data and what they become, kept in one file; a piece leaves the sums of its examples."""
+    """Sums over the training data and their result, stored in one file; a piece leaves the sums of its examples."""
 
     name: str
     folder: Path
@@ -29,7 +29,7 @@ class SumsPlan:
     sink: Callable[[], SummingSink]
     files: PieceFiles
     become: Callable[[Tensors], Tensors]
-    """From the sums over all pieces to what is kept."""
+    """From the sums over all pieces to what is stored."""
     result: Path
     unit: str = "examples"
 
@@ -39,15 +39,15 @@ class SumsPlan:
         return len(self.measured.groups)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the sums of this piece are there, or all have been added up."""
+        """Return whether the sums of this piece are there, or all have been added up."""
         return self.files.is_done(piece) or self.result.exists()
 
     def weight(self, piece: int) -> float:
-        """Its examples."""
+        """Return the number of its examples."""
         return sum(map(len, self.measured.groups[piece]))
 
     def open(self) -> AbstractContextManager[Compute]:
-        """The model is there."""
+        """Return a context with what computes a piece: the model is already loaded."""
         return nullcontext(self._compute)
 
     def _compute(self, piece: int) -> None:
@@ -56,7 +56,7 @@ class SumsPlan:
         self.files.write(piece, sink.sums())
 
     def reduce(self) -> Tensors:
-        """What the sums become; the pieces are gone.
+        """Return the result of the sums; delete the pieces.
 
         Raises:
             CorruptFile: a piece is missing or damaged.
@@ -68,7 +68,7 @@ class SumsPlan:
         return found
 
     def forget_damaged(self) -> None:
-        """What an earlier run left and is not what it was does not count as done."""
+        """Delete what an earlier run left damaged, so that it does not count as done."""
         if read_tensors(self.result) is None:
             self.result.unlink(missing_ok=True)
         self.files.forget_damaged(range(self.pieces))
@@ -77,7 +77,7 @@ class SumsPlan:
 @final
 @dataclass(frozen=True)
 class BasesPlan:
-    """The eigenvectors of every block, one piece each: computed by others they would be rounded otherwise."""
+    """The eigenvectors of every block, one piece each: computed by other processes they would be rounded otherwise."""
 
     folder: Path
     factors: KroneckerFactors
@@ -91,15 +91,15 @@ class BasesPlan:
         return len(self._numbers)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the block's eigenvectors are there."""
+        """Return whether the block's eigenvectors are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """One layer."""
+        """Return 1: every piece is one layer."""
         return 1
 
     def open(self) -> AbstractContextManager[Compute]:
-        """The factors are there."""
+        """Return a context with what computes a piece: the factors are already there."""
         return nullcontext(self._compute)
 
     def _compute(self, piece: int) -> None:
@@ -109,7 +109,7 @@ class BasesPlan:
         self.files.write(piece, {name: tensor for name, tensor in found.items() if tensor is not None})
 
     def reduce(self) -> EigenCurvature:
-        """All of them.
+        """Return all of them.
 
         Raises:
             CorruptFile: one is missing or damaged.
@@ -130,7 +130,7 @@ class BasesPlan:
 
 
 def read_tensors(path: Path) -> Tensors | None:
-    """The tensors of a file, None if there is none or it is damaged."""
+    """Return the tensors of a file, None if there is none or it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -139,7 +139,7 @@ def read_tensors(path: Path) -> Tensors | None:
 
 
 def write_tensors(path: Path, tensors: Tensors) -> Tensors:
-    """The file holds the tensors, which are returned as it holds them, so that a later run rounds alike."""
+    """Write the tensors and return them as the file holds them, so that a later run rounds alike."""
     kept = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     make_folder(path.parent)
     write_durably(path, [save(kept)])

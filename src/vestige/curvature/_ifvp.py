@@ -59,15 +59,15 @@ class PreconditionedPlan:
         return len(self.index.manifest.shard_rows)
 
     def is_done(self, piece: int) -> bool:
-        """Whether this shard's file is there, whole, and of this index and damping."""
+        """Return whether this shard's file is there, whole, and of this index and damping."""
         return self._files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Its rows."""
+        """Return the number of its rows."""
         return self.index.manifest.shard_rows[piece]
 
     def prepare(self) -> None:
-        """The folder can take the files; damaged ones of an earlier run do not count as done.
+        """Raise unless the folder can take the files; delete damaged ones of an earlier run.
 
         Raises:
             IndexMismatch: it holds those of another index or damping.
@@ -81,11 +81,11 @@ class PreconditionedPlan:
         make_folder(self.folder)
 
     def open(self) -> AbstractContextManager[Compute]:
-        """The matrices are there."""
+        """Return a context with `compute`: the matrices are already there."""
         return nullcontext(self.compute)
 
     def compute(self, piece: int) -> None:
-        """Leave the preconditioned gradients of one shard."""
+        """Write the preconditioned gradients of one shard."""
         example, solved = [], []
         for block in self.index.blocks(shards=range(piece, piece + 1)):
             example.append(block.example)
@@ -94,7 +94,7 @@ class PreconditionedPlan:
         self._files.write(piece, {"example": torch.cat(example), "gradients": torch.cat(solved)})
 
     def reduce(self) -> Path:
-        """The record, without which the files do not count: written when all of them are there.
+        """Write the record when all files are there; without it they do not count.
 
         Raises:
             CorruptFile: one is missing or damaged.
@@ -124,7 +124,7 @@ class PreconditionedPlan:
 
 
 def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
-    """What `vestige precondition --out` left, shard by shard; every file is compared with its checksum.
+    """Yield what `vestige precondition --out` left, shard by shard; every file is compared with its checksum.
 
     Raises:
         UserError: nothing is there, or not all of it.
@@ -152,7 +152,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_ours(folder: Path, record: dict[str, Any]) -> None:
-    """The folder is absent, empty, or holds these files or their beginning."""
+    """Raise unless the folder is absent, empty, or holds these files or their beginning."""
     require_no_others(folder, _OURS)
     old = _read_record(folder)
     if old is not None and old.get("input") != record["input"]:

@@ -28,7 +28,7 @@ class Solution(NamedTuple):
 def conjugate_gradient(
     product: Product, vectors: Float[Tensor, "query n"], damping: float, *, steps: int, tolerance: float
 ) -> Solution:
-    """`(C + d I)^-1 v` by conjugate gradients (Hestenes and Stiefel 1952), every vector with its own step lengths.
+    """Solve `(C + d I)^-1 v` by conjugate gradients (Hestenes and Stiefel 1952), each vector with its own step lengths.
 
     Stops when every residual is below `tolerance` of its vector, or after `steps` products.
 
@@ -59,7 +59,7 @@ def conjugate_gradient(
 
 
 def largest_eigenvalue(product: Product, start: Float[Tensor, "1 n"], *, steps: int) -> float:
-    """The largest absolute eigenvalue by power iteration: a lower bound, close after a few steps."""
+    """Return the largest absolute eigenvalue by power iteration: a lower bound, close after a few steps."""
     vector, size = start / start.norm(), 0.0
     for _ in range(steps):
         turned = product(vector)
@@ -78,11 +78,11 @@ def lissa(
     scale: float,
     depth: int,
 ) -> Float[Tensor, "query n"]:
-    """`(C + d I)^-1 v` by the series `x <- v / s + x - (C x + d x) / s` (Agarwal et al. 2017, arXiv:1602.03943).
+    """Solve `(C + d I)^-1 v` by `x <- v / s + x - (C x + d x) / s` (Agarwal et al. 2017, arXiv:1602.03943).
 
-    `product(step, x)` may take another sample of the data at every step: the expectation is the same. It converges when
-    `scale` is above half the largest eigenvalue of `C + d I`; after k steps a direction of curvature c has reached the
-    share `1 - (1 - (c + d) / scale)^(k + 1)` of its value.
+    The iteration sums a series. `product(step, x)` may take another sample of the data at every step: the expectation
+    is the same. It converges when `scale` is above half the largest eigenvalue of `C + d I`; after k steps a direction
+    of curvature c has reached the share `1 - (1 - (c + d) / scale)^(k + 1)` of its value.
 
     Raises:
         NonFinite: the series grows without bound, because `scale` is too small.
@@ -107,13 +107,13 @@ class Eigenpairs(NamedTuple):
     vectors: Float[Tensor, "rank n"]
 
     def precondition(self, vectors: Float[Tensor, "query n"], damping: float) -> Float[Tensor, "query n"]:
-        """`sum_k e_k (e_k . v) / (lambda_k + d)`: the inverse inside their span, zero outside."""
+        """Return `sum_k e_k (e_k . v) / (lambda_k + d)`: the inverse inside their span, zero outside."""
         weights = (vectors @ self.vectors.T) / (self.values + damping)
         return weights @ self.vectors
 
 
 def arnoldi(product: Product, start: Float[Tensor, "n"], *, steps: int, rank: int) -> Eigenpairs:
-    """The dominant eigenpairs of a symmetric C from its Krylov space (Schioppa et al. 2022, arXiv:2112.03052).
+    """Return the dominant eigenpairs of a symmetric C from its Krylov space (Schioppa et al. 2022, arXiv:2112.03052).
 
     `steps` products build an orthonormal basis Q of `start, C start, ...`, orthogonalised twice; the eigenpairs of
     `Q^T C Q` with the `rank` largest absolute values are kept. Ends early when the space is exhausted.

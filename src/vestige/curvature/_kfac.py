@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature: K-FAC, and EK-FAC with its eigenvalues measured anew.
+"""Kronecker-factored curvature: K-FAC, and EK-FAC, which measures the eigenvalues again.
 
 The gradient of a layer is `G = sum_t b_t a_t^T`, with b the output gradient and a the input, whose last entry is the
 constant one where the bias is attributed to as well. K-FAC (Martens and Grosse 2015, arXiv:1503.05671) takes tokens
@@ -38,7 +38,7 @@ class KroneckerFactor(NamedTuple):
     """Counted tokens per example."""
 
     def eigenbasis(self) -> "Eigenbasis":
-        """The same curvature by its eigenvectors; eigenvalues below zero are rounding and become zero."""
+        """Return the same curvature by its eigenvectors; eigenvalues below zero are rounding and become zero."""
         left_values, left = torch.linalg.eigh(self.left.double())
         right_values, right = torch.linalg.eigh(self.right.double())
         values = self.tokens * torch.outer(left_values.clamp(min=0), right_values.clamp(min=0))
@@ -48,7 +48,7 @@ class KroneckerFactor(NamedTuple):
     def precondition_split(
         self, matrices: Float[Tensor, "query out in"], damping: float
     ) -> Float[Tensor, "query out in"]:
-        """`(T S + sqrt(d) / p I)^-1 V (A + p sqrt(d) I)^-1`, p^2 the ratio of the mean eigenvalues of A and T S.
+        """Return `(T S + sqrt(d) / p I)^-1 V (A + p sqrt(d) I)^-1`, p^2 the ratio of the mean eigenvalues of A and T S.
 
         The damping of Martens and Grosse (section 6.3): each factor gets its share, so each inverse is a small one.
         """
@@ -71,7 +71,7 @@ class Eigenbasis(NamedTuple):
     """Eigenvalues: entry (i, j) belongs to column i of `left` and column j of `right`."""
 
     def precondition(self, matrices: Float[Tensor, "query out in"], damping: float) -> Float[Tensor, "query out in"]:
-        """`U_S ((U_S^T V U_A) / (lambda + d)) U_A^T`, d relative to the mean eigenvalue."""
+        """Return `U_S ((U_S^T V U_A) / (lambda + d)) U_A^T`, d relative to the mean eigenvalue."""
         damped = self.values + absolute_damping(damping, float(self.values.double().mean()))
         if self.left is None or self.right is None:
             return matrices / damped.to(matrices.dtype)
@@ -87,7 +87,7 @@ class KroneckerFactors:
     factors: tuple[KroneckerFactor | Float[Tensor, "_out _in"], ...]
 
     def eigenbases(self) -> "EigenCurvature":
-        """The eigenvectors of every block, with K-FAC's eigenvalues."""
+        """Return the eigenvectors of every block, with K-FAC's eigenvalues."""
         found = [
             factor.eigenbasis() if isinstance(factor, KroneckerFactor) else Eigenbasis(None, None, factor)
             for factor in self.factors
@@ -95,7 +95,7 @@ class KroneckerFactors:
         return EigenCurvature(self.blocks, tuple(found))
 
     def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """The damped inverse, each factor damped for itself; `vectors[c]` is `[query, n]` for component c."""
+        """Apply the damped inverse, each factor damped for itself; `vectors[c]` is `[query, n]` for component c."""
         solved: dict[int, Tensor] = {}
         for block, factor in zip(self.blocks, self.factors, strict=True):
             joined = block.join(vectors)
@@ -114,7 +114,7 @@ class EigenCurvature:
     bases: tuple[Eigenbasis, ...]
 
     def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """`(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
+        """Return `(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
         solved: dict[int, Tensor] = {}
         for block, basis in zip(self.blocks, self.bases, strict=True):
             solved |= block.split(basis.precondition(block.join(vectors), damping))
@@ -159,7 +159,7 @@ class KroneckerSink:
         return factor
 
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
-        """Which tokens the rows of the next piece are."""
+        """Note which tokens the rows of the next piece are."""
         self._positions = positions
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
@@ -190,7 +190,7 @@ class KroneckerSink:
             self._add(component, total, torch.ones_like(total[:, :1]))
 
     def sums(self) -> dict[str, Tensor]:
-        """What was added up of every block, and over how many examples and tokens."""
+        """Return the sums of every block, and the number of examples and tokens in them."""
         found = {"examples": torch.tensor(self._examples)}
         found |= {f"{number}.squares": squares for number, squares in self._diagonals.sums().items()}
         for number, left in self._left.items():
@@ -199,7 +199,7 @@ class KroneckerSink:
         return found
 
     def _counted(self, component: int, examples: slice, left: Tensor, positions: Tensor | None) -> Tensor:
-        """The rows of a piece whose tokens count, `[example, row]`."""
+        """Return the rows of a piece whose tokens count, `[example, row]`."""
         if self._predicting is None:
             return torch.ones_like(left[..., 0], dtype=torch.bool)
         counts = self._predicting[examples].to(left.device)
@@ -214,7 +214,7 @@ class KroneckerSink:
         # Not a number is left to the loss to report: it names the example.
         if rows % tokens or left[~counted].nan_to_num(0.0, 0.0, 0.0).any():
             raise ModelError(
-                f"{self._names[component]} sees {rows} rows for {tokens} tokens, and they cannot be told apart by "
+                f"{self._names[component]} receives {rows} rows for {tokens} tokens, and they cannot be split by "
                 "token, which K-FAC and EK-FAC count. Leave it out with "
                 f"--components '!{self._names[component]}', or type --method datainf."
             )
@@ -262,13 +262,13 @@ class EigenvalueSink:
         self._squares.finish()
 
     def sums(self) -> dict[str, Tensor]:
-        """Sums of squares of every block, and over how many examples."""
+        """Return the sums of squares of every block, and the number of examples in them."""
         squares = {str(number): squares for number, squares in self._squares.sums().items()}
         return {"examples": torch.tensor(self._squares.examples), **squares}
 
 
 def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerFactors:
-    """The means of every block from what `KroneckerSink` added up; zeros where no gradient ever arrived."""
+    """Return the means of every block from what `KroneckerSink` added up; zeros where no gradient ever arrived."""
     examples = max(int(sums["examples"]), 1)
 
     def factor(block: Block) -> KroneckerFactor | Tensor:
@@ -284,7 +284,7 @@ def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> Kr
 
 
 def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> EigenCurvature:
-    """EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
+    """Return EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
     examples = max(int(sums["examples"]), 1)
     bases = [
         basis
@@ -302,5 +302,5 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _with_ones(right: Tensor, bias: bool) -> Tensor:
-    """The inputs with the bias's constant one as the last column."""
+    """Return the inputs with the bias's constant one as the last column."""
     return torch.cat([right, torch.ones_like(right[..., :1])], dim=-1) if bias else right

@@ -33,7 +33,7 @@ FORMAT = 2
 
 
 class Work(NamedTuple):
-    """Where passes over the data run, as for `run_plan`."""
+    """The launcher of passes over the data, as for `run_plan`."""
 
     settings: LaunchSettings
     command: Sequence[str] | None = None
@@ -45,7 +45,7 @@ HERE = Work(LaunchSettings.model_validate({}))
 def kfac_of(
     measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE
 ) -> KroneckerFactors:
-    """K-FAC's factors, read from `folder` when they belong to just this model, data and settings.
+    """Return K-FAC's factors, read from `folder` when they belong to just this model, data and settings.
 
     Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues.
     """
@@ -72,7 +72,7 @@ def kfac_of(
 
 
 def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE) -> EigenCurvature:
-    """EK-FAC's eigenbases, read from `folder` when they belong to just this model, data and settings.
+    """Return EK-FAC's eigenbases, read from `folder` when they belong to just this model, data and settings.
 
     Each of its steps (factors, eigenvectors, eigenvalues) is kept there when it is finished, and pieces of it before.
     """
@@ -88,7 +88,7 @@ def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | Non
 
 
 def _measured_eigenvalues(path: Path, measured: CurvatureData, factors: KroneckerFactors, work: Work) -> Tensors:
-    """EK-FAC on disk, from the factors."""
+    """Measure EK-FAC's eigenvalues along the eigenvectors of the factors; return its tensors as stored."""
     bases = BasesPlan(path.parent.parent, factors, _pieces(path, measured, "vectors"))
     bases.files.forget_damaged(range(bases.pieces))
     curvature = run_plan(bases, work.settings, work.command)
@@ -118,7 +118,7 @@ def _run(plan: SumsPlan, work: Work) -> Tensors:
 
 
 def _pieces(path: Path, measured: CurvatureData, of: str = "") -> PieceFiles:
-    """Pieces of what is to become `path`: the same only where the data is cut into the same batches."""
+    """Return the files of the pieces of `path`: the same only where the data is cut into the same batches."""
     dtype = next(measured.model.parameters()).dtype
     content = [path.name, of, str(dtype), [[len(batch) for batch in group] for group in measured.groups]]
     suffix = "-vectors" if of == "vectors" else ""
@@ -127,7 +127,7 @@ def _pieces(path: Path, measured: CurvatureData, of: str = "") -> PieceFiles:
 
 
 def curvature_path(folder: Path | None, kind: str, measured: CurvatureData, model_fingerprint: str) -> Path | None:
-    """The file of this curvature; None without a folder to keep it in.
+    """Return the file of this curvature; None without a folder to keep it in.
 
     Batches are left out of the name: they change no number beyond rounding.
     """
@@ -147,7 +147,7 @@ def curvature_path(folder: Path | None, kind: str, measured: CurvatureData, mode
 
 
 def _contiguous(tensors: Tensors) -> Tensors:
-    """In the order in which a file holds them, so that a first run and a later one round alike."""
+    """Return the tensors in the order in which a file holds them, so that a first run and a later one round alike."""
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
@@ -180,7 +180,7 @@ def _bases(tensors: Tensors, measured: CurvatureData) -> EigenCurvature:
 
 
 def _on(tensors: Tensors, measured: CurvatureData) -> Tensors:
-    """The tensors where the model is."""
+    """Return the tensors on the model's device."""
     return {name: tensor.to(measured.device) for name, tensor in tensors.items()}
 
 

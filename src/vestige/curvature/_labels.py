@@ -19,7 +19,7 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def sampled_labels(model: nn.Module, data: TokenizedData, token_budget: int, seed: int) -> list[np.ndarray]:
-    """For every example its labels, targets drawn from the model's own distribution, `NO_TARGET` elsewhere.
+    """Return every example's labels, targets drawn from the model's own distribution, `NO_TARGET` elsewhere.
 
     A draw depends on the seed and on the example's tokens alone: not on its row, its batch or the padding.
     """
@@ -40,7 +40,7 @@ def sampled_labels(model: nn.Module, data: TokenizedData, token_budget: int, see
 
 
 def relabelled(batch: Batch, labels: Mapping[int, np.ndarray]) -> Batch:
-    """The batch with these labels, `labels[i]` for row i of the data."""
+    """Return the batch with these labels, `labels[i]` for row i of the data."""
     replaced = torch.full_like(batch.labels, NO_TARGET)
     for place, row in enumerate(batch.rows.tolist()):
         replaced[place, : len(labels[row])] = torch.from_numpy(labels[row]).to(replaced.device)
@@ -48,14 +48,14 @@ def relabelled(batch: Batch, labels: Mapping[int, np.ndarray]) -> Batch:
 
 
 def _uniform(ids: np.ndarray, seed: int) -> Tensor:
-    """One number in [0, 1) per token."""
+    """Return one number in [0, 1) per token."""
     digest = hashlib.blake2b(f"{seed}:".encode() + ids.astype("<i4").tobytes(), digest_size=16).digest()
     numbers = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(len(ids))
     return torch.from_numpy(numbers)
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Where the cumulative distribution passes the uniform number."""
+    """Return where the cumulative distribution passes the uniform number."""
     cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
     found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)

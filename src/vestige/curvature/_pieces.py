@@ -38,7 +38,7 @@ class Pieces:
         self._kept[component].append((examples, left, right))
 
     def take(self, number: int) -> Iterator[tuple[slice, Float[Tensor, "example out in"]]]:
-        """(examples, their gradients of matrix `number`), at least float32; its factors are let go."""
+        """Yield (examples, their gradients of matrix `number`), at least float32; its factors are dropped."""
         kept, self._kept[number] = self._kept[number], []
         if not kept:
             return

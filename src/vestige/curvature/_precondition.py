@@ -1,4 +1,4 @@
-"""`vestige precondition`: the curvature of an index, and what its damped inverse makes of the gradients."""
+"""`vestige precondition`: the curvature of an index, and its damped inverse applied to the gradients."""
 
 from vestige.curvature._cache import fisher_of
 from vestige.curvature._fisher import DampedInverse, FisherBlocks
@@ -10,10 +10,10 @@ from vestige.settings import PreconditionSettings, verb
 
 @verb(PreconditionSettings)
 def precondition(settings: PreconditionSettings) -> FisherBlocks:
-    """The Fisher matrix of every component of an index, kept beside it; with `out` also `(F + d I)^-1 g` of every row.
+    """Compute the Fisher matrix of every component of an index; with `out` also `(F + d I)^-1 g` of every row.
 
-    `vestige attribute --method influence` does the first by itself when it is missing, and never needs the second.
-    Killed at any moment, the same call continues.
+    The matrices are kept beside the index. `vestige attribute --method influence` does the first by itself when it is
+    missing, and never needs the second. Killed at any moment, the same call continues.
 
     Raises:
         UserError: Something about the index, the damping or the disk needs the caller.

@@ -35,7 +35,7 @@ class CurvatureProduct:
     kind: CurvatureKind = "gauss-newton"
 
     def __call__(self, vectors: Float[Tensor, "query n"]) -> Float[Tensor, "query n"]:
-        """The product with every vector; one forward pass for all, and passes backward for each."""
+        """Return the product with every vector; one forward pass for all, and passes backward for each."""
         values = {
             component.name: self.model.get_parameter(component.name).detach().clone().requires_grad_()
             for component in self.components
@@ -57,7 +57,7 @@ class CurvatureProduct:
     def _of_batch(
         self, values: dict[str, Tensor], tangents: Sequence[Sequence[Tensor]], batch: Batch
     ) -> Iterator[Sequence[Tensor]]:
-        """Sums over the batch's examples, one for each tangent."""
+        """Yield sums over the batch's examples, one for each tangent."""
         mask = batch.labels[:, 1:] != NO_TARGET
         logits = functional_call(self.model, values, (), {"input_ids": batch.input_ids, "use_cache": False}).logits
         chosen = logits[:, :-1][mask]
@@ -69,7 +69,7 @@ class CurvatureProduct:
         return of_kind(chosen, batch.labels[:, 1:][mask], weights[mask], list(values.values()), tangents)
 
     def _as_parameters(self, vector: Float[Tensor, "n"]) -> list[Tensor]:
-        """A flat vector in the parameters' own layout and dtype."""
+        """Return a flat vector in the parameters' own layout and dtype."""
         parts = vector.split([component.size for component in self.components])
         found = []
         for component, part in zip(self.components, parts, strict=True):
@@ -79,13 +79,13 @@ class CurvatureProduct:
         return found
 
     def flattened(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
-        """Tensors shaped as the components' parameters, as one vector in the layout of the products."""
+        """Return tensors shaped as the components' parameters as one vector in the layout of the products."""
         pairs = zip(self.components, product, strict=True)
         return torch.cat([(part.T if _turned(component) else part).flatten() for component, part in pairs])
 
 
 def _turned(component: Component) -> bool:
-    """Whether the parameter stores the transposed matrix, as GPT-2's Conv1D does."""
+    """Return whether the parameter stores the transposed matrix, as GPT-2's Conv1D does."""
     return component.uses[0].kind == "conv1d" and component.shape[1] != 1 and component.uses[0].role == "weight"
 
 
@@ -96,7 +96,7 @@ def _gauss_newton(
     parameters: Sequence[Tensor],
     tangents: Sequence[Sequence[Tensor]],
 ) -> Iterator[Sequence[Tensor]]:
-    """`J^T H J v`, with `J v` as the derivative of `u -> J^T u`, which respects an embedding's untrained row."""
+    """Yield `J^T H J v`, with `J v` as the derivative of `u -> J^T u`, which respects an embedding's untrained row."""
     dummy = torch.zeros_like(logits, requires_grad=True)
     pulled = grad(logits, parameters, dummy, create_graph=True, allow_unused=True)
     probabilities = torch.softmax(logits.detach(), -1)
@@ -115,7 +115,7 @@ def _hessian(
     parameters: Sequence[Tensor],
     tangents: Sequence[Sequence[Tensor]],
 ) -> Iterator[Sequence[Tensor]]:
-    """The derivative of the gradient along each tangent."""
+    """Yield the derivative of the gradient along each tangent."""
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     slopes = grad((losses * weights).sum(), parameters, create_graph=True, allow_unused=True)
     kept = [number for number, part in enumerate(slopes) if part is not None and part.requires_grad]

@@ -14,7 +14,7 @@ from vestige.index import WHOLE_MODEL, Index
 
 
 def whole_fisher(index: Index) -> FisherBlocks:
-    """One Fisher matrix of all columns of `index`; read from `curvature/` when it belongs to just these shards.
+    """Return one Fisher matrix of all columns of `index`; read from `curvature/` if it belongs to just these shards.
 
     Raises:
         UserError: The matrix and its factors, 28 bytes for each pair of columns, do not fit into memory.
@@ -35,7 +35,7 @@ def whole_fisher(index: Index) -> FisherBlocks:
 
 
 def _counted(index: Index) -> Iterator[Tensor]:
-    """The gradients of the examples that count: those that were left out hold zeros."""
+    """Yield the gradients of the examples that count: those that were left out hold zeros."""
     skipped = torch.tensor(index.skipped)
     for block in index.blocks():
         yield block.gradients[~torch.isin(block.example, skipped)] if len(skipped) else block.gradients

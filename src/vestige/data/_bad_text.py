@@ -22,7 +22,7 @@ class Repaired(NamedTuple):
 
 
 def repair(value: Any, field: str = "") -> Repaired:
-    """The value with U+FFFD for every half of a surrogate pair in its texts and names of columns."""
+    """Replace every half of a surrogate pair in the value's texts and names of columns with U+FFFD."""
     if isinstance(value, str):
         halves = [] if value.isascii() else _HALF.findall(value)
         return Repaired(_HALF.sub(REPLACEMENT, value), [field] * len(halves)) if halves else Repaired(value, [])
@@ -52,7 +52,7 @@ class Checked(NamedTuple):
 
 
 def check_text(name: str, row: int, record: Record, on_bad_text: OnBadText) -> Checked:
-    """The record of the source called `name`, as `--on-bad-text` says.
+    """Return the record of the source called `name`, checked or repaired as `--on-bad-text` requires.
 
     Raises:
         DataError: It holds half of a surrogate pair, which is refused.
@@ -66,6 +66,6 @@ def check_text(name: str, row: int, record: Record, on_bad_text: OnBadText) -> C
         raise DataError(
             f"{place(name, row, record)}: {where} holds half of a surrogate pair (such as \\ud83d, an emoji that was "
             f"cut), which is no character: {shown(value if isinstance(value, str) else value.get(fields[0], value))}. "
-            'Correct it, or type --on-bad-text replace (on_bad_text="replace") to have U+FFFD in its place.'
+            'Correct it, or type --on-bad-text replace (on_bad_text="replace") to replace it with U+FFFD.'
         )
     return Checked(record._replace(value=value), len(fields)) if fields else Checked(record, 0)

@@ -13,7 +13,7 @@ from vestige.errors import DataError
 
 
 class Sharing(NamedTuple):
-    """Which examples may share a batch: all, unless the model's forward pass depends on the longest of them."""
+    """The examples that may share a batch: all, unless the model's forward pass depends on the longest of them."""
 
     switches: tuple[int, ...] = ()
     """Numbers of tokens: an example no longer than one of them shares no batch with a longer one."""
@@ -35,7 +35,7 @@ ANY_EXAMPLES = Sharing()
 def plan_batches(
     lengths: np.ndarray, token_budget: int, max_examples: int | None = None, *, sharing: Sharing = ANY_EXAMPLES
 ) -> list[np.ndarray]:
-    """Rows of each batch, every row in exactly one; longest first, so a budget that is too large fails early.
+    """Return the rows of each batch, every row in exactly one; longest first, so too large a budget fails early.
 
     Args:
         lengths: Tokens per example, [example].
@@ -82,7 +82,7 @@ class CutBatches:
         max_examples: int | None = None,
         sharing: Sharing = ANY_EXAMPLES,
     ) -> None:
-        """As `plan_batches`."""
+        """Plan as `plan_batches` does."""
         if token_budget < 1 or (max_examples is not None and max_examples < 1):
             raise DataError(
                 f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
@@ -100,11 +100,11 @@ class CutBatches:
         """Row numbers, longest example first, ties by row, int32 or int64 [example]; on the disk if they are many."""
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         return len(self.rows)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[CutBatch]:
-        """Those of the rows `start:stop`, which begin and end with a batch."""
+        """Yield the batches of the rows `start:stop`, which begin and end with a batch."""
         stop = len(self) if stop is None else stop
         kind = 0
         while start < stop:
@@ -116,7 +116,7 @@ class CutBatches:
             start = end
 
     def tokens(self, start: int, stop: int) -> int:
-        """Tokens of the examples `start:stop` of `rows`, without padding."""
+        """Return the number of tokens of the examples `start:stop` of `rows`, without padding."""
         total = first = 0
         for length, end in zip(self._lengths, self._ends, strict=True):
             total += length * max(min(end, stop) - max(first, start), 0)
@@ -125,7 +125,7 @@ class CutBatches:
 
 
 def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
-    """For each length, where the rows of the last length of its group end."""
+    """Return, for each length, where the rows of the last length of its group end."""
     found: list[int] = []
     for number in reversed(range(len(ends))):
         same = bool(found) and groups[number] == groups[number + 1]
@@ -134,7 +134,7 @@ def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
 
 
 def _counted(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "length"]:
-    """How many examples have each length."""
+    """Return how many examples have each length."""
     counts = np.zeros(1, dtype=np.int64)
     for part in disk_arrays.parts(lengths):
         more = np.bincount(part, minlength=len(counts))
@@ -145,7 +145,7 @@ def _counted(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "length"]:
 def _from_long_to_short(
     lengths: Int[np.ndarray, "example"], counts: Int[np.ndarray, "length"]
 ) -> Int[np.ndarray, "example"]:
-    """All rows sorted by counting: each part of them is put where the parts before have left off."""
+    """Sort all rows by counting: each part of them goes where the parts before have left off."""
     rows = disk_arrays.zeros(len(lengths), np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
     free = len(lengths) - np.cumsum(counts)
     first = 0
@@ -160,7 +160,7 @@ def _from_long_to_short(
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:
-    """The rows as right-padded tensors on the CPU; padding is token 0 with `NO_TARGET` as its label.
+    """Return the rows as right-padded tensors on the CPU; padding is token 0 with `NO_TARGET` as its label.
 
     A batch is at least one token wide, so that a model can run on an example without tokens.
     """

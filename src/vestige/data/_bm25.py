@@ -40,7 +40,7 @@ class LexicalIndex:
     def __init__(
         self, queries: Sequence[Sequence[str]], documents: Iterable[Sequence[str]], variant: Bm25Variant = "lucene"
     ) -> None:
-        """Read everything.
+        """Read all queries and documents.
 
         Args:
             queries: The words of each.
@@ -53,21 +53,21 @@ class LexicalIndex:
         self._read(documents, vocabulary, variant)
 
     def __len__(self) -> int:
-        """The number of documents."""
+        """Return the number of documents."""
         return len(self._postings)
 
     @property
     def has_words(self) -> bool:
-        """Whether any document has a word: without one there is nothing to compare."""
+        """Return whether any document has a word: without one there is nothing to compare."""
         return self._postings.length > 0
 
     def scores(
         self, *, documents: slice = slice(None), queries: slice = slice(None)
     ) -> Float[np.ndarray, "document query"]:
-        """The scores of some queries with some documents; a part is what the whole has there, to the bit."""
-        asked = self._asked[queries].T
-        found = [(self._weights(each) @ asked).toarray() for each in self._postings.read(documents)]
-        return np.concatenate(found) if found else np.empty((0, asked.shape[1]), dtype=self._type)
+        """Return the scores of some queries with some documents; a part equals that of the whole, to the bit."""
+        wanted = self._asked[queries].T
+        found = [(self._weights(each) @ wanted).toarray() for each in self._postings.read(documents)]
+        return np.concatenate(found) if found else np.empty((0, wanted.shape[1]), dtype=self._type)
 
     def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
         self._postings = Postings(len(vocabulary))
@@ -88,7 +88,7 @@ class LexicalIndex:
         self._scale = 1.0 if variant == "lucene" else K1 + 1
 
     def _weights(self, documents: Counted) -> sparse.csr_matrix:
-        """What each word adds to the score of a query that holds it once, [document, word]."""
+        """Return what each word adds to the score of a query that holds it once, [document, word]."""
         lengths, counts = documents
         often = counts.data.astype(np.float64)
         long = np.repeat(lengths, np.diff(counts.indptr)) / self._mean_length
@@ -97,14 +97,14 @@ class LexicalIndex:
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, case-folded: no stemming and no stop words, so no language is preferred."""
+    """Return runs of letters and digits, case-folded: no stemming and no stop words, so no language is preferred."""
     return _WORD.findall(text.casefold())
 
 
 def prompt_of(example: Example) -> str:
-    """What was asked: the first turn of the user, or the prompt; the whole text where there is neither."""
-    asked = next((message.content for message in example.messages if message.role == "user"), None)
-    return asked or example.prompt or example.display
+    """Return the question: the first turn of the user, or the prompt; the whole text where there is neither."""
+    question = next((message.content for message in example.messages if message.role == "user"), None)
+    return question or example.prompt or example.display
 
 
 def _okapi_rarity(documents: int, holding: Int[np.ndarray, " word"]) -> Float[np.ndarray, " word"]:
@@ -112,7 +112,7 @@ def _okapi_rarity(documents: int, holding: Int[np.ndarray, " word"]) -> Float[np
 
 
 def _matrix(counts: Sequence[Counter[str]], columns: dict[str, int], kind: type) -> sparse.csr_matrix:
-    """How often each word occurs in each text, [text, word]."""
+    """Return how often each word occurs in each text, [text, word]."""
     ends = np.cumsum([0, *map(len, counts)])
     words = np.fromiter((columns[word] for count in counts for word in count), np.int64, int(ends[-1]))
     often = np.fromiter((number for count in counts for number in count.values()), kind, int(ends[-1]))

@@ -1,4 +1,4 @@
-"""Conversations as the tokenizer's chat template writes them, with the spans that the assistant said."""
+"""Conversations as the tokenizer's chat template writes them, with the spans of the assistant's words."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ PLACEHOLDER = "\ue000\ue001\ue002"
 
 
 def as_conversation(example: Example) -> tuple[Message, ...]:
-    """The example's turns; a prompt becomes a user turn and its completion, if any, an assistant turn.
+    """Return the example's turns; a prompt becomes a user turn and its completion, if any, an assistant turn.
 
     The columns `system` and `history` come first. The newline that separates a question from its answer in plain text
     is not part of the user's turn.
@@ -54,7 +54,7 @@ def as_conversation(example: Example) -> tuple[Message, ...]:
 
 
 class Conversations(NamedTuple):
-    """Rendered conversations, and what a person should know of how the template wrote them."""
+    """Rendered conversations, and what the user should know of how the template wrote them."""
 
     rendered: list[Rendered]
     rewritten: int
@@ -64,7 +64,7 @@ class Conversations(NamedTuple):
 
 
 def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> Conversations:
-    """Each example's conversation as text, with what the assistant said (and its end of turn) as targets.
+    """Return each example's conversation as text, with the assistant's words (and its end of turn) as targets.
 
     Generation markers in the template decide where there are any. Otherwise an assistant turn is what a
     rendering up to that turn adds to the rendering before it, generation prompt included. That presumes that
@@ -101,7 +101,7 @@ class _Unwritten(Exception):
 
 
 class ChatTemplate:
-    """Renders conversations and finds what the assistant said in them."""
+    """Renders conversations and finds the assistant's words in them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         try:
@@ -125,19 +125,19 @@ class ChatTemplate:
         self._special = tuple({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
 
     def render(self, turns: Sequence[Message], variables: Mapping[str, Any], *, generation_prompt: bool) -> str:
-        """The conversation as text, special tokens included."""
+        """Return the conversation as text, special tokens included."""
         text = self._tokenizer.apply_chat_template(
             _plain(turns), tokenize=False, add_generation_prompt=generation_prompt, **self._variables | dict(variables)
         )
         return str(text)
 
     def spoken(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> tuple[str, tuple[Span, ...], bool]:
-        """The text, the spans that the assistant said, and whether they rest on markers or prefixes.
+        """Return the text, the spans of the assistant's words, and whether they rest on markers or prefixes.
 
         A conversation that waits for the assistant ends in the generation prompt.
 
         Raises:
-            _Unwritten: Which of the marked spans is of a turn that is not to be learned cannot be told.
+            _Unwritten: It is unknown which of the marked spans is of a turn that is not to be learned.
         """
         waiting = turns[-1].role != ASSISTANT
         turns = self._without_written_nulls(turns, variables)
@@ -151,7 +151,7 @@ class ChatTemplate:
         return text, self._spans_by_contents(turns, variables, text, waiting), False
 
     def unwritten_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
-        """Keys of turns, and variables, without which the template writes the same conversation.
+        """Return keys of turns, and variables, without which the template writes the same conversation.
 
         Raises:
             _Unwritten: One of them belongs to the text, and the template does not even name it.
@@ -177,11 +177,11 @@ class ChatTemplate:
         return found
 
     def _source(self, variables: Mapping[str, Any]) -> str:
-        """The template itself: a tokenizer may have another one for conversations with tools."""
+        """Return the template itself: a tokenizer may have another one for conversations with tools."""
         return self._tokenizer.get_chat_template(tools=variables["tools"]) if "tools" in variables else self._template
 
     def _without_written_nulls(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
-        """The turns, null contents as empty texts where the template would write "None"."""
+        """Return the turns, null contents as empty texts where the template would write "None"."""
         if not any("content" in turn.extra for turn in turns):
             return turns
         empty = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != "content"}) for turn in turns]
@@ -222,7 +222,7 @@ class ChatTemplate:
     def _spans_by_prefixes(
         self, turns: Sequence[Message], variables: Mapping[str, Any], text: str
     ) -> tuple[Span, ...] | None:
-        """What each assistant turn adds to the text so far; None when the prefix property does not hold."""
+        """Return what each assistant turn adds to the text so far; None when the prefix property does not hold."""
         spans: list[Span] = []
         for number, turn in enumerate(turns):
             if not is_learned(turn):
@@ -242,14 +242,14 @@ class ChatTemplate:
         return tuple(spans)
 
     def _until_end_of_turn(self, text: str, span: Span) -> Span:
-        """The span without the line break that a template writes after the end-of-turn token."""
-        said = text[span.start : span.stop].rstrip()
-        return Span(span.start, span.start + len(said)) if said.endswith(self._special) else span
+        """Return the span without the line break that a template writes after the end-of-turn token."""
+        words = text[span.start : span.stop].rstrip()
+        return Span(span.start, span.start + len(words)) if words.endswith(self._special) else span
 
     def _spans_by_contents(
         self, turns: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool
     ) -> tuple[Span, ...]:
-        """What changes when an assistant's content, thoughts and calls do, and the special token that ends the turn."""
+        """Return what changes when an assistant's content, thoughts and calls do, and the token that ends the turn."""
         spans: list[Span] = []
         for number, turn in enumerate(turns):
             if not is_learned(turn):
@@ -273,7 +273,7 @@ class ChatTemplate:
 
 
 def _shared_length(one: str, other: str) -> int:
-    """How many characters the two have in common from their start."""
+    """Return how many characters the two have in common from their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
 

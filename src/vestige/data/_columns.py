@@ -1,4 +1,4 @@
-"""Columns beside the text: which of them change what a model read or learned, and what is done about each."""
+"""Columns beside the text: those that change what a model read or learned, and how each is treated."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _RESERVED = ("messages", "conversation", "chat_template", "add_generation_prompt
 
 
 def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> None:
-    """Raise where a column of training data says that the row is not to be learned as it stands, or is no text.
+    """Raise where a column of training data marks the row as not to be learned as it stands, or is no text.
 
     Raises:
         DataError: The row is half of a preference, is one to be avoided, or has pictures or sound.
@@ -60,10 +60,10 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
 
 
 def turns_before(example: Example) -> tuple[Message, ...]:
-    """The turns that `system` and `history` put before those of the row itself.
+    """Return the turns that `system` and `history` put before those of the row itself.
 
     Raises:
-        DataError: One of the columns is not what its name says, or the row has a system's turn of its own.
+        DataError: One of the columns is not what its name means, or the row has a system's turn of its own.
     """
     found = [name for name in SYSTEM if example.extra.get(name)]
     place = f"row {example.row} (id {example.id!r})"
@@ -97,10 +97,10 @@ def _history(example: Example, place: str) -> list[Any]:
 
 
 def template_variables(example: Example) -> dict[str, Any]:
-    """What the columns of a row hand to the chat template: `tools`, `documents` and its own settings.
+    """Return what the columns of a row pass to the chat template: `tools`, `documents` and its own settings.
 
     Raises:
-        DataError: One of the columns is not what its name says.
+        DataError: One of the columns is not what its name means.
     """
     place, found = f"row {example.row} (id {example.id!r})", dict[str, Any]()
     for name in _TEMPLATE:
@@ -145,12 +145,12 @@ def refuse_without_template(example: Example, name: str) -> None:
 
 
 def conversation_columns(example: Example) -> dict[str, Any]:
-    """The columns that a chat template is given, or that put turns before those of the row."""
+    """Return the columns that a chat template is given, or that put turns before those of the row."""
     return {name: example.extra[name] for name in (*SYSTEM, HISTORY, *_TEMPLATE) if name in example.extra}
 
 
 def unused_columns(example: Example) -> set[str]:
-    """The columns that change neither the text of the example nor its loss."""
+    """Return the columns that change neither the text of the example nor its loss."""
     if IDS in example.extra:
         return {name for name, cell in example.extra.items() if not is_used(name, cell)}
     if example.text is not None:

@@ -1,6 +1,7 @@
-"""Which rows belong together: copies of one text, or rows with the same value of a column.
+"""Groups of rows: copies of one text, or rows with the same value of a column.
 
-A draw that splits copies measures nothing: a model that was not trained on a row but on its copy knows it all the same.
+A draw that splits copies measures nothing: a model that was not trained on a row but on its copy has memorized it all
+the same.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = Non
 
 
 def _numbered(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
-    """Numbers for equal keys; 16 bytes a row are kept while they are counted."""
+    """Return numbers for equal keys; 16 bytes a row are kept while they are counted."""
     digests = bytearray()
     for key in keys:
         digests += hashlib.blake2b(key, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""From a source of any size to tokens: in memory while that is small, on disk from there on, in constant memory."""
+"""Tokens of a source of any size: in memory while that is small, on disk from there on, in constant memory."""
 
 import hashlib
 import json
@@ -54,10 +54,10 @@ def tokenize_source(
     on_bad_text: OnBadText = "refuse",
     vocabulary: int | None = None,
 ) -> TokenizedData:
-    """What `tokenize(load_examples(source))` is, in memory that does not grow with the data.
+    """Tokenise `load_examples(source)` as `tokenize` does, in memory that does not grow with the data.
 
     A small data set is returned in memory. Of a larger one, tokens and examples are written to a folder of their own
-    in `folder`, and read from there, now and whenever the same is asked for again; killed meanwhile, the same call
+    in `folder`, and read from there, now and whenever the same is requested again; killed before the end, the same call
     goes on where it stopped.
 
     Args:
@@ -100,7 +100,7 @@ def tokenize_stored(
     folder: Path,
     workers: int = 1,
 ) -> TokenizedData:
-    """The tokens of examples that are on disk: those in a folder of `kept` if they were made alike, else as above.
+    """Return the tokens of examples on disk: those in a folder of `kept` if they were made alike, else new ones.
 
     Args:
         examples: As the files of an index hold them.
@@ -123,7 +123,7 @@ def tokenize_stored(
 
 
 def forget_tokens(folder: Path, data: TokenizedData) -> None:
-    """Of all tokens in `folder`, only those of `data` are left."""
+    """Remove all tokens in `folder` but those of `data`."""
     if isinstance(data.examples, StoredExamples) and folder.is_dir():
         for path in folder.iterdir():
             if path != data.examples.folder and _TOKEN_FOLDER.fullmatch(path.name):
@@ -152,8 +152,8 @@ class _Corpus:
         self._rows = 0
 
     def read(self) -> TokenizedData:
-        """The data, from where it is already or from its source."""
-        # The key costs a look at the whole tokenizer: only where something was written is there something to find.
+        """Read the data from where it is already or from its source."""
+        # The key costs a pass over the whole tokenizer: only where something was written is there something to find.
         folder = self._folder if self._parent is not None and self._parent.is_dir() else None
         found = open_tokens(folder, self._name) if folder is not None else None
         if found is None:
@@ -165,14 +165,14 @@ class _Corpus:
 
     @cached_property
     def _folder(self) -> Path | None:
-        """Where the tokens of just this source, encoded just so, are kept."""
+        """Return the folder where the tokens of just this source, encoded just so, are kept."""
         if self._parent is None or self._origin is None:
             return None
         made_of = [FORMAT, PART_ROWS, PART_BYTES, self._origin, self._encoder.identity]
         return self._parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     def _from_source(self) -> StoredData:
-        """The data: in memory if it is small."""
+        """Read the data from its source: in memory if it is small."""
         held: list[_Held] = []
         seen, weight = SeenIds(), 0
         for chunk in self._chunks:
@@ -189,7 +189,7 @@ class _Corpus:
         return _in_memory(held, self._name)
 
     def _on_disk(self, held: "list[_Held]") -> StoredData:
-        """The data on disk, after `held` has been written and the rest was read."""
+        """Write `held` and the rest of the data to disk, and return the data there."""
         owner = None
         folder = self._folder
         if folder is None:
@@ -197,14 +197,14 @@ class _Corpus:
             folder = owner.folder
         of = f" by {self._workers} processes" if self._workers > 1 else ""
         announce(f"{self._name}: more than {format_bytes(HELD_BYTES)} in memory; its tokens are made{of} in {folder}.")
-        writer, said = TokenWriter(folder, self._encoder.identity), time.monotonic()
+        writer, last_line = TokenWriter(folder, self._encoder.identity), time.monotonic()
         self._rows = 0
         rest = self._rest(len(held), writer)
         for chunk, part in chain(_packed(held), rest):
             names, suspects = writer.add(part) if part is not None else writer.add_finished()
             self._check_ids(chunk, names, suspects, writer.row_of)
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 announce(f"{self._name}: {self._rows:,} examples are tokens so far.")
         if not self._rows:
             raise no_rows(self._source)
@@ -215,11 +215,11 @@ class _Corpus:
         return found
 
     def _rest(self, first: int, writer: TokenWriter) -> Iterator[Answer]:
-        """Answers for the chunks that are still to come; the number of the next one is `first`."""
-        asked = ((chunk, not writer.is_done(number)) for number, chunk in enumerate(self._chunks, start=first))
+        """Yield answers for the chunks that are still to come; the number of the next one is `first`."""
+        requests = ((chunk, not writer.is_done(number)) for number, chunk in enumerate(self._chunks, start=first))
         if self._workers == 1:
-            return in_this_process(self._parts, asked)
-        return in_processes(self._parts, asked, self._workers)
+            return in_this_process(self._parts, requests)
+        return in_processes(self._parts, requests, self._workers)
 
     def _check_ids(self, chunk: Chunk, names: list[str], suspects: list[int], row_of: Callable[[str], int]) -> None:
         for position in suspects:
@@ -236,7 +236,7 @@ class _Held(NamedTuple):
 
 
 class _Scratch:
-    """A folder that goes with the last one who needs it."""
+    """A folder that is deleted with its last user."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vestige-tokens-"))
@@ -244,7 +244,7 @@ class _Scratch:
 
 
 def _packed(held: list[_Held]) -> Iterator[Answer]:
-    """What was held, in order; each leaves memory when the next one is asked for."""
+    """Yield what was held, in order; each leaves memory when the next one is requested."""
     held.reverse()
     while held:
         chunk, part = held.pop()

@@ -18,21 +18,21 @@ _PATIENCE_SECONDS = 10.0
 
 
 class Answer(NamedTuple):
-    """A chunk, and what became of it."""
+    """A chunk and its encoded part."""
 
     chunk: Chunk
     part: PackedPart | None
-    """None where nobody was asked, because it is there already."""
+    """None if it was not requested, because it is there already."""
 
 
-def in_this_process(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]]) -> Iterator[Answer]:
-    """Answers for chunks of which some (True) have to be encoded."""
-    for chunk, wanted in asked:
+def in_this_process(encoder: PartEncoder, requests: Iterable[tuple[Chunk, bool]]) -> Iterator[Answer]:
+    """Yield answers for chunks of which some (True) have to be encoded."""
+    for chunk, wanted in requests:
         yield Answer(chunk, encoder.packed(chunk) if wanted else None)
 
 
-def in_processes(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]], workers: int) -> Iterator[Answer]:
-    """The same, encoded by several processes; two chunks more than there are processes are in memory.
+def in_processes(encoder: PartEncoder, requests: Iterable[tuple[Chunk, bool]], workers: int) -> Iterator[Answer]:
+    """Yield the same, encoded by several processes; two chunks more than there are processes are in memory.
 
     Raises:
         DataError: The first chunk that cannot be encoded, after the answers before it.
@@ -42,7 +42,7 @@ def in_processes(encoder: PartEncoder, asked: Iterable[tuple[Chunk, bool]], work
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="vestige-tokenise") as threads:
             coming: deque[tuple[Chunk, Future[PackedPart] | None]] = deque()
-            for chunk, wanted in asked:
+            for chunk, wanted in requests:
                 coming.append((chunk, threads.submit(crew.ask, chunk) if wanted else None))
                 if len(coming) > workers + 1:
                     yield _first(coming)
@@ -69,7 +69,7 @@ class _Crew:
             self._idle.put(process)
 
     def ask(self, chunk: Chunk) -> PackedPart:
-        """The part, from the first process that is idle."""
+        """Return the part, from the first process that is idle."""
         process = self._idle.get()
         try:
             pickle.dump(chunk, _pipe(process.stdin), protocol=pickle.HIGHEST_PROTOCOL)
@@ -78,7 +78,7 @@ class _Crew:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"A process that turns text into tokens ended (exit status {process.poll()}), often for lack of "
-                "memory. Finished parts are kept: run the same command again, perhaps with fewer --workers."
+                "memory. Finished parts are kept: run the same command again, with fewer --workers if memory is short."
             ) from error
         finally:
             self._idle.put(process)
@@ -89,7 +89,7 @@ class _Crew:
         return answer
 
     def end(self) -> None:
-        """No process runs any more."""
+        """End all processes."""
         for process in self._processes:
             with suppress(OSError):
                 _pipe(process.stdin).close()
@@ -110,7 +110,7 @@ def _start(content: bytes) -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         env=environment,
     )
-    # A process that ends before it has read this is noticed when it is asked.
+    # A process that ends before it has read this is noticed at its first chunk.
     with suppress(OSError):
         _pipe(process.stdin).write(content)
         _pipe(process.stdin).flush()

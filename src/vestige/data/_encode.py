@@ -1,4 +1,4 @@
-"""From rendered text with target spans in characters to tokens with target marks."""
+"""Tokenisation of rendered text: target spans in characters become target marks of tokens."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,7 +20,7 @@ class Span(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """What an example looks like as text, and which of its characters the model is to learn."""
+    """The text of an example, and which of its characters the model is to learn."""
 
     text: str
     targets: tuple[Span, ...]
@@ -31,7 +31,7 @@ class Rendered(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """One example as the model sees it, before truncation."""
+    """One example as the model receives it, before truncation."""
 
     ids: np.ndarray
     """int32 [token]"""
@@ -40,17 +40,17 @@ class Tokens(NamedTuple):
 
 
 def whole_text(text: str) -> Span:
-    """The span that makes every token a target: it starts before the first character, whatever the offsets are."""
+    """Return the span that makes every token a target: it starts before the first character, whatever the offsets."""
     return Span(-1, len(text))
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_eos: bool) -> list[Tokens]:
-    """Tokens of each rendered text; a token that lies partly in a target span is a target.
+    """Tokenise each rendered text; a token that lies partly in a target span is a target.
 
-    A fast tokenizer sees each text whole, so the tokens are those of the joined text; a slow one, which
-    cannot say where its tokens came from, sees the pieces between span borders separately. A beginning token
-    that the text spells out itself is not added a second time. With `add_eos` the end token is appended as a
-    target where a text `ends` without it. Where a text goes on, what the tokenizer puts behind every text is left out.
+    A fast tokenizer receives each text whole, so the tokens are those of the joined text; a slow one, which does not
+    report where its tokens came from, receives the pieces between span borders separately. A beginning token that the
+    text spells out itself is not added a second time. With `add_eos` the end token is appended as a target where a text
+    `ends` without it. Where a text goes on, what the tokenizer puts behind every text is left out.
     """
     result: list[Tokens | None] = [None] * len(rendered)
     behind = _added_behind(tokenizer)
@@ -70,7 +70,7 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
 
 
 def _added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens the tokenizer puts behind every text of its own accord."""
+    """Return how many tokens the tokenizer puts behind every text of its own accord."""
     bare: Any = tokenizer("a", add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
     whole: Any = tokenizer("a", padding=False, truncation=False, verbose=False)["input_ids"]
     starts = [at for at in range(len(whole) + 1) if list(whole[at : at + len(bare)]) == list(bare)]
@@ -78,7 +78,7 @@ def _added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_special: bool) -> list[Tokens]:
-    # Where every token is a target anyway, nobody needs to know which characters it covers.
+    # Where every token is a target anyway, the characters that it covers are not needed.
     all_whole = all(item.targets == (whole_text(item.text),) for item in items)
     encoded = tokenizer(
         [item.text for item in items],
@@ -102,7 +102,7 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
 
 
 def marked_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
-    """Which tokens overlap a target span, given the characters `[token, 2]` that each token covers.
+    """Return which tokens overlap a target span, given the characters `[token, 2]` that each token covers.
 
     Some tokenizers trim the leading space from a token's offsets, which can leave a token of blanks with an
     empty range at its end; its end then decides. Special tokens added around the text have the range (0, 0):
@@ -137,7 +137,7 @@ def _encode_pieces(item: Rendered, tokenizer: "PreTrainedTokenizerBase", add_spe
 
 
 def _pieces(item: Rendered) -> list[tuple[str, bool]]:
-    """The text cut at the borders of its target spans, empty pieces left out."""
+    """Cut the text at the borders of its target spans, empty pieces left out."""
     pieces: list[tuple[str, bool]] = []
     done = 0
     for span in item.targets:
@@ -149,7 +149,7 @@ def _pieces(item: Rendered) -> list[tuple[str, bool]]:
 
 
 def _finished(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", add_eos: bool) -> Tokens:
-    """The tokens without a doubled beginning, with the end token where it is due; no target at position 0."""
+    """Remove a doubled beginning, and add the end token where it is due; no target at position 0."""
     ids, targets = tokens
     bos: Any = tokenizer.bos_token_id
     eos: Any = tokenizer.eos_token_id

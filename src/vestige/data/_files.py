@@ -22,7 +22,7 @@ PREPARED = "prepare.json"
 
 
 def read_file(path: Path) -> Source:
-    """The records of one file, read lazily; its extension decides the format (`.gz` may follow it).
+    """Read the records of one file lazily; its extension decides the format (`.gz` may follow it).
 
     Raises:
         DataError: The file is absent, its extension is unknown, or (while reading) its content is broken.
@@ -40,7 +40,7 @@ def read_file(path: Path) -> Source:
 
 
 def read_files(name: str, paths: Sequence[Path]) -> Source:
-    """The records of one file after another, as a source of this name.
+    """Return the records of one file after another, as a source of this name.
 
     Raises:
         DataError: As for `read_file`.
@@ -70,14 +70,14 @@ def files_of_folder(folder: Path) -> list[Path]:
         )
     if len(kinds := {data_extension(path) for path in files}) > 1:
         raise DataError(
-            f"{folder}: holds files of several kinds ({', '.join(sorted(map(str, kinds)))}). Say which to read, for "
+            f"{folder}: holds files of several kinds ({', '.join(sorted(map(str, kinds)))}). Name those to read, for "
             f"example {folder / '*'}{data_extension(files[0])} in quotation marks."
         )
     return files
 
 
 def matching_files(pattern: Path) -> list[Path]:
-    """The files that a pattern such as `parts/*.jsonl` stands for, by name; none if it is no pattern."""
+    """Return the files that a pattern such as `parts/*.jsonl` stands for, by name; none if it is no pattern."""
     try:
         found = glob(str(pattern), recursive=True) if has_magic(str(pattern)) else []
     except (OSError, ValueError):  # too long for a file name, a null byte
@@ -86,14 +86,14 @@ def matching_files(pattern: Path) -> list[Path]:
 
 
 def data_extension(path: Path) -> str | None:
-    """The extension that names the format, in lower case and without `.gz`; None if no reader knows it."""
+    """Return the extension that names the format, in lower case and without `.gz`; None if no reader knows it."""
     name = path.name.lower().removesuffix(".gz")
     extension = Path(name).suffix
     return extension if extension in READERS else None
 
 
 def absent_file(path: Path) -> str:
-    """The message for a path that does not exist, with the nearest name that does."""
+    """Return the message for a path that does not exist, with the nearest name that does."""
     if not path.parent.exists():
         return f"{path}: no such file; the folder {path.parent} does not exist either."
     near = nearest_name(path)
@@ -102,7 +102,7 @@ def absent_file(path: Path) -> str:
 
 
 def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
-    """The reader's records; what the operating system or the decoder says becomes a DataError."""
+    """Yield the reader's records; errors of the operating system or the decoder become a DataError."""
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
@@ -115,7 +115,7 @@ def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterat
 
 
 def _encoding(content: bytes) -> str:
-    """What text that is not UTF-8 is encoded in, by its first bytes: those of UTF-16 and UTF-32 say it."""
+    """Return the encoding of text that is not UTF-8, by its first bytes, if it is UTF-16 or UTF-32."""
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -124,14 +124,14 @@ def _encoding(content: bytes) -> str:
 
 
 def _open_text(path: Path) -> TextIO:
-    """The file as text, unpacked if it ends in `.gz`; a byte order mark at its start is dropped."""
+    """Open the file as text, unpacked if it ends in `.gz`; a byte order mark at its start is dropped."""
     if path.name.lower().endswith(".gz"):
         return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig", newline="")
     return open(path, encoding="utf-8-sig", newline="")
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
-    """One JSON value per line, not parsed yet; blank lines are skipped but counted."""
+    """Yield one JSON value per line, not parsed yet; blank lines are skipped but counted."""
     with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -139,7 +139,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    """A list, or an object whose `data` is a list; a file of several objects is read as JSON lines."""
+    """Yield the rows of a list, or of an object whose `data` is a list; several objects are read as JSON lines."""
     with _open_text(path) as stream:
         content = stream.read()
     if not content.strip():
@@ -175,7 +175,7 @@ def _read_tsv(path: Path) -> Iterator[Record]:
 
 
 def _read_cells(path: Path, delimiter: str) -> Iterator[Record]:
-    """Rows of a table with a header line; every cell is a string, quoted cells may span lines."""
+    """Yield the rows of a table with a header line; every cell is a string, quoted cells may span lines."""
     csv.field_size_limit(CSV_CELL_LIMIT)
     with _open_text(path) as stream:
         rows = csv.reader(stream, delimiter=delimiter, strict=True)

@@ -1,4 +1,4 @@
-"""What identifies a data set: its ids, its tokens and its targets, and nothing else."""
+"""The fingerprint of a data set: its ids, its tokens and its targets, and nothing else."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from vestige.data._types import Example
 def data_fingerprint(
     examples: Sequence[Example], input_ids: Sequence[np.ndarray], targets: Sequence[np.ndarray]
 ) -> str:
-    """sha256 over ids, tokens and targets, in order, in hexadecimal.
+    """Return the sha256 of ids, tokens and targets, in order, in hexadecimal.
 
     The same on every platform: token ids are hashed as little-endian int32 and every part is preceded by its
     length, so that no two data sets run together into the same bytes.
@@ -23,7 +23,7 @@ def data_fingerprint(
 
 
 def hashed(name: str, ids: np.ndarray, targets: np.ndarray) -> bytes:
-    """What one example adds to the fingerprint: its id, its tokens and its targets."""
+    """Return what one example adds to the fingerprint: its id, its tokens and its targets."""
     encoded = name.encode()
     about = f"{len(encoded)} {len(ids)} ".encode()
     tokens = np.ascontiguousarray(ids, dtype="<i4").tobytes()

@@ -15,13 +15,13 @@ HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.
 
 
 def is_dataset(source: object) -> bool:
-    """Whether `source` is a data set of the `datasets` library, told without importing it."""
+    """Return whether `source` is a data set of the `datasets` library, without importing it."""
     is_its_own = any(base.__module__.split(".")[0] == "datasets" for base in type(source).__mro__)
     return is_its_own and hasattr(source, "with_format")
 
 
 def from_dataset(dataset: Any, split: str | None, name: str = "dataset") -> Source:
-    """The rows of a live data set, of any output format; of a dictionary of splits, one split.
+    """Return the rows of a live data set, of any output format; of a dictionary of splits, one split.
 
     Raises:
         DataError: The split is missing or cannot be chosen.
@@ -30,7 +30,7 @@ def from_dataset(dataset: Any, split: str | None, name: str = "dataset") -> Sour
         split = _chosen_split(list(dataset), split, name)
         return _source(f"{name}[{split}]", dataset[split])
     if split is not None and str(getattr(dataset, "split", None)) != split:
-        raise DataError(f"{name}: split={split!r} was asked for, but the source is one data set without splits.")
+        raise DataError(f"{name}: split={split!r} was requested, but the source is one data set without splits.")
     return _source(name, dataset)
 
 
@@ -55,16 +55,16 @@ def _chosen_split(names: list[str], split: str | None, name: str) -> str:
     if "train" in names:
         announce(f"{name}: reading the split 'train' (of {', '.join(names)}); choose another with split=...")
         return "train"
-    raise DataError(f"{name}: which of its splits ({', '.join(names)})? Say split={names[0]!r}.")
+    raise DataError(f"{name}: which of its splits ({', '.join(names)})? Type split={names[0]!r}.")
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
     return any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json"))
 
 
 def from_folder(folder: Path, split: str | None) -> Source:
-    """The rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+    """Return the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Raises:
         DataError: The folder is damaged.
@@ -74,13 +74,13 @@ def from_folder(folder: Path, split: str | None) -> Source:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, DatasetsError) as error:
         raise DataError(f"{folder}: looks like a folder saved by `datasets`, but does not load ({error}).") from error
     return from_dataset(dataset, split, folder.name)
 
 
 def from_hub(name: str, split: str | None) -> Source:
-    """The rows of a data set on the hub, `owner/name` or `owner/name:config`, downloaded or from the cache.
+    """Return the rows of a hub data set, `owner/name` or `owner/name:config`, downloaded or from the cache.
 
     Raises:
         DataError: It is absent, private or unreachable, or needs a config or a split.

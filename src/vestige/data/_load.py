@@ -1,4 +1,4 @@
-"""From whatever holds the data to a list of examples."""
+"""Loading of a list of examples from any source of data."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _RUN_QUERIES = "queries.parquet"
 def load_examples(
     source: Any, *, limit: int | None = None, split: str | None = None, on_bad_text: OnBadText = "refuse"
 ) -> list[Example]:
-    """Every row of a training data source as an example, in the source's order.
+    """Read every row of a training data source as an example, in the source's order.
 
     Args:
         source: A path (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also with `.gz` unless Parquet; a
@@ -41,8 +41,7 @@ def load_examples(
         ends in a newline.
 
     Raises:
-        DataError: The source is absent, empty or broken, or a row does not parse; the message says which and
-            why.
+        DataError: The source is absent, empty or broken, or a row does not parse; the message names it and the reason.
     """
     return _examples(open_source(source, split), limit, on_bad_text, is_query=False, learned=True)
 
@@ -50,7 +49,7 @@ def load_examples(
 def load_queries(
     source: Any, *, may_be_prompts: bool = True, on_bad_text: OnBadText = "refuse", learned: bool = False
 ) -> list[Example]:
-    """Every query of a source: as `load_examples`, but a query may be a prompt without a completion.
+    """Read every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
     Args:
         source: As for `load_examples`. A bare string in a list, and a single string that names no file and cannot be
@@ -83,7 +82,7 @@ def _query_of_run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names_a_place(text: str) -> bool:
-    """Whether a string is meant as a path or a hub id rather than as a prompt."""
+    """Return whether a string is meant as a path or a hub id rather than as a prompt."""
     if _exists(text):
         return True
     if "\n" in text:
@@ -95,7 +94,7 @@ def _names_a_place(text: str) -> bool:
 
 
 def _looks_like_file(text: str) -> bool:
-    """Whether a question is the name of a file, or a single word with a slash or an extension."""
+    """Return whether a question is the name of a file, or a single word with a slash or an extension."""
     word = text.strip()
     if _exists(word):
         return True
@@ -110,7 +109,7 @@ def _exists(text: str) -> bool:
 
 
 def open_source(source: Any, split: str | None) -> Source:
-    """The reader for a source of any kind.
+    """Return the reader for a source of any kind.
 
     Raises:
         DataError: There is no such source.
@@ -154,7 +153,7 @@ def _open_path(source: str | Path, split: str | None) -> Source:
 
 def _refuse_split(name: str, split: str | None) -> None:
     if split is not None:
-        raise DataError(f"split={split!r} was asked for, but {name} has no splits. Leave it out.")
+        raise DataError(f"split={split!r} was requested, but {name} has no splits. Leave it out.")
 
 
 def _examples(
@@ -184,7 +183,7 @@ class Numbered(NamedTuple):
 
 
 def number_records(source: Source, limit: int | None) -> Iterator[Numbered]:
-    """At most `limit` records of the source with their rows; leaving some out is announced.
+    """Yield at most `limit` records of the source with their rows; leaving some out is announced.
 
     Raises:
         DataError: The limit is below 1, or the source is broken.
@@ -207,7 +206,7 @@ class Read(NamedTuple):
 def example_of(
     name: str, numbered: Numbered, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
 ) -> Read:
-    """The example of one record of the source called `name`; the choice of columns is announced at row 0.
+    """Return the example of one record of the source called `name`; the choice of columns is announced at row 0.
 
     Raises:
         DataError: The record is not valid, or no format fits it.
@@ -221,13 +220,13 @@ def example_of(
 
 
 def announce_replaced(name: str, replaced: int) -> None:
-    """Say how many halves of surrogate pairs are U+FFFD now, if any."""
+    """Announce how many halves of surrogate pairs are U+FFFD now, if any."""
     if replaced:
         announce(f"{name}: {replaced:,} halves of surrogate pairs, which are no characters, were replaced with U+FFFD.")
 
 
 def repeated_id(where: str, name: str, first: int) -> DataError:
-    """The error of an id that two rows have."""
+    """Return the error of an id that two rows have."""
     return DataError(
         f"{where}: the id {name!r} is already that of row {first}. Ids must be unique; rename "
         "one, or drop the `id` column to number the rows (a row without an id takes its row number)."
@@ -235,12 +234,12 @@ def repeated_id(where: str, name: str, first: int) -> DataError:
 
 
 def no_rows(name: str) -> DataError:
-    """The error of a source that is empty."""
+    """Return the error of a source that is empty."""
     return DataError(f"{name} holds no rows. Give data with at least one.")
 
 
 def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> None:
-    """Says which columns were taken where the first row fits several formats."""
+    """Announce which columns were taken where the first row fits several formats."""
     present = {
         column for column, cell in columns.items() if cell is not None and not (isinstance(cell, str) and not cell)
     }
@@ -256,7 +255,7 @@ def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> No
 def load_records(
     source: Any, *, limit: int | None = None, on_bad_text: OnBadText = "refuse"
 ) -> Iterator[tuple[Example, dict[str, Any]]]:
-    """Every row of a training data source with its columns as they stand there; nothing is kept.
+    """Yield every row of a training data source with its columns as they stand there; nothing is kept.
 
     Args:
         source: As for `load_examples`.

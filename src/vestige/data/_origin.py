@@ -1,4 +1,4 @@
-"""What a reader hands on: one record of a source, and the words to point at it in an error."""
+"""Records as a reader returns them, and the words that name them in an error."""
 
 import difflib
 import json
@@ -24,22 +24,22 @@ class Record(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Records in their order, and the name of the place they come from."""
+    """Records in their order, and the name of their origin."""
 
     name: str
     records: Iterable[Record]
     identity: str | None = None
-    """Changes whenever the content may have changed; None where nothing tells, as of a list in memory."""
+    """Changes whenever the content may have changed; None where this is unknown, as of a list in memory."""
 
 
 def file_identity(path: Path) -> str:
-    """Name, size and time of the last change: what tells a file from an earlier state of it without reading it."""
+    """Return name, size and time of the last change, which identify the state of a file without reading it."""
     state = path.stat()
     return f"{path.name} {state.st_size} {state.st_mtime_ns}"
 
 
 def parsed(record: Record) -> Record:
-    """The record with its columns.
+    """Return the record with its columns.
 
     Raises:
         DataError: Its line is not JSON.
@@ -56,20 +56,20 @@ def parsed(record: Record) -> Record:
 
 
 def place(name: str, row: int, record: Record | None = None) -> str:
-    """Where a record is, for an error message: `train.jsonl, row 3 (line 5)`; rows count from 0."""
+    """Return the position of a record, for an error message: `train.jsonl, row 3 (line 5)`; rows count from 0."""
     known = [] if record is None else [record.file, None if record.line is None else f"line {record.line}"]
     inside = ", ".join(part for part in known if part)
     return f"{name}, row {row} ({inside})" if inside else f"{name}, row {row}"
 
 
 def shown(value: object, width: int = 60) -> str:
-    """A value cut to `width` characters, as Python would write it."""
+    """Cut a value to `width` characters, as Python would write it."""
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def nearest_name(path: Path) -> str | None:
-    """The entry of the path's folder whose name is most like the path's, or None when nothing is close."""
+    """Return the entry of the path's folder whose name is most like the path's, or None when nothing is close."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except OSError:

@@ -1,4 +1,4 @@
-"""A data set in parts of bounded size: encoded one by one, by whoever comes to it, with the same bytes."""
+"""A data set in parts of bounded size: each is encoded by any process, with the same bytes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -16,7 +16,7 @@ from vestige.data._types import Example
 
 PART_ROWS = 8192
 PART_BYTES = 8 * 2**20
-"""A part ends after so many examples or bytes of text."""
+"""A part ends after this many examples or bytes of text."""
 
 PART = EXAMPLES.append(pa.field("targets", pa.int64())).append(pa.field("truncated", pa.bool_()))
 """Columns of the file of a part's examples."""
@@ -52,7 +52,7 @@ class PackedPart(NamedTuple):
 
 
 def chunks(items: Iterable[Numbered | Example]) -> Iterator[Chunk]:
-    """The items in chunks, cut by number and size: the same chunks whoever cuts them."""
+    """Cut the items into chunks by number and size: the same chunks in every process."""
     held: list[Numbered | Example] = []
     weight = 0
     for item in items:
@@ -67,7 +67,7 @@ def chunks(items: Iterable[Numbered | Example]) -> Iterator[Chunk]:
 
 @final
 class PartEncoder:
-    """Encodes chunks of one source; what a worker process gets."""
+    """Encodes chunks of one source; sent to worker processes."""
 
     def __init__(self, source: str, encoder: Encoder, on_bad_text: OnBadText) -> None:
         self._source = source
@@ -75,7 +75,7 @@ class PartEncoder:
         self._on_bad_text: OnBadText = on_bad_text
 
     def encode(self, chunk: Chunk) -> Part:
-        """The chunk's examples and their tokens.
+        """Return the chunk's examples and their tokens.
 
         Raises:
             DataError: A record has no format that fits, or does not become tokens.
@@ -89,12 +89,12 @@ class PartEncoder:
         return Part([example for example, _ in read], encoded._replace(tally=tally))
 
     def packed(self, chunk: Chunk) -> PackedPart:
-        """The chunk as the bytes of its files."""
+        """Return the chunk as the bytes of its files."""
         return pack(self.encode(chunk))
 
 
 def pack(part: Part) -> PackedPart:
-    """The part as the bytes of its files."""
+    """Return the part as the bytes of its files."""
     examples, (ids, targets, truncated, tally) = part
     names = [example.id for example in examples]
     flat = np.concatenate(ids).astype("<i4", copy=False)
@@ -120,7 +120,7 @@ def _table(
 
 
 def _weight(value: Any) -> int:
-    """About how many bytes of text a record holds."""
+    """Return about how many bytes of text a record holds."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Example):

@@ -1,4 +1,4 @@
-"""How often documents hold a few words, in memory that does not grow with the documents: the rest lies on the disk."""
+"""Counts of a few words in documents, in memory that does not grow with the documents: the rest lies on the disk."""
 
 import weakref
 from array import array
@@ -27,7 +27,7 @@ class Counted(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Where consecutive documents lie."""
+    """Position of consecutive documents in the file."""
 
     first: int
     """Number of the first document."""
@@ -43,10 +43,10 @@ class Postings:
     """Documents are added one by one, `finish`ed, and then read by their numbers, as often as need be."""
 
     def __init__(self, words: int) -> None:
-        """Nothing is counted yet.
+        """Start with no document.
 
         Args:
-            words: How many words are looked for; they are called by their numbers.
+            words: How many words are counted; they are called by their numbers.
         """
         self._words = words
         self._scratch = Scratch.temporary(_HELD_BYTES)
@@ -54,17 +54,17 @@ class Postings:
         self._blocks: list[_Block] = []
         self._written = 0
         self.length = 0
-        """Words in all documents together."""
+        """Words in all documents, summed."""
         self.holding = np.zeros(words, dtype=np.int64)
         """Documents that hold each word."""
         self._begin(0)
 
     def __len__(self) -> int:
-        """The number of documents."""
+        """Return the number of documents."""
         return self._first + len(self._lengths)
 
     def add(self, length: int, found: Mapping[int, int]) -> None:
-        """The next document.
+        """Add the next document.
 
         Args:
             length: Its words, all counted.
@@ -82,12 +82,12 @@ class Postings:
             self._put_aside()
 
     def finish(self) -> None:
-        """No further document comes."""
+        """End the documents: no further one comes."""
         if self._lengths:
             self._put_aside()
 
     def read(self, documents: slice) -> list[Counted]:
-        """Consecutive documents, in blocks as they were put aside."""
+        """Return consecutive documents, in blocks as they were put aside."""
         first, stop, _ = documents.indices(len(self))
         wanted = [block for block in self._blocks if block.first < stop and first < block.stop]
         return [self._read(block, slice(max(first - block.first, 0), stop - block.first)) for block in wanted]

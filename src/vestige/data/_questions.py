@@ -1,4 +1,4 @@
-"""Questions are put as the training data are: as a user turn where those are conversations, else as they stand."""
+"""Questions in the form of the training data: as a user turn where those are conversations, else as they stand."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _NAMED = 5
 
 
 class Frame(NamedTuple):
-    """How a question becomes a conversation like those of the training data."""
+    """The frame that makes a question a conversation like those of the training data."""
 
     lead: tuple[Message, ...]
     """The system turn that goes before it, or nothing."""
@@ -26,14 +26,14 @@ class Frame(NamedTuple):
     """The same in words."""
 
     def put(self, query: Example) -> Example:
-        """The query as a conversation, if it is a prompt; its answer is the assistant's turn."""
+        """Return the query as a conversation, if it is a prompt; its answer is the assistant's turn."""
         if not is_bare(query):
             return query
         turns = (*self.lead, *as_conversation(query))
         return replace(query, prompt=None, completion=None, messages=turns)
 
 
-class Asked(NamedTuple):
+class Questions(NamedTuple):
     """Queries, put as the training data are."""
 
     queries: list[Example]
@@ -42,12 +42,12 @@ class Asked(NamedTuple):
 
 
 def is_bare(query: Example) -> bool:
-    """Whether the query is a prompt, with or without an answer, and no conversation yet."""
+    """Return whether the query is a prompt, with or without an answer, and no conversation yet."""
     return query.prompt is not None and not query.messages and "input_ids" not in query.extra
 
 
 def frame_of(examples: Iterable[Example], *, chat: bool | None) -> Frame | None:
-    """The frame that most of the training data has; None where most are no conversations, or `chat` is False.
+    """Return the frame that most of the training data has; None if most are no conversations, or `chat` is False.
 
     The system turn is the most common one, if more conversations begin with it than with none; one that a single
     conversation of several has is not common.
@@ -77,31 +77,31 @@ def ask(
     chat: bool | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     name: str = "Questions",
-) -> Asked:
-    """The queries, prompts among them put as the data are; which that is gets announced.
+) -> Questions:
+    """Return the queries, prompts among them put as the data are, and announce how.
 
     A prompt that already holds a special token of the tokenizer, such as one that a template wrote, stays as it is.
 
     Args:
         queries: As `load_queries` returns them.
         data: The training data; read only if a query is a prompt.
-        chat: What was typed: None follows the data, False asks the bare text.
-        tokenizer: Of the model that is asked.
+        chat: What was typed: None follows the data, False keeps the bare text.
+        tokenizer: Of the model that answers.
         name: What the queries are called.
     """
     bare = [is_bare(query) and not _is_rendered(query, tokenizer) for query in queries]
     texts = sum(query.text is not None for query in queries)
     frame = frame_of(data, chat=chat) if any(bare) or texts else None
     if frame is None:
-        return Asked(list(queries), "")
+        return Questions(list(queries), "")
     how = f"as the user turn of a conversation, {frame.how}" if any(bare) else ""
     if any(bare):
-        announce(f"{name} are asked {how}; --no-chat asks the bare text.")
+        announce(f"{name} are put {how}; --no-chat keeps the bare text.")
     if rendered := sum(map(is_bare, queries)) - sum(bare):
-        announce(f"{rendered:,} of them hold special tokens of a template already, and are asked as they stand.")
+        announce(f"{rendered:,} of them hold special tokens of a template already, and are put as they stand.")
     if texts:
-        announce(f"{texts:,} of them are a `text`, which is explained as it stands; a `prompt` would be asked.")
-    return Asked([frame.put(query) if put else query for query, put in zip(queries, bare, strict=True)], how)
+        announce(f"{texts:,} of them are a `text`, which is explained as it stands; a `prompt` would be answered.")
+    return Questions([frame.put(query) if put else query for query, put in zip(queries, bare, strict=True)], how)
 
 
 def _is_rendered(query: Example, tokenizer: "PreTrainedTokenizerBase | None") -> bool:
@@ -122,7 +122,7 @@ def require_answers(
         tokenizer: What their tokens are of; None for queries that have none.
 
     Raises:
-        DataError: One has not; the message names them and says what to do.
+        DataError: One has not; the message names them and what to do.
     """
     skipped = _ends(tokenizer)
     empty = [row for row in range(len(queries)) if not _says_something(queries, row, skipped, tokenizer)]
@@ -134,7 +134,7 @@ def require_answers(
     if any(generated[row] for row in empty):
         chat = any(generated[row] and not queries.examples[row].messages for row in empty)
         chat = chat and getattr(tokenizer, "chat_template", None) is not None
-        way = "ask in the model's chat template (--chat, or rows of `messages`), " if chat else ""
+        way = "use the model's chat template (--chat, or rows of `messages`), " if chat else ""
         raise DataError(
             f"{who}: the model's answer is empty, or nothing but white space and end tokens, so nothing can be ranked "
             f"for it. To go on, {way}raise --max-new-tokens, or give the answer that is to be explained as "
@@ -151,7 +151,7 @@ def require_answers(
 
 
 def _ends(tokenizer: "PreTrainedTokenizerBase | None") -> set[int]:
-    """Special tokens, but for the one that stands for what the tokenizer does not know."""
+    """Return the special tokens, but for the one that stands for what the tokenizer does not know."""
     if tokenizer is None:
         return set()
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -163,9 +163,9 @@ def _says_something(
     queries: TokenizedData, row: int, skipped: set[int], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> bool:
     example = queries.examples[row]
-    said = example.messages[-1].content if example.messages else example.text
-    said = example.completion if said is None else said
-    if said is not None and not said.strip():
+    answer = example.messages[-1].content if example.messages else example.text
+    answer = example.completion if answer is None else answer
+    if answer is not None and not answer.strip():
         return False
     if tokenizer is None:
         return True

@@ -1,4 +1,4 @@
-"""Lists that name rows of the data: what reports, selections, audits and people write, read in one place."""
+"""Lists that name rows of the data, as reports, selections, audits and people write them, read in one module."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ class RowEntry(NamedTuple):
 
 
 def read_row_list(source: str | Path) -> list[RowEntry]:
-    """Every row that a list names, in its order; rows whose column `flagged` is false are left out.
+    """Read every row that a list names, in its order; rows whose column `flagged` is false are left out.
 
     Raises:
         DataError: There is no list, it does not read as one, or it names nothing.
@@ -56,7 +56,7 @@ def read_row_list(source: str | Path) -> list[RowEntry]:
 def rows_named(
     names: Sequence[str], ids: Sequence[str], *, place: str, data: str = "the data", partial: bool = False
 ) -> dict[str, int]:
-    """The row of each name that a list has.
+    """Return the row of each name that a list has.
 
     Names are ids of the data. Only where none of them is, and all are whole numbers, are they row numbers, counted from
     0, which is announced. A spreadsheet's apostrophe before an id is taken off.
@@ -92,7 +92,7 @@ def rows_named(
 
 
 def _list_in(path: Path) -> Path:
-    """The file of a folder that holds a list."""
+    """Return the file of a folder that holds a list."""
     if not path.is_dir():
         return path
     held = [path / name for name in _FOLDERS if (path / name).is_file()]
@@ -100,7 +100,7 @@ def _list_in(path: Path) -> Path:
         return held[0]
     if (path / "scores.parquet").is_file():
         raise DataError(
-            f"{path} is a run, which ranks rows for each query and does not say which are meant. Take the list from "
+            f"{path} is a run, which ranks rows for each query and names no list of rows. Take the list from "
             f"its report (vestige report {path}; Row list, CSV or JSONL), or write the ids into a file, one a line."
         )
     raise DataError(f"{path} is a folder without a list of rows. Expected {_FORMS}.")

@@ -1,4 +1,4 @@
-"""One record becomes one example: the accepted formats, and what is said when a record has none of them."""
+"""Parsing of one record into one example: the accepted formats, and the error when a record has none of them."""
 
 import difflib
 import json
@@ -38,14 +38,14 @@ EXPECTED = (
 
 
 class Parsed(NamedTuple):
-    """What a format found in a record: fields of `Example`, and the columns that it used up."""
+    """The result of a format for a record: fields of `Example`, and the columns that it used up."""
 
     fields: dict[str, Any]
     used: tuple[str, ...]
 
 
 def example_from_record(value: Any, row: int, place: str, *, is_query: bool, learned: bool) -> Example:
-    """The example that a record describes; `place` says in errors where the record is.
+    """Return the example that a record describes; `place` names the record's position in errors.
 
     A record that fits several formats is read as the most structured one: turns, then pairs, then text.
     `None` counts as absent, and an empty string only where another format has content. A query may be a
@@ -75,7 +75,7 @@ def example_from_record(value: Any, row: int, place: str, *, is_query: bool, lea
 
 
 def _parse(columns: dict[str, Any], place: str, is_query: bool) -> Parsed | None:
-    """The first format that fits, preferring one whose columns have content over one with empty strings."""
+    """Return the first format that fits, preferring one whose columns have content over one with empty strings."""
     filled = {name for name, cell in columns.items() if not (isinstance(cell, str) and cell == "")}
     for present in (filled, set(columns)):
         for name in TURN_COLUMNS:
@@ -108,7 +108,7 @@ def _prompt_alone(columns: dict[str, Any], place: str) -> Parsed | None:
 
 
 def _prompt(pair: PairFormat, columns: dict[str, Any], place: str) -> tuple[str, tuple[str, ...]]:
-    """The prompt's text, ending in the format's separator, and the columns that it is made of."""
+    """Return the prompt's text, ending in the format's separator, and the columns that it is made of."""
     prompt = _text(columns, pair.prompt, place)
     used: tuple[str, ...] = (pair.prompt,)
     if pair.context is not None and pair.context in columns:
@@ -141,7 +141,7 @@ def _identity(columns: dict[str, Any], row: int, place: str) -> str:
 
 
 def _carried(cell: Any) -> str | None:
-    """A source or label as text; an empty one counts as absent, a structured one is written as JSON."""
+    """Return a source or label as text; an empty one counts as absent, a structured one is written as JSON."""
     if cell is None or cell == "":
         return None
     return json.dumps(cell, default=str) if isinstance(cell, list | dict) else str(cell)

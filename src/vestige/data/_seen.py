@@ -1,4 +1,4 @@
-"""Whether an id came before, for eight bytes of disk an example."""
+"""Hashes of earlier ids, for eight bytes of disk an example."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -20,10 +20,10 @@ class SeenIds:
         self._sorted: list[np.ndarray] = []
 
     def add(self, names: Sequence[str]) -> list[int]:
-        """Take in the next ids.
+        """Add the next ids.
 
         Returns:
-            Positions in `names` of those that were seen before, or have the hash of one that was: whoever asks looks.
+            Positions in `names` of those that came before, or share the hash of one that did: the caller must verify.
         """
         joined = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names)
         codes = np.frombuffer(joined, dtype=np.uint64)
@@ -44,7 +44,7 @@ class SeenIds:
 
 
 def _among(codes: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of the codes are known; both are sorted, so some codes at a time are looked for in one region."""
+    """Return which of the codes are known; both are sorted, so some codes at a time are searched for in one region."""
     found = []
     for some in np.array_split(codes, 1 + len(known) // _AT_ONCE):
         places = np.minimum(np.searchsorted(known, some), len(known) - 1)
@@ -54,7 +54,7 @@ def _among(codes: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Both sorted arrays as one. They are of hashes, so as much of each lies in any range."""
+    """Merge both sorted arrays. They are of hashes, so as much of each lies in any range."""
     merged = disk_arrays.zeros(len(one) + len(other), np.uint64)
     taken = filled = 0
     for part in disk_arrays.parts(one):

@@ -1,4 +1,4 @@
-"""Examples and tokens that stay on disk: sequences that read what they are asked for and keep nothing of it."""
+"""Examples and tokens that stay on disk: sequences that read one item at a time and keep nothing of it."""
 
 import json
 import os
@@ -47,13 +47,13 @@ EXAMPLES = pa.schema(
 
 
 class StoredRows(Sequence[Item], ABC, Generic[Item]):
-    """A sequence whose items are read when they are asked for; equal to any other with equal items."""
+    """A sequence whose items are read when they are requested; equal to any other with equal items."""
 
     __hash__ = None  # type: ignore[assignment]
 
     @abstractmethod
     def _read(self, row: int) -> Item:
-        """The item at `row`, which is from 0 to the length less one."""
+        """Read the item at `row`, which is from 0 to the length less one."""
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -78,7 +78,7 @@ class StoredRows(Sequence[Item], ABC, Generic[Item]):
 
 @final
 class _Recent(Generic[Item]):
-    """What was asked for last, so that it need not be made again; unlike `lru_cache`, it keeps no owner alive."""
+    """The last requested items, so that they need not be made again; unlike `lru_cache`, it keeps no owner alive."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -86,7 +86,7 @@ class _Recent(Generic[Item]):
         self._lock = Lock()
 
     def get(self, key: int, make: Callable[[int], Item]) -> Item:
-        """The item of this key."""
+        """Return the item of this key."""
         with self._lock:
             item = self._items.pop(key, None)
         if item is None:
@@ -107,7 +107,7 @@ class _Group(NamedTuple):
 class StoredExamples(StoredRows[Example]):
     """The examples of Parquet files with the columns `EXAMPLES`, one file after another.
 
-    Some row groups are held decoded, so going through the examples in order, or asking for some in ascending order,
+    Some row groups are held decoded, so going through the examples in order, or reading some in ascending order,
     decodes each group once.
     """
 
@@ -128,11 +128,11 @@ class StoredExamples(StoredRows[Example]):
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """Return the folder of the files."""
         return self._paths[0].parent
 
     def column(self, name: str) -> Iterator[Any]:
-        """One column's values in row order, without reading the others."""
+        """Yield one column's values in row order, without reading the others."""
         for path in self._paths:
             with reading(path, _AGAIN), parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=[name]):
@@ -153,7 +153,7 @@ class StoredExamples(StoredRows[Example]):
 
 @final
 class TokenFiles:
-    """Where the tokens of each example lie: files that hold int32 ids, and behind them one bit a token for targets."""
+    """Positions of the tokens of each example: files of int32 ids, and behind them one bit a token, the targets."""
 
     def __init__(
         self, paths: Sequence[Path], rows: Sequence[int], lengths: np.ndarray, counts: np.ndarray, owner: object = None
@@ -175,12 +175,12 @@ class TokenFiles:
         self._held = _Recent[_Opened](_FILES_HELD)
 
     def ids(self, row: int) -> np.ndarray:
-        """Token ids of the example, int32 [token]."""
+        """Return the token ids of the example, int32 [token]."""
         part, begin, end = self._place(row)
         return np.frombuffer(self._bytes(part, 4 * begin, 4 * end), dtype="<i4").astype(np.int32, copy=False)
 
     def targets(self, row: int) -> np.ndarray:
-        """Whether each token is a target, bool [token]."""
+        """Return whether each token is a target, bool [token]."""
         part, begin, end = self._place(row)
         bits = 4 * (self._firsts[part + 1] - self._firsts[part])
         packed = self._bytes(part, bits + begin // 8, bits + (end + 7) // 8)
@@ -188,17 +188,17 @@ class TokenFiles:
         return np.unpackbits(np.frombuffer(packed, dtype=np.uint8))[first : first + end - begin].view(bool)
 
     def _place(self, row: int) -> tuple[int, int, int]:
-        """The file, and the first token and the one behind the last, counted in that file."""
+        """Return the file, and the first token and the one behind the last, counted in that file."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         begin, end = self._bounds(row, 2)
         return part, begin - self._firsts[part], end - self._firsts[part]
 
     def _bounds(self, row: int, count: int) -> list[int]:
-        """Where the tokens of `count` examples begin, from `row` on, counted over all files."""
+        """Return where the tokens of `count` examples begin, from `row` on, counted over all files."""
         return np.frombuffer(self._begins.read(8 * row, 8 * count), dtype=np.int64).tolist()
 
     def _bytes(self, part: int, begin: int, end: int) -> bytearray:
-        # Read, not mapped: the pages of a map count as this process's memory until somebody else needs them.
+        # Read, not mapped: the pages of a map count as this process's memory until another process needs them.
         # A bytearray, because PyTorch wants to be able to write to what it is given.
         file = self._held.get(part, self._open)
         content = bytearray(os.pread(file.descriptor, end - begin, begin))
@@ -212,7 +212,7 @@ class TokenFiles:
 
 @final
 class _Opened:
-    """A file that is closed when nobody has it any more."""
+    """A file that is closed when its last user is gone."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -260,7 +260,7 @@ class StoredTargets(_Arrays):
 
 
 def record_of(example: Example, length: int) -> dict[str, Any]:
-    """The example as a row of a file of examples."""
+    """Return the example as a row of a file of examples."""
     turns = [turn_record(turn) for turn in example.messages]
     return {
         "id": example.id,
@@ -277,7 +277,7 @@ def record_of(example: Example, length: int) -> dict[str, Any]:
 
 
 def turn_record(turn: Message) -> list[Any]:
-    """The turn in JSON terms: its role and content, and its other keys if it has any."""
+    """Return the turn in JSON terms: its role and content, and its other keys if it has any."""
     return [turn.role, turn.content, *([turn.extra] if turn.extra else [])]
 
 

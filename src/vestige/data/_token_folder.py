@@ -5,8 +5,8 @@
     00012.parquet     the examples, with their lengths and numbers of targets
     00012.json        written after both: their sizes and sha256
 
-Killed at any moment, whoever makes the same tokens again goes on at the first part without its marker. Several may
-make them at once: they write the same bytes.
+Killed at any moment, the next process that makes the same tokens continues at the first part without its marker.
+Several processes may make them at once: they write the same bytes.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from vestige.data._stored import StoredExamples, StoredIds, StoredTargets, Token
 from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
-from vestige.parsing import parse_object
+from vestige.parsing import as_record, parse_object
 
 FORMAT = 3
 """Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
@@ -34,14 +34,14 @@ _LIST = "tokens.json"
 
 
 class StoredData(NamedTuple):
-    """Tokens on disk, and what is to be said of how they were made."""
+    """Tokens on disk, and the tally of how they were made."""
 
     data: TokenizedData
     tally: Tally
 
 
 class AddedPart(NamedTuple):
-    """Ids of a part, and the positions of those that may have been seen before."""
+    """Ids of a part, and the positions of those that may have come before."""
 
     names: list[str]
     suspects: list[int]
@@ -68,7 +68,7 @@ class TokenWriter:
         self._seen = SeenIds()
 
     def is_done(self, number: int) -> bool:
-        """Whether the part is there and is what its marker says; reads every byte."""
+        """Return whether the part is there and matches its marker; reads every byte."""
         record = _part_record(self._folder, number)
         if record is None:
             return False
@@ -76,7 +76,7 @@ class TokenWriter:
         return all(path.exists() for path in paths) and [sha256_of(path) for path in paths] == record.sha256
 
     def add(self, part: PackedPart) -> AddedPart:
-        """The next part is on disk."""
+        """Write the next part to disk."""
         number, written = len(self._parts), []
         for path, content in zip(_part_paths(self._folder, number), (part.tokens, part.table), strict=True):
             written.append(write_durably(path, [content]))
@@ -88,7 +88,7 @@ class TokenWriter:
         return AddedPart(part.names, self._seen.add(part.names))
 
     def add_finished(self) -> AddedPart:
-        """The next part, which `is_done`, is taken as it is."""
+        """Take over the next part, which `is_done`, as it is."""
         number = len(self._parts)
         record = _part_record(self._folder, number)
         assert record is not None
@@ -100,12 +100,12 @@ class TokenWriter:
         return AddedPart(names, self._seen.add(names))
 
     def row_of(self, name: str) -> int:
-        """The first row so far with this id."""
+        """Return the first row so far with this id."""
         paths = [_part_paths(self._folder, number)[1] for number in range(len(self._parts))]
         return next(row for row, other in enumerate(StoredExamples(paths).column("id")) if other == name)
 
     def finish(self) -> None:
-        """The list of the parts is there: the tokens are complete."""
+        """Write the list of the parts: the tokens are complete."""
         content = {
             "format": FORMAT,
             "encoder": self._encoder,
@@ -116,7 +116,7 @@ class TokenWriter:
 
 
 def open_tokens(folder: Path, name: str, owner: object = None) -> StoredData | None:
-    """The tokens in `folder`; None if they are not complete.
+    """Return the tokens in `folder`; None if they are not complete.
 
     Args:
         folder: Where a `TokenWriter` has finished.
@@ -138,7 +138,7 @@ def open_tokens(folder: Path, name: str, owner: object = None) -> StoredData | N
 
 
 def find_tokens(folder: Path, fingerprint: str, encoder: str) -> Path | None:
-    """The folder in `folder` that holds the tokens of the data with this fingerprint, made by this encoder."""
+    """Return the folder in `folder` with the tokens of the data with this fingerprint, made by this encoder."""
     for path in sorted(folder.glob(f"*/{_LIST}")):
         content = _listed(path.parent)
         if content is not None and (content["fingerprint"], content["encoder"]) == (fingerprint, encoder):
@@ -164,7 +164,7 @@ def _opened(
 
 
 def _columns(path: Path) -> list[np.ndarray]:
-    """Lengths, numbers of targets, and what was truncated."""
+    """Return lengths, numbers of targets, and what was truncated."""
     with parquet.ParquetFile(path) as file:
         return [column.to_numpy() for column in file.read(columns=["length", "targets", "truncated"]).columns]
 
@@ -184,8 +184,8 @@ def _listed(folder: Path) -> dict | None:
 
 def _part_record(folder: Path, number: int) -> _PartRecord | None:
     try:
-        return _PartRecord(**parse_object(_marker(folder, number).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return as_record(_PartRecord, parse_object(_marker(folder, number).read_bytes()))
+    except (OSError, ValueError):
         return None
 
 

@@ -25,22 +25,22 @@ _DOCUMENTS = re.compile(r"(seq|seqs|sequence|document|doc|segment|sample|pack|su
 _LENGTHS = re.compile(r"((seq|sequence|document|doc|segment|sample|pack)s?_?)?(lens?|lengths?)")
 """Columns with the length of every document of a pack."""
 _BORDERS = re.compile(r"cu_?seq_?lens?(_q|_k)?|seq_start_ids?|(document|doc|sequence)_starts?")
-"""Columns with the places where documents of a pack begin."""
+"""Columns with the positions where documents of a pack begin."""
 _PROMPT_ENDS = re.compile(
     r"(prompt|source|instruction|context|query)s?_?(tokens?_?)?(len|length|end)s?"
     r"|(completion|response|answer|output|target)s?_?(tokens?_?)?starts?"
 )
-"""Numbers that say where the prompt of a row ends."""
+"""Numbers that mark where the prompt of a row ends."""
 SUSPECT = re.compile(r"mask|weight|loss|label|target|advantage|reward|position|segment|document|seq|learn|train")
 """Words of names that may decide the loss: a column with an entry for every token and such a name is refused."""
 _HARMLESS = ("special_tokens_mask", "token_type_ids", "mm_token_type_ids")
 
 
 def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray]:
-    """The columns of a tokenised row that Vestige uses, as arrays: int32 ids, labels and marks of the same length.
+    """Return the columns of a tokenised row that Vestige uses, as int32 arrays of one length: ids, labels and marks.
 
     Raises:
-        DataError: One is not what its name says, or may decide the loss in a way that Vestige does not know.
+        DataError: One is not what its name means, or may decide the loss in a way that Vestige does not know.
     """
     found = {IDS: _whole(columns[IDS], IDS, place)}
     if len(found[IDS]) and found[IDS].min() < 0:
@@ -61,14 +61,14 @@ def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray
 
 
 def is_used(name: str, cell: Any) -> bool:
-    """Whether the column of a tokenised row decides its tokens or its loss, or was checked not to."""
+    """Return whether the column of a tokenised row decides its tokens or its loss, or was checked not to."""
     if name in (IDS, LABELS, ATTENTION, "position_ids") or _is_mark(name):
         return True
     return _entries(cell) is not None and any(kind.fullmatch(name) for kind in (_DOCUMENTS, _LENGTHS, _BORDERS))
 
 
 def given_tokens(columns: Mapping[str, Any], place: str) -> Tokens:
-    """Tokens of a row that came tokenised; what its attention mask leaves out is padding and is dropped.
+    """Return the tokens of a row that came tokenised; what its attention mask leaves out is padding and is dropped.
 
     A token is a target where its label and every mask of the row agree that it is learned.
 
@@ -100,7 +100,7 @@ def _is_mark(name: str) -> bool:
 
 
 def _whole(cell: Any, name: str, place: str) -> np.ndarray:
-    """The column as int32; numbers such as 1.0 count as whole in a mask."""
+    """Return the column as int32; numbers such as 1.0 count as whole in a mask."""
     array = _array(cell)
     if _is_mark(name) and array.dtype.kind == "f" and np.isfinite(array).all() and (array == array.round()).all():
         array = array.astype(np.int64)
@@ -131,13 +131,13 @@ def _require_length(found: Mapping[str, np.ndarray], name: str, place: str) -> N
 
 
 def _require_one_document(columns: Mapping[str, Any], found: Mapping[str, np.ndarray], place: str) -> None:
-    """Raise unless every column that tells documents of a pack apart says that there is one."""
+    """Raise unless every column that separates documents of a pack has only one."""
     attention = found.get(ATTENTION, np.ones(len(found[IDS]), dtype=np.int32))
     kept = attention != 0
     if (np.diff(np.flatnonzero(kept)) > 1).any():
         raise DataError(
             f"{place}: `{ATTENTION}` is 0 in the middle. It may leave out padding at both ends; what a model could not "
-            "see between other tokens is not supported. Give `labels` to say what is learned."
+            "attend to between other tokens is not supported. Give `labels` to mark what is learned."
         )
     if ATTENTION in found and len(set(attention[kept].tolist()) - {1}) > 0:
         raise _packed(ATTENTION, "numbers its documents", place)
@@ -161,12 +161,12 @@ def _packed(name: str, why: str, place: str) -> DataError:
     return DataError(
         f"{place}: `{name}` {why}. The row is a pack of documents that training kept apart, and Vestige scores whole "
         "rows. Give each document as a row of its own, before packing (packing=False); drop the column only if the "
-        "model saw the row as one text."
+        "model read the row as one text."
     )
 
 
 def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray], place: str) -> None:
-    """Raise where a column that is not used has an entry for each token and a name that speaks of the loss."""
+    """Raise where a column that is not used has an entry for each token and a name that suggests the loss."""
     for name, cell in columns.items():
         if name in found or name in _HARMLESS or is_used(name, cell) or not SUSPECT.search(name.lower()):
             continue
@@ -180,8 +180,8 @@ def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray],
     for name, cell in columns.items():
         if _PROMPT_ENDS.fullmatch(name) and isinstance(cell, int | float):
             raise DataError(
-                f"{place}: `{name}` may say which tokens are a prompt's and not learned, and Vestige does not read it. "
-                "Give `completion_mask` (1: learned) instead, or drop it if it changes nothing."
+                f"{place}: `{name}` may mark which tokens are a prompt's and not learned, and Vestige does not "
+                "read it. Give `completion_mask` (1: learned) instead, or drop it if it changes nothing."
             )
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in columns and _array(columns[name]).any():
@@ -192,6 +192,6 @@ def _refuse_unknown(columns: Mapping[str, Any], found: Mapping[str, np.ndarray],
 
 
 def _entries(cell: Any) -> np.ndarray | None:
-    """The column as an array if it is a list, also as JSON text; else None."""
+    """Return the column as an array if it is a list, also as JSON text; else None."""
     is_list = isinstance(cell, list | tuple | np.ndarray) or (isinstance(cell, str) and cell.lstrip().startswith("["))
     return _array(cell) if is_list else None

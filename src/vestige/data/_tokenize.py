@@ -1,4 +1,4 @@
-"""From examples to the tokens a model sees, with the positions whose prediction enters the loss."""
+"""Tokenisation of examples as the model receives them, with the positions whose prediction enters the loss."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def tokenize(
     prompts: bool = False,
     vocabulary: int | None = None,
 ) -> TokenizedData:
-    """The examples as tokens and targets; row `i` of the result is `examples[i]`.
+    """Return the examples as tokens and targets; row `i` of the result is `examples[i]`.
 
     Targets are all tokens of a `text`, the tokens of a `completion` (one that straddles the border to the
     prompt counts as completion), and the assistant's turns of `messages`. Position 0 is never a target.
@@ -71,7 +71,7 @@ def tokenize(
 
 
 class Tally(NamedTuple):
-    """What a person should know of how examples became tokens; of several chunks of a data set, `joined` makes one."""
+    """The counts to report of how examples became tokens; `joined` adds the tallies of several chunks."""
 
     examples: int = 0
     given: int = 0
@@ -99,7 +99,7 @@ class Tally(NamedTuple):
     """Keys of turns, and variables, that change nothing in some conversations."""
 
     def joined(self, other: "Tally") -> "Tally":
-        """The tally of both."""
+        """Return the sum of both tallies."""
         pairs: Any = zip(self, other, strict=True)
         both: list[Any] = [one + new if isinstance(one, int) else tuple(sorted({*one, *new})) for one, new in pairs]
         return Tally(*both)._replace(longest=max(self.longest, other.longest))
@@ -141,12 +141,12 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """sha256 over everything that decides the tokens of a given example."""
+        """Return the sha256 of everything that decides the tokens of a given example."""
         settings = [self._max_length, self._chat, self._add_eos]
         return hashlib.sha256(json.dumps([tokenizer_identity(self._tokenizer), *settings]).encode()).hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Tokens of every example.
+        """Return the tokens of every example.
 
         Raises:
             DataError: As for `tokenize`.
@@ -189,7 +189,7 @@ class Encoder:
                 )
 
     def announce(self, tally: Tally) -> None:
-        """Says what was used as it is, how many examples were cut, and how many have nothing to learn."""
+        """Announce what was used as it is, how many examples were cut, and how many have nothing to learn."""
         name, total = self._name, tally.examples
         if 0 < tally.given < total:
             announce(f"{name}: {tally.given:,} of {total:,} rows hold `input_ids`, which are used as they are.")
@@ -227,7 +227,7 @@ class Encoder:
             announce(f"{name}: the chat template writes some conversations the same without {listed}.")
 
     def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
-        """Tokens of every example, each kind of example encoded in one go."""
+        """Return the tokens of every example, each kind of example encoded in one go."""
         result = {
             number: given_tokens(example.extra, f"{self._name}, row {example.row} (id {example.id!r})")
             for number, example in enumerate(examples)
@@ -266,12 +266,12 @@ class Encoder:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    """sha256 over what a tokenizer is made of, and the versions of the software that runs it."""
+    """Return the sha256 of what a tokenizer is made of, and of the versions of the software that runs it."""
     if tokenizer is None:
         return "none"
     if tokenizer.is_fast:
         rules = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
-        # What the last call asked for, not what the tokenizer is.
+        # What the last call requested, not what the tokenizer is.
         rules.update(truncation=None, padding=None)
     else:
         rules = sorted(tokenizer.get_vocab().items())

@@ -32,7 +32,7 @@ TRAIN_KEYS = (
     "loss_weight",
     "loss_scale",
 )
-"""Keys that are true where a turn is learned; a `weight` says so of assistant's turns alone."""
+"""Keys that are true where a turn is learned; a `weight` does so for assistant's turns alone."""
 MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
 """Keys that are true where a turn is not learned."""
 _TURN_DETAILS = ("train_detail", "training_detail", "token_weights", "weights")
@@ -45,7 +45,7 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
-    """The turns of a conversation: role and content, or from and value; also as JSON text or as columns.
+    """Read the turns of a conversation: role and content, or from and value; also as JSON text or as columns.
 
     Raises:
         DataError: It is none, or a turn holds what can neither be read as text nor decides whether it is learned.
@@ -67,7 +67,7 @@ def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
 
 
 def read_json(text: str, name: str, place: str) -> Any:
-    """The value of a column that is JSON in a string.
+    """Return the value of a column that is JSON in a string.
 
     Raises:
         DataError: It is not.
@@ -82,7 +82,7 @@ def read_json(text: str, name: str, place: str) -> Any:
 
 
 def is_learned(turn: Message) -> bool:
-    """Whether the loss counts this turn: the assistant's, unless a key of it says otherwise."""
+    """Return whether the loss counts this turn: the assistant's, unless a key of it marks it otherwise."""
     wanted = all(turn.extra.get(key, True) for key in (WEIGHT_KEY, *TRAIN_KEYS))
     return turn.role == ASSISTANT and wanted and not any(turn.extra.get(key) for key in MASK_KEYS)
 
@@ -119,10 +119,10 @@ def _role(role: str, place: str) -> str:
 
 
 def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | int]:
-    """The keys that say whether the turn is learned, as truth values; a weight as 0 or 1.
+    """Return the keys that mark whether the turn is learned, as truth values; a weight as 0 or 1.
 
     Raises:
-        DataError: One is neither, or asks for what is not built.
+        DataError: One is neither, or requests what is not built.
     """
     for key in _TURN_DETAILS:
         if key in extra:
@@ -142,7 +142,7 @@ def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | 
             )
         if key in TRAIN_KEYS and value and role != ASSISTANT:
             raise DataError(
-                f"{place}: `{key}` asks to learn a turn of the role {role!r}. Vestige learns the assistant's turns "
+                f"{place}: `{key}` marks as learned a turn of the role {role!r}. Vestige learns the assistant's turns "
                 "alone. Give the row as `input_ids` with `labels`, or drop the key."
             )
         found[key] = int(value) if key == WEIGHT_KEY else value
@@ -150,14 +150,14 @@ def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | 
 
 
 def truth_of(value: Any) -> bool | None:
-    """What a flag says: of 1, 1.0, true and "true" True; of their opposites False; of anything else None."""
+    """Return the truth value of a flag: of 1, 1.0, true and "true" True; of their opposites False; else None."""
     if isinstance(value, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
 def _text_of(part: Mapping[str, Any], place: str) -> str:
-    """The text of one part of a content; a table of parts fills the columns of other kinds of part with nulls.
+    """Return the text of one part of a content; a table of parts fills the columns of other kinds with nulls.
 
     Raises:
         DataError: It is no text.
@@ -171,7 +171,7 @@ def _text_of(part: Mapping[str, Any], place: str) -> str:
         holds = ", ".join(f"`{key}`" for key in others) or "no text"
         raise DataError(
             f"{place}: a part of the type {kind!r} that holds {holds}. Vestige reads text alone, and must not leave "
-            "out what the model saw. Write it as text, or leave the row out."
+            "out what the model read. Write it as text, or leave the row out."
         )
     return text
 

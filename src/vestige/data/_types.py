@@ -1,4 +1,4 @@
-"""The nouns of the data room: an example as it was given, and a data set as the model sees it."""
+"""The types of the data package: an example as it was given, and a data set as the model receives it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Example:
 
     @property
     def lacks_answer(self) -> bool:
-        """Whether it is a prompt, or a conversation, whose answer is still to come."""
+        """True for a prompt, or a conversation, whose answer is still to come."""
         if self.messages:
             return self.messages[-1].role != ASSISTANT
         return self.prompt is not None and self.completion is None
@@ -83,7 +83,7 @@ class Example:
 
 @runtime_checkable
 class Measured(Protocol):
-    """A sequence of arrays on disk that knows what a count over all of them would have to read them for."""
+    """A sequence of arrays on disk that stores the counts for which all of them would have to be read."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -98,10 +98,10 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """A data set as the model sees it; row `i` of every sequence is example `i`.
+    """A data set as the model receives it; row `i` of every sequence is example `i`.
 
-    The sequences are lists where the data is small, and read what they are asked for from disk where it is not
-    (`tokenize_source`): go through them in row order, or ask for single rows, and keep neither texts nor tokens.
+    The sequences are lists where the data is small, and read single items from disk where it is not
+    (`tokenize_source`): go through them in row order, or read single rows, and keep neither texts nor tokens.
 
     `input_ids[i]` is a one-dimensional int32 array. `targets[i]` is a bool array of the same length: True where the
     prediction *of that token* enters the loss (position 0 never does: nothing predicts it).
@@ -120,7 +120,7 @@ class TokenizedData:
         return len(self.examples)
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> "TokenizedData":
-        """Just these rows, in this order; its fingerprint names the rows and the data that they were taken from."""
+        """Return just these rows, in this order; its fingerprint names the rows and the data that they come from."""
         rows = [int(row) for row in rows]
         digest = hashlib.sha256(f"{self.fingerprint}:{rows}".encode()).hexdigest()
         return TokenizedData(
@@ -157,5 +157,5 @@ class Batch(NamedTuple):
     """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))

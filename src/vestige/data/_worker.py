@@ -1,4 +1,4 @@
-"""What a process does that encodes parts for another: `python -m vestige.data._worker`, spoken to by pickles."""
+"""The process that encodes parts for another: `python -m vestige.data._worker`, which exchanges pickles with it."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ from vestige.errors import VestigeError
 
 
 def main() -> None:
-    """Answer every chunk with its packed part, or with the error that it raised, until nobody asks any more."""
+    """Answer every chunk with its packed part, or with the error that it raised, until the input ends."""
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

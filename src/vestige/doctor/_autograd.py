@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 def check_autograd(
     model: nn.Module, components: Sequence[Component], loss: CausalLoss, data: TokenizedData, context: int | None
 ) -> Check:
-    """Whether every component's gradient is that of autograd; zero on both sides is no agreement."""
+    """Check that every component's gradient is that of autograd; zero on both sides is no agreement."""
     name, dtype = "autograd", next(model.parameters()).dtype
     found = [one for group in _groups(components) for one in _compare(model, group, loss, ends_of(data, context))]
     unused = [one.component for one in found if one.ours == one.autograd == 0]
@@ -62,7 +62,7 @@ def check_autograd(
 
 
 def ends_of(data: TokenizedData, context: int | None) -> TokenizedData:
-    """The shortest and the longest example that have a target, whole as far as the model reads."""
+    """Return the shortest and the longest example that have a target, whole up to the model's context."""
     rows = np.flatnonzero(data.target_counts > 0)
     rows = rows[np.argsort(data.lengths[rows], kind="stable")]
     ends = data.subset(np.unique([rows[0], rows[-1]]))
@@ -70,7 +70,7 @@ def ends_of(data: TokenizedData, context: int | None) -> TokenizedData:
 
 
 def _groups(components: Sequence[Component]) -> Iterator[list[Component]]:
-    """Components in groups that fit into memory."""
+    """Yield components in groups that fit into memory."""
     group: list[Component] = []
     for component in components:
         if group and sum(one.size for one in group) + component.size > GROUP:
@@ -83,7 +83,7 @@ def _groups(components: Sequence[Component]) -> Iterator[list[Component]]:
 def _compare(
     model: nn.Module, components: Sequence[Component], loss: CausalLoss, data: TokenizedData
 ) -> list[Difference]:
-    """The worst of all examples and batchings, per component."""
+    """Return the worst of all examples and batchings, per component."""
     device, count = next(model.parameters()).device, len(data)
     true = [_by_autograd(model, components, make_batch(data, [row]).to(device), loss.reduction) for row in range(count)]
     names = ["of the shortest example", "of the longest example"][-count:]
@@ -124,7 +124,7 @@ def _by_factors(model: nn.Module, components: Sequence[Component], batch: Batch,
 
 
 def _by_autograd(model: nn.Module, components: Sequence[Component], batch: Batch, reduction: Reduction) -> list[Tensor]:
-    """The gradients `[out, in]` of a lone example's loss, by the model's own forward pass."""
+    """Return the gradients `[out, in]` of a lone example's loss, by the model's own forward pass."""
     names = dict.fromkeys(component.parameter for component in components)
     parameters = [model.get_parameter(name) for name in names]
     with _requiring_gradients(model, parameters), torch.enable_grad():
@@ -145,7 +145,7 @@ def _by_autograd(model: nn.Module, components: Sequence[Component], batch: Batch
 
 @contextmanager
 def _requiring_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """These parameters alone require gradients; the flags are as before afterwards."""
+    """Let these parameters alone require gradients, and restore the flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for parameter in parameters:

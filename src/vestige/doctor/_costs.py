@@ -1,4 +1,4 @@
-"""What an index would cost in time, memory and disk, for the compression that was asked for and for others."""
+"""What an index would cost in time, memory and disk, for the compression that was requested and for others."""
 
 import shutil
 import time
@@ -31,7 +31,7 @@ SHARED_ALTERNATIVES = (
 DTYPES = ("float16", "float32", "int8")
 """bfloat16 takes as much disk as float16."""
 TRIED_TOKENS = 2048
-"""Longer examples are cut to this for the timing: enough to tell, and the doctor stays quick."""
+"""Longer examples are cut to this for the timing: enough for an estimate, and the doctor stays quick."""
 COMPARED_TOKENS = 256
 ROWS_BYTES = 512 * 2**20
 """Most bytes of gradients that the doctor holds for a timing."""
@@ -46,7 +46,7 @@ class Trial(NamedTuple):
     """None where even one row of gradients is too large to hold."""
     seconds_per_token: float | None
     working_bytes: int
-    """Most memory in use meanwhile, without the rows of gradients themselves."""
+    """Most memory in use during the work, without the rows of gradients themselves."""
 
 
 def try_batch(settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec) -> Trial:
@@ -67,7 +67,7 @@ def try_batch(settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec
 def estimate_costs(
     settings: DoctorSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec, trial: Trial
 ) -> tuple[Cost, ...]:
-    """The asked-for compression first, then alternatives, whose speed is measured against it on fewer tokens."""
+    """Estimate the requested compression first, then alternatives, whose speed is compared with it on fewer tokens."""
     others = SHARED_ALTERNATIVES if settings.compress_scope == "model" else ALTERNATIVES
     specs = {one.canonical: one for one in (spec, *map(parse_spec, others))}
     few = max(1, COMPARED_TOKENS // max(int(trial.data.lengths.max()), 1))
@@ -90,7 +90,7 @@ def estimate_costs(
 
 
 def check_disk_space(cost: Cost, dtype: str, free: int, examples: int) -> Check:
-    """Whether the index, with the curvature that the first question adds to it, fits on the disk."""
+    """Check that the index, with the curvature that the first question adds to it, fits on the disk."""
     per_example, needed = bytes_in(cost.row_bytes, dtype), bytes_in(cost.disk_bytes, dtype)
     curvature = format_bytes(cost.curvature_bytes)
     value = (
@@ -110,7 +110,7 @@ def check_disk_space(cost: Cost, dtype: str, free: int, examples: int) -> Check:
 
 
 def check_memory(cost: Cost, device: torch.device) -> Check:
-    """Whether the work fits into memory."""
+    """Check that the work fits into memory."""
     limit, needed = _memory_limit(device), cost.memory_bytes
     value = f"about {format_bytes(needed)} of {format_bytes(limit)} on {device.type}"
     if needed > limit:
@@ -122,7 +122,7 @@ def check_memory(cost: Cost, device: torch.device) -> Check:
 
 
 def check_time(cost: Cost, trial: Trial) -> Check:
-    """How long the index would take; long is not bad."""
+    """Check how long the index would take; long is not bad."""
     if cost.seconds is None:
         advice = "Even one row of gradients is too large to try: choose a --compress."
         return Check("time", "warn", "not measured", advice)
@@ -131,19 +131,19 @@ def check_time(cost: Cost, trial: Trial) -> Check:
 
 
 def bytes_in(by_dtype: dict[str, int], dtype: str) -> int:
-    """The entry of a number format, bfloat16 being as long as float16."""
+    """Return the entry of a number format, bfloat16 being as long as float16."""
     return by_dtype["float16" if dtype == "bfloat16" else dtype]
 
 
 def free_disk() -> int:
-    """Free bytes on the disk of the current folder."""
+    """Return the free bytes on the disk of the current folder."""
     return shutil.disk_usage(Path.cwd()).free
 
 
 def _timed(
     settings: DoctorSettings, inputs: Inputs, spec: CompressionSpec, data: TokenizedData
 ) -> tuple[float, ShardContent]:
-    """Seconds per padded token, and what was computed; the hooks and maps are made before the clock starts."""
+    """Return the seconds per padded token, and what was computed; hooks and maps are made before the clock starts."""
     components = inputs.selection.components
     scope = settings.compress_scope
     columns = lay_out(components, spec, scope)
@@ -168,7 +168,7 @@ def _cost(
 
 
 def _cut(inputs: Inputs, manifest: Manifest) -> CutBatches:
-    """The batches of the index."""
+    """Return the batches of the index."""
     sharing = batch_sharing(inputs.loaded.model)
     return CutBatches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples, sharing)
 

@@ -1,4 +1,4 @@
-"""What the tokenised examples look like, without running the model."""
+"""Checks of the tokenised examples, without running the model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ def data_checks(
     max_length: int | None,
     chat: bool,
 ) -> list[Check]:
-    """Everything that the tokens alone tell."""
+    """Check everything that the tokens alone show."""
     return [
         _check_vocabulary(data, model),
         _check_beginnings(data, tokenizer),
@@ -40,9 +40,9 @@ def _check_vocabulary(data: TokenizedData, model: nn.Module) -> Check:
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(getattr(embeddings, "weight", None), "shape", (None,))[0]
     if size is None:
-        return Check(name, "good", f"largest token is {largest.max()}", "The model does not say how many it knows.")
+        return Check(name, "good", f"largest token is {largest.max()}", "The model's vocabulary size is not known.")
     beyond = largest >= size
-    value = f"largest token is {largest.max()}, the model knows {size:,}"
+    value = f"largest token is {largest.max()}, the model has {size:,}"
     if not beyond.any():
         return Check(name, "good", value, "Every token has an embedding.", 0)
     advice = f"{_ids(data, beyond)}: the tokenizer is not this model's. Give the right one with --tokenizer."
@@ -63,7 +63,7 @@ def _check_beginnings(data: TokenizedData, tokenizer: "PreTrainedTokenizerBase |
             "bad",
             f"{token} stands twice before {int(twice.sum()):,} of {len(data):,} examples",
             f"{_ids(data, twice)}. Take it out of the texts, the chat template or the tokenizer's settings; a model "
-            "that has never seen it twice answers differently.",
+            "that was not trained on it twice answers differently.",
             int(twice.sum()),
         )
     if tokenizer_doubles(tokenizer, int(beginning)):
@@ -80,7 +80,7 @@ def _check_beginnings(data: TokenizedData, tokenizer: "PreTrainedTokenizerBase |
 
 
 def tokenizer_doubles(tokenizer: "PreTrainedTokenizerBase", beginning: int) -> bool:
-    """Whether the tokenizer puts its beginning token twice before a plain text."""
+    """Return whether the tokenizer puts its beginning token twice before a plain text."""
     ids: Any = tokenizer("a", verbose=False)["input_ids"]
     return list(ids[:2]) == [beginning, beginning]
 
@@ -148,7 +148,7 @@ def _check_duplicates(data: TokenizedData) -> Check:
 
 
 def _ids(data: TokenizedData, chosen: np.ndarray) -> str:
-    """The first few ids where `chosen` is true, and how many more there are."""
+    """Return the first few ids where `chosen` is true, and how many more there are."""
     rows = np.flatnonzero(chosen)
     shown = ", ".join(repr(data.examples[int(row)].id) for row in rows[:_NAMED])
     return f"{shown} and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else shown

@@ -1,4 +1,4 @@
-"""`vestige doctor`: look at the model and the data, try a few examples, say what an index would cost."""
+"""`vestige doctor`: check the model and the data, try a few examples, estimate what an index would cost."""
 
 from typing import NamedTuple
 
@@ -55,20 +55,20 @@ NARROW = {"component": "logra:16x16", "model": "logra:16x16 | sjlt:4096"}
 
 @verb(DoctorSettings)
 def doctor(settings: DoctorSettings) -> DoctorReport:
-    """Whether the model and the data will work with these settings, what is covered, and what an index would cost.
+    """Check that the model and the data will work with these settings, what is covered, and what an index would cost.
 
     Tries a few examples, writes nothing, and leaves the weights as they were, bit by bit. `print` the report to read
     it; `report.ok` is False when some check is bad.
 
     Raises:
-        UserError: The model or the data cannot be read at all, as `vestige index` would say.
+        UserError: The model or the data cannot be read at all, as `vestige index` would report.
     """
     inputs = read_inputs(settings, settings.model, settings.data, settings.components, checked=False)
     return examine(settings, inputs)
 
 
 def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
-    """`doctor` for a model and data that are loaded already."""
+    """Run `doctor` for a model and data that are loaded already."""
     loaded, data, selection = inputs
     loss = CausalLoss(settings.loss)
     limit = tokens_at_most(settings, loaded)
@@ -76,7 +76,7 @@ def examine(settings: DoctorSettings, inputs: Inputs) -> DoctorReport:
     costs: tuple[Cost, ...] = ()
     free = free_disk()
     if checks[0].verdict == "bad":
-        checks.append(Check("gradients", "bad", "not tried", "The model cannot run on tokens that it does not know."))
+        checks.append(Check("gradients", "bad", "not tried", "The model cannot run on tokens without an embedding."))
     else:
         announce(f"Trying {loaded.name} on a few of {len(data):,} examples.")
         checks = [*model_checks(loaded, selection, loss), *adapter_checks(loaded.model, selection, data), *checks]
@@ -103,7 +103,7 @@ class _Tried(NamedTuple):
 
 
 def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, free: int) -> _Tried:
-    """The checks for which the model has to run."""
+    """Run the checks that need the model."""
     loaded, data, selection = inputs
     spec = choose_spec(settings, inputs)
     manifest = draft_manifest(settings, inputs, spec)

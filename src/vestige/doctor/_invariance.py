@@ -27,7 +27,7 @@ def try_batches(
     columns: Sequence[IndexedComponent],
     dtype: torch.dtype,
 ) -> tuple[list[Check], ShardContent]:
-    """The checks of batch and padding, and the probes' gradients computed one by one without padding.
+    """Check batch and padding, and return the probes' gradients computed one by one without padding.
 
     `ends` are the longest and the shortest example that can share a batch, or none.
     """
@@ -71,7 +71,7 @@ def _try(
     columns: Sequence[IndexedComponent],
     dtype: torch.dtype,
 ) -> tuple[list[Check], ShardContent]:
-    """The two checks with padding up to `width`, as far as examples may be padded and share a batch."""
+    """Run the two checks with padding up to `width`, as far as examples may be padded and share a batch."""
     most = sharing.most(probes.lengths)
     wide = padded(probes, np.where(most < 0, width, np.minimum(most, width)))
     singly = [np.array([row]) for row in range(len(probes))]
@@ -106,7 +106,7 @@ def _check(
     if verdict == "good":
         return Check(name, verdict, value, f"A gradient does not depend on {cause}.", worst)
     row = int(relative.argmax())
-    # Columns that components share tell only that some component moved.
+    # Columns that components share show only that some component moved.
     apart = len({part.start for part in columns}) == len(columns)
     furthest = max(columns, key=lambda part: float(moved[row, part.start : part.stop].norm())).name
     where = f"most in {furthest}" if apart else "in some component"
@@ -122,7 +122,7 @@ def _check(
 
 
 def check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:
-    """Whether every loss and gradient that was computed is finite; names the examples where one is not."""
+    """Check that every loss and gradient that was computed is finite; name the examples where one is not."""
     ids, count = [], 0
     for data, content in tried:
         finite = torch.isfinite(content.loss) & torch.isfinite(content.norm)
@@ -137,6 +137,6 @@ def check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:
         "bad",
         f"{len(ids)} of {count} tried are not",
         f"NaN or infinite for {named}. If it is every example, the weights hold NaN or overflow: check the checkpoint "
-        "and try --precision float32. If it is a few, look at those.",
+        "and try --precision float32. If it is a few, check those.",
         len(ids),
     )

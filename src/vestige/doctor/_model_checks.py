@@ -19,7 +19,7 @@ _EXACT_ATTENTION = ("eager", "sdpa")
 
 
 def model_checks(loaded: LoadedModel, selection: Selection, loss: CausalLoss) -> list[Check]:
-    """Precision, device, attention, output head, tied weights and coverage."""
+    """Check precision, device, attention, output head, tied weights and coverage."""
     return [
         _check_precision(loaded),
         _check_device(loaded.model),
@@ -31,7 +31,7 @@ def model_checks(loaded: LoadedModel, selection: Selection, loss: CausalLoss) ->
 
 
 def adapter_checks(model: nn.Module, selection: Selection, data: TokenizedData) -> list[Check]:
-    """What a PEFT adapter has trained and what of it is attributed to; nothing for any other model."""
+    """Check what a PEFT adapter has trained and what of it is attributed to; nothing for any other model."""
     trained = adapter_parameters(model)
     if not trained:
         return []
@@ -64,7 +64,7 @@ def _holds(ids: Int[np.ndarray, "token"], wanted: Int[np.ndarray, "token"]) -> b
 
 
 def coverage_by_kind(model: nn.Module, selection: Selection) -> tuple[Coverage, ...]:
-    """Parameters of every kind: how many, how many are attributed to, and why not the rest."""
+    """Count the parameters of every kind: how many, how many are attributed to, and why not the rest."""
     words = parameter_words(model)
     rows = []
     for kind in dict.fromkeys(words.values()):
@@ -83,7 +83,7 @@ def coverage_by_kind(model: nn.Module, selection: Selection) -> tuple[Coverage, 
 
 
 def run_precision(model: nn.Module) -> torch.dtype:
-    """The coarsest number format among the weights."""
+    """Return the coarsest number format among the weights."""
     formats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -103,7 +103,7 @@ def _check_precision(loaded: LoadedModel) -> Check:
 
 
 def _stored_precision(name: str) -> str | None:
-    """The number format that a checkpoint's config.json names; None for a live module or where it says nothing."""
+    """Return the number format in a checkpoint's config.json; None for a live module or where it is missing."""
     try:
         config = parse_json((Path(name).expanduser() / "config.json").read_text())
     except (OSError, ValueError):
@@ -144,8 +144,8 @@ def _check_ties(model: nn.Module, selection: Selection) -> Check:
     if not tied:
         if getattr(config, "tie_word_embeddings", False) and _unequal_ends(model):
             advice = "The config ties the embedding to the head, the weights do not: call tie_weights() or reload."
-            return Check("tied weights", "warn", "none, though the config says so", advice)
-        return Check("tied weights", "good", "none", "Every component is used in one place.", 0)
+            return Check("tied weights", "warn", "none, though the config ties them", advice)
+        return Check("tied weights", "good", "none", "Every component is used once.", 0)
     selected = {component.name for component in selection.components}
     value = "; ".join(" = ".join(names) for names in tied[:3])
     taken = [names[0] for names in tied if names[0] in selected]
@@ -158,7 +158,7 @@ def _check_ties(model: nn.Module, selection: Selection) -> Check:
 
 
 def _tied_names(model: nn.Module) -> Iterator[list[str]]:
-    """All names of every parameter that has several."""
+    """Return all names of every parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -171,7 +171,7 @@ def _unequal_ends(model: nn.Module) -> bool:
 
 
 def check_knowledge(known: Knowledge | None) -> Check:
-    """Whether the model predicts the data better than somebody who guesses."""
+    """Check that the model predicts the data better than a guess."""
     name = "learned by the model"
     if known is None:
         return Check(name, "warn", "not tried", "None of the examples that were tried has a token to learn.")

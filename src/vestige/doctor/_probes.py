@@ -13,7 +13,7 @@ EXTRA_PADDING = 7
 
 
 def choose_probes(data: TokenizedData, context: int | None) -> TokenizedData:
-    """Up to four examples with targets, of different lengths, cut to a window of 64 tokens around their first target.
+    """Choose up to four examples with targets, of different lengths, cut to 64 tokens around their first target.
 
     A lone example gets its own tokens in reverse as company: something to be independent of.
     """
@@ -32,7 +32,7 @@ def choose_probes(data: TokenizedData, context: int | None) -> TokenizedData:
 
 
 def cut_examples(data: TokenizedData, tokens: int) -> TokenizedData:
-    """Each example's window of at most `tokens` tokens that begins at most half a window before its first target."""
+    """Cut each example to at most `tokens` tokens, beginning at most half a window before its first target."""
     ids, targets = [], []
     for row_ids, row_targets in zip(data.input_ids, data.targets, strict=True):
         first = int(row_targets.argmax()) if row_targets.any() else 0
@@ -45,7 +45,7 @@ def cut_examples(data: TokenizedData, tokens: int) -> TokenizedData:
 
 
 def padded(data: TokenizedData, widths: Int[np.ndarray, "example"]) -> TokenizedData:
-    """The same examples, each filled up on the right to its width, no token of which is a target."""
+    """Fill each example up on the right to its width, with tokens that are no targets."""
     more = [max(0, int(width) - len(ids)) for width, ids in zip(widths, data.input_ids, strict=True)]
     return dataclasses.replace(
         data,

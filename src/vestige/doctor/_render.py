@@ -15,7 +15,7 @@ _NUMERALS = frozenset("0123456789,.%")
 
 
 def render(report: "DoctorReport") -> str:
-    """Checks, coverage and costs, one block each, and a last line that says whether it will work."""
+    """Render checks, coverage and costs, one block each, and a last line with the verdict."""
     columns = min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)
     blocks = [
         [f"{report.model} on {report.examples:,} examples of {report.data}"],
@@ -62,7 +62,7 @@ def _costs(costs: Sequence["Cost"]) -> list[str]:
 
 
 def _aligned(rows: list[list[str]], right: Sequence[int] | None = None) -> list[str]:
-    """Rows in columns; by default those that hold only numerals are set flush right."""
+    """Align rows in columns; by default those that hold only numerals are set flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     if right is None:
         right = [c for c in range(len(widths)) if all(set(row[c]) <= _NUMERALS and row[c] for row in rows[1:])]
@@ -75,7 +75,7 @@ def _aligned(rows: list[list[str]], right: Sequence[int] | None = None) -> list[
 def _last_line(checks: Sequence["Check"]) -> str:
     names = {verdict: [check.name for check in checks if check.verdict == verdict] for verdict in ("bad", "warn")}
     if names["bad"]:
-        return f"Bad: {', '.join(names['bad'])}. Mend this before you trust a score."
+        return f"Bad: {', '.join(names['bad'])}. Fix this before you trust a score."
     if names["warn"]:
-        return f"Nothing is bad. Know before you read the scores: {', '.join(names['warn'])}."
+        return f"Nothing is bad. Read these warnings before the scores: {', '.join(names['warn'])}."
     return "Everything is good."

@@ -44,7 +44,7 @@ class Slope(NamedTuple):
 
 
 def check_slope(model: nn.Module, components: Sequence[Component], loss: CausalLoss, batch: Batch, seed: int) -> Check:
-    """Whether the gradient of one example agrees with the slope of its loss along a random direction."""
+    """Check that the gradient of one example agrees with the slope of its loss along a random direction."""
     name = "gradient check"
     dtype = next(model.parameters()).dtype
     if dtype.itemsize < 4:
@@ -62,7 +62,7 @@ def check_slope(model: nn.Module, components: Sequence[Component], loss: CausalL
     value = f"{slope.gradient:.4g} against {slope.difference:.4g} by finite differences"
     scope = f"{slope.parameters:,} parameters in {slope.components} components"
     if verdict == "good" and doubt > _UNSURE:
-        return Check(name, "warn", value, f"The loss is too rough along {scope} to tell.", miss)
+        return Check(name, "warn", value, f"The loss is too rough along {scope} for a verdict.", miss)
     advice = {
         "good": f"The gradient is the slope of the loss, over {scope}: {miss:.1%} of a typical slope apart "
         f"(up to {tolerance:.1%} is rounding and curvature).",
@@ -78,7 +78,7 @@ def check_slope(model: nn.Module, components: Sequence[Component], loss: CausalL
 def measure_slope(
     model: nn.Module, components: Sequence[Component], loss: CausalLoss, batch: Batch, seed: int
 ) -> Slope:
-    """The slope of one example's loss along a random direction, from its gradient and from finite differences.
+    """Measure the slope of one example's loss along a random direction, by its gradient and by finite differences.
 
     Each component moves by noise of the size of its own weights. The weights are as before when this returns.
     """
@@ -106,7 +106,7 @@ def measure_slope(
 
 
 def _within_budget(components: Sequence[Component], seed: int) -> list[Component]:
-    """All components, or a random choice of them when they are too large to be copied; always at least one."""
+    """Return all components, or a random choice of them when they are too large to be copied; always at least one."""
     order = torch.randperm(len(components), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, total = set(), 0
     for number in order:
@@ -117,7 +117,7 @@ def _within_budget(components: Sequence[Component], seed: int) -> list[Component
 
 
 def _direction(model: nn.Module, component: Component, generator: torch.Generator) -> Tensor:
-    """Noise `[out, in]` of the size of the component's weights; none in the row of `padding_idx`, never trained."""
+    """Return noise `[out, in]` of the size of the component's weights; none in the untrained row `padding_idx`."""
     parameter = parameter_view(model, component)
     size = float(parameter.float().square().mean().sqrt()) or 0.02
     noise = size * torch.randn(component.shape, generator=generator)
@@ -131,7 +131,7 @@ def _direction(model: nn.Module, component: Component, generator: torch.Generato
 def _differences(
     model: nn.Module, components: Sequence[Component], directions: Sequence[Tensor], loss: CausalLoss, batch: Batch
 ) -> list[float]:
-    """Central differences at every step."""
+    """Return central differences at every step."""
     loss.head_module(model)  # looked for at the weights as they are, not at moved ones
     found = []
     with torch.no_grad(), _moved_back(model, components) as originals:
@@ -148,7 +148,7 @@ def _differences(
 
 @contextmanager
 def _moved_back(model: nn.Module, components: Sequence[Component]) -> Iterator[list[Tensor]]:
-    """Copies of the components' weights, which are put back bit by bit at the end, whatever happens."""
+    """Yield copies of the components' weights, which are restored bit by bit at the end, also after an error."""
     originals = [parameter_view(model, component).clone() for component in components]
     try:
         yield originals

@@ -1,4 +1,4 @@
-"""The nouns of the doctor room: a check and its verdict, what is covered, what a compression costs, the report."""
+"""The types of the package `doctor`: a check and its verdict, what is covered, what a compression costs, the report."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Verdict = Literal["good", "warn", "bad"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     verdict: Verdict
-    """`bad`: scores would be wrong, or the work would fail; `warn`: know this before you read the scores."""
+    """`bad`: scores would be wrong, or the work would fail; `warn`: read this before the scores."""
     value: str
     """What was found, for reading."""
     advice: str
@@ -63,24 +63,24 @@ class DoctorReport:
     data: str
     examples: int
     dtype: str
-    """Number format on disk that was asked for."""
+    """Number format on disk that was requested."""
     checks: tuple[Check, ...]
     coverage: tuple[Coverage, ...]
     costs: tuple[Cost, ...]
-    """The compression that was asked for first, then alternatives; empty when the model could not run."""
+    """The compression that was requested first, then alternatives; empty when the model could not run."""
     free_disk_bytes: int
     """On the disk of the current folder."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is bad."""
+        """True if nothing is bad."""
         return all(check.verdict != "bad" for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
+        """Return the report in JSON types."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return plain | {
             "ok": self.ok,

@@ -1,4 +1,4 @@
-"""The scores of a run in the order of other ids, a block of examples at a time: nobody holds all of them."""
+"""The scores of a run in the order of other ids, a block of examples at a time: all of them are never in memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,25 +23,25 @@ class Block(NamedTuple):
     """Scores of some examples for every query."""
 
     places: slice | Int[np.ndarray, "column"]
-    """Where these examples are among those that were asked for."""
+    """Where these examples are among those that were requested."""
     scores: Float[np.ndarray, "query column"]
 
 
 def _column_slices(queries: int, examples: int) -> Iterator[slice]:
-    """Blocks of examples that fit in memory with their scores for all queries, in order."""
+    """Yield blocks of examples that fit in memory with their scores for all queries, in order."""
     size = max(1, min(BLOCK_EXAMPLES, BLOCK_SCORES // max(queries, 1)))
     return (slice(start, min(start + size, examples)) for start in range(0, examples, size))
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """All scores of a run, under the ids that were asked for."""
+    """All scores of a run, under the ids that were requested."""
 
     file: DenseFile
     queries: Int[np.ndarray, "query"]
     """Row of the file that each of them is."""
     examples: int
-    """How many were asked for."""
+    """How many were requested."""
     places: Int[np.ndarray, "stored"] | None
     """For each example of the file, which of those it is, and -1 for none; None where all are the same."""
 
@@ -51,7 +51,7 @@ class Aligned:
         return len(self.queries), self.examples
 
     def blocks(self) -> Iterator[Block]:
-        """All scores; examples come in the order of the file."""
+        """Yield all scores; examples come in the order of the file."""
         for columns in _column_slices(*self.file.shape):
             scores = self.file.read(examples=columns)[self.queries]
             if self.places is None:
@@ -61,7 +61,7 @@ class Aligned:
                 yield Block(places[places >= 0], scores[:, places >= 0])
 
     def of_query(self, query: int) -> Float[np.ndarray, "example"]:
-        """One query's scores, in the order that was asked for."""
+        """Return one query's scores, in the order that was requested."""
         row = int(self.queries[query])
         scores = self.file.read(queries=slice(row, row + 1))[0]
         if self.places is None:
@@ -79,10 +79,10 @@ class Ids(Protocol):
 
 
 def aligned(run: Scores, queries: Sequence[str], examples: Ids) -> Aligned:
-    """The scores of a run for these queries and examples, in this order.
+    """Return the scores of a run for these queries and examples, in this order.
 
     Only where the run has other examples, or has them in another order, are the ids of both in memory, and then their
-    places.
+    positions.
 
     Raises:
         IndexMismatch: The run lacks some.
@@ -106,13 +106,13 @@ def aligned(run: Scores, queries: Sequence[str], examples: Ids) -> Aligned:
 
 
 def _places_in(ids: pa.ChunkedArray, wanted: pa.ChunkedArray) -> Int[np.ndarray, "wanted"]:
-    """Where each of `wanted` is among the ids; -1 for those that are not there."""
+    """Return the position of each of `wanted` among the ids; -1 for those that are not there."""
     found = compute.index_in(wanted, value_set=ids)  # pyright: ignore[reportAttributeAccessIssue]
     return np.concatenate([part.fill_null(-1).to_numpy(zero_copy_only=False) for part in found.chunks])
 
 
 def blocks_of(scores: "Aligned | Float[np.ndarray, 'query example']") -> Iterator[Block]:
-    """All scores in blocks, wherever they are."""
+    """Yield all scores in blocks, in memory or on the disk."""
     if isinstance(scores, Aligned):
         return scores.blocks()
     return (Block(columns, scores[:, columns]) for columns in _column_slices(*scores.shape))
@@ -121,7 +121,7 @@ def blocks_of(scores: "Aligned | Float[np.ndarray, 'query example']") -> Iterato
 def summed(
     scores: "Aligned | Float[np.ndarray, 'query example']", sets: Bool[np.ndarray, "set example"]
 ) -> Float[np.ndarray, "set query"]:
-    """Sum of each query's scores over the examples of each set, in float64."""
+    """Sum each query's scores over the examples of each set, in float64."""
     parts = (sets[:, places].astype(np.float64) @ part.astype(np.float64).T for places, part in blocks_of(scores))
     total = next(parts)
     for part in parts:

@@ -1,4 +1,4 @@
-"""What the one pass compares: distinct examples, the pairs that are asked for, and how the work is divided."""
+"""What the one pass compares: distinct examples, the pairs that are requested, and how the work is divided."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Compared:
     data: TokenizedData
     """Distinct examples: the queries first, then what is a candidate and no query."""
     wanted: Bool[np.ndarray, "query example"]
-    """Which of these pairs are asked for."""
+    """Which of these pairs are requested."""
     projections: tuple[Projection, ...]
     token_budget: int
     folder: Path
@@ -75,12 +75,12 @@ class Compared:
 
     @cached_property
     def portions(self) -> list["Portion"]:
-        """What the pieces of products are made from: first candidates that are queries too, then all others."""
+        """The sources of the pieces of products: first candidates that are queries too, then all others."""
         both = [Portion(batches, place) for place, batches in enumerate(self.held) if self._asked(batches)]
         return [*both, *(Portion(batches, None) for batches in self.fresh)]
 
     def factor_bytes(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
-        """About how many bytes the factors of each example take."""
+        """Estimate the bytes that the factors of each example take."""
         tokens = self.data.lengths[rows]
         total = np.zeros(len(rows))
         for part in self.components:
@@ -127,7 +127,7 @@ class Portion(NamedTuple):
 
 
 def use_width(component: Component, kind: str, role: str) -> int:
-    """Numbers that the factors of one use take for each token."""
+    """Return the numbers that the factors of one use take for each token."""
     out, width = component.shape
     if kind == "embedding":
         return width + 2
@@ -135,5 +135,5 @@ def use_width(component: Component, kind: str, role: str) -> int:
 
 
 def digest(value: object) -> str:
-    """sha256 of anything that JSON can say."""
+    """Return the sha256 of anything that JSON can express."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

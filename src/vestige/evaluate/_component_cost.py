@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
 def backward_shares(model: nn.Module, components: Sequence[Component]) -> Float[np.ndarray, " component"]:
-    """Share of a complete backward pass that each component's gradient asks for, between 0 and 1.
+    """Return the share of a complete backward pass that each component's gradient needs, between 0 and 1.
 
     With frozen weights the graph begins at the lowest component, and what is differentiated above it costs about one
     multiplication a parameter and token. So the share is that of the parameters in and above the component's lowest
@@ -29,10 +29,10 @@ def backward_shares(model: nn.Module, components: Sequence[Component]) -> Float[
 
 
 def _is_matrix(component: Component) -> bool:
-    """Look-ups have no input to differentiate, but one that is the head as well has."""
+    """Return whether the component is a matrix: an embedding has no input to differentiate unless it is the head."""
     return min(component.shape) > 1 and any(use.kind != "embedding" for use in component.uses)
 
 
 def component_type(name: str) -> str:
-    """What a component is called in every block, such as `mlp.down_proj`; its own name where it is in none."""
+    """Return the name of a component in every block, such as `mlp.down_proj`; its own name where it is in none."""
     return _BLOCK.sub("", name).removesuffix(".weight").removesuffix(".default")

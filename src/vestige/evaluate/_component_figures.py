@@ -13,12 +13,12 @@ from vestige.evaluate._component_judge import FULL
 from vestige.evaluate._figures import _COLOURS, _finish, _written
 
 _MOST_NAMES = 40
-"""So many components are each written out."""
+"""Up to this number of components, each name is written out."""
 _SHOWN_CANDIDATES = 5
 
 
 def component_figures(findings: Findings, suffix: str) -> dict[str, bytes]:
-    """All figures as PDF and PNG, by file name."""
+    """Draw all figures as PDF and PNG, by file name."""
     parts = findings.components
     return {
         **_bars(f"parameters_per_component{suffix}", parts, lambda one: one.parameters, "parameters", log=True),
@@ -73,7 +73,7 @@ def _draw_bars(
 
 
 def _short_names(parts: Sequence[ComponentFinding]) -> list[str]:
-    """Without what all names begin with and how they end, so that an adapter's leave room for the bars."""
+    """Return the names without their common beginning and end, so that those of an adapter leave space for the bars."""
     names = [one.name.removesuffix(".weight").removesuffix(".default") for one in parts]
     shared = commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
     return [name.removeprefix(f"{shared}.") if shared and len(names) > 1 else name for name in names]
@@ -93,7 +93,7 @@ def _bars(
 
 
 def _accuracy(name: str, findings: Findings) -> dict[str, bytes]:
-    """Bars with the full gradient and chance as lines, and boxes by the number of parameters."""
+    """Draw bars with the full gradient and chance as lines, and boxes by the number of parameters."""
     parts = findings.components
     figure = _figure(9.5, 7.2)
     axes = figure.add_subplot(2, 1, 1)
@@ -116,7 +116,7 @@ def _accuracy_of(findings: Findings, method: str) -> float:
 
 
 def _depths(name: str, findings: Findings) -> dict[str, bytes]:
-    """A line for every type over the blocks: accuracy, agreement, and the mean of attention and of MLP."""
+    """Draw a line for every type over the blocks: accuracy, agreement, and the mean of attention and of MLP."""
     parts = [one for one in findings.components if one.layer is not None]
     figure = _figure(9.5, 8.6)
     panels: list[tuple[str, Callable[[ComponentFinding], float]]] = [
@@ -156,7 +156,7 @@ def _depths(name: str, findings: Findings) -> dict[str, bytes]:
 
 
 def _self_similarity(name: str, findings: Findings) -> dict[str, bytes]:
-    """Cosines over the components with each of the first candidates, for the queries that divide opinions most."""
+    """Draw cosines of each component with the first candidates, for the queries where components differ most."""
     queries = most_divergent(findings)
     figure = _figure(9.5, 2.6 * len(queries))
     for place, query in enumerate(queries):
@@ -175,7 +175,7 @@ def _self_similarity(name: str, findings: Findings) -> dict[str, bytes]:
 
 
 def path_figure(name: str, findings: Findings) -> dict[str, bytes]:
-    """Agreement and accuracy along greedy paths, by share of parameters; held-out sets, projections and the full."""
+    """Draw agreement and accuracy along greedy paths by share of parameters; held-out sets, projections, the full."""
     figure = _figure(9.5, 3.9)
     total = findings.products.parameters.sum()
     rows = [one for one in findings.representations if one.name.startswith("projection")]

@@ -73,7 +73,7 @@ class Findings:
 
 
 def find(settings: ComponentsSettings, result: OnePassResult, words: str) -> Findings:
-    """Everything about one choice of candidates; no model runs."""
+    """Return everything about one choice of candidates; no model runs."""
     judge = Judge(settings, result, words)
     compared = result.inputs.compared
     shares = backward_shares(compared.loaded.model, compared.components)
@@ -164,7 +164,7 @@ def _gradient_rows(
 
 
 def mean_of_cosines(products: ComponentProducts) -> Float[np.ndarray, "query candidate"]:
-    """Every component counts the same, however long its gradient is."""
+    """Return the mean of the components' cosines: every component counts the same, however long its gradient is."""
     total = np.zeros(products.rows.shape)
     for number in range(len(products.names)):
         total += products.each([number])[0]
@@ -203,7 +203,7 @@ def _component_findings(
 def _wrong(
     judge: Judge, queries: TokenizedData, train: TokenizedData, candidates: Candidates
 ) -> tuple[dict[str, Any], ...]:
-    """Queries whose original the full gradient does not put first."""
+    """Return the queries whose original the full gradient does not put first."""
     found = []
     shown = np.where(judge.listed, judge.full, -np.inf)
     for query in np.flatnonzero(credit(judge.full, judge.right, judge.listed) < 1):
@@ -227,7 +227,7 @@ def _wrong(
 
 
 def most_divergent(findings: Findings, count: int = 3) -> Sequence[int]:
-    """Queries for which the most accurate component and the full gradient differ most: lowest cosine of their lists."""
+    """Return the queries with the lowest cosine between lists of the most accurate component and the full gradient."""
     best = int(np.argmax([one.accuracy.value for one in findings.components]))
     cosine, full = findings.products.each([best])[0], findings.full
     lengths = np.sqrt((cosine**2).sum(1) * (full**2).sum(1))

@@ -41,18 +41,18 @@ class ComponentInputs(NamedTuple):
     train: TokenizedData
     queries: TokenizedData
     candidates: dict[str, Candidates]
-    """By what was asked for, such as `5`."""
+    """By what was requested, such as `5`."""
     query_place: Int[np.ndarray, " query"]
     """Number of each query among the distinct examples."""
     example_place: Int[np.ndarray, " example"]
-    """The same of each training example; -1 for one that is nobody's candidate."""
+    """The same of each training example; -1 for one that is no query's candidate."""
     groups: Int[np.ndarray, " query"]
     """Queries of the same originals have the same number."""
     total_parameters: int
 
 
 def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
-    """The model, the examples and who is compared with whom.
+    """Read the model and the examples, and find each query's candidates.
 
     Raises:
         DataError: A query has no answer, or names no original.
@@ -102,9 +102,9 @@ def find_candidates(
     examples: Sequence[Example],
     right: Bool[np.ndarray, "query example"],
 ) -> dict[str, Candidates]:
-    """The candidates that the settings ask for; equal BM25 scores go in the order of the data.
+    """Find the candidates that the settings require; equal BM25 scores go in the order of the data.
 
-    The original is where BM25 puts it. It is put in the last place where it is not listed only if that is asked for.
+    The original is where BM25 puts it. Where it is not listed, it is put last only if that is requested.
 
     Raises:
         DataError: candidates are to be given, and a query names none or one that there is not.
@@ -146,7 +146,7 @@ def _given(
     for number, names in enumerate(lists):
         rows[number, : len(names)] = names
     shown = np.take_along_axis(right, np.maximum(rows, 0), axis=1) & (rows >= 0)
-    # What `vestige data candidates` has found is told here as it would be of candidates found here.
+    # Candidates of `vestige data candidates` are reported here like candidates found here.
     rank = np.array([int(query.extra.get("original_rank") or 0) for query in queries], dtype=np.int64)
     return Candidates(rows, shown, rank, np.array([bool(query.extra.get("forced")) for query in queries]))
 
@@ -164,7 +164,7 @@ def _require_answers(queries: TokenizedData) -> None:
 def _distinct(
     queries: TokenizedData, train: TokenizedData, rows: Int[np.ndarray, " row"]
 ) -> tuple[TokenizedData, Int[np.ndarray, " query"], Int[np.ndarray, " example"]]:
-    """Every distinct example once, the queries first, and where each query and training example is among them."""
+    """Return every distinct example once, queries first, and the position of each query and training example."""
     number: dict[bytes, int] = {}
     kept: list[tuple[TokenizedData, int]] = []
 

@@ -68,7 +68,7 @@ class Judge:
         seconds: float | None = None,
         opponent: bool = False,
     ) -> Representation:
-        """The row; `numbers` is the length of one example's vector, `parameters` how many gradients it is made of."""
+        """Return the row; `numbers` is the length of one example's vector, `parameters` the gradients it is made of."""
         if credits is None:
             assert scores is not None
             credits = credit(scores, self.right, self.listed)

@@ -61,7 +61,7 @@ class OnePass:
         self._outputs, self._hidden, self._projections = outputs, hidden, projections
 
     def run(self, batch: Batch) -> Passed:
-        """One pass over the batch.
+        """Run one pass over the batch.
 
         Raises:
             NonFinite: a gradient is NaN or infinite.
@@ -95,11 +95,11 @@ class OnePass:
 def one_pass(
     loaded: LoadedModel, components: Sequence[Component], loss: Reduction, projections: Sequence[Projection]
 ) -> Iterator[OnePass]:
-    """The model, tapped for gradients and outputs while the context lasts."""
+    """Yield the model, tapped for gradients and outputs while the context lasts."""
     objective = CausalLoss(loss)
     taps = output_taps(loaded.model, components, loss)
     with ExitStack() as stack:
-        # Entering it runs the model once, on tokens that are nobody's.
+        # Entering it runs the model once, on tokens of no example.
         gradient_pass = stack.enter_context(GradientPass(loaded.model, components, objective))
         outputs = stack.enter_context(tapped(loaded.model, taps, "mean"))
         hidden = _HiddenState()
@@ -109,7 +109,7 @@ def one_pass(
 
 
 def output_taps(model: nn.Module, components: Sequence[Component], loss: Reduction) -> list[Tap]:
-    """The modules whose outputs are compared: all that hold a component, but not a head that runs at targets alone."""
+    """Return the modules whose outputs are compared: all with a component, but no head that runs at targets alone."""
     head = CausalLoss(loss).head_module(model)
     return [tap for tap in taps_of(components) if tap.module != head]
 
@@ -132,14 +132,14 @@ class _HiddenState:
 
 
 def smaller_form(gradients: Gradients) -> Gradients:
-    """The same gradients as factors or as matrices, whichever takes fewer numbers."""
+    """Return the same gradients as factors or as matrices, whichever takes fewer numbers."""
     if gradients.zero or numbers(gradients) <= formed_numbers(gradients):
         return gradients
     return Gradients(gradients.examples, gradients.shape, (), matrices_of(gradients, slice(0, gradients.examples)))
 
 
 def one_example(gradients: Gradients, place: int) -> Gradients:
-    """The gradient of one of the examples."""
+    """Return the gradient of one of the examples."""
     part = slice(place, place + 1)
     if gradients.matrices is not None:
         return Gradients(1, gradients.shape, (), gradients.matrices[part])
@@ -148,7 +148,7 @@ def one_example(gradients: Gradients, place: int) -> Gradients:
 
 
 def as_tensors(passed: Passed, name: str) -> dict[str, Tensor]:
-    """Everything as named tensors, for a file; `read_passed` is the way back."""
+    """Return everything as named tensors, for a file; `read_passed` undoes it."""
     tensors = {f"{name}.norms": passed.norms}
     tensors |= {f"{name}.output.{number}": one for number, one in enumerate(passed.outputs)}
     tensors |= {f"{name}.projected.{number}": one for number, one in enumerate(passed.projected)}
@@ -169,7 +169,7 @@ def as_tensors(passed: Passed, name: str) -> dict[str, Tensor]:
 def read_passed(
     tensors: Mapping[str, Tensor], name: str, components: Sequence[Component], device: torch.device
 ) -> Passed:
-    """What `as_tensors` wrote."""
+    """Read the tensors that `as_tensors` made."""
     norms = tensors[f"{name}.norms"]
     gradients = [
         _read_gradients(tensors, f"{name}.{number}", component.shape, norms.shape[1], device)

@@ -1,4 +1,4 @@
-"""The one pass as two work plans: every distinct gradient is computed once, whoever computes which piece.
+"""The one pass as two work plans: every distinct gradient is computed once, by any worker.
 
 The queries' gradients are kept on disk as factors (a few vectors a token, less than the gradients themselves) while the
 candidates' are computed, piece by piece, and multiplied with them. What stays is a table of products by component.
@@ -10,19 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
+from pydantic import FiniteFloat
 from safetensors import safe_open
 from torch import Tensor
 
 from vestige.data import make_batch
+from vestige.errors import CorruptFile
 from vestige.evaluate._component_compared import Compared, Portion, digest
 from vestige.evaluate._component_pass import OnePass, Passed, as_tensors, one_pass, read_passed
 from vestige.evaluate._component_tables import Tables
 from vestige.files import make_folder, write_durably
 from vestige.launch import Compute, PieceFiles, step_done
-from vestige.parsing import parse_json
+from vestige.parsing import as_record, parse_object
 
 
 @final
@@ -36,12 +38,12 @@ class QueryGradients:
 
     @property
     def folder(self) -> Path:
-        """Of the evaluation."""
+        """The folder of the evaluation."""
         return self.compared.folder
 
     @cached_property
     def files(self) -> PieceFiles:
-        """Where they are until the products are done."""
+        """The files of the gradients until the products are done."""
         kept = {name: value for name, value in self.compared.identity.items() if name != "pairs"}
         return PieceFiles(self.folder / "gradients", digest(kept))
 
@@ -51,16 +53,16 @@ class QueryGradients:
         return len(self.compared.held)
 
     def is_done(self, piece: int) -> bool:
-        """Whether this piece's gradients are there."""
+        """Return whether this piece's gradients are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Its examples."""
+        """Return the number of the piece's examples."""
         return sum(map(len, self.compared.held[piece]))
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """The model with its taps."""
+        """Open the model with its taps."""
         with _pass_of(self.compared) as runs:
             yield lambda piece: self._fill(piece, runs)
 
@@ -76,10 +78,10 @@ class QueryGradients:
         write_seconds(self.folder, f"queries-{piece:05d}", self.weight(piece), spent)
 
     def reduce(self) -> None:
-        """Nothing: the pieces are what is read."""
+        """Do nothing: the pieces themselves are read."""
 
     def read(self, piece: int, batches: Sequence[int]) -> list[Passed]:
-        """Some batches of a piece; its bytes are compared with its marker once in a process.
+        """Read some batches of a piece; its bytes are compared with its marker once in a process.
 
         Raises:
             CorruptFile: it is missing or damaged.
@@ -111,7 +113,7 @@ class CandidateProducts:
 
     @property
     def folder(self) -> Path:
-        """Of the evaluation."""
+        """The folder of the evaluation."""
         return self.compared.folder
 
     @cached_property
@@ -125,16 +127,16 @@ class CandidateProducts:
         return len(self.compared.portions)
 
     def is_done(self, piece: int) -> bool:
-        """Whether its products are there."""
+        """Return whether the piece's products are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Its candidates."""
+        """Return the number of the piece's candidates."""
         return len(self.compared.portions[piece].rows)
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """The model with its taps."""
+        """Open the model with its taps."""
         with _pass_of(self.compared) as runs:
             yield lambda piece: self._fill(piece, runs)
 
@@ -164,7 +166,7 @@ class CandidateProducts:
         return bool(self.compared.wanted[np.ix_(rows, portion.rows)].any())
 
     def reduce(self) -> list[dict[str, Tensor]]:
-        """The tables of all pieces; the queries' gradients are gone.
+        """Return the tables of all pieces; delete the queries' gradients.
 
         Raises:
             CorruptFile: a piece is missing or damaged.
@@ -174,24 +176,36 @@ class CandidateProducts:
         return tables
 
 
+class _Spent(NamedTuple):
+    computed: int
+    seconds: dict[str, FiniteFloat]
+
+
 def write_seconds(folder: Path, name: str, computed: float, spent: Sequence[Mapping[str, float]]) -> None:
-    """What a piece cost, beside the pieces: their bytes depend on no clock."""
+    """Write the cost of a piece beside the pieces: their bytes depend on no clock."""
     make_folder(folder / "seconds")
     total: dict[str, float] = {}
     for one in spent:
         for key, value in one.items():
             total[key] = total.get(key, 0.0) + value
-    content = {"computed": int(computed), "seconds": total}
-    write_durably(folder / "seconds" / f"{name}.json", [json.dumps(content).encode()])
+    content = json.dumps(_Spent(int(computed), total)._asdict())
+    write_durably(folder / "seconds" / f"{name}.json", [content.encode()])
 
 
 def read_seconds(folder: Path) -> tuple[int, dict[str, float]]:
-    """How many gradients were computed for the result that is there, and the seconds of everything."""
+    """Return how many gradients were computed for the result that is there, and the seconds of everything.
+
+    Raises:
+        CorruptFile: A file is not what Vestige writes.
+    """
     computed, total = 0, dict[str, float]()
     for path in sorted((folder / "seconds").glob("*.json")):
-        content = parse_json(path.read_bytes())
-        computed += content["computed"]
-        for key, value in content["seconds"].items():
+        try:
+            spent = as_record(_Spent, parse_object(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise CorruptFile(f"{path} is damaged ({error}). Delete it: it says only what the work cost.") from None
+        computed += spent.computed
+        for key, value in spent.seconds.items():
             total[key] = total.get(key, 0.0) + value
     return computed, total
 

@@ -1,7 +1,7 @@
 """Inner products of gradients split over components, and every similarity, accuracy and agreement that follows.
 
 One matrix of products `d[c, q, n]` and the squared norms of both sides are all that is needed: the cosine of any set of
-components is `sum_c d / sqrt(sum_c |q|^2 sum_c |n|^2)`. Arrays to arrays; knows no model and no file.
+components is `sum_c d / sqrt(sum_c |q|^2 sum_c |n|^2)`. Arrays to arrays; uses no model and no file.
 """
 
 from collections.abc import Sequence
@@ -33,24 +33,24 @@ class ComponentProducts:
 
     @property
     def listed(self) -> Bool[np.ndarray, "query candidate"]:
-        """Where there is a candidate."""
+        """The mask of existing candidates."""
         return self.rows >= 0
 
     def of(self, queries: Sequence[int] | Int[np.ndarray, " query"]) -> "ComponentProducts":
-        """Just these queries, in this order."""
+        """Return the products of just these queries, in this order."""
         chosen = np.asarray(queries, dtype=np.int64)
         return ComponentProducts(
             self.names, self.parameters, self.values[:, chosen], self.query[:, chosen], self.example, self.rows[chosen]
         )
 
     def first(self, count: int) -> "ComponentProducts":
-        """Just the first candidates of every query."""
+        """Return the products of just the first candidates of every query."""
         return ComponentProducts(
             self.names, self.parameters, self.values[:, :, :count], self.query, self.example, self.rows[:, :count]
         )
 
     def cosine(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "query candidate"]:
-        """Cosine of the gradients of some components together, of all by default; float64, zero where not listed."""
+        """Return the cosine of the joint gradients of components, all by default; float64, zero where not listed."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
         values, query, example = (
             part[chosen].sum(0, dtype=np.float64)[None] for part in (self.values, self.query, self.example)
@@ -58,11 +58,11 @@ class ComponentProducts:
         return cosines(values, query, example[:, self.rows])[0]
 
     def product(self) -> Float[np.ndarray, "query candidate"]:
-        """Inner product of the whole gradients, in float64."""
+        """Return the inner product of the whole gradients, in float64."""
         return self.values.sum(0, dtype=np.float64)
 
     def each(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "component query candidate"]:
-        """Cosine of every component by itself, in float64."""
+        """Return the cosine of every component by itself, in float64."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
         values, query, example = (part[chosen].astype(np.float64) for part in (self.values, self.query, self.example))
         return cosines(values, query, example[:, self.rows])
@@ -73,7 +73,7 @@ def cosines(
     query: Float[np.ndarray, "*set query"],
     example: Float[np.ndarray, "*set query candidate"],
 ) -> Float[np.ndarray, "*set query candidate"]:
-    """Products divided by both lengths; zero where a gradient is zero, for then its products are zero too."""
+    """Divide products by both lengths; zero where a gradient is zero, for then its products are zero too."""
     lengths = query[..., None] * example
     np.maximum(lengths, _SMALLEST, out=lengths)
     return values / np.sqrt(lengths, out=lengths)
@@ -84,9 +84,9 @@ def credit(
     right: Bool[np.ndarray, "query candidate"],
     listed: Bool[np.ndarray, "query candidate"],
 ) -> Float[np.ndarray, "*set query"]:
-    """1 where the best candidate is right, 0 where it is wrong; tied ones count as the share of them that is right.
+    """Return 1 where the best candidate is right, 0 where it is wrong; of tied ones, the share that is right.
 
-    A query without its original among the candidates is wrong. No place in the list decides anything.
+    A query without its original among the candidates is wrong. No position in the list decides anything.
     """
     shown = np.where(listed, scores, -np.inf)
     best = (shown == shown.max(-1, keepdims=True)) & listed
@@ -100,10 +100,10 @@ def agreement(
     *,
     centred: bool = False,
 ) -> Float[np.ndarray, "*set"]:
-    """Cosine between the similarities of all listed pairs and those of the full gradient.
+    """Return the cosine between the similarities of all listed pairs and those of the full gradient.
 
     Uncentred it is the published measure, near 1 wherever most similarities are positive. `centred` takes the mean of
-    each query's list off both: what is left is whether the candidates of one query are told apart alike.
+    each query's list off both: what is left is whether the candidates of one query are distinguished alike.
     """
     weights = listed.astype(np.float64)
     if centred:

@@ -26,12 +26,12 @@ class ProjectionPlan(NamedTuple):
     """How many numbers are kept of every component."""
 
     name: str
-    """As it was asked for: `256` numbers a component, or `1%` of all parameters."""
+    """As it was requested: `256` numbers a component, or `1%` of all parameters."""
     sizes: tuple[int, ...]
 
 
 def projection_sizes(parameters: Sequence[int], share: float, granule: int = GRANULE) -> tuple[int, ...]:
-    """Numbers kept of each tensor when `share` of all parameters is kept, as the published rule divides them.
+    """Return the numbers kept of each tensor when `share` of all parameters is kept, by the published rule.
 
     The budget is `share * N` rounded to a multiple of the granule, and a tensor of n parameters gets
     `max(granule, granule * round(n / N * budget / granule))`.
@@ -42,7 +42,7 @@ def projection_sizes(parameters: Sequence[int], share: float, granule: int = GRA
 
 
 def projection_plan(asked: str, parameters: Sequence[int]) -> ProjectionPlan:
-    """What `256` or `1%` means for components of these sizes; never more numbers than a component has.
+    """Return the plan that `256` or `1%` means for components of these sizes; never more numbers than a component has.
 
     Budgets are divided in steps of 512 as published, in steps of 1 where a component would get more than its share.
 
@@ -88,18 +88,18 @@ class Projection:
         self.sizes = tuple(one.size for one in self._compressors)
 
     def apply(self, gradients: Sequence[Gradients]) -> Float[Tensor, "example k"]:
-        """Projected gradients of a batch, component after component, float32 on the CPU."""
+        """Return projected gradients of a batch, component after component, float32 on the CPU."""
         parts = [project(one, found) for one, found in zip(self._compressors, gradients, strict=True)]
         return torch.cat([part.float().cpu() for part in parts], dim=1)
 
     def published_weights(self) -> Float[Tensor, " k"]:
-        """What the published form multiplies the numbers of a component with: the root of how many there are."""
+        """Return the factor of each component's numbers in the published form: the root of their count."""
         sizes = torch.tensor(self.sizes)
         return torch.repeat_interleave(sizes.double().sqrt(), sizes)
 
 
 def project(compressor: Compressor, gradients: Gradients) -> Float[Tensor, "example k"]:
-    """Compressed gradients of one component, from its factors or from its matrices."""
+    """Compress gradients of one component, from its factors or from its matrices."""
     if gradients.zero:
         return torch.zeros(gradients.examples, compressor.size)
     if gradients.matrices is not None:

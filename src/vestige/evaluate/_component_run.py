@@ -23,11 +23,11 @@ _LAUNCH = "launch"
 
 
 class OnePassResult(NamedTuple):
-    """Products of everything with everything that was asked for; every similarity follows from them."""
+    """Products of everything with everything that was requested; every similarity follows from them."""
 
     inputs: ComponentInputs
     gradients: dict[str, ComponentProducts]
-    """By the number of candidates that was asked for, such as `5`."""
+    """By the number of candidates that was requested, such as `5`."""
     outputs: dict[str, ComponentProducts]
     """The same of layer outputs: a module each, its width in place of the parameters; the last hidden state last."""
     projected: dict[str, ComponentProducts]
@@ -41,7 +41,7 @@ class OnePassResult(NamedTuple):
 
 
 def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
-    """The products, computed now or found in `settings.out`: each distinct gradient exactly once.
+    """Return the products, computed now or found in `settings.out`: each distinct gradient exactly once.
 
     Raises:
         IndexMismatch: The folder holds products of something else; nothing was changed.
@@ -112,7 +112,7 @@ def _products(
     names: list[str],
     sizes: list[int],
 ) -> ComponentProducts:
-    """One kind of products for one choice of candidates."""
+    """Return one kind of products for one choice of candidates."""
     place = np.where(candidates.rows >= 0, inputs.example_place[candidates.rows], -1)
     pair = np.where(place >= 0, number[inputs.query_place[:, None], place], -1)
     values = np.where(pair >= 0, table.values[:, pair], 0)

@@ -27,7 +27,7 @@ class Path(NamedTuple):
     values: tuple[float, ...]
 
     def best(self, enough: float | None = None) -> tuple[int, ...]:
-        """The shortest beginning with the highest value, or the first that reaches `enough`."""
+        """Return the shortest beginning with the highest value, or the first that reaches `enough`."""
         if not self.order:
             return ()
         values = np.array(self.values)
@@ -55,7 +55,7 @@ def greedy_path(
     *,
     longest: int | None = None,
 ) -> Path:
-    """The path for top-1 accuracy, or for agreement with the full gradient.
+    """Search the path for top-1 accuracy, or for agreement with the full gradient.
 
     Of components that help equally the one with the fewest parameters is taken, then the first: no order of a set or of
     the data decides.
@@ -85,7 +85,7 @@ class _Objective:
         self._full, self._listed, self._right, self._objective = products.cosine(), products.listed, right, objective
 
     def of_sets(self, found: Float[np.ndarray, "set query candidate"]) -> Float[np.ndarray, " set"]:
-        """The objective of sets with these similarities."""
+        """Return the objective of sets with these similarities."""
         if self._objective == "accuracy":
             return credit(found, self._right, self._listed).mean(-1)
         return agreement(found, self._full, self._listed)
@@ -95,7 +95,7 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _parts_of(products: ComponentProducts) -> Parts:
-    """Products and the squared norms of both sides, by component; each adds up over a set."""
+    """Return products and the squared norms of both sides, by component; each adds up over a set."""
     return products.values, products.query, products.example[:, products.rows]
 
 
@@ -107,7 +107,7 @@ def _blocks(products: ComponentProducts, left: Sequence[int]) -> list[np.ndarray
 def _tried(
     parts: Parts, tried: Int[np.ndarray, " set"], sums: Sequence[np.ndarray]
 ) -> Float[np.ndarray, "set query candidate"]:
-    """Similarities of what was taken together with each of these components."""
+    """Return the similarities of the chosen set with each of these components added to it."""
     values, query, example = (total + own[tried] for total, own in zip(sums, parts, strict=True))
     return cosines(values, query, example)
 
@@ -120,7 +120,7 @@ def _add(sums: Sequence[np.ndarray], parts: Parts, taken: int) -> None:
 def values_along(
     products: ComponentProducts, right: Bool[np.ndarray, "query candidate"], order: Sequence[int], objective: Objective
 ) -> tuple[float, ...]:
-    """The objective after each component of a path, on these queries and candidates, whatever it was chosen by."""
+    """Return the objective after each component of a path, on these queries and candidates, however it was chosen."""
     parts, judge, found = _parts_of(products), _Objective(products, right, objective), list[float]()
     sums = [np.zeros_like(part[0], dtype=np.float64) for part in parts]
     for taken in order:
@@ -141,7 +141,7 @@ def held_out(
     longest: int | None = None,
     enough: float | None = None,
 ) -> HeldOut:
-    """Cross-validation: the set is chosen without a fold's queries, and judged on them.
+    """Cross-validate: choose the set without a fold's queries, and measure it on them.
 
     Queries of one group (paraphrases of one original) are always in the same fold, or a set would be judged on what it
     was chosen by. Sets are chosen on the first `CHOOSING` candidates.
@@ -161,7 +161,7 @@ def held_out(
 
 
 def folds_of(groups: Int[np.ndarray, " query"], folds: int, seed: int) -> Int[np.ndarray, " query"]:
-    """A random fold for each query, whole groups together; as many as there are groups, at most."""
+    """Return a random fold for each query, whole groups at a time; as many as there are groups, at most."""
     names, group = np.unique(groups, return_inverse=True)
     random = np.random.default_rng(seed)
     fold = random.permutation(np.arange(len(names)) % min(folds, len(names)))
@@ -171,7 +171,7 @@ def folds_of(groups: Int[np.ndarray, " query"], folds: int, seed: int) -> Int[np
 def grouped_estimate(
     values: Float[np.ndarray, " query"], groups: Int[np.ndarray, " query"], draws: int, seed: int
 ) -> Estimate:
-    """Mean with a bootstrap interval over groups, not over queries: paraphrases of one original are not independent."""
+    """Return the mean with a bootstrap interval over groups, not over queries: paraphrases are not independent."""
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     value = float(values.mean())
@@ -191,7 +191,7 @@ def agreement_estimate(
     *,
     centred: bool = False,
 ) -> Estimate:
-    """Agreement with a bootstrap interval over groups of queries."""
+    """Return the agreement with a bootstrap interval over groups of queries."""
     value = float(agreement(scores, full, listed, centred=centred))
     _, group = np.unique(groups, return_inverse=True)
     if centred:

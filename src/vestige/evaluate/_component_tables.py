@@ -51,7 +51,7 @@ class Tables:
     def add(
         self, rows: Int[np.ndarray, " row"], queries: Passed, batches: Sequence[np.ndarray], found: Sequence[Passed]
     ) -> None:
-        """Products of a batch of queries with all candidates."""
+        """Add the products of a batch of queries with all candidates."""
         started = time.perf_counter()
         for name, norms in self._squares(queries).items():
             self._query_norms[name][:, torch.as_tensor(rows)] = norms
@@ -79,7 +79,7 @@ class Tables:
         self.seconds["products"] += time.perf_counter() - started
 
     def _small(self, rows: Int[np.ndarray, " row"], columns: slice, queries: Passed, found: Passed) -> None:
-        """Products of outputs and of projections, all pairs of the block at once."""
+        """Compute products of outputs and of projections, all pairs of the block at once."""
         place = torch.as_tensor(rows)
         for number, (one, other) in enumerate(zip(queries.outputs, found.outputs, strict=True)):
             self._products["outputs"][number][place, columns] = one.double() @ other.double().T
@@ -90,7 +90,7 @@ class Tables:
             self._products["published"][number][place, columns] = weighted @ second.T
 
     def _squares(self, passed: Passed) -> dict[str, Tensor]:
-        """Squared norms of everything, [representation, example]."""
+        """Return squared norms of everything, [representation, example]."""
         examples = passed.norms.shape[1]
         empty = torch.zeros(0, examples, dtype=torch.float64)
         outputs = [one.double().square().sum(1) for one in passed.outputs]
@@ -104,7 +104,7 @@ class Tables:
         }
 
     def tensors(self, *, with_queries: bool) -> dict[str, Tensor]:
-        """What is written: products of the wanted pairs, in the order of queries and then candidates, and norms."""
+        """Return the tensors to write: products of the wanted pairs, ordered by query and candidate, and norms."""
         query, column = np.nonzero(self._wanted)
         pairs = np.stack([query, self._rows[column]], axis=1)
         tensors = {"pairs": torch.as_tensor(pairs), "rows": torch.as_tensor(self._rows), "widths": self._widths}
@@ -133,7 +133,7 @@ class Table(NamedTuple):
 def tables_of(
     wanted: Bool[np.ndarray, "query example"], pieces: Sequence[Mapping[str, Tensor]]
 ) -> tuple[np.ndarray, dict[str, Table]]:
-    """The number of every wanted pair `[query, example]` (-1 elsewhere), and the tables of every kind over pairs."""
+    """Return the number of every wanted pair `[query, example]` (-1 elsewhere), and every kind's table over pairs."""
     pairs = np.concatenate([one["pairs"].numpy() for one in pieces])
     number = np.full(wanted.shape, -1, dtype=np.int64)
     number[pairs[:, 0], pairs[:, 1]] = np.arange(len(pairs))

@@ -12,12 +12,12 @@ _SHOWN_WRONG = 50
 
 
 def component_table(findings: Findings) -> list[dict[str, Any]]:
-    """Every component by itself, in JSON terms."""
+    """Return every component by itself, in JSON terms."""
     return [one._asdict() for one in findings.components]
 
 
 def selection_file(findings: Findings, objective: Objective, search: SearchFinding) -> str:
-    """The chosen set: one parameter a line, and what is known of it in lines that begin with #."""
+    """Return the chosen set: one parameter a line, and facts about it in lines that begin with #."""
     sizes = findings.products.parameters
     chosen = list(search.chosen)
     value = search.path.values[len(chosen) - 1]
@@ -33,7 +33,7 @@ def selection_file(findings: Findings, objective: Objective, search: SearchFindi
 
 
 def self_similarity_table(findings: Findings, queries: Sequence[int], names: Sequence[str]) -> str:
-    """Cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
+    """Return cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
     lines = ["query,candidate,right,component,cosine"]
     for query in queries:
         cosine = findings.products.of([query]).each()[:, 0]
@@ -48,7 +48,7 @@ def self_similarity_table(findings: Findings, queries: Sequence[int], names: Seq
 
 
 def markdown_of(evaluation: Evaluation, findings: Sequence[Findings]) -> str:
-    """The whole result as Markdown."""
+    """Return the whole result as Markdown."""
     columns = list(evaluation.rows[0].values)
     lines = [f"# {evaluation.title}", "", *_head(["representation", *columns, "seconds"])]
     for row in evaluation.rows:

@@ -1,4 +1,4 @@
-"""`vestige evaluate components`: which components of the gradient tell an original from other examples?"""
+"""`vestige evaluate components`: which components of the gradient distinguish an original from other examples?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from vestige.settings import ComponentsSettings, verb
 
 @verb(ComponentsSettings)
 def components(settings: ComponentsSettings) -> Evaluation:
-    """Accuracy, agreement with the full gradient and cost of components, of sets of them, and of their opponents.
+    """Measure accuracy, agreement with the full gradient and cost of components, of sets of them, and of baselines.
 
     In `settings.out`: `components.json`, `components.md`, the figures, `accuracy.components` and
     `agreement.components`, which `vestige index --components @FILE` takes, and the products that all follows from.
@@ -53,7 +53,7 @@ def components(settings: ComponentsSettings) -> Evaluation:
 def _files(
     settings: ComponentsSettings, result: OnePassResult, evaluation: Evaluation, findings: Sequence[Findings]
 ) -> dict[str, bytes]:
-    """Everything beside the JSON file, by name; the first choice of candidates has the plain names."""
+    """Return every file but the JSON file, by name; the first choice of candidates has the plain names."""
     first = findings[0]
     files = {"components.md": markdown_of(evaluation, findings).encode()}
     for place, each in enumerate(findings):
@@ -89,8 +89,8 @@ def _title(result: OnePassResult, settings: ComponentsSettings) -> str:
 
 
 def _passes(settings: ComponentsSettings, result: OnePassResult) -> dict[str, Any]:
-    """How many gradients were computed, and how many the published protocol would compute for the same table."""
-    # Similarities and products by parameter run each query and each of its candidates anew, projections twice.
+    """Return the number of gradients computed, and the number that the published protocol needs for the same table."""
+    # Similarities and products by parameter run each query and each of its candidates again, projections twice.
     tables = {words: 4 * int((1 + one.listed.sum(1)).sum()) for words, one in result.gradients.items()}
     published = tables[settings.candidates[0]]
     return {

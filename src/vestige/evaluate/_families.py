@@ -33,11 +33,11 @@ class Family:
 
     @property
     def sized(self) -> bool:
-        """Whether the size enters."""
+        """True if the size enters."""
         return self._with("1") != self._with("2")
 
     def at(self, size: int) -> CompressionSpec:
-        """The spec with `size` for K and the nearest whole number to its square root for R.
+        """Return the spec with `size` for K and the nearest whole number to its square root for R.
 
         Raises:
             SpecError: It does not parse.
@@ -46,7 +46,7 @@ class Family:
         return parse_spec(self._with(lambda found: str(int(found[1] or 1) * values[found[2]])))
 
     def _with(self, replacement: str | Callable[[re.Match[str]], str]) -> str:
-        """The template with K and R replaced where sizes stand: behind the colon, before any option."""
+        """Return the template with K and R replaced where sizes stand: behind the colon, before any option."""
         stages = []
         for stage in self.template.split("|"):
             head, comma, options = stage.partition(",")
@@ -56,5 +56,5 @@ class Family:
 
 
 def rank(spec: CompressionSpec, shapes: list[tuple[int, int]]) -> int:
-    """Numbers that a spec keeps of the component of which it keeps most: its size, where no K says it."""
+    """Return the numbers that a spec keeps of the component of which it keeps most: its size, where no K is in it."""
     return max(spec.size_for(shape) for shape in shapes)

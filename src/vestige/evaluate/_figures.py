@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from vestige.evaluate._statistics import Estimate
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 ASKED, OPPONENT = "#0072B2", "#8A8A8A"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
 _MARKERS = "osD^vP*X"
 _DOTS = 160
 _FEW = 8
-"""So many places on an axis are each written out."""
+"""Up to this number of positions on an axis, each is written out."""
 
 
 class Mark(NamedTuple):
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 def interval_figure(
     name: str, marks: Sequence[Mark], label: str, *, lines: Mapping[str, float] | None = None
 ) -> dict[str, bytes]:
-    """Methods from best to worst with their intervals; `lines` are upright ones, such as a noise ceiling."""
+    """Draw methods from best to worst with their intervals; `lines` are upright ones, such as a noise ceiling."""
     known = sorted((mark for mark in marks if mark.estimate.is_known), key=lambda mark: mark.estimate.value)
     figure = Figure(figsize=(7.2, 1.3 + 0.34 * max(len(known), 1)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -70,7 +70,7 @@ def interval_figure(
 
 
 def line_figure(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> dict[str, bytes]:
-    """Curves by method, opponents dashed."""
+    """Draw curves by method, baselines dashed."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -98,7 +98,7 @@ def line_figure(name: str, lines: Sequence[Line], x_label: str, y_label: str) ->
 
 
 def matrix_figure(name: str, names: Sequence[str], values: np.ndarray, label: str) -> dict[str, bytes]:
-    """A coloured matrix of methods with its numbers written in."""
+    """Draw a coloured matrix of methods with its numbers written in."""
     size = max(4.0, 2.2 + 0.62 * len(names))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     FigureCanvasAgg(figure)

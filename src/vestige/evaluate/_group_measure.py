@@ -1,4 +1,4 @@
-"""Groups left out: does the sum of a group's scores tell what the queries lose without it?"""
+"""Groups left out: does the sum of a group's scores predict what the queries lose without it?"""
 
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def effects(
     outputs: Float[np.ndarray, "member query"],
     subset: Int[np.ndarray, "member"],
 ) -> Effects:
-    """True and predicted effects of the groups that a bank leaves out, in the order of its subsets.
+    """Return true and predicted effects of the groups that a bank leaves out, in the order of its subsets.
 
     Which examples a group has is read from what the models were not trained on, never from a position in a list.
 
@@ -65,7 +65,7 @@ def _left_out(
     outputs: Float[np.ndarray, "member query"],
     subset: Int[np.ndarray, "member"],
 ) -> tuple[Float[np.ndarray, "group query"], Bool[np.ndarray, "group example"]]:
-    """What leaving out each group did, and which examples it has."""
+    """Return the effect of leaving out each group, and which examples it has."""
     trained = first_rows(membership, subset)
     whole = trained.all(1)
     if not whole.any():
@@ -83,7 +83,7 @@ def _left_out(
 
 
 def agreement(found: Effects, *, draws: int = 1000, seed: int = 0) -> Agreement:
-    """Correlations over groups, with bootstrap intervals over queries.
+    """Return correlations over groups, with bootstrap intervals over queries.
 
     Groups are few and are not resampled: the interval says how much rests on these queries, not on these groups.
     """
@@ -109,7 +109,7 @@ def seed_agreement(
     subset: Int[np.ndarray, "member"],
     seeds: Int[np.ndarray, "member"],
 ) -> float:
-    """Noise ceiling: mean Pearson correlation of the effects of one seed with those of another, queries together.
+    """Return the noise ceiling: mean Pearson correlation of the effects of two seeds, all queries pooled.
 
     NaN for a single seed.
     """

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._products import Products
 from vestige.files import make_folder, remove_strays, write_durably
-from vestige.parsing import parse_json
+from vestige.parsing import parse_object
 
 _IDENTITY = "compared.json"
 _PRODUCTS = "products"
@@ -56,11 +56,11 @@ class Kept:
             write_durably(path, [json.dumps(identity, indent=1).encode()])
 
     def has(self, name: str) -> bool:
-        """Whether something was computed under `name`."""
+        """Return whether something was computed under `name`."""
         return self._path(name).exists()
 
     def read(self, name: str) -> Computed:
-        """What was computed under `name`.
+        """Read the products computed under `name`.
 
         Raises:
             CorruptFile: The file is damaged.
@@ -85,14 +85,14 @@ class Kept:
 
 
 def require_same(path: Path, identity: Mapping[str, Any]) -> None:
-    """Nothing happens if the file says the same.
+    """Raise unless the file holds the same.
 
     Raises:
         IndexMismatch: It does not; the message shows the difference.
         CorruptFile: It does not read.
     """
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_object(path.read_bytes())
     except ValueError as error:
         raise CorruptFile(f"{path} does not read as JSON ({error}). Give another --out.") from error
     names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]

@@ -19,7 +19,7 @@ _TOLD = {"loss": "minus the loss", "margin": "the margin"}
 
 @verb(LdsSettings)
 def lds(settings: LdsSettings) -> Evaluation:
-    """The linear datamodeling score of each method, with intervals over queries and subsets and the noise ceiling.
+    """Measure the linear datamodeling score of each method, with intervals over queries and subsets and the ceiling.
 
     In `settings.out`: `lds.json`, and the figure `lds` as PDF and PNG.
 
@@ -28,7 +28,7 @@ def lds(settings: LdsSettings) -> Evaluation:
         UserError: Scores and bank are not of the same data and queries.
     """
     truth = open_truth(settings.bank, settings.value)
-    found = judged(settings)
+    found = judged(settings, "lds")
     notes = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
     results = {one.name: _measure(settings, truth, one) for one in found.scored}
     limit = ceiling(truth.losses, truth.subset, truth.seeds, seed=settings.seed)
@@ -97,7 +97,7 @@ def _ceiling_note(half: float, whole: float) -> str:
 
 
 def _grid(settings: LdsSettings, truth: Truth) -> dict[str, Any]:
-    """Other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
+    """Measure other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
     if not settings.damping_grid:
         return {"rows": (), "notes": (), "details": None}
     dampings = sorted({*settings.damping_grid, settings.damping})

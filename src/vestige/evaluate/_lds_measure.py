@@ -53,7 +53,7 @@ def datamodeling_score(
     draws: int = 1000,
     seed: int = 0,
 ) -> Lds:
-    """The linear datamodeling score (Park et al. 2023, arXiv:2303.14186) of scores against measured losses.
+    """Compute the linear datamodeling score (Park et al. 2023, arXiv:2303.14186) of scores against measured losses.
 
     With the sum `p[s, q]` of a query's scores over the examples of subset `s`, and the mean loss `l[s, q]` of the
     query under the models trained on it, the Spearman correlation over subsets of `p` with `-l`, mean over queries. A
@@ -99,7 +99,7 @@ def ceiling(
     splits: int = 20,
     seed: int = 0,
 ) -> Ceiling:
-    """What the noise of retraining leaves to be predicted, from splits of the seeds into halves.
+    """Estimate what the noise of retraining leaves to be predicted, from splits of the seeds into halves.
 
     Models of one half of the seeds predict the mean losses of the other half's; an odd seed is left out of a split. The
     correlation r of two halves rises to 2 r / (1 + r) for all seeds (Spearman and Brown), and perfect scores would
@@ -130,7 +130,7 @@ def ceiling(
 def held_out_choice(
     candidates: list[Float[np.ndarray, "query"]], *, share: float = 0.1, seed: int = 0
 ) -> tuple[int, Int[np.ndarray, "query"]]:
-    """Which candidate is best on a random share of the queries, and the other queries, on which it may be judged.
+    """Return the candidate that is best on a random share of the queries, and the other queries, to judge it on.
 
     Args:
         candidates: The correlation of each query, for every candidate.

@@ -1,4 +1,4 @@
-"""How far inner products are from the ones they stand for. Tensors to numbers; knows no model and no file."""
+"""How far inner products are from the ones they stand for. Tensors to numbers; uses no model and no file."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def quality(
     exact: Float[Tensor, "reference test"],
     lengths: Float[Tensor, "reference test"],
 ) -> Quality:
-    """The error measures of inner products `estimate`, of which `exact` are right.
+    """Return the error measures of inner products `estimate`, of which `exact` are right.
 
     Args:
         estimate: D, inner products of compressed gradients.
@@ -62,7 +62,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:
-    """Mean over rows of the correlation of two rows, those left out in which one does not vary."""
+    """Return the mean over rows of the correlation of two rows, those left out in which one does not vary."""
     first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
     spread = first.norm(dim=1) * second.norm(dim=1)
     varies = spread > 0

@@ -24,7 +24,7 @@ _CURVE = tuple(share / 100 for share in range(0, 101, 2))
 
 @verb(MislabelSettings)
 def mislabel(settings: MislabelSettings) -> Evaluation:
-    """Area under the ROC curve of self-influence for wrong labels, and the share found after reading some of the data.
+    """Measure how well self-influence finds wrong labels: area under the ROC curve, and recall by share inspected.
 
     In `settings.out`: `mislabel.json`, and the figure `mislabel`: found against inspected.
 
@@ -35,7 +35,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     if settings.data is None:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
     _refuse_cosines(settings)
-    found = judged(settings, self_influence=True)
+    found = judged(settings, "mislabel", self_influence=True)
     wrong = wrong_labels(
         (example for example, _ in load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)),
         settings.truth,
@@ -66,7 +66,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
 
 
 def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
-    """Which examples are marked in a column of the data, as an array on the disk.
+    """Return the examples that are marked in a column of the data, as a mask on the disk.
 
     Raises:
         DataError: The column is missing somewhere, holds something else than true or false, or marks none or all.
@@ -82,7 +82,7 @@ def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "
         disk_arrays.let_go(wrong)
     if marked in (0, count):
         raise DataError(
-            f"The column {column!r} marks {marked} of {count} examples as wrong, so there is nothing to tell apart."
+            f"The column {column!r} marks {marked} of {count} examples as wrong, so there is nothing to distinguish."
         )
     return wrong
 

@@ -15,7 +15,7 @@ from vestige.settings import OverlapSettings, verb
 
 @verb(OverlapSettings)
 def overlap(settings: OverlapSettings) -> Evaluation:
-    """Overlap of top lists between queries and between methods, and the example that is in most lists.
+    """Measure the overlap of top lists between queries and between methods, and find the example that is in most lists.
 
     Reads the ranked lists of runs, so it needs no dense scores. In `settings.out`: `overlap.json`, and the figure
     `overlap`, a matrix of methods.
@@ -23,7 +23,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
     Raises:
         UserError: A run keeps shorter lists, or runs are of different queries.
     """
-    found = judged(settings)
+    found = judged(settings, "overlap")
     _require_same(found.scored)
     tops = {one.name: _tops(one, settings.k) for one in found.scored}
     examples = found.scored[0].run.run.data.examples
@@ -36,7 +36,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
         tuple(EvaluationRow.of(one, _values(one, tops[one.name])) for one in found.scored),
         (
             f"Overlap is the Jaccard index of two lists; two random lists would reach about {chance:.3f}.",
-            "Different examples: those named at all over places in the lists, 1 where no two queries share one.",
+            "Different examples: those named at all over positions in the lists, 1 where no two queries share one.",
             *found.notes,
         ),
         {"k": settings.k, "by_chance": chance, "methods": names, "between_methods": between.tolist()},
@@ -46,7 +46,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
 
 
 def _tops(scored: Scored, k: int) -> Tops:
-    """Rows of the first `k` examples of each query.
+    """Return the rows of the first `k` examples of each query.
 
     Raises:
         UserError: The run keeps fewer.
@@ -56,7 +56,7 @@ def _tops(scored: Scored, k: int) -> Tops:
     tops = [[row.row for row in run.top(name, wanted)] for name in run.queries]
     if any(len(top) < wanted for top in tops):
         raise UserError(
-            f"{run.folder} keeps {min(map(len, tops))} examples of each query, and {wanted} were asked for. Give a "
+            f"{run.folder} keeps {min(map(len, tops))} examples of each query, and {wanted} were requested. Give a "
             f"smaller --k, or make the run again with --k {wanted}."
         )
     return tops

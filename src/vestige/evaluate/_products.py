@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, gradient_pass: GradientPass, components: Sequence[Component], model: nn.Module) -> "Source":
-        """The gradients of `components` of `model`."""
+        """Return the source of the gradients of `components` of `model`."""
         weight = next(model.parameters())
         return cls(gradient_pass, components, weight.device, torch.promote_types(weight.dtype, torch.float32))
 
@@ -78,7 +78,7 @@ class Products(NamedTuple):
     test: Float[Tensor, "component test"]
 
     def summed(self) -> "Products":
-        """Those of the whole gradients: one component."""
+        """Return the products of the whole gradients: one component."""
         return Products(*(one.sum(0, keepdim=True) for one in self))
 
     @property
@@ -101,13 +101,13 @@ def exact_products(
     memory_bytes: int,
     advance: Advance = lambda n: None,  # noqa: ARG005
 ) -> Products:
-    """Exact inner products; as many references' gradients in memory as fit, and a pass over the tests for each share.
+    """Compute exact inner products, with a pass over the tests for each share of references that fits in memory.
 
     Args:
         source: Where gradients come from.
         samples: The examples.
         memory_bytes: Most bytes of gradients.
-        advance: Told how many examples were passed through the model.
+        advance: Called with the number of examples that were passed through the model.
 
     Raises:
         UserError: Not even two gradients fit.
@@ -130,7 +130,7 @@ def exact_products(
 
 
 def references_at_once(source: Source, memory_bytes: int) -> int:
-    """How many gradients fit, beside the one that is being formed.
+    """Return the number of gradients that fit, beside the one that is being formed.
 
     Raises:
         UserError: Not even one.
@@ -151,13 +151,13 @@ def sketched_products(
     sketches: Sequence[Sequence[Compressor]],
     advance: Advance = lambda n: None,  # noqa: ARG005
 ) -> list[SketchedProducts]:
-    """Inner products of gradients compressed from their factors, as `vestige index` does it.
+    """Compute inner products of gradients compressed from their factors, as `vestige index` does it.
 
     Args:
         source: Where gradients come from.
         samples: The examples.
         sketches: For each sketch, one compressor per component; all see the same passes of the model.
-        advance: Told how many examples were passed through the model.
+        advance: Called with the number of examples that were passed through the model.
 
     Raises:
         NonFinite: An inner product is NaN or infinite.
@@ -185,7 +185,7 @@ def projected_products(
     compressors: Sequence[Compressor],
     advance: Advance = lambda n: None,  # noqa: ARG005
 ) -> Products:
-    """Inner products of gradients that were formed as matrices and compressed after that.
+    """Compute inner products of gradients that were formed as matrices and compressed after that.
 
     Slow and obvious: what `sketched_products` has to equal up to rounding.
 
@@ -205,7 +205,7 @@ def projected_products(
 
 
 def stored_products(columns: Sequence[slice], samples: Samples, gradients_of: Callable[[str, Any], Tensor]) -> Products:
-    """Inner products of compressed gradients that exist already: `gradients_of(side, positions)` reads some."""
+    """Compute inner products of compressed gradients that exist already: `gradients_of(side, positions)` reads some."""
     found = _Sketches(columns, samples)
     for side in ("reference", "test"):
         for rows in getattr(samples, side):
@@ -254,7 +254,7 @@ def _shares(references: Sequence[Rows], step: int) -> Iterator[Sequence[Rows]]:
 
 
 def _references(source: Source, share: Sequence[Rows], products: Products, advance: Advance) -> list[Tensor]:
-    """The gradients of some references, `[reference, out, in]` per component; their norms are noted."""
+    """Return the gradients of some references, `[reference, out, in]` per component; record their norms."""
     vectors: list[Tensor] = []
     sink = GradientSink(source.components)
     for number, rows in enumerate(share):

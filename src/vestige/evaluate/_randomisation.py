@@ -1,4 +1,4 @@
-"""`vestige evaluate randomisation`: do scores change when the model forgets all it knows?"""
+"""`vestige evaluate randomisation`: do scores change when the model forgets all it has learned?"""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import Scored, judged, run_of, together
 from vestige.evaluate._statistics import mean_estimate, spearman
-from vestige.methods import method_class, randomised
+from vestige.methods import METHODS, randomised
 from vestige.models import load_model
 from vestige.runs import Scores
 from vestige.settings import RandomisationSettings, verb
@@ -27,17 +27,17 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
     """
     if settings.run or settings.index is not None:
         raise SpecError(
-            "Scores of randomised weights are made anew, with the same settings. Type --methods NAMES with --model, "
+            "Scores of randomised weights are made again, with the same settings. Type --methods NAMES with --model, "
             "--data and --queries, in place of --run and --index."
         )
     if settings.model is None:
         raise SpecError("There is no model whose weights could be randomised. Type --model MODEL.")
-    found = judged(settings)
-    scored = [one for one in found.scored if method_class(one.run.run.method).needs_model]
+    found = judged(settings, "randomisation")
+    scored = [one for one in found.scored if METHODS.find(one.run.run.method).needs_model]
     text_alone = [one.name for one in found.scored if one not in scored]
     tables = {one.name: _correlations(settings, one) for one in scored}
     rows = [EvaluationRow.of(one, _values(tables[one.name], settings)) for one in scored]
-    notes = [f"{', '.join(text_alone)}: no weights are looked at, so nothing can change."] if text_alone else []
+    notes = [f"{', '.join(text_alone)}: no weights are used, so nothing can change."] if text_alone else []
     result = Evaluation(
         "randomisation",
         f"Rank correlation with the scores from {settings.seeds} models of random weights, mean of queries",

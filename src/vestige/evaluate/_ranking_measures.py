@@ -35,7 +35,7 @@ class TieCounter:
     """Counts examples by how they score beside the right ones; takes in their scores in parts of any order."""
 
     def __init__(self, right: Float[np.ndarray, "right"]) -> None:
-        """Nothing is counted yet.
+        """Begin with nothing counted.
 
         Args:
             right: Scores of the right examples, which are to be among those that are added.
@@ -59,19 +59,19 @@ class TieCounter:
             self._counts += np.bincount(codes(self._values, part), minlength=len(self._counts))
 
     def ties(self) -> Ties:
-        """What was counted."""
+        """Return the counts."""
         above = self._counts[::-1].cumsum()
         sizes = self._counts[1::2][::-1]
         return Ties(above[1::2] - sizes, sizes, self._hits[::-1], int(above[-1]))
 
 
 def codes(values: Float[np.ndarray, "value"], scores: Float[np.ndarray, "example"]) -> Int[np.ndarray, "example"]:
-    """Where each score lies among ascending distinct values: 2 j + 1 at value j, 2 j below it and above the last."""
+    """Return each score's code among ascending distinct values: 2 j + 1 at value j, 2 j below it and above the last."""
     return np.searchsorted(values, scores, "left") + np.searchsorted(values, scores, "right")
 
 
 def tied(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"]) -> Ties:
-    """The counts of scores that are in memory.
+    """Return the counts of scores that are in memory.
 
     Raises:
         DataError: No example is marked, or a score is not finite.
@@ -84,7 +84,7 @@ def tied(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"
 
 
 def _marked(scores: Float[np.ndarray, "example"], marks: Bool[np.ndarray, "example"]) -> Float[np.ndarray, "marked"]:
-    """The scores of the examples that are marked; of arrays on the disk, a block at a time is in memory."""
+    """Return the scores of the marked examples; of arrays on the disk, a block at a time is in memory."""
     parts = [np.empty(0)]
     for start in range(0, len(scores), BLOCK):
         parts.append(scores[start : start + BLOCK][marks[start : start + BLOCK]])
@@ -93,17 +93,17 @@ def _marked(scores: Float[np.ndarray, "example"], marks: Bool[np.ndarray, "examp
 
 
 def found_after(ties: Ties, counts: Sequence[int]) -> list[float]:
-    """Expected share of the right examples among the first `counts` of the ranking, over all orders of tied scores."""
+    """Return the expected share of right examples in the first `counts` of the ranking, over all orders of ties."""
     begins, sizes, hits, _ = ties
-    # Of a group that is cut, each order is equally likely, so each of its places holds the same share of its hits.
+    # Of a group that is cut, each order is equally likely, so each of its positions holds the same share of its hits.
     inside = (np.clip(count - begins, 0, sizes) for count in counts)
     return [float((hits * part / sizes).sum() / hits.sum()) for part in inside]
 
 
 def reciprocal_rank(ties: Ties) -> float:
-    """Expected value of 1 / rank of the first right example, over all orders of tied scores.
+    """Return the expected value of 1 / rank of the first right example, over all orders of tied scores.
 
-    In a group of n tied examples of which r are right, behind b others, the first right one has place j with
+    In a group of n tied examples of which r are right, behind b others, the first right one has position j with
     probability C(n - j, r - 1) / C(n, r).
     """
     begin, size, among = (int(each[0]) for each in ties[:3])
@@ -117,7 +117,7 @@ def reciprocal_rank(ties: Ties) -> float:
 
 
 def detection(ties: Ties) -> tuple[float, float]:
-    """Area under the ROC curve, and average precision, of scores that should be higher for the right ones.
+    """Return area under the ROC curve, and average precision, of scores that should be higher for the right ones.
 
     The area is the probability that a right example scores higher than another, a tie counting one half. Average
     precision is the sum of precision times the rise in recall, threshold by threshold, not the trapezoids under the
@@ -130,7 +130,7 @@ def detection(ties: Ties) -> tuple[float, float]:
     reached = hits.cumsum()
     right, others = int(reached[-1]), examples - int(reached[-1])
     if not others:
-        raise DataError("Every example is marked, so there is nothing to tell them from.")
+        raise DataError("Every example is marked, so there is nothing to compare them with.")
     # Twice the others below, so that halves stay whole numbers.
     above, level = begins - (reached - hits), sizes - hits
     wins = int((hits * (2 * (others - above) - level)).sum())
@@ -140,7 +140,7 @@ def detection(ties: Ties) -> tuple[float, float]:
 def resampled_areas(
     scores: Float[np.ndarray, "example"], wrong: Bool[np.ndarray, "example"], draws: int, seed: int
 ) -> Float[np.ndarray, "draw"]:
-    """Bootstrap draws of the area; wrong and right examples are drawn apart, so that no draw lacks one of them.
+    """Draw bootstrap areas; wrong and right examples are drawn apart, so that no draw lacks one of them.
 
     In memory are at most 4 bytes for each example, and 16 for each wrong one: a draw may pick any.
     """
@@ -167,7 +167,7 @@ def _codes_apart(
     wrong: Bool[np.ndarray, "example"],
     marked: int,
 ) -> tuple[Int[np.ndarray, "wrong"], Int[np.ndarray, "right"]]:
-    """The codes of the wrong examples and those of the others, each on the disk in the order of the examples."""
+    """Return the codes of the wrong examples and those of the others, each on the disk in the order of the examples."""
     apart = [disk_arrays.zeros(count, np.min_scalar_type(2 * len(values))) for count in (marked, len(wrong) - marked)]
     ends = [0, 0]
     for start in range(0, len(scores), BLOCK):
@@ -180,5 +180,5 @@ def _codes_apart(
 
 
 def _picks(random: np.random.Generator, count: int) -> Iterator[np.ndarray]:
-    """As many places as there are, with replacement: the numbers of `choice`, which would hold all of them."""
+    """Yield `count` positions, drawn with replacement: the numbers of `choice`, which would hold all of them."""
     return (random.integers(count, size=min(BLOCK, count - start)) for start in range(0, count, BLOCK))

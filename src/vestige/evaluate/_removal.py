@@ -33,13 +33,13 @@ class Drop(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the bank's subset."""
+        """The name of the bank's subset."""
         return f"{self.method} {self.length} #{self.number}"
 
 
 @verb(RemovalSettings)
 def removal(settings: RemovalSettings) -> Evaluation:
-    """Rise of the queries' mean loss when models are retrained without lists of rows, or the top examples of methods.
+    """Retrain without lists of rows, or the top examples of methods, and measure the rise of the queries' mean loss.
 
     Top examples are those with the highest mean score over all queries. The retrained models are a bank in OUT/bank, so
     an interrupted evaluation continues. In `settings.out`: `removal.json`, and the figure `removal`.
@@ -97,11 +97,11 @@ def removal(settings: RemovalSettings) -> Evaluation:
 
 
 def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.ChunkedArray]:
-    """The scores that are judged, and the ids of the training data."""
+    """Return the scores that are judged, and the ids of the training data."""
     if not settings.judges_methods:
         loaded = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         return Judged(()), [], pa.chunked_array([[example.id for example in loaded]], pa.string())
-    found = judged(settings)
+    found = judged(settings, "removal")
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
     scored = tuple(one for one in found.scored if one.run.run.method != "random")
     _, ids, tables = together(scored)
@@ -109,7 +109,7 @@ def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.Chunke
 
 
 def _named_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
-    """The lists of --rows, called by the names of their files, or by their paths where two have one name."""
+    """Return the lists of --rows, named by their files, or by their paths where two have one name."""
     short = [source.name for source in settings.rows]
     ids, drops = examples.to_pylist() if settings.rows else [], []
     for source, name in zip(settings.rows, short, strict=True):
@@ -122,7 +122,7 @@ def _named_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[D
 def _by_query(
     names: Sequence[tuple[str, bool]], drops: Sequence[Drop], rise: Mapping[str, np.ndarray], queries: Sequence[str]
 ) -> Iterator[str]:
-    """What the lists of --rows do to each of a few queries, beside the mean of the random lists of that length."""
+    """Yield the effect of each list of --rows on a few queries, beside the mean of the random lists of that length."""
     if len(queries) > _QUERIES_SHOWN:
         return
     for name, _ in names:
@@ -134,7 +134,7 @@ def _by_query(
 
 
 def _groups(settings: RemovalSettings, examples: pa.ChunkedArray) -> Int[np.ndarray, "example"]:
-    """The text of each example, so that what is left out is not learnt from a copy."""
+    """Return the group of each example, one for each text, so that no copy of a removed example is learnt from."""
     found = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     text_of = dict(zip((one.id for one in found), text_groups(found).tolist(), strict=True))
     return np.unique(
@@ -145,7 +145,7 @@ def _groups(settings: RemovalSettings, examples: pa.ChunkedArray) -> Int[np.ndar
 def _first_texts(
     order: Int[np.ndarray, "example"], groups: Int[np.ndarray, "example"], count: int
 ) -> Int[np.ndarray, "_rows"]:
-    """The first `count` texts of an order, with all their copies."""
+    """Return the first `count` texts of an order, with all their copies."""
     firsts = np.sort(np.unique(groups[order], return_index=True)[1])[:count]
     return order[np.isin(groups[order], groups[order[firsts]])]
 
@@ -187,7 +187,7 @@ def _retrained(settings: RemovalSettings, drops: list[Drop]) -> Bank:
 
 
 def _rise(truth: Bank, name: str) -> np.ndarray:
-    """[seed, query]: loss without the list minus loss with everything, seed by seed."""
+    """Return [seed, query]: loss without the list minus loss with everything, seed by seed."""
     losses = truth.by_subset(truth.query_losses)
     return losses[truth.subset_names.index(name)] - losses[truth.subset_names.index(EVERYTHING)]
 

@@ -35,7 +35,7 @@ class EvaluationRow:
 
     @classmethod
     def of(cls, scored: Scored, values: Mapping[str, Value]) -> "EvaluationRow":
-        """The row of one run, with its cost."""
+        """Return the row of one run, with its cost."""
         return cls(scored.name, values, scored.seconds, scored.memory_bytes, scored.opponent)
 
 
@@ -53,7 +53,7 @@ class Evaluation:
     files: tuple[str, ...] = ()
 
     def __getitem__(self, method: str) -> EvaluationRow:
-        """The row of a method."""
+        """Return the row of a method."""
         return next(row for row in self.rows if row.method == method)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Evaluation:
         return Group(self.title, _table(self.rows), *self.notes, *self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything in JSON terms; intervals as [low, high], unknown numbers as null."""
+        """Return everything in JSON terms; intervals as [low, high], unknown numbers as null."""
         return {
             "kind": self.kind,
             "title": self.title,
@@ -83,7 +83,7 @@ class Evaluation:
 
 
 def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
-    """The result with its files: `KIND.json`, and the figure as PDF and PNG."""
+    """Write the result to its files: `KIND.json`, and the figure as PDF and PNG."""
     make_folder(folder)
     for name in (f"{result.kind}.json", *figure):
         remove_strays_of(folder / name)
@@ -102,7 +102,7 @@ def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, byte
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON has not, by null."""
     if isinstance(value, Estimate):
         return {"value": _plain(value.value), "interval": [_plain(value.low), _plain(value.high)]}
     if isinstance(value, float):
@@ -134,7 +134,7 @@ def _table(rows: Sequence[EvaluationRow]) -> Table:
 
 
 def shown(value: Value) -> str:
-    """A value as a table has it; empty where there is none."""
+    """Format a value for a table; empty where there is none."""
     if value is None:
         return ""
     if isinstance(value, str | int):

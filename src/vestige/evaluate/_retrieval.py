@@ -19,7 +19,7 @@ from vestige.settings import RetrievalSettings, verb
 
 @verb(RetrievalSettings)
 def retrieval(settings: RetrievalSettings) -> Evaluation:
-    """Recall and mean reciprocal rank of the right examples, tied scores counted at their expected value.
+    """Measure recall and mean reciprocal rank of the right examples, tied scores counted at their expected value.
 
     In `settings.out`: `retrieval.json`, and the figure `retrieval`.
 
@@ -28,7 +28,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
     """
     if settings.queries is None:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
-    found = judged(settings)
+    found = judged(settings, "retrieval")
     queries, examples, aligned = together(found.scored)
     right = right_examples(
         load_queries(settings.queries, on_bad_text=settings.on_bad_text), settings.truth, queries, examples
@@ -42,7 +42,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         f"Right examples of {len(queries)} queries among {len(examples)}: recall and mean reciprocal rank",
         tuple(EvaluationRow.of(one, _values(tables[one.name], lengths, settings)) for one in found.scored),
         (
-            "Tied scores count at the expected value over every order of the tied, never by their place in the data.",
+            "Tied scores count at the expected value over every order of the tied, not by their position in the data.",
             f"Intervals: 95 %, {settings.draws} bootstrap draws of queries.",
             *found.notes,
         ),
@@ -59,7 +59,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
 def right_examples(
     queries: list[Example], column: str, query_ids: list[str], example_ids: Iterable[str]
 ) -> list[Int[np.ndarray, "right"]]:
-    """Rows of the examples that are right for each query, ascending, from a column of one id or a list of ids.
+    """Return the ascending rows of each query's right examples, from a column of one id or a list of ids.
 
     Raises:
         DataError: The column is missing, empty, or names an example that there is not.
@@ -70,7 +70,7 @@ def right_examples(
             raise DataError(f"The scores are of a query {name!r} that the --queries do not hold.")
     named = [_ids(given[name], column) for name in query_ids]
     wanted = {one for names in named for one in names}
-    # Only what is asked for is looked up: a dictionary of all ids would be the largest object of the evaluation.
+    # Only what is requested is looked up: a dictionary of all ids would be the largest object of the evaluation.
     place = {name: row for row, name in enumerate(example_ids) if name in wanted}
     for name, names in zip(query_ids, named, strict=True):
         if absent := [one for one in names if one not in place]:
@@ -93,7 +93,7 @@ def _ids(query: Example, column: str) -> list[str]:
 
 
 def ties_of(scores: Aligned, right: list[Int[np.ndarray, "right"]]) -> list[Ties]:
-    """How the right examples of each query stand among all: one pass for their scores, and one to count the others.
+    """Count how the right examples of each query rank: one pass for their scores, and one to count the others.
 
     Raises:
         DataError: A score is not finite.
@@ -111,7 +111,7 @@ def ties_of(scores: Aligned, right: list[Int[np.ndarray, "right"]]) -> list[Ties
 
 
 def _per_query(ties: list[Ties], lengths: list[int]) -> Float[np.ndarray, "query measure"]:
-    """Reciprocal rank, then recall at each length."""
+    """Return the reciprocal rank, then recall at each length."""
     return np.array([[reciprocal_rank(each), *found_after(each, lengths)] for each in ties])
 
 

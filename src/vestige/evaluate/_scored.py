@@ -15,12 +15,12 @@ from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.evaluate._aligned import Aligned, Ids, aligned
 from vestige.files import make_folder, sha256_of, write_durably
 from vestige.index import Index
-from vestige.methods import attribute, method_class
+from vestige.methods import METHODS, attribute
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
-from vestige.settings import EVALUATIONS, ReadingSettings, ScoredSettings, Settings
+from vestige.settings import ReadingSettings, ScoredSettings, Settings
 
 OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""
@@ -36,11 +36,11 @@ class Scored:
     """Of the method; of the folder too where two runs are of one method."""
     run: Scores
     opponent: bool = False
-    """Whether it was not asked for."""
+    """Whether it was not requested."""
 
     @property
     def seconds(self) -> float:
-        """What the scores cost in time."""
+        """The seconds that the scores took."""
         return self.run.run.seconds
 
     @property
@@ -51,20 +51,20 @@ class Scored:
 
 @dataclass(frozen=True)
 class Judged:
-    """All scores of an evaluation, and what is to be said of what is missing."""
+    """All scores of an evaluation, and notes about what is missing."""
 
     scored: tuple[Scored, ...]
     notes: tuple[str, ...] = ()
 
 
-def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
-    """The runs that were given, those of the methods asked for, and the opponents'.
+def judged(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> Judged:
+    """Return the runs that were given, those of the methods requested, and the baselines', for the evaluation `kind`.
 
     Raises:
         SpecError: A method needs a model, data or queries that were not given.
         UserError: A run is not one, or was made with other settings than the ones of now.
     """
-    require_own_files(settings)
+    require_own_files(settings, kind)
     given = [Scores.open(folder) for folder in settings.run]
     known = {run.run.method for run in given}
     wanted = list(dict.fromkeys(settings.methods))
@@ -72,7 +72,7 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     if self_influence:
         opponents = []
     for name in wanted:
-        method_class(name)
+        METHODS.find(name)
     made = [_run_of(settings, name, self_influence) for name in [*wanted, *opponents]]
     names = _names([*given, *made])
     flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
@@ -80,13 +80,12 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     return Judged(tuple(scored), tuple(notes))
 
 
-def require_own_files(settings: Settings) -> None:
-    """Return unless a file that the evaluation writes is there and not an earlier one's; call it before the work.
+def require_own_files(settings: Settings, kind: str) -> None:
+    """Raise if a file that the evaluation `kind` writes is there and not an earlier one's; call it before the work.
 
     Raises:
         UserError: One is; nothing was changed.
     """
-    kind = next(name for name, each in EVALUATIONS.items() if each is type(settings))
     out = Path(settings.arguments()["out"])
     try:
         found = json.loads((out / f"{kind}.json").read_bytes())
@@ -104,7 +103,7 @@ def require_own_files(settings: Settings) -> None:
 
 
 def reading_of(settings: ReadingSettings) -> dict[str, Any]:
-    """The settings of how text is read and the model runs, as arguments."""
+    """Return the settings of how text is read and the model runs, as arguments."""
     return {name: getattr(settings, name) for name in ReadingSettings.model_fields}
 
 
@@ -117,7 +116,7 @@ def run_of(
     self_influence: bool = False,
     live: dict[str, Any] | None = None,
 ) -> Scores:
-    """The run of a method in `folder`: the one that is there, if it was made from the same, or a new one.
+    """Return the run of a method in `folder`: the one that is there, if it was made from the same, or a new one.
 
     Args:
         settings: Of the evaluation.
@@ -192,7 +191,7 @@ def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], s
 
 
 def _identity(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What tells a run that can be used again from one that cannot: settings, and the content of files."""
+    """Return what a run must share to be used again: settings, and the content of files."""
     words = {name: str(value) if _is_plain(value) else f"<{type(value).__name__}>" for name, value in arguments.items()}
     if words.get("chat") == "None":  # what earlier versions wrote where nothing was typed
         words["chat"] = "False"
@@ -218,17 +217,17 @@ def _content(source: Any) -> str | None:
 
 
 def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], list[str]]:
-    """Which opponents can be computed here, and what to say of the others."""
+    """Return the baselines that can be computed here, and notes about the others."""
     missing = [name for name in OPPONENTS if name not in known]
     data = settings.queries is not None and (settings.data is not None or settings.index is not None)
     model = settings.model is not None or settings.index is not None
-    possible = [name for name in missing if data and (model or not method_class(name).needs_model)]
+    possible = [name for name in missing if data and (model or not METHODS.find(name).needs_model)]
     left = [name for name in missing if name not in possible]
     words = "--model, --data and --queries" if not data else "--model"
-    notes = [f"Without the opponents {', '.join(left)}: give {words} to have them judged too."] if left else []
+    notes = [f"Without the baselines {', '.join(left)}: give {words} to have them judged too."] if left else []
     if "bm25" in possible and not _has_words(settings):
         possible.remove("bm25")
-        notes.append("Without the opponent bm25: the training data are rows of tokens, which have no words.")
+        notes.append("Without the baseline bm25: the training data are rows of tokens, which have no words.")
     return possible, notes
 
 
@@ -247,7 +246,7 @@ def _names(runs: Sequence[Scores]) -> list[str]:
         method if methods.count(method) == 1 else f"{method} ({run.folder.name})"
         for method, run in zip(methods, runs, strict=True)
     ]
-    # Two folders of one name: the whole path tells them apart.
+    # Two folders of one name: the whole path distinguishes them.
     return [
         name if names.count(name) == 1 else f"{run.run.method} ({run.folder})"
         for name, run in zip(names, runs, strict=True)
@@ -263,7 +262,7 @@ class Together(NamedTuple):
 
 
 def together(scored: Sequence[Scored]) -> Together:
-    """All scores of several runs; neither they nor the ids are in memory where the examples are in the same order.
+    """Return all scores of several runs; where examples are in the same order, nothing of them is in memory.
 
     Raises:
         UserError: A run is of other queries or other examples.

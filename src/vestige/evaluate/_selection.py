@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import t as student
 
 from vestige.bank import EVERYTHING, Bank, bank
-from vestige.data import load_examples
+from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
@@ -33,38 +33,41 @@ class TrainingSet(NamedTuple):
 
 @verb(SelectionSettings)
 def selection(settings: SelectionSettings) -> Evaluation:
-    """Loss and accuracy on held-out queries after training on each chosen set, on random sets, and on everything.
+    """Measure held-out loss and accuracy after training on each chosen set, on random sets, and on everything.
 
-    All trainings take the same number of steps from the same start, and those of one seed share their randomness. The
-    trained models are a bank in OUT/bank: an interrupted evaluation continues, and further sets are added to it. In
+    All training runs take the same number of steps from the same start, and those of one seed share their randomness.
+    The trained models are a bank in OUT/bank: an interrupted evaluation continues, and further sets are added to it. In
     `settings.out`: `selection.json`, and the figure `selection`.
 
     Raises:
         SpecError: A chosen set is everything, or two folders have one name.
         IndexMismatch: A set was chosen from other data.
     """
-    require_own_files(settings)
-    ids = [
-        example.id for example in load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
-    ]
+    require_own_files(settings, "selection")
+    examples = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    ids, groups = [example.id for example in examples], text_groups(examples)
+    group_of = dict(zip(ids, groups.tolist(), strict=True))
     chosen = _chosen(settings, ids)
-    random = {size: _random_sets(settings, ids, size) for size in sorted({len(one.ids) for one in chosen})}
+    texts = {one.name: len({group_of[name] for name in one.ids}) for one in chosen}
+    if max(texts.values()) == len(set(group_of.values())):
+        raise SpecError("A selection holds every text of the data, copies aside: there is nothing to compare it with.")
+    random = {count: _random_sets(settings, ids, groups, count) for count in sorted(set(texts.values()))}
     # Random sets come first, so that further chosen sets of the same size extend the bank.
     sets = [*(one for group in random.values() for one in group), *chosen]
-    truth = _trained(settings, ids, sets, max(random))
+    truth = _trained(settings, ids, sets, max(len(one.ids) for one in chosen))
     found = _Measured(settings, truth)
-    gains = {one.name: found.gain(one, random[len(one.ids)]) for one in chosen}
+    gains = {one.name: found.gain(one, random[texts[one.name]]) for one in chosen}
     rows = [EvaluationRow(one.name, found.values([one], len(one.ids), gains[one.name])) for one in chosen]
     for size, group in random.items():
         name = RANDOM if len(random) == 1 else f"{RANDOM} {size}"
-        rows.append(EvaluationRow(name, found.values(group, size), opponent=True))
+        rows.append(EvaluationRow(name, found.values(group, _rows_of(group)), opponent=True))
     everything = TrainingSet(EVERYTHING, frozenset(ids))
     rows.append(EvaluationRow(EVERYTHING, found.values([everything], len(ids)), opponent=True))
     result = Evaluation(
         "selection",
         f"Trained on chosen data: mean loss per token, in nats, and accuracy on {len(truth.query_ids)} queries",
         tuple(rows),
-        _notes(settings, truth),
+        _notes(settings, truth, groups),
         {
             "gain_by_seed": {name: gain.by_seed.tolist() for name, gain in gains.items()},
             "sets": {one.name: sorted(one.ids) for one in sets},
@@ -77,9 +80,17 @@ def selection(settings: SelectionSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
-def _notes(settings: SelectionSettings, truth: Bank) -> tuple[str, ...]:
+def _rows_of(sets: Sequence[TrainingSet]) -> int | str:
+    """Return how many rows each set has; copies of a text make sets of as many texts differ."""
+    sizes = [len(one.ids) for one in sets]
+    return sizes[0] if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _notes(settings: SelectionSettings, truth: Bank, groups: Int[np.ndarray, "example"]) -> tuple[str, ...]:
+    copies = describe_copies(groups)
     return (
-        f"{settings.seeds} trainings on each set, of {truth.identity['steps']} steps each; random: "
+        *([f"{copies} Random sets have as many texts as the chosen one, each with all its copies."] if copies else []),
+        f"{settings.seeds} training runs on each set, of {truth.identity['steps']} steps each; random: "
         f"{settings.random_sets} sets of each size.",
         "Gain: mean loss after random sets of the same size minus that after the chosen one, seed by seed; 95 % "
         f"intervals, {settings.draws} bootstrap draws of seeds, random sets and queries. Over seeds: Student's t "
@@ -100,7 +111,7 @@ class Gain(NamedTuple):
 def gain_over(
     chosen: Float[np.ndarray, "seed query"], random: Float[np.ndarray, "set seed query"], draws: int, seed: int
 ) -> Gain:
-    """Mean of `random - chosen`, positive where the chosen data leave less loss, each seed compared with itself."""
+    """Return the mean of `random - chosen`, positive where the chosen data leave less loss, seed by seed."""
     gains = random - chosen
     by_seed = gains.mean((0, 2))
     generator = np.random.default_rng(seed)
@@ -130,12 +141,12 @@ class _Measured:
         self._accuracies = truth.by_subset(truth.values("query_accuracy"))
 
     def gain(self, chosen: TrainingSet, random: Sequence[TrainingSet]) -> Gain:
-        """Of a chosen set over random ones of its size."""
+        """Return the gain of a chosen set over random ones of its size."""
         own, others = self._losses[self._number[chosen.name]], self._of(self._losses, random)
         return gain_over(own, others, self._settings.draws, self._settings.seed)
 
-    def values(self, sets: Sequence[TrainingSet], size: int, gain: Gain | None = None) -> dict[str, Value]:
-        """The columns of one row."""
+    def values(self, sets: Sequence[TrainingSet], size: int | str, gain: Gain | None = None) -> dict[str, Value]:
+        """Return the columns of one row."""
         draws, seed = self._settings.draws, self._settings.seed
         found: dict[str, Value] = {
             "examples": size,
@@ -148,7 +159,7 @@ class _Measured:
         return found
 
     def losses_by_seed(self) -> dict[str, list[float]]:
-        """Mean loss of every set, seed by seed."""
+        """Return the mean loss of every set, seed by seed."""
         return {name: self._losses[place].mean(1).tolist() for name, place in self._number.items()}
 
     def _of(self, values: np.ndarray, sets: Sequence[TrainingSet]) -> Float[np.ndarray, "set seed query"]:
@@ -174,11 +185,15 @@ def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet
     return found
 
 
-def _random_sets(settings: SelectionSettings, ids: list[str], size: int) -> list[TrainingSet]:
-    sets = []
+def _random_sets(
+    settings: SelectionSettings, ids: list[str], groups: Int[np.ndarray, "example"], count: int
+) -> list[TrainingSet]:
+    """Return sets of `count` texts drawn at random, each text with all its copies."""
+    sets, distinct = [], int(groups.max()) + 1
     for number in range(settings.random_sets):
-        rows = np.random.default_rng([settings.seed, size, number]).choice(len(ids), size, replace=False)
-        sets.append(TrainingSet(f"{RANDOM} {size} #{number}", frozenset(ids[row] for row in rows)))
+        drawn = np.random.default_rng([settings.seed, count, number]).choice(distinct, count, replace=False)
+        rows = np.flatnonzero(np.isin(groups, drawn))
+        sets.append(TrainingSet(f"{RANDOM} {count} #{number}", frozenset(ids[row] for row in rows)))
     return sets
 
 

@@ -39,7 +39,7 @@ class _Work(NamedTuple):
 
 @verb(SketchSettings)
 def sketch(settings: SketchSettings) -> SketchReport:
-    """Errors of compressed inner products against exact ones, for every compressor and size, with table and figures.
+    """Measure errors of compressed inner products against exact ones, by compressor and size, with table and figures.
 
     In `settings.out`: `sketch.json`, and the figures `rmse`, `relative` and `loglog`, each as PDF and PNG.
 
@@ -66,7 +66,7 @@ def sketch(settings: SketchSettings) -> SketchReport:
 
 
 def _references(settings: SketchSettings, sketches: Sequence[Sketched]) -> dict[Sketched, str]:
-    """The name of the inner products that each sketch's are compared with.
+    """Return the name of the inner products that each sketch's are compared with.
 
     Raises:
         SpecError: There is no sketch of the reference's size among those on a sketch's curve.
@@ -89,7 +89,7 @@ def _references(settings: SketchSettings, sketches: Sequence[Sketched]) -> dict[
 def _reference_work(
     settings: SketchSettings, inputs: SketchInputs, kept: Kept, reference_of: dict[Sketched, str]
 ) -> list[_Work]:
-    """What the right inner products need that is not there yet; the sketches' own are made with the sketches."""
+    """Return the work for reference products that are missing; the sketches' own are made with the sketches."""
     if settings.reference_mode == "rank":
         return []
     if settings.reference_size is None:
@@ -124,7 +124,7 @@ def _projected_work(inputs: SketchInputs, kept: Kept, one: Sketched) -> _Work:
 
 
 def _sketch_work(inputs: SketchInputs, kept: Kept, sketches: Sequence[Sketched]) -> list[_Work]:
-    """A pass for each sketch, or for all seeds of one spec where their maps are small; indexes are only read."""
+    """Return a pass for each sketch, or for all seeds of one spec where their maps are small; indexes are only read."""
     groups: dict[Any, list[Sketched]] = {}
     for one in sketches:
         together = one.spec if held_in_little_memory(one.spec) and one.stored is None else one.name

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the marker says it a second time.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the marker shows it a second time.
 _COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -40,7 +40,7 @@ class Curve(NamedTuple):
 
 
 def figures(curves: Sequence[Curve], reference: str) -> Iterator[tuple[str, bytes]]:
-    """File names with their contents: three figures, each as PDF and PNG, the same bytes for the same curves."""
+    """Yield file names with their contents: three figures, each as PDF and PNG, the same bytes for the same curves."""
     for name, draw in (("rmse", _rmse), ("relative", _relative), ("loglog", _loglog)):
         figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasAgg(figure)

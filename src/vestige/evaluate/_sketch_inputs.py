@@ -33,7 +33,7 @@ class SketchInputs(NamedTuple):
 
 
 def read_sketch_inputs(settings: SketchSettings) -> SketchInputs:
-    """The model, the examples and the indexes.
+    """Read the model, the examples and the indexes.
 
     Raises:
         DataError: There are no examples besides the references.
@@ -66,7 +66,7 @@ def read_sketch_inputs(settings: SketchSettings) -> SketchInputs:
 
 
 def all_components(loaded: LoadedModel) -> tuple[Component, ...]:
-    """Every parameter that has a rule; says so where that is not all of them."""
+    """Return every parameter that has a rule; print so where that is not all of them."""
     selection = select_components(loaded.model, ("all",))
     if skipped := [row for row in selection.coverage if not row.selected]:
         announce(
@@ -114,7 +114,7 @@ def _require_belongs(index: Index, settings: SketchSettings, loaded: LoadedModel
 
 
 def _components_of(index: Index, components: Sequence[Component], first: Index) -> tuple[Component, ...]:
-    """The components that an index holds, in its order."""
+    """Return the components that an index holds, in its order."""
     known = {component.name: component for component in components}
     wanted = [(part.name, part.shape) for part in index.manifest.components]
     if [(part.name, part.shape) for part in first.manifest.components] != wanted:

@@ -74,7 +74,7 @@ class SketchReport:
         return Group(title, _table(self), *self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the published names of what was published."""
+        """Return everything, with the published names of what was published."""
         return {
             "reference": self.reference,
             "num_ref_samples": self.num_ref_samples,
@@ -102,10 +102,10 @@ def build_report(
     reference_of: Mapping[Sketched, str],
     computed: Mapping[str, Computed],
 ) -> SketchReport:
-    """The errors of every sketch, averaged over seeds.
+    """Return the errors of every sketch, averaged over seeds.
 
     Args:
-        settings: What was asked for.
+        settings: What was requested.
         inputs: What was compared.
         sketches: What was measured.
         reference_of: The name of the right inner products for each sketch.
@@ -114,7 +114,7 @@ def build_report(
     points: dict[str, dict[int, list[Sketched]]] = {}
     for one in sketches:
         points.setdefault(one.family, {}).setdefault(one.size, []).append(one)
-    # A reference has no error against itself; the one that was projected anew shows how far rounding goes.
+    # A reference has no error against itself; the one that was projected again shows how far rounding goes.
     left_out = settings.reference_size if settings.reference_mode == "rank" else None
     curves = {
         family: tuple(
@@ -141,7 +141,7 @@ _FIGURES = tuple(f"{name}.{kind}" for name in ("rmse", "relative", "loglog") for
 
 
 def write_report(report: SketchReport, folder: Path) -> None:
-    """`sketch.json` and three figures, each as PDF and PNG."""
+    """Write `sketch.json` and three figures, each as PDF and PNG."""
     write_durably(folder / JSON_NAME, [(json.dumps(report.to_json(), indent=1) + "\n").encode()])
     curves = [
         Curve(
@@ -194,12 +194,12 @@ def _quality(estimate: Computed, exact: Computed) -> Quality:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON has not, by null."""
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
 def _short(value: float) -> str:
-    """Three digits that say something, without an exponent where a reader can do without."""
+    """Format a value with three significant digits, without an exponent where a reader can do without."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 

@@ -12,7 +12,7 @@ from vestige.settings import SketchSettings
 
 _DENSE = ("gauss", "rademacher")
 _DENSE_BYTES = 256 * 2**20
-"""A dense projection of one component whose matrix is larger than this is left out unless it is asked for by name."""
+"""A dense projection of one component whose matrix is larger than this is left out unless it is requested by name."""
 
 
 class Sketched(NamedTuple):
@@ -28,24 +28,24 @@ class Sketched(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its inner products are kept under."""
+        """The name that its inner products are kept under."""
         stored = f" of index {self.stored.fingerprint}" if self.stored else ""
         return f"{self.spec.canonical} seed {self.seed}{stored}"
 
     @property
     def projected_name(self) -> str:
-        """What the inner products of exact gradients under the same maps are kept under."""
+        """The name that the inner products of exact gradients under the same maps are kept under."""
         return f"projected {self.spec.canonical} seed {self.seed}"
 
     def compressors(self, components: Sequence[Component], device: object) -> list[Compressor]:
-        """Its maps, built again from what a manifest says: spec, seed, names and shapes."""
+        """Build its maps again from what a manifest holds: spec, seed, names and shapes."""
         return [self.spec.build(one.name, one.shape, self.seed, device) for one in components]  # type: ignore[arg-type]
 
 
 def planned_sketches(
     settings: SketchSettings, components: Sequence[Component], indexes: Sequence[Index]
 ) -> list[Sketched]:
-    """Everything that is measured, curve by curve; the size of the reference is among the sizes.
+    """Return everything to be measured, curve by curve; the size of the reference is among the sizes.
 
     Raises:
         SpecError: A compressor does not parse.
@@ -68,13 +68,13 @@ def planned_sketches(
 
 
 def held_in_little_memory(spec: CompressionSpec) -> bool:
-    """Whether the maps are of the size of a side, so that those of several seeds fit beside one another."""
+    """Return whether the maps are of the size of a side, so that those of several seeds fit beside one another."""
     first = spec.stages[0] if spec.stages else None
     return first is not None and (first.on_sides or first.kind.product == "circular")
 
 
 def _published(settings: SketchSettings, components: Sequence[Component]) -> list[Family]:
-    """The published compressors, without those that would take hours on this model."""
+    """Return the published compressors, without those that would take hours on this model."""
     largest = 4 * max(component.size for component in components) * max(settings.sizes)
     left_out = [one for one in PUBLISHED if largest > _DENSE_BYTES and one.startswith(_DENSE)]
     if left_out:

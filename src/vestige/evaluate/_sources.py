@@ -13,7 +13,7 @@ from vestige.settings import SourcesSettings, verb
 
 @verb(SourcesSettings)
 def sources(settings: SourcesSettings) -> Evaluation:
-    """Correlation over sources of summed scores with what the queries lose without the source.
+    """Correlate, over sources, summed scores with what the queries lose without the source.
 
     Works for every bank that leaves named groups out. In `settings.out`: `sources.json`, and the figure `sources`.
 
@@ -21,7 +21,7 @@ def sources(settings: SourcesSettings) -> Evaluation:
         UserError: The bank leaves out no groups, or scores and bank are not of the same data and queries.
     """
     truth = open_truth(settings.bank)
-    found = judged(settings)
+    found = judged(settings, "sources")
     effect = {one.name: effects(truth.of(one), truth.membership, truth.losses, truth.subset) for one in found.scored}
     results = {name: agreement(each, draws=settings.draws, seed=settings.seed) for name, each in effect.items()}
     noise = seed_agreement(truth.membership, truth.losses, truth.subset, truth.seeds)

@@ -1,4 +1,4 @@
-"""Correlations that say when there is none, and intervals. Arrays to numbers; knows no model and no file."""
+"""Correlations, undefined ones marked, and intervals. Arrays to numbers; uses no model and no file."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,14 +19,14 @@ class Estimate(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a number at all."""
+        """True if there is a number at all."""
         return bool(np.isfinite(self.value))
 
 
 def pearson(
     first: Float[np.ndarray, "row column"], second: Float[np.ndarray, "row column"]
 ) -> Float[np.ndarray, "column"]:
-    """Correlation of each column of `first` with the same column of `second`.
+    """Return the correlation of each column of `first` with the same column of `second`.
 
     NaN where there is nothing to correlate: a side that does not vary, or a value that is not finite.
     """
@@ -54,13 +54,13 @@ def spearman(
 
 
 def known_mean(values: Float[np.ndarray, "item"]) -> float:
-    """Mean of what is not NaN; NaN where nothing is."""
+    """Return the mean of what is not NaN; NaN where nothing is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
-    """The value with the percentiles of its bootstrap draws; draws that are NaN are left out."""
+    """Return the value with the percentiles of its bootstrap draws; draws that are NaN are left out."""
     known = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(known) < 2:
         return Estimate(value, float("nan"), float("nan"))
@@ -69,7 +69,7 @@ def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
 
 
 def mean_estimate(values: Float[np.ndarray, "item"], draws: int, seed: int) -> Estimate:
-    """Mean of the known values, with a bootstrap interval over them; no interval for fewer than two."""
+    """Return the mean of the known values, with a bootstrap interval over them; no interval for fewer than two."""
     known = values[~np.isnan(values)]
     if len(known) < 2:
         return Estimate(known_mean(values), float("nan"), float("nan"))
@@ -80,7 +80,7 @@ def mean_estimate(values: Float[np.ndarray, "item"], draws: int, seed: int) -> E
 def resampled(
     statistic: Callable[[np.ndarray, np.ndarray], float], rows: int, columns: int, draws: int, seed: int
 ) -> Float[np.ndarray, "draw"]:
-    """A statistic of rows and columns that are both drawn anew, with replacement, for each of `draws`."""
+    """Compute a statistic of rows and columns that are both drawn again, with replacement, for each of `draws`."""
     random = np.random.default_rng(seed)
     return np.array(
         [statistic(random.integers(rows, size=rows), random.integers(columns, size=columns)) for _ in range(draws)]
@@ -88,10 +88,10 @@ def resampled(
 
 
 def grouped_means(values: Float[np.ndarray, "member column"], groups: np.ndarray) -> Float[np.ndarray, "group column"]:
-    """Mean of the rows of each group, groups in ascending order."""
+    """Return the mean of the rows of each group, groups in ascending order."""
     return np.stack([values[groups == group].mean(0) for group in np.unique(groups)])
 
 
 def first_rows(values: Bool[np.ndarray, "member column"], groups: np.ndarray) -> Bool[np.ndarray, "group column"]:
-    """The first row of each group, groups in ascending order."""
+    """Return the first row of each group, groups in ascending order."""
     return values[np.unique(groups, return_index=True)[1]]

@@ -27,7 +27,7 @@ Pairs = dict[int, set[int]]
 
 @verb(TailPatchSettings)
 def tail_patch(settings: TailPatchSettings) -> Evaluation:
-    """Mean rise of the target's probability after one training step on each of the top examples of each method.
+    """Train one step on each of the top examples of each method; measure the mean rise of the target's probability.
 
     After every step the weights are what they were, bit for bit. In `settings.out`: `tail-patch.json`, and the figure
     `tail-patch`.
@@ -38,7 +38,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     """
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
-    found = judged(settings)
+    found = judged(settings, "tail-patch")
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
@@ -80,7 +80,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
 def patched(
     model: nn.Module, data: TokenizedData, queries: TokenizedData, pairs: Pairs, learning_rate: float, tokens: int
 ) -> tuple[Float[np.ndarray, "query"], dict[tuple[int, int], float]]:
-    """Mean token loss of each query before any step, and, for each pair (row, query), after one step on the row.
+    """Return each query's mean token loss before any step, and, for each pair (row, query), after one step on the row.
 
     The model's weights are afterwards what they were before, bit for bit.
     """
@@ -106,7 +106,7 @@ def patched(
 
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[Any]:
-    """Gradients for every floating-point weight while the context lasts, and a function that puts all weights back.
+    """Enable gradients of every floating-point weight while the context lasts; yield a function that restores weights.
 
     Raises:
         VestigeError: A weight is not, bit for bit, what it was.
@@ -133,7 +133,7 @@ def trainable(model: nn.Module) -> Iterator[Any]:
 
 
 def _step(model: nn.Module, data: TokenizedData, row: int, learning_rate: float) -> None:
-    """One step of plain gradient descent; an example without targets has no gradient, and moves nothing."""
+    """Take one step of plain gradient descent; an example without targets has no gradient, and moves nothing."""
     if not data.target_counts[row]:
         return
     device = next(model.parameters()).device
@@ -183,7 +183,7 @@ def _queries(settings: TailPatchSettings, loaded: LoadedModel, data: TokenizedDa
 
 
 def _tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -> list[list[int]]:
-    """Rows of the `k` top examples of each query, in the order of the queries."""
+    """Return the rows of the `k` top examples of each query, in the order of the queries."""
     run, place = scored.run, {example.id: row for row, example in enumerate(data.examples)}
     known = set(run.queries)
     if missing := [example.id for example in queries.examples if example.id not in known]:
@@ -201,7 +201,7 @@ def _tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -
 def _rises(
     tops: Sequence[Sequence[int]], before: np.ndarray, after: Mapping[tuple[int, int], float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per query: mean rise of the probability, and mean fall of the loss, over the top examples."""
+    """Return, per query, the mean rise of the probability, and mean fall of the loss, over the top examples."""
     losses = [np.array([after[row, query] for row in rows]) for query, rows in enumerate(tops)]
     rises = [float((np.exp(-each) - np.exp(-start)).mean()) for each, start in zip(losses, before, strict=True)]
     falls = [float((start - each).mean()) for each, start in zip(losses, before, strict=True)]

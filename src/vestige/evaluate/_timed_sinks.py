@@ -17,14 +17,14 @@ class TimedSinks:
         self.seconds = [0.0] * len(sinks)
 
     def reduce(self, component: int, side: Side, factor: Any) -> tuple[Any, ...]:
-        """What each of them keeps."""
+        """Return what each of the sinks keeps."""
         return tuple(
             self._timed(number, lambda sink=sink: sink.reduce(component, side, factor))
             for number, sink in enumerate(self._sinks)
         )
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
-        """Each adds its share, of what it kept."""
+        """Let each sink add its share, of what it kept."""
         for number, sink in enumerate(self._sinks):
             self._timed(
                 number,
@@ -41,6 +41,6 @@ class TimedSinks:
 
 
 def wait_for_device() -> None:
-    """A GPU works behind the program's back; a clock has to wait for it."""
+    """Wait for the GPU, which works in the background; a clock has to wait for it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

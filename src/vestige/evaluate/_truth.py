@@ -11,7 +11,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
 from vestige.files import sha256_of
-from vestige.methods import method_class
+from vestige.methods import METHODS
 from vestige.settings import TruthValue
 
 
@@ -32,7 +32,7 @@ class Truth(NamedTuple):
     bank: Bank
 
     def of(self, scored: Scored) -> Aligned:
-        """The scores of a run in the bank's order.
+        """Return the scores of a run in the bank's order.
 
         Raises:
             IndexMismatch: The run is of other data or other queries.
@@ -78,13 +78,13 @@ def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
 
 
 def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool) -> str | None:
-    """What is to be said about the model of the scores and those of the bank, None if nothing.
+    """Return a warning about the model of the scores and those of the bank, None if there is none.
 
     Raises:
         SpecError: The model is a member of the bank, and that is not allowed.
     """
     model = scored.run.run.model
-    if model is None or not method_class(scored.run.run.method).needs_model:
+    if model is None or not METHODS.find(scored.run.run.method).needs_model:
         return None
     if member := _member_of(folder, model.name):
         if not allowed:
@@ -103,7 +103,7 @@ def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool)
 
 
 def _member_of(folder: Path, model: str) -> str | None:
-    """The name of the bank's model whose folder or weights these are."""
+    """Return the name of the bank's model whose folder or weights these are."""
     path, members = Path(model).expanduser(), folder / "members"
     if not path.is_dir() or not members.is_dir():
         return None

@@ -10,7 +10,7 @@ from vestige.gradients._rules import Handle
 
 
 def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
-    """Let the activated layers of a model compute every example in its own row, until the handles are removed.
+    """Make the activated layers of a model compute every example in its own row, until the handles are removed.
 
     PEFT gathers the activated tokens of the whole batch in one list before it applies the matrices: no row of their
     input belongs to an example. The same matrices applied to all tokens, and counted where PEFT counts them, give the

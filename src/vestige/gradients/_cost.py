@@ -1,4 +1,4 @@
-"""What an exact product of gradients costs, from factors and from matrices: the one rule that chooses between them.
+"""The cost of an exact product of gradients, from factors and from matrices: the one rule that chooses between them.
 
 Operations are multiplications with their additions (half of what is usually called FLOP), of matrix products and
 look-ups alike; element-wise work, `1/(out + in)` of the rest, is left out.
@@ -26,13 +26,13 @@ Shape = tuple[int, int]
 
 
 def forming(piece: Extent, shape: Shape) -> int:
-    """Operations that form the gradient matrices of a piece: `T*out*in` an example, `T*in` where left is one-hot."""
+    """Return the operations that form a piece's gradient matrices: `T*out*in` an example, `T*in` for a one-hot left."""
     out, width = shape
     return piece.examples * piece.tokens * width * (1 if piece.one_hot else out)
 
 
 def applying(piece: Extent, matrices: int, shape: Shape, *, by_token: bool = False, held: int | None = None) -> int:
-    """Operations of the inner products of a piece with formed matrices, as `dot_matrices` does them.
+    """Return the operations of the inner products of a piece with formed matrices, as `dot_matrices` computes them.
 
     A one-hot left looks the matrix's rows up; one matrix (or a score for each token) is multiplied with the right
     factor; for several the piece's own gradients are formed first, again for every block of `held` matrices.
@@ -51,14 +51,14 @@ def applying(piece: Extent, matrices: int, shape: Shape, *, by_token: bool = Fal
 
 
 def ghost_operations(first: Extent, second: Extent, shape: Shape) -> int:
-    """Operations of `sum_ts (l_t . l'_s)(r_t . r'_s)` for all pairs of examples; a one-hot left costs nothing."""
+    """Return the operations of `sum_ts (l_t . l'_s)(r_t . r'_s)` for all pairs of examples; a one-hot left is free."""
     out, width = shape
     pairs = first.examples * first.tokens * second.examples * second.tokens
     return pairs * (width if first.one_hot or second.one_hot else out + width)
 
 
 def matrices_held(shape: Shape) -> int:
-    """How many gradients of that shape are formed at once."""
+    """Return the number of gradients of that shape that are formed at once."""
     return max(1, HELD_NUMBERS // (shape[0] * shape[1]))
 
 
@@ -71,7 +71,7 @@ def cheapest_route(
     forming_share: float = 1.0,
     examples: tuple[int, int] | None = None,
 ) -> Route:
-    """The route with the fewest operations for the products of two batches, each the sum of its pieces.
+    """Return the route with the fewest operations for the products of two batches, each the sum of its pieces.
 
     For one dense piece a side, of B1 examples with T tokens and B2 with S, the ghost identity needs two inner products
     of length `out` and `in` for every pair of tokens, and matrices have to be formed on both sides before every pair of
@@ -87,7 +87,7 @@ def cheapest_route(
 
     With `by_token` the products stay split over the first batch's tokens, so its gradients are never formed.
     `forming_share` is the part of the cost of forming the second that this batch bears: less than 1 where the matrices
-    are kept for further batches, 0 where they are there already. `examples` of both sides have to be told where pieces
+    are kept for further batches, 0 where they are there already. `examples` of both sides must be given where pieces
     cover only some of them.
     """
     count, other_count = examples or (max(piece.examples for piece in side) for side in (first, second))
@@ -105,12 +105,12 @@ def cheapest_route(
 
 
 def ghost_is_cheaper(first: Extent, second: Extent, shape: Shape, *, by_token: bool = False) -> bool:
-    """Whether factors alone need the fewest operations, for one piece a side; derivation in `cheapest_route`."""
+    """Return whether factors alone need the fewest operations, for one piece a side; derivation in `cheapest_route`."""
     return cheapest_route((first,), (second,), shape, by_token=by_token) == "ghost"
 
 
 def own_ghost_is_cheaper(pieces: Sequence[Extent], shape: Shape) -> bool:
-    """Whether squared norms cost least from factors: each example meets itself alone, `T*T*(out + in)` operations.
+    """Return whether squared norms cost least from factors: an example meets only itself, `T*T*(out + in)` operations.
 
     A matrix costs `T*out*in` to form and `out*in` to square, so ghost norms win while about `T < out*in/(out + in)`.
     Pieces of a sum meet each other once (both orders are equal).

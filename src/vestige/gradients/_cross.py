@@ -37,7 +37,7 @@ class Piece(NamedTuple):
         return self.left, self.right
 
     def within(self, part: slice) -> "tuple[slice, Pair] | None":
-        """The factors of the examples in `part`, and their places counted from its start; None without overlap."""
+        """Return the factors of the examples in `part`, and their positions from its start; None without overlap."""
         start, stop = max(self.examples.start, part.start), min(self.examples.stop, part.stop)
         if start >= stop:
             return None
@@ -63,23 +63,23 @@ class Gradients(NamedTuple):
 
     @property
     def zero(self) -> bool:
-        """Whether nothing has contributed."""
+        """Return whether nothing has contributed."""
         return not self.pieces and self.matrices is None
 
     def like(self) -> Tensor:
-        """A tensor of the same kind; products are at least float32."""
+        """Return a tensor of the same kind, at least float32, as products are."""
         tensor = self.pieces[0].right if self.matrices is None else self.matrices
         return tensor.new_zeros((), dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def gradients_of(pair: Pair) -> Gradients:
-    """The gradients of one pair of factors."""
+    """Return the gradients of one pair of factors."""
     count = len(pair[1])
     return Gradients(count, shape_of(pair), (Piece(slice(0, count), *pair),))
 
 
 def matrices_of(gradients: Gradients, part: slice) -> Float[Tensor, "example out in"]:
-    """The gradient matrices of the examples in `part`."""
+    """Return the gradient matrices of the examples in `part`."""
     if gradients.matrices is not None:
         return gradients.matrices[part]
     found = [inside for piece in gradients.pieces if (inside := piece.within(part)) is not None]
@@ -92,7 +92,7 @@ def matrices_of(gradients: Gradients, part: slice) -> Float[Tensor, "example out
 
 
 def products(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
-    """Inner products of every gradient of the first with every one of the second, cross terms of pieces included."""
+    """Return the inner products of all gradients of `first` with all of `second`, cross terms of pieces included."""
     if first.zero or second.zero:
         seen = next((side.like() for side in (first, second) if not side.zero), torch.zeros(()))
         return seen.new_zeros(first.examples, second.examples)
@@ -109,7 +109,7 @@ def products(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
 
 
 def squared_norms(gradients: Gradients) -> Float[Tensor, "example"]:
-    """Squared length of every gradient, cross terms of the pieces included."""
+    """Return the squared length of every gradient, cross terms of the pieces included."""
     total = gradients.like().new_zeros(gradients.examples) if not gradients.zero else torch.zeros(gradients.examples)
     if gradients.matrices is None and gradients.pieces and own_ghost_is_cheaper(gradients.extents, gradients.shape):
         for place, one in enumerate(gradients.pieces):
@@ -123,7 +123,7 @@ def squared_norms(gradients: Gradients) -> Float[Tensor, "example"]:
 
 
 def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2"]:
-    """Inner products of every gradient of a first batch with every gradient of a second, `[example, example2]`.
+    """Return the inner products of all gradients of a first batch with all of a second, `[example, example2]`.
 
     `first` and `second` are the `(left, right)` of one component as a sink receives them: `[example, token, out]` with
     `[example, token, in]`, and `[example2, token2, out]` with `[example2, token2, in]`; `left` may be `OneHot` on
@@ -139,7 +139,7 @@ def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2
 
 
 def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
-    """`cross_products` split over the tokens of the first batch, `[example, token, example2]`: they sum to it.
+    """Split `cross_products` over the tokens of the first batch, `[example, token, example2]`: they sum to it.
 
     The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
     token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
@@ -153,7 +153,7 @@ def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example to
 
 
 def _route(first: Gradients, second: Gradients) -> Route:
-    """Matrices that are given cost nothing to form; factors that are not given cannot be used."""
+    """Return the cheapest route; given matrices cost nothing to form, and factors that are not given cannot be used."""
     if not second.pieces:
         return "second"
     if not first.pieces:
@@ -162,7 +162,7 @@ def _route(first: Gradients, second: Gradients) -> Route:
 
 
 def route_between(first: Gradients, second: Gradients, forming_share: float) -> Route:
-    """`cheapest_route` for gradients that both have factors."""
+    """Return `cheapest_route` for gradients that both have factors."""
     return cheapest_route(
         first.extents,
         second.extents,
@@ -173,7 +173,7 @@ def route_between(first: Gradients, second: Gradients, forming_share: float) -> 
 
 
 def _applied(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
-    """Products with the second's matrices, formed block by block where they are not given."""
+    """Return the products with the second's matrices, formed block by block where they are not given."""
     total, memory = second.like().new_zeros(second.examples, first.examples), ReusedMemory()
     parts: Sequence[slice] = [slice(0, second.examples)] if second.matrices is not None else list(_parts(second))
     for part in parts:
@@ -188,7 +188,7 @@ def _applied(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
 
 
 def _parts(gradients: Gradients) -> Iterator[slice]:
-    """As many examples at once as formed gradients may be held."""
+    """Yield slices of as many examples as formed gradients may be held at once."""
     step = matrices_held(gradients.shape)
     for start in range(0, gradients.examples, step):
         yield slice(start, min(start + step, gradients.examples))
@@ -204,7 +204,7 @@ def _add_own(total: Tensor, one: Piece, other: Piece, times: int) -> None:
 
 
 def numbers(gradients: Gradients) -> int:
-    """Numbers that keeping these gradients takes."""
+    """Return how many numbers keeping these gradients takes."""
     held = 0 if gradients.matrices is None else gradients.matrices.numel()
     return held + sum(
         piece.right.numel() + (piece.left.ids if isinstance(piece.left, OneHot) else piece.left).numel()
@@ -213,7 +213,7 @@ def numbers(gradients: Gradients) -> int:
 
 
 def joined(several: Sequence[Gradients]) -> Gradients:
-    """The gradients of several batches of one component, one batch after the other."""
+    """Concatenate the gradients of several batches of one component, one batch after the other."""
     pieces, start = [], 0
     for gradients in several:
         for piece in gradients.pieces:
@@ -224,5 +224,5 @@ def joined(several: Sequence[Gradients]) -> Gradients:
 
 
 def formed_numbers(gradients: Gradients) -> int:
-    """Numbers that the matrices of these gradients take."""
+    """Return how many numbers the matrices of these gradients take."""
     return gradients.examples * math.prod(gradients.shape)

@@ -14,7 +14,7 @@ Pair = tuple[Tensor | OneHot, Tensor]
 
 
 def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float[Tensor, "example out in"]:
-    """The gradient matrix of every example, `sum_t left[e, t] (x) right[e, t]`."""
+    """Return the gradient matrix of every example, `sum_t left[e, t] (x) right[e, t]`."""
     if isinstance(left, OneHot):
         examples, _, width = right.shape
         gradient = right.new_zeros(examples, left.size, width)
@@ -33,7 +33,7 @@ class ReusedMemory:
         self._flat = torch.empty(0)
 
     def shaped(self, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of `shape`, overwritten by the next call."""
+        """Return an uninitialised tensor of `shape`, overwritten by the next call."""
         size = math.prod(shape)
         if self._flat.numel() < size or self._flat.dtype != like.dtype or self._flat.device != like.device:
             self._flat = torch.empty(size, dtype=like.dtype, device=like.device)
@@ -46,7 +46,7 @@ def dot_matrices(
     matrices: Float[Tensor, "query out in"],
     memory: ReusedMemory,
 ) -> Float[Tensor, "query example"]:
-    """Inner products of every example's gradient with given matrices, exact.
+    """Return the exact inner products of every example's gradient with given matrices.
 
     Costs `T*out*in` to form a gradient and `query*out*in` for its products; with one matrix, or an embedding's one-hot
     factor, the gradient is never formed: `sum_t left_t . (matrix @ right_t)`.
@@ -67,7 +67,7 @@ def dot_matrices(
 
 
 def gram(first: Factor, second: Float[Tensor, "example token2 side"] | OneHot) -> Float[Tensor, "example token token2"]:
-    """Inner products of every token's factor with every other token's, within each example."""
+    """Return the inner products of every token's factor with every other token's, within each example."""
     if isinstance(first, OneHot) and isinstance(second, OneHot):
         return (first.ids[:, :, None] == second.ids[:, None, :]).to(torch.get_default_dtype())
     if isinstance(first, OneHot):
@@ -80,7 +80,7 @@ def gram(first: Factor, second: Float[Tensor, "example token2 side"] | OneHot) -
 
 
 def inner_product(first: Pair, second: Pair) -> Float[Tensor, "example"]:
-    """Inner product of two gradients of the same example, `sum_ts (l_t . l'_s)(r_t . r'_s)`, neither one formed.
+    """Return the inner product of two gradients of an example, `sum_ts (l_t . l'_s)(r_t . r'_s)`, neither one formed.
 
     This is the ghost identity (Wang et al. 2024, arXiv:2406.11011): `T*S*(out + in)` operations.
     """
@@ -97,7 +97,7 @@ def inner_product(first: Pair, second: Pair) -> Float[Tensor, "example"]:
 def dot_matrices_by_token(
     left: Factor, right: Float[Tensor, "example token in"], matrices: Float[Tensor, "query out in"]
 ) -> Float[Tensor, "query example token"]:
-    """`dot_matrices` split over tokens: `left_t . (matrix @ right_t)`; no gradient is formed."""
+    """Split `dot_matrices` over tokens: `left_t . (matrix @ right_t)`; no gradient is formed."""
     wide = torch.promote_types(right.dtype, torch.float32)
     if isinstance(left, OneHot):
         return torch.stack([(matrix[left.ids] * right).sum(2, dtype=wide) for matrix in matrices])
@@ -105,24 +105,24 @@ def dot_matrices_by_token(
 
 
 def extent(pair: Pair) -> Extent:
-    """The size of a pair, for the rule of costs."""
+    """Return the size of a pair, for the rule of costs."""
     return Extent(pair[1].shape[0], pair[1].shape[1], isinstance(pair[0], OneHot))
 
 
 def shape_of(pair: Pair) -> Shape:
-    """`(out, in)` of the gradients."""
+    """Return `(out, in)` of the gradients."""
     left, right = pair
     return (left.size if isinstance(left, OneHot) else left.shape[2]), right.shape[2]
 
 
 def some_of(pair: Pair, examples: slice) -> Pair:
-    """The factors of some of the examples."""
+    """Return the factors of some of the examples."""
     left, right = pair
     return (left._replace(ids=left.ids[examples]) if isinstance(left, OneHot) else left[examples]), right[examples]
 
 
 def ghost_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
-    """Products of all pairs of examples from the inner products of their tokens, split over the first's tokens.
+    """Return the products of all pairs of examples from inner products of tokens, split over the first's tokens.
 
     Takes as many examples at once as `PRODUCT_BYTES` allows.
     """
@@ -145,7 +145,7 @@ def _ghost_block(first: Pair, second: Pair) -> Float[Tensor, "example token exam
 
 
 def _left_products(first: Tensor | OneHot, second: Tensor | OneHot) -> Float[Tensor, "row row2"]:
-    """Inner products of all tokens of a first batch with all of a second."""
+    """Return the inner products of all tokens of a first batch with all of a second."""
     if isinstance(first, OneHot) and isinstance(second, OneHot):
         return (first.ids.flatten()[:, None] == second.ids.flatten()[None, :]).to(torch.get_default_dtype())
     if isinstance(first, OneHot):

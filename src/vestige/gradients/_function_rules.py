@@ -1,4 +1,4 @@
-"""What a function does with a weight, and what each example's gradient of that weight is."""
+"""Rules for functions that read a weight: each gives every example's gradient of that weight."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -16,21 +16,21 @@ from vestige.gradients._uses import MatrixUse, Weight, add_gradients
 
 @runtime_checkable
 class Uses(Protocol):
-    """The mode that a rule asks about its arguments."""
+    """The mode that a rule queries about its arguments."""
 
     receive: Callable[[], Receive]
 
     def weight(self, tensor: Any) -> Weight | None:
-        """What is known of a tensor that depends on parameters alone."""
+        """Return what is known of a tensor that depends on parameters alone."""
         ...
 
     def shared(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the same for every example."""
+        """Return whether a tensor is the same for every example."""
         ...
 
 
 class UncoveredUse(Exception):
-    """A rule finds that it cannot tell the examples apart; carries the numbers of the components."""
+    """A use for which a rule cannot distinguish the examples; carries the numbers of the components."""
 
 
 Rule = Callable[[Uses, Any, tuple, dict], Any]
@@ -79,7 +79,7 @@ def _addmm(uses: Uses, func: Any, args: tuple, kwargs: dict) -> Any:
 def _watch_product(
     uses: Uses, weight: Weight | None, bias: Weight | None, states: Tensor, output: Tensor, columns: bool = False
 ) -> None:
-    """`output = states @ weight.T + bias`; with `columns` the tokens of both are columns, not rows."""
+    """Watch `output = states @ weight.T + bias`; with `columns` the tokens of both are columns, not rows."""
     receive = uses.receive()
     use = right = None
     if weight is not None:
@@ -143,7 +143,7 @@ def _embedding(uses: Uses, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _elementwise(uses: Uses, func: Any, args: tuple, kwargs: dict) -> Any:
-    """A sum or product of activations and a weight that is spread over them."""
+    """Call a sum or product of activations and a weight that is spread over them, and watch its output."""
     if kwargs or len(args) != 2 or not all(isinstance(value, Tensor) for value in args):
         return NotImplemented
     first, second = args
@@ -164,7 +164,7 @@ def _elementwise(uses: Uses, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _summed(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
-    """`[example, *weight]`: the gradient of a sum or product, summed over all that the weight was spread to."""
+    """Return `[example, *weight]`: the gradient of a sum or product, summed over all that the weight was spread to."""
     shape = weight.tensor.shape
     flat = per_token(gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None], examples)
     gradient = flat.reshape(examples, -1, *gradient.shape[1:])
@@ -179,10 +179,10 @@ def _summed(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
 
 
 def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
-    """Ids whose first axis is the batch: those shared by all examples are expanded.
+    """Return ids whose first axis is the batch: those shared by all examples are expanded.
 
     Raises:
-        ModelError: it cannot be told whether `[token]` ids are positions shared by the batch or one id an example.
+        ModelError: it is unknown whether `[token]` ids are positions shared by the batch or one id an example.
     """
     if examples == 1 or ids.ndim == 0:
         return ids

@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def table_of(model: nn.Module, components: Sequence[Component]) -> Table:
-    """All parameters of the components, and everything else that the model holds as constants."""
+    """Return the table of all parameters of the components and of the constants that the model holds."""
     owners: dict[int, tuple[nn.Parameter, tuple[Owner, ...]]] = {}
     for number, component in enumerate(components):
         parameter, use = model.get_parameter(component.parameter), component.uses[0]
@@ -48,7 +48,7 @@ class Forward(NamedTuple):
 
 
 class FunctionUses(TorchFunctionMode):
-    """Sees every function that is called with a selected parameter, or with a tensor computed from parameters alone.
+    """Watches every function that is called with a selected parameter, or with a tensor computed from parameters alone.
 
     A function with a rule (`linear`, `matmul`, convolutions, `embedding`, sums and products) delivers each example's
     gradient. Any other is called with a copy that autograd follows: what it makes of parameters alone is a weight
@@ -68,17 +68,17 @@ class FunctionUses(TorchFunctionMode):
         """Whether a rule was needed for a parameter outside the forward of its module."""
 
     def __enter__(self) -> "FunctionUses":
-        """See the functions from here on."""
+        """Start to watch functions."""
         self._active = True
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """See none any more."""
+        """Stop watching functions."""
         super().__exit__(*error)
         self._active = False
 
     def around(self, module: nn.Module) -> list[Handle]:
-        """Hooks that see the functions of a module's forward wherever it runs: in training, or a second time."""
+        """Place hooks that watch the functions of a module's forward wherever it runs: in training, or again."""
         entered: list[bool] = []
 
         def begin(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001
@@ -113,18 +113,18 @@ class FunctionUses(TorchFunctionMode):
         return output
 
     def weight(self, tensor: Any) -> Weight | None:
-        """What is known of a tensor that is a selected parameter or was computed from parameters alone."""
+        """Return what is known of a tensor that is a selected parameter or was computed from parameters alone."""
         found = self._weights.get(id(tensor))
         if found is None and (owned := self._table.owners.get(id(tensor))) is not None:
             found = self._weights[id(tensor)] = Weight.of_parameter(*owned)
         return found
 
     def shared(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the same for every example of the batch, because no activation entered it."""
+        """Return whether a tensor is the same for every example of the batch, because no activation entered it."""
         return tensor.ndim == 0 or id(tensor) in self._constants or self.weight(tensor) is not None
 
     def unexplained(self) -> list[int]:
-        """Components whose parameter reached the loss through a function without a rule; forget the batch."""
+        """Return the components whose parameter reached the loss by a function without a rule; forget the batch."""
         found = {
             owner.component
             for weight in self._weights.values()
@@ -137,7 +137,7 @@ class FunctionUses(TorchFunctionMode):
         return sorted(found)
 
     def _belongs_to_a_tap(self, func: Any, tensors: list[Tensor]) -> bool:
-        """Whether the tap of a running module takes this call; the tap of a single product has had it then."""
+        """Return whether the tap of a running module takes this call; the tap of a single product has had it then."""
         for place, forward in reversed(list(enumerate(self.running))):
             if forward.tap == "function" or not any(id(tensor) in forward.parameters for tensor in tensors):
                 continue
@@ -159,7 +159,7 @@ class FunctionUses(TorchFunctionMode):
         return output
 
     def _with_leaves(self, values: Any) -> Any:
-        """The arguments with parameters replaced by their leaves."""
+        """Return the arguments with parameters replaced by their leaves."""
         if isinstance(values, dict):
             return {name: self._with_leaves(value) for name, value in values.items()}
         if isinstance(values, list) or type(values) is tuple:
@@ -189,7 +189,7 @@ class FunctionTap:
         self._modes: list[FunctionUses] = []
 
     def attach(self) -> list[Handle]:
-        """The calls are intercepted between the two hooks."""
+        """Place the two hooks between which the calls are intercepted."""
         return [
             self._module.register_forward_pre_hook(self._enter),
             self._module.register_forward_hook(self._leave, always_call=True),
@@ -219,7 +219,7 @@ def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def _results(output: Any, args: Any, func: Any) -> Iterable[Tensor]:
-    """The tensors that a function returns, or writes into."""
+    """Return the tensors that a function returns, or writes into."""
     found = output if isinstance(output, list | tuple) else (output,)
     written = args[:1] if _in_place(func) else ()
     return [one for one in (*found, *written) if isinstance(one, Tensor)]
@@ -231,7 +231,7 @@ def _in_place(func: Any) -> bool:
 
 
 def _reads_or_writes_a_parameter(func: Any, args: Any) -> bool:
-    """Whether a function asks a parameter for a property (its shape, its flag), or changes the parameter itself."""
+    """Return whether a function reads a parameter's property (its shape, its flag), or changes the parameter itself."""
     if not (args and isinstance(args[0], nn.Parameter)):
         return False
     return _in_place(func) or (func.__name__ == "__get__" and not isinstance(func(args[0]), Tensor))

@@ -20,7 +20,7 @@ class Room:
         self._left = size
 
     def take(self, size: int) -> bool:
-        """Whether there was room for that many bytes; if so, they are taken."""
+        """Reserve that many bytes if they are free, and return whether they were."""
         fits = size <= self._left
         self._left -= size if fits else 0
         return fits
@@ -37,11 +37,11 @@ class HeldGradients:
 
     @property
     def formed(self) -> bool:
-        """Whether matrices are at hand."""
+        """Return whether matrices are at hand."""
         return self._gradients.matrices is not None
 
     def products(self, first: Gradients) -> Float[Tensor, "example held"]:
-        """Inner products of a batch's gradients with these."""
+        """Return the inner products of a batch's gradients with these."""
         if self._pays(first):
             matrices = matrices_of(self._gradients, slice(0, self._gradients.examples))
             self._gradients = self._gradients._replace(matrices=matrices)
@@ -65,7 +65,7 @@ class LowRank(NamedTuple):
 
 
 def low_rank(matrices: Float[Tensor, "query out in"], rank: int) -> LowRank:
-    """The closest matrices of that rank (truncated singular value decomposition), as factors of `rank` tokens.
+    """Return the closest matrices of that rank (truncated singular value decomposition), as factors of `rank` tokens.
 
     Exact, up to rounding, where the rank is not below that of the matrix; a gradient summed over T tokens has at most
     rank T. Where the factors would be no smaller than the matrices, these are kept as they are.
@@ -90,7 +90,7 @@ def low_rank(matrices: Float[Tensor, "query out in"], rank: int) -> LowRank:
 def _projected(
     matrix: Float[Tensor, "out in"], rank: int
 ) -> tuple[Float[Tensor, "rank out"], Float[Tensor, "rank in"]]:
-    """Factors of the matrix projected on the leading eigenvectors of its shorter side."""
+    """Return factors of the matrix projected on the leading eigenvectors of its shorter side."""
     if matrix.shape[0] > matrix.shape[1]:
         right, left = _projected(matrix.T, rank)
         return left, right
@@ -99,12 +99,12 @@ def _projected(
 
 
 def held(vectors: Sequence[Tensor | Gradients], batches: int = 1) -> list[HeldGradients]:
-    """What a `DotSink` is given, for every component."""
-    room = Room()
+    """Return the gradients that a `DotSink` takes, for every component."""
+    memory = Room()
     return [
         HeldGradients(
             one if isinstance(one, Gradients) else Gradients(len(one), (one.shape[1], one.shape[2]), matrices=one),
-            room,
+            memory,
             batches,
         )
         for one in vectors

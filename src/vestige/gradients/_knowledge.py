@@ -1,4 +1,4 @@
-"""Has the model learned anything? Its loss beside that of guessing, which needs no model."""
+"""Test whether the model has learned anything: its loss beside that of guessing, which needs no model."""
 
 import math
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Knowledge(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Whether the model does better than both guesses."""
+        """Return whether the model does better than both guesses."""
         return self.model < BETTER * min(self.uniform, self.unigram)
 
     @property

@@ -11,7 +11,7 @@ from vestige.gradients._objective import HeadTap, Reduction
 
 
 class LabelledBatch(NamedTuple):
-    """Padded inputs with their mask, and labels: an encoder sees to the right, so padding has to be masked out."""
+    """Padded inputs with their mask, and labels: an encoder attends to the right, so padding has to be masked out."""
 
     rows: Int[Tensor, "example"]
     """Positions of the examples in their data set."""
@@ -33,7 +33,7 @@ class MaskedLoss:
         self.reduction: Reduction = reduction
 
     def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """None: every module is hooked."""
+        """Return None: every module is hooked."""
         return None
 
     def losses(
@@ -42,7 +42,7 @@ class MaskedLoss:
         batch: LabelledBatch,
         head_tap: HeadTap | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "example"]:
-        """Loss of every example."""
+        """Return the loss of every example."""
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return _label_losses(logits, batch.labels, self.reduction)
 
@@ -50,14 +50,14 @@ class MaskedLoss:
 class Seq2SeqLoss:
     """Cross-entropy in nats of the decoder's tokens, summed or averaged over the example's own.
 
-    The decoder sees to the left only and its labels are padded on the right, so it needs no mask of its own.
+    The decoder attends to the left only and its labels are padded on the right, so it needs no mask of its own.
     """
 
     def __init__(self, reduction: Reduction = "sum") -> None:
         self.reduction: Reduction = reduction
 
     def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """None: every module is hooked."""
+        """Return None: every module is hooked."""
         return None
 
     def losses(
@@ -66,7 +66,7 @@ class Seq2SeqLoss:
         batch: LabelledBatch,
         head_tap: HeadTap | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "example"]:
-        """Loss of every example."""
+        """Return the loss of every example."""
         unwrap: Any = getattr(model, "get_base_model", lambda: model)
         logits = model(
             input_ids=batch.input_ids,

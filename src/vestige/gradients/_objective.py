@@ -1,4 +1,4 @@
-"""The loss of each example, normalised inside that example, with logits only where a label asks for them."""
+"""The loss of each example, normalised inside that example, with logits only where a label needs them."""
 
 import re
 import sys
@@ -39,19 +39,19 @@ class HeadTap(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is differentiated: one loss per example, independent of the other examples of the batch."""
+    """The differentiated function: one loss per example, independent of the other examples of the batch."""
 
     def head_module(self, model: nn.Module) -> str | None:
-        """Path of an output head whose gradient arrives through `head_tap` instead of a module hook, if any."""
+        """Return the path of an output head whose gradient comes through `head_tap` instead of a hook, if any."""
         ...
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
-        """Differentiable loss of every example of the batch."""
+        """Return the differentiable loss of every example of the batch."""
         ...
 
 
 def example_count(batch: Any) -> int:
-    """How many examples a batch holds: its `rows`, else the length of its first tensor (tuple, dict or tensor)."""
+    """Return the number of examples in a batch: of its `rows`, else of its first tensor (tuple, dict or tensor)."""
     if hasattr(batch, "rows"):
         return len(batch.rows)
     while not isinstance(batch, Tensor):
@@ -70,11 +70,11 @@ class FunctionObjective:
         self._function = function
 
     def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """None: every module is hooked."""
+        """Return None: every module is hooked."""
         return None
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:  # noqa: ARG002
-        """The function's value."""
+        """Return the function's value."""
         return self._function(model, batch)
 
 
@@ -113,13 +113,13 @@ class CausalLoss:
         self._split_heads: dict[int, str | None] = {}
 
     def head_module(self, model: nn.Module) -> str | None:
-        """Path of the output head when the model's logits are exactly `head(backbone(tokens))`, else None."""
+        """Return the path of the output head if the model's logits are exactly `head(backbone(tokens))`, else None."""
         if id(model) not in self._split_heads:
             self._split_heads[id(model)] = _find_plain_head(model)
         return self._split_heads[id(model)]
 
     def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
-        """Loss of every example: padding is on the right, so a causal model needs no attention mask."""
+        """Return the loss of every example: padding is on the right, so a causal model needs no attention mask."""
         targets = _targets(batch.labels, self.reduction)
         path = self.head_module(model)
         if path is None:
@@ -134,7 +134,7 @@ class CausalLoss:
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
-    """Cross-entropy of every target token at its own position, zero elsewhere; plain autograd, any model."""
+    """Return every target token's cross-entropy at its own position, zero elsewhere; plain autograd, any model."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2) if logits.dtype.itemsize < 4 else logits.transpose(1, 2),
@@ -152,7 +152,7 @@ def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Te
 
 
 def _causal(model: nn.Module) -> nn.Module:
-    """The transformers causal model inside a PEFT wrapper, or the model itself."""
+    """Return the transformers causal model inside a PEFT wrapper, or the model itself."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap is not None else model
 
@@ -163,7 +163,7 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 def _find_plain_head(model: nn.Module) -> str | None:
-    """Path of the head if splitting the model there reproduces its logits on random tokens, else None.
+    """Return the path of the head if splitting the model there reproduces its logits on random tokens, else None.
 
     Random tokens activate no adapter that acts from its invocation on: such a model runs whole.
     """
@@ -194,7 +194,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
 
 
 def _caps_logits(model: nn.Module) -> bool:
-    """Whether the configuration names a soft cap of the logits (Gemma 2, xLSTM): small ones hardly show it."""
+    """Return whether the configuration names a soft cap of the logits (Gemma 2, xLSTM): small ones hardly show it."""
     config: Any = getattr(model, "config", None)
     parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     settings = [item for part in parts if part is not None for item in vars(part).items()]
@@ -203,14 +203,14 @@ def _caps_logits(model: nn.Module) -> bool:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to it; the import takes a second, and who has sharded has it behind him."""
+    """Return whether `fully_shard` was applied; the import takes a second, which a sharded model has already spent."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode: dropout would make two passes differ, checkpointing would warn of no gradient."""
+    """Keep the model in evaluation mode: dropout makes two passes differ, checkpointing warns of no gradient."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -227,7 +227,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets, head_tap: HeadTap | None
     ):
-        """Chunks of positions: logits, loss, softmax gradient, and that times the head's weight."""
+        """Compute logits, loss, softmax gradient, and that times the head's weight, in chunks of positions."""
         states = hidden[:, :-1][targets.mask]
         gradients = torch.empty_like(states)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -269,7 +269,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor, token: Tensor) -> None:
-    """Hand a flat chunk over as `[example, token, ...]`, padded with zeros to its longest example."""
+    """Pass a flat chunk on as `[example, token, ...]`, padded with zeros to its longest example."""
     first, last = int(example[0]), int(example[-1])
     counts = torch.bincount(example - first, minlength=last - first + 1)
     place = torch.arange(len(example), device=example.device) - (counts.cumsum(0) - counts)[example - first]

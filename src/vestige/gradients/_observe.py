@@ -16,14 +16,14 @@ CHANGING = ("relative_bias", "experts")
 
 
 def observable(component: Component) -> bool:
-    """Whether the gradient of a component can be watched without changing how it is computed."""
+    """Return whether the gradient of a component can be watched without changing how it is computed."""
     return not any(use.kind in CHANGING for use in component.uses)
 
 
 def observe(
     model: nn.Module, components: Sequence[Component], receive: Callable[[], Receive], by_function: bool = False
 ) -> list[Handle]:
-    """Taps on every use of the components; what they see goes where `receive()` says at the moment of the forward pass.
+    """Place taps on every use of the components; `receive()` returns their sink at the moment of the forward pass.
 
     Unlike `GradientPass`, which freezes the weights and runs a loss of its own, this leaves the flags, the loss and the
     backward pass to the caller. What a tap hands over is each example's share in the gradient of that loss, and the
@@ -34,7 +34,7 @@ def observe(
         components: What is watched.
         receive: Where the factors go.
         by_function: Whether parameters are read outside the forward of their module, as `GradientPass.by_function`
-            found: then every function of the model's forward is looked at.
+            found: then every function of the model's forward is watched.
 
     Raises:
         ModelError: a component is not `observable`.

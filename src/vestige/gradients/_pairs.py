@@ -37,7 +37,7 @@ def pairwise_products(
     by_component: bool = False,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Float[Tensor, "*component example example2"]:
-    """Inner products of the gradients of every first example with those of every second, or of the first.
+    """Return the inner products of the gradients of every first example with those of every second, or of the first.
 
     `[example, example2]` in the order of the batches, on the CPU; with `by_component`, `[component, example,
     example2]`, whose sum it is. Without `second_batches` the first meet themselves, and each pair of batches once.
@@ -71,7 +71,7 @@ def pairwise_products(
 
 
 def _rows(batches: Sequence[Any]) -> list[slice]:
-    """The places of each batch's examples among all."""
+    """Return the positions of each batch's examples among all."""
     rows, start = [], 0
     for batch in batches:
         rows.append(slice(start, start + example_count(batch)))
@@ -97,7 +97,7 @@ def _blocks(
     uses: int,
     memory_bytes: int,
 ) -> Iterator[_Block]:
-    """Batches in order, as many at once as their factors fit into half of the memory."""
+    """Yield the batches in order, as many at once as their factors fit into half of the memory."""
     rows, waiting, size, start = _rows(batches), [], 0, 0
     for place, batch in enumerate(batches):
         gradients = _gradients(gradient_pass, components, batch)

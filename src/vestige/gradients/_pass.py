@@ -33,7 +33,7 @@ class GradientPass:
     Every gradient is that of the example's own loss: no factor depends on the rest of the batch.
 
     That no use of a parameter is missed is proven, not assumed: until a batch has brought every parameter a gradient
-    through its module, each function that the model calls is looked at, and a parameter that took part in the loss but
+    through its module, each function that the model calls is watched, and a parameter that took part in the loss but
     got no gradient is an error.
     """
 
@@ -52,14 +52,14 @@ class GradientPass:
 
     @property
     def by_function(self) -> bool:
-        """Whether the model reads a parameter outside the forward of its module; known after the first batch."""
+        """Return whether the model reads a parameter outside its module's forward; known after the first batch."""
         return self._uses is not None and self._uses.outside
 
     def __enter__(self) -> "GradientPass":
         """Freeze the weights and place the hooks.
 
         Raises:
-            ModelError: the examples of a batch cannot be told apart, because a BatchNorm is in training mode.
+            ModelError: the examples of a batch cannot be distinguished, because a BatchNorm is in training mode.
         """
         _refuse_batch_statistics(self._model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
@@ -75,7 +75,7 @@ class GradientPass:
         self._flags.clear()
 
     def run(self, batch: Any, sink: FactorSink) -> Float[Tensor, "example"]:
-        """Losses of the batch's examples; the sink has every factor when this returns.
+        """Return the losses of the batch's examples; the sink has every factor when this returns.
 
         Raises:
             ModelError: no selected component takes part in the computation of the loss, or the gradient of one is
@@ -122,7 +122,7 @@ class GradientPass:
             self._place_hooks()
 
     def _connected(self, batch: Any, names: Sequence[str]) -> list[str]:
-        """Those of the parameters that autograd finds in the batch's loss, whatever their gradient."""
+        """Return those of the parameters that autograd finds in the batch's loss, whatever their gradient."""
         parameters = [self._model.get_parameter(name) for name in names]
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
             return list(names)
@@ -168,7 +168,7 @@ class GradientPass:
         self._handles.clear()
 
     def _modules(self) -> dict[str, Any]:
-        """What is hooked; the split-off head is kept apart."""
+        """Return the modules that are hooked; the split-off head is kept apart."""
         head = self._objective.head_module(self._model)
         uses = {
             use.role: number for number, part in enumerate(self._components) for use in part.uses if use.module == head
@@ -199,16 +199,16 @@ class _Noting:
         self.components: set[int] = set()
 
     def reduce(self, component: int, side: Side, factor: Factor) -> Any:
-        """As the sink does."""
+        """Reduce the factor as the sink does."""
         self.components.add(component)
         return self._sink.reduce(component, side, factor)
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
-        """As the sink does."""
+        """Accumulate as the sink does, and note the component."""
         self._sink.accumulate(component, examples, left, right)
 
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
-        """As the sink does, where it counts tokens."""
+        """Locate as the sink does, if it counts tokens."""
         locate(self._sink, positions)
 
 
@@ -232,7 +232,7 @@ def _missed(names: Sequence[str]) -> ModelError:
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
-    """A BatchNorm that uses the batch's own statistics makes every example's loss depend on the others."""
+    """Raise if a BatchNorm uses the batch's own statistics: every example's loss would depend on the others."""
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ModelError(
@@ -242,7 +242,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _checkpointed(model: nn.Module) -> list[nn.Module]:
-    """The blocks whose forward runs again while the backward pass does."""
+    """Return the blocks whose forward runs again during the backward pass."""
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
 
@@ -252,5 +252,5 @@ def _first_layer(model: nn.Module) -> nn.Module:
 
 
 def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001
-    """Reentrant checkpointing differentiates a block only if its input asks for it, whatever happens inside."""
+    """Make the input require its gradient: reentrant checkpointing differentiates a block only then."""
     watch(output, lambda gradient: None)  # noqa: ARG005

@@ -13,7 +13,7 @@ from vestige.gradients._uses import MatrixUse, Weight, add_gradients, owner_of
 
 
 class Geometry(NamedTuple):
-    """Where the kernel of a convolution stands."""
+    """Position and extent of the kernel of a convolution."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of_module(cls, module: _ConvNd) -> "Geometry":
-        """Of a module of PyTorch."""
+        """Return the geometry of a module of PyTorch."""
         padding = tuple(int(amount) for amount in module._reversed_padding_repeated_twice)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         transposed = isinstance(module, _ConvTransposeNd)
@@ -43,7 +43,7 @@ class Geometry(NamedTuple):
         groups: int = 1,
         dilation: Any = 1,
     ) -> "Geometry":
-        """Of the arguments of `torch.nn.functional.conv1d` and its kin."""
+        """Return the geometry of a call of `torch.nn.functional.conv1d` and its kin."""
         rank = len(kernel)
         stride, dilation = _each(stride, rank), _each(dilation, rank)
         if isinstance(padding, str):
@@ -73,7 +73,7 @@ class ConvolutionTap:
         self._owners = {role: owner_of(number, "convolution", role) for role, number in components.items()}
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook, before any other; the backward one hangs on the output."""
+        """Place one forward hook, before any other; the backward one hangs on the output."""
         return [self._module.register_forward_hook(self._forward, prepend=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -125,14 +125,14 @@ def watch_convolution(
 
 
 def channels_last(images: Float[Tensor, "image channel *space"]) -> Float[Tensor, "image position channel"]:
-    """Positions in a row, as tokens."""
+    """Return the positions in a row, as tokens."""
     return images.flatten(2).transpose(1, 2)
 
 
 def patches(
     geometry: Geometry, images: Float[Tensor, "image channel *space"], positions: torch.Size | None = None
 ) -> Float[Tensor, "image position patch"]:
-    """What the kernel sees at each position, channels first; the first `positions` along each axis."""
+    """Return the input under the kernel at each of the first `positions` along each axis, channels first."""
     padding, mode = list(geometry.padding), geometry.padding_mode
     windows = torch.nn.functional.pad(images, padding, mode=mode) if any(padding) else images
     for axis, (size, stride, dilation) in enumerate(
@@ -149,12 +149,12 @@ def patches(
 def grouped(
     left: Float[Tensor, "example position row"], right: Float[Tensor, "example position patch"], groups: int
 ) -> Float[Tensor, "example row column"]:
-    """The weight gradient of a grouped convolution: rows of a group meet that group's channels only."""
+    """Return the weight gradient of a grouped convolution: rows of a group meet that group's channels only."""
     blocks = torch.einsum("epgr,epgc->egrc", left.unflatten(2, (groups, -1)), right.unflatten(2, (groups, -1)))
     return blocks.flatten(1, 2)
 
 
 def _each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One number for each axis."""
+    """Return one number for each axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values

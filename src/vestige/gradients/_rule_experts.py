@@ -15,7 +15,7 @@ class Routed(NamedTuple):
     """The tokens that were routed to one expert, example after example."""
 
     owners: Int[Tensor, "row"]
-    """Whose they are."""
+    """Indices of the examples that own them."""
     positions: Int[Tensor, "row"]
     """Which tokens of that example."""
 
@@ -23,9 +23,9 @@ class Routed(NamedTuple):
 class ExpertsTap:
     """One expert is one linear component: left = its output gradient, right = its input, at the tokens routed to it.
 
-    The stacked products of transformers (`grouped_mm`, `batched_mm`) have no place for a hook, so the module's forward
-    is replaced by the same computation expert by expert. Which example a routed token belongs to follows from its
-    place, because tokens arrive example after example.
+    The stacked products of transformers (`grouped_mm`, `batched_mm`) leave nowhere to put a hook, so the module's
+    forward is replaced by the same computation expert by expert. Which example a routed token belongs to follows from
+    its position, because tokens arrive example after example.
     """
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
@@ -78,7 +78,7 @@ class ExpertsTap:
     ) -> None:
         padded = rows_by_example(gradient, routed.owners, receive.examples)
         if component is not None:
-            # Rows that only fill are zero: with one added before, they are told apart from token 0.
+            # Rows that only fill are zero: with one added before, they differ from token 0.
             positions = rows_by_example(routed.positions[:, None] + 1, routed.owners, receive.examples) - 1
             locate(receive.sink, positions[..., 0])
             left = receive.sink.reduce(component, "left", padded)
@@ -92,7 +92,7 @@ class ExpertsTap:
 def rows_by_example(
     values: Shaped[Tensor, "row side"], owners: Int[Tensor, "row"], examples: int
 ) -> Shaped[Tensor, "example token side"]:
-    """Rows sorted by the example that owns them, as `[example, token, side]`, padded with zeros to the longest."""
+    """Sort rows by the example that owns them, as `[example, token, side]`, padded with zeros to the longest."""
     counts = torch.bincount(owners, minlength=examples)
     place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
     padded = values.new_zeros(examples, int(counts.max()), values.shape[1])

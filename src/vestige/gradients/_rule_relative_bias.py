@@ -40,7 +40,7 @@ class RelativeBiasTap:
         return expanded
 
     def _buckets(self, args: Any, kwargs: Any) -> Tensor:
-        """The ids that `compute_bias` looks up."""
+        """Return the ids that `compute_bias` looks up."""
         with _Recorder() as recorder, torch.no_grad():
             type(self._module).compute_bias(self._module, *args, **kwargs)  # type: ignore[attr-defined]
         assert recorder.ids is not None
@@ -74,7 +74,7 @@ class ReplacedMethod:
         module.__dict__[name] = replacement
 
     def remove(self) -> None:
-        """Put the class's own method, or the earlier replacement, back."""
+        """Restore the class's own method, or the earlier replacement."""
         if self._before is None:
             del self._module.__dict__[self._name]
         else:

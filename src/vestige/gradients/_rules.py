@@ -13,7 +13,7 @@ from vestige.gradients._types import Factor, FactorSink, PositionSink
 
 
 class Receive(NamedTuple):
-    """Where the factors of the running batch go."""
+    """Sink of the running batch and its number of examples."""
 
     sink: FactorSink
     examples: int
@@ -24,7 +24,7 @@ class Handle(Protocol):
     """Undoes one change to a module."""
 
     def remove(self) -> None:
-        """Put the module back as it was."""
+        """Restore the module as it was."""
         ...
 
 
@@ -38,7 +38,7 @@ class LayerTap(Protocol):
 
 
 def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token side"]:
-    """`[example, token, side]` from what a layer saw: token axes are flattened, a missing one is added.
+    """Return `[example, token, side]` from a layer's tensor: token axes are flattened, a missing one is added.
 
     Raises:
         ModelError: the first axis cannot be the batch.
@@ -46,7 +46,7 @@ def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token si
     if tensor.shape[0] % examples:
         raise ModelError(
             f"A selected layer works on a tensor of shape {tuple(tensor.shape)} in a batch of {examples} examples: its "
-            "first axis is not the batch, so its gradient cannot be told apart by example. Leave the layer out with "
+            "first axis is not the batch, so its gradient cannot be split by example. Leave the layer out with "
             "--components '!<name of the parameter>'."
         )
     return tensor.reshape(examples, -1, tensor.shape[-1])
@@ -73,25 +73,25 @@ class _StartGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, start: Tensor) -> Tensor:  # noqa: ARG004
-        """The very same tensor, now with a history."""
+        """Return the very same tensor, now with a history."""
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:  # noqa: ARG004
-        """Nothing lies below."""
+        """Return no gradients: nothing lies below."""
         return None, None
 
 
 class Kept(NamedTuple):
-    """What a tap keeps from the forward to the backward pass, and a check that nobody has changed it since."""
+    """A value that a tap keeps from the forward to the backward pass, and the check that it is unchanged."""
 
     value: Any
     source: Tensor
     version: int
 
     def unchanged(self, what: str) -> Any:
-        """The kept value.
+        """Return the kept value.
 
         Raises:
             ModelError: an operation in place has overwritten it.
@@ -114,18 +114,18 @@ def _same(value: Tensor, source: Tensor) -> bool:
 
 
 def locate(sink: FactorSink, positions: Int[Tensor, "example row"]) -> None:
-    """Say which tokens the rows of the next factors are, to a sink that counts them."""
+    """Pass on the tokens of the rows of the next factors, to a sink that counts them."""
     if isinstance(sink, PositionSink):
         sink.locate(positions)
 
 
 def deliver(sink: FactorSink, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-    """Hand over both factors at once."""
+    """Pass on both factors at once."""
     sink.accumulate(component, examples, sink.reduce(component, "left", left), sink.reduce(component, "right", right))
 
 
 def deliver_vector(receive: Receive, component: int, gradient: Float[Tensor, "example token side"]) -> None:
-    """Hand over the gradient of a vector: summed over tokens, as a matrix of one column."""
+    """Pass on the gradient of a vector: summed over tokens, as a matrix of one column."""
     total = gradient.sum(1, keepdim=True)
     deliver(receive.sink, component, slice(0, receive.examples), total, torch.ones_like(total[:, :, :1]))
 
@@ -138,7 +138,7 @@ class LinearTap:
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook, before any other; the backward one hangs on the output."""
+        """Place one forward hook, before any other; the backward one hangs on the output."""
         return [self._module.register_forward_hook(self._forward, prepend=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
@@ -171,7 +171,7 @@ class NormTap:
         self._weight, self._bias = components.get("weight"), components.get("bias")
 
     def attach(self) -> Sequence[Handle]:
-        """One forward hook, before any other; the backward one hangs on the output."""
+        """Place one forward hook, before any other; the backward one hangs on the output."""
         return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
 
     def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
@@ -192,14 +192,14 @@ class NormTap:
 
 
 def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
-    """GroupNorm counts its features along the second axis, the other norms along the last."""
+    """Move the features last: GroupNorm counts them along the second axis, the other norms along the last."""
     return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
 def _normalised(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
-    """What the module multiplies its scale by: its output at scale one minus its output at scale zero.
+    """Return what the module multiplies its scale by: its output at scale one minus its output at scale zero.
 
-    The module itself is asked, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
+    The module itself computes it, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
     """
     weight = module.get_parameter("weight")
     with torch.no_grad():

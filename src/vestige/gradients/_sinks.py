@@ -69,7 +69,7 @@ class DotSink:
 
 
 class KeepingSink:
-    """Keeps the factors of a batch, all pieces of every component: `finish` gives them as `Gradients`.
+    """Keeps the factors of a batch, all pieces of every component: `finish` returns them as `Gradients`.
 
     The uses of a tied weight and the chunks of a loss are pieces of one gradient, so their cross terms count.
     """
@@ -93,7 +93,7 @@ class KeepingSink:
         self._pieces[component].append(Piece(examples, left, right))
 
     def finish(self) -> list[Gradients]:
-        """The gradients of every component as factors; the sink forgets them."""
+        """Return the gradients of every component as factors; the sink forgets them."""
         pairs = zip(self._shapes, self._pieces, strict=True)
         gradients = [Gradients(self._examples, (shape[0], shape[1]), tuple(pieces)) for shape, pieces in pairs]
         self._pieces = []
@@ -151,6 +151,6 @@ class BothSinks:
         return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-        """Both add their share."""
+        """Accumulate in both sinks."""
         for sink in self._sinks:
             sink.accumulate(component, examples, left, right)

@@ -1,4 +1,4 @@
-"""Which tap watches a module, and what its own forward may do without one."""
+"""Taps for modules: which one watches which kind, and what a module's own forward may do without one."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -45,14 +45,14 @@ class ModuleUse(NamedTuple):
     """Role of a parameter -> number of its component."""
 
     def tap(self, receive: Callable[[], Receive]) -> LayerTap | None:
-        """What watches it; None for parameters that only functions read."""
+        """Return the tap that watches this module; None for parameters that only functions read."""
         found = _TAPS.get(self.kind)
         if found in (LinearTap, ConvolutionTap) and not self._is_plain():
             found = FunctionTap
         return None if found is None else found(self.module, self.numbers, receive)
 
     def follow(self, uses: FunctionUses, tap: LayerTap) -> list[Handle]:
-        """Hooks that tell `uses` when its forward runs."""
+        """Place hooks that mark in `uses` when the module's forward runs."""
         takes: Takes = "function" if isinstance(tap, FunctionTap) else "module"
         if isinstance(tap, LinearTap | ConvolutionTap):
             takes = "product"
@@ -71,7 +71,7 @@ class ModuleUse(NamedTuple):
         ]
 
     def _is_plain(self) -> bool:
-        """Whether its forward is that of PyTorch, and its output the product: subclasses may return anything."""
+        """Return whether the forward is PyTorch's and its output the product: subclasses may return anything."""
         own = vars(self.module)
         if "forward" in own and "_old_forward" not in own:  # replaced, and not by accelerate to move the inputs
             return False
@@ -81,7 +81,7 @@ class ModuleUse(NamedTuple):
 def attach_all(
     modules: Iterable[ModuleUse], receive: Callable[[], Receive], uses: FunctionUses | None = None
 ) -> list[Handle]:
-    """Place the taps of all modules; what `uses` sees by itself has none."""
+    """Place the taps of all modules; those that `uses` watches by itself have none."""
     handles: list[Handle] = []
     for one in modules:
         tap = one.tap(receive)
@@ -93,7 +93,7 @@ def attach_all(
 
 
 def modules_of(model: nn.Module, components: Sequence[Component], without: str | None = None) -> dict[str, ModuleUse]:
-    """Every module that holds a use of the components, by path, but for one."""
+    """Return every module that holds a use of the components, by path, but for one."""
     found: dict[str, ModuleUse] = {}
     for number, component in enumerate(components):
         for use in component.uses:

@@ -32,7 +32,7 @@ Side = Literal["left", "right"]
 
 
 class OneHot(NamedTuple):
-    """The left factor of an embedding: row `ids[e, t]` of an identity of `size` rows, kept as the index alone."""
+    """The left factor of an embedding: row `ids[e, t]` of an identity of `size` rows, stored as the index alone."""
 
     ids: Int[Tensor, "example token"]
     size: int
@@ -51,7 +51,7 @@ class FactorSink(Protocol):
     """
 
     def reduce(self, component: int, side: Side, factor: Factor) -> Any:
-        """What to keep of one factor of component number `component`."""
+        """Return what to keep of one factor of component number `component`."""
         ...
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
@@ -61,11 +61,11 @@ class FactorSink(Protocol):
 
 @runtime_checkable
 class PositionSink(FactorSink, Protocol):
-    """A sink that counts tokens, and so asks which tokens a layer has seen that sees only some of the batch's.
+    """A sink that counts tokens, and needs those of the layers that receive only some of the batch's tokens.
 
     Such layers are experts and the output head. The factors of every other layer have the batch's own token axis.
     """
 
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
-        """The token of each row of the factors that come next, -1 for a row that only fills the tensor."""
+        """Receive the token of each row of the factors that come next, -1 for a row that only fills the tensor."""
         ...

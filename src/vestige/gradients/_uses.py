@@ -26,13 +26,13 @@ class Owner(NamedTuple):
     """Whether the rows of its gradient are handed over with a one-hot factor, as for embeddings."""
 
     def view(self, stored: Float[Tensor, "example *parameter"]) -> Float[Tensor, "example out in"]:
-        """The component's matrices in tensors that have the layout of the parameter."""
+        """Return the component's matrices in tensors that have the layout of the parameter."""
         stored = stored if self.part is None else stored[:, self.part]
         return stored.mT if self.turned and stored.ndim == 3 else stored.reshape(*stored.shape[:2], -1)
 
 
 def owner_of(component: int, kind: LayerKind, role: str, transposed: bool = False) -> Owner:
-    """Of a use of a component; `transposed` says how a stack of experts is stored."""
+    """Return the owner of a use of a component; `transposed` says how a stack of experts is stored."""
     part = re.fullmatch(r"\w+\[(\d+)\]", role)
     by_row = role == "weight" and kind in ("embedding", "convolution", "relative_bias")
     return Owner(component, transposed or kind == "conv1d", int(part.group(1)) if part else None, by_row)
@@ -54,14 +54,14 @@ class Weight(NamedTuple):
 
     @classmethod
     def of_parameter(cls, parameter: nn.Parameter, owners: tuple[Owner, ...]) -> "Weight":
-        """A parameter itself."""
+        """Return the weight of a parameter itself."""
         training = parameter.requires_grad
         leaf = parameter if training else parameter.detach().requires_grad_(True)
         return cls(leaf, (leaf,), (owners,), (parameter,), False, training)
 
     @classmethod
     def computed(cls, result: Tensor, weights: Sequence["Weight"], cast_of: "Weight | None") -> "Weight":
-        """What a function made of weights; `cast_of` is the one whose numbers it only copied."""
+        """Return the weight that a function computed from weights; `cast_of` is one whose numbers it only copied."""
         found = [zip(one.leaves, one.owners, one.parameters, strict=True) for one in weights]
         leaves = {id(leaf): (leaf, *rest) for each in found for leaf, *rest in each}
         layout = None
@@ -75,16 +75,16 @@ class Weight(NamedTuple):
         return cls(result, *map(tuple, columns), layout=layout, training=weights[0].training)
 
     def read(self) -> Tensor:
-        """The tensor as a rule passes it on: cut from its leaves, whose gradients the rule delivers."""
+        """Return the tensor as a rule passes it on: cut from its leaves, whose gradients the rule delivers."""
         return self.tensor if self.training else self.tensor.detach()
 
     def turned(self) -> "Weight":
-        """The same weight, transposed."""
+        """Return the same weight, transposed."""
         return self._replace(tensor=self.tensor.mT, layout=None if self.layout is None else not self.layout)
 
 
 def _layout(view: Tensor) -> bool | None:
-    """Whether a view of all numbers of a contiguous tensor has them in another order: transposed, or any other."""
+    """Return whether a view of a contiguous tensor is transposed; None if its numbers are in any other order."""
     if view.is_contiguous():
         return False
     return True if view.ndim > 1 and view.mT.is_contiguous() else None
@@ -102,7 +102,7 @@ class MatrixUse:
         self._component, self._swapped = self._plain()
 
     def keep(self, side: Side, factor: Factor) -> Any:
-        """What to keep of one factor until the other is known."""
+        """Return what to keep of one factor until the other is known."""
         if self._component is None:
             return factor
         if self._swapped:
@@ -121,7 +121,7 @@ class MatrixUse:
             _pull_back(self._receive, self._weight, materialise(part, right[one]), one)
 
     def _plain(self) -> tuple[int | None, bool]:
-        """The component that has exactly these factors, and whether its sides are exchanged."""
+        """Return the component that has exactly these factors, and whether its sides are exchanged."""
         weight, (owner, *others) = self._weight, self._weight.owners[0]
         if weight.layout is None or (weight.layout and weight.tensor.ndim != 2):
             return None, False
@@ -155,7 +155,7 @@ def _pull_back(receive: Receive, weight: Weight, gradient: Tensor, example: slic
 
 
 def _deliver(receive: Receive, owners: Sequence[Owner], gradients: Tensor, examples: slice, touched: bool) -> None:
-    """Hand over whole matrices as factors; with `touched` only the rows that are not zero, of an embedding few."""
+    """Pass on whole matrices as factors; with `touched` only the rows that are not zero, of an embedding few."""
     for owner in owners:
         matrices = owner.view(gradients)
         count, rows, columns = matrices.shape

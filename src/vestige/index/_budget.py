@@ -20,7 +20,7 @@ ROW_BYTES = 64 * 2**10
 def choose_spec(
     settings: CompressionSettings, inputs: Inputs, *, earlier: CompressionSpec | None = None
 ) -> CompressionSpec:
-    """The compression that was asked for, or with `auto` what `_choice` takes for the disk budget and the device.
+    """Return the requested compression, or with `auto` what `_choice` takes for the disk budget and the device.
 
     The widest tensor sketch is followed by a sparse projection of the same width where it is for the whole model,
     because components cannot share one.
@@ -36,7 +36,7 @@ def choose_spec(
     if settings.compress != "auto":
         if settings.disk is not None:
             raise SpecError(
-                f"--disk belongs to --compress auto; --compress {settings.compress!r} says the size itself. Drop one."
+                f"--disk belongs to --compress auto; --compress {settings.compress!r} sets the size itself. Drop one."
             )
         return parse_spec(settings.compress)
     budget = settings.disk_bytes if settings.disk_bytes is not None else ROW_BYTES * examples

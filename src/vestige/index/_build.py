@@ -33,7 +33,7 @@ from vestige.settings import DoctorSettings, IndexSettings, verb
 
 @verb(IndexSettings)
 def index(settings: IndexSettings) -> Index:
-    """An index of the training data: the compressed gradient of every example, at the model as it is.
+    """Index the training data: the compressed gradient of every example, at the model as it is.
 
     Interrupted at any moment, the same call continues where it stopped and gives the same bytes; another setting over
     an old index is refused, with the difference shown.
@@ -50,7 +50,7 @@ def index(settings: IndexSettings) -> Index:
 
 
 def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] | None = None) -> Index:
-    """`index` for a model and data that are loaded already; a worker that runs `command` comes here, too."""
+    """Build the index of a model and data that are already loaded; also run by a worker of `command`."""
     begun = decided(lambda: None if settings.overwrite else read_manifest(settings.out))
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
@@ -101,7 +101,7 @@ def _gradients(
 def _announce_cost(
     settings: IndexSettings, inputs: Inputs, work: IndexPlan, spec: CompressionSpec, missing: list[int]
 ) -> None:
-    """A person knows the time, memory and disk before this process's share begins."""
+    """Announce time, memory and disk before this process's share begins."""
     number, parts = settings.part or (0, 1)
     shards = [work.plan.shards[piece] for piece in missing if piece % parts == number]
     if shards:
@@ -119,7 +119,7 @@ def _require_one_process() -> None:
 
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
-    """The manifest without its plan."""
+    """Return the manifest without its plan."""
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
         data=DataIdentity(name=inputs.data.name, fingerprint=inputs.data.fingerprint, examples=len(inputs.data)),

@@ -1,4 +1,4 @@
-"""Which compressor `--compress auto` takes: the most precise one whose work stays small beside the model's own."""
+"""The compressor for `--compress auto`: the most precise one whose work stays small beside the model's own."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class Candidate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was taken, and the more precise compressor that was passed over because of its cost, if there was one."""
+    """The chosen compressor, and the more precise one that was too expensive, if there was one."""
 
     taken: Candidate
     passed_over: Candidate | None
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """One or two sentences for a person."""
+        """Return one or two sentences for the user."""
         taken, other = self.taken, self.passed_over
         cost = (
             f"Compressing takes about {taken.share:.0%} of the forward and backward passes of the same layers "
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
 
 def choose_for(inputs: Inputs, width: int) -> Choice:
-    """The choice for a model on its device and examples as long as these are on average."""
+    """Choose for a model on its device and examples as long as these are on average."""
     device = next(inputs.loaded.model.parameters()).device.type
     components = inputs.selection.components
     linear = [component.shape for component in components if _is_linear(component)]
@@ -68,19 +68,19 @@ def choose_for(inputs: Inputs, width: int) -> Choice:
 
 
 def _is_linear(component: Component) -> bool:
-    """Whether the layer's own work is a matrix product: vectors and look-ups cost next to nothing."""
+    """Return whether the layer's own work is a matrix product: vectors and look-ups cost next to nothing."""
     used = any(use.kind not in ("embedding", "norm", "relative_bias") for use in component.uses)
     return used and min(component.shape) > 1
 
 
 def candidates(inputs: Inputs, width: int) -> list[Expected]:
-    """Compressors that keep at most `width` numbers per component on average."""
+    """Return compressors that keep at most `width` numbers per component on average."""
     shapes = [component.shape for component in inputs.selection.components]
     return [one for one in _compressors(width) if sum(map(one.spec.size_for, shapes)) <= width * len(shapes)]
 
 
 def choose(compressors: Sequence[Expected], linear: Sequence[tuple[int, int]], tokens: int, device: str) -> Choice:
-    """The smallest expected error among those whose cost stays under `MOST_SHARE`, else the cheapest at full width.
+    """Choose the smallest expected error with a cost under `MOST_SHARE`, else the cheapest at full width.
 
     Narrower ones take part too: with half of the numbers a tensor sketch is often more precise than a cheaper
     compressor with all of them.
@@ -102,11 +102,11 @@ def choose(compressors: Sequence[Expected], linear: Sequence[tuple[int, int]], t
 
 
 def _compressors(width: int) -> Iterator[Expected]:
-    """Compressors to `width` numbers, and to each smaller power of two.
+    """Yield compressors to `width` numbers, and to each smaller power of two.
 
     A sketch of the whole gradient is off by `1 / sqrt(K)`. Maps of the two sides multiply two errors, each of about the
-    square root of that; their factors are what `benchmarks/sketch_quality.py` saw on a small trained GPT (0.58 to 0.64
-    for LoGra, 0.42 to 0.60 for FactGraSS).
+    square root of that; their factors are what `benchmarks/sketch_quality.py` measured on a small trained GPT (0.58 to
+    0.64 for LoGra, 0.42 to 0.60 for FactGraSS).
     """
     powers = [1 << place for place in range(width.bit_length(), 0, -1) if FEWEST <= 1 << place < width]
     for size in [width, *powers]:
@@ -119,7 +119,7 @@ def _compressors(width: int) -> Iterator[Expected]:
 
 
 def fast_length(most: int) -> int:
-    """The largest number up to `most` without a prime factor above 5, for which Fourier transforms are fast."""
+    """Return the largest number up to `most` without a prime factor above 5: Fourier transforms of it are fast."""
     return next(size for size in range(most, 0, -1) if _is_smooth(size))
 
 

@@ -50,11 +50,11 @@ class CompressedGradients:
         self._pass.__exit__(kind, error, trace)
 
     def rows(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> ShardContent:
-        """Gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
+        """Return gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
         return self._computed(data, PartBatches(sum(map(len, batches)), iter(batches)))
 
     def parts(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> Iterator[ShardContent]:
-        """`rows` of a shard's batches, part by part: memory does not grow with the shard."""
+        """Yield `rows` of a shard's batches, part by part: memory does not grow with the shard."""
         for part in parts_of(batches, self._sink.width, fewest=this_process().of):
             yield self._computed(data, part)
 
@@ -83,7 +83,7 @@ class CompressedGradients:
 def lay_out(
     components: Sequence[Component], spec: CompressionSpec, scope: Scope = "component"
 ) -> tuple[IndexedComponent, ...]:
-    """The columns of every component: one after another, or the same for all, to be added up there.
+    """Return the columns of every component: one after another, or the same for all, to be added up there.
 
     Raises:
         SpecError: Components cannot share the columns of this compression.

@@ -1,4 +1,4 @@
-"""What is computed for a shard, part by part, and how it becomes bytes: no more than a part is in memory at a time."""
+"""The content of a shard, computed part by part, and its bytes: no more than a part is in memory at a time."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -47,18 +47,18 @@ class PartBatches(NamedTuple):
     rows: int
     """Examples in them."""
     batches: Iterator[np.ndarray]
-    """Rows of the data, batch after batch; all of them have to be taken before the next part is asked for."""
+    """Rows of the data, batch after batch; all of them have to be taken before the next part is requested."""
 
 
 def parts_of(batches: Sequence[np.ndarray], width: int, *, fewest: int = 1) -> Iterator[PartBatches]:
-    """The batches of a shard in parts of at most `PART_BYTES`; they follow from the batches' sizes alone.
+    """Yield the batches of a shard in parts of at most `PART_BYTES`; they follow from the batches' sizes alone.
 
     Args:
         batches: Those of a shard, gone through once.
         width: Columns of a row.
-        fewest: As many batches are in a part in any case, while there are more: processes in step have one each.
+        fewest: As many batches are in a part in any case, while there are more: each process of a group has one.
     """
-    # Asking for a batch by its number does not count it as done.
+    # Reading a batch by its number does not count it as done.
     sizes = [len(batches[number]) for number in range(len(batches))]
     most, coming, first = max(PART_BYTES // (4 * width), 1), iter(batches), 0
     while first < len(sizes):
@@ -67,7 +67,7 @@ def parts_of(batches: Sequence[np.ndarray], width: int, *, fewest: int = 1) -> I
             last, rows = last + 1, rows + sizes[last]
         yield PartBatches(rows, islice(coming, last - first))
         first = last
-    # The last batch is done when somebody comes back for the next.
+    # The last batch is done when the next one is requested.
     next(coming, None)
 
 
@@ -82,7 +82,7 @@ class EncodedRows(NamedTuple):
 
 
 def encoded(content: ShardContent, dtype: StoredType, name_of: Callable[[int], str], *, skip_bad: bool) -> EncodedRows:
-    """The rows as they are stored.
+    """Return the rows as they are stored.
 
     Args:
         content: Some rows of a shard.
@@ -107,7 +107,7 @@ def encoded(content: ShardContent, dtype: StoredType, name_of: Callable[[int], s
 
 
 def shard_header(small: dict[str, Tensor], columns: int, dtype: StoredType) -> bytes:
-    """What stands before the tensors of a shard: the small ones first, in the order of their alignment."""
+    """Return what stands before the tensors of a shard: the small ones first, in the order of their alignment."""
     rows = len(small["example"])
     shapes = {name: (tensor.dtype, [rows]) for name, tensor in small.items()}
     shapes["gradients"] = (STORED[dtype], [rows, columns])
@@ -115,7 +115,7 @@ def shard_header(small: dict[str, Tensor], columns: int, dtype: StoredType) -> b
 
 
 def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> bytes:
-    """What stands before the tensors of a safetensors file, which follow in the order of `shapes`."""
+    """Return what stands before the tensors of a safetensors file, which follow in the order of `shapes`."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -128,7 +128,7 @@ def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadat
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory."""
+    """Return the tensor's memory."""
     # numpy knows no bfloat16; as plain bytes every dtype passes.
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
@@ -151,7 +151,7 @@ def _is_finite(content: ShardContent, largest: Float[Tensor, "row"]) -> Tensor:
 
 
 def _with_zeros(content: ShardContent, keep: Tensor) -> ShardContent:
-    """The content with every number of the other rows zero: a product with NaN would still be NaN."""
+    """Return the content with every number of the other rows zero: a product with NaN would still be NaN."""
     gradients = torch.where(keep[:, None], content.gradients, 0.0)
     return ShardContent(
         gradients, torch.where(keep, content.loss, 0.0), torch.where(keep, content.norm, 0.0), content.example
@@ -166,7 +166,7 @@ def _require_finite(content: ShardContent, largest: Tensor, name_of: Callable[[i
 
 
 def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "row"] | None:
-    """What each row is divided by before it is rounded.
+    """Return what each row is divided by before it is rounded.
 
     For float16 a power of two that brings the largest entry to [2^14, 2^15): dividing by it is exact, nothing
     overflows, and entries down to 2^-28 of the largest keep full precision. For int8 the largest entry becomes 127.

@@ -1,4 +1,4 @@
-"""Where two manifests differ, shown so that a person sees what to type; a changed setting is never built over."""
+"""Differences of two manifests, shown with what to type; a result of other settings is never overwritten."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from vestige.index._manifest import Manifest, PlanStage, manifest_path, read_man
 
 
 def difference(old: Manifest, new: Manifest) -> list[Difference]:
-    """The settings in which `new` would give another index than `old`; names and paths alone do not count."""
+    """Return the settings in which `new` would give another index than `old`; names and paths alone do not count."""
     found = []
     for label, (before, after) in _compared(old, new).items():
         if before != after:
             shown = _shown(label, before, old), _shown(label, after, new)
             found.append(Difference(label.replace("_", "-"), *shown))
-    # The plan follows from the data and the token budget: on its own it says something, beside them nothing.
+    # The plan follows from the data and the token budget: on its own it is informative, beside them it is not.
     if not found and old.plan != new.plan:
         texts = [tuple((stage.stop, stage.fingerprint) for stage in side.plan.stages) for side in (old, new)]
         if texts[0] != texts[1]:
@@ -29,26 +29,26 @@ def difference(old: Manifest, new: Manifest) -> list[Difference]:
 
 
 def extends(old: Manifest, new: Manifest) -> bool:
-    """Whether `new` is `old` with stages added behind: the old shards stay as they are."""
+    """Return whether `new` is `old` with stages added behind: the old shards stay as they are."""
     before, after = old.plan.stages, new.plan.stages
     return len(after) > len(before) and after[: len(before)] == before and settings_of(old) == settings_of(new)
 
 
 def require_same(folder: Path, old: Manifest, new: Manifest) -> None:
-    """Nothing happens if both manifests give the same index.
+    """Raise unless both manifests give the same index.
 
     Raises:
-        IndexMismatch: They do not; the message shows each difference and says what to type.
+        IndexMismatch: They do not; the message shows each difference and what to type.
     """
     if differences := difference(old, new):
         raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
 def publish_manifest(folder: Path, manifest: Manifest) -> None:
-    """`folder` holds `manifest`, or one that was there and is the same; an extended one replaces the old.
+    """Write `manifest` to `folder` unless the same one is there; an extended one replaces the old.
 
     Raises:
-        IndexMismatch: Another process has meanwhile put a different one there.
+        IndexMismatch: Another process has written a different one there since.
     """
     old = read_manifest(folder)
     if old is None:
@@ -88,7 +88,7 @@ def _shown(field: str, value: Any, manifest: Manifest) -> str:
 
 
 def plan_shown(stages: Sequence[PlanStage]) -> str:
-    """Stages of a plan as a person reads them in a refusal."""
+    """Return the stages of a plan as the user reads them in a refusal."""
     shards = sum(len(stage.shard_rows) for stage in stages)
     return f"{shards} shards ({_digest([stage.plan_hash for stage in stages])})"
 

@@ -1,4 +1,4 @@
-"""What an index will cost, said before the work starts: measured on one batch, not guessed."""
+"""The cost of an index, announced before the work starts: measured on one batch, not guessed."""
 
 import time
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def estimate_cost(
 
 
 def announce_estimate(estimate: Estimate, manifest: Manifest, selection: Selection) -> None:
-    """One paragraph for a person: what is covered, how long, how much memory and disk."""
+    """Announce in one paragraph what is covered, how long it takes, how much memory and disk."""
     announce(
         f"Covers {selection.selected_parameters:,} of {selection.total_parameters:,} parameters "
         f"({selection.fraction:.0%}) in {len(selection.components)} components; "
@@ -52,5 +52,5 @@ def announce_estimate(estimate: Estimate, manifest: Manifest, selection: Selecti
     announce(
         f"{estimate.examples:,} examples, {estimate.tokens:,} tokens: about {format_seconds(estimate.seconds)}, "
         f"{format_bytes(estimate.disk_bytes)} of disk, {format_bytes(estimate.memory_bytes)} of memory. The first "
-        f"question of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
+        f"use of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
     )

@@ -19,11 +19,11 @@ from vestige.index._manifest import Manifest
 from vestige.tables import read_table
 
 _FILE_ROWS = 64 * GROUP_ROWS
-"""Examples in a file: whoever writes or opens one has its table of contents, about 1 kB a row group, in memory."""
+"""Examples in a file: its table of contents, about 1 kB a row group, is in memory while it is written or open."""
 
 
 def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
-    """sha256 over the examples `start:stop`: ids, tokens, targets, texts, sources and labels, in order."""
+    """Return the sha256 of the examples `start:stop`: ids, tokens, targets, texts, sources and labels, in order."""
     digest = hashlib.sha256()
     for row in range(start, stop):
         digest.update(json.dumps(record_of(data.examples[row], 0), sort_keys=True).encode())
@@ -34,7 +34,7 @@ def fingerprint_rows(data: TokenizedData, start: int, stop: int) -> str:
 
 
 def write_examples(folder: Path, manifest: Manifest, examples: Sequence[Example], lengths: np.ndarray) -> None:
-    """Each stage of the plan has its examples in Parquet files of its own; those that are there stay as they are."""
+    """Write the examples of each stage of the plan to Parquet files of its own; existing ones stay as they are."""
     make_folder(folder / "examples")
     for number, stage in enumerate(manifest.plan.stages):
         if _holds(_paths(folder, number), stage.stop - stage.start):
@@ -47,19 +47,19 @@ def write_examples(folder: Path, manifest: Manifest, examples: Sequence[Example]
 
 
 def read_examples(folder: Path, manifest: Manifest) -> StoredExamples:
-    """All examples of an index in row order, read when they are asked for.
+    """Return all examples of an index in row order; each is read when it is requested.
 
     Raises:
-        CorruptFile: A file is missing or does not hold what the manifest says.
+        CorruptFile: A file is missing or does not hold what the manifest records.
     """
     return StoredExamples(_whole_paths(folder, manifest))
 
 
 def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Lengths of all examples of an index in tokens, int64 [example].
+    """Return the lengths of all examples of an index in tokens, int64 [example].
 
     Raises:
-        CorruptFile: A file is missing or does not hold what the manifest says.
+        CorruptFile: A file is missing or does not hold what the manifest records.
     """
     tables = [
         read_table(path, EXAMPLES, "Run the same vestige index command again.", required=["length"], columns=["length"])
@@ -87,7 +87,7 @@ class _TableWriter(Protocol):
 
 
 def streamed(tables: Iterator[pa.Table], open_writer: Callable[[Any], _TableWriter]) -> Iterator[bytes]:
-    """The bytes that an Arrow or Parquet writer makes of `tables`, handed over table by table."""
+    """Yield the bytes that an Arrow or Parquet writer makes of `tables`, table by table."""
     pipe = _Pipe()
     writer = open_writer(pa.PythonFile(pipe, mode="w"))
     for table in tables:
@@ -121,7 +121,7 @@ class _Pipe(io.RawIOBase):
 
 
 def _paths(folder: Path, stage: int) -> list[Path]:
-    """The files of a stage, in order. Of an older index it is one, named by the stage alone."""
+    """Return the files of a stage, in order. Of an older index it is one, named by the stage alone."""
     parts = sorted((folder / "examples").glob(f"{stage:05d}-*.parquet"))
     return parts or [folder / "examples" / f"{stage:05d}.parquet"]
 
@@ -134,7 +134,7 @@ def _holds(paths: Sequence[Path], rows: int) -> bool:
 
 
 def _tables(rows: range, examples: Sequence[Example], lengths: np.ndarray) -> Iterator[pa.Table]:
-    """The examples at `rows`, one row group after another."""
+    """Yield the examples at `rows`, one row group after another."""
     for first in range(0, len(rows), GROUP_ROWS):
         records = [record_of(examples[row], int(lengths[row])) for row in rows[first : first + GROUP_ROWS]]
         disk_arrays.let_go(lengths)

@@ -25,7 +25,7 @@ _KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
 
 @verb(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """The index, or the run, at `path` in the folder `out`; the files that were written.
+    """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
 
     Raises:
         SpecError: The format is not known for what lies there.
@@ -42,7 +42,7 @@ def export(settings: ExportSettings) -> list[Path]:
 
 
 def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]:
-    """The whole index in the folder `out`.
+    """Write the whole index to the folder `out`.
 
     Args:
         index: A finished index.
@@ -81,7 +81,7 @@ def _format(kind: str, to: str, path: Path) -> ExportFormat:
 
 
 def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
-    """The files that `write` left in a folder, at their places in `out`, which has all of them at once."""
+    """Return the files that `write` left in a folder, at their paths in `out`, which has all of them at once."""
     with staged_folder(out) as folder:
         written = [path.relative_to(folder) for path in write(folder)]
     return [out / path for path in written]

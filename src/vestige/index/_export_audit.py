@@ -37,7 +37,7 @@ def write_dataset(audit: Audit, out: Path) -> list[Path]:
 
 
 def _whole(audit: Audit) -> pa.Table:
-    """Evidence with the columns of the examples beside it, in the order of the evidence."""
+    """Return the evidence with the columns of the examples beside it, in the order of the evidence."""
     evidence, examples = audit.table(), audit.examples.select(_TEXTS)
     rows = examples["row"].to_numpy()
     order = np.argsort(rows)

@@ -24,17 +24,17 @@ _SEED = 0
 
 
 class Recall(NamedTuple):
-    """How many of the exact `k` best are found, on average over sampled rows used as queries."""
+    """The share of the exact `k` best that are found, on average over sampled rows used as queries."""
 
     k: int
     nprobe: int
     queries: int
     recall: float
-    """Between 0 and 1; a row's own place among its best counts."""
+    """Between 0 and 1; a row's own position among its best counts."""
 
 
 def write_faiss(index: Index, out: Path) -> list[Path]:
-    """`index.faiss` (inverted lists, inner product), `recall.json` and `ids.json`; position = row of the data.
+    """Write `index.faiss` (inverted lists, inner product), `recall.json`, `ids.json`; position = row of the data.
 
     The cells are those of k-means on a sample; `nprobe`, the number of cells that are searched, is a tenth of them
     and kept in the file. The recall@10 of that setting is printed and written beside the file.
@@ -63,7 +63,7 @@ def write_faiss(index: Index, out: Path) -> list[Path]:
 
 
 def measure_recall(index: Index, built: Any) -> Recall:
-    """Recall of `built` on sampled rows, against inner products with every row."""
+    """Measure the recall of `built` on sampled rows, against inner products with every row."""
     count = min(_SAMPLED, index.rows)
     rows = np.random.default_rng(_SEED + 1).permutation(index.rows)[:count]
     queries, k = _rows(index, rows), min(_K, index.rows)
@@ -74,7 +74,7 @@ def measure_recall(index: Index, built: Any) -> Recall:
 
 
 def _exact(index: Index, queries: Float[np.ndarray, "query column"], k: int) -> Int[np.ndarray, "query k"]:
-    """Rows with the highest inner products, the best of the parts so far kept."""
+    """Return the rows with the highest inner products, updated part by part."""
     best = torch.empty((len(queries), 0))
     rows = torch.empty((len(queries), 0), dtype=torch.int64)
     for part in parts_in_order(index):

@@ -18,7 +18,7 @@ from vestige.index._store import Index
 
 
 def write_safetensors(index: Index, out: Path) -> list[Path]:
-    """`index.safetensors` with gradients [row, column], loss and norm in the order of the data, float32."""
+    """Write `index.safetensors` with gradients [row, column], loss and norm in the order of the data, float32."""
     loss, norm = losses_and_norms(index)
     shapes = {
         "loss": (torch.float32, [index.rows]),
@@ -44,7 +44,7 @@ def write_safetensors(index: Index, out: Path) -> list[Path]:
 
 
 def write_dataset(index: Index, out: Path) -> list[Path]:
-    """A folder for `datasets.load_from_disk`: the columns of the examples, loss, norm and gradient."""
+    """Write a folder for `datasets.load_from_disk`: the columns of the examples, loss, norm and gradient."""
     from datasets import Dataset
 
     check_disk(out.parent, 2 * exported_bytes(index))
@@ -60,7 +60,7 @@ def write_dataset(index: Index, out: Path) -> list[Path]:
 
 
 def write_lance(index: Index, out: Path) -> list[Path]:
-    """`index.lance`: the same columns, the gradient as a vector column that Lance can index.
+    """Write `index.lance`: the same columns, the gradient as a vector column that Lance can index.
 
     Raises:
         MissingExtra: pylance is not installed.
@@ -79,7 +79,7 @@ def write_lance(index: Index, out: Path) -> list[Path]:
 
 
 def example_schema(index: Index) -> pa.Schema:
-    """Columns of an example with its gradient; the manifest is in the metadata."""
+    """Return the columns of an example with its gradient; the manifest is in the metadata."""
     text = [(name, pa.string()) for name in ("id", "text", "prompt", "completion", "messages", "source", "label")]
     numbers = [
         ("loss", pa.float32()),
@@ -91,7 +91,7 @@ def example_schema(index: Index) -> pa.Schema:
 
 
 def example_batches(index: Index, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The rows of `example_schema` in the order of the data."""
+    """Yield the rows of `example_schema` in the order of the data."""
     examples, (loss, norm) = index.examples(), losses_and_norms(index)
     for part in parts_in_order(index):
         rows = examples[part.start : part.stop]

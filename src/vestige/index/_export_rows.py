@@ -23,7 +23,7 @@ class RowPart(NamedTuple):
 
 
 def parts_in_order(index: Index, rows: int | None = None) -> Iterator[RowPart]:
-    """Every row of the data in order, `rows` at a time; not given: as many as fit into 16 MB."""
+    """Yield every row of the data in order, `rows` at a time; not given: as many as fit into 16 MB."""
     step = rows or max(_PART_BYTES // (4 * index.width), 1)
     for start in range(0, index.rows, step):
         stop = min(start + step, index.rows)
@@ -36,7 +36,7 @@ def exported_bytes(index: Index) -> int:
 
 
 def losses_and_norms(index: Index) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
-    """Loss and gradient norm of every example, in the order of the data."""
+    """Return loss and gradient norm of every example, in the order of the data."""
     loss, norm = torch.empty(index.rows), torch.empty(index.rows)
     for number in range(len(index.manifest.shard_rows)):
         stored = map_shard(index.folder, number)

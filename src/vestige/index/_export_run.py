@@ -39,7 +39,7 @@ def write_dataset(scores: Scores, out: Path) -> list[Path]:
 
 
 def _rows(scores: Scores) -> list[dict[str, Any]]:
-    """One dictionary per listed score, proponents before opponents."""
+    """Return one dictionary per listed score, proponents before opponents."""
     every = scores.run.data.examples
     return [
         {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}

@@ -1,4 +1,4 @@
-"""What every gradient verb begins with: the model, the tokens of its training data, the parameters attributed to."""
+"""The inputs of gradient commands: the model, the tokens of its training data, the parameters attributed to."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def read_inputs(
 def read_data(
     settings: ReadingSettings, source: object, loaded: LoadedModel, *, tokens: Path | None = None, checked: bool = True
 ) -> TokenizedData:
-    """The training data as the model sees it, cut at the model's context.
+    """Read the training data as the model receives it, cut at the model's context.
 
     Args:
         settings: How text becomes tokens, and how many processes may share that.
@@ -89,20 +89,20 @@ def read_data(
 
 
 def tokenising_processes(settings: ReadingSettings) -> int:
-    """How many processes turn text into tokens: the local workers, before their own work begins."""
+    """Return how many processes turn text into tokens: the local workers, before their own work begins."""
     if not isinstance(settings, LaunchSettings) or settings.engine != "local" or is_worker():
         return 1
     return settings.workers
 
 
 def tokens_at_most(settings: ReadingSettings, loaded: LoadedModel) -> int | None:
-    """Tokens beyond which examples are cut: what was asked for, but never beyond the model's context."""
+    """Return the tokens beyond which examples are cut: as requested, but never beyond the model's context."""
     limits = [limit for limit in (settings.max_length, loaded.context_length) if limit is not None]
     return min(limits, default=None)
 
 
 def batch_tokens(settings: ReadingSettings, loaded: LoadedModel) -> int:
-    """The token budget of a batch."""
+    """Return the token budget of a batch."""
     if settings.token_budget is not None:
         return settings.token_budget
     on_cpu = next(loaded.model.parameters()).device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Whether the loss of an example depends on what it shares a batch with, tried on the longest and the shortest one."""
+"""Test of whether an example's loss depends on its batch, tried on the longest and the shortest example."""
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget:
     """Raise if the longest and the shortest example that can share a batch change each other's loss in one.
 
     Raises:
-        ModelError: They do; the message says what runs every example alone.
+        ModelError: They do; the message contains the option that runs every example alone.
     """
     pair = longest_and_shortest(data, batch_sharing(loaded.model), token_budget)
     if not pair:

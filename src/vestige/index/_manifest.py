@@ -1,4 +1,4 @@
-"""What an index was made from and how: one deterministic JSON file, compared before anything is reused."""
+"""The manifest of an index, what it was made from and how: one deterministic JSON file, compared before any reuse."""
 
 import hashlib
 import json
@@ -31,14 +31,14 @@ class _Frozen(BaseModel):
 
 
 class ModelIdentity(_Frozen):
-    """Which model; `name` is for reading, `fingerprint` decides."""
+    """Identity of the model; `name` is for reading, `fingerprint` decides."""
 
     name: str
     fingerprint: str
 
 
 class DataIdentity(_Frozen):
-    """Which examples; `name` is for reading, `fingerprint` decides."""
+    """Identity of the examples; `name` is for reading, `fingerprint` decides."""
 
     name: str
     fingerprint: str
@@ -53,7 +53,7 @@ class CompressionIdentity(_Frozen):
 
 
 class ImportRecord(_Frozen):
-    """Where an index came from that Vestige did not compute, and what is therefore not known of it."""
+    """Origin of an index that Vestige did not compute, and what is therefore not known of it."""
 
     layout: str
     digest: str
@@ -85,7 +85,7 @@ class Span(NamedTuple):
 
 
 class PlanStage(_Frozen):
-    """Rows `start:stop` of the data, added together; appending data adds a stage and leaves earlier ones alone."""
+    """Rows `start:stop` of the data, added at once; appending data adds a stage and leaves earlier ones alone."""
 
     start: int
     stop: int
@@ -180,7 +180,7 @@ class Manifest(_Frozen):
 
     @property
     def curvature_bytes(self) -> int:
-        """Bytes that the curvature takes beside the index from the first question of `influence` on, in float32."""
+        """Bytes that the curvature takes beside the index from the first use of `influence` on, in float32."""
         return sum(4 * (span.columns.stop - span.columns.start) ** 2 for span in self.spans)
 
     @property
@@ -189,7 +189,7 @@ class Manifest(_Frozen):
         return tuple(rows for stage in self.plan.stages for rows in stage.shard_rows)
 
     def to_json(self) -> bytes:
-        """The bytes of `manifest.json`."""
+        """Return the bytes of `manifest.json`."""
         return to_json(self.model_dump(mode="json"))
 
 
@@ -198,7 +198,7 @@ IMPORTED_SPEC = "imported"
 
 
 class Expectation(NamedTuple):
-    """What the manifest says about one shard."""
+    """The record of one shard in the manifest."""
 
     rows: int
     input: str
@@ -206,7 +206,7 @@ class Expectation(NamedTuple):
 
 
 def expected_shards(manifest: Manifest) -> tuple[Expectation, ...]:
-    """What every shard must be, by shard number."""
+    """Return what every shard must be, by shard number."""
     settings = hashlib.sha256(to_json(settings_of(manifest)))
     found = []
     for stage in manifest.plan.stages:
@@ -220,12 +220,12 @@ def expected_shards(manifest: Manifest) -> tuple[Expectation, ...]:
 
 
 def manifest_path(folder: Path) -> Path:
-    """Where an index keeps its manifest."""
+    """Return the path of an index's manifest."""
     return folder / "manifest.json"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`, None if there is none.
+    """Read the manifest in `folder`; return None if there is none.
 
     Raises:
         UserError: It was written by a later version of Vestige.
@@ -248,17 +248,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, TypeError, KeyError, ValidationError) as error:
         raise CorruptFile(
             f"{path} does not read as an index manifest ({str(error).splitlines()[0]}). "
-            "Give another --out, or --overwrite to build the index anew."
+            "Give another --out, or --overwrite to build the index again."
         ) from error
 
 
 def settings_of(manifest: Manifest) -> dict[str, Any]:
-    """The settings that decide a row's bytes, without the data, the stages, or names that are for reading."""
+    """Return the settings that decide a row's bytes, without the data, the stages, or names that are for reading."""
     fields = manifest.model_dump(mode="json", exclude={"data", "plan"})
     fields["model"] = manifest.model.fingerprint
     return fields | manifest.plan.model_dump(mode="json", exclude={"stages"})
 
 
 def to_json(value: Any) -> bytes:
-    """JSON of which equal values have equal bytes."""
+    """Return JSON of which equal values have equal bytes."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

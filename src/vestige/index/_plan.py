@@ -1,8 +1,8 @@
-"""Which examples make which batch, and which batches make which shard: fixed before any work starts.
+"""The plan of an index: the examples of each batch, and the batches of each shard, fixed before any work starts.
 
-The plan follows from the lengths and the settings alone, so every worker makes the same one, and whoever computes a
-shard, whenever, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row numbers, and the
-plan itself has them on the disk.
+The plan follows from the lengths and the settings alone, so every worker makes the same one, and any worker that
+computes a shard, at any time, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row
+numbers, and the plan itself has them on the disk.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _DECIDE_TOKENS = ("model", "max-length", "chat")
 
 
 class PlannedShard(NamedTuple):
-    """One shard's work. Its rows are looked up when they are asked for, so a plan is small however many there are."""
+    """One shard's work. Its rows are looked up when they are requested, so a plan is small however many there are."""
 
     number: int
     cut: CutBatches
@@ -55,7 +55,7 @@ class PlannedShard(NamedTuple):
 
     @property
     def examples(self) -> int:
-        """How many rows it has."""
+        """Number of its rows."""
         return self.stop - self.start
 
     @property
@@ -69,7 +69,7 @@ class PlannedShard(NamedTuple):
         return sum(batch.tokens for batch in self.cut_batches())
 
     def cut_batches(self) -> Iterator[CutBatch]:
-        """Its batches, as ranges of the rows of `cut`."""
+        """Yield its batches, as ranges of the rows of `cut`."""
         return self.cut.batches(self.start, self.stop)
 
 
@@ -96,7 +96,7 @@ def plan_index(
     append: bool = False,
     sharing: Sharing = ANY_EXAMPLES,
 ) -> tuple[Manifest, Plan]:
-    """The manifest with its plan, and the plan: one stage, or the stages of the index in `folder` and what is new.
+    """Return the manifest with its plan, and the plan: one stage, or those of the index in `folder` and what is new.
 
     Nothing is written.
 
@@ -138,7 +138,7 @@ def plan_index(
 
 
 def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
-    """Nothing happens if `plan` is the one that `manifest` records.
+    """Raise unless `plan` is the one that `manifest` records.
 
     Raises:
         IndexMismatch: It is not: the lengths or the way of batching have changed.
@@ -156,13 +156,13 @@ def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
 def _require_prefix(
     folder: Path, old: Manifest, draft: Manifest, examples: int, fingerprint_of: Callable[[int, int], str]
 ) -> None:
-    """The examples that `old` has indexed begin the new data, and the settings are the same."""
+    """Raise unless the examples that `old` has indexed begin the new data, and the settings are the same."""
     cut = draft.plan.model_copy(update={"stages": old.plan.stages})
     differences = difference(old, draft.model_copy(update={"data": old.data, "plan": cut}))
     changed = old.plan.stages[-1].stop > examples or any(
         fingerprint_of(stage.start, stage.stop) != stage.fingerprint for stage in old.plan.stages
     )
-    # Another tokenizer or another cut gives other tokens: then the data is not what the user has to look at.
+    # Another tokenizer or another cut gives other tokens: then the data is not what the user has to check.
     if changed and not any(found.field in _DECIDE_TOKENS for found in differences):
         sizes = [f"{side.name} ({side.examples:,} examples)" for side in (old.data, draft.data)]
         differences.insert(0, Difference("data", sizes[0], f"{sizes[1]}, begins differently"))
@@ -171,7 +171,7 @@ def _require_prefix(
 
 
 def _cut(manifest: Manifest, lengths: np.ndarray, first: int, number: int, sharing: Sharing) -> list[PlannedShard]:
-    """The shards of a stage, from `number` on: consecutive batches, none split, and no shard larger than need be."""
+    """Cut the shards of a stage, from `number` on: consecutive batches, none split, no shard larger than need be."""
     settings = manifest.plan
     cut = CutBatches(lengths, manifest.token_budget, settings.max_examples, sharing)
     # Padded tokens stand for the time that a batch takes.

@@ -1,4 +1,4 @@
-"""The folder of an index: made ready before shards are computed, looked at while they are, removed.
+"""The folder of an index: prepared before shards are computed, inspected while they are, removed.
 
 Nothing on disk changes before the settings were compared and the free space was checked. After that the markers are
 the truth: a run that is killed at any moment, on any of several hosts, loses the shards in flight and nothing else.
@@ -33,7 +33,7 @@ _ROOT, _SHARDS, _EXAMPLES = ".", "shards", "examples"
 
 
 class IndexStatus(NamedTuple):
-    """How far an index has come."""
+    """The progress of an index."""
 
     done: int
     """Shards whose marker is there and whose file has the right size."""
@@ -45,7 +45,7 @@ class IndexStatus(NamedTuple):
 
 
 def prepare_index(work: IndexPlan) -> list[int]:
-    """The folder is ready: manifest and examples are there, and whatever was damaged no longer counts as done.
+    """Prepare the folder: write manifest and examples; whatever was damaged no longer counts as done.
 
     Returns:
         Numbers of the shards that are missing.
@@ -66,15 +66,15 @@ def prepare_index(work: IndexPlan) -> list[int]:
     publish_manifest(folder, manifest)
     write_examples(folder, manifest, work.examples, work.plan.lengths)
     for number in missing:
-        # A marker may vouch for a file of the right size and the wrong content. Others may be at work already: what was
-        # missing a moment ago is looked at again, or their finished shard would be forgotten.
+        # A marker may vouch for a file of the right size and the wrong content. Other processes may be at work already:
+        # what was missing a moment ago is checked again, or their finished shard would be forgotten.
         if work.is_done(number) and shard_fault(folder, number, expected[number], contents=True):
             remove_durably(marker_path(folder, number))
     return missing
 
 
 def index_status(folder: Path) -> IndexStatus:
-    """How far the index in `folder` has come, read from its markers; nothing is done where there is no manifest."""
+    """Return the progress of the index in `folder`, read from its markers; zero where there is no manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         return IndexStatus(0, 0, 0, 0)
@@ -89,7 +89,7 @@ def index_status(folder: Path) -> IndexStatus:
 
 
 def remove_index(folder: Path) -> None:
-    """The index in `folder` is gone, for `--overwrite`; a folder without one is left alone, and so are tokens.
+    """Remove the index in `folder`, for `--overwrite`; a folder without one is left alone, and so are tokens.
 
     Raises:
         UserError: The folder holds files that are not an index's.
@@ -99,7 +99,7 @@ def remove_index(folder: Path) -> None:
 
 
 def _require_usable(folder: Path, manifest: Manifest) -> None:
-    """The folder is empty, absent, or holds this index or its beginning."""
+    """Raise unless the folder is empty, absent, or holds this index or its beginning."""
     old = read_manifest(folder)
     if old is None:
         require_no_others(folder, _BEGUN)

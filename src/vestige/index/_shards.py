@@ -1,7 +1,7 @@
-"""One shard: four or five tensors in a safetensors file, and a marker that is written last and says it is whole.
+"""One shard: four or five tensors in a safetensors file, and a marker that is written last when it is whole.
 
 The safetensors file is written and read here rather than by its library for three reasons: it is hashed while it is
-written, a full disk is seen as the error it is, and the body is mapped into memory without a copy.
+written, a full disk is reported as the error it is, and the body is mapped into memory without a copy.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from vestige.errors import CorruptFile
 from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
 from vestige.index._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.index._manifest import Expectation, StoredType
-from vestige.parsing import parse_json
+from vestige.parsing import as_record, parse_json, parse_object
 from vestige.scratch import Scratch
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
@@ -52,13 +52,13 @@ class StoredRows(NamedTuple):
                 piece.mul_(self.scale[rows, None])
 
     def picked(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
-        """The given rows of this shard as float32."""
+        """Return the given rows of this shard as float32."""
         result = self.gradients[rows].float()
         return result if self.scale is None else result * self.scale[rows, None]
 
 
 class Marker(NamedTuple):
-    """What `00012.json` says about `00012.safetensors`."""
+    """Content of `00012.json`, the marker of `00012.safetensors`."""
 
     shard: int
     rows: int
@@ -73,12 +73,12 @@ class Marker(NamedTuple):
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where shard `number` keeps its tensors."""
+    """Return the path of the tensors of shard `number`."""
     return folder / "shards" / f"{number:05d}.safetensors"
 
 
 def marker_path(folder: Path, number: int) -> Path:
-    """Where shard `number` keeps its marker."""
+    """Return the path of the marker of shard `number`."""
     return folder / "shards" / f"{number:05d}.json"
 
 
@@ -92,14 +92,14 @@ def write_shard(
     *,
     skip_bad: bool = False,
 ) -> Marker:
-    """Shard `number` is on disk, whole, and then marked so.
+    """Write shard `number`, whole, and then mark it as done.
 
     Args:
         folder: The index; its `shards` folder must exist.
         number: Which shard.
         parts: Its rows, of which one part after another is computed, rounded and put aside.
         dtype: How to store the gradients.
-        expected: What the manifest says about the shard.
+        expected: What the manifest records about the shard.
         name_of: How to name the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
 
@@ -134,21 +134,20 @@ def write_shard(
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:
-    """The marker of a shard, None if there is none or it does not read."""
+    """Return the marker of a shard, None if there is none or it does not read."""
     try:
-        fields = parse_json(marker_path(folder, number).read_bytes())
-        return Marker(**(fields | {"skipped": tuple(fields.get("skipped", ()))}))
-    except (OSError, ValueError, TypeError, AttributeError):
+        return as_record(Marker, parse_object(marker_path(folder, number).read_bytes()))
+    except (OSError, ValueError):
         return None
 
 
 def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: bool) -> str | None:
-    """Why a shard does not count as done, None if it does.
+    """Return why a shard does not count as done, None if it does.
 
     Args:
         folder: The index.
         number: Which shard.
-        expected: What the manifest says about it.
+        expected: What the manifest records about it.
         contents: Also compare the sha256, which reads the whole file.
     """
     marker, path = read_marker(folder, number), shard_path(folder, number)
@@ -167,7 +166,7 @@ def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: b
 
 
 def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
-    """The tensors of a shard as views of the memory-mapped file: nothing is read before it is used.
+    """Return the tensors of a shard as views of the memory-mapped file: nothing is read before it is used.
 
     Args:
         folder: The index.
@@ -192,12 +191,12 @@ def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
     except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         raise CorruptFile(
             f"{path} is not the shard that was written ({error}). Run the same vestige index command again: "
-            f"it makes this shard anew. All files: vestige status --verify {folder}"
+            f"it makes this shard again. All files: vestige status --verify {folder}"
         ) from error
 
 
 def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that the header names, if they fill the file in the order in which they are written."""
+    """Return the tensors that the header names, if they fill the file in the order in which they are written."""
     names = [name for name in _ORDER if name in header]
     if list(header) != names:
         raise ValueError(f"it holds the tensors {', '.join(header)}, expected {', '.join(_ORDER)} in this order")
@@ -206,7 +205,7 @@ def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Ten
         dtype, shape = _TYPES[entry["dtype"]], entry["shape"]
         size = torch.Size(shape).numel() * dtype.itemsize
         if min(shape) < 0 or entry["data_offsets"] != [offset, offset + size] or start + offset + size > len(body):
-            raise ValueError(f"the tensor {name} of shape {shape} does not fit its place")
+            raise ValueError(f"the tensor {name} of shape {shape} does not fit its position")
         found[name] = torch.frombuffer(body, dtype=dtype, count=size // dtype.itemsize, offset=start + offset).view(
             shape
         )
@@ -220,5 +219,5 @@ def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Ten
 
 
 def content_digest(markers: list[Marker]) -> str:
-    """sha256 over the sha256 of every shard: what a result that was computed from an index can be keyed by."""
+    """Return the sha256 of the sha256 of every shard: what a result computed from an index can be keyed by."""
     return hashlib.sha256("".join(marker.sha256 for marker in markers).encode()).hexdigest()

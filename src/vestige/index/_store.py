@@ -63,14 +63,14 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path, *, allow_missing: bool = False) -> "Index":
-        """The index in `folder`; the shards' sizes are checked, their contents are not (see `verify`).
+        """Open the index in `folder`; the shards' sizes are checked, their contents are not (see `verify`).
 
         Args:
             folder: Where `vestige index` wrote it.
-            allow_missing: Also open one that is not finished, to ask what is missing.
+            allow_missing: Also open one that is not finished, to list what is missing.
 
         Raises:
-            UserError: There is no index, or it is not finished; the message says how to continue.
+            UserError: There is no index, or it is not finished; the message contains how to continue.
             CorruptFile: Its manifest does not read.
         """
         folder = Path(folder)
@@ -97,7 +97,7 @@ class Index:
         return self.manifest.width
 
     def columns(self, number: int) -> slice:
-        """The columns of component `number`; all of them when the whole model was compressed into one vector."""
+        """Return the columns of component `number`; all of them when the whole model was compressed into one vector."""
         component = self.manifest.components[number]
         return slice(component.start, component.stop)
 
@@ -107,7 +107,7 @@ class Index:
         return self.manifest.spans
 
     def blocks(self, max_bytes: int = BLOCK_BYTES, *, shards: range | None = None) -> Iterator[IndexBlock]:
-        """Every row once, in the order of the plan, while the next block is being read in the background.
+        """Yield every row once, in the order of the plan, while the next block is being read in the background.
 
         Args:
             max_bytes: Most bytes of float32 gradients per block (one row may exceed it). About three blocks are in
@@ -124,9 +124,9 @@ class Index:
         return _read_ahead(partial(self._read, buffers), spans)
 
     def shard_groups(self, max_bytes: int) -> list[range]:
-        """Consecutive shards in groups of at most `max_bytes` of stored gradients, a larger shard by itself.
+        """Group consecutive shards by at most `max_bytes` of stored gradients, a larger shard by itself.
 
-        The pieces of work on an index: they follow from the index alone, never from who works on them.
+        The pieces of work on an index: they follow from the index alone, never from the processes that work on them.
         """
         groups, size = [range(0)], 0
         for shard, rows in enumerate(self.manifest.shard_rows):
@@ -138,35 +138,35 @@ class Index:
         return groups
 
     def rows_of(self, shards: range) -> int:
-        """Number of rows in these shards."""
+        """Return the number of rows in these shards."""
         return sum(self.manifest.shard_rows[shards.start : shards.stop])
 
     def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
-        """The gradients of the examples at `rows` of the data, float32, in the order asked for.
+        """Return the gradients of the examples at `rows` of the data, float32, in the requested order.
 
         Raises:
             IndexError: A row is not in the data.
         """
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked of {self.rows} examples")
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were requested of {self.rows} examples")
         places = self._places[wanted].astype(np.int64) - 1
         disk_arrays.let_go(self._places)
         ends = np.cumsum(self.manifest.shard_rows)
         shards = np.searchsorted(ends, places, side="right")
         result = torch.empty((len(wanted), self.width), dtype=torch.float32)
         for shard in np.unique(shards).tolist():
-            asked = np.flatnonzero(shards == shard)
-            inside = places[asked] - (ends[shard] - self.manifest.shard_rows[shard])
-            result[torch.from_numpy(asked)] = self._shard(shard).picked(torch.from_numpy(inside))
+            chosen = np.flatnonzero(shards == shard)
+            inside = places[chosen] - (ends[shard] - self.manifest.shard_rows[shard])
+            result[torch.from_numpy(chosen)] = self._shard(shard).picked(torch.from_numpy(inside))
         return result
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the shards that have no marker, or whose file has not the size that the marker says."""
+        """Return the numbers of the shards without a marker, or whose file has not the size in its marker."""
         return [fault.number for fault in self._faults(contents=False)]
 
     def verify(self) -> list[ShardFault]:
-        """The shards that are missing or whose sha256 is not their marker's; reads every byte.
+        """Return the shards that are missing or whose sha256 is not their marker's; reads every byte.
 
         Raises:
             CorruptFile: The shards are whole, but do not hold each example once.
@@ -177,11 +177,11 @@ class Index:
         return faults
 
     def examples(self) -> StoredExamples:
-        """The examples in row order of the data: a sequence that reads them when they are asked for."""
+        """Return the examples in row order of the data: a sequence that reads each when it is requested."""
         return self._stored_examples
 
     def lengths(self) -> np.ndarray:
-        """Tokens per example, int64 [example]."""
+        """Return the tokens per example, int64 [example]."""
         return read_lengths(self.folder, self.manifest)
 
     @cached_property
@@ -221,7 +221,7 @@ class Index:
         if not all(part.all() for part in disk_arrays.parts(places)):
             raise CorruptFile(
                 f"The shards of {self.folder} do not hold each of {self.rows} examples once. "
-                "Build the index anew: run its vestige index command with --overwrite."
+                "Build the index again: run its vestige index command with --overwrite."
             )
         return places
 
@@ -230,7 +230,7 @@ class Index:
         if stored.gradients.shape != expected:
             raise CorruptFile(
                 f"{shard_path(self.folder, number)} holds gradients of shape {tuple(stored.gradients.shape)}, and the "
-                f"manifest says {expected}. Build the index anew: run its vestige index command with --overwrite."
+                f"manifest records {expected}. Build the index again: run its vestige index command with --overwrite."
             )
         return stored
 
@@ -253,7 +253,7 @@ class Index:
 
 
 def incomplete_message(folder: Path, manifest: Manifest, missing: int) -> str:
-    """What a person reads who opens an unfinished index."""
+    """Return the message for an unfinished index."""
     return (
         f"The index in {folder} is not finished: {missing} of {len(manifest.shard_rows)} shards are missing. "
         "Run the command that began it again with the same settings; it computes only these:\n"
@@ -263,7 +263,7 @@ def incomplete_message(folder: Path, manifest: Manifest, missing: int) -> str:
 
 @final
 class _Buffers:
-    """Memory for blocks, used again once nobody holds the block that lay there.
+    """Memory for blocks, used again when the block that lay there is released.
 
     Fresh memory would cost several times as much as filling it, because the system clears every page first.
     """
@@ -278,7 +278,7 @@ class _Buffers:
         self._arrays: list[np.ndarray] = []
 
     def take(self) -> Float[Tensor, "number"]:
-        """A float32 tensor whose memory no other living tensor or array shares."""
+        """Return a float32 tensor whose memory no other living tensor or array shares."""
         for array in self._arrays:
             # Every tensor over an array's memory, views too, holds a reference to the array.
             if sys.getrefcount(array) == self._FREE_COUNT:

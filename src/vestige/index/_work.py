@@ -1,4 +1,4 @@
-"""An index as a work plan: its shards are the pieces, and the reduce sees that together they are the data."""
+"""An index as a work plan: its shards are the pieces, and the reduce verifies that they are the whole data."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +26,7 @@ _SHOWN = 10
 
 @final
 class PlannedBatches(Sequence[np.ndarray]):
-    """The batches of one shard; a loop over them counts one as done when it comes back for the next."""
+    """The batches of one shard; a loop over them counts one as done when it requests the next."""
 
     def __init__(self, batches: tuple[np.ndarray, ...]) -> None:
         self._batches = batches
@@ -49,7 +49,7 @@ class PlannedBatches(Sequence[np.ndarray]):
 
 ShardCompute = Callable[[PlannedBatches], Iterable[ShardContent]]
 """Turns the batches of a shard (each an array of rows of the data) into its content, part by part, rows in that order;
-it iterates over the batches once. A part is stored before the next one is asked for."""
+it iterates over the batches once. A part is stored before the next one is requested."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,21 @@ class IndexPlan:
         return len(self.plan)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the shard's marker is this index's and its file has the right size."""
+        """Return whether the shard's marker is this index's and its file has the right size."""
         return shard_fault(self.folder, piece, self.expected[piece], contents=False) is None
 
     def weight(self, piece: int) -> int:
-        """Examples in the shard."""
+        """Return the number of examples in the shard."""
         return self.expected[piece].rows
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """What computes a shard and writes it."""
+        """Yield the function that computes a shard and writes it."""
         with self.compute() as compute:
             yield lambda piece: self._fill(piece, compute)
 
     def reduce(self) -> Index:
-        """The finished index.
+        """Return the finished index.
 
         Raises:
             CorruptFile: Shards are missing, or do not hold each example once; the message lists them.
@@ -106,7 +106,7 @@ class IndexPlan:
 
     @cached_property
     def expected(self) -> tuple[Expectation, ...]:
-        """What the manifest says about each shard."""
+        """The record of each shard in the manifest."""
         return expected_shards(self.manifest)
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:
@@ -131,7 +131,7 @@ class IndexPlan:
 
 
 def require_each_example_once(folder: Path, manifest: Manifest) -> None:
-    """Nothing happens if every row of the data lies in one place of one shard.
+    """Raise unless every row of the data is in exactly one position of one shard.
 
     Raises:
         CorruptFile: Shards overlap, or leave examples out; the message lists both.
@@ -166,7 +166,7 @@ def _listed(what: str, faults: list[str]) -> str:
 
 
 def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: Manifest) -> Iterator[ShardContent]:
-    """The parts, if together they are the rows that were planned."""
+    """Yield the parts; raise unless they are the rows that were planned."""
     first, all_rows = 0, planned.rows
     for content in parts:
         rows = all_rows[first : first + len(content.example)]

@@ -17,7 +17,7 @@ _LEAD_SECONDS = (10, 120)
 
 
 def submit_array(settings: LaunchSettings, job: JobFolder, role: Role, tasks: int, command: Sequence[str]) -> list[str]:
-    """Ids of the arrays whose tasks run `command` as workers; several where one may not be so large."""
+    """Submit arrays whose tasks run `command` as workers, several where one may not be so large; return their ids."""
     largest = scheduler.largest_array()
     script = _script(settings, job, role, "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}", command)
     ids = []
@@ -31,7 +31,7 @@ def submit_array(settings: LaunchSettings, job: JobFolder, role: Role, tasks: in
 def submit_reduce(
     settings: LaunchSettings, job: JobFolder, role: Role, after: Sequence[str], command: Sequence[str]
 ) -> str:
-    """Id of the job that looks at what the arrays left, whatever became of them."""
+    """Submit the job that continues from what the arrays left, in whatever state they ended; return its id."""
     script = _script(settings, job, role, "${SLURM_JOB_ID}", command)
     dependency = "--dependency=afterany:" + ":".join(after)
     return scheduler.submit([*_options(settings, job), f"--output={job.logs}/%j-reduce.log", dependency], str(script))
@@ -55,7 +55,10 @@ def _options(settings: LaunchSettings, job: JobFolder) -> list[str]:
 
 
 def _script(settings: LaunchSettings, job: JobFolder, role: Role, log: str, command: Sequence[str]) -> Path:
-    """The script's path. `exec` lets signals arrive at the worker: a shell would wait for its child to end first."""
+    """Write the script and return its path.
+
+    `exec` lets signals arrive at the worker: a shell would wait for its child to end first.
+    """
     environment = worker_environment(settings, job.logs) | role.as_environment()
     lines = ["#!/bin/bash", "set -e"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != "VESTIGE_LOG"]
@@ -71,7 +74,7 @@ def _script(settings: LaunchSettings, job: JobFolder, role: Role, log: str, comm
 
 
 def _container(settings: LaunchSettings) -> list[str]:
-    """The words before the command: an Apptainer image with this folder in it, and the graphics cards if any."""
+    """Return the words before the command: an Apptainer image with this folder in it, and the GPUs if any."""
     folder = os.getcwd()
     cards = ["--nv"] if settings.gres is not None else []
     return ["apptainer", "exec", *cards, "--bind", folder, "--pwd", folder, str(settings.container)]

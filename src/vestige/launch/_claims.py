@@ -1,7 +1,7 @@
 """Who works on which piece: a file for each claim, made exclusively, kept warm, taken over when its owner died.
 
 Claims only save work. Should two processes ever compute the same piece, both write the same bytes under names of their
-own, and the marker is right whoever was last.
+own, and the marker is right whichever was last.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _BEATS = 12
 
 
 def stale_seconds() -> float:
-    """How long a claim from another host may go untouched until it is free: VESTIGE_STALE_SECONDS, the same for all.
+    """Return how long a claim from another host may go untouched until it is free: VESTIGE_STALE_SECONDS for all.
 
     Longer than any pause of a living process's heartbeat thread, including a network disk that is slow to show it.
 
@@ -51,7 +51,7 @@ class Owner(NamedTuple):
 
 @final
 class Claims:
-    """The claims in one folder, seen by one process."""
+    """The claims in one folder, from the view of one process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,7 +62,7 @@ class Claims:
         self._beating: set[str] = set()
 
     def take(self, name: str) -> "Claim | None":
-        """The claim on `name`, None while a living process holds it.
+        """Take the claim on `name`; return None while a living process holds it.
 
         Raises:
             DiskSpaceError: The disk is full.
@@ -76,7 +76,7 @@ class Claims:
         return Claim(self._path(name), self._me, self._stale_seconds / _BEATS) if self._create(name) else None
 
     def is_free(self, name: str) -> bool:
-        """Whether nobody holds `name`, or its owner is dead."""
+        """Return whether no process holds `name`, or its owner is dead."""
         owner = self.owner(name)
         if owner is None:
             return not self._path(name).exists() or self._is_cold(name)
@@ -86,18 +86,18 @@ class Claims:
         return self._is_cold(name) if alive is None else not alive
 
     def is_beating(self, name: str) -> bool:
-        """Whether the owner of `name` was seen alive: on this host, or by a heartbeat while this process looked."""
+        """Return whether the owner of `name` lives: on this host, or by a heartbeat while this process watched."""
         owner = self.owner(name)
         alive = is_alive(owner.worker) if owner else None
         self._is_cold(name)
         return name in self._beating if alive is None else alive
 
     def owner(self, name: str) -> Owner | None:
-        """Who holds `name`; None if nobody does, or if the file does not read."""
+        """Return the owner of `name`; None if there is none, or if the file does not read."""
         return read_owner(self._path(name))
 
     def held(self) -> dict[str, Owner]:
-        """Every claim whose file reads, by name."""
+        """Return every claim whose file reads, by name."""
         owners = {path.stem: read_owner(path) for path in sorted(self._folder.glob("*.json"))}
         return {name: owner for name, owner in owners.items() if owner is not None}
 
@@ -115,7 +115,7 @@ class Claims:
         return True
 
     def _evict(self, name: str) -> None:
-        """A dead owner's claim is gone; one that a living process made meanwhile is put back."""
+        """Remove a dead owner's claim; put back one that a living process made in the meantime."""
         dead, away = self.owner(name), self._folder / f".{name}.evicted.{secrets.token_hex(4)}"
         try:
             self._path(name).rename(away)
@@ -141,7 +141,7 @@ class Claims:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """The owner that a claim's file names, None if it does not read."""
+    """Return the owner that a claim's file names, None if it does not read."""
     try:
         *worker, since = json.loads(path.read_bytes())
         return Owner(WORKER.validate_python(worker), float(since))

@@ -11,9 +11,9 @@ from vestige.settings import LaunchSettings
 
 
 def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
-    """The words of the command with these settings, None if a value lives in this process alone.
+    """Return the words of the command with these settings, None if a value lives in this process alone.
 
-    A live module or a list of examples cannot go to another process; whoever needs one says so then
+    A live module or a list of examples cannot go to another process; work that needs another one raises then
     (`require_command`), so that work in this process needs no command at all.
     """
     given = settings.arguments()
@@ -26,7 +26,7 @@ def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
 
 
 def require_command(command: Sequence[str] | None) -> list[str]:
-    """The command, for work that leaves this process.
+    """Return the command, for work that leaves this process.
 
     Raises:
         UserError: There is none.
@@ -41,7 +41,7 @@ def require_command(command: Sequence[str] | None) -> list[str]:
 
 
 def _is_texts(value: Any) -> bool:
-    """Whether the value is a list of texts, which typed as words would be names of files."""
+    """Return whether the value is a list of texts, which typed as words would be names of files."""
     return isinstance(value, list | tuple) and any(isinstance(item, str) for item in value)
 
 

@@ -12,7 +12,7 @@ _TAIL_LINES = 12
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers as people and SLURM write them: 0-3,7,9-11."""
+    """Format numbers as people and SLURM write them: 0-3,7,9-11."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -23,7 +23,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
-    """The error to raise for these failures; one that the user can mend keeps its class and its words."""
+    """Return the error to raise for these failures; one that the user can fix keeps its class and its words."""
     for failure in failures:
         if failure.fatal:
             kind = getattr(errors, failure.kind, PieceFailed)
@@ -34,7 +34,7 @@ def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
     numbers = ranges(failure.piece for failure in failures)
     return PieceFailed(
         f"{name}: {len(failures)} of {pieces} pieces failed every time ({numbers}); the others went on.\n"
-        f"{shown}{more}\nMend the cause and run the same command again: only what is missing is computed."
+        f"{shown}{more}\nFix the cause and run the same command again: only what is missing is computed."
     )
 
 
@@ -48,7 +48,7 @@ def _described(failure: Failure) -> str:
 
 
 def tail(log: str) -> list[str]:
-    """The last lines of a log, none if it cannot be read."""
+    """Return the last lines of a log, none if it cannot be read."""
     try:
         return Path(log).read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else []
     except OSError:

@@ -13,15 +13,15 @@ from vestige.launch._role import this_role
 
 
 def is_follower() -> bool:
-    """Whether torchrun or accelerate started this process as a rank that leaves writing to the first one."""
+    """Return whether torchrun or accelerate started this process as a rank that leaves writing to the first one."""
     role = this_role()
     return role.kind == "rank" and role.number > 0
 
 
 def follow(result: Path, work: Callable[[], object]) -> None:
-    """`work` is done as far as anyone needs it, and the first rank has written the file `result`.
+    """Do `work` as far as it is needed, and wait until the first rank has written the file `result`.
 
-    The first rank may be done with everything, and tidy up, before this one comes to look. Should the first one fail,
+    The first rank may be done with everything, and tidy up, before this one checks. Should the first one fail,
     torchrun ends the others.
     """
     launched = psutil.Process(os.getppid()).create_time()

@@ -19,12 +19,12 @@ Result = TypeVar("Result")
 
 
 def missing_pieces(plan: WorkPlan[Any]) -> list[int]:
-    """Pieces that are not done, in order."""
+    """Return the pieces that are not done, in order."""
     return [piece for piece in range(plan.pieces) if not plan.is_done(piece)]
 
 
 def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int]) -> None:
-    """The job's record says what is to be done; what failed in an earlier run may be tried anew."""
+    """Write what is to be done into the job's record; what failed in an earlier run may be tried again."""
     job.make()
     job.forget_failures()
     weights = [plan.weight(piece) for piece in range(plan.pieces)]
@@ -48,16 +48,16 @@ def begin(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing
 
 
 def from_own_end(pieces: Sequence[int], number: int, of: int) -> list[int]:
-    """A worker's order: its own share first, every `of`-th piece, and then the others' to help them."""
+    """Return a worker's order: its own share first, every `of`-th piece, and then the others' to help them."""
     return [*pieces[number::of], *(piece for place, piece in enumerate(pieces) if place % of != number)]
 
 
 def work_here(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int]) -> None:
-    """The pieces are done, in this process or by others who work on the plan at the same time.
+    """Do the pieces, in this process or by others that work on the plan at the same time.
 
     Raises:
         PieceFailed: Some failed every time.
-        SystemExit: The process was asked to stop.
+        SystemExit: The process received a stop signal.
     """
     total = round(sum(plan.weight(piece) for piece in pieces))
     error, noted = None, dict[int, Failure]()
@@ -76,7 +76,7 @@ def work_here(plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pie
 
 
 def ending_well(plan: WorkPlan[Any], work: Callable[[], None]) -> None:
-    """`work` is done, or a person reads how to go on."""
+    """Do `work`; if it is stopped, print how to go on."""
     try:
         with stopping_at_steps():
             work()
@@ -98,12 +98,12 @@ def raise_failures(
     cause: BaseException | None = None,
     own: Mapping[int, Failure] = {},
 ) -> None:
-    """Nothing happens unless some of the pieces failed for good.
+    """Raise if some of the pieces failed for good.
 
     Args:
         plan: What was to be done.
         job: Where failures are noted.
-        pieces: Which are asked about.
+        pieces: The pieces to check.
         cause: The last error of this process.
         own: Failures in this process, which the disk may not have taken.
 
@@ -118,7 +118,7 @@ def raise_failures(
 
 
 def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> Result:
-    """The result, if every piece is done; one process at a time makes it.
+    """Return the result, if every piece is done; one process at a time makes it.
 
     Raises:
         WorkElsewhere: Pieces of other shares are missing.
@@ -138,7 +138,8 @@ def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> 
     while (claim := job.claims.take("reduce")) is None:
         time.sleep(POLL_SECONDS)
     with claim:
-        # A worker that was killed while it wrote leaves its temporary file, and nobody computes that piece again here.
+        # A worker that was killed while it wrote leaves its temporary file, and no process computes that piece again
+        # here.
         remove_strays(plan.folder)
         result = plan.reduce()
         job.write_job(ended=time.time())

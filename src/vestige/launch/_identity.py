@@ -16,7 +16,7 @@ from vestige.lockstep import ROLE_VARIABLE
 
 
 class Worker(NamedTuple):
-    """A process as another one can look it up, also after process numbers were given out again."""
+    """A process as another one can find it, also after process numbers were given out again."""
 
     host: str
     """Host and process namespace: containers count their processes themselves."""
@@ -34,17 +34,17 @@ _TOKEN = secrets.token_hex(4)
 
 
 WORKER = TypeAdapter(Worker)
-"""Checks what a file says of a process."""
+"""Validates what a file holds about a process."""
 
 
 def this_worker() -> Worker:
-    """This process."""
+    """Return the identity of this process."""
     pid = os.getpid()
     return Worker(this_host(), pid, _born(psutil.Process(pid)), job_id(), f"{_TOKEN}-{pid}")
 
 
 def job_id() -> str:
-    """The batch job that this process belongs to, as `squeue` writes it: 17 or 17_3."""
+    """Return the batch job that this process belongs to, as `squeue` writes it: 17 or 17_3."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
@@ -59,9 +59,9 @@ def _born(process: psutil.Process) -> float:
 
 
 def works_on(worker: Worker, job: Path) -> bool:
-    """Whether the process is one of ours, of this user, that works on the job folder.
+    """Return whether the process is one of ours, of this user, that works on the job folder.
 
-    A file names it, which anyone may have written; what the process is, only the system says.
+    A file names it, which any user may have written; what the process is, only the system knows.
     """
     try:
         process = psutil.Process(worker.pid)
@@ -82,7 +82,7 @@ def works_on(worker: Worker, job: Path) -> bool:
 
 
 def is_alive(worker: Worker) -> bool | None:
-    """Whether the process lives; None if it ran on another host, where this one cannot look."""
+    """Return whether the process lives; None if it ran on another host, where this one cannot check."""
     if worker.host != this_host():
         return None
     try:

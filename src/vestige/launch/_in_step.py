@@ -1,4 +1,4 @@
-"""A plan whose every piece takes all processes of a group, because they hold the model together (`--device fsdp`)."""
+"""A plan whose every piece takes all processes of a group, because the model is sharded over them (`--device fsdp`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,22 +14,22 @@ Result = TypeVar("Result")
 
 
 class _Order(NamedTuple):
-    """What the first process tells the others to do next."""
+    """What the first process makes the others do next."""
 
     piece: int | None = None
     """Compute it; None: nothing more is to be done."""
     elsewhere: str | None = None
-    """What is to be said when the rest of the work is for others."""
+    """The message when the rest of the work is for others."""
 
 
 def run_in_step(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Result]], Result]) -> Result:
-    """The plan's result in every process: the first one drives as it would alone, the others do as it says.
+    """Return the plan's result in every process: the first one drives as it would alone, the others follow it.
 
     Claims, failures and the record of the job are the first one's. A piece that fails is not tried again: the others
     may be in the middle of it, so the command ends.
 
     Raises:
-        PieceFailed: A piece raised what no caller can mend.
+        PieceFailed: A piece raised what no caller can fix.
         UserError: What computing a piece raised, or another process ended.
         WorkElsewhere: The rest is for other shares.
     """
@@ -58,7 +58,7 @@ def _other(plan: WorkPlan[Result]) -> Result:
 
 
 class _Announcing(WorkPlan[Result]):
-    """A plan that tells the other processes of a piece before it computes its own part of it."""
+    """A plan that announces a piece to the other processes before it computes its own part of it."""
 
     def __init__(self, plan: WorkPlan[Result]) -> None:
         self._plan = plan
@@ -104,7 +104,7 @@ class _Announcing(WorkPlan[Result]):
 
 @contextmanager
 def _opened_late(plan: WorkPlan[Any]) -> Iterator[Compute]:
-    """What computes a piece, opened with the first piece: placing hooks may take a pass over the model by all."""
+    """Open what computes a piece with the first piece: placing hooks may take a pass over the model by all."""
     with ExitStack() as stack:
         opened: list[Compute] = []
 
@@ -125,7 +125,7 @@ def _failed(plan: WorkPlan[Any], piece: int, error: Exception) -> PieceFailed:
     return PieceFailed(
         f"{plan.name}: piece {piece} of {plan.pieces} failed in one of the processes that hold the model, and so for "
         f"all: {type(error).__name__}: {error}\n"
-        "Mend the cause and run the same command again: what is finished is kept."
+        "Fix the cause and run the same command again: what is finished is kept."
     )
 
 

@@ -25,7 +25,7 @@ from vestige.settings import LaunchSettings
 _PATIENCE_SECONDS = 10.0
 """How long a worker may take to reach the end of a batch before it is killed."""
 _LOOKING = 0.05
-"""Share of the time that may be spent looking at markers."""
+"""Share of the time that may be spent reading markers."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -38,11 +38,11 @@ class _Running(NamedTuple):
 def work_in_processes(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], command: list[str]
 ) -> None:
-    """The pieces are done, by `settings.workers` processes that run `command`.
+    """Do the pieces by `settings.workers` processes that run `command`.
 
     Raises:
         PieceFailed: Pieces failed every time, or workers do not even begin.
-        SystemExit: The process was asked to stop.
+        SystemExit: The process received a stop signal.
     """
     count = min(settings.workers, len(pieces))
     announce(f"{plan.name}: {count} workers; their logs are in {job.logs}.")
@@ -73,7 +73,7 @@ class _Crew:
         self._started = self._early_deaths = 0
 
     def start(self, count: int) -> None:
-        """So many more workers run."""
+        """Start N more workers."""
         for _ in range(count):
             number = self._started
             self._started += 1
@@ -91,12 +91,12 @@ class _Crew:
             self._running.append(_Running(number, process, log))
 
     def watch(self, meter: Meter) -> None:
-        """Nothing is left: done, or given up.
+        """Wait until nothing is left: every piece is done, or given up.
 
         Raises:
             PieceFailed: Workers die before they begin a piece, again and again.
             DiskSpaceError: They do because the disk is full.
-            Stopped: The process was asked to stop.
+            Stopped: The process received a stop signal.
         """
         while True:
             check_stop()
@@ -106,11 +106,11 @@ class _Crew:
             self._bury()
             if not self._running:
                 self._replace(self._settings.workers)
-            # A plan of a thousand pieces on a slow disk must not keep its driver busy with looking.
+            # A plan of a thousand pieces on a slow disk must not keep its driver busy with reading markers.
             time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _LOOKING))
 
     def end(self) -> None:
-        """No worker runs any more; they give their claims back, and the slow ones are killed."""
+        """End all workers; they give their claims back, and the slow ones are killed."""
         for each in self._running:
             with contextlib.suppress(ProcessLookupError):
                 each.process.terminate()
@@ -124,7 +124,7 @@ class _Crew:
         self._running.clear()
 
     def _look(self, meter: Meter) -> bool:
-        """Whether there is still something to do or to wait for."""
+        """Return whether there is still something to do or to wait for."""
         done = {piece for piece in self._left if self._plan.is_done(piece)}
         for piece in done:
             meter.piece(self._plan.weight(piece))
@@ -169,7 +169,7 @@ class _Crew:
         return held
 
     def _replace(self, most: int) -> None:
-        """Start workers for pieces that nobody holds."""
+        """Start workers for pieces that no process holds."""
         free = [
             piece
             for piece in self._left
@@ -181,7 +181,7 @@ class _Crew:
 
 
 def worker_environment(settings: LaunchSettings, log: Path) -> dict[str, str]:
-    """What the environment of a worker says: its threads, its log, and that nobody watches."""
+    """Return the variables of a worker's environment: its threads, its log, and no progress bar."""
     threads = dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
     return threads | {
         "TOKENIZERS_PARALLELISM": "false",
@@ -192,7 +192,7 @@ def worker_environment(settings: LaunchSettings, log: Path) -> dict[str, str]:
 
 
 def _device(number: int) -> dict[str, str]:
-    """Every worker has one graphics card, in turn, where there are any."""
+    """Give every worker one GPU, round-robin, where there are any."""
     torch = sys.modules.get("torch")
     count = torch.cuda.device_count() if torch is not None else 0
     if not count:

@@ -12,7 +12,7 @@ from vestige.launch._stop import Stopped, check_stop, counting
 from vestige.launch._types import Compute, WorkPlan
 
 POLL_SECONDS = 0.2
-"""Between two looks at pieces that others hold."""
+"""Between two checks of pieces that others hold."""
 
 
 @final
@@ -24,17 +24,17 @@ class Meter:
         self._sum, self._shown, self._inside = 0.0, 0, 0.0
 
     def step(self, units: float) -> None:
-        """`units` of the current piece are done."""
+        """Count `units` of the current piece as done."""
         self._inside += units
         self._move(units)
 
     def piece(self, weight: float) -> None:
-        """The current piece of this weight is done, whatever its steps said."""
+        """Count the current piece of this weight as done, whatever its steps reported."""
         self._move(weight - self._inside)
         self._inside = 0.0
 
     def undo(self) -> None:
-        """The current piece was left; a bar does not go back, so it waits until the piece has caught up."""
+        """Take back the steps of a piece that was left; the bar does not go back, but waits for the piece."""
         self._sum -= self._inside
         self._inside = 0.0
 
@@ -57,7 +57,7 @@ class Worker:
         self.failed: dict[int, Failure] = {}
         """How pieces failed in this process."""
         self.stopped_in: int | None = None
-        """The piece that was left when the process was asked to stop."""
+        """The piece that was left when the process received a stop signal."""
         self.computed: list[int] = []
         """Pieces that this process finished."""
 
@@ -68,15 +68,15 @@ class Worker:
         self._stack.__exit__(*error)
 
     def work(self, pieces: Sequence[int], *, stay: bool) -> None:
-        """Every piece is done, given up, or surely in somebody else's hands.
+        """Work until every piece is done, given up, or claimed by a live worker.
 
         Args:
             pieces: Which, in the order in which to try them.
             stay: Also wait for the pieces that others compute, and take them over should they die.
 
         Raises:
-            UserError: One that no retry can mend, from computing a piece.
-            Stopped: The process was asked to stop.
+            UserError: One that no retry can fix, from computing a piece.
+            Stopped: The process received a stop signal.
         """
         left = list(pieces)
         while left:
@@ -89,7 +89,7 @@ class Worker:
             left = blocked
 
     def _settle(self, piece: int) -> bool:
-        """Whether nothing more is to be done about the piece; False while somebody else holds it, or to retry it."""
+        """Return whether nothing more is to be done about the piece; False while another holds it, or to retry it."""
         check_stop()
         if self._is_done(piece):
             return True
@@ -101,7 +101,7 @@ class Worker:
         if claim is None:
             return False
         with claim:
-            # Its last owner may have finished it between the two looks.
+            # Its last owner may have finished it between the two checks.
             return self._is_done(piece) or self._attempt(piece)
 
     def _is_done(self, piece: int) -> bool:
@@ -124,11 +124,11 @@ class Worker:
         except Stopped:
             self._meter.undo()
             self.stopped_in = piece
-            self._print(f"piece {piece}: left, because the process was asked to stop")
+            self._print(f"piece {piece}: left, because the process received a stop signal")
             raise
         except Exception as error:
             if (full := disk_error(error, self._plan.folder)) is not None:
-                # It would end every other attempt too, and leave no room to count them in.
+                # It would end every other attempt too, and leave no disk space to count them in.
                 self._record(piece, full)
                 raise full from error
             self._meter.undo()

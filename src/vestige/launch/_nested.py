@@ -13,18 +13,18 @@ _PARTS = (
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
 )
-"""What tells a process its part in a job, to Vestige and to torch.distributed; of the latter all or nothing: a Trainer
+"""What gives a process its part in a job, for Vestige and torch.distributed; of the latter all or nothing: a Trainer
 that finds LOCAL_RANK alone makes a process group of one and wraps its model in it."""
 _CARDS, _PLACE = "CUDA_VISIBLE_DEVICES", "SLURM_LOCALID"
-"""Where the graphics card of a rank is said instead: to CUDA, and should that have been asked before, to ourselves."""
+"""Where the GPU of a rank is set instead: for CUDA, and should CUDA have read it before, for ourselves."""
 
 
 @contextmanager
 def own_jobs() -> Iterator[None]:
-    """While the block runs, this process starts jobs of its own, whatever its part in the job around it.
+    """Let this process start jobs of its own while the block runs, whatever its part in the job around it.
 
-    For a piece that is itself a verb: without this, a verb inside a worker would take itself for a worker of its own
-    job, and wait for a driver that there is not. A rank of torchrun keeps its graphics card and sees no other.
+    For a piece that is itself a command: without this, a command inside a worker would take itself for a worker of its
+    own job, and wait for a driver that there is not. A rank of torchrun keeps its GPU and uses no other.
     """
     card = _card(os.environ) if is_one_of_several() else {}
     before = {name: os.environ.pop(name) for name in (*_PARTS, *card) if name in os.environ}

@@ -17,7 +17,7 @@ PROFILE_FILE = "profile.json"
 
 @contextmanager
 def phase(label: str, unit: str) -> Iterator[list[int]]:
-    """Shows the rate of a phase when the block ends without an error: what was appended to the list, per second.
+    """Show the rate of a phase when the block ends without an error: what was appended to the list, per second.
 
     Units that were done before, by another process or a run that was killed, are not appended: a rate is that of the
     work done here.
@@ -31,7 +31,7 @@ def phase(label: str, unit: str) -> Iterator[list[int]]:
 
 @contextmanager
 def profile(wanted: bool) -> Iterator[Profile | None]:
-    """Measures the block if `wanted`, and shows the table when it ends without an error."""
+    """Measure the block if `wanted`, and show the table when it ends without an error."""
     with profiled(wanted) as measured:
         yield measured
     if measured is not None:
@@ -39,6 +39,6 @@ def profile(wanted: bool) -> Iterator[Profile | None]:
 
 
 def write_profile(measured: Profile | None, folder: Path) -> None:
-    """`profile.json` is in the folder, if anything was measured; of several ranks, that of the first."""
+    """Write `profile.json` into the folder, if anything was measured; of several ranks, that of the first."""
     if measured is not None and is_first() and not is_follower():
         write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

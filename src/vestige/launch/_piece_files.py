@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 from vestige.lockstep import decided, is_first
+from vestige.parsing import as_record, parse_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class PieceFiles:
     """Fingerprint of settings, inputs and code: a piece with another one does not count as done."""
 
     def is_done(self, piece: int) -> bool:
-        """Whether the piece is marked as done for this input and its file has the right size; reads no tensor."""
+        """Return whether the piece is marked as done for this input and its file has the right size; read no tensor."""
         marker = self._marker(piece)
         if marker is None or marker.input != self.input:
             return False
@@ -49,7 +50,7 @@ class PieceFiles:
             return False
 
     def write(self, piece: int, tensors: "dict[str, Tensor]") -> None:
-        """The piece is on disk, whole, and then marked so; of processes in step the first writes it."""
+        """Write the piece to disk, whole, and then mark it so; in a process group the first process writes it."""
         if not is_first():
             return
         # Torch is imported where it is needed: `vestige status` and a driver that only waits do without.
@@ -65,7 +66,7 @@ class PieceFiles:
         write_durably(self._marker_path(piece), [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
 
     def read(self, piece: int) -> "dict[str, Tensor]":
-        """The tensors of a piece.
+        """Read the tensors of a piece.
 
         Raises:
             CorruptFile: it is missing, of another input, or its bytes are not those in its marker.
@@ -76,7 +77,7 @@ class PieceFiles:
         return load(self.path(piece).read_bytes())
 
     def check(self, piece: int) -> None:
-        """Returns if the piece is done and every byte of it is what was written.
+        """Raise unless the piece is done and every byte of it is what was written.
 
         Raises:
             CorruptFile: it is not.
@@ -86,7 +87,7 @@ class PieceFiles:
             raise CorruptFile(f"{self.path(piece)} is missing or damaged. Run the same command again: it is redone.")
 
     def forget_damaged(self, pieces: Sequence[int]) -> list[int]:
-        """Numbers of the pieces among these that were marked as done and do not hold what they held; they are undone.
+        """Undo those of these pieces that are marked as done and whose bytes have changed; return their numbers.
 
         Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
         """
@@ -104,25 +105,24 @@ class PieceFiles:
         return damaged
 
     def fingerprint(self, pieces: Sequence[int]) -> str:
-        """sha256 over the contents of these pieces, as their markers say them."""
+        """Return the sha256 over the contents of these pieces, from their markers."""
         markers = [self._marker(piece) for piece in pieces]
         return hashlib.sha256(json.dumps([marker and marker.sha256 for marker in markers]).encode()).hexdigest()
 
     def remove(self) -> None:
-        """The folder is gone with all that is in it; two who remove it at once do no harm."""
+        """Remove the folder with all that is in it; two processes that remove it at once do no harm."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, piece: int) -> Path:
-        """Where a piece keeps its tensors."""
+        """Return the path of a piece's tensors."""
         return self.folder / f"{piece:05d}.safetensors"
 
     def _marker_path(self, piece: int) -> Path:
         return self.folder / f"{piece:05d}.json"
 
     def _marker(self, piece: int) -> PieceMarker | None:
-        """The marker, None if there is none or it does not read."""
+        """Return the marker, None if there is none or it does not read."""
         try:
-            fields: Any = json.loads(self._marker_path(piece).read_bytes())
-            return PieceMarker(**fields)
-        except (OSError, ValueError, TypeError):
+            return as_record(PieceMarker, parse_object(self._marker_path(piece).read_bytes()))
+        except (OSError, ValueError):
             return None

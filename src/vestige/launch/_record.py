@@ -20,6 +20,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
 from vestige.launch._identity import Worker, this_worker
+from vestige.parsing import first_problem
 
 JOB_FILES = (
     "launch/*/job.json",
@@ -29,16 +30,16 @@ JOB_FILES = (
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
 _ROOM = 16 * 1024
-"""Bytes that a claim and the note of a failure surely fit into."""
+"""Bytes that a claim and the note of a failure always fit into."""
 
 
 class Failure(NamedTuple):
-    """A piece that failed so far every time, and what it said last."""
+    """A piece that failed so far every time, and its last error."""
 
     piece: int
     attempts: int
     fatal: bool
-    """Whether trying again is useless: the error is one that the user has to mend."""
+    """Whether trying again is useless: the error is one that the user has to fix."""
     kind: str
     """Name of the error's class."""
     error: str
@@ -64,7 +65,7 @@ class Entry(NamedTuple):
 
 
 class _Job(BaseModel):
-    """What `job.json` must hold; checked because it may lie in a folder that somebody else made."""
+    """What `job.json` must hold; checked because it may lie in a folder that another user made."""
 
     name: str
     unit: str
@@ -83,11 +84,6 @@ class _Job(BaseModel):
 _ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
 @final
 class JobFolder:
     """Claims, failures, logs and the record of one plan."""
@@ -102,12 +98,12 @@ class JobFolder:
 
     @classmethod
     def of(cls, folder: Path, name: str) -> "JobFolder":
-        """The job folder of the plan `name` over `folder`."""
+        """Return the job folder of the plan `name` over `folder`."""
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "job"
         return cls(folder / "launch" / slug)
 
     def make(self) -> None:
-        """The folders exist.
+        """Make the folders.
 
         Raises:
             UserError: They cannot be made there.
@@ -116,7 +112,7 @@ class JobFolder:
             make_folder(path)
 
     def require_room(self) -> None:
-        """Nothing happens if a small file can be written.
+        """Raise unless a small file can be written.
 
         Raises:
             DiskSpaceError: The disk is full.
@@ -127,12 +123,12 @@ class JobFolder:
         path.unlink(missing_ok=True)
 
     def write_job(self, **fields: Any) -> None:
-        """`job.json` has these fields, and keeps the others that it had."""
+        """Write these fields into `job.json`, which keeps the others that it had."""
         content = self.read_job() | fields
         write_durably(self.path / "job.json", [(json.dumps(content, indent=1) + "\n").encode()])
 
     def read_job(self) -> dict[str, Any]:
-        """What `job.json` says; empty if there is none.
+        """Read `job.json`; empty if there is none.
 
         Raises:
             CorruptFile: It is not what Vestige writes: nothing in it may be used, least of all to end a process.
@@ -144,21 +140,21 @@ class JobFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            reason = _first_problem(error) if isinstance(error, ValidationError) else error
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise CorruptFile(
                 f"{path} is not the record of a job ({reason}). Delete it, if the folder is yours."
             ) from None
         return content
 
     def note(self, piece: int, weight: float, seconds: float) -> None:
-        """The journal has one more line; a disk that is full costs the line, not the work."""
+        """Append a line to the journal; a disk that is full costs the line, not the work."""
         me = this_worker()
         entry = Entry(piece, weight, seconds, time.time(), _cores(), _gpus(), me.host, me.job)
         with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def journal(self) -> list[Entry]:
-        """Every line of every worker, in the order of their ends."""
+        """Return every line of every worker, in the order of their ends."""
         return sorted(self._entries(), key=lambda entry: entry.ended)
 
     def _entries(self) -> Iterator[Entry]:
@@ -169,7 +165,7 @@ class JobFolder:
                     yield _ENTRY.validate_json(line)
 
     def record_failure(self, piece: int, error: BaseException | str, *, log: str = "") -> Failure:
-        """The piece has failed once more; written while its claim is held."""
+        """Record that the piece has failed once more; called while its claim is held."""
         is_error = isinstance(error, BaseException)
         before = self.failure(piece)
         failure = Failure(
@@ -188,28 +184,28 @@ class JobFolder:
         return failure
 
     def failure(self, piece: int) -> Failure | None:
-        """How the piece failed so far, None if it did not."""
+        """Return how the piece failed so far, None if it did not."""
         try:
             return _FAILURE.validate_json(self._failure_path(piece).read_bytes())
         except (OSError, ValueError):
             return None
 
     def failures(self) -> list[Failure]:
-        """Every piece that failed and has not succeeded since."""
+        """Return every piece that failed and has not succeeded since."""
         numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if is_number(path.stem))
         return [failure for number in numbers if (failure := self.failure(number)) is not None]
 
     def forget_failure(self, piece: int) -> None:
-        """The piece succeeded after all, or is to be tried anew."""
+        """Forget that the piece failed: it succeeded after all, or is to be tried again."""
         self._failure_path(piece).unlink(missing_ok=True)
 
     def forget_failures(self) -> None:
-        """Everything may be tried anew."""
+        """Forget all failures, so that everything may be tried again."""
         for path in self._failures.glob("*.json"):
             path.unlink(missing_ok=True)
 
     def is_given_up(self, piece: int, retries: int) -> bool:
-        """Whether the piece is not to be tried again in this run."""
+        """Return whether the piece is not to be tried again in this run."""
         failure = self.failure(piece)
         return failure is not None and (failure.fatal or failure.attempts > retries)
 
@@ -218,17 +214,17 @@ class JobFolder:
 
 
 def is_number(name: str) -> bool:
-    """Whether a file's name, as anyone may have given it, is the number of a piece."""
+    """Return whether a file's name, which any user may have given it, is the number of a piece."""
     return re.fullmatch("[0-9]{1,12}", name) is not None
 
 
 def claim_name(piece: int) -> str:
-    """Under which name a piece is claimed."""
+    """Return the name under which a piece is claimed."""
     return f"{piece:05d}"
 
 
 def _cores() -> int:
-    """Processor cores that this worker keeps busy."""
+    """Return the number of processor cores that this worker keeps busy."""
     asked = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
     return int(asked) if asked and asked.isdigit() else os.cpu_count() or 1
 

@@ -13,7 +13,7 @@ class Role(NamedTuple):
     """A process's part in a job."""
 
     kind: Literal["driver", "worker", "reduce", "rank", "mirror"]
-    """A mirror does what the driver does, in step with it (`vestige.lockstep`)."""
+    """A mirror does what the driver does, in the same process group (`vestige.lockstep`)."""
     job: str = ""
     """The job folder that a worker works on; of another plan, it only takes the result."""
     number: int = 0
@@ -26,16 +26,16 @@ class Role(NamedTuple):
     """Whether a driver waits for the job and goes on by itself."""
 
     def as_environment(self) -> dict[str, str]:
-        """The variable that makes a child process play this role."""
+        """Return the variable that makes a child process play this role."""
         return {ROLE_VARIABLE: json.dumps(self._asdict())}
 
     def is_for(self, job: Path) -> bool:
-        """Whether the role is one in this job."""
+        """Return whether the role is one in this job."""
         return Path(self.job) == job.resolve()
 
 
 def this_role(environment: Mapping[str, str] = os.environ) -> Role:
-    """The role that the environment gives this process: Vestige's own variable, else that of torchrun."""
+    """Return the role that the environment gives this process: Vestige's own variable, else that of torchrun."""
     told = environment.get(ROLE_VARIABLE)
     if told:
         role = Role(**json.loads(told))
@@ -51,10 +51,10 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
 
 
 def is_worker() -> bool:
-    """Whether a driver started this process to do a part of its job, and has prepared everything."""
+    """Return whether a driver started this process to do a part of its job, and has prepared everything."""
     return this_role().kind in ("worker", "reduce")
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun or accelerate started this process as one of several that run the same program."""
+    """Return whether torchrun or accelerate started this process as one of several that run the same program."""
     return this_role().kind == "rank"

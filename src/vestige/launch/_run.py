@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence[str] | None) -> Result:
-    """The plan's result, once every piece is done.
+    """Return the plan's result, once every piece is done.
 
     Pieces that are done already are left alone; the missing ones are computed in this process, in local worker
     processes, on SLURM, or shared among the ranks of torchrun. Killed at any moment, the same call continues.
@@ -58,7 +58,7 @@ def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence
 def _drive(
     plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder, role: Role, command: Sequence[str] | None
 ) -> Result:
-    """The work of the process that a person started, or of one rank among several."""
+    """Do the work of the process that a person started, or of one rank among several."""
     missing = missing_pieces(plan)
     share = missing if settings.part is None else [one for one in missing if one % settings.part[1] == settings.part[0]]
     if role.kind == "rank":

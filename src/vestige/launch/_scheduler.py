@@ -17,7 +17,7 @@ class SchedulerSilent(UserError):
 
 
 def submit(options: Sequence[str], script: str) -> str:
-    """The id of a new batch job.
+    """Submit a new batch job and return its id.
 
     Raises:
         UserError: SLURM refused it; the message is its own.
@@ -26,7 +26,7 @@ def submit(options: Sequence[str], script: str) -> str:
 
 
 def waiting_or_running(jobs: Sequence[str]) -> dict[str, str]:
-    """State of each task of these jobs that is not over, by its id.
+    """Return the state of each task of these jobs that is not over, by its id.
 
     Raises:
         SchedulerSilent: The scheduler did not answer: nothing is known.
@@ -54,25 +54,25 @@ def _each(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:
-    """The jobs are cancelled; those that are over are no error."""
+    """Cancel the jobs; those that are over are no error."""
     if jobs:
         _call("scancel", "--", *jobs, refused=False)
 
 
 def requeue(job: str) -> None:
-    """The job is queued again, as far as SLURM allows it."""
+    """Queue the job again, as far as SLURM allows it."""
     _call("scontrol", "requeue", job, refused=False)
 
 
 def largest_array() -> int:
-    """How many tasks an array may have here."""
+    """Return the number of tasks that an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
     # The setting is one more than the largest number of a task.
     return max(int(found[1]) if found else _DEFAULT_ARRAY_SIZE, 1)
 
 
 def why_ended(jobs: Sequence[str]) -> list[str]:
-    """One line for each task that did not end well, as far as the site keeps accounts; none otherwise."""
+    """Return one line for each task that did not end well, as far as the site keeps accounts; none otherwise."""
     if not jobs or shutil.which("sacct") is None:
         return []
     words = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode", "--jobs=" + ",".join(jobs))
@@ -85,7 +85,10 @@ def why_ended(jobs: Sequence[str]) -> list[str]:
 
 
 def seconds_of(limit: str) -> int | None:
-    """The seconds of a time limit as sbatch takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s); None if it is none."""
+    """Return the seconds of a time limit as sbatch takes it; None if it is none.
+
+    The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if match is None:
         return None
@@ -98,7 +101,7 @@ def seconds_of(limit: str) -> int | None:
 
 
 def _call(program: str, *words: str, refused: bool = True) -> str:
-    """What the program prints; with `refused` False its refusal is no error."""
+    """Run the program and return its output; with `refused` False its refusal is no error."""
     try:
         run = subprocess.run([program, *words], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Work on SLURM: an array of workers, and a job after them that looks at the markers and submits what is missing.
+"""Work on SLURM: an array of workers, and a job after them that reads the markers and submits what is missing.
 
-The markers say what is done, never the scheduler: it is asked only whether somebody still works. It all goes on when
+The markers show what is done, never the scheduler, which only shows whether a job still works. It all goes on when
 the process that submitted it is gone.
 """
 
@@ -26,16 +26,16 @@ from vestige.settings import LaunchSettings
 Result = TypeVar("Result")
 
 ATTEMPTS = 5
-"""How often what is missing is submitted by itself. After that a person has to look."""
+"""How often what is missing is submitted by itself. After that a person has to act."""
 _POLL_SECONDS = 1.0
 _QUEUE_SECONDS = 10.0
-"""Between two questions to the scheduler, whom many users ask."""
+"""Between two requests to the scheduler, which many users share."""
 
 
 def work_on_slurm(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], command: list[str]
 ) -> None:
-    """The pieces are done, by batch jobs that this process waits for.
+    """Do the pieces by batch jobs that this process waits for.
 
     Raises:
         WorkElsewhere: `settings.wait` is off; the jobs are submitted.
@@ -65,7 +65,7 @@ def work_on_slurm(
 def submit_work(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: int, command: list[str], *, attempt: int
 ) -> None:
-    """An array of workers and the job after it are queued, and noted in the job's record."""
+    """Queue an array of workers and the job after it, and note them in the job's record."""
     tasks = min(settings.workers, pieces)
     home = str(job.path.resolve())
     arrays = submit_array(settings, job, Role("worker", home, of=tasks, attempt=attempt), tasks, command)
@@ -79,10 +79,10 @@ def submit_work(
 def reduce_job(
     plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder, role: Role, command: Sequence[str] | None
 ) -> Result:
-    """The result, from within the job that comes after the array; or the next attempt at what is missing.
+    """Return the result, from within the job that comes after the array; or start the next attempt at what is missing.
 
     Raises:
-        SystemExit: Somebody else goes on: the next jobs, or the process that waits for this one.
+        SystemExit: Others go on: the next jobs, or the process that waits for this one.
     """
     missing = missing_pieces(plan)
     worth_trying = [piece for piece in missing if not job.is_given_up(piece, settings.retries)]
@@ -98,7 +98,7 @@ def reduce_job(
 
 
 def requeue_unless_cancelled(number: int, job: JobFolder, piece: int | None, *, progressed: bool) -> None:
-    """A batch job that was asked to stop is queued again, unless the scheduler does that itself or a person ended it.
+    """Queue a stopped batch job again, unless the scheduler does that itself or a person ended it.
 
     SIGTERM comes from `scancel` and from preemption, where `--requeue` has the scheduler queue the job. The other two
     come before a time limit or a preemption that would end the job for good.
@@ -108,7 +108,7 @@ def requeue_unless_cancelled(number: int, job: JobFolder, piece: int | None, *, 
         return
     if piece is not None and not progressed and number == signal.SIGUSR1:
         # A piece that is longer than the time limit would be begun for ever.
-        job.record_failure(piece, "the job was asked to stop before it finished one piece; give a longer --time")
+        job.record_failure(piece, "the job received a stop signal before it finished one piece; give a longer --time")
     scheduler.requeue(own)
 
 
@@ -136,7 +136,7 @@ def _wait(
 def _require_workers(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, missing: list[int], command: list[str]
 ) -> None:
-    """Somebody works on the missing pieces, or waits to."""
+    """Make sure that jobs work on the missing pieces, or wait to: submit them again where none does."""
     jobs = _jobs(job)
     try:
         if scheduler.waiting_or_running(jobs) or _jobs(job) != jobs:

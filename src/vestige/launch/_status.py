@@ -1,4 +1,4 @@
-"""How far the jobs of a folder are, and their end on request; read from what they left there, by anyone."""
+"""How far the jobs of a folder are, and their end on request; read from what they left there, by any process."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from vestige.progress import format_seconds
 
 
 class JobStatus(NamedTuple):
-    """One plan's work, as its record tells it."""
+    """One plan's work, as its record has it."""
 
     name: str
     unit: str
@@ -38,7 +38,7 @@ class JobStatus(NamedTuple):
     logs: Path
 
     def lines(self) -> list[str]:
-        """The status for a person."""
+        """Return the status for a person."""
         left = f", {format_seconds(self.seconds_left)} left" if self.seconds_left and self.state == "running" else ""
         held = f", {len(self.running)} at work ({ranges(self.running)})" if self.running else ""
         shown = [
@@ -56,16 +56,16 @@ class JobStatus(NamedTuple):
 
 
 def job_statuses(folder: Path) -> list[JobStatus]:
-    """The status of every job that has worked on `folder`, in the order in which they began."""
+    """Return the status of every job that has worked on `folder`, in the order in which they began."""
     statuses = [(job.read_job(), job) for job in _jobs_of(folder)]
     return [_status(record, job) for record, job in sorted(statuses, key=lambda each: each[0].get("begun", 0))]
 
 
 def cancel_jobs(folder: Path) -> list[str]:
-    """What is running for `folder` ends at the next batch; what is finished stays.
+    """End what is running for `folder` at its next batch; what is finished stays.
 
     Returns:
-        What was told to end, for a person; empty if nothing was running.
+        What was ended, for a person; empty if nothing was running.
 
     Raises:
         UserError: Nothing has ever run there, or the scheduler does not answer.
@@ -109,7 +109,7 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
 
 
 def _held(job: JobFolder) -> dict[str, Worker]:
-    """Claims whose owners live, or ran on other hosts and may live."""
+    """Return the claims whose owners live, or ran on other hosts and may live."""
     held = {name: owner.worker for name, owner in job.claims.held().items()}
     return {name: worker for name, worker in held.items() if is_alive(worker) is not False}
 
@@ -133,7 +133,7 @@ def _cancel(job: JobFolder) -> Iterator[str]:
     record = job.read_job()
     if record.get("ended"):
         return
-    # First of all: a job that comes after an array must not submit anew what is being cancelled.
+    # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
     if jobs := record.get("jobs", []):
         scheduler.cancel_jobs(jobs)

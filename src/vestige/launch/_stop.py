@@ -1,4 +1,4 @@
-"""Stopping at a good moment: a signal asks, and work ends between two batches with everything given back."""
+"""Stopping at a good moment: after a signal, work ends between two batches with everything given back."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ preemption."""
 
 
 class Stopped(BaseException):
-    """Work ends here because somebody asked for it; like KeyboardInterrupt, no `except Exception` may hold it up."""
+    """Work ends here because a signal requested it; like KeyboardInterrupt, no `except Exception` may hold it up."""
 
 
 class _State:
-    """What a piece that is being computed may say and must hear; one for the process, as signals are."""
+    """What a piece that is being computed reports and must obey; one for the process, as signals are."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -33,7 +33,7 @@ _STATE = _State()
 
 
 def step_done(units: float = 0) -> None:
-    """Note that `units` of the current piece's weight are done; work stops here if it was asked to.
+    """Note that `units` of the current piece's weight are done; work stops here after a stop signal.
 
     Call it after each batch. Outside `run_plan` it does nothing.
 
@@ -45,17 +45,17 @@ def step_done(units: float = 0) -> None:
 
 
 def note_kept() -> None:
-    """What the current piece did so far is on disk: to leave it and begin it again is no loss of time."""
+    """Note that what the current piece did so far is on disk: to leave it and begin it again is no loss of time."""
     _STATE.kept = True
 
 
 def is_kept() -> bool:
-    """Whether a piece that was left has said so."""
+    """Return whether a piece that was left has noted so."""
     return _STATE.kept
 
 
 def check_stop() -> None:
-    """Nothing happens unless the process was asked to stop.
+    """Raise if the process received a stop signal.
 
     Raises:
         Stopped: It was.
@@ -67,13 +67,13 @@ def check_stop() -> None:
 
 
 def stop_signal() -> int | None:
-    """The signal that asked this process to stop, None if none did."""
+    """Return the stop signal that this process received, None if there was none."""
     return _STATE.asked
 
 
 @contextmanager
 def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
-    """While the block runs, a signal no longer kills but makes the next `step_done` raise `Stopped`.
+    """Make a signal, while the block runs, not kill the process but make the next `step_done` raise `Stopped`.
 
     Args:
         parent: Process whose end also stops the work; None for none.
@@ -90,7 +90,7 @@ def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
     around = _STATE.parent
     if _STATE.depth == 0:
         _STATE.asked, _STATE.kept = None, False
-    # A job inside a piece ends with whatever ends the job around it, and leaves the question to that.
+    # A job inside a piece ends with whatever ends the job around it, and leaves the signal to that.
     _STATE.parent = around if parent is None else parent
     _STATE.depth += 1
     try:
@@ -104,7 +104,7 @@ def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def counting(count: Callable[[float], None]) -> Iterator[None]:
-    """While the block runs, `step_done` reports its units to `count`."""
+    """Make `step_done` report its units to `count` while the block runs."""
     before, _STATE.count = _STATE.count, count
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, _STATE, "count", before)

@@ -23,10 +23,10 @@ class Share:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self) -> str:
-        """What the command prints; whoever does the last piece also finishes the result.
+        """Run the command and return its output; the share that does the last piece also finishes the result.
 
         Raises:
-            PieceFailed: It failed; the message holds the end of what it said.
+            PieceFailed: It failed; the message holds the end of its output.
         """
         command = [sys.executable, "-m", "vestige.cli", *self.words]
         # A process of its own, so that submitit's signal handlers and Vestige's do not replace each other.
@@ -37,7 +37,7 @@ class Share:
         return said
 
     def checkpoint(self) -> Any:
-        """The same share, to be submitted again; its process has ended at a batch boundary, or was killed."""
+        """Return the same share, to be submitted again; its process has ended at a batch boundary, or was killed."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None and self._process.poll() is None:
@@ -59,7 +59,7 @@ _PATIENCE_SECONDS = 20.0
 
 
 def shares(command: str | Sequence[str], count: int) -> list[Share]:
-    """A command's work in `count` shares, each to be submitted: `executor.submit(share)`.
+    """Return a command's work in `count` shares, each to be submitted: `executor.submit(share)`.
 
     Args:
         command: As it is typed, `vestige` included or not, such as `"vestige index --model M --data D --out IDX"`.
@@ -76,7 +76,7 @@ def shares(command: str | Sequence[str], count: int) -> list[Share]:
     words = shlex.split(command) if isinstance(command, str) else list(command)
     words = words[1:] if words[:1] == ["vestige"] else words
     if count < 1:
-        raise UserError(f"{count} shares were asked for; give a number of jobs above 0.")
+        raise UserError(f"{count} shares were requested; give a number of jobs above 0.")
     if taken := [word for word in words if word.split("=")[0] in ("--shard", "--engine", "--workers")]:
         raise UserError(f"Leave {' and '.join(taken)} out: the executor decides where the shares run.")
     return [Share(words, number, count) for number in range(1, count + 1)]

@@ -26,13 +26,13 @@ from vestige.methods._options import options_of as options_of
 from vestige.methods._protocol import ComponentBlock as ComponentBlock
 from vestige.methods._protocol import Job as Job
 from vestige.methods._protocol import Method as Method
-from vestige.methods._protocol import SplitsByComponent as SplitsByComponent
 from vestige.methods._random import Random as Random
 from vestige.methods._randomised import randomised as randomised
+from vestige.methods._registry import METHODS as METHODS
+from vestige.methods._registry import describe_method as describe_method
 from vestige.methods._registry import get_method as get_method
 from vestige.methods._registry import method as method
-from vestige.methods._registry import method_class as method_class
-from vestige.methods._registry import method_names as method_names
+from vestige.methods._registry import method_table as method_table
 from vestige.methods._rep_sim import RepSim as RepSim
 from vestige.methods._tracin import TracIn as TracIn
 from vestige.methods._trak import Trak as Trak

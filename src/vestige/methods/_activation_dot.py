@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._protocol import ComponentBlock, Job, Method
 from vestige.methods._registry import method
 from vestige.models import Component
 from vestige.runs import Meaning, ScoreBlock
@@ -21,7 +21,7 @@ from vestige.runs import Meaning, ScoreBlock
 
 @method("activation-dot")
 @dataclass(frozen=True)
-class ActivationDot:
+class ActivationDot(Method):
     """Inner products of layer outputs, pooled over positions, summed over the modules of the selected components.
 
     A module that holds several selected components (a weight and its bias) counts once, under the first; a tied weight
@@ -33,11 +33,8 @@ class ActivationDot:
         "mean"
     )
 
-    name = "activation-dot"
     needs_model = True
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    splits_components = True
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="squared activation",
@@ -49,13 +46,13 @@ class ActivationDot:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, longest first."""
+        """Yield the scores of all rows, longest first."""
         queries = self._query_outputs(job, np.arange(len(job.queries)))
         for rows, products in self._products(job, queries, np.arange(len(job.train))):
             yield ScoreBlock(rows, products.sum(0))
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """The scores of some pairs, split over the components that stand for a module."""
+        """Compute the scores of some pairs, split over the components that stand for a module."""
         names = [tap.component for tap in _taps(job)]
         asked, column = np.unique(queries.cpu().numpy(), return_inverse=True)
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
@@ -69,7 +66,7 @@ class ActivationDot:
         return _merged(names, scores)
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
-        """Pooled outputs of each tapped module, the queries in the order of `rows`."""
+        """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
         found, outputs = zip(*self._outputs(job, job.queries, rows), strict=True)
         # Rows are distinct and ascending, so sorting what came back restores their order.
         order = torch.cat(found).argsort().to(outputs[0][0].device)
@@ -104,7 +101,7 @@ class Tap(NamedTuple):
 
 
 def taps_of(components: Sequence[Component]) -> list[Tap]:
-    """One tap per module that holds a selected component, in the order of the components."""
+    """Return one tap for each module that holds a selected component, in the order of the components."""
     owners: dict[str, str] = {}
     for component in components:
         for use in component.uses:
@@ -134,7 +131,7 @@ class PooledOutputs:
         self._sums = [None] * len(self._taps)
 
     def collected(self) -> list[Tensor]:
-        """The pooled outputs of the batch, `[example, width]` for each tap.
+        """Return the pooled outputs of the batch, `[example, width]` for each tap.
 
         Raises:
             ModelError: a module did not run.
@@ -148,7 +145,7 @@ class PooledOutputs:
         return [found for found in self._sums if found is not None]
 
     def hook(self, number: int) -> Callable[..., None]:
-        """What pools the output of one tap's module; it hangs on to no graph."""
+        """Return a forward hook that pools the output of one tap's module; it keeps no graph alive."""
 
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
@@ -161,7 +158,10 @@ class PooledOutputs:
 
 
 def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "example token width"]:
-    """Outputs as [example, token, width]: some layers flatten examples and tokens, or serve positions once for all."""
+    """Return the outputs as [example, token, width].
+
+    Some layers flatten examples and tokens, or serve positions once for all.
+    """
     if states.dim() == 2:
         states = states.reshape(-1, tokens, states.shape[-1])
     return states.expand(examples, tokens, states.shape[-1])
@@ -169,7 +169,7 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 
 @contextmanager
 def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
-    """Outputs that are pooled while the context lasts."""
+    """Pool the outputs of the taps while the context lasts."""
     outputs = PooledOutputs(taps, pooling)
     handles = [
         model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
@@ -182,7 +182,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[
 
 
 def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> ComponentBlock:
-    """Adds up the modules of one component (a tied weight has two)."""
+    """Add up the modules of one component (a tied weight has two)."""
     distinct = list(dict.fromkeys(names))
     numbers = torch.tensor([distinct.index(name) for name in names])
     merged = scores.new_zeros(len(scores), len(distinct)).index_add_(1, numbers, scores)
@@ -190,7 +190,10 @@ def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compo
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
-    """The backbone if every tapped module is in it: logits of a large vocabulary are most of a small model's work."""
+    """Return the backbone if every tapped module is in it, else the whole model.
+
+    Logits of a large vocabulary are most of a small model's work.
+    """
     shorter = shortest_forward(model)
     inside = set(shorter.modules())
     return shorter if all(model.get_submodule(tap.module) in inside for tap in taps) else model

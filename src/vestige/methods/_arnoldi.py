@@ -21,8 +21,6 @@ from vestige.runs import Meaning
 class Arnoldi(Preconditioned):
     """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
 
-    name = "arnoldi"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,
@@ -40,10 +38,10 @@ class Arnoldi(Preconditioned):
         PositiveInt, "Eigenvectors kept; about half of `steps`, since those found last have not converged."
     ] = 25
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
-    examples: Annotated[PositiveInt | None, "Measure the curvature on so many training examples; none: on all."] = None
+    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """The eigenvectors are found once; every set of vectors is projected on them."""
+        """Find the eigenvectors once; return the map that projects every set of vectors on them."""
         found = problem(job, self.name, self.kind, self.examples)
         start = found.random_vector(job.settings.seed)
         pairs = arnoldi(found.product, start, steps=self.steps, rank=self.rank)

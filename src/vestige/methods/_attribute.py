@@ -15,14 +15,12 @@ from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.index import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.lockstep import FSDP, decided
-from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
 from vestige.methods._plan import self_scores, summarised
-from vestige.methods._prepared import GradientMethod
 from vestige.methods._protocol import Job, Method
 from vestige.methods._randomised import QUERIES, ROWS, randomised_correlation, without_weights
-from vestige.methods._registry import get_method
+from vestige.methods._registry import METHODS, get_method
 from vestige.methods._run_record import run_record
 from vestige.methods._sampled import sampled_scores
 from vestige.methods._sweep import Swept, member_folder, sweep
@@ -42,19 +40,16 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, verb
 
-IN_STEP = ("influence", "grad-dot", "grad-cos", "ekfac", "kfac", "rep-sim")
-"""Methods for a model that several processes hold together."""
-
 
 @verb(AttributeSettings)
 def attribute(settings: AttributeSettings) -> Scores:
-    """The training examples behind an answer, ranked, with what the scores mean and how far to trust them.
+    """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     started = time.perf_counter()
-    # A worker is never told to overwrite: the process that a person started was, and writes the run.
+    # A worker never gets --overwrite: the process that a person started was, and writes the run.
     decided(lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower()))
     method = _method(settings)
     if is_follower():
@@ -126,7 +121,7 @@ def _tokens(job: Job, method: Method, summary: ScoreSummary) -> list[TokenScores
 def _write_others(
     settings: AttributeSettings, swept: Swept, generated: list[bool], losses: list[float] | None, started: float
 ) -> list[Path]:
-    """The runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
+    """Write the runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
 
     Of the free checks they have those that need no model; tokens and self-influence are the main run's alone.
     """
@@ -143,37 +138,39 @@ def _write_others(
 
 
 def _sweepable(method: Method) -> Method:
-    """The method, if what it measures serves any damping.
+    """Return the method, if its measurements serve any damping.
 
     Raises:
         SpecError: it does not.
     """
-    if isinstance(method, GradientMethod) and method.sweeps_damping:
+    if method.sweeps_damping:
         return method
+    able = [each.name for each in METHODS if each.sweeps_damping]
     raise SpecError(
-        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or measures "
-        "anew for each. Give one --damping, or type --method influence, ekfac, kfac or datainf."
+        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or needs "
+        f"new measurements for each. Give one --damping, or type --method with one of: {', '.join(able)}."
     )
 
 
 def _method(settings: AttributeSettings) -> Method:
-    """The method, with everything it cannot do refused before any work."""
+    """Return the method; refuse everything it cannot do before any work."""
     method = get_method(settings.method, **settings.options)
-    if settings.device == FSDP and (settings.method not in IN_STEP or settings.tokens):
+    if settings.device == FSDP and (not method.works_sharded or settings.tokens):
+        able = ", ".join(each.name for each in METHODS if each.works_sharded)
         what = "--tokens" if settings.tokens else f"--method {settings.method}"
         raise SpecError(
             f"{what} differentiates the model in a way that FSDP2 does not know. With --device {FSDP} there are: "
-            f"{', '.join(IN_STEP)}, without --tokens. Or spread the layers over the GPUs of one process: "
+            f"{able}, without --tokens. Or spread the layers over the GPUs of one process: "
             "--device balanced."
         )
     if settings.swept:
         _sweepable(method)
-    if settings.tokens and isinstance(method, CheckpointMethod):
+    if settings.tokens and method.weighting is not None:
         raise SpecError(
             f"--tokens splits the score of one model, and {settings.method} adds up several. Drop --tokens, or ask one "
             "checkpoint: --model CHECKPOINT --method grad-dot or grad-cos."
         )
-    if settings.tokens and not isinstance(method, GradientMethod):
+    if settings.tokens and not method.splits_tokens:
         raise SpecError(
             f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
@@ -188,7 +185,7 @@ def _method(settings: AttributeSettings) -> Method:
             f"--query-rank shortens the queries' gradients, and {settings.method} uses none. Drop --query-rank, or "
             "type --method grad-dot, grad-cos or ekfac."
         )
-    if settings.self_influence and not hasattr(method, "self_scores"):
+    if settings.self_influence and not method.scores_itself:
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
         )
@@ -199,7 +196,7 @@ def _method(settings: AttributeSettings) -> Method:
 
 
 def _query_losses(job: Job) -> list[float] | None:
-    """Loss of every query, None without a model."""
+    """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
     losses = np.zeros(len(job.queries))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
@@ -17,7 +17,7 @@ BLOCK_SCORES = 2**18
 
 
 @method("bm25")
-class Bm25:
+class Bm25(Method):
     """BM25 (Robertson and Zaragoza 2009, in Lucene's form) between a query's prompt with answer and whole examples.
 
     With `f` the occurrences of a word in an example, `l` the example's length in words and `df` the number of
@@ -29,11 +29,7 @@ class Bm25:
     a conversation the contents of all turns are read, without the names of the roles.
     """
 
-    name: str
-    needs_model = False
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    searches_words = True
     meaning = Meaning(
         sign="no causal reading: zero = no word in common, higher = more and rarer words in common, never negative",
         unit="BM25",
@@ -46,7 +42,7 @@ class Bm25:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, in order.
+        """Yield the scores of all rows, in order.
 
         Raises:
             DataError: no training example has any words.
@@ -61,7 +57,7 @@ class Bm25:
 def lexical_scores(
     asked: Sequence[Sequence[str]], documents: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "query document"]:
-    """BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
+    """Compute BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
 
     Raises:
         DataError: no document has any words.
@@ -70,12 +66,12 @@ def lexical_scores(
 
 
 def prompt_words(example: Example) -> list[str]:
-    """The words of what was asked: of the prompt, of the user's first turn, or of a text, which has no prompt."""
+    """Return the words of the request: of the prompt, of the user's first turn, or of a text, which has no prompt."""
     return words_of(prompt_of(example))
 
 
 def example_words(example: Example) -> list[str]:
-    """The words of an example: of its text, of prompt and completion, or of the contents of all its turns."""
+    """Return the words of an example: of its text, of prompt and completion, or of the contents of all its turns."""
     turns = [message.content for message in example.messages]
     return words_of("\n".join(turns) if turns else example.display)
 

@@ -22,8 +22,6 @@ from vestige.runs import Meaning
 class ConjugateGradient(Preconditioned):
     """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
 
-    name = "cg"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,
@@ -39,10 +37,10 @@ class ConjugateGradient(Preconditioned):
     steps: Annotated[PositiveInt, "Most passes over the training data."] = 20
     tolerance: Annotated[PositiveFloat, "Residual, relative to the query's gradient, at which to stop."] = 1e-3
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
-    examples: Annotated[PositiveInt | None, "Measure the curvature on so many training examples; none: on all."] = None
+    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """Each set of vectors is solved for anew."""
+        """Return the map that solves for each set of vectors separately."""
         found = problem(job, self.name, self.kind, self.examples)
 
         def solved(vectors: Vectors) -> Vectors:

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.index import Index
+from vestige.methods._protocol import Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
-
-Weighting = Literal["learning rate", "equal"]
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -33,12 +32,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The path that the user gave, or the class of a live model."""
         return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
 
 
 def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple[Checkpoint, ...]:
-    """The checkpoints in their order, each with its weight and, if indexes were given, its index.
+    """Return the checkpoints in their order, each with its weight and, if indexes were given, its index.
 
     Raises:
         SpecError: Settings contradict each other, or are of different number.
@@ -59,7 +58,7 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
 
 
 def settings_of_last(settings: AttributeSettings, checkpoints: Sequence[Checkpoint]) -> AttributeSettings:
-    """The settings of a job about the last checkpoint: the model that the queries are asked of.
+    """Return the settings of a job about the last checkpoint: the model that the queries are put to.
 
     The tokenizer is looked for beside the checkpoint and, as the Trainer saves it at the end, in the folder above.
     """
@@ -74,7 +73,7 @@ def settings_of_last(settings: AttributeSettings, checkpoints: Sequence[Checkpoi
 
 
 def refuse_checkpoints(settings: AttributeSettings) -> None:
-    """For methods that work on one model.
+    """Raise if several checkpoints were given to a method that works on one model.
 
     Raises:
         SpecError: Several were given.
@@ -109,7 +108,10 @@ def _sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str 
 
 
 def _expanded(given: Any) -> list[str | Path | nn.Module]:
-    """The checkpoints behind one word: those of a run after its first step, those that a pattern names, or itself."""
+    """Return the checkpoints that an argument stands for.
+
+    Those of a run after its first step, those that a pattern names, or itself.
+    """
     if isinstance(given, nn.Module):
         return [given]
     text = str(given)
@@ -128,7 +130,7 @@ def _expanded(given: Any) -> list[str | Path | nn.Module]:
 
 
 def _order(folder: Path) -> tuple[list[int | str], str]:
-    """Numbers inside names count as numbers: checkpoint-1000 comes after checkpoint-200."""
+    """Return a sort key in which numbers inside names count as numbers: checkpoint-1000 comes after checkpoint-200."""
     parts = re.split(r"(\d+)", folder.name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(folder)
 
@@ -172,13 +174,13 @@ def _weights(settings: AttributeSettings, sources: Sequence[Any], weighting: Wei
 
 
 def learning_rates(sources: Sequence[str | Path | nn.Module]) -> list[float]:
-    """The learning rate with which training went from the checkpoint before to each checkpoint.
+    """Return the learning rate with which training went from the checkpoint before to each checkpoint.
 
     The mean of what `trainer_state.json` logged in between; where nothing was, the mean of the scheduler's rate at both
     ends, which is exact for a rate that changes linearly.
 
     Raises:
-        ModelError: A checkpoint tells neither.
+        ModelError: A checkpoint has neither.
     """
     rates, before, earlier = [], 0, None
     for source in sources:
@@ -219,7 +221,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def _scheduled(path: Path) -> tuple[float | None, float | None]:
-    """The scheduler's rate at the checkpoint, and the one it was given at the start."""
+    """Return the scheduler's rate at the checkpoint, and the one it was given at the start."""
     if not path.is_file():
         return None, None
     try:
@@ -230,6 +232,6 @@ def _scheduled(path: Path) -> tuple[float | None, float | None]:
 
 
 def with_equal_sum(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """The same checkpoints with weights that add up to 1."""
+    """Return the same checkpoints with weights that add up to 1."""
     total = sum(each.weight for each in checkpoints)
     return tuple(replace(each, weight=each.weight / total) for each in checkpoints)

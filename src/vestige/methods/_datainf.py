@@ -20,8 +20,6 @@ class DataInfMethod(Preconditioned):
     Kwon et al. 2024, arXiv:2310.00902, component by component.
     """
 
-    name = "datainf"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
     meaning = Meaning(
@@ -38,7 +36,7 @@ class DataInfMethod(Preconditioned):
     )
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """The damping from one pass; each set of vectors needs another."""
+        """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
         measured = curvature_data(job, self.name, "data")
         units = self.once("units", lambda: mean_eigenvalues(measured))
         return DataInf.damped(measured, units, job.settings.damping).precondition

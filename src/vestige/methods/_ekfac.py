@@ -29,10 +29,9 @@ class Ekfac(Preconditioned):
     each layer with its bias; the exact Fisher matrix for lone vectors; the diagonal for embeddings.
     """
 
-    name = "ekfac"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -49,7 +48,7 @@ class Ekfac(Preconditioned):
     )
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """Two passes, or a read of what an index keeps."""
+        """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
         curvature = self.once("curvature", lambda: ekfac_of(measured, model, folder, work))

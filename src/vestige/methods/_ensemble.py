@@ -1,18 +1,18 @@
 """What the methods over several checkpoints share: one checkpoint after another, what each adds kept on disk.
 
-One checkpoint's model is in memory beside the last one's, which the queries were asked of. What a finished checkpoint
+One checkpoint's model is in memory beside the last one's, which the queries are put to. What a finished checkpoint
 adds is a file beside the run, so an interrupted run continues with the next one, and the sum is read back row by row.
 """
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
 from vestige.index import Index, Inputs, build_index
-from vestige.methods._checkpoints import Checkpoint, Weighting
+from vestige.methods._checkpoints import Checkpoint
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
 from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._prepared import Prepared
-from vestige.methods._protocol import ComponentBlock, Job
+from vestige.methods._protocol import ComponentBlock, Job, Method
 from vestige.methods._stores import GradientStore
 from vestige.models import load_model, select_components
 from vestige.progress import announce
@@ -46,57 +46,60 @@ class Term(Protocol):
     """What one checkpoint adds to the scores. The first lines are the queries, unless the method says otherwise."""
 
     def scores(self) -> Lines:
-        """Of all training examples."""
+        """Yield the scores of all training examples."""
         ...
 
     def self_scores(self) -> Lines:
-        """The same with each example for its own query, which is the first line."""
+        """Yield the same lines with each example as its own query, which is the first line."""
         ...
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
-        """Scores of a few rows, split over components; lines that are no sum over components may be left out."""
+        """Compute the scores of a few rows, split over components; lines that are no such sum may be left out."""
         ...
 
 
 @dataclass
-class CheckpointMethod(ABC):
+class CheckpointMethod(Method):
     """A method whose scores are made of one weighted sum over checkpoints."""
 
-    name = ""
     needs_model = True
     needs_gradients = True
-    needs_index = False
     needs_exact = True
-    weighting: ClassVar[Weighting] = "learning rate"
+    weighting = "learning rate"
+    splits_components = True
+    scores_itself = True
     _last: tuple[Job, Term] | None = field(default=None, repr=False, init=False)
 
     @abstractmethod
     def term(self, job: Job, checkpoint: Checkpoint) -> Term:
-        """What the checkpoint adds; the model of `job` is the checkpoint's."""
+        """Return what the checkpoint adds; the model of `job` is the checkpoint's."""
 
     def lines(self, job: Job) -> int:
-        """How many numbers a checkpoint gives for each training example."""
+        """Return the number of values that a checkpoint gives for each training example."""
         return len(job.queries)
 
     def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """What each checkpoint's numbers are multiplied with before they are added up."""
+        """Return the factor of each checkpoint's numbers in the sum over checkpoints."""
         return [each.weight for each in checkpoints]
 
     def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
-        """Scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""
+        """Return scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""
         return parts
 
     def key(self, job: Job) -> dict[str, Any]:  # noqa: ARG002
-        """Settings of its own on which the numbers of a checkpoint depend."""
+        """Return the method's own settings on which the numbers of a checkpoint depend."""
         return {}
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all training examples."""
+        """Yield the scores of all training examples."""
         for rows, sums in self._sums(job, "scores", self.lines(job)):
             yield ScoreBlock(rows, self.combined(job, sums, sums))
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Scores of pairs, split over components: each checkpoint is opened once more, for these rows alone."""
+        """Compute the scores of pairs, split over components.
+
+        Each checkpoint is opened once more, for these rows alone.
+        """
         distinct, place = torch.unique(rows, return_inverse=True)
         total: Tensor | None = None
         for number, weight in enumerate(self.weights(job.checkpoints)):
@@ -110,13 +113,13 @@ class CheckpointMethod(ABC):
         return ComponentBlock([part.name for part in job.components], scores[:, queries, place].T)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
-        """Score of every training example for itself, as one query."""
+        """Yield the score of every training example for itself, as one query."""
         extra = self.lines(job) - len(job.queries)
         for rows, sums in self._sums(job, "self_scores", 1 + extra):
             yield ScoreBlock(rows, self.combined(job, sums, sums))
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
-        """Weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
+        """Yield weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
         weights = self.weights(job.checkpoints)
         counted = [number for number, weight in enumerate(weights) if weight > 0]
         kept = [(weights[number], self._kept(job, number, what, lines)) for number in counted]
@@ -128,7 +131,7 @@ class CheckpointMethod(ABC):
             yield torch.from_numpy(part), torch.from_numpy(np.asarray(total))
 
     def _kept(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
-        """The numbers of one checkpoint, mapped; computed unless they lie on disk."""
+        """Return the numbers of one checkpoint, mapped; compute them unless they lie on disk."""
         path = partial_folder(job.settings.out) / f"{self._digest(job, number, what)}.npy"
         shape = (lines, len(job.train))
         if not path.exists():
@@ -161,7 +164,7 @@ class CheckpointMethod(ABC):
 
 
 def checkpoint_job(job: Job, number: int) -> Job:
-    """The same question with the model of one checkpoint.
+    """Return the same question with the model of one checkpoint.
 
     Raises:
         ModelError: Its parameters are not those of the last checkpoint.
@@ -198,7 +201,7 @@ def _unlike(one: Checkpoint, other: Checkpoint) -> str:
 
 
 def open_checkpoint_store(job: Job, number: str, *, stored: bool = False) -> GradientStore:
-    """The checkpoint's index; without one the model itself, or an index beside the run.
+    """Open the checkpoint's index; without one the model itself, or an index beside the run.
 
     Args:
         job: Of the checkpoint.
@@ -212,7 +215,7 @@ def open_checkpoint_store(job: Job, number: str, *, stored: bool = False) -> Gra
 
 
 def _made_index(job: Job, number: str) -> Index:
-    """An index that lives until the run is written; unfinished, it continues."""
+    """Build an index that lives until the run is written; continue an unfinished one."""
     settings = job.settings
     names = ("components", "loss", "token_budget", "seed", "skip_bad")
     shared: dict[str, Any] = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)}
@@ -224,7 +227,7 @@ def _made_index(job: Job, number: str) -> Index:
 
 
 def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
-    """What tells that a checkpoint is the one of last time, without reading all of it."""
+    """Return what identifies a checkpoint as the one of last time, without reading all of it."""
     if checkpoint.index is not None:
         return [checkpoint.index.manifest.model.fingerprint, checkpoint.index.fingerprint]
     if checkpoint is job.checkpoints[-1] or not isinstance(checkpoint.source, str | Path):
@@ -237,14 +240,14 @@ def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
 
 
 def _without(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
-    """The numbers with zeros for the examples that are left out."""
+    """Yield the numbers with zeros for the examples that are left out."""
     for rows, scores in produce():
         kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
         yield rows, torch.where(kept, scores, 0.0)
 
 
 def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], checkpoint: Checkpoint) -> None:
-    """One file that is whole or absent."""
+    """Write one file that is whole or absent."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
     temporary = temporary_path(path)
@@ -266,5 +269,5 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
 
 
 def prepared_parts(prepared: Prepared, rows: list[int]) -> Float[Tensor, "component query row"]:
-    """Scores of rows as they are stored, split over components."""
+    """Compute the scores of rows as they are stored, split over components."""
     return prepared.store.products(prepared.vectors, rows, norms=False).scores

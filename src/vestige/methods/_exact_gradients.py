@@ -79,15 +79,15 @@ class ExactGradients(InPieces):
         return f"model {model.fingerprint} {train.fingerprint} {parts} {self._job.settings.loss} {dtype} {self._budget}"
 
     def piece_rows(self, piece: int) -> int:
-        """Examples of the piece's batches."""
+        """Return the number of examples in the piece's batches."""
         return sum(map(len, self._groups[piece]))
 
     def rows_of(self, piece: int) -> Int[np.ndarray, "row"]:
-        """Which examples these are."""
+        """Return the rows of the piece's examples."""
         return np.concatenate(self._groups[piece])
 
     def of_queries(self, data: TokenizedData) -> Vectors:
-        """Whole gradients of the queries: `queries * parameters` numbers."""
+        """Return whole gradients of the queries: `queries * parameters` numbers."""
         components = self._job.components
         gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
         sink = GradientSink(components)
@@ -102,12 +102,12 @@ class ExactGradients(InPieces):
     def piece_scores(
         self, piece: int, vectors: Vectors, *, norms: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """One forward and backward pass over the piece's batches."""
+        """Yield the scores of the piece's batches from one forward and backward pass."""
         for part in self._streamed(vectors, self._groups[piece], norms):
             yield part.rows, part.scores.sum(0), part.norms
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """A pass over just these rows."""
+        """Compute the products of just these rows in a pass over them."""
         wanted = np.asarray(rows)
         planned = plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing)
         batches = [wanted[batch] for batch in planned]
@@ -122,7 +122,7 @@ class ExactGradients(InPieces):
         )
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Exact squared norms by ghost products, no gradient kept."""
+        """Yield exact squared norms by ghost products, no gradient kept."""
         data, sink = self._job.train, NormSink(self._job.components)
         with GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass:
 
@@ -137,7 +137,10 @@ class ExactGradients(InPieces):
                 yield torch.as_tensor(batch), found
 
     def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, whether their losses and, with components, their gradients are finite) of a piece, batch by batch."""
+        """Yield (rows, finite) of a piece, batch by batch.
+
+        `finite` is true where the loss and, with components, the gradient of the row is finite.
+        """
         data, sink = self._job.train, NormSink(self._job.components)
         placed = (
             GradientPass(self._loaded.model, self._job.components, self._objective) if self._job.components else None
@@ -157,13 +160,13 @@ class ExactGradients(InPieces):
                 yield torch.as_tensor(batch), found
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """The query's own matrices, of `query_rank` where one was asked for."""
+        """Return the query's own matrices, of rank `query_rank` where it is set."""
         one = slice(query, query + 1)
         matrices = self._matrices(vectors)
         return [(part[one] if isinstance(part, Tensor) else matrices_of(part, one))[0] for part in matrices]
 
     def _matrices(self, vectors: Vectors) -> Sequence[Tensor | Gradients]:
-        """The vectors as matrices; with `query_rank`, the closest of that rank, made once for the same vectors."""
+        """Return the vectors as matrices; with `query_rank`, the closest of that rank, made once for these vectors."""
         pairs = zip(vectors, self._job.components, strict=True)
         shaped, rank = [vector.view(-1, *part.shape) for vector, part in pairs], self._job.settings.query_rank
         if rank is None:
@@ -176,7 +179,7 @@ class ExactGradients(InPieces):
         return self._shortened[1]
 
     def _streamed(self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool) -> Iterator[Products]:
-        """Products of the rows of some batches."""
+        """Yield the products of the rows of some batches."""
         data, components = self._job.train, self._job.components
         dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
         sink = BothSinks(dot, norm) if norms else dot
@@ -196,7 +199,7 @@ class ExactGradients(InPieces):
     def _require_finite(
         self, rows: Int[np.ndarray, "row"], losses: Float[Tensor, "row"], products: Float[Tensor, "row"]
     ) -> None:
-        """Nothing happens if every example has a loss and a gradient, but for those that are left out.
+        """Raise unless every example has a finite loss and gradient, but for those that are left out.
 
         Raises:
             NonFinite: One has not; its id is named.
@@ -218,7 +221,7 @@ def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRan
 
 
 def gradients_fit(job: Job) -> bool:
-    """Whether the queries' whole gradients fit into memory; says so if they do not."""
+    """Return whether the queries' whole gradients fit into memory; print so if they do not."""
     assert job.selection is not None
     size = 4 * len(job.queries) * job.selection.selected_parameters
     available = psutil.virtual_memory().available

@@ -7,7 +7,7 @@ import torch
 
 from vestige.index import batch_tokens
 from vestige.methods._prepared import GradientMethod, Prepared
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.methods._token_scores import token_scores
 from vestige.progress import progress
 from vestige.runs import ComponentScores, TokenScores
@@ -17,8 +17,8 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
-    """The score of every pair, split over components; None for a method that has none."""
-    if not isinstance(method, SplitsByComponent):
+    """Return the score of every pair, split over components; None for a method that has none."""
+    if not method.splits_components:
         return None
     distinct = sorted(set(pairs))
     queries, rows = torch.tensor([pair[0] for pair in distinct]), torch.tensor([pair[1] for pair in distinct])
@@ -28,7 +28,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
 
 
 def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
-    """The score of every pair, split over the tokens of the example."""
+    """Return the score of every pair, split over the tokens of the example."""
     assert isinstance(method, GradientMethod)
     prepared, distinct = method.prepare(job), sorted(set(pairs))
     found: list[TokenScores] = []

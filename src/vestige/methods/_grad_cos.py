@@ -15,9 +15,7 @@ from vestige.runs import Meaning, ScoreBlock
 class GradCos(GradientMethod):
     """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
 
-    name = "grad-cos"
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",
@@ -29,11 +27,11 @@ class GradCos(GradientMethod):
     )
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' gradients at length one, over all components together."""
+        """Return the queries' gradients at length one, over all components together."""
         return prepare(job, open_store(job), unit_length, cosine=True)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
-        """Refused: a gradient's cosine with itself is 1.
+        """Refuse: a gradient's cosine with itself is 1.
 
         Raises:
             SpecError: always.

@@ -17,9 +17,7 @@ class GradDot(GradientMethod):
     `score = <grad loss(query), grad loss(example)>` (Pruthi et al. 2020, arXiv:2002.08484, one checkpoint).
     """
 
-    name = "grad-dot"
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss per unit of learning rate",
@@ -31,10 +29,10 @@ class GradDot(GradientMethod):
     )
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' gradients."""
+        """Return the queries' gradients."""
         return prepare(job, open_store(job), unchanged)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """`|gradient|^2` of every training example."""
+        """Return the map from a piece to `|gradient|^2` of its training examples."""
         store = self.prepare(job).store
         return lambda piece: (ScoreBlock(rows, squared[None]) for rows, squared in store.piece_squared_norms(piece))

@@ -25,7 +25,10 @@ NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is un
 def pooled(
     states: Float[Tensor, "example token width"], labels: Int[Tensor, "example token"], pooling: Pooling
 ) -> Float[Tensor, "example width"]:
-    """Mean, sum or last of the states that predict a target; float32 at least; zero for an example without any."""
+    """Return the mean, sum or last of the states that predict a target; zero for an example without any.
+
+    The result is float32 at least.
+    """
     wide = torch.promote_types(states.dtype, torch.float32)
     weights = pooling_weights(labels, pooling, wide)
     return torch.bmm(weights.unsqueeze(1), states.to(wide)).squeeze(1)
@@ -34,7 +37,7 @@ def pooled(
 def pooling_weights(
     labels: Int[Tensor, "example token"], pooling: Pooling, dtype: torch.dtype
 ) -> Float[Tensor, "example token"]:
-    """Weight of each position: position `t` counts when the token at `t + 1` is a target; all zero if none is."""
+    """Return the weight of each position: `t` counts when the token at `t + 1` is a target; all zero if none is."""
     predicting = torch.nn.functional.pad((labels[:, 1:] != NO_TARGET).to(dtype), (0, 1))
     if pooling == "mean":
         return predicting / predicting.sum(1, keepdim=True).clamp(min=1)
@@ -45,7 +48,7 @@ def pooling_weights(
 
 
 def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Iterator[Batch]:
-    """The rows in batches of the token budget, on the model's device, longest first."""
+    """Yield the rows in batches of the token budget, on the model's device, longest first."""
     device = next(loaded.model.parameters()).device
     budget = batch_tokens(job.settings, loaded)
     for places in plan_batches(data.lengths[rows], budget, sharing=batch_sharing(loaded.model)):
@@ -53,11 +56,11 @@ def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.nda
 
 
 def shortest_forward(model: nn.Module) -> nn.Module:
-    """The model without its head; the whole model if it has an adapter that acts in PEFT's own forward pass."""
+    """Return the model without its head; the whole model if it has an adapter that acts in PEFT's own forward pass."""
     return model if acts_in_forward(model) else backbone(model)
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The model without its output head, where transformers tells them apart; adapters of PEFT stay in place."""
+    """Return the model without its output head, where transformers marks the head; PEFT adapters stay."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return getattr(causal, "base_model", causal)

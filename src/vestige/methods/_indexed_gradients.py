@@ -52,11 +52,11 @@ class IndexedGradients(InPieces):
         return len(self._groups)
 
     def of_queries(self, data: TokenizedData) -> Vectors:
-        """Compressed gradients of the queries, in their order."""
+        """Return compressed gradients of the queries, in their order."""
         return self.split(self._compressed(data, self.index.manifest.components))
 
     def _compressed(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
-        """Gradients of the data by the model as it is, in its order, compressed into these columns."""
+        """Compute gradients of the data by the model as it is, in its order, compressed into these columns."""
         manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
         compute = CompressedGradients(
             loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
@@ -69,21 +69,21 @@ class IndexedGradients(InPieces):
         return gradients
 
     def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
-        """One matrix per component; a single one where the components were added up."""
+        """Return one matrix per component; a single one where the components were added up."""
         return [gradients[:, part] for part in self.columns]
 
     def piece_rows(self, piece: int) -> int:
-        """Rows of the piece's shards."""
+        """Return the number of rows in the piece's shards."""
         return self.index.rows_of(self._groups[piece])
 
     def piece_blocks(self, piece: int) -> Iterator[IndexBlock]:
-        """The rows of a piece."""
+        """Yield the rows of a piece."""
         return self.index.blocks(shards=self._groups[piece])
 
     def piece_scores(
         self, piece: int, vectors: Vectors, *, norms: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """One matrix product per block of the index."""
+        """Yield the scores of a piece: one matrix product per block of the index."""
         whole = torch.cat(vectors, dim=1)
         for block in self.piece_blocks(piece):
             with timed("scoring"):
@@ -92,9 +92,9 @@ class IndexedGradients(InPieces):
             yield block.example, scores, lengths if norms else None
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """Inner products component by component.
+        """Compute inner products component by component.
 
-        Stored gradients of the whole model cannot be taken apart again: the components' are computed anew, and differ
+        Stored gradients of the whole model cannot be taken apart again: the components' are computed again, and differ
         from what is stored by its rounding.
         """
         found = self._products(vectors, rows, self.index.gradients_of(rows), norms)
@@ -107,7 +107,7 @@ class IndexedGradients(InPieces):
     def _computed_parts(
         self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
     ) -> Float[Tensor, "component query row"]:
-        """`<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
+        """Compute `<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
         parts, width = self.index.manifest.components, self.index.width
         apart = [
             part.model_copy(update={"start": number * width, "stop": (number + 1) * width})
@@ -128,14 +128,14 @@ class IndexedGradients(InPieces):
         return Products(torch.as_tensor(np.asarray(rows)), scores, lengths if norms else None)
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Squared norms of the stored rows."""
+        """Yield squared norms of the stored rows."""
         for block in self.piece_blocks(piece):
             with timed("scoring"):
                 squared = block.gradients.square().sum(1)
             yield block.example, squared
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """Compressed vectors brought back to matrices by the adjoint of their compressor."""
+        """Bring compressed vectors back to matrices by the adjoint of their compressor."""
         manifest = self.index.manifest
         return [
             adjoint_gradient(
@@ -152,6 +152,6 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
     largest = float(stored.abs().max()) if stored.numel() else 0.0
     if apart > SUM_TOLERANCE * largest:
         announce(
-            f"The scores of the components, computed anew, add up to the listed scores within {apart / largest:.1%} of "
-            "the largest one: the index stores rounded numbers, or was made on another device."
+            f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
+            "largest one: the index stores rounded numbers, or was made on another device."
         )

@@ -50,10 +50,9 @@ class Influence(GradientMethod):
     Relative influence divides by the example's own effect (RelatIF, Barshan et al. 2020, arXiv:2003.11630).
     """
 
-    name = "influence"
     needs_index = True
-    needs_exact = False
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, times the number of training examples, up to the damping's scale",
@@ -68,7 +67,7 @@ class Influence(GradientMethod):
     relative: Annotated[
         Relative,
         "Divide by how far leaving the example out moves the weights (theta) or its own loss (loss), or make it a "
-        "cosine: few loud examples then lead fewer lists.",
+        "cosine: the few examples with large gradients then lead fewer lists.",
     ] = "none"
     fisher: Annotated[
         Literal["component", "model"], "One matrix for each component, or a single one over all columns of the index."
@@ -78,7 +77,7 @@ class Influence(GradientMethod):
     ] = "mean-eigenvalue"
 
     def __post_init__(self) -> None:
-        """What the scores mean depends on the options."""
+        """Set what the scores mean, which depends on the options."""
         self.meaning = replace(type(self).meaning, **_MEANT[self.relative])
         if self.fisher == "model":
             self._speak_of_one_matrix()
@@ -88,7 +87,7 @@ class Influence(GradientMethod):
         self.meaning = replace(self.meaning, normalisation=text + _ONE)
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' compressed gradients, preconditioned."""
+        """Return the queries' compressed gradients, preconditioned."""
         store, fisher, damping = self.store(job), self._curvature(job), job.settings.damping
         if store.index.manifest.compression.scope == "model":
             # Components that were added up have no matrices of their own.
@@ -106,14 +105,14 @@ class Influence(GradientMethod):
         return Prepared(job, store, preconditioned(gradients), preconditioned, self.relative != "none")
 
     def store(self, job: Job) -> IndexedGradients:
-        """The index; with relative scores, gradients are as long as the curvature says."""
+        """Return the index; with relative scores, the curvature defines the length of gradients."""
         if self.relative == "none":
             return _indexed(job, None)
         power: Literal[1, 2] = 2 if self.relative == "theta" else 1
         return _indexed(job, self._curvature(job).measure(job.settings.damping, power))
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """`g^T (F + d I)^-1 g` of every training example, divided as its scores are.
+        """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are.
 
         Raises:
             SpecError: for cosines, which are all 1.

@@ -25,10 +25,9 @@ from vestige.runs import Meaning
 class Kfac(Preconditioned):
     """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
 
-    name = "kfac"
-    needs_index = False
     needs_exact = True
     sweeps_damping = True
+    works_sharded = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -49,7 +48,7 @@ class Kfac(Preconditioned):
     ] = "eigenvalues"
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """One pass, or a read of what an index keeps."""
+        """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
         factors = self.once("factors", lambda: kfac_of(measured, model, folder, work))

@@ -42,7 +42,6 @@ class Less(CheckpointMethod):
     because Adam's moments are of such a loss; each example is preconditioned alone.
     """
 
-    name = "less"
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",
@@ -62,19 +61,19 @@ class Less(CheckpointMethod):
     ] = False
 
     def lines(self, job: Job) -> int:
-        """One for each query, or each subtask."""
+        """Return the number of queries, or of subtasks."""
         return len(self._groups(job))
 
     def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """Shares that add up to 1, so that scores stay cosines."""
+        """Return shares that add up to 1, so that scores stay cosines."""
         return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
-        """Which queries belong together."""
+        """Return which queries belong together, and the optimizers."""
         return {"groups": self._groups(job), "optimizers": [_stamp(each) for each in job.checkpoints]}
 
     def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
-        """The parts of the best subtask, by its whole sum over checkpoints, for every query."""
+        """Return the parts of the best subtask, by its whole sum over checkpoints, for every query."""
         if not self.subtasks:
             return parts
         best = sums.argmax(0)
@@ -82,7 +81,7 @@ class Less(CheckpointMethod):
         return chosen.expand(*parts.shape[:-2], len(job.queries), -1)
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "LessTerm":
-        """Adam's state of this checkpoint, and the queries' directions."""
+        """Return Adam's state of this checkpoint, and the queries' directions."""
         # Another loss than the run's: a sum over tokens would outweigh the moments of a mean.
         job = replace(job, settings=job.settings.model_copy(update={"loss": "mean"}))
         loaded = job.model_for(self.name)
@@ -97,7 +96,7 @@ class Less(CheckpointMethod):
         return LessTerm(job, loaded, moments, vectors)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
-        """Refused: preconditioned on one side and divided by both lengths, it ranks no example above another.
+        """Refuse: preconditioned on one side and divided by both lengths, it ranks no example above another.
 
         Raises:
             SpecError: always.
@@ -108,7 +107,7 @@ class Less(CheckpointMethod):
         )
 
     def _groups(self, job: Job) -> list[list[int]]:
-        """Queries of each line."""
+        """Return the queries of each line."""
         if not self.subtasks:
             return [[query] for query in range(len(job.queries))]
         found: dict[str, list[int]] = {}
@@ -123,12 +122,12 @@ class Less(CheckpointMethod):
 
 
 def _grouped(vectors: Vectors, groups: Sequence[list[int]]) -> Vectors:
-    """The mean gradient of every group at length one."""
+    """Return the mean gradient of every group at length one."""
     return unit_length([torch.stack([vector[group].mean(0) for group in groups]) for vector in vectors])
 
 
 def _stamp(checkpoint: Checkpoint) -> list[Any]:
-    """What tells a checkpoint's optimizer from another one."""
+    """Return what distinguishes a checkpoint's optimizer from another one."""
     if isinstance(checkpoint.source, nn.Module):
         return []
     path = Path(checkpoint.source) / "optimizer.pt"
@@ -146,7 +145,7 @@ class LessTerm:
     """Mean gradient of each line's queries, at length one over all components."""
 
     def scores(self) -> Lines:
-        """One pass over the training data."""
+        """Yield the scores from one pass over the training data."""
         data = self.job.train
         with progress(len(data), "Scoring") as bar:
             for rows, parts in self._streamed(data, self.vectors):
@@ -154,11 +153,11 @@ class LessTerm:
                 bar.advance(len(rows))
 
     def self_scores(self) -> Lines:
-        """Refused by the method."""
+        """Refuse, as the method does."""
         raise AssertionError("less has no self-influence")
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
-        """A pass over just these rows."""
+        """Compute the parts of just these rows in a pass over them."""
         found = list(self._streamed(self.job.train.subset(rows), self.vectors))
         order = torch.argsort(torch.cat([places for places, _ in found]))
         return torch.cat([parts for _, parts in found], dim=2)[:, :, order]
@@ -166,7 +165,7 @@ class LessTerm:
     def _streamed(
         self, data: TokenizedData, vectors: Vectors
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
-        """Cosines, split over components, a few examples at a time: whole gradients are large."""
+        """Yield cosines, split over components, a few examples at a time: whole gradients are large."""
         device = next(self.loaded.model.parameters()).device
         targets = torch.as_tensor(data.target_counts > 0, device=device)
         for batch, gradients in _whole_gradients(self.job, data):
@@ -183,7 +182,7 @@ class LessTerm:
 def _whole_gradients(
     job: Job, data: TokenizedData
 ) -> Iterator[tuple[Int[np.ndarray, "row"], Sequence[Float[Tensor, "row out in"]]]]:
-    """Gradients of mean losses, one matrix for each component and example, a few examples at a time."""
+    """Yield gradients of mean losses, one matrix for each component and example, a few examples at a time."""
     components, loaded = job.components, job.model_for("less")
     device = next(loaded.model.parameters()).device
     most, sink = max(1, WHOLE_NUMBERS // sum(part.size for part in components)), GradientSink(components)
@@ -196,7 +195,7 @@ def _whole_gradients(
 
 
 def _measured(job: Job, read: Sequence[Moments]) -> list[Moments]:
-    """Adam's moments as the training data would leave them at the model as it is.
+    """Return Adam's moments as the training data would leave them at the model as it is.
 
     The mean gradient, and the mean of its entries' squares, each as large as the one that was read.
     """

@@ -24,8 +24,6 @@ POWER_STEPS = 8
 class Lissa(Preconditioned):
     """Influence function with the inverse summed up as a series (Agarwal et al. 2017, arXiv:1602.03943)."""
 
-    name = "lissa"
-    needs_index = False
     needs_exact = True
     meaning = Meaning(
         sign=HELPS,
@@ -39,16 +37,16 @@ class Lissa(Preconditioned):
         "passes for the same answer. First order; the damping sets its scale, so compare within a run.",
     )
     depth: Annotated[PositiveInt, "Terms of the series: passes over the training data, or over a sample of it."] = 100
-    sample: Annotated[
-        PositiveInt | None, "Take other training examples at every step, so many; none: all at every step."
-    ] = None
+    sample: Annotated[PositiveInt | None, "Take N other training examples at every step; none: all at every step."] = (
+        None
+    )
     scale: Annotated[
         PositiveFloat | None, "Divisor of the curvature; none: 1.5 times its largest eigenvalue, 4 times with a sample."
     ] = None
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
 
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """The scale is measured once; each set of vectors needs a series of its own."""
+        """Measure the scale once; return the map that runs a series of its own for each set of vectors."""
         found = problem(job, self.name, self.kind, None)
         scale = self.scale or self._safe_scale(found, job.settings.seed)
 

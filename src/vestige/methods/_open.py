@@ -34,7 +34,6 @@ from vestige.index import (
 )
 from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
-from vestige.methods._ensemble import CheckpointMethod
 from vestige.methods._exact_gradients import gradients_fit
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
@@ -54,9 +53,9 @@ class Question:
 
 @contextmanager
 def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job, list[bool]]]:
-    """The job, and for each query whether its answer was generated; a temporary index lives as long as the context."""
+    """Open the job, with whether each query's answer was generated; a temporary index lives as long as the context."""
     checkpoints: tuple[Checkpoint, ...] = ()
-    if isinstance(method, CheckpointMethod):
+    if method.weighting is not None:
         checkpoints = find_checkpoints(settings, method.weighting)
         settings = settings_of_last(settings, checkpoints)
     else:
@@ -86,7 +85,7 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
 
 
 def _require_recomputable(index: Index, method: Method) -> None:
-    """Gradients of queries can only be made to match an imported index where its projection is known."""
+    """Raise unless gradients of queries can match the index: of an imported one, the projection must be known."""
     record = index.manifest.imported
     if record is None or record.recomputable or not method.needs_model:
         return
@@ -94,19 +93,19 @@ def _require_recomputable(index: Index, method: Method) -> None:
         f"The index {index.folder} was imported from {record.layout}, and model, data or projection are not known "
         f"well enough to compute what `{method.name}` needs for a query. Project the queries with the software that "
         f"made the index, then type: vestige import QUERIES --against {index.folder} --out RUN. An export of Vestige's "
-        "own can be asked directly once it was imported with --model and --data."
+        "own can be used directly once it was imported with --model and --data."
     )
 
 
 def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:
-    """What the index was made with decides how text becomes tokens and what the loss is."""
+    """Return the settings with those of the index, which decide how text becomes tokens and what the loss is."""
     manifest = index.manifest
     fixed = {"loss": manifest.loss, "max_length": manifest.max_length}
     default = {name: AttributeSettings.model_fields[name].default for name in fixed}
     for name, value in fixed.items():
         if getattr(settings, name) not in (value, default[name]):
             raise SpecError(
-                f"The index {index.folder} was made with {name}={value}, asked for was {getattr(settings, name)}. "
+                f"The index {index.folder} was made with {name}={value}, and {getattr(settings, name)} was requested. "
                 f"Leave it out, or make another index with it."
             )
     return settings.model_copy(update=fixed | ({"chat": manifest.chat} if settings.chat is None else {}))
@@ -135,7 +134,7 @@ def _answered(
     train: TokenizedData,
     chat: bool | None,
 ) -> Question:
-    """The queries put as the data are, or as `chat` says, those without an answer continued by the model."""
+    """Put the queries as the data are, or as `chat` says; let the model continue those without an answer."""
     asked, how = queries, ""
     if loaded is not None:
         asked, how = ask(queries, train.examples, chat=chat, tokenizer=loaded.tokenizer)
@@ -144,7 +143,7 @@ def _answered(
     if settings.answer == "given" and any(waiting):
         missing = asked[waiting.index(True)].id
         raise DataError(
-            f'Query "{missing}" has no answer, and --answer given was asked for. Add a `completion`, or drop --answer.'
+            f'Query "{missing}" has no answer, and --answer given was requested. Add a `completion`, or drop --answer.'
         )
     if not any(waiting) or loaded is None:
         return Question(asked, [False] * len(asked), how)
@@ -178,7 +177,7 @@ def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: 
 def _selection(
     settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
 ) -> Selection | None:
-    if loaded is None or not (method.needs_gradients or hasattr(method, "components")):
+    if loaded is None or not (method.needs_gradients or method.splits_components):
         return None
     if index is not None and method.needs_gradients:
         return select_components(loaded.model, [part.name for part in index.manifest.components])
@@ -208,7 +207,7 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
         folder=tokens,
         workers=tokenising_processes(settings),
     )
-    # The fingerprint of the whole tells at once; the stages, which decide, take a pass over all texts.
+    # The fingerprint of the whole is compared first; the stages, which decide, take a pass over all texts.
     same = train.fingerprint == manifest.data.fingerprint
     for stage in () if same else manifest.plan.stages:
         if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
@@ -221,14 +220,14 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
 
 
 def _text_only(examples: Sequence[Example], name: str) -> TokenizedData:
-    """Examples without tokens, for methods that read text."""
+    """Return examples without tokens, for methods that read text."""
     empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     count = len(examples)
     return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
 
 
 def _is_exact(job: Job, method: Method) -> bool:
-    """Whether the method works without an index and the queries' whole gradients fit into memory."""
+    """Return whether the method works without an index and the queries' whole gradients fit into memory."""
     if method.needs_index:
         return False
     # A method that needs them refuses by itself what does not fit.
@@ -236,7 +235,7 @@ def _is_exact(job: Job, method: Method) -> bool:
 
 
 def _temporary_index(job: Job) -> Index:
-    """An index beside the run, which goes when the run is written; killed before, the same command continues it."""
+    """Build an index beside the run, which goes when the run is written; after a kill, the same command resumes it."""
     settings, folder = job.settings, partial_folder(job.settings.out) / "index"
     announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
     names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")

@@ -20,7 +20,7 @@ class Option(NamedTuple):
 
     @property
     def values(self) -> str:
-        """What may follow `name=`, in words."""
+        """The values that may follow `name=`, in words."""
         return " or ".join(_words(self.type))
 
     @property
@@ -29,7 +29,7 @@ class Option(NamedTuple):
         return "none" if self.default is None else str(self.default)
 
     def parsed(self, given: Any) -> Any:
-        """`given`, a value or the text of one, as the option's type.
+        """Convert `given`, a value or the text of one, to the option's type.
 
         Raises:
             SpecError: it is none.
@@ -45,7 +45,7 @@ class Option(NamedTuple):
 
 
 def options_of(found: type) -> tuple[Option, ...]:
-    """The options of a method's class: its fields whose type is `Annotated` with what they mean."""
+    """Return the options of a method's class: its fields whose type is `Annotated` with what they mean."""
     if not is_dataclass(found):
         return ()
     types = get_type_hints(found, include_extras=True)
@@ -58,7 +58,7 @@ def options_of(found: type) -> tuple[Option, ...]:
 
 
 def parsed_options(name: str, found: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options of the method `name` with their types.
+    """Return the given options of the method `name` with their types.
 
     Raises:
         SpecError: the method has no such option, or the value is not of its type.

@@ -1,7 +1,7 @@
-"""Scores of the training examples as a work plan: pieces of the training data, each scored by whoever comes first.
+"""Scores of the training examples as a work plan: pieces of the training data, each scored by the first free worker.
 
 The query vectors are made once and kept beside the run; a piece leaves its scores there, and the reduce streams the
-pieces in their order into the summary, so a run holds the same numbers whoever computed them and whenever.
+pieces in their order into the summary, so a run holds the same numbers whichever process computed them, and whenever.
 """
 
 import hashlib
@@ -60,19 +60,19 @@ class BlocksPlan(Generic[Result]):
 
     @property
     def pieces(self) -> int:
-        """How many pieces the training data falls into."""
+        """The number of pieces that the training data falls into."""
         return len(self.rows)
 
     def is_done(self, piece: int) -> bool:
-        """Whether the piece's scores are there."""
+        """Return whether the piece's scores are there."""
         return self._files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Its scores: training examples times queries."""
+        """Return the number of the piece's scores: training examples times queries."""
         return self.rows[piece] * self.lines
 
     def open(self) -> AbstractContextManager[Compute]:
-        """What the method needs; what the queries need was made before."""
+        """Open what the method needs; what the queries need was made before."""
         blocks = self.blocks()
         return nullcontext(lambda piece: self._compute(piece, blocks))
 
@@ -86,7 +86,7 @@ class BlocksPlan(Generic[Result]):
         self._files.write(piece, {"rows": rows, "scores": scores})
 
     def reduce(self) -> Result:
-        """What the pieces are collected into, in their order.
+        """Collect the pieces, in their order, into the result.
 
         Raises:
             CorruptFile: a piece is missing or damaged.
@@ -94,7 +94,7 @@ class BlocksPlan(Generic[Result]):
         return self.collect(ScoreBlock(**self._files.read(piece)) for piece in range(self.pieces))
 
     def run(self, settings: AttributeSettings) -> Result:
-        """The result; a single piece leaves nothing on disk here, several continue where they were killed."""
+        """Return the result; a single piece leaves nothing on disk here, several continue where they were killed."""
         with phase(self.name, self.unit) as done:
             if self.pieces == 1 and settings.engine == "local":
                 done.append(self.rows[0] * self.lines)
@@ -115,14 +115,14 @@ class BlocksPlan(Generic[Result]):
 
 
 def summarised(job: Job, method: Method) -> ScoreSummary:
-    """Scores of every training example, streamed into the lists, the distribution and the groups."""
+    """Stream the scores of every training example into the lists, the distribution and the groups."""
     return summarised_sets(job, method, 1)[0]
 
 
 def summarised_sets(
     job: Job, method: Method, sets: int, watch: Callable[[ScoreBlock], None] | None = None
 ) -> list[ScoreSummary]:
-    """The same for lines of scores that hold all queries `sets` times, one set after another.
+    """Summarise lines of scores that hold all queries `sets` times, one set after another, as `summarised` does.
 
     Args:
         job: The question.
@@ -175,7 +175,7 @@ def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
 
 
 def self_scores(job: Job, method: Any) -> np.ndarray:
-    """Score of every training example for itself, float64 [example] on the disk; NaN for those that are left out.
+    """Compute the score of every training example for itself, float64 [example] on the disk; NaN if left out.
 
     Raises:
         NonFinite: another is NaN or infinite.
@@ -215,7 +215,7 @@ def _check_finite(rows: np.ndarray, scores: np.ndarray) -> None:
 
 
 def unscorable(job: Job) -> tuple[int, ...]:
-    """Training rows whose loss or gradient is not finite, by a pass over the data."""
+    """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
     store = ExactGradients(job)
 
     def blocks(piece: int) -> Iterator[ScoreBlock]:
@@ -232,24 +232,24 @@ def unscorable(job: Job) -> tuple[int, ...]:
 
 
 def works_in_pieces(method: Any, what: str) -> bool:
-    """Whether a method's scores are those of `GradientMethod`, which knows the pieces of its training data."""
+    """Return whether a method's scores are those of `GradientMethod`, which divides its training data into pieces."""
     return isinstance(method, GradientMethod) and getattr(type(method), what) is getattr(GradientMethod, what)
 
 
 def settings_key(job: Job) -> str:
-    """What the scores of a job depend on, but for the data and the model themselves."""
+    """Return a digest of all that the scores of a job depend on, but for the data and the model themselves."""
     ignored = OF_THE_OUTPUT | set(LaunchSettings.model_fields)
     recorded = {name: value for name, value in job.settings.record().items() if name not in ignored}
     return digest(FORMAT, version("vestige"), recorded, job.queries.fingerprint, len(job.queries))
 
 
 def digest(*parts: Any) -> str:
-    """sha256 of anything that JSON can say."""
+    """Return the sha256 of anything that JSON can express."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest_of(vectors: Vectors) -> str:
-    """sha256 over the bytes of the query vectors."""
+    """Return the sha256 of the bytes of the query vectors."""
     whole = hashlib.sha256()
     for vector in vectors:
         whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -257,7 +257,7 @@ def _digest_of(vectors: Vectors) -> str:
 
 
 def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> KeptVectors:
-    """The query vectors; those of data in several pieces are kept beside the run."""
+    """Return the query vectors; those of data in several pieces are kept beside the run."""
     if store.pieces == 1:
         prepared = method.prepare(job)
         return KeptVectors(prepared.vectors, prepared.cosine)

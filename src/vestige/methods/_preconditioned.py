@@ -40,10 +40,10 @@ class Preconditioned(GradientMethod):
 
     @abstractmethod
     def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
-        """Measure the curvature; what it makes of the queries' gradients."""
+        """Measure the curvature; return the map from the queries' gradients to the preconditioned ones."""
 
     def vectors(self, job: Job) -> Prepared:
-        """The queries' gradients, preconditioned.
+        """Return the queries' gradients, preconditioned.
 
         Raises:
             UserError: the whole gradients of the queries do not fit into memory.
@@ -54,7 +54,7 @@ class Preconditioned(GradientMethod):
         return Prepared(job, store, inverse(gradients), inverse)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """`g^T (C + d I)^-1 g` of every training example: each is asked about itself, a few at a time."""
+        """Return the map from a piece to `g^T (C + d I)^-1 g` of its training examples, a few at a time."""
         prepared = self.prepare(job)
         assert isinstance(prepared.store, ExactGradients)
         exact = prepared.store
@@ -73,7 +73,9 @@ class Preconditioned(GradientMethod):
 
 
 def check_memory(job: Job, dampings: int = 1) -> None:
-    """Gradients before and after preconditioning; on a GPU its memory is smaller, and torch says so itself.
+    """Raise unless gradients before and after preconditioning fit into memory.
+
+    On a GPU its memory is smaller, and torch reports that itself.
 
     Raises:
         UserError: They do not fit.
@@ -89,21 +91,21 @@ def check_memory(job: Job, dampings: int = 1) -> None:
 
 
 def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:
-    """The training data as a curvature is measured on it: without the examples that an index leaves out."""
+    """Return the training data as a curvature is measured on it: without the examples that an index leaves out."""
     loaded, settings = job.model_for(method), job.settings
     budget, data = batch_tokens(settings, loaded), scored_data(job)
     return CurvatureData(loaded.model, job.components, data, budget, settings.loss, labels, settings.seed)
 
 
 def scored_data(job: Job) -> TokenizedData:
-    """The training examples but for those that are left out."""
+    """Return the training examples but for those that are left out."""
     if not job.skipped:
         return job.train
     return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
 
 
 def curvature_folder(job: Job) -> Path | None:
-    """Where measured curvature is kept: beside the index, else beside the run until that is written.
+    """Return the folder of measured curvature: beside the index, else beside the run until that is written.
 
     None where the training data is a single piece of work without an index: then nothing is kept.
     """
@@ -113,5 +115,5 @@ def curvature_folder(job: Job) -> Path | None:
 
 
 def curvature_work(job: Job) -> Work:
-    """Where the passes for the curvature run: like everything else of the run."""
+    """Return where the passes for the curvature run: like everything else of the run."""
     return Work(job.settings, worker_command(job.settings, "attribute"))

@@ -32,15 +32,15 @@ class Problem:
         return self.product.components
 
     def join(self, vectors: Vectors) -> Float[Tensor, "query n"]:
-        """One flat vector for each query."""
+        """Return one flat vector for each query."""
         return torch.cat(vectors, dim=1)
 
     def split(self, vectors: Float[Tensor, "query n"]) -> Vectors:
-        """The inverse of `join`."""
+        """Undo `join`."""
         return list(vectors.split([component.size for component in self.components], dim=1))
 
     def random_vector(self, seed: int) -> Float[Tensor, "n"]:
-        """A start for the search of eigenvectors: normal numbers, drawn on the CPU, the same on every device."""
+        """Draw a start for the search of eigenvectors: normal numbers, drawn on the CPU, the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         size = sum(component.size for component in self.components)
         device = next(self.product.model.parameters()).device
@@ -48,7 +48,7 @@ class Problem:
 
 
 def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) -> Problem:
-    """The curvature of all training data that is scored, or of `examples` of them, drawn with the seed of the job.
+    """Return the curvature of all scored training data, or of `examples` of them, drawn with the job's seed.
 
     The damping is relative to the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known
     exactly: their mean squared gradient norm over the number of parameters.
@@ -67,11 +67,11 @@ def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) ->
 
 
 def drawn_rows(rows: int, count: int, seed: int) -> np.ndarray:
-    """`count` of the rows without repetition, in order; all of them when there are not more.
+    """Draw `count` of the rows without repetition, in order; all of them when there are not more.
 
     Raises:
-        SpecError: no row was asked for.
+        SpecError: no row was requested.
     """
     if count < 1:
-        raise SpecError(f"Curvature needs training examples to be measured on, and {count} were asked for.")
+        raise SpecError(f"Curvature needs training examples to be measured on, and {count} were requested.")
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])

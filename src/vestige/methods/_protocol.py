@@ -1,8 +1,9 @@
 """What an attribution method is: something that turns a job into blocks of scores."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +17,9 @@ from vestige.settings import AttributeSettings
 if TYPE_CHECKING:
     from vestige.index import Index
     from vestige.methods._checkpoints import Checkpoint
+
+
+Weighting = Literal["learning rate", "equal"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class Job:
     checkpoints: "tuple[Checkpoint, ...]" = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
     left_out: tuple[int, ...] = ()
-    """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was asked for."""
+    """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was requested."""
     randomised: bool = False
     """Whether the model's weights were replaced by noise: a file beside its checkpoint then is not about this model."""
     asked: str = ""
-    """How questions were put, in words, where they became something else than what was typed."""
+    """How questions were put, in words, where they differ from what was typed."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -53,7 +57,7 @@ class Job:
         return self.selection.components if self.selection is not None else ()
 
     def model_for(self, method: str) -> LoadedModel:
-        """The model.
+        """Return the model that `method` runs.
 
         Raises:
             UserError: the job has none, which `method` needs.
@@ -61,31 +65,6 @@ class Job:
         if self.loaded is None:
             raise UserError(f"The method `{method}` runs the model, and none was given. Add --model MODEL.")
         return self.loaded
-
-
-class Method(Protocol):
-    """Scores every training example for every query. Nothing else knows which method runs.
-
-    A new one is a class with these members and `@method("its-name")` above it; packages of others announce theirs
-    with an entry point in the group `vestige.methods`.
-    """
-
-    name: str
-    """Set by the decorator."""
-    meaning: Meaning
-    """What the scores mean; honest about sign and limits, for it is printed beside every score."""
-    needs_model: bool
-    """False for methods that read text alone: `Job.loaded` may be None."""
-    needs_gradients: bool
-    """True for methods that work on gradients of the selected components."""
-    needs_index: bool
-    """True for methods that read the training gradients more than once: without an index they make one."""
-    needs_exact: bool
-    """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
-
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Scores of all rows, each row once, in any order; memory must not grow with the training data."""
-        ...
 
 
 class ComponentBlock(NamedTuple):
@@ -97,10 +76,48 @@ class ComponentBlock(NamedTuple):
     """Each line adds up to the pair's score."""
 
 
-@runtime_checkable
-class SplitsByComponent(Protocol):
-    """A method whose scores are sums over components."""
+class Method(ABC):
+    """Scores every training example for every query, and says what it can do: nothing else knows which method runs.
+
+    A new one is a class with `blocks` and `meaning` and `@method("its-name")` above it, announced by an entry point in
+    the group `vestige.methods`. Its options are dataclass fields whose type is `Annotated` with what they mean.
+    """
+
+    name: ClassVar[str] = ""
+    """Set by the decorator."""
+    meaning: Meaning
+    """What the scores mean; honest about sign and limits, for it is printed beside every score."""
+    needs_model: ClassVar[bool] = False
+    """False for methods that read text alone: `Job.loaded` may be None."""
+    needs_gradients: ClassVar[bool] = False
+    """True for methods that work on gradients of the selected components."""
+    needs_index: ClassVar[bool] = False
+    """True for methods that read the training gradients more than once: without an index they make one."""
+    needs_exact: ClassVar[bool] = False
+    """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
+    weighting: ClassVar[Weighting | None] = None
+    """How checkpoints are weighted, for methods whose scores are sums over several; None for one model."""
+    searches_words: ClassVar[bool] = False
+    """True for a word search: the overlap of other methods with it is a check."""
+    splits_components: ClassVar[bool] = False
+    """True where `components` takes scores apart."""
+    splits_tokens: ClassVar[bool] = False
+    """True where a score is an inner product with the gradient, which is a sum over tokens (see `GradientMethod`)."""
+    sweeps_damping: ClassVar[bool] = False
+    """True where what is measured serves any damping."""
+    scores_itself: ClassVar[bool] = False
+    """True where `self_scores` gives self-influence."""
+    works_sharded: ClassVar[bool] = False
+    """True for methods that a model can serve that is sharded over the processes of a process group."""
+
+    @abstractmethod
+    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+        """Yield the scores of all rows, each row once, in any order; memory must not grow with the training data."""
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """The scores of the pairs `(queries[i], rows[i])`, split over components."""
-        ...
+        """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
+        raise NotImplementedError(f"{self.name} does not split scores over components")
+
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+        """Yield the score of every training example for itself, as one query."""
+        raise NotImplementedError(f"{self.name} has no self-influence")

@@ -40,15 +40,15 @@ class QueryVectors:
     pieces: int = 1
 
     def is_done(self, piece: int) -> bool:
-        """Whether the vectors are there."""
+        """Return whether the vectors are there."""
         return self.files.is_done(piece)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
-        """The queries."""
+        """Return the number of queries."""
         return self.queries
 
     def open(self) -> AbstractContextManager[Compute]:
-        """What is needed was made before."""
+        """Open nothing: what is needed was made before."""
         return nullcontext(self._compute)
 
     def _compute(self, piece: int) -> None:
@@ -57,7 +57,7 @@ class QueryVectors:
         self.files.write(piece, {"cosine": torch.tensor(prepared.cosine), **vectors})
 
     def reduce(self) -> KeptVectors:
-        """What was kept.
+        """Read the kept vectors.
 
         Raises:
             CorruptFile: it is damaged.
@@ -67,7 +67,7 @@ class QueryVectors:
         return KeptVectors([kept[str(number)].to(self.device) for number in range(len(kept))], cosine)
 
     def run(self) -> KeptVectors:
-        """The vectors, made in this process unless they are there already."""
+        """Return the vectors, made in this process unless they are there already."""
         self.files.forget_damaged([0])
         if not decided(lambda: self.files.is_done(0)):
             # Outside the plan, because the curvature is a plan of its own, in which this process may be a worker.

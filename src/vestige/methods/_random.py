@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt64
 
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
@@ -16,26 +16,21 @@ BLOCK_SCORES = 2**22
 
 
 @method("random")
-class Random:
+class Random(Method):
     """A hash of (seed, query id, example id): the same for any order of queries, data and blocks."""
 
-    name: str
-    needs_model = False
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",
         target="nothing",
         normalisation="none",
-        estimates="Nothing: it shows what a ranking looks like that knows neither the model nor the text.",
+        estimates="Nothing: it shows a ranking that uses neither the model nor the text.",
         cost="No pass through the model.",
         limits="Never to be believed; a method that does not beat it on a test has learned nothing.",
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Random scores of all rows, in order."""
+        """Yield random scores of all rows, in order."""
         seed = job.settings.seed
         queries = _codes("query", seed, [example.id for example in job.queries.examples])
         step = max(1, BLOCK_SCORES // max(len(queries), 1))
@@ -46,13 +41,13 @@ class Random:
 
 
 def _codes(kind: str, seed: int, ids: list[str]) -> UInt64[np.ndarray, "id"]:
-    """64 random bits per id; `kind` keeps a query and an example of the same id apart."""
+    """Return 64 random bits per id; `kind` keeps a query and an example of the same id apart."""
     digests = (hashlib.blake2b(f"{kind}:{seed}:{name}".encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def _uniform(codes: UInt64[np.ndarray, "query row"]) -> Float[np.ndarray, "query row"]:
-    """Numbers in [-1, 1) from the upper bits of the codes, mixed by the finaliser of splitmix64."""
+    """Return numbers in [-1, 1) from the upper bits of the codes, mixed by the finaliser of splitmix64."""
     # The exclusive or of two hashes is linear in each; without mixing, four pairs would determine one another.
     codes = (codes ^ (codes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     codes = (codes ^ (codes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -43,7 +43,7 @@ class ScoreSample(Protocol):
 
 @contextmanager
 def randomised(model: nn.Module, seed: int) -> Iterator[nn.Module]:
-    """The same model with weights drawn anew while the context lasts; afterwards every bit is as it was.
+    """Draw the model's weights at random while the context lasts; afterwards every bit is as it was.
 
     Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
     constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
@@ -105,7 +105,7 @@ def randomised_correlation(
 
 
 def correlation_check(learned: Float[np.ndarray, "query row"], random: Float[np.ndarray, "query row"]) -> Check:
-    """The verdict on two sets of scores of the same pairs."""
+    """Return the verdict on two sets of scores of the same pairs."""
     found = [_spearman(one, other) for one, other in zip(learned, random, strict=True)]
     known = [value for value in found if value is not None]
     if not known:
@@ -121,8 +121,8 @@ def correlation_check(learned: Float[np.ndarray, "query row"], random: Float[np.
 
 
 def without_weights() -> Check:
-    """For methods that read text alone."""
-    reading = "The method does not look at the model's weights."
+    """Return the check of methods that read text alone."""
+    reading = "The method does not use the model's weights."
     return Check(name=NAME, value=None, reading=reading, verdict="unknown")
 
 

@@ -1,69 +1,67 @@
 """Methods by name: the built-in ones, and those that other packages announce."""
 
-import difflib
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import Any, TypeVar, cast
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vestige.errors import SpecError, VestigeError
-from vestige.methods._options import parsed_options
+from vestige.methods._options import options_of, parsed_options
 from vestige.methods._protocol import Method
+from vestige.registry import Registry
 
-ENTRY_POINTS = "vestige.methods"
+if TYPE_CHECKING:
+    from rich.table import Table
 
-MethodClass = TypeVar("MethodClass", bound=type)
+MethodClass = TypeVar("MethodClass", bound=type[Method])
 
-_methods: dict[str, type] = {}
+METHODS: Registry[type[Method]] = Registry("vestige.methods", "method", Method)
 
 
 def method(name: str) -> Callable[[MethodClass], MethodClass]:
-    """Class decorator that makes a method known as `name`.
+    """Make a class known as the method `name`.
 
     Raises:
-        VestigeError: another class has that name.
+        SpecError: another class has that name.
     """
 
     def register(found: MethodClass) -> MethodClass:
-        known = _methods.setdefault(name, found)
-        if (known.__module__, known.__qualname__) != (found.__module__, found.__qualname__):
-            raise VestigeError(f"Two methods are called {name!r}: {known.__module__} and {found.__module__}.")
+        METHODS.add(name, found)
         found.name = name
         return found
 
     return register
 
 
-def method_names() -> list[str]:
-    """Every method that `get_method` knows, sorted; nothing of other packages is imported."""
-    return sorted({*_methods, *(point.name for point in entry_points(group=ENTRY_POINTS))})
-
-
 def get_method(name: str, **options: Any) -> Method:
-    """The method called `name`, made with its options.
+    """Return the method called `name`, made with its options.
 
     Raises:
         SpecError: there is no such method, it has no such option, or the option's value is of another type.
     """
-    found = method_class(name)
-    return cast(Method, found(**parsed_options(name, found, options)))
+    found = METHODS.find(name)
+    return found(**parsed_options(name, found, options))
 
 
-def method_class(name: str) -> type:
-    """The class of the method called `name`.
+def method_table() -> "Table":
+    """Return a line for each method: its name, what it estimates, and what that costs."""
+    from rich.table import Table
+
+    table = Table("method", "estimates", "costs")
+    for name in METHODS.names():
+        meaning = get_method(name).meaning
+        table.add_row(name, meaning.estimates, meaning.cost)
+    return table
+
+
+def describe_method(name: str) -> str:
+    """Return what a method computes, what its scores mean, what it costs, when not to believe it, and its options.
 
     Raises:
         SpecError: there is no such method.
     """
-    found = _methods.get(name) or _from_other_packages(name)
-    if found is None:
-        close = difflib.get_close_matches(name, method_names(), n=1, cutoff=0.5)
-        hint = f"Did you mean --method {close[0]}? " if close else ""
-        raise SpecError(f"There is no method {name!r}. {hint}Known methods: {', '.join(method_names())}.")
-    return found
-
-
-def _from_other_packages(name: str) -> type | None:
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return method(name)(point.load())
-    return None
+    found = METHODS.find(name)
+    facts = get_method(name).meaning.to_dict()
+    width = max(map(len, facts))
+    lines = [f"  {key:<{width}}  {text}" for key, text in facts.items()]
+    options = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in options_of(found)]
+    taken = ["Options, with their defaults (--option name=value):", *options] if options else ["No options of its own."]
+    return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *lines, "", *taken])

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from vestige.data import Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.methods._hidden import NO_CAUSAL_SIGN, Pooling, batches, pooled, shortest_forward
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import Job, Method
 from vestige.methods._registry import method
 from vestige.runs import Meaning, ScoreBlock
 
 
 @method("rep-sim")
 @dataclass(frozen=True)
-class RepSim:
+class RepSim(Method):
     """Cosine of the pooled hidden states of example and query (Rep-Sim of the DATE-LM benchmark).
 
     `layer` counts as transformers does: 0 is the embedding, the last one is the default. `pooling` "mean" averages
@@ -32,11 +32,8 @@ class RepSim:
         "mean"
     )
 
-    name = "rep-sim"
     needs_model = True
-    needs_gradients = False
-    needs_index = False
-    needs_exact = False
+    works_sharded = True
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="cosine",
@@ -49,7 +46,7 @@ class RepSim:
     )
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
-        """Cosines of all rows, longest first."""
+        """Yield the cosines of all rows, longest first."""
         queries = self._query_states(job)
         for rows, states in self._states(job, job.train, np.arange(len(job.train))):
             yield ScoreBlock(rows, (queries @ states.T).cpu())
@@ -61,7 +58,7 @@ class RepSim:
     def _states(
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row width"]]]:
-        """Pooled states of length one (zero for an example without a target)."""
+        """Yield pooled states of length one (zero for an example without a target)."""
         loaded = job.model_for(self.name)
         for batch in batches(job, loaded, data, rows):
             with torch.no_grad():
@@ -71,7 +68,7 @@ class RepSim:
 
 
 def _hidden_states(model: nn.Module, batch: Batch, layer: int | None) -> Float[Tensor, "example token width"]:
-    """Hidden states at `layer`, or the last ones.
+    """Return hidden states at `layer`, or the last ones.
 
     Raises:
         SpecError: the model has no such layer.

@@ -1,10 +1,10 @@
-"""What a run of attribution says of itself, put together from the job, the method and the scores."""
+"""The record of an attribution run, made from the job, the method and the scores."""
 
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from vestige.data import TokenizedData
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.runs import (
     Check,
     CheckpointRecord,
@@ -29,9 +29,8 @@ def run_record(
     checks: list[Check],
     seconds: float,
 ) -> RunRecord:
-    """What a run says of itself: what was asked of what, by which method, and how far it can be trusted."""
+    """Return the record of a run: model, data, queries and method, and how far the scores can be trusted."""
     ids = [example.id for example in job.queries.examples]
-    split = isinstance(method, SplitsByComponent)
     return RunRecord(
         vestige=version("vestige"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,7 +49,7 @@ def run_record(
         method=method.name,
         meaning=method.meaning,
         coverage=_coverage(job),
-        components=[part.name for part in job.components] if split else [],
+        components=[part.name for part in job.components] if method.splits_components else [],
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_memory_bytes=peak_gpu_memory_bytes(),

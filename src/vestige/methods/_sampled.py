@@ -1,4 +1,4 @@
-"""A method's scores of a few rows, with all that it knows about the model measured again on these rows."""
+"""A method's scores of a few rows, with all its measurements of the model made again on these rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -24,14 +24,14 @@ class Products(NamedTuple):
     rows: Int[Tensor, "row"]
     scores: Float[Tensor, "component query row"]
     norms: Float[Tensor, "row"] | None
-    """Length of each row's gradient, where it was asked for."""
+    """Length of each row's gradient, where it was requested."""
 
 
 class GradientStore(Protocol):
     """Per-example gradients of the training data."""
 
     def of_queries(self, data: TokenizedData) -> Vectors:
-        """Gradients of the queries."""
+        """Return gradients of the queries."""
         ...
 
     device: torch.device
@@ -48,33 +48,33 @@ class GradientStore(Protocol):
         ...
 
     def piece_rows(self, piece: int) -> int:
-        """Training examples in a piece."""
+        """Return the number of training examples in a piece."""
         ...
 
     def piece_scores(
         self, piece: int, vectors: Vectors, *, norms: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(rows, summed scores [query, row], norms [row]) of the training examples of a piece, each once."""
+        """Yield (rows, summed scores [query, row], norms [row]) of the training examples of a piece, each once."""
         ...
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, squared gradient norms [row]) of the training examples of a piece."""
+        """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
         ...
 
     def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """`piece_scores` of all training examples."""
+        """Yield `piece_scores` of all training examples."""
         ...
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """`piece_squared_norms` of all training examples."""
+        """Yield `piece_squared_norms` of all training examples."""
         ...
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """The scores of a few rows, split over components."""
+        """Compute the scores of a few rows, split over components."""
         ...
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """The matrices whose inner product with an example's gradient is that query's score."""
+        """Return the matrices whose inner product with an example's gradient is that query's score."""
         ...
 
 
@@ -97,7 +97,7 @@ class InPieces(ABC):
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(rows, summed scores [query, row], norms [row]) of all training examples, each once."""
+        """Yield (rows, summed scores [query, row], norms [row]) of all training examples, each once."""
         with progress(sum(map(self.piece_rows, range(self.pieces))), "Scoring") as bar:
             for piece in range(self.pieces):
                 for block in self.piece_scores(piece, vectors, norms=norms):
@@ -105,7 +105,7 @@ class InPieces(ABC):
                     bar.advance(len(block[0]))
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, squared gradient norms [row]) of all training examples."""
+        """Yield (rows, squared gradient norms [row]) of all training examples."""
         with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
             for piece in range(self.pieces):
                 for block in self.piece_squared_norms(piece):

@@ -25,7 +25,7 @@ from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sampled_rows
 
 COMPARED = 10
-"""Length of the lists that are compared, where so many are kept."""
+"""Length of the lists that are compared, or less where fewer are kept."""
 SAMPLED_NUMBERS = 2**22
 """Most scores that are kept for the correlation of ranks."""
 UNSTABLE = 0.5
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
     damping: float
     method: Any
-    """A `GradientMethod` with all that `Method` asks for."""
+    """A `GradientMethod` with all that `Method` requires."""
     job: Job
 
 
@@ -98,7 +98,7 @@ class DampingSweep(GradientMethod):
             raise failed
 
     def vectors(self, job: Job) -> Prepared:
-        """The vectors of all members, which become views of these."""
+        """Return the vectors of all members, which become views of these."""
         each = [member.method.prepare(member.job) for member in self.members]
         stacked: Vectors = []
         for number in range(len(each[0].vectors)):
@@ -113,7 +113,7 @@ class DampingSweep(GradientMethod):
         return Prepared(job, self.store(job), stacked, transform, each[0].cosine)
 
     def store(self, job: Job) -> GradientStore:
-        """The members' store, with the lengths that each of them divides by."""
+        """Return the members' store, with the lengths that each of them divides by."""
         stores = [member.method.prepare(member.job).store for member in self.members]
         measures = [store.measure for store in stores if isinstance(store, IndexedGradients)]
         kept = tuple(measure for measure in measures if isinstance(measure, Measure))
@@ -122,13 +122,13 @@ class DampingSweep(GradientMethod):
         return IndexedGradients(job, job.index, Measures(kept, len(job.queries)))
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
-        """Those of the main member."""
+        """Return the map of the main member."""
         main = self.members[main_of(self.members)]
         return main.method.self_blocks(main.job)
 
 
 def sweep(job: Job, method: Method) -> Swept:
-    """Scores at every damping of the job's settings: the training gradients are read once.
+    """Score at every damping of the job's settings: the training gradients are read once.
 
     Raises:
         NonFinite: no damping was large enough.
@@ -148,19 +148,19 @@ def sweep(job: Job, method: Method) -> Swept:
 
 
 def main_of(members: list[Member]) -> int:
-    """Which member the run itself is: the one closest to the default damping."""
+    """Return the number of the member that is the run itself: the one closest to the default damping."""
     return min(range(len(members)), key=lambda number: abs(log(members[number].damping / DAMPING)))
 
 
 def member_folder(run: Path, damping: float) -> Path:
-    """Where the run at one damping of a sweep lies."""
+    """Return the folder of the run at one damping of a sweep."""
     return run / f"damping-{damping!r}".removesuffix(".0")
 
 
 def compared(
     members: list[Member], summaries: list[ScoreSummary], scores: Float[np.ndarray, "damping query row"], length: int
 ) -> list[Neighbours]:
-    """Every damping with the next larger one, by lists of `length` and ranks of all these scores."""
+    """Compare every damping with the next larger one, by lists of `length` and ranks of all these scores."""
     queries = scores.shape[1]
     tops = [proponents(summary.ranked, queries, length) for summary in summaries]
     ranks = rankdata(scores, axis=2)
@@ -176,7 +176,7 @@ def compared(
 
 
 def stability(neighbours: list[Neighbours], length: int, examples: int) -> Check:
-    """The least overlap of two neighbouring dampings; it says what the damping decides, not which one is right."""
+    """Check the least overlap of two neighbouring dampings: it shows what the damping decides, not which is right."""
     name = "stability over dampings"
     if not neighbours:
         return Check(name=name, value=None, reading="There is one damping, nothing to compare.", verdict="unknown")
@@ -215,7 +215,7 @@ def _overlap(one: Int[np.ndarray, " rank"], other: Int[np.ndarray, " rank"]) -> 
 
 
 def _correlation(one: Float[np.ndarray, " row"], other: Float[np.ndarray, " row"]) -> float:
-    """Pearson's of ranks; lists without any order agree with all others."""
+    """Return Pearson's correlation of ranks; lists without any order agree with all others."""
     one, other = one - one.mean(), other - other.mean()
     lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / lengths if lengths > 0 else 1.0

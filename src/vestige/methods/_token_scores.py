@@ -38,7 +38,7 @@ def token_scores(
     reduction: Reduction,
     token_budget: int,
 ) -> Iterator[RowTokens]:
-    """Shares of every token of `rows` in the inner product of their gradients with `direction`."""
+    """Yield the share of every token of `rows` in the inner product of their gradients with `direction`."""
     device = next(model.parameters()).device
     tangents: dict[str, Tensor] = {}
     for component, matrix in zip(components, direction, strict=True):
@@ -55,7 +55,7 @@ def token_scores(
 
 
 def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:
-    """Derivative of every token's loss along the tangents."""
+    """Compute the derivative of every token's loss along the tangents."""
     parameters = dict(model.named_parameters())
     primals = {name: parameters[name].detach() for name in tangents}
 

@@ -22,7 +22,6 @@ class TracIn(CheckpointMethod):
     that example, so neither batches nor a ragged last one change a score.
     """
 
-    name = "tracin"
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, for one plain gradient step with each checkpoint's learning rate",
@@ -37,7 +36,7 @@ class TracIn(CheckpointMethod):
     )
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "GradientTerm":  # noqa: ARG002
-        """The inner products at this checkpoint."""
+        """Return the inner products at this checkpoint."""
         assert job.loaded is not None
         store = open_checkpoint_store(job, job.loaded.fingerprint[:16])
         return GradientTerm(prepare(job, store, unchanged))
@@ -50,15 +49,15 @@ class GradientTerm:
     prepared: Prepared
 
     def scores(self) -> Lines:
-        """One pass over the training data, or one read."""
+        """Yield the scores from one pass over the training data, or one read of the index."""
         for block in self.prepared.blocks():
             yield block.rows, block.scores
 
     def self_scores(self) -> Lines:
-        """Squared norms."""
+        """Yield squared norms."""
         for rows, squared in self.prepared.store.squared_norms():
             yield rows, squared[None]
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
-        """Inner products component by component."""
+        """Compute inner products component by component."""
         return prepared_parts(self.prepared, rows)

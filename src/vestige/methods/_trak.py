@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from vestige.errors import NonFinite
 from vestige.files import make_folder, write_durably
 from vestige.gradients import CausalLoss
 from vestige.index import Index, batch_tokens
-from vestige.methods._checkpoints import Checkpoint, Weighting, with_equal_sum
+from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
 from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import Job
@@ -31,7 +31,7 @@ from vestige.progress import progress
 from vestige.runs import Meaning
 
 FEATURES = 4096
-"""Most features: the matrix of their inner products has so many rows and columns, and is inverted."""
+"""Most features: the matrix of their inner products has one row and one column for each, and is inverted."""
 
 SMALLEST_DOUBT = 1e-6
 """Least 1 - p that is divided by: below it, float32 losses hold no digits of it."""
@@ -52,7 +52,6 @@ class Trak(CheckpointMethod):
     plain gradients and losses holds all that is needed.
     """
 
-    name = "trak"
     meaning = Meaning(
         sign="positive: training on the example raises the margin of the query, so it lowers the query's loss; "
         "negative: it raises it",
@@ -66,26 +65,26 @@ class Trak(CheckpointMethod):
         limits="One model gives little: give several, best trained on random halves of the data. Projected gradients "
         "of one random projection are noisy; the damping sets the scale, so compare within a run.",
     )
-    weighting: ClassVar[Weighting] = "equal"
+    weighting = "equal"
 
     def lines(self, job: Job) -> int:
-        """The queries, and 1 - p."""
+        """Return the number of queries, and one more for 1 - p."""
         return len(job.queries) + 1
 
     def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """A mean."""
+        """Return the weights of a mean."""
         return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
-        """The damping is inside the mean."""
+        """Return the damping, which is inside the mean."""
         return {"damping": job.settings.damping}
 
     def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
-        """Times the mean of 1 - p."""
+        """Multiply by the mean of 1 - p."""
         return parts[..., : len(sums) - 1, :] * sums[-1]
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "TrakTerm":  # noqa: ARG002
-        """The kernel of this model, and its inverse times the queries' features."""
+        """Return the kernel of this model, and its inverse times the queries' features."""
         assert job.loaded is not None
         store = open_checkpoint_store(job, job.loaded.fingerprint[:16], stored=True)
         assert isinstance(store, IndexedGradients)
@@ -113,20 +112,20 @@ class Features:
         return min(self.index.width, FEATURES)
 
     def projected(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
-        """Stored numbers under the projection."""
+        """Project stored numbers."""
         return rows if self.projection is None else compress_gradient(self.projection, rows[:, :, None])
 
     def unprojected(self, features: Float[Tensor, "row feature"]) -> Float[Tensor, "row column"]:
-        """The transposed map."""
+        """Apply the transposed map."""
         return features if self.projection is None else adjoint_gradient(self.projection, features)[:, :, 0]
 
     def per_token(self, counts: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
-        """What turns the index's loss into a mean over tokens."""
+        """Return the factors that turn the index's loss into a mean over tokens."""
         divisors = np.maximum(counts, 1) if self.index.manifest.loss == "sum" else np.ones(len(counts))
         return torch.from_numpy(1.0 / divisors).float()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(rows, their stored gradients, factors that make them the margin's, 1 - p)."""
+        """Yield (rows, their stored gradients, factors that make them the margin's, 1 - p)."""
         for block in self.index.blocks():
             scale = self.per_token(self.target_counts[block.example.numpy()])
             unsure = doubt(block.loss.float() * scale)
@@ -134,7 +133,7 @@ class Features:
 
 
 def doubt(mean_losses: Float[Tensor, "row"]) -> Float[Tensor, "row"]:
-    """`1 - p` with p the geometric mean of the probabilities of an example's own target tokens."""
+    """Return `1 - p` with p the geometric mean of the probabilities of an example's own target tokens."""
     return -torch.expm1(-mean_losses).clamp(max=-SMALLEST_DOUBT)
 
 
@@ -153,7 +152,7 @@ class TrakTerm:
     def of(
         cls, job: Job, store: IndexedGradients, features: Features, kernel: Float[Tensor, "feature feature"]
     ) -> "TrakTerm":
-        """The term with its queries preconditioned.
+        """Return the term with its queries preconditioned.
 
         Raises:
             NonFinite: The damped kernel is singular.
@@ -166,21 +165,21 @@ class TrakTerm:
         return cls(job, store, features, factor, term._preconditioned(job.queries))
 
     def scores(self) -> Lines:
-        """One read of the index."""
+        """Yield the scores from one read of the index."""
         with progress(self.store.index.rows, "Scoring") as bar:
             for rows, gradients, factors, unsure in self.features.blocks():
                 yield rows, torch.cat([self.vectors @ gradients.T * factors, unsure[None]])
                 bar.advance(len(rows))
 
     def self_scores(self) -> Lines:
-        """`phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
+        """Yield `phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
         for rows, gradients, factors, unsure in self.features.blocks():
             features = (self.features.projected(gradients) * factors[:, None]).double()
             whitened = torch.linalg.solve_triangular(self.factor, features.T, upper=False)
             yield rows, torch.stack([whitened.square().sum(0).float(), unsure])
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
-        """The numbers of the queries, component by component."""
+        """Return the numbers of the queries, component by component."""
         products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
         return products * self._stored_factors(rows)
 
@@ -191,7 +190,7 @@ class TrakTerm:
         return self.features.unprojected(solved)
 
     def _stored_factors(self, rows: list[int]) -> Float[Tensor, "row"]:
-        """Factors of a few rows, from their stored losses."""
+        """Return the factors of a few rows, from their stored losses."""
         wanted = torch.as_tensor(rows)
         found = torch.zeros(len(self.job.train))
         for block_rows, _, factors, _ in self.features.blocks():
@@ -204,7 +203,7 @@ def _joined(vectors: Vectors) -> Float[Tensor, "query column"]:
 
 
 def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
-    """Mean loss of every example's target tokens, by the model as it is."""
+    """Compute the mean loss of every example's target tokens, by the model as it is."""
     loaded = job.model_for(job.settings.method)
     device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
     losses = torch.zeros(len(data))
@@ -216,7 +215,7 @@ def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
 
 
 def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"]:
-    """`Phi^T Phi` in float64, read from beside the index or measured and kept there."""
+    """Return `Phi^T Phi` in float64, read from beside the index or measured and kept there."""
     path = index.folder / "curvature" / f"trak-{index.fingerprint[:16]}-{features.size}.safetensors"
     found = _read_kernel(path)
     if found is not None:
@@ -234,7 +233,7 @@ def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"
 
 
 def _read_kernel(path: Path) -> Tensor | None:
-    """The kept kernel, None if there is none or it is damaged: it is cheap to measure again."""
+    """Read the kept kernel, None if there is none or it is damaged: it is cheap to measure again."""
     try:
         return load_file(path)["kernel"]
     except (FileNotFoundError, SafetensorError, KeyError):

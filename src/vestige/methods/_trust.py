@@ -1,4 +1,4 @@
-"""The free checks of every run: how far can these scores be trusted, as far as scores alone can tell?
+"""The free checks of every run: how far can these scores be trusted, as far as scores alone can show?
 
 None of them validates a method; each can expose one that fails. Every threshold stands beside its reason.
 """
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from vestige.data import TokenizedData
 from vestige.gradients import Knowledge, Reduction
 from vestige.methods._bm25 import Bm25, example_words
-from vestige.methods._protocol import Job, Method, SplitsByComponent
+from vestige.methods._protocol import Job, Method
 from vestige.models import Selection
 from vestige.runs import Check, RankedScore, TopK
 
@@ -29,7 +29,7 @@ COVERED = 0.5
 """Below half of the parameters, what is left out may well outweigh what is scored."""
 
 COPIES_WARN = 0.3
-"""Three of ten places taken by copies: the list shows a third less than it seems to."""
+"""Three of ten positions taken by copies: the list shows a third less than it seems to."""
 
 CHANCE_HIDES = 0.25
 """Where random lists would overlap this much, or hold one example this often, an overlap says nothing."""
@@ -51,11 +51,11 @@ Tops = Sequence[Int[np.ndarray, "rank"]]
 def free_checks(
     job: Job, method: Method, ranked: Sequence[RankedScore], *, losses: Sequence[float] | None = None, k: int = 10
 ) -> list[Check]:
-    """Every check that needs no further pass through the model; `randomised_correlation` is the one that does."""
+    """Run every check that needs no further pass through the model; `randomised_correlation` is the one that does."""
     examples = len(job.train)
     tops = proponents(ranked, len(job.queries), k)
     ids = {int(row): job.train.examples[int(row)].id for row in np.unique(np.concatenate([*tops, []]))}
-    by_parameter = method.needs_gradients or isinstance(method, SplitsByComponent)
+    by_parameter = method.needs_gradients or method.splits_components
     return [
         top_overlap(tops, examples),
         hub_rate(tops, examples, ids),
@@ -68,13 +68,13 @@ def free_checks(
 
 
 def _own_words(method: Method) -> Check | None:
-    if method.name != "bm25":
+    if not method.searches_words:
         return None
     return Check(name=BM25_NAME, value=None, reading="The method is the word search itself.", verdict="unknown")
 
 
 def lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
-    """Rows of the `k` best hits of a word search per query; fewer where fewer examples share a word."""
+    """Return the rows of the `k` best hits of a word search per query; fewer where fewer examples share a word."""
     top = TopK(len(job.queries), k)
     if any(example_words(example) for example in job.train.examples):
         for block in Bm25().blocks(job):
@@ -85,7 +85,7 @@ def lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
 
 
 def proponents(ranked: Sequence[RankedScore], queries: int, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
-    """Rows of the `k` first proponents of each query, best first."""
+    """Return the rows of the `k` first proponents of each query, best first."""
     found = [entry for entry in ranked if entry.end == "proponent" and entry.rank <= k]
     found.sort(key=lambda entry: entry.rank)
     return [
@@ -94,7 +94,7 @@ def proponents(ranked: Sequence[RankedScore], queries: int, k: int = 10) -> list
 
 
 def top_overlap(tops: Tops, examples: int) -> Check:
-    """Mean Jaccard index of the top-k sets of two queries: 0 = nothing in common, 1 = the same examples."""
+    """Check the mean Jaccard index of the top-k sets of two queries: 0 = nothing in common, 1 = the same examples."""
     name = "top-k overlap between queries"
     if len(tops) < 2:
         return Check(
@@ -112,7 +112,7 @@ def top_overlap(tops: Tops, examples: int) -> Check:
         return Check(
             name=name,
             value=value,
-            reading=f"{reading}: the method names the same examples whatever is asked.",
+            reading=f"{reading}: the method names the same examples for every query.",
             verdict="warn",
         )
     return Check(
@@ -121,7 +121,7 @@ def top_overlap(tops: Tops, examples: int) -> Check:
 
 
 def hub_rate(tops: Tops, examples: int, ids: Mapping[int, str] | Sequence[str]) -> Check:
-    """Largest share of queries that have one and the same example among their top k."""
+    """Check the largest share of queries that have one and the same example among their top k."""
     name = "hub rate"
     if len(tops) < HUB_NEEDS:
         reading = f"With fewer than {HUB_NEEDS} queries, an example that they share is no pattern."
@@ -139,7 +139,10 @@ def hub_rate(tops: Tops, examples: int, ids: Mapping[int, str] | Sequence[str]) 
 
 
 def bm25_overlap(tops: Tops, lexical: Tops) -> Check:
-    """Share of the top k that a word search (`lexical`, hits with a positive BM25 score only) has in its top k too."""
+    """Check the share of the top k that a word search has in its top k too.
+
+    `lexical` are the hits of the search, with a positive BM25 score only.
+    """
     name = BM25_NAME
     if not any(len(words) for words in lexical):
         reading = "A word search finds no example for these queries, so there is nothing to compare."
@@ -159,7 +162,7 @@ def bm25_overlap(tops: Tops, lexical: Tops) -> Check:
 
 
 def coverage(selection: Selection | None) -> Check:
-    """Share of the model's parameters that the scores speak for."""
+    """Check the share of the model's parameters that the scores speak for."""
     name = "coverage"
     if selection is None:
         return Check(name=name, value=None, reading="The method does not attribute to parameters.", verdict="unknown")
@@ -174,7 +177,7 @@ def coverage(selection: Selection | None) -> Check:
 
 
 def finite(scores: int, losses: Sequence[float] | None) -> Check:
-    """All scores and all losses of queries are finite numbers; a run is not written otherwise."""
+    """Check that all scores and all losses of queries are finite numbers; a run is not written otherwise."""
     broken = 0 if losses is None else int((~np.isfinite(np.asarray(losses, dtype=np.float64))).sum())
     if broken:
         reading = f"{broken} queries have a loss that is not finite: their scores mean nothing."
@@ -184,7 +187,7 @@ def finite(scores: int, losses: Sequence[float] | None) -> Check:
 
 
 def knowledge_check(known: Knowledge) -> Check:
-    """Loss per token of a sample of the training data, beside that of guessing without a model."""
+    """Check the loss per token of a sample of the training data, beside that of guessing without a model."""
     name = "learned by the model"
     if known.learned:
         return Check(name=name, value=known.model, reading=f"The model has {known.reading}.", verdict="good")
@@ -193,7 +196,7 @@ def knowledge_check(known: Knowledge) -> Check:
 
 
 def memorized(queries: TokenizedData, losses: Sequence[float] | None, reduction: Reduction) -> Check:
-    """Share of the queries whose loss is near zero: there gradients vanish, and with them what they could rank by."""
+    """Check the share of the queries whose loss is near zero: there gradients vanish, and the ranking with them."""
     name = "queries with a loss near zero"
     if losses is None:
         return Check(name=name, value=None, reading="Without a model the queries have no loss.", verdict="unknown")
@@ -205,14 +208,14 @@ def memorized(queries: TokenizedData, losses: Sequence[float] | None, reduction:
 
 
 def memorized_queries(queries: TokenizedData, losses: Sequence[float], reduction: Reduction) -> list[str]:
-    """Ids of the queries whose mean loss per token is near zero."""
+    """Return the ids of the queries whose mean loss per token is near zero."""
     tokens = np.maximum(queries.target_counts, 1) if reduction == "sum" else 1
     rows = np.flatnonzero(np.asarray(losses, dtype=np.float64) / tokens < MEMORIZED)
     return [queries.examples[row].id for row in rows.tolist()]
 
 
 def memorized_reading(ids: Sequence[str], queries: int) -> str:
-    """What is wrong with these queries, in a sentence."""
+    """Describe what is wrong with these queries, in a sentence."""
     shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
     return (
         f"The model is all but certain of {len(ids)} of {queries} queries ({shown}; below {MEMORIZED} nats per "
@@ -222,7 +225,7 @@ def memorized_reading(ids: Sequence[str], queries: int) -> str:
 
 
 def duplicates(tops: Tops, train: TokenizedData) -> Check:
-    """Share of the places in the top k that hold the text of an example listed higher for the same query."""
+    """Check the share of positions in the top k that hold a text which is listed higher for the same query."""
     name = "duplicates in the top k"
     places = sum(len(top) for top in tops)
     if places == 0:
@@ -230,9 +233,9 @@ def duplicates(tops: Tops, train: TokenizedData) -> Check:
     distinct = sum(len({_content(train, int(row)) for row in top}) for top in tops)
     value = 1 - distinct / places
     if value >= COPIES_WARN:
-        reading = f"{value:.0%} of the places go to copies of texts listed higher: they share their influence."
+        reading = f"{value:.0%} of the positions go to copies of texts listed higher: they share their influence."
         return Check(name=name, value=value, reading=reading, verdict="warn")
-    reading = f"{value:.0%} of the places go to copies of texts listed higher."
+    reading = f"{value:.0%} of the positions go to copies of texts listed higher."
     return Check(name=name, value=value, reading=reading, verdict="good")
 
 

@@ -14,7 +14,7 @@ from vestige.parsing import parse_json
 
 _SUPPORTED = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
 _UNSUPPORTED_VARIANTS = ("monteclora_config", "arrow_config")
-"""Of LoRA: the one draws its matrices at random, the other mixes several adapters by their inputs."""
+"""Of LoRA: the first draws its matrices at random, the second mixes several adapters by their inputs."""
 _SHAPES = re.compile(
     r"shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, the shape in current model is torch\.Size\(\[([\d, ]+)\]\)"
 )
@@ -32,7 +32,7 @@ def adapter_base(folder: Path) -> str | Path:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(base, str) or not base:
-        given = f"says {short(base)}, which is no name" if base else "does not say which base model it belongs to"
+        given = f"says {short(base)}, which is no name" if base else "names no base model"
         raise ModelError(f"{file} {given}. Write its folder or hub id there as base_model_name_or_path.")
     beside = folder / base
     try:
@@ -66,7 +66,7 @@ def put_on(base: nn.Module, folder: Path) -> Any:
             refuse_virtual_tokens(config, str(folder))
             _refuse_random_start(config, folder)
             model = PeftModel.from_pretrained(base, str(folder))  # pyright: ignore[reportArgumentType]
-            # What PEFT only warns of, and the modules that were saved whole, of which it says nothing.
+            # What PEFT only warns of, and the modules that were saved whole, which it does not mention.
             result: Any = set_peft_model_state_dict(
                 model, load_peft_weights(str(folder), device="cpu"), adapter_name=str(model.active_adapter)
             )
@@ -166,7 +166,7 @@ def _require_all_keys(model: Any, folder: Path, missing: Collection[str], unexpe
         return
     faults = []
     if unexpected:
-        faults.append(f"it holds {len(unexpected)} tensors that the model has no place for, such as {min(unexpected)}")
+        faults.append(f"it holds {len(unexpected)} tensors that the model does not have, such as {min(unexpected)}")
     if untrained:
         faults.append(f"it lacks {len(untrained)} of the adapter's, such as {untrained[0]}, which would stay untrained")
     raise ModelError(

@@ -1,4 +1,4 @@
-"""Which parameters are attributed to: their canonical shapes, their uses, and the words that select them."""
+"""The parameters that are attributed to: their canonical shapes, their uses, and the words that select them."""
 
 import fnmatch
 import re
@@ -40,13 +40,13 @@ Kinds = Mapping[str, Set[LayerKind | Literal["adapter"] | None]]
 
 
 def layer_number(name: str) -> int | None:
-    """The index of the block that a parameter belongs to: the first number in its dotted name."""
+    """Return the index of the block that a parameter belongs to: the first number in its dotted name."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
 
 
 def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) -> Selection:
-    """The components that `patterns` name, in the model's order, with a coverage row for every parameter.
+    """Return the components that `patterns` name, in the model's order, with a coverage row for every parameter.
 
     A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), `layers 2-5` (keeps only
     those blocks; alone it means `default` within them), any of the former with a leading `!` (leaves those out), or
@@ -104,7 +104,7 @@ def _report_adapter(model: nn.Module, left: Sequence[CoverageRow], selected: boo
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
-    """Every distinct parameter in the model's order, with all modules that hold it."""
+    """Yield every distinct parameter in the model's order, with all modules that hold it."""
     by_identity: dict[int, OwnedParameter] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -115,9 +115,9 @@ def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
 
 
 def parameter_words(model: nn.Module) -> dict[str, str]:
-    """Every parameter's name and the one word it falls under, `other` if none.
+    """Return every parameter's name and the one word it falls under, `other` if none.
 
-    A parameter without a rule is told by its name and by the module that holds it, like any other.
+    A parameter without a rule is named by its name and by the module that holds it, like any other.
     """
     kinds = _kinds(model)
     words = ("lora", "adapter", "norm", "embedding", "head", "attention", "mlp")
@@ -137,7 +137,7 @@ def _kinds(model: nn.Module) -> Kinds:
 
 
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that the patterns select, before asking whether a rule covers them."""
+    """Return the names of the parameters that the patterns select, whether or not a rule covers them."""
     kinds = _kinds(model)
     included: set[str] = set()
     excluded: set[str] = set()
@@ -159,7 +159,7 @@ def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 
 def _of_file(pattern: str) -> list[str]:
-    """The patterns that a file holds, where `@FILE` was given; any other pattern as it is."""
+    """Return the patterns that a file holds, where `@FILE` was given; any other pattern as it is."""
     if not pattern.startswith("@"):
         return [pattern]
     path = Path(pattern[1:]).expanduser()
@@ -177,7 +177,7 @@ def _of_file(pattern: str) -> list[str]:
 
 
 def _names_of(pattern: str, kinds: Kinds) -> set[str]:
-    """Names that one word or glob stands for."""
+    """Return the names that one word or glob stands for."""
     if pattern in WORDS:
         words = _default_words(kinds) if pattern == "default" else (pattern,)
         return {name for name, found in kinds.items() if any(_has_word(word, name, found) for word in words)}

@@ -45,11 +45,12 @@ def finetune(
     out: str | Path,
     lora_rank: int | None = None,
 ) -> Path:
-    """A folder with a copy of the model trained on `data`, and its tokenizer; the loaded model is left as it is.
+    """Write a folder with a copy of the model trained on `data`, and its tokenizer, and return its path.
 
-    The loss is the mean over the target tokens of a batch. Batches hold examples of like length; their order is
-    shuffled anew in every epoch. AdamW without weight decay, gradients clipped to norm 1, the learning rate falling
-    linearly to zero. Dropout stays off, so the same seed, hardware and thread count give the same weights.
+    The loaded model is left as it is. The loss is the mean over the target tokens of a batch. Batches hold examples of
+    like length; their order is shuffled again in every epoch. AdamW without weight decay, gradients clipped to norm 1,
+    the learning rate falling linearly to zero. Dropout stays off, so the same seed, hardware and thread count give the
+    same weights.
 
     Args:
         loaded: What `load_model` returned.
@@ -82,20 +83,20 @@ def finetune(
 def trainable_copy(
     loaded: LoadedModel, *, lora_rank: int | Lora | None = None, from_scratch: bool = False, seed: int = 0
 ) -> nn.Module:
-    """A copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
+    """Return a copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
 
     Of an adapter its own matrices are trained and nothing beneath them: it is saved without its base.
 
     Args:
         loaded: Stays as it is.
-        lora_rank: Rank of new LoRA matrices on every linear layer, or all that is to be said of them; None to train
+        lora_rank: Rank of new LoRA matrices on every linear layer, or all their settings; None to train
             all weights, or the adapter that the model is.
         from_scratch: Begin with random weights as the model's class draws them, instead of the loaded ones.
         seed: Of the LoRA matrices or the random weights.
 
     Raises:
         ModelError: It is no transformers model, an adapter was to begin from scratch, or a target is no layer.
-        SpecError: LoRA matrices were asked for beside those of an adapter.
+        SpecError: LoRA matrices were requested beside those of an adapter.
     """
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
@@ -130,7 +131,7 @@ def trainable_copy(
 
 
 def _target_modules(model: Any, targets: tuple[str, ...], name: str) -> str | list[str]:
-    """The layers as PEFT wants them named."""
+    """Return the layers as PEFT wants them named."""
     if targets == (ALL_LINEAR,):
         return ALL_LINEAR
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -183,10 +184,10 @@ def _train(
 
 
 def save_trained(model: Any, loaded: LoadedModel, out: Path) -> Path:
-    """The new folder `out` holds the model, or its adapter, and the tokenizer of the model that it was made from."""
+    """Write the model, or its adapter, and the tokenizer of the model that it was made from to the new folder `out`."""
     unfinished = out.with_name(f"{out.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    # An adapter holds no embedding; asked to find out by itself, PEFT would look the base model up on the hub.
+    # An adapter holds no embedding; left to find out by itself, PEFT would request the base model from the hub.
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with quiet_transformers():
         model.save_pretrained(unfinished, **extra)

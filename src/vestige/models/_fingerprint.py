@@ -1,4 +1,4 @@
-"""What identifies a model: a hash of everything that its parameters hold."""
+"""The fingerprint of a model: a hash of everything that its parameters hold."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over the name, shape, dtype and bytes of every parameter, in the model's own order.
+    """Return the sha256 (hex) of the name, shape, dtype and bytes of every parameter, in the model's own order.
 
     A tied parameter counts once, under its first name. The device does not enter, so the same weights give
     the same fingerprint on CPU and GPU; the dtype does, since scores computed in another precision are other

@@ -1,4 +1,4 @@
-"""What the model answers: greedy continuations of prompts and conversations."""
+"""The model's answers: greedy continuations of prompts and conversations."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _BATCH_EXAMPLES = 32
 def generate_answers(
     loaded: LoadedModel, examples: Sequence[Example], *, max_new_tokens: int = 64, chat: bool = False
 ) -> list[Example]:
-    """The same examples, each prompt with the model's own most likely answer as its completion.
+    """Return the same examples, each prompt with the model's own most likely answer as its completion.
 
     Greedy, as `answer_prompts` without a temperature. Examples that have an answer already, and plain
     texts, are returned as they are; `messages` get one more assistant turn.
@@ -44,20 +44,20 @@ def generate_answers(
     answered = list(examples)
     if not waiting:
         return answered
-    asked = [examples[number] for number in waiting]
+    prompts = [examples[number] for number in waiting]
     for number, answer in zip(
-        waiting, answer_prompts(loaded, asked, max_new_tokens=max_new_tokens, chat=chat), strict=True
+        waiting, answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat), strict=True
     ):
         answered[number] = _with_answer(examples[number], answer.text)
     return answered
 
 
 class Answer(NamedTuple):
-    """What a model says to a prompt."""
+    """A model's answer to a prompt."""
 
     text: str
     tokens: int
-    """How many it took, without the end token."""
+    """Number of tokens of the answer, without the end token."""
     ended: bool
     """Whether the model ended it; else it was cut."""
 
@@ -72,7 +72,7 @@ def answer_prompts(
     seeds: Sequence[int] = (),
     keep: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
-    """The model's answer to every prompt, the same alone as in any batch.
+    """Return the model's answer to every prompt, the same alone as in any batch.
 
     Greedy, or drawn with a `temperature` from random numbers that each prompt has for itself (Gumbel's trick: the most
     likely token after noise of the seed and the position was added). An answer ends before the end token, or after
@@ -86,7 +86,7 @@ def answer_prompts(
         chat: Put a prompt into the tokenizer's chat template as a user turn.
         temperature: Above 0, `seeds` are needed.
         seeds: One for each prompt.
-        keep: Is given the number of each prompt and its answer as soon as there is one, batch by batch.
+        keep: Called with the number of each prompt and its answer as soon as there is one, batch by batch.
 
     Raises:
         ModelError: The model cannot generate, or has no tokenizer.
@@ -109,9 +109,10 @@ def answer_prompts(
 
 
 def _budgets(loaded: LoadedModel, prompts: TokenizedData, most: int | Sequence[int]) -> Int[np.ndarray, "example"]:
-    """Most tokens of each answer: as many as were asked for, or as its prompt leaves of the context."""
-    asked = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
-    return asked if loaded.context_length is None else np.minimum(asked, loaded.context_length - prompts.lengths)
+    """Return the maximum number of tokens of each answer: as requested, or what its prompt leaves of the context."""
+    requested = np.broadcast_to(np.asarray(most, dtype=np.int64), len(prompts))
+    limit = loaded.context_length
+    return requested if limit is None else np.minimum(requested, limit - prompts.lengths)
 
 
 def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> TokenizedData:
@@ -125,8 +126,8 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
     limit = loaded.context_length
     for example, length in zip(examples, prompts.lengths, strict=True):
         if length == 0 or (limit is not None and length >= limit):
-            room = "at least 1 token" if length == 0 else f"fewer than the model's {limit} tokens"
-            raise DataError(f"The prompt of query {example.id!r} has {length} tokens; to be answered it needs {room}.")
+            least = "at least 1 token" if length == 0 else f"fewer than the model's {limit} tokens"
+            raise DataError(f"The prompt of query {example.id!r} has {length} tokens; to be answered it needs {least}.")
     return prompts
 
 
@@ -140,9 +141,9 @@ class _Drawn(NamedTuple):
 def _answers(
     loaded: LoadedModel, prompts: TokenizedData, rows: np.ndarray, most: np.ndarray, drawn: _Drawn | None
 ) -> list[Answer]:
-    """Answers to some prompts, made together.
+    """Return answers to some prompts, generated together.
 
-    The longest of them may fill the context before a shorter one has said all: those go on without it.
+    The longest of them may fill the context before a shorter one has ended: those go on without it.
     """
     ids = {row: torch.as_tensor(prompts.input_ids[row], dtype=torch.int64) for row in rows.tolist()}
     new: dict[int, list[int]] = {row: [] for row in ids}
@@ -188,7 +189,7 @@ def _noise(drawn: _Drawn, rows: list[int], new: dict[int, list[int]], *, width: 
 def _continue(
     loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int, noise: LogitsProcessor | None
 ) -> list[list[int]]:
-    """Token ids that follow each prompt, without the end token."""
+    """Return the token ids that follow each prompt, without the end token."""
     # A PEFT wrapper hands its own generation settings on; the model inside mostly has the adapter in its layers.
     inner: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
     model: Any = loaded.model if acts_in_forward(loaded.model) else inner
@@ -224,7 +225,7 @@ def _continue(
 def _left_padded(
     prompts: list[Tensor], padding: int
 ) -> tuple[Int[Tensor, "example token"], Int[Tensor, "example token"]]:
-    """Ids and attention mask; padding goes to the left, so that every answer starts in the same column."""
+    """Return ids and attention mask; padding goes to the left, so that every answer starts in the same column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), padding)
     mask = torch.zeros_like(ids)
@@ -235,7 +236,7 @@ def _left_padded(
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:
-    """Ids that end an answer, by the model's and the tokenizer's own account; empty if neither names one."""
+    """Return ids that end an answer, by the model's and the tokenizer's own account; empty if neither names one."""
     settings: Any = getattr(loaded.model, "generation_config", None)
     own = getattr(settings, "eos_token_id", None)
     named = own if isinstance(own, list) else [own]
@@ -247,7 +248,7 @@ def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
 
 
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The answer as it continues the prompt's text: a tokenizer may drop the space before a first word."""
+    """Return the answer as it continues the prompt's text: a tokenizer may drop the space before a first word."""
 
     def text(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -23,7 +23,7 @@ from vestige.progress import announce, format_bytes, format_seconds
 
 
 def cache_folder() -> Path:
-    """Where Vestige keeps what it can make again: `$VESTIGE_CACHE`, else the user's cache folder for programs."""
+    """Return the folder for what Vestige can make again: `$VESTIGE_CACHE`, else the user's cache for programs."""
     given = os.environ.get("VESTIGE_CACHE")
     if given:
         return Path(given).expanduser()
@@ -35,9 +35,9 @@ def cache_folder() -> Path:
 
 
 def unpacked_gguf(file: Path) -> Path:
-    """A folder with the GGUF model as plain float32 safetensors, its config and its tokenizer.
+    """Return a folder with the GGUF model as plain float32 safetensors, its config and its tokenizer.
 
-    The file is converted the first time its content is seen. The folder gets its name only when it is whole,
+    The file is converted the first time its content occurs. The folder gets its name only when it is whole,
     so a killed conversion is never taken for a finished one; of several processes one converts and the others
     wait.
 
@@ -87,7 +87,7 @@ def _convert(file: Path, finished: Path) -> None:
 
 
 def _fresh_copy(packed: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that nothing marks as quantized: a marked one may refuse to be saved or trained."""
+    """Return the same weights in a model that nothing marks as quantized: others may refuse to be saved or trained."""
     config = copy.deepcopy(packed.config)
     vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

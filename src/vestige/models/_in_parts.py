@@ -1,9 +1,9 @@
-"""A model that several processes hold together: of every layer each has a part (FSDP2, `fully_shard`).
+"""A model that a process group holds: each process has a part of every layer (FSDP2, `fully_shard`).
 
 The first process reads the model into its CPU memory, by whatever way it is read; the others get its skeleton, without
 a weight. Then block by block every weight is sent to all, onto their devices, and each keeps its part: no device ever
 holds more than its parts, one whole block, and what is not in a block. That is the embeddings, the last norm and the
-output head, which every process holds whole, so that the loss is computed as it is for a model in one place.
+output head, which every process holds whole, so that the loss is computed as it is for a model in one process.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from vestige.models._types import LoadedModel
 
 
 def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
-    """The model that `read` gives on the CPU of the first process, spread over all.
+    """Spread the model that `read` gives on the CPU of the first process over all processes.
 
     Args:
         read: Called in the first process alone.
@@ -43,19 +43,19 @@ def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> Load
 
 
 def everything_of(parameter: Tensor) -> Tensor:
-    """A parameter's whole value, gathered from all processes if they hold it in parts."""
+    """Return a parameter's whole value, gathered from all processes if they hold it in parts."""
     gather = getattr(parameter.detach(), "full_tensor", None)
     return parameter.detach() if gather is None else gather()
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, all of it where it is not spread: what is written into it is kept."""
+    """Return what this process holds of a parameter, all of it if it is not spread: what is written into it is kept."""
     local = getattr(parameter.detach(), "to_local", None)
     return parameter.detach() if local is None else local()
 
 
 def write_own_part(parameter: Tensor, values: Tensor) -> None:
-    """The parameter has these values; each process that holds a part of it is given all of them."""
+    """Write values to a parameter; each process that holds a part of it passes all of them."""
     part = own_part(parameter)
     if part.shape == values.shape:
         part.copy_(values)
@@ -68,7 +68,7 @@ def write_own_part(parameter: Tensor, values: Tensor) -> None:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes and no values; tied ones stay tied."""
+    """Copy the model with shapes and no values in parameters and buffers; tied ones stay tied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -98,7 +98,7 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The model without its head, and the blocks in it: what the outermost lists of modules hold.
+    """Return the model without its head, and the blocks in it: what the outermost lists of modules hold.
 
     Raises:
         ModelError: There are none.
@@ -138,7 +138,7 @@ class _Places:
                             self._source[id(tensor)] = values[path, attribute]
 
     def fill(self, part: nn.Module) -> None:
-        """What the part has without a value gets it, on the device, from the first process."""
+        """Fill everything in the part that has no value, on the device, from the first process."""
         empty = {id(tensor): tensor for _, tensor in _tensors(part) if tensor.is_meta}
         for name, tensor in empty.items():
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)

@@ -1,4 +1,4 @@
-"""Which layer rule covers a module, and the canonical shape that the rule gives to a parameter."""
+"""Layer rules: which one covers a module, and the canonical shape that it gives to a parameter."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ _PART = re.compile(r"\w+\[(\d+)\]")
 
 
 class OwnedParameter(NamedTuple):
-    """A parameter with every place that owns it: path, module, attribute."""
+    """A parameter with every owner: path, module, attribute."""
 
     name: str
     parameter: nn.Parameter
@@ -23,7 +23,7 @@ class OwnedParameter(NamedTuple):
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
-    """The layer rule that covers a module, None if there is none."""
+    """Return the layer rule that covers a module, None if there is none."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):
@@ -44,7 +44,7 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 
 def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Component], str]:
-    """The components of one parameter (one per expert of a stack), or none and the reason why there is no rule.
+    """Return the components of one parameter (one per expert of a stack), or none and the reason why no rule fits.
 
     Experts are components of their own because an expert is a matrix: its factors hold only the tokens routed to it,
     and compression and curvature see its `(out, in)`, not a stack in which all other blocks are zero.
@@ -69,7 +69,7 @@ def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Compone
 
 
 def parameter_view(model: nn.Module, component: Component, stored: Tensor | None = None) -> Tensor:
-    """The component's weights `[out, in]` as a view: what is written into it changes the model.
+    """Return the component's weights `[out, in]` as a view: what is written into it changes the model.
 
     It is detached from autograd, and works for every layout: transposed, flattened, one expert of a stack. With
     `stored`, the view is into that tensor, which has the layout of the parameter called `component.parameter`.
@@ -84,7 +84,7 @@ def parameter_view(model: nn.Module, component: Component, stored: Tensor | None
 
 
 def _why_no_rule(model: nn.Module, parameter: nn.Parameter, path: str, module: nn.Module, attribute: str) -> str:
-    """Empty when a rule covers this use of the parameter."""
+    """Return why no rule covers this use of the parameter; empty when one does."""
     kind, where = layer_kind(module), f"{attribute!r} of {type(module).__name__}"
     if not parameter.is_floating_point():
         return f"no rule for {where}: packed as {parameter.dtype}; select a LoRA adapter, or load without quantisation"
@@ -95,7 +95,7 @@ def _why_no_rule(model: nn.Module, parameter: nn.Parameter, path: str, module: n
     if kind is None or attribute not in ("weight", "bias"):
         return f"no rule for {where}"
     if _EXPERTS_PATH.search(path):
-        return f"no rule for {where}: its expert sees tokens gathered from the whole batch"
+        return f"no rule for {where}: its expert receives tokens gathered from the whole batch"
     if path.endswith("relative_attention_bias") and not _computes_bias(model.get_submodule(path.rpartition(".")[0])):
         return f"no rule for {where}: a relative position bias shared by the batch"
     return "" if _has_expected_rank(parameter, kind, attribute) else f"no rule for {where}"
@@ -109,13 +109,13 @@ def _has_expected_rank(parameter: nn.Parameter, kind: LayerKind, attribute: str)
 
 
 def _computes_bias(attention: nn.Module) -> bool:
-    """Whether a module makes its relative position bias as T5 does: `compute_bias(query_length, key_length)`."""
+    """Return whether a module computes its relative position bias as T5: `compute_bias(query_length, key_length)`."""
     compute = getattr(type(attention), "compute_bias", None)
     return compute is not None and {"query_length", "key_length"} <= set(inspect.signature(compute).parameters)
 
 
 def _registered_for_its_decoder(owned: OwnedParameter, path: str) -> bool:
-    """Whether a module (BERT's prediction head) only holds the bias that its child `decoder` adds."""
+    """Return whether a module (BERT's prediction head) only holds the bias that its child `decoder` adds."""
     return any(
         other == f"{path}.decoder" and attribute == "bias" and isinstance(module, nn.Linear)
         for other, module, attribute in owned.owners

@@ -1,4 +1,4 @@
-"""From whatever a person calls a model to a frozen one in evaluation mode."""
+"""Loading of a model by any of its names, frozen and in evaluation mode."""
 
 import os
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def load_model(
     precision: Precision = "auto",
     device: str | torch.device = "auto",
 ) -> LoadedModel:
-    """A causal language model in evaluation mode with every weight frozen, ready for per-example gradients.
+    """Load a causal language model in evaluation mode with every weight frozen, ready for per-example gradients.
 
     Args:
         model: A hub id, a local folder, a folder with a GGUF file (or the file; unpacked once into a cache),
@@ -54,11 +54,11 @@ def load_model(
         precision: `auto` is the checkpoint's own dtype, but float32 for half-precision checkpoints on a CPU.
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
             module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
-            that this process sees. `fsdp` gives a part of every layer to each process that works in step
+            that this process sees. `fsdp` gives a part of every layer to each process of the group
             (`vestige.lockstep`); only the first one needs memory for the whole model, on its CPU.
 
     Raises:
-        ModelError: The model is not found, does not load or is no causal model; says what to type.
+        ModelError: The model is not found, does not load or is no causal model; the message contains what to type.
         MissingExtra: A GGUF file without the package that reads it.
     """
     if precision not in _DTYPES:
@@ -93,7 +93,7 @@ def _loaded(
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most tokens that the model's config says it accepts, None if it does not say."""
+    """Return the maximum number of tokens that the model's config accepts, None if it does not state one."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -163,10 +163,10 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def own_gpu(environment: Mapping[str, str], count: int) -> int:
-    """Which of `count` visible GPUs is this process's where several of its kind share a host: each has one, in turn.
+    """Return which of `count` visible GPUs this process uses where several share a host: each has one, round-robin.
 
-    torchrun and accelerate say their number as LOCAL_RANK, SLURM as SLURM_LOCALID. Who sees one GPU alone, as
-    CUDA_VISIBLE_DEVICES makes it for local workers and `--gres gpu:1` for batch jobs, takes that.
+    torchrun and accelerate give their number as LOCAL_RANK, SLURM as SLURM_LOCALID. A process with one visible GPU, as
+    CUDA_VISIBLE_DEVICES makes it for local workers and `--gres gpu:1` for batch jobs, uses that.
     """
     number = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
     return int(number) % count if number.isdigit() else 0

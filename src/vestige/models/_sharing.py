@@ -1,4 +1,4 @@
-"""Which examples may share a batch: read from the model, where its forward pass depends on the longest of them."""
+"""Sharing of a batch: which examples may share one, where the forward pass depends on the longest of them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def batch_sharing(model: nn.Module) -> Sharing:
 
 
 def _rope_switches(module: nn.Module) -> Iterator[int]:
-    """Lengths at which a rotary embedding changes its frequencies for all of the batch."""
+    """Yield the lengths at which a rotary embedding changes its frequencies for all of the batch."""
     config: Any = getattr(module, "config", None)
     if not hasattr(module, "rope_type") or not isinstance(getattr(config, "rope_parameters", None), dict):
         return

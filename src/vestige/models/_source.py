@@ -1,4 +1,4 @@
-"""Where a model's files are: turns what the user gave into a folder on disk, and says which kind it is."""
+"""The source of a model: turns the user's name for it into a folder on disk, and determines its kind."""
 
 import re
 from pathlib import Path
@@ -23,10 +23,10 @@ class ModelSource(NamedTuple):
 
 
 def find_source(model: str | Path) -> ModelSource:
-    """The files behind a local folder, a GGUF file or a hub id (fetched, or found in the hub's cache).
+    """Return the files behind a local folder, a GGUF file or a hub id (fetched, or found in the hub's cache).
 
     Raises:
-        ModelError: There is nothing there, or nothing that is a model; the message says what was looked for.
+        ModelError: There is nothing there, or nothing that is a model; the message contains what was searched for.
     """
     path = Path(model).expanduser()
     try:
@@ -45,7 +45,7 @@ def find_source(model: str | Path) -> ModelSource:
         return _source_of_folder(path)
     if isinstance(model, Path) or not _HUB_NAME.fullmatch(model) or model.startswith("."):
         raise ModelError(
-            f"No model folder {path} (looked in {path.absolute().parent}). "
+            f"No model folder {path} (searched in {path.absolute().parent}). "
             "Give a folder with config.json and weights, a GGUF file, an adapter folder, or a hub id "
             "`owner/name`."
         )
@@ -79,7 +79,7 @@ def _hub_folder(name: str) -> Path:
 
     files: list[str] | None = None
     try:
-        # Asked first because it fails at once without a network, where a download would retry for most of a
+        # Requested first because it fails at once without a network, where a download would retry for most of a
         # minute.
         siblings = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
         files = _wanted_files([sibling.rfilename for sibling in siblings])
@@ -96,7 +96,7 @@ def _hub_folder(name: str) -> Path:
 
 
 def _wanted_files(names: list[str]) -> list[str]:
-    """The files at the top of a hub repository that loading needs, without second copies in other formats."""
+    """Return the files at the top of a hub repository that loading needs, without second copies in other formats."""
     top = [name for name in names if "/" not in name]
     wanted = [name for name in top if Path(name).suffix in _HUB_SUFFIXES]
     if any(name.endswith(".safetensors") for name in top):

@@ -18,7 +18,7 @@ _LARGEST_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights follow from gradients."""
+    """Settings of the optimizer and of its learning rate."""
 
     learning_rate: float
     """At its highest."""
@@ -35,7 +35,7 @@ class Recipe:
     """Largest norm of a step's gradient; 0 does not clip."""
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of `step`, counted from 0, of a training of `steps`."""
+        """Return the learning rate of `step`, counted from 0, of a training of `steps`."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(steps - self.warmup, 1)
@@ -44,7 +44,7 @@ class Recipe:
 
 
 class Step(NamedTuple):
-    """What one step of a training saw."""
+    """Measurements of one step of a training."""
 
     number: int
     """Steps done, this one included."""
@@ -63,7 +63,7 @@ def train(
     after_step: Callable[[Step], None] = lambda _: None,
     resume: dict[str, Any] | None = None,
 ) -> None:
-    """The model's weights that require gradients are trained, one step per batch, on the mean loss of its targets.
+    """Train the model's weights that require gradients, one step per batch, on the mean loss of its targets.
 
     Dropout stays off, so the same start, batches, hardware and thread count give the same weights.
 
@@ -71,7 +71,7 @@ def train(
         model: Trained in place.
         data: What `batches` are rows of.
         batches: Rows of each step, in order; every batch has a target token.
-        recipe: How weights follow from gradients.
+        recipe: Settings of the optimizer.
         after_step: Called after each step.
         resume: `Step.state()` of an earlier training with the same arguments, which goes on from there.
 
@@ -102,14 +102,14 @@ def train(
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the target tokens of a batch, in nats, float32."""
+    """Return the cross-entropy summed over the target tokens of a batch, in nats, float32."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
     wanted = batch.labels[:, 1:] != NO_TARGET
     return F.cross_entropy(logits[:, :-1][wanted].float(), batch.labels[:, 1:][wanted], reduction="sum")
 
 
 def shuffled_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Batches for `steps` steps: pass after pass over the rows, each in an order of its own, the last batch smaller.
+    """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
 
     Args:
         data: What `rows` belong to; rows without a target token are left out, for nothing can be learnt from them.
@@ -157,5 +157,5 @@ def _not_finite(data: TokenizedData, rows: np.ndarray, step: int, steps: int, re
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return (
         f"The loss of the batch in step {step + 1} of {steps} is not finite; its examples are {ids}{more}. Nothing was "
-        f"saved. Lower the learning rate (now {recipe.learning_rate:g}), or look at these examples."
+        f"saved. Lower the learning rate (now {recipe.learning_rate:g}), or check these examples."
     )

@@ -27,13 +27,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
+    """Keep transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # What one library deprecates in another is nothing that a user could mend.
+            # A user cannot fix what one library deprecates in another.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", ".*missing adapter keys")
             yield
@@ -46,7 +46,7 @@ def quiet_transformers() -> Iterator[None]:
 def read_model(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool = False
 ) -> "PreTrainedModel":
-    """The causal language model saved in `folder`, with every weight read from there.
+    """Read the causal language model saved in `folder`, with every weight from there.
 
     Args:
         folder: Holds config.json and the weights.
@@ -128,9 +128,9 @@ def renaming_advice(unexpected: Collection[str], missing: Collection[str], folde
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer saved in `folder`, None if no tokenizer file lies there.
+    """Read the tokenizer saved in `folder`, None if no tokenizer file lies there.
 
-    Without that look, transformers would make up an empty tokenizer for some architectures, without a word.
+    Without this check, transformers would invent an empty tokenizer for some architectures, without a warning.
 
     Raises:
         ModelError: There are tokenizer files, but they do not load.
@@ -159,7 +159,7 @@ def _check_causal(config: Any, folder: Path) -> None:
             "(decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
         )
     # transformers gives encoders a causal head on request; without is_decoder their attention still
-    # looks ahead.
+    # attends to later tokens.
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise ModelError(
             f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "
@@ -184,13 +184,13 @@ def _refuse_foreign_kernels(config: Any, folder: Path) -> None:
         named = str(getattr(config, f"_{setting}", ""))
         if "/" in named:
             raise ModelError(
-                f"{folder / 'config.json'} asks for the kernel {named!r} from the hub as its {setting}, and Vestige "
+                f"{folder / 'config.json'} names the kernel {named!r} from the hub as its {setting}, and Vestige "
                 f"never runs code that a model folder names. Delete {setting} from that file; PyTorch's own is used."
             )
 
 
 def short(error: object) -> str:
-    """The text of an error, or of another thing, in one line of at most 300 characters."""
+    """Return the text of an error, or of another thing, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "weights_only" in text:  # the library advises to load it all the same, and so to run what is in it
         return "its weights are a pickle of more than tensors, which can run code. Save them as safetensors"

@@ -1,4 +1,4 @@
-"""The nouns of the models room: a loaded model, a component of it, and what a selection covers."""
+"""The types of the models package: a loaded model, a component of it, and what a selection covers."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,18 +26,18 @@ class LoadedModel:
     fingerprint: str
     """sha256 over parameter names, shapes, dtypes and bytes."""
     context_length: int | None
-    """Most tokens that the model accepts, None if it does not say."""
+    """Maximum number of tokens that the model accepts, None if it states none."""
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the model has embeddings for, None if it does not say."""
+        """Number of tokens that the model has embeddings for, None if it states none."""
         embeddings: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
         weight = getattr(embeddings, "weight", None)
         return None if weight is None else int(weight.shape[0])
 
 
 class Use(NamedTuple):
-    """One place where a parameter enters the computation."""
+    """One use of a parameter in the computation."""
 
     module: str
     """Dotted path of the module in the model."""
@@ -48,7 +48,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Component:
-    """One parameter tensor that is attributed to, with every place where it is used (two for tied weights)."""
+    """One parameter tensor that is attributed to, with all its uses (two for tied weights)."""
 
     name: str
     """The parameter's name; for tied weights the first name that the model lists. One expert of a stack adds `[3]`."""

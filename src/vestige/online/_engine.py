@@ -36,7 +36,7 @@ class OnlineAttribution:
         engine.flush()
 
     The score of example i in step t is `<share of i in the step's gradient, gradient of the validation loss>`: the
-    share is what i adds to `.grad`, whatever the loss averages over, so the shares of a step add up to its gradient. A
+    share is what i adds to `.grad`, for any average in the loss, so the shares of a step add up to its gradient. A
     step of plain gradient descent with learning rate `eta_t` lowers the validation loss by `eta_t * sum_i score_i` to
     first order. The influence of an example is the sum of `eta_t * score` over its steps (In-Run Data Shapley, Wang et
     al. 2024, arXiv:2406.11011, with the sign turned: there negative helps). Other optimizers move otherwise; their
@@ -62,7 +62,7 @@ class OnlineAttribution:
         token_budget: int = 4096,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Look at the model and the validation data; nothing is placed on the model before `step`.
+        """Check the model and the validation data; place nothing on the model before `step`.
 
         Args:
             model: The model in training.
@@ -105,7 +105,7 @@ class OnlineAttribution:
         return self._done
 
     def resume(self, step: int) -> None:
-        """The next step is `step + 1`; rows of the log after `step` are dropped, so that no step is in it twice.
+        """Continue with step `step + 1`; drop rows of the log after `step`, so that no step is in it twice.
 
         Raises:
             IndexMismatch: the log belongs to another training.
@@ -118,7 +118,7 @@ class OnlineAttribution:
         self._done = step
 
     def step(self, ids: Iterable[Any] | None = None, *, learning_rate: float | None = None) -> Step:
-        """A context for the forward and backward passes of one optimizer step.
+        """Return a context for the forward and backward passes of one optimizer step.
 
         With several micro-batches, leave `ids` out and call `step.batch(ids)` before each.
 
@@ -137,7 +137,7 @@ class OnlineAttribution:
         return opened if ids is None else opened.announce(ids)
 
     def select(self, candidates: Any, k: int, *, learning_rate: float | None = None) -> Selected:
-        """The `k` examples of a batch to train on next, by GREATS; then take an ordinary step on them alone.
+        """Select the `k` examples of a batch to train on next, by GREATS; then take an ordinary step on them alone.
 
         The candidates go through a pass of their own first, with frozen weights and in evaluation mode. So the step on
         the chosen ones is exactly a step on that smaller batch, with its own mean and its own dropout; nothing of the
@@ -158,13 +158,13 @@ class OnlineAttribution:
         return self._candidates.select(candidates, k, components, rates, measured.gradient)
 
     def flush(self) -> None:
-        """The log on disk holds every step so far; call it before each checkpoint and at the end."""
+        """Write every step so far to the log on disk; call it before each checkpoint and at the end."""
         if self._log is not None:
             self._log.flush()
 
     @property
     def log(self) -> OnlineLog:
-        """What has been logged, all of it.
+        """The complete log so far.
 
         Raises:
             SpecError: the engine writes no log.
@@ -187,7 +187,7 @@ class OnlineAttribution:
             self._log.add(scores)
 
     def _training(self) -> tuple[Component, ...]:
-        """The components whose parameter trains at this moment."""
+        """Return the components whose parameter trains at this moment."""
         return tuple(part for part in self._components if self.model.get_parameter(part.parameter).requires_grad)
 
     def _tell_what_is_left_out(self) -> None:

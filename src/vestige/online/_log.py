@@ -53,7 +53,7 @@ class OnlineLog:
 
     @classmethod
     def open(cls, folder: str | Path) -> "OnlineLog":
-        """The log in a folder.
+        """Open the log in a folder.
 
         Raises:
             UserError: there is none, or a newer Vestige wrote it.
@@ -72,7 +72,7 @@ class OnlineLog:
         return cls(folder, header)
 
     def table(self) -> pa.Table:
-        """All rows, steps in order: step, id, score, influence, learning_rate, loss, validation_loss.
+        """Return all rows, steps in order: step, id, score, influence, learning_rate, loss, validation_loss.
 
         Raises:
             CorruptFile: a part is damaged, or a step is there twice.
@@ -80,16 +80,16 @@ class OnlineLog:
         tables = [read_part(path) for path in parts(self.folder)]
         table = pa.concat_tables([SCHEMA.empty_table(), *tables])
         if (np.diff(table["step"].to_numpy()) < 0).any():
-            raise CorruptFile(f"The parts of {self.folder} overlap. Two trainings wrote to it at once.")
+            raise CorruptFile(f"The parts of {self.folder} overlap. Two training runs wrote to it at once.")
         return table
 
     def last_step(self) -> int:
-        """The last step that is on disk, 0 for none."""
+        """Return the last step that is on disk, 0 for none."""
         found = parts(self.folder)
         return int(read_part(found[-1])["step"][-1].as_py()) if found else 0
 
     def influence(self) -> dict[str, InRunInfluence]:
-        """Accumulated influence of every example that was trained on: the sum over its steps."""
+        """Return the accumulated influence of every example that was trained on: the sum over its steps."""
         table = self.table()
         totals: dict[str, list[float]] = {}
         for name, value in zip(table["id"].to_pylist(), table["influence"].to_pylist(), strict=True):
@@ -97,11 +97,11 @@ class OnlineLog:
         return {name: InRunInfluence(name, float(sum(values)), len(values)) for name, values in totals.items()}
 
     def top(self, k: int = 10) -> list[InRunInfluence]:
-        """The `k` examples that lowered the validation loss most, first the best."""
+        """Return the `k` examples that lowered the validation loss most, first the best."""
         return sorted(self.influence().values(), key=lambda row: (-row.influence, row.id))[:k]
 
     def bottom(self, k: int = 10) -> list[InRunInfluence]:
-        """The `k` examples that raised the validation loss most, first the worst."""
+        """Return the `k` examples that raised the validation loss most, first the worst."""
         return sorted(self.influence().values(), key=lambda row: (row.influence, row.id))[:k]
 
 
@@ -120,7 +120,7 @@ class LogWriter:
         self._waiting: list[StepScores] = []
 
     def begin(self, step: int) -> None:
-        """Ready to log the steps after `step`; later ones, of a training that was cut off, are dropped.
+        """Prepare to log the steps after `step`; drop later ones, of a training that was cut off.
 
         Raises:
             IndexMismatch: the log holds another training: `step` is 0, or the header differs.
@@ -152,7 +152,7 @@ class LogWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Everything that was added is on the disk when this returns."""
+        """Write everything that was added to the disk before returning."""
         if self._waiting:
             self._write(self._waiting[0].step, pa.concat_tables([_rows(scores) for scores in self._waiting]))
             self._waiting.clear()
@@ -174,12 +174,12 @@ class LogWriter:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The parts of a log in the order of their steps."""
+    """Return the parts of a log in the order of their steps."""
     return sorted(folder.glob("steps-*.parquet"))
 
 
 def read_part(path: Path) -> pa.Table:
-    """One part of a log.
+    """Read one part of a log.
 
     Raises:
         CorruptFile: it is damaged.

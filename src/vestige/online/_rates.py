@@ -18,7 +18,7 @@ PROBES = 4
 def component_rates(
     model: nn.Module, components: Sequence[Component], optimizer: Any, learning_rate: float | None
 ) -> list[float]:
-    """The rate at which the next step moves each component; zero for one that the optimizer does not hold.
+    """Return the rate at which the next step moves each component; zero for one that the optimizer does not hold.
 
     Args:
         model: Owns the components' parameters.
@@ -42,7 +42,7 @@ def component_rates(
 
 
 def common_rate(rates: Sequence[float]) -> float | None:
-    """The one rate of all components, None where they differ."""
+    """Return the one rate of all components, None where they differ."""
     return rates[0] if len(set(rates)) == 1 else None
 
 
@@ -67,7 +67,7 @@ class ScaleProbe:
             self._before[id(parameter)] = _norm(parameter.grad)
 
     def factor(self) -> float:
-        """The factor; one where no gradient is left to compare."""
+        """Return the factor; one where no gradient is left to compare."""
         pairs = [
             (self._before[id(parameter)], _norm(parameter.grad))
             for parameter in self._parameters

@@ -37,7 +37,7 @@ MEANING = Meaning(
     "were plain gradient descent with that step's learning rate (In-Run Data Shapley, arXiv:2406.11011).",
     cost="One pass forward and backward over the validation examples in each training step, and inner products.",
     limits="Adam and momentum move otherwise than plain gradient descent; what an example did to later steps by "
-    "changing the weights is not followed; examples that were not seen have zero.",
+    "changing the weights is not followed; examples that were not trained on have zero.",
 )
 
 
@@ -50,7 +50,7 @@ def write_in_run_influence(
     k: int = 50,
     overwrite: bool = False,
 ) -> Scores:
-    """A run with the accumulated influence of every training example on the validation loss, its one query.
+    """Write a run with every training example's accumulated influence on the validation loss, its one query.
 
     Args:
         log: The log, or its folder.
@@ -98,10 +98,10 @@ def write_in_run_influence(
 
 
 def _values(log: OnlineLog, train: TokenizedData) -> np.ndarray:
-    """Influence of every row, float64; zero where it was never trained on."""
+    """Return the influence of every row, float64; zero where it was never trained on."""
     rows = {example.id: row for row, example in enumerate(train.examples)}
     if len(rows) < len(train):
-        raise DataError(f"{train.name}: two rows share an id, so their influence cannot be told apart.")
+        raise DataError(f"{train.name}: two rows share an id, so their influence cannot be distinguished.")
     values = np.zeros(len(train))
     for entry in log.influence().values():
         if entry.id not in rows:
@@ -111,7 +111,7 @@ def _values(log: OnlineLog, train: TokenizedData) -> np.ndarray:
 
 
 def _as_query(validation: TokenizedData) -> TokenizedData:
-    """All validation examples as one, since their mean loss is what was watched."""
+    """Return all validation examples as one, since their mean loss is what was watched."""
     text = "\n\n".join(example.display for example in validation.examples)
     return TokenizedData(
         [Example(id="validation", row=0, text=text)],

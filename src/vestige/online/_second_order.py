@@ -38,7 +38,7 @@ class CurvatureTerm:
         pieces: Sequence[Sequence[Sequence[Piece]]],
         examples: Sequence[int],
     ) -> list[Float[Tensor, "example"]]:
-        """The term of every example, one tensor for each micro-batch; `.grad` holds the step's gradient.
+        """Compute the term of every example, one tensor for each micro-batch; `.grad` holds the step's gradient.
 
         Args:
             components: What is scored.
@@ -57,7 +57,7 @@ class CurvatureTerm:
         return terms
 
     def _bent(self, components: Sequence[Component], rates: Sequence[float]) -> list[Float[Tensor, "_out _in"]]:
-        """`H D G`, one matrix for each component."""
+        """Return `H D G`, one matrix for each component."""
         moved = []
         for component, rate in zip(components, rates, strict=True):
             gradient = self._model.get_parameter(component.parameter).grad

@@ -28,7 +28,7 @@ class Selected(NamedTuple):
 def greedy_selection(
     gains: Float[torch.Tensor, "example"], overlaps: Float[torch.Tensor, "example example2"], k: int
 ) -> Selected:
-    """The `k` examples that a greedy search picks: the best, then the best given the first, and so on.
+    """Return the `k` examples that a greedy search picks: the best, then the best given the first, and so on.
 
     `gains[i] = eta <g_i, g_val>` and `overlaps[i, j] = eta^2 <g_i, g_j>`. After each pick p, `overlaps[i, p]` is taken
     from the gain of every other: two copies of one good example are worth less than twice one. This is GREATS (Wang et
@@ -70,7 +70,7 @@ class Candidates:
         rates: Sequence[float],
         validation: ValidationGradient,
     ) -> Selected:
-        """The `k` best for a step on the mean of the chosen examples' losses.
+        """Select the `k` best for a step on the mean of the chosen examples' losses.
 
         The share of an example in such a step is its own gradient over `k`, so that is what is weighed.
         """

@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
 
 def wide(factor: Factor) -> Factor:
-    """The factor in float32 at least: under autocast its two sides come in different types, and half sums badly."""
+    """Return the factor in float32 at least: under autocast its sides differ in type, and float16 sums badly."""
     if isinstance(factor, OneHot):
         return factor
     return factor.to(torch.promote_types(factor.dtype, torch.float32))
@@ -60,7 +60,7 @@ class ValidationGradient:
             pieces.clear()
 
     def products(self, component: int, left: Factor, right: Tensor) -> Float[Tensor, "example"]:
-        """Inner products of the examples' gradients with this one, in one component."""
+        """Return inner products of the examples' gradients with this one, in one component."""
         matrix = self._matrices[component]
         if matrix is not None:
             return self._weight * dot_matrices(left, right, matrix[None].to(right.dtype), self._memory)[0]
@@ -102,7 +102,7 @@ class ScoreSink:
             self.pieces[component].append(piece)
 
     def delivered(self, component: int) -> bool:
-        """Whether a gradient of the component has arrived."""
+        """Return whether a gradient of the component has arrived."""
         return self._scores[component] is not None
 
     @property
@@ -129,7 +129,7 @@ class FactorStore:
 
 
 def products_among(pieces: Sequence[Sequence[Piece]], examples: int) -> Float[Tensor, "example example2"]:
-    """Inner products of every example's gradient with every other's, summed over components, float64 on the CPU."""
+    """Return inner products of all pairs of examples' gradients, summed over components, float64 on the CPU."""
     total = torch.zeros(examples, examples, dtype=torch.float64)
     for component in pieces:
         for one in component:
@@ -140,7 +140,7 @@ def products_among(pieces: Sequence[Sequence[Piece]], examples: int) -> Float[Te
 
 
 def products_with(pieces: Sequence[Piece], matrix: Float[Tensor, "out in"], examples: int) -> Float[Tensor, "example"]:
-    """Inner products of the examples' gradients in one component with a given matrix, float64 on the CPU."""
+    """Return inner products of the examples' gradients in one component with a given matrix, float64 on the CPU."""
     total, memory = torch.zeros(examples, dtype=torch.float64), ReusedMemory()
     for piece in pieces:
         given = matrix[None].to(piece.right.dtype)

@@ -28,7 +28,7 @@ class StepScores:
     score: Float[Tensor, "example"]
     """`<share of the example in the step's gradient, gradient of the validation loss>`, float64."""
     influence: Float[Tensor, "example"]
-    """`learning rate * score` (by parameter group), less the second-order term where asked for: nats by which the
+    """`learning rate * score` (by parameter group), less the second-order term where requested: nats by which the
     example lowers the validation loss in a step of plain gradient descent."""
     learning_rate: float | None
     """The rate of the step; None where parameter groups have different ones."""
@@ -40,7 +40,7 @@ class StepScores:
 
 @dataclass
 class _Batch:
-    """One micro-batch: whose it is, and what has been seen of it."""
+    """One micro-batch: its ids, and its measurements."""
 
     ids: tuple[str, ...]
     sink: ScoreSink
@@ -71,7 +71,7 @@ class Step:
         self.result: StepScores | None = None
 
     def announce(self, ids: Iterable[Any]) -> "Step":
-        """The same step, with the ids of its first batch."""
+        """Set the ids of the step's first batch, and return the step."""
         self._first_ids = ids
         return self
 
@@ -159,7 +159,7 @@ class Step:
 
 
 def as_ids(ids: Iterable[Any]) -> tuple[str, ...]:
-    """Ids as text, from any sequence or tensor.
+    """Return ids as text, from any sequence or tensor.
 
     Raises:
         DataError: there are none.
@@ -189,5 +189,5 @@ def _refuse_nonfinite(
     told = [f"{loss:g}" for loss in losses if loss is not None]
     raise NonFinite(
         f"Step {number}: the gradient of {shown} is not finite" + (f" (loss {', '.join(told)})" if told else "") + ". "
-        "The optimizer has not moved. Look at these examples, or lower the learning rate."
+        "The optimizer has not moved. Check these examples, or lower the learning rate."
     )

@@ -23,7 +23,7 @@ class Attached(NamedTuple):
     trainer: Trainer
 
     def detach(self) -> None:
-        """The Trainer is as it was before `attach`; what was scored is on disk."""
+        """Restore the Trainer as it was before `attach`; what was scored is on disk."""
         self.engine.flush()
         self.callback.release(self.trainer)
 
@@ -31,7 +31,7 @@ class Attached(NamedTuple):
 def attach(
     trainer: Trainer, validation: Any, *, id_column: str = "id", select: int | None = None, **settings: Any
 ) -> Attached:
-    """Scores every training step of a Trainer; call it before `trainer.train()`.
+    """Score every training step of a Trainer; call it before `trainer.train()`.
 
         attach(trainer, validation, out="run-log")
         trainer.train()
@@ -103,11 +103,11 @@ class VestigeCallback(TrainerCallback):
             opened.__exit__(None)
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """The log reaches as far as the checkpoint."""
+        """Write the log up to the checkpoint."""
         self._engine.flush()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Nothing stays in memory."""
+        """Free the memory."""
         self._abandon()
         self._engine.flush()
 
@@ -123,7 +123,7 @@ class VestigeCallback(TrainerCallback):
         return self._plain_step(model, inputs, num_items_in_batch)
 
     def _chosen(self, ids: list[str], inputs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
-        """The best rows of the batch, and how many target tokens they have."""
+        """Return the best rows of the batch, and how many target tokens they have."""
         assert self._select is not None
         prepared = self._trainer._prepare_inputs(inputs)
         rows = self._engine.select(prepared, min(self._select, len(ids))).rows
@@ -183,7 +183,7 @@ def _refuse_unsupported(trainer: Trainer, select: int | None) -> None:
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise UserError("Online scores need all examples of a step in one process. Train on one device.")
     if arguments.fp16:
-        raise UserError("Float16 skips steps whose gradient overflows, which a log cannot know. Use bf16=True.")
+        raise UserError("Float16 skips steps whose gradient overflows, which a log cannot record. Use bf16=True.")
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise UserError("The Trainer has no train_dataset with rows, so no ids. Give it one before attach().")
     if isinstance(trainer.train_dataset, RowsWithIds):

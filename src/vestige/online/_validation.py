@@ -52,11 +52,11 @@ class Validation:
         if not self.ids or not self._batches or not any(_has_target(batch) for batch in self._batches):
             raise DataError("The validation data have no target token, so no gradient. Give at least one example.")
         self._pass: tuple[tuple[Component, ...], GradientPass] | None = None
-        with quietly(model):  # the objective looks at the model once, before the training begins
+        with quietly(model):  # the objective checks the model once, before the training begins
             objective.head_module(model)
 
     def measure(self, components: Sequence[Component]) -> Measured:
-        """Loss and gradient at the present weights; weights, flags, buffers and random numbers stay as they are.
+        """Measure loss and gradient at the present weights; weights, flags, buffers and random state stay as they are.
 
         Raises:
             NonFinite: a validation loss is NaN or infinite.
@@ -77,7 +77,7 @@ class Validation:
         return Measured(total / len(self.ids), gradient, taken.by_function)
 
     def tokenized(self) -> TokenizedData:
-        """The validation examples as data.
+        """Return the validation examples as data.
 
         Raises:
             SpecError: they are not token sequences with a causal loss.
@@ -95,7 +95,7 @@ class Validation:
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the examples; empty where they are no token sequences."""
+        """The fingerprint of the examples; empty where they are no token sequences."""
         if isinstance(self._data, TokenizedData):
             return self._data.fingerprint
         return batch_as_data(self._data, self.ids).fingerprint if isinstance(self._data, Batch) else ""
@@ -110,7 +110,7 @@ class Validation:
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """A detour that the training does not notice: evaluation mode inside, every flag and random state put back."""
+    """Run a detour that does not affect the training: evaluation mode inside, every flag and random state restored."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices):
@@ -128,7 +128,7 @@ def as_inputs(data: Any, objective: Objective) -> Any:
 
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:
-    """The model's keyword inputs as a batch for `CausalLoss`, which reads `input_ids` and `labels` alone.
+    """Return the model's keyword inputs as a batch for `CausalLoss`, which reads `input_ids` and `labels` alone.
 
     Raises:
         DataError: one of them is missing, or padding is on the left.
@@ -144,7 +144,7 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
 
 
 def batch_as_data(batch: Batch, ids: Sequence[str]) -> TokenizedData:
-    """The examples of a batch without their padding on the right."""
+    """Return the examples of a batch without their padding on the right."""
     tokens, targets = [], []
     for row, labels in zip(batch.input_ids.cpu(), batch.labels.cpu(), strict=True):
         mask = (labels != NO_TARGET).numpy()

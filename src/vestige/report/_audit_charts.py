@@ -12,7 +12,7 @@ from vestige.report._drawing import FLOOR, Frame, axes, drawing, path
 
 
 def roc(lines: Sequence[Line]) -> str:
-    """True over false positive rates, both axes logarithmic, with the line of chance."""
+    """Draw true over false positive rates, both axes logarithmic, with the line of chance."""
     frame = Frame((FLOOR, 1.0), (FLOOR, 1.0), True)
     decades = [FLOOR, 1e-2, 1e-1, 1.0]
     parts = axes(frame, decades, decades, "false positive rate", "true positive rate")
@@ -27,7 +27,7 @@ def roc(lines: Sequence[Line]) -> str:
 
 
 def agreement(names: Sequence[str], table: Float[np.ndarray, "one other"]) -> str:
-    """A square of rank correlations, each with its number."""
+    """Draw a square of rank correlations, each with its number."""
     left, top, size = 104, 84, 30
     parts = []
     for row, name in enumerate(names):

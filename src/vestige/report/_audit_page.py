@@ -1,4 +1,4 @@
-"""The page of an audit: what is known of the examples, how well the measures tell, and where to look."""
+"""The page of an audit: what is known of the examples, how well the measures find them, and which examples to read."""
 
 import math
 import re
@@ -88,10 +88,10 @@ class AuditPage:
 
 
 def audit_page(audit: Audit) -> AuditPage:
-    """The page of a run of `vestige audit`."""
+    """Return the page of a run of `vestige audit`."""
     run = audit.run
     return AuditPage(
-        title=f"What {short_name(run.model.name)} knows by heart",
+        title=f"What {short_name(run.model.name)} has memorized",
         subtitle=f"memorization · {short_name(run.data.name)}",
         facts=_facts(audit),
         command=tuple(re.split(r" (?=--)", run.command.strip())),
@@ -108,7 +108,7 @@ def audit_page(audit: Audit) -> AuditPage:
 
 
 def shown(value: float | None) -> str:
-    """A number as the page writes it."""
+    """Format a number as the page writes it."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.4g}".replace("-", "−")
@@ -166,7 +166,7 @@ def _cells(row: JudgementRecord) -> tuple[str, ...]:
 
 
 def _planted(audit: Audit) -> list[Planted]:
-    """Canaries by their exposure under the model, the most exposed first."""
+    """Return canaries by their exposure under the model, the most exposed first."""
     last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
     last.sort(key=lambda each: -math.inf if each.exposure is None else each.exposure, reverse=True)
     found = []
@@ -196,7 +196,7 @@ def _planted_note(audit: Audit) -> str:
     shown_ones = f" The {SHOWN_SECRETS} most exposed:" if len(values) > SHOWN_SECRETS else ""
     return (
         f"{len(values):,} secrets, {means}; {CHANCE_BITS:.2f} is the mean of secrets that were never planted, and more "
-        f"than {most:.1f} cannot be told with so many references.{shown_ones}"
+        f"than {most:.1f} cannot be measured with this number of references.{shown_ones}"
     )
 
 

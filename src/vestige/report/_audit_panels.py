@@ -33,7 +33,7 @@ class Chart(NamedTuple):
 
 
 def charts_of(audit: Audit) -> list[Chart]:
-    """Every drawing that the run has something for; one of nothing has an empty `svg`."""
+    """Draw every chart that the run has data for; one without data has an empty `svg`."""
     known = _known(audit)
     found = _dynamics(audit, known) if len(audit.checkpoints) > 1 else []
     found += [_roc(audit, *each) for each in known if each[1][each[2]].any() and not each[1][each[2]].all()]
@@ -48,7 +48,7 @@ def charts_of(audit: Audit) -> list[Chart]:
 
 
 def shown_span(span: Sequence[float | None]) -> str:
-    """A value and its interval as the page writes them."""
+    """Format a value and its interval as the page writes them."""
     value, low, high = span
     if value is None:
         return "–"
@@ -56,7 +56,7 @@ def shown_span(span: Sequence[float | None]) -> str:
 
 
 def _known(audit: Audit) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(truth, what is to be found, where it is known) as far as the run's own tables tell."""
+    """Return (truth, what is to be found, where it is known) as far as the run's own tables have it."""
     own = np.array(audit.examples["part"].to_pylist()) == "data"
     known: list[tuple[str, np.ndarray, np.ndarray]] = []
     if not own.all():
@@ -115,7 +115,7 @@ def _roc(audit: Audit, truth: str, found: np.ndarray, judged: np.ndarray) -> Cha
             x, y = roc_curve((rows[name].sign * audit.values(name))[judged], found[judged])
             lines.append(Line(f"{name}, AUC {shown_span(rows[name].auc)}", x.tolist(), y.tolist()))
     blind = [each for each in audit.run.judgement if each.truth == truth and each.measure == "blind"]
-    note = f"The blind baseline, which never sees the model, has AUC {shown_span(blind[0].auc)}. " if blind else ""
+    note = f"The blind baseline, which never uses the model, has AUC {shown_span(blind[0].auc)}. " if blind else ""
     legend = tuple(line.name for line in lines)
     return Chart(f"{TRUTHS[truth][0]}: ROC", note + "Dashed: chance.", charts.roc(lines) if lines else "", legend)
 

@@ -8,7 +8,7 @@ from vestige.runs import CHANCE_BITS, Audit, Exposed, exposed
 
 
 def canary_charts(audit: Audit) -> list[Chart]:
-    """Exposure by number of copies where the canaries say it, and over checkpoints if there are several."""
+    """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
     groups = exposed(audit.run.canaries)
     last = [each for each in groups if each.checkpoint == audit.checkpoints[-1]]
     found = [_over_copies(last)] if len(last) > 1 else []
@@ -16,10 +16,10 @@ def canary_charts(audit: Audit) -> list[Chart]:
 
 
 def _over_copies(groups: Sequence[Exposed]) -> Chart:
-    # Side by side in order: there are few numbers, and 0 has no place on a logarithmic axis.
+    # Side by side in order: there are few numbers, and a logarithmic axis has no 0.
     places = list(range(len(groups)))
     ticks = [
-        (float(place), f"{'not said' if group.copies is None else group.copies} ({group.secrets})")
+        (float(place), f"{'unknown' if group.copies is None else group.copies} ({group.secrets})")
         for place, group in enumerate(groups)
     ]
     line = _line("mean exposure, bits", places, groups)

@@ -47,7 +47,7 @@ class Course(NamedTuple):
 def bars(
     parts: Sequence[Bar], side: str, ticks: Sequence[Tick], *, full: float | None = None, chance: float | None = None
 ) -> str:
-    """A bar for each component in the order of the model; lines at the full gradient and at chance."""
+    """Draw a bar for each component in the order of the model; lines at the full gradient and at chance."""
     values = [bar.value for bar in parts if math.isfinite(bar.value)]
     if not values:
         return ""
@@ -58,7 +58,7 @@ def bars(
 
 
 def size_bars(parts: Sequence[Bar], side: str, ticks: Sequence[Tick]) -> str:
-    """The same for counts, on a logarithmic axis."""
+    """Draw a bar for the size of each component, on a logarithmic axis."""
     logarithms = [bar._replace(value=math.log10(max(bar.value, 1))) for bar in parts]
     low = math.floor(min(bar.value for bar in logarithms))
     high = max(math.ceil(max(bar.value for bar in logarithms)), low + 1)
@@ -91,7 +91,7 @@ def _bars(
 
 
 def boxes(groups: Sequence[tuple[str, Sequence[float]]], label: str, side: str, level: float) -> str:
-    """Quartiles of each group with all its points, and a line at the full gradient's level."""
+    """Draw quartiles of each group with all its points, and a line at the full gradient's level."""
     every = [value for _, values in groups for value in values] + [level]
     margin = 0.06 * (max(every) - min(every) or 1.0)
     frame = Frame((-0.5, len(groups) - 0.5), (min(every) - margin, max(every) + margin))
@@ -110,7 +110,7 @@ def boxes(groups: Sequence[tuple[str, Sequence[float]]], label: str, side: str, 
 
 
 def courses(lines: Sequence[Course], marks: Sequence[Mark], side: str, level: float) -> str:
-    """Paths over the share of parameters, on a logarithmic axis, with marks beside them and a line at `level`."""
+    """Draw paths over the share of parameters, on a logarithmic axis, with marks beside them and a line at `level`."""
     shares = [share for line in lines for share in line.x if share > 0] + [mark.x for mark in marks if mark.x > 0]
     values = [value for line in lines for value in line.y] + [mark.y for mark in marks] + [level]
     values = [value for value in values if math.isfinite(value)]
@@ -144,7 +144,7 @@ def _mark(mark: Mark, x: float, y: float) -> str:
 
 
 def _labels(marks: Sequence[Mark], places: Sequence[tuple[float, float]]) -> list[str]:
-    """Names beside the marks; one that would be written over another is left to the pointer."""
+    """Write names beside the marks; one that would cover another is only shown at the pointer."""
     written: list[tuple[float, float]] = []
     texts = []
     for mark, (x, y) in zip(marks, places, strict=True):
@@ -155,7 +155,7 @@ def _labels(marks: Sequence[Mark], places: Sequence[tuple[float, float]]) -> lis
 
 
 def interval(value: float, low: float, high: float, ends: tuple[float, float], level: float) -> str:
-    """A value with its interval between `ends`, small enough for a cell; an upright line stands at `level`.
+    """Draw a value with its interval between `ends`, small enough for a cell; an upright line stands at `level`.
 
     What lies beyond the ends is an arrow at the edge.
     """

@@ -63,12 +63,12 @@ class ComponentPage:
 
 
 def is_component_run(folder: Path) -> bool:
-    """Whether `vestige evaluate components` has left its result in the folder."""
+    """Return whether `vestige evaluate components` has left its result in the folder."""
     return (folder / RESULT).is_file()
 
 
 def component_page(folder: Path) -> ComponentPage:
-    """The page of the result in the folder.
+    """Return the page of the result in the folder.
 
     Raises:
         UserError: A file of it is damaged.
@@ -78,7 +78,7 @@ def component_page(folder: Path) -> ComponentPage:
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
-            f"The command that made it writes both anew from what it keeps in {folder / 'products'}."
+            f"The command that made it writes both again from what it keeps in {folder / 'products'}."
         ) from error
 
 
@@ -93,7 +93,7 @@ def _page(found: dict[str, Any], similarity: list[dict[str, str]]) -> ComponentP
     choices = tuple(_choice(words, each) for words, each in found["candidates"].items())
     parts = next(iter(found["candidates"].values()))["components"]
     return ComponentPage(
-        title="Which components tell originals from other examples?",
+        title="Which components distinguish originals from other examples?",
         subtitle="components",
         facts=_facts(found, parts),
         command=tuple(re.split(r" (?=--)", found["command"])),
@@ -143,7 +143,7 @@ def _span(estimate: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _listed(found: dict[str, Any]) -> str:
-    """Where BM25 has the originals, in words."""
+    """Return the ranks that BM25 gives the originals, in words."""
     ranks = {int(rank): count for rank, count in found["rank_of_original_by_bm25"].items()}
     total, put = sum(ranks.values()), found["original_put_there"]
     words = f"The original is among the candidates of {found['original_listed']:.1%} of {total:,} queries"
@@ -160,7 +160,7 @@ def _listed(found: dict[str, Any]) -> str:
 
 
 def _chips(rows: dict[str, dict[str, Any]]) -> list[Chip]:
-    """The full gradient, what was chosen on other queries, and words alone."""
+    """Return chips of the full gradient, of what was chosen on other queries, and of words alone."""
     full = shown_span(_span(rows[FULL]["accuracy"]))
     chips = [Chip("Full gradient", full.partition(" ")[0], f"Accuracy {full}", "unknown", "", "")]
     for name in (*_COMPARED, BM25):
@@ -168,7 +168,7 @@ def _chips(rows: dict[str, dict[str, Any]]) -> list[Chip]:
         if row is None or row["against_full"] is None:
             continue
         value, low, high = _span(row["against_full"])
-        verdict, word, sign = "unknown", "not told apart", "="
+        verdict, word, sign = "unknown", "no clear difference", "="
         if low > 0:
             verdict, word, sign = "good", "better", "+"
         elif high < 0:
@@ -236,7 +236,7 @@ def _shown(value: float | None) -> str:
 
 
 def with_marked_drawings(page: ComponentPage, mark: Any) -> ComponentPage:
-    """The page whose drawings are no longer escaped: every text in them was, as it was drawn."""
+    """Return the page with drawings that are no longer escaped: every text in them was, when it was drawn."""
 
     def marked(charts: Sequence[Panel]) -> tuple[Panel, ...]:
         return tuple(chart._replace(svg=mark(chart.svg)) for chart in charts if chart.svg)

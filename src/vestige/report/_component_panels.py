@@ -44,7 +44,7 @@ _ASIDE = 9
 
 
 def kind_of(part: Part) -> str:
-    """Attention, feed-forward or neither."""
+    """Return attention, feed-forward or neither."""
     name = part["type"].lower()
     if "norm" in name:
         return "others"
@@ -52,7 +52,7 @@ def kind_of(part: Part) -> str:
 
 
 def parameters_chart(parts: Sequence[Part]) -> Panel:
-    """Sizes of all components."""
+    """Draw the sizes of all components."""
     drawn = [Bar(f"{one['name']}: {one['parameters']:,}", one["parameters"], _tone(one)) for one in parts]
     note = "Logarithmic. Point at a bar for its name."
     svg = size_bars(drawn, "parameters", _blocks(parts))
@@ -60,7 +60,7 @@ def parameters_chart(parts: Sequence[Part]) -> Panel:
 
 
 def charts_of(found: Mapping[str, Any], rows: Mapping[str, Part]) -> list[Panel]:
-    """Every drawing of one choice of candidates."""
+    """Draw every chart of one choice of candidates."""
     parts: list[Part] = found["components"]
     full, chance = rows["full gradient"]["accuracy"]["value"], rows["random"]["accuracy"]["value"]
     ticks = _blocks(parts)
@@ -89,7 +89,7 @@ def charts_of(found: Mapping[str, Any], rows: Mapping[str, Part]) -> list[Panel]
 
 
 def types_of(parts: Sequence[Part]) -> tuple[tuple[str, ...], ...]:
-    """Type, number of components, and the means of accuracy, agreement and accuracy of layer outputs."""
+    """Return type, number of components, and the means of accuracy, agreement and accuracy of layer outputs."""
     found = []
     for name in dict.fromkeys(one["type"] for one in parts):
         own = [one for one in parts if one["type"] == name]
@@ -109,7 +109,7 @@ def types_of(parts: Sequence[Part]) -> tuple[tuple[str, ...], ...]:
 
 
 def similarity_charts(rows: Iterable[Mapping[str, str]], parts: Sequence[Part]) -> list[Panel]:
-    """Cosines over the components with each candidate, for the queries about which opinions differ most."""
+    """Draw cosines over the components with each candidate, for the queries where components differ most."""
     charts = []
     number = {one["name"]: place for place, one in enumerate(parts)}
     for query, of_query in groupby(rows, key=lambda row: row["query"]):
@@ -156,7 +156,7 @@ def _path_charts(found: Mapping[str, Any], rows: Mapping[str, Part], full: float
 
 
 def _depth_charts(parts: Sequence[Part], full: float) -> list[Panel]:
-    """Lines over the blocks: accuracy of each type, of kinds on average, and agreement of each type."""
+    """Draw lines over the blocks: accuracy of each type, of kinds on average, and agreement of each type."""
     inside = [one for one in parts if one["layer"] is not None]
     kinds = [kind for kind in KINDS if any(kind_of(one) == kind for one in inside)]
     if len({one["layer"] for one in inside}) < 2:
@@ -177,7 +177,7 @@ def _depth_charts(parts: Sequence[Part], full: float) -> list[Panel]:
 
 
 def _type_lines(parts: Sequence[Part], value: Callable[[Part], float]) -> list[Line]:
-    """A line for each type; variants of one module share its colour, the later ones dashed."""
+    """Return a line for each type; variants of one module share its colour, the later ones dashed."""
     stems: dict[str, list[str]] = {}
     for one in parts:
         stem = next((one["type"].removesuffix(end) for end in _VARIANTS if one["type"].endswith(end)), one["type"])
@@ -233,7 +233,7 @@ def _tone(part: Part) -> int:
 
 
 def _blocks(parts: Sequence[Part]) -> list[Tick]:
-    """Where on the axis of components each block begins, thinned out."""
+    """Return the ticks where each block begins on the axis of components, thinned out."""
     first: dict[int, int] = {}
     for place, one in enumerate(parts):
         if one["layer"] is not None:

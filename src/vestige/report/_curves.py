@@ -16,7 +16,7 @@ class Line(NamedTuple):
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     tone: int | None = None
-    """Its colour; by its place among the lines if not given."""
+    """Its colour; by its position among the lines if not given."""
     dashed: bool = False
 
 
@@ -31,13 +31,13 @@ def curves(
     height: float = HEIGHT,
     dots: bool = True,
 ) -> str:
-    """Curves with their bands over plain axes; empty where nothing is known.
+    """Draw curves with their bands over plain axes; empty where nothing is known.
 
     Args:
         lines: What to draw.
         label: Of the axis across.
         side: Of the axis that goes up.
-        ticks: Places on the one across that are written out; its ends if not given.
+        ticks: Positions on the one across that are written out; its ends if not given.
         rule: A level to draw a line at, such as chance.
         width: Of the drawing.
         height: The same upwards.

@@ -1,4 +1,4 @@
-"""What drawings are made of: a frame from numbers to places, axes, paths and the SVG around them."""
+"""What drawings are made of: a frame from numbers to positions, axes, paths and the SVG around them."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ FLOOR = 1e-3
 """Left and lower end of logarithmic axes."""
 
 Tick = float | tuple[float, str]
-"""A place on an axis, and what is written there if not the number."""
+"""A position on an axis, and what is written there if not the number."""
 
 
 class Frame(NamedTuple):
-    """From numbers to places in the drawing."""
+    """The map from numbers to positions in the drawing."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -24,7 +24,7 @@ class Frame(NamedTuple):
     height: float = HEIGHT
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """In units of the drawing."""
+        """Return the position of a point in units of the drawing."""
         across, up = (self._share(value, ends) for value, ends in ((x, self.x), (y, self.y)))
         return (
             _LEFT + across * (self.width - _LEFT - _RIGHT),
@@ -39,7 +39,7 @@ class Frame(NamedTuple):
 
 
 def axes(frame: Frame, across: Sequence[Tick], up: Sequence[Tick], label: str, side: str) -> list[str]:
-    """Both axes with their ticks; the label stands below, what goes up at the side."""
+    """Draw both axes with their ticks; the label stands below, what goes up at the side."""
     left, bottom = frame.place(frame.x[0], frame.y[0])
     right, top = frame.place(frame.x[1], frame.y[1])
     parts = [f'<path class="axis" fill="none" d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"/>']
@@ -66,7 +66,7 @@ def _named(tick: Tick) -> tuple[float, str]:
 
 
 def path(points: Sequence[tuple[float, float]], tone: str, *, closed: bool = False) -> str:
-    """A line through places, or what it encloses; nothing through nothing."""
+    """Draw a line through points, or the area that it encloses; nothing without points."""
     if not points:
         return ""
     steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
@@ -74,13 +74,13 @@ def path(points: Sequence[tuple[float, float]], tone: str, *, closed: bool = Fal
 
 
 def drawing(parts: Sequence[str], label: str, width: float = WIDTH, height: float = HEIGHT) -> str:
-    """The SVG of the parts, which have been escaped."""
+    """Return the SVG of the parts, which have been escaped."""
     size = f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px"'
     return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Three to five round numbers between the ends."""
+    """Return three to five round numbers between the ends."""
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     for factor in (1, 2, 2.5, 5, 10):
         if (high - low) / (step * factor) <= 5:

@@ -114,7 +114,7 @@ def _facts(run: RunFiles) -> tuple[Fact, ...]:
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     memory = f"{format_memory(record.peak_memory_bytes, record.peak_gpu_memory_bytes)} at most"
     if record.asked:
-        facts.append(Fact("Questions", f"asked {record.asked}"))
+        facts.append(Fact("Questions", f"put {record.asked}"))
     facts.append(Fact("Took", duration(record.seconds), note=memory if record.peak_memory_bytes else None))
     return tuple(facts)
 

@@ -49,7 +49,7 @@ def hub_shares(run: RunFiles) -> dict[int, float]:
 
 
 def number(value: Any, digits: int = 7) -> float | None:
-    """Return `value` with so many significant digits, or None where it is missing or not finite."""
+    """Return `value` with `digits` significant digits, or None where it is missing or not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")

@@ -59,7 +59,7 @@ def cut(wording: Wording) -> Pieces:
     texts = readable_tokens(wording.tokens)
     targets = wording.targets or (False,) * len(texts)
     owners = _owners(texts, fields)
-    if owners is None:  # a tokenizer that rewrites text: only the loss mask is left to tell prompt from answer
+    if owners is None:  # a tokenizer that rewrites text: only the loss mask separates prompt from answer
         roles = [_role_by_mask(piece, target) for piece, target in zip(texts, targets, strict=True)]
         names = {PROMPT: "Prompt", ANSWER: "Answer", TEMPLATE: None}
         return Pieces(texts, "".join(roles), targets, True, _turns(roles, [names[role] for role in roles]))

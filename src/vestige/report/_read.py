@@ -185,7 +185,7 @@ def _pair_table(
 ) -> dict[PAIR, dict[Any, float]] | None:
     """Return scores by (query, example) and then by `key`, or None when the optional table is absent.
 
-    The table names examples by id. Where several listed examples share an id, its parts cannot be told apart: they
+    The table names examples by id. Where several listed examples share an id, its parts cannot be distinguished: they
     are left out rather than shown for the wrong example.
     """
     if not (folder / f"{name}.parquet").is_file():

@@ -29,13 +29,15 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _target(run: Path, out: str | Path | None) -> Path:
-    """Return the file to write, refusing to replace somebody else's."""
+    """Return the file to write, refusing to replace a file that Vestige did not make."""
     target = Path(out) if out is not None else run / "report.html"
     if target.is_dir():
         target = target / "report.html"
     if target.exists():
-        with target.open(encoding="utf-8", errors="replace") as file:
-            ours = GENERATOR in file.read(2000)
+        ours = False
+        if target.is_file():  # a pipe would be waited for
+            with target.open(encoding="utf-8", errors="replace") as file:
+                ours = GENERATOR in file.read(2000)
         if not ours:
             raise UserError(
                 f"{target} exists and is not a Vestige report; it was left as it is.\n"

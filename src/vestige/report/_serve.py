@@ -1,4 +1,4 @@
-"""The report served on this computer, made anew whenever the run's files change."""
+"""The report served on this computer, made again whenever the run's files change."""
 
 from functools import partial
 from http import HTTPStatus
@@ -73,7 +73,7 @@ class LivePage:
         """Return the page for the files as they are now.
 
         Raises:
-            UserError: The run is gone, or its files cannot be read and no earlier page is at hand; with one, that page
+            UserError: The run is gone, or its files cannot be read and there is no earlier page; with one, that page
                 is kept, because a run that is being written again is unreadable for a moment.
         """
         with self._lock:
@@ -124,4 +124,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stay quiet: one line per poll tells a reader nothing."""
+        """Stay quiet: one line per poll is of no use to a reader."""

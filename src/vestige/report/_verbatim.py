@@ -8,11 +8,11 @@ from typing import NamedTuple
 from vestige.report._pieces import ANSWER, SYSTEM, Pieces
 
 MIN_WORDS = 3
-"""A common run of at least so many words counts as verbatim."""
+"""A common run of at least this many words counts as verbatim."""
 MIN_RARE_SHARE = 0.6
 """A shorter run counts when at least this share of its words is rare..."""
 MIN_RARE_LETTERS = 8
-"""...and it is at least so many letters long."""
+"""...and it has at least this many letters."""
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _BREAK = ""
 """Stands between two fields, so that no run crosses from a question into its answer; it matches nothing."""

@@ -1,4 +1,4 @@
-"""Run directories: what scores mean, how they are summed up, written and read again. Imports no torch."""
+"""Run directories: the meaning of scores, their summaries, writing and reading. Imports no torch."""
 
 from vestige.runs._audit import Audit as Audit
 from vestige.runs._audit import EvidenceRow as EvidenceRow

@@ -42,7 +42,7 @@ EXAMPLES = pa.schema(
 )
 """Columns of the examples."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
-"""What a list is ordered by where nothing is asked for: the first of these that was measured."""
+"""What a list is ordered by where no measure is given: the first of these that was measured."""
 _LOW_STANDS_OUT = (
     "loss",
     "answer_loss",
@@ -106,7 +106,7 @@ class Audit:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Audit":
-        """The audit in a folder.
+        """Open the audit in a folder.
 
         Raises:
             UserError: `folder` is no audit, or a newer Vestige wrote it.
@@ -138,12 +138,12 @@ class Audit:
     def table(
         self, measures: Sequence[str] | None = None, *, checkpoint: int | None = None, layer: int | None = None
     ) -> pa.Table:
-        """The evidence: a row per example and checkpoint, and for measures of hidden states per layer.
+        """Return the evidence: a row per example and checkpoint, and for measures of hidden states per layer.
 
         Args:
             measures: Names of columns; all if not given. One is read without the others.
             checkpoint: One of them.
-            layer: One of them; the rows of measures that look at no layer are left out.
+            layer: One of them; the rows of measures without layers are left out.
 
         Raises:
             DataError: A measure that the run does not hold.
@@ -154,7 +154,7 @@ class Audit:
     def values(
         self, measure: str, *, checkpoint: int | None = None, layer: int | None = None
     ) -> Float[np.ndarray, "example"]:
-        """One measure of every example, in the order of `examples`; NaN where it cannot be computed.
+        """Return one measure of every example, in the order of `examples`; NaN where it cannot be computed.
 
         Args:
             measure: Its name.
@@ -186,7 +186,7 @@ class Audit:
     def top(
         self, k: int = 10, measure: str | None = None, *, checkpoint: int | None = None, reverse: bool = False
     ) -> EvidenceTable:
-        """The examples of the data that stand out by a measure: those that the model knows best.
+        """Return the examples of the data that stand out by a measure: those that the model has memorized best.
 
         By psmi and mahalanobis the least typical ones, which are those at risk of being memorized.
 
@@ -233,15 +233,15 @@ class Audit:
         for name in (*PREFERRED, *self.measures):
             if name in self.run.measures and self._is_held(name) and self.run.measures[name].missing < total:
                 return name
-        raise UserError(f"{self.folder} measured nothing of examples: it was asked for {', '.join(self.run.measures)}.")
+        raise UserError(f"{self.folder} measured nothing of examples: requested were {', '.join(self.run.measures)}.")
 
     @staticmethod
     def lowest_first(measure: str) -> bool:
-        """Whether low values of a measure are what stands out."""
+        """Return whether low values of a measure are what stands out."""
         return measure in _LOW_STANDS_OUT
 
     def judgement(self, truth: Truth | None = None, *, checkpoint: int | None = None) -> list[JudgementRecord]:
-        """How well measures tell what is to be found; the blind baseline is in every list."""
+        """Return how well measures find what is to be found; the blind baseline is in every list."""
         return [
             each
             for each in self.run.judgement
@@ -249,7 +249,7 @@ class Audit:
         ]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The evidence as a data frame, with the texts of the examples.
+        """Return the evidence as a data frame, with the texts of the examples.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -281,7 +281,7 @@ def write_audit(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the folder of an audit, whole or not at all, and returns its path.
+    """Write the folder of an audit, whole or not at all, and return its path.
 
     Raises:
         IndexMismatch: A run is there already and `overwrite` is False.

@@ -1,4 +1,4 @@
-"""What figures of an audit are drawn from: groups, ROC curves, agreement of measures. Shared by files and the page."""
+"""Data behind the figures of an audit: groups, ROC curves, agreement of measures. Shared by files and the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ def group_of(
     known: Sequence[tuple[str, Bool[np.ndarray, "example"], Bool[np.ndarray, "example"]]],
     own: Bool[np.ndarray, "example"],
 ) -> dict[str, Bool[np.ndarray, "example"]]:
-    """Rows to draw a line for, by name: the sides of the last truth that is known, else the data.
+    """Return the rows of each line by name: the sides of the last truth that is known, else the data.
 
     Args:
         known: (name, what is to be found, where that is known).
@@ -32,7 +32,7 @@ def group_of(
 def roc_curve(
     scores: Float[np.ndarray, "example"], found: Bool[np.ndarray, "example"]
 ) -> tuple[Float[np.ndarray, "point"], Float[np.ndarray, "point"]]:
-    """False and true positive rates from the highest score down; examples that score alike are flagged together."""
+    """Return false and true positive rates from the highest score down; equal scores are flagged together."""
     known = ~np.isnan(scores)
     scores, found = scores[known], found[known]
     order = np.argsort(-scores, kind="stable")
@@ -42,7 +42,7 @@ def roc_curve(
 
 
 def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list[str], Float[np.ndarray, "one other"]]:
-    """Names of the measures that vary, and Spearman's correlation of each two over the examples that have both."""
+    """Return the measures that vary, and Spearman's correlation of each two over the examples that have both."""
     from scipy.stats import rankdata
 
     varying = {name: values for name, values in columns.items() if len(np.unique(values[~np.isnan(values)])) > 1}
@@ -63,7 +63,7 @@ class Exposed(NamedTuple):
     """Planted secrets that stand equally often in the training data, under one checkpoint."""
 
     copies: int | None
-    """None where the canaries do not say."""
+    """None where the canaries do not state it."""
     checkpoint: int
     secrets: int
     mean: float
@@ -74,7 +74,7 @@ class Exposed(NamedTuple):
 
 
 def exposed(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
-    """Mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
+    """Return mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
     from scipy.stats import t
 
     groups: dict[tuple[int, int], list[CanaryRecord]] = {}

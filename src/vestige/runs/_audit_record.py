@@ -1,4 +1,4 @@
-"""`run.json` of an audit: what was looked at, what each measure says, and how well the measures tell."""
+"""`run.json` of an audit: the measured checkpoints, the meaning of each measure, and how well the measures judge."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _Part, pa
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427
-"""Mean exposure of secrets that were never planted, 1 / log 2: what is found has to be held against it."""
+"""Mean exposure of secrets that were never planted, 1 / log 2: compare measured exposures with it."""
 
 Truth = Literal["membership", "flag", "memorized"]
 Span = tuple[float | None, float | None, float | None]
@@ -20,7 +20,7 @@ Span = tuple[float | None, float | None, float | None]
 
 
 class SubjectRecord(_Part):
-    """One set of weights that was looked at."""
+    """One set of weights that was measured."""
 
     number: int
     """Its `checkpoint` in the evidence."""
@@ -38,7 +38,7 @@ class MeasureRecord(_Part):
 
     meaning: str
     high: str
-    """What a high value speaks for; a hint about an example, never a verdict."""
+    """What a high value suggests; a hint about an example, never a verdict."""
     layered: bool = False
     missing: int = 0
     """Examples without a value under the model."""
@@ -66,11 +66,11 @@ class RateRecord(_Part):
 
 
 class JudgementRecord(_Part):
-    """How well one measure tells the examples that are to be found from the others."""
+    """The quality of one measure at finding the examples that are to be found."""
 
     truth: Truth
     measure: str
-    """`blind` is a classifier of the texts that never sees the model."""
+    """`blind` is a classifier of the texts that never uses the model."""
     checkpoint: int | None
     layer: int | None
     sign: int
@@ -108,15 +108,15 @@ class CanaryRecord(_Part):
     prompt: str
     secret: str
     copies: int | None = None
-    """How often it stands in the training data, where the canaries say so."""
+    """How often it occurs in the training data, where the canaries state it."""
     references: int
     """Other secrets of the same form that it was compared with."""
     rank: float | None
-    """Its place among them, 1 the likeliest; the mean of the places where several are as likely. None: not finite."""
+    """Its rank among them, 1 the likeliest; the mean of the ranks where several are as likely. None: not finite."""
     exposure: float | None
     """log2(references + 1) - log2(rank), bits; 1.44 on average where it was never planted."""
     most: float
-    """Bits that so many references can tell."""
+    """Maximum exposure that this many references can show, in bits."""
     loss: float | None
     """Of the secret, nats."""
 
@@ -146,7 +146,7 @@ class AuditRecord(_Part):
     measures: dict[str, MeasureRecord]
     judgement: list[JudgementRecord]
     extraction: dict[int, Span]
-    """Share of long enough texts that are given back word for word, by prefix length."""
+    """Share of long enough texts that are reproduced word for word, by prefix length."""
     canaries: list[CanaryRecord] = Field(default_factory=list)
     """Of every checkpoint, in the order of the file."""
     notes: list[str]
@@ -159,7 +159,7 @@ class AuditRecord(_Part):
 
 
 def is_audit(folder: Path) -> bool:
-    """True where `folder` holds the run of an audit."""
+    """Return whether `folder` holds the run of an audit."""
     try:
         content = parse_json((folder / RECORD_FILE).read_bytes())
         return isinstance(content, dict) and content.get("kind") == "audit"
@@ -168,7 +168,7 @@ def is_audit(folder: Path) -> bool:
 
 
 def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:
-    """The parsed `run.json` of an audit.
+    """Read and check the `run.json` of an audit.
 
     Args:
         folder: The audit.

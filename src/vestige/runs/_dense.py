@@ -40,17 +40,17 @@ class _OnDisk(Protocol):
     """Examples that are stored column by column."""
 
     def column(self, name: str) -> Iterator[Any]:
-        """The values of one column, in order."""
+        """Yield the values of one column, in order."""
         ...
 
 
 def names_of(examples: "Sequence[Example]") -> Iterator[str]:
-    """Ids in row order; of examples that are on disk, nothing else is read."""
+    """Yield ids in row order; of examples that are on disk, nothing else is read."""
     return examples.column("id") if isinstance(examples, _OnDisk) else (example.id for example in examples)
 
 
 def id_array(names: Iterable[str]) -> pa.ChunkedArray:
-    """The names as an Arrow array, which takes little more than their letters."""
+    """Return the names as an Arrow array, which takes little more than their letters."""
     names = iter(names)
     parts = iter(lambda: list(islice(names, _IDS_AT_ONCE)), [])
     return pa.chunked_array([pa.array(part, pa.string()) for part in parts], pa.string())
@@ -59,7 +59,7 @@ def id_array(names: Iterable[str]) -> pa.ChunkedArray:
 def write_dense(
     path: Path, scores: Float[np.ndarray, "query example"], query_ids: Iterable[str], example_ids: Iterable[str]
 ) -> None:
-    """Write the file: eight bytes that say how long the header is, the header as JSON, the scores row by row."""
+    """Write the file: eight bytes with the length of the header, the header as JSON, the scores row by row."""
     entry = {"dtype": "F32", "shape": list(scores.shape), "data_offsets": [0, 4 * scores.size]}
     with path.open("wb") as file:
         file.write(bytes(8) + f'{{"__metadata__":{{"axes":"{AXES}","query_ids":"'.encode())
@@ -79,7 +79,7 @@ def write_dense(
 
 
 def _texts(names: Iterable[str]) -> Iterator[bytes]:
-    """The names as a JSON list inside a JSON text, part by part."""
+    """Yield the names as a JSON list inside a JSON text, part by part."""
     names, between = iter(names), ""
     yield b"["
     while part := list(islice(names, _IDS_AT_ONCE)):
@@ -115,10 +115,10 @@ class DenseFile:
             raise ValueError("it is too short or too long")
 
     def read(self, queries: slice = slice(None), examples: slice = slice(None)) -> Float[np.ndarray, "query example"]:
-        """The scores of some queries, or examples, or all."""
+        """Return the scores of some queries, or examples, or all."""
         rows, columns = (range(*part.indices(size)) for part, size in zip((queries, examples), self.shape, strict=True))
         scores = np.empty((len(rows), len(columns)), dtype=np.float32)
-        # Read, not mapped: the pages of a map count as this process's memory until somebody else needs them.
+        # Read, not mapped: the pages of a map count as this process's memory until another process needs them.
         with self.path.open("rb", buffering=0) as file:
             for row, found in zip(rows, scores, strict=True):
                 file.seek(self._begin + 4 * (row * self.shape[1] + columns.start))
@@ -126,18 +126,18 @@ class DenseFile:
         return scores
 
     def query_ids(self) -> list[str]:
-        """Ids of the queries, in order."""
+        """Return the ids of the queries, in order."""
         with self.path.open("rb") as file, _header(file) as header:
             return list(_names(header, *self._ids["query_ids"]))
 
     def example_ids(self) -> "ExampleIds":
-        """Ids of the examples, in order."""
+        """Return the ids of the examples, in order."""
         return ExampleIds(self.path, *self._ids["example_ids"], self.shape[1])
 
 
 @final
 class ExampleIds:
-    """Ids of the examples of a run, in order; read anew each time, a part at once, for they are what takes memory."""
+    """Ids of the examples of a run, in order; read again each time, a part at once, for they are what takes memory."""
 
     def __init__(self, path: Path, start: int, stop: int, count: int) -> None:
         """Use `DenseFile.example_ids`.
@@ -154,7 +154,7 @@ class ExampleIds:
         return self._count
 
     def __iter__(self) -> Iterator[str]:
-        """All ids.
+        """Yield all ids.
 
         Raises:
             CorruptFile: They are not as many as the scores.
@@ -169,7 +169,7 @@ class ExampleIds:
 
 
 def open_dense(folder: Path) -> DenseFile:
-    """All scores of the run in a folder.
+    """Open all scores of the run in a folder.
 
     Raises:
         UserError: The run keeps only the ends of each ranking.
@@ -193,12 +193,12 @@ def open_dense(folder: Path) -> DenseFile:
 
 
 def _header(file: BinaryIO) -> mmap:
-    """Everything before the scores: the length of the header, and the header."""
+    """Return everything before the scores: the length of the header, and the header."""
     return mmap(file.fileno(), 8 + int.from_bytes(file.read(8), "little"), access=ACCESS_READ)
 
 
 def _entry(header: mmap, name: str) -> Any:
-    """What the header has under a name; None if nothing. Inside of a text, a quotation mark would be escaped."""
+    """Return what the header has under a name; None if nothing. Inside a text, a quotation mark would be escaped."""
     key = f'"{name}":'.encode()
     start = _find(header, key)
     if start < 0:
@@ -208,7 +208,7 @@ def _entry(header: mmap, name: str) -> Any:
 
 
 def _place(header: mmap, name: str) -> tuple[int, int]:
-    """Where the header has a JSON list that it holds as a text."""
+    """Return where the header has a JSON list that it holds as a text."""
     key = f'"{name}":"['.encode()
     start = _find(header, key)
     end = _find(header, b']"', max(start, 0))
@@ -218,7 +218,7 @@ def _place(header: mmap, name: str) -> tuple[int, int]:
 
 
 def _find(header: mmap, key: bytes, start: int = 0) -> int:
-    """Where the key comes first, -1 for nowhere; a window at a time is in memory, for the ids may be many."""
+    """Return where the key comes first, -1 for nowhere; a window at a time is in memory, for the ids may be many."""
     for begin in range(start, len(header), _WINDOW):
         if (found := header.find(key, begin, begin + _WINDOW + len(key) - 1)) >= 0:
             return found
@@ -227,7 +227,7 @@ def _find(header: mmap, key: bytes, start: int = 0) -> int:
 
 
 def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
-    """The ids of such a list, decoded window by window."""
+    """Yield the ids of such a list, decoded window by window."""
     decoder, text = json.JSONDecoder(), ""
     while start < stop:
         cut = _cut(header, start, stop)
@@ -244,7 +244,7 @@ def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
 
 
 def _cut(header: mmap, start: int, stop: int) -> int:
-    """The end of a window: behind a comma, which is in no escape sequence."""
+    """Return the end of a window: behind a comma, which is in no escape sequence."""
     end = start + _WINDOW
     if end >= stop:
         return stop

@@ -25,13 +25,13 @@ def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
     for name in names:
         if name in digests and (fault := _fault(folder, name, digests[name], sha256_once)):
             raise CorruptFile(
-                f"{folder / name} {fault}. Do not trust this run: put the file back from a copy, or make the run again "
+                f"{folder / name} {fault}. Do not trust this run: restore the file from a copy, or make the run again "
                 f"with another --out or with --overwrite. All its files: vestige status --verify {folder}"
             )
 
 
 def file_faults(folder: Path, digests: Digests) -> dict[str, str | None]:
-    """What is wrong with each file of a run, None where nothing is; reads every byte."""
+    """Return what is wrong with each file of a run, None where nothing is; reads every byte."""
     return {name: _fault(folder, name, digest, sha256_of) for name, digest in digests.items()}
 
 

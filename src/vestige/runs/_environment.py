@@ -1,4 +1,4 @@
-"""What a run was made with: versions of software."""
+"""The environment of a run: versions of software."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that scores depend on; imports none of them."""
+    """Return the versions of Python, the platform and the packages that scores depend on; import none of them."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:

@@ -25,13 +25,13 @@ def evidence_table(
     layer: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> pa.Table:
-    """What was measured at one checkpoint, and at one layer if the measures have one.
+    """Return what was measured at one checkpoint, and at one layer if the measures have one.
 
     Args:
         example_ids: In the order of the values.
         measures: By name; NaN, which becomes null, where a measure cannot be computed.
         checkpoint: Steps trained; -1 for a model whose steps are not known.
-        layer: None for measures that look at no layer.
+        layer: None for measures without layers.
         rows: Positions of the examples, where ids may repeat; a column of its own.
 
     Raises:
@@ -78,7 +78,7 @@ def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
 def read_evidence(
     path: str | Path, measures: Sequence[str] | None = None, *, checkpoint: int | None = None
 ) -> pa.Table:
-    """The evidence, or some measures of it, or one checkpoint.
+    """Return the evidence, or some measures of it, or one checkpoint.
 
     Raises:
         DataError: A measure that the file does not hold.

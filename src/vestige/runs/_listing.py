@@ -19,7 +19,7 @@ class ScoreRow(NamedTuple):
     """One ranked training example."""
 
     rank: int
-    """1-based, counted from the end of the ranking that was asked for."""
+    """1-based, counted from the requested end of the ranking."""
     example_id: str
     score: float
     percentile: float | None
@@ -93,7 +93,7 @@ def _cells(row: ScoreRow) -> tuple[Any, ...]:
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
-    """Lines with numbers to the right, and the last column cut to what is left of `width`."""
+    """Align lines with numbers to the right, and cut the last column to what is left of `width`."""
     leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
     left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
     return [
@@ -103,7 +103,7 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int)
 
 
 def excerpt(words: Words, width: int) -> str:
-    """A text, or the turns of a conversation, on one line of about `width` characters.
+    """Return a text, or the turns of a conversation, on one line of about `width` characters.
 
     Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
     system turn, which many conversations share, and what stands between the first two turns and the last are left out.
@@ -114,25 +114,25 @@ def excerpt(words: Words, width: int) -> str:
     turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
     parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
     parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
-    room = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
+    left = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
     shown: list[str] = []
     for place, part in enumerate(parts):
-        share = room // (len(parts) - place)
+        share = left // (len(parts) - place)
         after = sum(min(len(each), share) for each in parts[place + 1 :])
-        shown.append(shorten(part, room - after))
-        room -= len(shown[-1])
+        shown.append(shorten(part, left - after))
+        left -= len(shown[-1])
     return _BETWEEN.join(shown)
 
 
 class ComponentScore(NamedTuple):
-    """What one component contributes to the score of one pair."""
+    """Contribution of one component to the score of one pair."""
 
     component: str
     score: float
 
 
 class TokenScore(NamedTuple):
-    """What learning to predict one token of the training example contributes to the score of one pair."""
+    """Contribution to a pair's score of learning to predict one token of the training example."""
 
     position: int
     token: str

@@ -1,4 +1,4 @@
-"""Tables of a run, checked as they are read: a folder may be damaged, or made by somebody else."""
+"""Tables of a run, checked as they are read: a folder may be damaged, or made by another program."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def _fault(messages: str | None, tokens: list[str] | None, targets: list[bool] | None) -> str | None:
-    """What is wrong with the wording of a row, None if nothing."""
+    """Return what is wrong with the wording of a row, None if nothing."""
     try:
         turns_of(messages)
     except ValueError as error:

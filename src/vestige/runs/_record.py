@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import parse_finite_json
+from vestige.parsing import first_problem, parse_finite_json
 from vestige.runs._digests import require_unaltered
 from vestige.runs._types import Meaning
 
@@ -26,7 +26,7 @@ class _Part(BaseModel):
 
 
 class ModelRecord(_Part):
-    """The model that was asked about."""
+    """The model that was explained."""
 
     name: str
     fingerprint: str
@@ -51,7 +51,7 @@ class DataRecord(_Part):
 
 
 class SkippedRecord(_Part):
-    """A parameter that the scores do not speak for."""
+    """A parameter that the scores do not cover."""
 
     name: str
     parameters: int
@@ -59,7 +59,7 @@ class SkippedRecord(_Part):
 
 
 class CoverageRecord(_Part):
-    """How many of the model's parameters the scores speak for."""
+    """Counts of the model's parameters that the scores cover."""
 
     selected: int
     total: int
@@ -72,13 +72,13 @@ class Check(_Part):
 
     name: str
     value: float | None
-    """None where the check could not be made; the reading says why."""
+    """None where the check could not be made; the reading has the reason."""
     reading: str
     verdict: Verdict
 
 
 class TrustRecord(_Part):
-    """What is known about how far the scores can be trusted."""
+    """The evidence on how far the scores can be trusted."""
 
     validated: bool = False
     """True only after a comparison with retraining; the free checks alone validate nothing."""
@@ -86,7 +86,7 @@ class TrustRecord(_Part):
 
 
 class DistributionRecord(_Part):
-    """All scores of one query: exact moments, a histogram, and how few examples carry the influence."""
+    """All scores of one query: exact moments, a histogram, and the share of the influence that few examples carry."""
 
     count: int
     mean: float
@@ -116,7 +116,7 @@ class GroupRecord(_Part):
 
 
 class RunRecord(_Part):
-    """Everything in `run.json`: what was asked, with what, what the scores mean, how far to trust them."""
+    """Everything in `run.json`: the request, the versions, what the scores mean, and how far to trust them."""
 
     format: int = RUN_FORMAT
     vestige: str
@@ -130,7 +130,7 @@ class RunRecord(_Part):
     data: DataRecord
     queries: DataRecord
     asked: str = ""
-    """How questions were put, in words; empty where they were asked as they were typed."""
+    """How questions were put, in words; empty where they were put as they were typed."""
     left_out: list[str] = Field(default_factory=list)
     """Ids of training examples that were not scored, because their loss or gradient is not finite."""
     checkpoints: list[CheckpointRecord] = Field(default_factory=list)
@@ -152,7 +152,7 @@ class RunRecord(_Part):
     @field_validator("meaning", mode="before")
     @classmethod
     def _meaning_from_dict(cls, value: Any) -> Any:
-        # A later version may say more about a score than this one knows; what it knows must be there.
+        # A later version may record more about a score than this one knows; what it knows must be there.
         if isinstance(value, dict):
             return {name: text for name, text in value.items() if name in Meaning.__dataclass_fields__}
         return value
@@ -163,12 +163,12 @@ class RunRecord(_Part):
 
 
 def is_run(folder: Path) -> bool:
-    """True where `folder` holds a run."""
+    """Return whether `folder` holds a run."""
     return (folder / RECORD_FILE).is_file()
 
 
 def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
-    """The parsed `run.json` of a run directory.
+    """Read and check the `run.json` of a run directory.
 
     Args:
         folder: The run.
@@ -211,19 +211,13 @@ def parse_record(kind: type[Record], path: Path) -> Record:
         parse_finite_json(content)
         return kind.model_validate_json(content)
     except (OSError, ValueError) as error:
-        reason = _first_problem(error) if isinstance(error, ValidationError) else error
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
         raise CorruptFile(f"{path} is not a run record: {reason}. Run the command that made it again.") from error
 
 
 class _Header(_Part):
-    """What must be readable in every format, past and future."""
+    """The fields that must be readable in every format, past and future."""
 
     format: int
     kind: str = "scores"
     vestige: str = "of a later version"
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "the file"
-    return f"{place}: {problem['msg']}"

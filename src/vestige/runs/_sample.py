@@ -9,13 +9,13 @@ from vestige.row_order import windows
 
 
 def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
-    """`wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
+    """Return `wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
     largest = hash_of(examples, min(wanted, examples))
     return np.concatenate([np.arange(0), *(rows[hashed(rows) <= largest] for rows in _numbers(examples))])
 
 
 def hash_of(examples: int, wanted: int) -> int:
-    """The hash that `wanted` of the examples do not exceed."""
+    """Return the hash that `wanted` of the examples do not exceed."""
     if wanted == examples:
         return 2**64 - 1
     first_bits = np.uint64(48)
@@ -28,12 +28,12 @@ def hash_of(examples: int, wanted: int) -> int:
 
 
 def _numbers(examples: int) -> Iterator[Int[np.ndarray, "part"]]:
-    """All row numbers, part by part."""
+    """Yield all row numbers, part by part."""
     return (np.arange(rows.start, rows.stop) for rows in windows(examples))
 
 
 def hashed(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
-    """The finaliser of splitmix64, which is one to one: neighbouring row numbers land far apart."""
+    """Hash by splitmix64's finaliser, which is one to one: neighbouring row numbers land far apart."""
     code = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

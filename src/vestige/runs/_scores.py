@@ -1,4 +1,4 @@
-"""`Scores`: a run directory, open for questions. Needs neither the model nor torch."""
+"""`Scores`: a run directory, opened for queries. Needs neither the model nor torch."""
 
 import difflib
 import operator
@@ -38,7 +38,7 @@ class Scores:
         print(scores.meaning.sign)
         print(scores.top(query=0, k=10))
 
-    A query is given by its position (an int) or by its id (a str). Tables are read when first asked for.
+    A query is given by its position (an int) or by its id (a str). Tables are read when first used.
     """
 
     def __init__(self, folder: Path, run: RunRecord) -> None:
@@ -48,7 +48,7 @@ class Scores:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Scores":
-        """The scores in a run directory.
+        """Open the scores in a run directory.
 
         Raises:
             UserError: `folder` is not a run, or a newer Vestige wrote it.
@@ -68,19 +68,19 @@ class Scores:
 
     @property
     def generated(self) -> int:
-        """How many of the queries are answers that the model gave itself."""
+        """Return how many of the queries are answers that the model gave itself."""
         return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
-        """The `k` proponents of a query: the training examples with the highest scores, highest first."""
+        """Return the `k` proponents of a query: the training examples with the highest scores, highest first."""
         return self._end(query, "proponent", k)
 
     def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable:
-        """The `k` opponents of a query: the training examples with the lowest scores, lowest first."""
+        """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
         return self._end(query, "opponent", k)
 
     def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
-        """The score of a listed example, split over the model's components: the parts add up to it.
+        """Split the score of a listed example over the model's components: the parts add up to it.
 
         Raises:
             UserError: the method has no components, or the pair is not among the listed ones.
@@ -92,13 +92,13 @@ class Scores:
         return [ComponentScore(row["component"], row["score"]) for row in found]
 
     def tokens(self, query: int | str, example_id: str) -> list[TokenScore]:
-        """The score of a listed example, split over its tokens: the parts add up to it; in order of position.
+        """Split the score of a listed example over its tokens: the parts add up to it; in order of position.
 
         A token's score is the effect of learning to predict that token, not of reading it. Tokens that are
         not predicted in training (a prompt's) score zero and are left out.
 
         Raises:
-            UserError: no token scores were asked for, or the pair is not among the listed ones.
+            UserError: no token scores were requested, or the pair is not among the listed ones.
         """
         rows = self._pair("tokens", "Run `vestige attribute` again with --tokens.")
         found = rows.get((self._query_id(query), example_id))
@@ -108,7 +108,7 @@ class Scores:
         return [TokenScore(row["position"], row["token"], row["score"]) for row in ordered]
 
     def dense(self) -> Float[np.ndarray, "query example"]:
-        """All scores, float32, in the order of the queries and of the training data.
+        """Return all scores, float32, in the order of the queries and of the training data.
 
         Raises:
             UserError: the run keeps only the ends of each ranking.
@@ -117,7 +117,7 @@ class Scores:
         return open_dense(self.folder).read()
 
     def self_influence(self) -> list[SelfInfluence]:
-        """The score of every training example for itself, highest first: rare and mislabelled ones stand out.
+        """Return the score of every training example for itself, highest first: rare and mislabelled ones stand out.
 
         Raises:
             UserError: the run has none.
@@ -126,7 +126,7 @@ class Scores:
         return [SelfInfluence(**row) for row in self._read(SELF_TABLE).to_pylist()]
 
     def self_scores(self) -> Float[np.ndarray, "example"]:
-        """The same as an array on the disk in the order of the training data; NaN for examples that were left out.
+        """Return the same as an array on the disk, in the order of the training data; NaN for examples left out.
 
         Raises:
             UserError: the run has none.
@@ -140,7 +140,7 @@ class Scores:
         return scores.finish()[0]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """Both ends of every ranking with their texts, as a pandas data frame.
+        """Return both ends of every ranking with their texts, as a pandas data frame.
 
         Raises:
             MissingExtra: pandas is not installed.
@@ -183,8 +183,8 @@ class Scores:
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
         note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
-        asked = self._query_rows[self.queries.index(name)]
-        words = excerpt(_words_of(asked), _TITLE_WIDTH)
+        row = self._query_rows[self.queries.index(name)]
+        words = excerpt(_words_of(row), _TITLE_WIDTH)
         return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _query_id(self, query: int | str) -> str:
@@ -235,7 +235,7 @@ class Scores:
         return {}
 
     def _pair(self, name: str, without: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Rows of an optional table by (query id, example id)."""
+        """Return rows of an optional table by (query id, example id)."""
         if not (self.folder / f"{name}.parquet").is_file():
             raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
         if name not in self._pairs:
@@ -254,7 +254,7 @@ class Scores:
         return read_run_table(self.folder, name)
 
     def _parts(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Some columns of a table, some rows at a time."""
+        """Yield some columns of a table, some rows at a time."""
         path = self.folder / f"{name}.parquet"
         with reading(path, REMEDY), pq.ParquetFile(path) as file:
             yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
@@ -265,7 +265,7 @@ def _words_of(row: dict[str, Any]) -> Words:
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """The text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
+    """Return the text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
     if turns := turns_of(row["messages"]):
         return "\n".join(f"{role}: {content}" for role, content in turns)
     if row["text"] is not None:

@@ -1,7 +1,7 @@
 """`self_influence.parquet`: all training examples by their score for themselves, sorted with little memory.
 
 Windows of rows are sorted one by one and put aside. Then all of them are merged from their heads, as many rows at once
-as surely come before everything that is behind the heads.
+as are guaranteed to precede the unread rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ def write_self_influence(path: Path, scores: Float[np.ndarray, "example"], ids: 
 
 
 def _put_aside(scratch: Scratch, scores: Float[np.ndarray, "example"], ids: Iterator[str]) -> "list[_Head]":
-    """All windows of rows, sorted."""
+    """Sort all windows of rows and put them aside."""
     end, found = 0, []
     for rows in windows(len(scores)):
         places = []
@@ -57,7 +57,7 @@ def _put_aside(scratch: Scratch, scores: Float[np.ndarray, "example"], ids: Iter
 
 
 def _sorted(scores: Float[np.ndarray, "example"], rows: slice, ids: pa.Array) -> list[pa.RecordBatch]:
-    """The lines of some rows in their order, cut into heads."""
+    """Return the lines of some rows in their order, cut into heads."""
     own = scores[rows].astype(np.float64)
     disk_arrays.let_go(scores)
     # NaN is last in any order of numbers.
@@ -77,7 +77,7 @@ class _Head:
         """Scores with the other sign, so that they ascend."""
 
     def refill(self) -> bool:
-        """Read on until as many lines as others have are in memory; False where none are left."""
+        """Read on until as many lines as others have are in memory; return False where none are left."""
         while len(self.keys) < _HEAD and (place := next(self._waiting, None)) is not None:
             batch = pa.ipc.read_record_batch(pa.py_buffer(self._scratch.read(*place)), SELF_INFLUENCE)
             self._lines = pa.concat_tables([self._lines, pa.Table.from_batches([batch])])
@@ -85,14 +85,14 @@ class _Head:
         return len(self.keys) > 0
 
     def taken(self, bound: float, *, equal: bool) -> pa.Table:
-        """The lines with a smaller key, or an equal one too, which are gone from here."""
+        """Remove and return the lines with a smaller key, or an equal one too."""
         count = int(np.searchsorted(self.keys, bound, "right" if equal else "left"))
         first, self._lines, self.keys = self._lines[:count], self._lines[count:], self.keys[count:]
         return first
 
 
 def _merged(heads: list[_Head]) -> Iterator[pa.Table]:
-    """The lines of all windows, which are in the order of their rows, part by part."""
+    """Yield the lines of all windows, which are in the order of their rows, part by part."""
     while heads := [head for head in heads if head.refill()]:
         # No line behind the heads comes before the end of the head that ends first; of equal scores, the row decides.
         bound, last = min((head.keys[-1], place) for place, head in enumerate(heads))
@@ -101,7 +101,7 @@ def _merged(heads: list[_Head]) -> Iterator[pa.Table]:
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The tables in groups that are large enough to be read well."""
+    """Group the tables so that each is large enough to be read well."""
     group: list[pa.Table] = []
     for table in tables:
         group.append(table)

@@ -1,4 +1,4 @@
-"""What is remembered of a stream of scores: both ends, moments, a histogram, groups, all if asked."""
+"""The summary of a stream of scores: both ends, moments, a histogram, groups, all scores if requested."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -35,14 +35,14 @@ class ScoreSummary(NamedTuple):
 
 
 class ScoreCollector:
-    """Takes in the score blocks of a method, in any order, and sums them up.
+    """Collects the score blocks of a method, in any order, and sums them up.
 
     Memory: a bit for each example. On the disk for temporary files: 4 bytes for each example if there are sources, at
     most 64 MB for histograms, and `4 bytes x queries x examples` with `dense`. Ends, percentiles,
     moments and groups are exact. The histogram is exact as long as all scores fit into those 64 MB; beyond, it counts
     the rows whose hashed number is smallest, the same in every run.
 
-    Rows in `skipped` count nowhere, whatever the blocks say of them; `dense` holds NaN there.
+    Rows in `skipped` count nowhere, whatever the blocks hold for them; `dense` holds NaN there.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ScoreCollector:
         self._groups = _Groups(queries, examples, sources)
 
     def add(self, block: ScoreBlock) -> None:
-        """Takes in one block.
+        """Add one block.
 
         Raises:
             NonFinite: a score is NaN or infinite.
@@ -106,7 +106,7 @@ class ScoreCollector:
         disk_arrays.let_go(self._kept)
 
     def finish(self) -> ScoreSummary:
-        """The summary, once every training row has been scored.
+        """Return the summary, once every training row has been scored.
 
         Raises:
             VestigeError: a row was left out.
@@ -145,7 +145,7 @@ class ScoreCollector:
         total = float(self._moments.positive[query])
         if total <= 0:
             return []
-        # From a sample only the ends that were kept exactly say what the highest k hold.
+        # From a sample only the ends that were kept exactly give what the highest k hold.
         complete = self._sampled == self._moments.count
         highest = _highest(kept) if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
@@ -153,7 +153,7 @@ class ScoreCollector:
 
 
 def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]]:
-    """Scores of a query in float64, part by part, without those of rows that were left out."""
+    """Yield the scores of a query in float64, part by part, without those of rows that were left out."""
     for rows in windows(len(kept)):
         part = kept[rows].astype(np.float64)
         disk_arrays.let_go(kept)
@@ -161,7 +161,7 @@ def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]
 
 
 def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
-    """As many of the highest scores as a share is asked of, best first, in float64."""
+    """Return as many of the highest scores as a share is computed for, best first, in float64."""
     wanted, found = SHARES_AT[-1], np.empty(0)
     for part in _read(scores):
         found = np.sort(np.concatenate([found, part]))[-wanted:]
@@ -207,11 +207,11 @@ class _Rows:
         np.bitwise_or.at(self._bits, rows // 8, _bit(rows))
 
     def among(self, rows: Int[np.ndarray, "row"]) -> Bool[np.ndarray, "row"]:
-        """Which of `rows` are in the set."""
+        """Return which of `rows` are in the set."""
         return (self._bits[rows // 8] & _bit(rows)) > 0
 
     def others(self) -> Int[np.ndarray, "other"]:
-        """Those that are not in the set, ascending."""
+        """Return those that are not in the set, ascending."""
         if np.bitwise_count(self._bits).sum() == self._count:
             return np.arange(0)
         return np.flatnonzero(np.unpackbits(self._bits, count=self._count, bitorder="little") == 0)
@@ -248,7 +248,7 @@ class _Groups:
         self._squares[:, present] += np.add.reduceat(values**2, starts, axis=1)
 
     def _of(self, rows: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
-        """The groups of these rows; a window's at a time are in memory."""
+        """Return the groups of these rows; a window's at a time are in memory."""
         group = np.empty(len(rows), dtype=np.int32)
         for _, part in by_window(rows):
             group[part] = self._group[rows[part]]
@@ -267,7 +267,7 @@ class _Groups:
 
 
 def _group_record(source: str, size: int, total: float, squares: float) -> GroupRecord:
-    """Student's 95% interval of the mean; too narrow when a few examples hold most of the sum."""
+    """Return Student's 95% interval of the mean; too narrow when a few examples hold most of the sum."""
     mean = total / size
     if size == 1:
         return GroupRecord(source=source, examples=1, sum=total, mean=mean, low=None, high=None)

@@ -94,7 +94,7 @@ TOKENS = pa.schema(
 
 
 def scores_table(ranked: Iterable[RankedScore], train: "TokenizedData", queries: "TokenizedData") -> pa.Table:
-    """`scores.parquet`: both ends of every query's ranking."""
+    """Return `scores.parquet`: both ends of every query's ranking."""
     rows = [
         {
             "query_id": queries.examples[score.query].id,
@@ -107,7 +107,7 @@ def scores_table(ranked: Iterable[RankedScore], train: "TokenizedData", queries:
 
 
 def examples_table(rows: Iterable[int], train: "TokenizedData", tokenizer: Decoder | None) -> pa.Table:
-    """`examples.parquet`: the training examples in `rows`, with how often each text occurs in the data."""
+    """Return `examples.parquet`: the training examples in `rows`, with how often each text occurs in the data."""
     wanted = sorted(set(rows))
     listed = {_content(train, row) for row in wanted}
     texts = Counter(content for row in range(len(train)) if (content := _content(train, row)) in listed)
@@ -135,7 +135,7 @@ def queries_table(
     generated: Sequence[bool],
     losses: Sequence[float] | None,
 ) -> pa.Table:
-    """`queries.parquet`: what was asked, and which answers are the model's own."""
+    """Return `queries.parquet`: the queries, and which answers are the model's own."""
     return pa.Table.from_pylist(
         [
             {
@@ -155,7 +155,7 @@ def queries_table(
 def components_table(
     pairs: Iterable[ComponentScores], names: Sequence[str], train: "TokenizedData", queries: "TokenizedData"
 ) -> pa.Table:
-    """`components.parquet`: one row per pair and component."""
+    """Return `components.parquet`: one row per pair and component."""
     rows = [
         {
             "query_id": queries.examples[pair.query].id,
@@ -172,7 +172,7 @@ def components_table(
 def tokens_table(
     pairs: Iterable[TokenScores], train: "TokenizedData", queries: "TokenizedData", tokenizer: Decoder | None
 ) -> pa.Table:
-    """`tokens.parquet`: one row per pair and target token; the other tokens of an example score zero."""
+    """Return `tokens.parquet`: one row per pair and target token; the other tokens of an example score zero."""
     texts: dict[int, list[str]] = {}
     rows = []
     for pair in pairs:
@@ -202,7 +202,7 @@ def _wording(example: "Example") -> dict[str, Any]:
 
 
 def _content(data: "TokenizedData", row: int) -> tuple[Any, ...]:
-    """What makes two examples copies: their words, or their tokens where they were given as tokens alone."""
+    """Return what makes two examples copies: their words, or their tokens where they were given as tokens alone."""
     example = data.examples[row]
     tokens = b"" if example.display else data.input_ids[row].tobytes()
     return example.text, example.prompt, example.completion, example.messages, tokens

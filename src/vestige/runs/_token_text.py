@@ -13,12 +13,12 @@ class Decoder(Protocol):
     """The part of a transformers tokenizer that is needed here."""
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
-        """The text of some tokens."""
+        """Return the text of some tokens."""
         ...
 
 
 def token_texts(ids: Int[np.ndarray, "token"], tokenizer: Decoder | None) -> list[str]:
-    """One string per token; joined they give the decoded text. Empty without a tokenizer.
+    """Return one string per token; joined they give the decoded text. Empty without a tokenizer.
 
     A character that is spread over several tokens belongs to the last of them, the others are empty strings.
     Spaces that a tokenizer drops in front of a lone word (SentencePiece) are kept.
@@ -33,7 +33,7 @@ def token_texts(ids: Int[np.ndarray, "token"], tokenizer: Decoder | None) -> lis
 
 
 def _in_context(numbers: list[int], tokenizer: Decoder) -> list[str]:
-    """What each token adds to the text of the few tokens before it."""
+    """Return what each token adds to the text of the few tokens before it."""
     pieces: list[str] = []
     start = known = 0
     for end in range(1, len(numbers) + 1):

@@ -27,7 +27,7 @@ class RankedScore(NamedTuple):
 
 
 def block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
-    """Rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
+    """Return rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
 
     Raises:
         NonFinite: a score is NaN or infinite.
@@ -59,24 +59,24 @@ class TopK:
         self._lowest = [_Highest(k) for _ in range(queries)]
 
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
-        """Takes in the scores of `rows`; every row may be given once."""
+        """Add the scores of `rows`; every row may be given once."""
         self._seen += len(rows)
         for query, values in enumerate(scores):
             self._highest[query].add(rows, values)
             self._lowest[query].add(rows, -values)
 
     def rows(self, query: int, end: End) -> Int[np.ndarray, "rank"]:
-        """Rows of one end, best first."""
+        """Return the rows of one end, best first."""
         return (self._highest if end == "proponent" else self._lowest)[query].rows
 
     def scores(self, query: int, end: End) -> Float[np.ndarray, "rank"]:
-        """Scores of one end in float64, best first."""
+        """Return the scores of one end in float64, best first."""
         if end == "proponent":
             return self._highest[query].keys
         return -self._lowest[query].keys
 
     def ranked(self) -> list[RankedScore]:
-        """Both ends of every query, with exact percentiles."""
+        """Return both ends of every query, with exact percentiles."""
         return [
             RankedScore(query, end, rank, int(row), float(score), float(percentile))
             for query in range(len(self._highest))
@@ -129,13 +129,13 @@ class _Highest:
         self.rows, self.keys = all_rows[order], all_keys[order]
 
     def _contenders(self, keys: Float[np.ndarray, "row"]) -> np.ndarray:
-        """Indices that can be among the k highest; all ties with the k-th, since the row decides."""
+        """Return indices that can be among the k highest; all ties with the k-th, since the row decides."""
         if len(keys) <= self._k:
             return np.arange(len(keys))
         return np.flatnonzero(keys >= np.partition(keys, -self._k)[-self._k])
 
     def count_at_least(self) -> Int[np.ndarray, "rank"]:
-        """For each kept key, how many keys of the whole stream are at least as high."""
+        """Return, for each kept key, how many keys of the whole stream are at least as high."""
         counts = np.searchsorted(-self.keys, -self.keys, side="right")
         if len(self.keys):
             last = self.keys == self.keys[-1]
@@ -143,5 +143,5 @@ class _Highest:
         return counts
 
     def count_above(self) -> Int[np.ndarray, "rank"]:
-        """For each kept key, how many keys of the whole stream are higher."""
+        """Return, for each kept key, how many keys of the whole stream are higher."""
         return np.searchsorted(-self.keys, -self.keys, side="left")

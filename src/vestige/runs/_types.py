@@ -1,4 +1,4 @@
-"""What a score means, and the blocks in which methods hand scores over."""
+"""The meaning of a score, and the blocks in which methods pass scores on."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +29,7 @@ class Meaning:
     """One sentence: when not to believe it."""
 
     def to_dict(self) -> dict[str, str]:
-        """Plain dictionary for `run.json`."""
+        """Return a plain dictionary for `run.json`."""
         return asdict(self)
 
 

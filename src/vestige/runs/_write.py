@@ -1,4 +1,4 @@
-"""Writes a run directory so that it is there whole or not at all."""
+"""Writing of a run directory, so that it is there whole or not at all."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ RUN_FILES = (
 
 
 class RunTables(NamedTuple):
-    """What a run directory holds beside `run.json`."""
+    """The content of a run directory beside `run.json`."""
 
     train: "TokenizedData"
     queries: "TokenizedData"
@@ -54,7 +54,7 @@ class RunTables(NamedTuple):
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Returns if a run may be written to `folder`; call it before the work that leads there.
+    """Raise unless a run may be written to `folder`; call it before the work that leads there.
 
     Raises:
         IndexMismatch: a run is there already and `overwrite` is False.
@@ -88,9 +88,9 @@ def write_run(
     overwrite: bool = False,
     add: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes the run directory and returns its path.
+    """Write the run directory and return its path.
 
-    Everything is written to a new folder beside it, flushed to the disk, and moved into place: a kill never
+    Everything is written to a new folder beside it, flushed to the disk, and renamed: a kill never
     leaves half a run. Replacing a run takes two renames; killed between them, the old run lies beside, its
     name ending in `.replaced`, until the next command for this folder.
 
@@ -123,7 +123,7 @@ def _check_ids(queries: "TokenizedData") -> None:
     if len(set(ids)) != len(ids):
         repeated = next(name for name in ids if ids.count(name) > 1)
         raise UserError(
-            f"Two queries have the id {repeated!r}, so their answers could not be told apart.\n"
+            f"Two queries have the id {repeated!r}, so their answers could not be distinguished.\n"
             "Give every query its own `id`, or none: then they are numbered."
         )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from vestige.data import Example, load_queries, load_records, tokenize
+from vestige.data import Example, load_queries, load_records, text_groups, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.index import Index
 from vestige.models import load_tokenizer
@@ -27,6 +28,8 @@ class Rows:
     name: str
     ids: list[str]
     sources: list[str | None]
+    groups: Int[np.ndarray, "example"]
+    """The same number for copies of one text."""
     digest: str
     """sha256 over ids and columns."""
     read: Callable[[], Iterable[tuple[Example, Columns]]]
@@ -34,9 +37,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def text_names(self) -> list[str]:
+        """Return a name of each row's text, the same for its copies whatever the order of the data: their first id."""
+        names: dict[int, str] = {}
+        for name, group in zip(self.ids, self.groups.tolist(), strict=True):
+            names[group] = min(names.get(group, name), name)
+        return [names[group] for group in self.groups.tolist()]
+
 
 def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index | None) -> Rows:
-    """The data, checked against the run and the index.
+    """Read the data, checked against the run and the index.
 
     Raises:
         SpecError: Nothing says where the data are.
@@ -44,12 +54,17 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
     """
     name, read = _source(settings, None if scores is None else scores.run, index)
     ids, sources, digest = [], [], hashlib.sha256()
-    for example, columns in read():
-        ids.append(example.id)
-        sources.append(example.source)
-        digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
+
+    def noted() -> Iterator[Example]:
+        for example, columns in read():
+            ids.append(example.id)
+            sources.append(example.source)
+            digest.update(json.dumps([example.id, columns], sort_keys=True, default=_plain).encode() + b"\n")
+            yield example
+
+    groups = text_groups(noted())
     _require_distinct(name, ids)
-    rows = Rows(name, ids, sources, digest.hexdigest(), read)
+    rows = Rows(name, ids, sources, groups, digest.hexdigest(), read)
     if scores is not None:
         _require_scored(rows, scores)
     if index is not None:
@@ -58,7 +73,7 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
 
 
 def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np.ndarray | None:
-    """Tokens of each example, int64 [example]; None where nothing tells and nobody asks.
+    """Return the tokens of each example, int64 [example]; None where they are unknown and not needed.
 
     Raises:
         SpecError: A budget of tokens, and nothing to count them with.
@@ -81,7 +96,7 @@ def row_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> np
 
 
 def query_values(settings: SelectSettings, scores: ScoreSource) -> Callable[[str], str | None]:
-    """From the id of a query to its value in the column of `--targets`.
+    """Return the map from the id of a query to its value in the column of `--targets`.
 
     Raises:
         SpecError: Nothing says where the queries are.
@@ -124,7 +139,7 @@ def _source(
 
 
 def _columns(example: Example) -> Columns:
-    """An example that was stored with an index, as a row that reads as the same example."""
+    """Return an example that was stored with an index, as a row that reads as the same example."""
     turns = [turn.columns for turn in example.messages]
     found = {
         "id": example.id,
@@ -144,7 +159,7 @@ def _require_distinct(name: str, ids: list[str]) -> None:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(one for one in ids if one in seen or seen.add(one))
-        raise DataError(f"{name} has two rows with the id {twice!r}, so nobody could tell which is chosen. Rename one.")
+        raise DataError(f"{name} has two rows with the id {twice!r}, so the choice would be ambiguous. Rename one.")
 
 
 def _require_scored(rows: Rows, scores: ScoreSource) -> None:
@@ -161,7 +176,7 @@ def _require_scored(rows: Rows, scores: ScoreSource) -> None:
         if found.display and found.display != line.text:
             raise IndexMismatch(
                 f"Row {line.row} of {rows.name} is not the text that {folder} has a score of. The data have changed: "
-                "give what was scored with --data, or score anew."
+                "give what was scored with --data, or score again."
             )
 
 
@@ -185,7 +200,7 @@ def _require_ids(rows: Rows, known: Iterable[tuple[int, str]], what: str) -> Non
 
 
 def _only(rows: Rows, wanted: Sequence[int]) -> Iterator[tuple[Example, Columns]]:
-    """These rows, in the order of the data."""
+    """Yield these rows, in the order of the data."""
     asked = set(wanted)
     for number, pair in enumerate(rows.read()):
         if number in asked:
@@ -195,7 +210,7 @@ def _only(rows: Rows, wanted: Sequence[int]) -> Iterator[tuple[Example, Columns]
 
 
 def lines_of(rows: Rows, wanted: Sequence[int], more: Mapping[int, Columns] | None = None) -> Iterator[bytes]:
-    """The rows as JSON lines with their own columns, in the order of the data; each with its id, and with `more`."""
+    """Yield the rows as JSON lines with their own columns, their ids and `more`, in the order of the data."""
     for row, (example, columns) in zip(sorted(set(wanted)), _only(rows, wanted), strict=True):
         line = columns if columns.get("id") not in (None, "") else {"id": example.id} | _without_id(columns)
         line = line | more[row] if more else line

@@ -1,4 +1,4 @@
-"""Which candidates say what a chosen example has said: cosines of gradients, a few candidates at a time."""
+"""Which candidates repeat a chosen example: cosines of gradients, a few candidates at a time."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -25,7 +25,9 @@ class Judged(NamedTuple):
 
 
 def without_twins(order: Order, index: Index, threshold: float) -> Iterator[Judged]:
-    """Candidates in their order; one whose cosine with an earlier one that has no twin reaches `threshold` is a twin.
+    """Yield candidates in their order, each with its twin.
+
+    A candidate has a twin if its cosine with an earlier one without a twin reaches `threshold`.
 
     Of several such, the most similar one is named, and the earliest of equals. A gradient of zero is like none.
     """
@@ -52,5 +54,5 @@ def without_twins(order: Order, index: Index, threshold: float) -> Iterator[Judg
 
 
 def _rounding(vector: Tensor) -> float:
-    """A copy's cosine with itself misses 1 by about this much."""
+    """Return about how much a copy's cosine with itself misses 1 by."""
     return 4 * torch.finfo(vector.dtype).eps

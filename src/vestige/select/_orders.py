@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vestige.errors import DataError, UserError
 from vestige.select._scores import Ranked, ScoreSource, head
@@ -34,7 +34,7 @@ Order = Iterator[Candidate | CutShort]
 
 
 def top_order(scores: ScoreSource, ties: Float[np.ndarray, "example"], least: float | None) -> Order:
-    """Highest mean score over all queries first."""
+    """Order by the highest mean score over all queries."""
     count = len(scores.queries)
     found = head(_at_least(scores.best([range(count)]).score, least), scores.reliable, ties)
     over = "score" if count == 1 else f"mean score over {count} queries"
@@ -49,7 +49,7 @@ def target_order(
     ties: Float[np.ndarray, "example"],
     least: float | None,
 ) -> Order:
-    """Highest score for any one target first: the selection of LESS (Xia et al. 2024, arXiv:2402.04333).
+    """Order by the highest score for any one target: the selection of LESS (Xia et al. 2024, arXiv:2402.04333).
 
     A score for a target is the mean over its queries.
     """
@@ -63,7 +63,7 @@ def target_order(
 
 
 def round_robin_order(scores: ScoreSource, ties: Float[np.ndarray, "example"], least: float | None) -> Order:
-    """Each query in turn takes its best example that is not taken yet, queries in their order."""
+    """Take for each query, round-robin, its best example that is not taken yet, queries in their order."""
     taken: set[int] = set()
     lists = [_Reader(scores, query, ties, least) for query in range(len(scores.queries))]
     going = list(range(len(lists)))
@@ -72,7 +72,7 @@ def round_robin_order(scores: ScoreSource, ties: Float[np.ndarray, "example"], l
             found = lists[query].next_free(taken)
             if found is None:
                 if lists[query].used_up and not scores.complete:
-                    yield CutShort(scores.needs_all("A budget of so many"))
+                    yield CutShort(scores.needs_all("A budget of this size"))
                     return
                 going.remove(query)
                 continue
@@ -88,7 +88,7 @@ def gumbel_order(
     temperature: float,
     least: float | None,
 ) -> Order:
-    """A draw without replacement, an example's odds being `exp(standardised mean score / temperature)`.
+    """Draw without replacement, an example's odds being `exp(standardised mean score / temperature)`.
 
     Adding Gumbel noise to log-odds and taking the highest draws without replacement (Kool et al. 2019,
     arXiv:1903.06059). Scores are centred and divided by their standard deviation first, so that the temperature means
@@ -112,18 +112,44 @@ def gumbel_order(
         yield Candidate(int(row), float(means[row]), None, f"drawn at temperature {temperature:g}")
 
 
-def random_order(draws: Float[np.ndarray, "example"], scores: ScoreSource | None, least: float | None) -> Order:
-    """Any order, the same for the same ids and seed."""
+def random_order(
+    draws: Float[np.ndarray, "example"],
+    ties: Float[np.ndarray, "example"],
+    scores: ScoreSource | None,
+    least: float | None,
+) -> Order:
+    """Yield rows in the order of `draws`, the same for the same ids and seed."""
     means = None if scores is None or least is None else scores.means()
     allowed = draws if means is None else np.where(np.isnan(_at_least(means, least)), np.nan, draws)
-    for row in head(-allowed, len(draws), draws).rows:
+    for row in head(-allowed, len(draws), ties).rows:
         yield Candidate(int(row), None if means is None else float(means[row]), None, "drawn at random")
+
+
+def whole_texts(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
+    """Yield candidates such that of the copies of a text all or none are among the first `most`.
+
+    Args:
+        order: Copies of a text follow each other in it.
+        groups: The same number for copies of one text; -1 for rows that cannot be chosen.
+        most: Rows that will be taken.
+    """
+    sizes = np.bincount(groups[groups >= 0])
+    begun: set[int] = set()
+    taken = 0
+    for each in order:
+        if isinstance(each, Candidate):
+            group = int(groups[each.row])
+            if group not in begun and taken + sizes[group] > most:
+                continue
+            begun.add(group)
+            taken += 1
+        yield each
 
 
 def diverse_order(
     picks: Iterator[tuple[int, float]], rows: np.ndarray, means: Float[np.ndarray, "example"] | None
 ) -> Order:
-    """What a greedy search over the gradients of `rows` picks, with what each adds to the share represented."""
+    """Yield what a greedy search over the gradients of `rows` picks, with what each adds to the share represented."""
     for place, gain in picks:
         row = int(rows[place])
         score = None if means is None else float(means[row])
@@ -150,7 +176,7 @@ class _Reader:
         """Whether the ranking ended, and not because of low scores."""
 
     def next_free(self, taken: set[int]) -> _Free | None:
-        """The best example that nobody has taken, None if there is none."""
+        """Return the best example that is not taken, None if there is none."""
         while self._place < len(self._found.rows) or self._read_on():
             row, score = int(self._found.rows[self._place]), float(self._found.scores[self._place])
             if self._least is not None and score < self._least:
@@ -168,17 +194,17 @@ class _Reader:
 
 
 def _at_least(scores: Float[np.ndarray, "example"], least: float | None) -> Float[np.ndarray, "example"]:
-    """The scores with NaN for those below."""
+    """Return the scores with NaN for those below."""
     return scores if least is None else np.where(scores >= least, scores, np.nan)
 
 
 def _cut_short(scores: ScoreSource, found: int) -> Iterator[CutShort]:
     if found == scores.reliable and not scores.complete:
-        yield CutShort(scores.needs_all("A budget of so many"))
+        yield CutShort(scores.needs_all("A budget of this size"))
 
 
 def targets_of(queries: Sequence[str], value_of: Callable[[str], str | None] | None) -> dict[str, list[int]]:
-    """Queries of each target, targets in order of their first query.
+    """Return the queries of each target, targets in order of their first query.
 
     Raises:
         DataError: A query has no target.

@@ -11,7 +11,7 @@ Purpose = Literal["ties", "random", "gumbel"]
 
 
 def uniforms(ids: Sequence[str], seed: int, purpose: Purpose) -> Float[np.ndarray, "example"]:
-    """One number between 0 and 1 for each id, both ends excluded; no two purposes share them."""
+    """Return a number between 0 and 1 for each id, both ends excluded; no two purposes share them."""
     key = f"{purpose} {seed}".encode()
     words = (hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in ids)
     numbers = np.frombuffer(b"".join(words), dtype="<u8")

@@ -20,15 +20,15 @@ def removed_rows(
     ids: Sequence[str],
     choices: Sequence[Choice],
 ) -> Reasons:
-    """Rows below `min_score` by what the strategy goes by, and those whose gradients repeat a chosen one's.
+    """Return rows below `min_score` by the strategy's score, and those whose gradients repeat a chosen one's.
 
-    What merely found no room in the budget is not among them. Of a run that keeps only the ends of its rankings,
-    nothing is said about examples in between.
+    What merely did not fit into the budget is not among them. Of a run that keeps only the ends of its rankings,
+    examples in between are not reported.
     """
     found: Reasons = {}
     if settings.min_score is not None and scores is not None and scores.complete:
         values = scores.best(_groups(settings, scores, targets)).score
-        # NaN is not below anything: what has no score is told in a note.
+        # NaN is not below anything: what has no score is reported in a note.
         for row in np.flatnonzero(values < settings.min_score).tolist():
             problem = f"score below {settings.min_score:g}"
             found[row] = {"problem": problem, "score": float(values[row])}
@@ -42,7 +42,7 @@ def removed_rows(
 def _groups(
     settings: SelectSettings, scores: ScoreSource, targets: Mapping[str, Sequence[int]]
 ) -> Sequence[Sequence[int]]:
-    """Queries over whose mean a strategy judges an example; the best of several such means decides."""
+    """Return the queries over whose mean a strategy judges an example; the best of several such means decides."""
     if settings.strategy == "per-target":
         return list(targets.values())
     every = range(len(scores.queries))

@@ -44,26 +44,26 @@ class ScoreSource(ABC):
 
     @property
     def examples(self) -> int:
-        """How many the run was made of."""
+        """The number of examples that the run scored."""
         return self.run.run.data.examples
 
     @property
     @abstractmethod
     def reliable(self) -> int:
-        """So many of the best of each ranking are known."""
+        """The number of the best of each ranking that are known."""
 
     @property
     def complete(self) -> bool:
-        """Whether every example that was scored is known."""
+        """True if every example that was scored is known."""
         return self.reliable >= self.examples - len(self.run.run.left_out)
 
     @abstractmethod
     def known_ids(self) -> dict[int, str]:
-        """Ids of the examples whose rows the run names."""
+        """Return the ids of the examples whose rows the run names."""
 
     @abstractmethod
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
-        """The highest of the mean scores over each group of queries; the earlier group where two are equal.
+        """Return the highest of the mean scores over each group of queries; the earlier group where two are equal.
 
         Only the `reliable` highest are certain to be the highest. Scores of examples for which one is not finite, or
         not known, are NaN.
@@ -73,7 +73,7 @@ class ScoreSource(ABC):
         """
 
     def means(self) -> Float[np.ndarray, "example"]:
-        """Mean score of every example over all queries, float64; NaN where one of them is not finite.
+        """Return the mean score of every example over all queries, float64; NaN where one of them is not finite.
 
         Raises:
             UserError: The run does not hold them.
@@ -84,10 +84,10 @@ class ScoreSource(ABC):
 
     @abstractmethod
     def ranking(self, query: int, count: int, ties: Float[np.ndarray, "example"]) -> Ranked:
-        """The `count` best of a query, equal scores in ascending order of `ties`; fewer where no more are known."""
+        """Return the `count` best of a query, equal scores in ascending order of `ties`; fewer if no more are known."""
 
     def needs_all(self, what: str) -> UserError:
-        """The error of a run that keeps too little."""
+        """Return the error of a run that keeps too little."""
         return UserError(
             f"{what} needs more scores than {self.run.folder} keeps: the {self.reliable} best of each query.\n"
             "Run `vestige attribute` again with --dense, or with a larger --k."
@@ -104,18 +104,18 @@ class DenseScores(ScoreSource):
         return self.examples
 
     def known_ids(self) -> dict[int, str]:
-        """All."""
+        """Return the ids of all examples."""
         return dict(enumerate(self._file.example_ids()))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
-        """A block of examples at a time."""
+        """Compute the best means a block of examples at a time."""
         score, target = np.full(self.examples, np.nan), np.zeros(self.examples, dtype=np.int64)
         for rows, block in self._blocks():
             score[rows], target[rows] = best_of(block, groups)
         return Best(score, target)
 
     def ranking(self, query: int, count: int, ties: Float[np.ndarray, "example"]) -> Ranked:
-        """One query's row of the file."""
+        """Rank one query's row of the file."""
         scores = self._file.read(queries=slice(query, query + 1))[0].astype(np.float64)
         scores[~np.isfinite(scores)] = np.nan
         return head(scores, count, ties)
@@ -139,7 +139,7 @@ class DenseScores(ScoreSource):
 
 @final
 class ListedScores(ScoreSource):
-    """A run that keeps only the ends of each ranking: enough where a query's best are all that is asked for."""
+    """A run that keeps only the ends of each ranking: enough where a query's best are all that is requested."""
 
     @property
     def reliable(self) -> int:
@@ -147,12 +147,12 @@ class ListedScores(ScoreSource):
         return min((len(ranked.rows) for ranked in self._lists), default=0)
 
     def known_ids(self) -> dict[int, str]:
-        """Those listed."""
+        """Return the ids of the listed examples."""
         table = read_run_table(self.run.folder, "scores", ["row", "example_id"])
         return dict(zip(table["row"].to_pylist(), table["example_id"].to_pylist(), strict=True))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
-        """From whole rankings where they are short; else of targets with one query each, from the heads.
+        """Compute the best means from whole rankings if short; else of targets with one query each, from the heads.
 
         Nothing that no head lists can be among the `reliable` highest of the single queries.
         """
@@ -171,7 +171,7 @@ class ListedScores(ScoreSource):
         return Best(score, target)
 
     def ranking(self, query: int, count: int, ties: Float[np.ndarray, "example"]) -> Ranked:
-        """The head of the list."""
+        """Return the head of the list."""
         rows, values = self._lists[query]
         order = np.lexsort((ties[rows], -values))[:count]
         return Ranked(rows[order], values[order])
@@ -194,7 +194,7 @@ class ListedScores(ScoreSource):
 
 
 def open_scores(folder: Path) -> ScoreSource:
-    """The scores of a run.
+    """Open the scores of a run.
 
     Raises:
         UserError: There is no run.
@@ -204,10 +204,10 @@ def open_scores(folder: Path) -> ScoreSource:
 
 
 def head(scores: Float[np.ndarray, "example"], count: int, ties: Float[np.ndarray, "example"]) -> Ranked:
-    """The `count` highest of the scores that are numbers, equal ones in ascending order of `ties`."""
+    """Return the `count` highest of the scores that are numbers, equal ones in ascending order of `ties`."""
     rows = np.flatnonzero(~np.isnan(scores))
     if count < len(rows):
-        # All ties with the last one stay in the race: their order decides, not their place.
+        # All ties with the last one stay in the race: their order decides, not their position.
         least = np.partition(scores[rows], -count)[-count]
         rows = rows[scores[rows] >= least]
     order = rows[np.lexsort((ties[rows], -scores[rows]))][:count]
@@ -215,7 +215,7 @@ def head(scores: Float[np.ndarray, "example"], count: int, ties: Float[np.ndarra
 
 
 def best_of(scores: Float[np.ndarray, "query row"], groups: Sequence[Sequence[int]]) -> Best:
-    """For each row the highest mean over a group of queries, added up in float64, and the first such group."""
+    """Return for each row the highest mean over a group of queries, added up in float64, and the first such group."""
     means = np.stack([scores[list(group)].mean(0, dtype=np.float64) for group in groups])
     usable = np.isfinite(means).all(0)
     means = np.where(usable, means, 0.0)

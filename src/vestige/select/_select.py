@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vestige.data import read_row_list, rows_named
+from vestige.data import describe_copies, read_row_list, rows_named
 from vestige.errors import DataError, SpecError, UserError
 from vestige.files import sha256_of
 from vestige.index import Index
@@ -30,6 +30,7 @@ from vestige.select._orders import (
     target_order,
     targets_of,
     top_order,
+    whole_texts,
 )
 from vestige.select._random import uniforms
 from vestige.select._removed import Reasons, removed_rows
@@ -73,9 +74,9 @@ class Limits(NamedTuple):
 
 @verb(SelectSettings)
 def select(settings: SelectSettings) -> SelectedData:
-    """The chosen examples as a data set in `settings.out`, with the reason for each; the same call finds it again.
+    """Write the chosen examples as a data set to `settings.out`, with the reason for each; a repeated call finds them.
 
-    Equal scores are ordered by a hash of the example's id and the seed, never by their place in the data.
+    Equal scores are ordered by a hash of the example's id and the seed, never by their position in the data.
 
     Raises:
         SpecError: More is to be chosen than there is, or an input is missing.
@@ -167,7 +168,8 @@ def _order(settings: SelectSettings, inputs: Inputs) -> Order:
     ids, scores, least = inputs.rows.ids, inputs.scores, settings.min_score
     ties = uniforms(ids, settings.seed, "ties")
     if settings.strategy == "random":
-        return random_order(uniforms(ids, settings.seed, "random"), scores, least)
+        draws = uniforms(inputs.rows.text_names(), settings.seed, "random")
+        return random_order(draws, ties, scores, least)
     if settings.strategy == "diverse":
         return _diverse(settings, inputs, ties)
     assert scores is not None, "checked with the settings"
@@ -176,12 +178,13 @@ def _order(settings: SelectSettings, inputs: Inputs) -> Order:
     if settings.strategy == "round-robin":
         return round_robin_order(scores, ties, least)
     if settings.strategy == "gumbel":
-        return gumbel_order(scores, uniforms(ids, settings.seed, "gumbel"), ties, settings.temperature, least)
+        draws = uniforms(inputs.rows.text_names(), settings.seed, "gumbel")
+        return gumbel_order(scores, draws, ties, settings.temperature, least)
     return top_order(scores, ties, least)
 
 
 def _diverse(settings: SelectSettings, inputs: Inputs, ties: np.ndarray) -> Order:
-    """Facility location over the gradients of the pool."""
+    """Order by facility location over the gradients of the pool."""
     index = inputs.index
     assert index is not None, "checked with the settings"
     means = inputs.scores.means() if inputs.scores is not None and _uses_scores(settings) else None
@@ -208,7 +211,7 @@ def _uses_scores(settings: SelectSettings) -> bool:
 
 
 def _expected(settings: SelectSettings, inputs: Inputs) -> float:
-    """Examples that the budget will about buy."""
+    """Estimate the number of examples that the budget will buy."""
     limits = _limits(settings, inputs)
     if limits.examples is not None:
         return limits.examples
@@ -218,11 +221,11 @@ def _expected(settings: SelectSettings, inputs: Inputs) -> float:
 
 
 def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Choice]:
-    """Choices until the budget is spent: with tokens, up to the first example that does not fit any more."""
+    """Choose until the budget is spent: with tokens, up to the first example that does not fit any more."""
     choices: list[Choice] = []
     spent = 0
     with progress(limits.examples or len(inputs.rows), "Choosing") as bar:
-        for candidate, twin, cosine in _judged(settings, inputs):
+        for candidate, twin, cosine in _judged(settings, inputs, limits):
             if isinstance(candidate, CutShort):
                 raise candidate.reason
             if twin is not None:
@@ -245,8 +248,12 @@ def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Ch
     return choices
 
 
-def _judged(settings: SelectSettings, inputs: Inputs) -> Iterator[Judged]:
+def _judged(settings: SelectSettings, inputs: Inputs, limits: Limits) -> Iterator[Judged]:
     order = (each for each in _order(settings, inputs) if isinstance(each, CutShort) or each.row not in inputs.dropped)
+    if settings.strategy == "random" and limits.examples is not None:
+        groups = inputs.rows.groups.copy()
+        groups[list(inputs.dropped)] = -1
+        order = whole_texts(order, groups, limits.examples)
     if settings.duplicates is None:
         return (Judged(candidate) for candidate in order)
     assert inputs.index is not None, "checked with the settings"
@@ -268,7 +275,7 @@ def _choice(inputs: Inputs, candidate: Candidate, rank: int) -> Choice:
 
 
 def _own_answers(scores: ScoreSource | None) -> str | None:
-    """What to know before rows are kept that made a model say what it says; None where answers were given."""
+    """Return a warning if rows are kept that led a model to its own answers; None where answers were given."""
     if scores is None or not scores.run.generated:
         return None
     return (
@@ -276,6 +283,19 @@ def _own_answers(scores: ScoreSource | None) -> str | None:
         "supports these answers, right or wrong. To take out what led to a wrong answer, list those rows and type "
         "--drop FILE."
     )
+
+
+def _copies(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> list[str]:
+    """Return a note on rows that repeat the text of others: drawn together, or chosen one by one by their scores."""
+    if settings.strategy in ("random", "gumbel"):
+        return [found] if (found := describe_copies(inputs.rows.groups)) else []
+    repeats = len(choices) - len({int(inputs.rows.groups[choice.row]) for choice in choices})
+    if not repeats:
+        return []
+    return [
+        f"{repeats:,} of the chosen rows repeat the text of another chosen one. To have each text once, give --index "
+        "IDX --duplicates 1."
+    ]
 
 
 def _title(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> str:
@@ -287,7 +307,7 @@ def _title(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> s
 def _notes(
     settings: SelectSettings, inputs: Inputs, limits: Limits, choices: list[Choice], removed: Reasons
 ) -> list[str]:
-    notes = []
+    notes = _copies(settings, inputs, choices)
     if inputs.dropped:
         notes.append(f"{len(inputs.dropped)} examples are named in {settings.drop} and were never chosen.")
     if inputs.scores is not None and settings.strategy != "random":
@@ -300,5 +320,5 @@ def _notes(
     if replaced := sum(len(choice.replaces) for choice in choices):
         notes.append(f"{replaced} near copies of chosen ones were left out: cosine at least {settings.duplicates:g}.")
     if limits.examples is not None and len(choices) < limits.examples:
-        notes.append(f"{limits.examples} were asked for; no more are allowed.")
+        notes.append(f"{limits.examples} were requested; no more are allowed, or fit with all copies of their text.")
     return notes

@@ -84,7 +84,7 @@ class SelectedData:
 
     @classmethod
     def open(cls, folder: str | Path) -> "SelectedData":
-        """The selection in a folder.
+        """Open the selection in a folder.
 
         Raises:
             UserError: There is none, or a newer Vestige made it.
@@ -120,7 +120,7 @@ class SelectedData:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said about it."""
+        """The notes about the selection."""
         return self.record["notes"]
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class SelectedData:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of `selection.json`, None if there is none.
+    """Read the content of `selection.json`, None if there is none.
 
     Raises:
         UserError: It does not read, or a newer Vestige made it.
@@ -165,7 +165,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
-    """The selection in the folder if it is the wanted one and whole; None if it is still to be made.
+    """Return the selection in the folder if it is the wanted one and whole; None if it is still to be made.
 
     Raises:
         IndexMismatch: Another selection is there; nothing was changed.
@@ -185,14 +185,14 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
 
 
 def _require_ours(folder: Path) -> dict[str, Any] | None:
-    """The record of the folder, finished or not; without one it must be empty."""
+    """Return the record of the folder, finished or not; without one it must be empty."""
     record = read_record(folder)
     require_no_others(folder, () if record is None else _FILES)
     return record
 
 
 def remove_selection(folder: Path) -> None:
-    """The selection in `folder` is gone, for `--overwrite`.
+    """Remove the selection in `folder`, for `--overwrite`.
 
     Raises:
         UserError: The folder holds files that are not a selection's.
@@ -211,7 +211,7 @@ def write_selection(
     removed: Iterable[bytes] | None,
     about: dict[str, Any],
 ) -> SelectedData:
-    """The selection on disk; its record has no files until they are all there, and says before whose folder it is.
+    """Write the selection; its record lists no files until they are all there, and marks the folder before.
 
     Args:
         folder: Where.
@@ -244,7 +244,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def digest_of(words: Sequence[str]) -> str:
-    """Sixteen hexadecimal digits that tell a list of words from others."""
+    """Return sixteen hexadecimal digits that identify a list of words."""
     return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:16]
 
 

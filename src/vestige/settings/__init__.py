@@ -1,7 +1,7 @@
-"""Settings of every verb, defined once for the Python functions, the command line and the config files.
+"""Settings of every command, defined once for the Python functions, the command line and the config files.
 
 A field is the argument of the Python function, the key in `--config run.yaml` and, with dashes, the flag of the
-command; its description is the help text. The lowest room but for the errors; nothing in it imports torch, so that
+command; its description is the help text. The lowest package but for the errors; nothing in it imports torch, so that
 help and mistakes answer at once.
 """
 
@@ -24,7 +24,6 @@ from vestige.settings._data_rows import CleanSettings as CleanSettings
 from vestige.settings._data_rows import MultipleChoiceSettings as MultipleChoiceSettings
 from vestige.settings._data_rows import SplitSettings as SplitSettings
 from vestige.settings._data_rows import TokenizeSettings as TokenizeSettings
-from vestige.settings._evaluate import EVALUATIONS as EVALUATIONS
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import LdsSettings as LdsSettings
 from vestige.settings._evaluate_scores import MislabelSettings as MislabelSettings
@@ -46,6 +45,7 @@ from vestige.settings._precondition import PreconditionSettings as PreconditionS
 from vestige.settings._preparation import PreparationSettings as PreparationSettings
 from vestige.settings._results import CancelSettings as CancelSettings
 from vestige.settings._results import ExportSettings as ExportSettings
+from vestige.settings._results import MethodsSettings as MethodsSettings
 from vestige.settings._results import ReportSettings as ReportSettings
 from vestige.settings._results import StatusSettings as StatusSettings
 from vestige.settings._results import ViewSettings as ViewSettings
@@ -57,7 +57,6 @@ from vestige.settings._shared import ReadingSettings as ReadingSettings
 from vestige.settings._shared import Scope as Scope
 from vestige.settings._study import StudySettings as StudySettings
 from vestige.settings._study import StudySize as StudySize
-from vestige.settings._sweep import SweepSettings as SweepSettings
 from vestige.settings._train import TrainSettings as TrainSettings
 from vestige.settings._train import listed_epochs as listed_epochs
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer

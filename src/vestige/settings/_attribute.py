@@ -87,7 +87,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
 
     @property
     def swept(self) -> bool:
-        """Whether several dampings were given."""
+        """True if several dampings were given."""
         return isinstance(self.damping, tuple)
 
     @model_validator(mode="after")

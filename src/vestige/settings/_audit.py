@@ -27,14 +27,14 @@ AUDIT_MEASURES = {
     "brier": "squared distance of the choices' probabilities from the label",
     "psmi": "how far the hidden state is what the label makes one expect",
     "mahalanobis": "distance of the hidden state from the others",
-    "smi": "what a layer's states tell about the labels (of a layer)",
+    "smi": "information of a layer's states about the labels (of a layer)",
     "weights": "norms of the weights and of their change (of a checkpoint)",
     "extraction": "share of the continuation that greedy decoding gives back",
     "counterfactual": "mean over models trained on the example minus mean over those that were not",
     "simplicity": "sum of the same two means",
     "lira": "log-likelihood ratio of trained on it against not trained on it",
     "lira_offline": "surprise for models that were not trained on it",
-    "lira_global": "share of the bank's models whose membership is told right",
+    "lira_global": "membership accuracy over the bank's models",
 }
 """Every measure of an audit and what it is."""
 
@@ -60,7 +60,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "memorized_at": ("bank", ()),
     }
     model: Any = Field(description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The examples that it may know by heart, mostly its training data.")
+    data: Any = Field(description="The examples that it may have memorized, mostly its training data.")
     out: Path = Field(description="Folder of the run: evidence for every example, judgement and figures.")
     checkpoints: Any = Field(
         None,
@@ -79,7 +79,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "no judges, and membership is known.",
     )
     bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
-    holdout: Any = Field(None, description="Examples that the model was surely not trained on, of the same kind.")
+    holdout: Any = Field(None, description="Examples of the same kind that are known not to be in the training data.")
     flag: str | None = Field(
         None,
         description="Examples to be found, such as wrong labels: a column that marks them, its name or name=value, or "
@@ -94,7 +94,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     choose_layer: LayerChoice = Field(
         "last",
         description="Which of the layers is the main one: the last, or the one with most mutual information with the "
-        "task's labels. Neither looks at what is to be found.",
+        "task's labels. Neither uses the flagged labels.",
     )
     label_field: str | None = Field(
         None,
@@ -115,14 +115,15 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "completion (the secret) and a list of alternatives, or the alphabet that the secret was drawn from.",
     )
     canary_references: PositiveInt = Field(
-        1023, description="Other secrets that each canary with an alphabet is compared with; 1023 tell up to 10 bits."
+        1023,
+        description="Other secrets that each canary with an alphabet is compared with; 1023 measure up to 10 bits.",
     )
     seed: int = Field(0, description="Seed of directions, references and the blind baseline's folds.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Names of the measures that were asked for, in the table's order."""
+        """Names of the measures that were requested, in the table's order."""
         names = set(self.measures)
         if "all" in names:
             names |= set(AUDIT_MEASURES)

@@ -34,7 +34,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     )
     leave_one_out: PositiveInt | None = Field(
         None,
-        description="Train without each of so many examples and their copies, drawn at random, and once on everything.",
+        description="Train without each of N examples and their copies, drawn at random, and once on everything.",
     )
     group: str | None = Field(
         None,

@@ -35,7 +35,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes in a size such as "20GB", "1.5 TB" or "512MiB".
+    """Return the number of bytes in a size such as "20GB", "1.5 TB" or "512MiB".
 
     Raises:
         SpecError: `text` is not a number with an optional unit.
@@ -55,12 +55,12 @@ _SINGULAR = {"options": "option"}
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of a setting; one that holds several named values is given one by one."""
+    """Return the command line's spelling of a setting; one with several named values is given one by one."""
     return "--" + _SINGULAR.get(name, name).replace("_", "-")
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A sentence that leads from a misspelt `name` to the known names."""
+    """Return a sentence that leads from a misspelt `name` to the known names."""
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
     return f"Did you mean `{close[0]}`?" if close else "Known settings: " + ", ".join(known) + "."
 
@@ -90,18 +90,18 @@ class Settings(BaseModel):
     """Settings that have an effect only where another has one of these values; without values, where it is given."""
 
     def arguments(self) -> dict[str, Any]:
-        """The settings as keyword arguments of the verb's Python function."""
+        """Return the settings as keyword arguments of the command's Python function."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
     def record(self) -> dict[str, Any]:
-        """The settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
+        """Return the settings in JSON terms, for `run.json`; a live object becomes the name of its class in <>."""
         given = self.arguments()
         fields = type(self).model_fields
         kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
         return {name: _plain(given[name]) for name in kept}
 
     def command_line(self, verb: str) -> str:
-        """The shell command with these settings; defaults are left out."""
+        """Return the shell command with these settings; defaults are left out."""
         words = ["vestige", *verb.split()]
         for name, value in self.record().items():
             field = type(self).model_fields[name]
@@ -180,12 +180,12 @@ def _is_empty(value: Any) -> bool:
 
 
 def _flagged(name: str, value: str) -> list[str]:
-    """The words of one value; one that begins as a flag does is tied to its own."""
+    """Return the words of one value; one that begins as a flag does is tied to its own."""
     return [f"{flag(name)}={value}"] if value.startswith("-") else [flag(name), value]
 
 
 def _typed(value: Any) -> str:
-    """A value of an option as it is typed."""
+    """Return a value of an option as it is typed."""
     return "none" if value is None else str(value)
 
 
@@ -220,12 +220,16 @@ def _check_place(text: str, longest: int | None) -> None:
     sizes = [len(os.fsencode(part)) for part in Path(text).parts]
     if len(os.fsencode(text)) > _LONGEST_PATH or max(sizes, default=0) > longest:
         raise ValueError(f"a shorter name, of at most {longest} bytes")
+    try:
+        Path(text).resolve()
+    except (OSError, RuntimeError):  # the one from Python 3.13 on
+        raise ValueError("a path that symbolic links do not lead in a circle") from None
     if not Path(text).absolute().name:
         raise ValueError("a file or folder with a name of its own")
 
 
 def _shown(value: Any) -> str:
-    """The value for a message, which a huge one must not fill."""
+    """Shorten the value for a message, which a huge one must not fill."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return "a number beyond all bounds" if value > 0 else "a number below all bounds"
     text = repr(value)

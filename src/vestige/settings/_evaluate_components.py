@@ -10,7 +10,7 @@ from vestige.settings._shared import Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:
-    """Words from one, several, or a text with commas."""
+    """Split one, several, or a text with commas into words."""
     words = (value,) if isinstance(value, str | int) else value or ()
     return tuple(part.strip() for word in words for part in str(word).split(",") if part.strip())
 
@@ -33,11 +33,11 @@ class ComponentsSettings(QuestionSettings, LaunchSettings):
     truth: str = Field("original_id", description="Column of the queries that holds the id of the original.")
     candidates: Words = Field(
         ("5",),
-        description="Candidates of each query: so many, the first ones of BM25 over prompts, or all; several such as "
+        description="Candidates of each query: the first N of BM25 over prompts, or all; several such as "
         "5,50,all in one pass; or given: the ids in the column `candidates` of the queries.",
     )
     include_original: bool = Field(
-        False, description="Put the original in the last place where BM25 does not list it, as was published."
+        False, description="Put the original last where BM25 does not list it, as was published."
     )
     components: Patterns = Field(("default",), description="Parameters that take part, as in `vestige index`.")
     project: Words = Field(

@@ -12,13 +12,13 @@ from vestige.settings._shared import Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:
-    """Names from one, several, or a text with commas."""
+    """Split one, several, or a text with commas into names."""
     words = (value,) if isinstance(value, str) else value or ()
     return tuple(part.strip() for word in words for part in str(word).split(",") if part.strip())
 
 
 def _decimals(value: Any) -> Any:
-    """Numbers from one, several, or a text with commas."""
+    """Split one, several, or a text with commas into numbers."""
     words = (value,) if isinstance(value, str | int | float) else value or ()
     return tuple(part for word in words for part in (word.split(",") if isinstance(word, str) else (word,)) if part)
 
@@ -51,11 +51,11 @@ class ScoredSettings(QuestionSettings):
         (), description="Methods to run now, such as influence,grad-dot; their runs stay in OUT/runs."
     )
     index: Any = Field(None, description="Index for --methods, in place of the data; it may hold the model too.")
-    model: Any = Field(None, description="The model that --methods and opponents are computed with.")
+    model: Any = Field(None, description="Model for --methods and baselines.")
     data: Any = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     queries: Any = Field(None, description="The queries, as for `vestige attribute`.")
     opponents: bool = Field(
-        True, description="Also judge random, bm25, rep-sim and grad-cos, where model, data and queries are given."
+        True, description="Also judge the baselines random, bm25, rep-sim and grad-cos, given model, data and queries."
     )
     components: Patterns = Field(("default",), description="Parameters to attribute to, for --methods.")
     damping: PositiveFloat = Field(1.0, description="Damping of the curvature, for --methods that have one.")
@@ -116,7 +116,7 @@ class RemovalSettings(ScoredSettings, MemberSettings):
 
     @property
     def judges_methods(self) -> bool:
-        """Whether scores are judged, and not only lists of rows."""
+        """True if scores are judged, and not only lists of rows."""
         return bool(self.run or self.methods)
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class TailPatchSettings(ScoredSettings):
 
 
 class MislabelSettings(ScoredSettings):
-    """Does self-influence find wrong labels? Area under the curve, and what is found after how much reading."""
+    """Does self-influence find wrong labels? Area under the curve, and recall by fraction inspected."""
 
     truth: str = Field("mislabelled", description="Column of the data that is true where the label is wrong.")
     inspected: Decimals = Field(
@@ -161,4 +161,4 @@ class RandomisationSettings(ScoredSettings):
 class OverlapSettings(ScoredSettings):
     """Do different queries and methods name different examples? Overlap of top lists and hub examples."""
 
-    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless asked for more.")
+    k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless more were requested.")

@@ -23,10 +23,10 @@ class SelectionSettings(QuestionSettings, LaunchSettings):
     queries: Any = Field(description="Held-out examples of what the model is to be good at; not those of the scores.")
     out: Path = Field(description="Folder of the table as JSON, the figure, and the bank of trained models.")
     random_sets: PositiveInt = Field(3, description="Random sets of each size.")
-    seeds: PositiveInt = Field(3, description="Trainings on each set, which differ in start and order of batches.")
+    seeds: PositiveInt = Field(3, description="Training runs on each set, which differ in start and order of batches.")
     epochs: PositiveInt | None = Field(
         None,
-        description="Length of each training: the steps of so many passes over the largest chosen set. Not given: 3, "
+        description="Length of each training: the steps of N passes over the largest chosen set. Not given: 3, "
         "or what --steps says.",
     )
     steps: PositiveInt | None = Field(None, description="Length of each training in steps.")
@@ -35,7 +35,7 @@ class SelectionSettings(QuestionSettings, LaunchSettings):
     from_scratch: bool = Field(False, description="Begin each training with random weights.")
     lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
     draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
-    seed: NonNegativeInt = Field(0, description="Seed of the random sets and of the trainings.")
+    seed: NonNegativeInt = Field(0, description="Seed of the random sets and of the training runs.")
 
     @property
     def passes(self) -> int:

@@ -13,7 +13,7 @@ _REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=[1-9][0-9]*"
 
 
 def _numbers(value: Any) -> Any:
-    """Whole numbers from one, several, or a text with commas."""
+    """Split one, several, or a text with commas into whole numbers."""
     if isinstance(value, int):
         return (value,)
     words = (value,) if isinstance(value, str) else value
@@ -51,8 +51,8 @@ class SketchSettings(ReadingSettings):
         description="What is right: full_layers (exact, selected parameters), full (exact, all parameters), rank=K "
         "(the sketch of that size) or naive_proj_layers=K (exact gradients, projected after they were formed).",
     )
-    num_ref: PositiveInt = Field(50, description="Examples, the first ones, that are compared with all others.")
-    samples: PositiveInt = Field(256, description="Examples of the data that take part, the first ones.")
+    num_ref: PositiveInt = Field(50, description="The first N examples, which are compared with all others.")
+    samples: PositiveInt = Field(256, description="The first N examples of the data take part.")
     index: Patterns = Field((), description="Folders of finished indexes of this model and data, measured too.")
     memory: str | None = Field(
         None, description="Most memory for exact gradients, such as 4GB. Not given: half of what is free."

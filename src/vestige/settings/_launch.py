@@ -1,4 +1,4 @@
-"""Where the pieces of a heavy job run: settings that every heavy verb shares."""
+"""Where the pieces of a heavy job run: settings that every heavy command shares."""
 
 import re
 from typing import Any, ClassVar, Literal

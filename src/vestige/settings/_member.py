@@ -23,7 +23,7 @@ class MemberSettings(Settings):
         "steps as passes over all data take. Not given: 3, or what --steps says.",
     )
     steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps.")
-    from_scratch: bool = Field(False, description="Begin with random weights, drawn anew for each seed.")
+    from_scratch: bool = Field(False, description="Begin with random weights, drawn separately for each seed.")
     lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
     lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
     lora_targets: Patterns = Field(

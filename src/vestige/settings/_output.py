@@ -27,7 +27,7 @@ def writing(settings: Settings, command: str) -> Iterator[None]:
 
     Raises:
         SpecError: An input is the output, or lies where it would be replaced.
-        UserError: Another command writes to that folder.
+        UserError: Another command writes to that folder, or it was removed during the work.
         DiskSpaceError: The disk is full.
     """
     out = getattr(settings, "out", None)
@@ -53,7 +53,7 @@ def _held(settings: Settings, out: Path, command: str) -> Iterator[None]:
 
 
 def _require_apart(settings: Settings, out: Path) -> None:
-    """Return unless an input is the output folder or, where results are replaced, lies in it."""
+    """Raise if an input is the output folder or, where results are replaced, lies in it."""
     place = out.resolve()
     for name, value in settings.arguments().items():
         if name == "out" or name in settings.beside_results or not _is_input(settings, name):
@@ -74,7 +74,7 @@ def _is_input(settings: Settings, name: str) -> bool:
 
 
 def _path(value: Any) -> Path | None:
-    """Where an input lies; None for one that is no file or folder here."""
+    """Return the path of an input; None for one that is no file or folder here."""
     try:
         path = Path(value).expanduser() if isinstance(value, str | Path) and value else None
         return path.resolve() if path is not None and path.exists() else None
@@ -83,7 +83,7 @@ def _path(value: Any) -> Path | None:
 
 
 def _identity(settings: Settings) -> str:
-    """What commands that share the work on a folder agree in: everything but where the work is done."""
+    """Return a digest of what commands that share a folder agree in: everything but where the work is done."""
     ignored = {"out", *LaunchSettings.model_fields}
     recorded = {name: value for name, value in settings.record().items() if name not in ignored}
     content = [type(settings).__name__, recorded]

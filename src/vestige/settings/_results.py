@@ -1,4 +1,4 @@
-"""What the verbs take that read an index or a run: report, view, status, export."""
+"""What the commands take that read an index or a run: report, view, status, export."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -44,6 +44,13 @@ class CancelSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index, a run or a sweep in the making.")
+
+
+class MethodsSettings(Settings):
+    """The settings of `vestige methods`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    name: str | None = Field(None, description="A method, to print everything about it. Not given: list all.")
 
 
 class ExportSettings(Settings):

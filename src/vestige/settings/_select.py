@@ -28,7 +28,7 @@ class Amount(NamedTuple):
 
 
 def parse_budget(text: str) -> Amount:
-    """The amount in words such as "5%", "500" or "20000 tokens".
+    """Parse an amount such as "5%", "500" or "20000 tokens".
 
     Raises:
         ValueError: It is none of these, nothing, more than everything, or half an example.
@@ -91,7 +91,7 @@ class SelectSettings(Settings):
         None, gt=0, le=1, description="Leave out examples whose gradient has at least this cosine with a chosen one's."
     )
     pool: float | None = Field(
-        None, ge=1, description="diverse: choose among the best by score, so many times the budget. Not given: all."
+        None, ge=1, description="diverse: choose among the best by score, N times the budget. Not given: all."
     )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer that a budget of tokens counts with.")
     seed: NonNegativeInt = Field(0, description="Seed of random choices, and of the order of examples that are equal.")

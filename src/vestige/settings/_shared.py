@@ -1,4 +1,4 @@
-"""Settings that several verbs share: how text becomes tokens, and what is attributed to."""
+"""Settings that several commands share: how text becomes tokens, and what is attributed to."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Reduction = Literal["sum", "mean"]
 Scope = Literal["component", "model"]
 
 SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
-"""What the whole model is compressed with where nothing else is asked for."""
+"""What the whole model is compressed with where nothing else is requested."""
 
 
 def _one_or_several(value: Any) -> Any:
@@ -27,7 +27,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 
 
 def _named_values(value: Any) -> Any:
-    """Words such as "labels=data" as a mapping; what is one already stays."""
+    """Convert words such as "labels=data" to a mapping, and leave a mapping as it is."""
     if isinstance(value, Mapping):
         return dict(value)
     found: dict[str, str] = {}
@@ -41,7 +41,7 @@ def _named_values(value: Any) -> Any:
 
 
 Options = Annotated[dict[str, Any], BeforeValidator(_named_values)]
-"""Values by name: a mapping, or words `name=value`; whoever takes them checks names and types."""
+"""Values by name: a mapping, or words `name=value`; the receiver checks names and types."""
 
 
 def _number_or_several(value: Any) -> Any:
@@ -56,7 +56,7 @@ SWEPT_DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 
 
 def _one_or_several_dampings(value: Any) -> Any:
-    """A number, or several in ascending order: of a list, of words such as "0.01,0.1,1", or of `sweep`."""
+    """Convert to a number, or several in ascending order: from a list, words such as "0.01,0.1,1", or `sweep`."""
     if value == "sweep":
         return SWEPT_DAMPING
     words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -78,7 +78,7 @@ class ReadingSettings(Settings):
 
     files: ClassVar[tuple[str, ...]] = ("data",)
     runs_in_step: ClassVar[bool] = False
-    """Whether the verb runs a model that several processes hold together, `--device fsdp`."""
+    """Whether the command can run a model that is sharded over a process group, `--device fsdp`."""
     loss: Reduction = Field("sum", description="An example's loss: sum or mean over its target tokens.")
     max_length: PositiveInt | None = Field(
         None, description="Cut examples after this many tokens. Not given: the model's context."
@@ -86,9 +86,9 @@ class ReadingSettings(Settings):
     chat: bool = Field(
         False, description="Put prompt and completion into the model's chat template, as user and assistant."
     )
-    limit: PositiveInt | None = Field(None, description="Use only so many examples, the first ones, of the data.")
+    limit: PositiveInt | None = Field(None, description="Use only the first N examples.")
     token_budget: PositiveInt | None = Field(
-        None, description="Most tokens in a batch, padding included; changes speed and memory, never scores."
+        None, description="Maximum tokens per batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
     device: str = Field(

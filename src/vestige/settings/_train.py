@@ -40,7 +40,7 @@ Epochs = Annotated[str, BeforeValidator(_as_words)]
 
 
 def listed_epochs(words: str, last: float) -> tuple[float, ...]:
-    """The epochs that `words` stand for, ascending, up to `last`.
+    """Return the epochs that `words` stand for, ascending, up to `last`.
 
     Three dots go on as the two numbers before them do, to the number that follows or, at the end, to `last`:
     `0,0.2,...,1,2,...` is 0, 0.2, 0.4, 0.6, 0.8, 1, 2, 3 and so on.
@@ -88,14 +88,18 @@ class AlarmSettings(ReadingSettings):
     """The early alarm."""
 
     alarm: bool = Field(
-        False, description="Once training losses have fallen, list the examples that will be known by heart."
+        False, description="Once training losses have fallen, list the examples that will be memorized."
     )
     alarm_measure: AlarmMeasure = Field("psmi", description="What the alarm computes of each example.")
     alarm_layer: str = Field(
-        "last", description="psmi: layer whose states are measured: last, smi (tells most of the answers) or a number."
+        "last",
+        description="psmi: layer whose states are measured: last, smi (predicts the answers best) or a number.",
     )
     alarm_below: float = Field(
-        0.05, gt=0, lt=1, description="The alarm rings when the median loss is below this share of what it began with."
+        0.05,
+        gt=0,
+        lt=1,
+        description="The alarm is triggered when the median loss is below this share of what it began with.",
     )
     alarm_window: PositiveInt = Field(500, description="Losses of training examples in a median; at most one epoch.")
     alarm_threshold: float | None = Field(

@@ -25,8 +25,8 @@ class UntracSettings(QuestionSettings, LaunchSettings):
     out: Path = Field(description="Folder of the run: scores, curves and what they mean.")
     direction: Direction = Field(
         "inverse",
-        description="untrac unlearns each training source and looks at the test sets; inverse unlearns each test set "
-        "and looks at the training data, one ascent for each test set.",
+        description="untrac unlearns each training source and measures the test sets; inverse unlearns each test set "
+        "and measures the training data, one ascent for each test set.",
     )
     level: Level = Field("source", description="Score training sources, or every training example.")
     optimizer: AscentOptimizer = Field("adam", description="What takes the steps of the ascent.")
@@ -43,7 +43,7 @@ class UntracSettings(QuestionSettings, LaunchSettings):
         description="Steps of each ascent. Not given: one pass over a source of mean size for untrac, 5 for inverse.",
     )
     samples: PositiveInt = Field(
-        10_000, description="Level source: use at most so many examples of each source, spread evenly over it."
+        10_000, description="Level source: use at most N examples of each source, spread evenly over it."
     )
     points: PositiveInt = Field(4, description="Points of each curve, the last one at the end of the ascent.")
     stop: Literal["auto", "last"] = Field(
@@ -52,7 +52,7 @@ class UntracSettings(QuestionSettings, LaunchSettings):
     )
     retain: PositiveInt | None = Field(
         None,
-        description="Hold the loss of the training data in place with so many examples in each step: curvature then "
+        description="Hold the loss of the training data at its value with N examples in each step: curvature then "
         "counts as in an influence function. Needs --optimizer sgd, and three times the work of a step of this size.",
     )
     accelerate: bool = Field(

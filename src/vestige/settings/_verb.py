@@ -45,7 +45,8 @@ def verb(
 
 def _words(function: Callable[..., Any]) -> str:
     """The words behind `vestige` that the function stands for."""
-    group = {"evaluate": "evaluate ", "prepare": "data "}.get(function.__module__.split(".")[1], "")
+    package = function.__module__.partition(".")[2].split(".")[0]
+    group = {"evaluate": "evaluate ", "prepare": "data "}.get(package, "")
     return group + function.__name__.replace("_", "-")
 
 

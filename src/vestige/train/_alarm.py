@@ -1,4 +1,4 @@
-"""The early alarm: when losses have fallen, the list of examples that are about to be known by heart."""
+"""The early alarm: when losses have fallen, the list of examples that are about to be memorized."""
 
 import json
 from collections import deque
@@ -35,7 +35,7 @@ class Alarm:
 
     measure: Measure = "psmi"
     layer: int | Literal["last", "smi"] = "last"
-    """psmi: whose states; `smi` asks the training labels which layer tells most of them, and nothing else."""
+    """psmi: whose states; `smi` takes the layer that predicts the training labels best, and uses nothing else."""
     below: float = 0.05
     """Ring when the running median of training losses is below this share of the first one."""
     window: int = 500
@@ -61,17 +61,17 @@ class Alarm:
 
 
 class Trigger:
-    """Rings once, when the median of the last losses is below a share of the median of the first ones."""
+    """Triggers once, when the median of the last losses is below a share of the median of the first losses."""
 
     def __init__(self, below: float, window: int) -> None:
         self._below = below
         self._last: deque[float] = deque(maxlen=window)
         self.first: float | None = None
-        """Median of the first `window` losses, None until there are so many."""
+        """Median of the first `window` losses, None until there are as many."""
         self.rung = False
 
     def hears(self, losses: Iterable[float]) -> bool:
-        """Whether it rings now, after these losses of one step; those that are not finite are passed over."""
+        """Add the losses of one step, but for those that are not finite; return whether the alarm is triggered now."""
         self._last.extend(float(loss) for loss in losses if np.isfinite(loss))
         if self.rung or len(self._last) < (self._last.maxlen or 0):
             return False
@@ -96,7 +96,7 @@ class AtRisk(NamedTuple):
 
 
 def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
-    """The measure of every watched example at the present weights, and whom its rule flags.
+    """Compute the measure of every watched example at the present weights, and flag those that its rule selects.
 
     Args:
         alarm: What to compute.
@@ -121,7 +121,7 @@ def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, cont
 
 
 def answer_codes(answers: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Each answer as a number, equal ones alike; an example without one has a number of its own.
+    """Return each answer as a number, equal ones alike; an example without one has a number of its own.
 
     Raises:
         DataError: No two examples share an answer, so that PSMI has no classes.
@@ -138,7 +138,7 @@ def answer_codes(answers: Sequence[tuple[int, ...]]) -> np.ndarray:
 
 
 def write_at_risk(folder: Path, ids: Sequence[str], found: AtRisk, step: int) -> None:
-    """`at_risk.parquet` and `at_risk.jsonl` in the folder, the examples most at risk first."""
+    """Write `at_risk.parquet` and `at_risk.jsonl` into the folder, the examples most at risk first."""
     order = np.argsort(found.rank)
     columns = {
         "example_id": pa.array([ids[row] for row in order], pa.string()),
@@ -169,7 +169,7 @@ def _psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) ->
 
 
 def _flagged(alarm: Alarm, risk: np.ndarray, first: float) -> tuple[np.ndarray, str]:
-    """Who is flagged, and the rule in words; NaN is never."""
+    """Return the flagged examples, and the rule in words; NaN is never flagged."""
     sign = _SIGNS[alarm.measure]
     if alarm.quantile is not None:
         count = int(np.ceil(alarm.quantile * np.isfinite(risk).sum()))

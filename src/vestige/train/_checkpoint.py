@@ -27,23 +27,23 @@ CHECKPOINT_FILES = tuple(
 
 
 def planned_steps(epochs: Iterable[float], per_epoch: int, last: int) -> list[int]:
-    """Steps after which to save: those nearest to the epochs, halves rounded up, and the last one."""
+    """Return the steps after which to save: those nearest to the epochs, halves rounded up, and the last one."""
     return sorted({min(last, int(epoch * per_epoch + 0.5)) for epoch in epochs} | {last})
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return folder / f"checkpoint-{step}"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in the folder, ascending; each of them is whole."""
+    """Return the steps of the checkpoints in the folder, ascending; each of them is whole."""
     found = (_NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*"))
     return sorted(int(match[1]) for match in found if match is not None)
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """No checkpoint of later steps is left, nor one that a kill has cut short."""
+    """Remove the checkpoints of later steps, and one that a kill has cut short."""
     for path in [path for path in folder.glob("checkpoint-*") if _UNFINISHED.fullmatch(path.name)]:
         remove_tree(path)
     for later in reversed(checkpoint_steps(folder)):
@@ -53,7 +53,7 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
-    """The folder is there whole, or not at all.
+    """Write the checkpoint's folder, whole or not at all.
 
     It holds the model or its adapter, the tokenizer, `trainer_state.json` and, after the first step, the states of
     optimizer, scheduler and random numbers, under the names that the Trainer gives them.
@@ -83,20 +83,20 @@ def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], 
 
 
 def keep_last_optimizer(folder: Path) -> None:
-    """Only the last checkpoint has the state of the optimizer."""
+    """Remove the state of the optimizer from all checkpoints but the last."""
     for step in checkpoint_steps(folder)[:-1]:
         (checkpoint_folder(folder, step) / OPTIMIZER).unlink(missing_ok=True)
 
 
 def trained_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the weights that a checkpoint holds."""
+    """Return the bytes of the weights that a checkpoint holds."""
     saved = [weight for weight in model.parameters() if weight.requires_grad or not hasattr(model, "peft_config")]
     return sum(weight.numel() * weight.element_size() for weight in saved)
 
 
 def _save_model(trainer: Any, folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # Asked to find out by itself, PEFT would look the base model up on the hub.
+    # Left to find out by itself, PEFT would look the base model up on the hub.
     extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with quiet_transformers():
         model.save_pretrained(str(folder), **extra)

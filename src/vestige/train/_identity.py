@@ -35,9 +35,9 @@ _OURS = (
 def identity_of(
     settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, steps: int, checkpoints: list[int]
 ) -> dict[str, Any]:
-    """Everything that decides about the result, in JSON terms; the length of the training and its checkpoints too.
+    """Return everything that decides the result, in JSON terms; the length of the training and its checkpoints too.
 
-    Two trainings that differ in epochs alone are different ones from the first step on, because the learning rate
+    Two training runs that differ in epochs alone are different ones from the first step on, because the learning rate
     falls otherwise.
     """
     left = (*_ELSEWHERE, *_ALSO_ELSEWHERE)
@@ -55,13 +55,13 @@ def identity_of(
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits of the sha256 over the identity."""
+    """Return sixteen hexadecimal digits of the sha256 over the identity."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prepare_run(folder: Path, identity: dict[str, Any], settings: TrainSettings, names: dict[str, str]) -> None:
-    """The folder holds the record of this training, new or as an interrupted one has left it.
+    """Prepare the folder with the record of this training, new or as an interrupted one has left it.
 
     Raises:
         IndexMismatch: It holds a training with other settings; nothing was changed.
@@ -89,12 +89,12 @@ def prepare_run(folder: Path, identity: dict[str, Any], settings: TrainSettings,
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """`run.json` holds this."""
+    """Write the record into `run.json`."""
     write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def remove_run(folder: Path) -> None:
-    """The training in the folder is gone, for `--overwrite`.
+    """Remove the training in the folder, for `--overwrite`.
 
     Raises:
         UserError: The folder holds files that are not a training's.

@@ -54,29 +54,29 @@ class Listener:
         return np.concatenate([part.targets for _, part in self._seen])
 
     def watched(self, rows: Any) -> Watched:
-        """Rows that are looked at from outside, collated as the Trainer does."""
+        """Return rows that are measured beside the training, collated as the Trainer does."""
         rows = rows if isinstance(rows, RowsWithIds) else RowsWithIds(rows, self._id_column)
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
         return Watched(rows, collate, self._trainer.args.per_device_eval_batch_size)
 
     def begin(self) -> None:
-        """Forward passes of training are heard from now on."""
+        """Record the forward passes of training from now on."""
         self.end()
         self._hook = self._trainer.model.register_forward_hook(self._look, with_kwargs=True)
 
     def forget(self) -> None:
-        """The step is over."""
+        """Forget the step, which is over."""
         self._seen = []
 
     def end(self) -> None:
-        """Nothing is heard any more, and nothing stays in memory."""
+        """Stop recording, and keep nothing in memory."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         self._seen, self._labels = [], None
 
     def release(self) -> bool:
-        """The Trainer is as it was; whether there was anything to undo."""
+        """Restore the Trainer; return whether there was anything to undo."""
         self.end()
         if self._trainer.__dict__.get("training_step") != self._training_step:
             return False
@@ -104,7 +104,7 @@ class Listener:
                 self._seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64))))
 
     def _look(self, module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:  # noqa: ARG002
-        """Losses of the batch from the logits that the training makes anyway."""
+        """Measure the losses of the batch from the logits that the training computes anyway."""
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if self._labels is not None and isinstance(logits, Tensor) and module.training:
             labels, self._labels = self._labels, None

@@ -47,7 +47,7 @@ class StepLog:
         self._rows = 0
 
     def begin(self, step: int) -> None:
-        """Ready for the steps after `step`; what a training that was cut off has logged of them is dropped."""
+        """Prepare for the steps after `step`; drop what an interrupted training has logged of them."""
         make_folder(self.folder)
         remove_strays(self.folder)
         self._waiting, self._rows = [], 0
@@ -68,13 +68,13 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Everything that was added is on the disk when this returns."""
+        """Write everything that was added to the disk before returning."""
         if self._waiting:
             self._write(pa.concat_tables([_rows(record) for record in self._waiting]))
             self._waiting, self._rows = [], 0
 
     def table(self) -> pa.Table:
-        """All rows on disk, in the order of training."""
+        """Return all rows on disk, in the order of training."""
         return read_steps(self.folder)
 
     def _write(self, table: pa.Table) -> None:
@@ -82,7 +82,7 @@ class StepLog:
 
 
 def read_steps(folder: Path) -> pa.Table:
-    """All rows of a log: step, example_id, loss, targets, learning_rate.
+    """Read all rows of a log: step, example_id, loss, targets, learning_rate.
 
     Raises:
         CorruptFile: A part is damaged.

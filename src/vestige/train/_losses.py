@@ -1,4 +1,4 @@
-"""Losses and gaps of single examples from the logits of a batch, whoever made it."""
+"""Losses and gaps of single examples from the logits of any batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,10 +31,10 @@ class Losses(NamedTuple):
 
 @torch.no_grad()
 def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
-    """Losses and gaps of each example of a batch, in float32 on the model's device.
+    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
 
     Args:
-        logits: At place t, of the token that `labels` names at t + 1.
+        logits: At position t, of the token that `labels` names at t + 1.
         labels: Unshifted, -100 where there is no target.
     """
     wanted = labels[:, 1:] != NO_TARGET
@@ -60,7 +60,7 @@ class Answers(NamedTuple):
 
 
 def answers_of(labels: Int[Tensor, "example token"]) -> Answers:
-    """The answers of a batch: the target tokens of each row."""
+    """Return the answers of a batch: the target tokens of each row."""
     wanted = labels.clone()
     wanted[:, :1] = NO_TARGET
     rows = wanted.cpu().numpy()
@@ -71,7 +71,7 @@ def answers_of(labels: Int[Tensor, "example token"]) -> Answers:
 
 @contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """A detour of which the training sees nothing: evaluation mode, no gradients, and every random state put back."""
+    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
     python, numpy = getstate(), np.random.get_state()
     try:
         with quietly(model), torch.no_grad():
@@ -82,7 +82,7 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 
 class Watched:
-    """Examples that are looked at from outside while a model trains on them, or on others.
+    """Examples that are measured from outside while a model trains on them, or on others.
 
     Args:
         rows: Dictionaries as the collator takes them, each with its id.
@@ -95,7 +95,7 @@ class Watched:
         self._ids: list[str] = []
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Inputs of each batch, in the order of the rows.
+        """Yield the inputs of each batch, in the order of the rows.
 
         Raises:
             DataError: A batch has no labels.
@@ -112,11 +112,11 @@ class Watched:
 
     @property
     def ids(self) -> list[str]:
-        """Of the rows, once they have been looked at."""
+        """The ids of the rows, once they have been measured."""
         return list(self._ids)
 
     def losses(self, model: nn.Module, context: Context) -> Losses:
-        """Losses and gaps of all rows at the present weights."""
+        """Measure losses and gaps of all rows at the present weights."""
         with unnoticed(model), context():
             parts = [example_losses(*_asked(model, batch)[:2]) for batch in self.batches()]
         return Losses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -124,7 +124,7 @@ class Watched:
     def states(
         self, model: nn.Module, context: Context, layers: Sequence[int] | None
     ) -> dict[int, Float[np.ndarray, "example hidden"]]:
-        """Hidden states where the answer is predicted, float32, of the layers asked for; None: of all.
+        """Return hidden states where the answer is predicted, float32, of the layers requested; None: of all.
 
         Layer 0 is the embedding, the last one stands behind the final norm.
         """
@@ -139,13 +139,13 @@ class Watched:
         return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
     def answers(self, model: nn.Module) -> list[tuple[int, ...]]:
-        """The target tokens of every row."""
+        """Return the target tokens of every row."""
         with unnoticed(model):
             return [answer for batch in self.batches() for answer in answers_of(batch["labels"]).answer]
 
 
 def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, -1 being the last.
+    """Return the layers requested, -1 being the last.
 
     Raises:
         DataError: There is no such layer.
@@ -154,12 +154,12 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
         return list(range(1, count))
     chosen = [layer + count if layer < 0 else layer for layer in layers]
     if any(not 0 <= layer < count for layer in chosen):
-        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was asked for.")
+        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was requested.")
     return chosen
 
 
 def _asked(model: nn.Module, batch: dict[str, Any], *, states: bool = False) -> tuple[Tensor, Tensor, Any]:
-    """Logits, labels and, if asked for, hidden states of a batch."""
+    """Return logits, labels and, if requested, hidden states of a batch."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels")

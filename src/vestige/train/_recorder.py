@@ -55,7 +55,7 @@ class Recorder(TrainerCallback):
         keep_optimizer: bool = True,
         overwrite: bool = False,
     ) -> None:
-        """Look at the Trainer; its data, collator and `training_step` are wrapped until `release`.
+        """Wrap the Trainer's data, collator and `training_step` until `release`.
 
         Args:
             trainer: Its model, data and collator are used as they are.
@@ -95,13 +95,13 @@ class Recorder(TrainerCallback):
         return self._listener.ids, self._listener.losses
 
     def release(self) -> None:
-        """The Trainer is as it was; what was recorded is on disk. A second time does nothing."""
+        """Restore the Trainer, with what was recorded on disk. A second time does nothing."""
         if self._listener.release():
             self._trainer.remove_callback(self)
         self._log.flush()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """The record reaches as far as the training, and the checkpoint before the first step is saved."""
+        """Bring the record to where the training is, and save the checkpoint before the first step."""
         self._open(state.global_step)
         per_epoch = max(1, ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
         epochs = listed_epochs(self._epochs, state.max_steps / per_epoch)
@@ -114,11 +114,11 @@ class Recorder(TrainerCallback):
         self._listener.begin()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The rate of this step, before the scheduler changes it."""
+        """Note the rate of this step, before the scheduler changes it."""
         self._rate = float(self._trainer.optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """The step is in the log; the alarm listens; a checkpoint is saved if one is due."""
+        """Log the step, update the alarm, and save a checkpoint if one is due."""
         ids, losses = self.last_step
         self._log.add(StepRecord(state.global_step, ids, losses, self._listener.targets, self._rate))
         self._rates.append(self._rate)
@@ -129,11 +129,11 @@ class Recorder(TrainerCallback):
             self._save(state.global_step)
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """The record reaches as far as the Trainer's own checkpoint."""
+        """Bring the record to where the Trainer's own checkpoint is."""
         self._log.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """A training that was stopped before its end is saved where it stopped."""
+        """Save the last step, also of a training that was stopped before its end."""
         self._listener.end()
         # The weights may be those of an earlier step by now.
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
@@ -141,7 +141,7 @@ class Recorder(TrainerCallback):
         self._log.flush()
 
     def _open(self, step: int) -> None:
-        """The folder is ready for what comes after `step`.
+        """Prepare the folder for what comes after `step`.
 
         Raises:
             IndexMismatch: It holds another training.
@@ -184,7 +184,7 @@ class Recorder(TrainerCallback):
         return (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode()
 
     def _read_log(self, step: int) -> None:
-        """Rates and the alarm stand where they stood after `step`."""
+        """Set rates and the alarm to where they were after `step`."""
         table = self._log.table()
         steps, rates, losses = (table[name].to_numpy() for name in ("step", "learning_rate", "loss"))
         saved = [done for done in checkpoint_steps(self.folder) if 0 < done <= step]

@@ -19,7 +19,7 @@ WEIGHT = "weight"
 
 
 def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
-    """Which examples are trained on: a share of the groups, drawn without replacement, each with all its examples.
+    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
 
     Raises:
         DataError: The share is less than one group.
@@ -32,7 +32,7 @@ def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -
 
 
 def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
-    """The same examples, with the answer for their only target: the completion without the token that ends the text.
+    """Return the same examples with the answer as their only target: the completion without the end token.
 
     Raises:
         DataError: An example is no prompt with a completion, or its answer was cut off.
@@ -86,7 +86,7 @@ class Rows(Dataset):
 
 
 def padded(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows in one batch, filled on the right with token 0: no target, and no causal model looks ahead at it."""
+    """Return rows in one batch, filled on the right with token 0: no target, and no causal model attends to it."""
     width = max(1, *(len(row["input_ids"]) for row in features))
     ids = np.zeros((len(features), width), dtype=np.int64)
     labels = np.full((len(features), width), NO_TARGET, dtype=np.int64)

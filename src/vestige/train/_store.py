@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import parse_json
+from vestige.parsing import first_problem, parse_object
 from vestige.train._alarm import AT_RISK
 from vestige.train._checkpoint import checkpoint_folder, checkpoint_steps
 from vestige.train._log import read_steps
@@ -18,6 +19,31 @@ from vestige.train._tables import read_table, write_table
 FORMAT = 1
 KIND = "training"
 RECORD, LOG, LOSSES, MEMBERSHIP = "run.json", "log", "losses.parquet", "membership.parquet"
+
+
+class _Identity(BaseModel):
+    checkpoints: list[int] | None = None
+
+
+class _Trained(BaseModel):
+    """What is read of the record of `vestige train`."""
+
+    id: str
+    identity: _Identity
+    names: dict[str, str]
+
+
+class _Model(BaseModel):
+    name: str
+
+
+class _Recorded(BaseModel):
+    """What is read of the record that a `Recorder` writes."""
+
+    model: _Model
+
+
+_FORMAT, _RECORD = TypeAdapter(int), TypeAdapter(_Trained | _Recorded)
 
 
 class TrainingRun:
@@ -32,7 +58,7 @@ class TrainingRun:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TrainingRun":
-        """The training in a folder; what a running one has saved is there.
+        """Open the training in a folder; what a running one has saved is there.
 
         Raises:
             UserError: There is none, or a newer Vestige wrote it.
@@ -64,12 +90,12 @@ class TrainingRun:
 
     @property
     def membership(self) -> pa.Table:
-        """Which examples were trained on: example_id, member, source, label.
+        """The examples that were trained on: example_id, member, source, label.
 
         Raises:
             UserError: It is not known: the training was a Trainer's of one's own.
         """
-        return self._table(MEMBERSHIP, "The log says which examples a training of your own has seen.")
+        return self._table(MEMBERSHIP, "The log lists the examples that a training of your own has used.")
 
     @property
     def steps(self) -> pa.Table:
@@ -78,7 +104,7 @@ class TrainingRun:
 
     @property
     def at_risk(self) -> pa.Table | None:
-        """What the alarm found, the examples most at risk first; None if it has not rung."""
+        """The findings of the alarm, the examples most at risk first; None if it was not triggered."""
         return read_at_risk(self.folder)
 
     def __repr__(self) -> str:
@@ -97,7 +123,7 @@ class TrainingRun:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`run.json` of a training, None if there is none.
+    """Read `run.json` of a training, None if there is none.
 
     Raises:
         UserError: It is the record of something else, or of a newer Vestige.
@@ -107,18 +133,22 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = parse_json(path.read_bytes())
+        record = parse_object(path.read_bytes())
+        if record.get("kind") != KIND:
+            raise UserError(f"{folder} is the run of another verb, not a training. Give another folder.")
+        if _FORMAT.validate_python(record.get("format", 0)) > FORMAT:
+            raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
+        _RECORD.validate_python(record)
     except ValueError as error:
-        raise CorruptFile(f"{path} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("kind") != KIND:
-        raise UserError(f"{folder} is the run of another verb, not a training. Give another folder.")
-    if record.get("format", 0) > FORMAT:
-        raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        raise CorruptFile(
+            f"{path} is not the record of a training ({reason}). Run the command that made it again, with --overwrite."
+        ) from error
     return record
 
 
 def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) -> None:
-    """The losses of a checkpoint are in its folder."""
+    """Write the losses of a checkpoint into its folder."""
     table = pa.table(
         {
             "checkpoint": pa.array([step] * len(ids), pa.int64()),
@@ -132,7 +162,7 @@ def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) ->
 
 
 def merge_losses(folder: Path) -> None:
-    """`losses.parquet` holds the losses of all checkpoints in the folder."""
+    """Write the losses of all checkpoints in the folder into `losses.parquet`."""
     found = [checkpoint_folder(folder, step) / LOSSES for step in checkpoint_steps(folder)]
     tables = [read_table(path) for path in found if path.is_file()]
     if tables:
@@ -140,6 +170,6 @@ def merge_losses(folder: Path) -> None:
 
 
 def read_at_risk(folder: Path) -> pa.Table | None:
-    """What the alarm found, None if it has not rung."""
+    """Return what the alarm found, None if it was not triggered."""
     path = folder / f"{AT_RISK}.parquet"
     return read_table(path) if path.is_file() else None

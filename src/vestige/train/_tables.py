@@ -11,14 +11,14 @@ from vestige.files import write_durably
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """The table is on disk."""
+    """Write the table to disk."""
     buffer = io.BytesIO()
     parquet.write_table(table, buffer, compression="zstd")
     write_durably(path, [buffer.getbuffer()])
 
 
 def read_table(path: Path) -> pa.Table:
-    """The table of a file.
+    """Read the table of a file.
 
     Raises:
         CorruptFile: It is damaged.

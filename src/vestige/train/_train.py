@@ -38,7 +38,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 
 @verb(TrainSettings)
 def train(settings: TrainSettings) -> TrainingRun:
-    """A model trained on the data, or on a random part of it, with checkpoints that load and what was seen on the way.
+    """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
 
     Interrupted at any moment, the same call goes on at the last checkpoint and gives the same weights, losses and
     alarm; another setting over an old training is refused, with the difference shown.
@@ -54,7 +54,7 @@ def train(settings: TrainSettings) -> TrainingRun:
 
 
 def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> TrainingRun:
-    """`train` for a model and data that are loaded already."""
+    """Run `train` for a model and data that are loaded already."""
     if settings.loss == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
     weights = weights_of(data)
@@ -100,7 +100,7 @@ class _Plan:
 
 
 def _groups(settings: TrainSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
-    """The examples of which all are trained on or none; a training that was begun row by row goes on like that."""
+    """Group the examples of which all are trained on or none; an old training by single rows continues like that."""
     old = read_record(settings.out)
     by_row = old is not None and "group" not in (old.get("identity") or {}) and settings.group is None
     return np.arange(len(data)) if by_row or settings.split_fraction == 1 else token_groups(data, settings.group)
@@ -243,14 +243,14 @@ class _Watcher(TrainerCallback):
         if bad := [name for name, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]:
             raise NonFinite(
                 f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
-                "checkpoint is as it was. Lower --learning-rate, or look at these examples."
+                "checkpoint is as it was. Lower --learning-rate, or check these examples."
             )
         self._bar.advance()
 
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Random numbers of the caller are as they were afterwards: the Trainer sets every seed there is."""
+    """Restore the caller's random numbers afterwards: the Trainer sets every seed there is."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

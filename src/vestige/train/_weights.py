@@ -20,7 +20,7 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def weights_of(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
-    """The field `weight` of every example as float32, 1 where there is none; None if all are 1.
+    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
 
     Raises:
         DataError: One is negative, NaN, infinite or no number; the message names the row.
@@ -30,13 +30,13 @@ def weights_of(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
 
 
 def weighted(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
-    """The same data under a fingerprint that knows the weights."""
+    """Return the same data under a fingerprint that depends on the weights."""
     digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
     return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
 
 
 def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
-    """Says that there are weights, and whom they leave out."""
+    """Print that there are weights, and which examples they leave out."""
     none = int((weights == 0).sum())
     announce(
         f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
@@ -60,7 +60,7 @@ class WeightedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's share in the loss of the step."""
+        """Return the batch's share in the loss of the step."""
         labels, weights = inputs["labels"][:, 1:], inputs[WEIGHT]
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)})
         wanted = labels != NO_TARGET
@@ -70,7 +70,7 @@ class WeightedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """The weights of all target tokens of a step, summed."""
+        """Return the sum of the weights of all target tokens of a step."""
         return torch.stack([self._weight_of(batch) for batch in batch_samples]).sum().to(device)
 
     @staticmethod

@@ -25,7 +25,7 @@ class Ascent(NamedTuple):
     """Loss of each step's batch before the step: mean over its weights."""
     after: Float[Tensor, "point measured"]
     mirrored: Float[Tensor, "point measured"]
-    """The same with weights as far on the other side of the start; without rows if not asked for."""
+    """The same with weights as far on the other side of the start; without rows if not requested."""
 
 
 def ascend(
@@ -40,7 +40,7 @@ def ascend(
 
     Each step is θ ← optimizer(θ, +∇L_batch), L_batch the sum of the losses of the batch's examples over their weights
     (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout. With `retained`, the
-    loss of training data is held in place meanwhile; with `recipe.accelerate` steps have Nesterov's momentum.
+    loss of training data is held during the ascent; with `recipe.accelerate` steps have Nesterov's momentum.
     """
     batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
@@ -69,7 +69,7 @@ def ascend(
 
 
 def climbing_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: AscentRecipe) -> torch.optim.Optimizer:
-    """An optimizer that adds what it would subtract: gradients stay those of the loss, so the sign is set once."""
+    """Return an optimizer that adds what it would subtract: gradients stay the loss's, so the sign is set once."""
     common: dict[str, Any] = {"lr": recipe.learning_rate, "maximize": True}
     chosen = list(parameters)
     match recipe.optimizer:
@@ -84,7 +84,7 @@ def climbing_optimizer(parameters: Iterable[torch.nn.Parameter], recipe: AscentR
 
 
 def _filled(found: list[np.ndarray], recipe: AscentRecipe, measure: Measure, wanted: bool = True) -> Tensor:
-    """The looks as [point, measured], NaN for those that were not reached."""
+    """Return the measurements as [point, measured], NaN for those that were not reached."""
     if not wanted:
         return torch.zeros(0, 0, dtype=torch.float64)
     width = len(found[0]) if found else len(measure())

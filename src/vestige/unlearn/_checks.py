@@ -15,7 +15,7 @@ _SHOWN = 3
 
 
 def trust_checks(scored: "Scored") -> list[Check]:
-    """The self-test, slope against curvature, and sources that say the same."""
+    """Return the self-test, slope against curvature, and sources with the same content."""
     return [_identity(scored), _curvature(scored), *_redundant(scored)]
 
 

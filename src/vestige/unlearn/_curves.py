@@ -1,4 +1,4 @@
-"""`curves.parquet`: the losses of every set on the way up, for a figure or a second look at when to stop."""
+"""`curves.parquet`: the losses of every set on the way up, for a figure or a second choice of when to stop."""
 
 import io
 from pathlib import Path
@@ -30,10 +30,11 @@ SCHEMA = pa.schema(
 
 
 def write_curves(folder: Path, scored: "Scored") -> None:
-    """One row for each look at each set (`kind` measured, step 0 the start), and for each step's batch (`kind` batch).
+    """Write a row for each measurement of each set (`measured`, step 0 the start), and each step's batch (`batch`).
 
-    Losses are in nats per weight (tokens, or examples for `loss=mean`); `mirrored` is the loss on the other side of the
-    start, null where nobody looked. A batch's loss is the one before its step.
+    The column `kind` is `measured` or `batch`. Losses are in nats per weight (tokens, or examples for `loss=mean`);
+    `mirrored` is the loss on the other side of the start, null where it was not measured. A batch's loss is the one
+    before its step.
     """
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(_rows(scored), schema=SCHEMA), sink, compression="zstd")
@@ -60,7 +61,7 @@ def _rows(scored: "Scored") -> list[dict[str, object]]:
 
 
 def _measured_sets(job: UntracJob) -> list[ExampleSet]:
-    """Sets that are measured, as positions among the measured rows; single training examples by their source."""
+    """Return the measured sets as positions among the measured rows; single training examples by their source."""
     side = job.measured
     if job.settings.direction == "inverse" and job.settings.level == "example":
         names = [side.data.examples[row].source or NO_SOURCE for row in side.rows]

@@ -82,7 +82,7 @@ class UnTrac:
         return self._loaded
 
     def compute_influence_scores(self, test: str | list[str], train_texts: list[str]) -> Float[np.ndarray, "text"]:
-        """Rise of each training text's loss in nats when the test texts are unlearnt together; positive: it helps.
+        """Return the rise of each training text's loss in nats when the test texts are unlearnt; positive: it helps.
 
         Raises:
             SpecError: There is no text, or more than `max_train_samples` or `max_test_samples`.
@@ -98,7 +98,7 @@ class UnTrac:
             return Scored(make_job(settings, self.loaded, train, queries)).scores[0]
 
     def top_k(self, test: str | list[str], train_texts: list[str], k: int | None = None) -> list[Influence]:
-        """The `k` training texts whose score is highest (`top_k_influences` if not given), highest first."""
+        """Return the `k` training texts whose score is highest (`top_k_influences` if not given), highest first."""
         scores = self.compute_influence_scores(test, train_texts)
         order = np.argsort(-scores, kind="stable")[: k or self.config.top_k_influences]
         return [

@@ -18,7 +18,7 @@ from vestige.unlearn._sets import ExampleSet, set_means, single_examples, test_s
 INVERSE_STEPS, INVERSE_BATCH = 5, 256
 """Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
 RETAINED_STEPS = 40
-"""Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to be seen as such."""
+"""Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to show as such."""
 
 
 class Side(NamedTuple):
@@ -48,12 +48,12 @@ class UntracJob:
 
     @property
     def ascended(self) -> Side:
-        """What is unlearnt, set by set."""
+        """The sets that are unlearnt, one by one."""
         return self.train if self.settings.direction == "untrac" else self.tests
 
     @property
     def measured(self) -> Side:
-        """What is looked at meanwhile."""
+        """The sets that are measured on the way."""
         return self.tests if self.settings.direction == "untrac" else self.train
 
     @property
@@ -77,7 +77,7 @@ class UntracJob:
         return max(1, round(float(mean) / self.batch_size))
 
     def recipe(self, learning_rate: float, *, steps: int | None = None, points: int | None = None) -> AscentRecipe:
-        """How the weights climb, at this rate."""
+        """Return the recipe of the ascents at this rate."""
         settings = self.settings
         return AscentRecipe(
             learning_rate,
@@ -95,7 +95,7 @@ class UntracJob:
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
-        """Scores of every training source or example for every test set, from rises of measured losses.
+        """Return scores of every training source or example for every test set, from rises of measured losses.
 
         Positive: unlearning raised the loss, so training on it lowers the loss. Nats per token of what is measured (per
         example for `loss=mean`); for single training examples measured one by one, nats of the example's loss.
@@ -111,7 +111,7 @@ class UntracJob:
 
 
 def open_job(settings: UntracSettings) -> UntracJob:
-    """Model, training data and queries, tokenised alike; queries without an answer get the model's own.
+    """Load model, training data and queries, tokenised alike; queries without an answer get the model's own.
 
     Raises:
         UserError: Something about the model or the data needs the caller.
@@ -145,7 +145,7 @@ def make_job(
     queries: TokenizedData,
     generated: list[bool] | None = None,
 ) -> UntracJob:
-    """A job on data that is tokenised already.
+    """Make a job on data that is tokenised already.
 
     Raises:
         DataError: There is nothing to compare or to explain.
@@ -179,7 +179,7 @@ def _require_a_summit(settings: UntracSettings) -> None:
 
 
 def smaller(job: UntracJob, ascents: int, measured: int, examples: int) -> UntracJob:
-    """The job with fewer sets, and fewer examples in those that are measured: enough to choose settings by."""
+    """Return the job with fewer sets, and fewer examples in those that are measured: enough to choose settings by."""
 
     def thinned(side: Side, sets: int, rows: int | None) -> Side:
         chosen = _spread(side.sets, sets)

@@ -24,7 +24,7 @@ class Losses:
         self.weights = loss_weights(data, reduction)
 
     def of(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
-        """Loss of each of the rows in nats, float64; not finite where the model is not."""
+        """Measure the loss of each of the rows in nats, float64; not finite where the model is not."""
         found = np.zeros(len(rows))
         device = next(self._model.parameters()).device
         with torch.no_grad():
@@ -36,6 +36,6 @@ class Losses:
 
 
 def loss_weights(data: TokenizedData, reduction: Reduction) -> Float[np.ndarray, "example"]:
-    """What an example counts in the loss of a set: its target tokens for `sum`, 1 for `mean`; 0 if it has none."""
+    """Return the weight of each example in the loss of a set: its target tokens for `sum`, else 1; 0 if it has none."""
     counts = data.target_counts
     return (counts if reduction == "sum" else counts > 0).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Ascents as a work plan: each is a piece, computed from the same start, by whoever comes first."""
+"""Ascents as a work plan: each is a piece, computed from the same start, by any free worker."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Ascents(NamedTuple):
     """Losses at the start."""
     after: Float[np.ndarray, "ascent point measured"]
     mirrored: Float[np.ndarray, "ascent point measured"]
-    """Losses on the other side of the start; without points if not asked for."""
+    """Losses on the other side of the start; without points if not requested."""
     identities: list[Identity]
     moved: int
     """How many weights moved."""
@@ -49,7 +49,7 @@ class Ascents(NamedTuple):
 
 @dataclass(frozen=True)
 class AscentPlan:
-    """One ascent for each set, and the losses of everything that is measured, at each of the recipe's looks."""
+    """One ascent for each set, and the losses of everything that is measured, at each of the recipe's points."""
 
     name: str
     job: UntracJob
@@ -64,15 +64,15 @@ class AscentPlan:
 
     @property
     def pieces(self) -> int:
-        """How many ascents there are."""
+        """The number of ascents."""
         return len(self.job.ascended.sets)
 
     def is_done(self, piece: int) -> bool:
-        """Whether what the ascent did is there."""
+        """Return whether the result of the ascent is there."""
         return self._files.is_done(piece)
 
     def weight(self, piece: int) -> float:
-        """Examples that pass through the model."""
+        """Return the number of examples that pass through the model."""
         size = min(self.recipe.batch_size, len(self.job.ascended.sets[piece].rows))
         looks = len(self.recipe.looks) * (2 if self.recipe.mirror else 1)
         tested = 9 * EXAMPLES if piece < self.self_tested else 0
@@ -80,7 +80,7 @@ class AscentPlan:
 
     @contextmanager
     def open(self) -> Iterator[Compute]:
-        """The model with weights that may move, and the losses where they begin."""
+        """Open the model with weights that may move, and the losses where they begin."""
         settings, measured = self.job.settings, self.job.measured
         with borrowed_weights(
             self.job.loaded,
@@ -103,7 +103,7 @@ class AscentPlan:
             yield compute
 
     def reduce(self) -> Ascents:
-        """What all ascents did, in order.
+        """Return the results of all ascents, in order.
 
         Raises:
             CorruptFile: A piece is missing or damaged.
@@ -118,7 +118,7 @@ class AscentPlan:
         )
 
     def run(self) -> Ascents:
-        """What all ascents did; killed before, the same call continues."""
+        """Return the results of all ascents; after a kill, the same call continues."""
         self._files.forget_damaged(range(self.pieces))
         return run_plan(self, self.job.settings, worker_command(self.job.settings, "untrac"))
 

@@ -1,6 +1,6 @@
 """How far to climb, without any ground truth: as far as the slope, and not the curvature, decides the scores.
 
-After an ascent from θ to θ+Δ the losses are looked at there and at θ-Δ. Half the difference of the two rises is what
+After an ascent from θ to θ+Δ the losses are measured there and at θ-Δ. Half the difference of the two rises is what
 the slope contributed (all odd orders in Δ), half their sum what the curvature did (all even orders). The first-order
 identity says that influence is the former; curvature grows with the square of the step and takes over in the end, when
 the weights are damaged and everything's loss rises alike.
@@ -26,7 +26,7 @@ STOP_SHARE = 2 * CURVATURE_SHARE
 _FIRST_RATE = {"adam": 1e-3, "rmsprop": 1e-3, "adafactor": 1e-2, "sgd": 1e-1}
 _ROUNDS = 6
 _PROBES, _MEASURED, _EXAMPLES = 8, 256, 64
-"""Ascents to try, sets to look at and examples in each: shares are means over all of them."""
+"""Ascents to try, sets to measure and examples in each: shares are means over all of them."""
 _STEPS = 200
 """Of a trial; a longer ascent is taken to move in proportion."""
 _FEWEST_SOURCES = 3
@@ -38,11 +38,11 @@ class Stop(NamedTuple):
 
     point: int
     curvature_share: float | None
-    """There; None where nothing was looked at on the other side."""
+    """There; None where nothing was measured on the other side."""
 
 
 def choose_rate(job: UntracJob) -> float:
-    """The learning rate at which curvature changes the scores by a twentieth of what the slope does.
+    """Choose the learning rate at which curvature changes the scores by a twentieth of what the slope does.
 
     Trials are ascents of a few sets; from each, the share of curvature at another rate follows in proportion.
 
@@ -70,7 +70,7 @@ def choose_rate(job: UntracJob) -> float:
 
 
 def settled_rate(share_at: Callable[[float, int], float], first: float) -> float:
-    """The rate at which `share_at(rate, round)`, which grows with the rate, is `CURVATURE_SHARE`; two digits of it.
+    """Return the rate at which `share_at(rate, round)`, which grows with the rate, is `CURVATURE_SHARE`, to two digits.
 
     Raises:
         NonFinite: It is not found.
@@ -90,7 +90,7 @@ def settled_rate(share_at: Callable[[float, int], float], first: float) -> float
 
 
 def curvature_share(job: UntracJob, done: Ascents, point: int) -> float:
-    """Curvature over slope, in the scores at one point: median over test sets; infinite where losses are not finite.
+    """Return curvature over slope in the scores at one point: median over test sets; infinite if losses are not finite.
 
     What all sources have in common changes no ranking and is left out.
     """
@@ -104,7 +104,7 @@ def curvature_share(job: UntracJob, done: Ascents, point: int) -> float:
 
 
 def stopping_point(job: UntracJob, done: Ascents) -> Stop:
-    """The last point at which the slope still decides the scores; the first one where it never does."""
+    """Return the last point at which the slope still decides the scores; the first one where it never does."""
     points = done.after.shape[1]
     if job.settings.stop == "last":
         return Stop(points - 1, None)

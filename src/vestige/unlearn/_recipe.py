@@ -27,9 +27,9 @@ class AscentRecipe:
     """Of sgd and rmsprop."""
     reduction: Reduction = "sum"
     points: int = 1
-    """How often the measured losses are looked at, evenly over the steps and always at the last."""
+    """How often the losses are measured, evenly over the steps and always at the last."""
     mirror: bool = True
-    """Also look at the losses on the other side of the start, which tells slope from curvature."""
+    """Also measure the losses on the other side of the start, which separates slope from curvature."""
     seed: int = 0
     token_budget: int = 1024
     """Tokens in one pass; gradients of a larger batch are added up, which changes no step."""
@@ -40,13 +40,13 @@ class AscentRecipe:
 
     @property
     def looks(self) -> list[int]:
-        """The steps after which the measured losses are looked at."""
+        """The steps after which losses are measured."""
         count = min(self.points, self.steps)
         return sorted({round(self.steps * number / count) for number in range(1, count + 1)})
 
 
 def backward(weights: Weights, data: TokenizedData, rows: Int[np.ndarray, "row"], recipe: AscentRecipe) -> float:
-    """The gradient of the rows' loss is in `grad` of every weight, whatever was there; returns that loss.
+    """Set `grad` of every weight to the gradient of the rows' loss, whatever it held before; return that loss.
 
     The batch may be computed in several passes: its loss and gradient are sums over examples divided once.
     """

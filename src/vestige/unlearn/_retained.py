@@ -32,7 +32,7 @@ class Momentum:
         self._steps = 0
 
     def look_ahead(self, weights: Weights) -> None:
-        """A step is done: the weights go on in its direction, to where the next gradient is taken."""
+        """Move the weights on in the direction of the finished step, to where the next gradient is taken."""
         self._steps += 1
         now = weights.copied()
         with torch.no_grad():
@@ -47,7 +47,7 @@ class Retained:
 
     What is climbed then is `L_Z(θ) - c [L_D(θ) - L_D(θ0) - <∇L_D(θ0), θ - θ0>]`, a Bregman divergence subtracted (the
     proximal objective of Bae et al. 2022, arXiv:2209.05364). Near the start its summit is at θ0 + H^-1 ∇L_Z / c with H
-    the curvature of the training loss: the influence function, of which an ascent without it sees the gradient alone.
+    the curvature of the training loss: the influence function, of which an ascent without it has the gradient alone.
     """
 
     data: TokenizedData
@@ -58,7 +58,7 @@ class Retained:
     """Learning rate times c: the share of a direction of curvature 1 that a step takes back."""
 
     def hold(self, weights: Weights, step: int, recipe: AscentRecipe) -> None:
-        """The gradients in `grad` become those of what is climbed; in the first step they are that already."""
+        """Turn the gradients in `grad` into those of what is climbed; in the first step they are that already."""
         if step == 0:
             return
         climbed = _taken(weights)
@@ -82,13 +82,13 @@ class Retained:
 
     @classmethod
     def measured(cls, weights: Weights, data: TokenizedData, recipe: AscentRecipe) -> "Retained":
-        """With as much pull as is stable: a quarter of the inverse of the largest curvature, by power iteration."""
+        """Measure the largest stable pull: a quarter of the inverse of the largest curvature, by power iteration."""
         rows = np.flatnonzero(data.target_counts > 0)
         probe = cls(data, rows, recipe.retain, 0.0)
         return cls(data, rows, recipe.retain, 1 / (_SAFETY * probe.largest_curvature(weights, recipe)))
 
     def largest_curvature(self, weights: Weights, recipe: AscentRecipe) -> float:
-        """The largest absolute eigenvalue of the loss's Hessian, from differences of gradients."""
+        """Estimate the largest absolute eigenvalue of the loss's Hessian, from differences of gradients."""
         generator = torch.Generator().manual_seed(recipe.seed)
         lengths = [float(each.detach().double().square().sum()) for each in weights.parameters.values()]
         reach = _PROBE * max(sum(lengths) ** 0.5, 1.0)

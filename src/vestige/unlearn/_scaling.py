@@ -37,7 +37,7 @@ class SizeReport:
 
 
 def scaling_experiment(models: Sequence[str | Path], *, out: str | Path, **given: Any) -> list[SizeReport]:
-    """UnTrac on several models with the same data, smallest first: `scaling.json`, `scaling.png` and `scaling.pdf`.
+    """Run UnTrac on several models with the same data, smallest first: `scaling.json`, `scaling.png`, `scaling.pdf`.
 
     Each model runs in a process of its own, so that its peak memory is its own; finished runs are kept.
 
@@ -97,7 +97,7 @@ def _agreement(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _figures(reports: Sequence[SizeReport]) -> Iterator[tuple[str, bytes]]:
-    """Three panels over the number of parameters, as PNG and PDF; the same bytes for the same numbers."""
+    """Yield three panels over the number of parameters, as PNG and PDF; the same bytes for the same numbers."""
     figure = Figure(figsize=(9.6, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     sizes = [report.parameters for report in reports]

@@ -1,4 +1,4 @@
-"""The first-order identity, tried on the model at hand: a small step up changes losses as their gradients say."""
+"""The first-order identity, tried on the given model: a small step up changes losses as their gradients say."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Identity(NamedTuple):
 
     @property
     def error(self) -> float:
-        """How far both are from what they should be."""
+        """The distance of both from what they should be."""
         return max(abs(self.own - 1), abs(self.cross - self.cosine))
 
 
@@ -44,7 +44,7 @@ def first_order_identity(
     other: tuple[TokenizedData, Int[np.ndarray, "row"]],
     recipe: AscentRecipe,
 ) -> Identity:
-    """One step of the very ascent that scores, with plain SGD: (L(θ+Δ) - L(θ-Δ)) / 2η against <∇L, ∇L_ascended>.
+    """Test one step of the scoring ascent, with plain SGD: (L(θ+Δ) - L(θ-Δ)) / 2η against <∇L, ∇L_ascended>.
 
     Raises:
         ModelError: They do not agree: the step goes the wrong way, or not as far as it should.
@@ -75,7 +75,7 @@ def _slope(
     measured: tuple[TokenizedData, np.ndarray],
     step: AscentRecipe,
 ) -> float:
-    """Change of the measured set's loss for each unit of step along the ascended set's gradient; even powers cancel."""
+    """Return the change of the measured loss per unit of step along the ascended set's gradient; even powers cancel."""
     losses = Losses(weights.model, measured[0], step.reduction, step.token_budget)
     counted = losses.weights[measured[1]].sum()
     done = _ascent.ascend(weights, data, rows, lambda: losses.of(measured[1]), step)
@@ -83,7 +83,7 @@ def _slope(
 
 
 def _gradient(weights: Weights, data: TokenizedData, rows: np.ndarray, recipe: AscentRecipe) -> list[Tensor]:
-    """Gradient of the set's loss by autograd alone, without the ascent."""
+    """Return the gradient of the set's loss by autograd alone, without the ascent."""
     backward(weights, data, rows, recipe)
     found = [parameter.grad for parameter in weights.parameters.values()]
     return [each.detach().clone() for each in found if each is not None]

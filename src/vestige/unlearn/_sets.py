@@ -1,4 +1,4 @@
-"""Sets of examples that are unlearnt together or measured together, and sources that say the same twice."""
+"""Sets of examples that are unlearnt or measured as one, and sources with the same content."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -35,7 +35,7 @@ class Overlap(NamedTuple):
 
 
 def training_sources(data: TokenizedData, samples: int) -> list[ExampleSet]:
-    """The sources of the training data, by name, each with at most `samples` rows spread evenly over it.
+    """Return the sources of the training data, by name, each with at most `samples` rows spread evenly over it.
 
     Raises:
         DataError: There are fewer than two, so nothing to compare.
@@ -52,12 +52,12 @@ def training_sources(data: TokenizedData, samples: int) -> list[ExampleSet]:
 
 
 def single_examples(data: TokenizedData) -> list[ExampleSet]:
-    """Every example as a set of its own, under its id."""
+    """Return every example as a set of its own, under its id."""
     return [ExampleSet(example.id, np.array([row])) for row, example in enumerate(data.examples)]
 
 
 def test_sets(queries: TokenizedData) -> list[ExampleSet]:
-    """Queries of the same source together, in order of appearance; one without a source by itself, under its id.
+    """Return the queries of each source as a set, in order of appearance; one without a source by itself, under its id.
 
     Raises:
         DataError: A set has no target token, or an id is also the name of a source.
@@ -79,12 +79,12 @@ def test_sets(queries: TokenizedData) -> list[ExampleSet]:
 def set_means(
     values: Float[np.ndarray, "... example"], weights: Float[np.ndarray, "example"], sets: Sequence[ExampleSet]
 ) -> Float[np.ndarray, "... set"]:
-    """Sum of the values of each set over the sum of its weights: exact, not a mean of means."""
+    """Return the sum of the values of each set over the sum of its weights: exact, not a mean of means."""
     return np.stack([values[..., each.rows].sum(-1) / weights[each.rows].sum() for each in sets], axis=-1)
 
 
 def overlaps(data: TokenizedData, sources: Sequence[ExampleSet]) -> list[Overlap]:
-    """Pairs of sources of which the smaller one is at least half in the larger, most alike first.
+    """Return pairs of sources of which the smaller one is at least half in the larger, most alike first.
 
     Compared are all sequences of eight tokens (whole examples where they are shorter), or for large sources those with
     the smallest hashes, which are the same ones in every source.
@@ -108,7 +108,7 @@ def _spread(rows: Int[np.ndarray, "row"], most: int) -> Int[np.ndarray, "row"]:
 
 
 def _shingles(data: TokenizedData, rows: Int[np.ndarray, "row"]) -> np.ndarray:
-    """Hashes of the token sequences of a source, distinct and ascending, at most `_SHINGLES` of them."""
+    """Return hashes of the token sequences of a source, distinct and ascending, at most `_SHINGLES` of them."""
     found = [_hashes(data.input_ids[row]) for row in rows]
     return np.unique(np.concatenate(found))[:_SHINGLES]
 
@@ -127,6 +127,6 @@ def _hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def _comparable(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What both would hold had they been cut at the same hash."""
+    """Return what both would hold had they been cut at the same hash."""
     last = min((each[-1] for each in (left, right) if len(each) == _SHINGLES), default=None)
     return (left, right) if last is None else (left[left <= last], right[right <= last])

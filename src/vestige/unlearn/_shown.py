@@ -13,12 +13,12 @@ _EXCERPT = 400
 
 
 def shown_columns(job: UntracJob) -> TokenizedData:
-    """A row for each column of the scores: training examples, or one for each source."""
+    """Return a row for each column of the scores: training examples, or one for each source."""
     return job.train.data if job.settings.level == "example" else _rows(job.train)
 
 
 def shown_tests(job: UntracJob) -> TokenizedData:
-    """A row for each test set."""
+    """Return a row for each test set."""
     return _rows(job.tests)
 
 

@@ -1,4 +1,4 @@
-"""`vestige untrac`: unlearn one side, look at the other, and write what was seen as a run."""
+"""`vestige untrac`: unlearn one side, measure the other, and write the measurements as a run."""
 
 import time
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ MEANINGS = {
     "untrac": "The rise of the test set's loss when the training source is unlearnt by gradient ascent.",
     "inverse": "The rise of the training loss when the test set is unlearnt by gradient ascent.",
 }
-_RETAINING = " Meanwhile the loss of the training data is held in place: curvature counts as in an influence function."
+_RETAINING = " The loss of the training data is held at its value: curvature counts as in an influence function."
 NAMES = {"untrac": "untrac", "inverse": "untrac-inv"}
 
 
@@ -51,7 +51,7 @@ class Scored:
     """Scores, and everything that they were read from."""
 
     def __init__(self, job: UntracJob) -> None:
-        """Do the ascents, at a rate that is chosen first unless it was given.
+        """Run the ascents, at a rate that is chosen first unless it was given.
 
         Raises:
             NonFinite: A loss overflowed.
@@ -76,7 +76,7 @@ class Scored:
 
 @verb(UntracSettings)
 def untrac(settings: UntracSettings) -> Scores:
-    """The training sources, or examples, behind what a model does on test sets, found by unlearning.
+    """Find the training sources, or examples, behind a model's behaviour on test sets, by unlearning.
 
     UnTrac and UnTrac-Inv (Isonuma and Titov 2024, arXiv:2401.15241). The run holds the scores, their groups by source,
     `curves.parquet` with the losses on the way, and the self-test's outcome; the model is as it was.
@@ -169,7 +169,7 @@ def _meaning(scored: Scored) -> Meaning:
 
 
 def _test_losses(scored: Scored) -> list[float] | None:
-    """Loss of every test set before anything moved, where the test sets were measured."""
+    """Return the loss of every test set before anything moved, where the test sets were measured."""
     if scored.job.settings.direction != "untrac":
         return None
     return scored.job.table(np.stack([scored.done.before]))[:, 0].tolist()
@@ -182,7 +182,7 @@ def _sources(job: UntracJob) -> list[str | None]:
 
 
 def _shares(job: UntracJob) -> Float[np.ndarray, "column"]:
-    """Share of each source in the training data, all of its examples counted, over the mean share."""
+    """Return the share of each source in the training data, all of its examples counted, over the mean share."""
     counted = loss_weights(job.train.data, job.settings.loss)
     if job.settings.level == "example":
         sizes = set_means(counted, np.ones_like(counted), job.train.sets)

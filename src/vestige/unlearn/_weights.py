@@ -26,22 +26,22 @@ class Weights:
 
     @property
     def count(self) -> int:
-        """How many numbers may move."""
+        """The number of values that may move."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def copied(self) -> dict[str, Tensor]:
-        """Every weight as it is now, untouched by later moves."""
+        """Return a copy of every weight as it is now."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def restore(self) -> None:
-        """Every weight is bit for bit where it was at the start."""
+        """Restore every weight bit for bit to where it was at the start."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self._start[name])
 
     @contextmanager
     def mirrored(self) -> Iterator[None]:
-        """Within the block the weights stand on the other side of the start, as far away from it: 2 start - now."""
+        """Mirror the weights within the block to the other side of the start: 2 start - now."""
         now = self.copied()
         try:
             with torch.no_grad():
@@ -53,7 +53,7 @@ class Weights:
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """Within the block the weights stand where they began."""
+        """Move the weights within the block to where they began."""
         now = self.copied()
         try:
             self.restore()
@@ -63,7 +63,7 @@ class Weights:
 
     @contextmanager
     def moved(self, direction: dict[str, Tensor], scale: float) -> Iterator[None]:
-        """Within the block the weights stand `scale` times the direction away from the start; where it ends, there."""
+        """Move the weights within the block by `scale` times the direction; put them back to the start after it."""
         try:
             with torch.no_grad():
                 for name, step in direction.items():
@@ -82,13 +82,13 @@ class Weights:
 def borrowed_weights(
     loaded: LoadedModel, *, lora_rank: int | None = None, seed: int = 0, checkpointing: bool = False
 ) -> Iterator[Weights]:
-    """The model's weights, free to move within the block; after it, also after an error or Ctrl-C, they are restored.
+    """Let the model's weights move within the block; restore them after it, also after an error or Ctrl-C.
 
     An adapter's LoRA matrices move if the model has them, else every weight, or fresh LoRA matrices of `lora_rank`. The
     model stays in evaluation mode: dropout never acts.
 
     Raises:
-        ModelError: Weights are quantised, so that no gradient reaches them, and no LoRA matrices were asked for.
+        ModelError: Weights are quantised, so that no gradient reaches them, and no LoRA matrices were requested.
         VestigeError: The weights are not what they were, by their fingerprint.
     """
     model = loaded.model
@@ -109,7 +109,7 @@ def borrowed_weights(
 
 
 def movable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA matrices of an adapter, else all weights of the model.
+    """Return the LoRA matrices of an adapter, else all weights of the model.
 
     Raises:
         ModelError: There are quantised weights and no LoRA matrices: only norms and embeddings would move.
@@ -145,7 +145,7 @@ def _require_unchanged(model: nn.Module, before: str) -> None:
 
 @contextmanager
 def _adapted(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
-    """The model with LoRA matrices that change nothing yet, and without them after the block."""
+    """Yield the model with LoRA matrices that change nothing yet; remove them after the block."""
     from peft import LoraConfig, get_peft_model
 
     if any(".lora_" in name for name, _ in model.named_parameters()):
@@ -161,7 +161,7 @@ def _adapted(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
     children = {module: dict(module._modules) for module in model.modules()}
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # What one library deprecates in another is nothing that a user could mend.
+            # What one library deprecates in another is nothing that a user could fix.
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
@@ -174,7 +174,7 @@ def _adapted(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Layers forget their activations and compute them again in the backward pass.
+    """Let layers forget their activations and compute them again in the backward pass.
 
     The model's own switch works in training mode only, in which dropout acts.
 

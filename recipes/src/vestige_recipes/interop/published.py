@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import Example, TokenizedData, data_fingerprint
+from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
 from vestige.files import sha256_of, write_durably
 from vestige.index import WHOLE_MODEL, IndexedComponent, Manifest
@@ -96,7 +96,11 @@ def read_json(path: Path) -> Any:
         DataError: It is missing, or torn; the message names it.
     """
     try:
-        return parse_json(path.read_bytes())
+        content = path.read_bytes()
+        value = parse_json(content)
+        if b"\\u" in content and repair(value).fields:
+            raise ValueError("half of a surrogate pair, which is no character")
+        return value
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Without it the layout cannot be read; copy it from its source.") from error
     except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ function renderFilters(query) {
     html("label", { class: "narrow" }, "Least |score|", html("input", { type: "text", inputmode: "decimal", "data-focus": "min", value: state.min, oninput: set("min") })));
 }
 
-/* Draws everything anew from the state. What had the focus keeps it; where that is gone, `next` gets it. */
+/* Draws everything again from the state. What had the focus keeps it; where that is gone, `next` gets it. */
 function refresh(next) {
   const active = document.activeElement;
   const held = active.dataset.focus;

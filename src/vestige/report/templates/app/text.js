@@ -2,7 +2,7 @@
 const ROLE = { s: "system", p: "prompt", a: "answer", t: "template" };
 const FILL = 0.6;
 
-/* Returns [{role, name, turn, indices}]: the pieces of each turn. Template pieces are left out unless asked for; one
+/* Returns [{role, name, turn, indices}]: the pieces of each turn. Template pieces are left out unless requested; one
    that carries influence (an end marker that enters the loss) stays with the turn before it. */
 function segments(text, scores, withTemplate) {
   const turns = new Int32Array(text.pieces.length).fill(-1);

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from tests.launch.conftest import cluster as cluster
+from tests.launch.conftest import on_slurm as on_slurm
 
-from vestige.sweep import sweep
+from vestige_recipes.sweep import sweep
 
 
 def write_texts(folder):

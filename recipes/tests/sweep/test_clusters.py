@@ -6,25 +6,22 @@ import sys
 import time
 
 import pytest
-import torch
-
 from tests.launch import slurm
-from tests.sweep.conftest import lexical, results, write_texts
+
+from sweep.conftest import lexical, results, write_texts
 from vestige.errors import WorkElsewhere
-from vestige.launch import own_jobs
-from vestige.models._load import own_gpu
-from vestige.sweep import sweep, sweep_report
+from vestige_recipes.sweep import sweep, sweep_report
 
 CELLS = {"k": list(range(1, 9))}
 
 # Loaded by every worker: the first one that has done the work of a third cell dies before it says so.
 DEADLY = """
 import os, pathlib, signal
-from vestige.sweep import _plan
+from vestige_recipes.sweep import run
 
-honest, said = _plan.write_done, []
+honest, said = run.write_done, []
 
-def write_done(cell, done):
+def write_done(cell, *rest):
     if len(said) == 2:
         try:
             pathlib.Path({once!r}).unlink()
@@ -33,9 +30,9 @@ def write_done(cell, done):
         else:
             os.kill(os.getpid(), signal.SIGKILL)
     said.append(cell.id)
-    honest(cell, done)
+    honest(cell, *rest)
 
-_plan.write_done = write_done
+run.write_done = write_done
 """
 
 
@@ -63,27 +60,6 @@ def test_a_sweep_on_slurm_whose_job_is_killed_completes_with_the_same_outputs(on
     assert not (tmp_path / "once").exists(), "a job was killed"
     assert sweep_report(tmp_path / "sw").counts() == {"done": 8}
     assert results(tmp_path / "sw") == alone
-
-
-@pytest.mark.parametrize(
-    ("visible", "cards", "place", "card"), [(None, 4, "1", "1"), ("4,5", 2, "1", "5"), ("6", 1, "3", "6")]
-)
-def test_a_cell_in_a_rank_sees_the_card_of_its_rank_and_no_other(monkeypatch, visible, cards, place, card):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    given = {"RANK": place, "WORLD_SIZE": "4", "LOCAL_RANK": place, "MASTER_PORT": "1"}
-    given |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with own_jobs():
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == card
-        assert own_gpu(os.environ, 1) == 0
-        # Should CUDA have been asked before, it shows as many as it did then.
-        assert own_gpu(os.environ, 4) == int(place)
-        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)
-    assert {name: os.environ.get(name) for name in given} == given
-    assert ("CUDA_VISIBLE_DEVICES" in os.environ) == (visible is not None)
-    assert "SLURM_LOCALID" not in os.environ
 
 
 def test_the_ranks_of_torchrun_share_the_cells_of_a_sweep(tmp_path, alone):

@@ -2,12 +2,13 @@
 
 import pytest
 import yaml
+from tests.cli.test_faults import CONFIGS
 
 from vestige.errors import SpecError
-from vestige.settings import BankSettings, SweepSettings
-from vestige.sweep import read_grid, sweep
-from vestige.sweep._cells import NEVER_MATTER, cell_id, cells_of
-from vestige.sweep._links import name_of
+from vestige.settings import BankSettings
+from vestige_recipes.sweep import read_grid, sweep
+from vestige_recipes.sweep.cells import NEVER_MATTER, cell_id, cells_of, name_of
+from vestige_recipes.sweep_command import SweepSettings
 
 
 def bank(axes=None, mode="product", **base):
@@ -15,7 +16,7 @@ def bank(axes=None, mode="product", **base):
 
 
 def cells(content, folder):
-    return cells_of(read_grid(content), folder).cells
+    return cells_of(read_grid(content), folder)
 
 
 def test_a_range_has_its_stop_and_no_rounding_in_it():
@@ -51,7 +52,7 @@ def test_product_is_every_combination_and_zip_side_by_side(tmp_path):
         (bank() | {"axis": {}}, "unknown key `axis`. Did you mean `axes`"),
         (bank() | {"verb": "bnak"}, "Did you mean 'bank'"),
         (bank() | {"verb": "report"}, "cannot be swept, for it leaves no folder"),
-        (bank() | {"verb": None}, "Expected the verb"),
+        (bank() | {"verb": None}, "Expected the command"),
         (bank() | {"base": [1]}, "Expected settings by name"),
         ("nowhere.yaml", "cannot be read"),
         (bank(model=object()), "live object"),
@@ -85,6 +86,15 @@ def test_a_file_is_read_as_yaml_and_neither_as_a_list_nor_torn(tmp_path):
     path.write_text("verb: [\n")
     with pytest.raises(SpecError, match="neither YAML nor JSON"):
         read_grid(path)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_an_odd_file_is_refused_by_its_name(case, tmp_path):
+    content = CONFIGS[case][0]
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SpecError, match=r"c\.yaml"):
+        sweep(path, out=tmp_path / "sw")
 
 
 def test_runs_of_different_length_never_share_a_folder(tmp_path):

@@ -2,20 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pyarrow.parquet as parquet
 import pytest
 
-from tests.sweep.conftest import results
-from vestige.cli._status import describe
-from vestige.errors import IndexMismatch, PieceFailed, UserError, WorkElsewhere
+from sweep.conftest import results
+from vestige.cli import describe
+from vestige.errors import CorruptFile, IndexMismatch, PieceFailed, UserError, WorkElsewhere
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
 from vestige.registry import COMMANDS
-from vestige.sweep import _plan as plan_module
-from vestige.sweep import read_grid, sweep, sweep_report
-from vestige.sweep._cells import cells_of
+from vestige_recipes.sweep import read_grid, sweep, sweep_report
+from vestige_recipes.sweep import run as run_module
+from vestige_recipes.sweep.cells import cells_of
 
 
 def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
@@ -39,10 +40,8 @@ def test_a_grown_grid_runs_only_its_new_cells(grid, run, here, monkeypatch):
     run(grid({"k": [1, 2]}))
     before = results(here / "sw")
     done = []
-    original = plan_module.SweepPlan._run
-    monkeypatch.setattr(
-        plan_module.SweepPlan, "_run", lambda plan, cell: (done.append(cell.point), original(plan, cell))
-    )
+    original = run_module.run_cell
+    monkeypatch.setattr(run_module, "run_cell", lambda cell: (done.append(cell.point), original(cell)))
     report = run(grid({"k": [3, 2, 1]}))
     assert done == [{"k": 3}]
     assert report.counts() == {"done": 3}
@@ -88,13 +87,11 @@ def test_a_kill_between_the_run_and_its_marker_does_no_harm(grid, run, here):
 def test_a_training_that_was_interrupted_is_continued_and_not_replaced(here):
     """A training has its record from the start, a run of scores in the end only."""
     for verb, replaced in (("train", False), ("bank", False), ("index", False), ("attribute", True)):
-        cell = cells_of(
-            read_grid({"verb": verb, "base": {"data": "d", "model": "m"} | QUERIES.get(verb, {})}), here
-        ).cells[0]
+        cell = cells_of(read_grid({"verb": verb, "base": {"data": "d", "model": "m"} | QUERIES.get(verb, {})}), here)[0]
         cell.out.mkdir(parents=True)
-        assert plan_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is False
+        assert run_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is False
         (cell.out / "run.json").write_text("{}")
-        assert plan_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is replaced, verb
+        assert run_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is replaced, verb
 
 
 QUERIES = {"attribute": {"queries": "q"}}
@@ -105,6 +102,44 @@ def test_a_torn_marker_does_not_count(grid, run, here):
     (here / "sw" / "cells" / report.rows[0].cell / "done.json").write_text('{"cell": "')
     assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
     assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seconds": "x"}, {"seconds": float("nan")}, {"figures": {"a": [1]}}, {"figures": 5}, {"inputs": None}]
+)
+def test_a_marker_of_other_types_does_not_count(changes, grid, run, here):
+    report = run(grid({"k": [1, 2]}))
+    path = here / "sw" / "cells" / report.rows[0].cell / "done.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    assert sweep_report(here / "sw").counts() == {"done": 1, "missing": 1}
+    assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"axes": 5},
+        {"verb": None},
+        {"cells": [[]]},
+        {"cells": [{"id": "a\0b", "point": {}, "settings": {}}]},
+        {"cells": [{"id": "../..", "point": {}, "settings": {}}]},
+        {"cells": [{"id": "0" * 16, "point": 5, "settings": {}}]},
+    ],
+)
+def test_a_record_of_other_types_is_refused(changes, grid, run, here):
+    run(grid({"k": [1]}))
+    path = here / "sw" / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    for command in (lambda: describe(here / "sw"), lambda: run(grid({"k": [1]}))):
+        with pytest.raises(CorruptFile, match=r"sweep\.json does not read"):
+            command()
+
+
+def test_a_file_whose_name_is_no_text_lies_in_a_folder_of_data(grid, run, here):
+    (here / "texts").mkdir()
+    shutil.copy(here / "train.jsonl", here / "texts")
+    (here / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    assert run(grid({"k": [1, 2]}, data=str(here / "texts"))).counts() == {"done": 2}
 
 
 def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):
@@ -126,30 +161,30 @@ def test_shares_make_the_whole(grid, run):
 def test_a_cell_inside_a_worker_is_a_job_of_its_own(grid, run, here, monkeypatch):
     """A verb inside a worker took itself for a worker of its own job, and found its pieces missing."""
     seen = []
-    original = plan_module.SweepPlan._run
+    original = run_module.run_cell
 
-    def in_a_worker(plan, cell):
+    def in_a_worker(cell):
         role = Role("worker", str(here / "elsewhere"), parent=os.getppid())
         monkeypatch.setenv(ROLE_VARIABLE, role.as_environment()[ROLE_VARIABLE])
-        original(plan, cell)
+        original(cell)
         seen.append(os.environ.pop(ROLE_VARIABLE))
 
-    monkeypatch.setattr(plan_module.SweepPlan, "_run", in_a_worker)
+    monkeypatch.setattr(run_module, "run_cell", in_a_worker)
     report = run(grid({"damping": [0.1, 1.0]}, method="random"))
     assert report.counts() == {"done": 2}
     assert len(seen) == 2
 
 
 def test_a_signal_ends_the_sweep_within_a_cell_and_it_continues(grid, run, here, monkeypatch):
-    original = plan_module.SweepPlan._run
+    original = run_module.run_cell
 
-    def interrupted(plan, cell):
+    def interrupted(cell):
         if cell.point["k"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(plan, cell)
+        original(cell)
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module.SweepPlan, "_run", interrupted)
+        patch.setattr(run_module, "run_cell", interrupted)
         with pytest.raises(SystemExit) as ended:
             run(grid({"k": [1, 2, 3]}))
     assert ended.value.code == 128 + signal.SIGTERM

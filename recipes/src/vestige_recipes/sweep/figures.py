@@ -1,4 +1,4 @@
-"""The headline figures of a finished cell, read from the JSON files that its verb left."""
+"""The headline figures of a finished cell, read from the JSON files that its command left."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,17 @@ MOST_FIGURES = 200
 _LARGEST_FILE = 16 * 2**20
 _NAMES = ("name", "method", "measure", "domain", "query")
 """What names a row of a table."""
-_AT_RISK = "at_risk.parquet"
 _TABLES = ("rows", "gates", "checks", "measures")
 _NOT_FIGURES = ("format", "seed", "config", "settings", "identity", "manifest")
 
 
 def figures_of(out: Path) -> dict[str, Any]:
-    """Numbers by name, such as `seconds`, `trust.coverage` or `rows.influence.LDS`, from the files right in `out`.
+    """Return numbers by name, such as `seconds`, `trust.coverage` or `rows.influence.LDS`, from the files in `out`.
 
     A single number keeps its name; the rows of a table, and the checks and gates of a record, are named after what they
-    are about. What is nested deeper, and lists of numbers, are for the files themselves.
+    are about. What is nested deeper, and lists of numbers, are left to the files themselves.
     """
-    found = _alarm(out / _AT_RISK)
+    found = _alarm(out / "at_risk.parquet")
     for path in sorted(out.glob("*.json")):
         for name, value in _figures(_read(path)):
             found.setdefault(name, value)
@@ -30,7 +29,7 @@ def figures_of(out: Path) -> dict[str, Any]:
 
 
 def _alarm(path: Path) -> dict[str, Any]:
-    """When an alarm rang, and how many examples it flagged; nothing where it did not."""
+    """Return when an alarm rang, and how many examples it flagged; nothing where there is no alarm."""
     if not path.exists():
         return {}
     import pyarrow.parquet as parquet
@@ -47,27 +46,22 @@ def _read(path: Path) -> Any:
 
 
 def _figures(content: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(content, Mapping):
-        return
-    for name, value in content.items():
+    for name, value in content.items() if isinstance(content, Mapping) else ():
         if name in _NOT_FIGURES:
             continue
         if _is_figure(value):
             yield name, value
-        elif name in _TABLES and isinstance(value, list):
-            yield from _rows(name, value)
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", each) for key, each in value.items() if _is_figure(each))
             for table in _TABLES:
-                if isinstance(value.get(table), list):
-                    yield from _rows(name, value[table])
+                yield from _rows(table, value.get(table))
+        elif name in _TABLES:
+            yield from _rows(name, value)
 
 
-def _rows(table: str, rows: list[Any]) -> Iterator[tuple[str, Any]]:
-    for row in rows:
-        if not isinstance(row, Mapping):
-            continue
-        named = next((str(row[key]) for key in _NAMES if key in row), None)
+def _rows(table: str, rows: Any) -> Iterator[tuple[str, Any]]:
+    for row in rows if isinstance(rows, list) else ():
+        named = next((str(row[key]) for key in _NAMES if key in row), None) if isinstance(row, Mapping) else None
         if named is None:
             continue
         for key, value in row.items():

@@ -1,48 +1,48 @@
-"""What has come of a sweep: a row a cell, read from the markers, for a person and as a table."""
+"""The result of a sweep: a row for each cell, read from the markers, for a person and as a table."""
 
+import contextlib
 import io
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.files import write_durably
+from vestige.files import make_folder, temporary_path, write_durably
 from vestige.launch import JobStatus, job_statuses
-from vestige.parsing import parse_object
 from vestige.progress import format_seconds
-from vestige.sweep._cells import Cells
-from vestige.sweep._files import DONE_FILE, LOG_FILE, write_json
-from vestige.sweep._grid import Grid
-from vestige.sweep._links import link_cells
-from vestige.sweep._record import SWEEP, CellRecord, SweepRecord, is_sweep, read_sweep, record_of
 from vestige.terminal import as_text
+from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
+from vestige_recipes.sweep.cells import name_of
+from vestige_recipes.sweep.record import JOB, CellRecord, SweepRecord, is_sweep, read_sweep
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-TABLE_FILE, JSON_FILE = "cells.parquet", "cells.json"
+TABLE_FILE, JSON_FILE, LINKS = "cells.parquet", "cells.json", "named"
 SHOWN_CELLS, SHOWN_FIGURES, SHOWN_FAILURES = 40, 4, 5
 """What fits on a screen; the files hold everything."""
+_TEXT_WIDTH = 160
 _OF_THE_MACHINE = ("seconds", "peak_memory_bytes")
 _STATES = ("done", "running", "failed", "missing")
 
 
 @dataclass(frozen=True)
 class CellRow:
-    """A cell and what has become of it."""
+    """A cell, its state and its figures."""
 
     cell: str
     state: str
     """done, running, failed or missing."""
     folder: str
-    """What the verb got as --out."""
+    """What the command got as --out."""
     point: dict[str, Any]
     """The cell's values along the axes."""
     settings: dict[str, Any]
     figures: dict[str, Any]
-    """Numbers that the verb left, by name; empty unless it is done."""
+    """Numbers that the command left, by name; empty unless the cell is done."""
     seconds: float | None
     error: str
     log: str
@@ -59,22 +59,18 @@ class SweepReport:
     rows: tuple[CellRow, ...]
 
     def counts(self) -> dict[str, int]:
-        """Cells by state."""
+        """Return the number of cells in each state that occurs."""
         counted = Counter(row.state for row in self.rows)
         return {state: counted[state] for state in _STATES if counted[state]}
 
     def __getitem__(self, point: dict[str, Any]) -> CellRow:
-        """The first cell with these values along the axes."""
+        """Return the first cell with these values along the axes."""
         return next(row for row in self.rows if point.items() <= row.point.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON terms."""
-        return {
-            "verb": self.verb,
-            "grid": self.grid,
-            "axes": list(self.axes),
-            "cells": [asdict(row) for row in self.rows],
-        }
+        """Return everything in JSON terms."""
+        cells = [asdict(row) for row in self.rows]
+        return {"verb": self.verb, "grid": self.grid, "axes": list(self.axes), "cells": cells}
 
     def __str__(self) -> str:
         return as_text(self, _TEXT_WIDTH, soft_wrap=True)
@@ -84,43 +80,46 @@ class SweepReport:
         from rich.text import Text
 
         states = ", ".join(f"{count:,} {state}" for state, count in self.counts().items())
-        lines = [f"{self.out}: sweep of `vestige {self.verb}`, {len(self.rows):,} cells: {states}"]
+        title = f"{self.out}: sweep of `vestige {self.verb}`, {len(self.rows):,} cells: {states}"
         more = len(self.rows) - SHOWN_CELLS
         after = [f"... and {more:,} more cells: {self.out / TABLE_FILE} holds all."] if more > 0 else []
         failed = [row for row in self.rows if row.state == "failed"]
         after += [f"failed  {row.error}" for row in failed[:SHOWN_FAILURES]]
         after += [f"... and {len(failed) - SHOWN_FAILURES} more failed."] if len(failed) > SHOWN_FAILURES else []
-        return Group(*map(Text, lines), _table(self), *map(Text, after))
-
-
-_TEXT_WIDTH = 160
+        return Group(Text(title), _screen_table(self), *map(Text, after))
 
 
 def sweep_report(folder: Path) -> SweepReport:
-    """How far the sweep in a folder is, by the markers of its cells.
+    """Return how far the sweep in a folder is, by the markers of its cells.
 
     Raises:
         UserError: No sweep was begun there.
     """
-    job = next((job for job in job_statuses(folder) if job.name == SWEEP), None)
-    return _report(folder, read_sweep(folder), job)
+    job = next((job for job in job_statuses(folder) if job.name == JOB), None)
+    return report_of(folder, read_sweep(folder), job)
 
 
 def sweep_status(folder: Path) -> str | None:
-    """Return the report of a sweep as text; None for a folder that is none."""
+    """Return the report of a sweep as text; None for a folder without a sweep."""
     return str(sweep_report(folder)) if is_sweep(folder) else None
 
 
-def planned_report(folder: Path, grid: Grid, cells: Cells) -> SweepReport:
-    """The cells that a grid would run, and which of them are done; nothing need be there."""
-    return _report(folder, record_of(grid, cells), None)
+def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -> SweepReport:
+    """Return which cells of a record are done in a folder, which need not exist, or at work by the status of a job."""
+    errors = {failure.piece: failure.error for failure in job.failures} if job else {}
+    running = set(job.running) if job else set()
+    rows = [
+        _row(folder / "cells" / cell.id, cell, number in running, errors.get(number, ""))
+        for number, cell in enumerate(record.cells)
+    ]
+    return SweepReport(folder, record.verb, record.grid, record.axes, tuple(rows))
 
 
 def write_tables(report: SweepReport) -> SweepReport:
-    """The report, which is now in `cells.json` and `cells.parquet` too, with a link to each result in `named/`."""
+    """Write the report as `cells.json` and `cells.parquet`, link each result in `named/`, and return the report."""
     import pyarrow.parquet as parquet
 
-    link_cells(report.out, ((row.cell, row.point) for row in report.rows if row.state == "done"))
+    _link_results(report)
     write_json(report.out / JSON_FILE, report.to_dict())
     sink = io.BytesIO()
     parquet.write_table(_columns(report), sink)
@@ -128,42 +127,41 @@ def write_tables(report: SweepReport) -> SweepReport:
     return report
 
 
-def _report(folder: Path, record: SweepRecord, job: JobStatus | None) -> SweepReport:
-    failures = {failure.piece: failure for failure in job.failures} if job else {}
-    running = set(job.running) if job else set()
-    rows = []
-    for number, cell in enumerate(record.cells):
-        failure = failures.get(number)
-        rows.append(_row(folder, cell, number in running, failure.error if failure else ""))
-    return SweepReport(folder, record.verb, record.grid, record.axes, tuple(rows))
-
-
-def _row(folder: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
-    home = folder / "cells" / cell.id
-    done = _read(home / DONE_FILE)
-    state = "done" if done else "running" if running else "failed" if error else "missing"
-    log = home / LOG_FILE
+def _row(home: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
+    done, log = read_done(home, cell.id), home / LOG_FILE
     return CellRow(
         cell.id,
-        state,
+        "done" if done else "running" if running else "failed" if error else "missing",
         str(home / "out"),
         cell.point,
         cell.settings,
-        done.get("figures", {}),
-        done.get("seconds"),
+        done.figures if done else {},
+        done.seconds if done else None,
         "" if done else error,
         str(log) if log.exists() else "",
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+def _link_results(report: SweepReport) -> None:
+    """Link `named/NAME` to the result of each finished cell; on a disk without links there are none."""
+    make_folder(report.out / LINKS)
+    taken: set[str] = set()
+    for row in report.rows:
+        if row.state != "done":
+            continue
+        name = name_of(row.point)
+        name = f"{name}.{row.cell}" if name in taken else name
+        taken.add(name)
+        path, target = report.out / LINKS / name, Path("..") / "cells" / row.cell / "out"
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() or Path(os.readlink(path)) != target:
+                # Renamed into place: a reader finds the old link or the new one.
+                temporary = temporary_path(path)
+                temporary.symlink_to(target)
+                temporary.replace(path)
 
 
-def _table(report: SweepReport) -> "Table":
+def _screen_table(report: SweepReport) -> "Table":
     from rich.table import Table
 
     shown = report.rows[:SHOWN_CELLS]
@@ -179,7 +177,7 @@ def _table(report: SweepReport) -> "Table":
 
 
 def _differing(figures: list[dict[str, Any]]) -> list[str]:
-    """Names of figures that are not the same in all cells, nor about the machine."""
+    """Return the names of figures that are not the same in all cells, nor about the machine."""
     names = dict.fromkeys(name for each in figures for name in each)
     held = {name: {each[name] for each in figures if name in each} for name in names}
     return [name for name, values in held.items() if name not in _OF_THE_MACHINE and len(values) > 1]
@@ -190,7 +188,7 @@ def _shown(value: Any) -> str:
 
 
 def _columns(report: SweepReport) -> Any:
-    """A pyarrow table: state, seconds and so on, then `settings.*`, then `figures.*`."""
+    """Return a pyarrow table: state, seconds and so on, then `settings.*`, then `figures.*`."""
     import pyarrow as arrow
 
     plain = ("cell", "state", "seconds", "folder", "error", "log")
@@ -198,13 +196,13 @@ def _columns(report: SweepReport) -> Any:
     for kind in ("settings", "figures"):
         held = [{**row.settings, **row.point} if kind == "settings" else row.figures for row in report.rows]
         for name in dict.fromkeys(name for row in held for name in row):
-            columns[f"{kind}.{name}"] = _alike([row.get(name) for row in held])
+            columns[f"{kind}.{name}"] = _column([row.get(name) for row in held])
     types = {"seconds": arrow.float64()}
     return arrow.table({name: arrow.array(values, types.get(name)) for name, values in columns.items()})
 
 
-def _alike(values: list[Any]) -> list[Any]:
-    """Values of one type, which a column needs: numbers as numbers, anything mixed or nested as JSON text."""
+def _column(values: list[Any]) -> list[Any]:
+    """Return values of one type: numbers as numbers, anything mixed or nested as JSON text."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float}:
         return [None if value is None else float(value) for value in values] if float in kinds else values

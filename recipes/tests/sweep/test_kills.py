@@ -8,15 +8,15 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 import torch.distributed
-
-from tests.sweep.conftest import lexical, results
 from tests.workshop import furnish
+
+from sweep.conftest import lexical, results
 from vestige.errors import SpecError
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
-from vestige.sweep import _plan as plan_module
-from vestige.sweep import sweep, sweep_report
 from vestige.train import Recorder, TrainingRun
+from vestige_recipes.sweep import run as run_module
+from vestige_recipes.sweep import sweep, sweep_report
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def dies(prepare, *arguments):
 
 def sweep_until_marker(content, out, cells, whole):
     """Dies when so many cells are done: of the next one before its marker is written, or after it, at once."""
-    honest, said = plan_module.write_done, []
+    honest, said = run_module.write_done, []
 
-    def write_done(cell, done):
+    def write_done(cell, *rest):
         if whole or len(said) < cells:
-            honest(cell, done)
+            honest(cell, *rest)
         said.append(cell.id)
         if len(said) > cells:
             die()
 
-    plan_module.write_done = write_done
+    run_module.write_done = write_done
     sweep(content, out=out)
 
 
@@ -130,14 +130,14 @@ def test_a_cell_in_a_worker_has_workers_of_its_own(workshop, tmp_path, monkeypat
     content = {"verb": "index", "base": base | {"compress": "tensorsketch:16"}, "axes": {"seed": [0]}}
     alone = sweep(content, out=tmp_path / "alone")
     role = Role("worker", str(tmp_path / "elsewhere"), parent=os.getppid())
-    honest = plan_module.SweepPlan._run
+    honest = run_module.run_cell
 
-    def in_a_worker(plan, cell):
+    def in_a_worker(cell):
         monkeypatch.setenv(ROLE_VARIABLE, role.as_environment()[ROLE_VARIABLE])
-        honest(plan, cell)
+        honest(cell)
         monkeypatch.delenv(ROLE_VARIABLE)
 
-    monkeypatch.setattr(plan_module.SweepPlan, "_run", in_a_worker)
+    monkeypatch.setattr(run_module, "run_cell", in_a_worker)
     nested = sweep(content | {"base": content["base"] | {"workers": 2}}, out=tmp_path / "nested")
     assert [row.cell for row in nested.rows] == [row.cell for row in alone.rows]
     assert list((tmp_path / "nested" / "cells").glob("*/out/launch/*/logs/worker-*.log"))

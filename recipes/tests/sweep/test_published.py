@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.sweep.published import DEPLOYMENT, IDS, TRAINING, write_deployment
+from sweep.published import DEPLOYMENT, IDS, TRAINING, write_deployment
 from vestige.errors import SpecError
-from vestige.sweep import read_published
+from vestige_recipes.sweep import read_published
 
 SECOND_SPLIT = {"arc": "eRBo19GJ5DFDPuIPV809GA", "ethics": "F-YNKVV6BmvAi-547IiC4w"}
 

@@ -27,7 +27,6 @@ PUBLIC = [
     "prepare",
     "report",
     "select",
-    "study",
     "train",
     "untrac",
     "view",

@@ -4,14 +4,14 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
-    untrac, study                              unlearning as attribution; published experiments
+    untrac                                     unlearning as attribution
     train                                      a training that attribution and audit read; train.Recorder for your own
     audit                                      what a model knows by heart, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
     export                                     an index or a run in formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
-    prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
+    prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
     Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from vestige.runs import Audit as Audit
     from vestige.runs import Scores as Scores
     from vestige.select import select as select
-    from vestige.studies import study as study
     from vestige.train import train as train
     from vestige.unlearn import untrac as untrac
 
@@ -60,7 +59,6 @@ __all__ = [
     "prepare",
     "report",
     "select",
-    "study",
     "train",
     "untrac",
     "view",
@@ -81,7 +79,6 @@ _HOMES = {
     "precondition": "vestige.curvature",
     "report": "vestige.report",
     "select": "vestige.select",
-    "study": "vestige.studies",
     "train": "vestige.train",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",

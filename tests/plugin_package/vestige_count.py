@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field, NonNegativeInt
 
-from vestige.data import load_examples
 from vestige.registry import command
 from vestige.settings import Settings, verb
 from vestige.terminal import say
@@ -22,6 +21,8 @@ class CountSettings(Settings):
 @verb(CountSettings)
 def count_examples(settings: CountSettings) -> int:
     """Return the number of examples in a data source."""
+    from vestige.data import load_examples  # imports torch, which help does without
+
     examples = load_examples(settings.data, limit=settings.limit)
     return sum(settings.source in (None, example.source) for example in examples)
 

@@ -14,7 +14,7 @@ from vestige_recipes.sweep import read_grid, read_published, sweep
 from vestige_recipes.sweep.cells import cells_of, name_of
 
 ROOT = Path(__file__).parents[3]
-FOLDER = next(path for path in (ROOT / "recipes" / "grids", ROOT / "studies") if path.is_dir())
+FOLDER = ROOT / "recipes" / "grids"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
 SHADOWS = {f"{data}-{model}": (model, data) for model, data in IDS}
 CELLS = {"data": 3, "parts": 3, "banks": 5, "audits": 5, "alarms": 8} | {f"shadows-{name}": 100 for name in SHADOWS}

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
 
 from sweep.conftest import results
-from vestige.cli import describe
+from vestige.cli import describe, main
 from vestige.errors import CorruptFile, IndexMismatch, PieceFailed, UserError, WorkElsewhere
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
@@ -28,12 +30,24 @@ def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
     assert table["settings.method"] == ["bm25"] * 4
     assert table["state"] == ["done"] * 4
     assert table["figures.data.examples"] == [5] * 4
+    assert table["figures.trust.finite numbers.value"] == [0.0] * 4
     assert all(seconds > 0 for seconds in table["seconds"])
     row = report[{"k": 2, "dense": True}]
     assert (here / "sw" / "named" / "k=2,dense=True" / "run.json").exists()
     assert json.loads((here / "sw" / "cells" / row.cell / "out" / "run.json").read_text())["config"]["k"] == 2
     assert "4 done" in describe(here / "sw")
     assert json.loads((here / "sw" / "cells.json").read_text())["cells"][0]["point"] == {"k": 1, "dense": False}
+
+
+def test_the_command_in_a_cell_is_what_runs_it_alone(run):
+    """A command of two words had its second word twice."""
+    report = run({"verb": "data split", "base": {"data": "train.jsonl"}, "axes": {"seed": [1]}})
+    folder = Path(report.rows[0].folder)
+    typed = json.loads((folder.parent / "cell.json").read_text())["command"]
+    first = (folder / "train.jsonl").read_bytes()
+    shutil.rmtree(folder)
+    main(shlex.split(typed)[1:])
+    assert (folder / "train.jsonl").read_bytes() == first
 
 
 def test_a_grown_grid_runs_only_its_new_cells(grid, run, here, monkeypatch):

@@ -42,7 +42,7 @@ def export(settings: ExportSettings) -> list[Path]:
 
 
 def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]:
-    """Write the whole index to the folder `out`.
+    """The whole index in the folder `out`.
 
     Args:
         index: A finished index.

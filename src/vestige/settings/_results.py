@@ -1,4 +1,4 @@
-"""What the commands take that read an index or a run: report, view, status, export."""
+"""The settings of the commands that read an index or a run: report, view, status, export, methods."""
 
 from pathlib import Path
 from typing import ClassVar

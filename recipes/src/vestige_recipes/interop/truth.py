@@ -119,7 +119,7 @@ def _texts(count: int) -> Texts:
 
 
 def _integers(path: Path) -> np.ndarray:
-    """Read all whole numbers of a file, in lines or in columns; words in a first line are its header."""
+    """Return all whole numbers of a file, in lines or in columns; words in a first line are its header."""
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
         if lines and not all(cell.strip().lstrip("-").isdigit() for cell in lines[0] if cell.strip()):

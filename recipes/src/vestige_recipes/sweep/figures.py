@@ -54,12 +54,12 @@ def _figures(content: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", each) for key, each in value.items() if _is_figure(each))
             for table in _TABLES:
-                yield from _rows(table, value.get(table))
+                yield from _rows(name, value.get(table))
         elif name in _TABLES:
             yield from _rows(name, value)
 
 
-def _rows(table: str, rows: Any) -> Iterator[tuple[str, Any]]:
+def _rows(prefix: str, rows: Any) -> Iterator[tuple[str, Any]]:
     for row in rows if isinstance(rows, list) else ():
         named = next((str(row[key]) for key in _NAMES if key in row), None) if isinstance(row, Mapping) else None
         if named is None:
@@ -68,7 +68,7 @@ def _rows(table: str, rows: Any) -> Iterator[tuple[str, Any]]:
             # An estimate with its interval, as evaluations write it.
             number = value.get("value") if isinstance(value, Mapping) else value
             if _is_figure(number):
-                yield f"{table}.{named}.{key}", number
+                yield f"{prefix}.{named}.{key}", number
 
 
 def _is_figure(value: Any) -> bool:

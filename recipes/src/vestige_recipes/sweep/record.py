@@ -68,4 +68,4 @@ def read_sweep(folder: Path) -> SweepRecord:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no sweep. Give the folder that `vestige sweep` got as --out.") from None
     except ValueError as error:
-        raise CorruptFile(f"{folder / SWEEP_FILE} cannot be read ({error}). Run the same command again.") from None
+        raise CorruptFile(f"{folder / SWEEP_FILE} does not read ({error}). Run the same command again.") from None

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -44,7 +43,7 @@ class TruthFormat:
     """The bank at a path, given `measure` and `examples` of `Bank.open`."""
 
 
-TRUTH_FORMATS: Registry[TruthFormat] = Registry("vestige.truth_formats", "layout of ground truth", FunctionType)
+TRUTH_FORMATS: Registry[TruthFormat] = Registry("vestige.truth_formats", "layout of ground truth", TruthFormat)
 
 
 @final

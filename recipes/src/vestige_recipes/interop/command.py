@@ -21,7 +21,7 @@ class ImportSettings(Settings):
     layout: ImportLayout = Field(
         "auto",
         description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
-        "(chunk_gradients_*.mmap) or similarities (JSON); auto looks at the files.",
+        "(chunk_gradients_*.mmap) or similarities (JSON); auto finds it from the files.",
     )
     data: Any = Field(
         None,

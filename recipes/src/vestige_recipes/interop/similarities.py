@@ -232,18 +232,18 @@ def write_similarities(scores: Scores, out: Path) -> list[Path]:
     """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first.
 
     Raises:
-        SpecError: A query lists two examples with one id, which similarities cannot tell apart.
+        SpecError: A query lists two examples with one id, which similarities cannot distinguish.
     """
     content: dict[str, dict[str, float]] = {}
     for query in scores.queries:
         listed: dict[int, tuple[str, float]] = {}
         every = scores.run.data.examples
-        # Opponents from the highest on: what is listed at both ends keeps its place among the proponents.
+        # Opponents from the highest on: what is listed at both ends keeps its rank among the proponents.
         for row in (*scores.top(query, every), *reversed(scores.bottom(query, every))):
             listed.setdefault(row.row, (row.example_id, row.score))
         content[query] = dict(listed.values())
         if len(content[query]) < len(listed):
-            raise SpecError(f"Query {query!r} lists two examples with one id. Type --to json, which keeps them apart.")
+            raise SpecError(f"Query {query!r} lists two examples with one id. Type --to json, which keeps both.")
     # The published files are indented by four.
     return [write_json(out / "similarities.json", content, indent=4)]
 

@@ -42,7 +42,7 @@ def export(settings: ExportSettings) -> list[Path]:
 
 
 def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]:
-    """The whole index in the folder `out`.
+    """Write the whole index to the folder `out`.
 
     Args:
         index: A finished index.

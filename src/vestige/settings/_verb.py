@@ -44,7 +44,7 @@ def verb(
 
 
 def _words(function: Callable[..., Any]) -> str:
-    """The words behind `vestige` that the function stands for."""
+    """Return the words that are typed after `vestige` for the function."""
     package = function.__module__.partition(".")[2].split(".")[0]
     group = {"evaluate": "evaluate ", "prepare": "data "}.get(package, "")
     return group + function.__name__.replace("_", "-")

@@ -45,7 +45,7 @@ any work, and a run records and replays them.
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     app = build_app()
     names = sorted((name for name in app if not name.startswith("-")), key=lambda name: app[name].sort_key)
     return "\n".join([INTRODUCTION, *(_command(name, app[name]) for name in names), _options()])
@@ -60,7 +60,7 @@ def _command(name: str, app: App) -> str:
 
 
 def _settings(name: str, command: Any) -> str:
-    """What one command does and takes."""
+    """Return the section of one command: what it does and takes."""
     parts = [f"## vestige {name}\n\n{inspect.getdoc(command)}\n"]
     groups: dict[Any, list[str]] = {}
     for parameter in inspect.signature(command).parameters.values():
@@ -77,7 +77,7 @@ def _settings(name: str, command: Any) -> str:
 
 
 def _options() -> str:
-    """What the methods take beside the settings of `vestige attribute`."""
+    """Return the options that methods take beside the settings of `vestige attribute`."""
     rows = []
     for name in METHODS.names():
         rows += [
@@ -92,7 +92,7 @@ def _flag(option: Parameter) -> str:
 
 
 def _values(typed: Any) -> str:
-    """What may follow the flag: names of choices, or the kind of value."""
+    """Return the values that may follow the flag: names of choices, or the kind of value."""
     members = [member for member in get_args(typed) or (typed,) if member is not NoneType]
     words = []
     for member in members:

@@ -1,6 +1,6 @@
 """The registry of what packages bring, by their entry points."""
 
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
@@ -15,12 +15,16 @@ def announced(monkeypatch):
 
     def announce(*pairs):
         points = [EntryPoint(name, value, "toys") for name, value in pairs]
-        monkeypatch.setattr(registry, "entry_points", lambda group: [one for one in points if one.group == group])
-        registry._announced.cache_clear()
+        monkeypatch.setattr(registry, "entry_points", lambda: EntryPoints(points))
+        forget()
         return Registry("toys", "toy", float)
 
+    def forget():
+        registry._installed.cache_clear()
+        registry._announced.cache_clear()
+
     yield announce
-    registry._announced.cache_clear()
+    forget()
 
 
 def test_an_object_is_found_by_its_name(announced):

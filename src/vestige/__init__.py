@@ -4,15 +4,14 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, precondition, attribute             the verbs, as on the command line
     report, view, doctor
-    untrac, study                              unlearning as attribution; published experiments
+    untrac                                     unlearning as attribution
     train                                      a training that attribution and audit read; train.Recorder for your own
-    sweep                                      one verb over a grid of settings
     audit                                      what a model knows by heart, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
-    export, import_published                   to and from formats of other software
+    export                                     an index or a run in formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
-    prepare                                    a function for each kind of data to make: vestige.prepare.paraphrase(...)
+    prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
     Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from vestige.errors import VestigeError as VestigeError
     from vestige.index import Index as Index
     from vestige.index import export as export
-    from vestige.index import import_published as import_published
     from vestige.index import index as index
     from vestige.methods import attribute as attribute
     from vestige.report import report as report
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
     from vestige.runs import Audit as Audit
     from vestige.runs import Scores as Scores
     from vestige.select import select as select
-    from vestige.studies import study as study
-    from vestige.sweep import sweep as sweep
     from vestige.train import train as train
     from vestige.unlearn import untrac as untrac
 
@@ -58,14 +54,11 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
-    "import_published",
     "index",
     "precondition",
     "prepare",
     "report",
     "select",
-    "study",
-    "sweep",
     "train",
     "untrac",
     "view",
@@ -82,13 +75,10 @@ _HOMES = {
     "bank": "vestige.bank",
     "doctor": "vestige.doctor",
     "export": "vestige.index",
-    "import_published": "vestige.index",
     "index": "vestige.index",
     "precondition": "vestige.curvature",
     "report": "vestige.report",
     "select": "vestige.select",
-    "study": "vestige.studies",
-    "sweep": "vestige.sweep",
     "train": "vestige.train",
     "untrac": "vestige.unlearn",
     "view": "vestige.report",

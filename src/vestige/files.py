@@ -174,8 +174,8 @@ def disk_error(error: BaseException, folder: Path) -> UserError | None:
     while seen is not None:
         if isinstance(seen, DiskSpaceError):
             return seen
-        said = str(seen).lower()
-        if any(words in said for words in _GONE_WORDS) and _is_inside(said, folder) and not folder.exists():
+        text = str(seen).lower()
+        if any(words in text for words in _GONE_WORDS) and _is_inside(text, folder) and not folder.exists():
             return _removed_error(folder)
         full = isinstance(seen, OSError) and seen.errno in _FULL
         # Words count where the library has no number to give; data may hold any words in a message of our own.

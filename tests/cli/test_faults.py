@@ -122,11 +122,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_an_odd_config_or_grid_is_refused(case, vestige, workshop):
+def test_an_odd_config_is_refused(case, vestige, workshop):
     content, message = CONFIGS[case]
     Path("c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(vestige("index", "--data", "train.jsonl", "--out", "new", "--config", "c.yaml"), message)
-    refused(vestige("sweep", "c.yaml", "--out", "grid"), "c.yaml")
 
 
 @pytest.mark.parametrize("verb", ["status", "report", "view", "cancel"])

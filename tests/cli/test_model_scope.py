@@ -14,25 +14,18 @@ from vestige.settings import SHARED_COMPRESSION, IndexSettings
 WHOLE = ("--compress-scope", "model", "--compress", "mask:256 | sjlt:64")
 
 
-def test_an_index_of_the_whole_model_is_asked_reported_exported_and_read_back(vestige, workshop):
+def test_an_index_of_the_whole_model_is_asked_reported_and_exported(vestige, workshop):
     outcome = vestige(*index_words(), *WHOLE, "--out", "whole")
     assert outcome.status == 0
     assert "mask:256 | sjlt:64 per model, 64 numbers in float16" in outcome.out
     ask = ("attribute", "--queries", "Why is the sky blue?", "--k", "3")
     assert vestige(*ask, "--index", "whole", "--tokens", "--out", "run").status == 0
-    scores = Scores.open("run")
+    assert Scores.open("run").queries
     assert len(read_record("run").components) == len(Index.open("whole").manifest.components)
     assert vestige("report", "run").status == 0
     again = vestige(*ask, "--index", "whole", "--method", "grad-cos", "--self-influence", "--out", "run2")
     assert again.status != 0
-    for layout in ("projections", "chunks"):
-        assert vestige("export", "whole", "--to", layout, "--out", layout).status == 0
-        back = ("import", layout, "--out", f"{layout}-back", "--model", "tiny-model", "--data", "train.jsonl")
-        outcome = vestige(*back)
-        assert outcome.status == 0, outcome.err
-        assert vestige(*ask, "--index", f"{layout}-back", "--out", f"{layout}-run").status == 0
-        found = Scores.open(f"{layout}-run").top(scores.queries[0], 3)
-        assert [row.example_id for row in found] == [row.example_id for row in scores.top(scores.queries[0], 3)]
+    assert vestige("export", "whole", "--to", "safetensors", "--out", "tensors").status == 0
     precondition = vestige("precondition", "whole", "--out", "solved")
     assert precondition.status == 0, precondition.err
 

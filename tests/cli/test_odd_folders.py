@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 from transformers import modeling_utils
@@ -92,3 +94,15 @@ def test_a_folder_that_is_taken_away_while_a_training_writes_to_it(vestige, work
         patch.setattr(modeling_utils, "safe_save_file", taken)
         refused(vestige(*TRAIN), "trained was removed or renamed while it was being written to")
     assert vestige(*TRAIN).status == 0
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused_also_without_digests(score, vestige, workshop):
+    words = ("--data", "train.jsonl", "--queries", "train.jsonl", "--method", "bm25")
+    assert vestige("attribute", *words, "--out", "run").status == 0
+    table = parquet.read_table("run/scores.parquet")
+    values = pa.array([score, *table["score"].to_pylist()[1:]])
+    parquet.write_table(table.set_column(table.column_names.index("score"), "score", values), "run/scores.parquet")
+    edit(workshop / "run" / "run.json", files={})
+    for command in (("report", "run"), ("export", "run", "--to", "csv", "--out", "as-csv")):
+        refused(vestige(*command), "scores.parquet, row 0: the score is", "no finite number")

@@ -1,4 +1,4 @@
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 from hypothesis import given
@@ -193,11 +193,13 @@ def test_other_packages_announce_compressors_by_entry_point(monkeypatch, tmp_pat
     )
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("third-party", "their_compressor", "vestige.compressors")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
-    registry._announced.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda: EntryPoints([point]))
+    for known in (registry._installed, registry._announced):
+        known.cache_clear()
     try:
         assert "third-party" in known_compressors()
         assert parse_spec("third-party:8").canonical == "third-party:8"
     finally:
-        registry._announced.cache_clear()
+        for known in (registry._installed, registry._announced):
+            known.cache_clear()
         COMPRESSORS._added.pop("third-party", None)

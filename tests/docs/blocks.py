@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(page for part in ("docs", "recipes") for page in (ROOT / part).rglob("*.md"))]
 
 _BLOCK = re.compile(
     r"(?:<!--\s*not run:\s*(?P<reason>.*?)\s*-->\s*\n)?^```(?P<language>console|python)\n(?P<body>.*?)^```$",

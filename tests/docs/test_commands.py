@@ -1,4 +1,4 @@
-"""Every command and every Python snippet in README.md and docs/ runs, in a folder with a tiny model and its data.
+"""Every command and every Python snippet of README.md, docs/ and recipes/ runs, beside a tiny model and its data.
 
 A block after `<!-- not run: reason -->` is only checked for words that Vestige would not understand, and shows up as
 skipped with its reason.
@@ -26,7 +26,7 @@ def where(block: Block) -> str:
     return f"{block.page}:{block.line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_says_to_type_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capfd):
     to_run = [block for block in blocks(page) if block.reason is None]
     if not to_run:

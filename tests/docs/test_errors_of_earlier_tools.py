@@ -25,7 +25,7 @@ ITEMS = {
 }
 """Every item that is answered for, by section."""
 
-_TEST = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
+_TEST = re.compile(r"`((?:recipes/)?tests/[\w/]+\.py)::([\w:]+)`")
 
 
 def rows() -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +10,6 @@ import vestige.evaluate
 from tests.docs.blocks import ROOT
 from tests.evaluate.test_component_pass import workshop  # noqa: F401
 from vestige.cli import main
-from vestige.errors import DataError
-from vestige.evaluate import greedy_path, published_products
 from vestige.evaluate._component_cost import backward_shares, component_type
 from vestige.models import load_model, select_components
 from vestige.settings import ComponentsSettings
@@ -134,35 +131,3 @@ def test_the_command_of_a_worker_is_the_one_that_was_typed(tmp_path):
     settings = ComponentsSettings(model="m", data="d", queries="q", out=tmp_path, candidates="5,all", project="1%")
     words = settings.command_line("evaluate components").split()
     assert words[:3] == ["vestige", "evaluate", "components"]
-
-
-DOTS = {
-    "lima_0": {"lima_0": {"a": 3.0, "b": 1.0}, "lima_1": {"a": -1.0, "b": 2.0}},
-    "lima_1": {"lima_0": {"a": 0.0, "b": 2.0}, "lima_1": {"a": 2.0, "b": 0.5}},
-}
-OWN = {"lima_0": {"a": 4.0, "b": 9.0}, "lima_1": {"a": 4.0, "b": 4.0}}
-
-
-def test_the_published_layout_of_products_is_read(tmp_path):
-    (tmp_path / "paraphrased_dot_products.json").write_text(json.dumps(OWN))
-    (tmp_path / "original_dot_products.json").write_text(json.dumps(OWN))
-    for number, (query, found) in enumerate(DOTS.items()):
-        path = tmp_path / f"dot_products_part_{number}_{number + 1}.json"
-        path.write_text(json.dumps({query: found}, indent=4))
-    found = published_products(tmp_path, {"a": 10, "b": 40})
-    assert (found.queries, found.products.names) == (("lima_0", "lima_1"), ("a", "b"))
-    expected = [[4 / 13, 1 / np.sqrt(13 * 8)], [2 / np.sqrt(8 * 13), 2.5 / 8]]
-    np.testing.assert_allclose(found.products.cosine(), expected)
-    assert found.right.tolist() == [[True, False], [False, True]]
-    path = greedy_path(found.products, found.right, "accuracy")
-    assert (path.order[0], path.values[0]) == (0, 1.0)
-
-
-def test_published_products_that_do_not_belong_together_are_refused(tmp_path):
-    (tmp_path / "dot_products.json").write_text(json.dumps(DOTS))
-    with pytest.raises(DataError, match=r"holds no paraphrased_dot_products.json"):
-        published_products(tmp_path)
-    (tmp_path / "paraphrased_dot_products.json").write_text(json.dumps({"lima_0": OWN["lima_0"]}))
-    (tmp_path / "original_dot_products.json").write_text(json.dumps(OWN))
-    with pytest.raises(DataError, match="no products of 'lima_1' with itself"):
-        published_products(tmp_path)

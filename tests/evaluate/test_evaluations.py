@@ -94,24 +94,6 @@ def test_lds_predicts_margins_where_they_are_asked_for_or_all_there_is(halves, g
     of_subsets = [np.corrcoef(rankdata(scores[q]), rankdata(margins[:, q]))[0, 1] for q in range(3)]
     assert result["grad-dot"].values["LDS"].value == pytest.approx(np.mean(of_subsets), abs=1e-6)
     assert "the margin" in result.title
-    # GraSS's published truth holds margins alone.
-    grass = tmp_path / "grass"
-    for number, rows in enumerate(truth.subset_membership):
-        (grass / str(number)).mkdir(parents=True)
-        lines = "".join(f"{row}\n" for row in np.flatnonzero(rows))
-        (grass / str(number) / "train_index.csv").write_text(lines)
-    torch.save(torch.from_numpy(margins), grass / "gt.pt")
-    published = Bank.open(grass)
-    assert published.holds("query_margin")
-    assert not published.holds("query_loss")
-    numbered = [row | {"id": str(n)} for n, row in enumerate(rows_of(given["data"]))]
-    asked_of = [row | {"id": str(n)} for n, row in enumerate(rows_of(given["queries"]))]
-    files = {"data": write_rows(tmp_path / "d.jsonl", numbered), "queries": write_rows(tmp_path / "q.jsonl", asked_of)}
-    files = {name: str(path) for name, path in files.items()}
-    again = vestige.evaluate.lds(
-        **files, model=given["model"], methods="grad-dot", opponents=False, draws=2, bank=grass, out=tmp_path / "same"
-    )
-    assert again["grad-dot"].values["LDS"].value == pytest.approx(np.mean(of_subsets), abs=1e-6)
 
 
 def test_a_second_call_scores_nothing_anew_and_changed_settings_are_refused(halves, given, tmp_path, monkeypatch):

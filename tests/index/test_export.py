@@ -1,17 +1,20 @@
+import csv
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-import torch
 from datasets import load_from_disk
 from safetensors.numpy import load_file
 
 from tests.index.synthetic import WIDTH, build, gradient_rows
-from vestige import export, import_published
+from tests.runs.conftest import all_scores, content, queries, record, train  # noqa: F401
+from vestige import export
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.index import Index, export_index
+from vestige.registry import EXPORT_FORMATS, Registry
+from vestige.runs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +51,8 @@ def test_tables_hold_every_row(index, tmp_path, to):
 
 
 def test_an_unknown_format_or_a_full_folder_is_refused(index, tmp_path):
-    with pytest.raises(SpecError, match=r"--to csv is not known for an index. Expected one of: numpy, arrow, parquet"):
-        export_index(index, tmp_path / "out", "csv")
+    with pytest.raises(SpecError, match=r"--to banana is not known for an index. Expected one of: arrow, .*\[recipes"):
+        export_index(index, tmp_path / "out", "banana")
     (tmp_path / "notes").touch()
     with pytest.raises(UserError, match="not an empty folder"):
         export_index(index, tmp_path)
@@ -58,9 +61,9 @@ def test_an_unknown_format_or_a_full_folder_is_refused(index, tmp_path):
 
 def test_safetensors_hold_every_row_in_the_order_of_the_data(index, tmp_path):
     [path] = export_index(index, tmp_path / "out", "safetensors")
-    content = load_file(path)
-    assert np.array_equal(content["gradients"], gradient_rows(np.arange(60)).numpy())
-    assert np.array_equal(content["loss"], np.arange(60) / np.float32(8))
+    stored = load_file(path)
+    assert np.array_equal(stored["gradients"], gradient_rows(np.arange(60)).numpy())
+    assert np.array_equal(stored["loss"], np.arange(60) / np.float32(8))
 
 
 def test_a_datasets_folder_holds_the_examples_beside_their_gradients(index, tmp_path):
@@ -71,27 +74,6 @@ def test_a_datasets_folder_holds_the_examples_beside_their_gradients(index, tmp_
     assert json.loads(rows[0]["messages"])[1] == ["assistant", "no. 0"]
     assert np.array_equal(np.array(rows["gradient"][:], dtype=np.float32), gradient_rows(np.arange(60)).numpy())
     assert not list((tmp_path / "out").glob(".rows*"))
-
-
-def test_projections_are_laid_out_by_sorted_name_and_cut_into_iterations(index, tmp_path):
-    export_index(index, tmp_path / "out", "projections")
-    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
-    assert [layer["name"] for layer in metadata["layers"]] == ["first.weight", "second.weight"]
-    assert (metadata["layers"][0]["k_o"], metadata["layers"][0]["k_i"]) == (4, 4)
-    files = sorted((tmp_path / "out").glob("proj_iter_*.pt"))
-    assert [path.name for path in files] == [f"proj_iter_{number:06d}.pt" for number in range(4)]
-    content = [torch.load(path, weights_only=True) for path in files]
-    assert torch.equal(torch.cat([each["proj"] for each in content]), gradient_rows(np.arange(60)))
-    assert [row for each in content for row in each["batch_idx"]] == list(range(60))
-
-
-def test_chunks_are_raw_numbers_with_their_shape_beside(index, tmp_path):
-    export_index(index, tmp_path / "out", "chunks")
-    metadata = json.loads((tmp_path / "out" / "grad" / "chunk_gradients_0_3_metadata.json").read_text())
-    assert metadata["shape"] == [60, WIDTH]
-    assert metadata["batches"][-1] == {"batch_idx": 3, "start_row": 48, "end_row": 60}
-    values = np.fromfile(tmp_path / "out" / "grad" / "chunk_gradients_0_3.mmap", dtype=np.float32)
-    assert np.array_equal(values.reshape(60, WIDTH), gradient_rows(np.arange(60)).numpy())
 
 
 def test_a_faiss_index_finds_rows_and_its_recall_lies_beside_it(tmp_path, capfd):
@@ -129,39 +111,49 @@ def test_a_missing_extra_says_what_to_install(index, tmp_path, monkeypatch, to, 
 
 
 @pytest.fixture
-def run(tmp_path):
-    content = {"q1": {"a": 0.5, "b": 0.25, "c": -0.125}, "q2": {"c": 1.0, "a": 0.0}}
-    (tmp_path / "s.json").write_text(json.dumps(content))
-    import_published(source=tmp_path / "s.json", out=tmp_path / "run")
-    return content, tmp_path / "run"
-
-
-def test_a_run_is_exported_to_similarities_that_import_again(run, tmp_path):
-    content, folder = run
-    [path] = export(path=folder, out=tmp_path / "out", to="similarities")
-    assert json.loads(path.read_text()) == content
-    again = import_published(source=path, out=tmp_path / "again")
-    assert [row.score for row in again.top("q1")] == [0.5, 0.25, -0.125]
+def run(tmp_path, record, content):  # noqa: F811
+    return write_run(tmp_path / "run", record, content)
 
 
 def test_a_run_is_exported_to_tables(run, tmp_path):
-    _, folder = run
-    [path] = export(path=folder, out=tmp_path / "csv", to="csv")
-    lines = path.read_text().splitlines()
-    assert lines[0] == "query_id,end,rank,example_id,score,percentile,text,source,row"
-    assert lines[1].startswith("q1,proponent,1,a,0.5,")
-    assert len(lines) == 1 + 2 * 5
-    [path] = export(path=folder, out=tmp_path / "json", to="json")
-    content = json.loads(path.read_text())
-    assert content["meaning"]["sign"].startswith("positive")
-    assert content["scores"][0]["example_id"] == "a"
-    export(path=folder, out=tmp_path / "hf", to="datasets")
+    [path] = export(path=run, out=tmp_path / "csv", to="csv")
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert ",".join(header) == "query_id,end,rank,example_id,score,percentile,text,source,row"
+    assert rows[0][:5] == ["q0", "proponent", "1", "a", "3.0"]
+    assert len(rows) == 2 * 2 * 3
+    [path] = export(path=run, out=tmp_path / "json", to="json")
+    exported = json.loads(path.read_text())
+    assert exported["meaning"]["sign"].startswith("positive")
+    assert exported["scores"][0]["example_id"] == "a"
+    export(path=run, out=tmp_path / "hf", to="datasets")
     assert load_from_disk(str(tmp_path / "hf"))[0]["example_id"] == "a"
 
 
 def test_a_format_for_the_other_kind_is_refused(run, index, tmp_path):
-    with pytest.raises(SpecError, match=r"is a run, and --to numpy is for an index"):
-        export(path=run[1], out=tmp_path / "out")
-    with pytest.raises(SpecError, match=r"--to csv is not known for an index"):
+    with pytest.raises(SpecError, match=r"is a run, and --to numpy is for an index. Expected one of: csv, datasets"):
+        export(path=run, out=tmp_path / "out")
+    with pytest.raises(SpecError, match=r"is an index, and --to csv is for a run. Expected one of: arrow"):
         export(path=index.folder, out=tmp_path / "out", to="csv")
     assert not (tmp_path / "out").exists()
+
+
+def test_help_lists_every_announced_format(capsys, monkeypatch):
+    from vestige.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["export", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for kind, name in (each.split() for each in EXPORT_FORMATS.names()):
+        assert any(line.strip().startswith(f"- {kind}: ") and name in line for line in lines), (kind, name)
+
+
+def test_another_package_adds_a_format(index, tmp_path, monkeypatch):
+    def write_count(index, out):
+        (out / "count").write_text(str(index.rows))
+        return [out / "count"]
+
+    monkeypatch.setattr(Registry, "names", lambda self: ["index count"])
+    monkeypatch.setattr(Registry, "find", lambda self, name: {"index count": write_count}[name])
+    assert export_index(index, tmp_path / "out", "count") == [tmp_path / "out" / "count"]
+    assert (tmp_path / "out" / "count").read_text() == "60"

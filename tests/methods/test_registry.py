@@ -1,5 +1,5 @@
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
@@ -43,14 +43,19 @@ def announced(monkeypatch, tmp_path):
     def announce(text):
         (tmp_path / "their_package.py").write_text(text)
         points = [EntryPoint("theirs", "their_package:Theirs", "vestige.methods")]
-        theirs = [*registry.entry_points(group="vestige.methods"), *points]
-        monkeypatch.setattr(registry, "entry_points", lambda group: [one for one in theirs if one.group == group])
-        registry._announced.cache_clear()
+        theirs = EntryPoints([*registry.entry_points(), *points])
+        monkeypatch.setattr(registry, "entry_points", lambda: theirs)
+        forget()
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(METHODS, "_added", dict(METHODS._added))
+
+    def forget():
+        registry._installed.cache_clear()
+        registry._announced.cache_clear()
+
     yield announce
-    registry._announced.cache_clear()
+    forget()
     sys.modules.pop("their_package", None)
 
 

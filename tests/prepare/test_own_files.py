@@ -8,7 +8,7 @@ import pytest
 from tests.workshop import PAIRS, write_rows
 from vestige.errors import IndexMismatch, UserError
 from vestige.prepare import _write as write_module
-from vestige.prepare import paraphrase, split
+from vestige.prepare import split
 
 
 @pytest.fixture
@@ -28,13 +28,9 @@ def test_files_of_the_user_are_neither_replaced_nor_deleted(data, tmp_path, mine
     (out / mine).parent.mkdir(parents=True, exist_ok=True)
     (out / mine).write_text("mine")
     before = listing(out)
-    for command in (
-        lambda: split(data=data, out=out, overwrite=overwrite),
-        lambda: paraphrase(data=data, out=out, rules=True, overwrite=overwrite),
-    ):
-        with pytest.raises(UserError, match="holds other files"):
-            command()
-        assert listing(out) == before
+    with pytest.raises(UserError, match="holds other files"):
+        split(data=data, out=out, overwrite=overwrite)
+    assert listing(out) == before
 
 
 def test_an_input_in_the_folder_of_the_output_is_refused(data, tmp_path):
@@ -73,10 +69,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", range(1, 8))
-@pytest.mark.parametrize("kind", [split, paraphrase])
-def test_after_a_kill_before_any_file_the_same_command_goes_on(data, tmp_path, monkeypatch, kind, step):
-    more = {"rules": True} if kind is paraphrase else {}
-    kind(data=data, out=tmp_path / "whole", **more)
+def test_after_a_kill_before_any_file_the_same_command_goes_on(data, tmp_path, monkeypatch, step):
+    split(data=data, out=tmp_path / "whole")
     done = 0
 
     def dying(call):
@@ -93,8 +87,8 @@ def test_after_a_kill_before_any_file_the_same_command_goes_on(data, tmp_path, m
         for name in ("write_durably", "remove_durably", "_save_dataset"):
             patch.setattr(write_module, name, dying(getattr(write_module, name)))
         with contextlib.suppress(Killed):
-            kind(data=data, out=tmp_path / "out", **more)
-    kind(data=data, out=tmp_path / "out", **more)
+            split(data=data, out=tmp_path / "out")
+    split(data=data, out=tmp_path / "out")
     found, wanted = listing(tmp_path / "out"), listing(tmp_path / "whole")
     records = [json.loads(each.pop("prepare.json")) for each in (found, wanted)]
     assert records[0]["rows"] == records[1]["rows"]

@@ -125,7 +125,7 @@ def test_the_page_says_evidence_and_sets_the_blind_baseline_beside_the_attack(au
     page = report(audited).read_text()
     assert "Evidence, no verdicts" in page
     assert page.index("loss, low values flagged") < page.index("blind: texts alone, no model")
-    assert "Too few others to tell this level from zero" in page
+    assert "Too few others to distinguish this level from zero" in page
     assert "none</td><td>no choices &lt;i&gt;" in page
     assert "is memorized" not in page
 

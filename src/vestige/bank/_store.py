@@ -1,6 +1,7 @@
 """A bank opened again: who was trained on what, and what came of it, as arrays."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -13,8 +14,11 @@ from jaxtyping import Bool, Float, Int
 from vestige.bank._manifest import BankManifest, read_manifest
 from vestige.bank._members import Member, MemberFiles
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
+from vestige.registry import Registry
 
 Weights = dict[str, Any]
+Measure = Callable[[Weights], np.ndarray]
+"""From the state of one model to the losses of the queries, [query]."""
 
 
 class Texts(NamedTuple):
@@ -25,6 +29,21 @@ class Texts(NamedTuple):
     labels: list[str | None]
     targets: Int[np.ndarray, "text"]
     """Target tokens of each; 1 where texts are not language."""
+
+
+@dataclass(frozen=True)
+class TruthFormat:
+    """A layout in which other software leaves ground truth, read as a bank; announced in "vestige.truth_formats"."""
+
+    expected: str
+    """What it looks like, for the message that there is no bank: "dattri's (metadata.yml)"."""
+    matches: Callable[[Path], bool]
+    """Whether a path is in this layout, from the names of files alone."""
+    read: "Callable[[Path, Measure | None, int | None], Bank]"
+    """The bank at a path, given `measure` and `examples` of `Bank.open`."""
+
+
+TRUTH_FORMATS: Registry[TruthFormat] = Registry("vestige.truth_formats", "layout of ground truth", TruthFormat)
 
 
 @final
@@ -57,17 +76,16 @@ class Bank:
         path: str | Path,
         *,
         allow_missing: bool = False,
-        measure: "Callable[[Weights], np.ndarray] | None" = None,
+        measure: Measure | None = None,
         examples: int | None = None,
     ) -> "Bank":
         """Open the bank in a folder, or ground truth that other software has left there.
 
         Args:
-            path: A folder that `vestige bank` or `bank_of` made; or dattri's (`metadata.yml`, `0/indices.txt`,
-                `0/model_weights_0.pt`), GraSS's (`0/train_index.csv`, `gt.pt`), or a JSON-lines table of subsets and
-                held-out losses (`train_subset`, `test_loss`). See docs/bank.md.
+            path: A folder that `vestige bank` or `bank_of` made; or, with the recipes installed, ground truth in a
+                layout of other software (dattri's, GraSS's, a table of subsets and losses). See docs/bank.md.
             allow_missing: Also open a bank of which members are missing; there is a row for each that is done.
-            measure: dattri stores weights and no losses: turns the state of one model into losses [query].
+            measure: For a layout that holds weights and no losses: turns the state of one model into losses [query].
             examples: How many training examples there are, where the files do not say; the largest row that a subset
                 names is the last one if not given.
 
@@ -78,9 +96,7 @@ class Bank:
         path = Path(path).expanduser()
         manifest = read_manifest(path) if path.is_dir() else None
         if manifest is None:
-            from vestige.bank._published import read_published
-
-            return read_published(path, measure, examples)
+            return _read_truth(path, measure, examples)
         table = None if allow_missing else _read_whole(path / "members.parquet")
         if table is None or len(table) != len(manifest.subsets) * manifest.seeds:
             table = members_table(path, manifest, allow_missing=allow_missing)
@@ -273,6 +289,21 @@ def texts_table(texts: Texts) -> pa.Table:
             "targets": pa.array(texts.targets, pa.int64()),
         }
     )
+
+
+def _read_truth(path: Path, measure: Measure | None, examples: int | None) -> Bank:
+    """Return the ground truth in `path`, in whichever of the announced layouts it is.
+
+    Raises:
+        DataError: It is in none of them, or does not read.
+    """
+    formats = list(TRUTH_FORMATS)
+    for each in formats:
+        if each.matches(path):
+            return each.read(path, measure, examples)
+    expected = "".join(f"{', or' if each is formats[-1] else ','} {each.expected}" for each in formats)
+    needed = "" if formats else " Ground truth of other software needs: pip install 'vestige[recipes]'."
+    raise DataError(f"{path} is no bank. Expected a folder that `vestige bank` made{expected}.{needed}")
 
 
 def _read_whole(path: Path) -> pa.Table | None:

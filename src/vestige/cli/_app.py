@@ -158,7 +158,7 @@ def _system_error(error: OSError) -> str:
 
 
 def _bug(error: Exception) -> str:
-    """What a person reads of an error that nobody thought of; the traceback goes to a file, for whoever fixes it.
+    """Return the message of an unexpected error; the traceback goes to a file, for the people who fix it.
 
     What a worker prints is its log, which is where its traceback belongs.
     """

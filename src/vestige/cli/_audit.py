@@ -15,7 +15,7 @@ SHOWN = 8
 
 @command("audit", AuditSettings, function="vestige.audit:audit", order=70, sweepable=True, writes_once=True)
 def audit(settings: AuditSettings) -> None:
-    """Say for every example how well the model knows it, and how far that can be trusted.
+    """Say for every example how well the model has memorized it, and how far that can be trusted.
 
     What it prints and stores is evidence about examples, no verdict on any of them. Measures that need classes, a bank
     or another model are null without them, and the run says why.
@@ -27,7 +27,7 @@ def audit(settings: AuditSettings) -> None:
 
 
 def describe(found: "Audit") -> str:
-    """The list that stands out most, what could not be computed, and how well measures tell what is known."""
+    """Return the highest list, what could not be computed, and how well the measures predict what is known."""
     from vestige.errors import UserError
     from vestige.runs import Truth
 
@@ -51,7 +51,7 @@ def describe(found: "Audit") -> str:
 
 
 def _exposures(found: "Audit") -> list[str]:
-    """The planted secrets that are guessed soonest, if any were given."""
+    """Return the planted secrets that are guessed soonest, if any were given."""
     from vestige.runs import CHANCE_BITS
 
     known = [

@@ -43,7 +43,7 @@ def as_function(command: Command) -> Callable[..., None]:
 
 
 def _typed_in(settings: type[Settings], name: str, value: Any) -> Any:
-    """A setting that may be repeated but was given once is that one value; several words for files are paths."""
+    """Return one value for a repeatable setting that was given once, and paths for several words for files."""
     if not isinstance(value, list) or name not in (*settings.repeatable, *settings.files):
         return value
     if len(value) == 1:
@@ -52,7 +52,7 @@ def _typed_in(settings: type[Settings], name: str, value: Any) -> Any:
 
 
 def _replayed(settings: type[Settings], name: str, value: Any) -> Any:
-    """What a config file has; a list of strings where files are meant is paths if they are there, else it is texts."""
+    """Return a value of a config file; a list of strings for files becomes paths if they exist, else it stays texts."""
     if name not in settings.files or not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         return value
     paths = [Path(word) for word in value]
@@ -74,7 +74,7 @@ def _signature(settings: type[Settings]) -> inspect.Signature:
 
 
 def _in_help_order(settings: type[Settings]) -> list[tuple[str, FieldInfo]]:
-    """The verb's own settings before shared ones; positional ones before flags, as Python demands."""
+    """Return the command's own settings before shared ones, and positional ones before flags, as Python demands."""
     rank = {
         name: (name not in settings.positional, _owner(settings, name) is not settings)
         for name in settings.model_fields
@@ -112,12 +112,12 @@ def _parameter(settings: type[Settings], name: str, field: FieldInfo) -> inspect
 
 
 def _word(_: Any, tokens: Sequence[Token]) -> str:
-    """A path as it was typed: of an empty word the parser would make the current folder, and the settings refuse it."""
+    """Return a path as typed: the parser would turn an empty word into the current folder; the settings refuse it."""
     return tokens[0].value
 
 
 def _typed(field: FieldInfo) -> Any:
-    """The type that a word on the command line is read as; where Python may pass a live object, a string."""
+    """Return the type that a word is read as; a string where Python may pass a live object."""
     annotation = _without_bounds(field.annotation)
     if annotation is Any:
         return str

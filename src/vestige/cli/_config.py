@@ -9,7 +9,7 @@ from vestige.settings import Settings, flag, nearest
 
 
 def read_config(path: Path, settings: type[Settings]) -> dict[str, Any]:
-    """The settings in a config file, with names checked and values as the file has them.
+    """Read the settings of a config file, with names checked and values as the file has them.
 
     Args:
         path: A YAML or JSON mapping from names to values. Of a `run.json`, its `config` part is taken: an

@@ -42,7 +42,7 @@ def status(settings: StatusSettings) -> None:
 
 
 def describe(folder: Path) -> str:
-    """What is in the folder, and how its jobs are.
+    """Describe what is in the folder, and the state of its jobs.
 
     Raises:
         UserError: Neither an index, nor a run, nor a sweep, nor the beginning of one.
@@ -86,7 +86,7 @@ def _is_at_work(folder: Path) -> bool:
 
 
 def describe_audit(folder: Path) -> str:
-    """What an audit looked at, and what it could not compute."""
+    """Describe what an audit measured, and what it could not compute."""
     from vestige.runs import read_audit_record
 
     run = read_audit_record(folder)
@@ -138,7 +138,7 @@ def describe_training(folder: Path) -> str:
 
 
 def describe_index(folder: Path) -> str:
-    """What an index holds and how much of it is there."""
+    """Describe what an index holds and how much of it is complete."""
     from vestige.index import Index, index_status, read_manifest
 
     manifest, progress = read_manifest(folder), index_status(folder)
@@ -164,13 +164,13 @@ def _costs(run: "RunRecord | AuditRecord") -> str:
 
 
 def _left_out(ids: Sequence[str]) -> list[str]:
-    """A line about examples that were left out, if any."""
+    """Return a line about examples that were left out, if any."""
     more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
     return [f"  left out    {len(ids)}, not finite: {', '.join(ids[:SHOWN_IDS])}{more}"] if ids else []
 
 
 def describe_run(folder: Path) -> str:
-    """What a run holds, what its scores mean, and how it was made."""
+    """Describe what a run holds, what its scores mean, and how it was made."""
     from vestige.runs import read_record
 
     run = read_record(folder)

@@ -30,7 +30,7 @@ def verify(folder: Path) -> Iterator[str]:
 
 
 def _checked_files(folder: Path) -> dict[str, str | None]:
-    """What is wrong with each file that has a digest, None where nothing is."""
+    """Return the fault of each file that has a digest, None where there is none."""
     from vestige.index import Index, read_manifest
     from vestige.runs import file_faults, is_audit, is_run, read_audit_record, read_record
 

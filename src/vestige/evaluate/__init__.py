@@ -5,8 +5,6 @@ from vestige.evaluate._component_products import credit as credit
 from vestige.evaluate._component_projection import Projection as Projection
 from vestige.evaluate._component_projection import projection_plan as projection_plan
 from vestige.evaluate._component_projection import projection_sizes as projection_sizes
-from vestige.evaluate._component_published import PublishedProducts as PublishedProducts
-from vestige.evaluate._component_published import published_products as published_products
 from vestige.evaluate._component_run import OnePassResult as OnePassResult
 from vestige.evaluate._component_run import one_pass_result as one_pass_result
 from vestige.evaluate._component_search import greedy_path as greedy_path

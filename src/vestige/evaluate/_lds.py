@@ -28,7 +28,7 @@ def lds(settings: LdsSettings) -> Evaluation:
         UserError: Scores and bank are not of the same data and queries.
     """
     truth = open_truth(settings.bank, settings.value)
-    found = judged(settings)
+    found = judged(settings, "lds")
     notes = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
     results = {one.name: _measure(settings, truth, one) for one in found.scored}
     limit = ceiling(truth.losses, truth.subset, truth.seeds, seed=settings.seed)

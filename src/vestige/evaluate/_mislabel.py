@@ -35,7 +35,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     if settings.data is None:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
     _refuse_cosines(settings)
-    found = judged(settings, self_influence=True)
+    found = judged(settings, "mislabel", self_influence=True)
     wrong = wrong_labels(
         (example for example, _ in load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)),
         settings.truth,

@@ -23,7 +23,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
     Raises:
         UserError: A run keeps shorter lists, or runs are of different queries.
     """
-    found = judged(settings)
+    found = judged(settings, "overlap")
     _require_same(found.scored)
     tops = {one.name: _tops(one, settings.k) for one in found.scored}
     examples = found.scored[0].run.run.data.examples

@@ -32,7 +32,7 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
         )
     if settings.model is None:
         raise SpecError("There is no model whose weights could be randomised. Type --model MODEL.")
-    found = judged(settings)
+    found = judged(settings, "randomisation")
     scored = [one for one in found.scored if METHODS.find(one.run.run.method).needs_model]
     text_alone = [one.name for one in found.scored if one not in scored]
     tables = {one.name: _correlations(settings, one) for one in scored}

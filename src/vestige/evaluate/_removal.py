@@ -101,7 +101,7 @@ def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.Chunke
     if not settings.judges_methods:
         loaded = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         return Judged(()), [], pa.chunked_array([[example.id for example in loaded]], pa.string())
-    found = judged(settings)
+    found = judged(settings, "removal")
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
     scored = tuple(one for one in found.scored if one.run.run.method != "random")
     _, ids, tables = together(scored)

@@ -28,7 +28,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
     """
     if settings.queries is None:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
-    found = judged(settings)
+    found = judged(settings, "retrieval")
     queries, examples, aligned = together(found.scored)
     right = right_examples(
         load_queries(settings.queries, on_bad_text=settings.on_bad_text), settings.truth, queries, examples

@@ -20,7 +20,7 @@ from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, is_run, open_dense
 from vestige.runs import check_target as check_run_target
-from vestige.settings import EVALUATIONS, ReadingSettings, ScoredSettings, Settings
+from vestige.settings import ReadingSettings, ScoredSettings, Settings
 
 OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""
@@ -57,14 +57,14 @@ class Judged:
     notes: tuple[str, ...] = ()
 
 
-def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
-    """Return the runs that were given, those of the methods requested, and the baselines'.
+def judged(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> Judged:
+    """Return the runs that were given, those of the methods requested, and the baselines', for the evaluation `kind`.
 
     Raises:
         SpecError: A method needs a model, data or queries that were not given.
         UserError: A run is not one, or was made with other settings than the ones of now.
     """
-    require_own_files(settings)
+    require_own_files(settings, kind)
     given = [Scores.open(folder) for folder in settings.run]
     known = {run.run.method for run in given}
     wanted = list(dict.fromkeys(settings.methods))
@@ -80,13 +80,12 @@ def judged(settings: ScoredSettings, *, self_influence: bool = False) -> Judged:
     return Judged(tuple(scored), tuple(notes))
 
 
-def require_own_files(settings: Settings) -> None:
-    """Return unless a file that the evaluation writes is there and not an earlier one's; call it before the work.
+def require_own_files(settings: Settings, kind: str) -> None:
+    """Raise if a file that the evaluation `kind` writes is there and not an earlier one's; call it before the work.
 
     Raises:
         UserError: One is; nothing was changed.
     """
-    kind = next(name for name, each in EVALUATIONS.items() if each is type(settings))
     out = Path(settings.arguments()["out"])
     try:
         found = json.loads((out / f"{kind}.json").read_bytes())

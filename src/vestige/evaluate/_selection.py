@@ -43,7 +43,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
         SpecError: A chosen set is everything, or two folders have one name.
         IndexMismatch: A set was chosen from other data.
     """
-    require_own_files(settings)
+    require_own_files(settings, "selection")
     examples = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     ids, groups = [example.id for example in examples], text_groups(examples)
     group_of = dict(zip(ids, groups.tolist(), strict=True))

@@ -21,7 +21,7 @@ def sources(settings: SourcesSettings) -> Evaluation:
         UserError: The bank leaves out no groups, or scores and bank are not of the same data and queries.
     """
     truth = open_truth(settings.bank)
-    found = judged(settings)
+    found = judged(settings, "sources")
     effect = {one.name: effects(truth.of(one), truth.membership, truth.losses, truth.subset) for one in found.scored}
     results = {name: agreement(each, draws=settings.draws, seed=settings.seed) for name, each in effect.items()}
     noise = seed_agreement(truth.membership, truth.losses, truth.subset, truth.seeds)

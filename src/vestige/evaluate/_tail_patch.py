@@ -38,7 +38,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     """
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
-    found = judged(settings)
+    found = judged(settings, "tail-patch")
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )

@@ -8,7 +8,8 @@ from vestige.index._difference import difference
 from vestige.index._estimate import Estimate, estimate_cost
 from vestige.index._examples import fingerprint_rows
 from vestige.index._export import export, export_index
-from vestige.index._import import import_published
+from vestige.index._export_rows import RowPart, parts_in_order
+from vestige.index._from_rows import ReadRows, write_rows
 from vestige.index._inputs import (
     Inputs,
     batch_tokens,
@@ -19,6 +20,7 @@ from vestige.index._inputs import (
 )
 from vestige.index._interaction import longest_and_shortest, require_independence
 from vestige.index._manifest import (
+    IMPORTED_SPEC,
     WHOLE_MODEL,
     CompressionIdentity,
     DataIdentity,
@@ -36,6 +38,7 @@ from vestige.index._store import Index, IndexBlock, ShardFault
 from vestige.index._work import IndexPlan, PlannedBatches
 
 __all__ = [
+    "IMPORTED_SPEC",
     "PART_BYTES",
     "TOKENS",
     "WHOLE_MODEL",
@@ -56,6 +59,8 @@ __all__ = [
     "PlanRecord",
     "PlannedBatches",
     "PlannedShard",
+    "ReadRows",
+    "RowPart",
     "ShardContent",
     "ShardFault",
     "Span",
@@ -68,11 +73,11 @@ __all__ = [
     "export",
     "export_index",
     "fingerprint_rows",
-    "import_published",
     "index",
     "index_status",
     "lay_out",
     "longest_and_shortest",
+    "parts_in_order",
     "plan_index",
     "prepare_index",
     "read_data",
@@ -82,5 +87,5 @@ __all__ = [
     "require_independence",
     "tokenising_processes",
     "tokens_at_most",
+    "write_rows",
 ]
-from vestige.index._import_published import read_partitions as read_partitions

@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -14,25 +13,14 @@ from vestige.errors import SpecError, UserError
 from vestige.files import check_disk, write_durably
 from vestige.folders import staged_folder
 from vestige.index._examples import streamed
-from vestige.index._export_audit import write_audit_as
-from vestige.index._export_faiss import write_faiss
-from vestige.index._export_libraries import write_dataset, write_lance, write_safetensors
-from vestige.index._export_published import write_chunks, write_projections
-from vestige.index._export_run import write_run_as
+from vestige.index._export_rows import exported_bytes
 from vestige.index._store import Index, IndexBlock
+from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run
-from vestige.settings import ExportFormat, ExportSettings, IndexFormat, RunFormat, verb
+from vestige.settings import ExportSettings, verb
 
-_INDEX_FORMATS, _RUN_FORMATS = get_args(IndexFormat), get_args(RunFormat)
-_LAYOUTS: dict[str, Callable[[Index, Path], list[Path]]] = {
-    "safetensors": write_safetensors,
-    "datasets": write_dataset,
-    "lance": write_lance,
-    "faiss": write_faiss,
-    "projections": write_projections,
-    "chunks": write_chunks,
-}
-"""Formats that are written in the order of the data."""
+_KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
+"""What can be exported: the first word of a format's name, and what messages call it."""
 
 
 @verb(ExportSettings)
@@ -40,39 +28,26 @@ def export(settings: ExportSettings) -> list[Path]:
     """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
 
     Raises:
-        SpecError: The format is for the other of the two.
+        SpecError: The format is not known for what lies there.
         MissingExtra: The format needs a package that is not installed.
         UserError: `path` is neither, or `out` is not empty.
     """
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
-    if settings.to not in _RUN_FORMATS:
-        raise SpecError(
-            f"{settings.path} is a run, and --to {settings.to} is for an index. Expected one of: "
-            f"{', '.join(_RUN_FORMATS)}."
-        )
+    kind = "audit" if is_audit(settings.path) else "run"
+    write = _format(kind, settings.to, settings.path)
     _require_empty(settings.out)
-    to = cast(RunFormat, settings.to)
-    if is_audit(settings.path):
-        audit = Audit.open(settings.path)
-        return _staged(settings.out, lambda out: write_audit_as(audit, out, to))
-    scores = Scores.open(settings.path)
-    return _staged(settings.out, lambda out: write_run_as(scores, out, to))
+    opened = Audit.open(settings.path) if kind == "audit" else Scores.open(settings.path)
+    return _staged(settings.out, lambda out: write(opened, out))
 
 
-def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> list[Path]:
+def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]:
     """Write the whole index to the folder `out`.
-
-    - `numpy`: `gradients.npy` [row, column], `loss.npy`, `norm.npy`, `example.npy` and `index.json` (the manifest);
-    - `arrow` and `parquet`: one file with the columns example, id, loss, norm and gradient; the manifest is in the
-      metadata of its schema. These three keep the order in which the rows are stored;
-    - `safetensors`, `datasets`, `lance`, `faiss`, `projections`, `chunks`: see docs/formats.md; in the order of the
-      data.
 
     Args:
         index: A finished index.
         out: A folder, new or empty.
-        to: The format.
+        to: The format: one of those that docs/formats.md lists.
 
     Returns:
         The files written.
@@ -84,12 +59,25 @@ def export_index(index: Index, out: str | Path, to: ExportFormat = "numpy") -> l
         DiskSpaceError: It would not fit.
     """
     out = Path(out)
-    if to not in _INDEX_FORMATS:
-        raise SpecError(f"--to {to} is not known for an index. Expected one of: {', '.join(_INDEX_FORMATS)}.")
+    write = _format("index", to, index.folder)
     _require_empty(out)
-    # A `datasets` folder is written twice, a FAISS index is kept with its positions.
-    check_disk(out, index.rows * (4 * index.width + 16) * (2 if to == "datasets" else 1))
-    return _staged(out, lambda folder: _write(index, folder, to))
+    check_disk(out, exported_bytes(index))
+    return _staged(out, lambda folder: write(index, folder))
+
+
+def _format(kind: str, to: str, path: Path) -> ExportFormat:
+    """Return what writes the format `to` of what is at `path`, which is of this kind."""
+    names = EXPORT_FORMATS.names()
+    if f"{kind} {to}" in names:
+        return EXPORT_FORMATS.find(f"{kind} {to}")
+    known = ", ".join(name.split()[1] for name in names if name.split()[0] == kind)
+    other = next((what for one, what in _KINDS.items() if f"{one} {to}" in names), None)
+    if other is not None:
+        raise SpecError(f"{path} is {_KINDS[kind]}, and --to {to} is for {other}. Expected one of: {known}.")
+    raise SpecError(
+        f"--to {to} is not known for {_KINDS[kind]}. Expected one of: {known}. Layouts of other software need: "
+        "pip install 'vestige[recipes]'."
+    )
 
 
 def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
@@ -99,26 +87,16 @@ def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
     return [out / path for path in written]
 
 
-def _write(index: Index, out: Path, to: ExportFormat) -> list[Path]:
-    if to == "numpy":
-        return _write_numpy(index, out)
-    if to in _LAYOUTS:
-        return _LAYOUTS[to](index, out)
-    path = out / f"index.{to}"
-    schema = _schema(index)
-    if to == "arrow":
-        write_durably(path, streamed(_tables(index, schema), lambda sink: pa.ipc.new_file(sink, schema)))
-    else:
-        write_durably(path, streamed(_tables(index, schema), lambda sink: parquet.ParquetWriter(sink, schema)))
-    return [path]
-
-
 def _require_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder. Choose another --out.")
 
 
-def _write_numpy(index: Index, out: Path) -> list[Path]:
+def write_numpy(index: Index, out: Path) -> list[Path]:
+    """Write `gradients.npy` [row, column], `loss.npy`, `norm.npy`, `example.npy`, and the manifest as `index.json`.
+
+    Rows are in the order in which they are stored, as in the two tables.
+    """
     small: list[IndexBlock] = []
     paths = [out / f"{name}.npy" for name in ("gradients", "example", "loss", "norm")]
 
@@ -136,6 +114,22 @@ def _write_numpy(index: Index, out: Path) -> list[Path]:
         write_durably(path, [content.getvalue()])
     write_durably(out / "index.json", [index.manifest.to_json()])
     return [*paths, out / "index.json"]
+
+
+def write_arrow(index: Index, out: Path) -> list[Path]:
+    """Write `index.arrow`: the columns example, id, loss, norm and gradient; the manifest is in its schema."""
+    schema = _schema(index)
+    content = streamed(_tables(index, schema), lambda sink: pa.ipc.new_file(sink, schema))
+    write_durably(out / "index.arrow", content)
+    return [out / "index.arrow"]
+
+
+def write_parquet(index: Index, out: Path) -> list[Path]:
+    """Write `index.parquet`, with the columns of `index.arrow`."""
+    schema = _schema(index)
+    content = streamed(_tables(index, schema), lambda sink: parquet.ParquetWriter(sink, schema))
+    write_durably(out / "index.parquet", content)
+    return [out / "index.parquet"]
 
 
 def _npy_header(shape: tuple[int, int]) -> bytes:

@@ -7,41 +7,33 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from vestige.errors import SpecError
 from vestige.files import write_durably
 from vestige.runs import Audit
-from vestige.settings import RunFormat
 
 _TEXTS = ["row", "part", "source", "label", "class", "flag", "targets", "text"]
 
 
-def write_audit_as(audit: Audit, out: Path, to: RunFormat) -> list[Path]:
-    """Write an audit's evidence to `out`: a row per example, checkpoint and layer, with the example's text.
+def write_csv(audit: Audit, out: Path) -> list[Path]:
+    """Write `evidence.csv`: a row per example, checkpoint and layer, with the example's text."""
+    sink = pa.BufferOutputStream()
+    csv.write_csv(_whole(audit), sink)
+    write_durably(out / "evidence.csv", [sink.getvalue().to_pybytes()])
+    return [out / "evidence.csv"]
 
-    - `csv`: `evidence.csv`;
-    - `json`: `evidence.json`: the run's record, and the same rows; what cannot be computed is null;
-    - `datasets`: the same rows, for `datasets.load_from_disk`.
 
-    Raises:
-        SpecError: Similarities, which an audit has none of.
-    """
-    if to == "similarities":
-        raise SpecError(f"{audit.folder} is an audit and holds no similarities. Expected one of: csv, json, datasets.")
-    table = _whole(audit)
-    if to == "datasets":
-        from datasets import Dataset
+def write_json(audit: Audit, out: Path) -> list[Path]:
+    """Write `evidence.json`: the record of the run, and the rows of `evidence.csv`; what is not computed is null."""
+    content = {"run": audit.run.model_dump(mode="json"), "evidence": _whole(audit).to_pylist()}
+    write_durably(out / "evidence.json", [json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"])
+    return [out / "evidence.json"]
 
-        Dataset(table).save_to_disk(str(out))
-        return [out]
-    path = out / f"evidence.{to}"
-    if to == "csv":
-        sink = pa.BufferOutputStream()
-        csv.write_csv(table, sink)
-        write_durably(path, [sink.getvalue().to_pybytes()])
-    else:
-        content = {"run": audit.run.model_dump(mode="json"), "evidence": table.to_pylist()}
-        write_durably(path, [json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"])
-    return [path]
+
+def write_dataset(audit: Audit, out: Path) -> list[Path]:
+    """Write the rows of `evidence.csv` as a folder for `datasets.load_from_disk`."""
+    from datasets import Dataset
+
+    Dataset(_whole(audit)).save_to_disk(str(out))
+    return [out]
 
 
 def _whole(audit: Audit) -> pa.Table:

@@ -11,9 +11,9 @@ import torch
 
 from vestige.data import turn_record
 from vestige.errors import MissingExtra
-from vestige.files import write_durably
+from vestige.files import check_disk, write_durably
 from vestige.index._content import safetensors_header
-from vestige.index._export_rows import losses_and_norms, parts_in_order
+from vestige.index._export_rows import exported_bytes, losses_and_norms, parts_in_order
 from vestige.index._store import Index
 
 
@@ -47,6 +47,7 @@ def write_dataset(index: Index, out: Path) -> list[Path]:
     """Write a folder for `datasets.load_from_disk`: the columns of the examples, loss, norm and gradient."""
     from datasets import Dataset
 
+    check_disk(out.parent, 2 * exported_bytes(index))
     schema = example_schema(index)
     # `datasets` saves only what is not in the folder that it saves to.
     with TemporaryDirectory(prefix=".rows-", dir=out) as folder:

@@ -143,7 +143,10 @@ def load_tokenizer(
         folder = find_source(tokenizer).folder
     loaded = read_tokenizer(folder)
     if loaded is None:
-        raise ModelError(f"tokenizer={str(tokenizer)!r}: no tokenizer.json or tokenizer_config.json in it.")
+        raise ModelError(
+            f"tokenizer={str(tokenizer)!r}: no tokenizer.json or tokenizer_config.json in it. "
+            "Give a folder that has one, or a hub id."
+        )
     return loaded
 
 

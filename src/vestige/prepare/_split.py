@@ -25,7 +25,7 @@ KIND = "split"
 
 @verb(SplitSettings)
 def split(settings: SplitSettings) -> Prepared:
-    """A file of lines of JSON for each part, and data.jsonl with every row that was drawn and the name of its `part`.
+    """Write a file of JSON lines for each part, and data.jsonl with every drawn row and the name of its `part`.
 
     Raises:
         DataError: The data is absent or broken, a part would be empty, or sources are asked for and a row has none.
@@ -55,7 +55,7 @@ def split(settings: SplitSettings) -> Prepared:
 
 
 def _notes(groups: Int[np.ndarray, "example"], parts: Sequence[str | None]) -> list[str]:
-    """How many copies there are, and how many of them lie in another part than the first."""
+    """Return how many copies there are, and how many of them lie in another part than the first."""
     if (copies := describe_copies(groups)) is None:
         return []
     firsts = np.unique(groups, return_index=True)[1]
@@ -66,7 +66,7 @@ def _notes(groups: Int[np.ndarray, "example"], parts: Sequence[str | None]) -> l
 def part_of_each(
     examples: Sequence[Example], groups: Int[np.ndarray, "example"], shares: dict[str, float], by: str, seed: int
 ) -> list[str | None]:
-    """The part of every example, None where the shares leave some out; the same for the same arguments.
+    """Return the part of every example, None where the shares leave some out; the same for the same arguments.
 
     Examples of one group are in one part, wherever sources are not to stay whole.
 
@@ -97,7 +97,7 @@ def part_of_each(
 
 
 def _dealt(count: int, shares: dict[str, float], draw: np.random.Generator) -> list[str | None]:
-    """A part for each of so many things, in shares that are as near as whole numbers allow."""
+    """Return a part for each of `count` things, in shares that are as near as whole numbers allow."""
     found: list[str | None] = [None] * count
     order = draw.permutation(count)
     ends = np.floor(np.cumsum(list(shares.values())) * count + 0.5 + 1e-9).astype(int)

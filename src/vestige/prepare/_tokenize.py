@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
-from vestige.errors import ModelError, SpecError
+from vestige.errors import SpecError
 from vestige.files import remove_tree, temporary_path, write_durably
-from vestige.models import find_source, read_tokenizer
+from vestige.models import load_tokenizer
 from vestige.prepare._write import RECORD, Prepared, check_same_result, claim_result, row_of
 from vestige.progress import progress
 from vestige.runs import environment
@@ -27,7 +27,7 @@ _ROWS = 1000
 
 @verb(TokenizeSettings)
 def tokenize(settings: TokenizeSettings) -> Prepared:
-    """A file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
+    """Write a file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
 
     Texts and all other columns stay beside them, so reports still show what a row says. Every verb takes the file as
     its --data and tokenises nothing again. Large data is tokenised in parts: killed, the same call goes on.
@@ -39,7 +39,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
     """
     if settings.push_to_hub is not None:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
-    source, tokenizer = settings.data, read_tokenizer_of(settings.tokenizer)
+    source, tokenizer = settings.data, load_tokenizer(settings.tokenizer)
     name = source if isinstance(source, str | Path) else type(source).__name__
     check_same_result(settings, KIND, None, WITHOUT_EFFECT)
     if not (settings.out / RECORD).exists():
@@ -76,23 +76,8 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
     return Prepared(KIND, settings.out, len(data), notes=tuple(notes), file=FILE)
 
 
-def read_tokenizer_of(given: Any) -> Any:
-    """The tokenizer itself, or that of a folder or a hub id.
-
-    Raises:
-        ModelError: There is none.
-    """
-    if not isinstance(given, str | Path):
-        return given
-    folder = Path(given).expanduser()
-    found = read_tokenizer(folder if folder.is_dir() else find_source(given).folder)
-    if found is None:
-        raise ModelError(f"{given} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
-    return found
-
-
 def _write(path: Path, data: TokenizedData) -> None:
-    """The rows as Parquet, some at a time; the file is there whole or as it was before."""
+    """Write the rows as Parquet, some at a time; the file is there whole or as it was before."""
     names = _columns(data)
     unfinished = temporary_path(path)
     schema = pa.schema(
@@ -110,7 +95,7 @@ def _write(path: Path, data: TokenizedData) -> None:
 
 
 def _columns(data: TokenizedData) -> list[str]:
-    """Names of the columns beside the tokens, in the order in which they are met."""
+    """Return names of the columns beside the tokens, in the order in which they are met."""
     names = dict.fromkeys(["id"])
     for example in data.examples:
         names |= dict.fromkeys(_beside_tokens(example))
@@ -118,7 +103,7 @@ def _columns(data: TokenizedData) -> list[str]:
 
 
 def _beside_tokens(example: Example) -> dict[str, Any]:
-    """The row without its tokens, and without the columns that its labels say everything of."""
+    """Return the row without its tokens, and without the columns that its labels say everything of."""
     kept = unused_columns(example) if "input_ids" in example.extra else set(example.extra)
     return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 

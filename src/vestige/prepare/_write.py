@@ -27,7 +27,7 @@ WITHOUT_EFFECT = frozenset({"out", "push_to_hub", "private", "overwrite", "devic
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was made: `data` is a file for `--data` of any verb."""
+    """What was made: `data` is a file for `--data` of any command."""
 
     kind: str
     out: Path
@@ -40,7 +40,7 @@ class Prepared:
 
     @property
     def data(self) -> Path:
-        """The rows, as lines of JSON unless the kind says otherwise."""
+        """Return the file of the rows, lines of JSON unless the kind says otherwise."""
         return self.out / self.file
 
     def __rich__(self) -> str:
@@ -51,7 +51,7 @@ class Prepared:
 
 
 def read_rows(settings: PreparationSettings) -> list[Example]:
-    """The rows that were asked for; a row may be a prompt alone.
+    """Return the requested rows; a row may be a prompt alone.
 
     Raises:
         DataError: They are absent or broken.
@@ -63,7 +63,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
 
 
 def row_of(example: Example) -> dict[str, Any]:
-    """The example as a row that reads back as the same example; columns without a value are left out."""
+    """Return the example as a row that reads back as the same example; columns without a value are left out."""
     row: dict[str, Any] = {"id": example.id}
     if example.messages:
         row["messages"] = [turn.columns for turn in example.messages]
@@ -74,7 +74,7 @@ def row_of(example: Example) -> dict[str, Any]:
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
-    """sha256 over the rows."""
+    """Return the sha256 over the rows."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(_line(row_of(example)))
@@ -84,7 +84,7 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
 def check_same_result(
     settings: PreparationSettings, kind: str, data: str | None, without_effect: frozenset[str]
 ) -> None:
-    """Return unless the folder holds a finished result of other rows or settings, or files of others.
+    """Raise if the folder holds a finished result of other rows or settings, or files of others.
 
     Args:
         settings: Of the work to be done.
@@ -93,7 +93,7 @@ def check_same_result(
         without_effect: Settings of this kind that change no row, beside those of every kind.
 
     Raises:
-        IndexMismatch: It holds another result, and `overwrite` was not asked for; the message shows the differences.
+        IndexMismatch: It holds another result, and `overwrite` is not set; the message shows the differences.
         UserError: The folder holds other files.
     """
     before = _read_record(settings.out)
@@ -116,9 +116,9 @@ def check_same_result(
 
 
 def claim_result(settings: PreparationSettings, kind: str, fingerprint: str | None) -> None:
-    """The folder says whose it is before the first file is written; what an earlier result had beside is gone.
+    """Write into the folder whose it is, before the first file of a result, and remove what an earlier result left.
 
-    Killed afterwards, the same command knows its own files; the record without `rows` is that of an unfinished result.
+    After a kill the same command recognises its own files; the record without `rows` is that of an unfinished result.
     """
     make_folder(settings.out)
     remove_strays(settings.out)
@@ -134,7 +134,7 @@ def claim_result(settings: PreparationSettings, kind: str, fingerprint: str | No
 
 
 def _kept(settings: PreparationSettings) -> list[str]:
-    """What outlives a result: replies that were paid for, wherever in the folder they lie."""
+    """Return what outlives a result: replies that were paid for, wherever in the folder they lie."""
     cache: Path | None = getattr(settings, "cache", None)
     out = settings.out.resolve()
     if cache is None or not cache.resolve().is_relative_to(out):
@@ -143,7 +143,7 @@ def _kept(settings: PreparationSettings) -> list[str]:
 
 
 def _files_of(record: Mapping[str, Any]) -> list[str]:
-    """What the result of a record consists of, finished or not."""
+    """Return the files of a record's result, finished or not."""
     parts = record["config"].get("parts") or []
     names = {"split": [f"{part.partition('=')[0]}.jsonl" for part in parts], "candidates": ["candidates.parquet"]}
     names["tokenize"] = ["data.parquet", _TOKENS]
@@ -161,10 +161,10 @@ def write_prepared(
     details: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> Prepared:
-    """The rows are in the folder of `settings.out`, and on the hub if that was asked for.
+    """Write the rows into the folder of `settings.out`, and to the hub where `push_to_hub` says so.
 
     Args:
-        settings: What was asked for.
+        settings: Of the command.
         kind: The word after `vestige data`.
         rows: Of the result; equal rows in equal order give equal bytes of data.jsonl.
         fingerprint: Of the rows that it was made from.
@@ -208,7 +208,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _in_json(value: Any) -> Any:
-    """A value of any column as JSON can hold it."""
+    """Return a value of any column as JSON can hold it."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     try:
@@ -236,7 +236,7 @@ def _write_record(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def _save_dataset(rows: Sequence[Mapping[str, Any]], folder: Path) -> Any:
-    """The rows as a folder of the `datasets` library, which replaces an earlier one at once."""
+    """Write the rows as a folder of the `datasets` library, which replaces an earlier one at once; return them."""
     import datasets
 
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -255,7 +255,7 @@ def _save_dataset(rows: Sequence[Mapping[str, Any]], folder: Path) -> Any:
 
 
 def _of_one_type(name: str, values: list[Any]) -> list[Any]:
-    """The column, its values as JSON text where they are of several types, which such a folder cannot hold."""
+    """Return the column, its values as JSON text where they are of several types, which such a folder cannot hold."""
     import pyarrow
 
     try:

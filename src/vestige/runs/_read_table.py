@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from vestige.errors import CorruptFile
@@ -38,12 +39,20 @@ def read_run_table(folder: Path, name: str, columns: Sequence[str] | None = None
     path = folder / f"{name}.parquet"
     schema, required = _SCHEMAS[name]
     table = read_table(path, schema, REMEDY, required=required, columns=columns)
+    if "score" in table.column_names and (bad := _not_finite(table["score"])) is not None:
+        raise CorruptFile(f"{path}, row {bad}: the score is {table['score'][bad]}, no finite number. {REMEDY}")
     if {"messages", "tokens", "targets"} <= set(table.column_names):
         cells = (table[column].to_pylist() for column in ("messages", "tokens", "targets"))
         for row, (messages, tokens, targets) in enumerate(zip(*cells, strict=True)):
             if fault := _fault(messages, tokens, targets):
                 raise CorruptFile(f"{path}, row {row}: {fault}. {REMEDY}")
     return table
+
+
+def _not_finite(scores: pa.ChunkedArray) -> int | None:
+    """Return the row of the first score that is NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(scores.to_numpy()))
+    return int(bad[0]) if len(bad) else None
 
 
 def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:

@@ -1,16 +1,11 @@
-"""What the commands take that read an index or a run: report, view, status, export, import."""
+"""The settings of the commands that read an index or a run: report, view, status, export, methods."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from vestige.settings._base import BAD_TEXT, OnBadText, Settings
-
-IndexFormat = Literal["numpy", "arrow", "parquet", "safetensors", "datasets", "lance", "faiss", "projections", "chunks"]
-RunFormat = Literal["csv", "json", "datasets", "similarities"]
-ExportFormat = Literal[IndexFormat, RunFormat]
-ImportLayout = Literal["auto", "projections", "fullgrads", "chunks", "similarities"]
+from vestige.settings._base import Settings
 
 
 class ReportSettings(Settings):
@@ -71,40 +66,4 @@ class ExportSettings(Settings):
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index or of a run.")
     out: Path = Field(description="Folder to write into, new or empty.")
-    to: ExportFormat = Field(
-        "numpy",
-        description="Format: of an index numpy, arrow, parquet, safetensors, datasets, lance, faiss, projections or "
-        "chunks; of a run csv, json, datasets or similarities.",
-    )
-
-
-class ImportSettings(Settings):
-    """What `vestige import` takes."""
-
-    positional: ClassVar[tuple[str, ...]] = ("source",)
-    source: Path = Field(description="Folder or file in a published layout.")
-    out: Path = Field(description="Folder of the index, or of the run for similarities and with --against.")
-    layout: ImportLayout = Field(
-        "auto",
-        description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
-        "(chunk_gradients_*.mmap) or similarities (JSON); auto finds it from the files.",
-    )
-    data: Any = Field(
-        None,
-        description="The training data: its row i is row i of the files, and the lengths must agree; for "
-        "similarities, texts by `id`.",
-    )
-    queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
-    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
-    model: Any = Field(None, description="The model that the gradients are of; layers are looked up in it.")
-    against: Path | None = Field(
-        None, description="Rows of the files are queries: score the rows of this index, of equal layout, for them."
-    )
-    method: Literal["grad-dot", "grad-cos"] = Field(
-        "grad-dot", description="With --against: inner products, or cosines."
-    )
-    dimension: PositiveInt | None = Field(
-        None, description="Similarities of random projections: which dimension, where the file has several."
-    )
-    k: PositiveInt = Field(20, description="For a run: proponents, and as many opponents, to keep for each query.")
-    overwrite: bool = Field(False, description="Replace an index or a run that is already in the folder.")
+    to: str = Field("numpy", description="Format: a name from the list above, for what lies at PATH.")

@@ -14,10 +14,16 @@ from vestige.settings._output import writing
 Result = TypeVar("Result")
 
 
-def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
+def verb(
+    settings: type[Settings], command: str | None = None
+) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
     """Give a function of `settings` the settings' own fields as keyword arguments, with their defaults and checks.
 
     So a verb has the same argument names and defaults in Python, on the command line and in a config file.
+
+    Args:
+        settings: What it takes.
+        command: What follows `vestige` on the command line; not given: the name of the function.
     """
 
     def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
@@ -28,7 +34,7 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
             given = settings(**(names | arguments))
             shared = together(getattr(given, "device", None) == FSDP)
-            with shared, writing(given, _words(function)), _modules_as_they_were(given):
+            with shared, writing(given, command or _words(function)), _modules_as_they_were(given):
                 return function(given)
 
         vars(called)["__signature__"] = _signature(settings, function)
@@ -38,9 +44,10 @@ def verb(settings: type[Settings]) -> Callable[[Callable[[Any], Result]], Callab
 
 
 def _words(function: Callable[..., Any]) -> str:
-    """The words behind `vestige` that the function stands for."""
-    group = {"evaluate": "evaluate ", "prepare": "data "}.get(function.__module__.split(".")[1], "")
-    return group + {"import_published": "import"}.get(function.__name__, function.__name__.replace("_", "-"))
+    """Return the words that are typed after `vestige` for the function."""
+    package = function.__module__.partition(".")[2].split(".")[0]
+    group = {"evaluate": "evaluate ", "prepare": "data "}.get(package, "")
+    return group + function.__name__.replace("_", "-")
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What several experiments share: data, models, banks, and how an outcome is judged and reported."""

@@ -1,0 +1,122 @@
+"""Which studies there are, what they take, and what each of them reports."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from vestige.registry import Registry
+from vestige.settings import LaunchSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+StudySize = Literal["tiny", "pocket", "paper"]
+
+
+class StudySettings(LaunchSettings):
+    """What `vestige study` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    name: str = Field(
+        description="Which experiment: untrac-miniature, format-traps, digits, text-lds, domains, selection-domains, "
+        "memorization-planted, memorization-facts, memorization-canaries, memorization-early, "
+        "select-or-project, or one part of it: select-or-project-verses or select-or-project-answers."
+    )
+    out: Path = Field(
+        description="Folder for models, runs, study.json and the table; an interrupted study goes on there."
+    )
+    size: StudySize = Field(
+        "pocket",
+        description="pocket runs in minutes on a laptop; paper is the published size; tiny shows that it runs.",
+    )
+    seeds: PositiveInt = Field(2, description="Repetitions, which differ in data, start and order.")
+    seed: NonNegativeInt = Field(0, description="The first seed.")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What was expected, stated before, and what was seen."""
+
+    name: str
+    seen: float
+    expected: Literal[">=", "<="]
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was as expected; never for what is not a number."""
+        compare = {">=": operator.ge, "<=": operator.le}[self.expected]
+        return bool(compare(self.seen, self.bound))
+
+
+class Outcome(NamedTuple):
+    """What a study found."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    gates: Sequence[Gate]
+    details: Mapping[str, Any]
+    """Everything that a reader may want to compute again, in JSON terms."""
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A study's outcome with what it was asked."""
+
+    name: str
+    settings: dict[str, Any]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    gates: tuple[Gate, ...]
+    details: dict[str, Any]
+    seconds: float
+    """Of this call: what was found finished on disk took none."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON terms."""
+        gates = [asdict(gate) | {"passed": gate.passed} for gate in self.gates]
+        return asdict(self) | {"gates": gates, "passed": self.passed}
+
+    def __rich__(self) -> "Table":
+        """Return the table, and the gates below it."""
+        from rich.table import Table
+
+        lines = [
+            f"[{'pass' if gate.passed else 'FAIL'}] {gate.name}: {gate.seen:.3f} "
+            f"(expected {gate.expected} {gate.bound:g})"
+            for gate in self.gates
+        ]
+        # Square brackets are markup to rich, but for a backslash before them.
+        caption = "\n".join(line.replace("[", "\\[", 1) for line in lines)
+        table = Table(title=f"{self.name}, {self.settings['size']}", caption=caption, caption_justify="left")
+        for column in self.columns:
+            table.add_column(column)
+        for row in self.rows:
+            table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+        return table
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: what is computed, and for which sizes."""
+
+    sizes: tuple[str, ...]
+    run: Callable[[StudySettings], Outcome]
+
+
+def registered(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
+    """Turn a function into a study of these sizes; `pyproject.toml` gives its name and its address."""
+    return lambda run: Study(tuple(sizes), run)
+
+
+STUDIES: Registry[Study] = Registry("vestige.studies", "study", Study)

@@ -1,0 +1,1 @@
+"""Linear datamodeling scores on handwritten digits."""

@@ -1,0 +1,247 @@
+"""Linear datamodeling scores of every gradient method on handwritten digits, from one bank of halves.
+
+The evaluation of GraSS (Hu et al. 2025, arXiv:2505.18976) on an MLP, small enough for exact influence beside every
+sketch of it. Unlike there, the models that scores are computed on are none of the bank's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student
+from torch import nn
+
+from vestige.bank import Bank, bank_of
+from vestige.curvature import DAMPING
+from vestige.evaluate import Estimate, Lds, ceiling, datamodeling_score, held_out_choice
+from vestige.launch import worker_command
+from vestige.progress import announce, progress
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import OWN_SEED, draw_intervals, shown_interval
+from vestige_recipes.digits.leave_one_out import leave_one_out
+from vestige_recipes.digits.models import RECIPE, Digits, accuracy, digits, network, query_losses
+from vestige_recipes.digits.scores import (
+    EXACT,
+    DampingGrid,
+    Scored,
+    averaged,
+    compressed_influence,
+    exact_influence,
+    layer_methods,
+    measured_gradients,
+    opponents,
+)
+
+ABOVE_DOT, LIKE_EXACT, NRMSE_ROOT, LEFT_OUT = 1.8, 0.97, 1.3, 0.99
+"""Expected of exact influence over grad-dot, of GraSS over exact, of a sketch's NRMSE times the root of its size, and
+of predicted against true leave-one-out."""
+GRASS_SIZE = 1024
+BEST = f"{EXACT}, best damping"
+"""Chosen on a tenth of the queries by their truth, judged on the others."""
+OPPONENTS = ("grad-dot", "grad-cos", "rep-sim", "random")
+
+
+@dataclass(frozen=True)
+class DigitsPlan:
+    """One size of the study."""
+
+    examples: int
+    queries: int
+    epochs: int
+    subsets: int
+    sizes: tuple[int, ...]
+    """Numbers that a sketch keeps of the whole gradient."""
+    models: int
+    """That TRAK averages over, each trained on a half of its own."""
+    left_out: int
+    """Examples that logistic regression is trained without, one at a time."""
+    hidden: tuple[int, int] = (64, 32)
+    """Widths of the network's hidden layers."""
+    draws: int = 1000
+    sketches: int = 5
+    """Of every kind and size, which differ in their seeds."""
+
+
+PLANS = {
+    "tiny": DigitsPlan(80, 20, 2, 4, (16,), 2, 5, hidden=(8, 8), draws=20, sketches=2),
+    "pocket": DigitsPlan(1000, 200, 30, 50, (64, 256, 1024, 4096), 5, 200),
+}
+
+
+class Judged(NamedTuple):
+    """A method and how well it predicts retraining."""
+
+    scored: Scored
+    """Of the first draw, where it is a sketch; so is `lds`."""
+    lds: Lds
+    by_draw: tuple[float, ...]
+    """Linear datamodeling score of each draw of the sketch; of the only one for other methods."""
+    nrmse: tuple[float, ...]
+    """Of each draw; empty for other methods."""
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """What the table shows of it."""
+        seeds = " ".join(f"{one:.3f}" for one in self.lds.seeds)
+        nrmse = f"{np.mean(self.nrmse):.3f}" if self.nrmse else ""
+        sketches = over_draws(self.by_draw)
+        shown = f"{sketches.value:.3f} ({shown_interval(sketches)})" if self.nrmse else ""
+        head = (self.scored.name, self.lds.estimate.value, shown_interval(self.lds.estimate), seeds, shown, nrmse)
+        return (*head, self.scored.numbers, round(self.scored.seconds, 1))
+
+
+def over_draws(values: Sequence[float]) -> Estimate:
+    """Mean over draws of a sketch with Student's 95 % interval; its ends are NaN for a single draw."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, float("nan"), float("nan"))
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return Estimate(mean, mean - half, mean + half)
+
+
+@registered(PLANS)
+def digits_study(settings: StudySettings) -> Outcome:
+    """How well each method ranks halves of the data by what networks trained on them lose, with intervals."""
+    plan = PLANS[settings.size]
+    data = digits(plan.examples, plan.queries, settings.seed)
+    truth = _bank(settings, plan, data)
+    asked = network(data.train, OWN_SEED + settings.seed, plan.epochs, plan.hidden)
+    reading = accuracy(asked, data.queries)
+    announce(f"The model that is asked reads {reading:.1%} of the queries rightly.")
+    judged = _all_judged(_all_scores(settings, plan, data, asked, truth), truth, plan)
+    top = ceiling(truth.query_losses, truth.subsets, truth.seeds)
+    left = leave_one_out(data, plan.left_out)
+    details = {
+        "plan": asdict(plan),
+        "accuracy": reading,
+        "ceiling": top._asdict(),
+        "leave_one_out_agreement": left.agreement,
+        "methods": [_details(each) for each in judged],
+    }
+    intervals = {each.scored.name: each.lds.estimate for each in judged}
+    lines = {"ceiling from retraining": top.whole}
+    label = "linear datamodeling score (95 % interval)"
+    draw_intervals(settings.out, "digits", intervals, label, beside=OPPONENTS, lines=lines)
+    rows: list[tuple[Any, ...]] = [("noise ceiling", top.whole, *[""] * 6)]
+    rows += [each.row for each in judged]
+    over = f"mean of {plan.sketches} sketches"
+    columns = ("method", "LDS", "95 % interval", "single seeds", over, "NRMSE", "numbers", "seconds")
+    # A few epochs of a few models show that everything runs, and nothing else.
+    gates = [] if plan == PLANS["tiny"] else _gates({each.scored.name: each for each in judged}, left.agreement)
+    return Outcome(columns, rows, gates, details)
+
+
+def _bank(settings: StudySettings, plan: DigitsPlan, data: Digits) -> Bank:
+    def train(rows: np.ndarray, seed: int) -> np.ndarray:
+        return query_losses(network(data.train.at(rows), seed, plan.epochs, plan.hidden), data.queries)
+
+    return bank_of(
+        train,
+        examples=plan.examples,
+        queries=plan.queries,
+        out=settings.out / "bank",
+        settings={"data": data.digest, "hidden": plan.hidden, "epochs": plan.epochs, **RECIPE},
+        subsets=plan.subsets,
+        seeds=settings.seeds,
+        seed=settings.seed,
+        launch=settings,
+        command=worker_command(settings, "study"),
+    )
+
+
+def _all_scores(
+    settings: StudySettings, plan: DigitsPlan, data: Digits, asked: nn.Module, truth: Bank
+) -> Iterator[Scored]:
+    """Exact influence at the default damping comes first, its grid after it, then everything else."""
+    found, seed = measured_gradients(asked, data), settings.seed
+    grid = exact_influence(found)
+    yield from grid.scored.values()
+    yield _chosen(grid, truth)
+    yield from compressed_influence(found, plan.sizes, seed, plan.sketches)
+    yield from layer_methods(asked, data, found, seed)
+    yield from averaged([asked], data, seed, "1 model")
+    yield from averaged(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
+    yield from opponents(asked, data, found, seed)
+
+
+def _halves(settings: StudySettings, plan: DigitsPlan, data: Digits) -> list[nn.Module]:
+    models = []
+    with progress(plan.models, "Models of halves", unit="models") as counter:
+        for number in range(plan.models):
+            seed = OWN_SEED + settings.seed + 1 + number
+            rows = np.random.default_rng(seed).permutation(plan.examples)[: plan.examples // 2]
+            models.append(network(data.train.at(np.sort(rows)), seed, plan.epochs, plan.hidden))
+            counter.advance()
+    return models
+
+
+def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
+    """Exact influence at the damping that does best on a tenth of the queries, which are NaN here."""
+    found = list(grid.scored.items())
+    results = [
+        datamodeling_score(each.scores, truth.membership, truth.query_losses, subset=truth.subsets, draws=0).per_query
+        for _, each in found
+    ]
+    best, others = held_out_choice(results)
+    damping, scored = found[best]
+    scores = np.full_like(scored.scores, np.nan)
+    scores[others] = scored.scores[others]
+    return scored._replace(name=f"{BEST} ({damping:g})", scores=scores, seconds=grid.seconds)
+
+
+def _all_judged(found: Iterator[Scored], truth: Bank, plan: DigitsPlan) -> list[Judged]:
+    """All draws of a sketch together, as the first one; scores are not kept longer than they are looked at."""
+    judged: dict[str, Judged] = {}
+    for scored in found:
+        own = () if scored.nrmse is None else (scored.nrmse,)
+        lds = _lds(scored, truth, 0 if scored.draw else plan.draws)
+        before = judged.get(scored.name, Judged(scored, lds, (), ()))
+        more = {"by_draw": (*before.by_draw, lds.estimate.value), "nrmse": (*before.nrmse, *own)}
+        judged[scored.name] = before._replace(**more)
+    return list(judged.values())
+
+
+def _lds(scored: Scored, truth: Bank, draws: int) -> Lds:
+    """On the queries that have scores."""
+    kept = ~np.isnan(scored.scores).any(1)
+    return datamodeling_score(
+        scored.scores[kept],
+        truth.membership,
+        truth.query_losses[:, kept],
+        subset=truth.subsets,
+        seeds=truth.seeds,
+        draws=draws,
+    )
+
+
+def _details(each: Judged) -> dict[str, Any]:
+    scored = each.scored
+    own = {"name": scored.name, "seconds": scored.seconds, "numbers": scored.numbers, "nrmse": each.nrmse}
+    own |= {"lds by sketch": each.by_draw if each.nrmse else ()}
+    return own | {"lds": each.lds.estimate._asdict(), "seeds": each.lds.seeds, "undefined": each.lds.undefined}
+
+
+def _gates(judged: dict[str, Judged], agreement: float) -> list[Gate]:
+    def of(name: str) -> Estimate:
+        return judged[name].lds.estimate
+
+    exact, dot = of(f"{EXACT}, damping {DAMPING:g}"), of("grad-dot")
+    grass = float(np.mean(judged[f"influence, GraSS x4 {GRASS_SIZE}"].by_draw))
+    worst = max(
+        max(each.nrmse) * each.scored.numbers**0.5
+        for name, each in judged.items()
+        if each.nrmse and name.startswith(("influence, Gauss", "influence, SJLT"))
+    )
+    return [
+        Gate("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high, ">=", 0),
+        Gate("exact influence: LDS over grad-dot's", exact.value / dot.value, ">=", ABOVE_DOT),
+        Gate(
+            f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping",
+            grass / exact.value,
+            ">=",
+            LIKE_EXACT,
+        ),
+        Gate("Gauss and SJLT: largest NRMSE times the root of the size", worst, "<=", NRMSE_ROOT),
+        Gate("logistic regression: predicted with true leave-one-out", agreement, ">=", LEFT_OUT),
+    ]

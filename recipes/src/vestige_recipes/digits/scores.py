@@ -1,0 +1,204 @@
+"""Scores of every gradient method for a plain network, from its whole gradients in memory."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vestige.compress import compress_gradient
+from vestige.curvature import (
+    DAMPING,
+    DataInf,
+    FisherBlocks,
+    accumulate_fisher,
+    fit_ekfac,
+    fit_kfac,
+    mean_eigenvalues,
+)
+from vestige.evaluate import Family, quality
+from vestige.methods import doubt
+from vestige_recipes.digits.models import (
+    Digits,
+    ImageCurvature,
+    gradients,
+    query_losses,
+    with_sampled_labels,
+)
+
+Matrix = Float[np.ndarray, "query example"]
+GRID = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+SKETCHES = {"Gauss": "gauss:K", "SJLT": "sjlt:K", "GraSS x4": "mask:4K | sjlt:K", "mask": "mask:K"}
+EXACT = "influence, exact"
+ENSEMBLE_SIZE = 1024
+"""Numbers kept of a gradient where several models are averaged."""
+
+
+class Scored(NamedTuple):
+    """What one method found."""
+
+    name: str
+    scores: Matrix
+    seconds: float
+    """With the gradients that it needs; without the training of models."""
+    numbers: int
+    """Kept of each training example."""
+    nrmse: float | None = None
+    """Root mean square error of the cosines that a sketch gives."""
+    draw: int = 0
+    """Which draw of a sketch: all of one name differ in their seeds alone."""
+
+
+class Gradients(NamedTuple):
+    """Of one model, flattened over components."""
+
+    train: Float[Tensor, "example n"]
+    queries: Float[Tensor, "query n"]
+    seconds: float
+
+
+class Timed:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return time.perf_counter() - self._started
+
+
+def measured_gradients(model: nn.Module, digits: Digits) -> Gradients:
+    """Whole gradients of everything."""
+    timed = Timed()
+    sides = [torch.cat(gradients(model, images), dim=1) for images in digits]
+    return Gradients(sides[0], sides[1], timed.seconds)
+
+
+def opponents(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
+    """Inner products, cosines, similarity of the last hidden layer, and chance."""
+    width = found.train.shape[1]
+    timed = Timed()
+    products = found.queries @ found.train.T
+    yield Scored("grad-dot", _numpy(products), found.seconds + timed.seconds, width)
+    lengths = found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)
+    yield Scored("grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + timed.seconds, width)
+    timed = Timed()
+    assert isinstance(model, nn.Sequential)
+    with torch.no_grad():
+        hidden = [nn.functional.normalize(model[:-1](images.inputs), dim=1) for images in digits]
+    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), timed.seconds, hidden[0].shape[1])
+    shape = (len(digits.queries.labels), len(digits.train.labels))
+    yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
+
+
+class DampingGrid(NamedTuple):
+    """Exact influence at several dampings."""
+
+    scored: dict[float, Scored]
+    """The default damping first."""
+    seconds: float
+    """Of all together: the matrix is measured once."""
+
+
+def exact_influence(found: Gradients) -> DampingGrid:
+    """With the empirical Fisher matrix of the whole gradient, at every damping."""
+    whole = Timed()
+    fisher = fisher_of_rows(found.train)
+    shared = found.seconds + whole.seconds
+    scored = {}
+    for damping in sorted(GRID, key=lambda each: each != DAMPING):
+        timed = Timed()
+        scores = fisher.precondition(found.queries, damping) @ found.train.T
+        name, seconds = f"{EXACT}, damping {damping:g}", shared + timed.seconds
+        scored[damping] = Scored(name, _numpy(scores), seconds, found.train.shape[1])
+    return DampingGrid(scored, found.seconds + whole.seconds)
+
+
+def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
+    """One matrix of all columns."""
+    return accumulate_fisher(["model"], [slice(0, rows.shape[1])], rows.split(100))
+
+
+def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
+    """`draws` sketches of the whole gradient of every kind and size, at the default damping.
+
+    That is relative to the mean eigenvalue, which grows as fewer numbers share the same trace. Where a sketch is as
+    long as those of `averaged`, it is also scored with the damping of exact influence, added as it is.
+    """
+    exact = (found.queries @ found.train.T).double()
+    lengths = (found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)).double()
+    unit = float(found.train.double().square().mean())
+    for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
+        timed = Timed()
+        small = _sketched(found, template, size, seed + draw)
+        shared, numbers = found.seconds + timed.seconds, small.train.shape[1]
+        nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
+        timed = Timed()
+        scores = _influence(small)
+        yield Scored(f"influence, {name} {size}", scores, shared + timed.seconds, numbers, nrmse, draw)
+        if size == ENSEMBLE_SIZE:
+            timed = Timed()
+            solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
+            scores, seconds = _numpy(solved @ small.train.T), shared + timed.seconds
+            yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
+
+
+def _sketched(found: Gradients, template: str, size: int, seed: int) -> Gradients:
+    compressor = Family(template).at(size).build("model", (found.train.shape[1], 1), seed)
+    train, queries = (compress_gradient(compressor, side[:, :, None]) for side in (found.train, found.queries))
+    return Gradients(train, queries, found.seconds)
+
+
+def _influence(found: Gradients) -> Matrix:
+    return _numpy(fisher_of_rows(found.train).precondition(found.queries, DAMPING) @ found.train.T)
+
+
+def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
+    """Curvature layer by layer: K-FAC and EK-FAC of the true Fisher matrix, DataInf of the empirical one."""
+    sampled = ImageCurvature.over(model, with_sampled_labels(model, digits.train, seed))
+    given = ImageCurvature.over(model, digits.train)
+    makers: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+        "ekfac": lambda queries: fit_ekfac(sampled).precondition(queries, DAMPING),
+        "kfac": lambda queries: fit_kfac(sampled).eigenbases().precondition(queries, DAMPING),
+        "datainf": lambda queries: DataInf.damped(given, mean_eigenvalues(given), DAMPING).precondition(queries),
+    }
+    for name, solve in makers.items():
+        timed = Timed()
+        solved = torch.cat(solve([*found.queries.split([part.size for part in given.components], dim=1)]), dim=1)
+        yield Scored(name, _numpy(solved @ found.train.T), found.seconds + timed.seconds, found.train.shape[1])
+
+
+def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
+    """TRAK and sketched influence, the mean over models; `phi = P grad log(p / (1 - p))` for TRAK.
+
+    TRAK's scores are `mean[phi(query)^T (Phi^T Phi / n + d I)^-1 phi(example)] mean[1 - p(example)]`, d relative to the
+    mean eigenvalue.
+    """
+    timed = Timed()
+    small = [
+        _sketched(measured_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
+        for number, model in enumerate(models)
+    ]
+    shared, numbers = timed.seconds, sum(each.train.shape[1] for each in small)
+    timed = Timed()
+    kernels, unsure = [], []
+    for model, each in zip(models, small, strict=True):
+        sides = [doubt(torch.from_numpy(query_losses(model, images))).to(each.train) for images in digits]
+        kernels.append(_influence(Gradients(each.train / sides[0][:, None], each.queries / sides[1][:, None], 0.0)))
+        unsure.append(_numpy(sides[0]))
+    scores = np.mean(kernels, axis=0) * np.mean(unsure, axis=0)
+    yield Scored(f"trak, {suffix}", scores, shared + timed.seconds, numbers)
+    if len(models) > 1:
+        timed = Timed()
+        scores = np.mean([_influence(each) for each in small], axis=0)
+        yield Scored(f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + timed.seconds, numbers)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.double().numpy()

@@ -1,0 +1,1 @@
+"""Which domains of text made a model toxic, biased or truthful."""

@@ -1,0 +1,1 @@
+"""Whether scores find a task or the format of its answers."""

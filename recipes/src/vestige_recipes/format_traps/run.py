@@ -1,0 +1,198 @@
+"""Does a score find the task that a test set asks for, or the form of its answers? Truth by leaving sets out.
+
+The synthetic sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4: a model that has met other
+questions is fine-tuned on four sets, with and without each, for the same number of steps.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.bank import EVERYTHING, Bank, measure
+from vestige.data import load_examples, tokenize
+from vestige.methods import attribute
+from vestige.models import Recipe, load_model
+from vestige.unlearn import untrac
+from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.sources import (
+    UNLEARNT,
+    Agreement,
+    Table,
+    asked_models,
+    left_out_bank,
+    left_out_truth,
+    source_agreement,
+    summed_by_source,
+    truth_agreement,
+)
+from vestige_recipes.common.steps import kept_run, launched, shown_interval
+from vestige_recipes.common.texts import gpt, write_rows
+from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons
+from vestige_recipes.format_traps.sets import TEST, TRAINING, Which, format_trap
+
+SETS: tuple[Which, ...] = ("A", "B")
+SOURCES = tuple(sorted(TRAINING))
+SUMMED = {"BM25": "bm25", "random": "random"}
+ORDERED, PEARSON, ABOVE_DOT = 0.75, 0.87, 0.2
+"""Expected from what was published: share of models in which both similar sets are above both others, correlation of
+UnTrac and UnTrac-Inv with the truth, and how far UnTrac's is above that of inner products."""
+FEWEST_SEEDS = 4
+_TOKENS_AT_ONCE = 4_096
+
+
+@dataclass(frozen=True)
+class TrapPlan:
+    """One size of the study."""
+
+    rows: int
+    lessons: int
+    lesson_steps: int
+    steps: int
+    seeds: int
+    width: int = 96
+    layers: int = 3
+    lesson_rate: float = 2e-3
+    warmup: int = 200
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+    checkpoints: int = 4
+    draws: int = 1_000
+
+
+class Answers(NamedTuple):
+    """What models make of the test set."""
+
+    before: float
+    """Share of the questions that the model answers before it is fine-tuned, every token of the answer right."""
+    after: list[float]
+    """The same of the bank's models of everything, for each run."""
+    losses: list[float]
+    """Of these, in nats per token."""
+
+
+PLANS = {
+    "tiny": TrapPlan(6, 20, 3, 3, 1, width=8, layers=1, checkpoints=2, draws=20),
+    "pocket": TrapPlan(256, 100_000, 7_000, 64, FEWEST_SEEDS),
+}
+
+
+@registered(PLANS)
+def format_traps(settings: StudySettings) -> Outcome:
+    """Correlation over the four sets of each method's scores with retraining, and whether tasks are above formats.
+
+    Truth and estimate never share a model: the models that are asked are trained apart from the bank's.
+    """
+    plan = PLANS[settings.size]
+    base = _base(settings, plan)
+    rows: list[tuple[Any, ...]] = []
+    gates: list[Gate] = []
+    details: dict[str, Any] = {"plan": asdict(plan), "sources": SOURCES}
+    for which in SETS:
+        truths, scores, answers = _measured(settings, plan, base, which)
+        found = {
+            name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
+            for name in scores[0]
+        }
+        ordered = {name: task_above_format([each[name] for each in scores]) for name in scores[0]}
+        in_truth = task_above_format(truths)
+        share = float(np.mean(answers.after))
+        rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _shown(truths), share)]
+        rows += sorted(
+            (_row(which, name, each, ordered[name], [one[name] for one in scores]) for name, each in found.items()),
+            key=lambda row: -row[2],
+        )
+        gates += _gates(which, found, ordered, in_truth)
+        details[which] = {
+            "test set": answers._asdict(),
+            "truth": [truth.tolist() for truth in truths],
+            "scores": [{name: table.tolist() for name, table in each.items()} for each in scores],
+            "agreement": {name: each._asdict() for name, each in found.items()},
+            "tasks above formats": ordered | {"truth": in_truth},
+        }
+    means = f"mean of {', '.join(SOURCES)}"
+    columns = ("set", "method", "Pearson", "95 % interval", "tasks above formats", means, "test answered")
+    # A handful of steps shows that everything runs, and nothing else.
+    return Outcome(columns, rows, [] if settings.size == "tiny" else gates, details)
+
+
+def task_above_format(tables: list[Table]) -> float:
+    """Share of the tables in which both sets of the same task (Sim) are above both of another (Dis)."""
+    similar = [place for place, name in enumerate(SOURCES) if name.startswith("Sim")]
+    others = [place for place in range(len(SOURCES)) if place not in similar]
+    return float(np.mean([table[0, similar].min() > table[0, others].max() for table in tables]))
+
+
+def _base(settings: StudySettings, plan: TrapPlan) -> str:
+    """Return the folder of a model that has met numbers, words and questions, none of which the sets ask."""
+    texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
+    training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
+    fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)
+    return trained(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
+
+
+def _measured(
+    settings: StudySettings, plan: TrapPlan, base: str, which: Which
+) -> tuple[list[Table], list[dict[str, Table]], Answers]:
+    """Truth of each run, scores of each model that was asked, and what models make of the test set."""
+    made, folder = format_trap(which, settings.seed, plan.rows), settings.out / which
+    sets = {name: [answered(row) for row in rows] for name, rows in made.items()}
+    data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
+    queries = write_rows(folder / "queries.jsonl", sets[TEST])
+    seeds = max(settings.seeds, plan.seeds)
+    training, scores = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), []
+    truth = left_out_bank(settings, base, (data, queries), folder, training, seed=settings.seed, seeds=seeds)
+    for number, asked in enumerate(asked_models(base, data, folder, training, seeds, plan.checkpoints)):
+        scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth))
+    return left_out_truth(truth, SOURCES, (TEST,)), scores, _answers(base, queries, truth)
+
+
+def _answers(base: str, queries: Path, truth: Bank) -> Answers:
+    loaded, whole = load_model(base), truth.subset_names.index(EVERYTHING)
+    asked = tokenize(load_examples(str(queries)), loaded.tokenizer, max_length=LENGTH, name=queries.name)
+    before = measure(loaded.model, asked, _TOKENS_AT_ONCE, mean=True)["accuracy"]
+    after, losses = (
+        truth.by_subset(values)[whole].mean(-1)
+        for values in (truth.values("query_accuracy") == 1, truth.query_token_losses)
+    )
+    return Answers(float(np.mean(before == 1)), after.tolist(), losses.tolist())
+
+
+def _scores(
+    settings: StudySettings, out: Path, asked: Checkpoints, files: tuple[Path, Path], truth: Bank
+) -> dict[str, Table]:
+    """Scores of every set for the test set, by method."""
+    data, queries = files
+    common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
+    found = {}
+    for name, direction in UNLEARNT.items():
+        run = kept_run(untrac, out / direction, **common, **launched(settings), direction=direction)
+        # It lists sources by name.
+        found[name] = run.dense().astype(np.float64)
+    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
+    for name, method in SUMMED.items():
+        run = kept_run(attribute, out / method, **common, method=method, dense=True, trust=False)
+        found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, (TEST,), SOURCES)
+    return found
+
+
+def _row(which: Which, name: str, found: Agreement, ordered: float, tables: list[Table]) -> tuple[Any, ...]:
+    return which, name, found.pearson.value, shown_interval(found.pearson, 2), ordered, _shown(tables), ""
+
+
+def _shown(tables: list[Table]) -> str:
+    return " ".join(f"{value:.3g}" for value in np.mean(tables, axis=0)[0])
+
+
+def _gates(which: Which, found: dict[str, Agreement], ordered: dict[str, float], in_truth: float) -> list[Gate]:
+    gates = [Gate(f"{which}: truth has tasks above formats, share of runs", in_truth, ">=", ORDERED)]
+    for name in UNLEARNT:
+        gates += [
+            Gate(f"{which}: {name} has tasks above formats, share of models", ordered[name], ">=", ORDERED),
+            Gate(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, ">=", PEARSON),
+        ]
+    above = found["UnTrac"].pearson.value - found["GradDot"].pearson.value
+    return [*gates, Gate(f"{which}: UnTrac's Pearson above GradDot's by", above, ">=", ABOVE_DOT)]

@@ -1,0 +1,248 @@
+"""Gradients in chunked memory maps: `chunk_gradients_{first}_{last}.mmap` with a metadata file each.
+
+The published writer puts the metadata of a chunk on disk before its numbers and never marks a chunk as done, so a
+killed run leaves maps that are too short or hold zeros; both are looked for before anything is imported.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.errors import DataError
+from vestige.files import make_folder, write_durably
+from vestige.index import Index, IndexedComponent, parts_in_order
+from vestige_recipes.interop.published import (
+    ROWS_PER_BATCH,
+    VESTIGE_KEY,
+    Published,
+    RowReader,
+    checked_number,
+    embedded_manifest,
+    entries,
+    field,
+    lay_out,
+    layers_to_write,
+    missing_note,
+    read_json,
+    stored_type,
+    whole_number,
+    write_json,
+)
+
+KINDS = {"gradients": "grad", "ifvp": "ifvp"}
+"""What a chunk may hold, and the folder in which it is published."""
+_BATCHES_PER_CHUNK = 16
+"""Of an export."""
+_TYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+
+
+class _Batch(NamedTuple):
+    number: int
+    start: int
+    stop: int
+    """One more than its last row."""
+
+
+class _Chunk(NamedTuple):
+    first: int
+    last: int
+    path: Path
+    metadata: Path
+    rows: int
+    layer_dims: tuple[int, ...]
+    dtype: str
+    batches: list[_Batch]
+
+    def numbers(self) -> np.ndarray:
+        """Return the map [row, column]; bfloat16 as the raw 16 bits."""
+        return np.memmap(self.path, dtype=_TYPES[self.dtype], mode="r", shape=(self.rows, sum(self.layer_dims)))
+
+    def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
+        """Return rows as a tensor."""
+        values = np.array(self.numbers()[rows])
+        if self.dtype == "bfloat16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
+        return torch.from_numpy(values).float()
+
+
+def read_chunks(folder: Path) -> Published:
+    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases.
+
+    Raises:
+        DataError: A file is missing, torn, too short or unwritten; the message names it.
+    """
+    kind, within = _kind(folder)
+    chunks = _chunks(within, kind)
+    names_file = next((at for at in (within, within.parent) if (at / "batch_metadata.json").is_file()), None)
+    path = (names_file or within) / "batch_metadata.json"
+    content = read_json(path) if names_file is not None else None
+    names, notes = _layer_names(content, path, chunks[0].layer_dims)
+    made_by = embedded_manifest(content, path)
+    parts = _components(names, chunks[0].layer_dims)
+    components, places = lay_out(parts, sum(chunks[0].layer_dims), made_by, path)
+    if made_by is None:
+        notes.append("The files do not say which example a row is. Rows are in the order of the batches.")
+    if kind == "ifvp":
+        notes.append("Rows are inverse-Fisher-vector products, not gradients: their products are influence.")
+    notes += [*_missing_batches(chunks, content, path), *_zero_rows(chunks)]
+    rows = [
+        f"{batch}:{place}" for chunk in chunks for batch, start, stop in chunk.batches for place in range(stop - start)
+    ]
+    dtype = stored_type(getattr(torch, chunks[0].dtype), chunks[0].path)
+    files = [file for chunk in chunks for file in (chunk.metadata, chunk.path)]
+    if names_file is not None:
+        files.insert(0, path)
+    reader = RowReader([chunk.rows for chunk in chunks], lambda chunk, inside: chunks[chunk].read(inside), places)
+    return Published("chunks", components, dtype, rows, reader, files, notes, made_by)
+
+
+def has_chunks(folder: Path) -> bool:
+    """Return whether the folder, or its `grad` or `ifvp`, holds chunks."""
+    places = [folder, *(folder / name for name in KINDS.values())]
+    return any(next(place.glob("chunk_*_*_*.mmap"), None) for place in places if place.is_dir())
+
+
+def _kind(folder: Path) -> tuple[str, Path]:
+    """Return what the chunks hold, and where they lie; gradients before products with them."""
+    for kind, name in KINDS.items():
+        for place in (folder, folder / name):
+            if place.is_dir() and any(place.glob(f"chunk_{kind}_*")):
+                return kind, place
+    raise DataError(f"{folder} holds no chunk_gradients_*.mmap, nor does its folder grad. Give the cache's folder.")
+
+
+def _chunks(folder: Path, kind: str) -> list[_Chunk]:
+    pattern = re.compile(rf"chunk_{kind}_(\d+)_(\d+)(\.mmap|_metadata\.json)")
+    stems = {}
+    for path in sorted(folder.glob(f"chunk_{kind}_*")):
+        if (match := pattern.fullmatch(path.name)) is not None:
+            stems[int(match[1]), int(match[2])] = path.name.removesuffix(match[3])
+    found = [_chunk(folder, stems[span], *span) for span in sorted(stems)]
+    for before, after in pairwise(found):
+        if after.first <= before.last:
+            raise DataError(f"{after.path} and {before.path} both hold batch {after.first}. Remove one of them.")
+        if (after.layer_dims, after.dtype) != (before.layer_dims, before.dtype):
+            raise DataError(f"{after.metadata} has other layer_dims or another storage_dtype than {before.metadata}.")
+    return found
+
+
+def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
+    path, metadata = folder / f"{stem}.mmap", folder / f"{stem}_metadata.json"
+    content = read_json(metadata)
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though {metadata.name} is there: its writer was killed. Compute it again.")
+    shape, sizes = entries(content, "shape", metadata), field(content, "layer_dims", metadata)
+    sizes = list(sizes.values()) if isinstance(sizes, dict) else entries(content, "layer_dims", metadata)
+    dims = tuple(checked_number(size, "a size in `layer_dims`", metadata) for size in sizes)
+    shape = [checked_number(size, "a size in `shape`", metadata) for size in shape]
+    dtype = str(field(content, "storage_dtype", metadata)).removeprefix("torch.")
+    if dtype not in _TYPES:
+        raise DataError(f"{metadata}: storage_dtype {dtype} is not known. Expected one of: {', '.join(_TYPES)}.")
+    if len(shape) != 2 or shape[1] != sum(dims) or shape[0] < 1:
+        raise DataError(f"{metadata}: shape {shape} is not [rows, {sum(dims)}], the sum of layer_dims.")
+    expected, size = shape[0] * shape[1] * _TYPES[dtype].itemsize, path.stat().st_size
+    if size != expected:
+        raise DataError(f"{path} has {size:,} bytes, expected {expected:,} for shape {shape}: it is not whole.")
+    batches = [
+        _Batch(*(whole_number(entry, name, metadata) for name in ("batch_idx", "start_row", "end_row")))
+        for entry in entries(content, "batches", metadata)
+    ]
+    if [start for _, start, _ in batches] != [0, *(stop for _, _, stop in batches)][:-1] or batches[-1][2] != shape[0]:
+        raise DataError(f"{metadata}: the rows of its batches do not follow one another from 0 to {shape[0]}.")
+    return _Chunk(first, last, path, metadata, int(shape[0]), dims, dtype, batches)
+
+
+def _layer_names(content: Any, path: Path, dims: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """Return the names in the order of the columns, which here is that of the model's modules."""
+    if content is None:
+        note = f"{path.name} is missing, which holds the names of the layers: they are numbered in their order."
+        return [f"layer_{number}" for number in range(len(dims))], [note]
+    names = [str(name) for name in entries(content, "layer_names", path)]
+    if len(names) != len(dims):
+        raise DataError(f"{path} names {len(names)} layers, and the chunks have {len(dims)}.")
+    return names, []
+
+
+def _components(names: list[str], dims: tuple[int, ...]) -> list[IndexedComponent]:
+    ends = np.cumsum(dims).tolist()
+    return [
+        # The layout keeps no shape of a layer.
+        IndexedComponent(name=name, kind="layer", shape=(1, size), start=end - size, stop=end)
+        for name, size, end in zip(names, dims, ends, strict=True)
+    ]
+
+
+def _missing_batches(chunks: list[_Chunk], content: Any, path: Path) -> list[str]:
+    held = [batch for chunk in chunks for batch, _, _ in chunk.batches]
+    if len(set(held)) != len(held):
+        raise DataError(f"{path.parent}: a batch is in two chunks.")
+    total = content.get("total_batches") if isinstance(content, dict) else None
+    stop = total if isinstance(total, int) and not isinstance(total, bool) else max(held) + 1
+    note = missing_note(held, 0, max(stop, 0), "batches are missing")
+    return [] if note is None else [note]
+
+
+def _zero_rows(chunks: list[_Chunk]) -> list[str]:
+    """Refuse a batch of zeros, which was never written; note single rows of zeros, which may have no target."""
+    empty: list[str] = []
+    for chunk in chunks:
+        numbers = chunk.numbers()
+        for batch, start, stop in chunk.batches:
+            zero = ~numbers[start:stop].any(axis=1)
+            if zero.all() and stop - start > 1:
+                raise DataError(
+                    f"{chunk.path}: all {stop - start} rows of batch {batch} are zero: they were never written. "
+                    "Remove the chunk and its metadata file, and compute it again."
+                )
+            empty += [f"{batch}:{place}" for place in np.flatnonzero(zero)]
+    return [f"{len(empty)} rows are zero: {', '.join(empty[:8])}."] if empty else []
+
+
+def write_chunks(index: Index, out: Path) -> list[Path]:
+    """Write `grad/chunk_gradients_{first}_{last}.mmap` with their metadata, and `batch_metadata.json`, in float32."""
+    manifest, folder = index.manifest, out / "grad"
+    make_folder(folder)
+    layers = layers_to_write(manifest)
+    dims = [part.stop - part.start for part in layers]
+    written, batch = [], 0
+    for part in parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
+        rows = part.stop - part.start
+        starts = range(0, rows, ROWS_PER_BATCH)
+        batches = [
+            {"batch_idx": batch + at, "start_row": start, "end_row": min(start + ROWS_PER_BATCH, rows)}
+            for at, start in enumerate(starts)
+        ]
+        stem = f"chunk_gradients_{batch}_{batch + len(starts) - 1}"
+        metadata = {
+            "shape": [rows, index.width],
+            "storage_dtype": "float32",
+            "layer_dims": dims,
+            "batches": batches,
+        }
+        # The numbers first: metadata that are there vouch for a whole map.
+        write_durably(folder / f"{stem}.mmap", [part.gradients.contiguous().numpy().data])
+        written += [folder / f"{stem}.mmap", write_json(folder / f"{stem}_metadata.json", metadata)]
+        batch += len(starts)
+    info = [
+        {
+            "batch_idx": number,
+            "start_idx": number * ROWS_PER_BATCH,
+            "end_idx": min((number + 1) * ROWS_PER_BATCH, index.rows),
+        }
+        for number in range(batch)
+    ]
+    summary = {
+        "batch_info": info,
+        "layer_names": [part.name for part in layers],
+        "layer_dims": dims,
+        "total_batches": batch,
+        "total_samples": index.rows,
+        VESTIGE_KEY: manifest.model_dump(mode="json"),
+    }
+    return [*written, write_json(out / "batch_metadata.json", summary)]

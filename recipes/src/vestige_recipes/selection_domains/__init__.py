@@ -1,0 +1,1 @@
+"""Which tenth of a mixture to train on."""

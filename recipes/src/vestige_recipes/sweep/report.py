@@ -1,0 +1,209 @@
+"""The result of a sweep: a row for each cell, read from the markers, for a person and as a table."""
+
+import contextlib
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vestige.files import make_folder, temporary_path, write_durably
+from vestige.launch import JobStatus, job_statuses
+from vestige.progress import format_seconds
+from vestige.terminal import as_text
+from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
+from vestige_recipes.sweep.cells import name_of
+from vestige_recipes.sweep.record import JOB, CellRecord, SweepRecord, is_sweep, read_sweep
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+TABLE_FILE, JSON_FILE, LINKS = "cells.parquet", "cells.json", "named"
+SHOWN_CELLS, SHOWN_FIGURES, SHOWN_FAILURES = 40, 4, 5
+"""What fits on a screen; the files hold everything."""
+_TEXT_WIDTH = 160
+_OF_THE_MACHINE = ("seconds", "peak_memory_bytes")
+_STATES = ("done", "running", "failed", "missing")
+
+
+@dataclass(frozen=True)
+class CellRow:
+    """A cell, its state and its figures."""
+
+    cell: str
+    state: str
+    """done, running, failed or missing."""
+    folder: str
+    """What the command got as --out."""
+    point: dict[str, Any]
+    """The cell's values along the axes."""
+    settings: dict[str, Any]
+    figures: dict[str, Any]
+    """Numbers that the command left, by name; empty unless the cell is done."""
+    seconds: float | None
+    error: str
+    log: str
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All cells of a sweep, in the order of the grid."""
+
+    out: Path
+    verb: str
+    grid: str
+    axes: tuple[str, ...]
+    rows: tuple[CellRow, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of cells in each state that occurs."""
+        counted = Counter(row.state for row in self.rows)
+        return {state: counted[state] for state in _STATES if counted[state]}
+
+    def __getitem__(self, point: dict[str, Any]) -> CellRow:
+        """Return the first cell with these values along the axes."""
+        return next(row for row in self.rows if point.items() <= row.point.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in JSON terms."""
+        cells = [asdict(row) for row in self.rows]
+        return {"verb": self.verb, "grid": self.grid, "axes": list(self.axes), "cells": cells}
+
+    def __str__(self) -> str:
+        return as_text(self, _TEXT_WIDTH, soft_wrap=True)
+
+    def __rich__(self) -> "Group":
+        from rich.console import Group
+        from rich.text import Text
+
+        states = ", ".join(f"{count:,} {state}" for state, count in self.counts().items())
+        title = f"{self.out}: sweep of `vestige {self.verb}`, {len(self.rows):,} cells: {states}"
+        more = len(self.rows) - SHOWN_CELLS
+        after = [f"... and {more:,} more cells: {self.out / TABLE_FILE} holds all."] if more > 0 else []
+        failed = [row for row in self.rows if row.state == "failed"]
+        after += [f"failed  {row.error}" for row in failed[:SHOWN_FAILURES]]
+        after += [f"... and {len(failed) - SHOWN_FAILURES} more failed."] if len(failed) > SHOWN_FAILURES else []
+        return Group(Text(title), _screen_table(self), *map(Text, after))
+
+
+def sweep_report(folder: Path) -> SweepReport:
+    """Return how far the sweep in a folder is, by the markers of its cells.
+
+    Raises:
+        UserError: No sweep was begun there.
+    """
+    job = next((job for job in job_statuses(folder) if job.name == JOB), None)
+    return report_of(folder, read_sweep(folder), job)
+
+
+def sweep_status(folder: Path) -> str | None:
+    """Return the report of a sweep as text; None for a folder without a sweep."""
+    return str(sweep_report(folder)) if is_sweep(folder) else None
+
+
+def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -> SweepReport:
+    """Return which cells of a record are done in a folder, which need not exist, or at work by the status of a job."""
+    errors = {failure.piece: failure.error for failure in job.failures} if job else {}
+    running = set(job.running) if job else set()
+    rows = [
+        _row(folder / "cells" / cell.id, cell, number in running, errors.get(number, ""))
+        for number, cell in enumerate(record.cells)
+    ]
+    return SweepReport(folder, record.verb, record.grid, record.axes, tuple(rows))
+
+
+def write_tables(report: SweepReport) -> SweepReport:
+    """Write the report as `cells.json` and `cells.parquet`, link each result in `named/`, and return the report."""
+    import pyarrow.parquet as parquet
+
+    _link_results(report)
+    write_json(report.out / JSON_FILE, report.to_dict())
+    sink = io.BytesIO()
+    parquet.write_table(_columns(report), sink)
+    write_durably(report.out / TABLE_FILE, [sink.getvalue()])
+    return report
+
+
+def _row(home: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
+    done, log = read_done(home, cell.id), home / LOG_FILE
+    return CellRow(
+        cell.id,
+        "done" if done else "running" if running else "failed" if error else "missing",
+        str(home / "out"),
+        cell.point,
+        cell.settings,
+        done.figures if done else {},
+        done.seconds if done else None,
+        "" if done else error,
+        str(log) if log.exists() else "",
+    )
+
+
+def _link_results(report: SweepReport) -> None:
+    """Link `named/NAME` to the result of each finished cell; on a disk without links there are none."""
+    make_folder(report.out / LINKS)
+    taken: set[str] = set()
+    for row in report.rows:
+        if row.state != "done":
+            continue
+        name = name_of(row.point)
+        name = f"{name}.{row.cell}" if name in taken else name
+        taken.add(name)
+        path, target = report.out / LINKS / name, Path("..") / "cells" / row.cell / "out"
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() or Path(os.readlink(path)) != target:
+                # Renamed into place: a reader finds the old link or the new one.
+                temporary = temporary_path(path)
+                temporary.symlink_to(target)
+                temporary.replace(path)
+
+
+def _screen_table(report: SweepReport) -> "Table":
+    from rich.table import Table
+
+    shown = report.rows[:SHOWN_CELLS]
+    figures = _differing([row.figures for row in shown])[:SHOWN_FIGURES]
+    table = Table()
+    for column in ("cell", *report.axes, "state", "time", *figures):
+        table.add_column(column, overflow="fold")
+    for row in shown:
+        took = "" if row.seconds is None else format_seconds(row.seconds)
+        values = [_shown(row.point.get(axis)) for axis in report.axes]
+        table.add_row(row.cell, *values, row.state, took, *(_shown(row.figures.get(name)) for name in figures))
+    return table
+
+
+def _differing(figures: list[dict[str, Any]]) -> list[str]:
+    """Return the names of figures that are not the same in all cells, nor about the machine."""
+    names = dict.fromkeys(name for each in figures for name in each)
+    held = {name: {each[name] for each in figures if name in each} for name in names}
+    return [name for name, values in held.items() if name not in _OF_THE_MACHINE and len(values) > 1]
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _columns(report: SweepReport) -> Any:
+    """Return a pyarrow table: state, seconds and so on, then `settings.*`, then `figures.*`."""
+    import pyarrow as arrow
+
+    plain = ("cell", "state", "seconds", "folder", "error", "log")
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in report.rows] for name in plain}
+    for kind in ("settings", "figures"):
+        held = [{**row.settings, **row.point} if kind == "settings" else row.figures for row in report.rows]
+        for name in dict.fromkeys(name for row in held for name in row):
+            columns[f"{kind}.{name}"] = _column([row.get(name) for row in held])
+    types = {"seconds": arrow.float64()}
+    return arrow.table({name: arrow.array(values, types.get(name)) for name, values in columns.items()})
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Return values of one type: numbers as numbers, anything mixed or nested as JSON text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float}:
+        return [None if value is None else float(value) for value in values] if float in kinds else values
+    return values if kinds in ({str}, {bool}) else [None if value is None else json.dumps(value) for value in values]

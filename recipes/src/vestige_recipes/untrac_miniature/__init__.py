@@ -1,0 +1,1 @@
+"""Unlearning beside leaving sources out."""

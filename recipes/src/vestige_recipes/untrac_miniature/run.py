@@ -1,0 +1,221 @@
+"""UnTrac against leaving sources out, in miniature: eight made corpora, a model of one layer, everything retrained.
+
+The experiment of Isonuma and Titov (2024, arXiv:2401.15241), section 5, with corpora whose mixing is known. Truth is
+the rise of each test set's loss in a model trained without a source, for the same number of steps. Eight points are
+few, and how well anything predicts them depends on the corpora that were drawn, so they are drawn several times.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from vestige.bank import Bank
+from vestige.errors import NonFinite
+from vestige.methods import attribute
+from vestige.models import Recipe
+from vestige.unlearn import untrac
+from vestige_recipes.common.first_order import first_order_scores
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.sources import (
+    UNLEARNT,
+    Table,
+    asked_models,
+    left_out_bank,
+    left_out_truth,
+    pooled_agreement,
+    summed_by_source,
+    truth_agreement,
+)
+from vestige_recipes.common.steps import kept_run, launched, shown_interval
+from vestige_recipes.common.texts import gpt, write_rows
+from vestige_recipes.common.training import Checkpoints, Training
+from vestige_recipes.untrac_miniature.corpora import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
+
+GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
+RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated": True}
+"""And whether steps have momentum."""
+_RETAINING = {"direction": "inverse", "optimizer": "sgd", "retain": 128, "points": 1}
+LEAST, OF_CEILING, WITHIN = 0.85, 0.9, 0.03
+"""What a pilot of this miniature led to expect: correlation, share of the ceiling, distance from the best rate."""
+
+
+@dataclass(frozen=True)
+class MiniaturePlan:
+    """One size of the study."""
+
+    corpora: int
+    """How often all sources are drawn, with seeds that follow each other."""
+    sources: int = 8
+    chains: int = 4
+    sequences: int = 320
+    tests: int = 64
+    steps: int = 320
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    checkpoints: int = 8
+    grid: tuple[float, ...] = GRID
+    """Rates beside the automatic one, on the first model that is asked of each draw."""
+    retaining_steps: int = 40
+    draws: int = 1_000
+    """Of the bootstrap."""
+
+
+PLANS = {
+    "tiny": MiniaturePlan(1, 4, 2, 6, 3, 3, 8, checkpoints=2, grid=(1e-4,), retaining_steps=2, draws=20),
+    "pocket": MiniaturePlan(3),
+}
+
+
+class Drawn(NamedTuple):
+    """What one draw of the corpora gave."""
+
+    corpora: MarkovCorpora
+    truths: list[Table]
+    scores: list[dict[str, Table]]
+    """By method, for each model that was asked; the rates of the grid for the first one alone."""
+
+
+@registered(PLANS)
+def untrac_miniature(settings: StudySettings) -> Outcome:
+    """UnTrac, UnTrac-Inv and opponents beside leave-source-out retraining: Pearson over corpora, mean over test sets.
+
+    Truth and estimate never share a model: the models that are asked are trained apart from the bank's.
+    """
+    plan = PLANS[settings.size]
+    found = [_drawn(settings, plan, settings.seed + number) for number in range(plan.corpora)]
+    ceilings = [truth_agreement(each.truths) for each in found]
+    ceiling = float(np.mean(ceilings))
+    judged = {name: _judged(found, name, plan, settings.seed) for name in found[0].scores[0]}
+    rows: list[tuple[Any, ...]] = [("truth of another seed (ceiling)", ceiling, "", _each(ceilings))]
+    known = [(each.corpora.mixing.T, each.truths) for each in found]
+    mixing, by_draw = pooled_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
+    rows += [("known mixing", mixing.value, "", _each(by_draw))]
+    rows += [(name, each.value, shown_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
+    details = {
+        "plan": asdict(plan),
+        "ceiling": ceilings,
+        "agreement": {name: {"mean": each._asdict(), "by draw": own} for name, (each, own) in judged.items()},
+        "draws": [
+            {
+                "mixing": each.corpora.mixing.tolist(),
+                "truth": [truth.tolist() for truth in each.truths],
+                "scores": [{name: table.tolist() for name, table in one.items()} for one in each.scores],
+            }
+            for each in found
+        ],
+    }
+    # A handful of steps shows that everything runs, and nothing else.
+    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
+    gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), *nulls]
+    return Outcome(("method", "mean Pearson", "95 % interval", "by draw"), rows, gates, details)
+
+
+def tiny_gpt() -> nn.Module:
+    """Return a model of one layer of 48 units; the bank draws its weights."""
+    return gpt(VOCABULARY, LENGTH, 48, 1, begin=0, end=1)
+
+
+def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
+    corpora = markov_corpora(
+        seed, corpora=plan.sources, sequences=plan.sequences, chains=plan.chains, test_sequences=plan.tests
+    )
+    folder = settings.out / f"draw-{seed}"
+    data = write_rows(folder / "train.jsonl", corpora.train)
+    queries = write_rows(folder / "queries.jsonl", corpora.tests)
+    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
+    seeds = max(settings.seeds, 2)
+    truth = left_out_bank(
+        settings, tiny_gpt(), (data, queries), folder, training, seed=seed, seeds=seeds, from_scratch=True
+    )
+    tests = sorted({str(test) for test in truth.query_sources})
+    scores = []
+    models = asked_models(tiny_gpt(), data, folder, training, seeds, plan.checkpoints, from_scratch=True)
+    for number, asked in enumerate(models):
+        own = plan if number == 0 else replace(plan, grid=())
+        files, axes = (data, queries), (tests, corpora.names)
+        scores.append(_scores(settings, own, folder / f"runs-{number}", asked, files, truth, axes))
+    return Drawn(corpora, left_out_truth(truth, corpora.names, tests), scores)
+
+
+def _scores(
+    settings: StudySettings,
+    plan: MiniaturePlan,
+    out: Path,
+    asked: Checkpoints,
+    files: tuple[Path, Path],
+    truth: Bank,
+    axes: tuple[list[str], list[str]],
+) -> dict[str, Table]:
+    """Scores of every corpus for every test set, by method."""
+    data, queries = files
+    common = {"model": asked.model, "data": str(data), "queries": str(queries), **launched(settings)}
+    found = {}
+    for name, direction in UNLEARNT.items():
+        found[f"{name}, automatic"] = _unlearnt(out / direction, {**common, "direction": direction})
+        for rate in plan.grid:
+            fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
+            found[f"{name}, {rate:g}"] = _unlearnt(out / f"{direction}-{rate:g}", fixed, axes)
+    for name, accelerate in RETAINING.items():
+        asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
+        found[name] = _unlearnt(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
+    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
+    run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
+    return found | {"BM25": summed_by_source(run.dense(), truth.query_sources, truth.sources, *axes)}
+
+
+def _unlearnt(out: Path, asking: dict[str, Any], axes: tuple[list[str], list[str]] | None = None) -> Table:
+    """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
+    try:
+        run = kept_run(untrac, out, **asking)
+    except NonFinite:
+        if axes is None:
+            raise
+        # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
+        return np.full([len(axis) for axis in axes], np.nan)
+    return run.dense().astype(np.float64)
+
+
+def _judged(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
+    groups = [([one[name] for one in each.scores if name in one], each.truths) for each in found]
+    return pooled_agreement(groups, draws=plan.draws, seed=seed)
+
+
+def _each(values: list[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[Gate]:
+    gates = []
+    for name in UNLEARNT:
+        value = judged[f"{name}, automatic"][0].value
+        # The grid was run on the first model of each draw alone, so the automatic rate is compared on that one.
+        groups = [([each.scores[0][f"{name}, automatic"]], each.truths) for each in found]
+        on_first = pooled_agreement(groups, draws=0, seed=0)[0].value
+        best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
+        gates += [
+            Gate(f"{name}: correlation with retraining", value, ">=", LEAST),
+            Gate(f"{name}: share of the ceiling", value / ceiling, ">=", OF_CEILING),
+            Gate(f"{name}: automatic rate below the best of the grid by", best - on_first, "<=", WITHIN),
+        ]
+    return gates
+
+
+def _null_gate(found: list[Drawn], name: str) -> Gate:
+    """Scores, put on the scale of truth, of a corpus that has nothing of the tests: below the noise of retraining.
+
+    Leaving it out makes room for the others, so its truth is that of training longer on them; what counts is how far
+    its score lies from there, in units of the difference between two seeds.
+    """
+    shares = []
+    for each in found:
+        place = each.corpora.names.index(UNRELATED)
+        truth = np.mean(each.truths, axis=0)
+        noise = float(np.std(np.stack(each.truths), axis=0, ddof=1).mean())
+        for scores in each.scores:
+            for one, right in zip(scores[name], truth, strict=True):
+                slope, shift = np.polyfit(one, right, 1)
+                shares.append(abs(slope * one[place] + shift - right[place]) / noise)
+    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)

@@ -1,0 +1,64 @@
+"""An index and a run in layouts of other software."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests.index.synthetic import WIDTH, build, gradient_rows
+
+from vestige import export
+from vestige.errors import SpecError
+from vestige.index import Index, export_index
+from vestige_recipes.interop import import_published
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "index"
+    build(folder, dtype="float32")
+    return Index.open(folder)
+
+
+def test_projections_are_laid_out_by_sorted_name_and_cut_into_iterations(index, tmp_path):
+    export_index(index, tmp_path / "out", "projections")
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert [layer["name"] for layer in metadata["layers"]] == ["first.weight", "second.weight"]
+    assert (metadata["layers"][0]["k_o"], metadata["layers"][0]["k_i"]) == (4, 4)
+    files = sorted((tmp_path / "out").glob("proj_iter_*.pt"))
+    assert [path.name for path in files] == [f"proj_iter_{number:06d}.pt" for number in range(4)]
+    content = [torch.load(path, weights_only=True) for path in files]
+    assert torch.equal(torch.cat([each["proj"] for each in content]), gradient_rows(np.arange(60)))
+    assert [row for each in content for row in each["batch_idx"]] == list(range(60))
+
+
+def test_chunks_are_raw_numbers_with_their_shape_beside(index, tmp_path):
+    export_index(index, tmp_path / "out", "chunks")
+    metadata = json.loads((tmp_path / "out" / "grad" / "chunk_gradients_0_3_metadata.json").read_text())
+    assert metadata["shape"] == [60, WIDTH]
+    assert metadata["batches"][-1] == {"batch_idx": 3, "start_row": 48, "end_row": 60}
+    values = np.fromfile(tmp_path / "out" / "grad" / "chunk_gradients_0_3.mmap", dtype=np.float32)
+    assert np.array_equal(values.reshape(60, WIDTH), gradient_rows(np.arange(60)).numpy())
+
+
+@pytest.fixture
+def run(tmp_path):
+    content = {"q1": {"a": 0.5, "b": 0.25, "c": -0.125}, "q2": {"c": 1.0, "a": 0.0}}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    import_published(source=tmp_path / "s.json", out=tmp_path / "run")
+    return content, tmp_path / "run"
+
+
+def test_a_run_is_exported_to_similarities_that_import_again(run, tmp_path):
+    content, folder = run
+    [path] = export(path=folder, out=tmp_path / "out", to="similarities")
+    assert json.loads(path.read_text()) == content
+    again = import_published(source=path, out=tmp_path / "again")
+    assert [row.score for row in again.top("q1")] == [0.5, 0.25, -0.125]
+
+
+def test_a_layout_for_the_other_kind_is_refused(run, index, tmp_path):
+    with pytest.raises(SpecError, match="is a run, and --to chunks is for an index"):
+        export(path=run[1], out=tmp_path / "out", to="chunks")
+    with pytest.raises(SpecError, match="is an index, and --to similarities is for a run"):
+        export(path=index.folder, out=tmp_path / "out", to="similarities")

@@ -1,0 +1,36 @@
+"""One of 2,000 training sequences is what a test sequence was made from: unlearning finds it."""
+
+import numpy as np
+import pytest
+import torch
+
+from studies.miniature import tokenized_rows
+from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffled_batches, train
+from vestige.settings import UntracSettings
+from vestige.unlearn import Scored, make_job
+from vestige_recipes.untrac_miniature.corpora import markov_corpora
+from vestige_recipes.untrac_miniature.run import tiny_gpt
+
+ROWS, CANARY = 2_000, 1_234
+
+
+@pytest.mark.slow
+def test_a_planted_canary_is_in_the_first_percent_of_2000_examples(tmp_path):
+    """B-R5: the test sequence shares the last twenty tokens of its source, which are like no other sequence's."""
+    rows = markov_corpora(5, sequences=ROWS // 8).train
+    secret = np.random.default_rng(7).integers(0, 24, 25)
+    rows[CANARY] = rows[CANARY] | {"input_ids": secret.tolist()}
+    asked = np.concatenate([np.random.default_rng(8).integers(0, 24, 5), secret[5:]])
+    data = tokenized_rows(rows)
+    queries = tokenized_rows([{"id": "asked", "source": "asked", "input_ids": asked.tolist()}])
+    model = tiny_gpt().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.init_weights()
+    train(model, data, shuffled_batches(data, np.arange(ROWS), 16, 320, 0), Recipe(3e-3))
+    model.requires_grad_(False)
+    loaded = LoadedModel(model, None, "canary", model_fingerprint(model), 25)
+    settings = UntracSettings(model="m", data="d", queries="q", out=tmp_path / "run", level="example")
+    scores = Scored(make_job(settings, loaded, data, queries)).scores[0]
+    assert scores.shape == (ROWS,)
+    assert int((scores > scores[CANARY]).sum()) < ROWS // 100

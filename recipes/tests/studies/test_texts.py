@@ -1,0 +1,193 @@
+"""What studies read: pieces of bytes, topics of the help, blocks of tokens."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vestige.data import Example
+from vestige.errors import DataError
+from vestige.models import Recipe
+from vestige_recipes.common import training as _checkpoints
+from vestige_recipes.common.texts import byte_gpt, byte_rows, drawn, help_topics, pieces, write_rows
+from vestige_recipes.common.training import Training, trained
+from vestige_recipes.text_lds import run as _wikitext
+
+ASKED = {"length": 32, "subjects": 3, "sequences": 12, "queries": 6, "before": 20}
+
+
+def test_pieces_are_whole_and_in_order():
+    assert pieces("äbcdefg", 3) == ["äb".encode(), b"cde"]
+    assert pieces("ab", 3) == []
+
+
+def test_rows_hold_the_bytes_and_can_be_read():
+    (row,) = byte_rows(["é".encode()[:1] + b"a"], "s", first=4)
+    assert row == {"id": "s/4", "source": "s", "text": "\ufffda", "input_ids": [195, 97]}
+
+
+def test_what_is_drawn_keeps_its_order_and_its_last_zero_byte():
+    cut = [bytes([number, 0]) for number in range(9)]
+    few = drawn(cut, 4, np.random.default_rng(0))
+    assert len(few) == 4
+    assert few == sorted(few)
+    assert all(len(piece) == 2 for piece in few)
+    assert drawn(cut, 99, np.random.default_rng(0)) == cut
+
+
+def test_help_topics_never_share_a_piece_between_training_and_questions():
+    made = help_topics(0, **ASKED)
+    assert [len(each) for each in made] == [20, 12, 6]
+    ids = [row["id"] for row in made.train + made.queries]
+    assert len(set(ids)) == len(ids)
+    assert {row["source"] for row in made.train} == {row["source"] for row in made.queries}
+    assert {len(row["input_ids"]) for rows in made for row in rows} == {32}
+    topics = {row["source"] for row in made.train}
+    assert all(sum(row["source"] == name for row in made.train) == 4 for name in topics)
+
+
+def test_a_seed_draws_the_same_topics_and_another_one_others():
+    assert help_topics(1, **ASKED) == help_topics(1, **ASKED)
+    assert help_topics(1, **ASKED).train != help_topics(2, **ASKED).train
+
+
+def test_more_topics_than_there_are_is_told():
+    with pytest.raises(DataError, match="1000 are needed"):
+        help_topics(0, **ASKED | {"subjects": 1000, "sequences": 1000, "queries": 1000})
+
+
+def test_a_model_of_bytes_is_the_same_each_time_and_draws_nothing_from_the_caller():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, two = byte_gpt(16, 8, 1), byte_gpt(16, 8, 1)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), two.parameters(), strict=True))
+    assert one.config.vocab_size == 256
+    assert one.config.n_positions == 16
+
+
+def test_checkpoints_are_spread_over_the_training_and_made_once(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
+    training = Training(Recipe(1e-2), steps=6, batch_size=4)
+    found = trained(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3)
+    assert [folder.rsplit("-", 1)[1] for folder in found.folders] == ["2", "4", "6"]
+    # Falling linearly from 0.01: the rates of steps 2, 4 and 6, counted from one.
+    assert found.rates == pytest.approx([1e-2 * (1 - done / 6) for done in (1, 3, 5)])
+    weights = tmp_path / "model" / "checkpoint-6" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert trained(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3) == found
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_training_without_its_last_checkpoint_is_done_again_to_the_same_bytes(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
+    training = Training(Recipe(1e-2), steps=4, batch_size=4)
+    start = byte_gpt(16, 8, 1)
+    found = trained(start, data, tmp_path / "model", training, seed=0, count=2)
+    last = tmp_path / "model" / "checkpoint-4"
+    content = (last / "model.safetensors").read_bytes()
+    last.rename(tmp_path / "lost")
+    assert trained(start, data, tmp_path / "model", training, seed=0, count=2) == found
+    assert (last / "model.safetensors").read_bytes() == content
+
+
+def _stopped_after(step, monkeypatch):
+    """Trainings stop there, as if they were killed, and their state is kept after every step."""
+    real = _checkpoints.train
+    monkeypatch.setattr(_checkpoints, "SECONDS_AT_RISK", 0.0)
+
+    def train(model, data, batches, recipe, after_step, resume):
+        def until(done):
+            after_step(done)
+            if done.number == step:
+                raise KeyboardInterrupt
+
+        real(model, data, batches, recipe, until, resume)
+
+    monkeypatch.setattr(_checkpoints, "train", train)
+
+
+def _begun_at(monkeypatch):
+    """The steps at which trainings begin from here on."""
+    real, begun = _checkpoints.train, []
+
+    def train(model, data, batches, recipe, after_step, resume):
+        begun.append(0 if resume is None else resume["step"])
+        real(model, data, batches, recipe, after_step, resume)
+
+    monkeypatch.setattr(_checkpoints, "train", train)
+    return begun
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch, lora_rank):
+    data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
+    training = Training(Recipe(1e-2), steps=6, batch_size=4)
+    start = byte_gpt(16, 8, 1)
+    whole = trained(start, data, tmp_path / "whole", training, seed=0, count=2, lora_rank=lora_rank)
+    out = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        _stopped_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            trained(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
+    begun = _begun_at(monkeypatch)
+    found = trained(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
+    assert begun == [4]
+    assert not (out / "unfinished.pt").exists()
+    for folders in zip(found.folders, whole.folders, strict=True):
+        contents = [next(Path(folder).glob("*.safetensors")).read_bytes() for folder in folders]
+        assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("change", ["seed", "checkpoint", "damaged"])
+def test_trap_a_training_never_goes_on_from_another_one(tmp_path, monkeypatch, change):
+    data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
+    training = Training(Recipe(1e-2), steps=6, batch_size=4)
+    start, out = byte_gpt(16, 8, 1), tmp_path / "model"
+    with monkeypatch.context() as patch:
+        _stopped_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            trained(start, data, out, training, seed=0, count=2)
+    if change == "checkpoint":
+        (out / "checkpoint-3").rename(tmp_path / "lost")
+    if change == "damaged":
+        (out / "unfinished.pt").write_bytes((out / "unfinished.pt").read_bytes()[:-100])
+    begun = _begun_at(monkeypatch)
+    trained(start, data, out, training, seed=1 if change == "seed" else 0, count=2)
+    assert begun == [0]
+
+
+def test_rows_that_are_there_are_left_alone(tmp_path):
+    path = write_rows(tmp_path / "new" / "rows.jsonl", [{"id": "a"}])
+    before = path.stat().st_mtime_ns
+    assert write_rows(path, [{"id": "a"}]).stat().st_mtime_ns == before
+    write_rows(path, [{"id": "b"}])
+    assert json.loads(path.read_text()) == {"id": "b"}
+
+
+def test_wikitext_is_joined_by_a_thousand_rows_and_the_rest_of_each_thousand_is_dropped(monkeypatch):
+    """Joined over all rows, the number of blocks would not be the published one."""
+
+    class Letters:
+        def __call__(self, texts, **settings):
+            return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    class Loaded:
+        tokenizer = Letters()
+
+    texts = ["ab"] * 1000 + ["", "cde"]
+    examples = [Example(str(row), row, text=text) for row, text in enumerate(texts)]
+    monkeypatch.setattr(_wikitext, "load_model", lambda model: Loaded())
+    monkeypatch.setattr(_wikitext, "load_examples", lambda source, split: examples)
+    train, validation = _wikitext.wikitext("model", 3)
+    # 2000 letters make 666 blocks and 2 letters that are dropped; the second thousand makes one block.
+    assert len(train) == 667
+    assert train[-1]["text"] == "cde"
+    assert validation[0]["id"] == "validation/0"
+    assert train[0]["input_ids"] == [97, 98, 97]

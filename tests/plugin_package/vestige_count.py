@@ -1,0 +1,33 @@
+"""A command of another package: `vestige count`."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field, NonNegativeInt
+
+from vestige.registry import command
+from vestige.settings import Settings, verb
+from vestige.terminal import say
+
+
+class CountSettings(Settings):
+    """What `vestige count` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("data",)
+    data: Any = Field(description="The examples: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    source: str | None = Field(None, description="Count only the examples of this source.")
+    limit: NonNegativeInt | None = Field(None, description="Read at most this many rows.")
+
+
+@verb(CountSettings)
+def count_examples(settings: CountSettings) -> int:
+    """Return the number of examples in a data source."""
+    from vestige.data import load_examples  # imports torch, which help does without
+
+    examples = load_examples(settings.data, limit=settings.limit)
+    return sum(settings.source in (None, example.source) for example in examples)
+
+
+@command("count", CountSettings, function="vestige_count:count_examples")
+def count(settings: CountSettings) -> None:
+    """Count the examples of a data source."""
+    say(f"{count_examples(**settings.arguments()):,} examples")

@@ -1,0 +1,89 @@
+"""A package of others adds a command: docs/extending.md, installed by pip and typed at the command line."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.workshop import write_rows
+
+PACKAGE = Path(__file__).with_name("plugin_package")
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder into which pip has installed a copy of the package."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(PACKAGE, folder / "vestige-count")
+    words = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder / "site")]
+    pip = [sys.executable, "-m", "pip", "install", *words, str(folder / "vestige-count")]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    """Run a command line where the package is installed, in a folder with `train.jsonl`."""
+    rows = [{"text": f"text {number}", "source": "books" if number < 2 else "web"} for number in range(5)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
+
+    def call(*words):
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return call
+
+
+def test_the_command_is_in_the_help_and_the_built_in_ones_stay(run):
+    told = run("-m", "vestige.cli", "--help").stdout
+    assert re.search(r"count +Count the examples of a data source\.", told)
+    assert re.search(r"index +\w", told)
+
+
+def test_every_line_of_the_page_runs(run):
+    lines = re.search(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].splitlines()
+    printed = []
+    for line in lines:
+        program, *words = line.split()
+        if program == "vestige":
+            done = run("-m", "vestige.cli", *words)
+            assert done.returncode == 0, done.stderr
+            printed.append(done.stdout.strip())
+    assert printed[1:] == ["5 examples", "2 examples"]
+
+
+def test_the_page_shows_the_package_as_it_is():
+    page = PAGE.read_text()
+    for name, language in (("pyproject.toml", "toml"), ("vestige_count.py", "python")):
+        assert f"```{language}\n{(PACKAGE / name).read_text()}```" in page, name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("count", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("count",), "`data` is missing"),
+        (("count", "train.jsonl", "--limit", "-1"), "`limit` was -1"),
+        (("count", "train.jsonl", "--config", "c.yaml"), "Did you mean `source`"),
+        (("cuont", "train.jsonl"), "Did you mean 'count'"),
+    ],
+)
+def test_its_mistakes_end_with_status_2_and_words(run, tmp_path, words, message):
+    (tmp_path / "c.yaml").write_text("sourec: books\n")
+    done = run("-m", "vestige.cli", *words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_its_function_takes_the_same_settings_in_python(run):
+    done = run("-c", "import vestige_count; print(vestige_count.count_examples('train.jsonl', source='web'))")
+    assert done.stdout == "3\n", done.stderr

@@ -1,7 +1,7 @@
 """The measurements of every model, joined with those of texts and of a bank: the evidence."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,18 +137,24 @@ def _measures(job: AuditJob, seen: Tensors, reference: Tensors | None) -> dict[s
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
     values = {name: tensor.numpy() for name, tensor in seen.items()}
     total = None if reference is None else reference[TOTAL_LOSS].numpy()
-    losses = Losses(values["loss"], values.pop(TOTAL_LOSS), total, job.data, job.tokenizer)
-    generated = {name: values.pop(name) for each in job.at("generation") for name in columns_of(job, each, values)}
+    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)
+    found = {name: values[name] for each in job.at("pass") for name in columns_of(job, each, values)}
     for each in job.at("losses"):
-        values |= each.columns(each.compute(losses))
-    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in (values | generated).items()}
+        found |= each.columns(each.compute(losses))
+    found |= {name: values[name] for each in job.at("generation") for name in columns_of(job, each, values)}
+    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in found.items()}
 
 
-def columns_of(job: AuditJob, measure: Measure, found: Iterable[str]) -> list[str]:
-    """Return the columns of a measure: its own, and its details, which are no measures themselves."""
-    others = {each.name for each in job.measures} - {measure.name}
-    own = [name for name in found if name == measure.name or name.startswith(f"{measure.name}_")]
-    return [name for name in own if name not in others]
+def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[str]:
+    """Return the columns of a measure: its own, and its details, which are no measures themselves.
+
+    Files of pieces hold columns in any order; here the order is the same for every process.
+    """
+    taken, start = {each.name for each in job.measures}, f"{measure.name}_"
+    known = [f"{start}{detail}" for detail in measure.details]
+    names = sorted(name for name in found if name.startswith(start) and name not in taken)
+    names.sort(key=lambda name: (known.index(name) if name in known else len(known), len(name)))
+    return [*(name for name in found if name == measure.name), *names]
 
 
 def _examples_only(job: AuditJob, found: Tensors) -> dict[str, Column]:

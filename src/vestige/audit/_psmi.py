@@ -253,6 +253,7 @@ def choose_layer(
     needs=("hidden states", "classes"),
     early_sign=-1,
     high="typical of its label; low ones are at risk of being memorized",
+    details=("std", "low", "high"),
     missing=_ALONE,
     cost="500 to 20,000 projections of the states of each layer",
     limits="predicts from an early checkpoint what will be memorized; needs classes, and directions are random",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from vestige.errors import SpecError
@@ -80,6 +79,8 @@ class Measure:
     """The same for what *will* be memorized, at an early checkpoint: hard or atypical examples. None: minus `sign`."""
     high: str = ""
     """What a high value says, where `sign` does not say it."""
+    details: tuple[str, ...] = ()
+    """Order of its columns `name_X`, by X; others follow, the shorter first."""
     detail: str = ""
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
     by_default: bool = True
@@ -191,9 +192,10 @@ def describe_measure(name: str) -> str:
         "lists begin with": "low values" if low_stands_out(found.says) else "high values",
         "needs": ", ".join(found.needs),
         "measured": "by default" if found.by_default else "only when named",
-        "no value where": found.missing if isinstance(found.missing, str) else "see `vestige audit`",
+        "no value where": found.missing,
         "costs": found.cost,
         "limits": found.limits,
     }
     width = max(map(len, facts))
-    return "\n".join([f"{name}: {cleandoc(found.meaning)}", "", *(f"  {key:<{width}}  {facts[key]}" for key in facts)])
+    known = [f"  {key:<{width}}  {text}" for key, text in facts.items() if isinstance(text, str)]
+    return "\n".join([f"{name}: {found.meaning}", "", *known])

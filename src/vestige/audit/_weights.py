@@ -164,6 +164,6 @@ def _norms_of_checkpoints(job: AuditJob) -> list[dict[str, dict[str, float]]]:
     if not (job.is_adapter or job.parameters <= SMALL_MODEL or "weights" in job.settings.measures):
         return [{} for _ in job.subjects]
     return [
-        {name: WeightNorms(*values.tolist())._asdict() for name, values in each.items()}
+        {name: WeightNorms(*values.tolist())._asdict() for name, values in sorted(each.items())}
         for each in NormsPlan(job).run()
     ]

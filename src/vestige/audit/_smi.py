@@ -77,5 +77,5 @@ def choose_layer(
         raise DataError("There are no hidden states to choose a layer from.")
     if by == "last":
         return max(states)
-    told = {layer: smi(values, labels, directions=directions, seed=seed).mean for layer, values in states.items()}
-    return max(told, key=lambda layer: (told[layer], layer))
+    found = {layer: smi(values, labels, directions=directions, seed=seed).mean for layer, values in states.items()}
+    return max(found, key=lambda layer: (found[layer], layer))

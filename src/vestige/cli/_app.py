@@ -82,13 +82,13 @@ def _place(app: App, one: Command) -> App:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake is told in words, on stderr, with exit status 2.
+    """Run one command; a user's mistake is printed in words, on stderr, with exit status 2.
 
     Args:
         arguments: The words after `vestige`; those of the process if None.
 
     Raises:
-        SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when nobody reads what is printed, 1 after a bug.
+        SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when the output has no reader, 1 after a bug.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     with _usable_streams():
@@ -152,7 +152,7 @@ def _system_error(error: OSError) -> str:
     if error.errno in _OUTSIDE:
         place = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror or error}{place}"
-        return f"The disk is full or does not let us: {reason}. Make room, or choose another place."
+        return f"The disk is full or does not let us: {reason}. Free disk space, or choose another place."
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}. Check the path, or choose another one."
 

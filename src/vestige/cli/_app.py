@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
@@ -193,6 +194,10 @@ def _parse_error(error: CycloptsError) -> str:
         message = f"There is no {what} {word!r}. " + (
             f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
         )
+        if find_spec("vestige_recipes") is None:
+            message += (
+                '\nStudies, sweeps, imports and most of `data` come with the recipes: pip install "vestige[recipes]".'
+            )
     else:
         error.verbose = False
         message = str(error)

@@ -1,7 +1,7 @@
 # make demo      fine-tune a small model, ask it questions, and see in a report which examples its answers came from
 # make test      the fast tests, on the CPU
 # make test-all  every test: also kills, clusters, studies and every documented command
-# make check     lint, format, types, direction of imports
+# make check     lint, format, types, direction of imports, how much there is to read
 #
 # Each target sets itself up in .venv; all that a machine needs is Python 3.11 or newer, as PYTHON, and make.
 
@@ -30,6 +30,7 @@ check: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -s tests/test_house.py
 
 clean:
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache .import_linter_cache

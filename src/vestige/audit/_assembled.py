@@ -1,32 +1,24 @@
 """The measurements of every model, joined with those of texts and of a bank: the evidence."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from vestige.audit._from_bank import bank_evidence
+from vestige.audit._inputs import BankValues, Column, Losses
 from vestige.audit._job import AuditJob
 from vestige.audit._layered import LayerPlan
-from vestige.audit._lira import lira, lira_offline
-from vestige.audit._look import Tensors
-from vestige.audit._margin import margin
+from vestige.audit._look import TOTAL_LOSS, Tensors
+from vestige.audit._loss import margin
 from vestige.audit._measuring import LookPlan
-from vestige.audit._norms import NormsPlan
-from vestige.audit._perplexity_ratio import perplexity_ratio
+from vestige.audit._registry import Measure
 from vestige.audit._states import check_room, rounds
-from vestige.audit._weights import WeightNorms
-from vestige.audit._zlib_ratio import zlib_ratio
 from vestige.bank import Bank
 from vestige.errors import DataError
 from vestige.launch import is_worker
-from vestige.settings import BANK_MEASURES
-
-LAYERED = ("psmi", "psmi_std", "psmi_low", "psmi_high", "mahalanobis")
-_SEEN = ("loss", "answer_loss", "token_gap", "min_k", "min_k_plus_plus", "logit_gap", "accuracy", "brier")
-Column = Float[np.ndarray, "example"]
 
 
 class Seen(NamedTuple):
@@ -57,7 +49,7 @@ class Evidence:
 
     def column(self, name: str, number: int = -1, layer: int | None = None) -> Column | None:
         """Return the values of a measure under a subject; a layered one at the main layer unless another is named."""
-        if name in LAYERED:
+        if name in [each.name for each in self.job.at("states")]:
             where = self.main_layer if layer is None else layer
             return None if where is None else self.seen[number].layers[where].get(name)
         return self.seen[number].measures.get(name)
@@ -66,19 +58,19 @@ class Evidence:
 def gather(job: AuditJob) -> Evidence:
     """Measure every example with every model; what is done already is not done again."""
     passes, layers = _passes(job)
-    reference = passes.pop() if "perplexity_ratio" in job.wanted else None
-    norms = NormsPlan(job).run() if job.norms else [{} for _ in job.subjects]
+    reference = passes.pop() if job.needs("reference model") else None
+    norms = [each.compute(job) for each in job.at("weights")] or [[{} for _ in job.subjects]]
     seen = [
         Seen(
             _measures(job, passes[number], reference),
-            {layer: _examples_only(found) for layer, found in layers[number].items()},
-            {layer: found["smi"].tolist() for layer, found in layers[number].items() if "smi" in found},
+            {layer: _examples_only(job, found) for layer, found in layers[number].items()},
+            {layer: found["layer:smi"].tolist() for layer, found in layers[number].items() if "layer:smi" in found},
             {
-                layer: found["psmi_directions"].tolist()
+                layer: found["layer:directions"].tolist()
                 for layer, found in layers[number].items()
-                if "psmi_directions" in found
+                if "layer:directions" in found
             },
-            {name: WeightNorms(*values.tolist())._asdict() for name, values in norms[number].items()},
+            {name: values for each in norms for name, values in each[number].items()},
         )
         for number in range(len(job.subjects))
     ]
@@ -103,18 +95,15 @@ def _passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]]]:
 
 def reasons(evidence: Evidence) -> dict[str, tuple[int, str]]:
     """Return, for each measure that some examples of the data lack under the model, how many lack it and why."""
-    job, found = evidence.job, {}
-    for name in job.wanted:
-        if name in ("smi", "weights"):
-            continue
-        column = evidence.column(name)
-        missing = len(job.data) if column is None else int(np.isnan(column).sum())
-        if missing:
-            found[name] = missing, _reason(job, name)
-    if "smi" in job.wanted and not evidence.last.smi:
-        found["smi"] = len(job.data), _reason(job, "psmi")
-    if "weights" in job.wanted and not job.norms:
-        found["weights"] = 0, f"{job.parameters:,} weights: ask for them by name, --measures default weights"
+    job, last, found = evidence.job, evidence.last, {}
+    for each in job.measures:
+        if each.of == "example":
+            column = evidence.column(each.name)
+            missing = len(job.data) if column is None else int(np.isnan(column).sum())
+            if missing:
+                found[each.name] = missing, _reason(job, each)
+        elif not (last.smi if each.of == "layer" else last.norms):
+            found[each.name] = len(job.data) if each.of == "layer" else 0, _reason(job, each)
     return found
 
 
@@ -145,43 +134,35 @@ def bank_places(job: AuditJob, bank: Bank) -> Int[np.ndarray, "example"]:
 
 
 def _measures(job: AuditJob, seen: Tensors, reference: Tensors | None) -> dict[str, Column]:
+    """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
     values = {name: tensor.numpy() for name, tensor in seen.items()}
-    found = {name: values[name] for name in _SEEN}
-    found["margin"] = margin(values["loss"])
-    found["zlib_ratio"] = _zlib(job, values["total_loss"])
-    if reference is not None:
-        counts = np.where(job.data.target_counts > 0, job.data.target_counts, np.nan)
-        # Per token of this model, so that a reference with other tokens is compared on the same text.
-        found["perplexity_ratio"] = perplexity_ratio(
-            values["total_loss"] / counts, reference["total_loss"].numpy() / counts
-        )
-    extracted = [name for name in values if name.startswith("extraction_")]
-    if extracted:
-        longest = max(extracted, key=lambda name: int(name.rpartition("_")[2]))
-        found |= {
-            "extraction": values[longest],
-            **({name: values[name] for name in extracted} if len(extracted) > 1 else {}),
-        }
-    kept = {
-        name: column for name, column in found.items() if name.partition("_")[0] == "extraction" or name in job.wanted
-    }
-    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in kept.items()}
+    total = None if reference is None else reference[TOTAL_LOSS].numpy()
+    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)
+    found = {name: values[name] for each in job.at("pass") for name in columns_of(job, each, values)}
+    for each in job.at("losses"):
+        found |= each.columns(each.compute(losses))
+    found |= {name: values[name] for each in job.at("generation") for name in columns_of(job, each, values)}
+    return {name: np.where(np.isfinite(column), column, np.nan) for name, column in found.items()}
 
 
-def _zlib(job: AuditJob, total: Column) -> Column:
-    if job.tokenizer is None:
-        return np.full(len(total), np.nan)
-    predicted = [ids[mask].tolist() for ids, mask in zip(job.data.input_ids, job.data.targets, strict=True)]
-    ratio = zlib_ratio(total, job.tokenizer.batch_decode(predicted))
-    return np.where(job.data.target_counts > 0, ratio, np.nan)
+def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[str]:
+    """Return the columns of a measure: its own, and its details, which are no measures themselves.
+
+    Files of pieces hold columns in any order; here the order is the same for every process.
+    """
+    taken, start = {each.name for each in job.measures}, f"{measure.name}_"
+    known = [f"{start}{detail}" for detail in measure.details]
+    names = sorted(name for name in found if name.startswith(start) and name not in taken)
+    names.sort(key=lambda name: (known.index(name) if name in known else len(known), len(name)))
+    return [*(name for name in found if name == measure.name), *names]
 
 
-def _examples_only(found: Tensors) -> dict[str, Column]:
-    return {name: found[name].numpy() for name in LAYERED if name in found}
+def _examples_only(job: AuditJob, found: Tensors) -> dict[str, Column]:
+    return {name: found[name].numpy() for each in job.at("states") for name in columns_of(job, each, found)}
 
 
 def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
-    """Add likelihood ratios of every subject, and to the model the bank's own measures."""
+    """Add what compares every subject with the bank, and to the model the bank's own measures."""
     settings, places = job.settings, bank_places(job, bank)
     known, of = places >= 0, settings.bank_value
     if settings.bank_subset is not None and settings.bank_subset >= len(bank.subset_names):
@@ -190,26 +171,19 @@ def _add_bank(job: AuditJob, bank: Bank, seen: list[Seen]) -> None:
         )
     left_out = None if settings.bank_subset is None else bank.subsets == settings.bank_subset
     values = -bank.example_token_losses if of == "loss" else bank.values(f"example_{of}")
-    membership = _of_copies(bank.membership, job.groups, places)
-    for each in seen:
-        own = {
-            "loss": -each.measures["loss"],
-            "margin": margin(each.measures["loss"]),
-            "gap": each.measures["token_gap"],
-        }
-        target = np.full(len(bank.example_ids), np.nan)
-        target[places[known]] = own[of][known]
-        for name, measure in (("lira", lira), ("lira_offline", lira_offline)):
-            if name in job.wanted:
-                score = measure(target, values, membership, left_out=left_out).score
-                each.measures[name] = _spread(score, places)
-    proved = bank_evidence(bank, of=of, membership=membership)
-    whole = {
-        "counterfactual": proved.counterfactual,
-        "simplicity": proved.simplicity,
-        "lira_global": proved.success.success,
-    }
-    seen[-1].measures.update({name: _spread(column, places) for name, column in whole.items() if name in job.wanted})
+    target = np.full(len(bank.example_ids), np.nan)
+    given = BankValues(values, _of_copies(bank.membership, job.groups, places), bank.subsets, target, left_out)
+    for each in job.at("each model and the bank"):
+        for one in seen:
+            loss = one.measures["loss"]
+            own = {"loss": -loss, "margin": margin(loss), "gap": one.measures["token_gap"]}[of]
+            target[places[known]] = own[known]
+            one.measures.update(_spread(each, given, places))
+    target[:] = np.nan
+    if of == "loss":
+        given = given._replace(values=-bank.values("example_loss"))
+    for each in job.at("bank"):
+        seen[-1].measures.update(_spread(each, given, places))
 
 
 def _of_copies(
@@ -227,9 +201,10 @@ def _of_copies(
     return found
 
 
-def _spread(values: Column, places: Int[np.ndarray, "example"]) -> Column:
-    found = np.where(places >= 0, values[places], np.nan)
-    return np.where(np.isfinite(found), found, np.nan)
+def _spread(measure: Measure, given: BankValues, places: Int[np.ndarray, "example"]) -> dict[str, Column]:
+    """Return a measure of the bank's examples as columns of the data."""
+    found = {name: column[places] for name, column in measure.columns(measure.compute(given)).items()}
+    return {name: np.where((places >= 0) & np.isfinite(each), each, np.nan) for name, each in found.items()}
 
 
 def _main_layer(job: AuditJob, last: Seen) -> int | None:
@@ -241,20 +216,11 @@ def _main_layer(job: AuditJob, last: Seen) -> int | None:
     return max(job.layers)
 
 
-def _reason(job: AuditJob, name: str) -> str:
-    if name in ("logit_gap", "accuracy", "brier"):
+def _reason(job: AuditJob, measure: Measure) -> str:
+    if "choices" in measure.needs:
         return max(job.choices.reasons, key=job.choices.reasons.__getitem__, default="one choice alone")
-    if name in ("psmi", "mahalanobis") and not job.layers:
+    if "hidden states" in measure.needs and not job.layers:
         return "the model gives no hidden states"
-    if name == "psmi":
-        alone = "an example needs a class that another one of the data has too; the holdout is not measured"
-        return job.no_classes or alone
-    if name in BANK_MEASURES:
-        return "fewer than two models of the bank with or without the example and its copies, or it is not in the bank"
-    known = {
-        "answer_loss": "a text without a prompt has no answer of its own",
-        "extraction": f"shorter than {max(job.settings.prefixes)} + {job.settings.continuation} tokens",
-        "perplexity_ratio": "cut off for one of the two models",
-        "zlib_ratio": "no target token, or a model without tokenizer",
-    }
-    return known.get(name, "no target token, or a value that is not finite")
+    if "classes" in measure.needs and job.no_classes:
+        return job.no_classes
+    return measure.missing if isinstance(measure.missing, str) else measure.missing(job)

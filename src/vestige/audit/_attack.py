@@ -61,7 +61,7 @@ def attack(
     everything is NaN, and the counts say why.
 
     Args:
-        scores: Oriented so that high speaks for membership; see `SIGNS`.
+        scores: Oriented so that high speaks for membership; see `Measure.sign`.
         members: Or the other examples that are to be found: memorized, mislabelled.
         tpr_at: False positive rates.
         fpr_at: True positive rates.

@@ -1,9 +1,13 @@
-"""What being trained on an example changes about it, over many models."""
+"""What being trained on an example changes about it over many models, and how easy it is for them anyway."""
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vestige.audit._inputs import BankValues, Column
+from vestige.audit._registry import measure
 from vestige.errors import DataError
+
+FEW_MODELS = "fewer than two models of the bank with or without the example and its copies, or it is not in the bank"
 
 
 def counterfactual(
@@ -22,6 +26,18 @@ def counterfactual(
     """
     inside, outside = side_means(values, membership)
     return inside - outside
+
+
+def simplicity(
+    values: Float[np.ndarray, "member example"], membership: Bool[np.ndarray, "member example"]
+) -> Float[np.ndarray, "example"]:
+    """Return the mean value of the models trained on an example plus that of the others; high is easy.
+
+    Arguments as in `counterfactual`, of which it is the other half: the same two means, added up. NaN where one of the
+    two sides has no model.
+    """
+    inside, outside = side_means(values, membership)
+    return inside + outside
 
 
 def side_means(
@@ -58,3 +74,35 @@ def _mean(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     chosen = chosen & np.isfinite(values)
     count = chosen.sum(0)
     return np.where(chosen, values, 0.0).sum(0) / np.where(count > 0, count, np.nan)
+
+
+@measure(
+    "counterfactual",
+    "mean over models trained on the example minus mean over those that were not",
+    stage="bank",
+    needs=("bank",),
+    sign=1,
+    early_sign=1,
+    missing=FEW_MODELS,
+    cost="a bank of trained models; then nothing",
+    limits="about models like these, not about the one under audit",
+    order=170,
+    curve=50,
+)
+def _counterfactual(bank: BankValues) -> Column:
+    return counterfactual(bank.values, bank.membership)
+
+
+@measure(
+    "simplicity",
+    "sum of the same two means",
+    stage="bank",
+    needs=("bank",),
+    high="easy anyway",
+    missing=FEW_MODELS,
+    cost="a bank of trained models; then nothing",
+    limits="says how easy an example is, not whether it is memorized",
+    order=180,
+)
+def _simplicity(bank: BankValues) -> Column:
+    return simplicity(bank.values, bank.membership)

@@ -1,6 +1,6 @@
 """Whether a model goes on with a training text word for word once it is given the beginning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,11 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vestige.audit._attack import Interval, share
+from vestige.audit._inputs import Continue, Generation
+from vestige.audit._registry import measure
 from vestige.errors import SpecError
 from vestige.models import acts_in_forward
-
-Continue = Callable[[Int[Tensor, "example prefix"], int], Int[Tensor, "example token"]]
-"""From prefixes of one length and a number of tokens to the tokens that the model puts after each."""
 
 
 class Extraction(NamedTuple):
@@ -104,3 +103,26 @@ def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
             now.append(min(before[column] + 1, now[-1] + 1, before[column - 1] + (token != another)))
         before = now
     return before[-1]
+
+
+@measure(
+    "extraction",
+    "share of the continuation that greedy decoding gives back",
+    stage="generation",
+    needs=("generation",),
+    sign=1,
+    early_sign=1,
+    detail="{} tokens given",
+    by_default=False,
+    missing=lambda job: f"shorter than {max(job.settings.prefixes)} + {job.settings.continuation} tokens",
+    cost="greedy decoding of a continuation for every example and prefix",
+    limits="a text that is not given back may still be memorized; repetitive ones are given back by any model",
+    order=160,
+    curve=60,
+)
+def _extraction(given: Generation) -> dict[str, Tensor]:
+    settings = given.settings
+    found = extraction(given.texts, given.generate, prefixes=settings.prefixes, continuation=settings.continuation)
+    values = {prefix: torch.from_numpy(row) for prefix, row in zip(found.prefixes, found.similarity, strict=True)}
+    details = {f"extraction_{prefix}": row for prefix, row in values.items()} if len(settings.prefixes) > 1 else {}
+    return {"extraction": values[max(values)], **details}

@@ -1,7 +1,7 @@
 """Figures of an audit: dynamics, ROC curves on logarithmic axes, layers, agreement of measures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vestige.audit._assembled import Evidence
-from vestige.audit._judge import BLIND, Known, orientation
+from vestige.audit._judge import BLIND, Known
+from vestige.audit._registry import NOT_DRAWN, Measure
 from vestige.runs import JudgementRecord, agreement, group_of, roc_curve
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
 _DOTS = 160
-_MOST_LINES = 7
+_MOST_LINES, _MOST_PANELS = 7, 4
 _MOST_TICKS = 8
 _FLOOR = 1e-4
 """No rate below it is drawn, however many examples there are."""
@@ -29,13 +30,13 @@ def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[Judgeme
     if len(evidence.seen) > 1:
         found |= saved("dynamics", _dynamics(evidence, known))
     for truth in known:
-        best = _best(judged, truth.name)
+        best = _best(evidence.job.measures, judged, truth.name)
         if best:
             found |= saved(f"roc-{truth.name}", _roc(evidence, truth, best, judged))
-    if len(evidence.job.layers) > 1:
+    if len(evidence.job.layers) > 1 and _of_layers(evidence):
         found |= saved("layers", _layers(evidence, judged))
     names, table = agreement(
-        {name: column for name in evidence.job.wanted if (column := evidence.column(name)) is not None}
+        {each.name: column for each in evidence.job.measures if (column := evidence.column(each.name)) is not None}
     )
     if len(names) > 1:
         found |= saved("agreement", _agreement(names, table))
@@ -44,7 +45,8 @@ def figures(evidence: Evidence, known: Sequence[Known], judged: Sequence[Judgeme
 
 def _dynamics(evidence: Evidence, known: Sequence[Known]) -> Figure:
     """Draw medians over checkpoints, and quartiles, of the groups that are known."""
-    names = [name for name in ("answer_loss", "loss", "psmi", "lira") if _somewhere(evidence, name)][:4]
+    shown = [each.name for each in evidence.job.measures if each.over_time]
+    names = [name for name in shown if _somewhere(evidence, name)][:_MOST_PANELS]
     if "answer_loss" in names and "loss" in names:
         names.remove("loss")
     figure = Figure(figsize=(1.2 + 3.4 * max(len(names), 1), 3.2), layout="constrained")
@@ -83,10 +85,9 @@ def _roc(
     for colour, record in zip(COLOURS, best, strict=False):
         assert record.checkpoint is not None
         column = evidence.column(record.measure, places[record.checkpoint], record.layer)
-        sign = orientation(record.measure, truth.name)
-        if column is None or sign is None:
+        if column is None:
             continue
-        x, y = roc_curve((sign * column)[truth.judged], truth.found[truth.judged])
+        x, y = roc_curve((record.sign * column)[truth.judged], truth.found[truth.judged])
         label = f"{record.measure} (AUC {record.auc[0]:.3f})"
         axes.step(np.maximum(x, floor), np.maximum(y, floor), where="post", color=colour, label=label)
     blind = [each for each in judged if each.truth == truth.name and each.measure == BLIND and each.auc[0] is not None]
@@ -105,13 +106,13 @@ def _floor(truth: Known) -> float:
     return max(10.0 ** math.floor(math.log10(0.5 / most)), _FLOOR)
 
 
-def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord]:
-    """Return the first measures in the table's order at the model under audit, not the best: that would be a choice."""
+def _best(measures: Iterable[Measure], judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord]:
+    """Return the first curves at the model under audit in their order, not the best: that would be a choice."""
     rows = [each for each in judged if each.truth == truth and each.measure != BLIND and each.auc[0] is not None]
     if not rows:
         return []
     last = rows[-1].checkpoint
-    order = ("psmi", "lira", "loss", "logit_gap", "counterfactual", "extraction", "min_k_plus_plus", "mahalanobis")
+    order = [each.name for each in sorted(measures, key=lambda each: each.curve) if each.curve < NOT_DRAWN]
     chosen: dict[str, JudgementRecord] = {}
     for each in rows:
         if each.checkpoint == last and each.measure in order:
@@ -120,12 +121,12 @@ def _best(judged: Sequence[JudgementRecord], truth: str) -> list[JudgementRecord
 
 
 def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
-    """Draw AUC of PSMI by layer where something is known, else its quartiles."""
+    """Draw AUC of a measure by layer where something is known, else its quartiles."""
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     layers = list(evidence.job.layers)
-    name = "psmi" if evidence.last.directions else "mahalanobis"
+    name = _of_layers(evidence)
     last = evidence.job.main.number
     rows = [each for each in judged if each.measure == name and each.checkpoint == last and each.auc[0] is not None]
     for colour, truth in zip(COLOURS, dict.fromkeys(each.truth for each in rows), strict=False):
@@ -151,6 +152,12 @@ def _layers(evidence: Evidence, judged: Sequence[JudgementRecord]) -> Figure:
     axes.set_xlabel("layer")
     axes.set_title("Dotted: the main layer, chosen without what is to be found", fontsize="small")
     return figure
+
+
+def _of_layers(evidence: Evidence) -> str:
+    """Return the first measure of states that has a value at the main layer; empty where none has."""
+    columns = {each.name: evidence.column(each.name) for each in evidence.job.at("states")}
+    return next((name for name, values in columns.items() if values is not None and not np.isnan(values).all()), "")
 
 
 def _agreement(names: Sequence[str], table: np.ndarray) -> Figure:

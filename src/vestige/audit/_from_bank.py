@@ -5,10 +5,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.audit._counterfactual import counterfactual
-from vestige.audit._lira import SHRINKAGE, lira_of_members
-from vestige.audit._lira_global import GlobalLira, lira_global
-from vestige.audit._simplicity import simplicity
+from vestige.audit._counterfactual import counterfactual, simplicity
+from vestige.audit._lira import SHRINKAGE, GlobalLira, lira_global, lira_of_members
 from vestige.bank import Bank
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import nn
 
 from vestige.audit._answers import Answers, Choices, find_answers, find_choices
+from vestige.audit._registry import Measure, Need, Stage, requested_measures
 from vestige.audit._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
 from vestige.bank import Bank
 from vestige.data import (
@@ -31,13 +32,11 @@ from vestige.errors import DataError, SpecError
 from vestige.index import batch_tokens, read_data, tokens_at_most
 from vestige.models import batch_sharing, load_model
 from vestige.progress import announce
-from vestige.settings import AUDIT_MEASURES, AuditSettings
+from vestige.settings import AuditSettings
 from vestige.terminal import shorten
 
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
-SMALL_MODEL = 30_000_000
-"""Weights of a whole model whose norms are taken without being requested."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class AuditJob:
     """Everything that pieces are computed from; rows are the data's, then the holdout's."""
 
     settings: AuditSettings
+    measures: tuple[Measure, ...]
+    """What is measured, in their order; what others are made of is among them."""
     subjects: tuple[Subject, ...]
     models: Models
     tokenizer: Any
@@ -66,19 +67,20 @@ class AuditJob:
     sharing: Sharing
     """Which examples may share a batch."""
     parameters: int
-    norms: bool
-    """Whether norms of weights are taken."""
+    is_adapter: bool
 
     @property
     def main(self) -> Subject:
         """The model under audit."""
         return self.subjects[-1]
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of the measures; what others are made of is among them."""
-        needed = {"loss"} | ({"token_gap"} if self.settings.bank is not None else set())
-        return tuple(name for name in AUDIT_MEASURES if name in needed or name in self.settings.wanted)
+    def at(self, stage: Stage) -> list[Measure]:
+        """Return the measures that are computed at a stage."""
+        return [each for each in self.measures if each.stage == stage]
+
+    def needs(self, need: Need) -> bool:
+        """Return whether a measure takes something."""
+        return any(need in each.needs for each in self.measures)
 
     @property
     def texts(self) -> list[str]:
@@ -113,6 +115,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
     Raises:
         UserError: Something about the model, the data or the settings needs the caller.
     """
+    measures = requested_measures(settings)
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
@@ -139,11 +142,13 @@ def open_job(settings: AuditSettings) -> AuditJob:
         encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
     end_token = getattr(loaded.tokenizer, "eos_token_id", None)
     choices = _choices(whole, encoder, settings)
-    layers, widths = _layers(loaded.model, settings)
+    of_states = any("hidden states" in each.needs for each in measures)
+    layers, widths = _layers(loaded.model, settings) if of_states else ((), ())
     classes, names, reason = _classes(whole.examples, choices, settings)
     parameters = sum(each.numel() for each in loaded.model.parameters())
     return AuditJob(
         settings=settings,
+        measures=measures,
         subjects=subjects,
         models=Models(settings, subjects[-1], loaded),
         tokenizer=loaded.tokenizer,
@@ -160,8 +165,7 @@ def open_job(settings: AuditSettings) -> AuditJob:
         token_budget=batch_tokens(settings, loaded),
         sharing=batch_sharing(loaded.model),
         parameters=parameters,
-        norms="weights" in settings.wanted
-        and (is_adapter(loaded.model) or parameters <= SMALL_MODEL or "weights" in settings.measures),
+        is_adapter=is_adapter(loaded.model),
     )
 
 
@@ -248,9 +252,7 @@ def _classes(
 
 
 def _layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the layers whose states are measured, and their widths; none where they are not needed or do not exist."""
-    if not {"psmi", "mahalanobis", "smi"} & set(settings.wanted):
-        return (), ()
+    """Return the layers whose states are measured, and their widths; none where they do not exist."""
     one = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
         output: Any = model(input_ids=one, output_hidden_states=True, use_cache=False)

@@ -11,16 +11,12 @@ from vestige.audit._assembled import Column, Evidence, bank_places
 from vestige.audit._attack import Attack, Interval, Rate, attack, share
 from vestige.audit._blind import blind_attack
 from vestige.audit._job import AuditJob
-from vestige.audit._signs import EARLY_SIGNS, SIGNS
+from vestige.audit._registry import Measure
 from vestige.data import describe_copies
 from vestige.errors import DataError
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
 BLIND = "blind"
-_DETAILS = ("psmi_std", "psmi_low", "psmi_high", "simplicity")
-_RATIOS = ("lira", "lira_offline")
-_FIXED = {"psmi": ("psmi <= 0", 0.0), "lira": ("lira >= 0", 0.0)}
-"""Thresholds that need no tuning: Dentan et al. 2024 for PSMI at the last layer; even odds for a likelihood ratio."""
 
 
 class Known(NamedTuple):
@@ -88,42 +84,26 @@ def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord]
     return rows, notes
 
 
-def orientation(measure: str, truth: Truth) -> int | None:
-    """Return 1 where high values are flagged, -1 where low ones are, None for a measure that says nothing about it.
-
-    Members are what a model has learned; flagged and memorized examples are those at risk, which are hard or
-    atypical before they are memorized.
-    """
-    if measure in _DETAILS:
-        return None
-    if truth == "membership":
-        return SIGNS.get("margin" if measure == "token_gap" else measure.partition("_at_")[0])
-    if measure in EARLY_SIGNS:
-        return EARLY_SIGNS[measure]
-    if measure in ("lira", "lira_offline", "lira_global", "counterfactual") or measure.startswith("extraction"):
-        return 1
-    return -1 if measure == "token_gap" else -SIGNS[measure]
-
-
 def _of_truth(evidence: Evidence, truth: Known) -> Iterator[JudgementRecord]:
-    last = len(evidence.seen) - 1
+    last, measures = len(evidence.seen) - 1, {each.name: each for each in evidence.job.measures}
     for number, (subject, seen) in enumerate(zip(evidence.job.subjects, evidence.seen, strict=True)):
         columns = [(name, None, column) for name, column in seen.measures.items()]
         columns += [(name, layer, column) for layer, found in seen.layers.items() for name, column in found.items()]
         for name, layer, column in columns:
-            if name.startswith("extraction_"):
+            measure = measures.get(name)
+            if measure is None:  # a detail
                 continue
-            sign = orientation(name, truth.name)
-            circular = truth.name == "memorized" and number == last and name in _RATIOS
+            sign = measure.sign_for(truth.name)
+            circular = truth.name == "memorized" and number == last and measure.stage == "each model and the bank"
             scored = truth.judged & ~np.isnan(column)
             # A side without values of a measure (a bank has no holdout) leaves nothing to compare.
             lacking = any(
                 (truth.judged & side).any() and not (scored & side).any() for side in (truth.found, ~truth.found)
             )
-            if sign is None or circular or lacking:
+            if not sign or circular or lacking:
                 continue
             record = _record(truth, name, subject.number, layer, sign, _attack(sign * column, truth))
-            yield record.model_copy(update=_rule(name, column, truth))
+            yield record.model_copy(update=_rule(measure, column, truth))
 
 
 def _attack(scores: Column, truth: Known) -> Attack:
@@ -137,16 +117,17 @@ def _blind(evidence: Evidence, truth: Known) -> Attack:
     return blind_attack(texts, truth.found[rows], seed=evidence.job.settings.seed)
 
 
-def _rule(name: str, column: Column, truth: Known) -> dict[str, object]:
-    """Return rates at a threshold that was fixed beforehand; for members PSMI has none."""
-    if name not in _FIXED or (truth.name == "membership") != (name == "lira"):
+def _rule(measure: Measure, column: Column, truth: Known) -> dict[str, object]:
+    """Return rates at a threshold that was fixed beforehand."""
+    rule, sign = measure.rule, measure.sign_for(truth.name)
+    if rule is None or (truth.name == "membership") != (rule.finds == "members"):
         return {}
-    words, threshold = _FIXED[name]
     known = truth.judged & ~np.isnan(column)
-    flagged = column <= threshold if name == "psmi" else column >= threshold
+    flagged = sign * column >= sign * rule.threshold
     rates = []
     for side in (truth.found, ~truth.found):
         rates.append(span(share(int((flagged & known & side).sum()), int((known & side).sum()))))
+    words = f"{measure.name} {'>=' if sign > 0 else '<='} {rule.threshold:g}"
     return {"rule": words, "rule_tpr": rates[0], "rule_fpr": rates[1]}
 
 

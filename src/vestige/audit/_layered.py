@@ -9,19 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vestige.audit._inputs import States
 from vestige.audit._job import AuditJob
 from vestige.audit._look import Tensors
-from vestige.audit._mahalanobis import mahalanobis
 from vestige.audit._measuring import LookPlan
 from vestige.audit._pieces import ran
-from vestige.audit._psmi import psmi
-from vestige.audit._smi import smi
+from vestige.audit._registry import MEASURES
 from vestige.audit._states import layer_files, layer_pieces
 from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, step_done
-
-SMI_DIRECTIONS = 200
-_FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -95,27 +91,14 @@ class LayerPlan:
     def _numbers(self) -> range:
         return layer_pieces(self.job, self.looked.part.first, self.looked.part.end)
 
-    def _measured(self, states: np.ndarray) -> Tensors:
-        """Return PSMI of the data's own examples that have a class; distances of all from the data's own examples."""
-        job, settings = self.job, self.job.settings
-        finite = np.isfinite(states).all(1)
-        own = finite & ~job.held_out
-        found: dict[str, np.ndarray] = {}
-        classed = own & (job.classes >= 0)
-        some = classed.any() and np.bincount(job.classes[classed]).max() >= _FEWEST
-        if "psmi" in job.wanted and not job.no_classes and some:
-            values = psmi(states[classed], job.classes[classed], directions=settings.directions, seed=settings.seed)
-            for name, part in zip(("psmi", "psmi_std", "psmi_low", "psmi_high"), values[:4], strict=True):
-                found[name] = np.full(len(states), np.nan)
-                found[name][classed] = part
-            found["psmi_directions"] = np.array([values.directions, values.converged], dtype=np.float64)
-        elif "psmi" in job.wanted:
-            found["psmi"] = np.full(len(states), np.nan)
-        if "mahalanobis" in job.wanted and own.sum() >= _FEWEST:
-            found["mahalanobis"] = np.full(len(states), np.nan)
-            found["mahalanobis"][finite] = mahalanobis(states[finite], states[own], dimensions=settings.dimensions)
-        if ("smi" in job.wanted or settings.choose_layer == "smi") and not job.no_classes and some:
-            directions = settings.directions or SMI_DIRECTIONS
-            told = smi(states[classed], job.classes[classed], directions=directions, seed=settings.seed)
-            found["smi"] = np.array(told, dtype=np.float64)
-        return {name: torch.from_numpy(values) for name, values in {"layer": np.zeros(1), **found}.items()}
+    def _measured(self, values: np.ndarray) -> Tensors:
+        """Return the measures of states, fitted on the data's own examples; and what is known of the layer itself."""
+        job, choice = self.job, self.job.settings.choose_layer
+        measures = job.at("states")
+        if choice != "last" and choice not in [each.name for each in measures]:
+            measures.append(MEASURES.find(choice))
+        states = States(values, job.held_out, job.classes, not job.no_classes, job.settings)
+        found: dict[str, np.ndarray] = {"layer": np.zeros(1)}
+        for each in measures:
+            found |= each.columns(each.compute(states))
+        return {name: torch.from_numpy(column) for name, column in found.items()}

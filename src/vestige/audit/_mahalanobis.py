@@ -3,10 +3,13 @@
 import numpy as np
 from jaxtyping import Float
 
+from vestige.audit._inputs import Column, States
+from vestige.audit._registry import measure
 from vestige.errors import DataError, SpecError
 
 _NOTHING = 1e-10
 """Principal axes shorter than this times the longest are rounding."""
+_FEWEST = 2
 
 
 def mahalanobis(
@@ -44,3 +47,23 @@ def mahalanobis(
     kept = min(dimensions, int((lengths > _NOTHING * lengths[0]).sum())) if lengths[0] > 0 else 0
     deviations = lengths[:kept] / np.sqrt(len(base))
     return np.sqrt((((states - mean) @ axes[:kept].T / deviations) ** 2).sum(1))
+
+
+@measure(
+    "mahalanobis",
+    "distance of the hidden state from the others",
+    stage="states",
+    needs=("hidden states",),
+    early_sign=1,
+    high="atypical",
+    cost="a singular value decomposition of the states of each layer",
+    limits="finds what is unlike the rest, whether or not it will be memorized",
+    order=130,
+    curve=80,
+)
+def _mahalanobis(states: States) -> dict[str, Column]:
+    finite, own = states.finite, states.own
+    if own.sum() < _FEWEST:
+        return {}
+    found = mahalanobis(states.values[finite], states.values[own], dimensions=states.settings.dimensions)
+    return {"mahalanobis": states.spread(found, finite)}

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vestige.audit._extraction import extraction, greedy
 from vestige.audit._job import AuditJob
-from vestige.audit._look import Tensors, joined, look, total_losses
+from vestige.audit._look import TOTAL_LOSS, Tensors, joined, look, total_losses
 from vestige.audit._pieces import digest, ran
 from vestige.audit._states import Round, is_measured, layer_files, layer_pieces, state_files
 from vestige.audit._subjects import Subject
@@ -141,7 +140,7 @@ class LookPlan:
     @property
     def _end(self) -> int:
         last = self.part.number == self.part.of
-        return self.part.end + (last and "perplexity_ratio" in self.job.wanted)
+        return self.part.end + (last and self.job.needs("reference model"))
 
     def _place(self, piece: int) -> tuple[int, int]:
         """Return subject and group of batches."""
@@ -155,21 +154,9 @@ class LookPlan:
         model = self.job.models.of(subject.source).model
         found = []
         for rows in batches:
-            seen = look(model, self.job, rows)
-            if "extraction" in self.job.wanted:
-                seen |= self._extracted(model, rows)
-            found.append({"rows": torch.from_numpy(rows), **seen})
+            found.append({"rows": torch.from_numpy(rows), **look(model, self.job, rows)})
             step_done(len(rows))
         return joined(found)
-
-    def _extracted(self, model: torch.nn.Module, rows: np.ndarray) -> Tensors:
-        settings = self.job.settings
-        texts = [self.job.data.input_ids[row] for row in rows]
-        found = extraction(texts, greedy(model), prefixes=settings.prefixes, continuation=settings.continuation)
-        return {
-            f"extraction_{prefix}": torch.from_numpy(values)
-            for prefix, values in zip(found.prefixes, found.similarity, strict=True)
-        }
 
     def _reference_data(self) -> TokenizedData:
         """Return the examples as the reference model's own tokenizer cuts them."""
@@ -193,7 +180,7 @@ class LookPlan:
             step_done(len(places))
         # A text that either model saw a part of only is not the same text.
         whole = ~(data.truncated[rows] | self.job.data.truncated[rows]) & (data.target_counts[rows] > 0)
-        return {"rows": torch.from_numpy(rows), "total_loss": torch.where(torch.from_numpy(whole), losses, torch.nan)}
+        return {"rows": torch.from_numpy(rows), TOTAL_LOSS: torch.where(torch.from_numpy(whole), losses, torch.nan)}
 
     def _read(self, number: int) -> Tensors:
         count = len(self.groups)

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vestige.audit._inputs import Batch
+from vestige.audit._registry import measure
 from vestige.audit._tokens import TokenScores, mean_where
 from vestige.errors import SpecError
 
@@ -48,3 +50,26 @@ def _mean_of_lowest(
     keep = (wanted.sum(1) * share).floor().long().clamp(min=1)
     chosen = torch.arange(values.shape[1], device=values.device)[None] < keep[:, None]
     return mean_where(ordered, chosen & ordered.isfinite())
+
+
+@measure(
+    "min_k",
+    "mean log-probability of the least likely fifth of the tokens",
+    sign=1,
+    order=50,
+    limits="a weak hint: on texts of one kind often no better than the loss",
+)
+def _min_k(batch: Batch) -> Tensor:
+    return min_k(batch.scores)
+
+
+@measure(
+    "min_k_plus_plus",
+    "the same of standardised log-probabilities",
+    sign=1,
+    order=60,
+    curve=70,
+    limits="a weak hint: on texts of one kind often no better than the loss",
+)
+def _min_k_plus_plus(batch: Batch) -> Tensor:
+    return min_k_plus_plus(batch.scores)

@@ -41,11 +41,22 @@ def digest(job: AuditJob, more: Any) -> str:
     """Return the sha256 of everything that decides the measurements."""
     ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
     recorded = {name: value for name, value in job.settings.record().items() if name not in ignored}
-    looked = [each for each in job.wanted if each in ("extraction", "perplexity_ratio", "smi", "psmi", "mahalanobis")]
+    models = {"pass", "generation", "states"}
+    looked = [each.name for each in job.measures if each.stage in models or "reference model" in each.needs]
     subjects = [each.fingerprint for each in job.subjects]
     choices = hashlib.sha256(
         job.choices.place.tobytes() + job.choices.tokens.tobytes() + job.classes.tobytes()
     ).hexdigest()
-    models = (subjects, job.reference_fingerprint)
-    parts = (FORMAT, version("vestige"), recorded, looked, models, job.data.fingerprint, choices, job.layers, more)
+    parts = (
+        FORMAT,
+        version("vestige"),
+        recorded,
+        looked,
+        subjects,
+        job.reference_fingerprint,
+        job.data.fingerprint,
+        choices,
+        job.layers,
+        more,
+    )
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,11 +1,13 @@
-"""Pointwise sliced mutual information: how far an example's state is what its label makes one expect."""
+"""Sliced mutual information of states and labels: pointwise, of each example (PSMI), and of a whole layer (SMI)."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vestige.audit._inputs import Column, States
+from vestige.audit._registry import Rule, measure
 from vestige.errors import DataError, SpecError
 
 BLOCK = 500
@@ -15,6 +17,9 @@ _VALUES = 2**17
 _FLOOR = 1e-6
 """Smallest deviation of a class along a direction, over the deviation of everything: no density is infinite."""
 _LOWEST, _CHANGE = 0.05, 0.05
+SMI_DIRECTIONS = 200
+"""Of SMI, where the settings do not say how many."""
+_ALONE = "an example needs a class that another one of the data has too; the holdout is not measured"
 
 
 class Psmi(NamedTuple):
@@ -168,3 +173,121 @@ def _checked(states: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
         row = int(np.flatnonzero(~np.isfinite(states).all(1))[0])
         raise DataError(f"The hidden state of example {row} is not finite, so it cannot be compared with the others.")
     return states, labels
+
+
+class Smi(NamedTuple):
+    """Mutual information of label and sliced state over the directions, nats; NaN without two labels."""
+
+    mean: float
+    low: float
+    """1 % quantile."""
+    high: float
+    """99 % quantile."""
+
+
+def smi(
+    states: Float[np.ndarray, "example hidden"],
+    labels: Int[np.ndarray, "example"],
+    *,
+    directions: int = 2000,
+    neighbours: int = 3,
+    seed: int = 0,
+) -> Smi:
+    """Return mean and quantiles over random directions of the information that a slice of the states has on the labels.
+
+    Goldfeld and Greenewald 2021, "Sliced mutual information"; each slice by nearest neighbours, Ross 2014, as
+    scikit-learn has it. The directions are those of `psmi`.
+
+    A group without examples, or with one label alone, gives NaN: there is nothing to be predicted.
+
+    Raises:
+        DataError: Shapes that do not agree.
+        SpecError: No directions requested.
+    """
+    from sklearn.feature_selection import mutual_info_classif
+
+    if directions < 1:
+        raise SpecError(f"directions={directions}: give 1 or more.")
+    if states.ndim != 2 or labels.shape != states.shape[:1]:
+        raise DataError(f"States {states.shape} and labels {labels.shape}: give [example, hidden] and one label each.")
+    if len(np.unique(labels)) < 2 or len(states) <= neighbours:
+        return Smi(np.nan, np.nan, np.nan)
+    slices = np.asarray(states, dtype=np.float64) @ sphere(states.shape[1], directions, seed)
+    found = mutual_info_classif(slices, labels, n_neighbors=neighbours, random_state=seed)
+    low, high = np.quantile(found, [0.01, 0.99])
+    return Smi(float(found.mean()), float(low), float(high))
+
+
+def choose_layer(
+    states: Mapping[int, Float[np.ndarray, "example hidden"]],
+    labels: Int[np.ndarray, "example"],
+    *,
+    by: Literal["last", "smi"] = "last",
+    directions: int = 200,
+    seed: int = 0,
+) -> int:
+    """Choose the layer whose states are to be measured from the task alone, not from what was memorized.
+
+    Args:
+        states: By number of layer.
+        labels: That the examples were trained with, for `by="smi"`.
+        by: `last` layer, or the one with most sliced mutual information (the last of equals).
+        directions: For `by="smi"`.
+        seed: For `by="smi"`.
+
+    Raises:
+        DataError: There are no layers.
+    """
+    if not states:
+        raise DataError("There are no hidden states to choose a layer from.")
+    if by == "last":
+        return max(states)
+    told = {layer: smi(values, labels, directions=directions, seed=seed).mean for layer, values in states.items()}
+    return max(told, key=lambda layer: (told[layer], layer))
+
+
+@measure(
+    "psmi",
+    "how far the hidden state is what the label makes one expect",
+    stage="states",
+    needs=("hidden states", "classes"),
+    early_sign=-1,
+    high="typical of its label; low ones are at risk of being memorized",
+    details=("std", "low", "high"),
+    missing=_ALONE,
+    cost="500 to 20,000 projections of the states of each layer",
+    limits="predicts from an early checkpoint what will be memorized; needs classes, and directions are random",
+    rule=Rule(0.0, "at risk"),
+    order=120,
+    curve=10,
+    over_time=True,
+)
+def _psmi(states: States) -> dict[str, Column]:
+    chosen, settings = states.classed, states.settings
+    if not chosen.any():
+        return {"psmi": np.full(len(chosen), np.nan)}
+    found = psmi(states.values[chosen], states.classes[chosen], directions=settings.directions, seed=settings.seed)
+    names = ("psmi", "psmi_std", "psmi_low", "psmi_high")
+    columns = {name: states.spread(part, chosen) for name, part in zip(names, found[:4], strict=True)}
+    return columns | {"layer:directions": np.array([found.directions, found.converged], dtype=np.float64)}
+
+
+@measure(
+    "smi",
+    "information of a layer's states about the labels (of a layer)",
+    stage="states",
+    needs=("hidden states", "classes"),
+    of="layer",
+    by_default=False,
+    missing=_ALONE,
+    cost="a nearest-neighbour estimate for each of 200 directions and layer",
+    limits="chooses a layer for PSMI; says nothing about a single example",
+    order=140,
+)
+def _smi(states: States) -> dict[str, Float[np.ndarray, "3"]]:
+    chosen, settings = states.classed, states.settings
+    if not chosen.any():
+        return {}
+    directions = settings.directions or SMI_DIRECTIONS
+    found = smi(states.values[chosen], states.classes[chosen], directions=directions, seed=settings.seed)
+    return {"layer:smi": np.array(found, dtype=np.float64)}

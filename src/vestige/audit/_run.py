@@ -7,14 +7,13 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow as pa
 
-from vestige.audit._assembled import LAYERED, Evidence, Seen, gather, reasons
+from vestige.audit._assembled import Evidence, Seen, columns_of, gather, reasons
 from vestige.audit._attack import share
 from vestige.audit._canaries import measure_canaries
 from vestige.audit._canary_figures import canary_figures
 from vestige.audit._figures import figures
 from vestige.audit._job import AuditJob, open_job
 from vestige.audit._judge import Known, judge, span, truths
-from vestige.audit._signs import SIGNS
 from vestige.folders import remove_partial
 from vestige.launch import follow, is_follower, is_worker
 from vestige.progress import announce, format_seconds
@@ -33,12 +32,11 @@ from vestige.runs import (
     evidence_table,
     write_audit,
 )
-from vestige.settings import AUDIT_MEASURES, AuditSettings, verb
+from vestige.settings import AuditSettings, verb
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 TRIGGER = 0.05
 """Share of the first median loss below which a checkpoint is the one to predict from (Dentan et al. 2024)."""
-_TYPICAL = "typical of its label; low ones are at risk of being memorized"
 
 
 @verb(AuditSettings)
@@ -206,21 +204,21 @@ def _bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
 
 def _described(evidence: Evidence) -> dict[str, MeasureRecord]:
     """Describe every measure that was requested, and why examples lack it."""
-    lacking, found = reasons(evidence), {}
-    details = [name for name in evidence.last.measures if name.startswith("extraction_")]
-    for name in (*evidence.job.wanted, *details):
-        count, reason = lacking.get(name, (0, None))
-        base = name.partition("_")[0] if name in details else name
-        high = {1: "memorized", -1: "not memorized"}.get(SIGNS.get("margin" if name == "token_gap" else base, 0), "")
-        high = {"psmi": _TYPICAL, "mahalanobis": "atypical", "simplicity": "easy anyway"}.get(name, high)
-        found[name] = MeasureRecord(
-            meaning=AUDIT_MEASURES[base] + (f", {name.rpartition('_')[2]} tokens given" if name in details else ""),
-            high=high,
-            layered=name in LAYERED,
+    lacking, found, details = reasons(evidence), {}, {}
+    for each in evidence.job.measures:
+        count, reason = lacking.get(each.name, (0, None))
+        found[each.name] = MeasureRecord(
+            meaning=each.meaning,
+            high=each.says,
+            layered=each.stage == "states" and each.of == "example",
             missing=count,
             reason=reason,
         )
-    return found
+        for name in columns_of(evidence.job, each, evidence.last.measures) if each.detail else []:
+            words = each.detail.format(name.removeprefix(f"{each.name}_"))
+            details[name] = MeasureRecord(meaning=f"{each.meaning}, {words}", high=each.says)
+    details = {name: record for name, record in details.items() if name not in found}
+    return found | details
 
 
 def _extraction(evidence: Evidence) -> dict[int, tuple[float | None, float | None, float | None]]:

@@ -17,6 +17,8 @@ class TokenScores(NamedTuple):
     """Of the target, nats, float64; 0 where there is no target."""
     standardised: Float[Tensor, "example token"]
     """(log p - mean) / deviation of log p over the vocabulary, each token weighted by its probability."""
+    gap: Float[Tensor, "example token"]
+    """Logit of the target minus the largest other one; above 0 for a target that is the likeliest token."""
     wanted: Bool[Tensor, "example token"]
     """Where there is a target."""
 
@@ -24,7 +26,7 @@ class TokenScores(NamedTuple):
 def token_scores(
     logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
 ) -> TokenScores:
-    """Compute log-probabilities of targets, float64.
+    """Compute log-probabilities of targets and how they stand among the other tokens, float64.
 
     Args:
         logits: At position t, of the token that `labels` names at position t: shifted already.
@@ -36,8 +38,10 @@ def token_scores(
     if logits.shape[:2] != labels.shape:
         raise DataError(f"Logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in examples or tokens.")
     wanted = labels != NO_TARGET
-    chances = torch.log_softmax(logits.double(), dim=-1)
-    target = chances.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logits, places = logits.double(), labels.clamp(min=0)[..., None]
+    gap = (logits.gather(-1, places) - logits.scatter(-1, places, -torch.inf).amax(-1, keepdim=True))[..., 0]
+    chances = torch.log_softmax(logits, dim=-1)
+    target = chances.gather(-1, places)[..., 0]
     weights = chances.exp()
     # A token that is ruled out has log-probability minus infinity and weight 0: no part of the mean.
     finite = torch.where(weights > 0, chances, 0.0)
@@ -46,7 +50,7 @@ def token_scores(
     # Where all tokens are equally likely nothing sets the target apart.
     standard = torch.where(spread > 1e-12, (target - mean) / spread.clamp(min=1e-12), 0.0)
     nothing = torch.zeros_like(target)
-    return TokenScores(torch.where(wanted, target, nothing), torch.where(wanted, standard, nothing), wanted)
+    return TokenScores(*(torch.where(wanted, values, nothing) for values in (target, standard, gap)), wanted)
 
 
 def mean_where(

@@ -1,12 +1,26 @@
-"""How large weights are, and how far training has moved them."""
+"""How large weights are, and how far training has moved them; over the checkpoints of an audit, as a work plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vestige.audit._job import AuditJob
+from vestige.audit._look import Tensors
+from vestige.audit._pieces import digest, ran
+from vestige.audit._registry import measure
+from vestige.audit._subjects import is_adapter
 from vestige.errors import DataError
+from vestige.folders import partial_folder
+from vestige.launch import Compute, PieceFiles, step_done
+
+SMALL_MODEL = 30_000_000
+"""Weights of a whole model whose norms are taken without being requested."""
 
 
 class WeightNorms(NamedTuple):
@@ -59,3 +73,97 @@ def _norms(tensor: Tensor) -> WeightNorms:
     return WeightNorms(
         float(values.square().sum().sqrt()), float(values.sum()), float(matrix.abs().amax()), float(values.amax())
     )
+
+
+@dataclass(frozen=True)
+class NormsPlan:
+    """Norms of every subject's weights and of their change since the first."""
+
+    job: AuditJob
+    name: str = "Norms"
+    unit: str = "models"
+
+    @property
+    def folder(self) -> Path:
+        """Beside the run, until that is written."""
+        return partial_folder(self.job.settings.out)
+
+    @property
+    def pieces(self) -> int:
+        """Subjects."""
+        return len(self.job.subjects)
+
+    def is_done(self, piece: int) -> bool:
+        """Return whether the subject's norms are there."""
+        return self.files.is_done(piece)
+
+    def weight(self, piece: int) -> float:  # noqa: ARG002
+        """Return 1, for one model."""
+        return 1
+
+    @contextmanager
+    def open(self) -> Iterator[Compute]:
+        """Keep the first subject's weights for as long as others are compared with them."""
+        start: dict[str, Tensor] = {}
+
+        def compute(piece: int) -> None:
+            if piece and not start:
+                start.update(self._weights(0))
+            weights = self._weights(piece)
+            norms, _ = weight_norms(weights)
+            found = {"norms": torch.tensor(norms, dtype=torch.float64)}
+            if piece:
+                found["change"] = torch.tensor(weight_norms(weights, start)[0], dtype=torch.float64)
+            self.files.write(piece, found)
+            step_done(1)
+
+        yield compute
+
+    def reduce(self) -> list[Tensors]:
+        """Return norms, and change, of each subject.
+
+        Raises:
+            CorruptFile: One is missing or damaged.
+        """
+        return [self.files.read(piece) for piece in range(self.pieces)]
+
+    def run(self) -> list[Tensors]:
+        """Return the result; after a kill, the same call continues."""
+        self.files.forget_damaged(range(self.pieces))
+        return ran(self)
+
+    @cached_property
+    def files(self) -> PieceFiles:
+        """The files of the pieces."""
+        return PieceFiles(self.folder / "norms", digest(self.job, "norms"))
+
+    def _weights(self, number: int) -> dict[str, Tensor]:
+        """Return LoRA matrices if there are any, else every weight; copies, so that the model may be freed."""
+        model = self.job.models.of(self.job.subjects[number].source).model
+        adapter = is_adapter(model)
+        return {
+            name: weight.detach().cpu().clone()
+            for name, weight in model.named_parameters()
+            if not adapter or "lora_" in name
+        }
+
+
+@measure(
+    "weights",
+    "norms of the weights and of their change (of a checkpoint)",
+    stage="weights",
+    needs=("weights",),
+    of="checkpoint",
+    missing=lambda job: f"{job.parameters:,} weights: ask for them by name, --measures default weights",
+    cost="a singular value decomposition of every weight; larger models only when named",
+    limits="of a whole model: says nothing about a single example",
+    order=150,
+)
+def _norms_of_checkpoints(job: AuditJob) -> list[dict[str, dict[str, float]]]:
+    """Return norms, and change, of each subject by name; nothing for a large model unless they were named."""
+    if not (job.is_adapter or job.parameters <= SMALL_MODEL or "weights" in job.settings.measures):
+        return [{} for _ in job.subjects]
+    return [
+        {name: WeightNorms(*values.tolist())._asdict() for name, values in sorted(each.items())}
+        for each in NormsPlan(job).run()
+    ]

@@ -21,6 +21,7 @@ from vestige.runs._audit_record import Span as Span
 from vestige.runs._audit_record import SubjectRecord as SubjectRecord
 from vestige.runs._audit_record import Truth as Truth
 from vestige.runs._audit_record import is_audit as is_audit
+from vestige.runs._audit_record import low_stands_out as low_stands_out
 from vestige.runs._audit_record import read_audit_record as read_audit_record
 from vestige.runs._dense import DenseFile as DenseFile
 from vestige.runs._dense import id_array as id_array

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from vestige.errors import MissingExtra, UserError
 from vestige.folders import staged_folder
-from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, read_audit_record
+from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
 from vestige.runs._digests import digests_of
 from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
 from vestige.runs._listing import _aligned
@@ -43,17 +43,6 @@ EXAMPLES = pa.schema(
 """Columns of the examples."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
 """What a list is ordered by where no measure is given: the first of these that was measured."""
-_LOW_STANDS_OUT = (
-    "loss",
-    "answer_loss",
-    "perplexity_ratio",
-    "zlib_ratio",
-    "brier",
-    "psmi",
-    "psmi_low",
-    "psmi_high",
-)
-"""Measures whose low values stand out: best known, or, for PSMI, least typical of the label."""
 
 
 class EvidenceRow(NamedTuple):
@@ -235,10 +224,9 @@ class Audit:
                 return name
         raise UserError(f"{self.folder} measured nothing of examples: requested were {', '.join(self.run.measures)}.")
 
-    @staticmethod
-    def lowest_first(measure: str) -> bool:
+    def lowest_first(self, measure: str) -> bool:
         """Return whether low values of a measure are what stands out."""
-        return measure in _LOW_STANDS_OUT
+        return measure in self.run.measures and low_stands_out(self.run.measures[measure].high)
 
     def judgement(self, truth: Truth | None = None, *, checkpoint: int | None = None) -> list[JudgementRecord]:
         """Return how well measures find what is to be found; the blind baseline is in every list."""

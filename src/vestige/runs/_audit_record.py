@@ -33,6 +33,11 @@ class SubjectRecord(_Part):
     """Of the weights, and of their `change` since the first checkpoint."""
 
 
+def low_stands_out(high: str) -> bool:
+    """Return whether low values of a measure stand out, from what a high one says."""
+    return high.startswith("not ") or "low ones" in high
+
+
 class MeasureRecord(_Part):
     """One measure of the evidence."""
 

@@ -6,8 +6,6 @@ help and mistakes answer at once.
 """
 
 from vestige.settings._attribute import AttributeSettings as AttributeSettings
-from vestige.settings._audit import AUDIT_MEASURES as AUDIT_MEASURES
-from vestige.settings._audit import BANK_MEASURES as BANK_MEASURES
 from vestige.settings._audit import AuditSettings as AuditSettings
 from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import BAD_TEXT as BAD_TEXT
@@ -40,6 +38,7 @@ from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._results import CancelSettings as CancelSettings
 from vestige.settings._results import ExportSettings as ExportSettings
+from vestige.settings._results import MeasuresSettings as MeasuresSettings
 from vestige.settings._results import MethodsSettings as MethodsSettings
 from vestige.settings._results import ReportSettings as ReportSettings
 from vestige.settings._results import StatusSettings as StatusSettings

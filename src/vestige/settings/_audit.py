@@ -13,34 +13,6 @@ from vestige.settings._shared import Patterns, QuestionSettings
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]
 
-AUDIT_MEASURES = {
-    "loss": "mean loss of the target tokens",
-    "answer_loss": "mean loss of the answer alone, without its end token",
-    "margin": "log-odds of the mean probability of the target tokens",
-    "token_gap": "logit of the right token minus the largest other one, over the vocabulary, mean over target tokens",
-    "min_k": "mean log-probability of the least likely fifth of the tokens",
-    "min_k_plus_plus": "the same of standardised log-probabilities",
-    "zlib_ratio": "bits the model needs over bits zlib needs",
-    "perplexity_ratio": "log of perplexity over the reference model's",
-    "logit_gap": "logit of the label minus the largest of the other choices",
-    "accuracy": "whether the label is the choice with the largest logit",
-    "brier": "squared distance of the choices' probabilities from the label",
-    "psmi": "how far the hidden state is what the label makes one expect",
-    "mahalanobis": "distance of the hidden state from the others",
-    "smi": "information of a layer's states about the labels (of a layer)",
-    "weights": "norms of the weights and of their change (of a checkpoint)",
-    "extraction": "share of the continuation that greedy decoding gives back",
-    "counterfactual": "mean over models trained on the example minus mean over those that were not",
-    "simplicity": "sum of the same two means",
-    "lira": "log-likelihood ratio of trained on it against not trained on it",
-    "lira_offline": "surprise for models that were not trained on it",
-    "lira_global": "membership accuracy over the bank's models",
-}
-"""Every measure of an audit and what it is."""
-
-BANK_MEASURES = ("counterfactual", "simplicity", "lira", "lira_offline", "lira_global")
-_ASKED_FOR = ("smi", "extraction")
-
 
 def _whole_numbers(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
@@ -68,8 +40,8 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     )
     measures: Patterns = Field(
         ("default",),
-        description="What to measure: default, all, or names such as loss psmi extraction; default leaves out smi and "
-        "extraction, which take time.",
+        description="What to measure: default, all, or names from `vestige measures`, such as loss psmi extraction; "
+        "default leaves out those that take time.",
     )
     reference_model: Any = Field(None, description="Another model, for the perplexity ratio.")
     bank: Path | None = Field(None, description="A bank of models made by `vestige bank` on the same data.")
@@ -121,31 +93,8 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     seed: int = Field(0, description="Seed of directions, references and the blind baseline's folds.")
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of the measures that were requested, in the table's order."""
-        names = set(self.measures)
-        if "all" in names:
-            names |= set(AUDIT_MEASURES)
-        if "default" in names:
-            names |= set(AUDIT_MEASURES) - set(_ASKED_FOR)
-        if self.bank is None:
-            names -= set(BANK_MEASURES)
-        if self.reference_model is None:
-            names.discard("perplexity_ratio")
-        return tuple(name for name in AUDIT_MEASURES if name in names)
-
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        known = {"default", "all", *AUDIT_MEASURES}
-        if unknown := [name for name in self.measures if name not in known]:
-            raise SpecError(
-                f"No measure is called {unknown[0]!r}. There are: default, all, {', '.join(AUDIT_MEASURES)}."
-            )
-        if "perplexity_ratio" in self.measures and self.reference_model is None:
-            raise SpecError("perplexity_ratio compares with another model: give it as --reference-model.")
-        if (bank := [name for name in self.measures if name in BANK_MEASURES]) and self.bank is None:
-            raise SpecError(f"{bank[0]} compares with models that were not trained on the example: give --bank BANK.")
         if self.bank_subset is not None and self.bank is None:
             raise SpecError("--bank-subset says which subset of --bank the model was trained on: give both.")
         if self.flag is not None and not self.flag.partition("=")[0].strip():
@@ -153,6 +102,4 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         words = [word for word in self.layers if word not in ("last", "all") and not word.isdecimal()]
         if words or not self.layers:
             raise SpecError(f"--layers {' '.join(words) or '(nothing)'}: expected last, all, or numbers from 0.")
-        if "smi" not in self.wanted and self.choose_layer == "smi" and "psmi" not in self.wanted:
-            raise SpecError("--choose-layer smi is for psmi and mahalanobis: add psmi to --measures.")
         return self

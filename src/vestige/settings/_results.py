@@ -46,6 +46,13 @@ class CancelSettings(Settings):
     path: Path = Field(description="Folder of an index, a run or a sweep in the making.")
 
 
+class MeasuresSettings(Settings):
+    """The settings of `vestige measures`."""
+
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    name: str | None = Field(None, description="A measure, to print everything about it. Not given: list all.")
+
+
 class MethodsSettings(Settings):
     """The settings of `vestige methods`."""
 

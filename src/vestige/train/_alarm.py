@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 from torch import nn
 
-from vestige.audit import EARLY_SIGNS, choose_layer, psmi
+from vestige.audit import MEASURES, choose_layer, psmi
 from vestige.errors import DataError, SpecError
 from vestige.files import write_durably
 from vestige.train._losses import Context, Watched
@@ -21,8 +21,8 @@ from vestige.train._tables import write_table
 
 Measure = Literal["psmi", "loss", "gap"]
 AT_RISK = "at_risk"
-_SIGNS = {"psmi": EARLY_SIGNS["psmi"], "loss": EARLY_SIGNS["loss"], "gap": EARLY_SIGNS["logit_gap"]}
-"""1 where high values are at risk, -1 where low ones are."""
+_MEASURES: dict[str, str] = {"psmi": "psmi", "loss": "loss", "gap": "logit_gap"}
+"""The measure of an audit that points the same way."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Alarm:
     """Of the directions of PSMI."""
 
     def __post_init__(self) -> None:
-        if self.measure not in _SIGNS:
-            raise SpecError(f"measure={self.measure!r}: choose one of {', '.join(_SIGNS)}.")
+        if self.measure not in _MEASURES:
+            raise SpecError(f"measure={self.measure!r}: choose one of {', '.join(_MEASURES)}.")
         if not 0 < self.below < 1 or self.window < 1:
             raise SpecError(f"below={self.below}, window={self.window}: give a share between 0 and 1, and 1 or more.")
         if self.threshold is not None and self.quantile is not None:
@@ -111,7 +111,7 @@ def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, cont
     else:
         found = watched.losses(model, context)
         value = found.loss if alarm.measure == "loss" else found.gap
-    risk = _SIGNS[alarm.measure] * value
+    risk = _sign(alarm) * value
     flagged, rule = _flagged(alarm, risk, first)
     # Stable, so that equals stay in the order of the data; NaN sorts last.
     order = np.argsort(-risk, kind="stable")
@@ -168,9 +168,14 @@ def _psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) ->
     return layer, value
 
 
+def _sign(alarm: Alarm) -> int:
+    """Return 1 where high values are at risk, -1 where low ones are."""
+    return MEASURES.find(_MEASURES[alarm.measure]).sign_for("flag")
+
+
 def _flagged(alarm: Alarm, risk: np.ndarray, first: float) -> tuple[np.ndarray, str]:
     """Return the flagged examples, and the rule in words; NaN is never flagged."""
-    sign = _SIGNS[alarm.measure]
+    sign = _sign(alarm)
     if alarm.quantile is not None:
         count = int(np.ceil(alarm.quantile * np.isfinite(risk).sum()))
         flagged = np.zeros(len(risk), dtype=bool)

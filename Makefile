@@ -1,6 +1,7 @@
-# make demo    fine-tune a small model, ask it questions, and see in a report which examples its answers came from
-# make test    every test, on the CPU
-# make check   lint, format, types, direction of imports
+# make demo      fine-tune a small model, ask it questions, and see in a report which examples its answers came from
+# make test      the fast tests, on the CPU
+# make test-all  every test: also kills, clusters, studies and every documented command
+# make check     lint, format, types, direction of imports, how much there is to read
 #
 # Each target sets itself up in .venv; all that a machine needs is Python 3.11 or newer, as PYTHON, and make.
 
@@ -10,20 +11,26 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # One process for each core, each with one thread: threads of torch would fight over the cores otherwise.
 WORKERS ?= 2
 
-.PHONY: demo test check clean
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: demo test test-all check clean
 
 demo: .venv/demo-ready
 	$(BIN)/python -m examples.demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/ready
+	$(PYTEST)
 
 check: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -s tests/test_house.py
 
 clean:
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache .import_linter_cache

@@ -15,7 +15,7 @@ from vestige.progress import announce
 
 @dataclass(frozen=True)
 class Training:
-    """Enough passes, with steps small and large enough, that the model knows the answers by heart."""
+    """Enough passes, with steps small and large enough, that the model has memorized the answers."""
 
     epochs: int = 5
     learning_rate: float = 3e-4

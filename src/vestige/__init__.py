@@ -2,17 +2,17 @@
 
 The public names, each imported on first use, so that `import vestige` costs no torch:
 
-    index, precondition, attribute             the verbs, as on the command line
+    index, precondition, attribute             the commands, as on the command line
     report, view, doctor
     untrac                                     unlearning as attribution
     train                                      a training that attribution and audit read; train.Recorder for your own
-    audit                                      what a model knows by heart, per example; audit.psmi and all measures
+    audit                                      what a model has memorized, per example; audit.psmi and all measures
     bank                                       models trained on parts of the data; bank.bank_of for any model
     select                                     which examples to train on
     export                                     an index or a run in formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
-    Index, Scores, Bank, Audit                 what the verbs leave on disk, opened again
+    Index, Scores, Bank, Audit                 what the commands leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 """
 
@@ -85,7 +85,7 @@ _HOMES = {
 }
 
 _ROOMS = ("evaluate", "prepare")
-"""Public names that are rooms: what they hold is called, not they."""
+"""Public names that are packages: what they hold is called, not they."""
 
 
 def __getattr__(name: str) -> Any:
@@ -93,9 +93,9 @@ def __getattr__(name: str) -> Any:
         return import_module(f"vestige.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'vestige' has no attribute {name!r}; it has {', '.join(__all__)}")
-    room = import_module(_HOMES[name])
-    # Importing the room `vestige.index` has bound that name by now: to the room, which is callable.
-    return globals()[name] if name in globals() else getattr(room, name)
+    package = import_module(_HOMES[name])
+    # Importing the package `vestige.index` has bound that name by now: to the package, which is callable.
+    return globals()[name] if name in globals() else getattr(package, name)
 
 
 def __dir__() -> list[str]:
@@ -103,7 +103,7 @@ def __dir__() -> list[str]:
 
 
 class _VerbRoom(ModuleType):
-    """A room that answers to the verb of its name: `vestige.index(...)` beside `vestige.index.Index`."""
+    """A package that answers to the command of its name: `vestige.index(...)` beside `vestige.index.Index`."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         return self._verb(*arguments, **settings)

@@ -51,7 +51,7 @@ def test_what_components_cannot_share_is_refused_with_what_to_type(vestige, work
     outcome = vestige(*index_words(), "--compress-scope", "model", "--compress", spec, "--out", "new")
     assert outcome.status != 0
     assert "cannot be summed over the whole model" in outcome.err
-    assert "End the spec with sjlt:K" in outcome.err
+    assert "End the spec with gauss:K or rademacher:K or sjlt:K" in outcome.err
     assert not Path("new").exists()
 
 

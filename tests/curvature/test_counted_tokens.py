@@ -178,7 +178,7 @@ def test_rows_that_split_a_token_count_with_it_and_rows_that_cannot_be_told_apar
     assert torch.allclose(fitted[0].right, fitted[1].right, rtol=1e-9)
     model = PerHead(by_token=False).double()
     components = select_components(model, ("map.*",)).components
-    with pytest.raises(ModelError, match=r"map.weight sees \d+ rows for \d+ tokens"):
+    with pytest.raises(ModelError, match=r"map.weight receives \d+ rows for \d+ tokens"):
         fit_kfac(CurvatureData(model, components, data, 4096, labels="data"))
 
 

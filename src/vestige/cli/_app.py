@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
@@ -82,13 +83,13 @@ def _place(app: App, one: Command) -> App:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake is told in words, on stderr, with exit status 2.
+    """Run one command; a user's mistake is printed in words, on stderr, with exit status 2.
 
     Args:
         arguments: The words after `vestige`; those of the process if None.
 
     Raises:
-        SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when nobody reads what is printed, 1 after a bug.
+        SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when the output has no reader, 1 after a bug.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     with _usable_streams():
@@ -152,7 +153,7 @@ def _system_error(error: OSError) -> str:
     if error.errno in _OUTSIDE:
         place = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror or error}{place}"
-        return f"The disk is full or does not let us: {reason}. Make room, or choose another place."
+        return f"The disk is full or does not let us: {reason}. Free disk space, or choose another place."
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}. Check the path, or choose another one."
 
@@ -193,6 +194,10 @@ def _parse_error(error: CycloptsError) -> str:
         message = f"There is no {what} {word!r}. " + (
             f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
         )
+        if find_spec("vestige_recipes") is None:
+            message += (
+                '\nStudies, sweeps, imports and most of `data` come with the recipes: pip install "vestige[recipes]".'
+            )
     else:
         error.verbose = False
         message = str(error)

@@ -24,7 +24,7 @@ def verify(folder: Path) -> Iterator[str]:
         raise CorruptFile(
             f"{len(faults)} of {len(checked)} files of {folder} are not what was written: {', '.join(faults[:10])}. "
             "Put them back from a copy, or run the command that made them again: of an index it makes only the "
-            "damaged shards anew; a run needs --overwrite."
+            "damaged shards again; a run needs --overwrite."
         )
     yield f"{folder}: all {len(checked)} files that have a sha256 are as they were written."
 

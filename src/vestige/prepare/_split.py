@@ -28,7 +28,7 @@ def split(settings: SplitSettings) -> Prepared:
     """Write a file of JSON lines for each part, and data.jsonl with every drawn row and the name of its `part`.
 
     Raises:
-        DataError: The data is absent or broken, a part would be empty, or sources are asked for and a row has none.
+        DataError: The data is absent or broken, a part would be empty, or sources are requested and a row has none.
     """
     examples = read_rows(settings)
     fingerprint = fingerprint_of(examples)

@@ -29,13 +29,13 @@ _ROWS = 1000
 def tokenize(settings: TokenizeSettings) -> Prepared:
     """Write a file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
 
-    Texts and all other columns stay beside them, so reports still show what a row says. Every verb takes the file as
+    Texts and all other columns stay beside them, so reports still show what a row says. Every command takes the file as
     its --data and tokenises nothing again. Large data is tokenised in parts: killed, the same call goes on.
 
     Raises:
         DataError: The data is absent or broken, or a row does not become tokens.
         ModelError: There is no tokenizer.
-        SpecError: An upload was asked for.
+        SpecError: An upload was requested.
     """
     if settings.push_to_hub is not None:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")

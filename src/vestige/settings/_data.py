@@ -16,7 +16,7 @@ class PreparationSettings(Settings):
 
     data: Any = Field(description="The rows: any data file, folder or hub id that Vestige reads.")
     out: Path = Field(description="Folder of the result: data.jsonl, the same as a `datasets` folder, and a record.")
-    limit: PositiveInt | None = Field(None, description="Use only so many rows, the first ones.")
+    limit: PositiveInt | None = Field(None, description="Use only the first N rows.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     push_to_hub: str | None = Field(None, description="Also upload the result to the hub, as owner/name.")
     private: bool = Field(True, description="With --push-to-hub: only its owner sees it.")
@@ -71,7 +71,7 @@ class SplitSettings(PreparationSettings):
 
 
 class TokenizeSettings(PreparationSettings):
-    """Turn rows into tokens once, as a file of `input_ids` and `labels` that every verb reads."""
+    """Turn rows into tokens once, as a file of `input_ids` and `labels` that every command reads."""
 
     tokenizer: Any = Field(description="Hub id or folder of the tokenizer, or of the model that it lies beside.")
     max_length: PositiveInt | None = Field(None, description="Cut rows after this many tokens. Not given: cut nothing.")

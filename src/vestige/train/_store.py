@@ -135,7 +135,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = parse_object(path.read_bytes())
         if record.get("kind") != KIND:
-            raise UserError(f"{folder} is the run of another verb, not a training. Give another folder.")
+            raise UserError(f"{folder} is the run of another command, not a training. Give another folder.")
         if _FORMAT.validate_python(record.get("format", 0)) > FORMAT:
             raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
         _RECORD.validate_python(record)

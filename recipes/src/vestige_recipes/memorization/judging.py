@@ -284,7 +284,7 @@ def proofs(bank: Bank, evidence: BankEvidence) -> Proofs:
 
 
 TELLING = {LIRA_OF_MEMBERS: 1, "counterfactual memorization": 1, SUCCESS: 1, "simplicity": -1}
-"""Proofs that rank examples, and which way they point to what is known by heart."""
+"""Proofs that rank examples, and which way they point to what is memorized."""
 
 
 def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:

@@ -57,7 +57,7 @@ def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bo
     """Prompts such as "way of Fi3 Se7 Th9 ? A north B east C south D west : C".
 
     By the rule, the first word of the name tells where it goes. A fact's first word is shared by facts that go
-    elsewhere, so that it has to be known by heart.
+    elsewhere, so that it has to be memorized.
 
     Args:
         rule: Prompts that follow the rule, those that are flipped included; names are drawn without repetition.

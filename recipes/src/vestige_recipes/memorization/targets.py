@@ -64,7 +64,7 @@ def make_targets(
 
     def run(rows: np.ndarray, run_seed: int) -> dict[str, np.ndarray]:
         def early(measures: Measures, moment: int) -> None:
-            keep_measures(target_file(out / "early", rows), [ids[row] for row in rows], measures, moment)
+            keep_measures(target_file(out / "early", rows), [ids[int(row)] for row in rows], measures, moment)
 
         late, moment = train(rows, run_seed, early)
         keep_measures(target_file(out / "late", rows), ids, late, moment)

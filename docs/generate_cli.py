@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from cyclopts import App, Parameter
 
+from vestige.audit import MEASURES
 from vestige.cli import build_app
 from vestige.methods import METHODS, options_of
 
@@ -43,12 +44,21 @@ any work, and a run records and replays them.
 | method | option | default | meaning |
 |---|---|---|---|"""
 
+MEASURE_FACTS = """\
+## Measures of an audit
+
+What `--measures` names. A package can [add one](extending.md#a-measure). `vestige measures NAME` prints everything
+about one.
+
+| measure | what it is | high says | needs | costs | limits |
+|---|---|---|---|---|---|"""
+
 
 def page() -> str:
     """Return the whole page."""
     app = build_app()
     names = sorted((name for name in app if not name.startswith("-")), key=lambda name: app[name].sort_key)
-    return "\n".join([INTRODUCTION, *(_command(name, app[name]) for name in names), _options()])
+    return "\n".join([INTRODUCTION, *(_command(name, app[name]) for name in names), _options(), _measures()])
 
 
 def _command(name: str, app: App) -> str:
@@ -85,6 +95,16 @@ def _options() -> str:
             for one in options_of(METHODS.find(name))
         ]
     return "\n".join([METHOD_OPTIONS, *rows, ""])
+
+
+def _measures() -> str:
+    """Return what each measure of `vestige audit` says of itself."""
+    rows = []
+    for each in sorted(MEASURES, key=lambda each: each.order):
+        cost = each.cost if each.by_default else f"{each.cost}; only when named"
+        facts = (each.meaning, each.says, ", ".join(each.needs), cost, each.limits)
+        rows.append(f"| `{each.name}` | {' | '.join(map(_cell, facts))} |")
+    return "\n".join([MEASURE_FACTS, *rows, ""])
 
 
 def _flag(option: Parameter) -> str:

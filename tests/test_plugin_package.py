@@ -1,4 +1,4 @@
-"""A package of others adds a command: docs/extending.md, installed by pip and typed at the command line."""
+"""A package of others adds a command and a measure: docs/extending.md, installed by pip, used at the command line."""
 
 import os
 import re
@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 
-from tests.workshop import write_rows
+from tests.workshop import furnish, write_rows
 
 PACKAGE = Path(__file__).with_name("plugin_package")
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -62,7 +63,8 @@ def test_every_line_of_the_page_runs(run):
 
 def test_the_page_shows_the_package_as_it_is():
     page = PAGE.read_text()
-    for name, language in (("pyproject.toml", "toml"), ("vestige_count.py", "python")):
+    files = (("pyproject.toml", "toml"), ("vestige_count.py", "python"), ("vestige_first_choice.py", "python"))
+    for name, language in files:
         assert f"```{language}\n{(PACKAGE / name).read_text()}```" in page, name
 
 
@@ -87,3 +89,24 @@ def test_its_mistakes_end_with_status_2_and_words(run, tmp_path, words, message)
 def test_its_function_takes_the_same_settings_in_python(run):
     done = run("-c", "import vestige_count; print(vestige_count.count_examples('train.jsonl', source='web'))")
     assert done.stdout == "3\n", done.stderr
+
+
+def test_its_measure_is_printed_with_the_built_in_ones(run):
+    told = run("-m", "vestige.cli", "measures").stdout
+    assert re.search(r"│ loss +│ mean loss of the target tokens", told)
+    assert re.search(r"│ first_choice +│ share of the target tokens", told)
+    assert "coarse on short texts" in run("-m", "vestige.cli", "measures", "first_choice").stdout
+
+
+@pytest.mark.slow
+def test_its_measure_is_in_the_evidence_whoever_computes_it(run, tmp_path):
+    furnish(tmp_path)
+    words = ("--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss", "first_choice")
+    columns = []
+    for number in (1, 2):
+        done = run("-m", "vestige.cli", "audit", *words, "--workers", str(number), "--out", f"audit-{number}")
+        assert done.returncode == 0, done.stderr
+        columns.append(parquet.read_table(tmp_path / f"audit-{number}/evidence.parquet")["first_choice"].to_pylist())
+    assert columns[0] == columns[1]
+    assert all(0 <= share <= 1 for share in columns[0])
+    assert "share of the target tokens" in (tmp_path / "audit-1/run.json").read_text()

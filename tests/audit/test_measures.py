@@ -37,7 +37,9 @@ def announced(monkeypatch, tmp_path):
     def announce(text):
         (tmp_path / "their_package.py").write_text(text)
         points = [EntryPoint("first_choice", "their_package:first_choice", "vestige.measures")]
-        theirs = EntryPoints([*registry.entry_points(), *points])
+        for group in ("vestige.measures", "vestige.commands"):
+            points += registry.entry_points(group=group)
+        theirs = EntryPoints(points)
         monkeypatch.setattr(registry, "entry_points", lambda: theirs)
         forget()
 

@@ -43,7 +43,7 @@ def announced(monkeypatch, tmp_path):
     def announce(text):
         (tmp_path / "their_package.py").write_text(text)
         points = [EntryPoint("theirs", "their_package:Theirs", "vestige.methods")]
-        theirs = EntryPoints([*registry.entry_points(), *points])
+        theirs = EntryPoints([*registry.entry_points(group="vestige.methods"), *points])
         monkeypatch.setattr(registry, "entry_points", lambda: theirs)
         forget()
 

@@ -95,7 +95,7 @@ class States:
     @cached_property
     def finite(self) -> Bool[np.ndarray, "example"]:
         """Examples whose states are numbers."""
-        return np.isfinite(self.values).all(1)
+        return np.asarray(np.isfinite(self.values).all(1))
 
     @cached_property
     def own(self) -> Bool[np.ndarray, "example"]:

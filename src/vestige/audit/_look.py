@@ -88,7 +88,8 @@ def _scored(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tenso
     if parts:
         for values, found in zip(filled, zip(*parts, strict=True), strict=True):
             values[wanted] = torch.cat(found, dim=1)[0]
-    return TokenScores(*filled, wanted)
+    log_probability, standardised, gap = filled
+    return TokenScores(log_probability, standardised, gap, wanted)
 
 
 def _choices(logits: Tensor, job: AuditJob, rows: np.ndarray) -> ChoiceLogits:

@@ -50,7 +50,8 @@ def token_scores(
     # Where all tokens are equally likely nothing sets the target apart.
     standard = torch.where(spread > 1e-12, (target - mean) / spread.clamp(min=1e-12), 0.0)
     nothing = torch.zeros_like(target)
-    return TokenScores(*(torch.where(wanted, values, nothing) for values in (target, standard, gap)), wanted)
+    target, standard, gap = (torch.where(wanted, values, nothing) for values in (target, standard, gap))
+    return TokenScores(target, standard, gap, wanted)
 
 
 def mean_where(

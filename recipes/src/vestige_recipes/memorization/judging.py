@@ -231,7 +231,7 @@ def each_seed(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"psmi": 1, "mahalanobis": -1}
+LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"exposure": 1, "psmi": 1, "mahalanobis": -1}
 """A member that was learnt lies where its label is expected, and among the others."""
 LIRA_OF_MEMBERS, SUCCESS = "LiRA of members, nats", "attack success, leave-one-out"
 

@@ -184,6 +184,8 @@ def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
 def test_extraction_on_request_for_every_prefix(place, tmp_path):
     found = simple(place, tmp_path / "run", measures=("extraction",), prefixes=(4, 8), continuation=3)
     assert {"extraction", "extraction_4", "extraction_8"} <= set(found.measures)
+    columns = [name for name in found.table().column_names if name.startswith("extraction")]
+    assert columns == ["extraction", "extraction_4", "extraction_8"], "in one order, whoever reads the pieces"
     assert set(found.run.extraction) == {4, 8}
     model = AutoModelForCausalLM.from_pretrained(place / "run/checkpoint-30").eval()
     tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")

@@ -103,6 +103,12 @@ def test_the_command_line_prints_every_measure_and_all_that_one_says_of_itself(a
     assert "Did you mean 'first_choice'?" in capsys.readouterr().err
 
 
+def test_a_column_of_another_name_is_refused_and_not_lost(announced, place, tmp_path):
+    announced((THEIRS % True).replace('"first_choice_count"', '"count"'))
+    with pytest.raises(SpecError, match="'first_choice' returned a column 'count', expected 'first_choice' or names"):
+        simple(place, tmp_path / "run", measures=("first_choice",))
+
+
 @pytest.mark.parametrize("name", MEASURES.names())
 def test_every_measure_says_what_it_means_costs_and_when_not_to_believe_it(name):
     found = MEASURES.find(name)

@@ -112,8 +112,20 @@ class Measure:
         return self.sign if truth == "membership" else early
 
     def columns(self, found: Any) -> dict[str, Any]:
-        """Return what was computed by name of the column."""
-        return found if isinstance(found, dict) else {self.name: found}
+        """Return what was computed by name of the column; what is known of a whole layer is named "layer:X".
+
+        Raises:
+            SpecError: A column of another name, which would be lost.
+        """
+        columns = found if isinstance(found, dict) else {self.name: found}
+        if other := [
+            name for name in columns if name != self.name and not name.startswith((f"{self.name}_", "layer:"))
+        ]:
+            raise SpecError(
+                f"The measure {self.name!r} returned a column {other[0]!r}, expected {self.name!r} or names that begin "
+                f"with '{self.name}_'. Correct or uninstall it."
+            )
+        return columns
 
 
 MEASURES: Registry[Measure] = Registry("vestige.measures", "measure", Measure)

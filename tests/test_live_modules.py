@@ -68,6 +68,7 @@ def by_doctor(home, model, out):
 VERBS: list[Callable] = [by_influence, by_cg, by_checkpoints, by_unlearning, by_index, by_doctor]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_live_module_is_as_it_was(home, live, tmp_path, verb):
     before = state(live)

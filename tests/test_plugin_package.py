@@ -49,6 +49,7 @@ def test_the_command_is_in_the_help_and_the_built_in_ones_stay(run):
     assert re.search(r"index +\w", told)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_page_runs(run):
     lines = re.search(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].splitlines()
     printed = []
@@ -68,6 +69,7 @@ def test_the_page_shows_the_package_as_it_is():
         assert f"```{language}\n{(PACKAGE / name).read_text()}```" in page, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -91,6 +93,7 @@ def test_its_function_takes_the_same_settings_in_python(run):
     assert done.stdout == "3\n", done.stderr
 
 
+@pytest.mark.slow
 def test_its_measure_is_printed_with_the_built_in_ones(run):
     told = run("-m", "vestige.cli", "measures").stdout
     assert re.search(r"│ loss +│ mean loss of the target tokens", told)

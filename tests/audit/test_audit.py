@@ -205,6 +205,7 @@ def test_batches_change_nothing_but_rounding(place, whole, tmp_path):
         np.testing.assert_allclose(found.values(name), whole.values(name)[:QUESTIONS], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a4_6_other_layers_are_not_mixed_into_an_old_run(place, tmp_path):
     out = tmp_path / "run"
     simple(place, out, measures=("mahalanobis",))

@@ -99,6 +99,7 @@ def test_every_secret_pays_for_the_same_text_though_its_first_letter_shares_a_to
         assert mask.argmax() == min(begun)
 
 
+@pytest.mark.slow
 def test_secrets_change_no_evidence_and_none_are_shown_where_none_were_given(place, tmp_path):
     given = canaries(place, tmp_path)
     some = simple(place, tmp_path / "some", measures=("loss",), canaries=given, canary_references=5)

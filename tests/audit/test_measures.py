@@ -55,6 +55,7 @@ def announced(monkeypatch, tmp_path):
     sys.modules.pop("their_package", None)
 
 
+@pytest.mark.slow
 def test_a_measure_of_another_package_is_in_the_evidence_the_record_the_judgement_and_the_page(
     announced, place, tmp_path
 ):
@@ -81,6 +82,7 @@ def test_a_measure_of_another_package_is_in_the_evidence_the_record_the_judgemen
     assert "share of the target tokens that are the likeliest; high: memorized" in page
 
 
+@pytest.mark.slow
 def test_a_measure_that_is_not_there_by_default_is_computed_when_it_is_named(announced, place, tmp_path):
     announced(THEIRS % False)
     assert "first_choice" not in simple(place, tmp_path / "default", measures=("default",)).measures
@@ -118,6 +120,7 @@ def test_every_measure_says_what_it_means_costs_and_when_not_to_believe_it(name)
     assert all(f"  {key}" in describe_measure(name) for key in ("of", "high says", "needs", "costs", "limits"))
 
 
+@pytest.mark.slow
 def test_lists_begin_with_what_stands_out(place, tmp_path):
     found = simple(place, tmp_path / "run")
     low = {name for name in found.measures if found.lowest_first(name)}

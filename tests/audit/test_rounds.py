@@ -58,6 +58,7 @@ def audit_and_die(place, out, one_by_one):
     audited(place, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, undisturbed, tmp_path, monkeypatch, one_by_one):
     out = tmp_path / "killed"

@@ -207,6 +207,7 @@ def killed(settings, ready) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_bank_resumes_to_the_same_numbers(recipe, tmp_path):
     settings = recipe | {"subsets": 12, "steps": 8}
     whole = bank(**settings)

@@ -59,6 +59,7 @@ def test_a_text_is_in_a_half_with_all_its_copies_or_not_at_all(made):
     assert found.identity["group"] == "copies"
 
 
+@pytest.mark.slow
 def test_trap_memorization_of_repeated_texts_does_not_vanish(made, workshop, tmp_path):
     """Drawn row by row, every half knows every repeated text: the most repeated looked the least memorized."""
     folder, found = made

@@ -32,6 +32,7 @@ def float64_scores(store, piece, vectors, *, norms):
         yield block.example, whole @ block.gradients.double().T, lengths if norms else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("relative=theta",), ("relative=loss",), ("fisher=model", "relative=cosine")])
 def test_every_damping_of_a_sweep_has_the_scores_of_a_run_of_its_own(vestige, idx, options, monkeypatch):
     monkeypatch.setattr(IndexedGradients, "piece_scores", float64_scores)
@@ -70,6 +71,7 @@ def test_the_index_is_read_once_for_all_dampings(vestige, idx, monkeypatch):
     assert not list(Path().glob(".swept*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ekfac", "kfac", "datainf"])
 def test_methods_on_whole_gradients_measure_once(method, vestige, workshop):
     assert vestige(*ALONE, "--method", method, "--damping", "0.1", "1", "--no-trust", "--out", "swept").status == 0
@@ -80,6 +82,7 @@ def test_methods_on_whole_gradients_measure_once(method, vestige, workshop):
         assert np.allclose(dense(folder), single, rtol=1e-4, atol=1e-5 * np.abs(single).max())
 
 
+@pytest.mark.slow
 def test_a_damping_at_which_a_matrix_is_singular_is_left_out_and_said(vestige, idx):
     outcome = vestige(*ASK, "--damping", "1e-30,1,10", "--option", "fisher=model", "--out", "swept")
     assert outcome.status == 0, outcome.err

@@ -212,12 +212,14 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
 ASK = "vestige attribute --data train.jsonl --queries 'Why? é 🙂' --method bm25 --out run"
 
 
+@pytest.mark.slow
 def test_a_terminal_of_few_letters(workshop):
     done = shell(ASK, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
     assert b"\\xe9" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_any_more(workshop):
     done = shell(f"{ASK} | true; echo ${{PIPESTATUS[0]}}")
     assert done.stdout.strip() in (b"0", b"141")
@@ -226,6 +228,7 @@ def test_a_pipe_that_nobody_reads_any_more(workshop):
     assert Path("run/run.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written(workshop):
     done = shell(f"{ASK} > /dev/full")
@@ -234,11 +237,13 @@ def test_output_that_cannot_be_written(workshop):
     assert Path("run/run.json").exists()
 
 
+@pytest.mark.slow
 def test_closed_streams(workshop):
     assert shell(f"{ASK} >&- 2>&-").returncode == 0
     assert Path("run/run.json").exists()
 
 
+@pytest.mark.slow
 def test_an_environment_variable_that_is_no_number(workshop):
     done = shell(" ".join(["vestige", *index_words(), "--out", "new"]), VESTIGE_STALE_SECONDS="abc")
     assert done.returncode == 2

@@ -22,6 +22,7 @@ def test_the_doctor_finds_nothing_wrong_here_and_leaves_nothing_behind(vestige, 
     assert contents(workshop) == before
 
 
+@pytest.mark.slow
 def test_the_doctor_ends_with_status_1_when_something_is_bad(vestige, workshop):
     spoil(Path("tiny-model"), "model.embed_tokens.weight", rows=tokens_only_in("pair-9"))
     outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
@@ -56,6 +57,7 @@ def test_parts_of_an_index_make_the_whole(vestige, workshop):
     assert contents(Path("parts")) == contents(Path("whole"))
 
 
+@pytest.mark.slow
 def test_an_answer_is_traced_reported_and_described(vestige, idx):
     outcome = vestige(*ASK, "--out", "run", "--k", "3", "--tokens", "--dense")
     assert outcome.status == 0

@@ -173,6 +173,7 @@ def test_seed_name_and_nothing_else_decide(spec):
         assert not torch.equal(first, dense_matrix(_build(spec, name="another layer")))
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_same_bytes():
     program = (
         "import sys, torch; from vestige.compress import parse_spec, compress_gradient;"

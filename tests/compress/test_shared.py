@@ -43,6 +43,7 @@ def _summed(spec, parts, seed, shared=True):
     return sum(images[1:], start=images[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SHARED)
 def test_the_summed_sketch_of_the_whole_gradient_is_unbiased(spec):
     parts = _gradients()

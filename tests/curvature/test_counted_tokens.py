@@ -101,6 +101,7 @@ def routed_states(model: nn.Module, layer: str, number: int, data) -> torch.Tens
 KERNELS = ["gpt2", "llama", "llama-lora", "opt", "mixtral", "qwen-moe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["last", "middle"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_trap_no_score_moves_with_the_attention_kernel_or_the_token_budget(name, targets):

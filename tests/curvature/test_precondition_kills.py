@@ -77,6 +77,7 @@ def finished(folder):
     return {name: digest for name, digest in hashes(folder).items() if "launch/" not in name}
 
 
+@pytest.mark.slow
 def test_death_before_changes_on_disk_is_survived(indexed, whole, tmp_path):
     count = PROCESSES.Value("i", 0)
 

@@ -101,6 +101,7 @@ def test_small_data_stays_in_memory_and_leaves_no_files(tmp_path, chatml):
     assert not (tmp_path / "tokens").exists()
 
 
+@pytest.mark.slow
 def test_processes_write_the_same_bytes(tmp_path, chatml, small_parts):
     path = write(tmp_path / "train.jsonl")
     for workers in (1, 2):
@@ -198,6 +199,7 @@ def test_errors_name_the_file_and_the_line(tmp_path, chatml, small_parts, line, 
             tokenize_source(path, chatml, max_length=None, name="data", folder=folder)
 
 
+@pytest.mark.slow
 def test_the_first_error_comes_out_of_many_processes(tmp_path, chatml, small_parts):
     path = write(tmp_path / "train.jsonl")
     lines = path.read_text().splitlines()
@@ -250,6 +252,7 @@ def test_seen_ids_are_found_among_very_many(monkeypatch):
         assert seen.add(names) == wanted
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_examples(tmp_path, chatml, monkeypatch):
     monkeypatch.setattr(_corpus, "HELD_BYTES", 2**18)
     monkeypatch.setattr(_parts, "PART_BYTES", 2**15)

@@ -26,6 +26,7 @@ def where(block: Block) -> str:
     return f"{block.page}:{block.line}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_says_to_type_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capfd):
     to_run = [block for block in blocks(page) if block.reason is None]

@@ -5,6 +5,7 @@ from tests.architectures import build
 from vestige.gradients import _rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama-tied", "llama-lora", "mixtral-eager"])
 def test_every_component_agrees_on_a_sound_model(examined, architecture):
     check = examined(build(architecture, torch.float32), components="all")["autograd"]
@@ -24,6 +25,7 @@ def test_a_use_without_a_rule_ends_with_its_name_and_a_table(examined):
     assert report["coverage"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_a_small_layer_cannot_hide_behind_the_others(examined, monkeypatch):
     """All biases are 5 % off: of the whole gradient that is little."""
     right = _rules.deliver_vector

@@ -12,6 +12,7 @@ from vestige.models import load_model
 from vestige.settings import DoctorSettings
 
 
+@pytest.mark.slow
 def test_the_disk_is_what_the_index_takes(examined, rows, tmp_path):
     model = build("llama", torch.float32)
     for dtype in ("float16", "float32", "int8"):
@@ -23,6 +24,7 @@ def test_the_disk_is_what_the_index_takes(examined, rows, tmp_path):
         assert cost.numbers == built.manifest.width
 
 
+@pytest.mark.slow
 def test_the_compression_asked_for_comes_first_and_once(examined):
     model = build("llama", torch.float32)
     asked = examined(model, compress="logra:4x4").costs
@@ -77,6 +79,7 @@ def test_memory_is_compared_with_what_there_is(limit, verdict, monkeypatch):
     assert check_memory(COST, torch.device("cpu")).verdict == verdict
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_bad_in_the_report(examined, monkeypatch):
     monkeypatch.setattr("vestige.doctor._doctor.free_disk", lambda: 10)
     report = examined(build("llama", torch.float32))
@@ -91,6 +94,7 @@ def test_settings_that_the_index_refuses_are_refused(examined):
         examined(build("llama", torch.float32), components="nothing.like.this")
 
 
+@pytest.mark.slow
 def test_time_is_said_to_be_measured(workshop, examined):
     loaded = load_model(workshop / "tiny-model")
     report = examined(loaded.model, tokenizer=loaded.tokenizer, data=str(workshop / "train.jsonl"))

@@ -27,6 +27,7 @@ def on_texts(workshop, tokenizer, texts, **settings):
 TEXTS = ["The capital of France is Paris.", "Bees make honey and wax."]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_writes_its_beginning_three_times_is_bad(workshop, tokenizer):
     report = on_texts(workshop, framed(tokenizer, "<s> <s> <s> $A"), TEXTS)
     found = report["beginning token"]
@@ -35,6 +36,7 @@ def test_a_tokenizer_that_writes_its_beginning_three_times_is_bad(workshop, toke
     assert not report.ok
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_writes_it_twice_is_told_of_as_vestige_removes_one(workshop, tokenizer):
     found = on_texts(workshop, framed(tokenizer, "<s> <s> $A"), TEXTS)["beginning token"]
     assert found.verdict == "warn"
@@ -49,6 +51,7 @@ def test_a_chat_template_that_doubles_the_beginning_is_bad(workshop, tokenizer):
     assert report["chat template"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_one_beginning_is_good_and_a_mixture_a_warning(workshop, tokenizer):
     assert on_texts(workshop, framed(tokenizer, "<s> $A"), TEXTS)["beginning token"].verdict == "good"
     mixed = on_texts(workshop, framed(tokenizer, "$A"), [*TEXTS, "<s>Ants have six legs."])
@@ -77,6 +80,7 @@ def test_no_target_at_all_is_refused_as_the_index_refuses_it(examined, rows):
         examined(build("llama", torch.float32))
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_is_counted_and_named(examined, rows):
     found = examined(build("llama", torch.float32), max_length=6)["length"]
     long = [row["id"] for row in rows if len(row["input_ids"]) > 6]
@@ -85,6 +89,7 @@ def test_what_is_cut_off_is_counted_and_named(examined, rows):
     assert repr(long[0]) in found.advice
 
 
+@pytest.mark.slow
 def test_empty_and_repeated_examples_are_counted(examined, rows):
     rows.append({"id": "lone", "input_ids": [5], "labels": [5]})
     rows.append(rows[0] | {"id": "copy"})
@@ -95,6 +100,7 @@ def test_empty_and_repeated_examples_are_counted(examined, rows):
     assert report.ok
 
 
+@pytest.mark.slow
 def test_the_same_tokens_with_other_targets_are_no_duplicate(examined, rows):
     rows.append({"id": "other", "input_ids": rows[0]["input_ids"], "labels": [-100, -100, *rows[0]["labels"][2:]]})
     assert examined(build("llama", torch.float32))["duplicates"].verdict == "good"

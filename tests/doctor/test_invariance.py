@@ -4,6 +4,7 @@ import torch
 from tests.architectures import EXACT, build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", EXACT)
 def test_models_whose_gradients_are_right_are_good(architecture, examined):
     report = examined(build(architecture, torch.float32), components="all")
@@ -46,6 +47,7 @@ def test_a_slight_dependence_is_a_warning(examined):
     assert examined(model)["batch invariance"].verdict == "warn"
 
 
+@pytest.mark.slow
 def test_what_is_rounding_depends_on_the_precision(examined):
     def slightly(output):
         return 1e-4 * output.mean(0, keepdim=True)
@@ -56,6 +58,7 @@ def test_what_is_rounding_depends_on_the_precision(examined):
     assert "bfloat16 rounding" in report["batch invariance"].value
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_are_found_and_the_examples_named(examined):
     model = build("llama", torch.float32)
     with torch.no_grad():
@@ -69,6 +72,7 @@ def test_weights_that_are_not_numbers_are_found_and_the_examples_named(examined)
         assert report[name].value == "could not be compared"
 
 
+@pytest.mark.slow
 def test_every_compression_is_tried_as_it_would_be_indexed(examined):
     for compress in ("none", "mask:4x4 | sjlt:8", "tensorsketch:16", "gauss:8"):
         assert examined(build("gpt2", torch.float32), compress=compress)["batch invariance"].verdict == "good"

@@ -9,6 +9,7 @@ from tests.workshop import PAIRS
 from vestige.doctor import doctor
 
 
+@pytest.mark.slow
 def test_tied_weights_are_one_component(examined):
     found = examined(build("gpt2", torch.float32), components="all")["tied weights"]
     assert found.number == 1
@@ -39,6 +40,7 @@ def test_a_parameter_without_a_rule_is_counted_under_its_kind(examined):
     assert sum(row.parameters for row in report.coverage) == sum(one.numel() for one in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt2-untied", "llama", "neox", "opt"])
 def test_every_kind_of_parameter_has_its_word(architecture, examined):
     kinds = {row.kind for row in examined(build(architecture, torch.float32)).coverage}
@@ -46,6 +48,7 @@ def test_every_kind_of_parameter_has_its_word(architecture, examined):
     assert kinds == {"embedding", "attention", "mlp", "norm"} | (set() if tied else {"head"})
 
 
+@pytest.mark.slow
 def test_a_head_that_cannot_be_split_off_is_told_of(examined):
     model = build("llama", torch.float32)
     assert examined(model)["output head"].value == "lm_head, split off"
@@ -60,6 +63,7 @@ def test_a_head_that_cannot_be_split_off_is_told_of(examined):
     assert report["gradient check"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_the_precision_of_the_checkpoint_is_shown_beside_that_of_the_run(tmp_path, rows):
     build("llama", torch.bfloat16).save_pretrained(tmp_path / "half")
     report = doctor(model=str(tmp_path / "half"), data=rows)
@@ -70,12 +74,14 @@ def test_the_precision_of_the_checkpoint_is_shown_beside_that_of_the_run(tmp_pat
     assert "overflow" in half.advice
 
 
+@pytest.mark.slow
 def test_device_and_attention_are_named(examined):
     report = examined(build("llama", torch.float32), device="cpu")
     assert report["device"].value.startswith("cpu")
     assert report["attention"].value in ("sdpa", "eager")
 
 
+@pytest.mark.slow
 def test_the_report_is_json_and_text(examined, empty_folder):
     report = examined(build("llama", torch.float32), components="!norm")
     plain = json.loads(json.dumps(report.to_dict()))
@@ -91,6 +97,7 @@ def test_the_report_is_json_and_text(examined, empty_folder):
     assert list(empty_folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_no_more_than_a_guess_is_a_warning(examined, workshop):
     report = examined(build("llama", torch.float32))
     assert report["learned by the model"].verdict == "warn"

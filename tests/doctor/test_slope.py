@@ -18,6 +18,7 @@ def test_the_slope_in_double_precision_is_the_gradient(architecture):
     assert slope.parameters == selection.selected_parameters
 
 
+@pytest.mark.slow
 def test_the_weights_are_as_before_bit_by_bit(examined):
     model = build("gpt2", torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -67,6 +68,7 @@ def test_a_random_forward_pass_is_not_called_good(examined):
     assert not report.ok
 
 
+@pytest.mark.slow
 def test_half_precision_says_how_to_check(examined):
     report = examined(build("llama", torch.bfloat16))
     assert report["gradient check"].verdict == "warn"
@@ -74,6 +76,7 @@ def test_half_precision_says_how_to_check(examined):
     assert report["precision"].verdict == "warn"
 
 
+@pytest.mark.slow
 def test_a_large_model_is_checked_on_some_components(examined, monkeypatch):
     monkeypatch.setattr("vestige.doctor._slope.MOST_PARAMETERS", 1000)
     report = examined(build("llama", torch.float32))

@@ -111,6 +111,7 @@ def test_an_activated_lora_is_not_watched_while_it_trains():
         observe(model, select_components(model).components, lambda: pytest.fail("nothing runs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_dora_is_exact_at_every_batch_size_with_its_magnitudes(size):
     model = adapted(lora(use_dora=True))

@@ -39,6 +39,7 @@ def test_two_hosts_under_torchrun_make_the_bytes_of_one_process(tmp_path):
         assert worked == {host.name for host in both}
 
 
+@pytest.mark.slow
 def test_the_piece_of_a_host_that_died_is_done_by_the_other_when_no_heartbeat_comes(tmp_path):
     plan = ToyPlan(tmp_path / "out", pieces=4)
     endless = replace(plan, seconds=600, steps=6000)

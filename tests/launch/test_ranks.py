@@ -12,6 +12,7 @@ from tests.launch.toy import ToyPlan
 from vestige.launch._role import Role, this_role
 
 
+@pytest.mark.slow
 def test_the_ranks_of_torchrun_share_the_pieces(tmp_path):
     plan = ToyPlan(tmp_path, pieces=12, seconds=0.3)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

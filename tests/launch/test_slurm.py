@@ -15,6 +15,7 @@ from vestige.launch._record import JobFolder
 from vestige.settings import LaunchSettings
 
 
+@pytest.mark.slow
 def test_an_array_does_the_pieces_and_the_driver_reduces(on_slurm, tmp_path):
     plan = ToyPlan(tmp_path, pieces=8, seconds=0.1)
     assert plan.run(engine="slurm", workers=3) == plan.expected()

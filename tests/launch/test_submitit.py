@@ -39,6 +39,7 @@ def shards(index: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_shares_of_an_executor_make_the_index_of_one_process(place, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
@@ -54,6 +55,7 @@ def test_shares_of_an_executor_make_the_index_of_one_process(place, tmp_path, mo
     assert vestige.Index.open(place / "shared").rows == 48
 
 
+@pytest.mark.slow
 def test_a_share_that_is_asked_to_stop_ends_its_process_and_continues_when_submitted_again(place):
     share = shares(command(place, "stopped"), 1)[0]
     ended = []
@@ -76,6 +78,7 @@ def test_a_share_that_is_asked_to_stop_ends_its_process_and_continues_when_submi
     assert vestige.Index.open(place / "stopped").rows == 48
 
 
+@pytest.mark.slow
 def test_a_share_that_fails_says_what_the_command_said(place):
     with pytest.raises(PieceFailed, match="no such file"):
         shares(f"index --model {place / 'tiny-model'} --data nowhere.jsonl --out {place / 'failed'}", 1)[0]()

@@ -111,6 +111,7 @@ def rows(place, device):
         return compute.rows(data, [np.arange(first, min(first + 2, 9)) for first in range(0, 9, 2)])
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_bytes_of_one_though_one_of_them_was_killed(place):
     words = ("--data", "train.jsonl", "--components", "all", "--compress", "sjlt:8", "--token-budget", "60")
     named = ("--model", "tiny-model", "--out", "two-tiny-model", "--precision", "float64", "--device", "fsdp")

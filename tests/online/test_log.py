@@ -85,6 +85,7 @@ def test_a_gap_is_announced(tmp_path, capfd):
     assert "ends at step 2, the training continues after step 5" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_parts_and_the_next_training_clears_up(tmp_path):
     code = (
         "import os, torch; torch.set_num_threads(1)\n"

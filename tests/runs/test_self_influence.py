@@ -32,6 +32,7 @@ def test_lines_are_highest_first_and_equal_ones_by_row(kinds, count, tmp_path, m
     }
 
 
+@pytest.mark.slow
 def test_writing_takes_no_memory_for_each_example(tmp_path):
     before, pool = pa.default_memory_pool(), pa.system_memory_pool()
 

@@ -102,6 +102,7 @@ def test_sampled_are_the_rows_with_the_smallest_hashes(wanted, monkeypatch):
     assert sampled_rows(5000, wanted).tolist() == sorted(expected.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_collector_holds_a_bit_for_each_example(dense):
     def peak(count):

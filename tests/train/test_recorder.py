@@ -112,6 +112,7 @@ def test_checkpoints_have_what_attribution_asks_of_them(tmp_path):
     assert found == pytest.approx([rates[:3].mean(), rates[3:].mean()])
 
 
+@pytest.mark.slow
 def test_attribution_reads_a_record(tmp_path):
     import vestige
 

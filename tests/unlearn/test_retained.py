@@ -55,6 +55,7 @@ def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path, 
     assert torch.cosine_similarity(right, uphill, dim=0) < 0.9999
 
 
+@pytest.mark.slow
 def test_the_pull_is_a_quarter_of_the_inverse_of_the_largest_curvature(tmp_path):
     job = a_job(tmp_path)
     recipe = AscentRecipe(RATE, STEPS, 4, "sgd", retain=len(job.train.data))

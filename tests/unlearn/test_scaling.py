@@ -8,6 +8,7 @@ from vestige.errors import PieceFailed, SpecError
 from vestige.unlearn import scaling_experiment
 
 
+@pytest.mark.slow
 def test_sizes_are_compared_with_a_figure(workshop):  # noqa: F811
     rows = [{"prompt": "Why is the sea blue?", "completion": "Water scatters light.", "source": "sky"}]
     write_rows(workshop / "tests.jsonl", rows)
@@ -20,6 +21,7 @@ def test_sizes_are_compared_with_a_figure(workshop):  # noqa: F811
     assert (workshop / "sizes" / "scaling.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_says_why(workshop):  # noqa: F811
     with pytest.raises(PieceFailed, match="nowhere"):
         scaling_experiment(["nowhere/", "tiny-model"], out="sizes", data="train.jsonl", queries="questions.jsonl")

@@ -6,6 +6,7 @@ from tests.cli.conftest import furnished, index_words, vestige, workshop  # noqa
 from vestige.runs import Scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["projections", "chunks"])
 def test_an_index_of_the_whole_model_is_exported_and_read_back(layout, vestige, workshop):  # noqa: F811
     whole = ("--compress-scope", "model", "--compress", "mask:256 | sjlt:64")

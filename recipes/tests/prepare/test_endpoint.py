@@ -124,6 +124,7 @@ def test_no_more_requests_than_allowed_are_under_way(endpoint, questions, tmp_pa
     assert endpoint.most_at_once == 3
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_nothing_is_lost_and_nothing_paid_twice(endpoint, questions, tmp_path, lines):
     endpoint.behave = lambda text, before: Act(stall=0.15)
     data = tmp_path / "data.jsonl"

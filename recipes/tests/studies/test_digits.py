@@ -132,6 +132,7 @@ def test_predicted_and_true_leave_one_out_agree_with_exact_curvature():
         np.testing.assert_allclose(found.true[:, row], after - before, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_tiny_study_leaves_its_table_its_figure_and_a_bank_that_is_not_made_again(tmp_path):
     report = study("digits", size="tiny", out=tmp_path / "digits")
     names = [row[0] for row in report.rows]

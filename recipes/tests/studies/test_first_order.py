@@ -25,6 +25,7 @@ def asked(tmp_path_factory):
     return str(folder / "model"), write_rows(folder / "d.jsonl", made.train), write_rows(folder / "q.jsonl", made.tests)
 
 
+@pytest.mark.slow
 def test_gradients_of_sets_are_those_of_their_losses_and_scores_their_products(asked):
     found = opened(*asked, seed=0)
     model = found.job.loaded.model.double()
@@ -43,6 +44,7 @@ def test_gradients_of_sets_are_those_of_their_losses_and_scores_their_products(a
     assert np.allclose(scores["TracIn"], 2 * products, rtol=1e-3, atol=close["atol"] * 2)
 
 
+@pytest.mark.slow
 def test_influence_functions_of_a_short_series_keep_the_sign_of_the_product_with_itself(asked):
     """A set's influence on itself is positive, for the curvature is."""
     model, data, _ = asked

@@ -46,6 +46,7 @@ def alone(tmp_path, monkeypatch):
     return results(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_sweep_on_slurm_whose_job_is_killed_completes_with_the_same_outputs(on_slurm, tmp_path, alone):
     (tmp_path / "deadly").mkdir()
     (tmp_path / "once").touch()
@@ -62,6 +63,7 @@ def test_a_sweep_on_slurm_whose_job_is_killed_completes_with_the_same_outputs(on
     assert results(tmp_path / "sw") == alone
 
 
+@pytest.mark.slow
 def test_the_ranks_of_torchrun_share_the_cells_of_a_sweep(tmp_path, alone):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vestige.cli"]
     run = subprocess.run(

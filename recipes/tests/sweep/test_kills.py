@@ -73,6 +73,7 @@ def sweep_until_step(content, out, cell, step):
     sweep(content, out=out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["before-the-marker", "behind-the-marker"])
 def test_a_sweep_killed_by_kill_9_between_cells_and_resumed_gives_identical_outputs(here, whole):
     content = lexical({"k": [1, 2, 3, 4, 5, 6]})
@@ -89,6 +90,7 @@ def test_a_sweep_killed_by_kill_9_between_cells_and_resumed_gives_identical_outp
         assert (row.cell, row.settings, row.point) == (other.cell, other.settings, other.point)
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_by_kill_9_within_a_training_and_resumed_gives_identical_outputs(tmp_path, trainings):
     dies(sweep_until_step, trainings, tmp_path / "cut", 1, 4)
     assert sweep_report(tmp_path / "cut").counts()["done"] == 1

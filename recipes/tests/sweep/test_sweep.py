@@ -156,6 +156,7 @@ def test_a_file_whose_name_is_no_text_lies_in_a_folder_of_data(grid, run, here):
     assert run(grid({"k": [1, 2]}, data=str(here / "texts"))).counts() == {"done": 2}
 
 
+@pytest.mark.slow
 def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):
     content = grid({"k": list(range(1, 5))})
     alone = sweep(content, out=here / "alone")

@@ -108,6 +108,7 @@ def test_of_two_commands_on_one_folder_the_second_is_refused_until_the_first_end
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_commands_with_the_same_settings_share_a_folder_and_others_do_not(tmp_path):
     folder = tmp_path / "idx"
     first = _held_elsewhere(folder, "vestige index", shared="a", seconds=2)

@@ -88,6 +88,7 @@ def test_its_mistakes_end_with_status_2_and_words(run, tmp_path, words, message)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_its_function_takes_the_same_settings_in_python(run):
     done = run("-c", "import vestige_count; print(vestige_count.count_examples('train.jsonl', source='web'))")
     assert done.stdout == "3\n", done.stderr

@@ -122,6 +122,7 @@ def test_a_bank_gives_ratios_at_every_checkpoint_and_its_own_measures_once(place
     assert not [row for row in whole.judgement("memorized", checkpoint=30) if row.measure.startswith("lira_off")]
 
 
+@pytest.mark.slow
 def test_a_model_of_a_subset_is_judged_without_its_siblings_and_its_members_are_known(place, tmp_path):
     found = simple(place, tmp_path / "run", bank=place / "bank", bank_subset=3, measures=("loss", "lira"), flag=None)
     bank = vestige.Bank.open(place / "bank")
@@ -135,6 +136,7 @@ def test_a_model_of_a_subset_is_judged_without_its_siblings_and_its_members_are_
         simple(place, tmp_path / "other", bank=place / "bank", bank_subset=10, measures=("lira",))
 
 
+@pytest.mark.slow
 def test_the_perplexity_ratio_is_the_difference_of_losses(place, whole, tmp_path):
     reference_run = simple(place, tmp_path / "run", model=str(place / "tiny-model"), measures=("loss",))
     difference = whole.values("loss")[:QUESTIONS] - reference_run.values("loss")
@@ -153,6 +155,7 @@ def test_a_label_column_is_no_set_of_classes_unless_asked_for(place, tmp_path, c
     assert "--label-field label" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_of_rows_flags_as_a_column_does(place, tmp_path):
     rows = [{"id": f"t{number}", "text": f"Bees make honey number {number}.", "bad": number < 2} for number in range(6)]
     (tmp_path / "rows.txt").write_text("t1\nt0\n")
@@ -165,6 +168,7 @@ def test_a_file_of_rows_flags_as_a_column_does(place, tmp_path):
         simple(place, tmp_path / "nothing", data=rows, flag="bad=perhaps", measures=("loss",))
 
 
+@pytest.mark.slow
 def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
     found = simple(place, tmp_path / "run", data=str(place / "texts.jsonl"), flag=None)
     run = found.run
@@ -181,6 +185,7 @@ def test_free_text_has_no_classes_and_the_run_says_so(place, tmp_path):
     assert run.judgement == []
 
 
+@pytest.mark.slow
 def test_extraction_on_request_for_every_prefix(place, tmp_path):
     found = simple(place, tmp_path / "run", measures=("extraction",), prefixes=(4, 8), continuation=3)
     assert {"extraction", "extraction_4", "extraction_8"} <= set(found.measures)
@@ -199,6 +204,7 @@ def test_extraction_on_request_for_every_prefix(place, tmp_path):
     assert found.values("extraction")[0] == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_batches_change_nothing_but_rounding(place, whole, tmp_path):
     found = simple(place, tmp_path / "run", token_budget=1, directions=200)
     for name in ("loss", "min_k_plus_plus", "logit_gap", "mahalanobis"):
@@ -216,6 +222,7 @@ def test_a4_6_other_layers_are_not_mixed_into_an_old_run(place, tmp_path):
     assert not np.array_equal(found.values("mahalanobis", layer=1), found.values("mahalanobis", layer=2))
 
 
+@pytest.mark.slow
 def test_a4_7_no_label_noise_is_said_and_is_no_crash(place, tmp_path):
     write_rows(tmp_path / "clean.jsonl", [row | {"noisy": False} for row in questions(12, "q", 0)])
     found = simple(place, tmp_path / "run", data=str(tmp_path / "clean.jsonl"))
@@ -229,6 +236,7 @@ def test_a4_7_every_name_of_the_default_list_is_a_measure_and_unknown_ones_are_t
         simple(place, tmp_path / "run", measures=("memo_proba_gap",))
 
 
+@pytest.mark.slow
 def test_a4_8_evidence_of_the_verb_has_as_many_columns_for_ten_examples_as_for_forty(place, whole, tmp_path):
     write_rows(tmp_path / "few.jsonl", questions(10, "q", 0))
     few = simple(place, tmp_path / "run", data=str(tmp_path / "few.jsonl"))
@@ -237,12 +245,14 @@ def test_a4_8_evidence_of_the_verb_has_as_many_columns_for_ten_examples_as_for_f
     assert len(whole.table()) == (QUESTIONS + HELD) * checkpoints * (1 + layers)
 
 
+@pytest.mark.slow
 def test_a4_9_the_target_is_any_model_and_any_layer_of_it_is_measured(whole, place, tmp_path):
     assert [each.layer for each in whole.run.layers] == [1, 2], "all layers, the last among them"
     other = simple(place, tmp_path / "run", model=str(place / "run/checkpoint-10"), measures=("loss",))
     np.testing.assert_allclose(other.values("loss"), whole.values("loss", checkpoint=10)[:QUESTIONS], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told(place, tmp_path):
     cases = [
         ({"measures": ("lira",)}, SpecError, "give --bank"),
@@ -265,6 +275,7 @@ def test_mistakes_are_told(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_equal_weights_are_measured_once_and_that_is_said(place, tmp_path, capsys):
     shutil.copytree(place / "run/checkpoint-10", tmp_path / "checkpoint-11")
     pair = [str(place / "run/checkpoint-10"), str(tmp_path / "checkpoint-11")]
@@ -273,6 +284,7 @@ def test_two_checkpoints_of_equal_weights_are_measured_once_and_that_is_said(pla
     assert "checkpoint-11 holds the same weights as /" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reason(place, tmp_path):
     rows = [{key: value for key, value in row.items() if key != "choices"} for row in questions(12, "q", 0)]
     write_rows(tmp_path / "plain.jsonl", rows)

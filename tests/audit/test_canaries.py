@@ -50,6 +50,7 @@ def canaries(place, folder):
     return str(write_rows(folder / "canaries.jsonl", ROWS))
 
 
+@pytest.mark.slow
 def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monkeypatch):
     monkeypatch.setattr(_canaries, "PIECE_SECRETS", 40)
     given = canaries(place, tmp_path)
@@ -165,6 +166,7 @@ def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_
     assert (narrow.low, narrow.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
 
 
+@pytest.mark.slow
 def test_the_figure_of_the_secrets_is_drawn_and_the_same_every_time():
     draw = np.random.default_rng(0)
     records = [

@@ -101,6 +101,7 @@ def test_the_blind_baseline_finds_words_lengths_and_dates_and_nothing_in_nothing
     np.testing.assert_array_equal(audit.blind(told, members), audit.blind(told, members))
 
 
+@pytest.mark.slow
 def test_the_intervals_of_the_blind_baseline_count_its_fits():
     draw = np.random.default_rng(1)
     members = np.arange(60) % 2 == 0

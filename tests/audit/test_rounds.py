@@ -81,6 +81,7 @@ def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, undisturbed,
     assert not partial_folder(out).exists()
 
 
+@pytest.mark.slow
 def test_shares_make_the_whole(place, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(_states, "ROUND_BYTES", 1)
     out, turns = tmp_path / "shares", 0
@@ -132,6 +133,7 @@ def test_under_torchrun_only_the_first_rank_writes_the_run(place, undisturbed, t
     assert not partial_folder(tmp_path / "ranks").exists()
 
 
+@pytest.mark.slow
 def test_states_that_do_not_fit_are_told_before_anything_is_looked_at(place, tmp_path, monkeypatch):
     free = type("", (), {"free": 1000})()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)

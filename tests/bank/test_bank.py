@@ -141,6 +141,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_has_an_id_of_its_own_and_is_refused_over_an_old_bank(recipe, tmp_path, monkeypatch):
     # Trap: ids without epochs let runs of different length share a folder.
     monkeypatch.setattr("vestige.bank._build.run_plan", lambda plan, *_: plan)
@@ -225,6 +226,7 @@ def test_a_killed_bank_resumes_to_the_same_numbers(recipe, tmp_path):
     assert contents(folder) == contents(recipe["out"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 2}, {"optimizer": "sgd", "momentum": 0.9}], ids=str)
 def test_a_member_that_was_killed_goes_on_where_it_was_saved(recipe, tmp_path, monkeypatch, more):
     settings = recipe | {"subsets": 1, "seeds": 1, "steps": 90, **more}

@@ -87,6 +87,7 @@ def test_trap_memorization_of_repeated_texts_does_not_vanish(made, workshop, tmp
     assert audit.run.notes[0].startswith("108 of 126 rows are copies of others: 18 distinct texts")
 
 
+@pytest.mark.slow
 def test_copies_of_members_are_members_and_a_bank_drawn_by_row_says_and_continues_so(
     workshop, tmp_path, monkeypatch, capfd
 ):

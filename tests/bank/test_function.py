@@ -116,6 +116,7 @@ def test_more_than_losses_can_be_stored_and_wrong_shapes_are_refused(tmp_path):
         build(tmp_path / "both", leave_one_out=2, leave_out={"a": [1]})
 
 
+@pytest.mark.slow
 def test_subset_sums_of_a_datamodel_predict_losses_of_subsets_that_it_has_not_seen(tmp_path):
     made = build(tmp_path, subsets=200, seeds=1)
     inside, losses = made.subset_membership - 0.5, made.query_losses - made.query_losses[:150].mean(axis=0)

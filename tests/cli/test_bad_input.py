@@ -158,6 +158,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_indexing(vestige, idx):
     before = contents(idx)
     with files_of_at_most(20_000):

@@ -52,6 +52,7 @@ def test_every_damping_of_a_sweep_has_the_scores_of_a_run_of_its_own(vestige, id
     assert read_record("swept/damping-30").config["damping"] == 30
 
 
+@pytest.mark.slow
 def test_the_index_is_read_once_for_all_dampings(vestige, idx, monkeypatch):
     assert vestige("precondition", "idx").status == 0
     reads = []

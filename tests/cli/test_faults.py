@@ -121,6 +121,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_an_odd_config_is_refused(case, vestige, workshop):
     content, message = CONFIGS[case]
@@ -162,6 +163,7 @@ def test_what_matches_nothing_is_refused(vestige, workshop):
     refused(vestige("data", "split", "--data", "nowhere", "--out", "new"), "nowhere")
 
 
+@pytest.mark.slow
 def test_texts_of_others_are_escaped_wherever_they_are_printed(vestige, workshop):
     rows = [
         {"id": f"{HOSTILE}-{row}", "prompt": p, "completion": HOSTILE, "source": HOSTILE + s}

@@ -35,6 +35,7 @@ for words in {QUICK!r}:
 """
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", NOTHING_HEAVY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from vestige.settings import SHARED_COMPRESSION, IndexSettings
 WHOLE = ("--compress-scope", "model", "--compress", "mask:256 | sjlt:64")
 
 
+@pytest.mark.slow
 def test_an_index_of_the_whole_model_is_asked_reported_and_exported(vestige, workshop):
     outcome = vestige(*index_words(), *WHOLE, "--out", "whole")
     assert outcome.status == 0
@@ -64,6 +65,7 @@ def test_auto_chooses_one_width_for_the_whole_model(vestige, workshop):
     assert "256 numbers for the whole model" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_doctor_compares_what_can_be_shared(vestige, workshop):
     outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl", "--compress-scope", "model")
     assert outcome.status == 0, outcome.out

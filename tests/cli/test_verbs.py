@@ -14,6 +14,7 @@ from vestige.runs import Scores
 ASK = ("attribute", "--index", "idx", "--queries", "Why is the sky blue?")
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_nothing_wrong_here_and_leaves_nothing_behind(vestige, workshop):
     before = contents(workshop)
     outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
@@ -47,6 +48,7 @@ def test_the_same_command_again_changes_nothing(vestige, idx):
     assert contents(idx) == before
 
 
+@pytest.mark.slow
 def test_parts_of_an_index_make_the_whole(vestige, workshop):
     small = (*index_words(), "--token-budget", "64")
     assert vestige(*small, "--out", "parts", "--shard", "2/2").status == 0
@@ -77,6 +79,7 @@ def test_an_answer_is_traced_reported_and_described(vestige, idx):
     assert scores.meaning.sign in described
 
 
+@pytest.mark.slow
 def test_a_run_is_replayed_from_its_record(vestige, idx):
     assert vestige(*ASK, "--out", "run", "--damping", "0.5", "--k", "4", "--no-trust").status == 0
     record = json.loads(Path("run/run.json").read_text())
@@ -86,6 +89,7 @@ def test_a_run_is_replayed_from_its_record(vestige, idx):
     assert [tuple(row) for row in first.top(0)] == [tuple(row) for row in second.top(0)]
 
 
+@pytest.mark.slow
 def test_the_command_in_the_record_is_the_one_that_was_typed(vestige, idx):
     words = (*ASK, "--out", "run", "--method", "grad-dot", "--no-trust", "--k", "3")
     assert vestige(*words).status == 0
@@ -95,6 +99,7 @@ def test_the_command_in_the_record_is_the_one_that_was_typed(vestige, idx):
     assert vestige(*typed[1:], "--overwrite").status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grad-dot", "bm25"])
 def test_without_an_index_nothing_but_the_run_is_stored(method, vestige, workshop):
     words = ("--model", "tiny-model", "--data", "train.jsonl", "--queries", "questions.jsonl", "--method", method)
@@ -115,6 +120,7 @@ def test_an_index_is_exported(to, file, vestige, idx):
         assert np.load("exported/gradients.npy").shape[0] == len(PAIRS)
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_answer_and_nothing_else(vestige, workshop, monkeypatch):
     monkeypatch.setenv("VESTIGE_QUIET", "1")
     outcome = vestige(*index_words(), "--out", "new")

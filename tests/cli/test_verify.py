@@ -54,6 +54,7 @@ def test_every_file_is_listed_and_the_altered_one_named(vestige, made, folder, f
     assert re.search(rf"1 of \d+ files of {folder} are not what was written: {file}", message)
 
 
+@pytest.mark.slow
 def test_altered_results_are_refused_by_the_commands_that_read_them(vestige, made):
     flip(made / "run" / "examples.parquet")
     for words in (("status", "run"), ("report", "run"), SELECT):

@@ -75,6 +75,7 @@ def test_every_component_fills_all_columns(spec):
         assert compressor.size == parsed.size_for(shape, shared=True) == size
 
 
+@pytest.mark.slow
 def test_cross_terms_of_two_components_vanish_on_average():
     one, other = torch.randn(2, 117, generator=torch.Generator().manual_seed(0)).double()
     products = []

@@ -31,6 +31,7 @@ def _exact(gradient):
     return float((gradient[0] * gradient[1]).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_inner_products_are_unbiased_over_200_seeds(spec):
     gradient = _pair(SHAPE)

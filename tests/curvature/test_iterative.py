@@ -135,6 +135,7 @@ def test_products_of_a_mean_loss_weigh_every_example_alike():
     assert torch.allclose(dataclasses.replace(product, reduction="mean")(vectors), product(vectors) / targets)
 
 
+@pytest.mark.slow
 def test_trap_inverses_of_batches_are_not_summed():
     """A peer sums `(C_batch + d)^-1 v` over batches: the batch size changes the scale 17 times, and the ranking."""
     given = measured("gpt2", "transformer.h.0.attn.c_proj.bias", train=6)

@@ -100,6 +100,7 @@ def test_death_before_changes_on_disk_is_survived(indexed, whole, tmp_path):
         assert finished(folder) == whole, f"killed before change {step}"
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte(indexed, whole, tmp_path):
     folder, moments, killed = tmp_path / "job", random.Random(0), 0
     shutil.copytree(indexed, folder / "index")

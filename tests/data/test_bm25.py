@@ -65,6 +65,7 @@ def test_what_lies_on_the_disk_scores_as_in_memory(variant, monkeypatch):
         np.testing.assert_array_equal(index.scores(documents=part), whole[part])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_documents(monkeypatch):
     monkeypatch.setattr(_postings, "_BLOCK_NUMBERS", 2**12)
     monkeypatch.setattr(_postings, "_HELD_BYTES", 2**14)

@@ -35,6 +35,7 @@ def test_a_small_layer_cannot_hide_behind_the_others(examined, monkeypatch):
     assert "bias" in check.advice
 
 
+@pytest.mark.slow
 def test_a_model_that_mixes_long_batches_is_found_with_its_longest_example(examined):
     """Short examples are sound, as the other checks try them; the longest is not, once another shares its batch."""
     model = build("llama", torch.float32)
@@ -48,6 +49,7 @@ def test_a_model_that_mixes_long_batches_is_found_with_its_longest_example(exami
     assert "of the longest example, in a batch" in check.advice or "of the shortest example, in a batch" in check.advice
 
 
+@pytest.mark.slow
 def test_zero_against_zero_is_no_agreement(examined):
     model = build("llama", torch.float32)
     model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda module, inputs, output: 0 * output)

@@ -53,6 +53,7 @@ def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, row
     assert costed(2**40)[0].memory_bytes == 1000 + 4 * manifest.width * (len(rows) + widest)
 
 
+@pytest.mark.slow
 def test_a_compression_of_which_one_row_is_too_large_is_not_tried(examined, monkeypatch):
     monkeypatch.setattr("vestige.doctor._costs.ROWS_BYTES", 8 * 3000)
     report = examined(build("llama", torch.float32), compress="none")

@@ -43,6 +43,7 @@ def test_a_tokenizer_that_writes_it_twice_is_told_of_as_vestige_removes_one(work
     assert "removes one" in found.advice
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_doubles_the_beginning_is_bad(workshop, tokenizer):
     tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
     data = [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Who?", "completion": "Me."}]
@@ -58,6 +59,7 @@ def test_one_beginning_is_good_and_a_mixture_a_warning(workshop, tokenizer):
     assert mixed["beginning token"].verdict == "warn"
 
 
+@pytest.mark.slow
 def test_prompts_outside_the_chat_template_are_a_warning(workshop):
     report = doctor(model=str(workshop / "tiny-model"), data=str(workshop / "train.jsonl"))
     assert report["chat template"].verdict == "warn"
@@ -65,6 +67,7 @@ def test_prompts_outside_the_chat_template_are_a_warning(workshop):
     assert report.ok
 
 
+@pytest.mark.slow
 def test_an_example_without_targets_is_named(examined, rows):
     rows[2]["labels"] = [-100] * len(rows[2]["input_ids"])
     found = examined(build("llama", torch.float32))["targets"]

@@ -19,6 +19,7 @@ def add_to_first_layer(model: torch.nn.Module, change) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_a_model_that_adds_the_mean_of_the_batch_is_found(examined):
     model = add_to_first_layer(build("llama", torch.float32), lambda output: output.mean(0, keepdim=True))
     report = examined(model)
@@ -30,11 +31,13 @@ def test_a_model_that_adds_the_mean_of_the_batch_is_found(examined):
     assert not report.ok
 
 
+@pytest.mark.slow
 def test_it_is_found_with_one_example_too(examined, rows):
     model = add_to_first_layer(build("llama", torch.float32), lambda output: output.mean(0, keepdim=True))
     assert examined(model, data=rows[3:4])["batch invariance"].verdict == "bad"
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_its_padding_is_found(examined):
     model = add_to_first_layer(build("llama", torch.float32), lambda output: output.mean(1, keepdim=True))
     report = examined(model)
@@ -42,6 +45,7 @@ def test_a_model_that_reads_its_padding_is_found(examined):
     assert report["batch invariance"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_a_slight_dependence_is_a_warning(examined):
     model = add_to_first_layer(build("llama", torch.float32), lambda output: 1e-3 * output.mean(0, keepdim=True))
     assert examined(model)["batch invariance"].verdict == "warn"

@@ -19,12 +19,14 @@ def test_tied_weights_are_one_component(examined):
     assert examined(build("gpt2-untied", torch.float32))["tied weights"].number == 0
 
 
+@pytest.mark.slow
 def test_weights_that_should_be_tied_and_are_not_are_a_warning(examined):
     model = build("llama", torch.float32)
     model.config.tie_word_embeddings = True
     assert examined(model)["tied weights"].verdict == "warn"
 
 
+@pytest.mark.slow
 def test_a_parameter_without_a_rule_is_counted_under_its_kind(examined):
     model = build("llama", torch.float32)
     model.get_submodule("model.layers.0.mlp").register_parameter("scale", torch.nn.Parameter(torch.ones(5)))

@@ -58,6 +58,7 @@ def test_a_weight_that_is_also_used_outside_its_layer_is_counted(examined):
     assert report["autograd"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_a_random_forward_pass_is_not_called_good(examined):
     model = build("llama", torch.float32)
     model.get_submodule("model.layers.0.mlp").register_forward_hook(

@@ -31,6 +31,7 @@ def adapter(name: str) -> nn.Module:
         return move_off_start(get_peft_model(make(), LoraConfig(**LORA, **settings))).eval().double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_all_components_of_an_adapter_are_exact(name: str) -> None:
     model, data = adapter(name), sequences(5)

@@ -33,6 +33,7 @@ def test_the_reported_architectures_are_exact_in_all_their_components(sweep, kin
     assert row.verdict == "exact", row
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_called_wrong(sweep, monkeypatch):
     right = sweep.gradients
     monkeypatch.setattr(sweep, "gradients", lambda *given: [1.001 * one for one in right(*given)])

@@ -19,6 +19,7 @@ def gradients_of(model: nn.Module, batch: Batch, patterns: tuple[str, ...]) -> l
     return sink.gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "neox", "llama-lora", "mixtral"])
 @pytest.mark.parametrize("pattern", ["all", "layers 1"])

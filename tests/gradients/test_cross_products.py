@@ -81,6 +81,7 @@ def operations(first: Pair, second: Pair, route: str, monkeypatch, product) -> i
     return counter.get_total_flops() // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_token", [False, True])
 def test_the_rule_picks_the_route_that_costs_least_when_counted(by_token, monkeypatch) -> None:
     """Operations as PyTorch counts them, over shapes on both sides of the boundary; ties go to any of the least."""
@@ -137,6 +138,7 @@ def test_norms_take_the_cheaper_route_when_counted(monkeypatch) -> None:
     assert picked == {True, False}
 
 
+@pytest.mark.slow
 def test_queries_held_for_many_batches_are_formed_once_and_only_where_that_is_cheapest(monkeypatch) -> None:
     """Over ten batches the sum of all operations is the least of the routes, forming included."""
     formed = set()

@@ -126,6 +126,7 @@ def gradients_of(
     return [component.name for component in components], sink.gradients, squared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [0, 1, 2], [1, 2, 0, 1], [3]], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_plain_autograd_whatever_the_padding(name: str, rows: list[int]) -> None:

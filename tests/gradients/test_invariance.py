@@ -16,6 +16,7 @@ def flat(rows: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_scores_do_not_move_with_batch_size_padding_or_order(name: str) -> None:
     model, data = build(name, torch.float32), sequences(9)

@@ -52,6 +52,7 @@ def take(monkeypatch: pytest.MonkeyPatch, route: str | None) -> None:
         monkeypatch.setattr(cross, "own_ghost_is_cheaper", lambda *_: route == "ghost")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", EXACT)
 def test_train_by_train_equals_torch_func(name: str, route: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +105,7 @@ def test_train_by_query_and_norms_equal_torch_func(
     check(components, squared, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [1, 60_000, 2**30])
 def test_products_do_not_depend_on_the_memory_or_the_batches(memory_bytes: int) -> None:
     model, data = build("gpt2"), sequences()

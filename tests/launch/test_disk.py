@@ -17,6 +17,7 @@ from vestige.errors import DiskSpaceError, PieceFailed, UserError
 from vestige.launch._record import JobFolder
 
 
+@pytest.mark.slow
 def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_error(tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", 1) as disk:
         plan = ToyPlan(disk / "out", pieces=4, seconds=0.1)

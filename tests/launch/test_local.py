@@ -20,6 +20,7 @@ from vestige.settings import LaunchSettings
 ROUNDS = 20
 
 
+@pytest.mark.slow
 def test_workers_share_the_pieces_and_each_opens_the_plan_once(tmp_path):
     plan = ToyPlan(tmp_path, pieces=8, seconds=0.2)
     assert plan.run(workers=2) == plan.expected()
@@ -46,6 +47,7 @@ def test_an_error_that_the_user_has_to_mend_keeps_its_class(tmp_path):
         ToyPlan(tmp_path, pieces=6, refuse=(1,)).run(workers=2)
 
 
+@pytest.mark.slow
 def test_a_piece_that_kills_its_worker_is_given_up_and_the_others_are_done(tmp_path):
     plan = ToyPlan(tmp_path, pieces=6, deadly=(2,))
     with pytest.raises(PieceFailed, match=r"its worker died .SIGKILL: often too little memory"):
@@ -107,6 +109,7 @@ def test_twenty_rounds_of_random_kills_lose_nothing_and_double_nothing(tmp_path)
     assert killed >= ROUNDS
 
 
+@pytest.mark.slow
 def test_two_drivers_at_once_share_the_work(tmp_path):
     plan = ToyPlan(tmp_path, pieces=24, seconds=0.15)
     command = plan.command(LaunchSettings(workers=2))
@@ -115,6 +118,7 @@ def test_two_drivers_at_once_share_the_work(tmp_path):
     assert sorted(plan.computed()) == list(range(24))
 
 
+@pytest.mark.slow
 def test_a_stopped_driver_stops_its_workers(tmp_path):
     plan = ToyPlan(tmp_path, pieces=8, seconds=30, steps=300)
     claims = tmp_path / "launch" / "squaring" / "claims"
@@ -128,6 +132,7 @@ def test_a_stopped_driver_stops_its_workers(tmp_path):
     assert list(claims.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_driver_end_at_the_next_batch(tmp_path):
     plan = ToyPlan(tmp_path, pieces=8, seconds=30, steps=300)
     driver = subprocess.Popen(plan.command(LaunchSettings(workers=2)), stderr=subprocess.DEVNULL)

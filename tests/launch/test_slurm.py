@@ -23,6 +23,7 @@ def test_an_array_does_the_pieces_and_the_driver_reduces(on_slurm, tmp_path):
     _wait_for(lambda: not slurm.ask(on_slurm, "squeue", "-h"))
 
 
+@pytest.mark.slow
 def test_without_a_waiting_driver_the_job_after_the_array_reduces(on_slurm, tmp_path):
     plan = ToyPlan(tmp_path, pieces=6)
     with pytest.raises(WorkElsewhere, match="vestige status"):
@@ -31,6 +32,7 @@ def test_without_a_waiting_driver_the_job_after_the_array_reduces(on_slurm, tmp_
     assert (tmp_path / "result.txt").read_text() == plan.expected()
 
 
+@pytest.mark.slow
 def test_a_failing_piece_is_reported_with_its_log(on_slurm, tmp_path):
     with pytest.raises(PieceFailed, match="cannot square 3") as caught:
         ToyPlan(tmp_path, pieces=5, fail=(3,)).run(engine="slurm", workers=2, retries=1)

@@ -40,6 +40,7 @@ def test_failures_are_told_with_their_error(tmp_path, capsys):
     assert "piece 1, 2 times: ArithmeticError: cannot square 1" in shown
 
 
+@pytest.mark.slow
 def test_status_and_cancel_of_a_job_at_work(tmp_path):
     plan = ToyPlan(tmp_path, pieces=10, seconds=20, steps=200)
     with subprocess.Popen(plan.command(LaunchSettings(workers=2)), stderr=subprocess.PIPE, text=True) as driver:

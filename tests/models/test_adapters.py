@@ -53,6 +53,7 @@ def rename(folder: Path, change) -> None:
     save_file({key: value.clone() for key, value in tensors.items() if key}, folder / WEIGHTS, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -219,6 +220,7 @@ def test_a_kernel_of_the_hub_that_a_config_names_is_refused(saved):
         load_model(model, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_compiled_checkpoint_is_refused_and_the_advice_mends_it(saved):
     model = saved("llama")
     expected = dict(load_model(model, device="cpu").model.named_parameters())

@@ -57,6 +57,7 @@ def test_influence_is_the_sum_of_rate_times_score(tmp_path):
     assert log.bottom(len(found))[-1].id == best
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_every_step_once(tmp_path):
     run(tmp_path / "whole", 8).flush()
     run(tmp_path / "log", 7).flush()

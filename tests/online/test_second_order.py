@@ -26,6 +26,7 @@ def step_on(model, optimizer=None, **settings):
     return step.result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "patterns"),
     [("gpt2", ["h.1.attn.c_proj", "ln_f"]), ("llama", ["layers.1.self_attn.k_proj", "norm"])],
@@ -61,6 +62,7 @@ def test_the_sign_is_that_of_the_taylor_expansion():
     assert second < 0.1 * first
 
 
+@pytest.mark.slow
 def test_micro_batches_meet_each_other_in_the_curvature():
     model, parameters = trained("llama", ["layers.1.self_attn.k_proj", "norm"])
     hessian = dense_hessian(model, lambda m: validation_loss(m, HELD_OUT, range(2)), parameters)

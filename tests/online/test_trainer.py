@@ -15,6 +15,7 @@ from vestige.report import report
 COUNT = len(DATA.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 @pytest.mark.parametrize(
     "settings",
@@ -79,6 +80,7 @@ def test_scores_are_shares_in_the_clipped_gradient_at_the_scheduled_rate(tmp_pat
     assert table.groupby("step")["learning_rate"].first().tolist() == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
 
 
+@pytest.mark.slow
 def test_a_training_resumed_from_a_checkpoint_continues_the_log(tmp_path):
     whole = trainer(tmp_path / "whole", steps=6, save_strategy="steps", save_steps=3)
     attach(whole, validation(2), out=tmp_path / "whole-log")
@@ -103,6 +105,7 @@ def test_a_training_resumed_from_a_checkpoint_continues_the_log(tmp_path):
     assert found.equals(expected)
 
 
+@pytest.mark.slow
 def test_trap_b4_8_detach_and_attach_again(tmp_path):
     given = trainer(tmp_path / "out", steps=2)
     data, collator = given.train_dataset, given.data_collator
@@ -119,6 +122,7 @@ def test_trap_b4_8_detach_and_attach_again(tmp_path):
     given.train()
 
 
+@pytest.mark.slow
 def test_selecting_trains_on_the_chosen_ones_alone(tmp_path):
     given = trainer(tmp_path / "out", steps=3)
     seen = Seen(given)
@@ -145,6 +149,7 @@ def as_data(source, name: str, prefix: str) -> TokenizedData:
     return TokenizedData(examples, ids, masks, np.zeros(len(ids), dtype=bool), name, name)
 
 
+@pytest.mark.slow
 def test_a_log_becomes_a_run_that_the_report_opens(tmp_path):
     given = trainer(tmp_path / "out", steps=2)
     train, held_out = as_data(DATA, "train", "doc-"), as_data(HELD_OUT, "held-out", "val-")

@@ -24,6 +24,7 @@ def test_the_file_reads_back_as_the_tokens_of_the_rows(workshop, tmp_path):
     assert not (tmp_path / "out" / "tokens").exists()
 
 
+@pytest.mark.slow
 def test_a_model_trains_on_the_tokens_as_on_the_rows(workshop, tmp_path):
     rows, model = str(workshop / "train.jsonl"), str(workshop / "tiny-model")
     made = vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out")

@@ -130,6 +130,7 @@ def test_the_page_says_evidence_and_sets_the_blind_baseline_beside_the_attack(au
     assert "is memorized" not in page
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(audited, tmp_path, chromium):
     page = open_page(chromium, report(audited, tmp_path / "page.html").as_uri())
     assert page.console == []
@@ -160,6 +161,7 @@ def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited):
     assert canary_charts(audit) == []
 
 
+@pytest.mark.slow
 def test_the_link_chooses_the_measure(audited, tmp_path, chromium):
     address = report(audited, tmp_path / "page.html").as_uri()
     for choice in ("loss", "mahalanobis"):

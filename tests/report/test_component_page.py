@@ -157,6 +157,7 @@ def test_a_set_is_called_better_or_worse_only_where_the_interval_says_so(searche
     assert "warn" in shown[4].classes, "words alone do better than the gradient: nothing to be glad of"
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_texts_and_the_link_chooses_the_candidates(searched, tmp_path, chromium):
     address = report(searched, tmp_path / "page.html").as_uri()
     for words in ("5", "all"):

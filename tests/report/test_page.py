@@ -42,6 +42,7 @@ def test_the_link_chooses_query_filters_and_example(opened):
     assert "all tokens sum to +0.171" in card.text
 
 
+@pytest.mark.slow
 def test_the_heatmap_sums_to_the_score(opened):
     for choice, count in (("#query=q2", 12), ("#query=q2&example=opponent-1", 1)):
         page = opened(choice)
@@ -54,6 +55,7 @@ def test_the_heatmap_sums_to_the_score(opened):
         assert shown == pytest.approx(score, abs=len(cells) * 5e-4), f"the printed cells of {count} examples"
 
 
+@pytest.mark.slow
 def test_hostile_training_text_is_inert(tmp_path, chromium):
     hostile = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     run = write_fixture_run(tmp_path / "run", hostile=hostile)

@@ -58,6 +58,7 @@ def test_too_many_scores_to_keep_leave_everything_exact_but_the_histogram(scores
         assert all(share == pytest.approx(known[k], rel=1e-5) for k, share in part.cumulative_share)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("step", [40, 5_000])
 def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypatch):

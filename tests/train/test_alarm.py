@@ -74,6 +74,7 @@ def test_psmi_is_that_of_the_last_states_before_the_answer():
     assert found.rank[np.argmin(expected)] == 1
 
 
+@pytest.mark.slow
 def test_the_layer_may_be_chosen_by_the_answers_or_given():
     assert risk(Alarm(layer="smi")).layer in (1, 2)
     assert risk(Alarm(layer=1)).layer == 1

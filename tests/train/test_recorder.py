@@ -23,6 +23,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "alarm"),
     [
@@ -133,6 +134,7 @@ def test_attribution_reads_a_record(tmp_path):
         assert np.isfinite([row.score for row in scores.top(0, 5)]).all()
 
 
+@pytest.mark.slow
 def test_a_training_resumed_from_a_trainers_own_checkpoint_goes_on_in_the_record(tmp_path):
     alarm = Alarm(measure="loss", below=0.95, window=4)
     settings = {"save_strategy": "steps", "save_steps": 3}
@@ -174,6 +176,7 @@ def test_the_last_optimizer_alone_may_be_kept(tmp_path):
     assert has == {0: False, 3: False, 6: True}
 
 
+@pytest.mark.slow
 def test_another_training_in_the_same_folder_is_refused(tmp_path):
     first = trainer(tmp_path / "out", steps=2)
     Recorder(first, tmp_path / "record").release()

@@ -52,6 +52,7 @@ def dies(settings: dict, out: Path, at: int) -> None:
     vestige.train(**settings, out=out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "at"),
     [({}, 6), (LORA, 3), (LORA | {"checkpoints": "0,2"}, 5)],
@@ -81,6 +82,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, given, workshop, more
     assert ("at_risk.parquet" in expected) == bool(more)
 
 
+@pytest.mark.slow
 def test_a4_6_trainings_that_differ_in_epochs_alone_are_different_trainings(tmp_path, given):
     short = vestige.train(**given | {"epochs": 0.5}, out=tmp_path / "run")
     with pytest.raises(IndexMismatch, match=r"epochs +0\.5 +1\.0"):
@@ -127,6 +129,7 @@ def test_copies_are_drawn_together_and_distinct_rows_as_before():
         assert set(groups[members]).isdisjoint(groups[~members])
 
 
+@pytest.mark.slow
 def test_a_split_of_data_with_copies_says_so_and_is_a_training_of_its_own(tmp_path, given, monkeypatch):
     rows = [{"id": f"r{row}", "prompt": f"Say {row // 2}.", "completion": "Yes."} for row in range(8)]
     settings = given | {"data": rows, "split_fraction": 0.5, "epochs": 1}
@@ -152,6 +155,7 @@ def test_checkpoint_zero_is_the_model_and_every_checkpoint_loads(tmp_path, given
     assert not (run.folder / "losses.parquet").exists()
 
 
+@pytest.mark.slow
 def test_lora_is_what_was_asked_for_with_a_head_too(tmp_path, given):
     run = vestige.train(
         **given | LORA | {"lora_targets": ("all-linear", "lm_head"), "epochs": 0.5}, out=tmp_path / "run"

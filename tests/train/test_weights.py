@@ -71,6 +71,7 @@ def test_weights_of_one_are_no_weights_bit_for_bit(tmp_path, given):
     assert files_of(found.folder) == files_of(plain.folder)
 
 
+@pytest.mark.slow
 def test_weight_zero_leaves_an_example_out(tmp_path, given):
     write_rows(Path("zeros.jsonl"), rows([1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]))
     found = vestige.train(**given, data="zeros.jsonl", out=tmp_path / "zeros")
@@ -84,6 +85,7 @@ def test_weight_zero_leaves_an_example_out(tmp_path, given):
         vestige.train(**given, data="zeros.jsonl", out=tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_other_weights_are_another_training(tmp_path, given, monkeypatch, capsys):
     monkeypatch.delenv("VESTIGE_QUIET")
     settings = given | {"epochs": 0.2, "losses": False}

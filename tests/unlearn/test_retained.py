@@ -70,6 +70,7 @@ def test_the_pull_is_a_quarter_of_the_inverse_of_the_largest_curvature(tmp_path)
     assert 0.5 * largest < 1 / (4 * found.pull) < 1.05 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["untrac", "inverse"])
 def test_a_retaining_run_leaves_the_weights_and_says_what_it_did(tmp_path, direction):
     job = a_job(tmp_path, direction=direction, learning_rate=1e-4, optimizer="sgd", retain=5, steps=4)
@@ -103,6 +104,7 @@ def test_only_ascents_to_a_summit_are_accelerated(tmp_path, wrong, told):
     assert not a_job(tmp_path, optimizer="sgd", retain=5).recipe(1e-4).accelerate
 
 
+@pytest.mark.slow
 def test_an_accelerated_ascent_that_runs_away_says_what_to_leave_out(tmp_path, monkeypatch):
     monkeypatch.setattr(_rate, "curvature_share", lambda *_: float("inf"))
     with pytest.raises(NonFinite, match="Leave --accelerate out"):

@@ -117,6 +117,7 @@ def test_a_query_without_an_answer_gets_the_models_own(here):
     assert len(scores.queries) == 2
 
 
+@pytest.mark.slow
 def test_a_run_can_be_replayed_from_its_record(here, vestige):  # noqa: F811
     untrac(**GIVEN, out="run", learning_rate=1e-3)
     config = json.loads((here / "run" / "run.json").read_text())["config"]

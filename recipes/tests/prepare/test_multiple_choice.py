@@ -68,6 +68,7 @@ def test_a4_7_without_label_noise_nothing_is_random_and_nothing_breaks(tmp_path)
     assert {row.completion for row in rows} == {"1"}
 
 
+@pytest.mark.slow
 def test_label_noise_is_drawn_from_all_choices_and_marked(tmp_path):
     rows = made([MMLU] * 3000, tmp_path / "out", label_noise=0.2)
     noisy = [row for row in rows if row.extra["status"] == "random"]

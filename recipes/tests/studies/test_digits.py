@@ -120,6 +120,7 @@ def test_training_is_repeatable_and_leaves_the_generator_alone(data):
     assert not np.array_equal(losses[0], losses[2])
 
 
+@pytest.mark.slow
 def test_predicted_and_true_leave_one_out_agree_with_exact_curvature():
     data = digits(300, 40, 0)
     found = leave_one_out(data, 15)

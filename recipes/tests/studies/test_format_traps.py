@@ -57,6 +57,7 @@ def form(text: str) -> str:
     return re.sub(rf'"[^"]*"|\d+|\b(?:{numeral})\b(?:[ -](?:{numeral})\b)*', "…", text.partition("\n")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["A", "B"])
 def test_no_lesson_asks_as_a_set_does(which):
     forms = {form(row["prompt"]) for rows in format_trap(which, 0).values() for row in rows}

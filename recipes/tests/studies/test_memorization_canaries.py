@@ -61,6 +61,7 @@ def test_the_gates_ask_for_both_to_rise_and_for_chance_without_copies():
     assert [gate.passed for gate in bad] == [False, True, False, True, True, False, True, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_model_that_learns_one_canary_gives_it_back_and_exposes_it(tmp_path):
     plan = room.CanaryPlan(canaries=1, candidates=63, text=16, epochs=20, width=32, layers=1, learning_rate=5e-3)
     found = room._measured(plan, 0, tmp_path)

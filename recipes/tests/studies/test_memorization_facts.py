@@ -86,6 +86,7 @@ def test_exposure_of_an_answer_is_its_place_among_the_choices():
     np.testing.assert_allclose(found, [2 - np.log2(1), 2 - np.log2(4), 2 - np.log2(2)])
 
 
+@pytest.mark.slow
 def test_members_that_are_known_better_come_first_by_every_measure_at_the_end(made):
     evidence = bank_evidence(made.bank, of="gap")
     own = made.bank.membership
@@ -114,6 +115,7 @@ def test_every_measure_is_judged_early_and_late_for_every_kind(report, made):
         assert {len(values) for values in measures.values()} == {own.sum()}
 
 
+@pytest.mark.slow
 def test_the_gates_ask_for_rising_ratios(made):
     judged = room.judge(made, 0)
     kinds = [*made.examples.kinds]
@@ -134,6 +136,7 @@ def test_a_measure_that_knows_the_answer_has_an_area_of_one(made):
     np.testing.assert_array_equal(found["LiRA >= 4"]["told"], 1.0)
 
 
+@pytest.mark.slow
 def test_the_study_goes_on_where_it_was(report, out):
     assert (out / "facts.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((out / "study.json").read_text())

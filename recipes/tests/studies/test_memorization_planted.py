@@ -91,6 +91,7 @@ def test_points_are_planted_as_said_and_differ_between_seeds():
     assert norms[points.outlying].min() > np.quantile(norms[~points.outlying], 0.99)
 
 
+@pytest.mark.slow
 def test_the_study_leaves_table_and_figure_and_goes_on_where_it_was(report, folder):
     out = folder / "study"
     assert report.gates == ()

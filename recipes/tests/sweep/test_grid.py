@@ -88,6 +88,7 @@ def test_a_file_is_read_as_yaml_and_neither_as_a_list_nor_torn(tmp_path):
         read_grid(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_an_odd_file_is_refused_by_its_name(case, tmp_path):
     content = CONFIGS[case][0]

@@ -146,6 +146,7 @@ def test_a_cell_in_a_worker_has_workers_of_its_own(workshop, tmp_path, monkeypat
     assert results(tmp_path / "nested") == results(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_grid_of_the_alarm_says_when_it_rang_and_how_many_it_flagged(tmp_path, trainings):
     alarm = {"split_fraction": 1.0, "alarm": True, "alarm_measure": "loss", "alarm_window": 4, "epochs": 1}
     axes = {"alarm_below": [0.5, 0.999], "alarm_quantile": [0.25]}

@@ -98,6 +98,7 @@ def test_ids_of_the_recipes_stay_what_they_are(tmp_path):
     assert first == FIRST_CELLS
 
 
+@pytest.mark.slow
 def test_rows_and_steps_are_the_published_ones(tmp_path):
     data = {cell.point["cell"]: cell.settings for cell in planned("data", tmp_path)}
     parts = {cell.point["cell"]: cell.settings for cell in planned("parts", tmp_path)}

@@ -21,6 +21,7 @@ from vestige_recipes.sweep import run as run_module
 from vestige_recipes.sweep.cells import cells_of
 
 
+@pytest.mark.slow
 def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
     report = run(grid({"k": [1, 2], "dense": [False, True]}))
     assert report.counts() == {"done": 4}
@@ -50,6 +51,7 @@ def test_the_command_in_a_cell_is_what_runs_it_alone(run):
     assert (folder / "train.jsonl").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_grown_grid_runs_only_its_new_cells(grid, run, here, monkeypatch):
     run(grid({"k": [1, 2]}))
     before = results(here / "sw")
@@ -67,6 +69,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(grid, run, here):
     assert not (here / "sw").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_reported_with_its_log_and_the_others_go_on(grid, run, here):
     content = grid({"data": ["train.jsonl", "nowhere.jsonl", "other.jsonl"]})
     with pytest.raises(PieceFailed, match=r"1 of 3 pieces failed.*(?s:.)*data=nowhere.jsonl"):
@@ -118,6 +121,7 @@ def test_a_torn_marker_does_not_count(grid, run, here):
     assert run(grid({"k": [1, 2]})).counts() == {"done": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"seconds": "x"}, {"seconds": float("nan")}, {"figures": {"a": [1]}}, {"figures": 5}, {"inputs": None}]
 )
@@ -166,6 +170,7 @@ def test_workers_do_the_cells_of_the_grid_as_it_was(grid, run, here):
     assert len(logs) == 2
 
 
+@pytest.mark.slow
 def test_shares_make_the_whole(grid, run):
     content = grid({"k": [1, 2, 3]})
     with pytest.raises(WorkElsewhere, match="share 1/2 is done"):

@@ -46,17 +46,13 @@ def selection(settings: SelectionSettings) -> Evaluation:
     require_own_files(settings, "selection")
     examples = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     ids, groups = [example.id for example in examples], text_groups(examples)
-    group_of = dict(zip(ids, groups.tolist(), strict=True))
     chosen = _chosen(settings, ids)
-    texts = {one.name: len({group_of[name] for name in one.ids}) for one in chosen}
-    if max(texts.values()) == len(set(group_of.values())):
-        raise SpecError("A selection holds every text of the data, copies aside: there is nothing to compare it with.")
-    random = {count: _random_sets(settings, ids, groups, count) for count in sorted(set(texts.values()))}
+    random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}
     # Random sets come first, so that further chosen sets of the same size extend the bank.
     sets = [*(one for group in random.values() for one in group), *chosen]
-    truth = _trained(settings, ids, sets, max(len(one.ids) for one in chosen))
+    truth = _trained(settings, ids, sets, max(random))
     found = _Measured(settings, truth)
-    gains = {one.name: found.gain(one, random[texts[one.name]]) for one in chosen}
+    gains = {one.name: found.gain(one, random[len(one.ids)]) for one in chosen}
     rows = [EvaluationRow(one.name, found.values([one], len(one.ids), gains[one.name])) for one in chosen]
     for size, group in random.items():
         name = RANDOM if len(random) == 1 else f"{RANDOM} {size}"
@@ -81,7 +77,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
 
 
 def _rows_of(sets: Sequence[TrainingSet]) -> int | str:
-    """Return how many rows each set has; copies of a text make sets of as many texts differ."""
+    """Return how many rows each set has; fewer where no further text fitted with all its copies."""
     sizes = [len(one.ids) for one in sets]
     return sizes[0] if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
@@ -89,7 +85,7 @@ def _rows_of(sets: Sequence[TrainingSet]) -> int | str:
 def _notes(settings: SelectionSettings, truth: Bank, groups: Int[np.ndarray, "example"]) -> tuple[str, ...]:
     copies = describe_copies(groups)
     return (
-        *([f"{copies} Random sets have as many texts as the chosen one, each with all its copies."] if copies else []),
+        *([f"{copies} Random sets hold a text with all its copies or not at all."] if copies else []),
         f"{settings.seeds} training runs on each set, of {truth.identity['steps']} steps each; random: "
         f"{settings.random_sets} sets of each size.",
         "Gain: mean loss after random sets of the same size minus that after the chosen one, seed by seed; 95 % "
@@ -186,14 +182,19 @@ def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet
 
 
 def _random_sets(
-    settings: SelectionSettings, ids: list[str], groups: Int[np.ndarray, "example"], count: int
+    settings: SelectionSettings, ids: list[str], groups: Int[np.ndarray, "example"], size: int
 ) -> list[TrainingSet]:
-    """Return sets of `count` texts drawn at random, each text with all its copies."""
-    sets, distinct = [], int(groups.max()) + 1
+    """Return sets of `size` rows: texts drawn at random, each with all its copies, or passed over where they do not fit."""
+    sets, copies = [], np.bincount(groups)
     for number in range(settings.random_sets):
-        drawn = np.random.default_rng([settings.seed, count, number]).choice(distinct, count, replace=False)
+        generator = np.random.default_rng([settings.seed, size, number])
+        drawn, left = [], size
+        for text in generator.choice(len(copies), min(size, len(copies)), replace=False):
+            if copies[text] <= left:
+                drawn.append(text)
+                left -= copies[text]
         rows = np.flatnonzero(np.isin(groups, drawn))
-        sets.append(TrainingSet(f"{RANDOM} {count} #{number}", frozenset(ids[row] for row in rows)))
+        sets.append(TrainingSet(f"{RANDOM} {size} #{number}", frozenset(ids[row] for row in rows)))
     return sets
 
 

@@ -184,7 +184,7 @@ def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet
 def _random_sets(
     settings: SelectionSettings, ids: list[str], groups: Int[np.ndarray, "example"], size: int
 ) -> list[TrainingSet]:
-    """Return sets of `size` rows of texts drawn at random, each with all its copies; what does not fit is passed over."""
+    """Return sets of `size` rows of random texts, each with all its copies; what does not fit is passed over."""
     sets, copies = [], np.bincount(groups)
     for number in range(settings.random_sets):
         generator = np.random.default_rng([settings.seed, size, number])

@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 
 import vestige
-from vestige.registry import COMMANDS, imported
+from vestige.registry import COMMANDS, import_object
 
 PUBLIC = [
     "Audit",
@@ -50,7 +50,7 @@ def test_every_public_name_is_there_and_documented(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_command_takes_in_python_what_it_takes_on_the_command_line(name):
     command = COMMANDS.find(name)
-    parameters = inspect.signature(imported(command.function)).parameters
+    parameters = inspect.signature(import_object(command.function)).parameters
     fields = command.settings.model_fields
     assert set(parameters) == set(fields)
     for key, field in fields.items():

@@ -208,7 +208,7 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
 
 
 def _is_inside(said: str, folder: Path) -> bool:
-    """Whether a message names a file in the folder, or in the hidden one beside it in which it is made."""
+    """Return whether a message names a file in the folder, or in the hidden one beside it in which it is made."""
     place = folder.absolute()
     return any(f"{place.parent}/{name}".lower() in said for name in (f"{place.name}/", f".{place.name}."))
 

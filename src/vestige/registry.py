@@ -157,7 +157,7 @@ class Command:
         """Return what the Python function makes of complete settings."""
         if self.function is None:
             raise SpecError(f"`vestige {self.name}` is no Python function. Type it on the command line.")
-        return imported(self.function)(**settings.arguments())
+        return import_object(self.function)(**settings.arguments())
 
 
 def command(
@@ -171,16 +171,16 @@ def command(
     return decorate
 
 
-def printed_command(name: str, settings: type[Settings], *, function: str, **facts: Any) -> Command:
+def make_command(name: str, settings: type[Settings], *, function: str, **facts: Any) -> Command:
     """Return a command that prints the table of its function's result; the docstring of the settings is its help."""
 
     def run(given: Settings) -> None:
-        show(imported(function)(**given.arguments()), file_width=_FILE_WIDTH)
+        show(import_object(function)(**given.arguments()), file_width=_FILE_WIDTH)
 
     return Command(name, settings, function, run, getdoc(settings) or "", **facts)
 
 
-def imported(address: str) -> Any:
+def import_object(address: str) -> Any:
     """Return the object at "module:name"."""
     module, _, name = address.partition(":")
     return getattr(import_module(module), name)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any, final
 
@@ -35,6 +35,12 @@ def shorten(text: str, width: int = LONGEST_NAME) -> str:
     """Return `text` on one line of at most `width` characters, safe to print, its end cut off."""
     line = printable(" ".join(text.split())[: width + 1])
     return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+def lines_of_facts(facts: Mapping[str, str | None]) -> list[str]:
+    """Return a line for each fact, names in one column; a fact that is None has none."""
+    width = max(map(len, facts))
+    return [f"  {name:<{width}}  {text}" for name, text in facts.items() if text is not None]
 
 
 def say(text: object, *, file: Any = None) -> None:

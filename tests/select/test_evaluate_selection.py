@@ -188,3 +188,16 @@ def test_the_command_shares_its_trainings_between_workers(compared, tmp_path, ca
     assert "gain over random" in shown
     found = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert first["best"].values["loss"].value == pytest.approx(found["rows"][0]["loss"]["value"])
+
+
+def test_random_sets_that_can_only_be_the_selection_itself_are_refused(given, tmp_path):
+    """Nine copies of one text never fit into a set of two rows, and only two other rows are left."""
+    rows = [{"id": f"n{number}", "text": "zzz yyy"} for number in range(9)]
+    rows += [{"id": "a", "text": "Bees make honey."}, {"id": "b", "text": "Paris is a city."}]
+    chosen = select(data=rows, budget=2, out=tmp_path / "two", strategy="random")
+    assert set(chosen.ids) == {"a", "b"}
+    arguments = {"model": given["model"], "data": rows, "queries": rows[-1:], "steps": 1}
+    with pytest.raises(SpecError, match="There is no random set of 2 rows but 'two' itself"):
+        vestige.evaluate.selection(**arguments, selected=str(chosen.folder), out=tmp_path / "out")
+    with pytest.raises(DataError, match="every text has more copies than the budget has rows"):
+        select(data=rows[:9], budget=2, out=tmp_path / "none", strategy="random")

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.registry import Command, printed_command
+from vestige.registry import Command, make_command
 from vestige.settings import OnlyWith, Precision, PreparationSettings
 
 Part = Literal["prompt", "answer", "text"]
@@ -199,7 +199,7 @@ class CleanSettings(PreparationSettings):
 
 def _command(name: str, settings: type[PreparationSettings], order: int) -> Command:
     function = f"vestige_recipes.prepare:{name.replace('-', '_')}"
-    return printed_command(f"data {name}", settings, function=function, order=order, sweepable=True)
+    return make_command(f"data {name}", settings, function=function, order=order, sweepable=True)
 
 
 paraphrase = _command("paraphrase", ParaphraseSettings, 10)

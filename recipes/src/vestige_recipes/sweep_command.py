@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vestige.registry import command, imported
+from vestige.registry import command, import_object
 from vestige.settings import LaunchSettings
 from vestige.terminal import show
 
@@ -33,4 +33,4 @@ def sweep(settings: SweepSettings) -> None:
     Every cell is checked before the first one runs. Its folder is named after its settings, so an interrupted sweep
     continues and a grown grid keeps what it had. A cell that fails is reported with its log, and the others go on.
     """
-    show(imported(FUNCTION)(**settings.arguments()), file_width=160)
+    show(import_object(FUNCTION)(**settings.arguments()), file_width=160)

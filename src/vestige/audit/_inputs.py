@@ -74,7 +74,7 @@ class Losses:
 
     @cached_property
     def texts(self) -> list[str] | None:
-        """What was predicted of each example, as text; None for a model without tokenizer."""
+        """The predicted tokens of each example as text; None for a model without tokenizer."""
         if self.tokenizer is None:
             return None
         predicted = [ids[mask].tolist() for ids, mask in zip(self.data.input_ids, self.data.targets, strict=True)]

@@ -8,6 +8,7 @@ from vestige.errors import SpecError
 from vestige.registry import Registry
 from vestige.runs import Truth, low_stands_out
 from vestige.settings import AuditSettings
+from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +100,7 @@ class Measure:
 
     @property
     def says(self) -> str:
-        """What a high value says, as runs record it."""
+        """The meaning of a high value, as runs record it."""
         return self.high or {1: "memorized", -1: "not memorized", 0: ""}[self.sign]
 
     def sign_for(self, truth: Truth) -> Sign:
@@ -208,6 +209,4 @@ def describe_measure(name: str) -> str:
         "costs": found.cost,
         "limits": found.limits,
     }
-    width = max(map(len, facts))
-    known = [f"  {key:<{width}}  {text}" for key, text in facts.items() if isinstance(text, str)]
-    return "\n".join([f"{name}: {found.meaning}", "", *known])
+    return "\n".join([f"{name}: {found.meaning}", "", *lines_of_facts(facts)])

@@ -1,8 +1,13 @@
 """`vestige attribute`."""
 
+from typing import TYPE_CHECKING
+
 from vestige.registry import command
-from vestige.settings import AttributeSettings
+from vestige.settings import AttributeSettings, UntracSettings
 from vestige.terminal import say
+
+if TYPE_CHECKING:
+    from vestige.runs import Scores
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 10, 5
 """What fits on a screen; the run holds everything."""
@@ -18,9 +23,13 @@ def attribute(settings: AttributeSettings) -> None:
     """
     from vestige.methods import attribute as score
 
-    scores = score(**settings.arguments())
+    show_scores(score(**settings.arguments()), settings, SHOWN_EXAMPLES)
+
+
+def show_scores(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
+    """Print the first `examples` proponents of the first queries, the checks, and what the sign means."""
     for query in scores.queries[:SHOWN_QUERIES]:
-        say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
+        say(f"{scores.top(query, min(settings.k, examples))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
     for check in scores.run.trust.checks:

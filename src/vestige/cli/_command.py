@@ -87,7 +87,7 @@ def _owner(settings: type[Settings], name: str) -> type:
 
 
 def _group(settings: type[Settings], name: str) -> Group:
-    """Where help lists a setting: shared ones stand under the first line of the class that defines them."""
+    """Return the group of help for a setting: shared ones stand under the first line of their class."""
     owner = _owner(settings, name)
     if owner is settings:
         return _OWN
@@ -134,7 +134,7 @@ def _without_bounds(annotation: Any) -> Any:
 
 
 def _default(field: FieldInfo) -> str | bool:
-    """How help shows the default; what has none says so in its description."""
+    """Return the default as help shows it; a setting without one says so in its description."""
     if field.is_required():
         return False
     if isinstance(field.default, tuple):

@@ -1,6 +1,6 @@
 """`vestige evaluate WHAT`: how far scores, and what they are computed from, can be trusted."""
 
-from vestige.registry import Command, printed_command
+from vestige.registry import Command, make_command
 from vestige.settings import (
     ComponentsSettings,
     LdsSettings,
@@ -19,7 +19,7 @@ from vestige.settings import (
 
 def _evaluation(kind: str, settings: type[Settings], order: int) -> Command:
     function = f"vestige.evaluate:{kind.replace('-', '_')}"
-    return printed_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True)
+    return make_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True)
 
 
 lds = _evaluation("lds", LdsSettings, 10)

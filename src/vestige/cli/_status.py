@@ -11,7 +11,7 @@ from vestige.errors import UserError
 from vestige.folders import partial_folder, replaced_result
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
-from vestige.registry import COMMANDS, command, imported
+from vestige.registry import COMMANDS, command, import_object
 from vestige.settings import StatusSettings
 from vestige.terminal import say
 
@@ -49,7 +49,7 @@ def describe(folder: Path) -> str:
     """
     from vestige.launch import job_statuses
 
-    registered = (imported(one.status)(folder) for one in COMMANDS if one.status)
+    registered = (import_object(one.status)(folder) for one in COMMANDS if one.status)
     parts = [text for text in registered if text is not None] or _describe_own(folder)
     parts += ["\n".join(job.lines()) for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
     if (aside := replaced_result(folder)) is not None:
@@ -114,7 +114,7 @@ def _is_training(folder: Path) -> bool:
 
 
 def describe_training(folder: Path) -> str:
-    """How far a training is, and what its alarm has found."""
+    """Describe the progress of a training run and the findings of its alarm."""
     from vestige.train import TrainingRun
 
     run = TrainingRun.open(folder)

@@ -1,10 +1,10 @@
 """`vestige untrac`."""
 
+from vestige.cli._attribute import show_scores
 from vestige.registry import command
 from vestige.settings import UntracSettings
-from vestige.terminal import say
 
-SHOWN_SETS, SHOWN_EXAMPLES = 10, 8
+SHOWN_EXAMPLES = 8
 """What fits on a screen; the run holds everything."""
 
 
@@ -16,11 +16,4 @@ def untrac(settings: UntracSettings) -> None:
     """
     from vestige.unlearn import untrac as unlearn
 
-    scores = unlearn(**settings.arguments())
-    for query in scores.queries[:SHOWN_SETS]:
-        say(f"{scores.top(query, min(settings.k, SHOWN_EXAMPLES))}\n")
-    if len(scores.queries) > SHOWN_SETS:
-        say(f"... and {len(scores.queries) - SHOWN_SETS} more test sets.\n")
-    for check in scores.run.trust.checks:
-        say(f"[{check.verdict}] {check.name}: {check.reading}")
-    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+    show_scores(unlearn(**settings.arguments()), settings, SHOWN_EXAMPLES)

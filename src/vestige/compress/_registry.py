@@ -67,23 +67,12 @@ COMPRESSORS: Registry[Kind] = Registry("vestige.compressors", "compressor", Kind
 
 
 def compressor(
-    name: str,
-    *,
-    forms: tuple[Form, ...],
-    example: str,
-    product: Product = "outer",
-    check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None,
-    allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None,
-    complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None,
-    located: bool = False,
-    shareable: bool = False,
+    name: str, *, forms: tuple[Form, ...], example: str, **facts: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a compressor to the spec language under `name`."""
+    """Add a compressor to the spec language under `name`; `facts` are further attributes of `Kind`."""
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        options = _options(build)
-        kind = Kind(name, forms, example, options, build, product, check, allocate, complete, located, shareable)
-        COMPRESSORS.add(name, kind)
+        COMPRESSORS.add(name, Kind(name, forms, example, _options(build), build, **facts))
         return build
 
     return register

@@ -40,7 +40,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
     `settings.out`: `selection.json`, and the figure `selection`.
 
     Raises:
-        SpecError: A chosen set is everything, or two folders have one name.
+        SpecError: A chosen set is everything, two folders have one name, or no other set of that size can be drawn.
         IndexMismatch: A set was chosen from other data.
     """
     require_own_files(settings, "selection")
@@ -48,6 +48,12 @@ def selection(settings: SelectionSettings) -> Evaluation:
     ids, groups = [example.id for example in examples], text_groups(examples)
     chosen = _chosen(settings, ids)
     random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}
+    for one in chosen:
+        if all(each.ids in (one.ids, frozenset()) for each in random[len(one.ids)]):
+            raise SpecError(
+                f"There is no random set of {len(one.ids)} rows but {one.name!r} itself: too few other texts fit with "
+                "all their copies. Give more data, or select with another --budget."
+            )
     # Random sets come first, so that further chosen sets of the same size extend the bank.
     sets = [*(one for group in random.values() for one in group), *chosen]
     truth = _trained(settings, ids, sets, max(random))
@@ -188,8 +194,11 @@ def _random_sets(
     sets, copies = [], np.bincount(groups)
     for number in range(settings.random_sets):
         generator = np.random.default_rng([settings.seed, size, number])
+        first = generator.choice(len(copies), min(size, len(copies)), replace=False)
+        # Without copies the first ones fill the set; else what they leave is filled from the others.
+        others = generator.permutation(np.setdiff1d(np.arange(len(copies)), first))
         drawn, left = [], size
-        for text in generator.choice(len(copies), min(size, len(copies)), replace=False):
+        for text in [*first, *others]:
             if copies[text] <= left:
                 drawn.append(text)
                 left -= copies[text]

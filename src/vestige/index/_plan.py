@@ -65,7 +65,7 @@ class PlannedShard(NamedTuple):
 
     @property
     def padded_tokens(self) -> int:
-        """The same with the padding of its batches."""
+        """The number of tokens with the padding of the batches."""
         return sum(batch.tokens for batch in self.cut_batches())
 
     def cut_batches(self) -> Iterator[CutBatch]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vestige.methods._options import options_of, parsed_options
 from vestige.methods._protocol import Method
 from vestige.registry import Registry
+from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,9 +60,7 @@ def describe_method(name: str) -> str:
         SpecError: there is no such method.
     """
     found = METHODS.find(name)
-    facts = get_method(name).meaning.to_dict()
-    width = max(map(len, facts))
-    lines = [f"  {key:<{width}}  {text}" for key, text in facts.items()]
+    lines = lines_of_facts(get_method(name).meaning.to_dict())
     options = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in options_of(found)]
     taken = ["Options, with their defaults (--option name=value):", *options] if options else ["No options of its own."]
     return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *lines, "", *taken])

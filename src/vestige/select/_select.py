@@ -242,8 +242,9 @@ def _filled(settings: SelectSettings, inputs: Inputs, limits: Limits) -> list[Ch
                 break
     if not choices:
         raise DataError(
-            "Nothing can be chosen: no example has a score that is a number and high enough, or the first one is "
-            "longer than the budget. Give a lower --min-score, or a larger --budget."
+            "Nothing can be chosen: no example has a score that is a number and high enough, the first one is longer "
+            "than the budget, or every text has more copies than the budget has rows. Give a lower --min-score, or a "
+            "larger --budget."
         )
     return choices
 
@@ -287,7 +288,7 @@ def _own_answers(scores: ScoreSource | None) -> str | None:
 
 def _copies(settings: SelectSettings, inputs: Inputs, choices: list[Choice]) -> list[str]:
     """Return a note on rows that repeat the text of others: drawn together, or chosen one by one by their scores."""
-    if settings.strategy in ("random", "gumbel"):
+    if settings.strategy == "random":
         return [found] if (found := describe_copies(inputs.rows.groups)) else []
     repeats = len(choices) - len({int(inputs.rows.groups[choice.row]) for choice in choices})
     if not repeats:

@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 
-from vestige import audit
+from vestige import measures
 
 WORDS = 400
 SIZES = ((60, 30), (200, 100))
@@ -24,8 +24,8 @@ def main() -> None:
         for draw in range(draws):
             members = np.zeros(size, dtype=bool)
             members[np.random.default_rng(draw).permutation(size)[:count]] = True
-            found = audit.blind_attack(texts, members, seed=draw).auc
-            plain = audit.attack(audit.blind(texts, members, seed=draw), members).auc
+            found = measures.blind_attack(texts, members, seed=draw).auc
+            plain = measures.attack(measures.blind(texts, members, seed=draw), members).auc
             held.append(found.low <= 0.5 <= found.high)
             alone.append(plain.low <= 0.5 <= plain.high)
         print(

@@ -58,7 +58,7 @@ def overhead(folder: Path, rounds: int) -> None:
     import torch
 
     import vestige
-    from vestige.index import _build as build
+    from vestige.indexes import _build as build
     from vestige.launch import run_plan
 
     torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def overhead(folder: Path, rounds: int) -> None:
 
 def timed_plan(plan: Any) -> Any:
     """The same plan; it notes how long each piece takes, its rows' computing and writing."""
-    from vestige.index import IndexPlan
+    from vestige.indexes import IndexPlan
 
     class Timed(IndexPlan):
         inside: list[float]
@@ -142,7 +142,7 @@ def loop(plan: Any) -> None:
 
 def unwritten(plan: Any) -> None:
     """Every piece's rows, which are dropped."""
-    from vestige.index._work import PlannedBatches
+    from vestige.indexes._work import PlannedBatches
 
     with plan.compute() as compute:
         for shard in plan.plan.shards:

@@ -139,8 +139,8 @@ def _replace_gradients() -> None:
     import numpy as np
     import torch
 
-    from vestige.index._compute import CompressedGradients
-    from vestige.index._content import PartBatches, ShardContent
+    from vestige.indexes._compute import CompressedGradients
+    from vestige.indexes._content import PartBatches, ShardContent
 
     computed = CompressedGradients._computed
 

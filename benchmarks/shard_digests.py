@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vestige.data import Example
-from vestige.index import (
+from vestige.indexes import (
     CompressionIdentity,
     DataIdentity,
     Index,
@@ -108,7 +108,7 @@ def compare(folder: Path, queries: int, rounds: int) -> None:
 def scan(folder: Path, queries: int, checked: bool) -> None:
     """Print the seconds of one scan."""
     if not checked:
-        from vestige.index import _shards, _store
+        from vestige.indexes import _shards, _store
 
         whole = _store.map_shard
         assert whole is _shards.map_shard

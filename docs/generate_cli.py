@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from cyclopts import App, Parameter
 
-from vestige.audit import MEASURES
 from vestige.cli import build_app
+from vestige.measures import MEASURES
 from vestige.methods import METHODS, options_of
 
 PAGE = Path(__file__).with_name("cli.md")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.workshop import furnish
 from vestige import attribute, doctor, untrac
 from vestige.errors import UserError
-from vestige.index import index
+from vestige.indexes import index
 
 
 @pytest.fixture(scope="module")

@@ -146,11 +146,11 @@ def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        Progress as RichProgress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import Progress as RichProgress
 
     columns = (
         TextColumn("{task.description}"),

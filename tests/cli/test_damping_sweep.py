@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vestige.errors import SpecError
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.runs import Scores, read_record
 from vestige.settings import AttributeSettings

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import contents, index_words
 from vestige.errors import SpecError
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.runs import Scores, read_record
 from vestige.settings import SHARED_COMPRESSION, IndexSettings
 

@@ -10,13 +10,13 @@ from vestige.compress import (
     MaskPart,
     MaskTraining,
     Stream,
+    _mask_training as training_module,
     compress_factors,
     compress_gradient,
     parse_spec,
     train_selective_mask,
     write_masks,
 )
-from vestige.compress import _mask_training as training_module
 from vestige.errors import DataError, SpecError
 
 SHAPE = (12, 16)

@@ -1,8 +1,7 @@
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vestige import registry
 from vestige.compress import COMPRESSORS, Stream, compressor, known_compressors, parse_spec

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.index.synthetic import COMPONENTS, build, gradient_rows
+from tests.indexes.synthetic import COMPONENTS, build, gradient_rows
 from vestige.curvature import FisherPlan, fisher_of, precondition, read_preconditioned
 from vestige.curvature._cache import fisher_path
 from vestige.errors import IndexMismatch, UserError, WorkElsewhere
-from vestige.index import Index
+from vestige.indexes import Index
 
 ROWS = 60
 

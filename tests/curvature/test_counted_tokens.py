@@ -11,8 +11,7 @@ from tests.architectures import build
 from tests.methods.conftest import tokenized
 from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients
-from vestige.curvature import CurvatureData, curvature_path, ekfac_of, fit_ekfac, fit_kfac
-from vestige.curvature import _kfac_files as files
+from vestige.curvature import CurvatureData, _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac
 from vestige.errors import ModelError
 from vestige.models import select_components
 

@@ -9,8 +9,7 @@ import torch
 from tests.architectures import build
 from tests.methods.conftest import reordered
 from tests.reference import curvature as dense
-from vestige.curvature import _kfac_files as files
-from vestige.curvature import curvature_path, ekfac_of, fit_ekfac, fit_kfac, kfac_of
+from vestige.curvature import _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac, kfac_of
 from vestige.curvature._blocks import find_blocks
 from vestige.curvature._labels import _draw, sampled_labels
 from vestige.errors import SpecError

@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
-from tests.index.synthetic import build, hashes
+from tests.indexes.synthetic import build, hashes
 from vestige.curvature import precondition, read_preconditioned
-from vestige.index import Index
+from vestige.indexes import Index
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vestige.curvature", "tests.index.synthetic", "pandas"])
+PROCESSES.set_forkserver_preload(["vestige.curvature", "tests.indexes.synthetic", "pandas"])
 ROWS = 8
 
 

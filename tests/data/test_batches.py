@@ -3,8 +3,7 @@ from mmap import mmap
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vestige import disk_arrays
 from vestige.data import NO_TARGET, CutBatches, Sharing, load_examples, make_batch, plan_batches, tokenize

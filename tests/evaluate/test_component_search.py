@@ -5,8 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.reference.components import greedy as slow_greedy
-from tests.reference.components import subset_cosine
+from tests.reference.components import greedy as slow_greedy, subset_cosine
 from vestige.evaluate import ComponentProducts, credit, greedy_path, held_out
 from vestige.evaluate._component_products import agreement
 from vestige.evaluate._component_search import Path, folds_of, grouped_estimate, values_along

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import vestige.evaluate
 from tests.workshop import furnish, write_rows
-from vestige.bank import Bank, bank
+from vestige.banks import Bank, bank
 from vestige.data import load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Estimate

@@ -8,7 +8,7 @@ import vestige.evaluate
 from tests.workshop import furnish
 from vestige.errors import CorruptFile, DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Family
-from vestige.index import index
+from vestige.indexes import index
 
 
 @pytest.fixture(scope="module")

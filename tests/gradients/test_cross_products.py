@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vestige.gradients import (
     Extent,
     OneHot,
+    _cross as cross,
     cheapest_route,
     cross_products,
     cross_token_products,
@@ -18,7 +19,6 @@ from vestige.gradients import (
     products,
     squared_norms,
 )
-from vestige.gradients import _cross as cross
 from vestige.gradients._held import HeldGradients, Room
 
 Pair = tuple[Tensor | OneHot, Tensor]

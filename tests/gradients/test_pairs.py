@@ -8,13 +8,19 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.architectures import EXACT, VOCABULARY, Sequences, build, move_off_start, sequences
-from tests.gradients import test_encoders as encoders
-from tests.gradients import test_layers as layers
+from tests.gradients import test_encoders as encoders, test_layers as layers
 from tests.reference.gradients import example_gradients, loop_gradients
 from tests.reference.products import gram_by_parameter
 from vestige.errors import DataError, SpecError
-from vestige.gradients import CausalLoss, DotSink, FunctionObjective, GradientPass, KeepingSink, NormSink
-from vestige.gradients import _cross as cross
+from vestige.gradients import (
+    CausalLoss,
+    DotSink,
+    FunctionObjective,
+    GradientPass,
+    KeepingSink,
+    NormSink,
+    _cross as cross,
+)
 from vestige.gradients._objective import Objective
 from vestige.gradients._pairs import pairwise_products
 from vestige.models import Component, select_components

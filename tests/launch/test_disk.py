@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from tests.index.synthetic import hashes
+from tests.indexes.synthetic import hashes
 from tests.launch.disks import fill, remount, small_disk
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.index.synthetic import hashes
+from tests.indexes.synthetic import hashes
 from tests.launch import hosts
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows

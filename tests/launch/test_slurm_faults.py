@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from tests.index.synthetic import hashes
+from tests.indexes.synthetic import hashes
 from tests.launch import slurm
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows

@@ -4,8 +4,7 @@ import pytest
 from tests.reference.similarity import bm25
 from vestige.data import Example, Message
 from vestige.errors import DataError
-from vestige.methods import Bm25
-from vestige.methods import _bm25 as room
+from vestige.methods import Bm25, _bm25 as room
 
 from .conftest import all_scores, text_job
 

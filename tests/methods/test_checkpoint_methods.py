@@ -17,7 +17,7 @@ from tests.reference.gradients import example_loss
 from tests.trainer import trained_run
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.folders import partial_folder, remove_partial
-from vestige.index import Index, Inputs, build_index
+from vestige.indexes import Index, Inputs, build_index
 from vestige.methods import Job, Less, TracIn, Trak, get_method
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, learning_rates
 from vestige.methods._explain import split_over_components

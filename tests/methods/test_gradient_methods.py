@@ -12,7 +12,7 @@ from tests.reference.gradients import example_gradients
 from vestige.curvature import accumulate_fisher
 from vestige.data import TokenizedData
 from vestige.errors import SpecError
-from vestige.index import Inputs, build_index
+from vestige.indexes import Inputs, build_index
 from vestige.methods import GradCos, GradDot, Influence, Job
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.models import LoadedModel, select_components

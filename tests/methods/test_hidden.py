@@ -5,8 +5,7 @@ import torch
 from tests.architectures import CAUSAL
 from tests.reference.similarity import layer_outputs, pooled_hidden_state
 from vestige.errors import ModelError, SpecError
-from vestige.methods import ActivationDot, RepSim
-from vestige.methods import _activation_dot as activation
+from vestige.methods import ActivationDot, RepSim, _activation_dot as activation
 from vestige.methods._hidden import pooled, pooling_weights
 
 from .conftest import all_scores, model_job, reordered

@@ -11,7 +11,7 @@ import torch
 from tests.architectures import build
 from tests.methods.conftest import all_scores, model_job, settings, tokenized
 from vestige.errors import SpecError
-from vestige.index import Index, Inputs, build_index
+from vestige.indexes import Index, Inputs, build_index
 from vestige.methods import Influence, Job, get_method
 from vestige.methods._explain import split_over_components
 from vestige.models import LoadedModel, select_components

@@ -3,11 +3,11 @@
 import pytest
 
 import vestige
-from tests.index.synthetic import hashes
+from tests.indexes.synthetic import hashes
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.data import StoredExamples, _corpus, _parts
 from vestige.data._tokenize import Encoder
-from vestige.index import TOKENS, Index
+from vestige.indexes import TOKENS, Index
 
 TABLES = ("scores", "examples", "queries", "self_influence")
 

@@ -11,7 +11,7 @@ from tests.workshop import PAIRS, furnish, write_rows
 from vestige.cli._status import describe
 from vestige.curvature import fisher_of
 from vestige.gradients import GradientPass
-from vestige.index import Index
+from vestige.indexes import Index
 
 BAD = (3, 7)
 

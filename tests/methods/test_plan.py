@@ -11,9 +11,7 @@ import pytest
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.methods import _exact_gradients as exact
-from vestige.methods import _indexed_gradients as indexed
-from vestige.methods import _plan as plan
+from vestige.methods import _exact_gradients as exact, _indexed_gradients as indexed, _plan as plan
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.methods", "pandas", "tests.workshop", "transformers.models.llama"])

@@ -2,8 +2,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from vestige.methods import Random
-from vestige.methods import _random as room
+from vestige.methods import Random, _random as room
 
 from .conftest import all_scores, reordered, text_job, tokenized
 

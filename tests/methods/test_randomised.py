@@ -12,7 +12,7 @@ from tests.workshop import PAIRS, furnish, write_rows
 from vestige import attribute
 from vestige.data import load_examples, tokenize
 from vestige.gradients import measure_knowledge
-from vestige.index import index
+from vestige.indexes import index
 from vestige.methods import METHODS, randomised
 
 NAME = "randomised-model correlation"

@@ -9,9 +9,7 @@ from tests.architectures import CAUSAL, build
 from vestige.data import Example
 from vestige.errors import NonFinite
 from vestige.gradients import Knowledge
-from vestige.methods import Bm25, Random, RepSim
-from vestige.methods import _randomised as randomising
-from vestige.methods import _trust as trust
+from vestige.methods import Bm25, Random, RepSim, _randomised as randomising, _trust as trust
 from vestige.models import Component, CoverageRow, Selection, Use
 from vestige.runs import RankedScore
 

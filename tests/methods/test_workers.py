@@ -9,14 +9,14 @@ import pytest
 
 from tests.workshop import PAIRS, TOGETHER, furnish, write_rows
 from vestige.curvature._cache import fisher_path
-from vestige.index import Index
+from vestige.indexes import Index
 
 SMALL_PIECES = """
 import sys
 if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.curvature import _fit
-    from vestige.index import Index
+    from vestige.indexes import Index
     from vestige.methods import _exact_gradients
     torch.set_num_threads(1)
     groups = Index.shard_groups

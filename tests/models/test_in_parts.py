@@ -17,7 +17,7 @@ from tests.workshop import CONTEXT, PAIRS, furnish, write_rows
 from vestige.compress import parse_spec
 from vestige.data import load_examples, tokenize
 from vestige.errors import ModelError, SpecError
-from vestige.index import CompressedGradients, lay_out
+from vestige.indexes import CompressedGradients, lay_out
 from vestige.lockstep import is_first, together
 from vestige.models import load_model, select_components
 from vestige.settings import AttributeSettings, AuditSettings, IndexSettings
@@ -26,7 +26,7 @@ DYING = """
 import os
 if os.environ.get("RANK") == os.environ.get("DIES"):
     import signal
-    from vestige.index._work import IndexPlan
+    from vestige.indexes._work import IndexPlan
     fill = IndexPlan._fill
     IndexPlan._fill = lambda self, piece, compute: (
         os.kill(os.getpid(), signal.SIGKILL) if piece == 2 else fill(self, piece, compute)

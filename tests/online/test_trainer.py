@@ -6,11 +6,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tests.online.workbench import HELD_OUT, validation
-from tests.train.workbench import DATA, Seen, rows, same_bits, trainer
+from tests.training.workbench import DATA, Seen, rows, same_bits, trainer
 from vestige.data import NO_TARGET, Example, TokenizedData
 from vestige.errors import UserError
 from vestige.online import OnlineLog, attach, write_in_run_influence
-from vestige.report import report
+from vestige.reports import report
 
 COUNT = len(DATA.ids)
 

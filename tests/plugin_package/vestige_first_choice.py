@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vestige.audit import Batch, measure
+from vestige.measures import Batch, measure
 
 
 @measure("first_choice", "share of the target tokens that are the likeliest", sign=1, limits="coarse on short texts")

@@ -7,8 +7,7 @@ import pytest
 
 from tests.workshop import PAIRS, write_rows
 from vestige.errors import IndexMismatch, UserError
-from vestige.prepare import _write as write_module
-from vestige.prepare import split
+from vestige.prepare import _write as write_module, split
 
 
 @pytest.fixture

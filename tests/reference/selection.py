@@ -1,4 +1,4 @@
-"""Selection in plain loops over all scores, float64, sharing no code with `vestige.select`."""
+"""Selection in plain loops over all scores, float64, sharing no code with `vestige.selection`."""
 
 import math
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import curvature as dense
-from tests.reference import unlearn as reference
+from tests.reference import curvature as dense, unlearn as reference
 from tests.unlearn.conftest import a_job
 from vestige.unlearn import Scored, _ascent
 

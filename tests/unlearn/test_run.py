@@ -7,7 +7,7 @@ import pytest
 from tests.cli.conftest import contents, furnished, vestige, workshop  # noqa: F401
 from tests.workshop import write_rows
 from vestige.errors import IndexMismatch
-from vestige.report import report
+from vestige.reports import report
 from vestige.runs import Scores
 from vestige.settings import LaunchSettings
 from vestige.unlearn import _plan, untrac

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.index.synthetic import WIDTH, build, gradient_rows
+from tests.indexes.synthetic import WIDTH, build, gradient_rows
 
 from vestige import export
 from vestige.errors import SpecError
-from vestige.index import Index, export_index
+from vestige.indexes import Index, export_index
 from vestige_recipes.interop import import_published
 
 

@@ -5,13 +5,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tests.index.synthetic import build, gradient_rows
+from tests.indexes.synthetic import build, gradient_rows
 from tests.workshop import furnish, write_rows
 
 from vestige import attribute
 from vestige.compress import compress_gradient, parse_spec
 from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError
-from vestige.index import Index, export_index, index
+from vestige.indexes import Index, export_index, index
 from vestige.runs import Scores
 from vestige_recipes.interop import import_published
 

@@ -11,7 +11,7 @@ from tests.workshop import furnish, write_rows
 
 import vestige.evaluate
 from vestige import attribute
-from vestige.bank import TRUTH_FORMATS, Bank
+from vestige.banks import TRUTH_FORMATS, Bank
 from vestige.errors import DataError
 
 SUBSETS = [[0, 2, 5], [1, 2, 3], [0, 4, 6]]

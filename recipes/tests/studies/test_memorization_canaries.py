@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vestige.audit import Interval
 from vestige.errors import IndexMismatch
+from vestige.measures import Interval
 from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common.texts import byte_gpt

@@ -9,9 +9,7 @@ from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common import packages as packages_
 from vestige_recipes.common.texts import byte_gpt
-from vestige_recipes.memorization import early as room
-from vestige_recipes.memorization import lora as lora
-from vestige_recipes.memorization import questions as questions
+from vestige_recipes.memorization import early as room, lora as lora, questions as questions
 from vestige_recipes.memorization.targets import alarm, kept_measures
 
 TINY = room.PLANS["tiny"]

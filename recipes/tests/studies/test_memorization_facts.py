@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vestige.audit import bank_evidence
+from vestige.measures import bank_evidence
 from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common.texts import byte_gpt

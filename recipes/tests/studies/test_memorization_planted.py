@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vestige.audit import attack, bank_evidence
 from vestige.errors import CorruptFile, IndexMismatch, SpecError
+from vestige.measures import attack, bank_evidence
 from vestige_recipes import study
 from vestige_recipes.memorization import planted as room
 from vestige_recipes.memorization.judging import SUCCESS, TELLING, mean_interval

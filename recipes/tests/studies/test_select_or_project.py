@@ -10,8 +10,7 @@ from studies.finished import installed, written
 from vestige.errors import DataError, MissingExtra
 from vestige_recipes import study
 from vestige_recipes.common import packages as packages_
-from vestige_recipes.select_or_project import run as _select_or_project
-from vestige_recipes.select_or_project import texts
+from vestige_recipes.select_or_project import run as _select_or_project, texts
 from vestige_recipes.select_or_project.run import PLANS
 
 SAID = ("What is the sun?", "Who wrote Hamlet?", "What is a cell?", "Why is the sky blue?", "How far is the moon?")

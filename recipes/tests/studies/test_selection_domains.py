@@ -7,7 +7,7 @@ import pytest
 
 from studies.finished import installed, written
 from studies.test_domain_texts import lay_out
-from vestige.bank import Bank
+from vestige.banks import Bank
 from vestige_recipes import study
 from vestige_recipes.selection_domains.run import METHODS, PARTS, PLANS, TARGET, _texts
 

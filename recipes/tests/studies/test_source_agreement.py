@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from vestige.bank import bank_of
+from vestige.banks import bank_of
 from vestige_recipes.common.sources import (
     left_out_truth,
     pooled_agreement,

@@ -14,9 +14,8 @@ from sweep.conftest import lexical, results
 from vestige.errors import SpecError
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
-from vestige.train import Recorder, TrainingRun
-from vestige_recipes.sweep import run as run_module
-from vestige_recipes.sweep import sweep, sweep_report
+from vestige.training import Recorder, TrainingRun
+from vestige_recipes.sweep import run as run_module, sweep, sweep_report
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from vestige.errors import CorruptFile, IndexMismatch, PieceFailed, UserError, W
 from vestige.launch._role import Role
 from vestige.lockstep import ROLE_VARIABLE
 from vestige.registry import COMMANDS
-from vestige_recipes.sweep import read_grid, sweep, sweep_report
-from vestige_recipes.sweep import run as run_module
+from vestige_recipes.sweep import read_grid, run as run_module, sweep, sweep_report
 from vestige_recipes.sweep.cells import cells_of
 
 

@@ -20,7 +20,7 @@ def audit(settings: AuditSettings) -> None:
     What it prints and stores is evidence about examples, no verdict on any of them. Measures that need classes, a bank
     or another model are null without them, and the run says why.
     """
-    from vestige.audit import audit as run
+    from vestige.measures import audit as run
 
     say(describe(run(**settings.arguments())))
     say(f"See it with: vestige report {settings.out}")

@@ -12,7 +12,7 @@ def bank(settings: BankSettings) -> None:
     Without a way of leaving out, the parts are random subsets. Interrupted at any moment, the same command continues;
     more --subsets or --seeds extend the bank; with other settings it is refused, with the difference shown.
     """
-    from vestige.bank import bank as build
+    from vestige.banks import bank as build
 
     made = build(**settings.arguments())
     say(f"{settings.out}: {made!r}, id {made.id}")

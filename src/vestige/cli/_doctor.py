@@ -16,7 +16,7 @@ def doctor(settings: DoctorSettings) -> None:
     Tries the model and the data with the settings that `vestige index` would get, and changes nothing. Ends with
     status 1 when something is bad.
     """
-    from vestige.doctor import doctor as examine
+    from vestige.checks import doctor as examine
 
     report = examine(**settings.arguments())
     say(report)

@@ -10,7 +10,7 @@ from vestige.terminal import say
 @command("export", ExportSettings, function="vestige.index:export", order=180)
 def _export(settings: ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
-    from vestige.index import export as write
+    from vestige.indexes import export as write
 
     for path in write(**settings.arguments()):
         say(path)

@@ -13,7 +13,7 @@ def index(settings: IndexSettings) -> None:
     continues; with other settings it is refused, with the difference shown.
     """
     from vestige.cli._status import describe_index
-    from vestige.index import index as build
+    from vestige.indexes import index as build
 
     build(**settings.arguments())
     say(describe_index(settings.out))

@@ -11,7 +11,7 @@ def measures(settings: MeasuresSettings) -> None:
 
     Those of installed packages stand among the built-in ones.
     """
-    from vestige.audit import describe_measure, measure_table
+    from vestige.measures import describe_measure, measure_table
 
     if settings.name is None:
         show(measure_table(), file_width=160)

@@ -8,6 +8,6 @@ from vestige.terminal import say
 @command("report", ReportSettings, function="vestige.report:report", order=140)
 def report(settings: ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
-    from vestige.report import report as write
+    from vestige.reports import report as write
 
     say(write(**settings.arguments()))

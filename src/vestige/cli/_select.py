@@ -11,6 +11,6 @@ def select(settings: SelectSettings) -> None:
 
     By the scores of a run, by gradients, or at random: a smaller data set with a reason for every example in it.
     """
-    from vestige.select import select as choose
+    from vestige.selection import select as choose
 
     show(choose(**settings.arguments()))

@@ -67,7 +67,7 @@ def describe(folder: Path) -> str:
 
 def _describe_own(folder: Path) -> list[str]:
     """Return what is in a folder of a training, an audit, a run or an index; nothing for any other."""
-    from vestige.index import read_manifest
+    from vestige.indexes import read_manifest
     from vestige.runs import is_audit, is_run
 
     if _is_training(folder):
@@ -115,7 +115,7 @@ def _is_training(folder: Path) -> bool:
 
 def describe_training(folder: Path) -> str:
     """Describe the progress of a training run and the findings of its alarm."""
-    from vestige.train import TrainingRun
+    from vestige.training import TrainingRun
 
     run = TrainingRun.open(folder)
     # A record of a Trainer of one's own does not know how long that will be.
@@ -139,7 +139,7 @@ def describe_training(folder: Path) -> str:
 
 def describe_index(folder: Path) -> str:
     """Describe what an index holds and how much of it is complete."""
-    from vestige.index import Index, index_status, read_manifest
+    from vestige.indexes import Index, index_status, read_manifest
 
     manifest, progress = read_manifest(folder), index_status(folder)
     left_out = Index.open(folder, allow_missing=True).left_out

@@ -13,6 +13,6 @@ def train(settings: TrainSettings) -> None:
     --alarm, the list of those about to be memorized while the training goes on. Interrupted at any moment, the
     same command continues; with other settings it is refused, with the difference shown.
     """
-    from vestige.train import train as run
+    from vestige.training import train as run
 
     say(run(**settings.arguments()))

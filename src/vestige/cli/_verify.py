@@ -31,7 +31,7 @@ def verify(folder: Path) -> Iterator[str]:
 
 def _checked_files(folder: Path) -> dict[str, str | None]:
     """Return the fault of each file that has a digest, None where there is none."""
-    from vestige.index import Index, read_manifest
+    from vestige.indexes import Index, read_manifest
     from vestige.runs import file_faults, is_audit, is_run, read_audit_record, read_record
 
     if is_audit(folder):

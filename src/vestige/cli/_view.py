@@ -7,6 +7,6 @@ from vestige.settings import ViewSettings
 @command("view", ViewSettings, function="vestige.report:view", order=150)
 def view(settings: ViewSettings) -> None:
     """Serve the report of a run to the browser on this computer, until Ctrl-C."""
-    from vestige.report import view as serve
+    from vestige.reports import view as serve
 
     serve(**settings.arguments())

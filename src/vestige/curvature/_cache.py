@@ -20,7 +20,7 @@ from torch import Tensor
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
 from vestige.errors import UserError
 from vestige.files import check_disk, make_folder, write_durably
-from vestige.index import Index, IndexBlock
+from vestige.indexes import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
 from vestige.lockstep import decided
 from vestige.progress import format_bytes, progress

@@ -3,7 +3,7 @@
 from vestige.curvature._cache import fisher_of
 from vestige.curvature._fisher import DampedInverse, FisherBlocks
 from vestige.curvature._ifvp import PreconditionedPlan
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.launch import phase, profile, run_plan, worker_command, write_profile
 from vestige.settings import PreconditionSettings, verb
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vestige.curvature._cache import fisher_of, require_memory
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
 from vestige.files import write_durably
-from vestige.index import WHOLE_MODEL, Index
+from vestige.indexes import WHOLE_MODEL, Index
 
 
 def whole_fisher(index: Index) -> FisherBlocks:

@@ -62,7 +62,5 @@ __all__ = [
     "unused_columns",
     "words_of",
 ]
-from vestige.data._load import number_records as number_records
-from vestige.data._load import open_source as open_source
-from vestige.data._origin import parsed as parsed
-from vestige.data._origin import place as place
+from vestige.data._load import number_records as number_records, open_source as open_source
+from vestige.data._origin import parsed as parsed, place as place

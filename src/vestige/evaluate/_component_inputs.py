@@ -12,7 +12,7 @@ from vestige.errors import DataError
 from vestige.evaluate._component_compared import Compared
 from vestige.evaluate._component_projection import Projection, projection_plan
 from vestige.evaluate._retrieval import right_examples
-from vestige.index import batch_tokens, read_inputs, tokens_at_most
+from vestige.indexes import batch_tokens, read_inputs, tokens_at_most
 from vestige.methods import lexical_scores, prompt_words
 from vestige.settings import ComponentsSettings
 

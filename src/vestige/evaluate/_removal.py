@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from vestige.bank import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import describe_copies, load_examples, read_row_list, rows_named, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate._aligned import Aligned

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import t as student
 
-from vestige.bank import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
@@ -17,7 +17,7 @@ from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_eva
 from vestige.evaluate._scored import reading_of, require_own_files
 from vestige.evaluate._statistics import CONFIDENCE, Estimate, interval, mean_estimate
 from vestige.files import make_folder, write_durably
-from vestige.select import SelectedData
+from vestige.selection import SelectedData
 from vestige.settings import LaunchSettings, SelectionSettings, verb
 
 RANDOM = "random"

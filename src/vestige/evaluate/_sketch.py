@@ -23,7 +23,7 @@ from vestige.evaluate._sketch_inputs import SketchInputs, all_components, read_s
 from vestige.evaluate._sketch_report import SketchReport, build_report, write_report
 from vestige.evaluate._sketched import Sketched, held_in_little_memory, planned_sketches
 from vestige.gradients import CausalLoss, GradientPass
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.models import Component
 from vestige.progress import progress
 from vestige.settings import SketchSettings, verb

@@ -9,7 +9,7 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._products import Rows, Samples
 from vestige.gradients import Reduction
-from vestige.index import Index, batch_tokens, read_inputs, tokens_at_most
+from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
 from vestige.models import Component, LoadedModel, batch_sharing, select_components
 from vestige.progress import announce
 from vestige.settings import SketchSettings

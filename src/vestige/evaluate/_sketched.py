@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from vestige.compress import CompressionSpec, Compressor, parse_spec
 from vestige.evaluate._families import PUBLISHED, Family, rank
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.models import Component
 from vestige.progress import announce
 from vestige.settings import SketchSettings

@@ -16,7 +16,7 @@ from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import Scored, judged
 from vestige.evaluate._statistics import Estimate, mean_estimate
 from vestige.gradients import CausalLoss, token_losses
-from vestige.index import batch_tokens, read_data, tokens_at_most
+from vestige.indexes import batch_tokens, read_data, tokens_at_most
 from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, verb

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vestige.bank import Bank
+from vestige.banks import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored

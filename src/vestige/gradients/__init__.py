@@ -1,48 +1,56 @@
 """Per-example gradients as factors: layer rules, taps, exact products. The heart; knows no files and no commands."""
 
-from vestige.gradients._cost import Extent as Extent
-from vestige.gradients._cost import cheapest_route as cheapest_route
-from vestige.gradients._cost import ghost_is_cheaper as ghost_is_cheaper
-from vestige.gradients._cross import Gradients as Gradients
-from vestige.gradients._cross import Piece as Piece
-from vestige.gradients._cross import cross_products as cross_products
-from vestige.gradients._cross import cross_token_products as cross_token_products
-from vestige.gradients._cross import formed_numbers as formed_numbers
-from vestige.gradients._cross import matrices_of as matrices_of
-from vestige.gradients._cross import numbers as numbers
-from vestige.gradients._cross import products as products
-from vestige.gradients._cross import squared_norms as squared_norms
-from vestige.gradients._factors import ReusedMemory as ReusedMemory
-from vestige.gradients._factors import dot_matrices as dot_matrices
-from vestige.gradients._factors import inner_product as inner_product
-from vestige.gradients._factors import materialise as materialise
-from vestige.gradients._held import HeldGradients as HeldGradients
-from vestige.gradients._held import LowRank as LowRank
-from vestige.gradients._held import Room as Room
-from vestige.gradients._held import low_rank as low_rank
-from vestige.gradients._knowledge import Knowledge as Knowledge
-from vestige.gradients._knowledge import measure_knowledge as measure_knowledge
-from vestige.gradients._labelled import LabelledBatch as LabelledBatch
-from vestige.gradients._labelled import MaskedLoss as MaskedLoss
-from vestige.gradients._labelled import Seq2SeqLoss as Seq2SeqLoss
-from vestige.gradients._objective import CausalLoss as CausalLoss
-from vestige.gradients._objective import FunctionObjective as FunctionObjective
-from vestige.gradients._objective import Objective as Objective
-from vestige.gradients._objective import Reduction as Reduction
-from vestige.gradients._objective import example_count as example_count
-from vestige.gradients._objective import token_losses as token_losses
-from vestige.gradients._observe import observable as observable
-from vestige.gradients._observe import observe as observe
+from vestige.gradients._cost import (
+    Extent as Extent,
+    cheapest_route as cheapest_route,
+    ghost_is_cheaper as ghost_is_cheaper,
+)
+from vestige.gradients._cross import (
+    Gradients as Gradients,
+    Piece as Piece,
+    cross_products as cross_products,
+    cross_token_products as cross_token_products,
+    formed_numbers as formed_numbers,
+    matrices_of as matrices_of,
+    numbers as numbers,
+    products as products,
+    squared_norms as squared_norms,
+)
+from vestige.gradients._factors import (
+    ReusedMemory as ReusedMemory,
+    dot_matrices as dot_matrices,
+    inner_product as inner_product,
+    materialise as materialise,
+)
+from vestige.gradients._held import (
+    HeldGradients as HeldGradients,
+    LowRank as LowRank,
+    Room as Room,
+    low_rank as low_rank,
+)
+from vestige.gradients._knowledge import Knowledge as Knowledge, measure_knowledge as measure_knowledge
+from vestige.gradients._labelled import (
+    LabelledBatch as LabelledBatch,
+    MaskedLoss as MaskedLoss,
+    Seq2SeqLoss as Seq2SeqLoss,
+)
+from vestige.gradients._objective import (
+    CausalLoss as CausalLoss,
+    FunctionObjective as FunctionObjective,
+    Objective as Objective,
+    Reduction as Reduction,
+    example_count as example_count,
+    token_losses as token_losses,
+)
+from vestige.gradients._observe import observable as observable, observe as observe
 from vestige.gradients._pairs import pairwise_products as pairwise_products
 from vestige.gradients._pass import GradientPass as GradientPass
-from vestige.gradients._rules import Handle as Handle
-from vestige.gradients._rules import Receive as Receive
-from vestige.gradients._sinks import BothSinks as BothSinks
-from vestige.gradients._sinks import DotSink as DotSink
-from vestige.gradients._sinks import GradientSink as GradientSink
-from vestige.gradients._sinks import KeepingSink as KeepingSink
-from vestige.gradients._sinks import NormSink as NormSink
-from vestige.gradients._types import Factor as Factor
-from vestige.gradients._types import FactorSink as FactorSink
-from vestige.gradients._types import OneHot as OneHot
-from vestige.gradients._types import Side as Side
+from vestige.gradients._rules import Handle as Handle, Receive as Receive
+from vestige.gradients._sinks import (
+    BothSinks as BothSinks,
+    DotSink as DotSink,
+    GradientSink as GradientSink,
+    KeepingSink as KeepingSink,
+    NormSink as NormSink,
+)
+from vestige.gradients._types import Factor as Factor, FactorSink as FactorSink, OneHot as OneHot, Side as Side

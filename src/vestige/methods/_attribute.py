@@ -12,7 +12,7 @@ from vestige.data import make_batch, plan_batches
 from vestige.errors import SpecError
 from vestige.folders import partial_folder, remove_partial
 from vestige.gradients import CausalLoss, measure_knowledge
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.lockstep import FSDP, decided
 from vestige.methods._explain import split_over_components, split_over_tokens

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
-from vestige.index import Index
+from vestige.indexes import Index
 from vestige.methods._protocol import Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings

@@ -23,7 +23,7 @@ from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
-from vestige.index import Index, Inputs, build_index
+from vestige.indexes import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
 from vestige.methods._indexed_gradients import IndexedGradients

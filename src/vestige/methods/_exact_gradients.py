@@ -24,7 +24,7 @@ from vestige.gradients import (
     low_rank,
     matrices_of,
 )
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.lockstep import dealt, decided
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job, Method
 from vestige.methods._token_scores import token_scores

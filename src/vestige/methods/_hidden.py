@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.methods._protocol import Job
 from vestige.models import LoadedModel, acts_in_forward, batch_sharing
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vestige.compress import adjoint_gradient, parse_spec
 from vestige.curvature import Measure, Measures
 from vestige.data import TokenizedData, plan_batches
-from vestige.index import CompressedGradients, Index, IndexBlock, IndexedComponent
+from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
 from vestige.models import batch_sharing

@@ -14,7 +14,7 @@ from vestige.curvature import Moments, adam_direction, component_moments, read_a
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._ensemble import CheckpointMethod, Lines
 from vestige.methods._exact_gradients import ExactGradients

@@ -20,7 +20,7 @@ from vestige.data import (
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.folders import partial_folder
-from vestige.index import (
+from vestige.indexes import (
     TOKENS,
     Index,
     Inputs,

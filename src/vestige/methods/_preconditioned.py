@@ -13,7 +13,7 @@ from vestige.curvature import CurvatureData, Labels, Work
 from vestige.data import TokenizedData
 from vestige.errors import UserError
 from vestige.folders import partial_folder
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.launch import worker_command
 from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._prepared import GradientMethod, Prepared

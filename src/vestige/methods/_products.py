@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.curvature import CurvatureKind, CurvatureProduct, absolute_damping
 from vestige.errors import SpecError
-from vestige.index import batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._preconditioned import scored_data
 from vestige.methods._protocol import Job

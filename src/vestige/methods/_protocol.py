@@ -15,7 +15,7 @@ from vestige.runs import Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
-    from vestige.index import Index
+    from vestige.indexes import Index
     from vestige.methods._checkpoints import Checkpoint
 
 

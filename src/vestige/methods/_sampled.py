@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vestige.compress import parse_spec
 from vestige.folders import partial_folder
-from vestige.index import (
+from vestige.indexes import (
     CompressedGradients,
     DataIdentity,
     Index,

@@ -19,7 +19,7 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.files import make_folder, write_durably
 from vestige.gradients import CausalLoss
-from vestige.index import Index, batch_tokens
+from vestige.indexes import Index, batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
 from vestige.methods._indexed_gradients import IndexedGradients

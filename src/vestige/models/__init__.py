@@ -1,41 +1,55 @@
 """Loading models, choosing components, fine-tuning."""
 
-from vestige.models._adapter import acts_in_forward as acts_in_forward
-from vestige.models._adapter import adapter_kind as adapter_kind
-from vestige.models._adapter import adapter_parameters as adapter_parameters
-from vestige.models._components import WORDS as WORDS
-from vestige.models._components import layer_number as layer_number
-from vestige.models._components import parameter_words as parameter_words
-from vestige.models._components import select_components as select_components
-from vestige.models._finetune import Lora as Lora
-from vestige.models._finetune import finetune as finetune
-from vestige.models._finetune import save_trained as save_trained
-from vestige.models._finetune import trainable_copy as trainable_copy
+from vestige.models._adapter import (
+    acts_in_forward as acts_in_forward,
+    adapter_kind as adapter_kind,
+    adapter_parameters as adapter_parameters,
+)
+from vestige.models._components import (
+    WORDS as WORDS,
+    layer_number as layer_number,
+    parameter_words as parameter_words,
+    select_components as select_components,
+)
+from vestige.models._finetune import (
+    Lora as Lora,
+    finetune as finetune,
+    save_trained as save_trained,
+    trainable_copy as trainable_copy,
+)
 from vestige.models._fingerprint import model_fingerprint as model_fingerprint
-from vestige.models._generate import Answer as Answer
-from vestige.models._generate import answer_prompts as answer_prompts
-from vestige.models._generate import generate_answers as generate_answers
-from vestige.models._in_parts import everything_of as everything_of
-from vestige.models._in_parts import own_part as own_part
-from vestige.models._in_parts import write_own_part as write_own_part
-from vestige.models._layer_kinds import layer_kind as layer_kind
-from vestige.models._layer_kinds import parameter_view as parameter_view
-from vestige.models._load import Precision as Precision
-from vestige.models._load import context_length as context_length
-from vestige.models._load import load_model as load_model
-from vestige.models._load import load_tokenizer as load_tokenizer
+from vestige.models._generate import (
+    Answer as Answer,
+    answer_prompts as answer_prompts,
+    generate_answers as generate_answers,
+)
+from vestige.models._in_parts import (
+    everything_of as everything_of,
+    own_part as own_part,
+    write_own_part as write_own_part,
+)
+from vestige.models._layer_kinds import layer_kind as layer_kind, parameter_view as parameter_view
+from vestige.models._load import (
+    Precision as Precision,
+    context_length as context_length,
+    load_model as load_model,
+    load_tokenizer as load_tokenizer,
+)
 from vestige.models._sharing import batch_sharing as batch_sharing
 from vestige.models._source import find_source as find_source
-from vestige.models._training import Recipe as Recipe
-from vestige.models._training import Step as Step
-from vestige.models._training import shuffled_batches as shuffled_batches
-from vestige.models._training import summed_loss as summed_loss
-from vestige.models._training import train as train
-from vestige.models._transformers import quiet_transformers as quiet_transformers
-from vestige.models._transformers import read_tokenizer as read_tokenizer
-from vestige.models._types import Component as Component
-from vestige.models._types import CoverageRow as CoverageRow
-from vestige.models._types import LayerKind as LayerKind
-from vestige.models._types import LoadedModel as LoadedModel
-from vestige.models._types import Selection as Selection
-from vestige.models._types import Use as Use
+from vestige.models._training import (
+    Recipe as Recipe,
+    Step as Step,
+    shuffled_batches as shuffled_batches,
+    summed_loss as summed_loss,
+    train as train,
+)
+from vestige.models._transformers import quiet_transformers as quiet_transformers, read_tokenizer as read_tokenizer
+from vestige.models._types import (
+    Component as Component,
+    CoverageRow as CoverageRow,
+    LayerKind as LayerKind,
+    LoadedModel as LoadedModel,
+    Selection as Selection,
+    Use as Use,
+)

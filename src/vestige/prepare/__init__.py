@@ -2,10 +2,12 @@
 
 from vestige.prepare._split import split as split
 from vestige.prepare._tokenize import tokenize as tokenize
-from vestige.prepare._write import Prepared as Prepared
-from vestige.prepare._write import check_same_result as check_same_result
-from vestige.prepare._write import claim_result as claim_result
-from vestige.prepare._write import fingerprint_of as fingerprint_of
-from vestige.prepare._write import read_rows as read_rows
-from vestige.prepare._write import row_of as row_of
-from vestige.prepare._write import write_prepared as write_prepared
+from vestige.prepare._write import (
+    Prepared as Prepared,
+    check_same_result as check_same_result,
+    claim_result as claim_result,
+    fingerprint_of as fingerprint_of,
+    read_rows as read_rows,
+    row_of as row_of,
+    write_prepared as write_prepared,
+)

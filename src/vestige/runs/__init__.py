@@ -1,68 +1,70 @@
 """Run directories: the meaning of scores, their summaries, writing and reading. Imports no torch."""
 
-from vestige.runs._audit import Audit as Audit
-from vestige.runs._audit import EvidenceRow as EvidenceRow
-from vestige.runs._audit import EvidenceTable as EvidenceTable
-from vestige.runs._audit import write_audit as write_audit
-from vestige.runs._audit_curves import Exposed as Exposed
-from vestige.runs._audit_curves import agreement as agreement
-from vestige.runs._audit_curves import exposed as exposed
-from vestige.runs._audit_curves import group_of as group_of
-from vestige.runs._audit_curves import roc_curve as roc_curve
-from vestige.runs._audit_record import CHANCE_BITS as CHANCE_BITS
-from vestige.runs._audit_record import AuditRecord as AuditRecord
-from vestige.runs._audit_record import BankRecord as BankRecord
-from vestige.runs._audit_record import CanaryRecord as CanaryRecord
-from vestige.runs._audit_record import JudgementRecord as JudgementRecord
-from vestige.runs._audit_record import LayerRecord as LayerRecord
-from vestige.runs._audit_record import MeasureRecord as MeasureRecord
-from vestige.runs._audit_record import RateRecord as RateRecord
-from vestige.runs._audit_record import Span as Span
-from vestige.runs._audit_record import SubjectRecord as SubjectRecord
-from vestige.runs._audit_record import Truth as Truth
-from vestige.runs._audit_record import is_audit as is_audit
-from vestige.runs._audit_record import low_stands_out as low_stands_out
-from vestige.runs._audit_record import read_audit_record as read_audit_record
-from vestige.runs._dense import DenseFile as DenseFile
-from vestige.runs._dense import id_array as id_array
-from vestige.runs._dense import open_dense as open_dense
+from vestige.runs._audit import (
+    Audit as Audit,
+    EvidenceRow as EvidenceRow,
+    EvidenceTable as EvidenceTable,
+    write_audit as write_audit,
+)
+from vestige.runs._audit_curves import (
+    Exposed as Exposed,
+    agreement as agreement,
+    exposed as exposed,
+    group_of as group_of,
+    roc_curve as roc_curve,
+)
+from vestige.runs._audit_record import (
+    CHANCE_BITS as CHANCE_BITS,
+    AuditRecord as AuditRecord,
+    BankRecord as BankRecord,
+    CanaryRecord as CanaryRecord,
+    JudgementRecord as JudgementRecord,
+    LayerRecord as LayerRecord,
+    MeasureRecord as MeasureRecord,
+    RateRecord as RateRecord,
+    Span as Span,
+    SubjectRecord as SubjectRecord,
+    Truth as Truth,
+    is_audit as is_audit,
+    low_stands_out as low_stands_out,
+    read_audit_record as read_audit_record,
+)
+from vestige.runs._dense import DenseFile as DenseFile, id_array as id_array, open_dense as open_dense
 from vestige.runs._digests import file_faults as file_faults
 from vestige.runs._environment import environment as environment
-from vestige.runs._evidence import evidence_table as evidence_table
-from vestige.runs._evidence import read_evidence as read_evidence
-from vestige.runs._evidence import write_evidence as write_evidence
-from vestige.runs._listing import ComponentScore as ComponentScore
-from vestige.runs._listing import ScoreRow as ScoreRow
-from vestige.runs._listing import ScoreTable as ScoreTable
-from vestige.runs._listing import SelfInfluence as SelfInfluence
-from vestige.runs._listing import TokenScore as TokenScore
-from vestige.runs._read_table import read_run_table as read_run_table
-from vestige.runs._read_table import turns_of as turns_of
-from vestige.runs._record import RECORD_FILE as RECORD_FILE
-from vestige.runs._record import Check as Check
-from vestige.runs._record import CheckpointRecord as CheckpointRecord
-from vestige.runs._record import CoverageRecord as CoverageRecord
-from vestige.runs._record import DataRecord as DataRecord
-from vestige.runs._record import DistributionRecord as DistributionRecord
-from vestige.runs._record import GroupRecord as GroupRecord
-from vestige.runs._record import ModelRecord as ModelRecord
-from vestige.runs._record import RunRecord as RunRecord
-from vestige.runs._record import SkippedRecord as SkippedRecord
-from vestige.runs._record import TrustRecord as TrustRecord
-from vestige.runs._record import Verdict as Verdict
-from vestige.runs._record import is_run as is_run
-from vestige.runs._record import read_record as read_record
+from vestige.runs._evidence import (
+    evidence_table as evidence_table,
+    read_evidence as read_evidence,
+    write_evidence as write_evidence,
+)
+from vestige.runs._listing import (
+    ComponentScore as ComponentScore,
+    ScoreRow as ScoreRow,
+    ScoreTable as ScoreTable,
+    SelfInfluence as SelfInfluence,
+    TokenScore as TokenScore,
+)
+from vestige.runs._read_table import read_run_table as read_run_table, turns_of as turns_of
+from vestige.runs._record import (
+    RECORD_FILE as RECORD_FILE,
+    Check as Check,
+    CheckpointRecord as CheckpointRecord,
+    CoverageRecord as CoverageRecord,
+    DataRecord as DataRecord,
+    DistributionRecord as DistributionRecord,
+    GroupRecord as GroupRecord,
+    ModelRecord as ModelRecord,
+    RunRecord as RunRecord,
+    SkippedRecord as SkippedRecord,
+    TrustRecord as TrustRecord,
+    Verdict as Verdict,
+    is_run as is_run,
+    read_record as read_record,
+)
 from vestige.runs._sample import sampled_rows as sampled_rows
 from vestige.runs._scores import Scores as Scores
-from vestige.runs._summary import ScoreCollector as ScoreCollector
-from vestige.runs._summary import ScoreSummary as ScoreSummary
-from vestige.runs._tables import ComponentScores as ComponentScores
-from vestige.runs._tables import TokenScores as TokenScores
-from vestige.runs._topk import End as End
-from vestige.runs._topk import RankedScore as RankedScore
-from vestige.runs._topk import TopK as TopK
-from vestige.runs._types import Meaning as Meaning
-from vestige.runs._types import ScoreBlock as ScoreBlock
-from vestige.runs._write import RunTables as RunTables
-from vestige.runs._write import check_target as check_target
-from vestige.runs._write import write_run as write_run
+from vestige.runs._summary import ScoreCollector as ScoreCollector, ScoreSummary as ScoreSummary
+from vestige.runs._tables import ComponentScores as ComponentScores, TokenScores as TokenScores
+from vestige.runs._topk import End as End, RankedScore as RankedScore, TopK as TopK
+from vestige.runs._types import Meaning as Meaning, ScoreBlock as ScoreBlock
+from vestige.runs._write import RunTables as RunTables, check_target as check_target, write_run as write_run

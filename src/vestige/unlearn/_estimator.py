@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from vestige.data import TokenizedData, load_examples, tokenize
 from vestige.errors import SpecError
-from vestige.index import tokens_at_most
+from vestige.indexes import tokens_at_most
 from vestige.models import LoadedModel, load_model
 from vestige.settings import AscentOptimizer, UntracSettings
 from vestige.unlearn._job import make_job

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from vestige.data import TokenizedData, ask, load_queries, require_answers, tokenize
 from vestige.errors import SpecError
-from vestige.index import batch_tokens, read_data, tokens_at_most
+from vestige.indexes import batch_tokens, read_data, tokens_at_most
 from vestige.models import LoadedModel, generate_answers, load_model
 from vestige.settings import UntracSettings
 from vestige.unlearn._losses import loss_weights

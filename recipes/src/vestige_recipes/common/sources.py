@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import nn
 
-from vestige.bank import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank, bank
 from vestige.evaluate import Estimate
 from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.common.steps import OWN_SEED, launched

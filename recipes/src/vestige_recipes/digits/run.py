@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import t as student
 from torch import nn
 
-from vestige.bank import Bank, bank_of
+from vestige.banks import Bank, bank_of
 from vestige.curvature import DAMPING
 from vestige.evaluate import Estimate, Lds, ceiling, datamodeling_score, held_out_choice
 from vestige.launch import worker_command

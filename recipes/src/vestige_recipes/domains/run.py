@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vestige.bank import Bank
+from vestige.banks import Bank
 from vestige.errors import DataError
 from vestige.methods import attribute
 from vestige.models import Recipe

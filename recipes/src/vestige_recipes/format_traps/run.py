@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.bank import EVERYTHING, Bank, measure
+from vestige.banks import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model

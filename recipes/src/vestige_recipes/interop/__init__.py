@@ -1,17 +1,18 @@
 """Layouts of other software: `import_published` reads them, and `vestige.export` writes them.
 
 Each layout has a file with its reader and its writer; what an export format and a reader of ground truth are is said
-in `vestige.registry` and `vestige.bank`. The names are imported on first use, so that help costs no torch.
+in `vestige.registry` and `vestige.banks`. The names are imported on first use, so that help costs no torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vestige_recipes.interop.importing import detect_layout as detect_layout
-    from vestige_recipes.interop.importing import import_published as import_published
-    from vestige_recipes.interop.similarities import PublishedProducts as PublishedProducts
-    from vestige_recipes.interop.similarities import published_products as published_products
+    from vestige_recipes.interop.importing import detect_layout as detect_layout, import_published as import_published
+    from vestige_recipes.interop.similarities import (
+        PublishedProducts as PublishedProducts,
+        published_products as published_products,
+    )
 
 _FILES = {
     "PublishedProducts": "similarities",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vestige.errors import DataError
 from vestige.files import make_folder, write_durably
-from vestige.index import Index, IndexedComponent, parts_in_order
+from vestige.indexes import Index, IndexedComponent, parts_in_order
 from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vestige.data import Example, TokenizedData
 from vestige.errors import IndexMismatch
-from vestige.index import IMPORTED_SPEC, Index
+from vestige.indexes import IMPORTED_SPEC, Index
 from vestige.runs import (
     Check,
     ComponentScores,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.index import (
+from vestige.indexes import (
     IMPORTED_SPEC,
     CompressionIdentity,
     DataIdentity,

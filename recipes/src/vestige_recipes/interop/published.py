@@ -19,7 +19,7 @@ from torch import Tensor
 from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
 from vestige.files import sha256_of, write_durably
-from vestige.index import WHOLE_MODEL, IndexedComponent, Manifest
+from vestige.indexes import WHOLE_MODEL, IndexedComponent, Manifest
 from vestige.parsing import parse_json
 from vestige.terminal import shorten
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from vestige.bank import Bank, Measure, Texts, TruthFormat
+from vestige.banks import Bank, Measure, Texts, TruthFormat
 from vestige.errors import DataError
 from vestige.parsing import parse_json, parse_yaml
 

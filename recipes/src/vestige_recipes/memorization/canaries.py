@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.audit import Interval, exposure, extraction, greedy, share
+from vestige.measures import Interval, exposure, extraction, greedy, share
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered

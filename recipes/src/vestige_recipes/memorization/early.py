@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
-from vestige.audit import Attack, attack, share
 from vestige.errors import DataError
+from vestige.measures import Attack, attack, share
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige_recipes.common.packages import package_folder

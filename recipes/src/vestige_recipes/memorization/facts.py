@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from vestige.audit import Interval, blind
+from vestige.measures import Interval, blind
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.steps import draw_intervals
 from vestige_recipes.memorization.judging import (

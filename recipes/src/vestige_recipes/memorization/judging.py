@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.audit import (
+from vestige.banks import Bank
+from vestige.measures import (
     MEASURES,
     BankEvidence,
     Interval,
@@ -19,7 +20,6 @@ from vestige.audit import (
     lira_of_members,
     lira_offline,
 )
-from vestige.bank import Bank
 from vestige.progress import announce
 from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.common.steps import shown_interval

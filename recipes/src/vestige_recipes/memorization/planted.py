@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.audit import (
+from vestige.measures import (
     Interval,
     accuracy,
     brier,

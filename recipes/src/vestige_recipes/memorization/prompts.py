@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.audit import accuracy, brier, exposure, logit_gap, loss, margin, min_k, min_k_plus_plus, token_scores
 from vestige.data import NO_TARGET, Example, TokenizedData, make_batch, plan_batches
+from vestige.measures import accuracy, brier, exposure, logit_gap, loss, margin, min_k, min_k_plus_plus, token_scores
 from vestige.models import batch_sharing
 
 MEASURES = ("loss", "answer_loss", "logit_gap", "margin", "brier", "accuracy", "exposure", "min_k", "min_k_plus_plus")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from vestige.audit import extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
+from vestige.measures import extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, Recipe, Step, load_model, shuffled_batches, train, trainable_copy
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.prompts import Prompts, make_prompts, read

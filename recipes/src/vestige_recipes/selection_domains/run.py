@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.bank import EVERYTHING, Bank
-from vestige.evaluate import Gain, gain_over
-from vestige.evaluate import selection as compare
+from vestige.banks import EVERYTHING, Bank
+from vestige.evaluate import Gain, gain_over, selection as compare
 from vestige.methods import attribute
 from vestige.models import Recipe
-from vestige.select import select
+from vestige.selection import select
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.steps import draw_intervals, kept_run, launched, shown_interval
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows

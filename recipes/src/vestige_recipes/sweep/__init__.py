@@ -1,10 +1,10 @@
 """Sweeps: one command over a grid of settings, each run in a folder that is named after its settings."""
 
-from vestige_recipes.sweep.grid import Grid as Grid
-from vestige_recipes.sweep.grid import read_grid as read_grid
-from vestige_recipes.sweep.published import PublishedSweep as PublishedSweep
-from vestige_recipes.sweep.published import read_published as read_published
-from vestige_recipes.sweep.report import SweepReport as SweepReport
-from vestige_recipes.sweep.report import sweep_report as sweep_report
-from vestige_recipes.sweep.report import sweep_status as sweep_status
+from vestige_recipes.sweep.grid import Grid as Grid, read_grid as read_grid
+from vestige_recipes.sweep.published import PublishedSweep as PublishedSweep, read_published as read_published
+from vestige_recipes.sweep.report import (
+    SweepReport as SweepReport,
+    sweep_report as sweep_report,
+    sweep_status as sweep_status,
+)
 from vestige_recipes.sweep.run import sweep as sweep

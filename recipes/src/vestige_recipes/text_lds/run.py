@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.bank import Bank, bank
+from vestige.banks import Bank, bank
 from vestige.data import Example, load_examples
 from vestige.evaluate import Estimate, Evaluation, lds
-from vestige.index import index
+from vestige.indexes import index
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered

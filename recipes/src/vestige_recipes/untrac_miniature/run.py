@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from vestige.bank import Bank
+from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute
 from vestige.models import Recipe

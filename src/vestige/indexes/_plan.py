@@ -1,0 +1,203 @@
+"""The plan of an index: the examples of each batch, and the batches of each shard, fixed before any work starts.
+
+The plan follows from the lengths and the settings alone, so every worker makes the same one, and any worker that
+computes a shard, at any time, gets the same bytes. The manifest keeps rows per shard and a hash, not a million row
+numbers, and the plan itself has them on the disk.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vestige import disk_arrays
+from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
+from vestige.errors import DataError, IndexMismatch
+from vestige.folders import Difference, mismatch_message
+from vestige.indexes._difference import difference, plan_shown
+from vestige.indexes._manifest import Manifest, PlanStage, read_manifest
+
+_SHARD_TOKENS = 2**20
+_MOST_TOKEN_SHARDS = 1024
+"""A long job is cut into shards of about a million tokens even where the rows are small, up to this many."""
+_DECIDE_TOKENS = ("model", "max-length", "chat")
+
+
+class PlannedShard(NamedTuple):
+    """One shard's work. Its rows are looked up when they are requested, so a plan is small however many there are."""
+
+    number: int
+    cut: CutBatches
+    """The batches of its stage."""
+    first: int
+    """The first row of its stage in the data."""
+    start: int
+    stop: int
+    """Its rows are those of `cut` from `start` to `stop`."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of the data in the order in which they lie in the shard, int64."""
+        rows = self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
+        disk_arrays.let_go(self.cut.rows)
+        return rows
+
+    @property
+    def batches(self) -> tuple[np.ndarray, ...]:
+        """Its batches, each an array of rows of the data, int64."""
+        ends = [batch.stop - self.start for batch in self.cut_batches()]
+        return tuple(np.split(self.rows, ends[:-1]))
+
+    @property
+    def examples(self) -> int:
+        """Number of its rows."""
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its examples."""
+        return self.cut.tokens(self.start, self.stop)
+
+    @property
+    def padded_tokens(self) -> int:
+        """The number of tokens with the padding of the batches."""
+        return sum(batch.tokens for batch in self.cut_batches())
+
+    def cut_batches(self) -> Iterator[CutBatch]:
+        """Yield its batches, as ranges of the rows of `cut`."""
+        return self.cut.batches(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of an index, of every stage, and the tokens per example that they were made from."""
+
+    shards: tuple[PlannedShard, ...]
+    lengths: np.ndarray
+    """Tokens per example, [example]."""
+    added: int = 0
+    """Rows that an earlier build of the index did not have; 0 for a new index."""
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+def plan_index(
+    folder: Path,
+    draft: Manifest,
+    lengths: np.ndarray,
+    fingerprint_of: Callable[[int, int], str],
+    *,
+    append: bool = False,
+    sharing: Sharing = ANY_EXAMPLES,
+) -> tuple[Manifest, Plan]:
+    """Return the manifest with its plan, and the plan: one stage, or those of the index in `folder` and what is new.
+
+    Nothing is written.
+
+    Args:
+        folder: The index, which need not exist.
+        draft: The manifest without stages.
+        lengths: Tokens per example, whole numbers [example].
+        fingerprint_of: sha256 over the examples `start:stop`, as `fingerprint_rows` makes it.
+        sharing: Which examples may share a batch.
+        append: If the data begins with the examples that `folder` has indexed, add the rows behind them as a stage.
+
+    Raises:
+        DataError: There is no example.
+        IndexMismatch: The index in `folder` was made with other settings or other examples, or with fewer while
+            `append` is False.
+    """
+    if not len(lengths):
+        raise DataError("There is nothing to index: the data has no examples.")
+    bounds, fingerprint_of = [(0, len(lengths))], cache(fingerprint_of)
+    old = read_manifest(folder)
+    if old is not None and (earlier := [(stage.start, stage.stop) for stage in old.plan.stages]):
+        _require_prefix(folder, old, draft, len(lengths), fingerprint_of)
+        rest = (earlier[-1][1], len(lengths))
+        if rest[0] < rest[1] and not append:
+            raise IndexMismatch(
+                f"The index in {folder} holds {rest[0]:,} examples and the data has {rest[1]:,}, of which the first "
+                "are the same; nothing was changed. Type --append to add the new ones, or give another --out."
+            )
+        bounds = [*earlier, rest] if rest[0] < rest[1] else earlier
+    stages: list[PlanStage] = []
+    shards: list[PlannedShard] = []
+    for start, stop in bounds:
+        stage = _cut(draft, lengths[start:stop], start, len(shards), sharing)
+        shards += stage
+        stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
+    manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
+    added = len(lengths) - old.data.examples if old else 0
+    return manifest, Plan(tuple(shards), lengths, added)
+
+
+def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
+    """Raise unless `plan` is the one that `manifest` records.
+
+    Raises:
+        IndexMismatch: It is not: the lengths or the way of batching have changed.
+    """
+    made, first = [], 0
+    for stage in manifest.plan.stages:
+        shards = plan.shards[first : first + len(stage.shard_rows)]
+        first += len(stage.shard_rows)
+        made.append(_record(stage.start, stage.stop, stage.fingerprint, shards))
+    if tuple(made) != manifest.plan.stages or first != len(plan):
+        shown = f"{plan_shown(manifest.plan.stages)}", f"{len(plan)} shards, batched otherwise"
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", [Difference("shard plan", *shown)]))
+
+
+def _require_prefix(
+    folder: Path, old: Manifest, draft: Manifest, examples: int, fingerprint_of: Callable[[int, int], str]
+) -> None:
+    """Raise unless the examples that `old` has indexed begin the new data, and the settings are the same."""
+    cut = draft.plan.model_copy(update={"stages": old.plan.stages})
+    differences = difference(old, draft.model_copy(update={"data": old.data, "plan": cut}))
+    changed = old.plan.stages[-1].stop > examples or any(
+        fingerprint_of(stage.start, stage.stop) != stage.fingerprint for stage in old.plan.stages
+    )
+    # Another tokenizer or another cut gives other tokens: then the data is not what the user has to check.
+    if changed and not any(found.field in _DECIDE_TOKENS for found in differences):
+        sizes = [f"{side.name} ({side.examples:,} examples)" for side in (old.data, draft.data)]
+        differences.insert(0, Difference("data", sizes[0], f"{sizes[1]}, begins differently"))
+    if differences:
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
+
+
+def _cut(manifest: Manifest, lengths: np.ndarray, first: int, number: int, sharing: Sharing) -> list[PlannedShard]:
+    """Cut the shards of a stage, from `number` on: consecutive batches, none split, no shard larger than need be."""
+    settings = manifest.plan
+    cut = CutBatches(lengths, manifest.token_budget, settings.max_examples, sharing)
+    # Padded tokens stand for the time that a batch takes.
+    total = sum(batch.tokens for batch in cut.batches())
+    most_tokens = max(total // max(min(total // _SHARD_TOKENS, _MOST_TOKEN_SHARDS), settings.fewest_shards), 1)
+    most_rows = max(settings.shard_bytes // manifest.row_bytes, 1)
+    held_tokens = 0
+    borders = [0]
+    for batch in cut.batches():
+        full = batch.stop - borders[-1] > most_rows or held_tokens + batch.tokens > most_tokens
+        if held_tokens and full:
+            borders.append(batch.start)
+            held_tokens = 0
+        held_tokens += batch.tokens
+    return [
+        PlannedShard(number + place, cut, first, start, stop)
+        for place, (start, stop) in enumerate(pairwise([*borders, len(cut)]))
+    ]
+
+
+def _record(start: int, stop: int, fingerprint: str, shards: Sequence[PlannedShard]) -> PlanStage:
+    digest = hashlib.sha256()
+    for shard in shards:
+        for batch in shard.batches:
+            digest.update(np.array([len(batch)], dtype="<i8").tobytes())
+            digest.update(batch.astype("<i8").tobytes())
+        digest.update(b"end of shard")
+    rows = tuple(shard.examples for shard in shards)
+    return PlanStage(start=start, stop=stop, fingerprint=fingerprint, shard_rows=rows, plan_hash=digest.hexdigest())

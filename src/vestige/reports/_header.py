@@ -1,0 +1,155 @@
+"""The top of the page in words: what was run, what a score means, how far it was checked."""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vestige.progress import format_memory
+from vestige.reports._read import RunFiles
+from vestige.runs import Check
+
+VERDICTS = {"good": ("good", "✓"), "warn": ("look closer", "!"), "unknown": ("unknown", "?")}
+"""Word and sign of each verdict: colour is never the only carrier."""
+
+
+class Fact(NamedTuple):
+    """A labelled line of the header; `code` is set in a monospaced face, `note` is muted."""
+
+    label: str
+    value: str
+    code: str | None = None
+    note: str | None = None
+
+
+class Chip(NamedTuple):
+    """One chip of the trust strip."""
+
+    name: str
+    value: str
+    reading: str
+    verdict: str
+    word: str
+    sign: str
+
+
+class Skipped(NamedTuple):
+    """A component that the run did not cover."""
+
+    name: str
+    parameters: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything on the page that stands there without its script."""
+
+    title: str
+    subtitle: str
+    facts: tuple[Fact, ...]
+    command: tuple[str, ...]
+    """Cut before each option, so that a line breaks between options."""
+    sign: str
+    estimates: str
+    meaning: tuple[Fact, ...]
+    """Unit, target and normalisation."""
+    limits: str
+    validated: bool
+    checks: tuple[Chip, ...]
+    skipped: tuple[Skipped, ...]
+    versions: str
+    vestige: str
+
+
+def header_of(run: RunFiles) -> Header:
+    """Return the header of `run`; what does not apply to its method is left out."""
+    record = run.record
+    count = len(run.queries)
+    answers = "1 answer" if count == 1 else f"{count} answers"
+    owner = f" of {short_name(record.model.name)}" if record.model else ""
+    return Header(
+        title=f"The training data behind {answers}{owner}",
+        subtitle=f"{record.method} · {short_name(record.data.name)}",
+        facts=_facts(run),
+        command=tuple(re.split(r" (?=--)", record.command.strip())) if record.command else (),
+        sign=_sentence(record.meaning.sign),
+        estimates=_sentence(record.meaning.estimates),
+        meaning=(
+            Fact("Unit", record.meaning.unit),
+            Fact("About", record.meaning.target),
+            Fact("Divided by", record.meaning.normalisation),
+        ),
+        limits=_sentence(record.meaning.limits),
+        validated=record.trust.validated,
+        checks=tuple(_chip(check) for check in record.trust.checks),
+        skipped=tuple(
+            Skipped(skipped.name, compact(skipped.parameters), skipped.reason)
+            for skipped in (record.coverage.skipped if record.coverage else ())
+        ),
+        versions=" · ".join(f"{name} {version}" for name, version in record.versions.items()),
+        vestige=record.vestige,
+    )
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a path or hub id: what a reader calls the thing."""
+    return name.rstrip("/").rsplit("/", 1)[-1] or "unnamed"
+
+
+def _facts(run: RunFiles) -> tuple[Fact, ...]:
+    record = run.record
+    facts = []
+    if record.model:
+        parameters = f"{compact(record.model.parameters)} parameters"
+        facts.append(Fact("Model", short_name(record.model.name), _short(record.model.fingerprint), parameters))
+    examples = f"{compact(record.data.examples)} examples"
+    facts += [
+        Fact("Training data", short_name(record.data.name), _short(record.data.fingerprint), examples),
+        Fact("Method", record.method),
+        Fact("Run", run.folder.resolve().name, note=record.created[:16].replace("T", " ")),
+    ]
+    if record.coverage and record.coverage.total:
+        share = record.coverage.selected / record.coverage.total
+        note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
+        facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
+    memory = f"{format_memory(record.peak_memory_bytes, record.peak_gpu_memory_bytes)} at most"
+    if record.asked:
+        facts.append(Fact("Questions", f"put {record.asked}"))
+    facts.append(Fact("Took", duration(record.seconds), note=memory if record.peak_memory_bytes else None))
+    return tuple(facts)
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint.removeprefix("sha256:")[:8]
+
+
+def compact(count: float) -> str:
+    """Return a count as a reader says it: 912, 12,480, 134.5 M, 7.2 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.1f} {letter}"
+    return f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a reader says it: 8.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _sentence(text: str) -> str:
+    """Return `text` with a capital and a full stop, or nothing for nothing."""
+    words = text.strip()
+    if not words:
+        return ""
+    return words[0].upper() + words[1:] + ("" if words[-1] in ".!?" else ".")
+
+
+def _chip(check: Check) -> Chip:
+    word, sign = VERDICTS[check.verdict]
+    shown = "–" if check.value is None else f"{check.value:.2f}".replace("-", "−")
+    return Chip(check.name[:1].upper() + check.name[1:], shown, check.reading, check.verdict, word, sign)

@@ -1,0 +1,253 @@
+"""A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
+
+import json
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer, TrainerCallback
+
+from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.files import make_folder, remove_durably, write_durably
+from vestige.models import model_fingerprint
+from vestige.parsing import parse_object
+from vestige.progress import announce
+from vestige.settings import listed_epochs
+from vestige.training._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
+from vestige.training._checkpoint import (
+    checkpoint_folder,
+    checkpoint_steps,
+    keep_last_optimizer,
+    planned_steps,
+    remove_after,
+    write_checkpoint,
+)
+from vestige.training._listener import Listener
+from vestige.training._log import StepLog, StepRecord, read_steps
+from vestige.training._losses import unnoticed
+from vestige.training._store import FORMAT, KIND, LOG, RECORD, merge_losses, read_at_risk, write_losses
+
+
+class Recorder(TrainerCallback):
+    """Records a run of your own Trainer; make it before `trainer.train()`.
+
+        Recorder(trainer, "recorded", checkpoints="0,0.5,...", alarm=Alarm())
+        trainer.train()
+
+    The folder then holds `checkpoint-STEP` folders, each of which loads as a model and has the optimizer's state (what
+    `vestige attribute --checkpoints recorded --method tracin` or `less` reads), every example of every step in order
+    with its loss and learning rate, the losses of all examples at the checkpoints, and what the alarm found. The
+    Trainer saves its own checkpoints as it would without; resumed from one of them, the record goes on there. Weights,
+    losses, dropout, optimizer and random numbers are the same bit for bit.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: str | Path,
+        *,
+        checkpoints: str = "0,1,...",
+        alarm: Alarm | None = None,
+        watch: Any = "train",
+        id_column: str = "id",
+        keep_optimizer: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        """Wrap the Trainer's data, collator and `training_step` until `release`.
+
+        Args:
+            trainer: Its model, data and collator are used as they are.
+            out: Folder of the record; not the Trainer's own output folder, whose checkpoints it may delete.
+            checkpoints: Epochs at which to save, such as `0,0.2,...,1,2,...`; the end is always saved.
+            alarm: Ring when the median training loss has fallen, and list the training examples at risk.
+            watch: Rows whose losses are measured at every checkpoint: the training data, other rows of the same
+                form, or None to measure none.
+            id_column: Column of the data that holds the ids; else they are row numbers.
+            keep_optimizer: Keep the optimizer's state in every checkpoint, not in the last alone.
+            overwrite: Drop what an earlier training has left in the folder when a new one begins.
+
+        Raises:
+            UserError: The Trainer runs on several devices, or has no rows, or is recorded already.
+        """
+        _refuse_unsupported(trainer, Path(out))
+        listed_epochs(checkpoints, 1.0)
+        self.folder, self.alarm = Path(out), alarm
+        self._trainer: Any = trainer
+        self._epochs, self._overwrite = checkpoints, overwrite
+        self._keep_optimizer = keep_optimizer
+        self._log = StepLog(self.folder / LOG)
+        self._trigger: Trigger | None = None
+        self._steps: frozenset[int] = frozenset()
+        self._rates: list[float] = []
+        self._entries: list[dict[str, Any]] = []
+        self._rate = 0.0
+        self._listener = Listener(trainer, id_column)
+        self._train = self._listener.watched(trainer.train_dataset)
+        rows = trainer.train_dataset if isinstance(watch, str) else watch
+        self._watch = None if rows is None else self._listener.watched(rows)
+        trainer.add_callback(self)
+
+    @property
+    def last_step(self) -> tuple[list[str], np.ndarray]:
+        """Ids and losses of the step that is being taken."""
+        return self._listener.ids, self._listener.losses
+
+    def release(self) -> None:
+        """Restore the Trainer, with what was recorded on disk. A second time does nothing."""
+        if self._listener.release():
+            self._trainer.remove_callback(self)
+        self._log.flush()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Bring the record to where the training is, and save the checkpoint before the first step."""
+        self._open(state.global_step)
+        per_epoch = max(1, ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
+        epochs = listed_epochs(self._epochs, state.max_steps / per_epoch)
+        self._steps = frozenset(planned_steps(epochs, per_epoch, state.max_steps))
+        self._read_log(state.global_step)
+        if self.alarm is not None and self.alarm.measure == "psmi":
+            answer_codes(self._train.answers(self._trainer.model))
+        if state.global_step == 0 and 0 in self._steps:
+            self._save(0)
+        self._listener.begin()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Note the rate of this step, before the scheduler changes it."""
+        self._rate = float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Log the step, update the alarm, and save a checkpoint if one is due."""
+        ids, losses = self.last_step
+        self._log.add(StepRecord(state.global_step, ids, losses, self._listener.targets, self._rate))
+        self._rates.append(self._rate)
+        self._listener.forget()
+        if self._trigger is not None and self._trigger.hears(losses):
+            self._ring(state.global_step)
+        if state.global_step in self._steps:
+            self._save(state.global_step)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Bring the record to where the Trainer's own checkpoint is."""
+        self._log.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Save the last step, also of a training that was stopped before its end."""
+        self._listener.end()
+        # The weights may be those of an earlier step by now.
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):
+            self._save(state.global_step)
+        self._log.flush()
+
+    def _open(self, step: int) -> None:
+        """Prepare the folder for what comes after `step`.
+
+        Raises:
+            IndexMismatch: It holds another training.
+        """
+        held = read_steps(self.folder / LOG)
+        last = held["step"][-1].as_py() if len(held) else 0
+        if step == 0 and last and not self._overwrite:
+            raise IndexMismatch(
+                f"{self.folder} holds the record of steps 1 to {last}; nothing was changed. To continue that training "
+                "call trainer.train(resume_from_checkpoint=...); for a new one give another folder, or overwrite=True."
+            )
+        if not (self.folder / RECORD).is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise IndexMismatch(f"{self.folder} holds other files and is left alone. Give another folder.")
+            make_folder(self.folder)
+            write_durably(self.folder / RECORD, [self._header()])
+        if last < step:
+            announce(f"{self.folder} ends at step {last}, the training goes on after step {step}: a gap remains.")
+        remove_after(self.folder, step)
+        self._log.begin(step)
+        found = read_at_risk(self.folder)
+        if found is not None and found["step"][0].as_py() > step:
+            for kind in ("parquet", "jsonl"):
+                remove_durably(self.folder / f"{AT_RISK}.{kind}")
+        merge_losses(self.folder)
+
+    def _header(self) -> bytes:
+        args = self._trainer.args.to_dict()
+        plain = {name: value for name, value in args.items() if isinstance(value, str | int | float | bool | None)}
+        model = self._trainer.model
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+        header = {
+            "format": FORMAT,
+            "kind": KIND,
+            "vestige": version("vestige"),
+            "model": {"name": name, "fingerprint": model_fingerprint(model)},
+            "examples": len(self._trainer.train_dataset),
+            "arguments": plain,
+        }
+        return (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode()
+
+    def _read_log(self, step: int) -> None:
+        """Set rates and the alarm to where they were after `step`."""
+        table = self._log.table()
+        steps, rates, losses = (table[name].to_numpy() for name in ("step", "learning_rate", "loss"))
+        saved = [done for done in checkpoint_steps(self.folder) if 0 < done <= step]
+        before = saved[-1] if saved else 0
+        self._entries = []
+        if saved:
+            path = checkpoint_folder(self.folder, before) / "trainer_state.json"
+            try:
+                self._entries = list(parse_object(path.read_bytes())["log_history"])
+            except (OSError, LookupError, TypeError, ValueError) as error:
+                raise CorruptFile(f"{path} is damaged ({error!r}). Remove its folder to go on before it.") from error
+        _, first = np.unique(steps, return_index=True)
+        self._rates = [float(rates[place]) for place in first if steps[place] > before]
+        if self.alarm is None:
+            return
+        window = min(self.alarm.window, len(self._trainer.train_dataset))
+        self._trigger = Trigger(self.alarm.below, window)
+        for number in np.unique(steps):
+            self._trigger.hears(losses[steps == number])
+
+    def _ring(self, step: int) -> None:
+        assert self.alarm is not None
+        assert self._trigger is not None
+        assert self._trigger.first is not None
+        context = self._trainer.accelerator.autocast
+        found = at_risk(self.alarm, self._train, self._trainer.model, self._trigger.first, context)
+        write_at_risk(self.folder, self._train.ids, found, step)
+        announce(
+            f"Alarm at step {step}: losses are below {self.alarm.below:.0%} of what they were; {found.flagged.sum():,} "
+            f"of {len(found.value):,} examples are at risk ({found.rule}). {self.folder / AT_RISK}.jsonl lists them."
+        )
+
+    def _save(self, step: int) -> None:
+        folder = checkpoint_folder(self.folder, step)
+        if folder.is_dir():
+            return
+        self._log.flush()
+        if self._rates:
+            self._entries.append({"step": step, "learning_rate": sum(self._rates) / len(self._rates)})
+            self._rates = []
+
+        def add(unfinished: Path) -> None:
+            if self._watch is not None:
+                found = self._watch.losses(self._trainer.model, self._trainer.accelerator.autocast)
+                write_losses(unfinished, step, self._watch.ids, found)
+
+        # Saving writes files and draws nothing, but what a library does there is not in our hands.
+        with unnoticed(self._trainer.model):
+            write_checkpoint(self._trainer, folder, self._entries, add)
+        if not self._keep_optimizer:
+            keep_last_optimizer(self.folder)
+        merge_losses(self.folder)
+
+
+def _refuse_unsupported(trainer: Trainer, out: Path) -> None:
+    arguments = trainer.args
+    if arguments.world_size > 1 or arguments.n_gpu > 1:
+        raise UserError("A record needs all examples of a step in one process. Train on one device.")
+    data = trainer.train_dataset
+    if data is None or not hasattr(data, "__len__"):
+        raise UserError("The Trainer has no train_dataset with rows, so no ids. Give it one before Recorder().")
+    if any(isinstance(callback, Recorder) for callback in trainer.callback_handler.callbacks):
+        raise UserError("This Trainer is recorded already. Call release() on its Recorder first.")
+    own = arguments.output_dir
+    if own is not None and Path(own).resolve() == out.resolve() and arguments.save_strategy != "no":
+        raise UserError(f"{out} is the Trainer's own output folder, where it may delete checkpoints. Give another.")

@@ -1,0 +1,273 @@
+"""`vestige train`: from a model and data to a training that attribution and audit can read."""
+
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Int
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from vestige.data import TokenizedData, describe_copies, token_groups
+from vestige.errors import DataError, NonFinite, SpecError
+from vestige.files import check_disk
+from vestige.indexes import batch_tokens, read_data
+from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
+from vestige.progress import Progress, announce, progress
+from vestige.runs import environment
+from vestige.settings import TrainSettings, verb
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
+from vestige.training._alarm import Alarm
+from vestige.training._checkpoint import checkpoint_folder, checkpoint_steps, planned_steps, remove_after, trained_bytes
+from vestige.training._identity import identity_of, prepare_run, remove_run, write_record
+from vestige.training._recorder import Recorder
+from vestige.training._rows import Rows, members_of, only_answers, padded
+from vestige.training._store import MEMBERSHIP, TrainingRun, read_record
+from vestige.training._tables import write_table
+from vestige.training._weights import WeightedTrainer, announce_weights, weighted, weights_of
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+
+
+@verb(TrainSettings)
+def train(settings: TrainSettings) -> TrainingRun:
+    """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
+
+    Interrupted at any moment, the same call goes on at the last checkpoint and gives the same weights, losses and
+    alarm; another setting over an old training is refused, with the difference shown.
+
+    Raises:
+        UserError: Something about the model, the data, the settings or the disk needs the caller.
+        NonFinite: A loss is not finite; the message names the examples.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    return train_loaded(settings, loaded, read_data(settings, settings.data, loaded))
+
+
+def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> TrainingRun:
+    """Run `train` for a model and data that are loaded already."""
+    if settings.loss == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    weights = weights_of(data)
+    if weights is not None:
+        announce_weights(data, weights)
+        data = weighted(data, weights)
+    if settings.overwrite:
+        remove_run(settings.out)
+    groups = _groups(settings, data)
+    plan = _plan(settings, data, weights, groups)
+    identity = identity_of(settings, loaded, data, plan.steps, plan.checkpoints)
+    if (copies := describe_copies(groups, settings.group)) is not None:
+        announce(copies)
+        identity["group"] = settings.group or "copies"
+    prepare_run(settings.out, identity, settings, {"model": loaded.name, "data": data.name})
+    done = checkpoint_steps(settings.out)
+    if done and done[-1] == plan.steps and "seconds" in (read_record(settings.out) or {}):
+        announce(f"{settings.out}: this training is finished; nothing was done.")
+        return TrainingRun.open(settings.out)
+    write_table(settings.out / MEMBERSHIP, _membership(data, plan.members))
+    started = time.perf_counter()
+    with own_randomness(), quiet_transformers(), warnings.catch_warnings():
+        # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
+        warnings.simplefilter("ignore", UserWarning)
+        _run(settings, loaded, data, plan)
+    record = {**(read_record(settings.out) or {}), "versions": environment()}
+    record |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
+    write_record(settings.out, record)
+    return TrainingRun.open(settings.out)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    members: np.ndarray
+    """bool [example]: drawn to be trained on, and of a weight above 0."""
+    rows: np.ndarray
+    """Members that have something to learn."""
+    weights: np.ndarray | None
+    """float32 [example]; None if every member has weight 1."""
+    steps: int
+    checkpoints: list[int]
+
+
+def _groups(settings: TrainSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
+    """Group the examples of which all are trained on or none; an old training by single rows continues like that."""
+    old = read_record(settings.out)
+    by_row = old is not None and "group" not in (old.get("identity") or {}) and settings.group is None
+    return np.arange(len(data)) if by_row or settings.split_fraction == 1 else token_groups(data, settings.group)
+
+
+def _plan(
+    settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
+) -> _Plan:
+    members = members_of(groups, settings.split_fraction, settings.split_seed)
+    if weights is not None:
+        members &= weights > 0
+        weights = None if (weights[members] == 1).all() else weights
+    rows = np.flatnonzero(members & (data.target_counts > 0))
+    if not len(rows):
+        raise DataError(f"{data.name}: none of the {members.sum()} examples to train on has a token to learn.")
+    if len(rows) < members.sum():
+        announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
+    batches = -(-len(rows) // settings.batch_size)
+    per_epoch = -(-batches // settings.accumulation)
+    steps = max(1, int(settings.epochs * per_epoch + 0.5))
+    return _Plan(members, rows, weights, steps, planned_steps(settings.checkpoint_epochs, per_epoch, steps))
+
+
+def _membership(data: TokenizedData, members: np.ndarray) -> pa.Table:
+    examples = list(data.examples)
+    return pa.table(
+        {
+            "example_id": pa.array([example.id for example in examples], pa.string()),
+            "member": pa.array(members),
+            "source": pa.array([example.source for example in examples], pa.string()),
+            "label": pa.array([example.label for example in examples], pa.string()),
+        }
+    )
+
+
+def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> None:
+    model = _model(settings, loaded)
+    _announce(settings, model, plan, len(data))
+    done = [step for step in checkpoint_steps(settings.out) if step]
+    last = done[-1] if done else 0
+    remove_after(settings.out, last)
+    with progress(plan.steps - last, "Training", unit="steps") as bar:
+        watcher = _Watcher(bar)
+        rows = Rows(data, plan.rows, plan.weights)
+        trainer = _trainer(settings, loaded, model, rows, plan, _eval_size(settings, loaded, data))
+        trainer.add_callback(watcher)
+        watcher.recorder = Recorder(
+            trainer,
+            settings.out,
+            checkpoints=settings.checkpoints,
+            alarm=_alarm(settings),
+            watch=Rows(data, range(len(data))) if settings.losses else None,
+            keep_optimizer=settings.keep_optimizer,
+            overwrite=True,
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint_folder(settings.out, last)) if last else None)
+    watcher.recorder.release()
+
+
+def _model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
+    lora = None
+    if settings.lora_rank is not None:
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
+
+
+def _trainer(
+    settings: TrainSettings, loaded: LoadedModel, model: nn.Module, rows: Rows, plan: _Plan, eval_size: int
+) -> Trainer:
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index:
+        raise SpecError(
+            f"--device {device}: the Trainer takes the first GPU. Type CUDA_VISIBLE_DEVICES={device.index}."
+        )
+    constant = "constant_with_warmup" if settings.warmup else "constant"
+    arguments = TrainingArguments(
+        output_dir=str(settings.out),
+        max_steps=plan.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=eval_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        optim=_OPTIMIZERS[settings.optimizer],
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=constant if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.clip,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    # Other GPUs that are visible would be trained on too, on parts of each batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    make = Trainer if plan.weights is None else WeightedTrainer
+    trainer = make(
+        model=model, args=arguments, train_dataset=rows, data_collator=padded, processing_class=loaded.tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _eval_size(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> int:
+    return max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
+
+
+def _alarm(settings: TrainSettings) -> Alarm | None:
+    if not settings.alarm:
+        return None
+    layer: Any = settings.alarm_layer
+    return Alarm(
+        measure=settings.alarm_measure,
+        layer=int(layer) if layer.isdigit() else layer,
+        below=settings.alarm_below,
+        window=settings.alarm_window,
+        threshold=settings.alarm_threshold,
+        quantile=settings.alarm_quantile,
+        seed=settings.seed,
+    )
+
+
+class _Watcher(TrainerCallback):
+    """Shows how far the training is, and stops it where a loss is not finite; called before the recorder."""
+
+    recorder: Recorder
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        ids, losses = self.recorder.last_step
+        if bad := [name for name, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]:
+            raise NonFinite(
+                f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
+                "checkpoint is as it was. Lower --learning-rate, or check these examples."
+            )
+        self._bar.advance()
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Restore the caller's random numbers afterwards: the Trainer sets every seed there is."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _announce(settings: TrainSettings, model: nn.Module, plan: _Plan, examples: int) -> None:
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    size = trained_bytes(model)
+    states = len(plan.checkpoints) if settings.keep_optimizer else 1
+    moments = 2 * 4 * trained if settings.optimizer == "adamw" else 0
+    missing = len(plan.checkpoints) - len(checkpoint_steps(settings.out))
+    check_disk(settings.out, missing * size + min(states, max(missing, 0)) * moments if missing > 0 else 0)
+    announce(
+        f"Training {trained:,} of {sum(weight.numel() for weight in model.parameters()):,} parameters on "
+        f"{len(plan.rows):,} of {examples:,} examples: {plan.steps:,} steps, {len(plan.checkpoints)} checkpoints."
+    )

@@ -13,7 +13,7 @@ SHOWN = 8
 """What fits on a screen; the run holds everything."""
 
 
-@command("audit", AuditSettings, function="vestige.audit:audit", order=70, sweepable=True, writes_once=True)
+@command("audit", AuditSettings, function="vestige.measures:audit", order=70, sweepable=True, writes_once=True)
 def audit(settings: AuditSettings) -> None:
     """Say for every example how well the model has memorized it, and how far that can be trusted.
 

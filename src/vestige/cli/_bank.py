@@ -5,7 +5,7 @@ from vestige.settings import BankSettings
 from vestige.terminal import say
 
 
-@command("bank", BankSettings, function="vestige.bank:bank", order=50, sweepable=True)
+@command("bank", BankSettings, function="vestige.banks:bank", order=50, sweepable=True)
 def bank(settings: BankSettings) -> None:
     """Train many models on parts of the data, and store what each makes of every example and query.
 

@@ -9,7 +9,7 @@ from vestige.terminal import say
 SOMETHING_BAD = 1
 
 
-@command("doctor", DoctorSettings, function="vestige.doctor:doctor", order=10)
+@command("doctor", DoctorSettings, function="vestige.checks:doctor", order=10)
 def doctor(settings: DoctorSettings) -> None:
     """Say whether it will work, what it covers, and what it will cost.
 

@@ -7,7 +7,7 @@ from vestige.settings import ExportSettings
 from vestige.terminal import say
 
 
-@command("export", ExportSettings, function="vestige.index:export", order=180)
+@command("export", ExportSettings, function="vestige.indexes:export", order=180)
 def _export(settings: ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
     from vestige.indexes import export as write

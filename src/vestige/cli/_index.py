@@ -5,7 +5,7 @@ from vestige.settings import IndexSettings
 from vestige.terminal import say
 
 
-@command("index", IndexSettings, function="vestige.index:index", order=30, sweepable=True)
+@command("index", IndexSettings, function="vestige.indexes:index", order=30, sweepable=True)
 def index(settings: IndexSettings) -> None:
     """Store the compressed gradient of every training example.
 

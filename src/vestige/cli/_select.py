@@ -5,7 +5,7 @@ from vestige.settings import SelectSettings
 from vestige.terminal import show
 
 
-@command("select", SelectSettings, function="vestige.select:select", order=90, sweepable=True)
+@command("select", SelectSettings, function="vestige.selection:select", order=90, sweepable=True)
 def select(settings: SelectSettings) -> None:
     """Choose which examples to train on.
 

@@ -5,7 +5,7 @@ from vestige.settings import TrainSettings
 from vestige.terminal import say
 
 
-@command("train", TrainSettings, function="vestige.train:train", order=20, sweepable=True)
+@command("train", TrainSettings, function="vestige.training:train", order=20, sweepable=True)
 def train(settings: TrainSettings) -> None:
     """Train a model, in full or by LoRA, and keep what attribution and audit need.
 

@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vestige.errors import IndexMismatch, UserError
-from vestige.folder_locks import hold_folder
-from vestige.folders import (
-    Difference,
-    differences,
-    mismatch_message,
-    remove_result,
-    replaced_result,
-    require_no_others,
-    staged_folder,
-)
+from vestige.errors import Difference, IndexMismatch, UserError, differences, mismatch_message
+from vestige.storage import hold_folder, remove_result, replaced_result, require_no_others, staged_folder
 
 PROCESSES = multiprocessing.get_context("spawn")
 """Not forked: a child would take the folders that this process holds for its own."""

@@ -16,7 +16,8 @@ VestigeError
 A message states what was given, what was expected, and what to type next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class VestigeError(Exception):
@@ -74,3 +75,48 @@ class PieceFailed(UserError):
 
 class WorkElsewhere(VestigeError):
     """This process did its part; other processes finish the job. The exit status is 0."""
+
+
+class Difference(NamedTuple):
+    """One setting that differs between two results, both sides as shown to a person."""
+
+    field: str
+    old: str
+    new: str
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], old_names: Mapping[str, str], new_names: Mapping[str, str]
+) -> list[Difference]:
+    """Return the settings in which two identities in JSON terms differ, in their order.
+
+    `old_names` and `new_names` are what inputs were called whose identity is a fingerprint.
+    """
+    fields = [*old, *(name for name in new if name not in old)]
+    return [
+        Difference(name.replace("_", "-"), _shown(name, old, old_names), _shown(name, new, new_names))
+        for name in fields
+        if old.get(name) != new.get(name)
+    ]
+
+
+def mismatch_message(what: str, found: Sequence[Difference]) -> str:
+    """Return the refusal of a result, `what`, that differs from what was requested: a table, then what to do."""
+    table = [Difference("setting", "on disk", "requested"), *found]
+    widths = [max(len(row[column]) for row in table) for column in range(2)]
+    return "\n".join(
+        [
+            f"{what} was made with other settings; nothing was changed.",
+            *(f"  {row.field:{widths[0]}}  {row.old:{widths[1]}}  {row.new}" for row in table),
+            "Give another --out to keep both, or --overwrite to replace it.",
+        ]
+    )
+
+
+def _shown(name: str, identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    value = identity.get(name)
+    if name in names:
+        return f"{names[name]} ({str(value)[:8]})"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self, final
 
 from vestige.errors import UserError
-from vestige.files import write_error
+from vestige.storage import write_error
 from vestige.timing import timed
 
 _CHUNK = 2**20

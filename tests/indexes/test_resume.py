@@ -16,9 +16,9 @@ import pytest
 
 from tests.indexes.synthetic import build, build_slowly, compute, hashes, work_of
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, PieceFailed, SpecError, UserError
-from vestige.files import this_host
 from vestige.indexes import Index, IndexedComponent, PlanRecord, index_status, prepare_index
 from vestige.indexes._shards import marker_path, shard_path
+from vestige.storage import this_host
 
 EXAMPLES = 400
 FINE = PlanRecord(fewest_shards=60)

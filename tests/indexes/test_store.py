@@ -300,7 +300,7 @@ def test_a_damaged_shard_is_found_when_it_is_read_and_not_before(small):
 
 def test_a_shard_is_hashed_once_in_a_process(small, monkeypatch):
     read = []
-    monkeypatch.setattr("vestige.files.sha256_of", lambda path: read.append(path.name) or whole(path))
+    monkeypatch.setattr("vestige.storage.sha256_of", lambda path: read.append(path.name) or whole(path))
     index = Index.open(small)
     for _ in range(3):
         list(index.blocks(1))

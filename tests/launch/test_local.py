@@ -14,8 +14,8 @@ import pytest
 
 from tests.launch.toy import ToyPlan
 from vestige.errors import DataError, PieceFailed
-from vestige.files import this_host
 from vestige.settings import LaunchSettings
+from vestige.storage import this_host
 
 ROUNDS = 20
 

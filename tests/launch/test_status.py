@@ -14,10 +14,10 @@ import pytest
 from tests.launch.toy import ToyPlan
 from vestige.cli import main
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.files import this_host
 from vestige.launch import cancel_jobs, job_statuses
 from vestige.launch._identity import _born as born_at
 from vestige.settings import LaunchSettings
+from vestige.storage import this_host
 
 
 def test_a_finished_job_says_its_cost(tmp_path, monkeypatch):

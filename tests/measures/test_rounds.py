@@ -12,8 +12,8 @@ import pytest
 from tests.measures.audited import evidence, simple, small_pieces
 from tests.workshop import TOGETHER
 from vestige.errors import DiskSpaceError, WorkElsewhere
-from vestige.folders import partial_folder
 from vestige.measures import _states
+from vestige.storage import partial_folder
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.measures", "tests.workshop", "transformers.models.llama"])

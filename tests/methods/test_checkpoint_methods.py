@@ -16,13 +16,13 @@ from tests.reference import ensemble as slow
 from tests.reference.gradients import example_loss
 from tests.trainer import trained_run
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.folders import partial_folder, remove_partial
 from vestige.indexes import Index, Inputs, build_index
 from vestige.methods import Job, Less, TracIn, Trak, get_method
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, learning_rates
 from vestige.methods._explain import split_over_components
 from vestige.models import load_model, select_components
 from vestige.settings import IndexSettings
+from vestige.storage import partial_folder, remove_partial
 
 LAYERS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
 NAMES = list(LAYERS)

@@ -5,10 +5,9 @@ import time
 from typing import Any
 
 from vestige.errors import SpecError
-from vestige.files import make_folder, write_durably
-from vestige.folders import require_no_others
 from vestige.registry import command
 from vestige.settings import verb
+from vestige.storage import make_folder, require_no_others, write_durably
 from vestige.terminal import show
 from vestige_recipes.common.registry import STUDIES, StudyReport, StudySettings
 

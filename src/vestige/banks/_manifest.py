@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vestige.banks._design import Subset
-from vestige.errors import CorruptFile, IndexMismatch
-from vestige.files import make_folder, remove_strays, write_durably
-from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
+from vestige.errors import CorruptFile, Difference, IndexMismatch, differences, mismatch_message
 from vestige.launch import JOB_FILES
 from vestige.parsing import parse_object
+from vestige.storage import make_folder, remove_result, remove_strays, require_no_others, write_durably
 
 FORMAT = 1
 _NAME = "bank.json"

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import CorruptFile, DataError
-from vestige.files import remove_durably, sha256_of, write_durably
 from vestige.parsing import as_record, parse_object
+from vestige.storage import remove_durably, sha256_of, write_durably
 
 MEASURES = ("loss", "margin", "gap", "accuracy")
 """What is measured of a text; each becomes a column for the examples and one for the queries."""

@@ -11,10 +11,10 @@ from vestige.banks._measure import measure
 from vestige.banks._members import Measured
 from vestige.banks._work import Run
 from vestige.data import TokenizedData
-from vestige.files import write_durably
 from vestige.launch import step_done
 from vestige.models import LoadedModel, Lora, Recipe, Step, save_trained, shuffled_batches, train, trainable_copy
 from vestige.settings import BankSettings
+from vestige.storage import write_durably
 
 
 @dataclass(frozen=True)

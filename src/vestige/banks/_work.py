@@ -13,8 +13,8 @@ from vestige.banks._manifest import BankManifest, prepare_folder, read_manifest,
 from vestige.banks._members import Measured, Member, MemberFiles, write_table
 from vestige.banks._store import Bank, Texts, member_files, members_of, members_table, texts_table
 from vestige.errors import IndexMismatch, NonFinite, VestigeError
-from vestige.files import make_folder, remove_strays
 from vestige.launch import Compute
+from vestige.storage import make_folder, remove_strays
 
 
 @dataclass(frozen=True)

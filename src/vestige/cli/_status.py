@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from vestige.cli._verify import verify
 from vestige.errors import UserError
-from vestige.folders import partial_folder, replaced_result
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.registry import COMMANDS, command, import_object
 from vestige.settings import StatusSettings
+from vestige.storage import partial_folder, replaced_result
 from vestige.terminal import say
 
 if TYPE_CHECKING:

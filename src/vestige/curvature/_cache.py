@@ -19,12 +19,12 @@ from torch import Tensor
 
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
 from vestige.errors import UserError
-from vestige.files import check_disk, make_folder, write_durably
 from vestige.indexes import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
 from vestige.lockstep import decided
 from vestige.progress import format_bytes, progress
 from vestige.settings import LaunchSettings
+from vestige.storage import check_disk, make_folder, write_durably
 
 GROUP_BYTES = 2**29
 """Stored gradients in one piece of work at least; more where the matrices themselves are large."""

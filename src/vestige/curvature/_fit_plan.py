@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vestige.curvature._fit import CurvatureData, SummingSink, added
 from vestige.curvature._kfac import Eigenbasis, EigenCurvature, KroneckerFactor, KroneckerFactors
-from vestige.files import make_folder, write_durably
 from vestige.launch import Compute, PieceFiles, step_done
+from vestige.storage import make_folder, write_durably
 
 Tensors = dict[str, Tensor]
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from vestige.curvature._fisher import DampedInverse
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.files import check_disk, make_folder, remove_durably, write_durably
-from vestige.folders import require_no_others
 from vestige.indexes import Index
 from vestige.launch import JOB_FILES, Compute, PieceFiles, step_done
 from vestige.parsing import parse_object
+from vestige.storage import check_disk, make_folder, remove_durably, require_no_others, write_durably
 
 RECORD = "preconditioned.json"
 FORMAT = 1

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vestige.curvature._cache import fisher_of, require_memory
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, accumulate_fisher
-from vestige.files import write_durably
 from vestige.indexes import WHOLE_MODEL, Index
+from vestige.storage import write_durably
 
 
 def whole_fisher(index: Index) -> FisherBlocks:

@@ -27,8 +27,8 @@ from vestige.data._token_folder import FORMAT, StoredData, TokenWriter, find_tok
 from vestige.data._tokenize import Encoder, Tally
 from vestige.data._types import Example, TokenizedData
 from vestige.errors import CorruptFile
-from vestige.files import remove_tree
 from vestige.progress import SECONDS_BETWEEN_LINES, announce, format_bytes
+from vestige.storage import remove_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,8 +24,8 @@ from vestige.data._seen import SeenIds
 from vestige.data._stored import StoredExamples, StoredIds, StoredTargets, TokenFiles
 from vestige.data._tokenize import Tally
 from vestige.data._types import TokenizedData
-from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.parsing import as_record, parse_object
+from vestige.storage import make_folder, remove_strays, sha256_of, write_durably
 
 FORMAT = 3
 """Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of

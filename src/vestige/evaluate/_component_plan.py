@@ -22,9 +22,9 @@ from vestige.errors import CorruptFile
 from vestige.evaluate._component_compared import Compared, Portion, digest
 from vestige.evaluate._component_pass import OnePass, Passed, as_tensors, one_pass, read_passed
 from vestige.evaluate._component_tables import Tables
-from vestige.files import make_folder, write_durably
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.parsing import as_record, parse_object
+from vestige.storage import make_folder, write_durably
 
 
 @final

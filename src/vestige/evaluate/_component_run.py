@@ -14,9 +14,9 @@ from vestige.evaluate._component_plan import CandidateProducts, QueryGradients, 
 from vestige.evaluate._component_products import ComponentProducts
 from vestige.evaluate._component_tables import Table, tables_of
 from vestige.evaluate._kept import require_same
-from vestige.files import check_disk, is_temporary, make_folder, write_durably
 from vestige.launch import is_worker, run_plan, worker_command
 from vestige.settings import ComponentsSettings
+from vestige.storage import check_disk, is_temporary, make_folder, write_durably
 
 _IDENTITY = "compared.json"
 _LAUNCH = "launch"

@@ -14,8 +14,8 @@ from safetensors.torch import save
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._products import Products
-from vestige.files import make_folder, remove_strays, write_durably
 from vestige.parsing import parse_object
+from vestige.storage import make_folder, remove_strays, write_durably
 
 _IDENTITY = "compared.json"
 _PRODUCTS = "products"

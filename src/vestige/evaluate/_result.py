@@ -12,8 +12,8 @@ from rich.table import Table
 
 from vestige.evaluate._scored import Scored
 from vestige.evaluate._statistics import Estimate
-from vestige.files import make_folder, remove_strays_of, write_durably
 from vestige.progress import format_bytes, format_seconds
+from vestige.storage import make_folder, remove_strays_of, write_durably
 from vestige.terminal import as_text
 
 Value = Estimate | float | int | str | None

@@ -13,13 +13,13 @@ import numpy as np
 from vestige.data import load_records
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.evaluate._aligned import Aligned, Ids, aligned
-from vestige.files import make_folder, sha256_of, write_durably
 from vestige.indexes import Index
 from vestige.methods import METHODS, attribute
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import Scores, check_target as check_run_target, is_run, open_dense
 from vestige.settings import ReadingSettings, ScoredSettings, Settings
+from vestige.storage import make_folder, sha256_of, write_durably
 
 OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""

@@ -16,9 +16,9 @@ from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
 from vestige.evaluate._scored import reading_of, require_own_files
 from vestige.evaluate._statistics import CONFIDENCE, Estimate, interval, mean_estimate
-from vestige.files import make_folder, write_durably
 from vestige.selection import SelectedData
 from vestige.settings import LaunchSettings, SelectionSettings, verb
+from vestige.storage import make_folder, write_durably
 
 RANDOM = "random"
 

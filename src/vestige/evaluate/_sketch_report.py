@@ -16,9 +16,9 @@ from vestige.evaluate._measures import Quality, quality
 from vestige.evaluate._sketch_figures import Curve, figures
 from vestige.evaluate._sketch_inputs import SketchInputs
 from vestige.evaluate._sketched import Sketched
-from vestige.files import write_durably
 from vestige.progress import format_bytes
 from vestige.settings import SketchSettings
+from vestige.storage import write_durably
 from vestige.terminal import as_text
 
 JSON_NAME = "sketch.json"

@@ -10,9 +10,9 @@ from vestige.banks import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._aligned import Aligned, aligned
 from vestige.evaluate._scored import Scored
-from vestige.files import sha256_of
 from vestige.methods import METHODS
 from vestige.settings import TruthValue
+from vestige.storage import sha256_of
 
 
 class Truth(NamedTuple):

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vestige.errors import IndexMismatch
-from vestige.files import write_durably
-from vestige.folders import Difference, mismatch_message
+from vestige.errors import Difference, IndexMismatch, mismatch_message
 from vestige.indexes._manifest import Manifest, PlanStage, manifest_path, read_manifest, settings_of, to_json
+from vestige.storage import write_durably
 
 
 def difference(old: Manifest, new: Manifest) -> list[Difference]:

@@ -14,8 +14,8 @@ import pyarrow.parquet as parquet
 from vestige import disk_arrays
 from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, TokenizedData, record_of
 from vestige.errors import CorruptFile
-from vestige.files import make_folder, write_durably
 from vestige.indexes._manifest import Manifest
+from vestige.storage import make_folder, write_durably
 from vestige.tables import read_table
 
 _FILE_ROWS = 64 * GROUP_ROWS

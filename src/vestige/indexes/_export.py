@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import SpecError, UserError
-from vestige.files import check_disk, write_durably
-from vestige.folders import staged_folder
 from vestige.indexes._examples import streamed
 from vestige.indexes._export_rows import exported_bytes
 from vestige.indexes._store import Index, IndexBlock
 from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportSettings, verb
+from vestige.storage import check_disk, staged_folder, write_durably
 
 _KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
 """What can be exported: the first word of a format's name, and what messages call it."""

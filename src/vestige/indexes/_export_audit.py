@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from vestige.files import write_durably
 from vestige.runs import Audit
+from vestige.storage import write_durably
 
 _TEXTS = ["row", "part", "source", "label", "class", "flag", "targets", "text"]
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 
 from vestige.errors import MissingExtra
-from vestige.files import write_durably
 from vestige.indexes._export_rows import parts_in_order
 from vestige.indexes._store import Index
 from vestige.progress import announce
+from vestige.storage import write_durably
 
 _TRAINED_PER_LIST = 64
 """Rows that the cells are fitted on, for each cell; fewer than 39 make FAISS doubt the cells."""

@@ -11,10 +11,10 @@ import torch
 
 from vestige.data import turn_record
 from vestige.errors import MissingExtra
-from vestige.files import check_disk, write_durably
 from vestige.indexes._content import safetensors_header
 from vestige.indexes._export_rows import exported_bytes, losses_and_norms, parts_in_order
 from vestige.indexes._store import Index
+from vestige.storage import check_disk, write_durably
 
 
 def write_safetensors(index: Index, out: Path) -> list[Path]:

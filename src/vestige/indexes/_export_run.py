@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vestige.files import write_durably
 from vestige.runs import Scores
+from vestige.storage import write_durably
 
 _OF_ROW = ("rank", "example_id", "score", "percentile", "text", "source", "row")
 

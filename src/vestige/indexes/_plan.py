@@ -17,8 +17,7 @@ import numpy as np
 
 from vestige import disk_arrays
 from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
-from vestige.errors import DataError, IndexMismatch
-from vestige.folders import Difference, mismatch_message
+from vestige.errors import DataError, Difference, IndexMismatch, mismatch_message
 from vestige.indexes._difference import difference, plan_shown
 from vestige.indexes._manifest import Manifest, PlanStage, read_manifest
 

@@ -7,8 +7,6 @@ the truth: a run that is killed at any moment, on any of several hosts, loses th
 from pathlib import Path
 from typing import NamedTuple
 
-from vestige.files import check_disk, make_folder, remove_durably, remove_strays
-from vestige.folders import remove_result, require_no_others
 from vestige.indexes._difference import extends, publish_manifest, require_same
 from vestige.indexes._examples import write_examples
 from vestige.indexes._manifest import Manifest, expected_shards, manifest_path, read_manifest
@@ -16,6 +14,7 @@ from vestige.indexes._plan import check_plan
 from vestige.indexes._shards import marker_path, shard_fault, shard_path
 from vestige.indexes._work import IndexPlan
 from vestige.launch import JOB_FILES, PROFILE_FILE
+from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
 
 TOKENS = "tokens"
 """Folder of the tokens of data that does not fit into memory, made before there is a manifest."""

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import CorruptFile
-from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
 from vestige.indexes._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.indexes._manifest import Expectation, StoredType
 from vestige.parsing import as_record, parse_json, parse_object
 from vestige.scratch import Scratch
+from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ORDER = ("example", "loss", "norm", "scale", "gradients")

@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vestige.files import make_folder, write_durably
 from vestige.launch import _scheduler as scheduler
 from vestige.launch._local import worker_environment
 from vestige.launch._record import JobFolder
 from vestige.launch._role import Role
 from vestige.settings import LaunchSettings
+from vestige.storage import make_folder, write_durably
 
 _LEAD_SECONDS = (10, 120)
 """Shortest and longest warning before the time limit; a fifth of the limit between them."""

@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import NamedTuple, final
 
 from vestige.errors import SpecError
-from vestige.files import write_durably
 from vestige.launch._identity import WORKER, Worker, is_alive, this_worker
+from vestige.storage import write_durably
 
 _STALE_VARIABLE, _STALE_SECONDS = "VESTIGE_STALE_SECONDS", 60.0
 _BEATS = 12

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vestige.errors import PieceFailed, WorkElsewhere
-from vestige.files import remove_strays
 from vestige.launch._failures import failed, ranges
 from vestige.launch._identity import this_worker
 from vestige.launch._loop import POLL_SECONDS, Meter, Worker
@@ -14,6 +13,7 @@ from vestige.launch._stop import Stopped, stop_signal, stopping_at_steps
 from vestige.launch._types import WorkPlan
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
+from vestige.storage import remove_strays
 
 Result = TypeVar("Result")
 

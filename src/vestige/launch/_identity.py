@@ -9,10 +9,8 @@ from typing import NamedTuple
 import psutil
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
-from vestige.files import this_host
-from vestige.folder_locks import is_held_by
-from vestige.folders import finished_of
 from vestige.lockstep import ROLE_VARIABLE
+from vestige.storage import finished_of, is_held_by, this_host
 
 
 class Worker(NamedTuple):

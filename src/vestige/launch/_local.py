@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from vestige.errors import PieceFailed
-from vestige.files import this_host
 from vestige.launch._failures import tail
 from vestige.launch._here import ending_well, raise_failures
 from vestige.launch._loop import POLL_SECONDS, Meter
@@ -21,6 +20,7 @@ from vestige.launch._stop import check_stop
 from vestige.launch._types import WorkPlan
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
+from vestige.storage import this_host
 
 _PATIENCE_SECONDS = 10.0
 """How long a worker may take to reach the end of a batch before it is killed."""

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from typing import Any, final
 
 from vestige.errors import UserError
-from vestige.files import disk_error
 from vestige.launch._record import Failure, JobFolder, claim_name
 from vestige.launch._stop import Stopped, check_stop, counting
 from vestige.launch._types import Compute, WorkPlan
+from vestige.storage import disk_error
 
 POLL_SECONDS = 0.2
 """Between two checks of pieces that others hold."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vestige.files import write_durably
 from vestige.launch._follow import is_follower
 from vestige.lockstep import is_first
 from vestige.progress import announce, format_seconds
+from vestige.storage import write_durably
 from vestige.timing import Profile, profiled
 
 PROFILE_FILE = "profile.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vestige.errors import CorruptFile
-from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 from vestige.lockstep import decided, is_first
 from vestige.parsing import as_record, parse_object
+from vestige.storage import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor

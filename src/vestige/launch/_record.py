@@ -17,10 +17,10 @@ from typing import Annotated, Any, NamedTuple, final
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from vestige.errors import CorruptFile, UserError
-from vestige.files import make_folder, write_durably
 from vestige.launch._claims import Claims
 from vestige.launch._identity import Worker, this_worker
 from vestige.parsing import first_problem
+from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
     "launch/*/job.json",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import UserError
-from vestige.files import this_host
 from vestige.launch import _scheduler as scheduler
 from vestige.launch._failures import ranges
 from vestige.launch._identity import WORKER, Worker, is_alive, works_on
 from vestige.launch._record import Failure, JobFolder, is_number
 from vestige.progress import format_seconds
+from vestige.storage import this_host
 
 
 class JobStatus(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 Result_co = TypeVar("Result_co", covariant=True)
 
 Compute = Callable[[int], None]
-"""Computes one piece and leaves its file, then its marker (`vestige.files.write_durably`).
+"""Computes one piece and leaves its file, then its marker (`vestige.storage.write_durably`).
 
 It may call `vestige.launch.step_done(units)` after each batch: that moves the progress bar, and is where work stops
 when the time limit is near or the machine is needed. Leaving the piece there must do no harm.

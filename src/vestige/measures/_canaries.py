@@ -25,7 +25,6 @@ from vestige.data import (
     tokenize,
 )
 from vestige.errors import DataError
-from vestige.folders import partial_folder
 from vestige.indexes import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.measures._job import AuditJob
@@ -34,6 +33,7 @@ from vestige.measures._pieces import digest, ran
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
+from vestige.storage import partial_folder
 
 PIECE_SECRETS = 4096
 """Secrets that a piece measures, or those of one canary."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.measures._inputs import States
 from vestige.measures._job import AuditJob
@@ -18,6 +17,7 @@ from vestige.measures._measuring import LookPlan
 from vestige.measures._pieces import ran
 from vestige.measures._registry import MEASURES
 from vestige.measures._states import layer_files, layer_pieces
+from vestige.storage import partial_folder
 
 
 @dataclass(frozen=True)

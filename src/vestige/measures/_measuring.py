@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from vestige.data import TokenizedData, plan_batches, tokenize
-from vestige.folders import partial_folder
 from vestige.indexes import tokens_at_most
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.measures._job import AuditJob
@@ -19,6 +18,7 @@ from vestige.measures._pieces import digest, ran
 from vestige.measures._states import Round, is_measured, layer_files, layer_pieces, state_files
 from vestige.measures._subjects import Subject
 from vestige.models import batch_sharing
+from vestige.storage import partial_folder
 
 PIECE_TOKENS = 2**16
 """Tokens of a piece: minutes of work that a kill loses at most."""

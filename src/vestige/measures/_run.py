@@ -7,7 +7,6 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow as pa
 
-from vestige.folders import remove_partial
 from vestige.launch import follow, is_follower, is_worker
 from vestige.measures._assembled import Evidence, Seen, columns_of, gather, reasons
 from vestige.measures._attack import share
@@ -33,6 +32,7 @@ from vestige.runs import (
     write_audit,
 )
 from vestige.settings import AuditSettings, verb
+from vestige.storage import remove_partial
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 TRIGGER = 0.05

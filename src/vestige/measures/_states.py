@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vestige.files import check_disk
-from vestige.folders import partial_folder
 from vestige.launch import PieceFiles
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import digest
+from vestige.storage import check_disk, partial_folder
 
 ROUND_BYTES = 2**33
 """States that lie on disk at once, those of one checkpoint apart, which may be more."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vestige.errors import DataError
-from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.measures._job import AuditJob
 from vestige.measures._look import Tensors
 from vestige.measures._pieces import digest, ran
 from vestige.measures._registry import measure
 from vestige.measures._subjects import is_adapter
+from vestige.storage import partial_folder
 
 SMALL_MODEL = 30_000_000
 """Weights of a whole model whose norms are taken without being requested."""

@@ -10,7 +10,6 @@ import torch
 
 from vestige.data import make_batch, plan_batches
 from vestige.errors import SpecError
-from vestige.folders import partial_folder, remove_partial
 from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.indexes import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
@@ -39,6 +38,7 @@ from vestige.runs import (
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
+from vestige.storage import partial_folder, remove_partial
 
 
 @verb(AttributeSettings)

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.files import check_disk, make_folder, temporary_path
-from vestige.folders import partial_folder
 from vestige.indexes import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint
 from vestige.methods._exact_gradients import ExactGradients, gradients_fit
@@ -34,6 +32,7 @@ from vestige.models import load_model, select_components
 from vestige.progress import announce
 from vestige.runs import ScoreBlock
 from vestige.settings import IndexSettings
+from vestige.storage import check_disk, make_folder, partial_folder, temporary_path
 
 Lines = Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "line row"]]]
 """(rows, what one checkpoint adds to them): all training examples, each once, in any order."""

@@ -19,7 +19,6 @@ from vestige.data import (
     tokenize_stored,
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.folders import partial_folder
 from vestige.indexes import (
     TOKENS,
     Index,
@@ -40,6 +39,7 @@ from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
 from vestige.progress import announce
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
+from vestige.storage import partial_folder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 
 from vestige.data import Example, StoredExamples
 from vestige.errors import NonFinite
-from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.methods._exact_gradients import ExactGradients
 from vestige.methods._prepared import GradientMethod, piece_blocks
@@ -30,6 +29,7 @@ from vestige.progress import progress
 from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import AttributeSettings, LaunchSettings
+from vestige.storage import partial_folder
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""

@@ -12,7 +12,6 @@ import torch
 from vestige.curvature import CurvatureData, Labels, Work
 from vestige.data import TokenizedData
 from vestige.errors import UserError
-from vestige.folders import partial_folder
 from vestige.indexes import batch_tokens
 from vestige.launch import worker_command
 from vestige.methods._exact_gradients import ExactGradients
@@ -21,6 +20,7 @@ from vestige.methods._protocol import Job
 from vestige.methods._stores import Vectors
 from vestige.progress import format_bytes
 from vestige.runs import ScoreBlock
+from vestige.storage import partial_folder
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
 ESTIMATES = (

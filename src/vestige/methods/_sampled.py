@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress import parse_spec
-from vestige.folders import partial_folder
 from vestige.indexes import (
     CompressedGradients,
     DataIdentity,
@@ -29,6 +28,7 @@ from vestige.methods._protocol import Job
 from vestige.methods._registry import get_method
 from vestige.progress import quiet
 from vestige.settings import LaunchSettings
+from vestige.storage import partial_folder
 
 
 def sampled_scores(

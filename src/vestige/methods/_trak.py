@@ -17,7 +17,6 @@ from vestige.compress import Compressor, adjoint_gradient, compress_gradient, pa
 from vestige.curvature import absolute_damping
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
-from vestige.files import make_folder, write_durably
 from vestige.gradients import CausalLoss
 from vestige.indexes import Index, batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
@@ -29,6 +28,7 @@ from vestige.methods._stores import Vectors
 from vestige.models import batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning
+from vestige.storage import make_folder, write_durably
 
 FEATURES = 4096
 """Most features: the matrix of their inner products has one row and one column for each, and is inverted."""

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.files import make_folder, remove_durably, remove_strays, write_durably
 from vestige.online._step import StepScores
 from vestige.parsing import parse_json
 from vestige.progress import announce
+from vestige.storage import make_folder, remove_durably, remove_strays, write_durably
 
 HEADER = "log.json"
 FORMAT = 1

@@ -8,7 +8,6 @@ from jaxtyping import Int
 
 from vestige.data import Example, describe_copies, text_groups
 from vestige.errors import DataError
-from vestige.files import write_durably
 from vestige.prepare._write import (
     Prepared,
     check_same_result,
@@ -19,6 +18,7 @@ from vestige.prepare._write import (
     write_prepared,
 )
 from vestige.settings import SplitSettings, verb
+from vestige.storage import write_durably
 
 KIND = "split"
 

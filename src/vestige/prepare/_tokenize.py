@@ -11,12 +11,12 @@ import pyarrow.parquet as parquet
 
 from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
 from vestige.errors import SpecError
-from vestige.files import remove_tree, temporary_path, write_durably
 from vestige.models import load_tokenizer
 from vestige.prepare._write import RECORD, Prepared, check_same_result, claim_result, row_of
 from vestige.progress import progress
 from vestige.runs import environment
 from vestige.settings import TokenizeSettings, verb
+from vestige.storage import remove_tree, temporary_path, write_durably
 
 KIND = "tokenize"
 TOKENS, FILE = "tokens", "data.parquet"

@@ -11,12 +11,19 @@ import numpy as np
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, IndexMismatch
-from vestige.files import make_folder, remove_durably, remove_strays, remove_tree, temporary_path, write_durably
-from vestige.folders import require_no_others
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import environment
 from vestige.settings import PreparationSettings, flag
+from vestige.storage import (
+    make_folder,
+    remove_durably,
+    remove_strays,
+    remove_tree,
+    require_no_others,
+    temporary_path,
+    write_durably,
+)
 
 DATA, FLAGGED, DATASET, RECORD = "data.jsonl", "flagged.jsonl", "dataset", "prepare.json"
 _REPLIES, _TOKENS = ("replies/*/*.json", "replies/*.json"), "tokens"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from vestige.errors import UserError
-from vestige.files import make_folder, remove_strays_of, write_durably
 from vestige.reports._render import page_of
+from vestige.storage import make_folder, remove_strays_of, write_durably
 
 GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""

@@ -13,13 +13,13 @@ import pyarrow.parquet as parquet
 from jaxtyping import Float
 
 from vestige.errors import MissingExtra, UserError
-from vestige.folders import staged_folder
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
 from vestige.runs._digests import digests_of
 from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
 from vestige.runs._write import check_target
+from vestige.storage import staged_folder
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 

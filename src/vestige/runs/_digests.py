@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from vestige.errors import CorruptFile
-from vestige.files import sha256_of, sha256_once
+from vestige.storage import sha256_of, sha256_once
 
 Digests = Mapping[str, str]
 """sha256 by name, `figures/roc.png` for a file in a folder."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import Float
 
 from vestige.errors import DataError
-from vestige.files import write_durably
+from vestige.storage import write_durably
 from vestige.tables import reading
 
 KEYS = ("checkpoint", "layer", "row", "example_id")

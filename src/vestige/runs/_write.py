@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import IndexMismatch, UserError, VestigeError
-from vestige.folders import remove_partial, require_no_links, require_no_others, staged_folder
 from vestige.runs import _tables as tables
 from vestige.runs._dense import names_of, write_dense
 from vestige.runs._digests import digests_of
@@ -19,6 +18,7 @@ from vestige.runs._self_influence import write_self_influence
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
 from vestige.runs._topk import RankedScore
+from vestige.storage import remove_partial, require_no_links, require_no_others, staged_folder
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData

@@ -13,7 +13,6 @@ import torch
 
 from vestige.data import describe_copies, read_row_list, rows_named
 from vestige.errors import DataError, SpecError, UserError
-from vestige.files import sha256_of
 from vestige.indexes import Index
 from vestige.progress import announce, format_bytes, progress
 from vestige.selection._data import Rows, lines_of, query_values, read_rows, row_lengths
@@ -45,6 +44,7 @@ from vestige.selection._store import (
     write_selection,
 )
 from vestige.settings import SelectSettings, verb
+from vestige.storage import sha256_of
 
 _MOST_BYTES = 4 * 2**30
 """Of gradients in memory, for facility location."""

@@ -15,9 +15,8 @@ from rich.console import Group
 from rich.table import Table
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.files import make_folder, remove_strays, sha256_of, write_durably
-from vestige.folders import require_no_others
 from vestige.parsing import parse_object
+from vestige.storage import make_folder, remove_strays, require_no_others, sha256_of, write_durably
 from vestige.terminal import as_text, shorten
 
 FORMAT = 1

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import SpecError, UserError
-from vestige.files import disk_error
-from vestige.folder_locks import hold_folder
 from vestige.lockstep import is_helper
 from vestige.settings._base import Settings, flag
 from vestige.settings._launch import LaunchSettings
+from vestige.storage import disk_error, hold_folder
 
 
 @contextmanager

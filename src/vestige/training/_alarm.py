@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import nn
 
 from vestige.errors import DataError, SpecError
-from vestige.files import write_durably
 from vestige.measures import MEASURES, choose_layer, psmi
+from vestige.storage import write_durably
 from vestige.training._losses import Context, Watched
 from vestige.training._tables import write_table
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vestige.files import remove_tree
 from vestige.models import quiet_transformers
+from vestige.storage import remove_tree
 
 OPTIMIZER = "optimizer.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vestige.data import TokenizedData
-from vestige.errors import IndexMismatch, UserError
-from vestige.files import make_folder, remove_strays, write_durably
-from vestige.folders import differences, mismatch_message, remove_result, require_no_others
+from vestige.errors import IndexMismatch, UserError, differences, mismatch_message
 from vestige.models import LoadedModel
 from vestige.settings import TrainSettings
+from vestige.storage import make_folder, remove_result, remove_strays, require_no_others, write_durably
 from vestige.training._alarm import AT_RISK
 from vestige.training._checkpoint import CHECKPOINT_FILES
 from vestige.training._store import FORMAT, KIND, LOG, LOSSES, MEMBERSHIP, RECORD, read_record

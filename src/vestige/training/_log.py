@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 
-from vestige.files import make_folder, remove_durably, remove_strays
+from vestige.storage import make_folder, remove_durably, remove_strays
 from vestige.training._tables import read_table, write_table
 
 SCHEMA = pa.schema(

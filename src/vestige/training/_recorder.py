@@ -10,11 +10,11 @@ import numpy as np
 from transformers import Trainer, TrainerCallback
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.files import make_folder, remove_durably, write_durably
 from vestige.models import model_fingerprint
 from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import listed_epochs
+from vestige.storage import make_folder, remove_durably, write_durably
 from vestige.training._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
 from vestige.training._checkpoint import (
     checkpoint_folder,

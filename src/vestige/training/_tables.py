@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.errors import CorruptFile
-from vestige.files import write_durably
+from vestige.storage import write_durably
 
 
 def write_table(path: Path, table: pa.Table) -> None:

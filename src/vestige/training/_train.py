@@ -17,12 +17,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, NonFinite, SpecError
-from vestige.files import check_disk
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import TrainSettings, verb
+from vestige.storage import check_disk
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
 from vestige.training._checkpoint import checkpoint_folder, checkpoint_steps, planned_steps, remove_after, trained_bytes

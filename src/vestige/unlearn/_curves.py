@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vestige.files import write_durably
+from vestige.storage import write_durably
 from vestige.unlearn._job import UntracJob
 from vestige.unlearn._losses import loss_weights
 from vestige.unlearn._sets import NO_SOURCE, ExampleSet, set_means

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, run_plan, worker_command
 from vestige.settings import LaunchSettings
+from vestige.storage import partial_folder
 from vestige.unlearn._ascent import Ascent, ascend
 from vestige.unlearn._job import UntracJob
 from vestige.unlearn._losses import Losses

@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vestige.errors import PieceFailed, SpecError
-from vestige.files import make_folder, write_durably
 from vestige.runs import Scores, is_run
 from vestige.settings import UntracSettings
+from vestige.storage import make_folder, write_durably
 
 _COLOUR = "#0072B2"
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from vestige.data import TokenizedData
 from vestige.errors import NonFinite
-from vestige.folders import remove_partial
 from vestige.launch import is_worker
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
@@ -29,6 +28,7 @@ from vestige.runs import (
     write_run,
 )
 from vestige.settings import UntracSettings, verb
+from vestige.storage import remove_partial
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.unlearn._checks import trust_checks
 from vestige.unlearn._curves import write_curves

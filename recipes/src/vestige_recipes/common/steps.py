@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from vestige.evaluate import Estimate, Mark, interval_figure
-from vestige.files import write_durably
 from vestige.runs import Scores, is_run
 from vestige.settings import LaunchSettings
+from vestige.storage import write_durably
 from vestige_recipes.common.registry import StudySettings
 
 OWN_SEED = 1_000

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vestige.errors import DataError
-from vestige.files import make_folder, write_durably
+from vestige.storage import make_folder, write_durably
 
 VOCABULARY = 256
 

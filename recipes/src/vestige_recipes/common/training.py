@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from vestige.data import load_examples, tokenize
-from vestige.files import make_folder, remove_durably, write_durably
 from vestige.models import Precision, Recipe, Step, load_model, save_trained, shuffled_batches, train, trainable_copy
 from vestige.progress import announce, progress
+from vestige.storage import make_folder, remove_durably, write_durably
 
 _OPTIMIZER = "optimizer.pt"
 _UNFINISHED = "unfinished.pt"

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import DataError
-from vestige.files import make_folder, write_durably
 from vestige.indexes import Index, IndexedComponent, parts_in_order
+from vestige.storage import make_folder, write_durably
 from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,

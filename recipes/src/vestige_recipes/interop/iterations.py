@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vestige.compress import parse_spec
 from vestige.errors import DataError
-from vestige.files import write_durably
 from vestige.indexes import IMPORTED_SPEC, Index, IndexedComponent, Manifest, parts_in_order
+from vestige.storage import write_durably
 from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
-from vestige.files import sha256_of, write_durably
 from vestige.indexes import WHOLE_MODEL, IndexedComponent, Manifest
 from vestige.parsing import parse_json
+from vestige.storage import sha256_of, write_durably
 from vestige.terminal import shorten
 
 VESTIGE_KEY = "vestige"

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from vestige.files import write_durably
 from vestige.measures import choose_layer, mahalanobis, psmi
 from vestige.models import LoadedModel, Recipe, Step, shuffled_batches, train, trainable_copy
 from vestige.progress import announce, progress
+from vestige.storage import write_durably
 from vestige_recipes.memorization.prompts import Prompts, read
 from vestige_recipes.memorization.targets import alarm, keep_measures, kept_measures
 

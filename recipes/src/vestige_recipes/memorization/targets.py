@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from vestige.banks import Bank, bank_of
 from vestige.errors import CorruptFile, IndexMismatch
-from vestige.files import make_folder, write_durably
 from vestige.measures import evidence_table, read_evidence, write_evidence
+from vestige.storage import make_folder, write_durably
 
 TRIGGER = 0.05
 """The alarm goes off when the median training loss is below this share of its start."""

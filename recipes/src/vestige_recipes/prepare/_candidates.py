@@ -21,10 +21,10 @@ from vestige.data import (
     words_of,
 )
 from vestige.errors import DataError
-from vestige.files import write_durably
 from vestige.prepare import Prepared, check_same_result, claim_result, fingerprint_of, row_of, write_prepared
 from vestige.progress import announce
 from vestige.settings import verb
+from vestige.storage import write_durably
 from vestige.terminal import shorten
 from vestige_recipes.data_commands import CandidatesSettings
 

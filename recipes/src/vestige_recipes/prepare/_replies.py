@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from vestige.files import make_folder, write_durably
 from vestige.parsing import parse_json
 from vestige.progress import announce
+from vestige.storage import make_folder, write_durably
 
 Finish = Literal["stop", "length", "refused", "too-long"]
 """It ended by itself; it was cut; the endpoint's filter took it; the text does not fit into the model."""

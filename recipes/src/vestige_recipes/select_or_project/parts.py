@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.evaluate import Estimate, Evaluation
-from vestige.files import is_temporary, sha256_of, write_durably
 from vestige.launch import is_follower
+from vestige.storage import is_temporary, sha256_of, write_durably
 from vestige_recipes.common.packages import package_folder
 from vestige_recipes.common.registry import Gate
 from vestige_recipes.common.steps import shown_interval

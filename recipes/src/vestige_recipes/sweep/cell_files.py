@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import FiniteFloat
 
 from vestige.errors import IndexMismatch
-from vestige.files import is_temporary, make_folder, sha256_once, write_durably
 from vestige.parsing import as_record, parse_object
+from vestige.storage import is_temporary, make_folder, sha256_once, write_durably
 from vestige_recipes.sweep.cells import Cell
 
 CELL_FILE, LOG_FILE, DONE_FILE = "cell.json", "log.txt", "done.json"

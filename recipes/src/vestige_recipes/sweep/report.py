@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.files import make_folder, temporary_path, write_durably
 from vestige.launch import JobStatus, job_statuses
 from vestige.progress import format_seconds
+from vestige.storage import make_folder, temporary_path, write_durably
 from vestige.terminal import as_text
 from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
 from vestige_recipes.sweep.cells import name_of

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vestige.errors import DiskSpaceError, PieceFailed, SpecError, UserError, VestigeError
-from vestige.files import is_temporary, make_folder, remove_strays
-from vestige.folders import require_no_others
 from vestige.launch import Compute, is_worker, job_statuses, note_kept, own_jobs, run_plan, step_done, worker_command
 from vestige.progress import announce
 from vestige.registry import Command
 from vestige.settings import LaunchSettings, Settings, verb
+from vestige.storage import is_temporary, make_folder, remove_strays, require_no_others
 from vestige_recipes.sweep.cell_files import (
     LOG_FILE,
     fingerprints,

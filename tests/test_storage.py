@@ -9,9 +9,8 @@ import psutil
 import pytest
 from safetensors import SafetensorError
 
-from vestige import files
 from vestige.errors import DiskSpaceError, UserError
-from vestige.files import (
+from vestige.storage import (
     check_disk,
     disk_error,
     make_folder,
@@ -98,7 +97,7 @@ def test_strays_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     ]
     kept = [
         f"00003.json.tmp.{host}.{os.getppid()}.00ff.0",
-        f"00004.json.tmp.{host}.{os.getpid()}.{files._ATTEMPT}.0",
+        temporary_path(tmp_path / "00004.json").name,
         "00005.json.tmp.elsewhere-1.1.00ff.0",
         "00006.json",
         "notes.tmp.txt",

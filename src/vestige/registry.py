@@ -134,7 +134,7 @@ class Command:
     """As it is typed after `vestige`; two words where it belongs to a group, such as "data split"."""
     settings: type[Settings]
     function: str | None
-    """The Python function, as "module:name", imported when it is called; its arguments are the settings."""
+    """The Python function made by `vestige.settings.verb`, as "module:name", imported when it is called."""
     run: Run
     """Call the function with complete settings and print the result."""
     help: str
@@ -145,6 +145,8 @@ class Command:
     """Whether it leaves a folder, `out`, so that a sweep can run it."""
     writes_once: bool = False
     """Whether it writes its result in one step at the end, and refuses a folder that holds one."""
+    more: str | None = None
+    """A function as "module:name" that returns what the help ends with."""
     status: str | None = None
     """A function as "module:name", from a folder to the text of `vestige status`; None for a folder of others."""
 
@@ -157,7 +159,7 @@ class Command:
         """Return what the Python function makes of complete settings."""
         if self.function is None:
             raise SpecError(f"`vestige {self.name}` is no Python function. Type it on the command line.")
-        return import_object(self.function)(**settings.arguments())
+        return import_object(self.function)(settings)
 
 
 def command(
@@ -175,9 +177,10 @@ def make_command(name: str, settings: type[Settings], *, function: str, **facts:
     """Return a command that prints the table of its function's result; the docstring of the settings is its help."""
 
     def run(given: Settings) -> None:
-        show(import_object(function)(**given.arguments()), file_width=_FILE_WIDTH)
+        show(made.call(given), file_width=_FILE_WIDTH)
 
-    return Command(name, settings, function, run, getdoc(settings) or "", **facts)
+    made = Command(name, settings, function, run, getdoc(settings) or "", **facts)
+    return made
 
 
 def import_object(address: str) -> Any:

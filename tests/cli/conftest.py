@@ -1,6 +1,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 
 from tests.workshop import PAIRS, furnish
 from vestige.cli import main
+from vestige.registry import COMMANDS
+from vestige.settings import Settings
 
 
 class Outcome(NamedTuple):
@@ -53,6 +56,22 @@ def vestige(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def settings_of(vestige: Callable[..., Outcome]) -> Callable[..., Settings]:
+    """The settings that a command line arrives at, without running the command."""
+
+    def parse(name: str, *words: str) -> Settings:
+        caught: list[Settings] = []
+        with pytest.MonkeyPatch.context() as patch:
+            command = replace(COMMANDS.find(name), run=caught.append)
+            patch.setattr(COMMANDS, "find", lambda _: command)
+            outcome = vestige(name, *words)
+        assert outcome.status == 0, outcome.err
+        return caught[0]
+
+    return parse
 
 
 @pytest.fixture(scope="session")

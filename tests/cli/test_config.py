@@ -1,38 +1,20 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vestige.registry import COMMANDS
-from vestige.settings import AttributeSettings, IndexSettings, ReportSettings
-
-
-@pytest.fixture
-def settings_of(monkeypatch, vestige):
-    """The settings that a command line arrives at, without running the verb."""
-
-    def parse(settings_class, *words):
-        caught = []
-        name = {IndexSettings: "index", AttributeSettings: "attribute", ReportSettings: "report"}[settings_class]
-        monkeypatch.setattr(f"vestige.cli._{name}.{name}", replace(COMMANDS.find(name), run=caught.append))
-        outcome = vestige(name, *words)
-        assert outcome.status == 0, outcome.err
-        return caught[0]
-
-    return parse
-
+from vestige.settings import AttributeSettings, IndexSettings
 
 BASICS = ("--model", "m", "--data", "d", "--out", "o")
 
 
 def test_defaults_are_those_of_the_settings(settings_of):
-    assert settings_of(IndexSettings, *BASICS) == IndexSettings(model="m", data="d", out=Path("o"))
+    assert settings_of("index", *BASICS) == IndexSettings(model="m", data="d", out=Path("o"))
 
 
 def test_flags_of_every_kind_reach_the_settings(settings_of):
     words = ("--components", "mlp", "layers 0-3", "--max-length", "12", "--chat", "--dtype", "int8", "--shard", "2/3")
-    given = settings_of(IndexSettings, *BASICS, *words)
+    given = settings_of("index", *BASICS, *words)
     assert given.components == ("mlp", "layers 0-3")
     assert (given.max_length, given.chat, given.dtype, given.part) == (12, True, "int8", (1, 3))
 
@@ -40,7 +22,7 @@ def test_flags_of_every_kind_reach_the_settings(settings_of):
 def test_flags_win_over_the_file_and_the_file_over_defaults(settings_of, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model: from-file\nout: there\ndata: d\nseed: 3\nchat: true\ncomponents: mlp\n")
-    given = settings_of(IndexSettings, "--config", str(config), "--model", "typed", "--no-chat")
+    given = settings_of("index", "--config", str(config), "--model", "typed", "--no-chat")
     assert (given.model, given.out, given.seed, given.chat) == ("typed", Path("there"), 3, False)
     assert given.components == ("mlp",)
     assert given.dtype == "float16"
@@ -50,7 +32,7 @@ def test_a_run_is_replayed_from_its_record(settings_of, tmp_path):
     made = AttributeSettings(index="idx", queries=["one?", "two?"], out=Path("run"), damping=0.5, tokens=True)
     record = tmp_path / "run.json"
     record.write_text(json.dumps({"format": 1, "vestige": "0.1.0", "config": made.record()}))
-    assert settings_of(AttributeSettings, "--config", str(record)) == made
+    assert settings_of("attribute", "--config", str(record)) == made
 
 
 @pytest.mark.parametrize(
@@ -62,17 +44,17 @@ def test_a_run_is_replayed_from_its_record(settings_of, tmp_path):
     ],
 )
 def test_queries_are_a_string_or_several(settings_of, words, queries):
-    assert settings_of(AttributeSettings, "--index", "i", "--out", "o", *words).queries == queries
+    assert settings_of("attribute", "--index", "i", "--out", "o", *words).queries == queries
 
 
 @pytest.mark.parametrize(("words", "damping"), [((), 1.0), (("--damping", "0.1"), 0.1)])
 def test_damping_is_a_number(settings_of, words, damping):
-    assert settings_of(AttributeSettings, "--index", "i", "--out", "o", "--queries", "q", *words).damping == damping
+    assert settings_of("attribute", "--index", "i", "--out", "o", "--queries", "q", *words).damping == damping
 
 
 def test_options_of_the_method_are_recorded_and_replayed(settings_of, tmp_path):
     typed = ("--method", "cg", "--option", "steps=5", "--option", "tolerance=1e-2")
-    given = settings_of(AttributeSettings, "--index", "i", "--out", "o", "--queries", "q", *typed)
+    given = settings_of("attribute", "--index", "i", "--out", "o", "--queries", "q", *typed)
     assert given.options == {"steps": "5", "tolerance": "1e-2"}
     assert "--option steps=5 --option tolerance=1e-2" in given.command_line("attribute")
     made = AttributeSettings(index="i", out=Path("o"), queries="q", method="cg", options={"steps": 5})
@@ -80,11 +62,11 @@ def test_options_of_the_method_are_recorded_and_replayed(settings_of, tmp_path):
     record = tmp_path / "run.json"
     for settings in (given, made):
         record.write_text(json.dumps({"vestige": "0.1.0", "config": settings.record()}))
-        assert settings_of(AttributeSettings, "--config", str(record)) == settings
+        assert settings_of("attribute", "--config", str(record)) == settings
 
 
 def test_a_positional_may_also_be_named(settings_of):
-    assert settings_of(ReportSettings, "run") == settings_of(ReportSettings, "--run", "run")
+    assert settings_of("report", "run") == settings_of("report", "--run", "run")
 
 
 @pytest.mark.parametrize(

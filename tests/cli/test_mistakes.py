@@ -66,14 +66,16 @@ def raising(error):
     ],
 )
 def test_users_errors_and_interruption_have_a_status_and_a_line(error, status, message, vestige, monkeypatch):
-    monkeypatch.setattr("vestige.cli._status.status", raising_command(error))
+    broken = raising_command(error)
+    monkeypatch.setattr(COMMANDS, "find", lambda _: broken)
     outcome = vestige("status", "somewhere")
     assert outcome.status == status
     assert outcome.err.startswith(message)
 
 
 def test_a_bug_is_called_one_and_its_traceback_lies_in_a_file(vestige, monkeypatch, tmp_path):
-    monkeypatch.setattr("vestige.cli._status.status", raising_command(ZeroDivisionError("by \x1b[31m")))
+    broken = raising_command(ZeroDivisionError("by \x1b[31m"))
+    monkeypatch.setattr(COMMANDS, "find", lambda _: broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     outcome = vestige("status", "somewhere")
     assert outcome.status == 1

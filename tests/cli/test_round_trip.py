@@ -5,18 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vestige.cli._app import build_app
-from vestige.cli._command import _typed_in
 from vestige.errors import SpecError, UserError
 from vestige.launch import worker_command
 from vestige.launch._command import require_command
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
-
-
-def _parsed(settings, verb):
-    words = shlex.split(settings.command_line(verb))[1:]
-    _, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)
-    return type(settings)(**{name: _typed_in(type(settings), name, value) for name, value in bound.arguments.items()})
 
 
 @pytest.mark.parametrize(
@@ -27,16 +19,16 @@ def _parsed(settings, verb):
         {"out": Path("--overwrite"), "model": "-m"},
     ],
 )
-def test_values_that_begin_as_flags_do(given):
+def test_values_that_begin_as_flags_do(given, settings_of):
     settings = IndexSettings(**({"model": "m", "data": "d.jsonl"} | given))
-    assert _parsed(settings, "index") == settings
+    assert settings_of(*shlex.split(settings.command_line("index"))[1:]) == settings
 
 
-def test_questions_and_options_too():
+def test_questions_and_options_too(settings_of):
     settings = AttributeSettings(
         index="idx", queries="-1 + 2 = ?", out=Path("-o"), method="datainf", options={"-a": "-b", "labels": None}
     )
-    found = _parsed(settings, "attribute")
+    found = settings_of(*shlex.split(settings.command_line("attribute"))[1:])
     assert found.queries == "-1 + 2 = ?"
     assert found.options == {"-a": "-b", "labels": "none"}
 

@@ -13,8 +13,7 @@ import torch
 
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.workshop import furnish
-from vestige.cli import main
-from vestige.cli._app import build_app
+from vestige.cli import build_app, main
 
 EVERY_BLOCK = [block for page in PAGES for block in blocks(page)]
 SET_ASIDE = [block for block in EVERY_BLOCK if block.reason is not None]

@@ -300,7 +300,7 @@ def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reaso
 
 
 def test_status_export_and_scores_know_an_audit(whole, tmp_path):
-    from vestige.cli._status import describe
+    from vestige.cli import describe
     from vestige.runs import Scores
 
     told = describe(whole.folder)

@@ -8,7 +8,7 @@ import torch
 
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
-from vestige.cli._status import describe
+from vestige.cli import describe
 from vestige.curvature import fisher_of
 from vestige.gradients import GradientPass
 from vestige.indexes import Index

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
-from vestige.cli._command import as_function
+from vestige.cli._bridge import as_function
 from vestige.errors import SpecError, UserError, WorkElsewhere
 from vestige.lockstep import ROLE_VARIABLE
 from vestige.registry import COMMANDS, Command

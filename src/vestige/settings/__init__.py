@@ -17,11 +17,6 @@ from vestige.settings._base import (
     nearest as nearest,
     parse_bytes as parse_bytes,
 )
-from vestige.settings._data import (
-    PreparationSettings as PreparationSettings,
-    SplitSettings as SplitSettings,
-    TokenizeSettings as TokenizeSettings,
-)
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import (
     LdsSettings as LdsSettings,
@@ -38,7 +33,6 @@ from vestige.settings._evaluate_scores import (
 from vestige.settings._evaluate_selection import SelectionSettings as SelectionSettings
 from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings, IndexSettings as IndexSettings
-from vestige.settings._launch import LaunchSettings as LaunchSettings
 from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
 from vestige.settings._results import (
@@ -46,14 +40,19 @@ from vestige.settings._results import (
     ExportSettings as ExportSettings,
     MeasuresSettings as MeasuresSettings,
     MethodsSettings as MethodsSettings,
+    PreparationSettings as PreparationSettings,
     ReportSettings as ReportSettings,
+    SplitSettings as SplitSettings,
     StatusSettings as StatusSettings,
+    TokenizeSettings as TokenizeSettings,
     ViewSettings as ViewSettings,
 )
+from vestige.settings._run import verb as verb
 from vestige.settings._select import SelectSettings as SelectSettings
 from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,
     CompressionSettings as CompressionSettings,
+    LaunchSettings as LaunchSettings,
     Precision as Precision,
     QuestionSettings as QuestionSettings,
     ReadingSettings as ReadingSettings,
@@ -61,4 +60,3 @@ from vestige.settings._shared import (
 )
 from vestige.settings._train import TrainSettings as TrainSettings, listed_epochs as listed_epochs
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer, UntracSettings as UntracSettings
-from vestige.settings._verb import verb as verb

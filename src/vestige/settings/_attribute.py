@@ -7,8 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
 from vestige.settings._base import OnlyWith
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Damping, Numbers, Options, Patterns, QuestionSettings
+from vestige.settings._shared import Damping, LaunchSettings, Numbers, Options, Patterns, QuestionSettings
 
 AnswerSource = Literal["auto", "generate", "given"]
 

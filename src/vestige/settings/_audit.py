@@ -7,8 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from vestige.errors import SpecError
 from vestige.settings._base import OnlyWith
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, QuestionSettings
+from vestige.settings._shared import LaunchSettings, Patterns, QuestionSettings
 
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]

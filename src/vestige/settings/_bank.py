@@ -6,9 +6,8 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._launch import LaunchSettings
 from vestige.settings._member import MemberSettings
-from vestige.settings._shared import QuestionSettings
+from vestige.settings._shared import LaunchSettings, QuestionSettings
 
 
 class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):

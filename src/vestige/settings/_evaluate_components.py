@@ -5,8 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, QuestionSettings
+from vestige.settings._shared import LaunchSettings, Patterns, QuestionSettings
 
 
 def _words(value: Any) -> Any:

@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import Patterns, QuestionSettings
+from vestige.settings._shared import LaunchSettings, Patterns, QuestionSettings
 
 _DEFAULT_EPOCHS = 3
 

@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import CompressionSettings, ReadingSettings
+from vestige.settings._shared import CompressionSettings, LaunchSettings, ReadingSettings
 
 
 class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):

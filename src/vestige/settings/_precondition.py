@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from vestige.settings._launch import LaunchSettings
+from vestige.settings._shared import LaunchSettings
 
 
 class PreconditionSettings(LaunchSettings):

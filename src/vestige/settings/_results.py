@@ -1,11 +1,83 @@
 """The settings of the commands that read an index or a run: report, view, status, export, methods."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from vestige.settings._base import Settings
+from vestige.errors import SpecError
+from vestige.settings._base import BAD_TEXT, OnBadText, Settings
+
+SplitBy = Literal["example", "source", "stratified"]
+
+
+class PreparationSettings(Settings):
+    """Rows in, rows out."""
+
+    data: Any = Field(description="The rows: any data file, folder or hub id that Vestige reads.")
+    out: Path = Field(description="Folder of the result: data.jsonl, the same as a `datasets` folder, and a record.")
+    limit: PositiveInt | None = Field(None, description="Use only the first N rows.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
+    push_to_hub: str | None = Field(None, description="Also upload the result to the hub, as owner/name.")
+    private: bool = Field(True, description="With --push-to-hub: only its owner sees it.")
+    overwrite: bool = Field(
+        False, description="Replace a result that other settings made. Replies that were paid for stay."
+    )
+
+
+def _shares(value: Any) -> Any:
+    """Return words such as "train=0.8" in one form, checked."""
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+        pairs = [tuple(str(word).partition("=")[::2]) for word in words]
+    try:
+        found = {str(name): float(share) for name, share in pairs}
+    except (TypeError, ValueError):
+        raise ValueError("parts with their shares, such as train=0.8 test=0.2") from None
+    if len(found) != len(pairs):
+        raise ValueError("each part once")
+    return tuple(f"{name}={share:g}" for name, share in found.items())
+
+
+class SplitSettings(PreparationSettings):
+    """Divide rows at random into parts: a file for each, and one with all rows and the name of their part."""
+
+    parts: Annotated[tuple[str, ...], BeforeValidator(_shares)] = Field(
+        ("train=0.5", "test=0.5"), description="Names of the parts and their shares, such as train=0.8 test=0.2."
+    )
+    by: SplitBy = Field(
+        "example",
+        description="What is drawn: each example; each source, which stays whole; or examples, with every source in "
+        "every part by its share (stratified).",
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the draw.")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Parts and their shares, in order."""
+        return {name: float(share) for name, _, share in (word.partition("=") for word in self.parts)}
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        shares = self.shares
+        if not shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
+            raise SpecError(f"--parts {' '.join(self.parts)}: expected shares above 0 that add up to at most 1.")
+        bad = [name for name in shares if not name.replace("-", "").replace("_", "").isalnum()]
+        if bad or "data" in shares or "flagged" in shares:
+            raise SpecError(f"--parts {' '.join(self.parts)}: name a part by letters and digits, not data or flagged.")
+        return self
+
+
+class TokenizeSettings(PreparationSettings):
+    """Turn rows into tokens once, as a file of `input_ids` and `labels` that every command reads."""
+
+    tokenizer: Any = Field(description="Hub id or folder of the tokenizer, or of the model that it lies beside.")
+    max_length: PositiveInt | None = Field(None, description="Cut rows after this many tokens. Not given: cut nothing.")
+    chat: bool = Field(False, description="Put prompt and completion into the tokenizer's chat template.")
+    split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
+    workers: PositiveInt = Field(1, description="Processes that read and encode large data.")
 
 
 class ReportSettings(Settings):

@@ -5,8 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from vestige.settings._launch import LaunchSettings
-from vestige.settings._shared import QuestionSettings
+from vestige.settings._shared import LaunchSettings, QuestionSettings
 
 Direction = Literal["untrac", "inverse"]
 Level = Literal["source", "example"]

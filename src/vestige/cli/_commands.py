@@ -1,0 +1,234 @@
+"""The commands that make something: an index, a run, an audit, models, a selection, an evaluation, data."""
+
+import sys
+from typing import TYPE_CHECKING, get_args
+
+from vestige.cli._results import describe_index
+from vestige.errors import UserError
+from vestige.registry import Command, command, make_command
+from vestige.settings import (
+    AttributeSettings,
+    AuditSettings,
+    BankSettings,
+    ComponentsSettings,
+    DoctorSettings,
+    IndexSettings,
+    LdsSettings,
+    MislabelSettings,
+    OverlapSettings,
+    PreconditionSettings,
+    RandomisationSettings,
+    RemovalSettings,
+    RetrievalSettings,
+    SelectionSettings,
+    SelectSettings,
+    Settings,
+    SketchSettings,
+    SourcesSettings,
+    SplitSettings,
+    TailPatchSettings,
+    TokenizeSettings,
+    TrainSettings,
+    UntracSettings,
+)
+from vestige.terminal import say, show
+
+if TYPE_CHECKING:
+    from vestige.runs import Audit, JudgementRecord, Scores
+
+SOMETHING_BAD = 1
+SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN = 10, 5, 8
+"""What fits on a screen; the run holds everything."""
+
+
+@command("doctor", DoctorSettings, function="vestige.checks:doctor", order=10)
+def doctor(settings: DoctorSettings) -> None:
+    """Say whether it will work, what it covers, and what it will cost.
+
+    Tries the model and the data with the settings that `vestige index` would get, and changes nothing. Ends with
+    status 1 when something is bad.
+    """
+    report = doctor.call(settings)
+    say(report)
+    if not report.ok:
+        sys.exit(SOMETHING_BAD)
+
+
+@command("train", TrainSettings, function="vestige.training:train", order=20, sweepable=True)
+def train(settings: TrainSettings) -> None:
+    """Train a model, in full or by LoRA, and keep what attribution and audit need.
+
+    Checkpoints at fractions of epochs with the optimizer's state, the order of the examples, their losses, and, with
+    --alarm, the list of those about to be memorized while the training goes on. Interrupted at any moment, the
+    same command continues; with other settings it is refused, with the difference shown.
+    """
+    say(train.call(settings))
+
+
+@command("index", IndexSettings, function="vestige.indexes:index", order=30, sweepable=True)
+def index(settings: IndexSettings) -> None:
+    """Store the compressed gradient of every training example.
+
+    The estimate of time, memory and disk comes before the work. Interrupted at any moment, the same command
+    continues; with other settings it is refused, with the difference shown.
+    """
+    index.call(settings)
+    say(describe_index(settings.out))
+
+
+@command("precondition", PreconditionSettings, function="vestige.curvature:precondition", order=40, sweepable=True)
+def precondition(settings: PreconditionSettings) -> None:
+    """Measure the curvature of an index, and precondition its gradients.
+
+    `vestige attribute` measures it by itself when it is missing. Interrupted at any moment, the same command continues.
+    """
+    sizes = [len(block.matrix) for block in precondition.call(settings).blocks]
+    say(f"{settings.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
+    if settings.out is not None:
+        say(f"Preconditioned gradients: {settings.out}")
+
+
+@command("bank", BankSettings, function="vestige.banks:bank", order=50, sweepable=True)
+def bank(settings: BankSettings) -> None:
+    """Train many models on parts of the data, and store what each makes of every example and query.
+
+    Without a way of leaving out, the parts are random subsets. Interrupted at any moment, the same command continues;
+    more --subsets or --seeds extend the bank; with other settings it is refused, with the difference shown.
+    """
+    made = bank.call(settings)
+    say(f"{settings.out}: {made!r}, id {made.id}")
+
+
+@command(
+    "attribute", AttributeSettings, function="vestige.methods:attribute", order=60, sweepable=True, writes_once=True
+)
+def attribute(settings: AttributeSettings) -> None:
+    """Rank the training examples behind an answer.
+
+    Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
+    """
+    _show_scores(attribute.call(settings), settings, SHOWN_PROPONENTS)
+
+
+@command("untrac", UntracSettings, function="vestige.unlearn:untrac", order=80, sweepable=True, writes_once=True)
+def untrac(settings: UntracSettings) -> None:
+    """Rank training sources or examples by unlearning.
+
+    Climbs the loss of one set of examples after another and measures whose loss rises too. The model stays as it is.
+    """
+    _show_scores(untrac.call(settings), settings, SHOWN)
+
+
+def _show_scores(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
+    """Print the first `examples` proponents of the first queries, the checks, and what the sign means."""
+    for query in scores.queries[:SHOWN_QUERIES]:
+        say(f"{scores.top(query, min(settings.k, examples))}\n")
+    if len(scores.queries) > SHOWN_QUERIES:
+        say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+    for check in scores.run.trust.checks:
+        say(f"[{check.verdict}] {check.name}: {check.reading}")
+    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+
+
+@command("audit", AuditSettings, function="vestige.measures:audit", order=70, sweepable=True, writes_once=True)
+def audit(settings: AuditSettings) -> None:
+    """Say for every example how well the model has memorized it, and how far that can be trusted.
+
+    What it prints and stores is evidence about examples, no verdict on any of them. Measures that need classes, a bank
+    or another model are null without them, and the run says why.
+    """
+    say(summarise_audit(audit.call(settings)))
+    say(f"See it with: vestige report {settings.out}")
+
+
+def summarise_audit(found: "Audit") -> str:
+    """Return the highest list, what could not be computed, and how well the measures predict what is known."""
+    from vestige.runs import Truth
+
+    try:
+        parts = [str(found.top(SHOWN))]
+    except UserError as error:
+        parts = [str(error)]
+    total = found.run.data.examples + (found.run.holdout.examples if found.run.holdout else 0)
+    lines = [
+        f"  {name}: {'none' if each.missing >= total else f'{total - each.missing:,} of {total:,}'} ({each.reason})"
+        for name, each in found.run.measures.items()
+        if each.reason
+    ]
+    parts += ["\n".join(["Not computed for every example:", *lines])] if lines else []
+    last = found.checkpoints[-1]
+    for truth in get_args(Truth):
+        rows = [each for each in found.judgement(truth, checkpoint=last) if each.layer in (None, found.run.main_layer)]
+        parts += [_judgement_table(truth, rows)] if rows else []
+    return "\n\n".join([*parts, *_exposures(found), *found.run.notes])
+
+
+def _exposures(found: "Audit") -> list[str]:
+    """Return the planted secrets that are guessed soonest, if any were given."""
+    from vestige.runs import CHANCE_BITS
+
+    last = found.checkpoints[-1]
+    known = [
+        (each.exposure, each) for each in found.run.canaries if each.checkpoint == last and each.exposure is not None
+    ]
+    known.sort(key=lambda pair: -pair[0])
+    lines = [
+        f"  {bits:5.2f} of {each.most:.2f} bits   rank {each.rank:,.4g} of {each.references + 1:,}   {each.id}"
+        for bits, each in known[:SHOWN]
+    ]
+    title = f"Exposure of {len(known):,} planted secrets ({CHANCE_BITS:.2f} bits on average by chance)"
+    return ["\n".join([title, *lines])] if known else []
+
+
+def _judgement_table(truth: str, rows: "list[JudgementRecord]") -> str:
+    """Return how well each measure predicts what is known, a line for each."""
+    kinds = {"membership": "members", "flag": "flagged examples"}
+    found = kinds.get(truth, "examples memorized by the bank's measure")
+    lines = [f"{rows[0].found:,} {found} among {rows[0].others:,} others"]
+    lines += [f"  {'measure':<18}{'AUC [95 %]':<24}{'TPR at 1 % FPR':<24}{'FPR at 75 % TPR'}"]
+    for row in rows:
+        low = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
+        high = next(iter(row.fpr_at), None)
+        unresolved = "" if low is None or low.resolved else "  (too few others for 1 %)"
+        cells = [_interval(row.auc), _interval(low.rate) if low else "", _interval(high.rate) if high else ""]
+        lines.append(f"  {row.measure:<18}{cells[0]:<24}{cells[1]:<24}{cells[2]}{unresolved}")
+    return "\n".join(lines)
+
+
+def _interval(span: tuple[float | None, float | None, float | None]) -> str:
+    value, low, high = span
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+@command("select", SelectSettings, function="vestige.selection:select", order=90, sweepable=True)
+def select(settings: SelectSettings) -> None:
+    """Choose which examples to train on.
+
+    By the scores of a run, by gradients, or at random: a smaller data set with a reason for every example in it.
+    """
+    show(select.call(settings))
+
+
+def _evaluation(kind: str, settings: type[Settings], order: int) -> Command:
+    function = f"vestige.evaluate:{kind.replace('-', '_')}"
+    return make_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True)
+
+
+lds = _evaluation("lds", LdsSettings, 10)
+sources = _evaluation("sources", SourcesSettings, 20)
+removal = _evaluation("removal", RemovalSettings, 30)
+tail_patch = _evaluation("tail-patch", TailPatchSettings, 40)
+mislabel = _evaluation("mislabel", MislabelSettings, 50)
+retrieval = _evaluation("retrieval", RetrievalSettings, 60)
+randomisation = _evaluation("randomisation", RandomisationSettings, 70)
+overlap = _evaluation("overlap", OverlapSettings, 80)
+selection = _evaluation("selection", SelectionSettings, 90)
+sketch = _evaluation("sketch", SketchSettings, 100)
+components = _evaluation("components", ComponentsSettings, 110)
+
+split = make_command("data split", SplitSettings, function="vestige.prepare:split", order=50, sweepable=True)
+tokenize = make_command(
+    "data tokenize", TokenizeSettings, function="vestige.prepare:tokenize", order=60, sweepable=True
+)

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.architectures import build
-from vestige.checks._costs import ALTERNATIVES, Trial, check_disk_space, check_memory, check_time, estimate_costs
-from vestige.checks._types import Cost
+from vestige.checks._doctor import ALTERNATIVES, Trial, check_disk_space, check_memory, check_time, estimate_costs
+from vestige.checks._report import Cost
 from vestige.compress import parse_spec
 from vestige.data import plan_batches
 from vestige.errors import SpecError
@@ -37,7 +39,7 @@ def test_the_compression_asked_for_comes_first_and_once(examined):
 
 def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, rows):
     def costed(part_bytes):
-        monkeypatch.setattr("vestige.checks._costs.PART_BYTES", part_bytes)
+        monkeypatch.setattr("vestige.checks._doctor.PART_BYTES", part_bytes)
         settings = DoctorSettings(model=build("llama", torch.float32), data=rows, compress="mask:4x4")
         inputs = read_inputs(settings, settings.model, settings.data, settings.components)
         spec = parse_spec("mask:4x4")
@@ -55,7 +57,7 @@ def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, row
 
 @pytest.mark.slow
 def test_a_compression_of_which_one_row_is_too_large_is_not_tried(examined, monkeypatch):
-    monkeypatch.setattr("vestige.checks._costs.ROWS_BYTES", 8 * 3000)
+    monkeypatch.setattr("vestige.checks._doctor.ROWS_BYTES", 8 * 3000)
     report = examined(build("llama", torch.float32), compress="none")
     assert report.costs[0].seconds is None
     assert report["time"].value == "not measured"
@@ -76,13 +78,13 @@ def test_disk_is_compared_with_what_is_free(dtype, free, verdict):
 
 @pytest.mark.parametrize(("limit", "verdict"), [(99, "bad"), (110, "warn"), (130, "good")])
 def test_memory_is_compared_with_what_there_is(limit, verdict, monkeypatch):
-    monkeypatch.setattr("vestige.checks._costs._memory_limit", lambda device: limit)
+    monkeypatch.setattr("vestige.checks._doctor._memory_limit", lambda device: limit)
     assert check_memory(COST, torch.device("cpu")).verdict == verdict
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_bad_in_the_report(examined, monkeypatch):
-    monkeypatch.setattr("vestige.checks._doctor.free_disk", lambda: 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=100, used=90, free=10))
     report = examined(build("llama", torch.float32))
     assert report["disk"].verdict == "bad"
     assert "--dtype int8" in report["disk"].advice

@@ -1,6 +1,6 @@
 import numpy as np
 
-from vestige.checks._probes import PROBE_TOKENS, choose_probes, cut_examples, padded
+from vestige.checks._gradients import PROBE_TOKENS, choose_probes, cut_examples
 from vestige.data import Example, TokenizedData
 
 
@@ -38,6 +38,6 @@ def test_a_window_keeps_what_is_short_and_never_learns_its_first_token():
 
 
 def test_padding_is_not_learned():
-    wide = padded(data_of([3, 5]), np.array([6, 6]))
+    wide = pad_examples(data_of([3, 5]), np.array([6, 6]))
     assert wide.lengths.tolist() == [6, 6]
     assert wide.target_counts.tolist() == [2, 4]

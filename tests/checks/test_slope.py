@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.architectures import EXACT, build, sequences
-from vestige.checks._slope import measure_slope
+from vestige.checks._gradients import measure_slope
 from vestige.gradients import CausalLoss
 from vestige.models import select_components
 
@@ -79,7 +79,7 @@ def test_half_precision_says_how_to_check(examined):
 
 @pytest.mark.slow
 def test_a_large_model_is_checked_on_some_components(examined, monkeypatch):
-    monkeypatch.setattr("vestige.checks._slope.MOST_PARAMETERS", 1000)
+    monkeypatch.setattr("vestige.checks._gradients.MOST_PARAMETERS", 1000)
     report = examined(build("llama", torch.float32))
     assert report["gradient check"].verdict == "good"
     assert " parameters in 14 components" not in report["gradient check"].advice

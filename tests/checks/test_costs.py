@@ -4,8 +4,17 @@ import pytest
 import torch
 
 from tests.architectures import build
-from vestige.checks._doctor import ALTERNATIVES, Trial, check_disk_space, check_memory, check_time, estimate_costs
-from vestige.checks._report import Cost
+from vestige.checks import (
+    ALTERNATIVES,
+    Cost,
+    DoctorReport,
+    Trial,
+    check_disk_space,
+    check_memory,
+    check_time,
+    estimate_costs,
+    try_batch,
+)
 from vestige.compress import parse_spec
 from vestige.data import plan_batches
 from vestige.errors import SpecError
@@ -37,15 +46,19 @@ def test_the_compression_asked_for_comes_first_and_once(examined):
     assert asked[0].memory_bytes < asked[-1].memory_bytes
 
 
-def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, rows):
+def drafted(rows, compress):
+    """Settings, inputs, manifest and compression of an index that is not made."""
+    settings = DoctorSettings(model=build("llama", torch.float32), data=rows, compress=compress)
+    inputs = read_inputs(settings, settings.model, settings.data, settings.components)
+    spec = parse_spec(compress)
+    return settings, inputs, draft_manifest(settings, inputs, spec), spec
+
+
+def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(rows):
     def costed(part_bytes):
-        monkeypatch.setattr("vestige.checks._doctor.PART_BYTES", part_bytes)
-        settings = DoctorSettings(model=build("llama", torch.float32), data=rows, compress="mask:4x4")
-        inputs = read_inputs(settings, settings.model, settings.data, settings.components)
-        spec = parse_spec("mask:4x4")
-        manifest = draft_manifest(settings, inputs, spec)
+        settings, inputs, manifest, spec = drafted(rows, "mask:4x4")
         trial = Trial(inputs.data, None, None, 1000)
-        return estimate_costs(settings, inputs, manifest, spec, trial)[0], manifest, inputs
+        return estimate_costs(settings, inputs, manifest, spec, trial, part_bytes)[0], manifest, inputs
 
     cost, manifest, inputs = costed(0)
     widest = max(map(len, plan_batches(inputs.data.lengths, manifest.token_budget, manifest.plan.max_examples)))
@@ -55,14 +68,15 @@ def test_memory_is_that_of_a_part_of_a_shard_whatever_the_shard(monkeypatch, row
     assert costed(2**40)[0].memory_bytes == 1000 + 4 * manifest.width * (len(rows) + widest)
 
 
-@pytest.mark.slow
-def test_a_compression_of_which_one_row_is_too_large_is_not_tried(examined, monkeypatch):
-    monkeypatch.setattr("vestige.checks._doctor.ROWS_BYTES", 8 * 3000)
-    report = examined(build("llama", torch.float32), compress="none")
-    assert report.costs[0].seconds is None
-    assert report["time"].value == "not measured"
-    assert "not tried" in str(report)
-    assert report["finite gradients"].verdict == "good"
+def test_a_compression_of_which_one_row_is_too_large_is_not_tried(rows):
+    settings, inputs, manifest, spec = drafted(rows, "none")
+    trial = try_batch(settings, inputs, manifest, spec, rows_bytes=8 * 3000)
+    assert trial.content is None
+    costs = estimate_costs(settings, inputs, manifest, spec, trial)
+    assert costs[0].seconds is None
+    check = check_time(costs[0], trial)
+    assert check.value == "not measured"
+    assert "not tried" in str(DoctorReport("model", "data", len(rows), "float16", (check,), (), costs, 0))
 
 
 COST = Cost("none", 10, 1.0, 100, {"float16": 20, "float32": 40, "int8": 10}, {"float16": 60, "float32": 90, "int8": 9})
@@ -77,9 +91,8 @@ def test_disk_is_compared_with_what_is_free(dtype, free, verdict):
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(99, "bad"), (110, "warn"), (130, "good")])
-def test_memory_is_compared_with_what_there_is(limit, verdict, monkeypatch):
-    monkeypatch.setattr("vestige.checks._doctor._memory_limit", lambda device: limit)
-    assert check_memory(COST, torch.device("cpu")).verdict == verdict
+def test_memory_is_compared_with_what_there_is(limit, verdict):
+    assert check_memory(COST, limit, "cpu").verdict == verdict
 
 
 @pytest.mark.slow

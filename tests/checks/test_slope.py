@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.architectures import EXACT, build, sequences
-from vestige.checks._gradients import measure_slope
+from vestige.checks import check_slope, measure_slope
 from vestige.gradients import CausalLoss
 from vestige.models import select_components
 
@@ -77,9 +77,10 @@ def test_half_precision_says_how_to_check(examined):
     assert report["precision"].verdict == "warn"
 
 
-@pytest.mark.slow
-def test_a_large_model_is_checked_on_some_components(examined, monkeypatch):
-    monkeypatch.setattr("vestige.checks._gradients.MOST_PARAMETERS", 1000)
-    report = examined(build("llama", torch.float32))
-    assert report["gradient check"].verdict == "good"
-    assert " parameters in 14 components" not in report["gradient check"].advice
+def test_a_large_model_is_checked_on_some_components():
+    model = build("llama", torch.float32)
+    components = select_components(model).components
+    check = check_slope(model, components, CausalLoss(), sequences().batch([1]), seed=0, most_parameters=1000)
+    assert check.verdict == "good"
+    assert " parameters in " in check.advice
+    assert f" parameters in {len(components)} components" not in check.advice

@@ -7,7 +7,7 @@ entered by the thread in which autograd runs a backward pass, because its caller
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,27 +31,26 @@ class Profile:
     _stack: list[str] = field(default_factory=lambda: [OTHER])
     _since: float = field(default_factory=lambda: time.perf_counter())
 
-    def enter(self, phase: str) -> None:
-        """Count the seconds from now on as those of `phase`."""
-        self._charge()
-        self._stack.append(phase)
-
-    def leave(self) -> None:
-        """Count the seconds from now on as those of the phase outside."""
-        self._charge()
-        self._stack.pop()
-
-    def stop(self) -> None:
-        """Count the seconds until now, and none after."""
-        self._charge()
-
-    def _charge(self) -> None:
-        _synchronise()
+    def charge(self) -> None:
+        """Count the seconds since the last call as those of the innermost phase."""
+        if (torch := _cuda()) is not None:
+            torch.cuda.synchronize()  # work that was launched belongs to the phase that launched it
         now = time.perf_counter()
         phase = self._stack[-1]
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self.total += now - self._since
         self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of the block as those of a phase."""
+        self.charge()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self.charge()
+            self._stack.pop()
 
     def record(self) -> dict[str, Any]:
         """Return everything in JSON terms."""
@@ -59,7 +58,7 @@ class Profile:
             "seconds": {name: round(self.seconds.get(name, 0.0), 6) for name in (*PHASES, OTHER)},
             "total_seconds": round(self.total, 6),
             "bytes": dict(self.bytes),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": _peaks(),
         }
 
     def table(self) -> str:
@@ -69,35 +68,17 @@ class Profile:
             if (seconds := self.seconds.get(name, 0.0)) > 0:
                 lines.append(f"{name:<16}{seconds:>10.3f}{seconds / max(self.total, 1e-9):>8.0%}")
         lines.append(f"{'total':<16}{self.total:>10.3f}")
-        sizes = {**self.bytes, **{f"peak {where}": size for where, size in peak_memory().items()}}
+        sizes = {**self.bytes, **{f"peak {where}": size for where, size in _peaks().items()}}
         return "\n".join(lines + [f"{name:<16}{format_bytes(size):>10}" for name, size in sizes.items()])
 
 
 _current: Profile | None = None
+"""A variable of the module, not of a context: autograd enters phases in a thread of its own."""
 
 
-class _Phase:
-    """A phase as a context; costs nothing when no profile is kept."""
-
-    __slots__ = ("_entered", "_name")
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._entered: Profile | None = None
-
-    def __enter__(self) -> None:
-        self._entered = _current
-        if self._entered is not None:
-            self._entered.enter(self._name)
-
-    def __exit__(self, *_: object) -> None:
-        if self._entered is not None:
-            self._entered.leave()
-
-
-def timed(phase: str) -> _Phase:
+def timed(phase: str) -> AbstractContextManager[None]:
     """Count the block's seconds as those of `phase`, when a profile was requested."""
-    return _Phase(phase)
+    return nullcontext() if _current is None else _current.phase(phase)
 
 
 def count_bytes(kind: str, number: int) -> None:
@@ -113,23 +94,19 @@ def profiled(wanted: bool) -> Iterator[Profile | None]:
     if not wanted:
         yield None
         return
-    outer, _current = _current, Profile()
-    profile = _current
+    outer, profile = _current, Profile()
+    _current = profile
     try:
         yield profile
     finally:
-        profile.stop()
+        profile.charge()
         _current = outer
 
 
-def peak_memory() -> dict[str, int]:
+def _peaks() -> dict[str, int]:
     """Return the most memory held so far, in bytes: of this process ("memory"), and on a CUDA device ("gpu")."""
-    found = {}
-    if memory := peak_memory_bytes():
-        found["memory"] = memory
-    if gpu := peak_gpu_memory_bytes():
-        found["gpu"] = gpu
-    return found
+    peaks = {"memory": peak_memory_bytes(), "gpu": peak_gpu_memory_bytes()}
+    return {where: size for where, size in peaks.items() if size}
 
 
 def peak_memory_bytes() -> int:
@@ -154,12 +131,6 @@ def peak_gpu_memory_bytes() -> int:
     if (torch := _cuda()) is None:
         return 0
     return max(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
-
-
-def _synchronise() -> None:
-    """Wait for the GPU: work that was launched belongs to the phase that launched it."""
-    if (torch := _cuda()) is not None:
-        torch.cuda.synchronize()
 
 
 def _cuda() -> Any:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from vestige.checks._gradients import PROBE_TOKENS, choose_probes, cut_examples
+from vestige.checks import PROBE_TOKENS, choose_probes, cut_examples, pad_examples
 from vestige.data import Example, TokenizedData
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = 3
+_EXACT_ATTENTION = ("eager", "sdpa")
 
 
 def check_data(

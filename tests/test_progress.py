@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-from vestige import progress as progress_module
 from vestige.progress import announce, format_bytes, format_seconds, progress
 
 
@@ -42,10 +41,10 @@ def test_a_quick_job_prints_its_first_and_last_line(capsys):
 
 def test_a_long_job_prints_at_most_one_line_in_ten_seconds(capsys):
     seconds = iter(range(0, 1000, 1))
-    lines = progress_module._PlainLines(100, "Scoring", "rows", clock=lambda: float(next(seconds)))
-    for _ in range(100):
-        lines.advance()
-    between = capsys.readouterr().err.splitlines()[1:]
+    with progress(100, "Scoring", "rows", clock=lambda: float(next(seconds))) as bar:
+        for _ in range(100):
+            bar.advance()
+    between = capsys.readouterr().err.splitlines()[1:-1]
     assert between[0] == "Scoring: 10 of 100 rows, 1.0 rows/s, 1 min 30 s left"
     assert len(between) == 9
 

@@ -6,7 +6,7 @@ import pytest
 
 from vestige import registry
 from vestige.errors import SpecError
-from vestige.registry import COMMANDS, Registry
+from vestige.registry import COMMANDS, Registry, forget_entry_points
 
 
 @pytest.fixture
@@ -16,15 +16,11 @@ def announced(monkeypatch):
     def announce(*pairs):
         points = [EntryPoint(name, value, "toys") for name, value in pairs]
         monkeypatch.setattr(registry, "entry_points", lambda: EntryPoints(points))
-        forget()
+        forget_entry_points()
         return Registry("toys", "toy", float)
 
-    def forget():
-        registry._installed.cache_clear()
-        registry._announced.cache_clear()
-
     yield announce
-    forget()
+    forget_entry_points()
 
 
 def test_an_object_is_found_by_its_name(announced):

@@ -21,7 +21,6 @@ class Progress(Protocol):
 
     def advance(self, n: int = 1) -> None:
         """Note that `n` more units are done."""
-        ...
 
 
 def announce(line: str) -> None:
@@ -46,7 +45,9 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progress]:
+def progress(
+    total: int, label: str, unit: str = "examples", clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
     """Show how far `total` units of work have come, for as long as the block runs.
 
     On a terminal a bar with rate and time left; elsewhere a first line, a last line and at most one every ten
@@ -56,9 +57,7 @@ def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progres
         total: Units of work; `advance` may stop short of it when the block is left early.
         label: What is being done, such as "Indexing".
         unit: What is counted, in the plural.
-
-    Yields:
-        An object whose `advance(n)` notes n more finished units.
+        clock: Seconds, for plain lines.
     """
     if _quiet():
         yield _Silent()
@@ -66,7 +65,7 @@ def progress(total: int, label: str, unit: str = "examples") -> Iterator[Progres
         with _bar(total, label, unit) as bar:
             yield bar
     else:
-        lines = _PlainLines(total, label, unit)
+        lines = _PlainLines(total, label, unit, clock)
         yield lines
         lines.close()
 
@@ -115,7 +114,7 @@ class _Silent:
 class _PlainLines:
     """Progress for logs and pipes."""
 
-    def __init__(self, total: int, label: str, unit: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, total: int, label: str, unit: str, clock: Callable[[], float]) -> None:
         self._total, self._label, self._unit, self._clock = total, label, unit, clock
         self._done = 0
         self._start = self._last_line = clock()
@@ -142,27 +141,20 @@ class _PlainLines:
 @contextmanager
 def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
     # rich costs 50 ms to import, which `vestige --help` should not pay.
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress as RichProgress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        "{task.description}",
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        "{task.fields[rate]}",
+        rich.TimeElapsedColumn(),
+        "left",
+        rich.TimeRemainingColumn(),
     )
     # The terminal itself: a unit of work may have redirected its own output to a file.
-    with RichProgress(*columns, console=Console(file=sys.stderr)) as display:
+    with rich.Progress(*columns, console=Console(file=sys.stderr)) as display:
         task = display.add_task(label, total=total, rate="")
 
         class Bar:

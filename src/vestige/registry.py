@@ -61,7 +61,7 @@ class Registry(Generic[Entry]):
         Raises:
             SpecError: Two packages bring the same name.
         """
-        return sorted({*self._added, *_announced(self._group, self._kind)})
+        return sorted({*self._added, *_find_announced(self._group, self._kind)})
 
     def find(self, name: str) -> Entry:
         """Return the object of this name.
@@ -71,7 +71,7 @@ class Registry(Generic[Entry]):
         """
         if name in self._added:
             return self._added[name]
-        points = _announced(self._group, self._kind)
+        points = _find_announced(self._group, self._kind)
         if name not in points:
             known = self.names()
             close = get_close_matches(name, known, n=1, cutoff=0.5)
@@ -92,20 +92,26 @@ class Registry(Generic[Entry]):
 
 
 @cache
-def _installed() -> EntryPoints:
+def _read_entry_points() -> EntryPoints:
     """Return all entry points, read once for all groups: that takes 30 ms."""
     return cast(EntryPoints, entry_points())
 
 
 @cache
-def _announced(group: str, kind: str) -> dict[str, EntryPoint]:
+def _find_announced(group: str, kind: str) -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
-    for point in _installed().select(group=group):
+    for point in _read_entry_points().select(group=group):
         known = found.setdefault(point.name, point)
         if known.value != point.value:
             packages = " and ".join(_package(one) for one in (known, point))
             raise SpecError(f"Two packages bring the {kind} {point.name!r}: {packages}. Uninstall one of them.")
     return found
+
+
+def forget_entry_points() -> None:
+    """Read the entry points again when they are next needed: packages came or went."""
+    _read_entry_points.cache_clear()
+    _find_announced.cache_clear()
 
 
 def _load(point: EntryPoint, kind: str) -> Any:

@@ -193,12 +193,10 @@ def test_other_packages_announce_compressors_by_entry_point(monkeypatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("third-party", "their_compressor", "vestige.compressors")
     monkeypatch.setattr(registry, "entry_points", lambda: EntryPoints([point]))
-    for known in (registry._installed, registry._announced):
-        known.cache_clear()
+    registry.forget_entry_points()
     try:
         assert "third-party" in known_compressors()
         assert parse_spec("third-party:8").canonical == "third-party:8"
     finally:
-        for known in (registry._installed, registry._announced):
-            known.cache_clear()
+        registry.forget_entry_points()
         COMPRESSORS._added.pop("third-party", None)

@@ -41,17 +41,13 @@ def announced(monkeypatch, tmp_path):
             points += registry.entry_points(group=group)
         theirs = EntryPoints(points)
         monkeypatch.setattr(registry, "entry_points", lambda: theirs)
-        forget()
+        registry.forget_entry_points()
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(MEASURES, "_added", dict(MEASURES._added))
 
-    def forget():
-        registry._installed.cache_clear()
-        registry._announced.cache_clear()
-
     yield announce
-    forget()
+    registry.forget_entry_points()
     sys.modules.pop("their_package", None)
 
 

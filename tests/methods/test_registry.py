@@ -45,17 +45,13 @@ def announced(monkeypatch, tmp_path):
         points = [EntryPoint("theirs", "their_package:Theirs", "vestige.methods")]
         theirs = EntryPoints([*registry.entry_points(group="vestige.methods"), *points])
         monkeypatch.setattr(registry, "entry_points", lambda: theirs)
-        forget()
+        registry.forget_entry_points()
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(METHODS, "_added", dict(METHODS._added))
 
-    def forget():
-        registry._installed.cache_clear()
-        registry._announced.cache_clear()
-
     yield announce
-    forget()
+    registry.forget_entry_points()
     sys.modules.pop("their_package", None)
 
 

@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensErr
 from vestige.cli._bridge import as_function
 from vestige.errors import SpecError, UserError, WorkElsewhere
 from vestige.lockstep import ROLE_VARIABLE
-from vestige.registry import COMMANDS, Command
+from vestige.registry import COMMANDS
 from vestige.terminal import say
 
 GROUPS = {
@@ -31,19 +31,15 @@ GROUPS = {
 }
 """Groups of commands, such as `vestige data split`: what one of them is called, the group's help, and its position."""
 
-_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What an operating system says when it is the disk, not we, that has to change."""
-
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors for which the disk, not the command, has to change."""
 _PANIC = "PanicException"
-"""How an error of a library in Rust arrives that its authors had not thought of: as no `Exception`, and private."""
+"""The class, private and no `Exception`, of an error in a library in Rust that its authors had not thought of."""
 
-BUG = 1
-USAGE_ERROR = 2
-INTERRUPTED = 130
-NOBODY_READS = 141
-"""What a shell shows for a program that wrote into a pipe whose reader was gone."""
+BUG, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+"""Exit statuses; the last is what a shell shows for a program that wrote into a pipe whose reader was gone."""
 _SHOWN = 300
-"""Most letters of what a library said."""
+"""Most characters of a message of a library."""
 
 
 def build_app(first: str | None = None) -> App:
@@ -67,19 +63,12 @@ def build_app(first: str | None = None) -> App:
     if not names:
         raise SpecError("No command is registered: Vestige is not installed. Type `pip install .` in its folder again.")
     for one in map(COMMANDS.find, [name for name in names if name.split()[0] == first] or names):
-        _place(app, one).command(as_function(one), name=one.name.split()[-1], sort_key=one.order)
+        *group, name = one.name.split()
+        if group and group[0] not in list(app):
+            _, summary, order = GROUPS.get(group[0], ("command", f"Commands of {group[0]}.", one.order))
+            app.command(App(name=group[0], help=summary, sort_key=order))
+        (app[group[0]] if group else app).command(as_function(one), name=name, sort_key=one.order)
     return app
-
-
-def _place(app: App, one: Command) -> App:
-    """Return where a command belongs: the application, or its group, which is made when first needed."""
-    group, _, rest = one.name.partition(" ")
-    if not rest:
-        return app
-    if group not in list(app):
-        _, summary, order = GROUPS.get(group, ("command", f"Commands of {group}.", one.order))
-        app.command(App(name=group, help=summary, sort_key=order))
-    return app[group]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _usable_streams() -> Iterator[None]:
-    """Every letter can be printed, also to a terminal of few letters; a stream that was closed swallows everything."""
+    """Make every character printable, also on a terminal that has few; a stream that was closed swallows everything."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -138,44 +127,38 @@ def _usable_streams() -> Iterator[None]:
 
 
 def _flush_output() -> None:
-    """Print what is left to print now, not when the interpreter ends, which would show a traceback."""
+    """Print the rest now, not when the interpreter ends, which would show a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            sys.exit(NOBODY_READS)
-        if error.__context__ is None:  # else that is what the command has just said
+            sys.exit(BROKEN_PIPE)
+        if error.__context__ is None:  # else the command has just printed it
             _fail(f"What was to be printed could not be written ({error.strerror}).")
 
 
 def _system_error(error: OSError) -> str:
-    if error.errno in _OUTSIDE:
-        place = f" ({error.filename})" if error.filename else ""
-        reason = f"{error.strerror or error}{place}"
-        return f"The disk is full or does not let us: {reason}. Free disk space, or choose another place."
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}. Check the path, or choose another one."
+    reason = error.strerror or error
+    if error.errno in _OF_THE_DISK:
+        path = f" ({error.filename})" if error.filename else ""
+        return f"The disk is full or does not let us: {reason}{path}. Free disk space, or choose another place."
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{reason}. Check the path, or choose another one."
 
 
 def _bug(error: Exception) -> str:
-    """Return the message of an unexpected error; the traceback goes to a file, for the people who fix it.
-
-    What a worker prints is its log, which is where its traceback belongs.
-    """
+    """Return the message of an unexpected error; the traceback goes to a file, or into the log of a worker."""
     trace = "".join(traceback.format_exception(error))
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
     message = f"unexpected {reason[:500]}\nThis is a bug in Vestige: what you typed or gave should have been answered. "
-    if ROLE_VARIABLE in os.environ:
-        return f"{message}\n{trace}"
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="vestige-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            file.write(trace)
-    except OSError:
-        return f"{message}\n{trace}"
-    return f"{message}Please report it with {file.name}."
+    if ROLE_VARIABLE not in os.environ:
+        with contextlib.suppress(OSError):
+            file, path = tempfile.mkstemp(prefix="vestige-", suffix=".txt")
+            with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(trace)
+            return f"{message}Please report it with {path}."
+    return f"{message}\n{trace}"
 
 
 def _short(text: str) -> str:
@@ -183,17 +166,16 @@ def _short(text: str) -> str:
 
 
 def _parse_error(error: CycloptsError) -> str:
+    """Return what the parser did not understand, with what is possible."""
     if isinstance(error, UnusedCliTokensError):
         message = f"Not understood: {' '.join(error.unused_tokens or ())}. A value needs its flag before it."
     elif isinstance(error, UnknownCommandError):
-        group = " ".join(error.command_chain or ())
-        what = GROUPS.get(group, ("command",))[0] if group else "command"
-        word = (error.unused_tokens or [""])[0]
-        known = _words_after(group)
+        group, word = " ".join(error.command_chain or ()), (error.unused_tokens or [""])[0]
+        names = [name.split() for name in COMMANDS.names()]
+        known = sorted({words[1] if group else words[0] for words in names if not group or words[0] == group})
         close = get_close_matches(word, known, n=1)
-        message = f"There is no {what} {word!r}. " + (
-            f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
-        )
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}."
+        message = f"There is no {GROUPS.get(group, ('command',))[0]} {word!r}. {hint}"
         if find_spec("vestige_recipes") is None:
             message += (
                 '\nStudies, sweeps, imports and most of `data` come with the recipes: pip install "vestige[recipes]".'
@@ -203,12 +185,6 @@ def _parse_error(error: CycloptsError) -> str:
         message = str(error)
     help_command = " ".join(["vestige", *(error.command_chain or ()), "--help"])
     return f"{message}\nType `{help_command}` for what is possible."
-
-
-def _words_after(group: str) -> list[str]:
-    """Return the words that may stand after `vestige`, or after one of its groups."""
-    names = [name.split() for name in COMMANDS.names()]
-    return sorted({words[1] if group else words[0] for words in names if not group or words[0] == group})
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:

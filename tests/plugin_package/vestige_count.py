@@ -30,4 +30,4 @@ def count_examples(settings: CountSettings) -> int:
 @command("count", CountSettings, function="vestige_count:count_examples")
 def count(settings: CountSettings) -> None:
     """Count the examples of a data source."""
-    say(f"{count_examples(**settings.arguments()):,} examples")
+    say(f"{count.call(settings):,} examples")

@@ -58,4 +58,4 @@ def study_command(settings: StudySettings) -> None:
 
     From made or public data to a table, beside what was expected of it; parts that are finished are not done again.
     """
-    show(study(**settings.arguments()))
+    show(study_command.call(settings))

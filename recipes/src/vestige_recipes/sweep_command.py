@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vestige.registry import command, import_object
+from vestige.registry import command
 from vestige.settings import LaunchSettings
 from vestige.terminal import show
 
@@ -23,14 +23,17 @@ class SweepSettings(LaunchSettings):
     dry_run: bool = Field(False, description="Check every cell and list them; run nothing, write nothing.")
 
 
-FUNCTION = "vestige_recipes.sweep:sweep"
-
-
-@command("sweep", SweepSettings, function=FUNCTION, order=130, status="vestige_recipes.sweep:sweep_status")
+@command(
+    "sweep",
+    SweepSettings,
+    function="vestige_recipes.sweep:sweep",
+    order=130,
+    status="vestige_recipes.sweep:sweep_status",
+)
 def sweep(settings: SweepSettings) -> None:
     """Run a command over a grid of settings.
 
     Every cell is checked before the first one runs. Its folder is named after its settings, so an interrupted sweep
     continues and a grown grid keeps what it had. A cell that fails is reported with its log, and the others go on.
     """
-    show(import_object(FUNCTION)(**settings.arguments()), file_width=160)
+    show(sweep.call(settings), file_width=160)

@@ -107,9 +107,9 @@ def _writing(settings: Settings, command: str) -> Iterator[None]:
         DiskSpaceError: The disk is full.
     """
     out = getattr(settings, "out", None)
-    writes = isinstance(out, Path) and not getattr(settings, "dry_run", False)
+    writes = not getattr(settings, "dry_run", False)
     try:
-        with _held(settings, out, command) if writes else nullcontext():
+        with _hold(settings, out, command) if isinstance(out, Path) and writes else nullcontext():
             yield
     except UserError:
         raise
@@ -120,7 +120,7 @@ def _writing(settings: Settings, command: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held(settings: Settings, out: Path, command: str) -> Iterator[None]:
+def _hold(settings: Settings, out: Path, command: str) -> Iterator[None]:
     _require_apart(settings, out)
     alone = not isinstance(settings, LaunchSettings) or getattr(settings, "overwrite", False)
     shared = None if alone else _identity(settings)

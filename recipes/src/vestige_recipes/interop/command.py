@@ -47,6 +47,4 @@ class ImportSettings(Settings):
 @command("import", ImportSettings, function="vestige_recipes.interop:import_published", order=190)
 def import_command(settings: ImportSettings) -> None:
     """Turn gradients or scores that other software has published into an index or a run."""
-    from vestige_recipes.interop import import_published
-
-    say(import_published(**settings.arguments()).folder)
+    say(import_command.call(settings).folder)

@@ -140,7 +140,7 @@ class Command:
     """As it is typed after `vestige`; two words where it belongs to a group, such as "data split"."""
     settings: type[Settings]
     function: str | None
-    """The Python function made by `vestige.settings.verb`, as "module:name", imported when it is called."""
+    """The Python function, as "module:name", imported when it is called; its arguments are the settings."""
     run: Run
     """Call the function with complete settings and print the result."""
     help: str
@@ -165,7 +165,9 @@ class Command:
         """Return what the Python function makes of complete settings."""
         if self.function is None:
             raise SpecError(f"`vestige {self.name}` is no Python function. Type it on the command line.")
-        return import_object(self.function)(settings)
+        function = import_object(self.function)
+        run: Run | None = getattr(function, "run", None)
+        return function(**settings.arguments()) if run is None else run(settings)
 
 
 def command(

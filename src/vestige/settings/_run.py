@@ -28,8 +28,8 @@ def verb(
 ) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
     """Give a function of `settings` the settings' own fields as keyword arguments, with their defaults and checks.
 
-    So a command has the same argument names and defaults in Python, on the command line and in a config file. In place
-    of them it takes complete settings, which are not checked again.
+    So a command has the same argument names and defaults in Python, on the command line and in a config file. With
+    settings that are complete, its attribute `run` is called: they are not checked again.
 
     Args:
         settings: What it takes.
@@ -39,20 +39,20 @@ def verb(
     def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
         words = command or _words(function)
 
-        @functools.wraps(function)
-        def called(*given: Any, **arguments: Any) -> Result:
-            complete = given[0] if given and isinstance(given[0], settings) else None
-            if complete is None:
-                if len(given) > len(settings.positional):
-                    first = next(iter(settings.model_fields))
-                    raise TypeError(f"{function.__name__}() takes its settings by name, such as {first}=...")
-                complete = settings(**dict(zip(settings.positional, given, strict=False)), **arguments)
+        def run(complete: Settings) -> Result:
             shared = together(getattr(complete, "device", None) == FSDP)
-            with shared, _writing(complete, words), _restored_modules(complete):
+            with shared, _write(complete, words), _restore_modules(complete):
                 return function(complete)
 
-        vars(called)["__signature__"] = _signature(settings, function)
-        return called
+        @functools.wraps(function)
+        def call(*given: Any, **arguments: Any) -> Result:
+            if len(given) > len(settings.positional):
+                first = next(iter(settings.model_fields))
+                raise TypeError(f"{function.__name__}() takes its settings by name, such as {first}=...")
+            return run(settings(**(dict(zip(settings.positional, given, strict=False)) | arguments)))
+
+        vars(call).update(__signature__=_signature(settings, function), run=run)
+        return call
 
     return decorate
 
@@ -76,7 +76,7 @@ def _signature(settings: type[Settings], function: Callable[..., Any]) -> inspec
 
 
 @contextmanager
-def _restored_modules(settings: Settings) -> Iterator[None]:
+def _restore_modules(settings: Settings) -> Iterator[None]:
     """Restore, also after an error, `requires_grad` and the mode of live modules among the settings."""
     # A module cannot be among them unless torch was imported, which the command line does late.
     torch = sys.modules.get("torch")
@@ -96,7 +96,7 @@ def _restored_modules(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(settings: Settings, command: str) -> Iterator[None]:
+def _write(settings: Settings, command: str) -> Iterator[None]:
     """Hold the output of a command while the block runs; a full disk ends it with what to do.
 
     Processes with the same settings may share the work on one folder, but for `overwrite`, which begins with removing.

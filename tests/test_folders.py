@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vestige.errors import Difference, IndexMismatch, UserError, differences, mismatch_message
-from vestige.storage import hold_folder, remove_result, replaced_result, require_no_others, staged_folder
+from vestige.storage import find_replaced_result, hold_folder, remove_result, require_no_others, stage_folder
 
 PROCESSES = multiprocessing.get_context("spawn")
 """Not forked: a child would take the folders that this process holds for its own."""
@@ -166,7 +166,7 @@ def _replace_and_die(folder, step):
         return wrapped
 
     Path.rename, Path.replace = counted(rename), counted(replace)
-    with hold_folder(folder, "command"), staged_folder(folder, replace=True) as new:
+    with hold_folder(folder, "command"), stage_folder(folder, replace=True) as new:
         (new / "run.json").write_text("new")
 
 
@@ -179,7 +179,7 @@ def test_a_result_whose_replacement_was_killed_comes_back_and_nothing_is_left(tm
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert (replaced_result(folder) is not None) == (step == 2)
+    assert (find_replaced_result(folder) is not None) == (step == 2)
     with hold_folder(folder, "the next command"):
         assert (folder / "run.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -187,7 +187,7 @@ def test_a_result_whose_replacement_was_killed_comes_back_and_nothing_is_left(tm
 
 def test_a_result_that_appeared_meanwhile_is_not_replaced(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(IndexMismatch, match="by another command during this one"), staged_folder(folder):
+    with pytest.raises(IndexMismatch, match="by another command during this one"), stage_folder(folder):
         write_text(folder, "run.json", "first")
     assert (folder / "run.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

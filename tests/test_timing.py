@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from vestige import timing
-from vestige.timing import count_bytes, profiled, timed
+from vestige.timing import count_bytes, profile_phases, time_phase
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def clock(monkeypatch):
 
 
 def test_nothing_is_measured_unless_asked_for():
-    with profiled(False) as profile, timed("forward"):
+    with profile_phases(False) as profile, time_phase("forward"):
         count_bytes("read", 5)
     assert profile is None
 
 
 def test_a_phase_does_not_count_the_phases_inside_it(clock):
-    with profiled(True) as profile:
-        with timed("backward"):
+    with profile_phases(True) as profile:
+        with time_phase("backward"):
             clock(0.02)
-            with timed("compression"):
+            with time_phase("compression"):
                 clock(0.05)
         count_bytes("read", 5)
         count_bytes("read", 6)
@@ -45,10 +45,10 @@ def test_a_phase_does_not_count_the_phases_inside_it(clock):
 
 def test_a_phase_may_be_entered_by_the_thread_its_caller_waits_for(clock):
     def hook():
-        with timed("compression"):
+        with time_phase("compression"):
             clock(0.03)
 
-    with profiled(True) as profile, timed("backward"):
+    with profile_phases(True) as profile, time_phase("backward"):
         thread = threading.Thread(target=hook)
         thread.start()
         thread.join()
@@ -66,8 +66,8 @@ def test_a_process_does_not_inherit_the_peak_of_its_parent():
 
 
 def test_an_error_ends_the_phase(clock):
-    with profiled(True) as profile:
-        with pytest.raises(ValueError, match="broken"), timed("reading"):
+    with profile_phases(True) as profile:
+        with pytest.raises(ValueError, match="broken"), time_phase("reading"):
             raise ValueError("broken")
         clock(0.02)
     assert profile.seconds["reading"] == 0

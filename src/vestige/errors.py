@@ -94,7 +94,7 @@ def differences(
     """
     fields = [*old, *(name for name in new if name not in old)]
     return [
-        Difference(name.replace("_", "-"), _shown(name, old, old_names), _shown(name, new, new_names))
+        Difference(name.replace("_", "-"), _show_value(name, old, old_names), _show_value(name, new, new_names))
         for name in fields
         if old.get(name) != new.get(name)
     ]
@@ -113,7 +113,7 @@ def mismatch_message(what: str, found: Sequence[Difference]) -> str:
     )
 
 
-def _shown(name: str, identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _show_value(name: str, identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
     value = identity.get(name)
     if name in names:
         return f"{names[name]} ({str(value)[:8]})"

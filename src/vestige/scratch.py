@@ -10,7 +10,7 @@ from typing import Self, final
 
 from vestige.errors import UserError
 from vestige.storage import write_error
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 _CHUNK = 2**20
 """Bytes read at once of what was put aside."""
@@ -64,7 +64,7 @@ class Scratch:
             UserError: The folder cannot be written to.
         """
         try:
-            with timed("writing"):
+            with time_phase("writing"):
                 self._size += self._file.write(memoryview(chunk).cast("B"))
         except OSError as error:
             raise write_error(error, self._path, self._size) from error

@@ -2,7 +2,7 @@
 
 A file is written under a name of its own, fsynced and renamed: a process that is killed while writing leaves one stray
 temporary file and never a torn result, and two that write the same file at once do no harm, because their bytes are
-equal. A result of several files is written beside its path and moved there when it is whole (`staged_folder`). A
+equal. A result of several files is written beside its path and moved there when it is whole (`stage_folder`). A
 command holds its folder by a lock of the kernel on a file beside it, which goes with the process however that ends.
 """
 
@@ -31,7 +31,7 @@ import psutil
 
 from vestige.errors import DiskSpaceError, IndexMismatch, UserError
 from vestige.progress import format_bytes
-from vestige.timing import count_bytes, timed
+from vestige.timing import count_bytes, time_phase
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -82,7 +82,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
     temporary = temporary_path(path)
     digest, size = hashlib.sha256(), 0
     try:
-        with timed("writing"):
+        with time_phase("writing"):
             with temporary.open("xb", buffering=0) as file:
                 for chunk in chunks:
                     view = memoryview(chunk).cast("B")
@@ -140,11 +140,11 @@ def sha256_of(path: Path) -> str:
 def sha256_once(path: Path) -> str:
     """Return `sha256_of`, read once per process while the file's size and times do not change."""
     status = path.stat()
-    return _known_sha256(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return _sha256_of_version(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @lru_cache(maxsize=2**16)
-def _known_sha256(path: Path, *_: int) -> str:
+def _sha256_of_version(path: Path, *_: int) -> str:
     return sha256_of(path)
 
 
@@ -168,7 +168,7 @@ def disk_error(error: BaseException, folder: Path) -> UserError | None:
             return seen
         text = str(seen).lower()
         if any(words in text for words in _GONE_WORDS) and _is_inside(text, folder) and not folder.exists():
-            return _removed_error(folder)
+            return _explain_removal(folder)
         full = isinstance(seen, OSError) and seen.errno in _FULL
         # Words count where the library has no number to give; data may hold any words in a message of our own.
         full |= not isinstance(seen, OSError | UserError) and any(words in text for words in _FULL_WORDS)
@@ -195,7 +195,7 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
     if error.errno == errno.ENAMETOOLONG:
         return UserError(f"{path.name[:40]}... is too long a name for this disk. Choose a shorter --out.")
     if isinstance(error, FileNotFoundError):
-        return _removed_error(path.parent)
+        return _explain_removal(path.parent)
     return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
 
 
@@ -205,7 +205,7 @@ def _is_inside(said: str, folder: Path) -> bool:
     return any(f"{place.parent}/{name}".lower() in said for name in (f"{place.name}/", f".{place.name}."))
 
 
-def _removed_error(folder: Path) -> UserError:
+def _explain_removal(folder: Path) -> UserError:
     return UserError(
         f"{folder} was removed or renamed while it was being written to. Run the same command again: what is still "
         "there is kept."
@@ -394,7 +394,7 @@ def require_no_links(folder: Path) -> None:
 
 
 @contextmanager
-def staged_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+def stage_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `folder` to write a result into; it takes that path, whole, when the block ends.
 
     With `replace`, what is there goes, by two renames: killed between them, the earlier result lies beside its path,
@@ -443,7 +443,7 @@ def partial_folder(out: Path) -> Path:
     return whole.with_name(f".{whole.name}.partial")
 
 
-def finished_of(folder: Path) -> Path:
+def find_result_folder(folder: Path) -> Path:
     """Return the folder of the run that `folder` keeps pieces of; of any other folder, itself."""
     match = _PARTIAL.fullmatch(folder.name)
     return folder if match is None else folder.with_name(match[1])
@@ -461,7 +461,7 @@ def remove_partial(out: Path, record: str | None = None) -> None:
         remove_tree(partial)
 
 
-def replaced_result(folder: Path) -> Path | None:
+def find_replaced_result(folder: Path) -> Path | None:
     """Return the path of an earlier result whose replacement was killed; None without one."""
     folder = folder.resolve()
     found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.replaced"))
@@ -470,7 +470,7 @@ def replaced_result(folder: Path) -> Path | None:
 
 def _put_back(folder: Path) -> None:
     """Restore, or remove, the earlier result after a replacement that was killed."""
-    while (aside := replaced_result(folder)) is not None:
+    while (aside := find_replaced_result(folder)) is not None:
         if folder.exists() and any(folder.iterdir()):
             remove_tree(aside)
         else:

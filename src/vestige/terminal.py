@@ -28,7 +28,7 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     kept = {match.start() for match in _JOINER.finditer(text)}
-    return "".join(letter if place in kept else _escaped(letter) for place, letter in enumerate(text))
+    return "".join(letter if place in kept else _escape(letter) for place, letter in enumerate(text))
 
 
 def shorten(text: str, width: int = LONGEST_NAME) -> str:
@@ -98,7 +98,7 @@ def _reader_may_be_gone() -> Iterator[None]:
         ) from error
 
 
-def _escaped(letter: str) -> str:
+def _escape(letter: str) -> str:
     if letter in "\n\t" or unicodedata.category(letter) not in _INVISIBLE:
         return letter
     return letter.encode("unicode_escape").decode()

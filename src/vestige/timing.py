@@ -76,7 +76,7 @@ _current: Profile | None = None
 """A variable of the module, not of a context: autograd enters phases in a thread of its own."""
 
 
-def timed(phase: str) -> AbstractContextManager[None]:
+def time_phase(phase: str) -> AbstractContextManager[None]:
     """Count the block's seconds as those of `phase`, when a profile was requested."""
     return nullcontext() if _current is None else _current.phase(phase)
 
@@ -88,7 +88,7 @@ def count_bytes(kind: str, number: int) -> None:
 
 
 @contextmanager
-def profiled(wanted: bool) -> Iterator[Profile | None]:
+def profile_phases(wanted: bool) -> Iterator[Profile | None]:
     """Profile the block; yield None, and measure nothing, unless it is `wanted`."""
     global _current
     if not wanted:

@@ -183,7 +183,7 @@ def try_batch(
     data = cut_examples(inputs.data.subset(cut.rows[middle.start : middle.stop]), TRIED_TOKENS)
     most = rows_bytes // (8 * manifest.width)
     data = data.subset(np.arange(min(len(data), max(1, most))))
-    seconds, content = _timed(settings, inputs, spec, data) if most else (None, None)
+    seconds, content = _time_rows(settings, inputs, spec, data) if most else (None, None)
     held = 8 * len(data) * manifest.width if most else 0
     return Trial(data, content, seconds, _most_memory(next(inputs.loaded.model.parameters()).device) - held)
 
@@ -213,7 +213,7 @@ def estimate_costs(
         drafted = manifest.model_copy(update={"components": columns})
         seconds = None
         if 8 * len(small) * drafted.width <= ROWS_BYTES and trial.seconds_per_token is not None:
-            rate = _timed(settings, inputs, one, small)[0]
+            rate = _time_rows(settings, inputs, one, small)[0]
             reference = reference or rate
             seconds = rate / reference * trial.seconds_per_token * tokens
         row_bytes = {dtype: drafted.model_copy(update={"dtype": dtype}).row_bytes for dtype in DTYPES}
@@ -267,7 +267,7 @@ def check_time(cost: Cost, trial: Trial) -> Check:
     return Check("time", "good", f"about {format_seconds(cost.seconds)}", advice, cost.seconds)
 
 
-def _timed(
+def _time_rows(
     settings: DoctorSettings, inputs: Inputs, spec: CompressionSpec, data: TokenizedData
 ) -> tuple[float, ShardContent]:
     """Return the seconds per padded token, and what was computed; hooks and maps are made before the clock starts."""

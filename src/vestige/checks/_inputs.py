@@ -219,7 +219,7 @@ def _without_rule(row: CoverageRow) -> int:
 
 def _check_precision(loaded: LoadedModel) -> Check:
     run = str(run_precision(loaded.model)).removeprefix("torch.")
-    stored = _stored_precision(loaded.name)
+    stored = _read_stored_precision(loaded.name)
     value = run if stored in (None, run) else f"{run}, from a {stored} checkpoint"
     if run in ("float32", "float64"):
         return Check("precision", "good", value, "Gradients keep their digits.")
@@ -228,7 +228,7 @@ def _check_precision(loaded: LoadedModel) -> Check:
     return Check("precision", "warn", value, advice)
 
 
-def _stored_precision(name: str) -> str | None:
+def _read_stored_precision(name: str) -> str | None:
     """Return the number format in a checkpoint's config.json; None for a live module or where it is missing."""
     try:
         config = parse_json((Path(name).expanduser() / "config.json").read_text())

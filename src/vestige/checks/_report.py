@@ -134,7 +134,7 @@ def _coverage(report: "DoctorReport") -> list[str]:
         [row.kind, f"{row.parameters:,}", f"{row.selected:,}", f"{row.without_rule:,}", row.reason]
         for row in report.coverage
     ]
-    return _aligned(rows)
+    return _align(rows)
 
 
 def _costs(costs: Sequence["Cost"]) -> list[str]:
@@ -144,10 +144,10 @@ def _costs(costs: Sequence["Cost"]) -> list[str]:
         seconds = "not tried" if cost.seconds is None else format_seconds(cost.seconds)
         disk = [format_bytes(cost.disk_bytes[dtype]) for dtype in dtypes]
         rows.append([cost.compress, f"{cost.numbers:,}", seconds, format_bytes(cost.memory_bytes), *disk])
-    return _aligned(rows, right=range(1, len(rows[0])))
+    return _align(rows, right=range(1, len(rows[0])))
 
 
-def _aligned(rows: list[list[str]], right: Sequence[int] | None = None) -> list[str]:
+def _align(rows: list[list[str]], right: Sequence[int] | None = None) -> list[str]:
     """Align rows in columns; by default those that hold only numerals are set flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     if right is None:

@@ -27,17 +27,17 @@ def as_function(command: Command) -> Callable[..., None]:
     settings = command.settings
     signature = _signature(settings)
 
-    def parsed(*words: Any, **flags: Any) -> None:
+    def parse(*words: Any, **flags: Any) -> None:
         typed = signature.bind(*words, **flags).arguments
         config = typed.pop("config", None)
         given = {} if config is None else _read_config(config, settings)
         command.run(settings(**(given | {name: _read_words(settings, name, value) for name, value in typed.items()})))
 
-    vars(parsed)["__signature__"] = signature
-    parsed.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
-    parsed.__name__ = command.name.split()[-1].replace("-", "_")
-    parsed.__doc__ = command.help if command.more is None else f"{command.help}\n\n{import_object(command.more)()}"
-    return parsed
+    vars(parse)["__signature__"] = signature
+    parse.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    parse.__name__ = command.name.split()[-1].replace("-", "_")
+    parse.__doc__ = command.help if command.more is None else f"{command.help}\n\n{import_object(command.more)()}"
+    return parse
 
 
 def _read_words(settings: type[Settings], name: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ from vestige.settings import (
     StatusSettings,
     ViewSettings,
 )
-from vestige.storage import partial_folder, replaced_result
+from vestige.storage import find_replaced_result, partial_folder
 from vestige.terminal import lines_of_facts, say, show
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def describe(folder: Path) -> str:
     registered = (import_object(one.status)(folder) for one in COMMANDS if one.status)
     parts = [text for text in registered if text is not None] or _describe_own(folder)
     parts += ["\n".join(job.lines()) for job in _jobs(folder)]
-    if (aside := replaced_result(folder)) is not None:
+    if (aside := find_replaced_result(folder)) is not None:
         parts.append(
             f"{folder} was being replaced when the command was stopped. The earlier result lies in {aside}: the next "
             "command with this --out puts it back."
@@ -259,7 +259,7 @@ def _verify(folder: Path) -> Iterator[str]:
         UserError: The folder is none of these.
         CorruptFile: After the last line, if a file is not what was written.
     """
-    checked = _checked_files(folder)
+    checked = _check_files(folder)
     faults = [name for name, fault in checked.items() if fault is not None]
     yield from (f"  {name}: {'as written' if fault is None else fault}" for name, fault in checked.items())
     others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -273,7 +273,7 @@ def _verify(folder: Path) -> Iterator[str]:
     yield f"{folder}: all {len(checked)} files that have a sha256 are as they were written."
 
 
-def _checked_files(folder: Path) -> Mapping[str, str | None]:
+def _check_files(folder: Path) -> Mapping[str, str | None]:
     """Return the fault of each file that has a digest, None where there is none."""
     from vestige.indexes import Index, read_manifest
     from vestige.runs import file_faults, is_audit, is_run, read_audit_record, read_record

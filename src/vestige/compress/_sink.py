@@ -9,7 +9,7 @@ from torch import Tensor
 from vestige.compress._apply import LeftFactor, ReducedFactor, RightFactor, combine, reduce_factor
 from vestige.compress._types import Compressor
 from vestige.gradients import Factor, Side
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 
 class CompressingSink:
@@ -37,12 +37,12 @@ class CompressingSink:
 
     def reduce(self, component: int, side: Side, factor: Factor) -> ReducedFactor:
         """Return the factor under its side's map: what the other factor will be combined with."""
-        with timed("compression"):
+        with time_phase("compression"):
             return reduce_factor(self.compressors[component], side, factor)
 
     def accumulate(self, component: int, examples: slice, left: LeftFactor, right: RightFactor) -> None:
         """Add the compressed gradients of `examples` from both reduced factors."""
-        with timed("compression"):
+        with time_phase("compression"):
             compressed = combine(self.compressors[component], left, right)
             # Of a model on several devices, each component is compressed on its own.
             self.gradients[examples, self.columns[component]] += compressed.to(self.gradients.device)

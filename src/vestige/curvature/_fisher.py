@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vestige.curvature._diagonal import absolute_damping
 from vestige.errors import NonFinite
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 DAMPING = 1.0
 """Relative damping by default: the mean eigenvalue of each block, chosen without labels. It halves the weight of a
@@ -70,7 +70,7 @@ class FisherBlocks:
         Raises:
             NonFinite: a block is not positive definite even when damped; names the component.
         """
-        with timed("preconditioning"):
+        with time_phase("preconditioning"):
             return DampedInverse(tuple(_cholesky(block, damping) for block in self.blocks), self.columns)
 
     def in_unit_of_one(self) -> "FisherBlocks":
@@ -108,7 +108,7 @@ class DampedInverse(NamedTuple):
     def apply(self, vectors: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
         """Return `(F + d I)^-1 v` of every vector."""
         solved = torch.empty_like(vectors)
-        with timed("preconditioning"):
+        with time_phase("preconditioning"):
             for factor, columns in zip(self.factors, self.columns, strict=True):
                 solved[:, columns] = torch.cholesky_solve(vectors[:, columns].double().T, factor).T.to(vectors.dtype)
         return solved
@@ -160,7 +160,7 @@ def fisher_sums(columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row co
     """Return `sum_i g_i g_i^T` of every component from a stream of gradients; memory is the matrices alone."""
     sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
     for gradients in blocks:
-        with timed("preconditioning"):
+        with time_phase("preconditioning"):
             for total, part in zip(sums, columns, strict=True):
                 piece = gradients[:, part]
                 total.addmm_(piece.T, piece)

@@ -18,7 +18,7 @@ from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
 from vestige.gradients._taps import attach_all, modules_of
 from vestige.gradients._types import Factor, FactorSink, Side
 from vestige.models import Component
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 
 class GradientPass:
@@ -85,10 +85,10 @@ class GradientPass:
         self._sink, self._examples = noting, example_count(batch)
         try:
             with torch.enable_grad():
-                with timed("forward"), self._uses or nullcontext():
+                with time_phase("forward"), self._uses or nullcontext():
                     losses = self._losses(batch)
                 if losses.requires_grad:
-                    with timed("backward"):
+                    with time_phase("backward"):
                         losses.sum().backward()
             unexplained = self._uses.unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])

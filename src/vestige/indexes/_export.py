@@ -16,7 +16,7 @@ from vestige.indexes._store import Index, IndexBlock
 from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportSettings, verb
-from vestige.storage import check_disk, staged_folder, write_durably
+from vestige.storage import check_disk, stage_folder, write_durably
 
 _KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
 """What can be exported: the first word of a format's name, and what messages call it."""
@@ -81,7 +81,7 @@ def _format(kind: str, to: str, path: Path) -> ExportFormat:
 
 def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
     """Return the files that `write` left in a folder, at their paths in `out`, which has all of them at once."""
-    with staged_folder(out) as folder:
+    with stage_folder(out) as folder:
         written = [path.relative_to(folder) for path in write(folder)]
     return [out / path for path in written]
 

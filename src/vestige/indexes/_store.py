@@ -19,7 +19,7 @@ from vestige.indexes._examples import read_examples, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expected_shards, read_manifest
 from vestige.indexes._shards import StoredRows, content_digest, map_shard, read_marker, shard_fault, shard_path
 from vestige.row_order import by_window
-from vestige.timing import count_bytes, timed
+from vestige.timing import count_bytes, time_phase
 
 BLOCK_BYTES = 4 * 2**20
 """Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
@@ -304,5 +304,5 @@ def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iter
 
 def _waited(coming: Future[IndexBlock]) -> IndexBlock:
     """Return the block; reading takes the time that is spent waiting for it."""
-    with timed("reading"):
+    with time_phase("reading"):
         return coming.result()

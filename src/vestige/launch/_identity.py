@@ -10,7 +10,7 @@ import psutil
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
 from vestige.lockstep import ROLE_VARIABLE
-from vestige.storage import finished_of, is_held_by, this_host
+from vestige.storage import find_result_folder, is_held_by, this_host
 
 
 class Worker(NamedTuple):
@@ -68,7 +68,7 @@ def works_on(worker: Worker, job: Path) -> bool:
         role = process.environ().get(ROLE_VARIABLE)
         if role is not None and json.loads(role).get("job") == str(job.resolve()):
             return True
-        result = finished_of(job.resolve().parent.parent)
+        result = find_result_folder(job.resolve().parent.parent)
         if any(is_held_by(folder, worker.pid) for folder in (result, *result.parents[:-1])):
             return True
         words, place = process.cmdline(), Path(process.cwd())

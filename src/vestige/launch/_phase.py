@@ -10,7 +10,7 @@ from vestige.launch._follow import is_follower
 from vestige.lockstep import is_first
 from vestige.progress import announce, format_seconds
 from vestige.storage import write_durably
-from vestige.timing import Profile, profiled
+from vestige.timing import Profile, profile_phases
 
 PROFILE_FILE = "profile.json"
 
@@ -32,7 +32,7 @@ def phase(label: str, unit: str) -> Iterator[list[int]]:
 @contextmanager
 def profile(wanted: bool) -> Iterator[Profile | None]:
     """Measure the block if `wanted`, and show the table when it ends without an error."""
-    with profiled(wanted) as measured:
+    with profile_phases(wanted) as measured:
         yield measured
     if measured is not None:
         announce(measured.table())

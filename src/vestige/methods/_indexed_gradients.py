@@ -15,7 +15,7 @@ from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
 from vestige.models import batch_sharing
 from vestige.progress import announce
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 PARTS_NUMBERS = 2**26
 """Most numbers alive at once while gradients of the whole model are computed component by component."""
@@ -86,7 +86,7 @@ class IndexedGradients(InPieces):
         """Yield the scores of a piece: one matrix product per block of the index."""
         whole = torch.cat(vectors, dim=1)
         for block in self.piece_blocks(piece):
-            with timed("scoring"):
+            with time_phase("scoring"):
                 scores = whole @ block.gradients.T
                 lengths = block.norm if self.measure is None else self.measure(block.gradients)
             yield block.example, scores, lengths if norms else None
@@ -130,7 +130,7 @@ class IndexedGradients(InPieces):
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield squared norms of the stored rows."""
         for block in self.piece_blocks(piece):
-            with timed("scoring"):
+            with time_phase("scoring"):
                 squared = block.gradients.square().sum(1)
             yield block.example, squared
 

@@ -15,7 +15,7 @@ from vestige.methods._protocol import Job
 from vestige.methods._registry import method
 from vestige.methods._stores import Vectors
 from vestige.runs import Meaning, ScoreBlock
-from vestige.timing import timed
+from vestige.timing import time_phase
 
 Relative = Literal["none", "theta", "loss", "cosine"]
 
@@ -125,7 +125,7 @@ class Influence(GradientMethod):
 
         def blocks(piece: int) -> Iterator[ScoreBlock]:
             for block in store.piece_blocks(piece):
-                with timed("scoring"):
+                with time_phase("scoring"):
                     scores = squared(block.gradients).square()
                     if self.relative != "none":
                         lengths = divisor(block.gradients)

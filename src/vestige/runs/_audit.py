@@ -19,7 +19,7 @@ from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
 from vestige.runs._listing import _aligned
 from vestige.runs._record import RECORD_FILE
 from vestige.runs._write import check_target
-from vestige.storage import staged_folder
+from vestige.storage import stage_folder
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
@@ -277,7 +277,7 @@ def write_audit(
     """
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
-    with staged_folder(folder, replace=overwrite) as attempt:
+    with stage_folder(folder, replace=overwrite) as attempt:
         (attempt / FIGURES).mkdir()
         write_evidence(attempt / EVIDENCE_FILE, evidence)
         parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")

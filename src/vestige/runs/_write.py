@@ -18,7 +18,7 @@ from vestige.runs._self_influence import write_self_influence
 from vestige.runs._tables import ComponentScores, TokenScores
 from vestige.runs._token_text import Decoder
 from vestige.runs._topk import RankedScore
-from vestige.storage import remove_partial, require_no_links, require_no_others, staged_folder
+from vestige.storage import remove_partial, require_no_links, require_no_others, stage_folder
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData
@@ -108,7 +108,7 @@ def write_run(
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
     _check_ids(content.queries)
-    with staged_folder(folder, replace=overwrite) as attempt:
+    with stage_folder(folder, replace=overwrite) as attempt:
         _write_tables(attempt, record, content)
         if add is not None:
             add(attempt)

@@ -110,13 +110,13 @@ class Settings(BaseModel):
             if isinstance(value, bool):
                 words.append(flag(name) if value else "--no-" + flag(name)[2:])
             elif isinstance(value, list):
-                words += [word for item in value for word in _flagged(name, str(item))]
+                words += [word for item in value for word in _words_of(name, str(item))]
             elif isinstance(value, dict):
-                words += [word for key, item in value.items() for word in _flagged(name, f"{key}={_typed(item)}")]
+                words += [word for key, item in value.items() for word in _words_of(name, f"{key}={_spell(item)}")]
             elif name in self.positional and not str(value).startswith("-"):
                 words.append(str(value))
             else:
-                words += _flagged(name, str(value))
+                words += _words_of(name, str(value))
         return shlex.join(words)
 
     @model_validator(mode="before")
@@ -179,12 +179,12 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
 
 
-def _flagged(name: str, value: str) -> list[str]:
+def _words_of(name: str, value: str) -> list[str]:
     """Return the words of one value; one that begins as a flag does is tied to its own."""
     return [f"{flag(name)}={value}"] if value.startswith("-") else [flag(name), value]
 
 
-def _typed(value: Any) -> str:
+def _spell(value: Any) -> str:
     """Return a value of an option as it is typed."""
     return "none" if value is None else str(value)
 
@@ -228,7 +228,7 @@ def _check_place(text: str, longest: int | None) -> None:
         raise ValueError("a file or folder with a name of its own")
 
 
-def _shown(value: Any) -> str:
+def _show_value(value: Any) -> str:
     """Shorten the value for a message, which a huge one must not fill."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return "a number beyond all bounds" if value > 0 else "a number below all bounds"
@@ -249,4 +249,4 @@ def _explain(settings: type[Settings], problems: list[Mapping[str, Any]]) -> str
     meaning = known[name].description
     if problem["type"] == "missing":
         return f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or `{name}: VALUE` in a config file."
-    return f"`{name}` was {_shown(problem['input'])}, expected {expected}. {flag(name)}: {meaning}"
+    return f"`{name}` was {_show_value(problem['input'])}, expected {expected}. {flag(name)}: {meaning}"

@@ -93,7 +93,7 @@ def _one_or_several(value: Any) -> Any:
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 
 
-def _named_values(value: Any) -> Any:
+def _parse_named_values(value: Any) -> Any:
     """Convert words such as "labels=data" to a mapping, and leave a mapping as it is."""
     if isinstance(value, Mapping):
         return dict(value)
@@ -107,7 +107,7 @@ def _named_values(value: Any) -> Any:
     return found
 
 
-Options = Annotated[dict[str, Any], BeforeValidator(_named_values)]
+Options = Annotated[dict[str, Any], BeforeValidator(_parse_named_values)]
 """Values by name: a mapping, or words `name=value`; the receiver checks names and types."""
 
 

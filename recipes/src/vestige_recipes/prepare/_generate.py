@@ -167,7 +167,7 @@ class LocalModel:
         )
         if getattr(self._loaded.tokenizer, "chat_template", None) is None:
             raise ModelError(
-                f"{self._loaded.name} has no chat template, so it cannot be told to paraphrase. Choose a model "
+                f"{self._loaded.name} has no chat template, so it cannot be instructed to paraphrase. Choose a model "
                 "that was trained to follow instructions, --api-model, or --rules."
             )
         self._fingerprint = model_fingerprint(self._loaded.model)

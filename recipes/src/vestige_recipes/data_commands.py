@@ -144,9 +144,7 @@ class MultipleChoiceSettings(PreparationSettings):
         description="Columns: arc (question, choices with text and label, answerKey), mmlu (question, choices, answer) "
         "or ethics (input, label); auto looks at each row.",
     )
-    label_noise: float = Field(
-        0.0, ge=0, le=1, description="Chance that a label is replaced by a random choice."
-    )
+    label_noise: float = Field(0.0, ge=0, le=1, description="Chance that a label is replaced by a random choice.")
     seed: NonNegativeInt = Field(0, description="Seed of the templates and of the noise, each by row.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
     tokenizer: Any = Field(None, description="Of --max-length: hub id or folder of the model whose tokens are counted.")

@@ -10,7 +10,7 @@ from vestige.data import load_examples
 from vestige.errors import DataError, SpecError
 from vestige.training._alarm import AtRisk, write_at_risk
 from vestige_recipes.prepare import _clean
-from vestige_recipes.prepare._clean import near_copies, shingles
+from vestige_recipes.prepare.cleaning import near_copies, shingles
 
 ROWS = [
     {"id": "a", "text": "A secret number: 12345", "source": "mail"},

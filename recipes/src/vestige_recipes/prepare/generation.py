@@ -14,7 +14,7 @@ from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_ro
 from vestige.progress import announce
 from vestige.settings import verb
 from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
-from vestige_recipes.prepare._replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
+from vestige_recipes.prepare.replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
 KIND = "generate"
 _SPARE = 32

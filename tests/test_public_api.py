@@ -81,7 +81,7 @@ def test_the_fields_of_settings_have_types_and_descriptions():
             assert field.description.endswith("."), (settings, name)
 
 
-def test_rooms_use_only_public_names_of_each_other():
+def test_packages_use_only_public_names_of_each_other():
     root = Path(vestige.__file__).parent
     for path in root.rglob("*.py"):
         foreign = set(re.findall(r"from vestige\.(\w+)\._\w+ import", path.read_text()))

@@ -10,12 +10,11 @@ from vestige.checks._doctor import (
     estimate_costs as estimate_costs,
     try_batch as try_batch,
 )
-from vestige.checks._gradients import (
+from vestige.checks._gradients import check_slope as check_slope, measure_slope as measure_slope
+from vestige.checks._inputs import (
     PROBE_TOKENS as PROBE_TOKENS,
-    check_slope as check_slope,
     choose_probes as choose_probes,
     cut_examples as cut_examples,
-    measure_slope as measure_slope,
     pad_examples as pad_examples,
 )
 from vestige.checks._report import (

@@ -10,22 +10,17 @@ import numpy as np
 import psutil
 import torch
 
-from vestige.checks._gradients import (
-    PROBE_TOKENS,
-    check_autograd,
-    check_finite,
-    check_slope,
-    choose_probes,
-    cut_examples,
-    explain_sharing,
-    try_batches,
-)
+from vestige.checks._gradients import check_autograd, check_finite, check_slope, try_batches
 from vestige.checks._inputs import (
+    PROBE_TOKENS,
     check_adapter,
     check_data,
     check_knowledge,
     check_model,
+    choose_probes,
     count_by_kind,
+    cut_examples,
+    explain_sharing,
     run_precision,
 )
 from vestige.checks._report import Check, Cost, DoctorReport

@@ -1,6 +1,5 @@
 """Gradients against plain autograd, against finite differences, and under other batches and paddings."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -8,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
+from vestige.checks._inputs import EXTRA_PADDING, cut_examples, pad_examples, rows_by_length
 from vestige.checks._report import Check, Verdict
 from vestige.data import Batch, Sharing, TokenizedData, make_batch, plan_batches
 from vestige.gradients import (
@@ -26,8 +25,6 @@ from vestige.gradients import (
 from vestige.indexes import CompressedGradients, IndexedComponent, ShardContent
 from vestige.models import Component, batch_sharing, parameter_view
 
-PROBES, PROBE_TOKENS = 4, 64
-EXTRA_PADDING = 7
 GROUP = 50_000_000
 """Most parameters whose gradients are held at once, for two examples and twice."""
 MOST_PARAMETERS = 150_000_000
@@ -51,52 +48,6 @@ _GOOD, _BAD, _UNSURE = 0.01, 0.1, 0.05
 known to 1e-2; what neighbouring steps disagree by is tolerated three times on top."""
 
 
-def choose_probes(data: TokenizedData, context: int | None) -> TokenizedData:
-    """Choose up to four examples with targets, of different lengths, cut to 64 tokens around their first target.
-
-    A lone example gets its own tokens in reverse as company: something to be independent of.
-    """
-    tokens = PROBE_TOKENS if context is None else max(2, min(PROBE_TOKENS, context - EXTRA_PADDING))
-    rows = _rows_by_length(data)
-    short = rows[data.lengths[rows] <= tokens]
-    pool = short if len(short) >= PROBES else rows[:PROBES]
-    picked = pool[np.linspace(0, len(pool) - 1, min(PROBES, len(pool))).astype(int)]
-    probes = cut_examples(data.subset(picked), tokens)
-    if len(probes) > 1:
-        return probes
-    twice = probes.subset([0, 0])
-    return dataclasses.replace(twice, input_ids=[twice.input_ids[0], twice.input_ids[1][::-1].copy()])
-
-
-def _rows_by_length(data: TokenizedData) -> Int[np.ndarray, "kept"]:
-    """Return the rows with targets, the shortest first."""
-    rows = np.flatnonzero(data.target_counts > 0)
-    return rows[np.argsort(data.lengths[rows], kind="stable")]
-
-
-def cut_examples(data: TokenizedData, tokens: int) -> TokenizedData:
-    """Cut each example to at most `tokens` tokens, beginning at most half a window before its first target."""
-    ids, targets = [], []
-    for row_ids, row_targets in zip(data.input_ids, data.targets, strict=True):
-        first = int(row_targets.argmax()) if row_targets.any() else 0
-        start = max(0, min(first - tokens // 2, len(row_ids) - tokens))
-        ids.append(row_ids[start : start + tokens])
-        window = row_targets[start : start + tokens].copy()
-        window[:1] = False
-        targets.append(window)
-    return dataclasses.replace(data, input_ids=ids, targets=targets)
-
-
-def pad_examples(data: TokenizedData, widths: Int[np.ndarray, "example"]) -> TokenizedData:
-    """Fill each example up on the right to its width, with tokens that are no targets."""
-    more = np.maximum(0, np.asarray(widths) - data.lengths)
-    return dataclasses.replace(
-        data,
-        input_ids=[np.pad(ids, (0, count)) for ids, count in zip(data.input_ids, more, strict=True)],
-        targets=[np.pad(mask, (0, count)) for mask, count in zip(data.targets, more, strict=True)],
-    )
-
-
 class Difference(NamedTuple):
     """How far the gradient of one component is from autograd's, where that is worst."""
 
@@ -116,7 +67,7 @@ def check_autograd(
     Tried are the shortest and the longest example that have a target, whole up to the model's context.
     """
     name, tolerance = "autograd", TOLERANCE[next(model.parameters()).dtype]
-    ends = data.subset(np.unique(_rows_by_length(data)[[0, -1]]))
+    ends = data.subset(np.unique(rows_by_length(data)[[0, -1]]))
     ends = ends if context is None else cut_examples(ends, context)
     found = [one for group in _groups(components) for one in _compare(model, group, loss, ends)]
     unused = [one.component for one in found if one.ours == one.autograd == 0]
@@ -296,25 +247,6 @@ def _check_same(
             "--token-budget 1 runs every example alone."
         )
     return Check(name, verdict, value, advice, worst)
-
-
-def explain_sharing(check: Check, sharing: Sharing, lengths: Int[np.ndarray, "example"]) -> Check:
-    """Add to the check of batches which examples the model keeps apart."""
-    if sharing.equal:
-        advice = "The adapter's invocation holds the padding token: only examples of one length share a batch."
-        return dataclasses.replace(check, advice=f"{check.advice} {advice}")
-    groups = [int((np.asarray(lengths) > switch).sum()) for switch in sharing.switches]
-    if not groups:
-        return check
-    switches = ", ".join(f"{switch:,}" for switch in sharing.switches)
-    advice = (
-        f"The model's rotary positions take other factors beyond {switches} tokens, for the whole batch at once: "
-        f"{max(groups):,} of {len(lengths):,} examples are longer. Vestige never puts examples from both sides into "
-        "one batch, so every score is that of the example alone; other software may not."
-    )
-    mixed = any(0 < count < len(lengths) for count in groups)
-    verdict: Verdict = "warn" if mixed and check.verdict == "good" else check.verdict
-    return dataclasses.replace(check, verdict=verdict, advice=f"{check.advice} {advice}")
 
 
 def check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:

@@ -1,5 +1,6 @@
-"""Checks of the tokenised examples, without running the model, and of what the model is and how it runs."""
+"""Checks of the tokenised examples, without running the model, and of what the model is; a few examples to try."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from torch import nn
 
 from vestige.checks._report import Check, Coverage, Verdict
-from vestige.data import TokenizedData
+from vestige.data import Sharing, TokenizedData
 from vestige.gradients import CausalLoss, Knowledge
 from vestige.models import CoverageRow, LoadedModel, Selection, adapter_kind, adapter_parameters, parameter_words
 from vestige.parsing import parse_json
@@ -17,6 +18,8 @@ from vestige.parsing import parse_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PROBES, PROBE_TOKENS = 4, 64
+EXTRA_PADDING = 7
 _NAMED = 3
 _EXACT_ATTENTION = ("eager", "sdpa")
 
@@ -313,3 +316,68 @@ def _check_coverage(selection: Selection) -> Check:
     kinds = "; ".join(dict.fromkeys(row.reason for row in missing))
     advice = f"{count:,} parameters cannot be attributed to ({kinds}), such as {missing[0].name}."
     return Check("coverage", "warn", value, advice, count)
+
+
+def explain_sharing(check: Check, sharing: Sharing, lengths: Int[np.ndarray, "example"]) -> Check:
+    """Add to the check of batches which examples the model keeps apart."""
+    if sharing.equal:
+        advice = "The adapter's invocation holds the padding token: only examples of one length share a batch."
+        return dataclasses.replace(check, advice=f"{check.advice} {advice}")
+    groups = [int((np.asarray(lengths) > switch).sum()) for switch in sharing.switches]
+    if not groups:
+        return check
+    switches = ", ".join(f"{switch:,}" for switch in sharing.switches)
+    advice = (
+        f"The model's rotary positions take other factors beyond {switches} tokens, for the whole batch at once: "
+        f"{max(groups):,} of {len(lengths):,} examples are longer. Vestige never puts examples from both sides into "
+        "one batch, so every score is that of the example alone; other software may not."
+    )
+    mixed = any(0 < count < len(lengths) for count in groups)
+    verdict: Verdict = "warn" if mixed and check.verdict == "good" else check.verdict
+    return dataclasses.replace(check, verdict=verdict, advice=f"{check.advice} {advice}")
+
+
+def choose_probes(data: TokenizedData, context: int | None) -> TokenizedData:
+    """Choose up to four examples with targets, of different lengths, cut to 64 tokens around their first target.
+
+    A lone example gets its own tokens in reverse as company: something to be independent of.
+    """
+    tokens = PROBE_TOKENS if context is None else max(2, min(PROBE_TOKENS, context - EXTRA_PADDING))
+    rows = rows_by_length(data)
+    short = rows[data.lengths[rows] <= tokens]
+    pool = short if len(short) >= PROBES else rows[:PROBES]
+    picked = pool[np.linspace(0, len(pool) - 1, min(PROBES, len(pool))).astype(int)]
+    probes = cut_examples(data.subset(picked), tokens)
+    if len(probes) > 1:
+        return probes
+    twice = probes.subset([0, 0])
+    return dataclasses.replace(twice, input_ids=[twice.input_ids[0], twice.input_ids[1][::-1].copy()])
+
+
+def rows_by_length(data: TokenizedData) -> Int[np.ndarray, "kept"]:
+    """Return the rows with targets, the shortest first."""
+    rows = np.flatnonzero(data.target_counts > 0)
+    return rows[np.argsort(data.lengths[rows], kind="stable")]
+
+
+def cut_examples(data: TokenizedData, tokens: int) -> TokenizedData:
+    """Cut each example to at most `tokens` tokens, beginning at most half a window before its first target."""
+    ids, targets = [], []
+    for row_ids, row_targets in zip(data.input_ids, data.targets, strict=True):
+        first = int(row_targets.argmax()) if row_targets.any() else 0
+        start = max(0, min(first - tokens // 2, len(row_ids) - tokens))
+        ids.append(row_ids[start : start + tokens])
+        window = row_targets[start : start + tokens].copy()
+        window[:1] = False
+        targets.append(window)
+    return dataclasses.replace(data, input_ids=ids, targets=targets)
+
+
+def pad_examples(data: TokenizedData, widths: Int[np.ndarray, "example"]) -> TokenizedData:
+    """Fill each example up on the right to its width, with tokens that are no targets."""
+    more = np.maximum(0, np.asarray(widths) - data.lengths)
+    return dataclasses.replace(
+        data,
+        input_ids=[np.pad(ids, (0, count)) for ids, count in zip(data.input_ids, more, strict=True)],
+        targets=[np.pad(mask, (0, count)) for mask, count in zip(data.targets, more, strict=True)],
+    )

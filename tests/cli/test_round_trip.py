@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from vestige.errors import SpecError, UserError
+from vestige.indexes import index
 from vestige.launch import worker_command
-from vestige.launch._command import require_command
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 
 
@@ -33,13 +33,12 @@ def test_questions_and_options_too(settings_of):
     assert found.options == {"-a": "-b", "labels": "none"}
 
 
-@pytest.mark.parametrize("data", [["text a", "text b"], ["d.jsonl"]])
-def test_a_list_of_texts_never_becomes_names_of_files(data):
-    settings = IndexSettings(model="m", data=data, out=Path("idx"), workers=2)
-    command = worker_command(settings, "index")
-    assert command is None
+@pytest.mark.parametrize("data", [["text a", "text b"], ["train.jsonl"]])
+def test_a_list_of_texts_never_becomes_names_of_files(data, workshop):
+    settings = IndexSettings(model="tiny-model", data=data, out=Path("idx"), workers=2)
+    assert worker_command(settings, "index") is None
     with pytest.raises(UserError, match="or as a list of texts"):
-        require_command(command)
+        index(**settings.arguments())
     paths = IndexSettings(model="m", data=[Path("a.jsonl"), Path("b.jsonl")], out=Path("idx"))
     assert worker_command(paths, "index")[3:] == shlex.split("index --model m --data a.jsonl --data b.jsonl --out idx")
 

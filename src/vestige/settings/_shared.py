@@ -1,4 +1,4 @@
-"""Settings that several commands share: how text becomes tokens, and what is attributed to."""
+"""Settings that several commands share: where work runs, how text becomes tokens, and what is attributed to."""
 
 import math
 import re
@@ -25,33 +25,25 @@ class LaunchSettings(Settings):
     """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
     workers: PositiveInt = Field(
-        default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
+        1, description="Processes that share the work, each with a model of its own; 1 works in this process."
     )
-    engine: Engine = Field(
-        default="local", description="Where workers run: local processes, or slurm for a batch array."
-    )
+    engine: Engine = Field("local", description="Where workers run: local processes, or slurm for a batch array.")
     shard: str | None = Field(
-        default=None,
+        None,
         description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler.",
     )
-    threads: PositiveInt = Field(default=1, description="Processor threads of each of several workers.")
-    retries: NonNegativeInt = Field(
-        default=2, description="How often a piece that failed or lost its worker is tried again."
-    )
-    partition: str | None = Field(default=None, description="slurm: partition of the jobs.")
-    account: str | None = Field(default=None, description="slurm: account that the jobs are charged to.")
-    gres: str | None = Field(default=None, description="slurm: resources of each worker, such as gpu:1.")
+    threads: PositiveInt = Field(1, description="Processor threads of each of several workers.")
+    retries: NonNegativeInt = Field(2, description="How often a piece that failed or lost its worker is tried again.")
+    partition: str | None = Field(None, description="slurm: partition of the jobs.")
+    account: str | None = Field(None, description="slurm: account that the jobs are charged to.")
+    gres: str | None = Field(None, description="slurm: resources of each worker, such as gpu:1.")
     time: str | None = Field(
-        default=None, description="slurm: time limit of each job, such as 4:00:00; unfinished work is queued again."
+        None, description="slurm: time limit of each job, such as 4:00:00; unfinished work is queued again."
     )
-    mem: str | None = Field(default=None, description="slurm: memory of each worker, such as 32G.")
-    setup: str | None = Field(
-        default=None, description="slurm: shell line to run before the work, such as 'module load cuda'."
-    )
-    container: str | None = Field(default=None, description="slurm: Apptainer image that holds Vestige.")
-    wait: bool = Field(
-        default=True, description="slurm: stay, show progress and finish; --no-wait returns once submitted."
-    )
+    mem: str | None = Field(None, description="slurm: memory of each worker, such as 32G.")
+    setup: str | None = Field(None, description="slurm: shell line to run before the work, such as 'module load cuda'.")
+    container: str | None = Field(None, description="slurm: Apptainer image that holds Vestige.")
+    wait: bool = Field(True, description="slurm: stay, show progress and finish; --no-wait returns once submitted.")
 
     @field_validator("shard")
     @classmethod
@@ -87,10 +79,11 @@ SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
 
 
 def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int | float) else value
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_one_or_several)]
 
 
 def _parse_named_values(value: Any) -> Any:
@@ -109,13 +102,6 @@ def _parse_named_values(value: Any) -> Any:
 
 Options = Annotated[dict[str, Any], BeforeValidator(_parse_named_values)]
 """Values by name: a mapping, or words `name=value`; the receiver checks names and types."""
-
-
-def _number_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int | float) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_number_or_several)]
 
 
 SWEPT_DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)

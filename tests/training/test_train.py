@@ -16,7 +16,7 @@ from vestige.cli import main
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError, UserError
 from vestige.models import load_model
-from vestige.settings import TrainSettings, parse_epochs
+from vestige.settings import TrainSettings, list_epochs
 from vestige.training import Recorder, TrainingRun, members_of
 from vestige.training._rows import only_answers
 
@@ -222,8 +222,8 @@ def test_a_finished_training_is_not_done_again(tmp_path, given, monkeypatch):
 
 
 def test_epochs_in_words():
-    assert parse_epochs("0,0.2,0.4,...,1,2,...", 4) == (0, 0.2, 0.4, 0.6, 0.8, 1, 2, 3, 4)
-    assert parse_epochs("0,1,...", 2.5) == (0, 1, 2)
+    assert list_epochs("0,0.2,0.4,...,1,2,...", 4) == (0, 0.2, 0.4, 0.6, 0.8, 1, 2, 3, 4)
+    assert list_epochs("0,1,...", 2.5) == (0, 1, 2)
     assert TrainSettings(model="m", data="d", out="o", epochs=2.5).checkpoint_epochs == (0, 1, 2, 2.5)
     assert TrainSettings(model="m", data="d", out="o", checkpoints=[0, 0.5]).checkpoint_epochs == (0, 0.5, 1)
     for words in ("1,0", "0,...", "...", "", "x", "-1", "nan"):

@@ -58,5 +58,5 @@ from vestige.settings._shared import (
     ReadingSettings as ReadingSettings,
     Scope as Scope,
 )
-from vestige.settings._train import TrainSettings as TrainSettings, parse_epochs as parse_epochs
+from vestige.settings._train import TrainSettings as TrainSettings, list_epochs as list_epochs
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer, UntracSettings as UntracSettings

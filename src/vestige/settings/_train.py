@@ -39,7 +39,7 @@ Epochs = Annotated[str, BeforeValidator(_as_words)]
 """Epochs as words such as 0,0.2,...,1,2,...; a list of numbers is joined."""
 
 
-def parse_epochs(words: str, last: float) -> tuple[float, ...]:
+def list_epochs(words: str, last: float) -> tuple[float, ...]:
     """Return the epochs that `words` stand for, ascending, up to `last`.
 
     Three dots go on as the two numbers before them do, to the number that follows or, at the end, to `last`:
@@ -174,12 +174,12 @@ class TrainSettings(AlarmSettings):
     @property
     def checkpoint_epochs(self) -> tuple[float, ...]:
         """Epochs at which the model is saved, the end included."""
-        listed = parse_epochs(self.checkpoints, self.epochs)
+        listed = list_epochs(self.checkpoints, self.epochs)
         return listed if listed and listed[-1] == self.epochs else (*listed, self.epochs)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        parse_epochs(self.checkpoints, self.epochs)
+        list_epochs(self.checkpoints, self.epochs)
         if self.lora_rank is None:
             given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if self._differs(name)]
             if given:

@@ -13,7 +13,7 @@ from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.models import model_fingerprint
 from vestige.parsing import parse_object
 from vestige.progress import announce
-from vestige.settings import parse_epochs
+from vestige.settings import list_epochs
 from vestige.storage import make_folder, remove_durably, write_durably
 from vestige.training._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
 from vestige.training._checkpoint import (
@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):
             UserError: The Trainer runs on several devices, or has no rows, or is recorded already.
         """
         _refuse_unsupported(trainer, Path(out))
-        parse_epochs(checkpoints, 1.0)
+        list_epochs(checkpoints, 1.0)
         self.folder, self.alarm = Path(out), alarm
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
@@ -104,7 +104,7 @@ class Recorder(TrainerCallback):
         """Bring the record to where the training is, and save the checkpoint before the first step."""
         self._open(state.global_step)
         per_epoch = max(1, ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
-        epochs = parse_epochs(self._epochs, state.max_steps / per_epoch)
+        epochs = list_epochs(self._epochs, state.max_steps / per_epoch)
         self._steps = frozenset(planned_steps(epochs, per_epoch, state.max_steps))
         self._read_log(state.global_step)
         if self.alarm is not None and self.alarm.measure == "psmi":

@@ -16,7 +16,7 @@ from vestige.measures._canaries import compared_tokens, read_canaries
 from vestige.measures._canary_figures import canary_figures
 from vestige.reports import report
 from vestige.runs import CanaryRecord
-from vestige.runs._audit_curves import exposed
+from vestige.runs._audit_record import exposed
 
 DIGITS = "0123456789"
 ROWS = [

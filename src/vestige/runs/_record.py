@@ -1,24 +1,101 @@
 """`run.json`: everything about a run that is not a table, checked when it is read."""
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
+from vestige.files import sha256_of, sha256_once
 from vestige.parsing import first_problem, parse_finite_json
-from vestige.runs._digests import require_unaltered
-from vestige.runs._environment import environment
-from vestige.runs._types import Meaning
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData
     from vestige.models import LoadedModel
     from vestige.runs._summary import ScoreSummary
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Sign, unit, target and normalisation of a score: carried by every run, printed in every report."""
+
+    sign: str
+    """Such as "positive: training on the example lowers the query's loss"."""
+    unit: str
+    """Such as "nats per unit of learning rate", "cosine", "BM25"."""
+    target: str
+    """"this model" or "the average run", or "text alone" for lexical retrieval."""
+    normalisation: str
+    """What the score was divided by, or "none"."""
+    estimates: str
+    """One sentence: what the number estimates."""
+    cost: str
+    """One sentence: passes, memory, disk."""
+    limits: str
+    """One sentence: when not to believe it."""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return a plain dictionary for `run.json`."""
+        return asdict(self)
+
+
+Digests = Mapping[str, str]
+"""sha256 by name, `figures/roc.png` for a file in a folder."""
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the digests of all files in a folder and the folders in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
+    """Compare files with their digests, each once per process; one that has none is of an earlier version.
+
+    Raises:
+        CorruptFile: A file is not what was written.
+    """
+    for name in names:
+        if name in digests and (fault := _fault(folder, name, digests[name], sha256_once)):
+            raise CorruptFile(
+                f"{folder / name} {fault}. Do not trust this run: restore the file from a copy, or make the run again "
+                f"with another --out or with --overwrite. All its files: vestige status --verify {folder}"
+            )
+
+
+def file_faults(folder: Path, digests: Digests) -> dict[str, str | None]:
+    """Return what is wrong with each file of a run, None where nothing is; reads every byte."""
+    return {name: _fault(folder, name, digest, sha256_of) for name, digest in digests.items()}
+
+
+def _fault(folder: Path, name: str, digest: str, read: Callable[[Path], str]) -> str | None:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts:
+        return "lies outside of the run"
+    if not (folder / name).is_file():
+        return "is missing"
+    return None if read(folder / name) == digest else "was altered: its sha256 is not the one in run.json"
+
+
+PACKAGES = ("vestige", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "pyarrow")
+
+
+def environment() -> dict[str, str]:
+    """Return the versions of Python, the platform and the packages that scores depend on; import none of them."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
 
 Record = TypeVar("Record", bound=BaseModel)
 

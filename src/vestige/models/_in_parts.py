@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from vestige import lockstep
 from vestige.errors import ModelError
-from vestige.models._types import LoadedModel
+from vestige.models._components import LoadedModel
 
 
-def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
+def spread_over_ranks(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
     """Spread the model that `read` gives on the CPU of the first process over all processes.
 
     Args:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.files import write_durably
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
-from vestige.runs._scores import _aligned
+from vestige.runs._scores import _align
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
@@ -153,7 +153,7 @@ class EvidenceTable(Sequence[EvidenceRow]):
     def __str__(self) -> str:
         cells = [(str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text) for row in self._rows]
         width = shutil.get_terminal_size((120, 24)).columns
-        return "\n".join([self.title, *_aligned(("rank", "example", self.measure, "text"), cells, width)])
+        return "\n".join([self.title, *_align(("rank", "example", self.measure, "text"), cells, width)])
 
     __repr__ = __str__
 

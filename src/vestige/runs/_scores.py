@@ -78,7 +78,7 @@ class ScoreTable(Sequence[ScoreRow]):
     def __str__(self) -> str:
         cells = [_cells(row) for row in self._rows]
         width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
-        return "\n".join(line for line in (self.title, *_aligned(_HEADINGS, cells, width), self.note) if line)
+        return "\n".join(line for line in (self.title, *_align(_HEADINGS, cells, width), self.note) if line)
 
     __repr__ = __str__
 
@@ -106,7 +106,7 @@ def _cells(row: ScoreRow) -> tuple[Any, ...]:
     return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", percentile, row.turns or row.text
 
 
-def _aligned(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
+def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
     """Align lines with numbers to the right, and cut the last column to what is left of `width`."""
     leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
     left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
@@ -292,7 +292,7 @@ class Scores:
         name = self._query_id(query)
         listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
         listed.sort(key=lambda row: row["rank"])
-        rows = [self._ranked(row) for row in listed[:k]]
+        rows = [self._score_row(row) for row in listed[:k]]
         kept = len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
@@ -302,7 +302,7 @@ class Scores:
         words = excerpt(_words_of(row), _TITLE_WIDTH)
         return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
 
-    def _ranked(self, row: dict[str, Any]) -> ScoreRow:
+    def _score_row(self, row: dict[str, Any]) -> ScoreRow:
         text, source, turns = self._example(row["row"])
         return ScoreRow(
             row["rank"], row["example_id"], row["score"], row["percentile"], text, source, row["row"], turns

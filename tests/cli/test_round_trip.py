@@ -8,8 +8,7 @@ import pytest
 from vestige.cli._app import build_app
 from vestige.cli._command import _typed_in
 from vestige.errors import SpecError, UserError
-from vestige.launch import worker_command
-from vestige.launch._command import require_command
+from vestige.launch import require_command, worker_command
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 
 

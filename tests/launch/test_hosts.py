@@ -12,7 +12,7 @@ from tests.indexes.synthetic import hashes
 from tests.launch import hosts
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder
 from vestige.settings import LaunchSettings
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.launch.toy import ToyPlan
 from vestige import lockstep
 from vestige.errors import DataError, PieceFailed, WorkElsewhere
-from vestige.launch._role import Role, this_role
+from vestige.launch import Role, this_role
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_a_write_that_fails_leaves_no_marker_that_vouches_for_the_old_file(files
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vestige.launch._piece_files.write_durably", full)
+    monkeypatch.setattr("vestige.launch._pieces.write_durably", full)
     with pytest.raises(OSError, match="No space"):
         files.write(0, {"scores": torch.zeros(6)})
     assert not files.is_done(0)

@@ -14,8 +14,7 @@ from tests.launch import slurm
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.launch._identity import is_alive
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder, is_alive
 
 pytestmark = pytest.mark.slow
 

@@ -10,16 +10,16 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, final
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
-from vestige.errors import CorruptFile, UserError
+from vestige import errors
+from vestige.errors import CorruptFile, PieceFailed, UserError
 from vestige.files import make_folder, write_durably
-from vestige.launch._claims import Claims
-from vestige.launch._identity import Worker, this_worker
+from vestige.launch._claims import Claims, Worker, this_worker
 from vestige.parsing import first_problem
 
 JOB_FILES = (
@@ -232,3 +232,51 @@ def _cores() -> int:
 def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return 0 if visible is None else len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+
+
+_SHOWN = 5
+_TAIL_LINES = 12
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Format numbers as people and SLURM write them: 0-3,7,9-11."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
+    """Return the error to raise for these failures; one that the user can fix keeps its class and its words."""
+    for failure in failures:
+        if failure.fatal:
+            kind = getattr(errors, failure.kind, PieceFailed)
+            log = f"\nThe log is {failure.log}." if failure.log else ""
+            return kind(f"{failure.error}{log}")
+    shown = "\n".join(_described(failure) for failure in failures[:_SHOWN])
+    more = f"\n... and {len(failures) - _SHOWN} more." if len(failures) > _SHOWN else ""
+    numbers = ranges(failure.piece for failure in failures)
+    return PieceFailed(
+        f"{name}: {len(failures)} of {pieces} pieces failed every time ({numbers}); the others went on.\n"
+        f"{shown}{more}\nFix the cause and run the same command again: only what is missing is computed."
+    )
+
+
+def _described(failure: Failure) -> str:
+    times = "once" if failure.attempts == 1 else f"{failure.attempts} times"
+    head = f"  piece {failure.piece}, {times}, on {failure.host}: {failure.kind}: {failure.error}"
+    if failure.log:
+        head += f"\n    log: {failure.log}"
+    lines = failure.traceback.rstrip().splitlines() or tail(failure.log)
+    return "\n".join([head, *(f"    {line}" for line in lines[-_TAIL_LINES:])])
+
+
+def tail(log: str) -> list[str]:
+    """Return the last lines of a log, none if it cannot be read."""
+    try:
+        return Path(log).read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else []
+    except OSError:
+        return []

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from vestige.errors import UserError
 from vestige.files import this_host
-from vestige.launch import _scheduler as scheduler
-from vestige.launch._failures import ranges
-from vestige.launch._identity import WORKER, Worker, is_alive, works_on
-from vestige.launch._record import Failure, JobFolder, is_number
+from vestige.launch._claims import WORKER, Worker, is_alive, works_on
+from vestige.launch._record import Failure, JobFolder, is_number, ranges
+from vestige.launch._slurm import cancel_batch_jobs, waiting_or_running
 from vestige.progress import format_seconds
 
 
@@ -123,7 +122,7 @@ def _state(record: dict[str, Any], running: bool) -> str:
     if running or (driver is not None and is_alive(driver)):
         return "running"
     try:
-        queued = scheduler.waiting_or_running(record.get("jobs", ()))
+        queued = waiting_or_running(record.get("jobs", ()))
     except UserError:
         return "unknown: the scheduler does not answer"
     return "running" if queued else "stopped: the same command continues it"
@@ -136,7 +135,7 @@ def _cancel(job: JobFolder) -> Iterator[str]:
     # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
     if jobs := record.get("jobs", []):
-        scheduler.cancel_jobs(jobs)
+        cancel_batch_jobs(jobs)
         yield f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."
     driver = _driver(record)
     workers = {worker.token: worker for worker in [*_held(job).values(), *([driver] if driver else [])]}

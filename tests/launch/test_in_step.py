@@ -63,7 +63,7 @@ def test_a_piece_that_fails_ends_the_work_at_once(tmp_path, sent, become):
     with pytest.raises(PieceFailed, match=r"piece 1 of 4 .* ArithmeticError: cannot square 1\n.*same command again"):
         ToyPlan(tmp_path, pieces=4, fail_once=(1,)).run(retries=2)
     # After the piece nothing was sent: the others may be in the middle of it.
-    assert sent[-1][0].piece == 1
+    assert sent[-1][0] == 1
     become(1)
     with pytest.raises(PieceFailed, match="cannot square 1"):
         ToyPlan(tmp_path / "other", pieces=4, fail=(1,)).run()

@@ -1,9 +1,8 @@
 """`run_plan`: every piece is done, wherever the settings want it done, and the result is returned."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
 
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
 from vestige.launch._local import require_command, work_in_processes
@@ -16,20 +15,12 @@ from vestige.lockstep import decided, in_step, is_first, lost_process
 from vestige.settings import LaunchSettings
 
 
-class _Order(NamedTuple):
-    """What the first process makes the others do next."""
+def run_in_process_group(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Result]], Result]) -> Result:
+    """Return the result of a plan whose every piece takes all processes, because the model is sharded over them.
 
-    piece: int | None = None
-    """Compute it; None: nothing more is to be done."""
-    elsewhere: str | None = None
-    """The message when the rest of the work is for others."""
-
-
-def run_in_step(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Result]], Result]) -> Result:
-    """Return the plan's result in every process: the first one drives as it would alone, the others follow it.
-
-    Claims, failures and the record of the job are the first one's. A piece that fails is not tried again: the others
-    may be in the middle of it, so the command ends.
+    The first process drives as it would alone, and broadcasts what the others do next: the number of a piece, None when
+    nothing is left, or the message when the rest is for others. Claims, failures and the record of the job are the
+    first one's. A piece that fails is not tried again: the others may be in the middle of it, so the command ends.
 
     Raises:
         PieceFailed: A piece raised what no caller can fix.
@@ -38,75 +29,44 @@ def run_in_step(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Result]], Resu
     """
     if not decided(lambda: missing_pieces(plan)):
         return plan.reduce()
-    return _first(plan, drive) if is_first() else _other(plan)
-
-
-def _first(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Result]], Result]) -> Result:
-    try:
-        result = drive(_Announcing(plan))
-    except WorkElsewhere as note:
-        _tell(_Order(elsewhere=str(note)))
-        raise
-    _tell(_Order())
-    return result
-
-
-def _other(plan: WorkPlan[Result]) -> Result:
-    with _opened_late(plan) as compute:
-        while (order := decided(_Order)).piece is not None:
-            compute(order.piece)
-    if order.elsewhere is not None:
-        raise WorkElsewhere(order.elsewhere)
+    if is_first():
+        try:
+            result = drive(_Announcing(plan))  # pyright: ignore[reportArgumentType]
+        except WorkElsewhere as note:
+            _broadcast(str(note))
+            raise
+        _broadcast(None)
+        return result
+    with _open_late(plan) as compute:
+        while isinstance(order := _broadcast(None), int):
+            compute(order)
+    if order is not None:
+        raise WorkElsewhere(order)
     return plan.reduce()
 
 
-class _Announcing(WorkPlan[Result]):
-    """A plan that announces a piece to the other processes before it computes its own part of it."""
+class _Announcing:
+    """The plan of the first process, which announces a piece to the others before it computes its own part of it."""
 
-    def __init__(self, plan: WorkPlan[Result]) -> None:
+    def __init__(self, plan: WorkPlan[Any]) -> None:
         self._plan = plan
 
-    @property
-    def name(self) -> str:
-        return self._plan.name
-
-    @property
-    def unit(self) -> str:
-        return self._plan.unit
-
-    @property
-    def folder(self) -> Path:
-        return self._plan.folder
-
-    @property
-    def pieces(self) -> int:
-        return self._plan.pieces
-
-    def is_done(self, piece: int) -> bool:
-        return self._plan.is_done(piece)
-
-    def weight(self, piece: int) -> float:
-        return self._plan.weight(piece)
-
-    def reduce(self) -> Result:
-        return self._plan.reduce()
-
-    def open(self) -> AbstractContextManager[Compute]:
-        return self._announcing()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
 
     @contextmanager
-    def _announcing(self) -> Iterator[Compute]:
-        with _opened_late(self._plan) as compute:
+    def open(self) -> Iterator[Compute]:
+        with _open_late(self._plan) as compute:
 
-            def announced(piece: int) -> None:
-                _tell(_Order(piece))
+            def announce_and_compute(piece: int) -> None:
+                _broadcast(piece)
                 compute(piece)
 
-            yield announced
+            yield announce_and_compute
 
 
 @contextmanager
-def _opened_late(plan: WorkPlan[Any]) -> Iterator[Compute]:
+def _open_late(plan: WorkPlan[Any]) -> Iterator[Compute]:
     """Open what computes a piece with the first piece: placing hooks may take a pass over the model by all."""
     with ExitStack() as stack:
         opened: list[Compute] = []
@@ -119,21 +79,17 @@ def _opened_late(plan: WorkPlan[Any]) -> Iterator[Compute]:
             except VestigeError:
                 raise
             except Exception as error:
-                raise lost_process(error) or _failed(plan, piece, error) from error
+                raise lost_process(error) or PieceFailed(
+                    f"{plan.name}: piece {piece} of {plan.pieces} failed in one of the processes that hold the model, "
+                    f"and so for all: {type(error).__name__}: {error}\n"
+                    "Fix the cause and run the same command again: what is finished is kept."
+                ) from error
 
         yield compute
 
 
-def _failed(plan: WorkPlan[Any], piece: int, error: Exception) -> PieceFailed:
-    return PieceFailed(
-        f"{plan.name}: piece {piece} of {plan.pieces} failed in one of the processes that hold the model, and so for "
-        f"all: {type(error).__name__}: {error}\n"
-        "Fix the cause and run the same command again: what is finished is kept."
-    )
-
-
-def _tell(order: _Order) -> None:
-    decided(lambda: order)
+def _broadcast(order: int | str | None) -> int | str | None:
+    return decided(lambda: order)
 
 
 def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence[str] | None) -> Result:
@@ -157,7 +113,7 @@ def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence
     role = this_role()
     job = JobFolder.of(plan.folder, plan.name)
     if in_step():
-        return run_in_step(plan, lambda announcing: _drive(announcing, settings, job, role, command))
+        return run_in_process_group(plan, lambda announcing: _drive(announcing, settings, job, role, command))
     missing = missing_pieces(plan)
     if role.kind == "worker" and role.is_for(job.path):
         serve(plan, settings, job, role, missing)

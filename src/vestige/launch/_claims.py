@@ -182,7 +182,7 @@ class Claims:
         """Return the owner of `name`; None if there is none, or if the file does not read."""
         return read_owner(self._path(name))
 
-    def held(self) -> dict[str, Owner]:
+    def owners(self) -> dict[str, Owner]:
         """Return every claim whose file reads, by name."""
         owners = {path.stem: read_owner(path) for path in sorted(self._folder.glob("*.json"))}
         return {name: owner for name, owner in owners.items() if owner is not None}

@@ -28,7 +28,9 @@ def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
     (`require_command`), so that work in this process needs no command at all.
     """
     given = settings.arguments()
-    if not all(_is_plain(value) for value in given.values()) or any(_is_texts(given[name]) for name in settings.files):
+    # Texts would be names of files if they were typed as words.
+    lists = [given[name] for name in settings.files if isinstance(given[name], list | tuple)]
+    if not all(map(_is_plain, given.values())) or any(isinstance(item, str) for items in lists for item in items):
         return None
     fields = type(settings).model_fields
     defaults = {name: fields[name].default for name in settings.never_repeated if name in fields}
@@ -51,11 +53,6 @@ def require_command(command: Sequence[str] | None) -> list[str]:
     return list(command)
 
 
-def _is_texts(value: Any) -> bool:
-    """Return whether the value is a list of texts, which typed as words would be names of files."""
-    return isinstance(value, list | tuple) and any(isinstance(item, str) for item in value)
-
-
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(isinstance(item, str | int | float | Path) for item in value)
@@ -66,13 +63,12 @@ def _is_plain(value: Any) -> bool:
 
 _END_SECONDS = 10.0
 """How long a worker may take to reach the end of a batch before it is killed."""
-_LOOKING = 0.05
+_CHECK_SHARE = 0.05
 """Share of the time that may be spent reading markers."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class _Running(NamedTuple):
-    number: int
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -88,22 +84,22 @@ def work_in_processes(
     """
     count = min(settings.workers, len(pieces))
     announce(f"{plan.name}: {count} workers; their logs are in {job.logs}.")
-    crew = _Crew(plan, settings, job, pieces, command)
+    pool = _ProcessPool(plan, settings, job, pieces, command)
 
     def work() -> None:
         with progress(round(sum(map(plan.weight, pieces))), plan.name, plan.unit) as bar:
             try:
-                crew.start(count)
-                crew.watch(Meter(bar.advance))
+                pool.start(count)
+                pool.watch(Meter(bar.advance))
             finally:
-                crew.end()
+                pool.end()
 
     ending_well(plan, work)
     raise_failures(plan, job, pieces)
 
 
 @final
-class _Crew:
+class _ProcessPool:
     """The worker processes of one driver."""
 
     def __init__(
@@ -130,7 +126,7 @@ class _Crew:
                     stderr=subprocess.STDOUT,
                     env=os.environ | worker_environment(self._settings, log) | _device(number) | role.as_environment(),
                 )
-            self._running.append(_Running(number, process, log))
+            self._running.append(_Running(process, log))
 
     def watch(self, meter: Meter) -> None:
         """Wait until nothing is left: every piece is done, or given up.
@@ -143,13 +139,13 @@ class _Crew:
         while True:
             check_stop()
             began = time.perf_counter()
-            if not self._look(meter):
+            if not self._count_done(meter):
                 return
-            self._bury()
+            self._reap_dead()
             if not self._running:
-                self._replace(self._settings.workers)
+                self._start_missing(self._settings.workers)
             # A plan of a thousand pieces on a slow disk must not keep its driver busy with reading markers.
-            time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _LOOKING))
+            time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _CHECK_SHARE))
 
     def end(self) -> None:
         """End all workers; they give their claims back, and the slow ones are killed."""
@@ -165,7 +161,7 @@ class _Crew:
                 each.process.wait()
         self._running.clear()
 
-    def _look(self, meter: Meter) -> bool:
+    def _count_done(self, meter: Meter) -> bool:
         """Return whether there is still something to do or to wait for."""
         done = {piece for piece in self._left if self._plan.is_done(piece)}
         for piece in done:
@@ -177,15 +173,15 @@ class _Crew:
         given_up = {each.piece for each in failures if each.fatal or each.attempts > self._settings.retries}
         return not any(each.fatal for each in failures) and bool(set(self._left) - given_up)
 
-    def _bury(self) -> None:
+    def _reap_dead(self) -> None:
         for each in [each for each in self._running if each.process.poll() is not None]:
             self._running.remove(each)
             code = each.process.returncode
             if code == 0:
                 continue
-            if not self._blame(each) and not (code > 0 and self._job.failures()):
+            if not self._record_crash(each) and not (code > 0 and self._job.failures()):
                 # On a full disk a worker can neither note why it ended nor say it in its log.
-                self._job.require_room()
+                self._job.require_space()
                 self._early_deaths += 1
             if self._early_deaths > self._settings.retries + self._settings.workers:
                 lines = "\n".join(f"    {line}" for line in tail(str(each.log)))
@@ -193,12 +189,12 @@ class _Crew:
                     f"{self._plan.name}: workers end before they finish a piece ({_cause(code)}). "
                     f"The log is {each.log}:\n{lines}"
                 )
-            self._replace(1)
+            self._start_missing(1)
 
-    def _blame(self, dead: _Running) -> bool:
+    def _record_crash(self, dead: _Running) -> bool:
         """Count it against the pieces that a dead worker held, for one may be what killed it."""
         held = False
-        for name, owner in self._job.claims.held().items():
+        for name, owner in self._job.claims.owners().items():
             if owner.worker.pid != dead.process.pid or owner.worker.host != this_host() or not is_number(name):
                 continue
             held = True
@@ -210,7 +206,7 @@ class _Crew:
                         self._job.record_failure(int(name), message, log=str(dead.log))
         return held
 
-    def _replace(self, most: int) -> None:
+    def _start_missing(self, most: int) -> None:
         """Start workers for pieces that no process holds."""
         free = [
             piece

@@ -29,7 +29,7 @@ JOB_FILES = (
     *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
-_ROOM = 16 * 1024
+_NOTE_BYTES = 16 * 1024
 """Bytes that a claim and the note of a failure always fit into."""
 
 
@@ -111,7 +111,7 @@ class JobFolder:
         for path in (self.path, self.logs, self._failures, self._journal, self._claims):
             make_folder(path)
 
-    def require_room(self) -> None:
+    def require_space(self) -> None:
         """Raise unless a small file can be written.
 
         Raises:
@@ -119,7 +119,7 @@ class JobFolder:
             UserError: It cannot be written to.
         """
         path = self.path / f"room.{this_worker().token}"
-        write_durably(path, [bytes(_ROOM)])
+        write_durably(path, [bytes(_NOTE_BYTES)])
         path.unlink(missing_ok=True)
 
     def write_job(self, **fields: Any) -> None:
@@ -249,14 +249,14 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
+def make_failure_error(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
     """Return the error to raise for these failures; one that the user can fix keeps its class and its words."""
     for failure in failures:
         if failure.fatal:
             kind = getattr(errors, failure.kind, PieceFailed)
             log = f"\nThe log is {failure.log}." if failure.log else ""
             return kind(f"{failure.error}{log}")
-    shown = "\n".join(_described(failure) for failure in failures[:_SHOWN])
+    shown = "\n".join(_describe(failure) for failure in failures[:_SHOWN])
     more = f"\n... and {len(failures) - _SHOWN} more." if len(failures) > _SHOWN else ""
     numbers = ranges(failure.piece for failure in failures)
     return PieceFailed(
@@ -265,7 +265,7 @@ def failed(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
     )
 
 
-def _described(failure: Failure) -> str:
+def _describe(failure: Failure) -> str:
     times = "once" if failure.attempts == 1 else f"{failure.attempts} times"
     head = f"  piece {failure.piece}, {times}, on {failure.host}: {failure.kind}: {failure.error}"
     if failure.log:

@@ -45,9 +45,9 @@ class Role(NamedTuple):
 
 def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     """Return the role that the environment gives this process: Vestige's own variable, else that of torchrun."""
-    told = environment.get(ROLE_VARIABLE)
-    if told:
-        role = Role(**json.loads(told))
+    given = environment.get(ROLE_VARIABLE)
+    if given:
+        role = Role(**json.loads(given))
         # The tasks of a batch array have the same environment but for their number.
         task = environment.get("SLURM_ARRAY_TASK_ID")
         return role._replace(number=int(task)) if role.kind == "worker" and task else role

@@ -85,7 +85,7 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
     done = len({entry.piece for entry in since})
     weight = sum({entry.piece: entry.weight for entry in since}.values())
-    running = tuple(sorted(int(name) for name in _held(job) if is_number(name)))
+    running = tuple(sorted(int(name) for name in _live_owners(job) if is_number(name)))
     elapsed = (record.get("ended") or time.time()) - record["begun"]
     rate = weight / elapsed if elapsed > 0 else 0.0
     to_do = record["weight"] - record["weight_before"] - weight
@@ -107,9 +107,9 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     )
 
 
-def _held(job: JobFolder) -> dict[str, Worker]:
+def _live_owners(job: JobFolder) -> dict[str, Worker]:
     """Return the claims whose owners live, or ran on other hosts and may live."""
-    held = {name: owner.worker for name, owner in job.claims.held().items()}
+    held = {name: owner.worker for name, owner in job.claims.owners().items()}
     return {name: worker for name, worker in held.items() if is_alive(worker) is not False}
 
 
@@ -138,7 +138,7 @@ def _cancel(job: JobFolder) -> Iterator[str]:
         cancel_batch_jobs(jobs)
         yield f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."
     driver = _driver(record)
-    workers = {worker.token: worker for worker in [*_held(job).values(), *([driver] if driver else [])]}
+    workers = {worker.token: worker for worker in [*_live_owners(job).values(), *([driver] if driver else [])]}
     for worker in workers.values():
         if worker.host != this_host():
             if not worker.job:

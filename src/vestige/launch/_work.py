@@ -18,7 +18,7 @@ from vestige.launch._pieces import (
     stop_signal,
     stopping_at_steps,
 )
-from vestige.launch._record import Failure, JobFolder, claim_name, failed, ranges
+from vestige.launch._record import Failure, JobFolder, claim_name, make_failure_error, ranges
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
 
@@ -125,7 +125,7 @@ class Worker:
         weight = self._plan.weight(piece)
         self._print(f"piece {piece}: begun")
         try:
-            compute = self._opened()
+            compute = self._open()
             started = time.perf_counter()
             with counting(self._meter.step):
                 compute(piece)
@@ -162,7 +162,7 @@ class Worker:
         self.failed[piece] = noted._replace(attempts=max(noted.attempts, before + 1))
         return self.failed[piece]
 
-    def _opened(self) -> Compute:
+    def _open(self) -> Compute:
         if self._compute is None:
             started = time.perf_counter()
             self._compute = self._stack.enter_context(self._plan.open())
@@ -270,7 +270,7 @@ def raise_failures(
     noted = {**own, **{each.piece: each for each in job.failures()}}
     failures = [noted[piece] for piece in sorted(noted) if piece in among and not plan.is_done(piece)]
     if failures:
-        raise failed(plan.name, plan.pieces, failures) from cause
+        raise make_failure_error(plan.name, plan.pieces, failures) from cause
 
 
 def finish(plan: WorkPlan[Result], settings: LaunchSettings, job: JobFolder) -> Result:

@@ -59,10 +59,7 @@ def evidence_table(
             "layer": pa.array([layer] * count, pa.int32()),
             **({} if rows is None else {"row": pa.array(list(rows), pa.int64())}),
             "example_id": pa.array(list(example_ids), pa.string()),
-            **{
-                name: pa.array(np.asarray(values, dtype=np.float64), from_pandas=True)
-                for name, values in measures.items()
-            },
+            **{name: pa.array(np.asarray(each, dtype=np.float64), from_pandas=True) for name, each in measures.items()},
         }
     )
 
@@ -107,18 +104,9 @@ def read_evidence(
 
 
 EVIDENCE_FILE, EXAMPLES_FILE, FIGURES = "evidence.parquet", "examples.parquet", "figures"
+_TEXTS = [(name, pa.string()) for name in ("example_id", "part", "source", "label", "class")]
 EXAMPLES = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("example_id", pa.string()),
-        ("part", pa.string()),
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("class", pa.string()),
-        ("flag", pa.bool_()),
-        ("targets", pa.int64()),
-        ("text", pa.string()),
-    ]
+    [("row", pa.int64()), *_TEXTS, ("flag", pa.bool_()), ("targets", pa.int64()), ("text", pa.string())]
 )
 """Columns of the examples."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")

@@ -1,15 +1,14 @@
 """The summary of a stream of scores: both ends, moments, a histogram, groups, all scores if requested."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 from scipy.special import stdtrit
 
-from vestige import disk_arrays
 from vestige.errors import NonFinite, VestigeError
-from vestige.row_order import RowOrder, windows
+from vestige.row_order import RowOrder
 from vestige.runs._record import DistributionRecord, GroupRecord
 
 # Only named in annotations, so that a run opens without importing torch.
@@ -125,13 +124,7 @@ class TopK:
             for query in range(len(self._highest))
             for end in ("proponent", "opponent")
             for rank, (row, score, percentile) in enumerate(
-                zip(
-                    self.rows(query, end),
-                    self.scores(query, end),
-                    self._percentiles(query, end),
-                    strict=True,
-                ),
-                start=1,
+                zip(self.rows(query, end), self.scores(query, end), self._percentiles(query, end), strict=True), 1
             )
         ]
 
@@ -286,10 +279,10 @@ class ScoreCollector:
     def _distribution(self, query: int, kept: Float[np.ndarray, "kept"]) -> DistributionRecord:
         moments = self._moments
         low, high = float(moments.low[query]), float(moments.high[query])
-        counts, edges = np.histogram([], bins=BINS, range=(low, high))
-        for part in _read(kept):
-            # Scores given in float64 are kept in float32: rounding must not push the extremes out.
-            counts += np.histogram(np.clip(part, low, high), bins=BINS, range=(low, high))[0]
+        values = kept.astype(np.float64)
+        values = values[~np.isnan(values)]
+        # Scores given in float64 are kept in float32: rounding must not push the extremes out.
+        counts, edges = np.histogram(np.clip(values, low, high), bins=BINS, range=(low, high))
         return DistributionRecord(
             count=moments.count,
             mean=float(moments.mean[query]),
@@ -299,34 +292,18 @@ class ScoreCollector:
             edges=edges.tolist(),
             counts=counts.tolist(),
             sampled=self._sampled,
-            cumulative_share=self._shares(query, kept),
+            cumulative_share=self._shares(query, values),
         )
 
-    def _shares(self, query: int, kept: Float[np.ndarray, "kept"]) -> list[tuple[int, float]]:
+    def _shares(self, query: int, values: Float[np.ndarray, "kept"]) -> list[tuple[int, float]]:
         total = float(self._moments.positive[query])
         if total <= 0:
             return []
         # From a sample only the ends that were kept exactly give what the highest k hold.
         complete = self._sampled == self._moments.count
-        highest = _highest(kept) if complete else self._top.scores(query, "proponent")
+        highest = np.sort(values)[::-1][: SHARES_AT[-1]] if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
-
-
-def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]]:
-    """Yield the scores of a query in float64, part by part, without those of rows that were left out."""
-    for rows in windows(len(kept)):
-        part = kept[rows].astype(np.float64)
-        disk_arrays.let_go(kept)
-        yield part[~np.isnan(part)]
-
-
-def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
-    """Return as many of the highest scores as a share is computed for, best first, in float64."""
-    wanted, found = SHARES_AT[-1], np.empty(0)
-    for part in _read(scores):
-        found = np.sort(np.concatenate([found, part]))[-wanted:]
-    return found[::-1]
 
 
 class _Moments:

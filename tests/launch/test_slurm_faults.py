@@ -99,7 +99,7 @@ def _hang(job, is_undone):
     while True:
         worker = _first_worker(job)
         os.kill(worker.pid, signal.SIGSTOP)
-        held = [name for name, owner in job.claims.held().items() if owner.worker.token == worker.token]
+        held = [name for name, owner in job.claims.owners().items() if owner.worker.token == worker.token]
         if any(map(is_undone, held)):
             return worker
         os.kill(worker.pid, signal.SIGCONT)
@@ -110,7 +110,7 @@ def _first_worker(job, other_than=None):
     found = []
 
     def look():
-        held = [owner.worker for name, owner in job.claims.held().items() if name.isdigit()]
+        held = [owner.worker for name, owner in job.claims.owners().items() if name.isdigit()]
         found[:] = [one for one in held if (other_than is None or one.token != other_than.token) and is_alive(one)]
         return found
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
-from vestige.lockstep import decided, is_first
 from vestige.parsing import as_record, parse_object
 
 if TYPE_CHECKING:
@@ -44,34 +44,27 @@ class WorkPlan(Protocol[Result_co]):
     @property
     def name(self) -> str:
         """The name of the work, for a person: "Indexing", "Curvature", "Scoring"."""
-        ...
 
     @property
     def unit(self) -> str:
         """The unit of `weight`, in the plural: "examples", "models"."""
-        ...
 
     @property
     def folder(self) -> Path:
         """The folder of the result; claims, logs and the job's record live in `folder / "launch" / name`."""
-        ...
 
     @property
     def pieces(self) -> int:
         """The number of pieces; never depends on who computes them."""
-        ...
 
     def is_done(self, piece: int) -> bool:
         """Return whether the piece's marker is there and belongs to these settings; cheap."""
-        ...
 
     def weight(self, piece: int) -> float:
         """Return the units of work in the piece, for rates and the time left: its examples, tokens, models or pairs."""
-        ...
 
     def open(self) -> AbstractContextManager[Compute]:
         """Open what is needed to compute pieces (a loaded model, hooks), made once per worker."""
-        ...
 
     def reduce(self) -> Result_co:
         """Return the result from all pieces, in piece order.
@@ -82,7 +75,6 @@ class WorkPlan(Protocol[Result_co]):
         Raises:
             CorruptFile: pieces are missing, damaged or overlap; the message lists them.
         """
-        ...
 
 
 class PieceMarker(NamedTuple):
@@ -115,7 +107,7 @@ class PieceFiles:
 
     def write(self, piece: int, tensors: "dict[str, Tensor]") -> None:
         """Write the piece to disk, whole, and then mark it so; in a process group the first process writes it."""
-        if not is_first():
+        if not is_rank0():
             return
         # Torch is imported where it is needed: `vestige status` and a driver that only waits do without.
         from safetensors.torch import save
@@ -155,7 +147,7 @@ class PieceFiles:
 
         Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
         """
-        return decided(lambda: self._forget_damaged(pieces))
+        return broadcast_from_rank0(lambda: self._forget_damaged(pieces))
 
     def _forget_damaged(self, pieces: Sequence[int]) -> list[int]:
         damaged = []

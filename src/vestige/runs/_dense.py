@@ -34,7 +34,6 @@ class _OnDisk(Protocol):
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of one column, in order."""
-        ...
 
 
 def names_of(examples: "Sequence[Example]") -> Iterator[str]:

@@ -50,7 +50,6 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
         """Return the text of some tokens."""
-        ...
 
 
 def token_texts(ids: Int[np.ndarray, "token"], tokenizer: Decoder | None) -> list[str]:

@@ -35,7 +35,7 @@ from vestige.runs import (
     ScoreSummary,
     TokenScores,
     check_target,
-    sampled_rows,
+    sample_rows,
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
@@ -216,7 +216,7 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
     if job.loaded is None or not method.needs_model:
         return [without_weights(), *checks]
 
-    model, rows = job.loaded.model, np.setdiff1d(sampled_rows(len(job.train), ROWS), job.skipped)
+    model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
     score = partial(sampled_scores, job, rows, np.arange(min(len(job.queries), QUERIES)))
     known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
     correlation = randomised_correlation(model, score, len(rows), knowledge=known, seed=job.settings.seed)

@@ -1,6 +1,5 @@
 """`Audit`: the run of an audit, open for questions. Needs neither the model nor torch."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.files import write_durably
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
-from vestige.runs._scores import _align
+from vestige.runs._scores import ScoreTable
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
@@ -126,24 +125,8 @@ class EvidenceRow(NamedTuple):
     text: str
 
 
-class EvidenceTable(Sequence[EvidenceRow]):
-    """Examples in the order of a measure; prints as a table."""
-
-    def __init__(self, rows: Sequence[EvidenceRow], measure: str, title: str) -> None:
-        self._rows, self.measure, self.title = tuple(rows), measure, title
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> EvidenceRow:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._rows[index]
-
-    def __str__(self) -> str:
-        cells = [(str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text) for row in self._rows]
-        width = shutil.get_terminal_size((120, 24)).columns
-        return "\n".join([self.title, *_align(("rank", "example", self.measure, "text"), cells, width)])
-
-    __repr__ = __str__
+def _cells(row: EvidenceRow) -> tuple[str, ...]:
+    return str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text
 
 
 class Audit:
@@ -242,7 +225,7 @@ class Audit:
 
     def top(
         self, k: int = 10, measure: str | None = None, *, checkpoint: int | None = None, reverse: bool = False
-    ) -> EvidenceTable:
+    ) -> ScoreTable[EvidenceRow]:
         """Return the examples of the data that stand out by a measure: those that the model has memorized best.
 
         By psmi and mahalanobis the least typical ones, which are those at risk of being memorized.
@@ -277,7 +260,8 @@ class Audit:
             for rank, row in enumerate(chosen, 1)
         ]
         order = "lowest" if self.lowest_first(name) != reverse else "highest"
-        return EvidenceTable(listed, name, f"{name}, {order} first: evidence about examples, no verdict on any of them")
+        title = f"{name}, {order} first: evidence about examples, no verdict on any of them"
+        return ScoreTable(listed, ("rank", "example", name, "text"), _cells, title)
 
     @property
     def preferred(self) -> str:

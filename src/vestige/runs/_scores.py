@@ -4,10 +4,10 @@ import difflib
 import html
 import operator
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -51,52 +51,57 @@ class ScoreRow(NamedTuple):
     """Role and content of each turn of a conversation."""
 
 
-class ScoreTable(Sequence[ScoreRow]):
-    """Rows of a ranking: a sequence of `ScoreRow` that prints as a table."""
+Row = TypeVar("Row")
 
-    def __init__(self, rows: Sequence[ScoreRow], title: str, note: str = "") -> None:
-        self._rows = tuple(rows)
+
+class ScoreTable(Sequence[Row]):
+    """Rows of a ranking: a sequence that prints as a table."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        headings: Sequence[str],
+        cells: Callable[[Row], tuple[Any, ...]],
+        title: str,
+        note: str = "",
+    ) -> None:
+        self._rows, self._headings, self._cells = tuple(rows), headings, cells
         self.title = title
         self.note = note
         """What the table leaves out; empty when nothing."""
 
     @overload
-    def __getitem__(self, index: int) -> ScoreRow: ...
+    def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> "ScoreTable": ...
-    def __getitem__(self, index: int | slice) -> "ScoreRow | ScoreTable":
+    def __getitem__(self, index: slice) -> "ScoreTable[Row]": ...
+    def __getitem__(self, index: int | slice) -> "Row | ScoreTable[Row]":
         if isinstance(index, slice):
-            return ScoreTable(self._rows[index], self.title, self.note)
+            return ScoreTable(self._rows[index], self._headings, self._cells, self.title, self.note)
         return self._rows[index]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[ScoreRow]:
-        return iter(self._rows)
-
     def __str__(self) -> str:
-        cells = [_cells(row) for row in self._rows]
+        cells = [self._cells(row) for row in self._rows]
         width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
-        return "\n".join(line for line in (self.title, *_align(_HEADINGS, cells, width), self.note) if line)
+        return "\n".join(line for line in (self.title, *_align(self._headings, cells, width), self.note) if line)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADINGS)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._headings)
         body = "".join(
             "<tr>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)[:-1])
-            + f'<td style="text-align:left">{html.escape(excerpt(row.turns or row.text, 200))}</td></tr>'
-            for row in self._rows
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+            + f'<td style="text-align:left">{html.escape(excerpt(words, 200))}</td></tr>'
+            for *cells, words in map(self._cells, self._rows)
         )
         caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
         return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 _HEADINGS = ("rank", "example", "score", "percentile", "text")
-
-
 Words = str | Sequence[tuple[str, str]]
 """A text, or the turns of a conversation."""
 
@@ -205,11 +210,11 @@ class Scores:
         """Return how many of the queries are answers that the model gave itself."""
         return sum(bool(row.get("generated")) for row in self._query_rows)
 
-    def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+    def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` proponents of a query: the training examples with the highest scores, highest first."""
         return self._end(query, "proponent", k)
 
-    def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+    def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
         return self._end(query, "opponent", k)
 
@@ -288,7 +293,7 @@ class Scores:
             lines.append(f"  … and {len(self.queries) - 5} more")
         return "\n".join([*lines, self.meaning.sign])
 
-    def _end(self, query: int | str, end: End, k: int) -> ScoreTable:
+    def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
         name = self._query_id(query)
         listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
         listed.sort(key=lambda row: row["rank"])
@@ -300,7 +305,7 @@ class Scores:
         note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
         row = self._query_rows[self.queries.index(name)]
         words = excerpt(_words_of(row), _TITLE_WIDTH)
-        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
+        return ScoreTable(rows, _HEADINGS, _cells, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _score_row(self, row: dict[str, Any]) -> ScoreRow:
         text, source, turns = self._example(row["row"])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vestige.data import Example, TokenizedData
 
 REMEDY = "Run `vestige attribute` again."
+_IDS_AT_ONCE = 2**16
 _UNFINISHED = "�"
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _WORDING = [(name, _STRING) for name in ("text", "prompt", "completion", "messages")]
@@ -209,7 +210,11 @@ def _self_influence_table(scores: Float[np.ndarray, "example"], ids: Iterable[st
     values = scores.astype(np.float64)
     # NaN is last in any order of numbers.
     order = np.argsort(-values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
-    return pa.table([id_array(ids).take(pa.array(order)), order, values[order]], schema=SCHEMAS["self_influence"])
+    # Large strings until they are cut again: all ids together may exceed what Arrow's plain strings hold.
+    names = id_array(ids).cast(pa.large_string()).combine_chunks()
+    parts = (order[start : start + _IDS_AT_ONCE] for start in range(0, len(order), _IDS_AT_ONCE))
+    column = pa.chunked_array([names.take(pa.array(part)).cast(pa.string()) for part in parts], pa.string())
+    return pa.table([column, order, values[order]], schema=SCHEMAS["self_influence"])
 
 
 def _wording(example: "Example") -> dict[str, Any]:

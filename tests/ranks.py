@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from vestige.lockstep import is_first, together
+from vestige.distributed import is_rank0, process_group
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def become(monkeypatch):
             stack.close()
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(world_size))
-            stack.enter_context(together())
+            stack.enter_context(process_group())
 
         call.leave = stack.close
         yield call
@@ -31,7 +31,7 @@ def sent(monkeypatch):
 
     def broadcast(box, src, device):
         assert src == 0
-        if is_first():
+        if is_rank0():
             messages.append(box[0])
         else:
             assert box == [None]

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vestige.distributed import is_helper
 from vestige.errors import CorruptFile, DataError
 from vestige.files import make_folder, write_durably
 from vestige.folder_locks import hold_folder
 from vestige.launch import Compute, ranges, run_plan, step_done
-from vestige.lockstep import is_helper
 from vestige.settings import LaunchSettings
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from vestige import row_order
 from vestige.errors import VestigeError
-from vestige.runs import ScoreBlock, ScoreCollector, sampled_rows
+from vestige.runs import ScoreBlock, ScoreCollector, sample_rows
 
 
 def collect(scores: np.ndarray, *, order=None, block=17, **options):
@@ -70,7 +70,7 @@ def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypat
     settings = {"dense": dense, "skipped": skipped, "sources": sources, "kept_bytes": 4 * 2 * fitting}
     summary = collect(scores, order=random.permutation(count), block=step, k=20, **settings)
     left = np.setdiff1d(np.arange(count), skipped)
-    kept = left if dense else np.intersect1d(left, sampled_rows(count, fitting))
+    kept = left if dense else np.intersect1d(left, sample_rows(count, fitting))
     for query, found in enumerate(summary.distribution):
         values, sample = scores[query, left].astype(np.float64), scores[query, kept].astype(np.float64)
         assert (found.count, found.sampled) == (len(left), len(kept))
@@ -115,16 +115,16 @@ def test_a_collector_holds_a_few_bytes_for_each_example(dense):
 
 
 def test_the_sample_of_rows_is_fixed_and_spread_out():
-    rows = sampled_rows(10_000, 500)
+    rows = sample_rows(10_000, 500)
     assert len(set(rows.tolist())) == 500
     assert (np.diff(rows) > 0).all()
-    assert (sampled_rows(10_000, 500) == rows).all()
+    assert (sample_rows(10_000, 500) == rows).all()
     counts = np.histogram(rows, bins=10, range=(0, 10_000))[0]
     assert counts.min() > 25
-    assert sampled_rows(7, 9).tolist() == list(range(7))
+    assert sample_rows(7, 9).tolist() == list(range(7))
     # Of earlier versions: a run of theirs is continued with the same sample.
-    assert sampled_rows(5000, 5).tolist() == [410, 821, 2875, 4527, 4967]
-    assert set(sampled_rows(5000, 77)) < set(sampled_rows(5000, 4999))
+    assert sample_rows(5000, 5).tolist() == [410, 821, 2875, 4527, 4967]
+    assert set(sample_rows(5000, 77)) < set(sample_rows(5000, 4999))
 
 
 def test_groups_equal_a_plain_loop(scores):

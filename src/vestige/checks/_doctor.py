@@ -43,7 +43,7 @@ from vestige.indexes import (
 )
 from vestige.models import batch_sharing
 from vestige.progress import announce
-from vestige.runs import sampled_rows
+from vestige.runs import sample_rows
 from vestige.settings import DoctorSettings, verb
 
 PROBE_NUMBERS = 16 * 2**20
@@ -117,7 +117,7 @@ def _try_gradients(settings: DoctorSettings, inputs: Inputs, loss: CausalLoss, f
         loaded.model, selection.components, loss, make_batch(probes, [longest]).to(device), settings.seed
     )
     exact = check_autograd(loaded.model, selection.components, loss, data, loaded.context_length)
-    sample = cut_examples(data.subset(sampled_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
+    sample = cut_examples(data.subset(sample_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
     known = check_knowledge(measure_knowledge(loaded.model, sample, batch_tokens(settings, loaded)))
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
     estimates = [

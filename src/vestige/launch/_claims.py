@@ -18,11 +18,11 @@ from typing import NamedTuple, final
 import psutil
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
+from vestige.distributed import ROLE_VARIABLE
 from vestige.errors import SpecError
 from vestige.files import this_host, write_durably
 from vestige.folder_locks import is_held_by
 from vestige.folders import finished_of
-from vestige.lockstep import ROLE_VARIABLE
 
 
 class Worker(NamedTuple):

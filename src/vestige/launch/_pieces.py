@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
-from vestige.lockstep import decided, is_first
 from vestige.parsing import as_record, parse_object
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class PieceFiles:
 
     def write(self, piece: int, tensors: "dict[str, Tensor]") -> None:
         """Write the piece to disk, whole, and then mark it so; in a process group the first process writes it."""
-        if not is_first():
+        if not is_rank0():
             return
         # Torch is imported where it is needed: `vestige status` and a driver that only waits do without.
         from safetensors.torch import save
@@ -147,7 +147,7 @@ class PieceFiles:
 
         Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
         """
-        return decided(lambda: self._forget_damaged(pieces))
+        return broadcast_from_rank0(lambda: self._forget_damaged(pieces))
 
     def _forget_damaged(self, pieces: Sequence[int]) -> list[int]:
         damaged = []

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 
 import psutil
 
+from vestige.distributed import ROLE_VARIABLE, in_process_group, is_rank0
 from vestige.errors import VestigeError
 from vestige.files import write_durably
 from vestige.launch._work import POLL_SECONDS
-from vestige.lockstep import ROLE_VARIABLE, in_step, is_first
 from vestige.progress import announce, format_seconds
 from vestige.timing import Profile, profiled
 
@@ -22,7 +22,7 @@ class Role(NamedTuple):
     """A process's part in a job."""
 
     kind: Literal["driver", "worker", "reduce", "rank", "mirror"]
-    """A mirror does what the driver does, in the same process group (`vestige.lockstep`)."""
+    """A mirror does what the driver does, in the same process group (`vestige.distributed`)."""
     job: str = ""
     """The job folder that a worker works on; of another plan, it only takes the result."""
     number: int = 0
@@ -51,8 +51,8 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
         # The tasks of a batch array have the same environment but for their number.
         task = environment.get("SLURM_ARRAY_TASK_ID")
         return role._replace(number=int(task)) if role.kind == "worker" and task else role
-    if in_step():
-        return Role("driver" if is_first() else "mirror")
+    if in_process_group():
+        return Role("driver" if is_rank0() else "mirror")
     rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
         return Role("rank", number=int(rank), of=int(ranks))
@@ -169,5 +169,5 @@ def profile(wanted: bool) -> Iterator[Profile | None]:
 
 def write_profile(measured: Profile | None, folder: Path) -> None:
     """Write `profile.json` into the folder, if anything was measured; of several ranks, that of the first."""
-    if measured is not None and is_first() and not is_follower():
+    if measured is not None and is_rank0() and not is_follower():
         write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
+from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
 from vestige.launch._local import require_command, work_in_processes
 from vestige.launch._pieces import Compute, Result, Stopped, WorkPlan, is_kept, stop_signal, stopping_at_steps
@@ -11,7 +12,6 @@ from vestige.launch._record import JobFolder, ranges
 from vestige.launch._role import Role, this_role
 from vestige.launch._slurm import reduce_job, requeue_unless_cancelled, work_on_slurm
 from vestige.launch._work import Meter, Worker, begin, finish, from_own_end, missing_pieces, work_here
-from vestige.lockstep import decided, in_step, is_first, lost_process
 from vestige.settings import LaunchSettings
 
 
@@ -27,9 +27,9 @@ def run_in_process_group(plan: WorkPlan[Result], drive: Callable[[WorkPlan[Resul
         UserError: What computing a piece raised, or another process ended.
         WorkElsewhere: The rest is for other shares.
     """
-    if not decided(lambda: missing_pieces(plan)):
+    if not broadcast_from_rank0(lambda: missing_pieces(plan)):
         return plan.reduce()
-    if is_first():
+    if is_rank0():
         try:
             result = drive(_Announcing(plan))  # pyright: ignore[reportArgumentType]
         except WorkElsewhere as note:
@@ -89,7 +89,7 @@ def _open_late(plan: WorkPlan[Any]) -> Iterator[Compute]:
 
 
 def _broadcast(order: int | str | None) -> int | str | None:
-    return decided(lambda: order)
+    return broadcast_from_rank0(lambda: order)
 
 
 def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence[str] | None) -> Result:
@@ -112,7 +112,7 @@ def run_plan(plan: WorkPlan[Result], settings: LaunchSettings, command: Sequence
     """
     role = this_role()
     job = JobFolder.of(plan.folder, plan.name)
-    if in_step():
+    if in_process_group():
         return run_in_process_group(plan, lambda announcing: _drive(announcing, settings, job, role, command))
     missing = missing_pieces(plan)
     if role.kind == "worker" and role.is_for(job.path):

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from vestige.distributed import broadcast_from_rank0
 from vestige.errors import ModelError
-from vestige.lockstep import decided
 from vestige.models._components import LoadedModel
 
 
@@ -37,7 +37,7 @@ def spread_over_ranks(read: Callable[[], LoadedModel], device: torch.device) -> 
         whole.append(loaded.model)
         return replace(loaded, model=_without_weights(loaded.model))
 
-    loaded = decided(skeleton)
+    loaded = broadcast_from_rank0(skeleton)
     _spread(loaded.model, whole[0] if whole else None, device)
     return loaded
 

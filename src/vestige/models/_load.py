@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+from vestige.distributed import FSDP
 from vestige.errors import ModelError
-from vestige.lockstep import FSDP
 from vestige.models._components import LoadedModel
 from vestige.models._in_parts import spread_over_ranks
 from vestige.models._pretrained import peft_configs, put_on, read_model, read_tokenizer, refuse_virtual_tokens, short
@@ -65,7 +65,7 @@ def load_model(
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
             module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
             that this process sees. `fsdp` gives a part of every layer to each process of the group
-            (`vestige.lockstep`); only the first one needs memory for the whole model, on its CPU.
+            (`vestige.distributed`); only the first one needs memory for the whole model, on its CPU.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; the message contains what to type.

@@ -21,10 +21,10 @@ from vestige.runs._audit_record import (
     SubjectRecord as SubjectRecord,
     Truth as Truth,
     agreement as agreement,
-    exposed as exposed,
     group_of as group_of,
     is_audit as is_audit,
     low_stands_out as low_stands_out,
+    mean_exposures as mean_exposures,
     read_audit_record as read_audit_record,
     roc_curve as roc_curve,
 )
@@ -64,7 +64,7 @@ from vestige.runs._summary import (
     ScoreCollector as ScoreCollector,
     ScoreSummary as ScoreSummary,
     TopK as TopK,
-    sampled_rows as sampled_rows,
+    sample_rows as sample_rows,
 )
 from vestige.runs._tables import (
     ComponentScores as ComponentScores,

@@ -265,7 +265,7 @@ class Exposed(NamedTuple):
     """95 % interval of the mean by Student's t, within what exposure can be; NaN for a single secret."""
 
 
-def exposed(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
+def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
     """Return mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
     from scipy.stats import t
 

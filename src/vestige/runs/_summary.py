@@ -30,7 +30,7 @@ class ScoreBlock(NamedTuple):
     scores: 'Float[Tensor, "query row"]'
 
 
-def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
+def sample_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
     """Return `wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
     return np.flatnonzero(_hash(np.arange(examples)) <= _largest_hash(examples, min(wanted, examples)))
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from vestige.distributed import is_helper
 from vestige.errors import SpecError, UserError
 from vestige.files import disk_error
 from vestige.folder_locks import hold_folder
-from vestige.lockstep import is_helper
 from vestige.settings._base import Settings, flag
 from vestige.settings._launch import LaunchSettings
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
+from vestige.distributed import FSDP
 from vestige.errors import SpecError
-from vestige.lockstep import FSDP
 from vestige.settings._base import BAD_TEXT, OnBadText, Settings, parse_bytes
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]

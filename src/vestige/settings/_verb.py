@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from vestige.lockstep import FSDP, together
+from vestige.distributed import FSDP, process_group
 from vestige.settings._base import Settings
 from vestige.settings._output import writing
 
@@ -33,7 +33,7 @@ def verb(
             if len(words) > len(settings.positional):
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {_first(settings)}=...")
             given = settings(**(names | arguments))
-            shared = together(getattr(given, "device", None) == FSDP)
+            shared = process_group(getattr(given, "device", None) == FSDP)
             with shared, writing(given, command or _words(function)), _modules_as_they_were(given):
                 return function(given)
 

@@ -194,7 +194,7 @@ def scaling(folder: Path, rounds: int) -> None:
 
 def working_seconds(index: Path) -> float:
     """From when the first piece was begun until the last one was done, as the workers' journals say."""
-    from vestige.launch._record import JobFolder
+    from vestige.launch import JobFolder
 
     entries = [entry for entry in JobFolder.of(index, "Indexing").journal() if entry.piece >= 0]
     return max(entry.ended for entry in entries) - min(entry.ended - entry.seconds for entry in entries)

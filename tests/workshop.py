@@ -91,8 +91,8 @@ def _model(vocabulary: int) -> LlamaForCausalLM:
 TOGETHER = """
 import os, sys, time
 if "vestige.cli" in sys.orig_argv:
-    from vestige.launch import _loop
-    attempt = _loop.Worker._attempt
+    from vestige.launch import _work
+    attempt = _work.Worker._attempt
 
     def attempt_and_wait(self, piece):
         done, until = attempt(self, piece), time.monotonic() + 60
@@ -101,7 +101,7 @@ if "vestige.cli" in sys.orig_argv:
             time.sleep(0.02)
         return done
 
-    _loop.Worker._attempt = attempt_and_wait
+    _work.Worker._attempt = attempt_and_wait
 """
 """Behind a `sitecustomize.py`: with TOGETHER in the environment a worker goes on after its first piece only when
 another has begun, for the first may leave it nothing."""

@@ -1,6 +1,9 @@
 """A SLURM for the tests that need one; a loud skip where it cannot be."""
 
+import os
+import shlex
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,19 @@ def on_slurm(cluster, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("vestige.launch._slurm._QUEUE_SECONDS", 1.0)
     return cluster
+
+
+@pytest.fixture
+def paper_slurm(tmp_path_factory, monkeypatch):
+    """A SLURM that only writes down what is submitted; call it for the options and script of every job so far.
+
+    Set VESTIGE_TEST_ARRAY_SIZE to the largest number of tasks of an array.
+    """
+    folder = tmp_path_factory.mktemp("paper")
+    submit = f'printf "%q " "$@" >> {folder}/jobs; echo >> {folder}/jobs; wc -l < {folder}/jobs'
+    size = 'echo "MaxArraySize = ${VESTIGE_TEST_ARRAY_SIZE:-1001}"'
+    for name, line in {"sbatch": submit, "squeue": "true", "scontrol": size}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return lambda: [shlex.split(line)[1:] for line in Path(folder / "jobs").read_text().splitlines()]

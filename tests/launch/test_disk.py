@@ -14,7 +14,7 @@ from tests.launch.disks import fill, remount, small_disk
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
 from vestige.errors import DiskSpaceError, PieceFailed, UserError
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder
 
 
 @pytest.mark.slow

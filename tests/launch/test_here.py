@@ -1,5 +1,6 @@
 """Work in this process: every piece once, failures retried, what was done is left alone."""
 
+import errno
 import os
 import signal
 
@@ -101,10 +102,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
 
 
 def test_a_full_disk_is_an_instruction(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise DiskSpaceError("The disk is full")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vestige.launch._claims.write_durably", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskSpaceError):
         ToyPlan(tmp_path).run()
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from tests.indexes.synthetic import hashes
 from tests.launch import hosts
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder
 from vestige.settings import LaunchSettings
 
 
@@ -53,7 +53,7 @@ def test_the_piece_of_a_host_that_died_is_done_by_the_other_when_no_heartbeat_co
             assert dying.poll() is None
             time.sleep(0.05)
         hosts.kill(dying)
-        ((piece, owner),) = job.claims.held().items()
+        ((piece, owner),) = job.claims.owners().items()
         assert owner.worker.host.rsplit("-", 1)[0] == first.name
         started = time.monotonic()
         other = second.start(plan.command(LaunchSettings()), soon, **options)

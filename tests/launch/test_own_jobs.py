@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vestige.launch import own_jobs
-from vestige.models._load import own_gpu
+from vestige.models import own_gpu
 
 
 @pytest.mark.parametrize(

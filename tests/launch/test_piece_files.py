@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
 
-from vestige.errors import CorruptFile
+from vestige.errors import CorruptFile, DiskSpaceError
 from vestige.launch import PieceFiles
 
 
@@ -75,10 +77,15 @@ def test_a_flipped_bit_is_found_and_the_piece_forgotten(files):
 
 
 def test_a_write_that_fails_leaves_no_marker_that_vouches_for_the_old_file(files, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    flushed = []
 
-    monkeypatch.setattr("vestige.launch._piece_files.write_durably", full)
-    with pytest.raises(OSError, match="No space"):
+    def full(number):
+        flushed.append(number)
+        # The folder, from which the old marker was removed; then the file.
+        if len(flushed) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskSpaceError):
         files.write(0, {"scores": torch.zeros(6)})
     assert not files.is_done(0)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.launch.toy import ToyPlan
-from vestige.launch._role import Role, this_role
+from vestige.launch import Role, this_role
 
 
 @pytest.mark.slow

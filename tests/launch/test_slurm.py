@@ -10,8 +10,7 @@ import pytest
 from tests.launch import slurm
 from tests.launch.toy import ToyPlan
 from vestige.errors import PieceFailed, UserError, WorkElsewhere
-from vestige.launch import _scheduler as scheduler
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder
 from vestige.settings import LaunchSettings
 
 
@@ -47,8 +46,8 @@ def test_tasks_killed_cancelled_and_warned_of_their_limit_leave_nothing_undone(o
     # One of those that wait is cancelled; of two that run, one dies by -9, the other hears that its limit is near.
     job = JobFolder.of(tmp_path, plan.name)
     slurm.ask(on_slurm, "scancel", f"{job.read_job()['jobs'][0]}_5")
-    _wait_for(lambda: len(job.claims.held()) == 2)
-    killed, warned = (owner.worker for owner in job.claims.held().values())
+    _wait_for(lambda: len(job.claims.owners()) == 2)
+    killed, warned = (owner.worker for owner in job.claims.owners().values())
     os.kill(killed.pid, signal.SIGKILL)
     slurm.ask(on_slurm, "scancel", "--batch", "--signal=USR1", warned.job)
     _wait_for((tmp_path / "result.txt").exists, 120)
@@ -69,11 +68,22 @@ def test_a_job_that_hits_its_time_limit_is_queued_again_and_goes_on(on_slurm, tm
 
 
 @pytest.mark.parametrize(
-    ("limit", "seconds"),
-    [("30", 1800), ("1:30", 90), ("4:00:00", 14400), ("2-0", 172800), ("1-12:30", 131400), ("abc", None)],
+    ("limit", "warning"),
+    [
+        ("0:30", 10),
+        ("5", 60),
+        ("1:00", 12),
+        ("0:05:00", 60),
+        ("2-0", 120),
+        ("0-0:5", 60),
+        ("0-0:4:10", 50),
+        ("abc", 120),
+    ],
 )
-def test_time_limits_read_as_sbatch_reads_them(limit, seconds):
-    assert scheduler.seconds_of(limit) == seconds
+def test_the_warning_comes_a_fifth_of_the_time_limit_before_it(tmp_path, paper_slurm, limit, warning):
+    with pytest.raises(WorkElsewhere):
+        ToyPlan(tmp_path).run(engine="slurm", wait=False, time=limit)
+    assert f"--signal=B:USR1@{warning}" in paper_slurm()[0]
 
 
 def test_a_machine_without_slurm_says_where_to_go(tmp_path, monkeypatch):
@@ -82,23 +92,21 @@ def test_a_machine_without_slurm_says_where_to_go(tmp_path, monkeypatch):
         ToyPlan(tmp_path).run(engine="slurm", workers=2)
 
 
-def test_a_silent_scheduler_is_not_waited_for(monkeypatch):
-    def silent(*_, timeout, **__):
-        raise subprocess.TimeoutExpired("squeue", timeout)
+def test_a_silent_scheduler_is_not_waited_for(tmp_path, monkeypatch):
+    def silent(words, *, timeout, **_):
+        raise subprocess.TimeoutExpired(words[0], timeout)
 
     monkeypatch.setattr("subprocess.run", silent)
-    with pytest.raises(scheduler.SchedulerSilent, match="did not answer within 30 s"):
-        scheduler.waiting_or_running(["17"])
+    with pytest.raises(UserError, match="did not answer within 30 s"):
+        ToyPlan(tmp_path).run(engine="slurm", workers=2)
 
 
-def test_arrays_respect_the_largest_size(tmp_path, monkeypatch):
-    submitted = []
-    monkeypatch.setattr(scheduler, "largest_array", lambda: 4)
-    monkeypatch.setattr(scheduler, "submit", lambda options, _: submitted.append(options) or str(len(submitted)))
-    monkeypatch.setattr(scheduler, "waiting_or_running", lambda _: {})
+def test_arrays_respect_the_largest_size(tmp_path, paper_slurm, monkeypatch):
+    monkeypatch.setenv("VESTIGE_TEST_ARRAY_SIZE", "4")
     plan = ToyPlan(tmp_path)
     with pytest.raises(WorkElsewhere):
         plan.run(**LaunchSettings(engine="slurm", workers=10, wait=False, time="0:50", gres="gpu:1").model_dump())
+    submitted = paper_slurm()
     arrays = [option for options in submitted for option in options if option.startswith("--array")]
     assert arrays == ["--array=0-3", "--array=0-3", "--array=0-1"]
     assert "--dependency=afterany:1:2:3" in submitted[-1]

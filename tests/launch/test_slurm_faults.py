@@ -14,8 +14,7 @@ from tests.launch import slurm
 from tests.launch.toy import ToyPlan
 from tests.workshop import furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.launch._identity import is_alive
-from vestige.launch._record import JobFolder
+from vestige.launch import JobFolder, is_alive
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +99,7 @@ def _hang(job, is_undone):
     while True:
         worker = _first_worker(job)
         os.kill(worker.pid, signal.SIGSTOP)
-        held = [name for name, owner in job.claims.held().items() if owner.worker.token == worker.token]
+        held = [name for name, owner in job.claims.owners().items() if owner.worker.token == worker.token]
         if any(map(is_undone, held)):
             return worker
         os.kill(worker.pid, signal.SIGCONT)
@@ -111,7 +110,7 @@ def _first_worker(job, other_than=None):
     found = []
 
     def look():
-        held = [owner.worker for name, owner in job.claims.held().items() if name.isdigit()]
+        held = [owner.worker for name, owner in job.claims.owners().items() if name.isdigit()]
         found[:] = [one for one in held if (other_than is None or one.token != other_than.token) and is_alive(one)]
         return found
 

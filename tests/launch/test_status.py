@@ -14,8 +14,7 @@ import pytest
 from tests.launch.toy import ToyPlan
 from vestige.cli import main
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.launch import cancel_jobs, job_statuses
-from vestige.launch._identity import _born as born_at
+from vestige.launch import cancel_jobs, job_statuses, start_time
 from vestige.settings import LaunchSettings
 from vestige.storage import this_host
 
@@ -111,7 +110,7 @@ def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
     other = tmp_path / "other"
     words = [sys.executable, "-c", "import time; time.sleep(60)", "vestige", str(other)]
     with subprocess.Popen(words) as innocent:
-        born = born_at(psutil.Process(innocent.pid))
+        born = start_time(psutil.Process(innocent.pid))
         worker = [this_host(), innocent.pid, born, "", "token"]
         home = _foreign(tmp_path / "job", driver=worker)
         (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
@@ -123,7 +122,7 @@ def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
 
 def test_claims_and_journals_of_others_are_passed_over(tmp_path):
     home = _foreign(tmp_path, driver=None)
-    me = born_at(psutil.Process())
+    me = start_time(psutil.Process())
     for name, content in {
         "00000": [1, 2],
         "x": [this_host(), os.getpid(), "soon", "", "t", 0],
@@ -140,7 +139,7 @@ def test_claims_and_journals_of_others_are_passed_over(tmp_path):
 @pytest.mark.parametrize("step", [2, 3600, -86400])
 def test_a_claim_lives_on_when_the_clock_is_set(step, tmp_path, monkeypatch):
     home = _foreign(tmp_path, driver=None)
-    worker = [this_host(), os.getpid(), born_at(psutil.Process()), "", "t"]
+    worker = [this_host(), os.getpid(), start_time(psutil.Process()), "", "t"]
     (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
     before = job_statuses(tmp_path)[0].running
     made = psutil.Process.create_time

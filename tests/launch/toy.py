@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vestige.distributed import is_helper
 from vestige.errors import CorruptFile, DataError
 from vestige.launch import Compute, ranges, run_plan, step_done
-from vestige.lockstep import is_helper
 from vestige.settings import LaunchSettings
 from vestige.storage import hold_folder, make_folder, write_durably
 

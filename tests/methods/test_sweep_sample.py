@@ -3,7 +3,7 @@ import torch
 
 from vestige.methods import _sweep
 from vestige.methods._sweep import _Sample
-from vestige.runs import ScoreBlock, sampled_rows
+from vestige.runs import ScoreBlock, sample_rows
 
 
 def test_the_scores_that_are_correlated_are_those_of_the_sampled_rows(monkeypatch):
@@ -14,4 +14,4 @@ def test_the_scores_that_are_correlated_are_those_of_the_sampled_rows(monkeypatc
     for start in range(0, 5000, 70):
         rows = order[start : start + 70]
         sample.add(ScoreBlock(torch.from_numpy(rows), torch.from_numpy(scores[:, rows])))
-    assert np.array_equal(sample.scores, scores[:, sampled_rows(5000, 200)])
+    assert np.array_equal(sample.scores, scores[:, sample_rows(5000, 200)])

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shutil
 from pathlib import Path
 
 import gguf
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vestige.errors import DiskSpaceError, MissingExtra, ModelError
-from vestige.models import _gguf, load_model
+from vestige.models import load_model
 
 WIDTH, HIDDEN, HEADS, KV_HEADS = 32, 64, 4, 2
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(97, 123)), "Ġ", "Ċ", ".", "ab"]
@@ -70,16 +72,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VESTIGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+@pytest.fixture
+def conversions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were converted, in order."""
-    done: list[Path] = []
-    convert = _gguf._convert
+    done: list[str] = []
+    read = AutoModelForCausalLM.from_pretrained
 
-    def counting(file: Path, finished: Path) -> None:
-        done.append(file)
-        convert(file, finished)
+    def counting(*given, **settings):
+        done.extend([settings["gguf_file"]] if "gguf_file" in settings else [])
+        return read(*given, **settings)
 
-    monkeypatch.setattr(_gguf, "_convert", counting)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
     return done
 
 
@@ -119,15 +127,15 @@ def test_the_cache_goes_by_content_not_by_name(folder, conversions):
     assert len(conversions) == 2
 
 
-def test_a_killed_conversion_is_never_reused(folder, conversions, monkeypatch):
+def test_a_killed_conversion_is_never_reused(folder, cache, conversions, monkeypatch):
     file = folder / "tiny.Q4_1.gguf"
-    finished = _gguf.cache_folder() / "gguf" / hashlib.sha256(file.read_bytes()).hexdigest()
+    finished = cache / hashlib.sha256(file.read_bytes()).hexdigest()
 
-    def killed(packed):
+    def killed(model, folder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_gguf, "_fresh_copy", killed)
+        patch.setattr(PreTrainedModel, "save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
             load_model(folder, device="cpu")
     assert not finished.exists()
@@ -141,16 +149,15 @@ def test_a_killed_conversion_is_never_reused(folder, conversions, monkeypatch):
 
 
 def test_a_process_that_waited_uses_what_the_other_one_made(folder, conversions, monkeypatch):
-    class Elsewhere(FileLock):
-        """Another process converts while this one waits for the lock."""
+    acquire = FileLock.acquire
 
-        def acquire(self, *args, **kwargs):
-            if not conversions:
-                finished = Path(str(self.lock_file).removesuffix(".lock"))
-                _gguf._convert(folder / "tiny.Q4_1.gguf", finished)
-            return super().acquire(*args, **kwargs)
+    def acquire_late(lock, *given, **settings):
+        """Acquire the lock once another process has converted the file under it."""
+        monkeypatch.setattr(FileLock, "acquire", acquire)
+        load_model(folder, device="cpu")
+        return acquire(lock, *given, **settings)
 
-    monkeypatch.setattr(_gguf, "FileLock", Elsewhere)
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
     load_model(folder, device="cpu")
     assert len(conversions) == 1
 
@@ -162,12 +169,12 @@ def test_several_files_are_a_question(folder):
     assert load_model(folder / "other.gguf", device="cpu").context_length == 48
 
 
-def test_a_damaged_file_leaves_nothing_behind(folder):
+def test_a_damaged_file_leaves_nothing_behind(folder, cache):
     file = folder / "tiny.Q4_1.gguf"
     file.write_bytes(b"GGUF" + b"\0" * 40)
     with pytest.raises(ModelError, match="cannot be read as a GGUF"):
         load_model(folder, device="cpu")
-    assert [entry.suffix for entry in (_gguf.cache_folder() / "gguf").iterdir()] == [".lock"]
+    assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
 
 
 def test_without_the_reader_the_command_is_named(folder, monkeypatch):
@@ -179,6 +186,6 @@ def test_without_the_reader_the_command_is_named(folder, monkeypatch):
 
 def test_a_full_disk_is_noticed_before_writing(folder, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(_gguf.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskSpaceError, match="VESTIGE_CACHE"):
         load_model(folder, device="cpu")

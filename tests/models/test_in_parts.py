@@ -16,9 +16,9 @@ import vestige
 from tests.workshop import CONTEXT, PAIRS, furnish, write_rows
 from vestige.compress import parse_spec
 from vestige.data import load_examples, tokenize
+from vestige.distributed import is_rank0, process_group
 from vestige.errors import ModelError, SpecError
 from vestige.indexes import CompressedGradients, lay_out
-from vestige.lockstep import is_first, together
 from vestige.models import load_model, select_components
 from vestige.settings import AttributeSettings, AuditSettings, IndexSettings
 
@@ -151,7 +151,7 @@ def main():
     """One of two processes."""
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with together():
+    with process_group():
         model = load_model(place / "gpt2", device="fsdp").model
         blocks = list(model.transformer.h.parameters())
         held, whole = sum(part.to_local().numel() for part in blocks), sum(part.numel() for part in blocks)
@@ -159,7 +159,7 @@ def main():
         assert model.lm_head.weight is model.transformer.wte.weight
         print("holds a part", flush=True)
         found = rows(place, "fsdp")
-        if is_first():
+        if is_rank0():
             torch.save(tuple(found), place / "rows.pt")
     everything(place, "two", "fsdp")
 

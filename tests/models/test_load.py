@@ -6,13 +6,11 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaModel, T5Config, T5Model
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaModel, T5Config, T5Model
 
 from tests.architectures import CAUSAL, build
 from vestige.errors import ModelError
-from vestige.models import load_model
-from vestige.models._load import DEVICE_MAPS
-from vestige.models._transformers import _require_all_weights, quiet_transformers
+from vestige.models import DEVICE_MAPS, load_model, quiet_transformers
 
 IDS = torch.tensor([[5, 9, 2, 30, 7]])
 
@@ -47,10 +45,12 @@ def test_an_adapter_over_a_spread_model(saved, tmp_path):
     assert torch.equal(logits(there.model).cpu(), logits(here.model))
 
 
-def test_weights_that_no_gpu_has_room_for_are_named(saved, tmp_path):
+def test_weights_that_no_gpu_has_room_for_are_named(saved, monkeypatch):
     away = cpu_offload(build("llama", torch.float32), offload_buffers=False)
+    found = {"missing_keys": [], "unexpected_keys": []}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **settings: (away, found))
     with pytest.raises(ModelError, match=r"do not fit on the GPUs .* Take more GPUs"):
-        _require_all_weights(away, [], tmp_path)
+        load_model(saved("llama"), device="balanced")
 
 
 def test_a_live_module_is_not_spread():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vestige.models._load import own_gpu
+from vestige.models import own_gpu
 
 
 @pytest.mark.parametrize(

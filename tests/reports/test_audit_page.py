@@ -24,8 +24,8 @@ from vestige.runs import (
     RateRecord,
     SubjectRecord,
     evidence_table,
+    write_audit,
 )
-from vestige.runs._audit import write_audit
 
 COUNT, HELD = 40, 20
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

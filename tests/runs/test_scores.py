@@ -4,6 +4,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests.runs.conftest import tokenized
+from vestige.data import Example
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs import RunTables, Scores, write_run
 
@@ -81,6 +83,23 @@ def test_self_influence_is_highest_first_with_ties_in_row_order(tmp_path, record
     assert [(entry.example_id, entry.row, entry.score) for entry in scores.self_influence()] == [
         *(("b", 1, 4.0), ("d", 3, 4.0), ("e", 4, 2.0), ("a", 0, 1.0), ("c", 2, 0.5))
     ]
+
+
+@pytest.mark.parametrize("kinds", [1, 4, 10_000])
+@pytest.mark.parametrize("count", [1, 16, 200])
+def test_self_influence_of_examples_that_were_left_out(kinds, count, tmp_path, record, content):
+    random = np.random.default_rng(count)
+    values = random.integers(kinds, size=count) / 7
+    values[random.random(count) < 0.1] = np.nan
+    names = [f"example {row}" for row in range(count)]
+    train = tokenized([Example(name, row, text=name) for row, name in enumerate(names)])
+    tables = RunTables(train, content.queries, [], generated=[False, False], self_scores=values)
+    record = record.model_copy(update={"data": record.data.model_copy(update={"examples": count})})
+    scores = Scores.open(write_run(tmp_path / "run", record, tables))
+    order = sorted(np.flatnonzero(~np.isnan(values)).tolist(), key=lambda row: (-values[row], row))
+    found = [(entry.example_id, entry.row, entry.score) for entry in scores.self_influence()]
+    assert found == [(names[row], row, values[row]) for row in order]
+    assert np.array_equal(scores.self_scores(), values, equal_nan=True)
 
 
 def test_what_was_not_stored_is_named_with_the_flag_that_stores_it(tmp_path, record, content):

@@ -7,8 +7,7 @@ from scipy import stats
 
 from vestige import row_order
 from vestige.errors import VestigeError
-from vestige.runs import ScoreBlock, ScoreCollector, sampled_rows
-from vestige.runs._sample import hashed
+from vestige.runs import ScoreBlock, ScoreCollector, sample_rows
 
 
 def collect(scores: np.ndarray, *, order=None, block=17, **options):
@@ -71,7 +70,7 @@ def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypat
     settings = {"dense": dense, "skipped": skipped, "sources": sources, "kept_bytes": 4 * 2 * fitting}
     summary = collect(scores, order=random.permutation(count), block=step, k=20, **settings)
     left = np.setdiff1d(np.arange(count), skipped)
-    kept = left if dense else np.intersect1d(left, sampled_rows(count, fitting))
+    kept = left if dense else np.intersect1d(left, sample_rows(count, fitting))
     for query, found in enumerate(summary.distribution):
         values, sample = scores[query, left].astype(np.float64), scores[query, kept].astype(np.float64)
         assert (found.count, found.sampled) == (len(left), len(kept))
@@ -96,16 +95,9 @@ def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypat
         assert np.array_equal(summary.dense, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("wanted", [1, 77, 4999, 5000])
-def test_sampled_are_the_rows_with_the_smallest_hashes(wanted, monkeypatch):
-    monkeypatch.setattr(row_order, "WINDOW", 600)
-    expected = np.argsort(hashed(np.arange(5000)))[:wanted]
-    assert sampled_rows(5000, wanted).tolist() == sorted(expected.tolist())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_collector_holds_a_bit_for_each_example(dense):
+def test_a_collector_holds_a_few_bytes_for_each_example(dense):
     def peak(count):
         tracemalloc.start()
         collector = ScoreCollector(2, count, dense=dense, sources=(f"s{row % 3}" for row in range(count)))
@@ -117,19 +109,22 @@ def test_a_collector_holds_a_bit_for_each_example(dense):
         tracemalloc.stop()
         return found
 
-    # Arrays of less than 256 KB are in memory: those of the few are, at most four of them.
+    # The number of its source and the mark that it was scored; more while rows are hashed or sources are read.
     few, many = 150_000, 1_000_000
-    assert (peak(many) - peak(few)) / (many - few) < 0.2
+    assert (peak(many) - peak(few)) / (many - few) < 64
 
 
 def test_the_sample_of_rows_is_fixed_and_spread_out():
-    rows = sampled_rows(10_000, 500)
+    rows = sample_rows(10_000, 500)
     assert len(set(rows.tolist())) == 500
     assert (np.diff(rows) > 0).all()
-    assert (sampled_rows(10_000, 500) == rows).all()
+    assert (sample_rows(10_000, 500) == rows).all()
     counts = np.histogram(rows, bins=10, range=(0, 10_000))[0]
     assert counts.min() > 25
-    assert sampled_rows(7, 9).tolist() == list(range(7))
+    assert sample_rows(7, 9).tolist() == list(range(7))
+    # Of earlier versions: a run of theirs is continued with the same sample.
+    assert sample_rows(5000, 5).tolist() == [410, 821, 2875, 4527, 4967]
+    assert set(sample_rows(5000, 77)) < set(sample_rows(5000, 4999))
 
 
 def test_groups_equal_a_plain_loop(scores):

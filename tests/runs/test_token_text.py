@@ -1,6 +1,6 @@
 import numpy as np
 
-from vestige.runs._token_text import token_texts
+from vestige.runs import token_texts
 
 
 class Bytes:

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from vestige.errors import NonFinite
-from vestige.runs import ScoreBlock, TopK
-from vestige.runs._topk import block_arrays
+from vestige.runs import ScoreBlock, ScoreCollector, TopK
 
 
 def reference(scores: np.ndarray, k: int, end: str) -> list[tuple[int, float, float]]:
@@ -56,11 +55,10 @@ def test_block_order_and_size_change_nothing():
 def test_a_score_that_is_not_finite_is_refused_by_name():
     block = ScoreBlock(torch.tensor([4, 9]), torch.tensor([[1.0, 2.0], [3.0, float("nan")]]))
     with pytest.raises(NonFinite, match="training row 9 for query 1"):
-        block_arrays(block)
+        ScoreCollector(2, 10).add(block)
 
 
 def test_half_precision_blocks_are_read():
-    rows, scores = block_arrays(ScoreBlock(torch.tensor([1]), torch.tensor([[0.5]], dtype=torch.bfloat16)))
-    assert rows.dtype == np.int64
-    assert scores.dtype == np.float32
-    assert scores[0, 0] == 0.5
+    collector = ScoreCollector(1, 1, dense=True)
+    collector.add(ScoreBlock(torch.tensor([0], dtype=torch.int32), torch.tensor([[0.5]], dtype=torch.bfloat16)))
+    assert collector.finish().dense.tolist() == [[0.5]]

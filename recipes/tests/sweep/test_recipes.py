@@ -8,7 +8,6 @@ import pytest
 
 from sweep.published import IDS, write_deployment
 from vestige.errors import WorkElsewhere
-from vestige.launch import _scheduler as scheduler
 from vestige.registry import COMMANDS
 from vestige_recipes.sweep import read_grid, read_published, sweep
 from vestige_recipes.sweep.cells import cells_of, name_of
@@ -120,19 +119,13 @@ def test_rows_and_steps_are_the_published_ones(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*(f"shadows-{name}" for name in SHADOWS), "audits", "alarms"])
-def test_the_script_that_slurm_would_get(name, tmp_path, monkeypatch):
+def test_the_script_that_slurm_would_get(name, tmp_path, paper_slurm, monkeypatch):
     path = recipe(name)
-    submitted = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scheduler, "largest_array", lambda: 1001)
-    monkeypatch.setattr(scheduler, "waiting_or_running", lambda _: {})
-    monkeypatch.setattr(
-        scheduler, "submit", lambda options, script: submitted.append((options, script)) or str(len(submitted))
-    )
     settings = typed(path)
     with pytest.raises(WorkElsewhere, match="submitted as 1, 2"):
         sweep(path, wait=False, **settings)
-    (array, script), (reduce, _) = submitted
+    (*array, script), reduce = paper_slurm()
     jobs = int(settings["workers"])
     wanted = {"--gres=gpu:1", "--time=20:00:00", "--requeue", "--signal=B:USR1@120", f"--array=0-{jobs - 1}"}
     assert wanted <= set(array)

@@ -44,7 +44,7 @@ from vestige.indexes import (
 )
 from vestige.models import batch_sharing
 from vestige.progress import announce, format_bytes, format_seconds
-from vestige.runs import sampled_rows
+from vestige.runs import sample_rows
 from vestige.settings import DoctorSettings, verb
 from vestige.timing import peak_memory_bytes
 
@@ -125,7 +125,7 @@ def _try_gradients(
     narrow = spec if manifest.width <= PROBE_NUMBERS else parse_spec(NARROW[settings.compress_scope])
     tried = _try_probes(settings, inputs, probes, narrow, trial)
     longest = make_batch(probes, [int(probes.target_counts.argmax())]).to(device)
-    sample = cut_examples(data.subset(sampled_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
+    sample = cut_examples(data.subset(sample_rows(len(data), KNOWLEDGE_ROWS)), PROBE_TOKENS)
     slope = check_slope(model, components, loss, longest, settings.seed)
     exact = check_autograd(model, components, loss, data, loaded.context_length)
     known = check_knowledge(measure_knowledge(model, sample, batch_tokens(settings, loaded)))

@@ -16,8 +16,8 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from vestige.cli._bridge import as_function
+from vestige.distributed import ROLE_VARIABLE
 from vestige.errors import SpecError, UserError, WorkElsewhere
-from vestige.lockstep import ROLE_VARIABLE
 from vestige.registry import COMMANDS
 from vestige.terminal import say
 

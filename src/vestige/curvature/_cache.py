@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vestige.curvature._fisher import FisherBlock, FisherBlocks, fisher_sums
+from vestige.distributed import broadcast_from_rank0
 from vestige.errors import UserError
 from vestige.indexes import Index, IndexBlock
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
-from vestige.lockstep import decided
 from vestige.progress import format_bytes, progress
 from vestige.settings import LaunchSettings
 from vestige.storage import check_disk, make_folder, write_durably
@@ -149,7 +149,7 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
     """
     if len(index.spans) == 1:
         require_memory(index.width)
-    found = _read(index) if decided(fisher_path(index).exists) else None
+    found = _read(index) if broadcast_from_rank0(fisher_path(index).exists) else None
     if found is not None:
         return found
     plan = FisherPlan(index)

@@ -21,8 +21,8 @@ from vestige.curvature._kfac import (
     kronecker_factors,
     with_eigenvalues,
 )
+from vestige.distributed import broadcast_from_rank0
 from vestige.launch import PieceFiles, phase, run_plan
-from vestige.lockstep import decided
 from vestige.settings import LaunchSettings
 
 FORMAT = 2
@@ -52,7 +52,7 @@ def kfac_of(
     path = curvature_path(folder, "kfac", measured, model_fingerprint)
     if path is None:
         return _factors(_contiguous(_factor_tensors(fit_kfac(measured))), measured)
-    found = read_tensors(path) if decided(path.exists) else None
+    found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
     if found is None and len(measured.groups) == 1:
         found = write_tensors(path, _factor_tensors(fit_kfac(measured)))
     if found is None:
@@ -79,7 +79,7 @@ def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | Non
     path = curvature_path(folder, "ekfac", measured, model_fingerprint)
     if path is None:
         return _bases(_contiguous(_basis_tensors(fit_ekfac(measured))), measured)
-    found = read_tensors(path) if decided(path.exists) else None
+    found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
     if found is None and len(measured.groups) == 1:
         found = write_tensors(path, _basis_tensors(fit_ekfac(measured)))
     if found is None:

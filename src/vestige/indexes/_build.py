@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import forget_tokens
+from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import UserError, WorkElsewhere
 from vestige.indexes._budget import choose_spec
 from vestige.indexes._compute import CompressedGradients, lay_out
@@ -25,7 +26,6 @@ from vestige.launch import (
     worker_command,
     write_profile,
 )
-from vestige.lockstep import decided, is_first
 from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.settings import DoctorSettings, IndexSettings, verb
@@ -51,13 +51,13 @@ def index(settings: IndexSettings) -> Index:
 
 def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] | None = None) -> Index:
     """Build the index of a model and data that are already loaded; also run by a worker of `command`."""
-    begun = decided(lambda: None if settings.overwrite else read_manifest(settings.out))
+    begun = broadcast_from_rank0(lambda: None if settings.overwrite else read_manifest(settings.out))
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
         _require_one_process()
-        decided(lambda: remove_index(settings.out))
+        broadcast_from_rank0(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
-    manifest, plan = decided(lambda: _planned(settings, draft, inputs))
+    manifest, plan = broadcast_from_rank0(lambda: _planned(settings, draft, inputs))
 
     @contextmanager
     def compute() -> Iterator[ShardCompute]:
@@ -67,9 +67,9 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     missing = list[int]()
     if not is_worker():
-        missing = decided(lambda: prepare_index(work))
+        missing = broadcast_from_rank0(lambda: prepare_index(work))
         _announce_cost(settings, inputs, work, spec, missing)
-        if is_first():
+        if is_rank0():
             forget_tokens(settings.out / TOKENS, inputs.data)
     try:
         with phase(work.name, "tokens") as tokens, phase(work.name, work.unit) as examples:

@@ -8,10 +8,10 @@ import torch
 
 from vestige.compress import CompressingSink, CompressionSpec
 from vestige.data import TokenizedData, make_batch
+from vestige.distributed import exchange_rows, round_robin, this_rank
 from vestige.gradients import CausalLoss, GradientPass, Reduction
 from vestige.indexes._content import PartBatches, ShardContent, parts_of
 from vestige.indexes._manifest import IndexedComponent
-from vestige.lockstep import exchange_rows, in_turns, this_process
 from vestige.models import Component, LoadedModel
 from vestige.settings import Scope
 
@@ -55,7 +55,7 @@ class CompressedGradients:
 
     def parts(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> Iterator[ShardContent]:
         """Yield `rows` of a shard's batches, part by part: memory does not grow with the shard."""
-        for part in parts_of(batches, self._sink.width, fewest=this_process().of):
+        for part in parts_of(batches, self._sink.width, fewest=this_rank().world_size):
             yield self._computed(data, part)
 
     def _computed(self, data: TokenizedData, part: PartBatches) -> ShardContent:
@@ -70,7 +70,7 @@ class CompressedGradients:
                 rows[starts[-2] : starts[-1]] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
                 yield batch
 
-        for number, batch, counts in in_turns(noted()):
+        for number, batch, counts in round_robin(noted()):
             self._sink.begin(len(batch), self._device)
             loss = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
             if counts:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vestige import disk_arrays
 from vestige.data import Example
+from vestige.distributed import is_rank0
 from vestige.errors import CorruptFile
 from vestige.indexes._content import ShardContent
 from vestige.indexes._manifest import Expectation, Manifest, expected_shards
@@ -18,7 +19,6 @@ from vestige.indexes._plan import Plan, PlannedShard
 from vestige.indexes._shards import map_shard, shard_fault, write_shard
 from vestige.indexes._store import Index
 from vestige.launch import Compute, ranges, step_done
-from vestige.lockstep import is_first
 from vestige.row_order import by_window
 
 _SHOWN = 10
@@ -112,7 +112,7 @@ class IndexPlan:
     def _fill(self, piece: int, compute: ShardCompute) -> None:
         planned = self.plan.shards[piece]
         parts = _as_planned(compute(PlannedBatches(planned.batches)), planned, self.manifest)
-        if not is_first():
+        if not is_rank0():
             for _ in parts:
                 pass
             return

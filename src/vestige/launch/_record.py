@@ -10,15 +10,15 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, final
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
-from vestige.errors import CorruptFile, UserError
-from vestige.launch._claims import Claims
-from vestige.launch._identity import Worker, this_worker
+from vestige import errors
+from vestige.errors import CorruptFile, PieceFailed, UserError
+from vestige.launch._claims import Claims, Worker, this_worker
 from vestige.parsing import first_problem
 from vestige.storage import make_folder, write_durably
 
@@ -29,7 +29,7 @@ JOB_FILES = (
     *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
-_ROOM = 16 * 1024
+_NOTE_BYTES = 16 * 1024
 """Bytes that a claim and the note of a failure always fit into."""
 
 
@@ -111,7 +111,7 @@ class JobFolder:
         for path in (self.path, self.logs, self._failures, self._journal, self._claims):
             make_folder(path)
 
-    def require_room(self) -> None:
+    def require_space(self) -> None:
         """Raise unless a small file can be written.
 
         Raises:
@@ -119,7 +119,7 @@ class JobFolder:
             UserError: It cannot be written to.
         """
         path = self.path / f"room.{this_worker().token}"
-        write_durably(path, [bytes(_ROOM)])
+        write_durably(path, [bytes(_NOTE_BYTES)])
         path.unlink(missing_ok=True)
 
     def write_job(self, **fields: Any) -> None:
@@ -232,3 +232,51 @@ def _cores() -> int:
 def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return 0 if visible is None else len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+
+
+_SHOWN = 5
+_TAIL_LINES = 12
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Format numbers as people and SLURM write them: 0-3,7,9-11."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def make_failure_error(name: str, pieces: int, failures: Sequence[Failure]) -> UserError:
+    """Return the error to raise for these failures; one that the user can fix keeps its class and its words."""
+    for failure in failures:
+        if failure.fatal:
+            kind = getattr(errors, failure.kind, PieceFailed)
+            log = f"\nThe log is {failure.log}." if failure.log else ""
+            return kind(f"{failure.error}{log}")
+    shown = "\n".join(_describe(failure) for failure in failures[:_SHOWN])
+    more = f"\n... and {len(failures) - _SHOWN} more." if len(failures) > _SHOWN else ""
+    numbers = ranges(failure.piece for failure in failures)
+    return PieceFailed(
+        f"{name}: {len(failures)} of {pieces} pieces failed every time ({numbers}); the others went on.\n"
+        f"{shown}{more}\nFix the cause and run the same command again: only what is missing is computed."
+    )
+
+
+def _describe(failure: Failure) -> str:
+    times = "once" if failure.attempts == 1 else f"{failure.attempts} times"
+    head = f"  piece {failure.piece}, {times}, on {failure.host}: {failure.kind}: {failure.error}"
+    if failure.log:
+        head += f"\n    log: {failure.log}"
+    lines = failure.traceback.rstrip().splitlines() or tail(failure.log)
+    return "\n".join([head, *(f"    {line}" for line in lines[-_TAIL_LINES:])])
+
+
+def tail(log: str) -> list[str]:
+    """Return the last lines of a log, none if it cannot be read."""
+    try:
+        return Path(log).read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log else []
+    except OSError:
+        return []

@@ -2,18 +2,27 @@
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vestige.lockstep import ROLE_VARIABLE, in_step, is_first
+import psutil
+
+from vestige.distributed import ROLE_VARIABLE, in_process_group, is_rank0
+from vestige.errors import VestigeError
+from vestige.launch._work import POLL_SECONDS
+from vestige.progress import announce, format_seconds
+from vestige.storage import write_durably
+from vestige.timing import Profile
 
 
 class Role(NamedTuple):
     """A process's part in a job."""
 
     kind: Literal["driver", "worker", "reduce", "rank", "mirror"]
-    """A mirror does what the driver does, in the same process group (`vestige.lockstep`)."""
+    """A mirror does what the driver does, in the same process group (`vestige.distributed`)."""
     job: str = ""
     """The job folder that a worker works on; of another plan, it only takes the result."""
     number: int = 0
@@ -36,14 +45,14 @@ class Role(NamedTuple):
 
 def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     """Return the role that the environment gives this process: Vestige's own variable, else that of torchrun."""
-    told = environment.get(ROLE_VARIABLE)
-    if told:
-        role = Role(**json.loads(told))
+    given = environment.get(ROLE_VARIABLE)
+    if given:
+        role = Role(**json.loads(given))
         # The tasks of a batch array have the same environment but for their number.
         task = environment.get("SLURM_ARRAY_TASK_ID")
         return role._replace(number=int(task)) if role.kind == "worker" and task else role
-    if in_step():
-        return Role("driver" if is_first() else "mirror")
+    if in_process_group():
+        return Role("driver" if is_rank0() else "mirror")
     rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
         return Role("rank", number=int(rank), of=int(ranks))
@@ -58,3 +67,107 @@ def is_worker() -> bool:
 def is_one_of_several() -> bool:
     """Return whether torchrun or accelerate started this process as one of several that run the same program."""
     return this_role().kind == "rank"
+
+
+def is_follower() -> bool:
+    """Return whether torchrun or accelerate started this process as a rank that leaves writing to the first one."""
+    role = this_role()
+    return role.kind == "rank" and role.number > 0
+
+
+def follow(result: Path, work: Callable[[], object]) -> None:
+    """Do `work` as far as it is needed, and wait until the first rank has written the file `result`.
+
+    The first rank may be done with everything, and tidy up, before this one checks. Should the first one fail,
+    torchrun ends the others.
+    """
+    launched = psutil.Process(os.getppid()).create_time()
+
+    def is_written() -> bool:
+        try:
+            return result.stat().st_mtime >= launched
+        except OSError:
+            return False
+
+    try:
+        if not is_written():
+            work()
+    except (VestigeError, OSError):
+        if not is_written():
+            raise
+    while not is_written():
+        time.sleep(POLL_SECONDS)
+
+
+_PARTS = (
+    ROLE_VARIABLE,
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+"""What gives a process its part in a job, for Vestige and torch.distributed; of the latter all or nothing: a Trainer
+that finds LOCAL_RANK alone makes a process group of one and wraps its model in it."""
+_CARDS, _PLACE = "CUDA_VISIBLE_DEVICES", "SLURM_LOCALID"
+"""Where the GPU of a rank is set instead: for CUDA, and should CUDA have read it before, for ourselves."""
+
+
+@contextmanager
+def own_jobs() -> Iterator[None]:
+    """Let this process start jobs of its own while the block runs, whatever its part in the job around it.
+
+    For a piece that is itself a command: without this, a command inside a worker would take itself for a worker of its
+    own job, and wait for a driver that there is not. A rank of torchrun keeps its GPU and uses no other.
+    """
+    card = _card(os.environ) if is_one_of_several() else {}
+    before = {name: os.environ.pop(name) for name in (*_PARTS, *card) if name in os.environ}
+    os.environ.update(card)
+    try:
+        yield
+    finally:
+        for name in (*_PARTS, *card):
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _card(environment: Mapping[str, str]) -> dict[str, str]:
+    import torch
+
+    place = environment.get("LOCAL_RANK", "")
+    # Counting them does not make CUDA read its environment, which it does once.
+    count = torch.cuda.device_count()
+    if not place.isdigit() or not count:
+        return {}
+    visible = environment.get(_CARDS, ",".join(map(str, range(count)))).split(",")
+    return {_CARDS: visible[int(place) % len(visible)], _PLACE: place}
+
+
+PROFILE_FILE = "profile.json"
+
+
+@contextmanager
+def phase(label: str, unit: str) -> Iterator[list[int]]:
+    """Show the rate of a phase when the block ends without an error: what was appended to the list, per second.
+
+    Units that were done before, by another process or a run that was killed, are not appended: a rate is that of the
+    work done here.
+    """
+    started, done = time.perf_counter(), list[int]()
+    yield done
+    seconds, units = time.perf_counter() - started, sum(done)
+    if units:
+        announce(f"{label}: {units:,} {unit} in {format_seconds(seconds)}, {units / max(seconds, 1e-9):,.0f} {unit}/s")
+
+
+@contextmanager
+def profile(wanted: bool) -> Iterator[Profile | None]:
+    """Measure the block if `wanted`, and show the table when it ends without an error."""
+    with profile_phases(wanted) as measured:
+        yield measured
+    if measured is not None:
+        announce(measured.table())
+
+
+def write_profile(measured: Profile | None, folder: Path) -> None:
+    """Write `profile.json` into the folder, if anything was measured; of several ranks, that of the first."""
+    if measured is not None and is_rank0() and not is_follower():
+        write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import UserError
-from vestige.launch import _scheduler as scheduler
-from vestige.launch._failures import ranges
-from vestige.launch._identity import WORKER, Worker, is_alive, works_on
-from vestige.launch._record import Failure, JobFolder, is_number
+from vestige.launch._claims import WORKER, Worker, is_alive, works_on
+from vestige.launch._record import Failure, JobFolder, is_number, ranges
+from vestige.launch._slurm import cancel_batch_jobs, waiting_or_running
 from vestige.progress import format_seconds
 from vestige.storage import this_host
 
@@ -86,7 +85,7 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
     done = len({entry.piece for entry in since})
     weight = sum({entry.piece: entry.weight for entry in since}.values())
-    running = tuple(sorted(int(name) for name in _held(job) if is_number(name)))
+    running = tuple(sorted(int(name) for name in _live_owners(job) if is_number(name)))
     elapsed = (record.get("ended") or time.time()) - record["begun"]
     rate = weight / elapsed if elapsed > 0 else 0.0
     to_do = record["weight"] - record["weight_before"] - weight
@@ -108,9 +107,9 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     )
 
 
-def _held(job: JobFolder) -> dict[str, Worker]:
+def _live_owners(job: JobFolder) -> dict[str, Worker]:
     """Return the claims whose owners live, or ran on other hosts and may live."""
-    held = {name: owner.worker for name, owner in job.claims.held().items()}
+    held = {name: owner.worker for name, owner in job.claims.owners().items()}
     return {name: worker for name, worker in held.items() if is_alive(worker) is not False}
 
 
@@ -123,7 +122,7 @@ def _state(record: dict[str, Any], running: bool) -> str:
     if running or (driver is not None and is_alive(driver)):
         return "running"
     try:
-        queued = scheduler.waiting_or_running(record.get("jobs", ()))
+        queued = waiting_or_running(record.get("jobs", ()))
     except UserError:
         return "unknown: the scheduler does not answer"
     return "running" if queued else "stopped: the same command continues it"
@@ -136,10 +135,10 @@ def _cancel(job: JobFolder) -> Iterator[str]:
     # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
     if jobs := record.get("jobs", []):
-        scheduler.cancel_jobs(jobs)
+        cancel_batch_jobs(jobs)
         yield f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."
     driver = _driver(record)
-    workers = {worker.token: worker for worker in [*_held(job).values(), *([driver] if driver else [])]}
+    workers = {worker.token: worker for worker in [*_live_owners(job).values(), *([driver] if driver else [])]}
     for worker in workers.values():
         if worker.host != this_host():
             if not worker.job:

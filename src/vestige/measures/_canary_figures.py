@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vestige.measures._figures import COLOURS, saved
-from vestige.runs import CHANCE_BITS, CanaryRecord, Exposed, exposed
+from vestige.runs import CHANCE_BITS, CanaryRecord, Exposed, mean_exposures
 
 _SPREAD = 0.12
 """Half the width over which the secrets of one number of copies are strewn, so that equal ones are visible."""
@@ -20,7 +20,7 @@ def canary_figures(canaries: Sequence[CanaryRecord], checkpoints: Sequence[int])
         canaries: Every secret under every checkpoint.
         checkpoints: Their numbers; the last is the model under audit.
     """
-    groups = exposed(canaries)
+    groups = mean_exposures(canaries)
     if not groups:
         return {}
     panels = 1 + (len(checkpoints) > 1)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from vestige.data import make_batch, plan_batches
+from vestige.distributed import FSDP, broadcast_from_rank0
 from vestige.errors import SpecError
 from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.indexes import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
-from vestige.lockstep import FSDP, decided
 from vestige.methods._explain import split_over_components, split_over_tokens
 from vestige.methods._open import open_job
 from vestige.methods._plan import self_scores, summarised
@@ -34,7 +34,7 @@ from vestige.runs import (
     ScoreSummary,
     TokenScores,
     check_target,
-    sampled_rows,
+    sample_rows,
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
@@ -50,7 +50,9 @@ def attribute(settings: AttributeSettings) -> Scores:
     """
     started = time.perf_counter()
     # A worker never gets --overwrite: the process that a person started was, and writes the run.
-    decided(lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower()))
+    broadcast_from_rank0(
+        lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
+    )
     method = _method(settings)
     if is_follower():
         follow(settings.out / RECORD_FILE, lambda: _help(settings, method))
@@ -80,7 +82,7 @@ def attribute(settings: AttributeSettings) -> Scores:
         write_run(settings.out, record, tables, overwrite=settings.overwrite, add=add)
         remove_partial(settings.out)
 
-    decided(write)
+    broadcast_from_rank0(write)
     return Scores.open(settings.out)
 
 
@@ -133,7 +135,7 @@ def _write_others(
         tables = _tables(member.job, member.method, summary, generated, losses)
         seconds = time.perf_counter() - started
         record = run_record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
-        written.append(decided(partial(write_run, place, record, tables, overwrite=True)))
+        written.append(broadcast_from_rank0(partial(write_run, place, record, tables, overwrite=True)))
     return written
 
 
@@ -214,7 +216,7 @@ def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[flo
     if job.loaded is None or not method.needs_model:
         return [without_weights(), *checks]
 
-    model, rows = job.loaded.model, np.setdiff1d(sampled_rows(len(job.train), ROWS), job.skipped)
+    model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
     score = partial(sampled_scores, job, rows, np.arange(min(len(job.queries), QUERIES)))
     known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
     correlation = randomised_correlation(model, score, len(rows), knowledge=known, seed=job.settings.seed)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.distributed import broadcast_from_rank0, compute_round_robin
 from vestige.errors import NonFinite
 from vestige.gradients import (
     BothSinks,
@@ -25,7 +26,6 @@ from vestige.gradients import (
     matrices_of,
 )
 from vestige.indexes import batch_tokens
-from vestige.lockstep import dealt, decided
 from vestige.methods._protocol import Job
 from vestige.methods._stores import InPieces, Products, Vectors
 from vestige.models import LoadedModel, batch_sharing
@@ -133,7 +133,7 @@ class ExactGradients(InPieces):
                 self._require_finite(batch, losses, found)
                 return found
 
-            for batch, found in dealt(self._groups[piece], squared):
+            for batch, found in compute_round_robin(self._groups[piece], squared):
                 yield torch.as_tensor(batch), found
 
     def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,7 +156,7 @@ class ExactGradients(InPieces):
             return torch.isfinite(losses).cpu() & torch.isfinite(sink.finish().sum(0)).cpu()
 
         with placed or nullcontext():
-            for batch, found in dealt(self._groups[piece], finite):
+            for batch, found in compute_round_robin(self._groups[piece], finite):
                 yield torch.as_tensor(batch), found
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
@@ -193,7 +193,7 @@ class ExactGradients(InPieces):
                 self._require_finite(batch, losses, scores.sum((0, 1)))
                 return scores, lengths
 
-            for batch, (scores, lengths) in dealt(batches, scored):
+            for batch, (scores, lengths) in compute_round_robin(batches, scored):
                 yield Products(torch.as_tensor(batch), scores, lengths)
 
     def _require_finite(
@@ -225,7 +225,7 @@ def gradients_fit(job: Job) -> bool:
     assert job.selection is not None
     size = 4 * len(job.queries) * job.selection.selected_parameters
     available = psutil.virtual_memory().available
-    if decided(lambda: size <= EXACT_SHARE * available):
+    if broadcast_from_rank0(lambda: size <= EXACT_SHARE * available):
         return True
     announce(
         f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "

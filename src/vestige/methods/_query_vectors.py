@@ -8,8 +8,8 @@ from typing import NamedTuple, final
 
 import torch
 
+from vestige.distributed import broadcast_from_rank0
 from vestige.launch import Compute, PieceFiles, run_plan
-from vestige.lockstep import decided
 from vestige.methods._prepared import Prepared
 from vestige.methods._stores import Vectors
 from vestige.settings import LaunchSettings
@@ -69,7 +69,7 @@ class QueryVectors:
     def run(self) -> KeptVectors:
         """Return the vectors, made in this process unless they are there already."""
         self.files.forget_damaged([0])
-        if not decided(lambda: self.files.is_done(0)):
+        if not broadcast_from_rank0(lambda: self.files.is_done(0)):
             # Outside the plan, because the curvature is a plan of its own, in which this process may be a worker.
             self.prepare()
         return run_plan(self, LaunchSettings.model_validate({}), None)

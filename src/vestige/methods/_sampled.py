@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress import parse_spec
+from vestige.distributed import broadcast_from_rank0
 from vestige.indexes import (
     CompressedGradients,
     DataIdentity,
@@ -23,7 +24,6 @@ from vestige.indexes import (
     prepare_index,
 )
 from vestige.launch import run_plan
-from vestige.lockstep import decided
 from vestige.methods._protocol import Job
 from vestige.methods._registry import get_method
 from vestige.progress import quiet
@@ -78,7 +78,7 @@ def _indexed(job: Job, like: Index, folder: Path) -> Index:
             "plan": PlanRecord(fewest_shards=1),
         }
     )
-    manifest, plan = decided(
+    manifest, plan = broadcast_from_rank0(
         lambda: plan_index(folder, draft, data.lengths, lambda start, stop: fingerprint_rows(data, start, stop))
     )
 
@@ -97,15 +97,15 @@ def _indexed(job: Job, like: Index, folder: Path) -> Index:
             yield lambda batches: gradients.parts(data, batches)
 
     work = IndexPlan(folder, manifest, plan, data.examples, compute)
-    decided(lambda: prepare_index(work))
+    broadcast_from_rank0(lambda: prepare_index(work))
     return run_plan(work, LaunchSettings.model_validate({}), None)
 
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[None]:
     """Remove the folder before, where a killed run left it, and after."""
-    decided(lambda: rmtree(folder, ignore_errors=True))
+    broadcast_from_rank0(lambda: rmtree(folder, ignore_errors=True))
     try:
         yield
     finally:
-        decided(lambda: rmtree(folder, ignore_errors=True))
+        broadcast_from_rank0(lambda: rmtree(folder, ignore_errors=True))

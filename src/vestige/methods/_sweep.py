@@ -22,7 +22,7 @@ from vestige.methods._protocol import Job, Method
 from vestige.methods._stores import GradientStore, Vectors
 from vestige.methods._trust import CHANCE_HIDES, proponents
 from vestige.progress import announce
-from vestige.runs import Check, ScoreBlock, ScoreSummary, sampled_rows
+from vestige.runs import Check, ScoreBlock, ScoreSummary, sample_rows
 
 COMPARED = 10
 """Length of the lists that are compared, or less where fewer are kept."""
@@ -200,7 +200,7 @@ class _Sample:
     """Scores of some examples, the same in every run."""
 
     def __init__(self, lines: int, examples: int) -> None:
-        self._rows = sampled_rows(examples, max(COMPARED, SAMPLED_NUMBERS // lines))
+        self._rows = sample_rows(examples, max(COMPARED, SAMPLED_NUMBERS // lines))
         self.scores = np.zeros((lines, len(self._rows)))
 
     def add(self, block: ScoreBlock) -> None:

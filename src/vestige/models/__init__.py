@@ -1,15 +1,14 @@
 """Loading models, choosing components, fine-tuning."""
 
-from vestige.models._adapter import (
-    acts_in_forward as acts_in_forward,
-    adapter_kind as adapter_kind,
-    adapter_parameters as adapter_parameters,
-)
 from vestige.models._components import (
-    WORDS as WORDS,
-    layer_number as layer_number,
-    parameter_words as parameter_words,
-    select_components as select_components,
+    Component as Component,
+    CoverageRow as CoverageRow,
+    LayerKind as LayerKind,
+    LoadedModel as LoadedModel,
+    Selection as Selection,
+    Use as Use,
+    layer_kind as layer_kind,
+    parameter_view as parameter_view,
 )
 from vestige.models._finetune import (
     Lora as Lora,
@@ -17,7 +16,6 @@ from vestige.models._finetune import (
     save_trained as save_trained,
     trainable_copy as trainable_copy,
 )
-from vestige.models._fingerprint import model_fingerprint as model_fingerprint
 from vestige.models._generate import (
     Answer as Answer,
     answer_prompts as answer_prompts,
@@ -28,14 +26,29 @@ from vestige.models._in_parts import (
     own_part as own_part,
     write_own_part as write_own_part,
 )
-from vestige.models._layer_kinds import layer_kind as layer_kind, parameter_view as parameter_view
 from vestige.models._load import (
+    DEVICE_MAPS as DEVICE_MAPS,
     Precision as Precision,
     context_length as context_length,
     load_model as load_model,
     load_tokenizer as load_tokenizer,
+    model_fingerprint as model_fingerprint,
+    own_gpu as own_gpu,
 )
-from vestige.models._sharing import batch_sharing as batch_sharing
+from vestige.models._pretrained import (
+    acts_in_forward as acts_in_forward,
+    adapter_kind as adapter_kind,
+    adapter_parameters as adapter_parameters,
+    batch_sharing as batch_sharing,
+    quiet_transformers as quiet_transformers,
+    read_tokenizer as read_tokenizer,
+)
+from vestige.models._selection import (
+    WORDS as WORDS,
+    layer_number as layer_number,
+    parameter_words as parameter_words,
+    select_components as select_components,
+)
 from vestige.models._source import find_source as find_source
 from vestige.models._training import (
     Recipe as Recipe,
@@ -43,13 +56,4 @@ from vestige.models._training import (
     shuffled_batches as shuffled_batches,
     summed_loss as summed_loss,
     train as train,
-)
-from vestige.models._transformers import quiet_transformers as quiet_transformers, read_tokenizer as read_tokenizer
-from vestige.models._types import (
-    Component as Component,
-    CoverageRow as CoverageRow,
-    LayerKind as LayerKind,
-    LoadedModel as LoadedModel,
-    Selection as Selection,
-    Use as Use,
 )

@@ -1,109 +1,242 @@
-"""The parameters that are attributed to: their canonical shapes, their uses, and the words that select them."""
+"""Loaded models, and the components of one: layer rules, canonical shapes and uses of its parameters."""
 
-import fnmatch
+import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from vestige.errors import SpecError
-from vestige.models._adapter import adapter_kind, adapter_parameters, unsupported_adapter
-from vestige.models._layer_kinds import OwnedParameter, components_of, layer_kind
-from vestige.models._types import Component, CoverageRow, LayerKind, Selection
-from vestige.progress import announce
-
-WORDS = {
-    "attention": "weights and biases of the attention blocks",
-    "mlp": "weights and biases of the feed-forward blocks",
-    "embedding": "token and position embeddings",
-    "head": "the output layer, where it is not tied to the embedding",
-    "norm": "scales and shifts of LayerNorm and RMSNorm",
-    "lora": "the matrices of a PEFT LoRA adapter, and the magnitudes of DoRA",
-    "adapter": "all that a PEFT adapter has trained, its modules_to_save and biases too",
-    "all": "everything that has a rule",
-    "default": "lora for a LoRA adapter, adapter for any other, attention and mlp otherwise",
-}
-_ATTENTION = re.compile(
-    r"(^|\.)(self_)?(attn|attention|selfattention|encdecattention|crossattention)(\.|$)", re.IGNORECASE
-)
-_MLP = re.compile(r"(^|\.)(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|densereludense|wi(_\d)?|wo)(\.|$)", re.IGNORECASE)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier)\.")
-_LAYER = re.compile(r"\.(\d+)\.")
-_LAYERS_PATTERN = re.compile(r"layers?\s+(\d+)(?:\s*-\s*(\d+))?")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-Kinds = Mapping[str, Set[LayerKind | Literal["adapter"] | None]]
-"""Parameter name -> the layer rules of the modules that own it, and whether an adapter trains it."""
+LayerKind = Literal[
+    "linear", "conv1d", "embedding", "norm", "convolution", "relative_bias", "router", "experts", "function"
+]
+"""The layer rule; `conv1d` is GPT-2's linear layer of that name, `convolution` every convolution of PyTorch, `function`
+a parameter that no module of its own applies (the rows of PEFT's `trainable_token_indices`)."""
 
 
-def layer_number(name: str) -> int | None:
-    """Return the index of the block that a parameter belongs to: the first number in its dotted name."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with every weight frozen, and what identifies it."""
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase | None"
+    name: str
+    """What the user gave: hub id, folder, or the class name of a live module."""
+    fingerprint: str
+    """sha256 over parameter names, shapes, dtypes and bytes."""
+    context_length: int | None
+    """Maximum number of tokens that the model accepts, None if it states none."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that the model has embeddings for, None if it states none."""
+        embeddings: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
+        weight = getattr(embeddings, "weight", None)
+        return None if weight is None else int(weight.shape[0])
 
 
-def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) -> Selection:
-    """Return the components that `patterns` name, in the model's order, with a coverage row for every parameter.
+class Use(NamedTuple):
+    """One use of a parameter in the computation."""
 
-    A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), `layers 2-5` (keeps only
-    those blocks; alone it means `default` within them), any of the former with a leading `!` (leaves those out), or
-    `@FILE`: a text file of patterns, one a line, lines that begin with # aside.
+    module: str
+    """Dotted path of the module in the model."""
+    kind: LayerKind
+    role: str
+    """What the module calls the parameter: `weight`, `bias`, or `down_proj[3]` for one expert of a stack."""
 
-    What an adapter has trained and the default leaves out is announced.
 
-    Raises:
-        SpecError: a pattern matches nothing, nothing is left, a file is not there, or an adapter's kind has no rule.
+@dataclass(frozen=True)
+class Component:
+    """One parameter tensor that is attributed to, with all its uses (two for tied weights)."""
+
+    name: str
+    """The parameter's name; for tied weights the first name that the model lists. One expert of a stack adds `[3]`."""
+    shape: tuple[int, int]
+    """Canonical `(out, in)`: a matrix maps `in` to `out`; a vector is `(n, 1)`; a GPT-2 Conv1D weight is
+    transposed; the axes of a convolution's weight after the first are flattened into `in`."""
+    uses: tuple[Use, ...]
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's name in the model: the component's own, without the number of an expert."""
+        return self.name.partition("[")[0]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.shape[0] * self.shape[1]
+
+
+class CoverageRow(NamedTuple):
+    """One parameter of the model and whether it is attributed to."""
+
+    name: str
+    parameters: int
+    selected: bool
+    reason: str
+    """Why it was skipped; empty when selected."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The components that are attributed to, in the model's own order, and what that leaves out."""
+
+    components: tuple[Component, ...]
+    coverage: tuple[CoverageRow, ...]
+
+    @property
+    def selected_parameters(self) -> int:
+        """Number of parameters in the selected components."""
+        return sum(component.size for component in self.components)
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters in the model, tied ones once."""
+        return sum(row.parameters for row in self.coverage)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the model's parameters that is attributed to."""
+        return self.selected_parameters / max(self.total_parameters, 1)
+
+
+_EXPERTS_PATH = re.compile(r"(^|\.)experts(\.|$)")
+_PART = re.compile(r"\w+\[(\d+)\]")
+
+
+class OwnedParameter(NamedTuple):
+    """A parameter with every owner: path, module, attribute."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[tuple[str, nn.Module, str]]
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """Return the layer rule that covers a module, None if there is none."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    # DoRA's layer is linear in its magnitude vector, as a norm is in its scale.
+    scales = ("RMSNorm", "T5LayerNorm", "DoraLinearLayer")
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) or type(module).__name__.endswith(scales):
+        return "norm"
+    if isinstance(module, _ConvNd):
+        return "convolution"
+    if type(module).__name__.lower().endswith("topkrouter"):
+        return "router"
+    if all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "num_experts", "down_proj")):
+        return "experts"
+    return None
+
+
+def components_of(model: nn.Module, owned: OwnedParameter) -> tuple[list[Component], str]:
+    """Return the components of one parameter (one per expert of a stack), or none and the reason why no rule fits.
+
+    Experts are components of their own because an expert is a matrix: its factors hold only the tokens routed to it,
+    and compression and curvature see its `(out, in)`, not a stack in which all other blocks are zero.
     """
-    rows: list[CoverageRow] = []
-    components: list[Component] = []
-    chosen = _matching_names(model, patterns)
-    trained, unsupported = adapter_parameters(model), unsupported_adapter(model)
-    for owned in _owned_parameters(model):
-        found, reason = components_of(model, owned)
-        if unsupported and owned.name in trained:
-            found, reason = [], f"no rule for what an adapter of the kind {unsupported} trains"
-        if found and owned.name not in chosen:
-            found, reason = [], "not selected"
-        components += found
-        rows.append(CoverageRow(owned.name, owned.parameter.numel(), bool(found), reason))
-    if tuple(patterns) == ("default",):
-        _report_adapter(model, [row for row in rows if row.name in trained and not row.selected], bool(components))
-    if not components:
-        raise SpecError(
-            f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "
-            f"Words: {', '.join(WORDS)}; or a glob over names such as {rows[0].name if rows else 'model.*'!r}."
-        )
-    return Selection(tuple(components), tuple(rows))
+    uses: list[Use] = []
+    for path, module, attribute in owned.owners:
+        if _is_held_for_decoder(owned, path):
+            continue
+        if path.endswith("trainable_tokens_delta"):
+            uses.append(Use(path, "function", attribute))
+            continue
+        if reason := _why_no_rule(model, owned.parameter, path, module, attribute):
+            return [], reason
+        kind = layer_kind(module)
+        assert kind is not None
+        if kind == "experts":
+            return _experts(owned, path, attribute, bool(module.is_transposed)), ""
+        if path.endswith("relative_attention_bias"):
+            path, kind = path.rpartition(".")[0], "relative_bias"
+        uses.append(Use(path, kind, attribute))
+    return [Component(owned.name, _canonical_shape(owned.parameter, uses[-1].kind), tuple(uses))], ""
 
 
-def _report_adapter(model: nn.Module, left: Sequence[CoverageRow], selected: bool) -> None:
-    """Announce what the model's adapter has trained and the default leaves out.
+def parameter_view(model: nn.Module, component: Component, stored: Tensor | None = None) -> Tensor:
+    """Return the component's weights `[out, in]` as a view: what is written into it changes the model.
 
-    Raises:
-        SpecError: It is all of it.
+    It is detached from autograd, and works for every layout: transposed, flattened, one expert of a stack. With
+    `stored`, the view is into that tensor, which has the layout of the parameter called `component.parameter`.
     """
-    if not left:
-        return
-    kind, first = adapter_kind(model), left[0]
-    if not selected:
-        raise SpecError(
-            f"This is a PEFT adapter of the kind {kind}, and Vestige has no rule for what it has trained, such as "
-            f"{first.name} ({first.reason}). It takes LoRA, DoRA, activated LoRA and LN_TUNING. To attribute to the "
-            "frozen weights beneath the adapter instead, name them: --components attention mlp; or merge it into its "
-            "base with merge_and_unload(), and save and give that."
-        )
-    rule = next((row for row in left if row.reason == "not selected"), None)
-    advice = "Select them too with --components adapter." if rule else f"There is {first.reason}."
-    announce(
-        f"The {kind} adapter has trained {sum(row.parameters for row in left):,} more parameters, such as "
-        f"{(rule or first).name}, which are not attributed to. {advice}"
+    use = component.uses[0]
+    stored = model.get_parameter(component.parameter).detach() if stored is None else stored
+    transposed = use.kind == "conv1d"
+    if found := _PART.fullmatch(use.role):
+        stored = stored[int(found.group(1))]
+        transposed = bool(model.get_submodule(use.module).is_transposed)
+    return stored.T if transposed and stored.ndim == 2 else stored.view(component.shape)
+
+
+def _why_no_rule(model: nn.Module, parameter: nn.Parameter, path: str, module: nn.Module, attribute: str) -> str:
+    """Return why no rule covers this use of the parameter; empty when one does."""
+    kind, where = layer_kind(module), f"{attribute!r} of {type(module).__name__}"
+    if not parameter.is_floating_point():
+        return f"no rule for {where}: packed as {parameter.dtype}; select a LoRA adapter, or load without quantisation"
+    if kind == "experts":
+        names = {"down_proj", "gate_up_proj" if module.has_gate else "up_proj"}
+        ranks = dict.fromkeys(names, 3) | {f"{name}_bias": 2 for name in names}
+        return "" if parameter.ndim == ranks.get(attribute) else f"no rule for {where}"
+    if kind is None or attribute not in ("weight", "bias"):
+        return f"no rule for {where}"
+    if _EXPERTS_PATH.search(path):
+        return f"no rule for {where}: its expert receives tokens gathered from the whole batch"
+    if path.endswith("relative_attention_bias") and not _computes_bias(model.get_submodule(path.rpartition(".")[0])):
+        return f"no rule for {where}: a relative position bias shared by the batch"
+    return "" if _has_expected_rank(parameter, kind, attribute) else f"no rule for {where}"
+
+
+def _has_expected_rank(parameter: nn.Parameter, kind: LayerKind, attribute: str) -> bool:
+    if attribute == "weight" and kind == "convolution":
+        return parameter.ndim > 2
+    matrix = attribute == "weight" and kind in ("linear", "conv1d", "embedding", "router")
+    return parameter.ndim == (2 if matrix else 1)
+
+
+def _computes_bias(attention: nn.Module) -> bool:
+    """Return whether a module computes its relative position bias as T5: `compute_bias(query_length, key_length)`."""
+    compute = getattr(type(attention), "compute_bias", None)
+    return compute is not None and {"query_length", "key_length"} <= set(inspect.signature(compute).parameters)
+
+
+def _is_held_for_decoder(owned: OwnedParameter, path: str) -> bool:
+    """Return whether a module (BERT's prediction head) only holds the bias that its child `decoder` adds."""
+    return any(
+        other == f"{path}.decoder" and attribute == "bias" and isinstance(module, nn.Linear)
+        for other, module, attribute in owned.owners
     )
 
 
-def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
+def _experts(owned: OwnedParameter, path: str, attribute: str, transposed: bool) -> list[Component]:
+    shape = (*owned.parameter.shape[1:], 1)[:2]
+    if transposed and owned.parameter.ndim == 3:
+        shape = shape[::-1]
+    return [
+        Component(f"{owned.name}[{number}]", (shape[0], shape[1]), (Use(path, "experts", f"{attribute}[{number}]"),))
+        for number in range(owned.parameter.shape[0])
+    ]
+
+
+def _canonical_shape(parameter: nn.Parameter, kind: LayerKind) -> tuple[int, int]:
+    if parameter.ndim == 1:
+        return (parameter.shape[0], 1)
+    rows, columns = parameter.shape[0], prod(parameter.shape[1:])
+    return (columns, rows) if kind == "conv1d" else (rows, columns)
+
+
+def owners_of_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
     """Yield every distinct parameter in the model's order, with all modules that hold it."""
     by_identity: dict[int, OwnedParameter] = {}
     for path, module in model.named_modules():
@@ -112,103 +245,3 @@ def _owned_parameters(model: nn.Module) -> Iterator[OwnedParameter]:
             owned = by_identity.setdefault(id(parameter), OwnedParameter(name, parameter, []))
             owned.owners.append((path, module, attribute))
     yield from by_identity.values()
-
-
-def parameter_words(model: nn.Module) -> dict[str, str]:
-    """Return every parameter's name and the one word it falls under, `other` if none.
-
-    A parameter without a rule is named by its name and by the module that holds it, like any other.
-    """
-    kinds = _kinds(model)
-    words = ("lora", "adapter", "norm", "embedding", "head", "attention", "mlp")
-    return {
-        name: next((word for word in words if _has_word(word, name, found)), "other") for name, found in kinds.items()
-    }
-
-
-def _kinds(model: nn.Module) -> Kinds:
-    trained = adapter_parameters(model)
-    kinds: dict[str, Set[LayerKind | Literal["adapter"] | None]] = {}
-    for owned in _owned_parameters(model):
-        kinds[owned.name] = {layer_kind(module) for _, module, _ in owned.owners}
-        if owned.name in trained:
-            kinds[owned.name] |= {"adapter"}
-    return kinds
-
-
-def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Return the names of the parameters that the patterns select, whether or not a rule covers them."""
-    kinds = _kinds(model)
-    included: set[str] = set()
-    excluded: set[str] = set()
-    layers: set[int] = set()
-    named = False
-    for pattern in (part.strip() for given in patterns for word in _of_file(given) for part in word.split(",")):
-        if found := _LAYERS_PATTERN.fullmatch(pattern):
-            layers.update(range(int(found.group(1)), int(found.group(2) or found.group(1)) + 1))
-        elif pattern.startswith("!"):
-            excluded |= _names_of(pattern[1:], kinds)
-        else:
-            included |= _names_of(pattern, kinds)
-            named = True
-    if not named:
-        included = _names_of("all" if excluded and not layers else "default", kinds)
-    if layers:
-        included = {name for name in included if layer_number(name) in layers}
-    return included - excluded
-
-
-def _of_file(pattern: str) -> list[str]:
-    """Return the patterns that a file holds, where `@FILE` was given; any other pattern as it is."""
-    if not pattern.startswith("@"):
-        return [pattern]
-    path = Path(pattern[1:]).expanduser()
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            f"--components {pattern}: {path} does not read as text ({error}). Give the file that `vestige evaluate "
-            "components` wrote, or one of your own with a parameter or pattern on each line."
-        ) from None
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise SpecError(f"--components {pattern}: {path} names no parameter. Write one, or a pattern, on each line.")
-    return found
-
-
-def _names_of(pattern: str, kinds: Kinds) -> set[str]:
-    """Return the names that one word or glob stands for."""
-    if pattern in WORDS:
-        words = _default_words(kinds) if pattern == "default" else (pattern,)
-        return {name for name, found in kinds.items() if any(_has_word(word, name, found) for word in words)}
-    names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern)}
-    if not names:
-        near = get_close_matches(pattern, [*WORDS, *kinds], n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SpecError(
-            f"Component pattern {pattern!r} matches no parameter.{hint} Use a word ({', '.join(WORDS)}), "
-            f"`layers 0-3`, or a glob over parameter names such as {next(iter(kinds), 'model.*')!r}."
-        )
-    return names
-
-
-def _default_words(kinds: Kinds) -> tuple[str, ...]:
-    if any(".lora_" in name for name in kinds):
-        return ("lora",)
-    return ("adapter",) if any("adapter" in found for found in kinds.values()) else ("attention", "mlp")
-
-
-def _has_word(word: str, name: str, found: Set[LayerKind | Literal["adapter"] | None]) -> bool:
-    is_lora = ".lora_" in name
-    is_norm, is_embedding = "norm" in found and not is_lora, "embedding" in found
-    block = not is_norm and not is_embedding
-    return {
-        "all": True,
-        "lora": is_lora,
-        "adapter": "adapter" in found,
-        "norm": is_norm,
-        "embedding": is_embedding,
-        "head": block and bool(_HEAD.search(name)) and layer_number(name) is None,
-        "attention": block and bool(_ATTENTION.search(name)),
-        "mlp": block and bool(_MLP.search(name)) and not _ATTENTION.search(name),
-    }[word]

@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from vestige.data import TokenizedData, plan_batches
 from vestige.errors import DataError, ModelError, SpecError
-from vestige.models._sharing import batch_sharing
+from vestige.models._components import LoadedModel
+from vestige.models._pretrained import batch_sharing, quiet_transformers
 from vestige.models._training import Recipe, Step, train
-from vestige.models._transformers import quiet_transformers
-from vestige.models._types import LoadedModel
 from vestige.progress import announce, progress
 
 ALL_LINEAR = "all-linear"

@@ -13,9 +13,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vestige.data import Example, Message, Sharing, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
-from vestige.models._adapter import acts_in_forward
-from vestige.models._sharing import batch_sharing
-from vestige.models._types import LoadedModel
+from vestige.models._components import LoadedModel
+from vestige.models._pretrained import acts_in_forward, batch_sharing
 from vestige.progress import progress
 
 _BATCH_TOKENS = 4096
@@ -45,10 +44,12 @@ def generate_answers(
     if not waiting:
         return answered
     prompts = [examples[number] for number in waiting]
-    for number, answer in zip(
-        waiting, answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat), strict=True
-    ):
-        answered[number] = _with_answer(examples[number], answer.text)
+    answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat)
+    for number, answer in zip(waiting, answers, strict=True):
+        example = examples[number]
+        turns = (*example.messages, Message("assistant", answer.text))
+        own = {"messages": turns} if example.messages else {"completion": answer.text}
+        answered[number] = replace(example, **own)
     return answered
 
 
@@ -94,13 +95,14 @@ def answer_prompts(
     """
     prompts = _prompts(loaded, list(examples), chat)
     most = _budgets(loaded, prompts, max_new_tokens)
-    drawn = _Drawn(temperature, seeds) if temperature > 0 else None
     found: dict[int, Answer] = {}
     with progress(len(prompts), "Generating answers", unit="prompts") as counter:
         # Prompts that are continued together are as long as the longest of them, and grow on the way.
         alone = acts_in_forward(loaded.model) or batch_sharing(loaded.model) != Sharing()
         for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, 1 if alone else _BATCH_EXAMPLES):
-            for row, answer in zip(rows.tolist(), _answers(loaded, prompts, rows, most, drawn), strict=True):
+            for row, answer in zip(
+                rows.tolist(), _answers(loaded, prompts, rows, most, temperature, seeds), strict=True
+            ):
                 found[row] = answer
                 if keep is not None:
                     keep(row, answer)
@@ -131,15 +133,13 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
     return prompts
 
 
-class _Drawn(NamedTuple):
-    """Answers are drawn, not the most likely ones."""
-
-    temperature: float
-    seeds: Sequence[int]
-
-
 def _answers(
-    loaded: LoadedModel, prompts: TokenizedData, rows: np.ndarray, most: np.ndarray, drawn: _Drawn | None
+    loaded: LoadedModel,
+    prompts: TokenizedData,
+    rows: Int[np.ndarray, "row"],
+    most: Int[np.ndarray, "example"],
+    temperature: float,
+    seeds: Sequence[int],
 ) -> list[Answer]:
     """Return answers to some prompts, generated together.
 
@@ -153,7 +153,10 @@ def _answers(
         whole = [torch.cat([ids[row], torch.tensor(new[row], dtype=torch.int64)]) for row in going]
         if loaded.context_length is not None:
             soon = min(soon, loaded.context_length - max(map(len, whole)))
-        noise = None if drawn is None else _noise(drawn, going, new, width=max(map(len, whole)))
+        noise = None
+        if temperature > 0:
+            first, width = [len(new[row]) for row in going], max(map(len, whole))
+            noise = _GumbelNoise(temperature, [seeds[row] for row in going], first, width)
         for row, tokens in zip(going, _continue(loaded, whole, soon, noise), strict=True):
             if len(tokens) < soon and len(new[row]) + len(tokens) < most[row]:
                 ended.add(row)
@@ -180,10 +183,6 @@ class _GumbelNoise(LogitsProcessor):
             uniform = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(number), dtype=torch.float64)
             rows.append(-torch.log(-torch.log(uniform.clamp_min(1e-300))))
         return scores.double() / self._temperature + torch.stack(rows).to(scores.device)
-
-
-def _noise(drawn: _Drawn, rows: list[int], new: dict[int, list[int]], *, width: int) -> _GumbelNoise:
-    return _GumbelNoise(drawn.temperature, [drawn.seeds[row] for row in rows], [len(new[row]) for row in rows], width)
 
 
 def _continue(
@@ -219,7 +218,8 @@ def _continue(
     finally:
         for each, before in own:
             each.generation_config = before
-    return [_until_end(tokens, ends) for tokens in output[:, ids.shape[1] :].tolist()]
+    rows = output[:, ids.shape[1] :].tolist()
+    return [tokens[: next((at for at, token in enumerate(tokens) if token in ends), None)] for tokens in rows]
 
 
 def _left_padded(
@@ -243,10 +243,6 @@ def _end_tokens(loaded: LoadedModel) -> list[int]:
     return sorted({token for token in (*named, getattr(loaded.tokenizer, "eos_token_id", None)) if token is not None})
 
 
-def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
-    return tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """Return the answer as it continues the prompt's text: a tokenizer may drop the space before a first word."""
 
@@ -255,9 +251,3 @@ def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
 
     before, whole = text(prompt), text(prompt + new)
     return whole.removeprefix(before) if whole.startswith(before) else text(new)
-
-
-def _with_answer(example: Example, answer: str) -> Example:
-    if example.messages:
-        return replace(example, messages=(*example.messages, Message("assistant", answer)))
-    return replace(example, completion=answer)

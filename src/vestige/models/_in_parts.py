@@ -15,12 +15,12 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from vestige import lockstep
+from vestige.distributed import broadcast_from_rank0
 from vestige.errors import ModelError
-from vestige.models._types import LoadedModel
+from vestige.models._components import LoadedModel
 
 
-def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
+def spread_over_ranks(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
     """Spread the model that `read` gives on the CPU of the first process over all processes.
 
     Args:
@@ -37,7 +37,7 @@ def held_in_parts(read: Callable[[], LoadedModel], device: torch.device) -> Load
         whole.append(loaded.model)
         return replace(loaded, model=_without_weights(loaded.model))
 
-    loaded = lockstep.decided(skeleton)
+    loaded = broadcast_from_rank0(skeleton)
     _spread(loaded.model, whole[0] if whole else None, device)
     return loaded
 
@@ -83,18 +83,43 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
 
     backbone, blocks = _blocks(model)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    places = _Places(model, whole, device)
+    values = {} if whole is None else {place: held[place[1]] for place, held in _places(whole)}
+    skeleton = list(_places(model))
+
+    def fill(part: nn.Module) -> None:
+        """Fill everything in the part that has no value, on the device, from rank 0; tied tensors stay tied."""
+        empty = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_meta}
+        owners: dict[int, list[tuple[tuple[str, str], dict[str, Any]]]] = {}
+        for place, held in skeleton:
+            owners.setdefault(id(held.get(place[1])), []).append((place, held))
+        for key, tensor in empty.items():
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if values:
+                value.copy_(values[owners[key][0][0]])
+            if value.numel():
+                distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
+            filled = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+            for (_, attribute), held in owners[key]:
+                held[attribute] = filled
+
     try:
         for block in blocks:
-            places.fill(block)
+            fill(block)
             fully_shard(block, mesh=mesh)
-        places.fill(model)
+        fill(model)
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}
         outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
         # The backbone has no part of its own: it only lets the next block be gathered while one is at work.
         fully_shard(backbone, mesh=mesh, ignored_params=outside)
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise ModelError(f"FSDP2 does not take {type(model).__name__}: {error}") from error
+
+
+def _places(model: nn.Module) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Yield path and attribute of every parameter and buffer, with the dictionary of its module that holds it."""
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            yield from (((path, attribute), held) for attribute, tensor in held.items() if tensor is not None)
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -116,44 +141,3 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     if not blocks:
         raise ModelError(f"{type(model).__name__} has no list of layers that could be spread. Type --device balanced.")
     return backbone, blocks
-
-
-class _Places:
-    """Every parameter and buffer of a skeleton with all modules that have it, to be filled from the whole model."""
-
-    def __init__(self, model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
-        self._device = device
-        self._owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        self._source: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []
-        """The empty tensors: while they live, no other has their id."""
-        values = dict(_tensors(whole)) if whole is not None else {}
-        for path, module in model.named_modules():
-            for held in (module._parameters, module._buffers):
-                for attribute, tensor in held.items():
-                    if tensor is not None:
-                        self._owners.setdefault(id(tensor), []).append((held, attribute))
-                        self._kept.append(tensor)
-                        if values:
-                            self._source[id(tensor)] = values[path, attribute]
-
-    def fill(self, part: nn.Module) -> None:
-        """Fill everything in the part that has no value, on the device, from the first process."""
-        empty = {id(tensor): tensor for _, tensor in _tensors(part) if tensor.is_meta}
-        for name, tensor in empty.items():
-            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-            if self._source:
-                value.copy_(self._source[name])
-            if value.numel():
-                distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
-            filled = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-            for held, attribute in self._owners[name]:
-                held[attribute] = filled
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for attribute, tensor in held.items():
-                if tensor is not None:
-                    yield (path, attribute), tensor

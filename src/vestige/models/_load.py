@@ -1,39 +1,49 @@
 """Loading of a model by any of its names, frozen and in evaluation mode."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from vestige.distributed import FSDP
 from vestige.errors import ModelError
-from vestige.lockstep import FSDP
-from vestige.models._adapter import adapter_base, put_on, refuse_virtual_tokens
-from vestige.models._fingerprint import model_fingerprint
-from vestige.models._gguf import unpacked_gguf
-from vestige.models._in_parts import held_in_parts
-from vestige.models._source import find_source
-from vestige.models._transformers import read_model, read_tokenizer
-from vestige.models._types import LoadedModel
+from vestige.models._components import LoadedModel
+from vestige.models._in_parts import spread_over_ranks
+from vestige.models._pretrained import peft_configs, put_on, read_model, read_tokenizer, refuse_virtual_tokens, short
+from vestige.models._source import find_source, unpack_gguf
+from vestige.parsing import parse_json
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
 _DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
+    name: None if name == "auto" else getattr(torch, name) for name in get_args(Precision)
 }
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 """Ways to spread the layers of a model over several GPUs, by the names that accelerate gives them."""
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return the sha256 (hex) of the name, shape, dtype and bytes of every parameter, in the model's own order.
+
+    A tied parameter counts once, under its first name. The device does not enter, so the same weights give
+    the same fingerprint on CPU and GPU; the dtype does, since scores computed in another precision are other
+    scores. Weights on a GPU are brought over one tensor at a time.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        # NumPy has no bfloat16, so the bytes are viewed by torch; hashing a view copies nothing.
+        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def load_model(
@@ -55,7 +65,7 @@ def load_model(
         device: `auto` is a GPU if there is one (under torchrun and SLURM each process's own), else the CPU; a live
             module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
             that this process sees. `fsdp` gives a part of every layer to each process of the group
-            (`vestige.lockstep`); only the first one needs memory for the whole model, on its CPU.
+            (`vestige.distributed`); only the first one needs memory for the whole model, on its CPU.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; the message contains what to type.
@@ -73,23 +83,16 @@ def load_model(
         if device in (*DEVICE_MAPS, FSDP):
             raise ModelError(f"device={device!r} is for models that are loaded; a live module stays where it is.")
         module = model if device == "auto" else model.to(_device(device))
-        return _frozen(module, given_tokenizer, type(model).__name__)
+        return _freeze(module, given_tokenizer, type(model).__name__)
+
+    def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
+        module, own_tokenizer = _read(model, dtype, place, stay=stay)
+        return _freeze(module, given_tokenizer or own_tokenizer, str(model))
+
     if device == FSDP:
         own = _device("auto")
-        return held_in_parts(lambda: _loaded(model, dtype, own, given_tokenizer, stay=True), own)
-    return _loaded(model, dtype, str(device) if device in DEVICE_MAPS else _device(device), given_tokenizer)
-
-
-def _loaded(
-    model: str | Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    stay: bool = False,
-) -> LoadedModel:
-    module, own_tokenizer = _read(model, dtype, device, stay=stay)
-    return _frozen(module, tokenizer or own_tokenizer, str(model))
+        return spread_over_ranks(lambda: read(own, stay=True), own)
+    return read(str(device) if device in DEVICE_MAPS else _device(device))
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -107,25 +110,56 @@ def _read(
     source = find_source(model)
     if source.kind == "adapter":
         return _read_adapter(source.folder, dtype, device, stay=stay)
-    folder = unpacked_gguf(source.gguf) if source.gguf else source.folder
+    folder = unpack_gguf(source.gguf) if source.gguf else source.folder
     return read_model(folder, dtype, device, stay=stay), read_tokenizer(folder)
 
 
 def _read_adapter(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
 ) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
-    place = adapter_base(folder)
+    place = _adapter_base(folder)
     base, base_tokenizer = _read(place, dtype, device, stay=stay)
     model = put_on(base, folder)
     if isinstance(place, Path):
         # Trained further and saved elsewhere, the adapter still finds its base.
         model.active_peft_config.base_model_name_or_path = str(place.resolve())
     if dtype is not None:
-        # PEFT keeps adapter weights in float32 beside a half-precision base; an explicit precision is for
-        # all.
+        # PEFT keeps adapter weights in float32 beside a half-precision base; an explicit precision is for all.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return model, read_tokenizer(folder) or base_tokenizer
+
+
+def _adapter_base(folder: Path) -> str | Path:
+    """Return the folder or hub id of the model that an adapter was trained on.
+
+    Raises:
+        ModelError: adapter_config.json names none, or an adapter.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        base = parse_json(file.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(base, str) or not base:
+        given = f"says {short(base)}, which is no name" if base else "names no base model"
+        raise ModelError(f"{file} {given}. Write its folder or hub id there as base_model_name_or_path.")
+    beside = folder / base
+    try:
+        place = beside if beside.exists() else base
+    except OSError:  # longer than a file's name may be
+        place = base
+    try:
+        source = find_source(place)
+    except ModelError as error:
+        raise ModelError(f"The base model that {file} names (base_model_name_or_path) is not there. {error}") from None
+    if source.kind == "adapter":
+        raise ModelError(
+            f"The base model of the adapter {folder} is itself an adapter, {source.folder}. Merge that one into its "
+            f"own base with merge_and_unload(), save the result, and write its folder into {file} as "
+            "base_model_name_or_path."
+        )
+    return place
 
 
 def load_tokenizer(
@@ -154,8 +188,7 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
     first = next(model.parameters(), None)
     if first is None or first.is_meta:
         raise ModelError(f"The {type(model).__name__} that was given has no weights.")
-    configs: Any = getattr(model, "peft_config", None)
-    for config in configs.values() if isinstance(configs, dict) else ():
+    for config in peft_configs(model):
         refuse_virtual_tokens(config, f"The live {type(model).__name__}")
     if dtype is not None and first.dtype != dtype:
         name = str(dtype).removeprefix("torch.")
@@ -187,19 +220,17 @@ def _device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
     if chosen.type not in ("cpu", "cuda"):
-        _require_arithmetic(chosen)
+        # `meta` has no numbers, and most builds know few devices.
+        try:
+            (torch.zeros(1, device=chosen) + 1).item()
+        except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
+            raise ModelError(
+                f"device={str(device)!r}: PyTorch cannot compute there. Type device cpu, or cuda."
+            ) from error
     return chosen
 
 
-def _require_arithmetic(device: torch.device) -> None:
-    """Raise unless PyTorch can compute there: `meta` has no numbers, and most builds know few devices."""
-    try:
-        (torch.zeros(1, device=device) + 1).item()
-    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
-        raise ModelError(f"device={str(device)!r}: PyTorch cannot compute there. Type device cpu, or cuda.") from error
-
-
-def _frozen(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:
+def _freeze(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, name, model_fingerprint(model), context_length(model))

@@ -1,10 +1,27 @@
 """The source of a model: turns the user's name for it into a folder on disk, and determines its kind."""
 
+import contextlib
+import copy
+import importlib.util
+import io
+import os
 import re
+import shutil
+import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vestige.errors import ModelError
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.quantization_config import GgufConfig
+
+from vestige.errors import DiskSpaceError, MissingExtra, ModelError
+from vestige.models._pretrained import LOADING_ERRORS, quiet_transformers, short
+from vestige.progress import announce, format_bytes, format_seconds
+from vestige.storage import sha256_of
 
 SourceKind = Literal["weights", "gguf", "adapter"]
 
@@ -82,7 +99,7 @@ def _hub_folder(name: str) -> Path:
         # Requested first because it fails at once without a network, where a download would retry for most of a
         # minute.
         siblings = huggingface_hub.HfApi().model_info(name, timeout=10).siblings or []
-        files = _wanted_files([sibling.rfilename for sibling in siblings])
+        files = _choose_files([sibling.rfilename for sibling in siblings])
     except HfHubHTTPError as error:
         reason = f"the hub answered: {_first_line(error)}"
     except Exception as error:  # the transport's own errors: which library it is differs between hub versions
@@ -92,10 +109,14 @@ def _hub_folder(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=files is None))
     except Exception as error:
-        raise ModelError(_hub_failure(name, reason)) from error
+        raise ModelError(
+            f"No model {name!r}: there is no folder {Path(name).absolute()}, the hub's local cache does not "
+            f"hold it, and {reason}. Check the spelling; for a private model type `hf auth login`; without a "
+            f"network, fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER."
+        ) from error
 
 
-def _wanted_files(names: list[str]) -> list[str]:
+def _choose_files(names: list[str]) -> list[str]:
     """Return the files at the top of a hub repository that loading needs, without second copies in other formats."""
     top = [name for name in names if "/" not in name]
     wanted = [name for name in top if Path(name).suffix in _HUB_SUFFIXES]
@@ -104,13 +125,91 @@ def _wanted_files(names: list[str]) -> list[str]:
     return wanted + [name for name in top if name.startswith("pytorch_model")]
 
 
-def _hub_failure(name: str, reason: str) -> str:
-    return (
-        f"No model {name!r}: there is no folder {Path(name).absolute()}, the hub's local cache does not "
-        f"hold it, and {reason}. Check the spelling; for a private model type `hf auth login`; without a "
-        f"network, fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER."
-    )
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def cache_folder() -> Path:
+    """Return the folder for what Vestige can make again: `$VESTIGE_CACHE`, else the user's cache for programs."""
+    given = os.environ.get("VESTIGE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "vestige"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "vestige"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vestige"
+
+
+def unpack_gguf(file: Path) -> Path:
+    """Return a folder with the GGUF model as plain float32 safetensors, its config and its tokenizer.
+
+    The file is converted the first time its content occurs. The folder gets its name only when it is whole,
+    so a killed conversion is never taken for a finished one; of several processes one converts and the others
+    wait.
+
+    Raises:
+        MissingExtra: The `gguf` package is not installed.
+        ModelError: transformers cannot read the file.
+        DiskSpaceError: The float32 copy does not fit into the cache.
+    """
+    parent = cache_folder() / "gguf"
+    finished = parent / sha256_of(file)
+    if finished.is_dir():
+        return finished
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtra(
+            f"{file} is a GGUF file, and reading it needs the package `gguf`: pip install 'vestige[gguf]'"
+        )
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{finished}.lock"):
+        if not finished.is_dir():
+            _convert(file, finished)
+    return finished
+
+
+def _convert(file: Path, finished: Path) -> None:
+    announce(f"Unpacking {file.name} ({format_bytes(file.stat().st_size)}) once, into {finished}")
+    start = time.monotonic()
+    unfinished = finished.with_name(f"{finished.name}.part")
+    # The lock is held, so what lies here was left by a process that was killed.
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # transformers draws a bar for the tensors on stderr that no setting turns off.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            # Left in GGUF blocks the weights could be used, but neither differentiated nor saved.
+            packed = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+        except LOADING_ERRORS as error:
+            raise ModelError(f"{file} cannot be read as a GGUF causal language model: {short(error)}") from error
+        _check_space(packed, finished.parent)
+        _fresh_copy(packed).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(finished)
+    announce(f"Unpacked in {format_seconds(time.monotonic() - start)}; the next start reads the copy.")
+
+
+def _fresh_copy(packed: PreTrainedModel) -> PreTrainedModel:
+    """Return the same weights in a model that nothing marks as quantized: others may refuse to be saved or trained."""
+    config = copy.deepcopy(packed.config)
+    vars(config).pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    return model
+
+
+def _check_space(model: PreTrainedModel, folder: Path) -> None:
+    needed = sum(parameter.numel() * 4 for parameter in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"Unpacking the GGUF model takes {format_bytes(needed)}, but {folder} has {format_bytes(free)} "
+            "free. Set VESTIGE_CACHE to a folder on a larger disk."
+        )

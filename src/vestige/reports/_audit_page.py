@@ -11,7 +11,7 @@ from vestige.progress import format_memory
 from vestige.reports._audit_panels import TRUTHS, Chart, charts_of, shown_span
 from vestige.reports._canary_charts import canary_charts
 from vestige.reports._header import Fact, compact, duration, short_name
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
@@ -188,7 +188,7 @@ def _planted_note(audit: Audit) -> str:
     if not values:
         return ""
     most = max(each.most for each in audit.run.canaries)
-    groups = [each for each in exposed(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
+    groups = [each for each in mean_exposures(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
     means = f"mean exposure {np.mean(values):.2f} bits"
     if len(groups) > 1:
         by_copies = [f"{each.mean:.2f} with {_copies(each.copies)}" for each in groups]

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from vestige.reports._audit_panels import Chart
 from vestige.reports._curves import Line, curves
-from vestige.runs import CHANCE_BITS, Audit, Exposed, exposed
+from vestige.runs import CHANCE_BITS, Audit, Exposed, mean_exposures
 
 
 def canary_charts(audit: Audit) -> list[Chart]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
-    groups = exposed(audit.run.canaries)
+    groups = mean_exposures(audit.run.canaries)
     last = [each for each in groups if each.checkpoint == audit.checkpoints[-1]]
     found = [_over_copies(last)] if len(last) > 1 else []
     return found + ([_over_checkpoints(audit, groups)] if groups and len(audit.checkpoints) > 1 else [])

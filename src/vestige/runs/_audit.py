@@ -1,6 +1,5 @@
 """`Audit`: the run of an audit, open for questions. Needs neither the model nor torch."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,33 +11,101 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 from jaxtyping import Float
 
-from vestige.errors import MissingExtra, UserError
+from vestige.errors import DataError, MissingExtra, UserError
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
-from vestige.runs._digests import digests_of
-from vestige.runs._evidence import REMEDY, read_evidence, write_evidence
-from vestige.runs._listing import _aligned
-from vestige.runs._record import RECORD_FILE
-from vestige.runs._write import check_target
-from vestige.storage import stage_folder
+from vestige.runs._scores import ScoreTable
+from vestige.storage import write_durably
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
 
+
+KEYS = ("checkpoint", "layer", "row", "example_id")
+REMEDY = "Make the audit again."
+
+
+def evidence_table(
+    example_ids: Sequence[str],
+    measures: Mapping[str, Float[np.ndarray, "example"]],
+    *,
+    checkpoint: int = -1,
+    layer: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> pa.Table:
+    """Return what was measured at one checkpoint, and at one layer if the measures have one.
+
+    Args:
+        example_ids: In the order of the values.
+        measures: By name; NaN, which becomes null, where a measure cannot be computed.
+        checkpoint: Steps trained; -1 for a model whose steps are not known.
+        layer: None for measures without layers.
+        rows: Positions of the examples, where ids may repeat; a column of its own.
+
+    Raises:
+        DataError: A measure that has not one value per example, or the name of a key.
+    """
+    for name, values in measures.items():
+        if name in KEYS or np.shape(values) != (len(example_ids),):
+            raise DataError(
+                f"Measure {name!r} of shape {np.shape(values)} does not go with {len(example_ids)} examples."
+            )
+    count = len(example_ids)
+    return pa.table(
+        {
+            "checkpoint": pa.array([checkpoint] * count, pa.int64()),
+            "layer": pa.array([layer] * count, pa.int32()),
+            **({} if rows is None else {"row": pa.array(list(rows), pa.int64())}),
+            "example_id": pa.array(list(example_ids), pa.string()),
+            **{name: pa.array(np.asarray(each, dtype=np.float64), from_pandas=True) for name, each in measures.items()},
+        }
+    )
+
+
+def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
+    """Put tables of all checkpoints and layers into one Parquet file; a measure that one of them lacks is null there.
+
+    Raises:
+        DataError: There is no table, or two hold the same checkpoint, layer and example.
+    """
+    if not tables:
+        raise DataError("There is no evidence to write.")
+    whole = pa.concat_tables(tables, promote_options="default")
+    keys = ["checkpoint", "layer", "row" if "row" in whole.column_names else "example_id"]
+    distinct = whole.select(keys).group_by(keys).aggregate([])
+    if len(distinct) != len(whole):
+        raise DataError("Two rows are about the same example at the same checkpoint and layer. Merge their measures.")
+    sink = pa.BufferOutputStream()
+    parquet.write_table(whole, sink)
+    write_durably(Path(path), [sink.getvalue().to_pybytes()])
+
+
+def read_evidence(
+    path: str | Path, measures: Sequence[str] | None = None, *, checkpoint: int | None = None
+) -> pa.Table:
+    """Return the evidence, or some measures of it, or one checkpoint.
+
+    Raises:
+        DataError: A measure that the file does not hold.
+        CorruptFile: It does not read.
+    """
+    path = Path(path)
+    with reading(path, REMEDY):
+        held = parquet.read_schema(path).names
+    keys = [name for name in KEYS if name in held]
+    wanted = held if measures is None else [*keys, *measures]
+    if unknown := sorted(set(wanted) - set(held)):
+        raise DataError(f"{path} holds no {', '.join(unknown)}; it holds {', '.join(held[len(keys) :])}.")
+    with reading(path, REMEDY):
+        table = parquet.read_table(path, columns=wanted, memory_map=False)
+    return table if checkpoint is None else table.filter(compute.field("checkpoint") == checkpoint)
+
+
 EVIDENCE_FILE, EXAMPLES_FILE, FIGURES = "evidence.parquet", "examples.parquet", "figures"
+_TEXTS = [(name, pa.string()) for name in ("example_id", "part", "source", "label", "class")]
 EXAMPLES = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("example_id", pa.string()),
-        ("part", pa.string()),
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("class", pa.string()),
-        ("flag", pa.bool_()),
-        ("targets", pa.int64()),
-        ("text", pa.string()),
-    ]
+    [("row", pa.int64()), *_TEXTS, ("flag", pa.bool_()), ("targets", pa.int64()), ("text", pa.string())]
 )
 """Columns of the examples."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
@@ -58,24 +125,8 @@ class EvidenceRow(NamedTuple):
     text: str
 
 
-class EvidenceTable(Sequence[EvidenceRow]):
-    """Examples in the order of a measure; prints as a table."""
-
-    def __init__(self, rows: Sequence[EvidenceRow], measure: str, title: str) -> None:
-        self._rows, self.measure, self.title = tuple(rows), measure, title
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> EvidenceRow:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._rows[index]
-
-    def __str__(self) -> str:
-        cells = [(str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text) for row in self._rows]
-        width = shutil.get_terminal_size((120, 24)).columns
-        return "\n".join([self.title, *_aligned(("rank", "example", self.measure, "text"), cells, width)])
-
-    __repr__ = __str__
+def _cells(row: EvidenceRow) -> tuple[str, ...]:
+    return str(row.rank), shorten(row.example_id), f"{row.value:.4g}", row.text
 
 
 class Audit:
@@ -174,7 +225,7 @@ class Audit:
 
     def top(
         self, k: int = 10, measure: str | None = None, *, checkpoint: int | None = None, reverse: bool = False
-    ) -> EvidenceTable:
+    ) -> ScoreTable[EvidenceRow]:
         """Return the examples of the data that stand out by a measure: those that the model has memorized best.
 
         By psmi and mahalanobis the least typical ones, which are those at risk of being memorized.
@@ -209,7 +260,8 @@ class Audit:
             for rank, row in enumerate(chosen, 1)
         ]
         order = "lowest" if self.lowest_first(name) != reverse else "highest"
-        return EvidenceTable(listed, name, f"{name}, {order} first: evidence about examples, no verdict on any of them")
+        title = f"{name}, {order} first: evidence about examples, no verdict on any of them"
+        return ScoreTable(listed, ("rank", "example", name, "text"), _cells, title)
 
     @property
     def preferred(self) -> str:
@@ -258,32 +310,3 @@ class Audit:
 
     def _is_held(self, measure: str) -> bool:
         return measure in self._columns and not (self._is_layered(measure) and self.run.main_layer is None)
-
-
-def write_audit(
-    folder: str | Path,
-    record: AuditRecord,
-    evidence: Sequence[pa.Table],
-    examples: pa.Table,
-    figures: Mapping[str, bytes],
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Write the folder of an audit, whole or not at all, and return its path.
-
-    Raises:
-        IndexMismatch: A run is there already and `overwrite` is False.
-        UserError: `folder` is a file or holds something that is not a run.
-    """
-    folder = Path(folder)
-    check_target(folder, overwrite=overwrite)
-    with stage_folder(folder, replace=overwrite) as attempt:
-        (attempt / FIGURES).mkdir()
-        write_evidence(attempt / EVIDENCE_FILE, evidence)
-        parquet.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
-        for name, content in figures.items():
-            (attempt / FIGURES / name).write_bytes(content)
-        record = record.model_copy(update={"files": digests_of(attempt)})
-        # Last, so that a folder with a record is complete even where a rename is not atomic.
-        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return folder

@@ -1,7 +1,7 @@
-"""`scores.safetensors`: all scores of a run and the ids of its axes, written and read a part at a time.
+"""`scores.safetensors`: all scores of a run and the ids of its axes, read a part at a time.
 
-The library's own functions make one text of all ids, several times over, and a second copy of the scores. Here memory
-hardly grows with the number of examples; the files are the same.
+The library takes no header beyond 100 MB, which is some five million ids, and copies the scores to write them: the
+header is written and read here, and the file is one that the library reads too.
 """
 
 import json
@@ -9,7 +9,6 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, final, runtime_checkable
 
@@ -20,19 +19,13 @@ from jaxtyping import Float
 from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
-from vestige.row_order import windows
-from vestige.runs._digests import require_unaltered
-from vestige.runs._record import DENSE_FILE, is_run, read_record
+from vestige.runs._record import DENSE_FILE, is_run, read_record, require_unaltered
 
 if TYPE_CHECKING:
     from vestige.data import Example
 
 AXES = "query example"
 _IDS_AT_ONCE = 2**13
-_WINDOW = 2**20
-"""Bytes of ids that are decoded at once."""
-_ENTRY = 4096
-"""More bytes than the longest entry of the header but the ids."""
 
 
 @runtime_checkable
@@ -41,7 +34,6 @@ class _OnDisk(Protocol):
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of one column, in order."""
-        ...
 
 
 def names_of(examples: "Sequence[Example]") -> Iterator[str]:
@@ -62,30 +54,27 @@ def write_dense(
     """Write the file: eight bytes with the length of the header, the header as JSON, the scores row by row."""
     entry = {"dtype": "F32", "shape": list(scores.shape), "data_offsets": [0, 4 * scores.size]}
     with path.open("wb") as file:
-        file.write(bytes(8) + f'{{"__metadata__":{{"axes":"{AXES}","query_ids":"'.encode())
-        file.writelines(_texts(query_ids))
-        file.write(b'","example_ids":"')
-        file.writelines(_texts(example_ids))
-        file.write(b'"},"scores":' + json.dumps(entry, separators=(",", ":")).encode() + b"}")
+        file.write(bytes(8) + f'{{"__metadata__":{{"axes":"{AXES}","query_ids":"['.encode())
+        _write_names(file, query_ids)
+        file.write(b']","example_ids":"[')
+        _write_names(file, example_ids)
+        file.write(b']"},"scores":' + json.dumps(entry, separators=(",", ":")).encode() + b"}")
         file.write(b" " * (-file.tell() % 8))
         length = file.tell() - 8
         file.seek(0)
         file.write(length.to_bytes(8, "little"))
         file.seek(0, os.SEEK_END)
         for row in scores:
-            for part in windows(len(row)):
-                file.write(np.ascontiguousarray(row[part], dtype="<f4").data)
-                disk_arrays.let_go(scores)
+            file.write(np.ascontiguousarray(row, dtype="<f4").data)
+            disk_arrays.let_go(scores)
 
 
-def _texts(names: Iterable[str]) -> Iterator[bytes]:
-    """Yield the names as a JSON list inside a JSON text, part by part."""
-    names, between = iter(names), ""
-    yield b"["
-    while part := list(islice(names, _IDS_AT_ONCE)):
-        yield json.dumps(between + json.dumps(part)[1:-1])[1:-1].encode()
-        between = ", "
-    yield b"]"
+def _write_names(file: BinaryIO, names: Iterable[str]) -> None:
+    """Write the entries of a JSON list inside a JSON text."""
+    between = b""
+    for name in names:
+        file.write(between + json.dumps(json.dumps(name))[1:-1].encode())
+        between = b", "
 
 
 @final
@@ -99,20 +88,24 @@ class DenseFile:
             path: The file.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: It is damaged; or another error of parsing its header.
         """
         self.path = path
-        with path.open("rb") as file, _header(file) as header:
-            self.axes = _entry(header, "axes")
-            entry = _entry(header, "scores")
-            self._begin = len(header)
-            self._ids = {name: _place(header, name) for name in ("query_ids", "example_ids")}
-        if entry is None or entry["dtype"] != "F32":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._begin = 8 + length
+            if self._begin > path.stat().st_size:
+                raise ValueError("it is too short")
+            header = parse_json(file.read(length))
+        entry, about = header["scores"], header["__metadata__"]
+        self.axes = about.get("axes")
+        if entry["dtype"] != "F32":
             raise ValueError("it holds no scores")
         rows, columns = entry["shape"]
         self.shape: tuple[int, int] = operator.index(rows), operator.index(columns)
         if path.stat().st_size != self._begin + 4 * self.shape[0] * self.shape[1]:
             raise ValueError("it is too short or too long")
+        self._query_ids, self._example_ids = str(about["query_ids"]), str(about["example_ids"])
 
     def read(self, queries: slice = slice(None), examples: slice = slice(None)) -> Float[np.ndarray, "query example"]:
         """Return the scores of some queries, or examples, or all."""
@@ -127,28 +120,26 @@ class DenseFile:
 
     def query_ids(self) -> list[str]:
         """Return the ids of the queries, in order."""
-        with self.path.open("rb") as file, _header(file) as header:
-            return list(_names(header, *self._ids["query_ids"]))
+        return list(StoredIds(self.path, self._query_ids, self.shape[0]))
 
-    def example_ids(self) -> "ExampleIds":
+    def example_ids(self) -> "StoredIds":
         """Return the ids of the examples, in order."""
-        return ExampleIds(self.path, *self._ids["example_ids"], self.shape[1])
+        return StoredIds(self.path, self._example_ids, self.shape[1])
 
 
 @final
-class ExampleIds:
-    """Ids of the examples of a run, in order; read again each time, a part at once, for they are what takes memory."""
+class StoredIds:
+    """Ids of an axis of a run, in order: a list in JSON, decoded name by name, which takes a fifth of their memory."""
 
-    def __init__(self, path: Path, start: int, stop: int, count: int) -> None:
+    def __init__(self, path: Path, text: str, count: int) -> None:
         """Use `DenseFile.example_ids`.
 
         Args:
             path: The file.
-            start: Where its header has them.
-            stop: Where they end there.
+            text: The list.
             count: How many there are to be.
         """
-        self._path, self._place, self._count = path, (start, stop), count
+        self._path, self._text, self._count = path, text, count
 
     def __len__(self) -> int:
         return self._count
@@ -157,13 +148,16 @@ class ExampleIds:
         """Yield all ids.
 
         Raises:
-            CorruptFile: They are not as many as the scores.
+            CorruptFile: They are not as many as the scores, or do not read.
         """
-        found = 0
-        with self._path.open("rb") as file, _header(file) as header:
-            for name in _names(header, *self._place):
-                found += 1
-                yield name
+        decoder, at, found = json.JSONDecoder(), self._text.find('"'), 0
+        while at >= 0:
+            try:
+                name, end = decoder.raw_decode(self._text, at)
+            except json.JSONDecodeError as error:
+                raise CorruptFile(f"{self._path} has ids that do not read: {error}. Make the run again.") from error
+            yield name
+            at, found = self._text.find('"', end), found + 1
         if found != self._count:
             raise CorruptFile(f"{self._path} has {found} ids for {self._count} examples. Make the run again.")
 
@@ -185,70 +179,8 @@ def open_dense(folder: Path) -> DenseFile:
         require_unaltered(folder, read_record(folder).files, DENSE_FILE)
     try:
         file = DenseFile(path)
-    except (OSError, ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}. Run `vestige attribute` again.") from error
     if file.axes != AXES:
         raise CorruptFile(f"{path} has the axes {file.axes!r}; expected {AXES!r}.")
     return file
-
-
-def _header(file: BinaryIO) -> mmap:
-    """Return everything before the scores: the length of the header, and the header."""
-    return mmap(file.fileno(), 8 + int.from_bytes(file.read(8), "little"), access=ACCESS_READ)
-
-
-def _entry(header: mmap, name: str) -> Any:
-    """Return what the header has under a name; None if nothing. Inside a text, a quotation mark would be escaped."""
-    key = f'"{name}":'.encode()
-    start = _find(header, key)
-    if start < 0:
-        return None
-    text = header[start + len(key) : start + len(key) + _ENTRY].decode("ascii", errors="replace")
-    return json.JSONDecoder().raw_decode(text)[0]
-
-
-def _place(header: mmap, name: str) -> tuple[int, int]:
-    """Return where the header has a JSON list that it holds as a text."""
-    key = f'"{name}":"['.encode()
-    start = _find(header, key)
-    end = _find(header, b']"', max(start, 0))
-    if start < 0 or end < 0:
-        raise ValueError(f"it has no {name}")
-    return start + len(key), end
-
-
-def _find(header: mmap, key: bytes, start: int = 0) -> int:
-    """Return where the key comes first, -1 for nowhere; a window at a time is in memory, for the ids may be many."""
-    for begin in range(start, len(header), _WINDOW):
-        if (found := header.find(key, begin, begin + _WINDOW + len(key) - 1)) >= 0:
-            return found
-        disk_arrays.let_go(header)
-    return -1
-
-
-def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
-    """Yield the ids of such a list, decoded window by window."""
-    decoder, text = json.JSONDecoder(), ""
-    while start < stop:
-        cut = _cut(header, start, stop)
-        text += parse_json(b'"' + header[start:cut] + b'"')
-        disk_arrays.let_go(header)
-        start, end = cut, 0
-        while (quote := text.find('"', end)) >= 0:
-            try:
-                found, end = decoder.raw_decode(text, quote)
-            except json.JSONDecodeError:  # it goes on in the next window
-                break
-            yield found
-        text = text[end:]
-
-
-def _cut(header: mmap, start: int, stop: int) -> int:
-    """Return the end of a window: behind a comma, which is in no escape sequence."""
-    end = start + _WINDOW
-    if end >= stop:
-        return stop
-    comma = header.rfind(b",", start, end)
-    if comma < 0:
-        comma = header.find(b",", end, stop)
-    return comma + 1 or stop

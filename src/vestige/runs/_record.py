@@ -1,14 +1,101 @@
 """`run.json`: everything about a run that is not a table, checked when it is read."""
 
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import first_problem, parse_finite_json
-from vestige.runs._digests import require_unaltered
-from vestige.runs._types import Meaning
+from vestige.storage import sha256_of, sha256_once
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from vestige.data import TokenizedData
+    from vestige.models import LoadedModel
+    from vestige.runs._summary import ScoreSummary
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Sign, unit, target and normalisation of a score: carried by every run, printed in every report."""
+
+    sign: str
+    """Such as "positive: training on the example lowers the query's loss"."""
+    unit: str
+    """Such as "nats per unit of learning rate", "cosine", "BM25"."""
+    target: str
+    """"this model" or "the average run", or "text alone" for lexical retrieval."""
+    normalisation: str
+    """What the score was divided by, or "none"."""
+    estimates: str
+    """One sentence: what the number estimates."""
+    cost: str
+    """One sentence: passes, memory, disk."""
+    limits: str
+    """One sentence: when not to believe it."""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return a plain dictionary for `run.json`."""
+        return asdict(self)
+
+
+Digests = Mapping[str, str]
+"""sha256 by name, `figures/roc.png` for a file in a folder."""
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the digests of all files in a folder and the folders in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
+    """Compare files with their digests, each once per process; one that has none is of an earlier version.
+
+    Raises:
+        CorruptFile: A file is not what was written.
+    """
+    for name in names:
+        if name in digests and (fault := _fault(folder, name, digests[name], sha256_once)):
+            raise CorruptFile(
+                f"{folder / name} {fault}. Do not trust this run: restore the file from a copy, or make the run again "
+                f"with another --out or with --overwrite. All its files: vestige status --verify {folder}"
+            )
+
+
+def file_faults(folder: Path, digests: Digests) -> dict[str, str | None]:
+    """Return what is wrong with each file of a run, None where nothing is; reads every byte."""
+    return {name: _fault(folder, name, digest, sha256_of) for name, digest in digests.items()}
+
+
+def _fault(folder: Path, name: str, digest: str, read: Callable[[Path], str]) -> str | None:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts:
+        return "lies outside of the run"
+    if not (folder / name).is_file():
+        return "is missing"
+    return None if read(folder / name) == digest else "was altered: its sha256 is not the one in run.json"
+
+
+PACKAGES = ("vestige", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "pyarrow")
+
+
+def environment() -> dict[str, str]:
+    """Return the versions of Python, the platform and the packages that scores depend on; import none of them."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -160,6 +247,83 @@ class RunRecord(_Part):
     @field_serializer("meaning")
     def _meaning_to_dict(self, meaning: Meaning) -> dict[str, str]:
         return meaning.to_dict()
+
+
+def describe_process() -> dict[str, Any]:
+    """Return the fields of a record that are facts about this process: versions, the time, and the peak memory."""
+    return {
+        "vestige": version("vestige"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": environment(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+    }
+
+
+def describe_data(data: "TokenizedData") -> DataRecord:
+    """Return name, fingerprint and size of a data set."""
+    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
+
+
+def describe_model(loaded: "LoadedModel") -> ModelRecord:
+    """Return name, fingerprint and size of a model."""
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return ModelRecord(name=loaded.name, fingerprint=loaded.fingerprint, parameters=parameters)
+
+
+def make_run_record(
+    *,
+    command: str,
+    config: dict[str, Any],
+    method: str,
+    meaning: Meaning,
+    data: "TokenizedData",
+    queries: "TokenizedData",
+    summary: "ScoreSummary",
+    seconds: float,
+    query_ids: Sequence[str] | None = None,
+    model: ModelRecord | None = None,
+    coverage: CoverageRecord | None = None,
+    components: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    **others: Any,
+) -> RunRecord:
+    """Return the record of scores that this process has just computed, for `write_run`.
+
+    Args:
+        command: The command line that makes the run again.
+        config: The resolved settings.
+        method: Name of the method.
+        meaning: What its scores mean.
+        data: The training data.
+        queries: The queries.
+        summary: Of the scores, as `ScoreCollector.finish` returns it.
+        seconds: Wall time that the run took.
+        query_ids: Ids of the rows of scores, where they are not those of `queries`.
+        model: As `describe_model` returns it; None for methods that read text alone.
+        coverage: Parameters that the scores cover.
+        components: Names of the components that scores are split over.
+        checks: How far the scores can be trusted.
+        **others: `asked`, `left_out`, `checkpoints`: fields of `RunRecord`.
+    """
+    ids = [example.id for example in queries.examples] if query_ids is None else query_ids
+    return RunRecord(
+        **describe_process(),
+        command=command,
+        config=config,
+        model=model,
+        data=describe_data(data),
+        queries=describe_data(queries),
+        method=method,
+        meaning=meaning,
+        coverage=coverage,
+        components=list(components),
+        seconds=seconds,
+        trust=TrustRecord(checks=list(checks)),
+        distribution=dict(zip(ids, summary.distribution, strict=True)),
+        groups=dict(zip(ids, summary.groups, strict=True)),
+        **others,
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -1,33 +1,172 @@
 """`Scores`: a run directory, opened for queries. Needs neither the model nor torch."""
 
 import difflib
+import html
 import operator
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
-from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, Words, excerpt
-from vestige.runs._read_table import REMEDY, read_run_table, turns_of
-from vestige.runs._record import RunRecord, read_record
-from vestige.runs._topk import End
-from vestige.runs._types import Meaning
+from vestige.runs._record import Meaning, RunRecord, read_record
+from vestige.runs._summary import End
+from vestige.runs._tables import REMEDY, read_run_table, turns_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
 
+
+PLAIN_WIDTH = 120
+"""Columns used where the width of the terminal is not known."""
+NARROWEST_TEXT = 20
+_NARROWEST_TURN = 10
+_BETWEEN = " | "
+_SYSTEM = ("system", "developer")
+
+
+class ScoreRow(NamedTuple):
+    """One ranked training example."""
+
+    rank: int
+    """1-based, counted from the requested end of the ranking."""
+    example_id: str
+    score: float
+    percentile: float | None
+    """Share of all training examples with a smaller score, in percent; None where it is not known."""
+    text: str
+    """The whole text; it is shortened only where the table is printed."""
+    source: str | None
+    row: int
+    """Position in the training data."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Role and content of each turn of a conversation."""
+
+
+Row = TypeVar("Row")
+
+
+class ScoreTable(Sequence[Row]):
+    """Rows of a ranking: a sequence that prints as a table."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        headings: Sequence[str],
+        cells: Callable[[Row], tuple[Any, ...]],
+        title: str,
+        note: str = "",
+    ) -> None:
+        self._rows, self._headings, self._cells = tuple(rows), headings, cells
+        self.title = title
+        self.note = note
+        """What the table leaves out; empty when nothing."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ScoreTable[Row]": ...
+    def __getitem__(self, index: int | slice) -> "Row | ScoreTable[Row]":
+        if isinstance(index, slice):
+            return ScoreTable(self._rows[index], self._headings, self._cells, self.title, self.note)
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __str__(self) -> str:
+        cells = [self._cells(row) for row in self._rows]
+        width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+        return "\n".join(line for line in (self.title, *_align(self._headings, cells, width), self.note) if line)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._headings)
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+            + f'<td style="text-align:left">{html.escape(excerpt(words, 200))}</td></tr>'
+            for *cells, words in map(self._cells, self._rows)
+        )
+        caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_HEADINGS = ("rank", "example", "score", "percentile", "text")
+Words = str | Sequence[tuple[str, str]]
+"""A text, or the turns of a conversation."""
+
+
+def _cells(row: ScoreRow) -> tuple[Any, ...]:
+    percentile = "" if row.percentile is None else f"{row.percentile:.1f}"
+    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", percentile, row.turns or row.text
+
+
+def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
+    """Align lines with numbers to the right, and cut the last column to what is left of `width`."""
+    leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
+    left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
+    return [
+        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), excerpt(row[-1], left)])
+        for row in (headings, *rows)
+    ]
+
+
+def excerpt(words: Words, width: int) -> str:
+    """Return a text, or the turns of a conversation, on one line of about `width` characters.
+
+    Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
+    system turn, which many conversations share, and what stands between the first two turns and the last are left out.
+    """
+    if isinstance(words, str):
+        lines = (" ".join(line.split()) for line in words.splitlines())
+        return shorten(_BETWEEN.join(line for line in lines if line), width)
+    turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
+    parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
+    parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
+    left = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
+    shown: list[str] = []
+    for place, part in enumerate(parts):
+        share = left // (len(parts) - place)
+        after = sum(min(len(each), share) for each in parts[place + 1 :])
+        shown.append(shorten(part, left - after))
+        left -= len(shown[-1])
+    return _BETWEEN.join(shown)
+
+
+class ComponentScore(NamedTuple):
+    """Contribution of one component to the score of one pair."""
+
+    component: str
+    score: float
+
+
+class TokenScore(NamedTuple):
+    """Contribution to a pair's score of learning to predict one token of the training example."""
+
+    position: int
+    token: str
+    score: float
+
+
+class SelfInfluence(NamedTuple):
+    """The score of a training example for itself."""
+
+    example_id: str
+    row: int
+    score: float
+
+
 SELF_TABLE = "self_influence"
-_ROWS_AT_ONCE = 2**13
 _TITLE_WIDTH = 100
 
 
@@ -71,11 +210,11 @@ class Scores:
         """Return how many of the queries are answers that the model gave itself."""
         return sum(bool(row.get("generated")) for row in self._query_rows)
 
-    def top(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+    def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` proponents of a query: the training examples with the highest scores, highest first."""
         return self._end(query, "proponent", k)
 
-    def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable:
+    def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
         return self._end(query, "opponent", k)
 
@@ -85,11 +224,9 @@ class Scores:
         Raises:
             UserError: the method has no components, or the pair is not among the listed ones.
         """
-        rows = self._pair("components", f"The method `{self.run.method}` does not split scores by component.")
-        found = rows.get((self._query_id(query), example_id))
-        if found is None:
-            raise self._not_listed(query, example_id)
-        return [ComponentScore(row["component"], row["score"]) for row in found]
+        without = f"The method `{self.run.method}` does not split scores by component."
+        rows = self._pair("components", query, example_id, without)
+        return [ComponentScore(row["component"], row["score"]) for row in rows]
 
     def tokens(self, query: int | str, example_id: str) -> list[TokenScore]:
         """Split the score of a listed example over its tokens: the parts add up to it; in order of position.
@@ -100,11 +237,8 @@ class Scores:
         Raises:
             UserError: no token scores were requested, or the pair is not among the listed ones.
         """
-        rows = self._pair("tokens", "Run `vestige attribute` again with --tokens.")
-        found = rows.get((self._query_id(query), example_id))
-        if found is None:
-            raise self._not_listed(query, example_id)
-        ordered = sorted(found, key=lambda row: row["position"])
+        rows = self._pair("tokens", query, example_id, "Run `vestige attribute` again with --tokens.")
+        ordered = sorted(rows, key=lambda row: row["position"])
         return [TokenScore(row["position"], row["token"], row["score"]) for row in ordered]
 
     def dense(self) -> Float[np.ndarray, "query example"]:
@@ -122,22 +256,19 @@ class Scores:
         Raises:
             UserError: the run has none.
         """
-        self._require_self_influence()
-        return [SelfInfluence(**row) for row in self._read(SELF_TABLE).to_pylist()]
+        return [SelfInfluence(**row) for row in self._self_influence().to_pylist()]
 
     def self_scores(self) -> Float[np.ndarray, "example"]:
-        """Return the same as an array on the disk, in the order of the training data; NaN for examples left out.
+        """Return the same as an array in the order of the training data; NaN for examples left out.
 
         Raises:
             UserError: the run has none.
         """
-        self._require_self_influence()
-        scores = RowOrder(1, self.run.data.examples, np.float64)
-        path = self.folder / f"{SELF_TABLE}.parquet"
-        for part in self._parts(SELF_TABLE, ("row", "score")):
-            with reading(path, REMEDY):
-                scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
-        return scores.finish()[0]
+        table = self._self_influence(("row", "score"))
+        scores = np.full(self.run.data.examples, np.nan)
+        with reading(self.folder / f"{SELF_TABLE}.parquet", REMEDY):
+            scores[table["row"].to_numpy()] = table["score"].to_numpy()
+        return scores
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return both ends of every ranking with their texts, as a pandas data frame.
@@ -162,22 +293,11 @@ class Scores:
             lines.append(f"  … and {len(self.queries) - 5} more")
         return "\n".join([*lines, self.meaning.sign])
 
-    def _end(self, query: int | str, end: End, k: int) -> ScoreTable:
+    def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
         name = self._query_id(query)
         listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
         listed.sort(key=lambda row: row["rank"])
-        rows = [
-            ScoreRow(
-                row["rank"],
-                row["example_id"],
-                row["score"],
-                row["percentile"],
-                *self._example(row["row"])[:2],
-                row["row"],
-                self._example(row["row"])[2],
-            )
-            for row in listed[:k]
-        ]
+        rows = [self._score_row(row) for row in listed[:k]]
         kept = len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
@@ -185,7 +305,13 @@ class Scores:
         note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
         row = self._query_rows[self.queries.index(name)]
         words = excerpt(_words_of(row), _TITLE_WIDTH)
-        return ScoreTable(rows, f"{end}s of query {shorten(name)}: {words}", note)
+        return ScoreTable(rows, _HEADINGS, _cells, f"{end}s of query {shorten(name)}: {words}", note)
+
+    def _score_row(self, row: dict[str, Any]) -> ScoreRow:
+        text, source, turns = self._example(row["row"])
+        return ScoreRow(
+            row["rank"], row["example_id"], row["score"], row["percentile"], text, source, row["row"], turns
+        )
 
     def _query_id(self, query: int | str) -> str:
         if isinstance(query, str):
@@ -204,12 +330,6 @@ class Scores:
                 f"(the last is {len(self.queries) - 1})."
             )
         return self.queries[position]
-
-    def _not_listed(self, query: int | str, example_id: str) -> UserError:
-        return UserError(
-            f"Example {example_id!r} is not among the listed examples of query {self._query_id(query)!r}.\n"
-            "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
-        )
 
     @cached_property
     def _query_rows(self) -> list[dict[str, Any]]:
@@ -234,30 +354,31 @@ class Scores:
     def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
         return {}
 
-    def _pair(self, name: str, without: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Return rows of an optional table by (query id, example id)."""
+    def _pair(self, name: str, query: int | str, example_id: str, without: str) -> list[dict[str, Any]]:
+        """Return the rows of an optional table for one query and example."""
         if not (self.folder / f"{name}.parquet").is_file():
             raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
         if name not in self._pairs:
             pairs = self._pairs.setdefault(name, {})
             for row in self._read(name).to_pylist():
                 pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
-        return self._pairs[name]
+        found = self._pairs[name].get((self._query_id(query), example_id))
+        if found is None:
+            raise UserError(
+                f"Example {example_id!r} is not among the listed examples of query {self._query_id(query)!r}.\n"
+                "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
+            )
+        return found
 
-    def _require_self_influence(self) -> None:
+    def _self_influence(self, columns: Sequence[str] | None = None) -> pa.Table:
         if not (self.folder / f"{SELF_TABLE}.parquet").is_file():
             raise UserError(
                 f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
             )
+        return read_run_table(self.folder, SELF_TABLE, columns)
 
     def _read(self, name: str) -> pa.Table:
         return read_run_table(self.folder, name)
-
-    def _parts(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Yield some columns of a table, some rows at a time."""
-        path = self.folder / f"{name}.parquet"
-        with reading(path, REMEDY), pq.ParquetFile(path) as file:
-            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
 
 
 def _words_of(row: dict[str, Any]) -> Words:

@@ -1,26 +1,186 @@
 """The summary of a stream of scores: both ends, moments, a histogram, groups, all scores if requested."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt64
 from scipy.special import stdtrit
 
-from vestige import disk_arrays
-from vestige.errors import VestigeError
-from vestige.row_order import RowOrder, by_window, windows
+from vestige.errors import NonFinite, VestigeError
+from vestige.row_order import RowOrder
 from vestige.runs._record import DistributionRecord, GroupRecord
-from vestige.runs._sample import hash_of, hashed
-from vestige.runs._topk import RankedScore, TopK, block_arrays
-from vestige.runs._types import ScoreBlock
+
+# Only named in annotations, so that a run opens without importing torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT_BYTES = 64 * 2**20
-"""Scores kept on the disk for histograms; beyond it a fixed sample of rows stands for all."""
-
+"""Scores kept for histograms; beyond it a fixed sample of rows stands for all."""
 BINS = 60
 SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 NO_SOURCE = "(no source)"
+
+
+class ScoreBlock(NamedTuple):
+    """Scores of a few training examples for every query."""
+
+    rows: 'Int[Tensor, "row"]'
+    """Positions of the examples in the training data."""
+    scores: 'Float[Tensor, "query row"]'
+
+
+def sample_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
+    """Return `wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
+    return np.flatnonzero(_hash(np.arange(examples)) <= _largest_hash(examples, min(wanted, examples)))
+
+
+def _largest_hash(examples: int, wanted: int) -> int:
+    """Return the hash that `wanted` of the examples do not exceed."""
+    if wanted == examples:
+        return 2**64 - 1
+    return int(np.partition(_hash(np.arange(examples)), wanted - 1)[wanted - 1])
+
+
+def _hash(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
+    """Hash by splitmix64's finaliser, which is one to one: neighbouring row numbers land far apart."""
+    code = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return code ^ (code >> np.uint64(31))
+
+
+End = Literal["proponent", "opponent"]
+
+
+class RankedScore(NamedTuple):
+    """One line of `scores.parquet`, before ids are filled in."""
+
+    query: int
+    """Position of the query."""
+    end: End
+    rank: int
+    """1-based, within its end."""
+    row: int
+    """Position of the example in the training data."""
+    score: float
+    percentile: float
+    """Share of all training examples with a smaller score, in percent."""
+
+
+def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
+    """Return rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
+
+    Raises:
+        NonFinite: a score is NaN or infinite.
+    """
+    rows = block.rows.cpu().numpy().astype(np.int64)
+    tensor = block.scores.detach().cpu()
+    scores = (tensor.float() if tensor.dtype.itemsize < 4 else tensor).numpy()
+    if not np.isfinite(scores).all():
+        query, column = np.argwhere(~np.isfinite(scores))[0]
+        raise NonFinite(
+            f"The score of training row {rows[column]} for query {query} is {scores[query, column]}.\n"
+            "A loss or an activation overflowed: run again with --precision float32, or leave that row out, by hand or "
+            "with --skip-bad, of vestige index where there is one."
+        )
+    return rows, scores
+
+
+class TopK:
+    """The `k` highest and `k` lowest scores of each query; equal scores are ordered by row number.
+
+    The result does not depend on the order of the blocks or of the rows in them. With fewer than `2 k`
+    training examples some are listed at both ends, since an end is a part of the ranking and no verdict.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self._seen = 0
+        self._highest = [_Highest(k) for _ in range(queries)]
+        self._lowest = [_Highest(k) for _ in range(queries)]
+
+    def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
+        """Add the scores of `rows`; every row may be given once."""
+        self._seen += len(rows)
+        for query, values in enumerate(scores):
+            self._highest[query].add(rows, values)
+            self._lowest[query].add(rows, -values)
+
+    def rows(self, query: int, end: End) -> Int[np.ndarray, "rank"]:
+        """Return the rows of one end, best first."""
+        return (self._highest if end == "proponent" else self._lowest)[query].rows
+
+    def scores(self, query: int, end: End) -> Float[np.ndarray, "rank"]:
+        """Return the scores of one end in float64, best first."""
+        if end == "proponent":
+            return self._highest[query].keys
+        return -self._lowest[query].keys
+
+    def ranked(self) -> list[RankedScore]:
+        """Return both ends of every query, with exact percentiles."""
+        return [
+            RankedScore(query, end, rank, int(row), float(score), float(percentile))
+            for query in range(len(self._highest))
+            for end in ("proponent", "opponent")
+            for rank, (row, score, percentile) in enumerate(
+                zip(self.rows(query, end), self.scores(query, end), self._percentiles(query, end), strict=True), 1
+            )
+        ]
+
+    def _percentiles(self, query: int, end: End) -> Float[np.ndarray, "rank"]:
+        # Exact although only 2 k scores are kept: whatever is larger than a kept high score (smaller than a
+        # kept low one) is kept too, and ties with the last kept one are counted as they stream by.
+        if end == "proponent":
+            smaller = self._seen - self._highest[query].count_at_least()
+        else:
+            smaller = self._lowest[query].count_above()
+        return 100.0 * smaller / max(self._seen, 1)
+
+
+class _Highest:
+    """The `k` highest keys of one stream, best first, and how many equal the last of them."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self.rows = np.empty(0, dtype=np.int64)
+        self.keys = np.empty(0, dtype=np.float64)
+        self._ties = 0
+
+    def add(self, rows: Int[np.ndarray, "row"], keys: Float[np.ndarray, "row"]) -> None:
+        full = len(self.keys) == self._k
+        if full:
+            eligible = keys >= self.keys[-1]
+            if not eligible.any():
+                return
+            rows, keys = rows[eligible], keys[eligible]
+        candidates = self._contenders(keys)
+        all_rows = np.concatenate([self.rows, rows[candidates]])
+        all_keys = np.concatenate([self.keys, keys[candidates]])
+        order = np.lexsort((all_rows, -all_keys))[: self._k]
+        last = all_keys[order[-1]] if len(order) else 0.0
+        unmoved = full and last == self.keys[-1]
+        already = self._ties if unmoved else int((self.keys == last).sum())
+        self._ties = already + int((keys == last).sum())
+        self.rows, self.keys = all_rows[order], all_keys[order]
+
+    def _contenders(self, keys: Float[np.ndarray, "row"]) -> np.ndarray:
+        """Return indices that can be among the k highest; all ties with the k-th, since the row decides."""
+        if len(keys) <= self._k:
+            return np.arange(len(keys))
+        return np.flatnonzero(keys >= np.partition(keys, -self._k)[-self._k])
+
+    def count_at_least(self) -> Int[np.ndarray, "rank"]:
+        """Return, for each kept key, how many keys of the whole stream are at least as high."""
+        counts = np.searchsorted(-self.keys, -self.keys, side="right")
+        if len(self.keys):
+            last = self.keys == self.keys[-1]
+            counts[last] = self.count_above()[last] + self._ties
+        return counts
+
+    def count_above(self) -> Int[np.ndarray, "rank"]:
+        """Return, for each kept key, how many keys of the whole stream are higher."""
+        return np.searchsorted(-self.keys, -self.keys, side="left")
 
 
 class ScoreSummary(NamedTuple):
@@ -37,10 +197,10 @@ class ScoreSummary(NamedTuple):
 class ScoreCollector:
     """Collects the score blocks of a method, in any order, and sums them up.
 
-    Memory: a bit for each example. On the disk for temporary files: 4 bytes for each example if there are sources, at
-    most 64 MB for histograms, and `4 bytes x queries x examples` with `dense`. Ends, percentiles,
-    moments and groups are exact. The histogram is exact as long as all scores fit into those 64 MB; beyond, it counts
-    the rows whose hashed number is smallest, the same in every run.
+    Memory: five bytes for each example, and at most 64 MB for histograms; with `dense`, also `4 bytes x queries x
+    examples` on the disk for temporary files. Ends, percentiles, moments and groups are exact. The histogram is exact
+    as long as all scores fit into those 64 MB; beyond, it counts the rows whose hashed number is smallest, the same in
+    every run.
 
     Rows in `skipped` count nowhere, whatever the blocks hold for them; `dense` holds NaN there.
     """
@@ -59,15 +219,15 @@ class ScoreCollector:
         self._queries = queries
         fitting = min(examples, max(1, kept_bytes // (4 * max(queries, 1))))
         self._ordered = RowOrder(queries, examples, np.float32) if dense else None
-        self._largest_hash = hash_of(examples, fitting)
-        self._kept = disk_arrays.zeros((queries, 0 if dense else fitting), np.float32)
+        self._largest_hash = _largest_hash(examples, fitting)
+        self._kept = np.zeros((queries, 0 if dense else fitting), np.float32)
         self._sampled = 0
-        self._left_out = np.unique(np.array(skipped, dtype=np.int64))
-        self._seen = _Rows(examples)
-        self._seen.add(self._left_out)
+        self._left_out = np.array(skipped, dtype=np.int64)
+        self._scored = np.zeros(examples, dtype=bool)
+        self._scored[self._left_out] = True
         self._top = TopK(queries, k)
         self._moments = _Moments(queries)
-        self._groups = _Groups(queries, examples, sources)
+        self._groups = _Groups(queries, sources)
 
     def add(self, block: ScoreBlock) -> None:
         """Add one block.
@@ -76,34 +236,28 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        rows, scores = block_arrays(self._without_left_out(block))
+        wanted = np.flatnonzero(~np.isin(block.rows.cpu().numpy(), self._left_out)).tolist()
+        if len(wanted) < len(block.rows):
+            block = ScoreBlock(block.rows[wanted], block.scores[:, wanted])
+        rows, scores = _block_arrays(block)
         if scores.shape != (self._queries, len(rows)):
             raise VestigeError(f"A score block of shape {scores.shape} for {self._queries} queries x {len(rows)} rows.")
-        if (again := self._seen.among(rows)).any():
+        if (again := self._scored[rows]).any():
             raise VestigeError(f"The method scored training row {rows[again][0]} twice.")
-        self._seen.add(rows)
+        self._scored[rows] = True
         self._keep(rows, scores)
         self._top.add(rows, scores)
         self._moments.add(scores)
         self._groups.add(rows, scores)
 
-    def _without_left_out(self, block: ScoreBlock) -> ScoreBlock:
-        wanted = ~np.isin(block.rows.cpu().numpy(), self._left_out)
-        if wanted.all():
-            return block
-        places = np.flatnonzero(wanted).tolist()
-        return ScoreBlock(block.rows[places], block.scores[:, places])
-
     def _keep(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         """Put scores aside for the histogram, in order of arrival, or all of them in order of the rows."""
+        kept = np.full(len(rows), True) if self._ordered is not None else _hash(rows) <= self._largest_hash
+        begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
         if self._ordered is not None:
             self._ordered.add(rows, scores)
-            self._sampled += len(rows)
-            return
-        kept = hashed(rows) <= self._largest_hash
-        begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
-        self._kept[:, begin : self._sampled] = scores[:, kept]
-        disk_arrays.let_go(self._kept)
+        else:
+            self._kept[:, begin : self._sampled] = scores[:, kept]
 
     def finish(self) -> ScoreSummary:
         """Return the summary, once every training row has been scored.
@@ -111,7 +265,7 @@ class ScoreCollector:
         Raises:
             VestigeError: a row was left out.
         """
-        if (missing := self._seen.others()).size:
+        if (missing := np.flatnonzero(~self._scored)).size:
             raise VestigeError(f"The method scored no training row {missing[0]} ({len(missing)} rows are missing).")
         dense = None if self._ordered is None else self._ordered.finish()
         kept = self._kept[:, : self._sampled] if dense is None else dense
@@ -125,10 +279,10 @@ class ScoreCollector:
     def _distribution(self, query: int, kept: Float[np.ndarray, "kept"]) -> DistributionRecord:
         moments = self._moments
         low, high = float(moments.low[query]), float(moments.high[query])
-        counts, edges = np.histogram([], bins=BINS, range=(low, high))
-        for part in _read(kept):
-            # Scores given in float64 are kept in float32: rounding must not push the extremes out.
-            counts += np.histogram(np.clip(part, low, high), bins=BINS, range=(low, high))[0]
+        values = kept.astype(np.float64)
+        values = values[~np.isnan(values)]
+        # Scores given in float64 are kept in float32: rounding must not push the extremes out.
+        counts, edges = np.histogram(np.clip(values, low, high), bins=BINS, range=(low, high))
         return DistributionRecord(
             count=moments.count,
             mean=float(moments.mean[query]),
@@ -138,34 +292,18 @@ class ScoreCollector:
             edges=edges.tolist(),
             counts=counts.tolist(),
             sampled=self._sampled,
-            cumulative_share=self._shares(query, kept),
+            cumulative_share=self._shares(query, values),
         )
 
-    def _shares(self, query: int, kept: Float[np.ndarray, "kept"]) -> list[tuple[int, float]]:
+    def _shares(self, query: int, values: Float[np.ndarray, "kept"]) -> list[tuple[int, float]]:
         total = float(self._moments.positive[query])
         if total <= 0:
             return []
         # From a sample only the ends that were kept exactly give what the highest k hold.
         complete = self._sampled == self._moments.count
-        highest = _highest(kept) if complete else self._top.scores(query, "proponent")
+        highest = np.sort(values)[::-1][: SHARES_AT[-1]] if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
-
-
-def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]]:
-    """Yield the scores of a query in float64, part by part, without those of rows that were left out."""
-    for rows in windows(len(kept)):
-        part = kept[rows].astype(np.float64)
-        disk_arrays.let_go(kept)
-        yield part[~np.isnan(part)]
-
-
-def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
-    """Return as many of the highest scores as a share is computed for, best first, in float64."""
-    wanted, found = SHARES_AT[-1], np.empty(0)
-    for part in _read(scores):
-        found = np.sort(np.concatenate([found, part]))[-wanted:]
-    return found[::-1]
 
 
 class _Moments:
@@ -196,41 +334,13 @@ class _Moments:
         self.positive += np.maximum(values, 0).sum(axis=1)
 
 
-class _Rows:
-    """A set of row numbers: one bit for each that there may be."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
-
-    def add(self, rows: Int[np.ndarray, "row"]) -> None:
-        np.bitwise_or.at(self._bits, rows // 8, _bit(rows))
-
-    def among(self, rows: Int[np.ndarray, "row"]) -> Bool[np.ndarray, "row"]:
-        """Return which of `rows` are in the set."""
-        return (self._bits[rows // 8] & _bit(rows)) > 0
-
-    def others(self) -> Int[np.ndarray, "other"]:
-        """Return those that are not in the set, ascending."""
-        if np.bitwise_count(self._bits).sum() == self._count:
-            return np.arange(0)
-        return np.flatnonzero(np.unpackbits(self._bits, count=self._count, bitorder="little") == 0)
-
-
-def _bit(rows: Int[np.ndarray, "row"]) -> UInt8[np.ndarray, "row"]:
-    return np.left_shift(1, rows % 8).astype(np.uint8)
-
-
 class _Groups:
     """Sum and spread of the scores of each source."""
 
-    def __init__(self, queries: int, examples: int, sources: Iterable[str | None] | None) -> None:
+    def __init__(self, queries: int, sources: Iterable[str | None] | None) -> None:
         met: dict[str, int] = {}
         numbers = (met.setdefault(source or NO_SOURCE, len(met)) for source in sources or ())
-        self._group = disk_arrays.zeros(examples if sources is not None else 0, np.int32)
-        for rows in windows(len(self._group)):
-            self._group[rows] = np.fromiter(numbers, np.int32, rows.stop - rows.start)
-            disk_arrays.let_go(self._group)
+        self._group = np.fromiter(numbers, np.int32)
         self._names = list(met) if met.keys() - {NO_SOURCE} else []
         self._sizes = np.zeros(len(self._names), dtype=np.int64)
         self._sum = np.zeros((queries, len(self._names)))
@@ -239,7 +349,7 @@ class _Groups:
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         if not self._names or len(rows) == 0:
             return
-        group = self._of(rows)
+        group = self._group[rows]
         order = np.argsort(group, kind="stable")
         present, starts, sizes = np.unique(group[order], return_index=True, return_counts=True)
         values = scores[:, order].astype(np.float64)
@@ -247,21 +357,10 @@ class _Groups:
         self._sum[:, present] += np.add.reduceat(values, starts, axis=1)
         self._squares[:, present] += np.add.reduceat(values**2, starts, axis=1)
 
-    def _of(self, rows: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
-        """Return the groups of these rows; a window's at a time are in memory."""
-        group = np.empty(len(rows), dtype=np.int32)
-        for _, part in by_window(rows):
-            group[part] = self._group[rows[part]]
-            disk_arrays.let_go(self._group)
-        return group
-
     def records(self, query: int) -> list[GroupRecord]:
+        columns = zip(self._names, self._sizes.tolist(), self._sum[query], self._squares[query], strict=True)
         records = [
-            _group_record(name, int(size), float(total), float(squares))
-            for name, size, total, squares in zip(
-                self._names, self._sizes, self._sum[query], self._squares[query], strict=True
-            )
-            if size
+            _group_record(name, size, float(total), float(squares)) for name, size, total, squares in columns if size
         ]
         return sorted(records, key=lambda record: (-record.sum, record.source))
 

@@ -1,19 +1,90 @@
-"""The parquet tables of a run: their schemas, and their rows made from data and scores."""
+"""The parquet tables of a run: their schemas, their rows made from data and scores, and their reading with checks."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from vestige.runs._token_text import Decoder, token_texts
-from vestige.runs._topk import RankedScore
+from vestige.errors import CorruptFile
+from vestige.parsing import parse_json
+from vestige.runs._dense import id_array, names_of
+from vestige.runs._summary import RankedScore
+from vestige.tables import read_table
 
 if TYPE_CHECKING:
     from vestige.data import Example, TokenizedData
+
+REMEDY = "Run `vestige attribute` again."
+_IDS_AT_ONCE = 2**16
+_UNFINISHED = "�"
+_STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_WORDING = [(name, _STRING) for name in ("text", "prompt", "completion", "messages")]
+_TOKENS = [("tokens", pa.list_(_STRING)), ("targets", pa.list_(pa.bool_()))]
+_RANK = [("end", _STRING), ("rank", _INT), ("example_id", _STRING), ("row", _INT), ("score", _FLOAT)]
+_LABELS = [("source", _STRING), ("label", _STRING), ("length", _INT), ("duplicates", _INT)]
+_PAIR = [("query_id", _STRING), ("example_id", _STRING)]
+SCHEMAS = {
+    "scores": pa.schema([("query_id", _STRING), *_RANK, ("percentile", _FLOAT)]),
+    "examples": pa.schema([("example_id", _STRING), ("row", _INT), *_WORDING, *_LABELS, *_TOKENS]),
+    "queries": pa.schema(
+        [("query_id", _STRING), ("row", _INT), *_WORDING, ("generated", pa.bool_()), ("loss", _FLOAT), *_TOKENS]
+    ),
+    "components": pa.schema([*_PAIR, ("component", _STRING), ("score", _FLOAT)]),
+    "tokens": pa.schema([*_PAIR, ("position", _INT), ("token", _STRING), ("score", _FLOAT)]),
+    "self_influence": pa.schema([("example_id", _STRING), ("row", _INT), ("score", _FLOAT)]),
+}
+_REQUIRED = {
+    "scores": ("query_id", "end", "rank", "example_id", "row", "score"),
+    "queries": ("query_id", "row"),
+    "examples": ("example_id", "row"),
+}
+"""Columns that must be there and hold no null; of the other tables, all."""
+
+
+class Decoder(Protocol):
+    """The part of a transformers tokenizer that is needed here."""
+
+    def decode(self, token_ids: Any, **options: Any) -> Any:
+        """Return the text of some tokens."""
+
+
+def token_texts(ids: Int[np.ndarray, "token"], tokenizer: Decoder | None) -> list[str]:
+    """Return one string per token; joined they give the decoded text. Empty without a tokenizer.
+
+    A character that is spread over several tokens belongs to the last of them, the others are empty strings.
+    Spaces that a tokenizer drops in front of a lone word (SentencePiece) are kept.
+    """
+    if tokenizer is None:
+        return []
+    numbers = [int(number) for number in ids]
+    alone = [_decode(tokenizer, [number]) for number in numbers]
+    if "".join(alone) == _decode(tokenizer, numbers):
+        return alone
+    return _in_context(numbers, tokenizer)
+
+
+def _in_context(numbers: list[int], tokenizer: Decoder) -> list[str]:
+    """Return what each token adds to the text of the few tokens before it."""
+    pieces: list[str] = []
+    start = known = 0
+    for end in range(1, len(numbers) + 1):
+        before = _decode(tokenizer, numbers[start:known]) if known else ""
+        now = _decode(tokenizer, numbers[start:end])
+        if now.endswith(_UNFINISHED) and end < len(numbers):
+            pieces.append("")
+            continue
+        pieces.append(now[len(before) :])
+        start, known = known, end
+    return pieces
+
+
+def _decode(tokenizer: Decoder, numbers: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(numbers), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class ComponentScores(NamedTuple):
@@ -33,162 +104,117 @@ class TokenScores(NamedTuple):
     """One per token of the example; zero where the prediction of the token does not enter the loss."""
 
 
-_WORDING = [
-    ("text", pa.string()),
-    ("prompt", pa.string()),
-    ("completion", pa.string()),
-    ("messages", pa.string()),
-]
-_TOKENS = [("tokens", pa.list_(pa.string())), ("targets", pa.list_(pa.bool_()))]
+class RunTables(NamedTuple):
+    """The content of a run directory beside `run.json`."""
 
-SCORES = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("end", pa.string()),
-        ("rank", pa.int64()),
-        ("example_id", pa.string()),
-        ("row", pa.int64()),
-        ("score", pa.float64()),
-        ("percentile", pa.float64()),
-    ]
-)
-EXAMPLES = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("row", pa.int64()),
-        *_WORDING,
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("length", pa.int64()),
-        ("duplicates", pa.int64()),
-        *_TOKENS,
-    ]
-)
-QUERIES = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("row", pa.int64()),
-        *_WORDING,
-        ("generated", pa.bool_()),
-        ("loss", pa.float64()),
-        *_TOKENS,
-    ]
-)
-COMPONENTS = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("example_id", pa.string()),
-        ("component", pa.string()),
-        ("score", pa.float64()),
-    ]
-)
-TOKENS = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("example_id", pa.string()),
-        ("position", pa.int64()),
-        ("token", pa.string()),
-        ("score", pa.float64()),
-    ]
-)
+    train: "TokenizedData"
+    queries: "TokenizedData"
+    ranked: Sequence[RankedScore]
+    generated: Sequence[bool]
+    """Per query: True where the answer is the model's own."""
+    losses: Sequence[float] | None = None
+    """Per query: its loss under the model; None for methods without a model."""
+    tokenizer: Decoder | None = None
+    components: Sequence[ComponentScores] | None = None
+    tokens: Sequence[TokenScores] | None = None
+    dense: Float[np.ndarray, "query example"] | None = None
+    self_scores: Float[np.ndarray, "example"] | None = None
+    """Per training example: its score for itself."""
 
 
-def scores_table(ranked: Iterable[RankedScore], train: "TokenizedData", queries: "TokenizedData") -> pa.Table:
-    """Return `scores.parquet`: both ends of every query's ranking."""
-    rows = [
-        {
-            "query_id": queries.examples[score.query].id,
-            "example_id": train.examples[score.row].id,
-            **{name: getattr(score, name) for name in ("end", "rank", "row", "score", "percentile")},
-        }
-        for score in ranked
-    ]
-    return pa.Table.from_pylist(rows, schema=SCORES)
+def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
+    """Return the tables of a run by name.
+
+    Args:
+        content: What they hold.
+        components: Names of the components that scores are split over.
+    """
+    rows: dict[str, Iterable[dict[str, Any]]] = {
+        "scores": _score_rows(content),
+        "examples": _example_rows(content),
+        "queries": _query_rows(content),
+    }
+    if content.components is not None:
+        rows["components"] = (
+            _pair(content, part.query, part.row) | {"component": name, "score": float(score)}
+            for part in content.components
+            for name, score in zip(components, part.scores, strict=True)
+        )
+    if content.tokens is not None:
+        rows["tokens"] = _token_rows(content, content.tokens)
+    tables = {name: pa.Table.from_pylist(list(each), schema=SCHEMAS[name]) for name, each in rows.items()}
+    if content.self_scores is not None:
+        tables["self_influence"] = _self_influence_table(content.self_scores, names_of(content.train.examples))
+    return tables
 
 
-def examples_table(rows: Iterable[int], train: "TokenizedData", tokenizer: Decoder | None) -> pa.Table:
-    """Return `examples.parquet`: the training examples in `rows`, with how often each text occurs in the data."""
-    wanted = sorted(set(rows))
+def _pair(content: RunTables, query: int, row: int) -> dict[str, Any]:
+    return {"query_id": content.queries.examples[query].id, "example_id": content.train.examples[row].id}
+
+
+def _score_rows(content: RunTables) -> Iterator[dict[str, Any]]:
+    """Yield both ends of every query's ranking."""
+    for score in content.ranked:
+        fields = {name: getattr(score, name) for name in ("end", "rank", "row", "score", "percentile")}
+        yield _pair(content, score.query, score.row) | fields
+
+
+def _example_rows(content: RunTables) -> Iterator[dict[str, Any]]:
+    """Yield the training examples that are listed, with how often each text occurs in the data."""
+    train, wanted = content.train, sorted({score.row for score in content.ranked})
     listed = {_content(train, row) for row in wanted}
-    texts = Counter(content for row in range(len(train)) if (content := _content(train, row)) in listed)
-    return pa.Table.from_pylist(
-        [
-            {
-                "example_id": train.examples[row].id,
-                "row": row,
-                **_wording(train.examples[row]),
-                "source": train.examples[row].source,
-                "label": train.examples[row].label,
-                "length": len(train.input_ids[row]),
-                "duplicates": texts[_content(train, row)],
-                **_tokens(train, row, tokenizer),
-            }
-            for row in wanted
-        ],
-        schema=EXAMPLES,
-    )
-
-
-def queries_table(
-    queries: "TokenizedData",
-    tokenizer: Decoder | None,
-    generated: Sequence[bool],
-    losses: Sequence[float] | None,
-) -> pa.Table:
-    """Return `queries.parquet`: the queries, and which answers are the model's own."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "query_id": example.id,
-                "row": row,
-                **_wording(example),
-                "generated": bool(generated[row]),
-                "loss": None if losses is None else float(losses[row]),
-                **_tokens(queries, row, tokenizer),
-            }
-            for row, example in enumerate(queries.examples)
-        ],
-        schema=QUERIES,
-    )
-
-
-def components_table(
-    pairs: Iterable[ComponentScores], names: Sequence[str], train: "TokenizedData", queries: "TokenizedData"
-) -> pa.Table:
-    """Return `components.parquet`: one row per pair and component."""
-    rows = [
-        {
-            "query_id": queries.examples[pair.query].id,
-            "example_id": train.examples[pair.row].id,
-            "component": name,
-            "score": float(score),
+    texts = Counter(words for row in range(len(train)) if (words := _content(train, row)) in listed)
+    for row in wanted:
+        example = train.examples[row]
+        yield {
+            "example_id": example.id,
+            "row": row,
+            **_wording(example),
+            "source": example.source,
+            "label": example.label,
+            "length": len(train.input_ids[row]),
+            "duplicates": texts[_content(train, row)],
+            **_tokens(train, row, content.tokenizer),
         }
-        for pair in pairs
-        for name, score in zip(names, pair.scores, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=COMPONENTS)
 
 
-def tokens_table(
-    pairs: Iterable[TokenScores], train: "TokenizedData", queries: "TokenizedData", tokenizer: Decoder | None
-) -> pa.Table:
-    """Return `tokens.parquet`: one row per pair and target token; the other tokens of an example score zero."""
+def _query_rows(content: RunTables) -> Iterator[dict[str, Any]]:
+    """Yield the queries, and which answers are the model's own."""
+    for row, example in enumerate(content.queries.examples):
+        yield {
+            "query_id": example.id,
+            "row": row,
+            **_wording(example),
+            "generated": bool(content.generated[row]),
+            "loss": None if content.losses is None else float(content.losses[row]),
+            **_tokens(content.queries, row, content.tokenizer),
+        }
+
+
+def _token_rows(content: RunTables, pairs: Sequence[TokenScores]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each pair and target token; the other tokens of an example score zero."""
     texts: dict[int, list[str]] = {}
-    rows = []
     for pair in pairs:
         if pair.row not in texts:
-            texts[pair.row] = token_texts(train.input_ids[pair.row], tokenizer)
-        for position in np.flatnonzero(train.targets[pair.row]):
-            rows.append(
-                {
-                    "query_id": queries.examples[pair.query].id,
-                    "example_id": train.examples[pair.row].id,
-                    "position": int(position),
-                    "token": texts[pair.row][position] if texts[pair.row] else "",
-                    "score": float(pair.scores[position]),
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=TOKENS)
+            texts[pair.row] = token_texts(content.train.input_ids[pair.row], content.tokenizer)
+        for position in np.flatnonzero(content.train.targets[pair.row]).tolist():
+            yield _pair(content, pair.query, pair.row) | {
+                "position": position,
+                "token": texts[pair.row][position] if texts[pair.row] else "",
+                "score": float(pair.scores[position]),
+            }
+
+
+def _self_influence_table(scores: Float[np.ndarray, "example"], ids: Iterable[str]) -> pa.Table:
+    """Return each example with its score for itself, highest first, ties by row; none for NaN, which was left out."""
+    values = scores.astype(np.float64)
+    # NaN is last in any order of numbers.
+    order = np.argsort(-values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+    # Large strings until they are cut again: all ids together may exceed what Arrow's plain strings hold.
+    names = id_array(ids).cast(pa.large_string()).combine_chunks()
+    parts = (order[start : start + _IDS_AT_ONCE] for start in range(0, len(order), _IDS_AT_ONCE))
+    column = pa.chunked_array([names.take(pa.array(part)).cast(pa.string()) for part in parts], pa.string())
+    return pa.table([column, order, values[order]], schema=SCHEMAS["self_influence"])
 
 
 def _wording(example: "Example") -> dict[str, Any]:
@@ -213,3 +239,55 @@ def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[
         "tokens": token_texts(data.input_ids[row], tokenizer),
         "targets": [bool(target) for target in data.targets[row]],
     }
+
+
+def read_run_table(folder: Path, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table `name` of a run; a column that is not required and not there is null.
+
+    Args:
+        folder: Of the run.
+        name: Such as `scores`, without the extension.
+        columns: Only these.
+
+    Raises:
+        CorruptFile: It is missing, does not read, or its cells do not hold what they should.
+    """
+    path = folder / f"{name}.parquet"
+    schema = SCHEMAS[name]
+    table = read_table(path, schema, REMEDY, required=_REQUIRED.get(name, schema.names), columns=columns)
+    if "score" in table.column_names and len(bad := np.flatnonzero(~np.isfinite(table["score"].to_numpy()))):
+        score = table["score"][int(bad[0])]
+        raise CorruptFile(f"{path}, row {bad[0]}: the score is {score}, no finite number. {REMEDY}")
+    if {"messages", "tokens", "targets"} <= set(table.column_names):
+        cells = (table[column].to_pylist() for column in ("messages", "tokens", "targets"))
+        for row, (messages, tokens, targets) in enumerate(zip(*cells, strict=True)):
+            if fault := _fault(messages, tokens, targets):
+                raise CorruptFile(f"{path}, row {row}: {fault}. {REMEDY}")
+    return table
+
+
+def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:
+    """Return role and content of each turn in a cell of `messages`.
+
+    Raises:
+        ValueError: It is no JSON list of turns.
+    """
+    turns: Any = parse_json(cell) if cell else []
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+    ):
+        raise ValueError("`messages` is no list of turns with role and content")
+    return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
+
+
+def _fault(messages: str | None, tokens: list[str] | None, targets: list[bool] | None) -> str | None:
+    """Return what is wrong with the wording of a row, None if nothing."""
+    try:
+        turns_of(messages)
+    except ValueError as error:
+        return f"`messages` does not read ({error})"
+    if None in (tokens or ()) or None in (targets or ()):
+        return "`tokens` or `targets` has an empty entry"
+    if tokens and targets and len(tokens) != len(targets):
+        return f"{len(tokens)} tokens and {len(targets)} targets"
+    return None

@@ -1,29 +1,21 @@
 """Writing of a run directory, so that it is there whole or not at all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
 
 from vestige.errors import IndexMismatch, UserError, VestigeError
-from vestige.runs import _tables as tables
+from vestige.runs._audit import EVIDENCE_FILE, EXAMPLES_FILE, FIGURES, write_evidence
+from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
-from vestige.runs._digests import digests_of
-from vestige.runs._record import DENSE_FILE, RECORD_FILE, RunRecord, is_run
-from vestige.runs._self_influence import write_self_influence
-from vestige.runs._tables import ComponentScores, TokenScores
-from vestige.runs._token_text import Decoder
-from vestige.runs._topk import RankedScore
+from vestige.runs._record import DENSE_FILE, RECORD_FILE, RunRecord, digests_of, is_run
+from vestige.runs._tables import RunTables, make_tables
 from vestige.storage import remove_partial, require_no_links, require_no_others, stage_folder
 
-if TYPE_CHECKING:
-    from vestige.data import TokenizedData
-
-
+_LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
 RUN_FILES = (
     RECORD_FILE,
     *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
@@ -33,24 +25,6 @@ RUN_FILES = (
     *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
-
-
-class RunTables(NamedTuple):
-    """The content of a run directory beside `run.json`."""
-
-    train: "TokenizedData"
-    queries: "TokenizedData"
-    ranked: Sequence[RankedScore]
-    generated: Sequence[bool]
-    """Per query: True where the answer is the model's own."""
-    losses: Sequence[float] | None = None
-    """Per query: its loss under the model; None for methods without a model."""
-    tokenizer: Decoder | None = None
-    components: Sequence[ComponentScores] | None = None
-    tokens: Sequence[TokenScores] | None = None
-    dense: Float[np.ndarray, "query example"] | None = None
-    self_scores: Float[np.ndarray, "example"] | None = None
-    """Per training example: its score for itself."""
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -88,7 +62,7 @@ def write_run(
     overwrite: bool = False,
     add: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write the run directory and return its path.
+    """Write a run directory and return its path.
 
     Everything is written to a new folder beside it, flushed to the disk, and renamed: a kill never
     leaves half a run. Replacing a run takes two renames; killed between them, the old run lies beside, its
@@ -103,49 +77,71 @@ def write_run(
 
     Raises:
         IndexMismatch: a run is there already and `overwrite` is False.
-        UserError: `folder` is a file or holds something that is not a run.
+        UserError: `folder` is a file or holds something that is not a run, or two queries share an id.
     """
-    folder = Path(folder)
-    check_target(folder, overwrite=overwrite)
-    _check_ids(content.queries)
-    with stage_folder(folder, replace=overwrite) as attempt:
+
+    def fill(attempt: Path) -> None:
         _write_tables(attempt, record, content)
         if add is not None:
             add(attempt)
-        record = record.model_copy(update={"files": digests_of(attempt)})
-        # Last, so that a folder with a record is complete even where a rename is not atomic.
-        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return folder
 
-
-def _check_ids(queries: "TokenizedData") -> None:
-    ids = [example.id for example in queries.examples]
+    ids = [example.id for example in content.queries.examples]
     if len(set(ids)) != len(ids):
+        check_target(folder, overwrite=overwrite)
         repeated = next(name for name in ids if ids.count(name) > 1)
         raise UserError(
             f"Two queries have the id {repeated!r}, so their answers could not be distinguished.\n"
             "Give every query its own `id`, or none: then they are numbered."
         )
+    return _write_folder(Path(folder), record, fill, overwrite, indent=2)
+
+
+def write_audit(
+    folder: str | Path,
+    record: AuditRecord,
+    evidence: Sequence[pa.Table],
+    examples: pa.Table,
+    figures: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the folder of an audit, whole or not at all, and return its path.
+
+    Raises:
+        IndexMismatch: A run is there already and `overwrite` is False.
+        UserError: `folder` is a file or holds something that is not a run.
+    """
+
+    def fill(attempt: Path) -> None:
+        (attempt / FIGURES).mkdir()
+        write_evidence(attempt / EVIDENCE_FILE, evidence)
+        pq.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
+        for name, content in figures.items():
+            (attempt / FIGURES / name).write_bytes(content)
+
+    return _write_folder(Path(folder), record, fill, overwrite, indent=1)
+
+
+def _write_folder(
+    folder: Path, record: RunRecord | AuditRecord, fill: Callable[[Path], None], overwrite: bool, indent: int
+) -> Path:
+    check_target(folder, overwrite=overwrite)
+    with stage_folder(folder, replace=overwrite) as attempt:
+        fill(attempt)
+        record = record.model_copy(update={"files": digests_of(attempt)})
+        # Last, so that a folder with a record is complete even where a rename is not atomic.
+        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=indent) + "\n", encoding="utf-8")
+    return folder
 
 
 def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
-    train, queries, tokenizer = content.train, content.queries, content.tokenizer
-    referenced = [score.row for score in content.ranked]
-    written: dict[str, pa.Table] = {
-        "scores": tables.scores_table(content.ranked, train, queries),
-        "examples": tables.examples_table(referenced, train, tokenizer),
-        "queries": tables.queries_table(queries, tokenizer, content.generated, content.losses),
-    }
-    if content.components is not None:
-        written["components"] = tables.components_table(content.components, record.components, train, queries)
-    if content.tokens is not None:
-        written["tokens"] = tables.tokens_table(content.tokens, train, queries, tokenizer)
-    for name, table in written.items():
-        pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    if content.self_scores is not None:
-        write_self_influence(folder / "self_influence.parquet", content.self_scores, names_of(train.examples))
+    for name, table in make_tables(content, record.components).items():
+        # Of self-influence hardly a value comes twice: dictionaries would make the file larger.
+        settings: dict[str, Any] = _LONG_TABLE if name == "self_influence" else {}
+        pq.write_table(table, folder / f"{name}.parquet", compression="zstd", **settings)
     if content.dense is not None:
-        shape = content.dense.shape
-        if shape != (len(queries), len(train)):
-            raise VestigeError(f"Dense scores of shape {shape} for {len(queries)} queries x {len(train)} examples.")
-        write_dense(folder / DENSE_FILE, content.dense, names_of(queries.examples), names_of(train.examples))
+        shape, expected = content.dense.shape, (len(content.queries), len(content.train))
+        if shape != expected:
+            raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
+        ids = names_of(content.queries.examples), names_of(content.train.examples)
+        write_dense(folder / DENSE_FILE, content.dense, *ids)

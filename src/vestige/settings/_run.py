@@ -14,8 +14,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vestige.distributed import FSDP, is_helper, together
 from vestige.errors import SpecError, UserError
-from vestige.lockstep import FSDP, is_helper, together
 from vestige.settings._base import Settings, flag
 from vestige.settings._shared import LaunchSettings
 from vestige.storage import disk_error, hold_folder

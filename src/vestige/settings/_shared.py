@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from vestige.distributed import FSDP
 from vestige.errors import SpecError
-from vestige.lockstep import FSDP
 from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings, parse_bytes
 
 Engine = Literal["local", "slurm"]

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
@@ -11,26 +9,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.data import Example, TokenizedData
+from vestige.data import Example
 from vestige.errors import IndexMismatch
 from vestige.indexes import IMPORTED_SPEC, Index
 from vestige.runs import (
     Check,
     ComponentScores,
-    DataRecord,
     Meaning,
-    RunRecord,
     RunTables,
     ScoreBlock,
     ScoreCollector,
     Scores,
     ScoreSummary,
-    TrustRecord,
     check_target,
-    environment,
+    make_run_record,
     write_run,
 )
-from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige_recipes.interop.command import ImportSettings
 from vestige_recipes.interop.published import Published, without_tokens
 
@@ -99,33 +93,21 @@ def write_imported(
         cost=wording.cost,
         limits=wording.limits,
     )
-    record = RunRecord(
-        vestige=version("vestige"),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    record = make_run_record(
         command=settings.command_line("import"),
         config=settings.record(),
-        versions=environment(),
-        model=None,
-        data=_described(texts),
-        queries=_described(asked),
         method="grad-cos" if cosine else "grad-dot",
         meaning=meaning,
-        coverage=None,
-        components=list(parameters),
+        data=texts,
+        queries=asked,
+        summary=summary,
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
-        trust=TrustRecord(checks=[Check(name="imported", value=None, reading=wording.reading, verdict="unknown")]),
-        distribution=dict(zip(ids, summary.distribution, strict=True)),
-        groups=dict(zip(ids, summary.groups, strict=True)),
+        components=list(parameters),
+        checks=[Check(name="imported", value=None, reading=wording.reading, verdict="unknown")],
     )
     tables = RunTables(texts, asked, summary.ranked, generated=[False] * len(ids), components=components)
     write_run(settings.out, record, tables, overwrite=settings.overwrite)
     return Scores.open(settings.out)
-
-
-def _described(data: TokenizedData) -> DataRecord:
-    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
 
 
 def score_against(settings: ImportSettings, published: Published) -> Scores:

@@ -1,4 +1,4 @@
-"""Plans of processes in step: the first drives, the others compute what it says, and nothing is tried again.
+"""Plans of a process group: rank 0 drives, the others compute what it broadcasts, and nothing is tried again.
 
 Here the processes follow one another: what the first would send is kept, and the second is given it.
 """
@@ -6,32 +6,9 @@ Here the processes follow one another: what the first would send is kept, and th
 import pytest
 
 from tests.launch.toy import ToyPlan
-from vestige import lockstep
+from tests.ranks import become as become, sent as sent
 from vestige.errors import DataError, PieceFailed, WorkElsewhere
-from vestige.launch._role import Role, this_role
-
-
-@pytest.fixture
-def sent(monkeypatch):
-    """Messages of the first process, in order; the second one takes them away."""
-    messages = []
-
-    def exchanged(message, source=0):
-        assert source == 0
-        if lockstep.is_first():
-            messages.append(message)
-            return message
-        assert message is None
-        return messages.pop(0)
-
-    monkeypatch.setattr(lockstep, "_exchanged", exchanged)
-    return messages
-
-
-@pytest.fixture
-def become(monkeypatch):
-    """Makes this process one of two."""
-    return lambda number: monkeypatch.setattr(lockstep._STATE, "together", lockstep.Together(number, 2))
+from vestige.launch import Role, this_role
 
 
 def test_the_others_compute_what_the_first_computes_and_have_the_result(tmp_path, sent, become):
@@ -63,7 +40,7 @@ def test_a_piece_that_fails_ends_the_work_at_once(tmp_path, sent, become):
     with pytest.raises(PieceFailed, match=r"piece 1 of 4 .* ArithmeticError: cannot square 1\n.*same command again"):
         ToyPlan(tmp_path, pieces=4, fail_once=(1,)).run(retries=2)
     # After the piece nothing was sent: the others may be in the middle of it.
-    assert sent[-1][0].piece == 1
+    assert sent[-1][0] == 1
     become(1)
     with pytest.raises(PieceFailed, match="cannot square 1"):
         ToyPlan(tmp_path / "other", pieces=4, fail=(1,)).run()
@@ -84,7 +61,7 @@ def test_a_share_ends_in_all_processes_with_the_same_note(tmp_path, sent, become
     assert str(same.value) == str(note.value)
 
 
-def test_roles_of_processes_in_step(become):
+def test_roles_in_a_process_group(become):
     torchrun = {"RANK": "1", "WORLD_SIZE": "2"}
     assert this_role(torchrun) == Role("rank", number=1, of=2)
     become(0)

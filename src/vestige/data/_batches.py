@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from vestige import disk_arrays
 from vestige.data._types import NO_TARGET, Batch, TokenizedData
 from vestige.errors import DataError
 
@@ -70,7 +69,7 @@ class CutBatch(NamedTuple):
 
 @final
 class CutBatches:
-    """The batches of `plan_batches` for data of any size: memory does not grow with the number of examples.
+    """The batches of `plan_batches` for data of any size: in memory is one row number for each example.
 
     Of the lengths, only how often each occurs is kept; where batches end follows from that.
     """
@@ -88,7 +87,7 @@ class CutBatches:
                 f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
             )
         self._budget, self._most = token_budget, max_examples or len(lengths)
-        counts = _counted(lengths)
+        counts = np.bincount(lengths)
         present = np.flatnonzero(counts)[::-1]
         self._lengths: list[int] = present.tolist()
         """Those that occur, longest first."""
@@ -96,8 +95,9 @@ class CutBatches:
         """Where the rows of each length end."""
         self._borders = _group_ends(sharing.most(present), self._ends)
         """Where the rows end that may share a batch with each length."""
-        self.rows = _from_long_to_short(lengths, counts)
-        """Row numbers, longest example first, ties by row, int32 or int64 [example]; on the disk if they are many."""
+        order = np.argsort(-lengths.astype(np.int32), kind="stable")
+        self.rows = order.astype(np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
+        """Row numbers, longest example first, ties by row, int32 or int64 [example]."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -131,32 +131,6 @@ def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
         same = bool(found) and groups[number] == groups[number + 1]
         found.append(found[-1] if same else ends[number])
     return found[::-1]
-
-
-def _counted(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "length"]:
-    """Return how many examples have each length."""
-    counts = np.zeros(1, dtype=np.int64)
-    for part in disk_arrays.parts(lengths):
-        more = np.bincount(part, minlength=len(counts))
-        counts = np.pad(counts, (0, len(more) - len(counts))) + more
-    return counts
-
-
-def _from_long_to_short(
-    lengths: Int[np.ndarray, "example"], counts: Int[np.ndarray, "length"]
-) -> Int[np.ndarray, "example"]:
-    """Sort all rows by counting: each part of them goes where the parts before have left off."""
-    rows = disk_arrays.zeros(len(lengths), np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
-    free = len(lengths) - np.cumsum(counts)
-    first = 0
-    for part in disk_arrays.parts(lengths):
-        order = np.argsort(part, kind="stable")
-        present, begins, many = np.unique(part[order], return_index=True, return_counts=True)
-        rows[np.arange(len(part)) + np.repeat(free[present] - begins, many)] = order + first
-        free[present] += many
-        first += len(part)
-        disk_arrays.let_go(rows)
-    return rows
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:

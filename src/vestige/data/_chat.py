@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from vestige.data._columns import template_variables, turns_before
 from vestige.data._encode import Rendered, Span
+from vestige.data._rows import template_variables, turns_before
 from vestige.data._turns import FLAGS, is_learned
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 import numpy as np
 
 from vestige.data._chat import ChatTemplate, render_conversations
-from vestige.data._columns import refuse_without_template, unused_columns
-from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
-from vestige.data._fingerprint import data_fingerprint
-from vestige.data._token_rows import given_tokens
-from vestige.data._types import ASSISTANT, Example, Message, TokenizedData
+from vestige.data._encode import Rendered, Span, Tokens, encode, given_tokens, whole_text
+from vestige.data._rows import refuse_without_template, unused_columns
+from vestige.data._types import ASSISTANT, Example, Message, TokenizedData, data_fingerprint
 from vestige.errors import DataError
 from vestige.progress import announce
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vestige.data._bad_text import repair
-from vestige.data._origin import shown
+from vestige.data._records import repair, shown
 from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
 from vestige.parsing import parse_json

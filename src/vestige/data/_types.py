@@ -82,18 +82,11 @@ class Example:
 
 
 @runtime_checkable
-class Measured(Protocol):
-    """A sequence of arrays on disk that stores the counts for which all of them would have to be read."""
+class _Sized(Protocol):
+    """A sequence of arrays on disk that has the counts for which all of them would have to be read."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Entries per array, int32 [example]."""
-        ...
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Target positions per array, int32 [example]."""
-        ...
+    sizes: np.ndarray
+    """Entries per array, of marks the true ones, int32 [example]."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +128,15 @@ class TokenizedData:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.input_ids, Measured):
-            return self.input_ids.lengths
+        if isinstance(self.input_ids, _Sized):
+            return self.input_ids.sizes
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
         """Positions that enter the loss, per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.targets, Measured):
-            return self.targets.counts
+        if isinstance(self.targets, _Sized):
+            return self.targets.sizes
         return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)
 
 
@@ -159,3 +152,25 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""
         return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))
+
+
+def data_fingerprint(
+    examples: Sequence[Example], input_ids: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+) -> str:
+    """Return the sha256 of ids, tokens and targets, in order, in hexadecimal.
+
+    The same on every platform: token ids are hashed as little-endian int32 and every part is preceded by its
+    length, so that no two data sets run together into the same bytes.
+    """
+    digest = hashlib.sha256()
+    for example, ids, mask in zip(examples, input_ids, targets, strict=True):
+        digest.update(hashed(example.id, ids, mask))
+    return digest.hexdigest()
+
+
+def hashed(name: str, ids: np.ndarray, targets: np.ndarray) -> bytes:
+    """Return what one example adds to the fingerprint: its id, its tokens and its targets."""
+    encoded = name.encode()
+    about = f"{len(encoded)} {len(ids)} ".encode()
+    tokens = np.ascontiguousarray(ids, dtype="<i4").tobytes()
+    return about + encoded + tokens + np.packbits(targets.astype(bool)).tobytes()

@@ -226,7 +226,7 @@ class Deadly(Letters):
 def test_a_dead_process_is_explained(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "some letters"}\n' * 50)
-    with pytest.raises(UserError, match=r"tokens ended .*SIGKILL.*run the same command again"):
+    with pytest.raises(UserError, match=r"exit status SIGKILL.*run the same command again"):
         tokenize_source(path, Deadly(), max_length=None, name="data", folder=tmp_path / "tokens", workers=2, **SMALL)
 
 

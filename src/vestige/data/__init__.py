@@ -6,9 +6,9 @@ from vestige.data._chat import as_conversation
 from vestige.data._encode import Rendered, Span, mark_targets
 from vestige.data._load import load_examples, load_queries, load_records, number_records
 from vestige.data._questions import Frame, ask, frame_of, require_answers
-from vestige.data._records import OnBadText, check_text, parsed, place, repair
+from vestige.data._records import OnBadText, check_text, parse_record, place, repair
 from vestige.data._row_list import RowEntry, describe_copies, read_row_list, rows_named, text_groups, token_groups
-from vestige.data._rows import conversation_columns, unused_columns
+from vestige.data._rows import conversation_columns, find_unused_columns
 from vestige.data._sources import open_source
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
 from vestige.data._tokenize import Encoder, tokenize
@@ -42,6 +42,7 @@ __all__ = [
     "conversation_columns",
     "data_fingerprint",
     "describe_copies",
+    "find_unused_columns",
     "forget_tokens",
     "frame_of",
     "load_examples",
@@ -51,7 +52,7 @@ __all__ = [
     "mark_targets",
     "number_records",
     "open_source",
-    "parsed",
+    "parse_record",
     "place",
     "plan_batches",
     "prompt_of",
@@ -66,6 +67,5 @@ __all__ = [
     "tokenize_source",
     "tokenize_stored",
     "turn_record",
-    "unused_columns",
     "words_of",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from vestige.data._records import shown
+from vestige.data._records import quote
 from vestige.data._types import NO_TARGET
 from vestige.errors import DataError
 from vestige.parsing import parse_json
@@ -84,7 +84,7 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
     `ends` without it. Where a text goes on, what the tokenizer puts behind every text is left out.
     """
     result: list[Tokens | None] = [None] * len(rendered)
-    behind = _added_behind(tokenizer)
+    behind = _count_added_behind(tokenizer)
     encode_chunk = _encode_fast if tokenizer.is_fast else _encode_slow
     for special in (False, True):
         numbers = [number for number, item in enumerate(rendered) if item.has_special_tokens is special]
@@ -96,11 +96,11 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
             ):
                 if behind and not (item.ends or item.has_special_tokens):
                     tokens = Tokens(tokens.ids[:-behind], tokens.targets[:-behind])
-                result[number] = _finished(item, tokens, tokenizer, add_eos)
+                result[number] = _finish(item, tokens, tokenizer, add_eos)
     return [tokens for tokens in result if tokens is not None]
 
 
-def _added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
+def _count_added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return how many tokens the tokenizer puts behind every text of its own accord."""
     bare: Any = tokenizer("a", add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
     whole: Any = tokenizer("a", padding=False, truncation=False, verbose=False)["input_ids"]
@@ -179,7 +179,7 @@ def _pieces(item: Rendered) -> list[tuple[str, bool]]:
     return [(text, is_target) for text, is_target in pieces if text]
 
 
-def _finished(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", add_eos: bool) -> Tokens:
+def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", add_eos: bool) -> Tokens:
     """Remove a doubled beginning, and add the end token where it is due; no target at position 0."""
     ids, targets = tokens
     bos: Any = tokenizer.bos_token_id
@@ -195,11 +195,7 @@ def _finished(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBas
 
 
 def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray]:
-    """Return the columns of a tokenised row that Vestige uses, as int32 arrays of one length: ids, labels and marks.
-
-    Raises:
-        DataError: One is not what its name means, or may decide the loss in a way that Vestige does not know.
-    """
+    """Return the columns of a tokenised row that Vestige uses, as int32 arrays of one length: ids, labels and marks."""
     found = {IDS: _whole(columns[IDS], IDS, place)}
     if len(found[IDS]) and found[IDS].min() < 0:
         raise DataError(f"{place}: `{IDS}` holds {found[IDS].min()}; ids of tokens begin at 0.")
@@ -210,7 +206,7 @@ def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray
     for name in found:
         if _is_mark(name) and not np.isin(found[name], (0, 1)).all():
             raise DataError(
-                f"{place}: `{name}` holds {shown(sorted(set(found[name].tolist()))[:5])}. A token is learned or not "
+                f"{place}: `{name}` holds {quote(sorted(set(found[name].tolist()))[:5])}. A token is learned or not "
                 "(0 and 1); weights of tokens are not supported. Correct it, or drop the column."
             )
     _require_one_document(columns, found, place)
@@ -225,13 +221,10 @@ def is_used(name: str, cell: Any) -> bool:
     return _entries(cell) is not None and any(kind.fullmatch(name) for kind in (_DOCUMENTS, _LENGTHS, _BORDERS))
 
 
-def given_tokens(columns: Mapping[str, Any], place: str) -> Tokens:
+def read_given_tokens(columns: Mapping[str, Any], place: str) -> Tokens:
     """Return the tokens of a row that came tokenised; what its attention mask leaves out is padding and is dropped.
 
     A token is a target where its label and every mask of the row agree that it is learned.
-
-    Raises:
-        DataError: As for `read_columns`; or a label is not its own token.
     """
     arrays = read_columns(columns, place)
     ids, labels = arrays[IDS], arrays.get(LABELS, arrays[IDS])
@@ -264,11 +257,11 @@ def _whole(cell: Any, name: str, place: str) -> np.ndarray:
         array = array.astype(np.int64)
     if _is_mark(name) and array.dtype.kind == "f":
         raise DataError(
-            f"{place}: `{name}` holds {shown(cell)}. A token is learned or not (0 and 1); weights of tokens are not "
+            f"{place}: `{name}` holds {quote(cell)}. A token is learned or not (0 and 1); weights of tokens are not "
             "supported. Correct it, or drop the column."
         )
     if array.ndim != 1 or not (array.dtype.kind in "iub" or array.size == 0):
-        raise DataError(f"{place}: `{name}` must be a flat list of whole numbers, got {shown(cell)}.")
+        raise DataError(f"{place}: `{name}` must be a flat list of whole numbers, got {quote(cell)}.")
     limits = np.iinfo(np.int32)
     if array.size and (int(array.max()) > limits.max or int(array.min()) < limits.min):
         beyond = int(array.max()) if int(array.max()) > limits.max else int(array.min())
@@ -298,24 +291,26 @@ def _require_one_document(columns: Mapping[str, Any], found: Mapping[str, np.nda
             "attend to between other tokens is not supported. Give `labels` to mark what is learned."
         )
     if ATTENTION in found and len(set(attention[kept].tolist()) - {1}) > 0:
-        raise _packed(ATTENTION, "numbers its documents", place)
+        raise _pack_error(ATTENTION, "numbers its documents", place)
     if "position_ids" in columns:
         positions = _array(columns["position_ids"])
         if positions.shape != kept.shape or not np.array_equal(positions[kept], np.arange(int(kept.sum()))):
-            raise _packed("position_ids", "does not count from 0 to the end, as positions of one document do", place)
+            raise _pack_error(
+                "position_ids", "does not count from 0 to the end, as positions of one document do", place
+            )
     for name, cell in columns.items():
         entries = _entries(cell)
         if entries is None:
             continue
         if _DOCUMENTS.fullmatch(name) and entries.shape == kept.shape and len(set(entries[kept].tolist())) > 1:
-            raise _packed(name, "names several documents", place)
+            raise _pack_error(name, "names several documents", place)
         if _LENGTHS.fullmatch(name) and entries.size > 1:
-            raise _packed(name, "has the lengths of several documents", place)
+            raise _pack_error(name, "has the lengths of several documents", place)
         if _BORDERS.fullmatch(name) and set(entries.reshape(-1).tolist()) - {0, len(kept), int(kept.sum())}:
-            raise _packed(name, "has the borders of several documents", place)
+            raise _pack_error(name, "has the borders of several documents", place)
 
 
-def _packed(name: str, why: str, place: str) -> DataError:
+def _pack_error(name: str, why: str, place: str) -> DataError:
     return DataError(
         f"{place}: `{name}` {why}. The row is a pack of documents that training kept apart, and Vestige scores whole "
         "rows. Give each document as a row of its own, before packing (packing=False); drop the column only if the "

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vestige.data._records import OnBadText, Record, Source, check_text, parsed, place, shown
+from vestige.data._records import OnBadText, Record, Source, check_text, parse_record, place, quote
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
 from vestige.data._sources import HUB_NAME, data_extension, exists, matching_files, open_source, read_file
 from vestige.data._types import Example
@@ -65,7 +65,7 @@ def load_queries(
         for text in source:
             if isinstance(text, str) and _looks_like_file(text):
                 raise DataError(
-                    f"The question {shown(text)} is or looks like the name of a file. Give one file alone, or "
+                    f"The question {quote(text)} is or looks like the name of a file. Give one file alone, or "
                     'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
                 )
     if isinstance(source, str | Path) and exists(f"{source}/{_RUN_QUERIES}"):
@@ -107,10 +107,10 @@ def _examples(
         replaced += halves
         first = row_of_id.setdefault(example.id, example.row)
         if first != example.row:
-            raise repeated_id(place(source.name, record), example.id, first)
+            raise repeat_error(place(source.name, record), example.id, first)
         examples.append(example)
     if not examples:
-        raise no_rows(source.name)
+        raise empty_error(source.name)
     announce_replaced(source.name, replaced)
     return examples
 
@@ -137,11 +137,8 @@ def example_of(
 
     Returns:
         The example, and how many halves of surrogate pairs were replaced in its record.
-
-    Raises:
-        DataError: The record is not valid, or no format fits it.
     """
-    record, replaced = check_text(name, parsed(record), on_bad_text)
+    record, replaced = check_text(name, parse_record(record), on_bad_text)
     example = example_from_record(record.value, record.row, place(name, record), is_query=is_query, learned=learned)
     if record.row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
@@ -154,7 +151,7 @@ def announce_replaced(name: str, replaced: int) -> None:
         announce(f"{name}: {replaced:,} halves of surrogate pairs, which are no characters, were replaced with U+FFFD.")
 
 
-def repeated_id(where: str, name: str, first: int) -> DataError:
+def repeat_error(where: str, name: str, first: int) -> DataError:
     """Return the error of an id that two rows have."""
     return DataError(
         f"{where}: the id {name!r} is already that of row {first}. Ids must be unique; rename "
@@ -162,7 +159,7 @@ def repeated_id(where: str, name: str, first: int) -> DataError:
     )
 
 
-def no_rows(name: str) -> DataError:
+def empty_error(name: str) -> DataError:
     """Return the error of a source that is empty."""
     return DataError(f"{name} holds no rows. Give data with at least one.")
 
@@ -196,7 +193,7 @@ def load_records(
     """
     opened, total = open_source(source, None), 0
     for unread in number_records(opened, limit):
-        record, replaced = check_text(opened.name, parsed(unread), on_bad_text)
+        record, replaced = check_text(opened.name, parse_record(unread), on_bad_text)
         example, _ = example_of(opened.name, record, on_bad_text)
         total += replaced
         yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)

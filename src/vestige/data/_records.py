@@ -23,7 +23,7 @@ class Record(NamedTuple):
     line: int | None = None
     """Line of the file where the record starts, counted from 1, for formats that have lines."""
     unparsed: Path | None = None
-    """The file, where `value` is a line that `parsed` has yet to read: so that other processes may."""
+    """The file, where `value` is a line that `parse_record` has yet to read: so that other processes may."""
     file: str | None = None
     """The file's name, where a source has several."""
     row: int = 0
@@ -39,7 +39,7 @@ class Source(NamedTuple):
     """Changes whenever the content may have changed; None where this is unknown, as of a list in memory."""
 
 
-def parsed(record: Record) -> Record:
+def parse_record(record: Record) -> Record:
     """Return the record with its columns.
 
     Raises:
@@ -52,7 +52,7 @@ def parsed(record: Record) -> Record:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{record.unparsed}, line {record.line}: not valid JSON: {error.msg} at column {error.colno}. The line is "
-            f'{shown(record.value.strip())}; each line must be one object such as {{"text": "..."}}.'
+            f'{quote(record.value.strip())}; each line must be one object such as {{"text": "..."}}.'
         ) from error
 
 
@@ -63,7 +63,7 @@ def place(name: str, record: Record) -> str:
     return f"{name}, row {record.row}" + (f" ({inside})" if inside else "")
 
 
-def shown(value: object, width: int = 60) -> str:
+def quote(value: object, width: int = 60) -> str:
     """Cut a value to `width` characters, as Python would write it."""
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
@@ -107,7 +107,7 @@ def check_text(name: str, record: Record, on_bad_text: OnBadText) -> tuple[Recor
         where = f"`{fields[0]}`".encode("ascii", "backslashreplace").decode() if fields[0] else "the text"
         raise DataError(
             f"{place(name, record)}: {where} holds half of a surrogate pair (such as \\ud83d, an emoji that was "
-            f"cut), which is no character: {shown(value if isinstance(value, str) else value.get(fields[0], value))}. "
+            f"cut), which is no character: {quote(value if isinstance(value, str) else value.get(fields[0], value))}. "
             'Correct it, or type --on-bad-text replace (on_bad_text="replace") to replace it with U+FFFD.'
         )
     return record._replace(value=value), len(fields)

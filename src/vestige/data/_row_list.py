@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Int
 
-from vestige.data._types import Example, TokenizedData, hashed
+from vestige.data._types import Example, TokenizedData, hash_example
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -157,8 +157,8 @@ def token_groups(data: TokenizedData, column: str | None = None) -> Int[np.ndarr
         DataError: A row has no value of the column.
     """
     if column is not None:
-        return _numbered(_values(data.examples, column))
-    return _numbered(hashed("", ids, mask) for ids, mask in zip(data.input_ids, data.targets, strict=True))
+        return _number_groups(_values(data.examples, column))
+    return _number_groups(hash_example("", ids, mask) for ids, mask in zip(data.input_ids, data.targets, strict=True))
 
 
 def text_groups(examples: Iterable[Example]) -> Int[np.ndarray, "example"]:
@@ -167,7 +167,7 @@ def text_groups(examples: Iterable[Example]) -> Int[np.ndarray, "example"]:
     The content is the text, the prompt and completion or the turns, and columns of lists and mappings (token ids,
     masks, tools); an id, a source, a label and other plain columns are not.
     """
-    return _numbered(map(_content, examples))
+    return _number_groups(map(_content, examples))
 
 
 def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = None) -> str | None:
@@ -181,7 +181,7 @@ def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = Non
     return f"{copies:,} of {len(groups):,} rows are copies of others: {count:,} distinct texts, each counted once."
 
 
-def _numbered(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
+def _number_groups(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
     """Return numbers for equal keys; 16 bytes a row are kept while they are counted."""
     digests = bytearray()
     for key in keys:

@@ -13,7 +13,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, TextIO
 
-from vestige.data._records import Record, Source, shown
+from vestige.data._records import Record, Source, quote
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -43,7 +43,7 @@ def open_source(source: Any, split: str | None) -> Source:
             return _read_files(f"{len(source)} files", source)
         return Source("the list", map(Record, source))
     raise DataError(
-        f"Data of type {type(source).__name__} cannot be read ({shown(source)}). Give a path, a hub id, "
+        f"Data of type {type(source).__name__} cannot be read ({quote(source)}). Give a path, a hub id, "
         "a `datasets.Dataset`, or a list of dictionaries."
     )
 
@@ -63,7 +63,7 @@ def _open_path(source: str | Path, split: str | None) -> Source:
         return _read_files(str(source), several)
     can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
     if not exists(str(path)) and can_be_hub_id:
-        return _from_hub(str(source), split)
+        return _from_hub(can_be_hub_id, split)
     if not exists(str(path)):
         raise DataError(_absent_file(path))
     _refuse_split(path.name, split)
@@ -84,11 +84,7 @@ def _refuse_split(name: str, split: str | None) -> None:
 
 
 def read_file(path: Path) -> Source:
-    """Read the records of one file lazily; its extension decides the format (`.gz` may follow it).
-
-    Raises:
-        DataError: The file is absent, its extension is unknown, or (while reading) its content is broken.
-    """
+    """Read the records of one file lazily; its extension decides the format (`.gz` may follow it)."""
     if not path.exists():
         raise DataError(_absent_file(path))
     extension = data_extension(path)
@@ -101,26 +97,18 @@ def read_file(path: Path) -> Source:
     state = path.stat()
     # Name, size and time of the last change identify the state of a file without reading it.
     identity = f"{path.name} {state.st_size} {state.st_mtime_ns}"
-    return Source(path.name, _explained(path, _READERS[extension]), identity)
+    return Source(path.name, _explain_errors(path, _READERS[extension]), identity)
 
 
 def _read_files(name: str, paths: Sequence[Path]) -> Source:
-    """Return the records of one file after another, as a source of this name.
-
-    Raises:
-        DataError: As for `read_file`.
-    """
+    """Return the records of one file after another, as a source of this name."""
     sources = [read_file(path) for path in paths]
     records = (record._replace(file=source.name) for source in sources for record in source.records)
     return Source(name, records, " ".join(str(source.identity) for source in sources))
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Return the data files of a folder by name, all of one kind; of what `vestige data` left, the file with the rows.
-
-    Raises:
-        DataError: There is none, or they are of several kinds.
-    """
+    """Return the data files of a folder, all of one kind; of what `vestige data` left, the file with the rows."""
     files = sorted(path for path in folder.iterdir() if data_extension(path))
     if (folder / _PREPARED).is_file():
         rows = [path for path in files if path.stem == "data"]
@@ -170,7 +158,7 @@ def _absent_file(path: Path) -> str:
     return f"{path}: no such file. {hint}"
 
 
-def _explained(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
+def _explain_errors(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
     """Yield the reader's records; errors of the operating system or the decoder become a DataError."""
     try:
         yield from reader(path)
@@ -228,7 +216,7 @@ def _rows_of_json(path: Path, value: Any) -> list[Any]:
         return value["data"]
     if isinstance(value, list):
         return value
-    given = f"an object with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else shown(value)
+    given = f"an object with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else quote(value)
     raise DataError(
         f'{path}: expected a list of rows or an object {{"data": [...]}}, got {given}. '
         "Put the rows into a list: [{...}, {...}]."
@@ -241,11 +229,11 @@ def _read_cells(delimiter: str, path: Path) -> Iterator[Record]:
     with _open_text(path) as stream:
         rows = csv.reader(stream, delimiter=delimiter, strict=True)
         try:
-            header = _checked_header(path, next(rows, []))
+            header = _check_header(path, next(rows, []))
             line = rows.line_num + 1
             for cells in rows:
                 if cells:
-                    yield Record(_checked_cells(path, line, header, cells), line)
+                    yield Record(_check_cells(path, line, header, cells), line)
                 line = rows.line_num + 1
         except csv.Error as error:
             kind = str(data_extension(path))[1:].upper()
@@ -255,15 +243,15 @@ def _read_cells(delimiter: str, path: Path) -> Iterator[Record]:
             ) from error
 
 
-def _checked_header(path: Path, names: list[str]) -> list[str]:
+def _check_header(path: Path, names: list[str]) -> list[str]:
     header = [name.strip() for name in names]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f"{path}, line 1: the header names {shown(twice[0])} more than once; rename one of them.")
+        raise DataError(f"{path}, line 1: the header names {quote(twice[0])} more than once; rename one of them.")
     return header
 
 
-def _checked_cells(path: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
+def _check_cells(path: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
     if len(cells) != len(header):
         raise DataError(
             f"{path}, line {line}: {len(cells)} cells, but the header has {len(header)} "
@@ -302,13 +290,9 @@ def _is_dataset(source: object) -> bool:
 
 
 def _from_dataset(dataset: Any, split: str | None, name: str = "dataset") -> Source:
-    """Return the rows of a live data set, of any output format; of a dictionary of splits, one split.
-
-    Raises:
-        DataError: The split is missing or cannot be chosen.
-    """
+    """Return the rows of a live data set, of any output format; of a dictionary of splits, one split."""
     if isinstance(dataset, Mapping):
-        split = _chosen_split(list(dataset), split, name)
+        split = _choose_split(list(dataset), split, name)
         name, dataset = f"{name}[{split}]", dataset[split]
     elif split is not None and str(getattr(dataset, "split", None)) != split:
         raise DataError(f"{name}: split={split!r} was requested, but the source is one data set without splits.")
@@ -317,7 +301,7 @@ def _from_dataset(dataset: Any, split: str | None, name: str = "dataset") -> Sou
     return Source(name, map(Record, dataset.with_format(None)), getattr(dataset, "_fingerprint", None))
 
 
-def _chosen_split(names: list[str], split: str | None, name: str) -> str:
+def _choose_split(names: list[str], split: str | None, name: str) -> str:
     if split is not None:
         if split not in names:
             raise DataError(f"{name}: no split {split!r}; its splits are {', '.join(names)}.")
@@ -331,11 +315,7 @@ def _chosen_split(names: list[str], split: str | None, name: str) -> str:
 
 
 def _from_folder(folder: Path, split: str | None) -> Source:
-    """Return the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
-
-    Raises:
-        DataError: The folder is damaged.
-    """
+    """Return the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -346,23 +326,16 @@ def _from_folder(folder: Path, split: str | None) -> Source:
     return _from_dataset(dataset, split, folder.name)
 
 
-def _from_hub(name: str, split: str | None) -> Source:
-    """Return the rows of a hub data set, `owner/name` or `owner/name:config`, downloaded or from the cache.
-
-    Raises:
-        DataError: It is absent, private or unreachable, or needs a config or a split.
-    """
+def _from_hub(match: re.Match[str], split: str | None) -> Source:
+    """Return the rows of a hub data set, `owner/name` or `owner/name:config`, downloaded or from the cache."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    match = HUB_NAME.fullmatch(name)
-    if match is None:
-        raise DataError(f"{name!r} is neither a file, a folder nor a name on the hub (`owner/name`).")
     try:
         dataset = datasets.load_dataset(match["path"], match["config"], split=split)
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
-        raise DataError(_hub_failure(name, error)) from error
-    return _from_dataset(dataset, None, name)
+        raise DataError(_hub_failure(match.string, error)) from error
+    return _from_dataset(dataset, None, match.string)
 
 
 def _hub_failure(name: str, error: Exception) -> str:

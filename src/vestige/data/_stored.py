@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.data._tokenize import Encoded, Tally
-from vestige.data._types import Example, Message, TokenizedData, hashed
+from vestige.data._types import Example, Message, TokenizedData, hash_example
 from vestige.errors import CorruptFile
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.parsing import as_record, parse_json, parse_object
@@ -160,9 +160,6 @@ def _read_tokens(paths: Sequence[Path], lengths: np.ndarray, counts: np.ndarray)
         paths: The files.
         lengths: Tokens per example, int32 [example].
         counts: Targets per example, int32 [example].
-
-    Raises:
-        CorruptFile: A file is missing or damaged.
     """
     tables = []
     for path in paths:
@@ -179,7 +176,7 @@ class PackedPart(NamedTuple):
     """Ids of its examples."""
     files: tuple[bytes, bytes]
     """Arrow with the columns `_TOKENS`, Parquet with the columns `_PART`."""
-    hashed: bytes
+    fingerprinted: bytes
     tally: Tally
 
 
@@ -219,7 +216,7 @@ class TokenWriter:
         record = _PartRecord(len(part.names), sizes, digests, list(part.tally))
         write_durably(_marker(self._folder, number), [json.dumps(record._asdict()).encode()])
         self._parts.append(record)
-        self._digest.update(part.hashed)
+        self._digest.update(part.fingerprinted)
         return part.names
 
     def add_finished(self) -> list[str]:
@@ -230,7 +227,7 @@ class TokenWriter:
         assert isinstance(data.examples, StoredExamples)
         names = list(data.examples.column("id"))
         for name, ids, targets in zip(names, data.input_ids, data.targets, strict=True):
-            self._digest.update(hashed(name, ids, targets))
+            self._digest.update(hash_example(name, ids, targets))
         self._parts.append(record)
         return names
 
@@ -305,7 +302,7 @@ def pack(examples: Sequence[Example], encoded: Encoded) -> PackedPart:
             ]
             writer.write_table(pa.Table.from_pylist(records, schema=_PART))
     files = tokens.getvalue().to_pybytes(), table.getvalue().to_pybytes()
-    return PackedPart(names, files, b"".join(map(hashed, names, ids, targets)), tally)
+    return PackedPart(names, files, b"".join(map(hash_example, names, ids, targets)), tally)
 
 
 def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[TokenizedData, Tally] | None:
@@ -318,7 +315,7 @@ def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[Tokenize
         paths = _part_paths(folder, number)
         if not all(path.exists() for path in paths) or [path.stat().st_size for path in paths] != part.bytes:
             return None
-    tally = reduce(Tally.joined, (Tally(*part.tally) for part in parts))
+    tally = reduce(Tally.join, (Tally(*part.tally) for part in parts))
     return _open_parts(folder, range(len(parts)), content["fingerprint"], name, owner), tally
 
 
@@ -371,11 +368,7 @@ def _marker(folder: Path, number: int) -> Path:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file raises into one error.
-
-    Raises:
-        CorruptFile: The file is missing or damaged.
-    """
+    """Turn whatever a damaged file raises into one error."""
     try:
         yield
     except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from vestige.data._load import announce_replaced, example_of, no_rows, number_records, repeated_id
+from vestige.data._load import announce_replaced, empty_error, example_of, number_records, repeat_error
 from vestige.data._records import OnBadText, Record, place
 from vestige.data._sources import open_source
 from vestige.data._stored import FORMAT, PackedPart, StoredExamples, TokenWriter, find_tokens, open_tokens, pack
@@ -145,11 +145,7 @@ class _PartEncoder:
         self._on_bad_text: OnBadText = on_bad_text
 
     def encode(self, items: Sequence[Record | Example]) -> tuple[list[Example], Encoded]:
-        """Return consecutive examples and their tokens.
-
-        Raises:
-            DataError: A record has no format that fits, or does not become tokens.
-        """
+        """Return consecutive examples and their tokens."""
         read = [
             (item, 0) if isinstance(item, Example) else example_of(self.source, item, self._on_bad_text)
             for item in items
@@ -212,7 +208,7 @@ class _Corpus:
         """Return the data in memory."""
         items = [item for chunk in chunks for item in chunk]
         if not items:
-            raise no_rows(self._parts.source)
+            raise empty_error(self._parts.source)
         examples, encoded = self._parts.encode(items)
         names = [example.id for example in examples]
         self._check_ids(items, names, lambda: iter(names))
@@ -242,7 +238,7 @@ class _Corpus:
                 last_line = time.monotonic()
                 announce(f"{self._name}: {self._rows:,} examples are tokens so far.")
         if not self._rows:
-            raise no_rows(self._parts.source)
+            raise empty_error(self._parts.source)
         writer.finish()
         found = open_tokens(folder, self._name, owner)
         if found is None:
@@ -256,7 +252,7 @@ class _Corpus:
             first = next(number for number, other in enumerate(known()) if other == names[position])
             if first != row:
                 record = item if isinstance(item, Record) else Record(None, row=row)
-                raise repeated_id(place(self._parts.source, record), names[position], first)
+                raise repeat_error(place(self._parts.source, record), names[position], first)
         self._rows += len(names)
 
 
@@ -312,12 +308,7 @@ def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk,
 def _pack_all(
     parts: _PartEncoder, requests: Iterator[tuple[_Chunk, bool]], workers: int
 ) -> Iterator[tuple[_Chunk, PackedPart | None]]:
-    """Yield chunks with their parts, None where one is not wanted; the first error comes after the parts before it.
-
-    Raises:
-        DataError: A chunk cannot be encoded.
-        UserError: A process ended.
-    """
+    """Yield chunks with their parts, None where one is not wanted; the first error comes after the parts before it."""
     if workers == 1:
         for chunk, wanted in requests:
             yield chunk, pack(*parts.encode(chunk)) if wanted else None
@@ -328,15 +319,16 @@ def _pack_all(
     while group := list(islice(requests, 2 * workers)):
         run = Parallel(n_jobs=workers, backend="loky", max_nbytes=None)
         try:
-            found = iter(run(delayed(_pack_in_worker)(content, chunk) for chunk, wanted in group if wanted))
+            answers = iter(run(delayed(_pack_in_worker)(content, chunk) for chunk, wanted in group if wanted))
         except BrokenProcessPool as error:
-            reason = str(error).strip().split("\n")[-1]
+            found = re.search(r"\{(.+?)\}", str(error))
+            status = found[1] if found else "unknown"
             raise UserError(
-                f"A process that turns text into tokens ended ({reason}), often for lack of memory. Finished parts are "
-                "kept: run the same command again, with fewer --workers if memory is short."
+                f"A process that turns text into tokens ended (exit status {status}), often for lack of memory. "
+                "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
             ) from error
         for chunk, wanted in group:
-            part = next(found) if wanted else None
+            part = next(answers) if wanted else None
             if isinstance(part, VestigeError):
                 raise part
             yield chunk, part

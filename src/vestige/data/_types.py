@@ -164,11 +164,11 @@ def data_fingerprint(
     """
     digest = hashlib.sha256()
     for example, ids, mask in zip(examples, input_ids, targets, strict=True):
-        digest.update(hashed(example.id, ids, mask))
+        digest.update(hash_example(example.id, ids, mask))
     return digest.hexdigest()
 
 
-def hashed(name: str, ids: np.ndarray, targets: np.ndarray) -> bytes:
+def hash_example(name: str, ids: np.ndarray, targets: np.ndarray) -> bytes:
     """Return what one example adds to the fingerprint: its id, its tokens and its targets."""
     encoded = name.encode()
     about = f"{len(encoded)} {len(ids)} ".encode()

@@ -7,7 +7,10 @@ written, a full disk is reported as the error it is, and the body is mapped into
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -18,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import CorruptFile
-from vestige.files import remove_durably, sha256_of, sha256_once, write_durably
+from vestige.files import remove_durably, sha256_of, sha256_once, write_durably, write_error
 from vestige.indexes._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
 from vestige.indexes._manifest import Expectation, StoredType
 from vestige.parsing import as_record, parse_json, parse_object
-from vestige.scratch import Scratch
+from vestige.timing import timed
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ORDER = ("example", "loss", "norm", "scale", "gradients")
@@ -110,27 +113,50 @@ def write_shard(
     small: dict[str, list[Tensor]] = {}
     skipped: list[int] = []
     columns = 0
-    with Scratch(shard_path(folder, number), _HELD_BYTES) as gradients:
+    path = shard_path(folder, number)
+    with _open_aside(path) as gradients:
         for part in parts:
             rows, columns = encoded(part, dtype, name_of, skip_bad=skip_bad), part.gradients.shape[1]
             for name, tensor in rows.small.items():
                 # A copy: what is computed next may lie in the same memory.
                 small.setdefault(name, []).append(tensor.clone())
             for piece in rows.gradients:
-                gradients.write(piece)
+                _put_aside(gradients, piece, path)
             skipped += rows.skipped
         whole = {name: torch.cat(tensors) for name, tensors in small.items()}
         # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
         if marker_path(folder, number).exists():
             remove_durably(marker_path(folder, number))
         header = [shard_header(whole, columns, dtype), *map(bytes_of, whole.values())]
-        written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
+        gradients.seek(0)
+        written = write_durably(path, chain(header, iter(partial(gradients.read, 2**20), b"")))
     made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
     fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
     text = json.dumps(fields, indent=1) + "\n"
     write_durably(marker_path(folder, number), [text.encode()])
     return marker
+
+
+@contextmanager
+def _open_aside(path: Path) -> "Iterator[tempfile.SpooledTemporaryFile[bytes]]":
+    """Open a file without a name, first in memory and then beside `path`: it is gone with the process."""
+    file = tempfile.SpooledTemporaryFile(max_size=_HELD_BYTES, dir=str(path.parent))  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        # What did not fit on the disk would be tried again, and is no longer needed.
+        with suppress(OSError):
+            file.close()
+
+
+def _put_aside(file: "tempfile.SpooledTemporaryFile[bytes]", piece: bytes | memoryview, path: Path) -> None:
+    try:
+        with timed("writing"):
+            file.write(memoryview(piece).cast("B"))
+            file.flush()
+    except OSError as error:
+        raise write_error(error, path, file.tell()) from error
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

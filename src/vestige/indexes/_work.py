@@ -9,7 +9,6 @@ from typing import final, overload
 
 import numpy as np
 
-from vestige import disk_arrays
 from vestige.data import Example
 from vestige.errors import CorruptFile
 from vestige.indexes._content import ShardContent
@@ -19,7 +18,6 @@ from vestige.indexes._shards import map_shard, shard_fault, write_shard
 from vestige.indexes._store import Index
 from vestige.launch import Compute, ranges, step_done
 from vestige.lockstep import is_first
-from vestige.row_order import by_window
 
 _SHOWN = 10
 
@@ -138,7 +136,7 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
     """
     total = sum(manifest.shard_rows)
     # One more than the number of the shard that holds the row; 0 where none does.
-    holder = disk_arrays.zeros(total, np.int32)
+    holder = np.zeros(total, np.int32)
     faults = []
     for number in range(len(manifest.shard_rows)):
         rows = map_shard(folder, number, checked=False).example.numpy()
@@ -147,14 +145,11 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
             faults.append(f"shard {number} holds rows that the data does not have")
         if len(np.unique(inside)) < len(inside):
             faults.append(f"shard {number} holds examples twice")
-        others = set[int]()
-        for _, part in by_window(inside):
-            others |= set((holder[inside[part]] - 1).tolist()) - {-1}
-            holder[inside[part]] = number + 1
-            disk_arrays.let_go(holder)
+        others = set((holder[inside] - 1).tolist()) - {-1}
+        holder[inside] = number + 1
         if others:
             faults.append(f"shard {number} overlaps with {ranges(sorted(others))}")
-    if not all(part.all() for part in disk_arrays.parts(holder)):
+    if not holder.all():
         faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
     if faults:
         raise CorruptFile(_listed(f"The shards of {folder} do not hold each of {total:,} examples once", faults))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.data import NO_TARGET, Example, TokenizedData, tokenize_source, unused_columns
+from vestige.data import NO_TARGET, Example, TokenizedData, find_unused_columns, tokenize_source
 from vestige.errors import SpecError
 from vestige.files import remove_tree, temporary_path, write_durably
 from vestige.models import load_tokenizer
@@ -104,7 +104,7 @@ def _columns(data: TokenizedData) -> list[str]:
 
 def _beside_tokens(example: Example) -> dict[str, Any]:
     """Return the row without its tokens, and without the columns that its labels say everything of."""
-    kept = unused_columns(example) if "input_ids" in example.extra else set(example.extra)
+    kept = find_unused_columns(example) if "input_ids" in example.extra else set(example.extra)
     return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 
 

@@ -17,10 +17,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
-from vestige.row_order import windows
 from vestige.runs._digests import require_unaltered
 from vestige.runs._record import DENSE_FILE, is_run, read_record
 
@@ -73,9 +71,7 @@ def write_dense(
         file.write(length.to_bytes(8, "little"))
         file.seek(0, os.SEEK_END)
         for row in scores:
-            for part in windows(len(row)):
-                file.write(np.ascontiguousarray(row[part], dtype="<f4").data)
-                disk_arrays.let_go(scores)
+            file.write(np.ascontiguousarray(row, dtype="<f4").data)
 
 
 def _texts(names: Iterable[str]) -> Iterator[bytes]:
@@ -222,7 +218,6 @@ def _find(header: mmap, key: bytes, start: int = 0) -> int:
     for begin in range(start, len(header), _WINDOW):
         if (found := header.find(key, begin, begin + _WINDOW + len(key) - 1)) >= 0:
             return found
-        disk_arrays.let_go(header)
     return -1
 
 
@@ -232,7 +227,6 @@ def _names(header: mmap, start: int, stop: int) -> Iterator[str]:
     while start < stop:
         cut = _cut(header, start, stop)
         text += parse_json(b'"' + header[start:cut] + b'"')
-        disk_arrays.let_go(header)
         start, end = cut, 0
         while (quote := text.find('"', end)) >= 0:
             try:

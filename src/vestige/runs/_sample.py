@@ -1,35 +1,19 @@
 """Rows that stand for all: those with the smallest hash of their number, the same in every run."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from jaxtyping import Int, UInt64
-
-from vestige.row_order import windows
 
 
 def sampled_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
     """Return `wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
-    largest = hash_of(examples, min(wanted, examples))
-    return np.concatenate([np.arange(0), *(rows[hashed(rows) <= largest] for rows in _numbers(examples))])
+    return np.flatnonzero(hashed(np.arange(examples)) <= hash_of(examples, min(wanted, examples)))
 
 
 def hash_of(examples: int, wanted: int) -> int:
     """Return the hash that `wanted` of the examples do not exceed."""
     if wanted == examples:
         return 2**64 - 1
-    first_bits = np.uint64(48)
-    counts = sum(np.bincount(hashed(rows) >> first_bits, minlength=2**16) for rows in _numbers(examples))
-    reached = np.cumsum(counts)
-    first = int(np.searchsorted(reached, wanted))
-    hashes = (hashed(rows) for rows in _numbers(examples))
-    alike = np.concatenate([each[each >> first_bits == first] for each in hashes])
-    return int(np.sort(alike)[wanted - 1 - int(reached[first]) + len(alike)])
-
-
-def _numbers(examples: int) -> Iterator[Int[np.ndarray, "part"]]:
-    """Yield all row numbers, part by part."""
-    return (np.arange(rows.start, rows.stop) for rows in windows(examples))
+    return int(np.partition(hashed(np.arange(examples)), wanted - 1)[wanted - 1])
 
 
 def hashed(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:

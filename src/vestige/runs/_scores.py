@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.row_order import RowOrder
 from vestige.runs._dense import open_dense
 from vestige.runs._listing import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, Words, excerpt
 from vestige.runs._read_table import REMEDY, read_run_table, turns_of
@@ -126,18 +125,18 @@ class Scores:
         return [SelfInfluence(**row) for row in self._read(SELF_TABLE).to_pylist()]
 
     def self_scores(self) -> Float[np.ndarray, "example"]:
-        """Return the same as an array on the disk, in the order of the training data; NaN for examples left out.
+        """Return the same as an array, in the order of the training data; NaN for examples left out.
 
         Raises:
             UserError: the run has none.
         """
         self._require_self_influence()
-        scores = RowOrder(1, self.run.data.examples, np.float64)
+        scores = np.full(self.run.data.examples, np.nan)
         path = self.folder / f"{SELF_TABLE}.parquet"
         for part in self._parts(SELF_TABLE, ("row", "score")):
             with reading(path, REMEDY):
-                scores.add(part["row"].to_numpy(), part["score"].to_numpy()[None])
-        return scores.finish()[0]
+                scores[part["row"].to_numpy()] = part["score"].to_numpy()
+        return scores
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return both ends of every ranking with their texts, as a pandas data frame.

@@ -1,22 +1,21 @@
 """The summary of a stream of scores: both ends, moments, a histogram, groups, all scores if requested."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy.special import stdtrit
 
-from vestige import disk_arrays
 from vestige.errors import VestigeError
-from vestige.row_order import RowOrder, by_window, windows
+from vestige.files import open_temporary
 from vestige.runs._record import DistributionRecord, GroupRecord
 from vestige.runs._sample import hash_of, hashed
 from vestige.runs._topk import RankedScore, TopK, block_arrays
 from vestige.runs._types import ScoreBlock
 
 KEPT_BYTES = 64 * 2**20
-"""Scores kept on the disk for histograms; beyond it a fixed sample of rows stands for all."""
+"""Scores kept for histograms; beyond it a fixed sample of rows stands for all."""
 
 BINS = 60
 SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
@@ -37,8 +36,8 @@ class ScoreSummary(NamedTuple):
 class ScoreCollector:
     """Collects the score blocks of a method, in any order, and sums them up.
 
-    Memory: a bit for each example. On the disk for temporary files: 4 bytes for each example if there are sources, at
-    most 64 MB for histograms, and `4 bytes x queries x examples` with `dense`. Ends, percentiles,
+    Memory: a bit for each example, 4 bytes if there are sources, and at most 64 MB for histograms; 40 bytes while they
+    are summed up. On the disk for temporary files: `4 bytes x queries x examples` with `dense`. Ends, percentiles,
     moments and groups are exact. The histogram is exact as long as all scores fit into those 64 MB; beyond, it counts
     the rows whose hashed number is smallest, the same in every run.
 
@@ -58,9 +57,9 @@ class ScoreCollector:
     ) -> None:
         self._queries = queries
         fitting = min(examples, max(1, kept_bytes // (4 * max(queries, 1))))
-        self._ordered = RowOrder(queries, examples, np.float32) if dense else None
+        self._dense = _map_scores(queries, examples) if dense else None
         self._largest_hash = hash_of(examples, fitting)
-        self._kept = disk_arrays.zeros((queries, 0 if dense else fitting), np.float32)
+        self._kept = np.zeros((queries, 0 if dense else fitting), np.float32)
         self._sampled = 0
         self._left_out = np.unique(np.array(skipped, dtype=np.int64))
         self._seen = _Rows(examples)
@@ -96,14 +95,13 @@ class ScoreCollector:
 
     def _keep(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         """Put scores aside for the histogram, in order of arrival, or all of them in order of the rows."""
-        if self._ordered is not None:
-            self._ordered.add(rows, scores)
+        if self._dense is not None:
+            self._dense[:, rows] = scores
             self._sampled += len(rows)
             return
         kept = hashed(rows) <= self._largest_hash
         begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
         self._kept[:, begin : self._sampled] = scores[:, kept]
-        disk_arrays.let_go(self._kept)
 
     def finish(self) -> ScoreSummary:
         """Return the summary, once every training row has been scored.
@@ -113,7 +111,8 @@ class ScoreCollector:
         """
         if (missing := self._seen.others()).size:
             raise VestigeError(f"The method scored no training row {missing[0]} ({len(missing)} rows are missing).")
-        dense = None if self._ordered is None else self._ordered.finish()
+        if (dense := self._dense) is not None:
+            dense[:, self._left_out] = np.nan
         kept = self._kept[:, : self._sampled] if dense is None else dense
         return ScoreSummary(
             ranked=self._top.ranked(),
@@ -125,10 +124,8 @@ class ScoreCollector:
     def _distribution(self, query: int, kept: Float[np.ndarray, "kept"]) -> DistributionRecord:
         moments = self._moments
         low, high = float(moments.low[query]), float(moments.high[query])
-        counts, edges = np.histogram([], bins=BINS, range=(low, high))
-        for part in _read(kept):
-            # Scores given in float64 are kept in float32: rounding must not push the extremes out.
-            counts += np.histogram(np.clip(part, low, high), bins=BINS, range=(low, high))[0]
+        # Scores given in float64 are kept in float32: rounding must not push the extremes out.
+        counts, edges = np.histogram(np.clip(_known(kept), low, high), bins=BINS, range=(low, high))
         return DistributionRecord(
             count=moments.count,
             mean=float(moments.mean[query]),
@@ -147,25 +144,23 @@ class ScoreCollector:
             return []
         # From a sample only the ends that were kept exactly give what the highest k hold.
         complete = self._sampled == self._moments.count
-        highest = _highest(kept) if complete else self._top.scores(query, "proponent")
+        highest = np.sort(_known(kept))[: -SHARES_AT[-1] - 1 : -1] if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
 
 
-def _read(kept: Float[np.ndarray, "kept"]) -> Iterator[Float[np.ndarray, "part"]]:
-    """Yield the scores of a query in float64, part by part, without those of rows that were left out."""
-    for rows in windows(len(kept)):
-        part = kept[rows].astype(np.float64)
-        disk_arrays.let_go(kept)
-        yield part[~np.isnan(part)]
+def _map_scores(queries: int, examples: int) -> Float[np.ndarray, "query example"]:
+    """Return an array in a file without a name: it may be larger than the memory."""
+    if not queries * examples:
+        return np.zeros((queries, examples), dtype=np.float32)
+    with open_temporary(4 * queries * examples) as file:
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=(queries, examples))
 
 
-def _highest(scores: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "rank"]:
-    """Return as many of the highest scores as a share is computed for, best first, in float64."""
-    wanted, found = SHARES_AT[-1], np.empty(0)
-    for part in _read(scores):
-        found = np.sort(np.concatenate([found, part]))[-wanted:]
-    return found[::-1]
+def _known(kept: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "part"]:
+    """Return the scores of a query in float64, without those of rows that were left out."""
+    values = kept.astype(np.float64)
+    return values[~np.isnan(values)]
 
 
 class _Moments:
@@ -227,10 +222,7 @@ class _Groups:
     def __init__(self, queries: int, examples: int, sources: Iterable[str | None] | None) -> None:
         met: dict[str, int] = {}
         numbers = (met.setdefault(source or NO_SOURCE, len(met)) for source in sources or ())
-        self._group = disk_arrays.zeros(examples if sources is not None else 0, np.int32)
-        for rows in windows(len(self._group)):
-            self._group[rows] = np.fromiter(numbers, np.int32, rows.stop - rows.start)
-            disk_arrays.let_go(self._group)
+        self._group = np.fromiter(numbers, np.int32, examples if sources is not None else 0)
         self._names = list(met) if met.keys() - {NO_SOURCE} else []
         self._sizes = np.zeros(len(self._names), dtype=np.int64)
         self._sum = np.zeros((queries, len(self._names)))
@@ -239,21 +231,13 @@ class _Groups:
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         if not self._names or len(rows) == 0:
             return
-        group = self._of(rows)
+        group = self._group[rows]
         order = np.argsort(group, kind="stable")
         present, starts, sizes = np.unique(group[order], return_index=True, return_counts=True)
         values = scores[:, order].astype(np.float64)
         self._sizes[present] += sizes
         self._sum[:, present] += np.add.reduceat(values, starts, axis=1)
         self._squares[:, present] += np.add.reduceat(values**2, starts, axis=1)
-
-    def _of(self, rows: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
-        """Return the groups of these rows; a window's at a time are in memory."""
-        group = np.empty(len(rows), dtype=np.int32)
-        for _, part in by_window(rows):
-            group[part] = self._group[rows[part]]
-            disk_arrays.let_go(self._group)
-        return group
 
     def records(self, query: int) -> list[GroupRecord]:
         records = [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import Encoder, Example, check_text, number_records, open_source, parsed, place
+from vestige.data import Encoder, Example, check_text, number_records, open_source, parse_record, place
 from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
@@ -92,7 +92,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     source = open_source(settings.data, settings.split)
     rows, digest, replaced = [], hashlib.sha256(), 0
     for unread in number_records(source, settings.limit):
-        record, halves = check_text(source.name, parsed(unread), settings.on_bad_text)
+        record, halves = check_text(source.name, parse_record(unread), settings.on_bad_text)
         replaced += halves
         digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
         rows.append(_row(record.value, record.row, place(source.name, record), settings))

@@ -1,6 +1,5 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
 from vestige.data._encode import Rendered, Span, mark_targets
@@ -13,7 +12,20 @@ from vestige.data._sources import open_source
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
 from vestige.data._tokenize import Encoder, tokenize
 from vestige.data._tokens import forget_tokens, tokenize_source, tokenize_stored
-from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData, data_fingerprint
+from vestige.data._types import (
+    ANY_EXAMPLES,
+    NO_TARGET,
+    Batch,
+    CutBatch,
+    CutBatches,
+    Example,
+    Message,
+    Sharing,
+    TokenizedData,
+    data_fingerprint,
+    make_batch,
+    plan_batches,
+)
 
 __all__ = [
     "ANY_EXAMPLES",

@@ -83,21 +83,19 @@ def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *
     text spells out itself is not added a second time. With `add_eos` the end token is appended as a target where a text
     `ends` without it. Where a text goes on, what the tokenizer puts behind every text is left out.
     """
-    result: list[Tokens | None] = [None] * len(rendered)
-    behind = _count_added_behind(tokenizer)
-    encode_chunk = _encode_fast if tokenizer.is_fast else _encode_slow
+    found: dict[int, Tokens] = {}
     for special in (False, True):
         numbers = [number for number, item in enumerate(rendered) if item.has_special_tokens is special]
         for begin in range(0, len(numbers), TEXTS_PER_CALL):
             chunk = numbers[begin : begin + TEXTS_PER_CALL]
             items = [rendered[number] for number in chunk]
-            for number, item, tokens in zip(
-                chunk, items, encode_chunk(items, tokenizer, add_special=not special), strict=True
-            ):
-                if behind and not (item.ends or item.has_special_tokens):
-                    tokens = Tokens(tokens.ids[:-behind], tokens.targets[:-behind])
-                result[number] = _finish(item, tokens, tokenizer, add_eos)
-    return [tokens for tokens in result if tokens is not None]
+            if tokenizer.is_fast:
+                encoded = _encode_fast(items, tokenizer, add_special=not special)
+            else:
+                encoded = [_encode_pieces(item, tokenizer, add_special=not special) for item in items]
+            found.update(zip(chunk, encoded, strict=True))
+    behind = _count_added_behind(tokenizer)
+    return [_finish(item, found[number], tokenizer, behind, add_eos) for number, item in enumerate(rendered)]
 
 
 def _count_added_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -121,15 +119,11 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
         return_offsets_mapping=not all_whole,
         verbose=False,
     )
+    ids = [np.array(numbers, dtype=np.int32) for numbers in encoded["input_ids"]]
     if all_whole:
-        return [Tokens(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)) for ids in encoded["input_ids"]]
-    return [
-        Tokens(
-            np.array(ids, dtype=np.int32),
-            mark_targets(item, np.array(offsets, dtype=np.int64).reshape(-1, 2)),
-        )
-        for item, ids, offsets in zip(items, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+        return [Tokens(numbers, np.ones(len(numbers), dtype=bool)) for numbers in ids]
+    offsets = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in encoded["offset_mapping"]]
+    return [Tokens(numbers, mark_targets(*each)) for numbers, *each in zip(ids, items, offsets, strict=True)]
 
 
 def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
@@ -148,11 +142,7 @@ def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
     return targets
 
 
-def _encode_slow(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *, add_special: bool) -> list[Tokens]:
-    return [_encode_pieces(item, tokenizer, add_special) for item in items]
-
-
-def _encode_pieces(item: Rendered, tokenizer: "PreTrainedTokenizerBase", add_special: bool) -> Tokens:
+def _encode_pieces(item: Rendered, tokenizer: "PreTrainedTokenizerBase", *, add_special: bool) -> Tokens:
     ids: list[int] = []
     targets: list[bool] = []
     for text, is_target in _pieces(item):
@@ -179,9 +169,11 @@ def _pieces(item: Rendered) -> list[tuple[str, bool]]:
     return [(text, is_target) for text, is_target in pieces if text]
 
 
-def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", add_eos: bool) -> Tokens:
-    """Remove a doubled beginning, and add the end token where it is due; no target at position 0."""
+def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", behind: int, add_eos: bool) -> Tokens:
+    """Remove what stands `behind` a text that goes on, and a doubled beginning; add the end token where it is due."""
     ids, targets = tokens
+    if behind and not (item.ends or item.has_special_tokens):
+        ids, targets = ids[:-behind], targets[:-behind]
     bos: Any = tokenizer.bos_token_id
     eos: Any = tokenizer.eos_token_id
     if not item.has_special_tokens and bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
@@ -202,7 +194,8 @@ def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray
     for name in columns:
         if name in (LABELS, ATTENTION) or _is_mark(name):
             found[name] = _whole(columns[name], name, place)
-            _require_length(found, name, place)
+            if len(found[name]) != len(found[IDS]):
+                raise DataError(f"{place}: `{name}` has {len(found[name])} entries, `{IDS}` has {len(found[IDS])}.")
     for name in found:
         if _is_mark(name) and not np.isin(found[name], (0, 1)).all():
             raise DataError(
@@ -274,11 +267,6 @@ def _array(cell: Any) -> np.ndarray:
         return np.asarray(parse_json(cell) if isinstance(cell, str) else cell)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return np.empty((0, 0))
-
-
-def _require_length(found: Mapping[str, np.ndarray], name: str, place: str) -> None:
-    if len(found[name]) != len(found[IDS]):
-        raise DataError(f"{place}: `{name}` has {len(found[name])} entries, `{IDS}` has {len(found[IDS])}.")
 
 
 def _require_one_document(columns: Mapping[str, Any], found: Mapping[str, np.ndarray], place: str) -> None:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -297,12 +297,23 @@ def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk,
     weight = 0
     for item in items:
         held.append(item)
-        weight += len(item.display if isinstance(item, Example) else str(item.value))
+        weight += len(item.display) if isinstance(item, Example) else _weigh(item.value)
         if len(held) == most or weight >= _PART_BYTES:
             yield held, weight
             held, weight = [], 0
     if held:
         yield held, weight
+
+
+def _weigh(value: Any) -> int:
+    """Return about how many bytes of text a record holds."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_weigh, value.values()))
+    if isinstance(value, list | tuple):
+        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_weigh, value))
+    return 8
 
 
 def _pack_all(

@@ -154,7 +154,7 @@ def _map_scores(queries: int, examples: int) -> Float[np.ndarray, "query example
     if not queries * examples:
         return np.zeros((queries, examples), dtype=np.float32)
     with open_temporary(4 * queries * examples) as file:
-        return np.memmap(file, dtype=np.float32, mode="r+", shape=(queries, examples))
+        return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=(queries, examples)))
 
 
 def _known(kept: Float[np.ndarray, "kept"]) -> Float[np.ndarray, "part"]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vestige.data._encode import IDS, SUSPECT, is_used, read_columns
 from vestige.data._records import quote
-from vestige.data._turns import read_json, read_turns
+from vestige.data._turns import MEDIA, read_json, read_turns
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 
@@ -17,7 +17,6 @@ HISTORY = "history"
 TOOLS = ("tools", "functions", "available_tools")
 DOCUMENTS, TEMPLATE_SETTINGS = "documents", "chat_template_kwargs"
 _TEMPLATE = (*TOOLS, DOCUMENTS, TEMPLATE_SETTINGS)
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _DESIRABLE = ("label", "kto_tag", "kto_label")
 _PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_responses")
 _RULES = re.compile(r"(train|learn|mask)_(on_)?(prompt|input|history|last|all|every|assistant|completion|response)\w*")
@@ -49,7 +48,7 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
                 f"{place}: `{name}` may decide which parts of the row are learned, and Vestige does not read it. Give "
                 "each turn a `weight` of 0 or 1 instead, or drop it if it changes nothing."
             )
-    for name in _MEDIA:
+    for name in MEDIA:
         if columns.get(name):
             raise DataError(
                 f"{place}: `{name}` is no text, and Vestige reads text alone. Leave the row out, or drop the column to "

@@ -9,28 +9,12 @@ from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 
-ROLES = {
-    "human": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "ai": ASSISTANT,
-    "bot": ASSISTANT,
-    "model": ASSISTANT,
-}
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), ASSISTANT)
 """Other names of roles, in lower case; `user`, `assistant` and `system` are recognised in any case."""
 _KNOWN_ROLES = ("user", ASSISTANT, "system", "tool", "developer", "function")
 
 WEIGHT_KEY = "weight"
-TRAIN_KEYS = (
-    "train",
-    "training",
-    "trainable",
-    "learn",
-    "loss",
-    "loss_mask",
-    "loss_weight",
-    "loss_scale",
-)
+TRAIN_KEYS = ("train", "training", "trainable", "learn", "loss", "loss_mask", "loss_weight", "loss_scale")
 """Keys that are true where a turn is learned; a `weight` does so for assistant's turns alone."""
 MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
 """Keys that are true where a turn is not learned."""
@@ -40,7 +24,7 @@ FLAGS = (WEIGHT_KEY, *TRAIN_KEYS, *MASK_KEYS)
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _PART_KEYS = ("type", "text", "cache_control", "annotations")
 _CALLS = ("tool_calls", "function_call")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
@@ -160,7 +144,7 @@ def _text_of(part: Mapping[str, Any], place: str) -> str:
 
 
 def _refuse_media(extra: Mapping[str, Any], place: str) -> None:
-    if found := [key for key in _MEDIA if key in extra]:
+    if found := [key for key in MEDIA if key in extra]:
         raise DataError(
             f"{place}: `{found[0]}` is no text, and Vestige reads text alone. Leave the row out, or drop the key to "
             "have the text without it."

@@ -123,7 +123,8 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
     if all_whole:
         return [Tokens(numbers, np.ones(len(numbers), dtype=bool)) for numbers in ids]
     offsets = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in encoded["offset_mapping"]]
-    return [Tokens(numbers, mark_targets(*each)) for numbers, *each in zip(ids, items, offsets, strict=True)]
+    marks = map(mark_targets, items, offsets)
+    return [Tokens(numbers, targets) for numbers, targets in zip(ids, marks, strict=True)]
 
 
 def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:

@@ -185,7 +185,8 @@ def example_from_record(value: Any, row: int, place: str, *, is_query: bool, lea
     found = _parse(columns, place, is_query)
     if found is None:
         raise DataError(_no_format(columns, [str(name) for name in value if value[name] is None], place, is_query))
-    (fields, used), carried = found, {name: _carry(columns.get(name)) for name in ("source", "label")}
+    fields, used = found
+    carried: dict[str, Any] = {name: _carry(columns.get(name)) for name in ("source", "label")}
     extra = {name: cell for name, cell in columns.items() if name not in (*used, *CARRIED)}
     if "input_ids" in extra:
         extra |= read_columns(columns, place)

@@ -103,7 +103,7 @@ def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example
             f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
         )
     scores = scored.run.self_scores()
-    known = sum(np.count_nonzero(~np.isnan(scores[rows])) for rows in windows(len(scores)))
+    known = int(np.count_nonzero(~np.isnan(scores)))
     if len(scores) != examples or known != examples:
         raise DataError(f"{scored.run.folder} scored {known} examples, and the data has {examples}.")
     return scores

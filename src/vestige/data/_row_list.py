@@ -182,18 +182,14 @@ def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = Non
 
 
 def _number_groups(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
-    """Return numbers for equal keys; 16 bytes a row are kept while they are counted."""
+    """Number equal keys, in the order of their first rows; 16 bytes a row are kept while they are counted."""
     digests = bytearray()
     for key in keys:
         digests += hashlib.blake2b(key, digest_size=16).digest()
-    words = np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    begins = np.ones(len(order), dtype=bool)
-    begins[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
-    first = np.empty(len(order), dtype=np.int64)
-    # Sorting keeps the order of equals: where a run of them begins, there is its first row.
-    first[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-    return np.unique(first, return_inverse=True)[1].astype(np.int64)
+    _, firsts, groups = np.unique(np.frombuffer(bytes(digests), "V16"), return_index=True, return_inverse=True)
+    numbers = np.empty(len(firsts), dtype=np.int64)
+    numbers[np.argsort(firsts)] = np.arange(len(firsts))
+    return numbers[groups]
 
 
 def _content(example: Example) -> bytes:

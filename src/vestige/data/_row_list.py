@@ -182,7 +182,7 @@ def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = Non
 
 
 def _number_groups(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
-    """Number equal keys, in the order of their first rows; 16 bytes a row are kept while they are counted."""
+    """Assign numbers to equal keys, in the order of their first rows; 16 bytes a row are held."""
     digests = bytearray()
     for key in keys:
         digests += hashlib.blake2b(key, digest_size=16).digest()

@@ -148,12 +148,15 @@ def open_temporary(size: int = 0) -> BinaryIO:
         DiskSpaceError: The bytes do not fit on the disk for temporary files.
         UserError: No file can be made there.
     """
+    file = None
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115
         if size and hasattr(os, "posix_fallocate"):
             # Writing to a mapped page without a place on the disk would end the process.
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
+        if file is not None:
+            file.close()
         raise temporary_error(error, size) from error
     return cast(BinaryIO, file)
 

@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import psutil
 
@@ -146,6 +147,37 @@ def sha256_once(path: Path) -> str:
 @lru_cache(maxsize=2**16)
 def _sha256_of_version(path: Path, *_: int) -> str:
     return sha256_of(path)
+
+
+def open_temporary(size: int = 0) -> BinaryIO:
+    """Open a file without a name, of `size` reserved bytes, which is gone with the process, however that ends.
+
+    Raises:
+        DiskSpaceError: The bytes do not fit on the disk for temporary files.
+        UserError: No file can be made there.
+    """
+    file = None
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        if size and hasattr(os, "posix_fallocate"):
+            # Writing to a mapped page without a place on the disk would end the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if file is not None:
+            file.close()
+        raise temporary_error(error, size) from error
+    return cast(BinaryIO, file)
+
+
+def temporary_error(error: OSError, size: int) -> UserError:
+    """Return the error to show when `size` bytes cannot be put into a temporary file."""
+    folder = tempfile.tempdir or "the folder for temporary files"
+    if error.errno in _FULL:
+        return DiskSpaceError(
+            f"{format_bytes(size)} do not fit on the disk of {folder}, the folder for temporary files. "
+            "Free space on it, or name another: TMPDIR=FOLDER."
+        )
+    return UserError(f"No file could be made in {folder} ({error.strerror}). Name another folder: TMPDIR=FOLDER.")
 
 
 def check_disk(folder: Path, needed: int, advice: str = _ADVICE) -> None:

@@ -2,8 +2,16 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from vestige.data import Example, data_fingerprint, load_examples, load_queries, tokenize
-from vestige.data._encode import Rendered, Span, marked_targets
+from vestige.data import (
+    Example,
+    Rendered,
+    Span,
+    data_fingerprint,
+    load_examples,
+    load_queries,
+    mark_targets,
+    tokenize,
+)
 from vestige.errors import DataError
 
 
@@ -298,10 +306,10 @@ def test_a_blank_token_without_characters_belongs_where_it_ends():
     """Offsets that leave out leading spaces give a token of spaces an empty range at its end."""
     item = Rendered("ab  cd  ef", (Span(2, 8),), has_special_tokens=True, ends=False)
     offsets = np.array([[0, 2], [4, 4], [4, 6], [8, 8], [8, 10]])
-    assert marked_targets(item, offsets).tolist() == [False, True, True, True, False]
+    assert mark_targets(item, offsets).tolist() == [False, True, True, True, False]
 
 
 def test_tokens_across_either_border_of_a_span_are_targets():
     item = Rendered("abcdef", (Span(2, 4),), has_special_tokens=True, ends=False)
     offsets = np.array([[0, 1], [1, 3], [3, 5], [5, 6]])
-    assert marked_targets(item, offsets).tolist() == [False, True, True, False]
+    assert mark_targets(item, offsets).tolist() == [False, True, True, False]

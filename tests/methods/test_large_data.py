@@ -5,8 +5,7 @@ import pytest
 import vestige
 from tests.indexes.synthetic import hashes
 from tests.workshop import PAIRS, furnish, write_rows
-from vestige.data import StoredExamples, _corpus, _parts
-from vestige.data._tokenize import Encoder
+from vestige.data import Encoder, StoredExamples, tokenize_source
 from vestige.indexes import TOKENS, Index
 
 TABLES = ("scores", "examples", "queries", "self_influence")
@@ -27,8 +26,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def as_large(monkeypatch):
-    monkeypatch.setattr(_corpus, "HELD_BYTES", 0)
-    monkeypatch.setattr(_parts, "PART_ROWS", 8)
+    monkeypatch.setitem(tokenize_source.__kwdefaults__, "held_bytes", 0)
+    monkeypatch.setitem(tokenize_source.__kwdefaults__, "part_rows", 8)
 
 
 def index(place, out, **settings):

@@ -1,19 +1,31 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._bad_text import OnBadText, check_text, repair
-from vestige.data._batches import ANY_EXAMPLES, CutBatch, CutBatches, Sharing, make_batch, plan_batches
 from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
 from vestige.data._chat import as_conversation
-from vestige.data._columns import conversation_columns, unused_columns
-from vestige.data._copies import describe_copies, text_groups, token_groups
-from vestige.data._corpus import forget_tokens, tokenize_source, tokenize_stored
-from vestige.data._fingerprint import data_fingerprint
-from vestige.data._load import load_examples, load_queries, load_records
+from vestige.data._encode import Rendered, Span, mark_targets
+from vestige.data._load import load_examples, load_queries, load_records, number_records
 from vestige.data._questions import Frame, ask, frame_of, require_answers
-from vestige.data._row_list import RowEntry, read_row_list, rows_named
+from vestige.data._records import OnBadText, check_text, parse_record, place, repair
+from vestige.data._row_list import RowEntry, describe_copies, read_row_list, rows_named, text_groups, token_groups
+from vestige.data._rows import conversation_columns, find_unused_columns
+from vestige.data._sources import open_source
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
 from vestige.data._tokenize import Encoder, tokenize
-from vestige.data._types import NO_TARGET, Batch, Example, Message, TokenizedData
+from vestige.data._tokens import forget_tokens, tokenize_source, tokenize_stored
+from vestige.data._types import (
+    ANY_EXAMPLES,
+    NO_TARGET,
+    Batch,
+    CutBatch,
+    CutBatches,
+    Example,
+    Message,
+    Sharing,
+    TokenizedData,
+    data_fingerprint,
+    make_batch,
+    plan_batches,
+)
 
 __all__ = [
     "ANY_EXAMPLES",
@@ -30,8 +42,10 @@ __all__ = [
     "LexicalIndex",
     "Message",
     "OnBadText",
+    "Rendered",
     "RowEntry",
     "Sharing",
+    "Span",
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
@@ -40,12 +54,18 @@ __all__ = [
     "conversation_columns",
     "data_fingerprint",
     "describe_copies",
+    "find_unused_columns",
     "forget_tokens",
     "frame_of",
     "load_examples",
     "load_queries",
     "load_records",
     "make_batch",
+    "mark_targets",
+    "number_records",
+    "open_source",
+    "parse_record",
+    "place",
     "plan_batches",
     "prompt_of",
     "read_row_list",
@@ -59,8 +79,5 @@ __all__ = [
     "tokenize_source",
     "tokenize_stored",
     "turn_record",
-    "unused_columns",
     "words_of",
 ]
-from vestige.data._load import number_records as number_records, open_source as open_source
-from vestige.data._origin import parsed as parsed, place as place

@@ -1,16 +1,19 @@
 """BM25 between texts given as words: both usual forms, in memory that does not grow with the documents."""
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from os import SEEK_END
+from threading import Lock
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vestige.data._postings import Counted, Postings
 from vestige.data._types import Example
+from vestige.storage import open_temporary, temporary_error
 
 Bm25Variant = Literal["lucene", "okapi"]
 
@@ -34,11 +37,16 @@ class LexicalIndex:
     as in the `rank_bm25` package; it is computed in float64, Lucene's in float32.
 
     The documents are read once and not kept. Kept are their lengths and how often they hold words of the queries, on
-    the disk if that is much; for Okapi's mean also the number of documents of every word.
+    the disk; for Okapi's mean also the number of documents of every word.
     """
 
     def __init__(
-        self, queries: Sequence[Sequence[str]], documents: Iterable[Sequence[str]], variant: Bm25Variant = "lucene"
+        self,
+        queries: Sequence[Sequence[str]],
+        documents: Iterable[Sequence[str]],
+        variant: Bm25Variant = "lucene",
+        *,
+        block_numbers: int = 2**16,
     ) -> None:
         """Read all queries and documents.
 
@@ -46,54 +54,108 @@ class LexicalIndex:
             queries: The words of each.
             documents: The same of each document, in order.
             variant: Which form.
+            block_numbers: Documents, and pairs of a document and a word that it holds, that are in memory at once.
+
+        Raises:
+            DiskSpaceError: The disk that has temporary files is full.
         """
         vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
         self._type = np.float32 if variant == "lucene" else np.float64
-        self._asked = _matrix([Counter(query) for query in queries], vocabulary, self._type)
-        self._read(documents, vocabulary, variant)
+        self._queries = _matrix([Counter(query) for query in queries], vocabulary, self._type)
+        self._file, self._lock = open_temporary(), Lock()
+        weakref.finalize(self, self._file.close)
+        self._blocks: list[_Block] = []
+        self._count = self._words = 0
+        self._holding = np.zeros(len(vocabulary), dtype=np.int64)
+        everywhere = self._read(documents, vocabulary, block_numbers, every_word=variant == "okapi")
+        self._mean_length = self._words / self._count if self._count else 0.0
+        if variant == "lucene":
+            self._rarity = np.log1p((self._count - self._holding + 0.5) / (self._holding + 0.5))
+        else:
+            self._rarity = _okapi_rarity(self._count, self._holding)
+            mean = _okapi_rarity(self._count, np.array(list(everywhere.values()))).mean() if everywhere else 0.0
+            self._rarity[self._rarity < 0] = EPSILON * mean
+        self._scale = 1.0 if variant == "lucene" else K1 + 1
 
     def __len__(self) -> int:
         """Return the number of documents."""
-        return len(self._postings)
+        return self._count
 
     @property
     def has_words(self) -> bool:
         """Return whether any document has a word: without one there is nothing to compare."""
-        return self._postings.length > 0
+        return self._words > 0
 
     def scores(
         self, *, documents: slice = slice(None), queries: slice = slice(None)
     ) -> Float[np.ndarray, "document query"]:
         """Return the scores of some queries with some documents; a part equals that of the whole, to the bit."""
-        wanted = self._asked[queries].T
-        found = [(self._weights(each) @ wanted).toarray() for each in self._postings.read(documents)]
+        wanted = self._queries[queries].T
+        first, stop, _ = documents.indices(len(self))
+        found = [
+            (self._weights(block, slice(max(first - block.first, 0), stop - block.first)) @ wanted).toarray()
+            for block in self._blocks
+            if block.first < stop and first < block.first + block.documents
+        ]
         return np.concatenate(found) if found else np.empty((0, wanted.shape[1]), dtype=self._type)
 
-    def _read(self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], variant: Bm25Variant) -> None:
-        self._postings = Postings(len(vocabulary))
+    def _read(
+        self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], block_numbers: int, *, every_word: bool
+    ) -> Counter[str]:
+        """Put the counts of all documents aside, and return the number of documents of every word if it is wanted."""
         everywhere: Counter[str] = Counter()
+        lengths, held, numbers = list[int](), list[Counter[str]](), 0
         for words in documents:
-            self._postings.add(len(words), Counter(vocabulary[word] for word in words if word in vocabulary))
-            if variant == "okapi":
+            lengths.append(len(words))
+            held.append(Counter(word for word in words if word in vocabulary))
+            numbers += 1 + len(held[-1])
+            if every_word:
                 everywhere.update(dict.fromkeys(words, 1))
-        self._postings.finish()
-        count, holding = len(self), self._postings.holding
-        self._mean_length = self._postings.length / count if count else 0.0
-        if variant == "lucene":
-            self._rarity = np.log1p((count - holding + 0.5) / (holding + 0.5))
-        else:
-            self._rarity = _okapi_rarity(count, holding)
-            mean = _okapi_rarity(count, np.array(list(everywhere.values()))).mean() if everywhere else 0.0
-            self._rarity[self._rarity < 0] = EPSILON * mean
-        self._scale = 1.0 if variant == "lucene" else K1 + 1
+            if numbers >= block_numbers:
+                self._put_aside(lengths, _matrix(held, vocabulary, np.int32))
+                lengths, held, numbers = [], [], 0
+        if held:
+            self._put_aside(lengths, _matrix(held, vocabulary, np.int32))
+        return everywhere
 
-    def _weights(self, documents: Counted) -> sparse.csr_matrix:
+    def _put_aside(self, lengths: list[int], counts: sparse.csr_matrix) -> None:
+        """Write the next documents behind the others: their lengths, and how often each holds each word."""
+        begin = self._file.seek(0, SEEK_END)
+        try:
+            for part in (lengths, counts.indptr, counts.indices, counts.data):
+                self._file.write(np.asarray(part, dtype="<i4").tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise temporary_error(error, begin) from error
+        self._blocks.append(_Block(self._count, len(lengths), begin, counts.nnz))
+        self._count += len(lengths)
+        self._words += sum(lengths)
+        self._holding += np.bincount(counts.indices, minlength=len(self._holding))
+
+    def _weights(self, block: "_Block", inside: slice) -> sparse.csr_matrix:
         """Return what each word adds to the score of a query that holds it once, [document, word]."""
-        lengths, counts = documents
+        sizes = (block.documents, block.documents + 1, block.pairs, block.pairs)
+        with self._lock:
+            self._file.seek(block.begin)
+            content = np.frombuffer(self._file.read(4 * sum(sizes)), dtype="<i4")
+        lengths, ends, columns, often = np.split(content, np.cumsum(sizes)[:-1])
+        counts = sparse.csr_matrix((often, columns, ends), shape=(block.documents, len(self._rarity)))[inside]
         often = counts.data.astype(np.float64)
-        long = np.repeat(lengths, np.diff(counts.indptr)) / self._mean_length
+        long = np.repeat(lengths[inside], np.diff(counts.indptr)) / self._mean_length
         weights = self._rarity[counts.indices] * often * self._scale / (often + K1 * (1 - B + B * long))
         return sparse.csr_matrix((weights.astype(self._type), counts.indices, counts.indptr), shape=counts.shape)
+
+
+class _Block(NamedTuple):
+    """Position of consecutive documents in the file."""
+
+    first: int
+    """Number of the first document."""
+    documents: int
+    begin: int
+    """Bytes before them."""
+    pairs: int
+    """Of a document and a word that it holds."""
 
 
 def words_of(text: str) -> list[str]:

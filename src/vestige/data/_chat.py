@@ -3,12 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from vestige.data._columns import template_variables, turns_before
 from vestige.data._encode import Rendered, Span
+from vestige.data._rows import template_variables, turns_before
 from vestige.data._turns import FLAGS, is_learned
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
@@ -53,27 +53,17 @@ def as_conversation(example: Example) -> tuple[Message, ...]:
     return turns if example.completion is None else (*turns, Message(ASSISTANT, example.completion))
 
 
-class Conversations(NamedTuple):
-    """Rendered conversations, and what the user should know of how the template wrote them."""
-
-    rendered: list[Rendered]
-    rewritten: int
-    """How many of them the template did not write turn by turn."""
-    unwritten: set[str]
-    """Keys of turns and variables of the template that change nothing in some of them."""
-
-
-def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> Conversations:
+def render_conversations(examples: Sequence[Example], template: "ChatTemplate") -> tuple[list[Rendered], int, set[str]]:
     """Return each example's conversation as text, with the assistant's words (and its end of turn) as targets.
 
     Generation markers in the template decide where there are any. Otherwise an assistant turn is what a
     rendering up to that turn adds to the rendering before it, generation prompt included. That presumes that
     a conversation renders to a prefix of any longer one. Templates that rewrite earlier turns break it;
-    there, a turn is what changes when its content is replaced, and this is counted. A turn that is not to be learned
-    is no target.
+    there, a turn is what changes when its content is replaced. A turn that is not to be learned is no target.
 
-    Raises:
-        DataError: The template refuses a conversation, or does not write what belongs to its text.
+    Returns:
+        The texts; how many of them the template did not write turn by turn; and keys of turns and variables of the
+        template that change nothing in some of them.
     """
     rendered: list[Rendered] = []
     rewritten, unwritten = 0, set[str]()
@@ -93,7 +83,7 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
             raise DataError(f"Row {example.row} (id {example.id!r}): {error}") from error
         rewritten += not by_prefixes
         rendered.append(Rendered(text, spans, has_special_tokens=True, ends=False))
-    return Conversations(rendered, rewritten, unwritten)
+    return rendered, rewritten, unwritten
 
 
 class _Unwritten(Exception):
@@ -135,14 +125,11 @@ class ChatTemplate:
         """Return the text, the spans of the assistant's words, and whether they rest on markers or prefixes.
 
         A conversation that waits for the assistant ends in the generation prompt.
-
-        Raises:
-            _Unwritten: It is unknown which of the marked spans is of a turn that is not to be learned.
         """
         waiting = turns[-1].role != ASSISTANT
         turns = self._without_written_nulls(turns, variables)
         if GENERATION_MARKER.search(self._source(variables)):
-            text, spans = self._marked(turns, variables, waiting)
+            text, spans = self._find_marked(turns, variables, waiting)
             return text, spans, True
         text = self.render(turns, variables, generation_prompt=waiting)
         spans = self._spans_by_prefixes(turns, variables, text)
@@ -151,11 +138,7 @@ class ChatTemplate:
         return text, self._spans_by_contents(turns, variables, text, waiting), False
 
     def unwritten_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
-        """Return keys of turns, and variables, without which the template writes the same conversation.
-
-        Raises:
-            _Unwritten: One of them belongs to the text, and the template does not even name it.
-        """
+        """Return keys of turns, and variables, without which the template writes the same conversation."""
         waiting, found = turns[-1].role != ASSISTANT, set[str]()
         keys = {key for turn in turns for key in turn.extra if key not in (*FLAGS, "content")} | set(variables)
         written = self.render(turns, variables, generation_prompt=waiting) if keys else ""
@@ -192,7 +175,7 @@ class ChatTemplate:
         without = self.render(empty, variables, generation_prompt=False)
         return empty if with_nulls.count("None") > without.count("None") else turns
 
-    def _marked(
+    def _find_marked(
         self, turns: Sequence[Message], variables: Mapping[str, Any], waiting: bool
     ) -> tuple[str, tuple[Span, ...]]:
         # `apply_chat_template(return_assistant_tokens_mask=True)` would look up the token of a span's first
@@ -257,8 +240,8 @@ class ChatTemplate:
             kept = {key: value for key, value in turn.extra.items() if key not in ("content", *TEXT_KEYS)}
             changed = [*turns[:number], Message(turn.role, PLACEHOLDER, kept), *turns[number + 1 :]]
             other = self.render(changed, variables, generation_prompt=waiting)
-            start = _shared_length(text, other)
-            tail = _shared_length(text[start:][::-1], other[start:][::-1])
+            start = _count_shared(text, other)
+            tail = _count_shared(text[start:][::-1], other[start:][::-1])
             if start < len(text) - tail:
                 spans.append(self._with_end_of_turn(text, Span(start, len(text) - tail)))
         return tuple(spans)
@@ -272,7 +255,7 @@ class ChatTemplate:
         return span
 
 
-def _shared_length(one: str, other: str) -> int:
+def _count_shared(one: str, other: str) -> int:
     """Return how many characters the two have in common from their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))

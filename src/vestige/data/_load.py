@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from itertools import islice, starmap
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vestige.data._bad_text import OnBadText, check_text
-from vestige.data._files import absent_file, data_extension, files_of_folder, matching_files, read_file, read_files
-from vestige.data._hub import HUB_NAME, from_dataset, from_folder, from_hub, is_dataset, is_saved_dataset
-from vestige.data._origin import Record, Source, parsed, place, shown
+from vestige.data._records import OnBadText, Record, Source, check_text, parse_record, place, quote
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
+from vestige.data._sources import HUB_NAME, data_extension, exists, matching_files, open_source, read_file
 from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
@@ -67,23 +65,20 @@ def load_queries(
         for text in source:
             if isinstance(text, str) and _looks_like_file(text):
                 raise DataError(
-                    f"The question {shown(text)} is or looks like the name of a file. Give one file alone, or "
+                    f"The question {quote(text)} is or looks like the name of a file. Give one file alone, or "
                     'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
                 )
-    if isinstance(source, str | Path) and _exists(f"{source}/{_RUN_QUERIES}"):
-        table = read_file(Path(source).expanduser() / _RUN_QUERIES)
-        source = [_query_of_run(parsed(record).value) for record in table.records]
+    if isinstance(source, str | Path) and exists(f"{source}/{_RUN_QUERIES}"):
+        rows = [record.value for record in read_file(Path(source).expanduser() / _RUN_QUERIES).records]
+        columns = ("text", "prompt", "completion", "messages")
+        words = [{name: row[name] for name in columns if row.get(name) is not None} for row in rows]
+        source = [{"id": row["query_id"], **each} for row, each in zip(rows, words, strict=True)]
     return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
-
-
-def _query_of_run(row: dict[str, Any]) -> dict[str, Any]:
-    words = {name: row.get(name) for name in ("text", "prompt", "completion", "messages")}
-    return {"id": row["query_id"], **{name: cell for name, cell in words.items() if cell is not None}}
 
 
 def _names_a_place(text: str) -> bool:
     """Return whether a string is meant as a path or a hub id rather than as a prompt."""
-    if _exists(text):
+    if exists(text):
         return True
     if "\n" in text:
         return False
@@ -96,64 +91,9 @@ def _names_a_place(text: str) -> bool:
 def _looks_like_file(text: str) -> bool:
     """Return whether a question is the name of a file, or a single word with a slash or an extension."""
     word = text.strip()
-    if _exists(word):
+    if exists(word):
         return True
     return re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None
-
-
-def _exists(text: str) -> bool:
-    try:
-        return bool(text.strip()) and Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long for a file name, a null byte, an unknown home
-        return False
-
-
-def open_source(source: Any, split: str | None) -> Source:
-    """Return the reader for a source of any kind.
-
-    Raises:
-        DataError: There is no such source.
-    """
-    if isinstance(source, str | Path):
-        return _open_path(source, split)
-    if is_dataset(source):
-        return from_dataset(source, split)
-    if isinstance(source, list | tuple):
-        _refuse_split("a list", split)
-        if source and all(isinstance(item, Path) for item in source):
-            return read_files(f"{len(source)} files", source)
-        return Source("the list", map(Record, source))
-    raise DataError(
-        f"Data of type {type(source).__name__} cannot be read ({shown(source)}). Give a path, a hub id, "
-        "a `datasets.Dataset`, or a list of dictionaries."
-    )
-
-
-def _open_path(source: str | Path, split: str | None) -> Source:
-    if not str(source).strip():
-        raise DataError("The path of the data is empty. Give a file, a folder or a hub id.")
-    path = Path(source).expanduser()
-    if path.is_dir() and is_saved_dataset(path):
-        return from_folder(path, split)
-    several = files_of_folder(path) if path.is_dir() else [] if _exists(str(path)) else matching_files(path)
-    if several:
-        _refuse_split(str(source), split)
-        if len(several) == 1:
-            return read_file(several[0])
-        announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
-        return read_files(str(source), several)
-    can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
-    if not _exists(str(path)) and can_be_hub_id:
-        return from_hub(str(source), split)
-    if not _exists(str(path)):
-        raise DataError(absent_file(path))
-    _refuse_split(path.name, split)
-    return read_file(path)
-
-
-def _refuse_split(name: str, split: str | None) -> None:
-    if split is not None:
-        raise DataError(f"split={split!r} was requested, but {name} has no splits. Leave it out.")
 
 
 def _examples(
@@ -162,27 +102,20 @@ def _examples(
     examples: list[Example] = []
     replaced = 0
     row_of_id: dict[str, int] = {}
-    for numbered in number_records(source, limit):
-        example, halves = example_of(source.name, numbered, on_bad_text, is_query=is_query, learned=learned)
+    for record in number_records(source, limit):
+        example, halves = example_of(source.name, record, on_bad_text, is_query=is_query, learned=learned)
         replaced += halves
         first = row_of_id.setdefault(example.id, example.row)
         if first != example.row:
-            raise repeated_id(place(source.name, example.row, numbered.record), example.id, first)
+            raise repeat_error(place(source.name, record), example.id, first)
         examples.append(example)
     if not examples:
-        raise no_rows(source.name)
+        raise empty_error(source.name)
     announce_replaced(source.name, replaced)
     return examples
 
 
-class Numbered(NamedTuple):
-    """A record and its row, counted from 0."""
-
-    row: int
-    record: Record
-
-
-def number_records(source: Source, limit: int | None) -> Iterator[Numbered]:
+def number_records(source: Source, limit: int | None) -> Iterator[Record]:
     """Yield at most `limit` records of the source with their rows; leaving some out is announced.
 
     Raises:
@@ -191,32 +124,25 @@ def number_records(source: Source, limit: int | None) -> Iterator[Numbered]:
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
     records = iter(source.records)
-    yield from starmap(Numbered, enumerate(islice(records, limit)))
+    for row, record in enumerate(islice(records, limit)):
+        yield record._replace(row=row)
     if limit is not None and next(records, None) is not None:
         announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
 
 
-class Read(NamedTuple):
-    """An example, and how many halves of surrogate pairs were replaced in its record."""
-
-    example: Example
-    replaced: int
-
-
 def example_of(
-    name: str, numbered: Numbered, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
-) -> Read:
-    """Return the example of one record of the source called `name`; the choice of columns is announced at row 0.
+    name: str, record: Record, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
+) -> tuple[Example, int]:
+    """Read one record of the source called `name`; the choice of columns is announced at row 0.
 
-    Raises:
-        DataError: The record is not valid, or no format fits it.
+    Returns:
+        The example, and how many halves of surrogate pairs were replaced in its record.
     """
-    row = numbered.row
-    record, replaced = check_text(name, row, parsed(numbered.record), on_bad_text)
-    example = example_from_record(record.value, row, place(name, row, record), is_query=is_query, learned=learned)
-    if row == 0 and isinstance(record.value, dict):
+    record, replaced = check_text(name, parse_record(record), on_bad_text)
+    example = example_from_record(record.value, record.row, place(name, record), is_query=is_query, learned=learned)
+    if record.row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
-    return Read(example, replaced)
+    return example, replaced
 
 
 def announce_replaced(name: str, replaced: int) -> None:
@@ -225,7 +151,7 @@ def announce_replaced(name: str, replaced: int) -> None:
         announce(f"{name}: {replaced:,} halves of surrogate pairs, which are no characters, were replaced with U+FFFD.")
 
 
-def repeated_id(where: str, name: str, first: int) -> DataError:
+def repeat_error(where: str, name: str, first: int) -> DataError:
     """Return the error of an id that two rows have."""
     return DataError(
         f"{where}: the id {name!r} is already that of row {first}. Ids must be unique; rename "
@@ -233,7 +159,7 @@ def repeated_id(where: str, name: str, first: int) -> DataError:
     )
 
 
-def no_rows(name: str) -> DataError:
+def empty_error(name: str) -> DataError:
     """Return the error of a source that is empty."""
     return DataError(f"{name} holds no rows. Give data with at least one.")
 
@@ -266,9 +192,9 @@ def load_records(
         DataError: As for `load_examples`.
     """
     opened, total = open_source(source, None), 0
-    for row, unparsed in number_records(opened, limit):
-        record, replaced = check_text(opened.name, row, parsed(unparsed), on_bad_text)
-        example, _ = example_of(opened.name, Numbered(row, record), on_bad_text)
+    for unread in number_records(opened, limit):
+        record, replaced = check_text(opened.name, parse_record(unread), on_bad_text)
+        example, _ = example_of(opened.name, record, on_bad_text)
         total += replaced
         yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)
     announce_replaced(opened.name, total)

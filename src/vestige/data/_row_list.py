@@ -1,14 +1,19 @@
 """Lists that name rows of the data, as reports, selections, audits and people write them, read in one module."""
 
 import csv
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from jaxtyping import Int
 
+from vestige.data._types import Example, TokenizedData, hash_example
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -141,3 +146,68 @@ def _entry(record: Any, place: int, path: Path) -> RowEntry:
 
 def _is_meant(flagged: Any) -> bool:
     return str(flagged).strip().lower() not in ("false", "0", "no", "none", "")
+
+
+def token_groups(data: TokenizedData, column: str | None = None) -> Int[np.ndarray, "example"]:
+    """Return the group of each row: rows with equal tokens and targets share one, or with `column` equal values of it.
+
+    Groups are numbered by their first rows, so without copies row `i` is group `i`.
+
+    Raises:
+        DataError: A row has no value of the column.
+    """
+    if column is not None:
+        return _number_groups(_values(data.examples, column))
+    return _number_groups(hash_example("", ids, mask) for ids, mask in zip(data.input_ids, data.targets, strict=True))
+
+
+def text_groups(examples: Iterable[Example]) -> Int[np.ndarray, "example"]:
+    """Return the group of each example, as `token_groups` does, where there is no tokenizer: equal contents share one.
+
+    The content is the text, the prompt and completion or the turns, and columns of lists and mappings (token ids,
+    masks, tools); an id, a source, a label and other plain columns are not.
+    """
+    return _number_groups(map(_content, examples))
+
+
+def describe_copies(groups: Int[np.ndarray, "example"], column: str | None = None) -> str | None:
+    """Return how many rows belong to the same texts, in a sentence; None where every row is a group of its own."""
+    count = int(groups.max(initial=-1)) + 1
+    if count == len(groups):
+        return None
+    if column is not None:
+        return f"{len(groups):,} rows have {count:,} values of {column!r}: rows of one value stay together."
+    copies = len(groups) - count
+    return f"{copies:,} of {len(groups):,} rows are copies of others: {count:,} distinct texts, each counted once."
+
+
+def _number_groups(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
+    """Assign numbers to equal keys, in the order of their first rows; 16 bytes a row are held."""
+    digests = bytearray()
+    for key in keys:
+        digests += hashlib.blake2b(key, digest_size=16).digest()
+    _, firsts, groups = np.unique(np.frombuffer(bytes(digests), "V16"), return_index=True, return_inverse=True)
+    numbers = np.empty(len(firsts), dtype=np.int64)
+    numbers[np.argsort(firsts)] = np.arange(len(firsts))
+    return numbers[groups]
+
+
+def _content(example: Example) -> bytes:
+    more = {name: value for name, value in example.extra.items() if isinstance(value, list | tuple | dict | np.ndarray)}
+    parts = [example.text, example.prompt, example.completion, repr(example.messages), more]
+    return json.dumps(parts, sort_keys=True, default=_plain).encode()
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def _values(examples: Sequence[Example], column: str) -> Iterable[bytes]:
+    for row, example in enumerate(examples):
+        value = getattr(example, column) if column in ("id", "source", "label") else example.extra.get(column)
+        if value is None:
+            raise DataError(
+                f"--group {column}: row {row} (id {example.id!r}) has no such column. Give every row one, or leave "
+                "--group out to keep copies of one text together."
+            )
+        yield str(value).encode()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
@@ -10,11 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 import numpy as np
 
 from vestige.data._chat import ChatTemplate, render_conversations
-from vestige.data._columns import refuse_without_template, unused_columns
-from vestige.data._encode import Rendered, Span, Tokens, encode, whole_text
-from vestige.data._fingerprint import data_fingerprint
-from vestige.data._token_rows import given_tokens
-from vestige.data._types import ASSISTANT, Example, Message, TokenizedData
+from vestige.data._encode import Rendered, Span, Tokens, encode, read_given_tokens, whole_text
+from vestige.data._rows import find_unused_columns, refuse_without_template
+from vestige.data._types import ASSISTANT, Example, TokenizedData, data_fingerprint
 from vestige.errors import DataError
 from vestige.progress import announce
 
@@ -54,24 +53,15 @@ def tokenize(
         DataError: A conversation does not render, a tokenised row is inconsistent, a tokenizer is needed, or a token
             is beyond the vocabulary.
     """
-    encoder = Encoder(
-        tokenizer,
-        max_length=max_length,
-        name=name,
-        chat=chat,
-        add_eos=add_eos,
-        prompts=prompts,
-        vocabulary=vocabulary,
-    )
-    examples = list(examples)
-    encoded = encoder.encode(examples)
-    encoder.announce(encoded.tally)
-    fingerprint = data_fingerprint(examples, encoded.input_ids, encoded.targets)
-    return TokenizedData(examples, encoded.input_ids, encoded.targets, encoded.truncated, fingerprint, name)
+    settings = {"max_length": max_length, "name": name, "chat": chat, "add_eos": add_eos, "prompts": prompts}
+    encoder, examples = Encoder(tokenizer, **settings, vocabulary=vocabulary), list(examples)
+    ids, targets, truncated, tally = encoder.encode(examples)
+    encoder.announce(tally)
+    return TokenizedData(examples, ids, targets, truncated, data_fingerprint(examples, ids, targets), name)
 
 
 class Tally(NamedTuple):
-    """The counts to report of how examples became tokens; `joined` adds the tallies of several chunks."""
+    """The counts to report of how examples became tokens; `join` adds the tallies of several chunks."""
 
     examples: int = 0
     given: int = 0
@@ -98,7 +88,7 @@ class Tally(NamedTuple):
     unwritten: Sequence[str] = ()
     """Keys of turns, and variables, that change nothing in some conversations."""
 
-    def joined(self, other: "Tally") -> "Tally":
+    def join(self, other: "Tally") -> "Tally":
         """Return the sum of both tallies."""
         pairs: Any = zip(self, other, strict=True)
         both: list[Any] = [one + new if isinstance(one, int) else tuple(sorted({*one, *new})) for one, new in pairs]
@@ -115,35 +105,34 @@ class Encoded(NamedTuple):
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class Encoder:
-    """Turns examples into tokens and targets; the same for an example whatever stands beside it."""
+    """Turns examples into tokens and targets, with the settings of `tokenize`; no example depends on those beside it.
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        *,
-        max_length: int | None,
-        name: str,
-        chat: bool,
-        add_eos: bool = True,
-        prompts: bool = False,
-        vocabulary: int | None = None,
-    ) -> None:
-        if max_length is not None and max_length < 2:
-            raise DataError(f"max_length={max_length}: at least 2 tokens are needed, one to predict the other from.")
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._name = name
-        self._chat = chat
-        self._add_eos = add_eos
-        self._prompts = prompts
-        self._vocabulary = vocabulary
+    Raises:
+        DataError: The greatest length is below 2.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    _: KW_ONLY
+    max_length: int | None
+    name: str
+    chat: bool
+    add_eos: bool = True
+    prompts: bool = False
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise DataError(
+                f"max_length={self.max_length}: at least 2 tokens are needed, one to predict the other from."
+            )
 
     @property
     def identity(self) -> str:
         """Return the sha256 of everything that decides the tokens of a given example."""
-        settings = [self._max_length, self._chat, self._add_eos]
-        return hashlib.sha256(json.dumps([tokenizer_identity(self._tokenizer), *settings]).encode()).hexdigest()
+        settings = [self.max_length, self.chat, self.add_eos]
+        return hashlib.sha256(json.dumps([tokenizer_identity(self.tokenizer), *settings]).encode()).hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Return the tokens of every example.
@@ -154,30 +143,29 @@ class Encoder:
         rows, tally = self._encode_all(examples)
         self._require_known(examples, rows)
         whole = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
-        limit = self._max_length
+        limit = self.max_length
         truncated = np.zeros(len(rows), dtype=bool) if limit is None else whole > limit
         input_ids = [tokens.ids[:limit] for tokens in rows]
         targets = [tokens.targets[:limit] for tokens in rows]
         without = [number for number, mask in enumerate(targets) if not mask.any()]
         emptied = sum(1 for number in without if truncated[number] and rows[number].targets.any())
         bare = [number for number in without if not (truncated[number] and rows[number].targets.any())]
-        unheard = [examples[number] for number in bare if ASSISTANT not in map(_role, examples[number].messages)]
-        longest = int(whole.max(initial=0))
+        roles = [[turn.role for turn in examples[number].messages] for number in bare]
         tally = tally._replace(
             cut=int(truncated.sum()),
             emptied=emptied,
-            bare=0 if self._prompts else len(bare),
-            longest=longest,
-            roles=tuple(sorted({turn.role for example in unheard for turn in example.messages})),
-            columns=tuple(sorted(set[str]().union(*map(unused_columns, examples)))),
+            bare=0 if self.prompts else len(bare),
+            longest=int(whole.max(initial=0)),
+            roles=tuple(sorted({role for each in roles if ASSISTANT not in each for role in each})),
+            columns=tuple(sorted(set[str]().union(*map(find_unused_columns, examples)))),
         )
         return Encoded(input_ids, targets, truncated, tally)
 
     def _require_known(self, examples: Sequence[Example], rows: Sequence[Tokens]) -> None:
         """Raise unless the model has an embedding for every token."""
         for example, tokens in zip(examples, rows, strict=True):
-            if self._vocabulary is not None and len(tokens.ids) and int(tokens.ids.max()) >= self._vocabulary:
-                where = f"{self._name}, row {example.row} (id {example.id!r})"
+            if self.vocabulary is not None and len(tokens.ids) and int(tokens.ids.max()) >= self.vocabulary:
+                where = f"{self.name}, row {example.row} (id {example.id!r})"
                 advice = (
                     "The row was made with another tokenizer. Make it again with this model's, or give text."
                     if "input_ids" in example.extra
@@ -185,12 +173,12 @@ class Encoder:
                 )
                 raise DataError(
                     f"{where}: the token {int(tokens.ids.max())} is beyond the model's vocabulary of "
-                    f"{self._vocabulary:,} tokens. {advice}"
+                    f"{self.vocabulary:,} tokens. {advice}"
                 )
 
     def announce(self, tally: Tally) -> None:
         """Announce what was used as it is, how many examples were cut, and how many have nothing to learn."""
-        name, total = self._name, tally.examples
+        name, total = self.name, tally.examples
         if 0 < tally.given < total:
             announce(f"{name}: {tally.given:,} of {total:,} rows hold `input_ids`, which are used as they are.")
         if tally.rewritten:
@@ -199,12 +187,12 @@ class Encoder:
                 "turn (a longer one does not begin with the shorter one, or there is no generation prompt); "
                 "there, the assistant's turns were found by their contents."
             )
-        if self._add_eos and tally.plain and self._tokenizer is not None and self._tokenizer.eos_token_id is None:
+        if self.add_eos and tally.plain and self.tokenizer is not None and self.tokenizer.eos_token_id is None:
             announce(f"{name}: the tokenizer has no end token, so none is added to texts and completions.")
         if tally.cut:
             tail = f"; no target is left in {tally.emptied:,} of them" if tally.emptied else ""
             announce(
-                f"{name}: {tally.cut:,} of {total:,} examples are longer than {self._max_length:,} tokens (the "
+                f"{name}: {tally.cut:,} of {total:,} examples are longer than {self.max_length:,} tokens (the "
                 f"longest has {tally.longest:,}) and were cut at the end{tail}."
             )
         if tally.bare > 0:
@@ -213,11 +201,11 @@ class Encoder:
                 f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score."
                 + (roles if tally.roles else "")
             )
-        if not self._prompts:
+        if not self.prompts:
             self._announce_unused(tally)
 
     def _announce_unused(self, tally: Tally) -> None:
-        name = self._name
+        name = self.name
         if tally.columns:
             listed = ", ".join(f"`{column}`" for column in tally.columns)
             trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
@@ -229,40 +217,39 @@ class Encoder:
     def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
         """Return the tokens of every example, each kind of example encoded in one go."""
         result = {
-            number: given_tokens(example.extra, f"{self._name}, row {example.row} (id {example.id!r})")
+            number: read_given_tokens(example.extra, f"{self.name}, row {example.row} (id {example.id!r})")
             for number, example in enumerate(examples)
             if "input_ids" in example.extra
         }
         given, spoken, plain = len(result), list[int](), list[int]()
         for number, example in enumerate(examples):
             if number not in result:
-                is_spoken = example.messages or (self._chat and example.prompt is not None)
+                is_spoken = example.messages or (self.chat and example.prompt is not None)
                 (spoken if is_spoken else plain).append(number)
         tally = Tally(len(examples), given, len(plain), len(spoken))
-        if spoken or plain:
-            tokenizer = self._required(examples[min(spoken + plain)])
-            rendered: list[Rendered] = []
+        if texts := spoken + plain:
+            tokenizer, rendered = self._require_tokenizer(examples[min(texts)]), list[Rendered]()
             if spoken:
                 rendered, rewritten, keys = render_conversations([examples[each] for each in spoken], self._template)
                 tally = tally._replace(rewritten=rewritten, unwritten=tuple(sorted(keys)))
             for number in plain:
-                refuse_without_template(examples[number], self._name)
+                refuse_without_template(examples[number], self.name)
             rendered = rendered + [_render_plain(examples[number]) for number in plain]
-            result.update(zip(spoken + plain, encode(rendered, tokenizer, add_eos=self._add_eos), strict=True))
+            result.update(zip(texts, encode(rendered, tokenizer, add_eos=self.add_eos), strict=True))
         return [result[number] for number in range(len(examples))], tally
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        assert self._tokenizer is not None
-        return ChatTemplate(self._tokenizer)
+        assert self.tokenizer is not None
+        return ChatTemplate(self.tokenizer)
 
-    def _required(self, example: Example) -> "PreTrainedTokenizerBase":
-        if self._tokenizer is None:
+    def _require_tokenizer(self, example: Example) -> "PreTrainedTokenizerBase":
+        if self.tokenizer is None:
             raise DataError(
-                f"{self._name}, row {example.row} (id {example.id!r}): a text needs a tokenizer, and none was given. "
+                f"{self.name}, row {example.row} (id {example.id!r}): a text needs a tokenizer, and none was given. "
                 "Name one, or give rows that hold `input_ids`."
             )
-        return self._tokenizer
+        return self.tokenizer
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | None") -> str:
@@ -289,7 +276,3 @@ def _render_plain(example: Example) -> Rendered:
         return Rendered(prompt, (), has_special_tokens=False, ends=False)
     text = prompt + completion
     return Rendered(text, (Span(len(prompt), len(text)),), has_special_tokens=False, ends=True)
-
-
-def _role(turn: Message) -> str:
-    return turn.role

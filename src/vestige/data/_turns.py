@@ -4,34 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vestige.data._bad_text import repair
-from vestige.data._origin import shown
+from vestige.data._records import quote, repair
 from vestige.data._types import ASSISTANT, Message
 from vestige.errors import DataError
 from vestige.parsing import parse_json
 
-ROLES = {
-    "human": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "ai": ASSISTANT,
-    "bot": ASSISTANT,
-    "model": ASSISTANT,
-}
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), ASSISTANT)
 """Other names of roles, in lower case; `user`, `assistant` and `system` are recognised in any case."""
 _KNOWN_ROLES = ("user", ASSISTANT, "system", "tool", "developer", "function")
 
 WEIGHT_KEY = "weight"
-TRAIN_KEYS = (
-    "train",
-    "training",
-    "trainable",
-    "learn",
-    "loss",
-    "loss_mask",
-    "loss_weight",
-    "loss_scale",
-)
+TRAIN_KEYS = ("train", "training", "trainable", "learn", "loss", "loss_mask", "loss_weight", "loss_scale")
 """Keys that are true where a turn is learned; a `weight` does so for assistant's turns alone."""
 MASK_KEYS = ("mask", "masked", "ignore", "ignore_loss")
 """Keys that are true where a turn is not learned."""
@@ -41,15 +24,11 @@ FLAGS = (WEIGHT_KEY, *TRAIN_KEYS, *MASK_KEYS)
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _PART_KEYS = ("type", "text", "cache_control", "annotations")
 _CALLS = ("tool_calls", "function_call")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
-    """Read the turns of a conversation: role and content, or from and value; also as JSON text or as columns.
-
-    Raises:
-        DataError: It is none, or a turn holds what can neither be read as text nor decides whether it is learned.
-    """
+    """Read the turns of a conversation: role and content, or from and value; also as JSON text or as columns."""
     if isinstance(cell, str):
         cell = read_json(cell, name, place)
     if isinstance(cell, Mapping) and cell and all(isinstance(column, list) for column in cell.values()):
@@ -61,17 +40,13 @@ def read_turns(cell: Any, name: str, place: str) -> tuple[Message, ...]:
     if not isinstance(cell, Sequence) or not cell:
         raise DataError(
             f"{place}: `{name}` must be a list of turns such as "
-            f'[{{"role": "user", "content": "..."}}, ...], got {shown(cell)}.'
+            f'[{{"role": "user", "content": "..."}}, ...], got {quote(cell)}.'
         )
     return tuple(_turn(turn, f"{place}, `{name}`[{number}]") for number, turn in enumerate(cell))
 
 
 def read_json(text: str, name: str, place: str) -> Any:
-    """Return the value of a column that is JSON in a string.
-
-    Raises:
-        DataError: It is not.
-    """
+    """Return the value of a column that is JSON in a string."""
     try:
         value, halves = repair(parse_json(text))
     except json.JSONDecodeError as error:
@@ -89,12 +64,12 @@ def is_learned(turn: Message) -> bool:
 
 def _turn(turn: Any, place: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise DataError(f'{place}: a turn must be like {{"role": "user", "content": "..."}}, got {shown(turn)}.')
+        raise DataError(f'{place}: a turn must be like {{"role": "user", "content": "..."}}, got {quote(turn)}.')
     named = "role" if turn.get("role") is not None else "from"
     spoken = "content" if turn.get("content") is not None or "value" not in turn else "value"
     role, content = turn.get(named), turn.get(spoken)
     if not isinstance(role, str):
-        raise DataError(f"{place}: the turn has no `role` that is a text; it is {shown(dict(turn))}.")
+        raise DataError(f"{place}: the turn has no `role` that is a text; it is {quote(dict(turn))}.")
     extra = {str(key): value for key, value in turn.items() if key not in (named, spoken) and _is_filled(value)}
     # In JSON terms from the start: an index hands the template what the data did.
     extra = json.loads(json.dumps(extra, default=str)) if extra else extra
@@ -105,7 +80,7 @@ def _turn(turn: Any, place: str) -> Message:
     if content is None and any(key in extra for key in _CALLS):
         content, extra["content"] = "", None
     if not isinstance(content, str):
-        raise DataError(f"{place}: the turn has no `content` that is a text; it is {shown(dict(turn), 200)}.")
+        raise DataError(f"{place}: the turn has no `content` that is a text; it is {quote(dict(turn), 200)}.")
     return Message(role, content, extra | _flags(extra, role, place))
 
 
@@ -119,11 +94,7 @@ def _role(role: str, place: str) -> str:
 
 
 def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | int]:
-    """Return the keys that mark whether the turn is learned, as truth values; a weight as 0 or 1.
-
-    Raises:
-        DataError: One is neither, or requests what is not built.
-    """
+    """Return the keys that mark whether the turn is learned, as truth values; a weight as 0 or 1."""
     for key in _TURN_DETAILS:
         if key in extra:
             raise DataError(
@@ -137,7 +108,7 @@ def _flags(extra: Mapping[str, Any], role: str, place: str) -> dict[str, bool | 
         value = truth_of(extra[key])
         if value is None:
             raise DataError(
-                f"{place}: `{key}` is {shown(extra[key])}. A turn is learned (1 or true) or not (0 or false); other "
+                f"{place}: `{key}` is {quote(extra[key])}. A turn is learned (1 or true) or not (0 or false); other "
                 "weights of turns are not supported. Correct it, or drop the key."
             )
         if key in TRAIN_KEYS and value and role != ASSISTANT:
@@ -157,11 +128,7 @@ def truth_of(value: Any) -> bool | None:
 
 
 def _text_of(part: Mapping[str, Any], place: str) -> str:
-    """Return the text of one part of a content; a table of parts fills the columns of other kinds with nulls.
-
-    Raises:
-        DataError: It is no text.
-    """
+    """Return the text of one part of a content; a table of parts fills the columns of other kinds with nulls."""
     kind, text = part.get("type"), part.get("text")
     others = [str(key) for key, value in part.items() if key not in _PART_KEYS and _is_filled(value)]
     is_text = kind in _TEXT_PARTS and not others
@@ -177,7 +144,7 @@ def _text_of(part: Mapping[str, Any], place: str) -> str:
 
 
 def _refuse_media(extra: Mapping[str, Any], place: str) -> None:
-    if found := [key for key in _MEDIA if key in extra]:
+    if found := [key for key in MEDIA if key in extra]:
         raise DataError(
             f"{place}: `{found[0]}` is no text, and Vestige reads text alone. Leave the row out, or drop the key to "
             "have the text without it."

@@ -1,13 +1,11 @@
 """`vestige evaluate mislabel`: does self-influence find the examples with wrong labels?"""
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige import disk_arrays
 from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
@@ -15,7 +13,6 @@ from vestige.evaluate._ranking_measures import detection, found_after, resampled
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
 from vestige.evaluate._scored import Scored, judged
 from vestige.evaluate._statistics import interval
-from vestige.row_order import WINDOW, windows
 from vestige.settings import MislabelSettings, verb
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
@@ -43,7 +40,6 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     judgements = [_judgement(one, wrong, settings) for one in found.scored]
     rows = [EvaluationRow.of(one, each.values) for one, each in zip(found.scored, judgements, strict=True)]
     marked = int(np.count_nonzero(wrong))
-    disk_arrays.let_go(wrong)
     by_chance = {f"found at {share:.0%}": float(share) for share in settings.inspected}
     chance = EvaluationRow("random", {"AUC": 0.5, "average precision": marked / len(wrong), **by_chance}, opponent=True)
     result = Evaluation(
@@ -66,20 +62,13 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
 
 
 def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
-    """Return the examples that are marked in a column of the data, as a mask on the disk.
+    """Return the examples that are marked in a column of the data, as a mask.
 
     Raises:
         DataError: The column is missing somewhere, holds something else than true or false, or marks none or all.
     """
-    marks, bits = (_is_wrong(example, column) for example in examples), []
-    count = marked = 0
-    while len(part := np.fromiter(islice(marks, WINDOW), dtype=bool)):
-        bits.append(np.packbits(part))
-        count, marked = count + len(part), marked + int(np.count_nonzero(part))
-    wrong = disk_arrays.zeros(count, bool)
-    for rows, part in zip(windows(count), bits, strict=True):
-        wrong[rows] = np.unpackbits(part, count=rows.stop - rows.start)
-        disk_arrays.let_go(wrong)
+    wrong = np.fromiter((_is_wrong(example, column) for example in examples), dtype=bool)
+    count, marked = len(wrong), int(np.count_nonzero(wrong))
     if marked in (0, count):
         raise DataError(
             f"The column {column!r} marks {marked} of {count} examples as wrong, so there is nothing to distinguish."
@@ -114,7 +103,7 @@ def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example
             f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
         )
     scores = scored.run.self_scores()
-    known = sum(np.count_nonzero(~np.isnan(scores[rows])) for rows in windows(len(scores)))
+    known = int(np.count_nonzero(~np.isnan(scores)))
     if len(scores) != examples or known != examples:
         raise DataError(f"{scored.run.folder} scored {known} examples, and the data has {examples}.")
     return scores

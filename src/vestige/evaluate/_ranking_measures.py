@@ -10,7 +10,6 @@ from typing import NamedTuple, final
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vestige import disk_arrays
 from vestige.errors import DataError
 
 BLOCK = 2**16
@@ -53,7 +52,6 @@ class TieCounter:
         """
         for start in range(0, len(scores), BLOCK):
             part = np.array(scores[start : start + BLOCK])
-            disk_arrays.let_go(scores)
             if not np.isfinite(part).all():
                 raise DataError("Some scores are not finite numbers, so they do not rank.")
             self._counts += np.bincount(codes(self._values, part), minlength=len(self._counts))
@@ -84,12 +82,8 @@ def tied(scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"
 
 
 def _marked(scores: Float[np.ndarray, "example"], marks: Bool[np.ndarray, "example"]) -> Float[np.ndarray, "marked"]:
-    """Return the scores of the marked examples; of arrays on the disk, a block at a time is in memory."""
-    parts = [np.empty(0)]
-    for start in range(0, len(scores), BLOCK):
-        parts.append(scores[start : start + BLOCK][marks[start : start + BLOCK]])
-        disk_arrays.let_go(scores, marks)
-    return np.concatenate(parts)
+    """Return the scores of the marked examples, in float64."""
+    return scores[marks].astype(np.float64)
 
 
 def found_after(ties: Ties, counts: Sequence[int]) -> list[float]:
@@ -142,11 +136,12 @@ def resampled_areas(
 ) -> Float[np.ndarray, "draw"]:
     """Draw bootstrap areas; wrong and right examples are drawn apart, so that no draw lacks one of them.
 
-    In memory are at most 4 bytes for each example, and 16 for each wrong one: a draw may pick any.
+    In memory are at most 24 bytes for each example, and 16 for each wrong one: a draw may pick any.
     """
     random, own_scores = np.random.default_rng(seed), _marked(scores, wrong)
     values = np.unique(own_scores)
-    own, others = _codes_apart(values, scores, wrong, len(own_scores))
+    found = codes(values, scores).astype(np.min_scalar_type(2 * len(values)))
+    own, others = found[wrong], found[~wrong]
     beside = np.zeros(2 * len(values) + 1, dtype=np.min_scalar_type(2 * len(own)))
     areas = np.empty(draws)
     for draw in range(draws):
@@ -159,24 +154,6 @@ def resampled_areas(
         losses = sum(int(beside[others[picked]].sum()) for picked in _picks(random, len(others)))
         areas[draw] = 1 - losses / 2 / len(own) / len(others)
     return areas
-
-
-def _codes_apart(
-    values: Float[np.ndarray, "value"],
-    scores: Float[np.ndarray, "example"],
-    wrong: Bool[np.ndarray, "example"],
-    marked: int,
-) -> tuple[Int[np.ndarray, "wrong"], Int[np.ndarray, "right"]]:
-    """Return the codes of the wrong examples and those of the others, each on the disk in the order of the examples."""
-    apart = [disk_arrays.zeros(count, np.min_scalar_type(2 * len(values))) for count in (marked, len(wrong) - marked)]
-    ends = [0, 0]
-    for start in range(0, len(scores), BLOCK):
-        here, marks = codes(values, scores[start : start + BLOCK]), np.array(wrong[start : start + BLOCK])
-        for side, chosen in enumerate((marks, ~marks)):
-            begin, ends[side] = ends[side], ends[side] + int(np.count_nonzero(chosen))
-            apart[side][begin : ends[side]] = here[chosen]
-        disk_arrays.let_go(scores, wrong, *apart)
-    return apart[0], apart[1]
 
 
 def _picks(random: np.random.Generator, count: int) -> Iterator[np.ndarray]:

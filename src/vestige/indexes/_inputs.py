@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from vestige import disk_arrays
 from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
 from vestige.indexes._interaction import require_independence
@@ -78,7 +77,7 @@ def read_data(
         on_bad_text=settings.on_bad_text,
         vocabulary=loaded.vocabulary if checked else None,
     )
-    if not any(part.any() for part in disk_arrays.parts(data.target_counts)):
+    if not data.target_counts.any():
         raise DataError(
             f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vestige import disk_arrays
 from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
 from vestige.errors import DataError, Difference, IndexMismatch, mismatch_message
 from vestige.indexes._difference import difference, plan_shown
@@ -42,9 +41,7 @@ class PlannedShard(NamedTuple):
     @property
     def rows(self) -> np.ndarray:
         """The rows of the data in the order in which they lie in the shard, int64."""
-        rows = self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
-        disk_arrays.let_go(self.cut.rows)
-        return rows
+        return self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
 
     @property
     def batches(self) -> tuple[np.ndarray, ...]:

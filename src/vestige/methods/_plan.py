@@ -26,7 +26,6 @@ from vestige.methods._protocol import Job, Method
 from vestige.methods._query_vectors import KeptVectors, QueryVectors
 from vestige.methods._stores import GradientStore, Vectors
 from vestige.progress import progress
-from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import AttributeSettings, LaunchSettings
 from vestige.storage import partial_folder
@@ -175,20 +174,20 @@ def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
 
 
 def self_scores(job: Job, method: Any) -> np.ndarray:
-    """Compute the score of every training example for itself, float64 [example] on the disk; NaN if left out.
+    """Compute the score of every training example for itself, float64 [example]; NaN if left out.
 
     Raises:
         NonFinite: another is NaN or infinite.
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
-        ordered, skipped = RowOrder(1, len(job.train), np.float64), job.skipped
+        found = np.full(len(job.train), np.nan)
         for block in blocks:
-            kept = ~np.isin(block.rows.numpy(), skipped)
-            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[:, kept]
-            _check_finite(rows, scores[0])
-            ordered.add(rows, scores)
-        return ordered.finish()[0]
+            kept = ~np.isin(block.rows.numpy(), job.skipped)
+            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[0, kept]
+            _check_finite(rows, scores)
+            found[rows] = scores
+        return found
 
     if not works_in_pieces(method, "self_scores"):
         return collect(method.self_scores(job))

@@ -20,10 +20,10 @@ from vestige.data import (
     Example,
     TokenizedData,
     describe_copies,
+    find_unused_columns,
     load_queries,
     text_groups,
     tokenize_source,
-    unused_columns,
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.models import load_tokenizer
@@ -445,7 +445,7 @@ def _columns(data: TokenizedData) -> list[str]:
 
 def _beside_tokens(example: Example) -> dict[str, Any]:
     """Return the row without its tokens, and without the columns that its labels say everything of."""
-    kept = unused_columns(example) if "input_ids" in example.extra else set(example.extra)
+    kept = find_unused_columns(example) if "input_ids" in example.extra else set(example.extra)
     return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 
 

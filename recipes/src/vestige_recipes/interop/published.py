@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
     try:
         content = path.read_bytes()
         value = parse_json(content)
-        if b"\\u" in content and repair(value).fields:
+        if b"\\u" in content and repair(value)[1]:
             raise ValueError("half of a surrogate pair, which is no character")
         return value
     except FileNotFoundError as error:

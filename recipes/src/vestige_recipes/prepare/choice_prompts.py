@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import Encoder, Example, check_text, number_records, open_source, parsed, place
+from vestige.data import Encoder, Example, check_text, number_records, open_source, parse_record, place
 from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
@@ -91,11 +91,11 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     """
     source = open_source(settings.data, settings.split)
     rows, digest, replaced = [], hashlib.sha256(), 0
-    for row, record in number_records(source, settings.limit):
-        checked = check_text(source.name, row, parsed(record), settings.on_bad_text)
-        value, replaced = checked.record.value, replaced + checked.replaced
-        digest.update(json.dumps(value, sort_keys=True, default=str).encode())
-        rows.append(_row(value, row, place(source.name, row, record), settings))
+    for unread in number_records(source, settings.limit):
+        record, halves = check_text(source.name, parse_record(unread), settings.on_bad_text)
+        replaced += halves
+        digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
+        rows.append(_row(record.value, record.row, place(source.name, record), settings))
     if not rows:
         raise DataError(f"{source.name} holds no rows. Give data with at least one.")
     fingerprint = digest.hexdigest()

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from vestige.evaluate._aligned import aligned, summed
 
 from vestige.data import Example
 from vestige.errors import DataError, IndexMismatch, UserError
 from vestige.evaluate import _aligned, _ranking_measures, datamodeling_score, effects
-from vestige.evaluate._aligned import aligned, summed
 from vestige.evaluate._mislabel import _judgement, wrong_labels
 from vestige.evaluate._retrieval import _per_query, right_examples, ties_of
 from vestige.evaluate._scored import Scored, together

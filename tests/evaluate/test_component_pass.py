@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vestige.evaluate._component_inputs import find_candidates, read_component_inputs
+from vestige.evaluate._component_plan import CandidateProducts
 
 import vestige.evaluate
 from tests.reference.components import full_cosine
@@ -16,8 +18,6 @@ from tests.workshop import PAIRS, furnish, write_rows
 from vestige.data import load_examples, load_queries, tokenize
 from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, WorkElsewhere
 from vestige.evaluate import one_pass_result
-from vestige.evaluate._component_inputs import find_candidates, read_component_inputs
-from vestige.evaluate._component_plan import CandidateProducts
 from vestige.gradients import GradientPass
 from vestige.settings import ComponentsSettings
 

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
+from vestige.evaluate._component_projection import ProjectionPlan
 
 from vestige.errors import SpecError
 from vestige.evaluate import Projection, projection_plan, projection_sizes
-from vestige.evaluate._component_projection import ProjectionPlan
 from vestige.gradients import Gradients
 from vestige.models import Component, Use
 

@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 import pytest
+from vestige.evaluate._component_products import agreement
+from vestige.evaluate._component_search import Path, folds_of, grouped_estimate, values_along
 
 from tests.reference.components import greedy as slow_greedy, subset_cosine
 from vestige.evaluate import ComponentProducts, credit, greedy_path, held_out
-from vestige.evaluate._component_products import agreement
-from vestige.evaluate._component_search import Path, folds_of, grouped_estimate, values_along
 
 
 def drawn(components=6, queries=5, candidates=4, examples=9, seed=0, right_first=0.0):

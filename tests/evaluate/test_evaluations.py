@@ -108,6 +108,7 @@ def test_a_second_call_scores_nothing_anew_and_changed_settings_are_refused(halv
 def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_path):
     """Truth that follows a run's own scores, with examples and queries of the run in another order than the bank's."""
     from vestige.evaluate._aligned import aligned
+
     from vestige.evaluate._scored import Scored
     from vestige.evaluate._truth import open_truth
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
+from vestige.evaluate._group_measure import seed_agreement
 
 from tests.reference import evaluation as reference
 from vestige.errors import DataError
 from vestige.evaluate import agreement, effects
-from vestige.evaluate._group_measure import seed_agreement
 
 GROUPS = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9]]
 

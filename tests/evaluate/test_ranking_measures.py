@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
+from vestige.evaluate._overlap_measures import between_queries, by_chance, cardinality, hub, jaccard
+from vestige.evaluate._ranking_measures import detection, found_after, reciprocal_rank, resampled_areas, tied
 
 from tests.reference import evaluation as reference
 from vestige.errors import DataError
 from vestige.evaluate import _ranking_measures
-from vestige.evaluate._overlap_measures import between_queries, by_chance, cardinality, hub, jaccard
-from vestige.evaluate._ranking_measures import detection, found_after, reciprocal_rank, resampled_areas, tied
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -79,8 +79,8 @@ def test_a_second_call_computes_only_what_is_new(evaluate, monkeypatch):
     calls = []
     from vestige.evaluate import _sketch
 
-    compute = _sketch.sketched_products
-    monkeypatch.setattr(_sketch, "sketched_products", lambda *words: calls.append(len(words[2])) or compute(*words))
+    compute = _sketch.sketch_products
+    monkeypatch.setattr(_sketch, "sketch_products", lambda *words: calls.append(len(words[2])) or compute(*words))
     monkeypatch.setattr(_sketch, "exact_products", None)
     assert evaluate().curves == first.curves
     assert calls == []
@@ -93,7 +93,7 @@ def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, 
     from vestige.evaluate import _sketch
 
     whole = evaluate(out=tmp_path / "whole")
-    compute, calls = _sketch.sketched_products, []
+    compute, calls = _sketch.sketch_products, []
 
     def killed(*words):
         calls.append(1)
@@ -101,7 +101,7 @@ def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, 
             raise KeyboardInterrupt
         return compute(*words)
 
-    monkeypatch.setattr(_sketch, "sketched_products", killed)
+    monkeypatch.setattr(_sketch, "sketch_products", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate()
     resumed = evaluate()

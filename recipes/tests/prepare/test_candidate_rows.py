@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from vestige.evaluate._component_inputs import find_candidates
 
 import vestige_recipes.prepare
 from vestige.cli import main
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.evaluate._component_inputs import find_candidates
 from vestige.evaluate._retrieval import right_examples
 from vestige.settings import ComponentsSettings
 

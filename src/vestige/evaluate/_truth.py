@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from vestige.banks import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.evaluate._aligned import Aligned, aligned
-from vestige.evaluate._scored import Scored
+from vestige.evaluate._scored import AlignedScores, Scored, align_scores
 from vestige.files import sha256_of
 from vestige.methods import METHODS
 from vestige.settings import TruthValue
@@ -31,7 +30,7 @@ class Truth(NamedTuple):
     example_ids: list[str]
     bank: Bank
 
-    def of(self, scored: Scored) -> Aligned:
+    def scores_of(self, scored: Scored) -> AlignedScores:
         """Return the scores of a run in the bank's order.
 
         Raises:
@@ -46,7 +45,7 @@ class Truth(NamedTuple):
                     f"{record.fingerprint[:12]}, the bank's have {here[:12]}. Make both from the same file, with the "
                     "same --max-length and --chat."
                 )
-        return aligned(scored.run, self.query_ids, self.example_ids)
+        return align_scores(scored.run, self.query_ids, self.example_ids)
 
 
 def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:

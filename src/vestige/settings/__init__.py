@@ -22,8 +22,8 @@ from vestige.settings._data import (
     SplitSettings as SplitSettings,
     TokenizeSettings as TokenizeSettings,
 )
-from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
-from vestige.settings._evaluate_scores import (
+from vestige.settings._evaluate import (
+    ComponentsSettings as ComponentsSettings,
     LdsSettings as LdsSettings,
     MislabelSettings as MislabelSettings,
     OverlapSettings as OverlapSettings,
@@ -31,12 +31,12 @@ from vestige.settings._evaluate_scores import (
     RemovalSettings as RemovalSettings,
     RetrievalSettings as RetrievalSettings,
     ScoredSettings as ScoredSettings,
+    SelectionSettings as SelectionSettings,
+    SketchSettings as SketchSettings,
     SourcesSettings as SourcesSettings,
     TailPatchSettings as TailPatchSettings,
     TruthValue as TruthValue,
 )
-from vestige.settings._evaluate_selection import SelectionSettings as SelectionSettings
-from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings, IndexSettings as IndexSettings
 from vestige.settings._launch import LaunchSettings as LaunchSettings
 from vestige.settings._member import MemberSettings as MemberSettings

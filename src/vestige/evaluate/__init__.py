@@ -17,6 +17,7 @@ from vestige.evaluate._components_inputs import (
 from vestige.evaluate._components_search import (
     ComponentProducts as ComponentProducts,
     Path as Path,
+    assign_folds as assign_folds,
     compute_agreement as compute_agreement,
     credit as credit,
     cross_validate as cross_validate,
@@ -55,7 +56,11 @@ from vestige.evaluate._products import (
 )
 from vestige.evaluate._randomisation import randomisation as randomisation
 from vestige.evaluate._removal import removal as removal
-from vestige.evaluate._result import Evaluation as Evaluation, EvaluationRow as EvaluationRow
+from vestige.evaluate._result import (
+    Evaluation as Evaluation,
+    EvaluationRow as EvaluationRow,
+    write_evaluation as write_evaluation,
+)
 from vestige.evaluate._retrieval import (
     count_ties as count_ties,
     find_right_examples as find_right_examples,

@@ -222,9 +222,7 @@ def cross_validate(
     Queries of one group (paraphrases of one original) are always in the same fold, or a set would be measured on what
     it was chosen by. Sets are chosen on the first `CHOOSING` candidates.
     """
-    _, group = np.unique(groups, return_inverse=True)
-    count = int(group.max()) + 1
-    fold_of = np.random.default_rng(seed).permutation(np.arange(count) % min(folds, count))[group]
+    fold_of = assign_folds(groups, folds, seed)
     shorter, listed = products.first(CHOOSING), products.listed
     credits, cosine = np.zeros(len(groups)), np.zeros(products.rows.shape)
     chosen, train = list[tuple[int, ...]](), list[float]()
@@ -236,3 +234,10 @@ def cross_validate(
         cosine[outside] = products.of(outside).cosine(chosen[-1])
         credits[outside] = credit(cosine[outside], right[outside], listed[outside])
     return CrossValidation(tuple(chosen), float(np.mean(train)), credits, cosine)
+
+
+def assign_folds(groups: Int[np.ndarray, " query"], folds: int, seed: int) -> Int[np.ndarray, " query"]:
+    """Return a random fold for each query, whole groups at a time; as many as there are groups, at most."""
+    _, group = np.unique(groups, return_inverse=True)
+    count = int(group.max()) + 1
+    return np.random.default_rng(seed).permutation(np.arange(count) % min(folds, count))[group]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from vestige.evaluate._component_cost import backward_shares, component_type
 
 import vestige
 import vestige.evaluate
 from tests.docs.blocks import ROOT
 from tests.evaluate.test_component_pass import workshop  # noqa: F401
 from vestige.cli import main
+from vestige.evaluate import backward_shares, component_type
 from vestige.models import load_model, select_components
 from vestige.settings import ComponentsSettings
 

@@ -3,12 +3,10 @@ import warnings
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
-from vestige.evaluate._lds_measure import choose_held_out
 
 from tests.reference import evaluation as reference
 from vestige.errors import DataError
-from vestige.evaluate import ceiling, datamodeling_score
-from vestige.evaluate._statistics import Estimate, pearson, spearman
+from vestige.evaluate import Estimate, ceiling, choose_held_out, datamodeling_score, pearson, spearman
 
 QUERIES, EXAMPLES, SUBSETS = 6, 40, 30
 

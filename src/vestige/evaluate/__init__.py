@@ -87,7 +87,7 @@ from vestige.evaluate._sources import (
     Effects as Effects,
     compute_effects as compute_effects,
     correlate_effects as correlate_effects,
-    seed_agreement as seed_agreement,
+    correlate_seeds as correlate_seeds,
     sources as sources,
 )
 from vestige.evaluate._statistics import (

@@ -15,7 +15,6 @@ from vestige.evaluate._components_findings import (
     Representation,
     SearchFinding,
     find,
-    most_divergent,
     one_pass_result,
 )
 from vestige.evaluate._components_search import OBJECTIVES
@@ -177,7 +176,7 @@ def _as_component_list(each: Findings, objective: str, search: SearchFinding) ->
 def _self_similarity_csv(findings: Findings, names: Sequence[str]) -> str:
     """Return cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
     lines = ["query,candidate,right,component,cosine"]
-    for query in most_divergent(findings):
+    for query in _most_divergent(findings):
         cosine = findings.products.of([query]).each()[:, 0]
         quoted = '"' + names[query].replace('"', '""') + '"'
         for candidate in range(min(_CANDIDATES_DRAWN, cosine.shape[1])):
@@ -185,6 +184,15 @@ def _self_similarity_csv(findings: Findings, names: Sequence[str]) -> str:
             pairs = zip(findings.products.names, cosine[:, candidate], strict=True)
             lines += [f"{start},{name},{value:.6g}" for name, value in pairs]
     return "\n".join(lines) + "\n"
+
+
+def _most_divergent(findings: Findings) -> list[int]:
+    """Return the three queries with the lowest cosine between the lists of the best component and the full gradient."""
+    best = int(np.argmax([one.accuracy.value for one in findings.components]))
+    cosine, full = findings.products.each([best])[0], findings.full
+    lengths = np.sqrt((cosine**2).sum(1) * (full**2).sum(1))
+    alike = np.where(lengths > 0, (cosine * full).sum(1) / np.maximum(lengths, 1e-300), 1.0)
+    return np.argsort(alike, kind="stable")[:3].tolist()
 
 
 def _as_markdown(evaluation: Evaluation, findings: Sequence[Findings]) -> str:
@@ -326,7 +334,7 @@ def _draw_depths(findings: Findings) -> dict[str, bytes]:
 
 def _draw_self_similarity(findings: Findings) -> dict[str, bytes]:
     """Draw cosines of each component with the first candidates, for the queries where components differ most."""
-    queries = most_divergent(findings)
+    queries = _most_divergent(findings)
     figure, panels = make_figure(9.5, 2.6 * len(queries), len(queries))
     for axes, query in zip(panels, queries, strict=True):
         values = findings.products.of([query]).each()[:, 0]

@@ -1,18 +1,15 @@
 """What one pass of the model says: every representation with its accuracy, agreement and cost; no model runs again."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import nn
 
-from vestige.errors import UserError
-from vestige.evaluate._components_inputs import Candidates, Compared, ComponentInputs, read_component_inputs
+from vestige.evaluate._components_inputs import Candidates, ComponentInputs, read_component_inputs
 from vestige.evaluate._components_pass import KINDS, OnePass, output_modules, read_seconds
 from vestige.evaluate._components_search import (
     CHOOSING,
@@ -28,9 +25,9 @@ from vestige.evaluate._components_search import (
     greedy_path,
     values_along,
 )
-from vestige.evaluate._result import require_same
+from vestige.evaluate._result import open_folder
 from vestige.evaluate._statistics import Estimate, bootstrap, estimate_mean, make_interval
-from vestige.files import check_disk, is_temporary, make_folder, write_durably
+from vestige.files import check_disk
 from vestige.launch import is_worker, run_plan, worker_command
 from vestige.models import Component, layer_number, select_components
 from vestige.settings import ComponentsSettings
@@ -70,7 +67,7 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
     inputs = read_component_inputs(settings)
     compared, plans = inputs.compared, OnePass(inputs.compared)
     if not is_worker():
-        _open_folder(compared)
+        open_folder(settings.out, compared.identity, "launch")
         for plan in (plans.queries, plans.products):
             plan.files.forget_damaged(range(plan.pieces))
     command = worker_command(settings, "evaluate components")
@@ -89,21 +86,6 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
     }
     kinds = (_collect_products(inputs, pieces, kind, *names[kind]) for kind in KINDS)
     return OnePassResult(inputs, *kinds, computed=computed, seconds=seconds)
-
-
-def _open_folder(compared: Compared) -> None:
-    folder, path = compared.folder, compared.folder / "compared.json"
-    if path.exists():
-        require_same(path, compared.identity)
-        return
-
-    def is_foreign(file: FilePath) -> bool:
-        return file.name not in ("launch", path.name) and not is_temporary(file)
-
-    if folder.exists() and (not folder.is_dir() or any(map(is_foreign, folder.iterdir()))):
-        raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
-    make_folder(folder)
-    write_durably(path, [json.dumps(compared.identity, indent=1).encode()])
 
 
 def _collect_products(
@@ -161,11 +143,11 @@ class Representation(NamedTuple):
     centred: Estimate | None
     parameters: float | None
     """Share of the parameters that take part."""
-    backward: float | None
+    backward: float | None = None
     """Share of a complete backward pass."""
-    bytes: int | None
+    bytes: int | None = None
     """Of one example's vector, in float32."""
-    seconds: float | None
+    seconds: float | None = None
     opponent: bool = False
 
 
@@ -247,13 +229,11 @@ class _Measure:
         self,
         name: str,
         scores: Float[np.ndarray, "query candidate"] | None = None,
-        *,
         credits: Float[np.ndarray, " query"] | None = None,
+        *,
         numbers: float | None = None,
         parameters: float | None = None,
-        backward: float | None = None,
-        seconds: float | None = None,
-        opponent: bool = False,
+        **facts: Any,
     ) -> Representation:
         """Return the row; `numbers` is the length of one example's vector, `parameters` the gradients it is made of."""
         own = self.credit(scores) if credits is None and scores is not None else credits
@@ -265,10 +245,8 @@ class _Measure:
             None if scores is None else self.agreement(scores, centred=False),
             None if scores is None else self.agreement(scores, centred=True),
             None if parameters is None else parameters / self.result.inputs.total_parameters,
-            backward,
-            None if numbers is None else round(_BYTES * numbers),
-            seconds,
-            opponent,
+            bytes=None if numbers is None else round(_BYTES * numbers),
+            **facts,
         )
 
 
@@ -417,12 +395,3 @@ def _list_wrong(measure: _Measure) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def most_divergent(findings: Findings) -> list[int]:
-    """Return the three queries with the lowest cosine between the lists of the best component and the full gradient."""
-    best = int(np.argmax([one.accuracy.value for one in findings.components]))
-    cosine, full = findings.products.each([best])[0], findings.full
-    lengths = np.sqrt((cosine**2).sum(1) * (full**2).sum(1))
-    alike = np.where(lengths > 0, (cosine * full).sum(1) / np.maximum(lengths, 1e-300), 1.0)
-    return np.argsort(alike, kind="stable")[:3].tolist()

@@ -331,7 +331,7 @@ def find_candidates(
 def _read_candidates(
     queries: Sequence[Example], examples: Sequence[Example], right: Bool[np.ndarray, "query example"]
 ) -> Candidates:
-    """Read the candidates that the queries themselves name."""
+    """Read the candidates that the queries name."""
     place = {one.id: row for row, one in enumerate(examples)}
     lists = []
     for query in queries:

@@ -371,11 +371,8 @@ class _Spent(NamedTuple):
 
 
 def _add_seconds(spent: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for one in spent:
-        for key, value in one.items():
-            total[key] = total.get(key, 0.0) + value
-    return total
+    names = dict.fromkeys(name for one in spent for name in one)
+    return {name: sum(one.get(name, 0.0) for one in spent) for name in names}
 
 
 def _write_seconds(folder: Path, name: str, computed: float, spent: Sequence[Mapping[str, float]]) -> None:

@@ -65,15 +65,15 @@ def lds(settings: LdsSettings) -> Evaluation:
     found = collect_scores(settings, "lds")
     warnings = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
     results = {one.name: _measure(settings, truth, one) for one in found.scored}
-    limit = ceiling(truth.losses, truth.subset, truth.seeds, seed=settings.seed)
+    limit = ceiling(truth.losses, truth.bank.subsets, truth.bank.seeds, seed=settings.seed)
     rows = [EvaluationRow.of(one, _values(results[one.name])) for one in found.scored]
     grid_rows, grid_notes, grid = _vary_damping(settings, truth) if settings.damping_grid else ((), (), None)
-    subsets = len(np.unique(truth.subset))
+    subsets = len(np.unique(truth.bank.subsets))
     noise = f"Noise ceiling {limit.whole:.3f}: what perfect scores would reach (halves of the seeds agree at "
     result = Evaluation(
         "lds",
         f"LDS: rank correlation over {subsets} subsets of summed scores with {_TRUTHS[truth.value]}, mean of "
-        f"{len(truth.query_ids)} queries",
+        f"{len(truth.bank.query_ids)} queries",
         (*rows, *grid_rows),
         (
             f"Intervals: 95 %, {settings.draws} bootstrap draws of queries and subsets. Ties share their mean rank.",
@@ -88,13 +88,13 @@ def lds(settings: LdsSettings) -> Evaluation:
             "value": truth.value,
             "subsets": subsets,
             "models": len(truth.losses),
-            "queries": len(truth.query_ids),
-            "fraction": float(truth.membership.mean()),
+            "queries": len(truth.bank.query_ids),
+            "fraction": float(truth.bank.membership.mean()),
             "split_half": limit.half,
             "noise_ceiling": limit.whole,
             "bank": truth.bank.identity,
             "per_query": {name: one.per_query.tolist() for name, one in results.items()},
-            "query_ids": truth.query_ids,
+            "query_ids": truth.bank.query_ids,
             "seeds": {name: list(one.seeds) for name, one in results.items()},
             "damping_grid": grid,
         },
@@ -107,10 +107,10 @@ def lds(settings: LdsSettings) -> Evaluation:
 def _measure(settings: LdsSettings, truth: Truth, scored: Scored) -> Lds:
     return datamodeling_score(
         truth.scores_of(scored),
-        truth.membership,
+        truth.bank.membership,
         truth.losses,
-        subset=truth.subset,
-        seeds=truth.seeds,
+        subset=truth.bank.subsets,
+        seeds=truth.bank.seeds,
         draws=settings.draws,
         seed=settings.seed,
     )
@@ -138,7 +138,7 @@ def _vary_damping(settings: LdsSettings, truth: Truth) -> tuple[tuple[Evaluation
     }
     note = (
         f"{runs[best].name}: chosen among {', '.join(f'{one:g}' for one in dampings)} on "
-        f"{len(truth.query_ids) - len(others)} queries, judged on the other {len(others)} (interval over queries "
+        f"{len(truth.bank.query_ids) - len(others)} queries, judged on the other {len(others)} (interval over queries "
         "alone)."
     )
     table = {f"{damping:g}": each.estimate for damping, each in zip(dampings, results, strict=True)}
@@ -173,16 +173,7 @@ def datamodeling_score(
     Raises:
         DataError: Shapes do not fit, there are fewer than three subsets, or a loss or score is not finite.
     """
-    expected = (len(membership), scores.shape[0])
-    if scores.shape[1] != membership.shape[1] or outputs.shape != expected:
-        raise DataError(
-            f"Scores of {scores.shape[0]} queries x {scores.shape[1]} examples do not fit models of "
-            f"{membership.shape[1]} examples with losses of shape {outputs.shape}; expected {expected}."
-        )
-    blocks = (part for _, part in scores.blocks()) if isinstance(scores, AlignedScores) else [scores]
-    for name, parts in {"scores": blocks, "losses": [outputs]}.items():
-        if broken := sum(int((~np.isfinite(values)).sum()) for values in parts):
-            raise DataError(f"{broken} of the {name} are not finite numbers, so nothing can be ranked by them.")
+    _check(scores, membership, outputs)
     subset = np.arange(len(membership)) if subset is None else subset
     sums = sum_over_sets(scores, first_of_group(membership, subset))
     gains = -mean_by_group(outputs, subset)
@@ -198,6 +189,19 @@ def datamodeling_score(
     sides = [] if seeds is None else [seeds == run for run in np.unique(seeds)]
     by_seed = tuple(mean_of_known(spearman(sums[number[side]], -outputs[side])) for side in sides)
     return Lds(estimate, per_query, int(np.isnan(per_query).sum()), by_seed)
+
+
+def _check(scores: "AlignedScores | np.ndarray", membership: np.ndarray, outputs: np.ndarray) -> None:
+    expected = (len(membership), scores.shape[0])
+    if scores.shape[1] != membership.shape[1] or outputs.shape != expected:
+        raise DataError(
+            f"Scores of {scores.shape[0]} queries x {scores.shape[1]} examples do not fit models of "
+            f"{membership.shape[1]} examples with losses of shape {outputs.shape}; expected {expected}."
+        )
+    blocks = (part for _, part in scores.blocks()) if isinstance(scores, AlignedScores) else [scores]
+    for name, parts in {"scores": blocks, "losses": [outputs]}.items():
+        if broken := sum(int((~np.isfinite(values)).sum()) for values in parts):
+            raise DataError(f"{broken} of the {name} are not finite numbers, so nothing can be ranked by them.")
 
 
 def ceiling(

@@ -5,7 +5,6 @@ All of them stream over the tests; what stays in memory is one side, the referen
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from vestige.compress import CompressingSink, Compressor, compress_gradient
 from vestige.errors import CorruptFile, NonFinite, UserError
-from vestige.evaluate._result import require_same
+from vestige.evaluate._result import open_folder
 from vestige.files import make_folder, remove_strays, write_durably
 from vestige.gradients import BothSinks, DotSink, FactorSink, GradientPass, GradientSink, NormSink, Side
 from vestige.models import Component
@@ -316,25 +315,16 @@ class KeptProducts:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Open or begin it.
-
-        Args:
-            folder: May be absent, empty, or hold an evaluation of the same model and examples.
-            identity: What every product depends on.
+        """Open or begin it; it may be absent, empty, or hold an evaluation with the same identity.
 
         Raises:
             IndexMismatch: It holds an evaluation of something else; nothing was changed.
             UserError: It holds other files, or cannot be written to.
         """
-        self._folder, path = folder / "products", folder / "compared.json"
-        if path.exists():
-            require_same(path, identity)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
+        open_folder(folder, identity)
+        self._folder = folder / "products"
         make_folder(self._folder)
         remove_strays(folder)
-        if not path.exists():
-            write_durably(path, [json.dumps(identity, indent=1).encode()])
 
     def has(self, name: str) -> bool:
         """Return whether something was computed under `name`."""

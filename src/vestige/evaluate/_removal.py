@@ -53,20 +53,10 @@ def removal(settings: RemovalSettings) -> Evaluation:
     data = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     found, tables, ids = _collect(settings, data)
     groups = _group_by_text(data, ids)
-    counts = sorted(set(settings.remove)) if found.scored else []
-    drops = _listed_drops(settings, ids)
-    listed, distinct = [drop.method for drop in drops], int(groups.max(initial=-1)) + 1
-    if (most := max([*counts, *(drop.length for drop in drops)])) >= distinct:
-        raise SpecError(f"Leaving out {most} of {distinct} different examples leaves nothing to train on.")
-    for one, table in zip(found.scored, tables, strict=True):
-        order = _rank_by_mean(table)
-        drops += [Drop(one.name, count, _take_texts(ids, order, groups, count)) for count in counts]
-    lengths = sorted({drop.length for drop in drops})
-    for number in range(settings.random_lists):
-        order = np.random.default_rng([settings.seed, number]).permutation(len(ids))
-        drops += [Drop(RANDOM, count, _take_texts(ids, order, groups, count), number) for count in lengths]
+    drops = _read_lists(settings, ids)
+    listed = [drop.method for drop in drops]
+    drops += _draw_lists(settings, drops, found, tables, ids, groups)
     truth = _retrain(settings, drops)
-    copies = describe_copies(groups)
     rises = _Rises(truth, drops)
     values = {name: rises.values(name, settings) for name in [*listed, *(one.name for one in found.scored), RANDOM]}
     result = Evaluation(
@@ -77,17 +67,9 @@ def removal(settings: RemovalSettings) -> Evaluation:
             *(EvaluationRow.of(one, values[one.name]) for one in found.scored),
             EvaluationRow(RANDOM, values[RANDOM], opponent=True),
         ),
-        (
-            f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
-            "number of steps each.",
-            f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
-            "of queries; the spread over seeds is in the file and the figure.",
-            *rises.by_query(listed),
-            *([] if copies is None else [f"{copies} A text is left out with all its copies, but for lists of --rows."]),
-            *found.notes,
-        ),
+        (*_notes(settings, rises.by_query(listed), describe_copies(groups)), *found.notes),
         {
-            "removed": lengths,
+            "removed": sorted({drop.length for drop in drops}),
             "queries": list(truth.query_ids),
             "rise_by_seed": {drop.name: rises.of[drop.name].mean(1).tolist() for drop in drops},
             "rise_by_query": {drop.name: rises.of[drop.name].mean(0).tolist() for drop in drops},
@@ -98,6 +80,17 @@ def removal(settings: RemovalSettings) -> Evaluation:
     lines = [rises.line(row.method, row.opponent) for row in result.rows]
     figure = line_figure("removal", lines, "examples left out", "rise of the mean loss, nats")
     return write_evaluation(result, settings.out, figure)
+
+
+def _notes(settings: RemovalSettings, by_query: Iterator[str], copies: str | None) -> list[str]:
+    return [
+        f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
+        "number of steps each.",
+        f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws of "
+        "queries; the spread over seeds is in the file and the figure.",
+        *by_query,
+        *([] if copies is None else [f"{copies} A text is left out with all its copies, but for lists of --rows."]),
+    ]
 
 
 def _collect(
@@ -113,7 +106,7 @@ def _collect(
     return Contest(scored, found.notes), tables, id_array(ids)
 
 
-def _listed_drops(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
+def _read_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
     """Return the lists of --rows, named by their files, or by their paths where two have one name."""
     names = [source.name for source in settings.rows]
     ids, drops = examples.to_pylist() if names else [], []
@@ -122,6 +115,29 @@ def _listed_drops(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[
         rows = sorted(set(rows_named(wanted, ids, place=str(source), data=str(settings.data)).values()))
         name = source.name if names.count(source.name) == 1 else str(source)
         drops.append(Drop(name, len(rows), [ids[row] for row in rows]))
+    return drops
+
+
+def _draw_lists(
+    settings: RemovalSettings,
+    listed: Sequence[Drop],
+    found: Contest,
+    tables: Sequence[AlignedScores],
+    ids: pa.ChunkedArray,
+    groups: Int[np.ndarray, "example"],
+) -> list[Drop]:
+    """Return the top lists of each method, and random lists of every length."""
+    counts = sorted(set(settings.remove)) if found.scored else []
+    lengths = sorted({*counts, *(drop.length for drop in listed)})
+    if lengths[-1] >= (distinct := int(groups.max(initial=-1)) + 1):
+        raise SpecError(f"Leaving out {lengths[-1]} of {distinct} different examples leaves nothing to train on.")
+    drops = []
+    for one, table in zip(found.scored, tables, strict=True):
+        order = _rank_by_mean(table)
+        drops += [Drop(one.name, count, _take_texts(ids, order, groups, count)) for count in counts]
+    for number in range(settings.random_lists):
+        order = np.random.default_rng([settings.seed, number]).permutation(len(ids))
+        drops += [Drop(RANDOM, count, _take_texts(ids, order, groups, count), number) for count in lengths]
     return drops
 
 
@@ -203,7 +219,7 @@ class _Rises:
         if len(self._queries) > _QUERIES_LISTED:
             return
         for name in lists:
-            ((length, (own,)),) = self._by_length(name).items()
+            length, (own, *_) = next(iter(self._by_length(name).items()))
             alike = np.concatenate(self._by_length(RANDOM)[length]).mean(0)
             pairs = zip(self._queries, own.mean(0), alike, strict=True)
             words = "; ".join(f"{query} {rise:+.2f} ({chance:+.2f})" for query, rise, chance in pairs)

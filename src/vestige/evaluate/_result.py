@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from vestige.errors import CorruptFile, IndexMismatch
+from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._scored import Scored
 from vestige.evaluate._statistics import Estimate
-from vestige.files import make_folder, remove_strays_of, write_durably
+from vestige.files import is_temporary, make_folder, remove_strays_of, write_durably
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
 from vestige.terminal import as_text
@@ -146,13 +146,25 @@ def _digits(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
-def require_same(path: Path, identity: Mapping[str, Any]) -> None:
-    """Raise unless the file holds the same.
+def open_folder(folder: Path, identity: Mapping[str, Any], *own: str) -> None:
+    """Open or begin a folder of results that all follow from `identity`, which `compared.json` in it holds.
 
     Raises:
-        IndexMismatch: It does not; the message shows the difference.
-        CorruptFile: It does not read.
+        IndexMismatch: It holds results of something else; nothing was changed. The message shows the difference.
+        CorruptFile: That file does not read.
+        UserError: It holds other files than `own` and temporary ones.
     """
+    path = folder / "compared.json"
+    if not path.exists():
+        known = {*own, path.name}
+        foreign = not folder.is_dir() or any(
+            one.name not in known and not is_temporary(one) for one in folder.iterdir()
+        )
+        if folder.exists() and foreign:
+            raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
+        make_folder(folder)
+        write_durably(path, [json.dumps(identity, indent=1).encode()])
+        return
     try:
         found = parse_object(path.read_bytes())
     except ValueError as error:
@@ -161,7 +173,7 @@ def require_same(path: Path, identity: Mapping[str, Any]) -> None:
     if names:
         lines = [f"  {name}: {_cut(found.get(name))} there, {_cut(identity.get(name))} now" for name in names]
         raise IndexMismatch(
-            "\n".join([f"{path.parent} evaluated something else; nothing was changed.", *lines, "Give another --out."])
+            "\n".join([f"{folder} evaluated something else; nothing was changed.", *lines, "Give another --out."])
         )
 
 

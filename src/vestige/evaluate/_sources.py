@@ -59,17 +59,18 @@ def sources(settings: SourcesSettings) -> Evaluation:
     """
     truth = open_truth(settings.bank)
     found = collect_scores(settings, "sources")
-    arrays = truth.membership, truth.losses, truth.subset
+    arrays = truth.bank.membership, truth.losses, truth.bank.subsets
     effects = {one.name: compute_effects(truth.scores_of(one), *arrays) for one in found.scored}
-    noise = seed_agreement(*arrays, truth.seeds)
-    whole = first_of_group(truth.membership, truth.subset).all(1)
-    groups = [truth.names[number] for number in np.unique(truth.subset)[~whole]]
+    noise = correlate_seeds(*arrays, truth.bank.seeds)
+    whole = first_of_group(truth.bank.membership, truth.bank.subsets).all(1)
+    groups = [truth.bank.subset_names[number] for number in np.unique(truth.bank.subsets)[~whole]]
     names = ("Pearson", "Spearman", "Pearson per query", "Spearman per query", "undefined queries")
     results = {name: correlate_effects(each, settings.draws, settings.seed) for name, each in effects.items()}
     rows = [EvaluationRow.of(one, dict(zip(names, results[one.name], strict=True))) for one in found.scored]
     result = Evaluation(
         "sources",
-        f"Effects of {len(groups)} groups on {len(truth.query_ids)} queries: summed scores against retraining without",
+        f"Effects of {len(groups)} groups on {len(truth.bank.query_ids)} queries: summed scores against retraining "
+        "without",
         tuple(rows),
         (
             f"Intervals: 95 %, {settings.draws} bootstrap draws of queries; the groups are few and stay.",
@@ -153,7 +154,7 @@ def correlate_effects(found: Effects, draws: int = 1000, seed: int = 0) -> Agree
     return Agreement(together[0], together[1], one, other, int(np.isnan(per_query[0]).sum()))
 
 
-def seed_agreement(
+def correlate_seeds(
     membership: Bool[np.ndarray, "member example"],
     outputs: Float[np.ndarray, "member query"],
     subset: Int[np.ndarray, "member"],

@@ -1,6 +1,6 @@
 """`vestige evaluate tail-patch`: does one training step on each top example make the target likelier?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,14 @@ from torch import nn
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError, VestigeError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
 from vestige.evaluate._scored import Scored, collect_scores, read_queries
 from vestige.evaluate._statistics import estimate_mean
 from vestige.gradients import CausalLoss, token_losses
 from vestige.indexes import batch_tokens, read_data
-from vestige.models import batch_sharing, load_model
+from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, verb
-
-Pairs = dict[int, set[int]]
-"""Rows of the training data with the queries that are measured after a step on them."""
 
 
 @verb(TailPatchSettings)
@@ -39,32 +36,13 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
     found = collect_scores(settings, "tail-patch")
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    data = read_data(settings, settings.data, loaded)
-    queries = read_queries(settings, loaded, data, "queries")
-    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
-        raise DataError(
-            f"Query {queries.examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
-            "`completion`."
-        )
+    loaded, data, queries = _read_inputs(settings)
     tops = {one.name: _read_tops(one, data, queries, settings.k) for one in found.scored}
-    pairs: Pairs = {}
-    for top in tops.values():
-        for query, rows in enumerate(top):
-            for row in rows:
-                pairs.setdefault(row, set()).add(query)
     before, after = measure_steps(
-        loaded.model, data, queries, pairs, settings.learning_rate, batch_tokens(settings, loaded)
+        loaded.model, data, queries, tops.values(), settings.learning_rate, batch_tokens(settings, loaded)
     )
     rises = {name: _rises(top, before, after) for name, top in tops.items()}
-    rows = []
-    for one in found.scored:
-        rise, fall = (estimate_mean(values, settings.draws, settings.seed) for values in rises[one.name])
-        share = f"{(rises[one.name][0] > 0).mean():.0%}"
-        values = {"rise of probability": rise, "fall of loss": fall, "queries that rise": share}
-        rows.append(EvaluationRow.of(one, values))
+    rows = [EvaluationRow.of(one, _values(rises[one.name], settings)) for one in found.scored]
     result = Evaluation(
         "tail-patch",
         f"One step on each of the top {settings.k} examples of {len(queries)} queries: rise of the target's "
@@ -90,27 +68,50 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
+def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedData, TokenizedData]:
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data = read_data(settings, settings.data, loaded)
+    queries = read_queries(settings, loaded, data, "queries")
+    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
+        raise DataError(
+            f"Query {queries.examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
+            "`completion`."
+        )
+    return loaded, data, queries
+
+
 def measure_steps(
-    model: nn.Module, data: TokenizedData, queries: TokenizedData, pairs: Pairs, learning_rate: float, tokens: int
+    model: nn.Module,
+    data: TokenizedData,
+    queries: TokenizedData,
+    tops: Iterable[Sequence[Sequence[int]]],
+    learning_rate: float,
+    tokens: int,
 ) -> tuple[Float[np.ndarray, "query"], dict[tuple[int, int], float]]:
     """Return each query's mean token loss before any step, and, for each pair (row, query), after one step on the row.
 
-    The model's weights are afterwards what they were before, bit for bit.
+    Pairs are the rows in the lists of each query, one list of lists for each method. The model's weights are afterwards
+    what they were before, bit for bit.
     """
+    pairs: dict[int, set[int]] = {}
+    for query, rows in (item for top in tops for item in enumerate(top)):
+        for row in rows:
+            pairs.setdefault(row, set()).add(query)
     after: dict[tuple[int, int], float] = {}
     model.eval()
     before = _losses(model, queries, range(len(queries)), tokens)
     with train_temporarily(model) as restore, progress(len(pairs), "Patching", "steps") as bar:
         for row, wanted in sorted(pairs.items()):
             _step(model, data, row, learning_rate)
-            chosen = sorted(wanted)
-            losses = _losses(model, queries, chosen, tokens)
+            losses = _losses(model, queries, sorted(wanted), tokens)
             if not np.isfinite(losses).all():
                 raise NonFinite(
                     f"After a step of {learning_rate:g} on {data.examples[row].id!r} the losses are not finite. Give a "
                     "smaller --learning-rate."
                 )
-            after |= {(row, query): float(loss) for query, loss in zip(chosen, losses, strict=True)}
+            after |= {(row, query): float(loss) for query, loss in zip(sorted(wanted), losses, strict=True)}
             restore()
             bar.advance()
     return before, after
@@ -189,11 +190,14 @@ def _rises(
     tops: Sequence[Sequence[int]], before: np.ndarray, after: Mapping[tuple[int, int], float]
 ) -> Float[np.ndarray, "2 query"]:
     """Return, per query, the mean rise of the probability, and mean fall of the loss, over the top examples."""
-    losses = [np.array([after[row, query] for row in rows]) for query, rows in enumerate(tops)]
-    pairs = list(zip(losses, before, strict=True))
-    return np.array(
-        [
-            [float((np.exp(-each) - np.exp(-start)).mean()) for each, start in pairs],
-            [float((start - each).mean()) for each, start in pairs],
-        ]
-    )
+    found = []
+    for query, (rows, start) in enumerate(zip(tops, before, strict=True)):
+        losses = np.array([after[row, query] for row in rows])
+        found.append(((np.exp(-losses) - np.exp(-start)).mean(), (start - losses).mean()))
+    return np.array(found).T
+
+
+def _values(rises: Float[np.ndarray, "2 query"], settings: TailPatchSettings) -> dict[str, Value]:
+    rise, fall = (estimate_mean(values, settings.draws, settings.seed) for values in rises)
+    share = f"{(rises[0] > 0).mean():.0%}"
+    return {"rise of probability": rise, "fall of loss": fall, "queries that rise": share}

@@ -249,24 +249,22 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 def _draw_all(findings: Findings) -> dict[str, bytes]:
     """Draw all figures as PDF and PNG, by file name."""
-    parts, files = findings.components, {}
-    bars: list[tuple[str, Callable[[ComponentFinding], float], str]] = [
-        ("parameters_per_component", lambda one: one.parameters, "parameters"),
-        ("agreement_with_full_gradient", _AGREEMENT, "agreement with the full gradient"),
-    ]
-    for name, value, label in bars:
-        figure, (axes,) = make_figure(9.5, 3.8)
-        _draw_bars(axes, parts, value, label)
-        if label == "parameters":
-            axes.set_yscale("log")
-        files |= render_figure(figure, name)
     return {
-        **files,
+        **_draw_values("parameters_per_component", findings, lambda one: one.parameters, "parameters", log=True),
         **_draw_accuracy(findings),
         **_draw_depths(findings),
+        **_draw_values("agreement_with_full_gradient", findings, _AGREEMENT, "agreement with the full gradient"),
         **_draw_self_similarity(findings),
         **draw_paths("greedy_paths", findings),
     }
+
+
+def _draw_values(
+    name: str, findings: Findings, value: Callable[[ComponentFinding], float], label: str, *, log: bool = False
+) -> dict[str, bytes]:
+    figure, (axes,) = make_figure(9.5, 3.8)
+    _draw_bars(axes, findings.components, value, label, log=log)
+    return render_figure(figure, name)
 
 
 def _colours(parts: Sequence[ComponentFinding]) -> dict[str, str]:
@@ -276,13 +274,20 @@ def _colours(parts: Sequence[ComponentFinding]) -> dict[str, str]:
 
 
 def _draw_bars(
-    axes: Axes, parts: Sequence[ComponentFinding], value: Callable[[ComponentFinding], float], label: str
+    axes: Axes,
+    parts: Sequence[ComponentFinding],
+    value: Callable[[ComponentFinding], float],
+    label: str,
+    *,
+    log: bool = False,
 ) -> None:
     for name, colour in _colours(parts).items():
         places = [number for number, one in enumerate(parts) if one.type == name]
         axes.bar(places, [value(parts[place]) for place in places], color=colour, label=name, width=0.85)
     if named := len(parts) <= _MOST_NAMES:
         axes.set_xticks(range(len(parts)), _shorten_names(parts), rotation=90, fontsize=6)
+    if log:
+        axes.set_yscale("log")
     finish_axes(axes, "" if named else "component, in the order of the model", label, "y", legend=True)
 
 

@@ -73,7 +73,8 @@ def _open_pass(compared: Compared) -> Iterator[_RunPass]:
     with ExitStack() as stack:
         # Entering it runs the model once, on tokens of no example.
         gradients = stack.enter_context(GradientPass(model, compared.components, CausalLoss(compared.loss)))
-        taps = [tap for tap in taps_of(compared.components) if tap.module in output_modules(compared)]
+        modules = output_modules(compared)
+        taps = [tap for tap in taps_of(compared.components) if tap.module in modules]
         outputs = stack.enter_context(tapped(model, taps, "mean"))
         hidden = _HiddenState()
         stack.callback(backbone(model).register_forward_hook(hidden).remove)

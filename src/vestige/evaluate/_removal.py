@@ -12,7 +12,7 @@ from vestige.data import Example, describe_copies, load_examples, read_row_list,
 from vestige.errors import SpecError
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
-from vestige.evaluate._scored import AlignedScores, Contest, collect_scores, read_together, reading_arguments
+from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
 from vestige.evaluate._statistics import estimate_mean
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, verb
@@ -95,15 +95,15 @@ def _notes(settings: RemovalSettings, by_query: Iterator[str], copies: str | Non
 
 def _collect(
     settings: RemovalSettings, data: Sequence[Example]
-) -> tuple[Contest, list[AlignedScores], pa.ChunkedArray]:
+) -> tuple[ScoredRuns, list[AlignedScores], pa.ChunkedArray]:
     """Return the scores that are judged, and the ids of the training data."""
     if not settings.judges_methods:
-        return Contest(()), [], id_array(example.id for example in data)
+        return ScoredRuns(()), [], id_array(example.id for example in data)
     found = collect_scores(settings, "removal")
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
     scored = tuple(one for one in found.scored if one.run.run.method != _RANDOM_METHOD)
     _, ids, tables = read_together(scored)
-    return Contest(scored, found.notes), tables, id_array(ids)
+    return ScoredRuns(scored, found.notes), tables, id_array(ids)
 
 
 def _read_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
@@ -121,7 +121,7 @@ def _read_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Dr
 def _draw_lists(
     settings: RemovalSettings,
     listed: Sequence[Drop],
-    found: Contest,
+    found: ScoredRuns,
     tables: Sequence[AlignedScores],
     ids: pa.ChunkedArray,
     groups: Int[np.ndarray, "example"],

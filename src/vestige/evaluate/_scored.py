@@ -133,14 +133,14 @@ class Scored:
     """Whether it is a baseline that was not requested."""
 
 
-class Contest(NamedTuple):
+class ScoredRuns(NamedTuple):
     """All scores of an evaluation, and notes about what is missing."""
 
     scored: tuple[Scored, ...]
     notes: tuple[str, ...] = ()
 
 
-def collect_scores(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> Contest:
+def collect_scores(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> ScoredRuns:
     """Return the runs that were given, those of the methods requested, and the baselines', for the evaluation `kind`.
 
     Raises:
@@ -157,7 +157,7 @@ def collect_scores(settings: ScoredSettings, kind: str, *, self_influence: bool 
     runs = given + [_run_method(settings, name, self_influence) for name in [*wanted, *baselines]]
     first = len(given) + len(wanted)
     scored = [Scored(name, run, row >= first) for row, (name, run) in enumerate(zip(_names(runs), runs, strict=True))]
-    return Contest(tuple(scored), tuple(notes))
+    return ScoredRuns(tuple(scored), tuple(notes))
 
 
 def require_own_files(settings: Settings, kind: str) -> None:

@@ -38,7 +38,7 @@ from vestige.evaluate import (
     Source,
     exact_products,
     quality,
-    sketched_products,
+    sketch_products,
 )
 from vestige.gradients import CausalLoss, FunctionObjective, GradientPass, GradientSink
 from vestige.models import select_components
@@ -209,7 +209,7 @@ def _over_components(
 ) -> Cell:
     spec = family.at(size)
     sketches = [[spec.build(one.name, one.shape, seed) for one in source.components] for seed in seeds]
-    results = sketched_products(source, samples, sketches)
+    results = sketch_products(source, samples, sketches)
     return _mean(
         [
             quality(*triple)

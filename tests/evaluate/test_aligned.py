@@ -1,40 +1,75 @@
-"""Scores read in blocks, in other orders and by others' ids, against whole matrices; and the memory that they take."""
+"""Scores read in other orders and under others' ids, and ranked with ties, against whole matrices."""
 
 import math
-import tracemalloc
 from fractions import Fraction
 from itertools import groupby
-from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
+import torch
 
-from vestige.data import Example
+from vestige.data import Example, TokenizedData
 from vestige.errors import DataError, IndexMismatch, UserError
-from vestige.evaluate import _aligned, _ranking_measures, datamodeling_score, effects
-from vestige.evaluate._aligned import aligned, summed
-from vestige.evaluate._mislabel import _judgement, wrong_labels
-from vestige.evaluate._retrieval import _per_query, right_examples, ties_of
-from vestige.evaluate._scored import Scored, together
-from vestige.runs import Scores, _dense
-from vestige.settings import MislabelSettings
+from vestige.evaluate import (
+    Scored,
+    align_scores,
+    compute_effects,
+    count_ties,
+    datamodeling_score,
+    find_right_examples,
+    read_together,
+    read_wrong_labels,
+    recall_after,
+    reciprocal_rank,
+    sum_over_sets,
+)
+from vestige.runs import (
+    CoverageRecord,
+    DataRecord,
+    Meaning,
+    RunRecord,
+    RunTables,
+    ScoreBlock,
+    ScoreCollector,
+    Scores,
+    TrustRecord,
+    write_run,
+)
 
 QUERIES, EXAMPLES = 4, 300
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    monkeypatch.setattr(_aligned, "BLOCK_EXAMPLES", 64)
-    monkeypatch.setattr(_ranking_measures, "BLOCK", 50)
-    monkeypatch.setattr(_dense, "_IDS_AT_ONCE", 37)
+def tokens(names):
+    ids = [np.array([1], dtype=np.int32)] * len(names)
+    examples = [Example(name, row, prompt=name, completion=name) for row, name in enumerate(names)]
+    return TokenizedData(examples, ids, [np.ones(1, dtype=bool)] * len(names), np.zeros(len(names), dtype=bool), "f")
 
 
 def run_in(folder, scores, queries, examples):
-    folder.mkdir(exist_ok=True)
-    _dense.write_dense(folder / _dense.DENSE_FILE, scores, queries, examples)
-    return Scored(folder.name, Scores(folder, SimpleNamespace(method=folder.name)))
+    """Write a run with these scores."""
+    collector = ScoreCollector(*scores.shape, k=2, sources=[None] * len(examples), dense=True)
+    collector.add(ScoreBlock(torch.arange(len(examples)), torch.tensor(scores)))
+    summary = collector.finish()
+    record = RunRecord(
+        vestige="0.1.0",
+        created="2025-01-01T00:00:00+00:00",
+        command="vestige attribute",
+        config={},
+        versions={},
+        data=DataRecord(name="d", fingerprint="f", examples=len(examples)),
+        queries=DataRecord(name="q", fingerprint="f", examples=len(queries)),
+        method=folder.name,
+        meaning=Meaning(*("positive: good", "nats", "this model", "none", "an effect", "one pass", "often")),
+        coverage=CoverageRecord(selected=1, total=1, fraction=1.0, skipped=[]),
+        components=["one"],
+        seconds=1.0,
+        peak_memory_bytes=1,
+        trust=TrustRecord(checks=[]),
+        distribution=dict(zip(queries, summary.distribution, strict=True)),
+        groups=dict(zip(queries, summary.groups, strict=True)),
+    )
+    content = RunTables(tokens(examples), tokens(queries), summary.ranked, [False] * len(queries), dense=summary.dense)
+    return Scored(folder.name, Scores.open(write_run(folder, record, content)))
 
 
 @pytest.fixture
@@ -70,23 +105,25 @@ def slow_measures(scores, right, lengths):
     return [float(rank), *(float(found[k] / len(right)) for k in lengths)]
 
 
-def test_retrieval_is_sorting_for_runs_in_any_order(world, blocks):
+def test_retrieval_is_sorting_for_runs_in_any_order(world):
     runs, scores, asked, names = world
     wanted = {"q0": ["example 7"], "q1": ["example 0", "example 299"], "q2": ["example 65"], "q3": names[100:140]}
-    queries = [Example(name, row, prompt=name, extra={"answers": wanted[name]}) for row, name in enumerate(asked)]
-    found = together(runs)
-    assert (found.queries, list(found.examples)) == (asked, names)
-    right = right_examples(queries, "answers", found.queries, found.examples)
+    given = [Example(name, row, prompt=name, extra={"answers": wanted[name]}) for row, name in enumerate(asked)]
+    queries, examples, tables = read_together(runs)
+    assert (queries, list(examples)) == (asked, names)
+    right = find_right_examples(given, "answers", queries, examples)
     lengths = [1, 5, 64, 300]
     expected = [
         slow_measures(row.tolist(), {names.index(one) for one in wanted[name]}, lengths)
         for name, row in zip(asked, scores, strict=True)
     ]
-    for table in found.tables:
-        assert _per_query(ties_of(table, right), lengths) == pytest.approx(np.array(expected), rel=1e-12)
+    for table in tables:
+        ties = [count_ties(table.of_query(query), rows) for query, rows in enumerate(right)]
+        found = [[reciprocal_rank(each), *recall_after(each, lengths)] for each in ties]
+        assert found == [pytest.approx(row, rel=1e-12) for row in expected]
 
 
-def test_sums_are_those_of_whole_matrices_in_the_order_asked_for(world, blocks, tmp_path):
+def test_sums_are_those_of_whole_matrices_in_the_order_asked_for(world):
     runs, scores, asked, names = world
     random = np.random.default_rng(1)
     order = random.permutation(EXAMPLES)[:200]
@@ -95,109 +132,52 @@ def test_sums_are_those_of_whole_matrices_in_the_order_asked_for(world, blocks, 
     losses = random.normal(size=(20, QUERIES))
     everything = np.concatenate([np.ones((1, 200), dtype=bool), ~np.eye(4, 200, dtype=bool)])
     for one in runs:
-        table = aligned(one.run, asked[::-1], [names[row] for row in order])
+        table = align_scores(one.run, asked[::-1], [names[row] for row in order])
         assert table.shape == (QUERIES, 200)
-        assert np.abs(summed(table, sets) - expected).max() < 1e-12 * np.abs(expected).max()
+        assert np.abs(sum_over_sets(table, sets) - expected).max() < 1e-12 * np.abs(expected).max()
         assert np.array_equal([table.of_query(row) for row in range(QUERIES)], scores[::-1, order])
         whole = scores[::-1, order]
         found, matrix = (datamodeling_score(each, sets, losses, draws=20) for each in (table, whole))
         assert found.estimate == pytest.approx(matrix.estimate, rel=1e-12)
-        predicted = effects(table, everything, losses[:5], np.arange(5)).predicted
+        predicted = compute_effects(table, everything, losses[:5], np.arange(5)).predicted
         assert np.array_equal(predicted, whole[:, :4].T)
 
 
-def test_the_same_order_needs_no_reordering(world):
-    runs, _, asked, names = world
-    assert aligned(runs[0].run, asked, names).places is None
-    assert aligned(runs[1].run, asked, names).places is not None
+def test_many_examples_are_read_a_block_at_a_time(tmp_path):
+    count = 150_000
+    scores = np.random.default_rng(0).random((2, count), dtype=np.float32)
+    names = [f"e{row}" for row in range(count)]
+    table = align_scores(run_in(tmp_path / "run", scores, ["p", "q"], names).run, ["q", "p"], names[::-1])
+    sizes = [part.shape[1] for _, part in table.blocks()]
+    assert sum(sizes) == count
+    assert max(sizes) <= 2**16
+    assert sum_over_sets(table, np.ones((1, count), dtype=bool))[0] == pytest.approx(scores[::-1].sum(1), rel=1e-4)
 
 
 def test_missing_ids_are_named(world, tmp_path):
     runs, scores, asked, names = world
     with pytest.raises(IndexMismatch, match=r"no scores for 2 of the 302 examples, such as 'new'"):
-        aligned(runs[1].run, asked, [*names, "new", "newer"])
+        align_scores(runs[1].run, asked, [*names, "new", "newer"])
     with pytest.raises(IndexMismatch, match=r"no scores for 1 of the 1 queries, such as 'why'"):
-        aligned(runs[1].run, ["why"], names)
+        align_scores(runs[1].run, ["why"], names)
     fewer = run_in(tmp_path / "fewer", scores[:, 1:], asked, names[1:])
     for pair in ((runs[0], fewer), (fewer, runs[0])):
         with pytest.raises(UserError, match="different queries or examples"):
-            together(pair)
+            read_together(pair)
 
 
-def test_scores_that_are_not_finite_are_refused(world, tmp_path):
-    _, scores, asked, names = world
+def test_scores_that_are_not_finite_are_refused(world):
+    _, scores, _, _ = world
     scores[1, 200] = np.nan
-    table = together([run_in(tmp_path / "broken", scores, asked, names)]).tables[0]
     with pytest.raises(DataError, match="not finite"):
-        ties_of(table, [np.array([0])] * QUERIES)
+        count_ties(scores[1], np.array([0]))
     with pytest.raises(DataError, match="1 of the scores are not finite"):
-        datamodeling_score(table, np.ones((5, EXAMPLES), dtype=bool), np.zeros((5, QUERIES)))
+        datamodeling_score(scores, np.ones((5, EXAMPLES), dtype=bool), np.zeros((5, QUERIES)))
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    """What is held at a time weighs little beside what is held for each example."""
-    for module, name in ((_aligned, "BLOCK_EXAMPLES"), (_ranking_measures, "BLOCK"), (_dense, "_IDS_AT_ONCE")):
-        monkeypatch.setattr(module, name, 2048)
-    monkeypatch.setattr(_dense, "_WINDOW", 2**14)
-
-
-def peak_of(work, count):
-    """Bytes at most of Python, NumPy and Arrow; those of Arrow never fall from one call to the next."""
-    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
-    pa.set_memory_pool(pool)
-    tracemalloc.start()
-    try:
-        work(count)
-        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
-    finally:
-        tracemalloc.stop()
-        pa.set_memory_pool(before)
-
-
-def growth(work, few=20_000, many=200_000):
-    """Bytes for each further example."""
-    work(few)
-    fewer = peak_of(work, few)
-    return (peak_of(work, many) - fewer) / (many - few)
-
-
-def test_retrieval_takes_no_memory_for_each_example(tmp_path, small_parts):
-    queries = [Example(name, 0, prompt=name, extra={"answers": "example-77"}) for name in "pq"]
-
-    def judge(count):
-        runs = [tmp_path / f"{count}-{name}" for name in ("one", "other")]
-        found = together([Scored(folder.name, Scores(folder, SimpleNamespace())) for folder in runs])
-        right = right_examples(queries, "answers", found.queries, found.examples)
-        return [_per_query(ties_of(table, right), [1, 10]) for table in found.tables]
-
-    for count in (20_000, 200_000):
-        scores = np.random.default_rng(0).random((2, count), dtype=np.float32)
-        for name in ("one", "other"):
-            run_in(tmp_path / f"{count}-{name}", scores, "pq", (f"example-{row}" for row in range(count)))
-    assert growth(judge) < 0.5
-
-
-def test_marks_are_read_window_by_window():
-    marked = np.random.default_rng(0).random(200_003) < 0.1
-    found = wrong_labels((Example(str(row), row, extra={"wrong": mark}) for row, mark in enumerate(marked)), "wrong")
+def test_marks_are_read_from_the_column():
+    marked = np.random.default_rng(0).random(2_003) < 0.1
+    found = read_wrong_labels(
+        (Example(str(row), row, extra={"wrong": mark}) for row, mark in enumerate(marked)), "wrong"
+    )
     assert np.array_equal(found, marked)
-
-
-def test_mislabel_takes_a_few_bytes_an_example(tmp_path, small_parts):
-    settings = MislabelSettings(run=("run",), out=tmp_path, draws=3)
-
-    def judge(count):
-        record = SimpleNamespace(data=SimpleNamespace(examples=count), method="grad-dot")
-        record.run = record
-        scored = Scored("grad-dot", Scores(tmp_path / str(count), record))
-        marked = (Example(str(row), row, extra={"wrong": row % 10 == 3}) for row in range(count))
-        return _judgement(scored, wrong_labels(marked, "wrong"), settings)
-
-    few, many = 100_000, 500_000
-    for count in (few, many):
-        order = np.random.default_rng(0).permutation(count)
-        (tmp_path / str(count)).mkdir()
-        table = pa.table({"example_id": order.astype(str), "row": order, "score": np.linspace(9, 0, count)})
-        parquet.write_table(table, tmp_path / str(count) / "self_influence.parquet")
-    assert growth(judge, few, many) < 9

@@ -16,8 +16,6 @@ from tests.workshop import PAIRS, furnish, write_rows
 from vestige.data import load_examples, load_queries, tokenize
 from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, WorkElsewhere
 from vestige.evaluate import one_pass_result
-from vestige.evaluate._component_inputs import find_candidates, read_component_inputs
-from vestige.evaluate._component_plan import CandidateProducts
 from vestige.gradients import GradientPass
 from vestige.settings import ComponentsSettings
 
@@ -86,18 +84,17 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("products/*"))}
 
 
-def ids_of(settings):
-    inputs = read_component_inputs(settings)
-    examples = inputs.train.examples
-    rows = inputs.candidates[settings.candidates[0]].rows
+def ids_of(inputs, words):
+    examples, rows = inputs.train.examples, inputs.candidates[words].rows
     return [one.id for one in inputs.queries.examples], [[examples[row].id for row in line] for line in rows]
 
 
 @pytest.mark.parametrize("candidates", ["5", "all"])
 def test_the_sum_over_components_is_the_direct_full_cosine(settings, gradients, candidates):
     chosen = settings(candidates=candidates, components="all")
-    products = one_pass_result(chosen).gradients[candidates]
-    queries, listed = ids_of(chosen)
+    result = one_pass_result(chosen)
+    products = result.gradients[candidates]
+    queries, listed = ids_of(result.inputs, candidates)
     expected = [
         [full_cosine(gradients[q], gradients[e], products.names) for e in row]
         for q, row in zip(queries, listed, strict=True)
@@ -135,11 +132,10 @@ def test_fewer_candidates_are_the_first_of_more(settings):
     assert np.array_equal(result.gradients["3"].values, result.gradients["all"].values[:, :, :3])
 
 
-def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settings, monkeypatch, tmp_path):
-    blocks = one_pass_result(settings(components="all")).gradients["5"]
-    monkeypatch.setattr("vestige.evaluate._component_tables.DENSE", 2.0)
-    single = one_pass_result(settings(components="all", out=tmp_path / "single")).gradients["5"]
-    np.testing.assert_allclose(single.values, blocks.values, rtol=1e-4, atol=1e-6)
+def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settings, tmp_path):
+    blocks = one_pass_result(settings(components="all", candidates="all")).gradients["all"]
+    single = one_pass_result(settings(components="all", candidates="1", out=tmp_path / "single")).gradients["1"]
+    np.testing.assert_allclose(single.values, blocks.values[:, :, :1], rtol=1e-4, atol=1e-6)
 
 
 def test_identical_paraphrases_have_accuracy_one_and_cosine_one(settings, workshop, tmp_path):
@@ -171,26 +167,30 @@ def test_trap_partition_and_combine_equal_a_single_run_byte_for_byte(settings, t
 
 
 def test_trap_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, tmp_path, monkeypatch):
-    one_pass_result(settings(out=tmp_path / "whole"))
-    fill, calls = CandidateProducts._fill, []
+    run, calls = GradientPass.run, []
+    last = None
 
-    def breaks(self, piece, runs):
-        calls.append(piece)
-        if len(calls) == 3:
+    def counted(self, batch, sink):
+        if len(calls) == last:
             raise KeyboardInterrupt
-        fill(self, piece, runs)
+        calls.append(len(batch.rows))
+        run(self, batch, sink)
 
-    monkeypatch.setattr(CandidateProducts, "_fill", breaks)
+    monkeypatch.setattr(GradientPass, "run", counted)
+    one_pass_result(settings(out=tmp_path / "whole", candidates="all"))
+    whole, last = len(calls), len(calls) - 2
+    calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        one_pass_result(settings())
-    assert len(list((tmp_path / "out" / "products").glob("*.json"))) == 2
-    damaged = tmp_path / "out" / "products" / "00000.safetensors"
+        one_pass_result(settings(candidates="all"))
+    assert len(list((tmp_path / "out" / "products").glob("*.json"))) > 1
+    damaged = tmp_path / "out" / "products" / "00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    calls[:] = [None] * 3
-    one_pass_result(settings())
-    assert calls[3:] == [0, *range(2, len(calls) - 2)], "the damaged piece and those that were missing"
+    calls.clear()
+    last = None
+    one_pass_result(settings(candidates="all"))
+    assert 2 < len(calls) < whole - 2, "the damaged piece and those that were missing"
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vestige.errors import SpecError
-from vestige.evaluate import Projection, projection_plan, projection_sizes
-from vestige.evaluate._component_projection import ProjectionPlan
+from vestige.evaluate import Projection, ProjectionPlan, projection_plan, projection_sizes
 from vestige.gradients import Gradients
 from vestige.models import Component, Use
 
@@ -68,7 +67,7 @@ def errors(sizes, form, seeds=12, projector="rademacher"):
         projection = Projection(ProjectionPlan("test", sizes), components(), projector, seed)
         one, other = (projection.apply(side).double() for side in (mine, theirs))
         if form == "published":
-            one, other = (side * projection.published_weights() for side in (one, other))
+            one, other = (side * projection.weights_as_published() for side in (one, other))
         found.append(cosine(one, other))
     estimates = torch.stack(found)
     return float((estimates - full).abs().mean()), float((estimates - weighted).abs().mean())

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from tests.reference.components import greedy as slow_greedy, subset_cosine
-from vestige.evaluate import ComponentProducts, credit, greedy_path, held_out
-from vestige.evaluate._component_products import agreement
-from vestige.evaluate._component_search import Path, folds_of, grouped_estimate, values_along
+from vestige.evaluate import (
+    ComponentProducts,
+    Path,
+    assign_folds,
+    compute_agreement,
+    credit,
+    cross_validate,
+    estimate_mean,
+    greedy_path,
+    values_along,
+)
 
 
 def drawn(components=6, queries=5, candidates=4, examples=9, seed=0, right_first=0.0):
@@ -85,7 +93,7 @@ def test_trap_a_gain_that_was_chosen_by_its_own_queries_vanishes_held_out():
     products, right = drawn(components=60, queries=60, candidates=5, examples=200, right_first=0.0)
     groups = np.arange(60)
     chosen_by_all = max(greedy_path(products, right, "accuracy", longest=10).values)
-    found = held_out(products, right, "accuracy", groups, folds=5, seed=0, longest=10)
+    found = cross_validate(products, right, "accuracy", groups, folds=5, seed=0, longest=10)
     assert chosen_by_all > 0.35, "chance is 0.2: the search overfits, as it must"
     assert found.train > 0.35
     assert found.credit.mean() < 0.33
@@ -99,17 +107,17 @@ def test_a_component_that_knows_is_found_held_out_as_well():
     norms = products.example.copy(), products.query.copy()
     norms[0][7] += 400
     knowing = ComponentProducts(products.names, products.parameters, told, norms[1], norms[0], products.rows)
-    found = held_out(knowing, right, "accuracy", np.arange(60), folds=5, seed=0)
+    found = cross_validate(knowing, right, "accuracy", np.arange(60), folds=5, seed=0)
     assert all(chosen[0] == 7 for chosen in found.chosen)
     assert found.credit.mean() > 0.95
 
 
 def test_trap_paraphrases_of_one_original_are_in_one_fold():
     groups = np.array([0, 0, 0, 1, 1, 2, 3, 3, 4, 5])
-    folds = folds_of(groups, 3, seed=1)
+    folds = assign_folds(groups, 3, seed=1)
     assert all(len(set(folds[groups == group])) == 1 for group in range(6))
     assert set(folds) == {0, 1, 2}
-    assert max(folds_of(np.array([0, 0, 1]), 5, seed=0)) == 1
+    assert max(assign_folds(np.array([0, 0, 1]), 5, seed=0)) == 1
 
 
 def test_trap_ties_count_as_their_share_and_no_place_in_the_list_decides():
@@ -131,9 +139,9 @@ def test_trap_uncentred_agreement_is_high_for_what_tells_nothing_apart():
     full = 0.8 + 0.02 * random.normal(size=(50, 5))
     blind = 0.7 + 0.02 * random.normal(size=(50, 5))
     listed = np.ones((50, 5), dtype=bool)
-    assert agreement(blind, full, listed) > 0.99
-    assert abs(agreement(blind, full, listed, centred=True)) < 0.3
-    assert agreement(full, full, listed, centred=True) == pytest.approx(1.0)
+    assert compute_agreement(blind, full, listed) > 0.99
+    assert abs(compute_agreement(blind, full, listed, centred=True)) < 0.3
+    assert compute_agreement(full, full, listed, centred=True) == pytest.approx(1.0)
 
 
 def test_the_shortest_set_with_the_highest_value_is_chosen_or_the_first_that_is_enough():
@@ -145,7 +153,7 @@ def test_the_shortest_set_with_the_highest_value_is_chosen_or_the_first_that_is_
 
 def test_intervals_are_over_originals_and_not_over_their_paraphrases():
     values = np.repeat(np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]), 20)
-    alone = grouped_estimate(values, np.arange(120), 500, 0)
-    together = grouped_estimate(values, np.repeat(np.arange(6), 20), 500, 0)
+    alone = estimate_mean(values, 500, 0, np.arange(120))
+    together = estimate_mean(values, 500, 0, np.repeat(np.arange(6), 20))
     assert alone.value == together.value
     assert together.high - together.low > 3 * (alone.high - alone.low)

@@ -10,7 +10,7 @@ import vestige.evaluate
 from tests.docs.blocks import ROOT
 from tests.evaluate.test_component_pass import workshop  # noqa: F401
 from vestige.cli import main
-from vestige.evaluate._component_cost import backward_shares, component_type
+from vestige.evaluate import backward_shares, component_type
 from vestige.models import load_model, select_components
 from vestige.settings import ComponentsSettings
 

@@ -14,8 +14,7 @@ from tests.workshop import furnish, write_rows
 from vestige.banks import Bank, bank
 from vestige.data import load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError, UserError
-from vestige.evaluate import Estimate
-from vestige.evaluate._retrieval import right_examples
+from vestige.evaluate import Estimate, align_scores, find_right_examples, train_temporarily
 from vestige.methods import attribute
 from vestige.runs import Scores
 
@@ -96,27 +95,28 @@ def test_lds_predicts_margins_where_they_are_asked_for_or_all_there_is(halves, g
     assert "the margin" in result.title
 
 
-def test_a_second_call_scores_nothing_anew_and_changed_settings_are_refused(halves, given, tmp_path, monkeypatch):
+def test_a_second_call_scores_nothing_again_and_changed_settings_are_refused(halves, given, tmp_path):
     arguments = {**given, "bank": halves, "methods": ("grad-dot",), "out": tmp_path / "lds", "draws": 10}
     first = vestige.evaluate.lds(**arguments)
-    monkeypatch.setattr("vestige.evaluate._scored.attribute", None)
+    runs = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "lds" / "runs").rglob("*"))}
     assert str(vestige.evaluate.lds(**arguments)) == str(first)
+    assert runs == {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "lds" / "runs").rglob("*"))}
     with pytest.raises(IndexMismatch, match="other settings"):
         vestige.evaluate.lds(**arguments | {"damping": 0.5})
 
 
 def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_path):
     """Truth that follows a run's own scores, with examples and queries of the run in another order than the bank's."""
-    from vestige.evaluate._aligned import aligned
+
     from vestige.evaluate._scored import Scored
     from vestige.evaluate._truth import open_truth
 
     truth = open_truth(halves)
     scored = Scored("grad-dot", Scores.open(runs[0]))
-    backwards = aligned(scored.run, truth.query_ids[::-1], truth.example_ids[::-1])
+    backwards = align_scores(scored.run, truth.bank.query_ids[::-1], truth.bank.example_ids[::-1])
     assert np.array_equal([backwards.of_query(query) for query in range(3)], scored.run.dense()[::-1, ::-1])
-    losses = -(truth.membership @ scored.run.dense().T.astype(np.float64))
-    found = vestige.evaluate.datamodeling_score(truth.of(scored), truth.membership, losses, draws=0)
+    losses = -(truth.bank.membership @ scored.run.dense().T.astype(np.float64))
+    found = vestige.evaluate.datamodeling_score(truth.scores_of(scored), truth.bank.membership, losses, draws=0)
     assert found.estimate.value == pytest.approx(1.0)
 
 
@@ -235,13 +235,11 @@ def test_tail_patch_takes_the_step_and_restores_every_bit(given, tmp_path):
 
 
 def test_a_step_that_fails_leaves_the_weights_as_they_were(given):
-    from vestige.evaluate._tail_patch import trainable
-
     model = AutoModelForCausalLM.from_pretrained(given["model"]).requires_grad_(False)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
 
     def interrupted():
-        with trainable(model), torch.no_grad():
+        with train_temporarily(model), torch.no_grad():
             for weight in model.parameters():
                 weight.add_(0.1)
             raise KeyboardInterrupt
@@ -266,7 +264,7 @@ def test_mislabel_ranks_by_self_influence(workshop, given, tmp_path):
         vestige.evaluate.mislabel(**arguments, methods="grad-dot", truth="wrong", out=tmp_path / "out")
 
 
-def test_retrieval_finds_the_right_examples(given, runs, tmp_path):
+def test_retrieval_finds_the_find_right_examples(given, runs, tmp_path):
     result = vestige.evaluate.retrieval(run=runs, queries=given["queries"], k="1,12", out=tmp_path / "out", draws=50)
     assert [row.method for row in result.rows] == ["grad-dot", "bm25"]
     assert "random, rep-sim, grad-cos" in str(result)
@@ -281,12 +279,12 @@ def test_retrieval_finds_the_right_examples(given, runs, tmp_path):
 
 def test_right_examples_may_be_one_or_several_and_must_exist(given):
     queries, ids = load_queries(given["queries"]), [f"pair-{number}" for number in range(12)]
-    right = right_examples(queries, "answers", ["ant", "sky"], ids)
+    right = find_right_examples(queries, "answers", ["ant", "sky"], ids)
     assert [rows.tolist() for rows in right] == [[6, 7], [0]]
     with pytest.raises(DataError, match="nothing in 'truth'"):
-        right_examples(queries, "truth", ["ant"], ids)
+        find_right_examples(queries, "truth", ["ant"], ids)
     with pytest.raises(DataError, match="no id of the training data"):
-        right_examples(queries, "answers", ["ant"], ids[:7])
+        find_right_examples(queries, "answers", ["ant"], ids[:7])
 
 
 def test_randomisation_scores_on_noise(given, tmp_path):

@@ -6,9 +6,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from tests.reference import evaluation as reference
 from vestige.errors import DataError
-from vestige.evaluate import ceiling, datamodeling_score
-from vestige.evaluate._lds_measure import held_out_choice
-from vestige.evaluate._statistics import Estimate, pearson, spearman
+from vestige.evaluate import Estimate, ceiling, choose_held_out, datamodeling_score, pearson, spearman
 
 QUERIES, EXAMPLES, SUBSETS = 6, 40, 30
 
@@ -101,7 +99,7 @@ def test_the_ceiling_is_what_the_truth_reaches_against_noisy_means():
 def test_trap_a_damping_is_not_judged_on_the_queries_it_was_chosen_on():
     random = np.random.default_rng(0)
     candidates = [random.normal(size=50) for _ in range(20)]
-    best, others = held_out_choice(candidates)
+    best, others = choose_held_out(candidates)
     assert len(others) == 45
     chosen_on = np.setdiff1d(np.arange(50), others)
     assert candidates[best][chosen_on].mean() == max(each[chosen_on].mean() for each in candidates)

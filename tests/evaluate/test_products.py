@@ -5,7 +5,7 @@ import torch
 from tests.architectures import build, sequences
 from vestige.compress import parse_spec
 from vestige.errors import NonFinite, UserError
-from vestige.evaluate import Rows, Samples, Source, exact_products, projected_products, sketched_products
+from vestige.evaluate import Rows, Samples, Source, exact_products, project_products, sketch_products
 from vestige.gradients import CausalLoss, GradientPass
 from vestige.models import select_components
 
@@ -45,7 +45,7 @@ def test_exact_products_are_those_of_plain_backward_passes_however_little_memory
         source = Source.of(gradient_pass, components, model)
         memory = source.gradient_bytes * (1 + -(-REFERENCES // shares))
         passed = []
-        found = exact_products(source, samples(), memory, passed.append).summed()
+        found = exact_products(source, samples(), memory, passed.append).sum_components()
     expected = gradients[:REFERENCES] @ gradients[REFERENCES:].T
     # The products are summed in float64 up to the order of the terms.
     torch.testing.assert_close(found.values[0], expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
@@ -63,8 +63,8 @@ def test_streaming_compression_equals_the_projection_of_exact_gradients(spec):
     sketches = [[parse_spec(spec).build(one.name, one.shape, seed) for one in components] for seed in (0, 1)]
     with GradientPass(model, components, CausalLoss()) as gradient_pass:
         source = Source.of(gradient_pass, components, model)
-        streamed = sketched_products(source, samples(), sketches)
-        projected = [projected_products(source, samples(), compressors) for compressors in sketches]
+        streamed = sketch_products(source, samples(), sketches)
+        projected = [project_products(source, samples(), compressors) for compressors in sketches]
     for one, other in zip(streamed, projected, strict=True):
         size = float(other.values.abs().max())
         torch.testing.assert_close(one.products.values, other.values, rtol=1e-4, atol=1e-5 * size)
@@ -79,7 +79,7 @@ def test_no_compression_gives_the_exact_products():
         source = Source.of(gradient_pass, components, model)
         exact = exact_products(source, samples(), 2**30)
         whole = [parse_spec("none").build(one.name, one.shape, 0) for one in components]
-        (found,) = sketched_products(source, samples(), [whole])
+        (found,) = sketch_products(source, samples(), [whole])
     torch.testing.assert_close(found.products.values, exact.values, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.products.lengths, exact.lengths, rtol=1e-4, atol=1e-5)
 

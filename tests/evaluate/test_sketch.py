@@ -8,6 +8,7 @@ import vestige.evaluate
 from tests.workshop import furnish
 from vestige.errors import CorruptFile, DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Family
+from vestige.gradients import GradientPass
 from vestige.indexes import index
 
 
@@ -74,41 +75,49 @@ def test_all_parameters_as_reference_count_what_the_sketch_leaves_out(evaluate, 
     assert covered.relative_error_percent < 1e-2
 
 
-def test_a_second_call_computes_only_what_is_new(evaluate, monkeypatch):
-    first = evaluate()
-    calls = []
-    from vestige.evaluate import _sketch
+@pytest.fixture
+def passed(monkeypatch):
+    """Examples of each pass of the model, in order."""
+    batches, run = [], GradientPass.run
 
-    compute = _sketch.sketched_products
-    monkeypatch.setattr(_sketch, "sketched_products", lambda *words: calls.append(len(words[2])) or compute(*words))
-    monkeypatch.setattr(_sketch, "exact_products", None)
+    def counted(self, batch, sink):
+        batches.append(len(batch.rows))
+        run(self, batch, sink)
+
+    monkeypatch.setattr(GradientPass, "run", counted)
+    return batches
+
+
+def test_a_second_call_computes_only_what_is_new(evaluate, passed):
+    first = evaluate()
+    passed.clear()
     assert evaluate().curves == first.curves
-    assert calls == []
+    assert passed == []
     more = evaluate(seeds=3)
-    assert calls == [1, 1, 1, 1]
+    assert sum(passed) == 4 * 12, "one pass over all examples for the new seed of each of four specs"
     assert len(more.curves["tensorsketch:K"][0].seeds) == 3
 
 
-def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, monkeypatch):
-    from vestige.evaluate import _sketch
-
+def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, passed, monkeypatch):
     whole = evaluate(out=tmp_path / "whole")
-    compute, calls = _sketch.sketched_products, []
+    passes = len(passed)
+    passed.clear()
+    counted = GradientPass.run
 
-    def killed(*words):
-        calls.append(1)
-        if len(calls) == 3:
+    def killed(self, batch, sink):
+        if len(passed) == passes // 2:
             raise KeyboardInterrupt
-        return compute(*words)
+        counted(self, batch, sink)
 
-    monkeypatch.setattr(_sketch, "sketched_products", killed)
+    monkeypatch.setattr(GradientPass, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate()
+    monkeypatch.setattr(GradientPass, "run", counted)
+    passed.clear()
     resumed = evaluate()
-    assert len(calls) == 5
+    assert 0 < len(passed) < passes, "what was finished is not computed again"
     for name, points in resumed.curves.items():
-        expected = whole.curves[name]
-        assert [point.rmse for point in points] == [point.rmse for point in expected]
+        assert [point.rmse for point in points] == [point.rmse for point in whole.curves[name]]
 
 
 def test_other_examples_are_not_mixed_in(evaluate):

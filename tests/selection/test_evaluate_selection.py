@@ -10,14 +10,14 @@ import vestige
 from vestige.banks import Bank
 from vestige.cli import main
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.evaluate import gain_over
+from vestige.evaluate import measure_gain
 from vestige.selection import select
 
 
 def test_a_gain_is_random_minus_chosen_seed_by_seed():
     random = np.random.default_rng(0)
     chosen, others = random.normal(size=(3, 5)), random.normal(size=(2, 3, 5))
-    gain = gain_over(chosen, others, 200, 0)
+    gain = measure_gain(chosen, others, 200, 0)
     by_seed = [
         sum(others[group][seed][query] - chosen[seed][query] for group in range(2) for query in range(5)) / 10
         for seed in range(3)
@@ -37,13 +37,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     for world in range(worlds):
         seeds, sets, queries = (random.normal(size=shape) for shape in ((1, 6, 1), (6, 1, 1), (1, 1, 40)))
         others = 1 + seeds * 0.3 + sets * 0.3 + queries * 0.3 + random.normal(size=(6, 6, 40)) * 0.3
-        found = gain_over(np.zeros((6, 40)), others, 100, world).over_all
+        found = measure_gain(np.zeros((6, 40)), others, 100, world).over_all
         hits += found.low <= 1 <= found.high
     assert hits / worlds > 0.8
 
 
 def test_one_seed_has_no_interval_over_seeds():
-    gain = gain_over(np.zeros((1, 4)), np.ones((2, 1, 4)), 10, 0)
+    gain = measure_gain(np.zeros((1, 4)), np.ones((2, 1, 4)), 10, 0)
     assert gain.over_seeds.value == 1
     assert math.isnan(gain.over_seeds.low)
 

@@ -8,8 +8,7 @@ import vestige_recipes.prepare
 from vestige.cli import main
 from vestige.data import load_examples, load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.evaluate._component_inputs import find_candidates
-from vestige.evaluate._retrieval import right_examples
+from vestige.evaluate import find_candidates, find_right_examples
 from vestige.settings import ComponentsSettings
 
 PROMPTS = ["Why is the sky blue?", "Why is grass green?", "Who wrote Emma?", "Is the moon a star?"]
@@ -74,7 +73,7 @@ def test_evaluate_components_takes_them_as_it_takes_its_own(tmp_path, forced):
     examples, queries = load_examples(TRAIN), load_queries(str(made.data))
     right = np.zeros((len(queries), len(examples)), dtype=bool)
     ids = [one.id for one in examples]
-    for query, rows in enumerate(right_examples(queries, "original_id", [one.id for one in queries], ids)):
+    for query, rows in enumerate(find_right_examples(queries, "original_id", [one.id for one in queries], ids)):
         right[query, rows] = True
     settings = ComponentsSettings(
         model="m", data="d", queries="q", out=tmp_path, candidates="2,given", include_original=forced

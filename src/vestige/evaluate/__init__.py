@@ -1,41 +1,58 @@
 """How far scores, and what they are computed from, can be trusted: one function for each kind of evaluation."""
 
-from vestige.evaluate._component_products import ComponentProducts as ComponentProducts, credit as credit
-from vestige.evaluate._component_projection import (
+from vestige.evaluate._components import components as components
+from vestige.evaluate._components_findings import (
+    OnePassResult as OnePassResult,
+    backward_shares as backward_shares,
+    component_type as component_type,
+    one_pass_result as one_pass_result,
+)
+from vestige.evaluate._components_inputs import (
     Projection as Projection,
+    ProjectionPlan as ProjectionPlan,
+    find_candidates as find_candidates,
     projection_plan as projection_plan,
     projection_sizes as projection_sizes,
 )
-from vestige.evaluate._component_run import OnePassResult as OnePassResult, one_pass_result as one_pass_result
-from vestige.evaluate._component_search import greedy_path as greedy_path, held_out as held_out
-from vestige.evaluate._components import components as components
-from vestige.evaluate._families import PUBLISHED as PUBLISHED, Family as Family
-from vestige.evaluate._figures import Mark as Mark, interval_figure as interval_figure
-from vestige.evaluate._group_measure import (
-    Agreement as Agreement,
-    Effects as Effects,
-    agreement as agreement,
-    effects as effects,
+from vestige.evaluate._components_search import (
+    ComponentProducts as ComponentProducts,
+    Path as Path,
+    assign_folds as assign_folds,
+    compute_agreement as compute_agreement,
+    credit as credit,
+    cross_validate as cross_validate,
+    greedy_path as greedy_path,
+    values_along as values_along,
 )
-from vestige.evaluate._lds import lds as lds
-from vestige.evaluate._lds_measure import (
+from vestige.evaluate._figures import Mark as Mark, interval_figure as interval_figure
+from vestige.evaluate._lds import (
     Ceiling as Ceiling,
     Lds as Lds,
     ceiling as ceiling,
+    choose_held_out as choose_held_out,
     datamodeling_score as datamodeling_score,
-    held_out_choice as held_out_choice,
+    lds as lds,
 )
-from vestige.evaluate._measures import Quality as Quality, quality as quality
-from vestige.evaluate._mislabel import mislabel as mislabel
-from vestige.evaluate._overlap import overlap as overlap
+from vestige.evaluate._mislabel import (
+    detection as detection,
+    mislabel as mislabel,
+    read_wrong_labels as read_wrong_labels,
+    resample_areas as resample_areas,
+)
+from vestige.evaluate._overlap import (
+    jaccard as jaccard,
+    measure_overlap as measure_overlap,
+    overlap as overlap,
+    overlap_by_chance as overlap_by_chance,
+)
 from vestige.evaluate._products import (
     Products as Products,
     Rows as Rows,
     Samples as Samples,
     Source as Source,
     exact_products as exact_products,
-    projected_products as projected_products,
-    sketched_products as sketched_products,
+    project_products as project_products,
+    sketch_products as sketch_products,
 )
 from vestige.evaluate._randomisation import randomisation as randomisation
 from vestige.evaluate._removal import removal as removal
@@ -44,10 +61,41 @@ from vestige.evaluate._result import (
     EvaluationRow as EvaluationRow,
     write_evaluation as write_evaluation,
 )
-from vestige.evaluate._retrieval import retrieval as retrieval
-from vestige.evaluate._selection import Gain as Gain, gain_over as gain_over, selection as selection
-from vestige.evaluate._sketch import sketch as sketch
-from vestige.evaluate._sketch_report import SketchPoint as SketchPoint, SketchReport as SketchReport
-from vestige.evaluate._sources import sources as sources
-from vestige.evaluate._statistics import Estimate as Estimate
-from vestige.evaluate._tail_patch import tail_patch as tail_patch
+from vestige.evaluate._retrieval import (
+    count_ties as count_ties,
+    find_right_examples as find_right_examples,
+    recall_after as recall_after,
+    reciprocal_rank as reciprocal_rank,
+    retrieval as retrieval,
+)
+from vestige.evaluate._scored import (
+    Scored as Scored,
+    align_scores as align_scores,
+    read_together as read_together,
+    sum_over_sets as sum_over_sets,
+)
+from vestige.evaluate._selection import Gain as Gain, measure_gain as measure_gain, selection as selection
+from vestige.evaluate._sketch import PUBLISHED as PUBLISHED, Family as Family, sketch as sketch
+from vestige.evaluate._sketch_report import (
+    Quality as Quality,
+    SketchPoint as SketchPoint,
+    SketchReport as SketchReport,
+    quality as quality,
+)
+from vestige.evaluate._sources import (
+    Agreement as Agreement,
+    Effects as Effects,
+    compute_effects as compute_effects,
+    correlate_effects as correlate_effects,
+    correlate_seeds as correlate_seeds,
+    sources as sources,
+)
+from vestige.evaluate._statistics import (
+    Estimate as Estimate,
+    bootstrap as bootstrap,
+    estimate_mean as estimate_mean,
+    pearson as pearson,
+    spearman as spearman,
+)
+from vestige.evaluate._tail_patch import tail_patch as tail_patch, train_temporarily as train_temporarily
+from vestige.evaluate._truth import Truth as Truth, open_truth as open_truth

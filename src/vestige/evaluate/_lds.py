@@ -1,20 +1,54 @@
 """`vestige evaluate lds`: do scores predict the losses of models retrained on random subsets?"""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from vestige.errors import DataError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._lds_measure import Lds, ceiling, datamodeling_score, held_out_choice
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged, run_of
-from vestige.evaluate._statistics import Estimate, mean_estimate
+from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
+from vestige.evaluate._statistics import (
+    Estimate,
+    bootstrap,
+    estimate_mean,
+    first_of_group,
+    make_interval,
+    mean_by_group,
+    mean_of_known,
+    spearman,
+)
 from vestige.evaluate._truth import Truth, check_disjoint, open_truth
 from vestige.settings import LdsSettings, verb
 
 DAMPED = "influence"
 """The method whose damping is varied by --damping-grid."""
-_TOLD = {"loss": "minus the loss", "margin": "the margin"}
+_TRUTHS = {"loss": "minus the loss", "margin": "the margin"}
+_FEWEST_SUBSETS = 3
+"""Two subsets correlate perfectly or not at all."""
+
+
+class Lds(NamedTuple):
+    """How well scores predict retraining."""
+
+    estimate: Estimate
+    """Mean over queries of the rank correlation over subsets, with a bootstrap interval over queries and subsets."""
+    per_query: Float[np.ndarray, "query"]
+    """NaN where a query's losses or sums do not vary."""
+    undefined: int
+    """Queries that were left out for that reason."""
+    seeds: tuple[float, ...]
+    """The same mean against the models of each seed alone: how much one retraining more or less changes."""
+
+
+class Ceiling(NamedTuple):
+    """How well the retrained models predict each other: no scores can be expected to do better than `whole`."""
+
+    half: float
+    """Mean over queries of the rank correlation of one half of the seeds with the other; NaN for a single seed."""
+    whole: float
+    """What perfect scores would reach against the mean over all seeds: sqrt(2 r / (1 + r)) for r = `half`."""
 
 
 @verb(LdsSettings)
@@ -28,52 +62,55 @@ def lds(settings: LdsSettings) -> Evaluation:
         UserError: Scores and bank are not of the same data and queries.
     """
     truth = open_truth(settings.bank, settings.value)
-    found = judged(settings, "lds")
-    notes = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
+    found = collect_scores(settings, "lds")
+    warnings = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
     results = {one.name: _measure(settings, truth, one) for one in found.scored}
-    limit = ceiling(truth.losses, truth.subset, truth.seeds, seed=settings.seed)
+    limit = ceiling(truth.losses, truth.bank.subsets, truth.bank.seeds, seed=settings.seed)
     rows = [EvaluationRow.of(one, _values(results[one.name])) for one in found.scored]
-    grid = _grid(settings, truth)
-    members, subsets = len(truth.losses), len(np.unique(truth.subset))
+    grid_rows, grid_notes, grid = _vary_damping(settings, truth) if settings.damping_grid else ((), (), None)
+    subsets = len(np.unique(truth.bank.subsets))
+    noise = f"Noise ceiling {limit.whole:.3f}: what perfect scores would reach (halves of the seeds agree at "
     result = Evaluation(
         "lds",
-        f"LDS: rank correlation over {subsets} subsets of summed scores with {_TOLD[truth.value]}, mean of "
-        f"{len(truth.query_ids)} queries",
-        (*rows, *grid["rows"]),
+        f"LDS: rank correlation over {subsets} subsets of summed scores with {_TRUTHS[truth.value]}, mean of "
+        f"{len(truth.bank.query_ids)} queries",
+        (*rows, *grid_rows),
         (
             f"Intervals: 95 %, {settings.draws} bootstrap draws of queries and subsets. Ties share their mean rank.",
-            _ceiling_note(limit.half, limit.whole),
-            *dict.fromkeys(note for note in notes if note),
-            *grid["notes"],
+            "One seed: the noise of retraining is unknown. Give `vestige bank` --seeds 2 or more for a ceiling."
+            if np.isnan(limit.half)
+            else f"{noise}{limit.half:.3f}).",
+            *dict.fromkeys(note for note in warnings if note),
+            *grid_notes,
             *found.notes,
         ),
         {
             "value": truth.value,
             "subsets": subsets,
-            "models": members,
-            "queries": len(truth.query_ids),
-            "fraction": float(truth.membership.mean()),
+            "models": len(truth.losses),
+            "queries": len(truth.bank.query_ids),
+            "fraction": float(truth.bank.membership.mean()),
             "split_half": limit.half,
             "noise_ceiling": limit.whole,
             "bank": truth.bank.identity,
             "per_query": {name: one.per_query.tolist() for name, one in results.items()},
-            "query_ids": truth.query_ids,
+            "query_ids": truth.bank.query_ids,
             "seeds": {name: list(one.seeds) for name, one in results.items()},
-            "damping_grid": grid["details"],
+            "damping_grid": grid,
         },
     )
-    marks = [Mark(row.method, _estimate(row), row.opponent) for row in result.rows]
+    marks = [Mark.of(row, "LDS") for row in result.rows]
     figure = interval_figure("lds", marks, "LDS (95 % intervals)", lines={"noise ceiling": limit.whole})
     return write_evaluation(result, settings.out, figure)
 
 
 def _measure(settings: LdsSettings, truth: Truth, scored: Scored) -> Lds:
     return datamodeling_score(
-        truth.of(scored),
-        truth.membership,
+        truth.scores_of(scored),
+        truth.bank.membership,
         truth.losses,
-        subset=truth.subset,
-        seeds=truth.seeds,
+        subset=truth.bank.subsets,
+        seeds=truth.bank.seeds,
         draws=settings.draws,
         seed=settings.seed,
     )
@@ -84,45 +121,136 @@ def _values(result: Lds) -> dict[str, Any]:
     return {"LDS": result.estimate, "single seeds": spread, "undefined queries": result.undefined}
 
 
-def _estimate(row: EvaluationRow) -> Estimate:
-    value = row.values["LDS"]
-    assert isinstance(value, Estimate)
-    return value
-
-
-def _ceiling_note(half: float, whole: float) -> str:
-    if np.isnan(half):
-        return "One seed: the noise of retraining is unknown. Give `vestige bank` --seeds 2 or more for a ceiling."
-    return f"Noise ceiling {whole:.3f}: what perfect scores would reach (halves of the seeds agree at {half:.3f})."
-
-
-def _grid(settings: LdsSettings, truth: Truth) -> dict[str, Any]:
+def _vary_damping(settings: LdsSettings, truth: Truth) -> tuple[tuple[EvaluationRow], tuple[str], dict[str, Any]]:
     """Measure other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
-    if not settings.damping_grid:
-        return {"rows": (), "notes": (), "details": None}
     dampings = sorted({*settings.damping_grid, settings.damping})
-    folder = settings.out / "runs"
-    runs = [
-        Scored(
-            f"{DAMPED} damping {damping:g}",
-            run_of(settings, DAMPED, folder / f"{DAMPED}-{damping:g}", changes={"damping": damping}),
-        )
-        for damping in dampings
-    ]
+    runs = []
+    for damping in dampings:
+        folder = settings.out / "runs" / f"{DAMPED}-{damping:g}"
+        run = keep_run(settings, folder, {"method": DAMPED, "damping": damping})
+        runs.append(Scored(f"{DAMPED} damping {damping:g}", run))
     results = [_measure(settings, truth, run) for run in runs]
-    best, others = held_out_choice([each.per_query for each in results], seed=settings.seed)
-    judged_on = results[best].per_query[others]
-    chosen = EvaluationRow.of(
-        runs[best],
-        {
-            "LDS": mean_estimate(judged_on, settings.draws, settings.seed),
-            "undefined queries": int(np.isnan(judged_on).sum()),
-        },
-    )
+    best, others = choose_held_out([each.per_query for each in results], seed=settings.seed)
+    values = results[best].per_query[others]
+    row = {
+        "LDS": estimate_mean(values, settings.draws, settings.seed),
+        "undefined queries": int(np.isnan(values).sum()),
+    }
     note = (
         f"{runs[best].name}: chosen among {', '.join(f'{one:g}' for one in dampings)} on "
-        f"{len(truth.query_ids) - len(others)} queries, judged on the other {len(others)} (interval over queries "
+        f"{len(truth.bank.query_ids) - len(others)} queries, judged on the other {len(others)} (interval over queries "
         "alone)."
     )
     table = {f"{damping:g}": each.estimate for damping, each in zip(dampings, results, strict=True)}
-    return {"rows": (chosen,), "notes": (note,), "details": {"chosen": dampings[best], "all_queries": table}}
+    return (EvaluationRow.of(runs[best], row),), (note,), {"chosen": dampings[best], "all_queries": table}
+
+
+def datamodeling_score(
+    scores: "AlignedScores | Float[np.ndarray, 'query example']",
+    membership: Bool[np.ndarray, "member example"],
+    outputs: Float[np.ndarray, "member query"],
+    *,
+    subset: Int[np.ndarray, "member"] | None = None,
+    seeds: Int[np.ndarray, "member"] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Lds:
+    """Compute the linear datamodeling score (Park et al. 2023, arXiv:2303.14186) of scores against measured losses.
+
+    With the sum `p[s, q]` of a query's scores over the examples of subset `s`, and the mean loss `l[s, q]` of the
+    query under the models trained on it, the Spearman correlation over subsets of `p` with `-l`, mean over queries. A
+    positive score promises a lower loss, hence the sign.
+
+    Args:
+        scores: Positive = training on the example lowers the query's loss. An array, or those of a run on disk.
+        membership: True where the model was trained on the example.
+        outputs: Loss of each query under each model.
+        subset: Which models were trained on the same subset: their losses are averaged. None: each on its own.
+        seeds: Which run of its subset each model is, for the spread over seeds.
+        draws: Bootstrap draws; 0 for no interval.
+        seed: Of the draws.
+
+    Raises:
+        DataError: Shapes do not fit, there are fewer than three subsets, or a loss or score is not finite.
+    """
+    _check(scores, membership, outputs)
+    subset = np.arange(len(membership)) if subset is None else subset
+    sums = sum_over_sets(scores, first_of_group(membership, subset))
+    gains = -mean_by_group(outputs, subset)
+    if len(gains) < _FEWEST_SUBSETS:
+        raise DataError(f"The bank has {len(gains)} subsets; a rank correlation needs {_FEWEST_SUBSETS} at least.")
+    per_query = spearman(sums, gains)
+
+    def compute(rows: np.ndarray, columns: np.ndarray) -> float:
+        return mean_of_known(spearman(sums[rows], gains[rows])[columns])
+
+    estimate = make_interval(mean_of_known(per_query), bootstrap(compute, gains.shape, draws, seed))
+    number = np.searchsorted(np.unique(subset), subset)
+    sides = [] if seeds is None else [seeds == run for run in np.unique(seeds)]
+    by_seed = tuple(mean_of_known(spearman(sums[number[side]], -outputs[side])) for side in sides)
+    return Lds(estimate, per_query, int(np.isnan(per_query).sum()), by_seed)
+
+
+def _check(scores: "AlignedScores | np.ndarray", membership: np.ndarray, outputs: np.ndarray) -> None:
+    expected = (len(membership), scores.shape[0])
+    if scores.shape[1] != membership.shape[1] or outputs.shape != expected:
+        raise DataError(
+            f"Scores of {scores.shape[0]} queries x {scores.shape[1]} examples do not fit models of "
+            f"{membership.shape[1]} examples with losses of shape {outputs.shape}; expected {expected}."
+        )
+    blocks = (part for _, part in scores.blocks()) if isinstance(scores, AlignedScores) else [scores]
+    for name, parts in {"scores": blocks, "losses": [outputs]}.items():
+        if broken := sum(int((~np.isfinite(values)).sum()) for values in parts):
+            raise DataError(f"{broken} of the {name} are not finite numbers, so nothing can be ranked by them.")
+
+
+def ceiling(
+    outputs: Float[np.ndarray, "member query"],
+    subset: Int[np.ndarray, "member"],
+    seeds: Int[np.ndarray, "member"],
+    *,
+    splits: int = 20,
+    seed: int = 0,
+) -> Ceiling:
+    """Estimate what the noise of retraining leaves to be predicted, from splits of the seeds into halves.
+
+    Models of one half of the seeds predict the mean losses of the other half's; an odd seed is left out of a split. The
+    correlation r of two halves rises to 2 r / (1 + r) for all seeds (Spearman and Brown), and perfect scores would
+    correlate with noisy means at the square root of that.
+
+    Args:
+        outputs: Loss of each query under each model.
+        subset: Of each model.
+        seeds: Which run of its subset each model is.
+        splits: How many splits are averaged, where there are as many.
+        seed: Of the splits.
+    """
+    runs = np.unique(seeds)
+    half = len(runs) // 2
+    if not half:
+        return Ceiling(float("nan"), float("nan"))
+    random, found = np.random.default_rng(seed), []
+    for _ in range(splits if len(runs) > 2 else 1):
+        order = random.permutation(runs)
+        sides = [np.isin(seeds, order[begin : begin + half]) for begin in (0, half)]
+        means = [mean_by_group(outputs[side], subset[side]) for side in sides]
+        found.append(mean_of_known(spearman(*means)))
+    r = mean_of_known(np.array(found))
+    # Below zero there is only noise, of which no root can be taken.
+    return Ceiling(r, float(np.sqrt(2 * r / (1 + r))) if r > 0 else 0.0 if r <= 0 else float("nan"))
+
+
+def choose_held_out(
+    candidates: list[Float[np.ndarray, "query"]], *, share: float = 0.1, seed: int = 0
+) -> tuple[int, Int[np.ndarray, "query"]]:
+    """Return the candidate that is best on a random share of the queries, and the other queries, to judge it on.
+
+    Args:
+        candidates: The correlation of each query, for every candidate.
+        share: Of the queries to choose on; one at least.
+        seed: Of which queries these are.
+    """
+    order = np.random.default_rng(seed).permutation(len(candidates[0]))
+    count = max(1, round(share * len(order)))
+    means = [mean_of_known(each[order[:count]]) for each in candidates]
+    return int(np.nanargmax(np.nan_to_num(means, nan=-np.inf))), np.sort(order[count:])

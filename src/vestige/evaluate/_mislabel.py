@@ -1,7 +1,6 @@
 """`vestige evaluate mislabel`: does self-influence find the examples with wrong labels?"""
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -9,13 +8,15 @@ from jaxtyping import Bool, Float
 from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._ranking_measures import detection, found_after, resampled_areas, tied
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
-from vestige.evaluate._scored import Scored, judged
-from vestige.evaluate._statistics import interval
+from vestige.evaluate._retrieval import Ties, count_ties, rank_codes, recall_after
+from vestige.evaluate._scored import Scored, collect_scores
+from vestige.evaluate._statistics import bootstrap, make_interval
 from vestige.settings import MislabelSettings, verb
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
+_CONSTANT = "grad-cos"
+"""The method whose self-influence is a cosine of a gradient with itself."""
 _CURVE = tuple(share / 100 for share in range(0, 101, 2))
 
 
@@ -31,21 +32,33 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     """
     if settings.data is None:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
-    _refuse_cosines(settings)
-    found = judged(settings, "mislabel", self_influence=True)
-    wrong = wrong_labels(
-        (example for example, _ in load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)),
-        settings.truth,
-    )
-    judgements = [_judgement(one, wrong, settings) for one in found.scored]
-    rows = [EvaluationRow.of(one, each.values) for one, each in zip(found.scored, judgements, strict=True)]
+    if _CONSTANT in settings.methods:
+        raise SpecError(
+            "Self-influence with grad-cos is the cosine of a gradient with itself: 1 for every example, wrong or "
+            "right. It would find nothing. Type --methods influence,grad-dot."
+        )
+    found = collect_scores(settings, "mislabel", self_influence=True)
+    records = load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    wrong = read_wrong_labels((example for example, _ in records), settings.truth)
+    rows, lines, percent = [], [], [100 * share for share in _CURVE]
+    for one in found.scored:
+        scores = _self_influence(one, len(wrong))
+        ties = count_ties(scores, wrong)
+        area, precision = detection(ties)
+        areas = resample_areas(scores, wrong, settings.draws, settings.seed)
+        values: dict[str, Value] = {"AUC": make_interval(area, areas), "average precision": precision}
+        found_at = recall_after(ties, [round(share * len(wrong)) for share in settings.inspected])
+        values |= {f"found at {share:.0%}": value for share, value in zip(settings.inspected, found_at, strict=True)}
+        rows.append(EvaluationRow.of(one, values))
+        curve = recall_after(ties, [round(share * len(wrong)) for share in _CURVE])
+        lines.append(Line(one.name, percent, [100 * each for each in curve]))
     marked = int(np.count_nonzero(wrong))
     by_chance = {f"found at {share:.0%}": float(share) for share in settings.inspected}
-    chance = EvaluationRow("random", {"AUC": 0.5, "average precision": marked / len(wrong), **by_chance}, opponent=True)
+    chance: dict[str, Value] = {"AUC": 0.5, "average precision": marked / len(wrong), **by_chance}
     result = Evaluation(
         "mislabel",
         f"{marked} of {len(wrong)} labels are wrong: found by self-influence, highest first",
-        (*rows, chance),
+        (*rows, EvaluationRow("random", chance, opponent=True)),
         (
             "Tied scores count at the expected value over every order of the tied; the random row is what chance "
             "gives.",
@@ -54,24 +67,22 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         ),
         {"examples": len(wrong), "wrong": marked},
     )
-    percent = [100 * share for share in _CURVE]
-    lines = [Line(one.name, percent, each.curve) for one, each in zip(found.scored, judgements, strict=True)]
     lines.append(Line("random", percent, percent, opponent=True))
     figure = line_figure("mislabel", lines, "% of the data inspected", "% of the wrong labels found")
     return write_evaluation(result, settings.out, figure)
 
 
-def wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
-    """Return the examples that are marked in a column of the data, as a mask.
+def read_wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
+    """Return the mask of the examples that are marked in a column of the data.
 
     Raises:
         DataError: The column is missing somewhere, holds something else than true or false, or marks none or all.
     """
     wrong = np.fromiter((_is_wrong(example, column) for example in examples), dtype=bool)
-    count, marked = len(wrong), int(np.count_nonzero(wrong))
-    if marked in (0, count):
+    if (marked := int(np.count_nonzero(wrong))) in (0, len(wrong)):
         raise DataError(
-            f"The column {column!r} marks {marked} of {count} examples as wrong, so there is nothing to distinguish."
+            f"The column {column!r} marks {marked} of {len(wrong)} examples as wrong, so there is nothing to "
+            "distinguish."
         )
     return wrong
 
@@ -89,16 +100,8 @@ def _is_wrong(example: Example, column: str) -> bool:
     return word in _TRUE
 
 
-def _refuse_cosines(settings: MislabelSettings) -> None:
-    if "grad-cos" in settings.methods:
-        raise SpecError(
-            "Self-influence with grad-cos is the cosine of a gradient with itself: 1 for every example, wrong or "
-            "right. It would find nothing. Type --methods influence,grad-dot."
-        )
-
-
 def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example"]:
-    if scored.run.run.method == "grad-cos":
+    if scored.run.run.method == _CONSTANT:
         raise SpecError(
             f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
         )
@@ -109,19 +112,40 @@ def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example
     return scores
 
 
-class _Judgement(NamedTuple):
-    values: dict[str, Value]
-    curve: list[float]
-    """Percent of the wrong labels found, for each of `_CURVE`."""
+def detection(ties: Ties) -> tuple[float, float]:
+    """Return area under the ROC curve, and average precision, of scores that should be higher for the right ones.
+
+    The area is the probability that a right example scores higher than another, a tie counting one half. Average
+    precision is the sum of precision times the rise in recall, threshold by threshold, not the trapezoids under the
+    curve, which are optimistic.
+
+    Raises:
+        DataError: All examples are right.
+    """
+    begins, sizes, hits, examples = ties
+    reached = hits.cumsum()
+    right, others = int(reached[-1]), examples - int(reached[-1])
+    if not others:
+        raise DataError("Every example is marked, so there is nothing to compare them with.")
+    # Twice the others below, so that halves stay whole numbers.
+    above, level = begins - (reached - hits), sizes - hits
+    wins = int((hits * (2 * (others - above) - level)).sum())
+    return wins / 2 / right / others, float((hits / right * (reached / (begins + sizes))).sum())
 
 
-def _judgement(scored: Scored, wrong: Bool[np.ndarray, "example"], settings: MislabelSettings) -> _Judgement:
-    scores = _self_influence(scored, len(wrong))
-    ties = tied(scores, wrong)
-    area, precision = detection(ties)
-    areas = resampled_areas(scores, wrong, settings.draws, settings.seed)
-    found = found_after(ties, [round(share * len(wrong)) for share in settings.inspected])
-    curve = found_after(ties, [round(share * len(wrong)) for share in _CURVE])
-    values: dict[str, Value] = {"AUC": interval(area, areas), "average precision": precision}
-    values |= {f"found at {share:.0%}": value for share, value in zip(settings.inspected, found, strict=True)}
-    return _Judgement(values, [100 * each for each in curve])
+def resample_areas(
+    scores: Float[np.ndarray, "example"], wrong: Bool[np.ndarray, "example"], draws: int, seed: int
+) -> Float[np.ndarray, "draw"]:
+    """Draw bootstrap areas; wrong and right examples are drawn apart, so that no draw lacks one of them."""
+    values = np.unique(scores[wrong])
+    codes = rank_codes(values, scores)
+    own, others = codes[wrong] // 2, codes[~wrong]
+
+    def compute(mine: np.ndarray, theirs: np.ndarray) -> float:
+        counts = np.bincount(own[mine], minlength=len(values))
+        # Of the drawn wrong ones, twice those below each code, those at it counting one half.
+        beside = np.repeat(np.concatenate([[0], counts.cumsum()]), 2)
+        losses = int((beside[1:] + beside[:-1])[others[theirs]].sum())
+        return 1 - losses / 2 / len(own) / len(others)
+
+    return bootstrap(compute, [len(own), len(others)], draws, seed)

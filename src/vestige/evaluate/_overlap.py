@@ -1,16 +1,33 @@
 """`vestige evaluate overlap`: do different queries, and different methods, name different examples?"""
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
 from vestige.errors import UserError
 from vestige.evaluate._figures import matrix_figure
-from vestige.evaluate._overlap_measures import Tops, between_queries, by_chance, cardinality, hub, jaccard
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged
-from vestige.evaluate._statistics import known_mean
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._scored import Scored, collect_scores
+from vestige.evaluate._statistics import mean_of_known
 from vestige.settings import OverlapSettings, verb
+
+Tops = Sequence[Sequence[int]]
+"""Rows of the first examples of each query."""
+
+
+class ListOverlap(NamedTuple):
+    """What the top lists of the queries have in common."""
+
+    queries: float
+    """Mean Jaccard index of the lists of two queries; NaN for a single query."""
+    cardinality: float
+    """Distinct examples over filled positions: 1 where no two queries share an example."""
+    hub: int
+    """The example that is in most lists; the first of several."""
+    hub_rate: float
+    """Share of the queries in whose lists it is."""
 
 
 @verb(OverlapSettings)
@@ -23,13 +40,18 @@ def overlap(settings: OverlapSettings) -> Evaluation:
     Raises:
         UserError: A run keeps shorter lists, or runs are of different queries.
     """
-    found = judged(settings, "overlap")
-    _require_same(found.scored)
-    tops = {one.name: _tops(one, settings.k) for one in found.scored}
-    examples = found.scored[0].run.run.data.examples
+    found = collect_scores(settings, "overlap")
+    first = found.scored[0].run
+    for other in found.scored[1:]:
+        if (other.run.run.queries, other.run.run.data.examples) != (first.run.queries, first.run.data.examples):
+            raise UserError(
+                f"{first.folder} and {other.run.folder} are of different queries or data, so their lists cannot be "
+                "compared. Judge them one by one."
+            )
+    tops, examples = {one.name: _read_tops(one, settings.k) for one in found.scored}, first.run.data.examples
     names = list(tops)
-    between = np.array([[_agreement(tops[one], tops[other]) for other in names] for one in names])
-    chance = by_chance(settings.k, examples)
+    between = np.array([[jaccard(tops[one], tops[other]) for other in names] for one in names])
+    chance = overlap_by_chance(settings.k, examples)
     result = Evaluation(
         "overlap",
         f"Top {settings.k} of {len(tops[names[0]])} queries among {examples} examples",
@@ -45,7 +67,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure)
 
 
-def _tops(scored: Scored, k: int) -> Tops:
+def _read_tops(scored: Scored, k: int) -> Tops:
     """Return the rows of the first `k` examples of each query.
 
     Raises:
@@ -62,32 +84,33 @@ def _tops(scored: Scored, k: int) -> Tops:
     return tops
 
 
-def _require_same(scored: tuple[Scored, ...]) -> None:
-    first = scored[0].run
-    for other in scored[1:]:
-        same = other.run.queries == first.queries and other.run.run.data.examples == first.run.data.examples
-        if not same:
-            raise UserError(
-                f"{first.folder} and {other.run.folder} are of different queries or data, so their lists cannot be "
-                "compared. Judge them one by one."
-            )
-
-
-def _values(scored: Scored, tops: Tops) -> dict[str, Any]:
-    found = hub(tops)
-    name = next(
-        row.example_id
-        for query in scored.run.queries
-        for row in scored.run.top(query, len(tops[0]))
-        if row.row == found.row
-    )
+def _values(scored: Scored, tops: Tops) -> dict[str, Value]:
+    found, run = measure_overlap(tops), scored.run
+    rows = (row for query in run.queries for row in run.top(query, len(tops[0])))
     return {
-        "overlap of queries": between_queries(tops),
-        "different examples": cardinality(tops),
-        "hub rate": found.rate,
-        "hub": name,
+        "overlap of queries": found.queries,
+        "different examples": found.cardinality,
+        "hub rate": found.hub_rate,
+        "hub": next(row.example_id for row in rows if row.row == found.hub),
     }
 
 
-def _agreement(one: Tops, other: Tops) -> float:
-    return known_mean(np.array([jaccard(first, second) for first, second in zip(one, other, strict=True)]))
+def jaccard(first: Tops, second: Tops) -> float:
+    """Return shared examples over all examples of two lists, mean over pairs; NaN where all lists are empty."""
+    pairs = [(set(one), set(other)) for one, other in zip(first, second, strict=True)]
+    return mean_of_known(np.array([len(a & b) / len(a | b) if a | b else np.nan for a, b in pairs], dtype=np.float64))
+
+
+def measure_overlap(tops: Tops) -> ListOverlap:
+    """Return what the lists of all queries have in common."""
+    one, other = ([pair[side] for pair in combinations(tops, 2)] for side in (0, 1))
+    counts = np.bincount(np.concatenate([np.asarray(sorted(set(top)), dtype=np.int64) for top in tops]))
+    distinct = len({row for top in tops for row in top}) / sum(len(top) for top in tops)
+    return ListOverlap(jaccard(one, other), distinct, int(counts.argmax()), float(counts.max()) / len(tops))
+
+
+def overlap_by_chance(k: int, examples: int) -> float:
+    """Estimate the Jaccard index of two random lists: k^2 / n shared examples of 2 k - k^2 / n."""
+    k = min(k, examples)
+    shared = k * k / examples
+    return shared / (2 * k - shared)

@@ -4,20 +4,27 @@ Sketched means compressed from factors while the backward pass runs, projected a
 All of them stream over the tests; what stays in memory is one side, the references.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vestige.compress import CompressingSink, Compressor, compress_gradient
-from vestige.errors import NonFinite, UserError
-from vestige.evaluate._timed_sinks import TimedSinks
-from vestige.gradients import BothSinks, DotSink, GradientPass, GradientSink, NormSink
+from vestige.errors import CorruptFile, NonFinite, UserError
+from vestige.evaluate._result import open_folder
+from vestige.gradients import BothSinks, DotSink, FactorSink, GradientPass, GradientSink, NormSink, Side
 from vestige.models import Component
 from vestige.progress import format_bytes
+from vestige.storage import make_folder, remove_strays, write_durably
 
 Advance = Callable[[int], None]
 
@@ -43,6 +50,13 @@ class Source(NamedTuple):
         """Bytes of one exact gradient."""
         return self.dtype.itemsize * sum(component.size for component in self.components)
 
+    def gradients_of(self, batch: Any, examples: int) -> list[Float[Tensor, "example _out _in"]]:
+        """Return exact gradients as matrices, one for each component."""
+        sink = GradientSink(self.components)
+        sink.begin(examples, self.device, self.dtype)
+        self.gradient_pass.run(batch, sink)
+        return sink.gradients
+
 
 class Rows(NamedTuple):
     """A batch, and where its examples stand among the references or among the tests."""
@@ -65,9 +79,9 @@ class Samples(NamedTuple):
         return first, second
 
     @property
-    def total(self) -> int:
-        """Number of examples."""
-        return sum(self.counts)
+    def sides(self) -> list[tuple[str, Rows]]:
+        """All batches, each with its side: references first."""
+        return [("reference", rows) for rows in self.reference] + [("test", rows) for rows in self.test]
 
 
 class Products(NamedTuple):
@@ -77,7 +91,14 @@ class Products(NamedTuple):
     reference: Float[Tensor, "component reference"]
     test: Float[Tensor, "component test"]
 
-    def summed(self) -> "Products":
+    @classmethod
+    def zeros(cls, components: int, samples: Samples) -> "Products":
+        """Return products of these sizes to fill in."""
+        references, tests = samples.counts
+        shapes = ((components, references, tests), (components, references), (components, tests))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def sum_components(self) -> "Products":
         """Return the products of the whole gradients: one component."""
         return Products(*(one.sum(0, keepdim=True) for one in self))
 
@@ -87,11 +108,11 @@ class Products(NamedTuple):
         return (self.reference[:, :, None] * self.test[:, None, :]).clamp_min(0).sqrt()
 
 
-class SketchedProducts(NamedTuple):
-    """Inner products of compressed gradients."""
+class Computed(NamedTuple):
+    """Inner products, and what they cost."""
 
     products: Products
-    seconds: float
+    seconds: float = 0.0
     """Spent in compressing the tests' factors: not in the model's own passes, not in the products."""
 
 
@@ -113,20 +134,30 @@ def exact_products(
         UserError: Not even two gradients fit.
         NonFinite: An inner product is NaN or infinite.
     """
-    products = _empty(len(source.components), samples)
-    for share in _shares(samples.reference, references_at_once(source, memory_bytes)):
-        vectors = _references(source, share, products, advance)
+    products = Products.zeros(len(source.components), samples)
+    step = references_at_once(source, memory_bytes)
+    for start in range(0, len(samples.reference), step):
+        share = samples.reference[start : start + step]
+        vectors: list[Tensor] = []
+        for number, rows in enumerate(share):
+            gradients = source.gradients_of(rows.batch, 1)
+            vectors = vectors or [part.new_zeros(len(share), *part.shape[1:]) for part in gradients]
+            for vector, part in zip(vectors, gradients, strict=True):
+                vector[number] = part[0]
+            norms = [part.double().square().sum() for part in gradients]
+            products.reference[:, int(rows.positions[0])] = torch.stack(norms).cpu()
+            advance(1)
         positions = torch.as_tensor(np.concatenate([rows.positions for rows in share]))
         for rows in samples.test:
-            dots, norms = DotSink(vectors), NormSink(source.components)
+            dots, squares = DotSink(vectors), NormSink(source.components)
             dots.begin(len(rows.positions))
-            norms.begin(len(rows.positions))
-            source.gradient_pass.run(rows.batch, BothSinks(dots, norms))
+            squares.begin(len(rows.positions))
+            source.gradient_pass.run(rows.batch, BothSinks(dots, squares))
             tests = torch.as_tensor(rows.positions)
             products.values[:, positions[:, None], tests] = dots.scores.double().cpu()
-            products.test[:, tests] = norms.finish().double().cpu()
+            products.test[:, tests] = squares.finish().double().cpu()
             advance(len(rows.positions))
-    return _finite(products)
+    return _require_finite(products)
 
 
 def references_at_once(source: Source, memory_bytes: int) -> int:
@@ -145,12 +176,12 @@ def references_at_once(source: Source, memory_bytes: int) -> int:
     return count
 
 
-def sketched_products(
+def sketch_products(
     source: Source,
     samples: Samples,
     sketches: Sequence[Sequence[Compressor]],
     advance: Advance = lambda n: None,  # noqa: ARG005
-) -> list[SketchedProducts]:
+) -> list[Computed]:
     """Compute inner products of gradients compressed from their factors, as `vestige index` does it.
 
     Args:
@@ -162,24 +193,24 @@ def sketched_products(
     Raises:
         NonFinite: An inner product is NaN or infinite.
     """
-    sinks = [_sink(compressors) for compressors in sketches]
-    found = [_Sketches(sink.columns, samples) for sink in sinks]
-    seconds = [0.0] * len(sinks)
-    for side in ("reference", "test"):
-        for rows in getattr(samples, side):
-            for sink in sinks:
-                sink.begin(len(rows.positions), source.device)
-            timed = TimedSinks(sinks)
-            source.gradient_pass.run(rows.batch, timed)
-            for sink, sketch in zip(sinks, found, strict=True):
-                sketch.add(side, rows.positions, sink.gradients)
-            if side == "test":
-                seconds = [before + more for before, more in zip(seconds, timed.seconds, strict=True)]
-            advance(len(rows.positions))
-    return [SketchedProducts(_finite(one.products), spent) for one, spent in zip(found, seconds, strict=True)]
+    ends = [np.cumsum([one.size for one in compressors]).tolist() for compressors in sketches]
+    sinks = [CompressingSink(maps, [0, *end[:-1]], end[-1]) for maps, end in zip(sketches, ends, strict=True)]
+    found = [_Collector(sink.columns, samples) for sink in sinks]
+    seconds = np.zeros(len(sinks))
+    for side, rows in samples.sides:
+        for sink in sinks:
+            sink.begin(len(rows.positions), source.device)
+        timed = _TimedSinks(sinks)
+        source.gradient_pass.run(rows.batch, timed)
+        for sink, sketch in zip(sinks, found, strict=True):
+            sketch.add(side, rows.positions, sink.gradients)
+        if side == "test":
+            seconds += timed.seconds
+        advance(len(rows.positions))
+    return [Computed(_require_finite(one.products), spent) for one, spent in zip(found, seconds.tolist(), strict=True)]
 
 
-def projected_products(
+def project_products(
     source: Source,
     samples: Samples,
     compressors: Sequence[Compressor],
@@ -187,43 +218,46 @@ def projected_products(
 ) -> Products:
     """Compute inner products of gradients that were formed as matrices and compressed after that.
 
-    Slow and obvious: what `sketched_products` has to equal up to rounding.
+    Slow and obvious: what `sketch_products` has to equal up to rounding.
 
     Raises:
         NonFinite: An inner product is NaN or infinite.
     """
-    found = _Sketches(_sink(compressors).columns, samples)
-    for side in ("reference", "test"):
-        for rows in getattr(samples, side):
-            sink = GradientSink(source.components)
-            sink.begin(len(rows.positions), source.device, source.dtype)
-            source.gradient_pass.run(rows.batch, sink)
-            parts = [compress_gradient(one, part) for one, part in zip(compressors, sink.gradients, strict=True)]
-            found.add(side, rows.positions, torch.cat(parts, dim=1))
-            advance(len(rows.positions))
-    return _finite(found.products)
+    ends = np.cumsum([0, *(one.size for one in compressors)]).tolist()
+
+    def compress(_side: str, rows: Rows) -> Tensor:
+        gradients = source.gradients_of(rows.batch, len(rows.positions))
+        advance(len(rows.positions))
+        return torch.cat([compress_gradient(*pair) for pair in zip(compressors, gradients, strict=True)], dim=1)
+
+    return multiply_gradients([slice(*pair) for pair in pairwise(ends)], samples, compress)
 
 
-def stored_products(columns: Sequence[slice], samples: Samples, gradients_of: Callable[[str, Any], Tensor]) -> Products:
-    """Compute inner products of compressed gradients that exist already: `gradients_of(side, positions)` reads some."""
-    found = _Sketches(columns, samples)
-    for side in ("reference", "test"):
-        for rows in getattr(samples, side):
-            found.add(side, rows.positions, gradients_of(side, rows.positions))
-    return _finite(found.products)
+def multiply_gradients(
+    columns: Sequence[slice], samples: Samples, gradients_of: Callable[[str, Rows], Float[Tensor, "example column"]]
+) -> Products:
+    """Compute inner products of compressed gradients: `gradients_of(side, rows)` returns some; a slice per component.
+
+    Raises:
+        NonFinite: An inner product is NaN or infinite.
+    """
+    found = _Collector(columns, samples)
+    for side, rows in samples.sides:
+        found.add(side, rows.positions, gradients_of(side, rows))
+    return _require_finite(found.products)
 
 
-class _Sketches:
+class _Collector:
     """Keeps the references' compressed gradients, and turns the tests' into products when they come."""
 
     def __init__(self, columns: Sequence[slice], samples: Samples) -> None:
         self._columns = list(columns)
         width = max(part.stop for part in self._columns)
         self._references = torch.zeros(samples.counts[0], width, dtype=torch.float64)
-        self.products = _empty(len(self._columns), samples)
+        self.products = Products.zeros(len(self._columns), samples)
 
-    def add(self, side: str, positions: np.ndarray, gradients: Tensor) -> None:
-        """Note the compressed gradients `[example, column]` of one batch."""
+    def add(self, side: str, positions: np.ndarray, gradients: Float[Tensor, "example column"]) -> None:
+        """Note the compressed gradients of one batch."""
         rows, gradients = torch.as_tensor(positions), gradients.double().cpu()
         norms = torch.stack([gradients[:, part].square().sum(1) for part in self._columns])
         getattr(self.products, side)[:, rows] = norms
@@ -234,43 +268,37 @@ class _Sketches:
             self.products.values[number][:, rows] = self._references[:, part] @ gradients[:, part].T
 
 
-def _sink(compressors: Sequence[Compressor]) -> CompressingSink:
-    ends = np.cumsum([one.size for one in compressors]).tolist()
-    return CompressingSink(compressors, [0, *ends[:-1]], ends[-1])
+class _TimedSinks:
+    """Hands every factor to several sinks, and notes the seconds that each of them takes."""
+
+    def __init__(self, sinks: Sequence[FactorSink]) -> None:
+        self._sinks, self.seconds = sinks, np.zeros(len(sinks))
+
+    def reduce(self, component: int, side: Side, factor: Any) -> tuple[Any, ...]:
+        """Return what each of the sinks keeps."""
+        return tuple(self._time(number, "reduce", component, side, factor) for number in range(len(self._sinks)))
+
+    def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
+        """Let each sink add its share, of what it kept."""
+        for number, (mine, theirs) in enumerate(zip(left, right, strict=True)):
+            self._time(number, "accumulate", component, examples, mine, theirs)
+
+    def _time(self, number: int, step: str, *arguments: Any) -> Any:
+        _wait_for_device()
+        started = time.perf_counter()
+        result = getattr(self._sinks[number], step)(*arguments)
+        _wait_for_device()
+        self.seconds[number] += time.perf_counter() - started
+        return result
 
 
-def _empty(components: int, samples: Samples) -> Products:
-    references, tests = samples.counts
-    return Products(
-        torch.zeros(components, references, tests, dtype=torch.float64),
-        torch.zeros(components, references, dtype=torch.float64),
-        torch.zeros(components, tests, dtype=torch.float64),
-    )
+def _wait_for_device() -> None:
+    """Wait for the GPU, which works in the background; a clock has to wait for it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def _shares(references: Sequence[Rows], step: int) -> Iterator[Sequence[Rows]]:
-    for start in range(0, len(references), step):
-        yield references[start : start + step]
-
-
-def _references(source: Source, share: Sequence[Rows], products: Products, advance: Advance) -> list[Tensor]:
-    """Return the gradients of some references, `[reference, out, in]` per component; record their norms."""
-    vectors: list[Tensor] = []
-    sink = GradientSink(source.components)
-    for number, rows in enumerate(share):
-        sink.begin(1, source.device, source.dtype)
-        source.gradient_pass.run(rows.batch, sink)
-        if not vectors:
-            vectors = [part.new_zeros(len(share), *part.shape[1:]) for part in sink.gradients]
-        for vector, part in zip(vectors, sink.gradients, strict=True):
-            vector[number] = part[0]
-        norms = [part.double().square().sum() for part in sink.gradients]
-        products.reference[:, int(rows.positions[0])] = torch.stack(norms).cpu()
-        advance(1)
-    return vectors
-
-
-def _finite(products: Products) -> Products:
+def _require_finite(products: Products) -> Products:
     if not bool(products.values.isfinite().all()):
         bad = int((~products.values.isfinite().all(0)).any(1).nonzero()[0, 0])
         raise NonFinite(
@@ -278,3 +306,49 @@ def _finite(products: Products) -> Products:
             "run `vestige doctor` with the same --model and --data, which names the cause."
         )
     return products
+
+
+class KeptProducts:
+    """What a sketch evaluation has computed so far: a file of inner products for each sketch, found by its name.
+
+    Errors are computed from these at the end, so another reference, size or seed computes only what is new.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Open or begin it; it may be absent, empty, or hold an evaluation with the same identity.
+
+        Raises:
+            IndexMismatch: It holds an evaluation of something else; nothing was changed.
+            UserError: It holds other files, or cannot be written to.
+        """
+        open_folder(folder, identity)
+        self._folder = folder / "products"
+        make_folder(self._folder)
+        remove_strays(folder)
+
+    def has(self, name: str) -> bool:
+        """Return whether something was computed under `name`."""
+        return self._path(name).exists()
+
+    def read(self, name: str) -> Computed:
+        """Read the products computed under `name`.
+
+        Raises:
+            CorruptFile: The file is damaged.
+        """
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                parts = {part: file.get_tensor(part) for part in Products._fields}
+                return Computed(Products(**parts), float(file.metadata()["seconds"]))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise CorruptFile(f"{path} is damaged ({error}). Delete it; the same command computes it again.") from error
+
+    def write(self, name: str, computed: Computed) -> None:
+        """Keep it under `name`, summed over components."""
+        parts = {part: value.contiguous() for part, value in computed.products.sum_components()._asdict().items()}
+        content = save(parts, metadata={"name": name, "seconds": repr(computed.seconds)})
+        write_durably(self._path(name), [content])
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"

@@ -1,25 +1,25 @@
 """`vestige evaluate removal`: what do the queries lose when models are retrained without the top examples?"""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vestige.banks import EVERYTHING, Bank, bank
-from vestige.data import describe_copies, load_examples, read_row_list, rows_named, text_groups
+from vestige.data import Example, describe_copies, load_examples, read_row_list, rows_named, text_groups
 from vestige.errors import SpecError
-from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Judged, judged, reading_of, together
-from vestige.evaluate._statistics import mean_estimate
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
+from vestige.evaluate._statistics import estimate_mean
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, verb
 
 RANDOM = "random lists"
-_QUERIES_SHOWN = 10
+_RANDOM_METHOD = "random"
+_QUERIES_LISTED = 10
 
 
 class Drop(NamedTuple):
@@ -50,131 +50,124 @@ def removal(settings: RemovalSettings) -> Evaluation:
     """
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs and lists too.")
-    found, tables, examples = _judged(settings)
-    groups = _groups(settings, examples)
-    counts = sorted(set(settings.remove)) if found.scored else []
-    drops = _named_lists(settings, examples)
-    most, distinct = max([*counts, *(drop.length for drop in drops)]), int(groups.max(initial=-1)) + 1
-    if most >= distinct:
-        raise SpecError(f"Leaving out {most} of {distinct} different examples leaves nothing to train on.")
-    names = [(drop.method, False) for drop in drops]
-    for one, table in zip(found.scored, tables, strict=True):
-        drops += _top_lists(one.name, table, examples, counts, groups)
-    drops += _random_lists(settings, examples, sorted({drop.length for drop in drops}), groups)
-    copies = describe_copies(groups)
-    truth = _retrained(settings, drops)
-    rise = {drop.name: _rise(truth, drop.name) for drop in drops}
+    data = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    found, tables, ids = _collect(settings, data)
+    groups = _group_by_text(data, ids)
+    drops = _read_lists(settings, ids)
+    listed = [drop.method for drop in drops]
+    drops += _draw_lists(settings, drops, found, tables, ids, groups)
+    truth = _retrain(settings, drops)
+    rises = _Rises(truth, drops)
+    values = {name: rises.values(name, settings) for name in [*listed, *(one.name for one in found.scored), RANDOM]}
     result = Evaluation(
         "removal",
         f"Retrained without some examples: rise of the mean loss of {len(truth.query_ids)} queries, in nats",
         (
-            *(EvaluationRow(name, _values(name, drops, rise, settings)) for name, _ in names),
-            *(EvaluationRow.of(one, _values(one.name, drops, rise, settings)) for one in found.scored),
-            EvaluationRow(RANDOM, _values(RANDOM, drops, rise, settings), opponent=True),
+            *(EvaluationRow(name, values[name]) for name in listed),
+            *(EvaluationRow.of(one, values[one.name]) for one in found.scored),
+            EvaluationRow(RANDOM, values[RANDOM], opponent=True),
         ),
-        (
-            f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
-            "number of steps each.",
-            f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws "
-            "of queries; the spread over seeds is in the file and the figure.",
-            *_by_query(names, drops, rise, truth.query_ids),
-            *([] if copies is None else [f"{copies} A text is left out with all its copies, but for lists of --rows."]),
-            *found.notes,
-        ),
+        (*_notes(settings, rises.by_query(listed), describe_copies(groups)), *found.notes),
         {
             "removed": sorted({drop.length for drop in drops}),
             "queries": list(truth.query_ids),
-            "rise_by_seed": {drop.name: rise[drop.name].mean(1).tolist() for drop in drops},
-            "rise_by_query": {drop.name: rise[drop.name].mean(0).tolist() for drop in drops},
+            "rise_by_seed": {drop.name: rises.of[drop.name].mean(1).tolist() for drop in drops},
+            "rise_by_query": {drop.name: rises.of[drop.name].mean(0).tolist() for drop in drops},
             "lists": {drop.name: drop.ids for drop in drops},
             "bank": truth.identity,
         },
     )
-    names += [(one.name, one.opponent) for one in found.scored] + [(RANDOM, True)]
-    lines = [_line(name, opponent, drops, rise) for name, opponent in names]
+    lines = [rises.line(row.method, row.opponent) for row in result.rows]
     figure = line_figure("removal", lines, "examples left out", "rise of the mean loss, nats")
     return write_evaluation(result, settings.out, figure)
 
 
-def _judged(settings: RemovalSettings) -> tuple[Judged, list[Aligned], pa.ChunkedArray]:
+def _notes(settings: RemovalSettings, by_query: Iterator[str], copies: str | None) -> list[str]:
+    return [
+        f"{settings.seeds} models for each list, compared with models of everything with the same seeds; the same "
+        "number of steps each.",
+        f"Random: {settings.random_lists} lists of each length. Intervals: 95 %, {settings.draws} bootstrap draws of "
+        "queries; the spread over seeds is in the file and the figure.",
+        *by_query,
+        *([] if copies is None else [f"{copies} A text is left out with all its copies, but for lists of --rows."]),
+    ]
+
+
+def _collect(
+    settings: RemovalSettings, data: Sequence[Example]
+) -> tuple[ScoredRuns, list[AlignedScores], pa.ChunkedArray]:
     """Return the scores that are judged, and the ids of the training data."""
     if not settings.judges_methods:
-        loaded = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
-        return Judged(()), [], pa.chunked_array([[example.id for example in loaded]], pa.string())
-    found = judged(settings, "removal")
+        return ScoredRuns(()), [], id_array(example.id for example in data)
+    found = collect_scores(settings, "removal")
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
-    scored = tuple(one for one in found.scored if one.run.run.method != "random")
-    _, ids, tables = together(scored)
-    return Judged(scored, found.notes), tables, id_array(ids)
+    scored = tuple(one for one in found.scored if one.run.run.method != _RANDOM_METHOD)
+    _, ids, tables = read_together(scored)
+    return ScoredRuns(scored, found.notes), tables, id_array(ids)
 
 
-def _named_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
+def _read_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Drop]:
     """Return the lists of --rows, named by their files, or by their paths where two have one name."""
-    short = [source.name for source in settings.rows]
-    ids, drops = examples.to_pylist() if settings.rows else [], []
-    for source, name in zip(settings.rows, short, strict=True):
-        names = [entry.name for entry in read_row_list(source)]
-        rows = sorted(set(rows_named(names, ids, place=str(source), data=str(settings.data)).values()))
-        drops.append(Drop(name if short.count(name) == 1 else str(source), len(rows), [ids[row] for row in rows]))
+    names = [source.name for source in settings.rows]
+    ids, drops = examples.to_pylist() if names else [], []
+    for source in settings.rows:
+        wanted = [entry.name for entry in read_row_list(source)]
+        rows = sorted(set(rows_named(wanted, ids, place=str(source), data=str(settings.data)).values()))
+        name = source.name if names.count(source.name) == 1 else str(source)
+        drops.append(Drop(name, len(rows), [ids[row] for row in rows]))
     return drops
 
 
-def _by_query(
-    names: Sequence[tuple[str, bool]], drops: Sequence[Drop], rise: Mapping[str, np.ndarray], queries: Sequence[str]
-) -> Iterator[str]:
-    """Yield the effect of each list of --rows on a few queries, beside the mean of the random lists of that length."""
-    if len(queries) > _QUERIES_SHOWN:
-        return
-    for name, _ in names:
-        drop = next(each for each in drops if each.method == name)
-        alike = [rise[each.name] for each in drops if (each.method, each.length) == (RANDOM, drop.length)]
-        pairs = zip(queries, rise[drop.name].mean(0), np.concatenate(alike).mean(0), strict=True)
-        shown = "; ".join(f"{query} {own:+.2f} ({chance:+.2f})" for query, own, chance in pairs)
-        yield f"Without {name}, by query (random lists in brackets): {shown}."
-
-
-def _groups(settings: RemovalSettings, examples: pa.ChunkedArray) -> Int[np.ndarray, "example"]:
-    """Return the group of each example, one for each text, so that no copy of a removed example is learnt from."""
-    found = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
-    text_of = dict(zip((one.id for one in found), text_groups(found).tolist(), strict=True))
-    return np.unique(
-        [text_of.get(name, -1 - row) for row, name in enumerate(examples.to_pylist())], return_inverse=True
-    )[1]
-
-
-def _first_texts(
-    order: Int[np.ndarray, "example"], groups: Int[np.ndarray, "example"], count: int
-) -> Int[np.ndarray, "_rows"]:
-    """Return the first `count` texts of an order, with all their copies."""
-    firsts = np.sort(np.unique(groups[order], return_index=True)[1])[:count]
-    return order[np.isin(groups[order], groups[order[firsts]])]
-
-
-def _top_lists(
-    method: str, table: Aligned, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
+def _draw_lists(
+    settings: RemovalSettings,
+    listed: Sequence[Drop],
+    found: ScoredRuns,
+    tables: Sequence[AlignedScores],
+    ids: pa.ChunkedArray,
+    groups: Int[np.ndarray, "example"],
 ) -> list[Drop]:
+    """Return the top lists of each method, and random lists of every length."""
+    counts = sorted(set(settings.remove)) if found.scored else []
+    lengths = sorted({*counts, *(drop.length for drop in listed)})
+    if lengths[-1] >= (distinct := int(groups.max(initial=-1)) + 1):
+        raise SpecError(f"Leaving out {lengths[-1]} of {distinct} different examples leaves nothing to train on.")
+    drops = []
+    for one, table in zip(found.scored, tables, strict=True):
+        order = _rank_by_mean(table)
+        drops += [Drop(one.name, count, _take_texts(ids, order, groups, count)) for count in counts]
+    for number in range(settings.random_lists):
+        order = np.random.default_rng([settings.seed, number]).permutation(len(ids))
+        drops += [Drop(RANDOM, count, _take_texts(ids, order, groups, count), number) for count in lengths]
+    return drops
+
+
+def _group_by_text(data: Sequence[Example], ids: pa.ChunkedArray) -> Int[np.ndarray, "example"]:
+    """Return the group of each example, one for each text, so that no copy of a removed example is learnt from."""
+    text_of = dict(zip((one.id for one in data), text_groups(data).tolist(), strict=True))
+    texts = [text_of.get(name, -1 - row) for row, name in enumerate(ids.to_pylist())]
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def _take_texts(
+    ids: pa.ChunkedArray, order: Int[np.ndarray, "example"], groups: Int[np.ndarray, "example"], count: int
+) -> list[str]:
+    """Return the ids of the first `count` texts of an order, with all their copies."""
+    firsts = np.sort(np.unique(groups[order], return_index=True)[1])[:count]
+    return ids.take(order[np.isin(groups[order], groups[order[firsts]])]).to_pylist()
+
+
+def _rank_by_mean(table: AlignedScores) -> Int[np.ndarray, "example"]:
+    """Return the examples by their mean score over queries, highest first."""
     scores = np.empty(table.examples)
     for places, block in table.blocks():
         scores[places] = block.astype(np.float64).mean(0)
     # Ties are broken at random but always alike, never by the order of the data.
-    order = np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
-    return [Drop(method, count, examples.take(_first_texts(order, groups, count)).to_pylist()) for count in counts]
+    return np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
 
 
-def _random_lists(
-    settings: RemovalSettings, examples: pa.ChunkedArray, counts: list[int], groups: Int[np.ndarray, "example"]
-) -> list[Drop]:
-    drops = []
-    for number in range(settings.random_lists):
-        order = np.random.default_rng([settings.seed, number]).permutation(len(examples))
-        for count in counts:
-            drops.append(Drop(RANDOM, count, examples.take(_first_texts(order, groups, count)).to_pylist(), number))
-    return drops
-
-
-def _retrained(settings: RemovalSettings, drops: list[Drop]) -> Bank:
+def _retrain(settings: RemovalSettings, drops: list[Drop]) -> Bank:
     return bank(
-        **reading_of(settings),
+        **reading_arguments(settings),
         **{name: getattr(settings, name) for name in MemberSettings.model_fields},
         model=settings.model if settings.start is None else settings.start,
         data=settings.data,
@@ -186,30 +179,48 @@ def _retrained(settings: RemovalSettings, drops: list[Drop]) -> Bank:
     )
 
 
-def _rise(truth: Bank, name: str) -> np.ndarray:
-    """Return [seed, query]: loss without the list minus loss with everything, seed by seed."""
-    losses = truth.by_subset(truth.query_losses)
-    return losses[truth.subset_names.index(name)] - losses[truth.subset_names.index(EVERYTHING)]
+class _Rises:
+    """What the queries lose without each list."""
 
+    def __init__(self, truth: Bank, drops: Sequence[Drop]) -> None:
+        number, losses = (
+            {name: place for place, name in enumerate(truth.subset_names)},
+            truth.by_subset(truth.query_losses),
+        )
+        self._drops, self._queries = drops, truth.query_ids
+        self.of: dict[str, Float[np.ndarray, "seed query"]] = {
+            drop.name: losses[number[drop.name]] - losses[number[EVERYTHING]] for drop in drops
+        }
 
-def _values(method: str, drops: list[Drop], rise: dict[str, np.ndarray], settings: RemovalSettings) -> dict[str, Any]:
-    def without(count: int) -> Any:
-        found = [rise[drop.name] for drop in drops if (drop.method, drop.length) == (method, count)]
-        return mean_estimate(np.concatenate(found).mean(0), settings.draws, settings.seed)
+    def _by_length(self, method: str) -> dict[int, list[np.ndarray]]:
+        """Return the rises of each list of a method by their length, ascending."""
+        lengths = sorted({drop.length for drop in self._drops if drop.method == method})
+        own = [drop for drop in self._drops if drop.method == method]
+        return {length: [self.of[drop.name] for drop in own if drop.length == length] for length in lengths}
 
-    return {f"without {count}": without(count) for count in _lengths(method, drops)}
+    def values(self, method: str, settings: RemovalSettings) -> dict[str, Value]:
+        """Return the columns of a row."""
+        return {
+            f"without {length}": estimate_mean(np.concatenate(found).mean(0), settings.draws, settings.seed)
+            for length, found in self._by_length(method).items()
+        }
 
+    def line(self, method: str, opponent: bool) -> Line:
+        """Return the curve of a method, with the spread over seeds."""
+        heights, spreads, found = [0.0], [0.0], self._by_length(method)
+        for each in found.values():
+            runs = np.concatenate([rise.mean(1) for rise in each])
+            heights.append(float(runs.mean()))
+            spreads.append(float(runs.std(ddof=1)) if len(runs) > 1 else 0.0)
+        return Line(method, [0, *found], heights, spreads, opponent)
 
-def _lengths(method: str, drops: list[Drop]) -> list[int]:
-    return sorted({drop.length for drop in drops if drop.method == method})
-
-
-def _line(method: str, opponent: bool, drops: list[Drop], rise: dict[str, np.ndarray]) -> Line:
-    heights, spreads = [0.0], [0.0]
-    counts = _lengths(method, drops)
-    for count in counts:
-        found = [rise[drop.name].mean(1) for drop in drops if (drop.method, drop.length) == (method, count)]
-        runs = np.concatenate(found)
-        heights.append(float(runs.mean()))
-        spreads.append(float(runs.std(ddof=1)) if len(runs) > 1 else 0.0)
-    return Line(method, [0, *counts], heights, spreads, opponent)
+    def by_query(self, lists: Sequence[str]) -> Iterator[str]:
+        """Yield the effect of each list of --rows on a few queries, beside that of random lists of its length."""
+        if len(self._queries) > _QUERIES_LISTED:
+            return
+        for name in lists:
+            length, (own, *_) = next(iter(self._by_length(name).items()))
+            alike = np.concatenate(self._by_length(RANDOM)[length]).mean(0)
+            pairs = zip(self._queries, own.mean(0), alike, strict=True)
+            words = "; ".join(f"{query} {rise:+.2f} ({chance:+.2f})" for query, rise, chance in pairs)
+            yield f"Without {name}, by query (random lists in brackets): {words}."

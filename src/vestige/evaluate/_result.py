@@ -3,22 +3,24 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
+from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._scored import Scored
 from vestige.evaluate._statistics import Estimate
+from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
-from vestige.storage import make_folder, remove_strays_of, write_durably
+from vestige.storage import is_temporary, make_folder, remove_strays_of, write_durably
 from vestige.terminal import as_text
 
 Value = Estimate | float | int | str | None
 
-_TEXT_WIDTH = 160
+TEXT_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class EvaluationRow:
     @classmethod
     def of(cls, scored: Scored, values: Mapping[str, Value]) -> "EvaluationRow":
         """Return the row of one run, with its cost."""
-        return cls(scored.name, values, scored.seconds, scored.memory_bytes, scored.opponent)
+        return cls(scored.name, values, scored.run.run.seconds, scored.run.run.peak_memory_bytes, scored.opponent)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Evaluation:
         return next(row for row in self.rows if row.method == method)
 
     def __str__(self) -> str:
-        return as_text(self, _TEXT_WIDTH)
+        return as_text(self, TEXT_WIDTH)
 
     def __rich__(self) -> Group:
         return Group(self.title, _table(self.rows), *self.notes, *self.files)
@@ -71,46 +73,37 @@ class Evaluation:
                 {
                     "method": row.method,
                     "opponent": row.opponent,
-                    **{name: _plain(value) for name, value in row.values.items()},
+                    **{name: as_plain(value) for name, value in row.values.items()},
                     "seconds": row.seconds,
                     "memory_bytes": row.memory_bytes,
                 }
                 for row in self.rows
             ],
             "notes": list(self.notes),
-            **{name: _plain(value) for name, value in self.details.items()},
+            **{name: as_plain(value) for name, value in self.details.items()},
         }
 
 
 def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
     """Write the result to its files: `KIND.json`, and the figure as PDF and PNG."""
     make_folder(folder)
-    for name in (f"{result.kind}.json", *figure):
+    files = {f"{result.kind}.json": (json.dumps(result.to_json(), indent=1) + "\n").encode(), **figure}
+    for name, content in files.items():
         remove_strays_of(folder / name)
-    write_durably(folder / f"{result.kind}.json", [(json.dumps(result.to_json(), indent=1) + "\n").encode()])
-    for name, content in figure.items():
         write_durably(folder / name, [content])
-    names = (f"{result.kind}.json", *figure)
-    return Evaluation(
-        result.kind,
-        result.title,
-        result.rows,
-        result.notes,
-        result.details,
-        tuple(str(folder / name) for name in names),
-    )
+    return replace(result, files=tuple(str(folder / name) for name in files))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Replace NaN, which JSON has not, by null."""
     if isinstance(value, Estimate):
-        return {"value": _plain(value.value), "interval": [_plain(value.low), _plain(value.high)]}
+        return {"value": as_plain(value.value), "interval": [as_plain(value.low), as_plain(value.high)]}
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): as_plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [as_plain(each) for each in value]
     return value
 
 
@@ -125,7 +118,7 @@ def _table(rows: Sequence[EvaluationRow]) -> Table:
         last_asked = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
         table.add_row(
             row.method,
-            *(shown(row.values.get(name)) for name in columns),
+            *(format_value(row.values.get(name)) for name in columns),
             "" if row.seconds is None else format_seconds(row.seconds),
             *([] if len(costs) == 1 else ["" if row.memory_bytes is None else format_bytes(row.memory_bytes)]),
             end_section=last_asked,
@@ -133,7 +126,7 @@ def _table(rows: Sequence[EvaluationRow]) -> Table:
     return table
 
 
-def shown(value: Value) -> str:
+def format_value(value: Value) -> str:
     """Format a value for a table; empty where there is none."""
     if value is None:
         return ""
@@ -151,3 +144,39 @@ def shown(value: Value) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any], *own: str) -> None:
+    """Open or begin a folder of results that all follow from `identity`, which `compared.json` in it holds.
+
+    Raises:
+        IndexMismatch: It holds results of something else; nothing was changed. The message shows the difference.
+        CorruptFile: That file does not read.
+        UserError: It holds other files than `own` and temporary ones.
+    """
+    path = folder / "compared.json"
+    if not path.exists():
+        known = {*own, path.name}
+        foreign = not folder.is_dir() or any(
+            one.name not in known and not is_temporary(one) for one in folder.iterdir()
+        )
+        if folder.exists() and foreign:
+            raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
+        make_folder(folder)
+        write_durably(path, [json.dumps(identity, indent=1).encode()])
+        return
+    try:
+        found = parse_object(path.read_bytes())
+    except ValueError as error:
+        raise CorruptFile(f"{path} does not read as JSON ({error}). Give another --out.") from error
+    names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
+    if names:
+        lines = [f"  {name}: {_cut(found.get(name))} there, {_cut(identity.get(name))} now" for name in names]
+        raise IndexMismatch(
+            "\n".join([f"{folder} evaluated something else; nothing was changed.", *lines, "Give another --out."])
+        )
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

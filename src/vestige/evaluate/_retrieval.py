@@ -1,20 +1,35 @@
-"""`vestige evaluate retrieval`: do scores find the examples that are known to be right?"""
+"""`vestige evaluate retrieval`: how soon do the examples come that are known to be right?
 
-from collections.abc import Iterable
-from typing import Any
+Ties count as their expected value over every order of the tied. All follows from a few counts: of each score that a
+right example has, how many examples score higher and how many as high.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, SpecError
-from vestige.evaluate._aligned import Aligned
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._ranking_measures import TieCounter, Ties, found_after, reciprocal_rank
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged, together
-from vestige.evaluate._statistics import mean_estimate
+from vestige.evaluate._scored import collect_scores, read_together
+from vestige.evaluate._statistics import estimate_mean
 from vestige.settings import RetrievalSettings, verb
+
+
+class Ties(NamedTuple):
+    """Of each distinct score that a right example has, highest first."""
+
+    begins: Int[np.ndarray, "value"]
+    """Examples that score higher."""
+    sizes: Int[np.ndarray, "value"]
+    """Examples of this score."""
+    hits: Int[np.ndarray, "value"]
+    """Those of them that are right."""
+    examples: int
+    """Of the whole ranking."""
 
 
 @verb(RetrievalSettings)
@@ -28,19 +43,24 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
     """
     if settings.queries is None:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
-    found = judged(settings, "retrieval")
-    queries, examples, aligned = together(found.scored)
-    right = right_examples(
-        load_queries(settings.queries, on_bad_text=settings.on_bad_text), settings.truth, queries, examples
-    )
+    found = collect_scores(settings, "retrieval")
+    queries, examples, aligned = read_together(found.scored)
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    right = find_right_examples(given, settings.truth, queries, examples)
     lengths = sorted({min(k, len(examples)) for k in settings.k})
-    tables = {
-        one.name: _per_query(ties_of(scores, right), lengths) for one, scores in zip(found.scored, aligned, strict=True)
-    }
+    columns = ["MRR", *(f"recall@{k}" for k in lengths)]
+    rows, lines, tables = [], [], {}
+    for one, scores in zip(found.scored, aligned, strict=True):
+        ties = [count_ties(scores.of_query(query), wanted) for query, wanted in enumerate(right)]
+        table = np.array([[reciprocal_rank(each), *recall_after(each, lengths)] for each in ties])
+        means = [estimate_mean(column, settings.draws, settings.seed) for column in table.T]
+        rows.append(EvaluationRow.of(one, dict(zip(columns, means, strict=True))))
+        lines.append(Line(one.name, lengths, table[:, 1:].mean(0).tolist(), None, one.opponent))
+        tables[one.name] = table.tolist()
     result = Evaluation(
         "retrieval",
         f"Right examples of {len(queries)} queries among {len(examples)}: recall and mean reciprocal rank",
-        tuple(EvaluationRow.of(one, _values(tables[one.name], lengths, settings)) for one in found.scored),
+        tuple(rows),
         (
             "Tied scores count at the expected value over every order of the tied, not by their position in the data.",
             f"Intervals: 95 %, {settings.draws} bootstrap draws of queries.",
@@ -49,15 +69,16 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         {
             "k": lengths,
             "right_per_query": float(np.mean([len(each) for each in right])),
-            "per_query": {name: table.tolist() for name, table in tables.items()},
-            "columns": ["reciprocal_rank", *(f"recall@{k}" for k in lengths)],
+            "per_query": tables,
+            "columns": ["reciprocal_rank", *columns[1:]],
         },
     )
-    return write_evaluation(result, settings.out, _figure(found.scored, tables, lengths))
+    figure = line_figure("retrieval", lines, "length of the list", "recall of the right examples")
+    return write_evaluation(result, settings.out, figure)
 
 
-def right_examples(
-    queries: list[Example], column: str, query_ids: list[str], example_ids: Iterable[str]
+def find_right_examples(
+    queries: Sequence[Example], column: str, query_ids: Sequence[str], example_ids: Iterable[str]
 ) -> list[Int[np.ndarray, "right"]]:
     """Return the ascending rows of each query's right examples, from a column of one id or a list of ids.
 
@@ -68,7 +89,7 @@ def right_examples(
     for name in query_ids:
         if name not in given:
             raise DataError(f"The scores are of a query {name!r} that the --queries do not hold.")
-    named = [_ids(given[name], column) for name in query_ids]
+    named = [_read_ids(given[name], column) for name in query_ids]
     wanted = {one for names in named for one in names}
     # Only what is requested is looked up: a dictionary of all ids would be the largest object of the evaluation.
     place = {name: row for row, name in enumerate(example_ids) if name in wanted}
@@ -78,7 +99,7 @@ def right_examples(
     return [np.unique([place[one] for one in names]) for names in named]
 
 
-def _ids(query: Example, column: str) -> list[str]:
+def _read_ids(query: Example, column: str) -> list[str]:
     # Columns that every example has are no longer among the further ones.
     own = {"id": query.id, "source": query.source, "label": query.label}
     value = own.get(column, query.extra.get(column))
@@ -92,34 +113,49 @@ def _ids(query: Example, column: str) -> list[str]:
     return ids
 
 
-def ties_of(scores: Aligned, right: list[Int[np.ndarray, "right"]]) -> list[Ties]:
-    """Count how the right examples of each query rank: one pass for their scores, and one to count the others.
+def count_ties(
+    scores: Float[np.ndarray, "example"], right: Bool[np.ndarray, "example"] | Int[np.ndarray, "right"]
+) -> Ties:
+    """Count the examples beside the right ones, which are given as a mask or as rows.
 
     Raises:
-        DataError: A score is not finite.
+        DataError: No example is marked, or a score is not finite.
     """
-    own: list[list[np.ndarray]] = [[] for _ in right]
-    for places, block in scores.blocks():
-        rows = np.arange(places.start, places.stop) if isinstance(places, slice) else places
-        for query, wanted in enumerate(right):
-            own[query].append(block[query, np.isin(rows, wanted)])
-    counters = [TieCounter(np.concatenate(parts)) for parts in own]
-    for _, block in scores.blocks():
-        for counter, part in zip(counters, block, strict=True):
-            counter.add(part)
-    return [counter.ties() for counter in counters]
+    own = scores[right]
+    if not len(own):
+        raise DataError("No example is marked, so there is nothing to find.")
+    if not np.isfinite(scores).all():
+        raise DataError("Some scores are not finite numbers, so they do not rank.")
+    values, hits = np.unique(own, return_counts=True)
+    counts = np.bincount(rank_codes(values, scores), minlength=2 * len(values) + 1)
+    above, sizes = counts[::-1].cumsum(), counts[1::2][::-1]
+    return Ties(above[1::2] - sizes, sizes, hits[::-1], len(scores))
 
 
-def _per_query(ties: list[Ties], lengths: list[int]) -> Float[np.ndarray, "query measure"]:
-    """Return the reciprocal rank, then recall at each length."""
-    return np.array([[reciprocal_rank(each), *found_after(each, lengths)] for each in ties])
+def rank_codes(values: Float[np.ndarray, "value"], scores: Float[np.ndarray, "example"]) -> Int[np.ndarray, "example"]:
+    """Return each score's code among ascending distinct values: 2 j + 1 at value j, 2 j below it and above the last."""
+    return np.searchsorted(values, scores, "left") + np.searchsorted(values, scores, "right")
 
 
-def _values(table: np.ndarray, lengths: list[int], settings: RetrievalSettings) -> dict[str, Any]:
-    names = ["MRR", *(f"recall@{k}" for k in lengths)]
-    return {name: mean_estimate(table[:, column], settings.draws, settings.seed) for column, name in enumerate(names)}
+def recall_after(ties: Ties, counts: Sequence[int]) -> list[float]:
+    """Return the expected share of right examples in the first `counts` of the ranking, over all orders of ties."""
+    begins, sizes, hits, _ = ties
+    # Of a group that is cut, each order is equally likely, so each of its positions holds the same share of its hits.
+    inside = (np.clip(count - begins, 0, sizes) for count in counts)
+    return [float((hits * part / sizes).sum() / hits.sum()) for part in inside]
 
 
-def _figure(scored: tuple[Scored, ...], tables: dict[str, np.ndarray], lengths: list[int]) -> dict[str, bytes]:
-    lines = [Line(one.name, lengths, tables[one.name][:, 1:].mean(0).tolist(), None, one.opponent) for one in scored]
-    return line_figure("retrieval", lines, "length of the list", "recall of the right examples")
+def reciprocal_rank(ties: Ties) -> float:
+    """Return the expected value of 1 / rank of the first right example, over all orders of tied scores.
+
+    In a group of n tied examples of which r are right, behind b others, the first right one has position j with
+    probability C(n - j, r - 1) / C(n, r).
+    """
+    begin, size, among = (int(each[0]) for each in ties[:3])
+    # Step by step from j = 1, for binomial coefficients of thousands would overflow.
+    probability, total = among / size, 0.0
+    for place in range(1, size - among + 2):
+        total += probability / (begin + place)
+        if place <= size - among:
+            probability *= (size - among - place + 1) / (size - place)
+    return total

@@ -1,30 +1,125 @@
-"""Whose scores are judged: finished runs, and runs that are made now and kept beside the result."""
+"""Whose scores are judged: finished runs, and runs that are made now; and their scores, a block at a time."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import eq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow.compute as compute
+from jaxtyping import Bool, Float, Int
 
-from vestige.data import load_records
+from vestige.data import TokenizedData, ask, load_queries, load_records, tokenize
 from vestige.errors import IndexMismatch, SpecError, UserError
-from vestige.evaluate._aligned import Aligned, Ids, aligned
-from vestige.indexes import Index
+from vestige.indexes import Index, tokens_at_most
 from vestige.methods import METHODS, attribute
+from vestige.models import LoadedModel
 from vestige.parsing import parse_json
 from vestige.progress import announce
-from vestige.runs import Scores, check_target as check_run_target, is_run, open_dense
-from vestige.settings import ReadingSettings, ScoredSettings, Settings
+from vestige.runs import DenseFile, Scores, check_target, id_array, is_run, open_dense
+from vestige.settings import QuestionSettings, ReadingSettings, ScoredSettings, Settings
 from vestige.storage import make_folder, sha256_of, write_durably
 
-OPPONENTS = ("random", "bm25", "rep-sim", "grad-cos")
+BASELINES = ("random", "bm25", "rep-sim", "grad-cos")
 """What a method has to beat to be worth its cost."""
-
 _WEIGHTS = (".safetensors", ".bin", ".json", ".gguf")
+_BLOCK_SCORES = 2**20
+"""Scores that are read at once, for many queries."""
+_BLOCK_EXAMPLES = 2**16
+"""Examples of a block, at most."""
+
+
+class Ids(Protocol):
+    """Ids that can be gone through several times."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class AlignedScores:
+    """All scores of a run in the order of other ids, read a block of examples at a time."""
+
+    file: DenseFile
+    queries: Int[np.ndarray, "query"]
+    """Row of the file that each of them is."""
+    examples: int
+    """How many were requested."""
+    places: Int[np.ndarray, "stored"] | None = None
+    """For each example of the file, which of those it is, and -1 for none; None where all are the same."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and examples."""
+        return len(self.queries), self.examples
+
+    def blocks(self) -> Iterator[tuple[Any, Float[np.ndarray, "query column"]]]:
+        """Yield all scores with the positions of their examples among the requested, in the order of the file."""
+        queries, examples = self.file.shape
+        step = max(1, min(_BLOCK_EXAMPLES, _BLOCK_SCORES // max(queries, 1)))
+        for start in range(0, examples, step):
+            columns = slice(start, min(start + step, examples))
+            scores = self.file.read(examples=columns)[self.queries]
+            if self.places is None:
+                yield columns, scores
+            else:
+                places = self.places[columns]
+                yield places[places >= 0], scores[:, places >= 0]
+
+    def of_query(self, query: int) -> Float[np.ndarray, "example"]:
+        """Return one query's scores, in the order that was requested."""
+        row = int(self.queries[query])
+        scores = self.file.read(queries=slice(row, row + 1))[0]
+        if self.places is None:
+            return scores
+        found = np.empty(self.examples, dtype=scores.dtype)
+        found[self.places[self.places >= 0]] = scores[self.places >= 0]
+        return found
+
+
+def align_scores(run: Scores, queries: Sequence[str], examples: Ids) -> AlignedScores:
+    """Return the scores of a run for these queries and examples, in this order.
+
+    Raises:
+        IndexMismatch: The run lacks some.
+    """
+    file = open_dense(run.folder)
+    row = {name: number for number, name in enumerate(file.query_ids())}
+    _require_none([name for name in queries if name not in row], "queries", len(queries), run)
+    rows, stored = np.array([row[name] for name in queries], dtype=np.int64), file.example_ids()
+    if len(stored) == len(examples) and all(map(eq, stored, examples)):
+        return AlignedScores(file, rows, len(examples))
+    # Arrow keeps ids in a few bytes each, a dictionary of them does not.
+    wanted = id_array(examples)
+    found = compute.index_in(id_array(stored), value_set=wanted)  # pyright: ignore[reportAttributeAccessIssue]
+    places = np.concatenate([part.fill_null(-1).to_numpy(zero_copy_only=False) for part in found.chunks])
+    absent = np.ones(len(examples), dtype=bool)
+    absent[places[places >= 0]] = False
+    _require_none([wanted[row].as_py() for row in np.flatnonzero(absent).tolist()], "examples", len(examples), run)
+    return AlignedScores(file, rows, len(examples), places)
+
+
+def _require_none(absent: list[str], what: str, wanted: int, run: Scores) -> None:
+    if absent:
+        raise IndexMismatch(
+            f"{run.folder} has no scores for {len(absent)} of the {wanted} {what}, such as {absent[0]!r}. It must be "
+            f"made with the same {what}, under the same ids."
+        )
+
+
+def sum_over_sets(
+    scores: "AlignedScores | Float[np.ndarray, 'query example']", sets: Bool[np.ndarray, "set example"]
+) -> Float[np.ndarray, "set query"]:
+    """Sum each query's scores over the examples of each set, in float64."""
+    blocks = scores.blocks() if isinstance(scores, AlignedScores) else [(slice(None), scores)]
+    total = np.zeros((len(sets), scores.shape[0]))
+    for places, part in blocks:
+        total += sets[:, places].astype(np.float64) @ part.astype(np.float64).T
+    return total
 
 
 @dataclass(frozen=True)
@@ -35,28 +130,17 @@ class Scored:
     """Of the method; of the folder too where two runs are of one method."""
     run: Scores
     opponent: bool = False
-    """Whether it was not requested."""
-
-    @property
-    def seconds(self) -> float:
-        """The seconds that the scores took."""
-        return self.run.run.seconds
-
-    @property
-    def memory_bytes(self) -> int:
-        """The most memory of the process that made them."""
-        return self.run.run.peak_memory_bytes
+    """Whether it is a baseline that was not requested."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class ScoredRuns(NamedTuple):
     """All scores of an evaluation, and notes about what is missing."""
 
     scored: tuple[Scored, ...]
     notes: tuple[str, ...] = ()
 
 
-def judged(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> Judged:
+def collect_scores(settings: ScoredSettings, kind: str, *, self_influence: bool = False) -> ScoredRuns:
     """Return the runs that were given, those of the methods requested, and the baselines', for the evaluation `kind`.
 
     Raises:
@@ -64,19 +148,16 @@ def judged(settings: ScoredSettings, kind: str, *, self_influence: bool = False)
         UserError: A run is not one, or was made with other settings than the ones of now.
     """
     require_own_files(settings, kind)
-    given = [Scores.open(folder) for folder in settings.run]
-    known = {run.run.method for run in given}
-    wanted = list(dict.fromkeys(settings.methods))
-    opponents, notes = _opponents(settings, known | set(wanted)) if settings.opponents else ([], [])
+    given, wanted = [Scores.open(folder) for folder in settings.run], list(dict.fromkeys(settings.methods))
+    baselines, notes = _choose_baselines(settings, {run.run.method for run in given} | {*wanted})
     if self_influence:
-        opponents = []
+        baselines = []
     for name in wanted:
         METHODS.find(name)
-    made = [_run_of(settings, name, self_influence) for name in [*wanted, *opponents]]
-    names = _names([*given, *made])
-    flags = [False] * (len(given) + len(wanted)) + [True] * len(opponents)
-    scored = [Scored(name, run, flag) for name, run, flag in zip(names, [*given, *made], flags, strict=True)]
-    return Judged(tuple(scored), tuple(notes))
+    runs = given + [_run_method(settings, name, self_influence) for name in [*wanted, *baselines]]
+    first = len(given) + len(wanted)
+    scored = [Scored(name, run, row >= first) for row, (name, run) in enumerate(zip(_names(runs), runs, strict=True))]
+    return ScoredRuns(tuple(scored), tuple(notes))
 
 
 def require_own_files(settings: Settings, kind: str) -> None:
@@ -101,105 +182,95 @@ def require_own_files(settings: Settings, kind: str) -> None:
         )
 
 
-def reading_of(settings: ReadingSettings) -> dict[str, Any]:
+def reading_arguments(settings: ReadingSettings) -> dict[str, Any]:
     """Return the settings of how text is read and the model runs, as arguments."""
     return {name: getattr(settings, name) for name in ReadingSettings.model_fields}
 
 
-def run_of(
-    settings: ScoredSettings,
-    method: str,
-    folder: Path,
-    *,
-    changes: dict[str, Any],
-    self_influence: bool = False,
-    live: dict[str, Any] | None = None,
+def read_queries(settings: QuestionSettings, loaded: LoadedModel, data: TokenizedData, name: str) -> TokenizedData:
+    """Return the tokens of the `--queries`, which may ask about the data."""
+    given = load_queries(settings.arguments()["queries"], on_bad_text=settings.on_bad_text)
+    return tokenize(
+        ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=name,
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+
+
+def keep_run(
+    settings: ScoredSettings, folder: Path, arguments: dict[str, Any], live: dict[str, Any] | None = None
 ) -> Scores:
-    """Return the run of a method in `folder`: the one that is there, if it was made from the same, or a new one.
+    """Return the run in `folder`: the one that is there, if it was made from the same, or a new one.
 
     Args:
         settings: Of the evaluation.
-        method: Its name.
         folder: Of the run.
-        changes: Arguments of `vestige attribute` that differ from the evaluation's.
-        self_influence: Whether the run must hold self-influence.
-        live: Objects to use in place of what settings and changes name; they follow from those.
+        arguments: Of `vestige attribute`: the method, and what differs from the evaluation's settings.
+        live: Objects to use in place of what settings and arguments name; they follow from those.
 
     Raises:
         IndexMismatch: The run in the folder was made with other settings or from other files.
     """
-    arguments = _arguments(settings, method, changes, self_influence)
-    identity = _identity(arguments)
-    marker = folder.with_name(f"{folder.name}.json")
+    arguments = _attribute_arguments(settings) | arguments
+    identity, marker = _identity(arguments), folder.with_name(f"{folder.name}.json")
     if is_run(folder):
-        if not marker.exists() or not _holds(marker, identity):
+        try:
+            same = parse_json(marker.read_bytes()) == identity
+        except (OSError, ValueError):
+            same = False
+        if not same:
             raise IndexMismatch(
                 f"{folder} was made with other settings or from other files; nothing was changed. Give another --out."
             )
         return Scores.open(folder)
-    check_run_target(folder)
+    check_target(folder)
     make_folder(folder.parent)
-    announce(f"Scoring with {method}")
+    announce(f"Scoring with {arguments['method']}")
     write_durably(marker, [json.dumps(identity, indent=1).encode()])
     return attribute(**(arguments | (live or {})), out=folder)
 
 
-def _run_of(settings: ScoredSettings, name: str, self_influence: bool) -> Scores:
+def _run_method(settings: ScoredSettings, name: str, self_influence: bool) -> Scores:
     if settings.data is None and settings.index is None:
         raise SpecError(f"--methods {name} needs --data (with --model) or --index.")
-    changes: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"method": name, "self_influence": self_influence}
     if settings.queries is None:
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
         first = next(example for example, _ in load_records(settings.data, on_bad_text=settings.on_bad_text))
         ids = first.extra.get("input_ids")
-        changes["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
-    return run_of(settings, name, settings.out / "runs" / name, changes=changes, self_influence=self_influence)
+        arguments["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
+    return keep_run(settings, settings.out / "runs" / name, arguments)
 
 
-def _holds(marker: Path, identity: dict[str, Any]) -> bool:
-    try:
-        return parse_json(marker.read_bytes()) == identity
-    except (OSError, ValueError):
-        return False
-
-
-def _arguments(settings: ScoredSettings, method: str, changes: dict[str, Any], self_influence: bool) -> dict[str, Any]:
-    arguments = {
-        **reading_of(settings),
-        "model": settings.model,
-        "queries": settings.queries,
-        "damping": settings.damping,
-        "seed": settings.seed,
-        "method": method,
-        "dense": True,
-        "trust": False,
-        "k": 50,
-        "self_influence": self_influence,
+def _attribute_arguments(settings: ScoredSettings) -> dict[str, Any]:
+    arguments = reading_arguments(settings) | {
+        name: getattr(settings, name) for name in ("model", "queries", "damping", "seed")
     }
-    if settings.index is not None:
-        # The index holds how it was made.
-        decided = ("loss", "max_length", "limit", *(["chat"] if settings.chat is None else []))
-        for name in decided:
-            del arguments[name]
-        arguments["index"] = settings.index
-    else:
-        arguments |= {"data": settings.data, "components": settings.components}
-    return arguments | changes
+    arguments |= {"dense": True, "trust": False, "k": 50, "self_influence": False}
+    if settings.index is None:
+        return arguments | {"data": settings.data, "components": settings.components}
+    # The index holds how it was made.
+    for name in ("loss", "max_length", "limit", *(["chat"] if settings.chat is None else [])):
+        del arguments[name]
+    return arguments | {"index": settings.index}
 
 
 def _identity(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return what a run must share to be used again: settings, and the content of files."""
-    words = {name: str(value) if _is_plain(value) else f"<{type(value).__name__}>" for name, value in arguments.items()}
+    plain = (bool, int, float, str, Path, tuple, list, dict, type(None))
+    words = {
+        name: str(value) if isinstance(value, plain) else f"<{type(value).__name__}>"
+        for name, value in arguments.items()
+    }
     if words.get("chat") == "None":  # what earlier versions wrote where nothing was typed
         words["chat"] = "False"
     content = {name: _content(arguments.get(name)) for name in ("model", "data", "queries", "index")}
     return {"settings": words, "content": content}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | Path | tuple | list | dict)
 
 
 def _content(source: Any) -> str | None:
@@ -215,14 +286,16 @@ def _content(source: Any) -> str | None:
     return hashlib.sha256("".join(each.name + sha256_of(each) for each in files).encode()).hexdigest()
 
 
-def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], list[str]]:
+def _choose_baselines(settings: ScoredSettings, known: set[str]) -> tuple[list[str], list[str]]:
     """Return the baselines that can be computed here, and notes about the others."""
-    missing = [name for name in OPPONENTS if name not in known]
+    if not settings.opponents:
+        return [], []
     data = settings.queries is not None and (settings.data is not None or settings.index is not None)
     model = settings.model is not None or settings.index is not None
+    missing = [name for name in BASELINES if name not in known]
     possible = [name for name in missing if data and (model or not METHODS.find(name).needs_model)]
     left = [name for name in missing if name not in possible]
-    words = "--model, --data and --queries" if not data else "--model"
+    words = "--model" if data else "--model, --data and --queries"
     notes = [f"Without the baselines {', '.join(left)}: give {words} to have them judged too."] if left else []
     if "bm25" in possible and not _has_words(settings):
         possible.remove("bm25")
@@ -232,46 +305,35 @@ def _opponents(settings: ScoredSettings, known: set[str]) -> tuple[list[str], li
 
 def _has_words(settings: ScoredSettings) -> bool:
     """Return whether the first training example has a text."""
-    if settings.data is not None:
-        return any(
-            example.display for example, _ in islice(load_records(settings.data, on_bad_text=settings.on_bad_text), 1)
-        )
-    return bool(Index.open(settings.index).examples()[0].display)
+    if settings.data is None:
+        return bool(Index.open(settings.index).examples()[0].display)
+    records = load_records(settings.data, on_bad_text=settings.on_bad_text)
+    return any(example.display for example, _ in islice(records, 1))
 
 
 def _names(runs: Sequence[Scores]) -> list[str]:
+    """Return the methods, with the folder's name where several runs are of one, and its path where names are equal."""
     methods = [run.run.method for run in runs]
-    names = [
-        method if methods.count(method) == 1 else f"{method} ({run.folder.name})"
-        for method, run in zip(methods, runs, strict=True)
-    ]
-    # Two folders of one name: the whole path distinguishes them.
+    pairs = list(zip(methods, runs, strict=True))
+    names = [one if methods.count(one) == 1 else f"{one} ({run.folder.name})" for one, run in pairs]
     return [
-        name if names.count(name) == 1 else f"{run.run.method} ({run.folder})"
-        for name, run in zip(names, runs, strict=True)
+        name if names.count(name) == 1 else f"{one} ({run.folder})"
+        for name, (one, run) in zip(names, pairs, strict=True)
     ]
 
 
-class Together(NamedTuple):
-    """The scores of several runs under the same ids, in the order of the first."""
-
-    queries: list[str]
-    examples: Ids
-    tables: list[Aligned]
-
-
-def together(scored: Sequence[Scored]) -> Together:
-    """Return all scores of several runs; where examples are in the same order, nothing of them is in memory.
+def read_together(scored: Sequence[Scored]) -> tuple[list[str], Ids, list[AlignedScores]]:
+    """Return query ids, example ids, and the scores of several runs under these, in the order of the first.
 
     Raises:
         UserError: A run is of other queries or other examples.
     """
     first = open_dense(scored[0].run.folder)
     queries, examples = first.query_ids(), first.example_ids()
-    tables = [Aligned(first, np.arange(len(queries)), len(examples), None)]
+    tables = [AlignedScores(first, np.arange(len(queries)), len(examples))]
     for other in scored[1:]:
         try:
-            table = aligned(other.run, queries, examples)
+            table = align_scores(other.run, queries, examples)
         except IndexMismatch:
             table = None
         if table is None or table.file.shape != first.shape:
@@ -280,4 +342,4 @@ def together(scored: Sequence[Scored]) -> Together:
                 "be compared. Judge them one by one."
             )
         tables.append(table)
-    return Together(queries, examples, tables)
+    return queries, examples, tables

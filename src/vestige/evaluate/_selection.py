@@ -14,8 +14,8 @@ from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
-from vestige.evaluate._scored import reading_of, require_own_files
-from vestige.evaluate._statistics import CONFIDENCE, Estimate, interval, mean_estimate
+from vestige.evaluate._scored import reading_arguments, require_own_files
+from vestige.evaluate._statistics import CONFIDENCE, Estimate, bootstrap, estimate_mean, make_interval
 from vestige.selection import SelectedData
 from vestige.settings import LaunchSettings, SelectionSettings, verb
 from vestige.storage import make_folder, write_durably
@@ -46,7 +46,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
     require_own_files(settings, "selection")
     examples = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     ids, groups = [example.id for example in examples], text_groups(examples)
-    chosen = _chosen(settings, ids)
+    chosen = _open_chosen(settings, ids)
     random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}
     for one in chosen:
         if all(each.ids in (one.ids, frozenset()) for each in random[len(one.ids)]):
@@ -56,7 +56,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
             )
     # Random sets come first, so that further chosen sets of the same size extend the bank.
     sets = [*(one for group in random.values() for one in group), *chosen]
-    truth = _trained(settings, ids, sets, max(random))
+    truth = _train(settings, ids, sets, max(random))
     found = _Measured(settings, truth)
     gains = {one.name: found.gain(one, random[len(one.ids)]) for one in chosen}
     rows = [EvaluationRow(one.name, found.values([one], len(one.ids), gains[one.name])) for one in chosen]
@@ -110,19 +110,18 @@ class Gain(NamedTuple):
     by_seed: Float[np.ndarray, "seed"]
 
 
-def gain_over(
+def measure_gain(
     chosen: Float[np.ndarray, "seed query"], random: Float[np.ndarray, "set seed query"], draws: int, seed: int
 ) -> Gain:
     """Return the mean of `random - chosen`, positive where the chosen data leave less loss, seed by seed."""
     gains = random - chosen
     by_seed = gains.mean((0, 2))
-    generator = np.random.default_rng(seed)
-    sets, seeds, queries = gains.shape
-    values = []
-    for _ in range(draws):
-        some = np.ix_(generator.integers(sets, size=sets), generator.integers(seeds, size=seeds))
-        values.append(gains[some].mean((0, 1))[generator.integers(queries, size=queries)].mean())
-    return Gain(interval(float(gains.mean()), np.array(values)), _student(by_seed), by_seed)
+
+    def compute(sets: np.ndarray, seeds: np.ndarray, queries: np.ndarray) -> float:
+        return gains[np.ix_(sets, seeds)].mean((0, 1))[queries].mean()
+
+    over_all = make_interval(float(gains.mean()), bootstrap(compute, gains.shape, draws, seed))
+    return Gain(over_all, _student(by_seed), by_seed)
 
 
 def _student(values: Float[np.ndarray, "seed"]) -> Estimate:
@@ -145,15 +144,15 @@ class _Measured:
     def gain(self, chosen: TrainingSet, random: Sequence[TrainingSet]) -> Gain:
         """Return the gain of a chosen set over random ones of its size."""
         own, others = self._losses[self._number[chosen.name]], self._of(self._losses, random)
-        return gain_over(own, others, self._settings.draws, self._settings.seed)
+        return measure_gain(own, others, self._settings.draws, self._settings.seed)
 
     def values(self, sets: Sequence[TrainingSet], size: int | str, gain: Gain | None = None) -> dict[str, Value]:
         """Return the columns of one row."""
         draws, seed = self._settings.draws, self._settings.seed
         found: dict[str, Value] = {
             "examples": size,
-            "loss": mean_estimate(self._of(self._losses, sets).mean((0, 1)), draws, seed),
-            "accuracy": mean_estimate(self._of(self._accuracies, sets).mean((0, 1)), draws, seed),
+            "loss": estimate_mean(self._of(self._losses, sets).mean((0, 1)), draws, seed),
+            "accuracy": estimate_mean(self._of(self._accuracies, sets).mean((0, 1)), draws, seed),
         }
         if gain is not None:
             ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
@@ -168,7 +167,7 @@ class _Measured:
         return values[[self._number[one.name] for one in sets]]
 
 
-def _chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet]:
+def _open_chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet]:
     known, found = set(ids), []
     for folder in map(Path, settings.selected):
         own = frozenset(SelectedData.open(folder).ids)
@@ -207,7 +206,7 @@ def _random_sets(
     return sets
 
 
-def _trained(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[TrainingSet], largest: int) -> Bank:
+def _train(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[TrainingSet], largest: int) -> Bank:
     lists = {one.name: [name for name in ids if name not in one.ids] for one in sets}
     make_folder(settings.out)
     path = settings.out / "left-out.json"
@@ -215,7 +214,7 @@ def _trained(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[Tra
     if not path.exists() or path.read_bytes() != content:
         write_durably(path, [content])
     return bank(
-        **reading_of(settings),
+        **reading_arguments(settings),
         **{name: getattr(settings, name) for name in LaunchSettings.model_fields},
         model=settings.model,
         data=settings.data,

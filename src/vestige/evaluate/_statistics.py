@@ -1,7 +1,7 @@
 """Correlations, undefined ones marked, and intervals. Arrays to numbers; uses no model and no file."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -53,13 +53,13 @@ def spearman(
     return np.where(usable, pearson(*ranks), np.nan)
 
 
-def known_mean(values: Float[np.ndarray, "item"]) -> float:
+def mean_of_known(values: Float[np.ndarray, "item"]) -> float:
     """Return the mean of what is not NaN; NaN where nothing is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
-def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
+def make_interval(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
     """Return the value with the percentiles of its bootstrap draws; draws that are NaN are left out."""
     known = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(known) < 2:
@@ -68,30 +68,48 @@ def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def mean_estimate(values: Float[np.ndarray, "item"], draws: int, seed: int) -> Estimate:
-    """Return the mean of the known values, with a bootstrap interval over them; no interval for fewer than two."""
-    known = values[~np.isnan(values)]
-    if len(known) < 2:
-        return Estimate(known_mean(values), float("nan"), float("nan"))
-    picked = np.random.default_rng(seed).integers(len(known), size=(draws, len(known)))
-    return interval(known_mean(values), known[picked].mean(1))
+def bootstrap(
+    statistic: Callable[..., Any], counts: Sequence[int], draws: int, seed: int
+) -> Float[np.ndarray, "draw *value"]:
+    """Compute a statistic of positions drawn with replacement, `draws` times.
 
-
-def resampled(
-    statistic: Callable[[np.ndarray, np.ndarray], float], rows: int, columns: int, draws: int, seed: int
-) -> Float[np.ndarray, "draw"]:
-    """Compute a statistic of rows and columns that are both drawn again, with replacement, for each of `draws`."""
+    Args:
+        statistic: Takes drawn positions, one array for each of `counts`, as long as its range.
+        counts: Sizes of what is drawn again: queries, subsets, seeds.
+        draws: How often.
+        seed: Of the random numbers.
+    """
     random = np.random.default_rng(seed)
-    return np.array(
-        [statistic(random.integers(rows, size=rows), random.integers(columns, size=columns)) for _ in range(draws)]
+    return np.array([statistic(*(random.integers(count, size=count) for count in counts)) for _ in range(draws)])
+
+
+def estimate_mean(
+    values: Float[np.ndarray, "item"], draws: int, seed: int, groups: np.ndarray | None = None
+) -> Estimate:
+    """Return the mean of the known values with a bootstrap interval; no interval for fewer than two.
+
+    Args:
+        values: NaN where nothing is known.
+        draws: Of the bootstrap.
+        seed: Of the draws.
+        groups: Draw whole groups again, not single values: paraphrases of one text are not independent.
+    """
+    known = ~np.isnan(values)
+    mean = mean_of_known(values)
+    _, group = np.unique((np.arange(len(values)) if groups is None else groups)[known], return_inverse=True)
+    sums, counts = np.bincount(group, values[known]), np.bincount(group)
+    if len(counts) < 2:
+        return Estimate(mean, float("nan"), float("nan"))
+    return make_interval(
+        mean, bootstrap(lambda rows: sums[rows].sum() / counts[rows].sum(), [len(counts)], draws, seed)
     )
 
 
-def grouped_means(values: Float[np.ndarray, "member column"], groups: np.ndarray) -> Float[np.ndarray, "group column"]:
+def mean_by_group(values: Float[np.ndarray, "member column"], groups: np.ndarray) -> Float[np.ndarray, "group column"]:
     """Return the mean of the rows of each group, groups in ascending order."""
     return np.stack([values[groups == group].mean(0) for group in np.unique(groups)])
 
 
-def first_rows(values: Bool[np.ndarray, "member column"], groups: np.ndarray) -> Bool[np.ndarray, "group column"]:
+def first_of_group(values: Bool[np.ndarray, "member column"], groups: np.ndarray) -> Bool[np.ndarray, "group column"]:
     """Return the first row of each group, groups in ascending order."""
     return values[np.unique(groups, return_index=True)[1]]

@@ -1,28 +1,25 @@
 """`vestige evaluate tail-patch`: does one training step on each top example make the target likelier?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from vestige.data import TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
+from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError, VestigeError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import Scored, judged
-from vestige.evaluate._statistics import Estimate, mean_estimate
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._scored import Scored, collect_scores, read_queries
+from vestige.evaluate._statistics import estimate_mean
 from vestige.gradients import CausalLoss, token_losses
-from vestige.indexes import batch_tokens, read_data, tokens_at_most
+from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, verb
-
-Pairs = dict[int, set[int]]
-"""Rows of the training data with the queries that are measured after a step on them."""
 
 
 @verb(TailPatchSettings)
@@ -38,25 +35,19 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     """
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
-    found = judged(settings, "tail-patch")
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    found = collect_scores(settings, "tail-patch")
+    loaded, data, queries = _read_inputs(settings)
+    tops = {one.name: _read_tops(one, data, queries, settings.k) for one in found.scored}
+    before, after = measure_steps(
+        loaded.model, data, queries, tops.values(), settings.learning_rate, batch_tokens(settings, loaded)
     )
-    data = read_data(settings, settings.data, loaded)
-    queries = _queries(settings, loaded, data)
-    tops = {one.name: _tops(one, data, queries, settings.k) for one in found.scored}
-    pairs: Pairs = {}
-    for top in tops.values():
-        for query, rows in enumerate(top):
-            for row in rows:
-                pairs.setdefault(row, set()).add(query)
-    before, after = patched(loaded.model, data, queries, pairs, settings.learning_rate, batch_tokens(settings, loaded))
     rises = {name: _rises(top, before, after) for name, top in tops.items()}
+    rows = [EvaluationRow.of(one, _values(rises[one.name], settings)) for one in found.scored]
     result = Evaluation(
         "tail-patch",
         f"One step on each of the top {settings.k} examples of {len(queries)} queries: rise of the target's "
         "probability",
-        tuple(EvaluationRow.of(one, _values(rises[one.name], settings)) for one in found.scored),
+        tuple(rows),
         (
             f"Plain gradient descent on the example's mean token loss, learning rate {settings.learning_rate:g}, "
             "dropout off.",
@@ -72,40 +63,62 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
             "per_query": {name: rise[0].tolist() for name, rise in rises.items()},
         },
     )
-    marks = [Mark(one.name, _estimate(settings, rises[one.name][0]), one.opponent) for one in found.scored]
+    marks = [Mark.of(row, "rise of probability") for row in rows]
     figure = interval_figure("tail-patch", marks, "mean rise of the target's probability (95 % intervals)")
     return write_evaluation(result, settings.out, figure)
 
 
-def patched(
-    model: nn.Module, data: TokenizedData, queries: TokenizedData, pairs: Pairs, learning_rate: float, tokens: int
+def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedData, TokenizedData]:
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data = read_data(settings, settings.data, loaded)
+    queries = read_queries(settings, loaded, data, "queries")
+    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
+        raise DataError(
+            f"Query {queries.examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
+            "`completion`."
+        )
+    return loaded, data, queries
+
+
+def measure_steps(
+    model: nn.Module,
+    data: TokenizedData,
+    queries: TokenizedData,
+    tops: Iterable[Sequence[Sequence[int]]],
+    learning_rate: float,
+    tokens: int,
 ) -> tuple[Float[np.ndarray, "query"], dict[tuple[int, int], float]]:
     """Return each query's mean token loss before any step, and, for each pair (row, query), after one step on the row.
 
-    The model's weights are afterwards what they were before, bit for bit.
+    Pairs are the rows in the lists of each query, one list of lists for each method. The model's weights are afterwards
+    what they were before, bit for bit.
     """
-    objective, after = CausalLoss("mean"), {}
+    pairs: dict[int, set[int]] = {}
+    for query, rows in (item for top in tops for item in enumerate(top)):
+        for row in rows:
+            pairs.setdefault(row, set()).add(query)
+    after: dict[tuple[int, int], float] = {}
     model.eval()
-    everything = range(len(queries))
-    before = _losses(model, objective, queries, everything, tokens)
-    with trainable(model) as restore, progress(len(pairs), "Patching", "steps") as bar:
+    before = _losses(model, queries, range(len(queries)), tokens)
+    with train_temporarily(model) as restore, progress(len(pairs), "Patching", "steps") as bar:
         for row, wanted in sorted(pairs.items()):
             _step(model, data, row, learning_rate)
-            chosen = sorted(wanted)
-            losses = _losses(model, objective, queries, chosen, tokens)
+            losses = _losses(model, queries, sorted(wanted), tokens)
             if not np.isfinite(losses).all():
                 raise NonFinite(
                     f"After a step of {learning_rate:g} on {data.examples[row].id!r} the losses are not finite. Give a "
                     "smaller --learning-rate."
                 )
-            after |= {(row, query): float(loss) for query, loss in zip(chosen, losses, strict=True)}
+            after |= {(row, query): float(loss) for query, loss in zip(sorted(wanted), losses, strict=True)}
             restore()
             bar.advance()
     return before, after
 
 
 @contextmanager
-def trainable(model: nn.Module) -> Iterator[Any]:
+def train_temporarily(model: nn.Module) -> Iterator[Any]:
     """Enable gradients of every floating-point weight while the context lasts; yield a function that restores weights.
 
     Raises:
@@ -138,8 +151,8 @@ def _step(model: nn.Module, data: TokenizedData, row: int, learning_rate: float)
         return
     device = next(model.parameters()).device
     # Plain autograd through the logits: the objective's own head has no gradient for its weight.
-    loss = _mean_loss(model, make_batch(data, np.array([row])).to(device))
-    loss.backward()
+    batch = make_batch(data, np.array([row])).to(device)
+    (token_losses(model, batch).sum() / (batch.labels[:, 1:] >= 0).sum()).backward()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.grad is not None:
@@ -147,42 +160,17 @@ def _step(model: nn.Module, data: TokenizedData, row: int, learning_rate: float)
                 weight.grad = None
 
 
-def _mean_loss(model: nn.Module, batch: Any) -> Tensor:
-    return token_losses(model, batch).sum() / (batch.labels[:, 1:] >= 0).sum()
-
-
-def _losses(
-    model: nn.Module, objective: CausalLoss, queries: TokenizedData, rows: Sequence[int], tokens: int
-) -> Float[np.ndarray, "query"]:
+def _losses(model: nn.Module, queries: TokenizedData, rows: Sequence[int], tokens: int) -> Float[np.ndarray, "query"]:
     wanted = np.array(rows)
     losses, device = np.zeros(len(wanted)), next(model.parameters()).device
     with torch.no_grad():
         for places in plan_batches(queries.lengths[wanted], tokens, sharing=batch_sharing(model)):
             batch = make_batch(queries, wanted[places]).to(device)
-            losses[places] = objective.losses(model, batch).double().cpu().numpy()
+            losses[places] = CausalLoss("mean").losses(model, batch).double().cpu().numpy()
     return losses
 
 
-def _queries(settings: TailPatchSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData:
-    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
-    examples = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries
-    queries = tokenize(
-        examples,
-        loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
-        name="queries",
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
-    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
-        raise DataError(
-            f"Query {examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
-            "`completion`."
-        )
-    return queries
-
-
-def _tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -> list[list[int]]:
+def _read_tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -> list[list[int]]:
     """Return the rows of the `k` top examples of each query, in the order of the queries."""
     run, place = scored.run, {example.id: row for row, example in enumerate(data.examples)}
     known = set(run.queries)
@@ -200,21 +188,16 @@ def _tops(scored: Scored, data: TokenizedData, queries: TokenizedData, k: int) -
 
 def _rises(
     tops: Sequence[Sequence[int]], before: np.ndarray, after: Mapping[tuple[int, int], float]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Float[np.ndarray, "2 query"]:
     """Return, per query, the mean rise of the probability, and mean fall of the loss, over the top examples."""
-    losses = [np.array([after[row, query] for row in rows]) for query, rows in enumerate(tops)]
-    rises = [float((np.exp(-each) - np.exp(-start)).mean()) for each, start in zip(losses, before, strict=True)]
-    falls = [float((start - each).mean()) for each, start in zip(losses, before, strict=True)]
-    return np.array(rises), np.array(falls)
+    found = []
+    for query, (rows, start) in enumerate(zip(tops, before, strict=True)):
+        losses = np.array([after[row, query] for row in rows])
+        found.append(((np.exp(-losses) - np.exp(-start)).mean(), (start - losses).mean()))
+    return np.array(found).T
 
 
-def _values(rises: tuple[np.ndarray, np.ndarray], settings: TailPatchSettings) -> dict[str, Any]:
-    return {
-        "rise of probability": _estimate(settings, rises[0]),
-        "fall of loss": _estimate(settings, rises[1]),
-        "queries that rise": f"{(rises[0] > 0).mean():.0%}",
-    }
-
-
-def _estimate(settings: TailPatchSettings, values: np.ndarray) -> Estimate:
-    return mean_estimate(values, settings.draws, settings.seed)
+def _values(rises: Float[np.ndarray, "2 query"], settings: TailPatchSettings) -> dict[str, Value]:
+    rise, fall = (estimate_mean(values, settings.draws, settings.seed) for values in rises)
+    share = f"{(rises[0] > 0).mean():.0%}"
+    return {"rise of probability": rise, "fall of loss": fall, "queries that rise": share}

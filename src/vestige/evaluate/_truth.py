@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from vestige.banks import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.evaluate._aligned import Aligned, aligned
-from vestige.evaluate._scored import Scored
+from vestige.evaluate._scored import AlignedScores, Scored, align_scores
 from vestige.methods import METHODS
 from vestige.settings import TruthValue
 from vestige.storage import sha256_of
@@ -18,20 +17,13 @@ from vestige.storage import sha256_of
 class Truth(NamedTuple):
     """What the models of a bank measured."""
 
-    membership: Bool[np.ndarray, "member example"]
+    bank: Bank
     losses: Float[np.ndarray, "member query"]
     """Of the queries, or minus their margins."""
     value: TruthValue
     """Which of the two."""
-    subset: Int[np.ndarray, "member"]
-    seeds: Int[np.ndarray, "member"]
-    names: list[str]
-    """Of the subsets."""
-    query_ids: list[str]
-    example_ids: list[str]
-    bank: Bank
 
-    def of(self, scored: Scored) -> Aligned:
+    def scores_of(self, scored: Scored) -> AlignedScores:
         """Return the scores of a run in the bank's order.
 
         Raises:
@@ -46,7 +38,7 @@ class Truth(NamedTuple):
                     f"{record.fingerprint[:12]}, the bank's have {here[:12]}. Make both from the same file, with the "
                     "same --max-length and --chat."
                 )
-        return aligned(scored.run, self.query_ids, self.example_ids)
+        return align_scores(scored.run, self.bank.query_ids, self.bank.example_ids)
 
 
 def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
@@ -64,17 +56,7 @@ def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
         raise DataError(f"The bank {folder} has no queries whose losses could be predicted. Make it with --queries.")
     if value is None:
         value = "margin" if bank.holds("query_margin") and not bank.holds("query_loss") else "loss"
-    return Truth(
-        bank.membership,
-        bank.query_losses if value == "loss" else -bank.query_margins,
-        value,
-        bank.subsets,
-        bank.seeds,
-        bank.subset_names,
-        bank.query_ids,
-        bank.example_ids,
-        bank,
-    )
+    return Truth(bank, bank.query_losses if value == "loss" else -bank.query_margins, value)
 
 
 def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool) -> str | None:

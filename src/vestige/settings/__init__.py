@@ -17,8 +17,18 @@ from vestige.settings._base import (
     nearest as nearest,
     parse_bytes as parse_bytes,
 )
+<<<<<<< HEAD
 from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
 from vestige.settings._evaluate_scores import (
+=======
+from vestige.settings._data import (
+    PreparationSettings as PreparationSettings,
+    SplitSettings as SplitSettings,
+    TokenizeSettings as TokenizeSettings,
+)
+from vestige.settings._evaluate import (
+    ComponentsSettings as ComponentsSettings,
+>>>>>>> evaluate
     LdsSettings as LdsSettings,
     MislabelSettings as MislabelSettings,
     OverlapSettings as OverlapSettings,
@@ -26,12 +36,12 @@ from vestige.settings._evaluate_scores import (
     RemovalSettings as RemovalSettings,
     RetrievalSettings as RetrievalSettings,
     ScoredSettings as ScoredSettings,
+    SelectionSettings as SelectionSettings,
+    SketchSettings as SketchSettings,
     SourcesSettings as SourcesSettings,
     TailPatchSettings as TailPatchSettings,
     TruthValue as TruthValue,
 )
-from vestige.settings._evaluate_selection import SelectionSettings as SelectionSettings
-from vestige.settings._evaluate_sketch import SketchSettings as SketchSettings
 from vestige.settings._index import DoctorSettings as DoctorSettings, IndexSettings as IndexSettings
 from vestige.settings._member import MemberSettings as MemberSettings
 from vestige.settings._precondition import PreconditionSettings as PreconditionSettings

@@ -14,7 +14,7 @@ from torch import nn
 
 from vestige.banks import Bank, bank_of
 from vestige.curvature import DAMPING
-from vestige.evaluate import Estimate, Lds, ceiling, datamodeling_score, held_out_choice
+from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out, datamodeling_score
 from vestige.launch import worker_command
 from vestige.progress import announce, progress
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
@@ -183,7 +183,7 @@ def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
         datamodeling_score(each.scores, truth.membership, truth.query_losses, subset=truth.subsets, draws=0).per_query
         for _, each in found
     ]
-    best, others = held_out_choice(results)
+    best, others = choose_held_out(results)
     damping, scored = found[best]
     scores = np.full_like(scored.scores, np.nan)
     scores[others] = scored.scores[others]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vestige.banks import EVERYTHING, Bank
-from vestige.evaluate import Gain, gain_over, selection as compare
+from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
 from vestige.models import Recipe
 from vestige.selection import select
@@ -114,7 +114,7 @@ def selection_domains(settings: StudySettings) -> Outcome:
         found = [_compared(settings, plan, part, inside, settings.seed + number) for number in range(settings.seeds)]
         random = np.stack([each.random for each in found], axis=1)
         losses = {name: np.stack([each.chosen[name] for each in found]) for name in METHODS}
-        gains = {name: gain_over(losses[name], random, plan.draws, settings.seed) for name in METHODS}
+        gains = {name: measure_gain(losses[name], random, plan.draws, settings.seed) for name in METHODS}
         shares = {name: float(np.mean([each.shares[name] for each in found])) for name in METHODS}
         rows += sorted((_row(part, name, losses[name], gains[name], shares[name]) for name in METHODS), key=_by_loss)
         rows.append((part, "random", float(random.mean()), "", "", "", "", ""))

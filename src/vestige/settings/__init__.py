@@ -5,9 +5,15 @@ command; its description is the help text. The lowest package but for the errors
 help and mistakes answer at once.
 """
 
-from vestige.settings._attribute import AttributeSettings as AttributeSettings
-from vestige.settings._audit import AuditSettings as AuditSettings
-from vestige.settings._bank import BankSettings as BankSettings
+from vestige.settings._attribute import (
+    AttributeSettings as AttributeSettings,
+)
+from vestige.settings._audit import (
+    AuditSettings as AuditSettings,
+)
+from vestige.settings._bank import (
+    BankSettings as BankSettings,
+)
 from vestige.settings._base import (
     BAD_TEXT as BAD_TEXT,
     OnBadText as OnBadText,
@@ -17,18 +23,8 @@ from vestige.settings._base import (
     nearest as nearest,
     parse_bytes as parse_bytes,
 )
-<<<<<<< HEAD
-from vestige.settings._evaluate_components import ComponentsSettings as ComponentsSettings
-from vestige.settings._evaluate_scores import (
-=======
-from vestige.settings._data import (
-    PreparationSettings as PreparationSettings,
-    SplitSettings as SplitSettings,
-    TokenizeSettings as TokenizeSettings,
-)
 from vestige.settings._evaluate import (
     ComponentsSettings as ComponentsSettings,
->>>>>>> evaluate
     LdsSettings as LdsSettings,
     MislabelSettings as MislabelSettings,
     OverlapSettings as OverlapSettings,
@@ -42,9 +38,16 @@ from vestige.settings._evaluate import (
     TailPatchSettings as TailPatchSettings,
     TruthValue as TruthValue,
 )
-from vestige.settings._index import DoctorSettings as DoctorSettings, IndexSettings as IndexSettings
-from vestige.settings._member import MemberSettings as MemberSettings
-from vestige.settings._precondition import PreconditionSettings as PreconditionSettings
+from vestige.settings._index import (
+    DoctorSettings as DoctorSettings,
+    IndexSettings as IndexSettings,
+)
+from vestige.settings._member import (
+    MemberSettings as MemberSettings,
+)
+from vestige.settings._precondition import (
+    PreconditionSettings as PreconditionSettings,
+)
 from vestige.settings._results import (
     CancelSettings as CancelSettings,
     ExportSettings as ExportSettings,
@@ -57,8 +60,12 @@ from vestige.settings._results import (
     TokenizeSettings as TokenizeSettings,
     ViewSettings as ViewSettings,
 )
-from vestige.settings._run import verb as verb
-from vestige.settings._select import SelectSettings as SelectSettings
+from vestige.settings._run import (
+    verb as verb,
+)
+from vestige.settings._select import (
+    SelectSettings as SelectSettings,
+)
 from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,
     CompressionSettings as CompressionSettings,
@@ -68,5 +75,11 @@ from vestige.settings._shared import (
     ReadingSettings as ReadingSettings,
     Scope as Scope,
 )
-from vestige.settings._train import TrainSettings as TrainSettings, list_epochs as list_epochs
-from vestige.settings._untrac import AscentOptimizer as AscentOptimizer, UntracSettings as UntracSettings
+from vestige.settings._train import (
+    TrainSettings as TrainSettings,
+    list_epochs as list_epochs,
+)
+from vestige.settings._untrac import (
+    AscentOptimizer as AscentOptimizer,
+    UntracSettings as UntracSettings,
+)

@@ -11,12 +11,9 @@ from tests.workshop import write_rows
 from vestige.cli._audit import describe
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
-from vestige.measures import _canaries
-from vestige.measures._canaries import compared_tokens, read_canaries
-from vestige.measures._canary_figures import canary_figures
+from vestige.measures import read_canaries
 from vestige.reports import report
-from vestige.runs import CanaryRecord
-from vestige.runs._audit_curves import exposed
+from vestige.runs import CanaryRecord, exposed
 
 DIGITS = "0123456789"
 ROWS = [
@@ -52,7 +49,7 @@ def canaries(place, folder):
 
 @pytest.mark.slow
 def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(_canaries, "PIECE_SECRETS", 40)
+    monkeypatch.setattr("vestige.measures._canaries.PIECE_SECRETS", 40)
     given = canaries(place, tmp_path)
     found = simple(
         place,

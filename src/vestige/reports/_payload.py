@@ -57,6 +57,13 @@ class Grid(NamedTuple):
     """Modules outside the layers: embeddings, final norm, output head."""
     cells: tuple[Place, ...]
 
+    def sums(self, scores: Mapping[str, float]) -> list[float]:
+        """Return the score of each cell: the sum over the components that stand in it."""
+        sums = dict.fromkeys(self.cells, 0.0)
+        for component, score in scores.items():
+            sums[place_of(component)] += score
+        return list(sums.values())
+
 
 def make_grid(components: Iterable[str]) -> Grid:
     """Return the grid that has a cell for each of `components`."""
@@ -67,14 +74,6 @@ def make_grid(components: Iterable[str]) -> Grid:
         others=tuple(cell.module for cell in cells if cell.layer is None),
         cells=cells,
     )
-
-
-def cell_sums(grid: Grid, scores: Mapping[str, float]) -> list[float]:
-    """Return the score of each cell of `grid`: the sum over the components that stand in it."""
-    sums = dict.fromkeys(grid.cells, 0.0)
-    for component, score in scores.items():
-        sums[place_of(component)] += score
-    return list(sums.values())
 
 
 def payload_of(run: RunFiles) -> Json:
@@ -188,7 +187,7 @@ def _cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[f
     parts = (run.components or {}).get((query, example))
     if grid is None or parts is None:
         return None
-    return [number(value, 6) for value in cell_sums(grid, parts)]
+    return [number(value, 6) for value in grid.sums(parts)]
 
 
 def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:

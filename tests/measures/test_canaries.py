@@ -11,9 +11,9 @@ from tests.workshop import write_rows
 from vestige.cli._audit import describe
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
-from vestige.measures import read_canaries
+from vestige.measures import Drawn, draw_files, read_canaries
 from vestige.reports import report
-from vestige.runs import CanaryRecord, exposed
+from vestige.runs import AuditRecord, CanaryRecord, SubjectRecord, exposed
 
 DIGITS = "0123456789"
 ROWS = [
@@ -60,6 +60,10 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
         measures=("loss",),
     )
     tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
+    # Every secret pays for the same text, though the first letter of one shares a token with the space before it.
+    vowels = [Example(id=letter, row=0, prompt="The vowel is ", completion=letter) for letter in "aeiou"]
+    begun = {int(mask.argmax()) for mask in tokenize(vowels, tokenizer, max_length=None, add_eos=False).targets}
+    assert len(begun) == 2, "or the model of the test does not show it"
     listed = read_canaries(given, 60, seed=0)
     assert [len(canary.others) for canary in listed] == [60, 2, 4]
     assert [(each.checkpoint, each.id) for each in found.run.canaries] == [
@@ -83,18 +87,6 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
     assert [each.copies for each in found.run.canaries] == [None, None, 3] * 2
     assert "Exposure of planted secrets" in page
     assert (found.folder / "figures" / "canaries.png").stat().st_size > 10_000
-
-
-def test_every_secret_pays_for_the_same_text_though_its_first_letter_shares_a_token_with_the_space_before(place):
-    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
-    examples = [Example(id=letter, row=0, prompt="The vowel is ", completion=letter) for letter in "aeiou"]
-    data = tokenize(examples, tokenizer, max_length=None, add_eos=False)
-    begun = {int(mask.argmax()) for mask in data.targets}
-    assert len(begun) == 2, "or the model of the test does not show it"
-    compared = compared_tokens(data)
-    for ids, mask in zip(compared.input_ids, compared.targets, strict=True):
-        assert tokenizer.decode(ids[~mask]) == "The vowel is"
-        assert mask.argmax() == min(begun)
 
 
 @pytest.mark.slow
@@ -172,9 +164,17 @@ def test_the_figure_of_the_secrets_is_drawn_and_the_same_every_time():
         for copies in (0, 1, 16)
         for number in range(4)
     ]
-    found = canary_figures(records, [10, 20])
+    found = drawn(records, [10, 20])
     assert set(found) == {"canaries.png", "canaries.pdf"}
-    assert found == canary_figures(records, [10, 20])
-    assert found != canary_figures(records[12:], [20])
-    assert canary_figures([secret(None, 1)], [20]) == {}
-    assert canary_figures([secret(1.0, None)], [20])
+    assert found == drawn(records, [10, 20])
+    assert found != drawn(records[12:], [20])
+    assert drawn([secret(None, 1)], [20]) == {}
+    assert drawn([secret(1.0, None)], [20])
+
+
+def drawn(canaries, checkpoints):
+    """The figures of an audit that has nothing but planted secrets."""
+    subjects = [SubjectRecord(number=number, name="", steps=number, fingerprint="") for number in checkpoints]
+    nothing = {"judgement": [], "layers": [], "main_layer": None, "measures": {}}
+    run = AuditRecord.model_construct(canaries=canaries, checkpoints=subjects, **nothing)
+    return draw_files(Drawn(run, [], lambda name, **_: None, [], np.ones(1, dtype=bool)))

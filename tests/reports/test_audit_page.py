@@ -154,8 +154,8 @@ def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited, tmp_p
     (audited / "run.json").write_text(record.model_dump_json())
     page = render_page(audited)
     by_copies, course = (figure_of(page, title) for title in ("Exposure of planted secrets", "Exposure while training"))
-    assert [">0</tspan>" in by_copies, ">8</tspan>" in by_copies, ">9</tspan>" in by_copies] == [True, True, False]
-    assert by_copies.count(">(2)</tspan>") == 2
+    assert [f">{copies}</t" in by_copies for copies in ("0", "8", "9")] == [True, True, False]
+    assert by_copies.count(">(2)</t") == 2
     assert all(f"</i>{words}</span>" in course for words in ("0 copies", "8 copies", "never planted, on average"))
     assert "</i>9 copies</span>" not in course
     assert "Exposure" not in without

@@ -2,7 +2,6 @@
 
 import time
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -66,9 +65,7 @@ def audit(settings: AuditSettings) -> Audit:
             announce(f"{name} cannot be computed: {reason}.")
     record = _make_record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
-    numbers = {subject.number: number for number, subject in enumerate(job.subjects)}
-    values = partial(_find_column, evidence, numbers)
-    figures = draw_files(Drawn(record, [each.name for each in job.measures], values, known, ~job.held_out))
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
     write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
@@ -78,13 +75,6 @@ def audit(settings: AuditSettings) -> Audit:
 def _measure(job: AuditJob) -> tuple[Evidence, list]:
     """Do everything that is done in pieces."""
     return gather(job), measure_canaries(job)
-
-
-def _find_column(
-    evidence: Evidence, numbers: dict[int, int], name: str, *, checkpoint: int | None = None, layer: int | None = None
-) -> np.ndarray | None:
-    """Return what `Audit.values` will return of the run; None where it is not measured."""
-    return evidence.column(name, -1 if checkpoint is None else numbers[checkpoint], layer)
 
 
 def _announce(job: AuditJob) -> None:

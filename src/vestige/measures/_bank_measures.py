@@ -14,8 +14,6 @@ Membership = Bool[np.ndarray, "member example"]
 Members = Bool[np.ndarray, "member"]
 Subsets = Int[np.ndarray, "member"]
 
-SHRINKAGE = 4.0
-
 
 def counterfactual(values: Values, membership: Membership) -> Column:
     """Return the mean value of the models trained on an example minus that of the others; high is memorized.
@@ -64,20 +62,8 @@ class GlobalLira(NamedTuple):
     """Models that could be."""
 
 
-class _Gaussians(NamedTuple):
-    """Mean and deviation of each example; NaN where fewer than two models are known."""
-
-    mean: Column
-    deviation: Column
-
-
 def lira(
-    target: Column,
-    values: Values,
-    membership: Membership,
-    *,
-    left_out: Members | None = None,
-    shrinkage: float = SHRINKAGE,
+    target: Column, values: Values, membership: Membership, *, left_out: Members | None = None, shrinkage: float = 4.0
 ) -> Lira:
     """Return the log-likelihood ratio of the target's values, trained on each example against not trained on it.
 
@@ -100,17 +86,12 @@ def lira(
     values, target, judges = _check_target(target, values, membership, left_out)
     inside = _fit_gaussians(values, membership & judges, shrinkage)
     outside = _fit_gaussians(values, ~membership & judges, shrinkage)
-    score = _log_density(target, inside) - _log_density(target, outside)
+    score = _log_density(target, *inside) - _log_density(target, *outside)
     return Lira(score, int(np.isnan(score).sum()))
 
 
 def lira_offline(
-    target: Column,
-    values: Values,
-    membership: Membership,
-    *,
-    left_out: Members | None = None,
-    shrinkage: float = SHRINKAGE,
+    target: Column, values: Values, membership: Membership, *, left_out: Members | None = None, shrinkage: float = 4.0
 ) -> Lira:
     """Return how surprising the target's values are for models that were not trained on the example, nats.
 
@@ -122,13 +103,13 @@ def lira_offline(
     from scipy.stats import norm
 
     values, target, judges = _check_target(target, values, membership, left_out)
-    outside = _fit_gaussians(values, ~membership & judges, shrinkage)
-    score = -np.asarray(norm.logsf((target - outside.mean) / outside.deviation), dtype=np.float64)
+    mean, deviation = _fit_gaussians(values, ~membership & judges, shrinkage)
+    score = -np.asarray(norm.logsf((target - mean) / deviation), dtype=np.float64)
     return Lira(score, int(np.isnan(score).sum()))
 
 
 def lira_of_members(
-    values: Values, membership: Membership, *, subsets: Subsets | None = None, shrinkage: float = SHRINKAGE
+    values: Values, membership: Membership, *, subsets: Subsets | None = None, shrinkage: float = 4.0
 ) -> Values:
     """Return every member's score as the target, by the other members alone; NaN where it cannot be computed.
 
@@ -144,7 +125,7 @@ def lira_of_members(
 
 
 def lira_global(
-    values: Values, membership: Membership, *, subsets: Subsets | None = None, shrinkage: float = SHRINKAGE
+    values: Values, membership: Membership, *, subsets: Subsets | None = None, shrinkage: float = 4.0
 ) -> GlobalLira:
     """Return the share of models that the likelihood ratio puts on the right side, each judged by the others alone.
 
@@ -154,7 +135,7 @@ def lira_global(
     return _count_successes(lira_of_members(values, membership, subsets=subsets, shrinkage=shrinkage), membership)
 
 
-def lira_in_sample(values: Values, membership: Membership, *, shrinkage: float = SHRINKAGE) -> GlobalLira:
+def lira_in_sample(values: Values, membership: Membership, *, shrinkage: float = 4.0) -> GlobalLira:
     """Return `lira_global` with every member among its own judges: too high, and useful only to measure by how much."""
     scores = np.stack([lira(row, values, membership, shrinkage=shrinkage).score for row in values])
     return _count_successes(scores, membership)
@@ -176,7 +157,7 @@ def bank_evidence(
     bank: Bank,
     *,
     of: Literal["margin", "gap", "loss"] = "margin",
-    shrinkage: float = SHRINKAGE,
+    shrinkage: float = 4.0,
     membership: Membership | None = None,
 ) -> BankEvidence:
     """Compute counterfactual memorization, simplicity and likelihood ratios of all examples of a bank.
@@ -243,8 +224,8 @@ def _count_successes(scores: Values, membership: Membership) -> GlobalLira:
     return GlobalLira(_mean(right, known), known.sum(0))
 
 
-def _fit_gaussians(values: Values, chosen: Membership, shrinkage: float) -> _Gaussians:
-    """Return the Gaussian of each example's chosen values; NaN for fewer than two models, or if nothing varies at all.
+def _fit_gaussians(values: Values, chosen: Membership, shrinkage: float) -> tuple[Column, Column]:
+    """Return mean and deviation of each example's chosen values; NaN for fewer than two, or if nothing varies at all.
 
         variance_i = (sum of squares_i + shrinkage * pooled variance) / (models_i - 1 + shrinkage)
 
@@ -260,12 +241,12 @@ def _fit_gaussians(values: Values, chosen: Membership, shrinkage: float) -> _Gau
     pooled = squares[enough].sum() / freedom.sum() if enough.any() else np.nan
     variance = (squares + shrinkage * pooled) / np.where(enough, freedom + shrinkage, np.nan)
     usable = enough & (variance > 0)
-    return _Gaussians(np.where(usable, mean, np.nan), np.sqrt(np.where(usable, variance, np.nan)))
+    return np.where(usable, mean, np.nan), np.sqrt(np.where(usable, variance, np.nan))
 
 
-def _log_density(values: Column, of: _Gaussians) -> Column:
+def _log_density(values: Column, mean: Column, deviation: Column) -> Column:
     """Return the logarithm of the Gaussian density without its constant: finite for values however far out."""
-    return -0.5 * ((values - of.mean) / of.deviation) ** 2 - np.log(of.deviation)
+    return -0.5 * ((values - mean) / deviation) ** 2 - np.log(deviation)
 
 
 _OF_A_BANK: dict[str, Any] = {

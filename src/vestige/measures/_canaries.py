@@ -23,7 +23,7 @@ from vestige.data import (
 )
 from vestige.errors import DataError
 from vestige.indexes import tokens_at_most
-from vestige.measures._choices import shared_tokens
+from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import AuditPieces, Tensors, piece_files
@@ -144,7 +144,7 @@ def shorten_targets(data: TokenizedData) -> TokenizedData:
     one text would pay for the space before the secret and another would not.
     """
     begins = (int(np.argmax(mask)) for mask in data.targets if mask.any())
-    start = max(1, min(shared_tokens(data.input_ids), *begins))
+    start = max(1, min(count_shared_tokens(data.input_ids), *begins))
     return replace(data, targets=[np.arange(len(ids)) >= start for ids in data.input_ids])
 
 

@@ -1,4 +1,4 @@
-"""Multiple-choice answers: which choices there are, the gap of the right one, whether it was chosen, how surely."""
+"""Multiple-choice answers: which choices there are, the gap of the right one, whether it was chosen."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def logit_gap(logits: Logits, right: Right, offered: Offered | None = None) -> P
     Raises:
         DataError: The right choice is not offered.
     """
-    values, offered = _offered_logits(logits, right, offered)
+    values, offered = _mask_logits(logits, right, offered)
     chosen = values.gather(1, right[:, None])[:, 0]
     others = values.scatter(1, right[:, None], -torch.inf).amax(1)
     alone = offered.sum(1) < 2
@@ -65,11 +65,11 @@ def brier(logits: Logits, right: Right, offered: Offered | None = None) -> PerEx
 
     Brier 1950. Padding has probability 0 and adds nothing. Arguments and errors as in `logit_gap`.
     """
-    chances = _offered_logits(logits, right, offered)[0].softmax(1)
+    chances = _mask_logits(logits, right, offered)[0].softmax(1)
     return (chances - torch.nn.functional.one_hot(right, logits.shape[1])).square().sum(1)
 
 
-def _offered_logits(logits: Logits, right: Right, offered: Offered | None) -> tuple[Logits, Offered]:
+def _mask_logits(logits: Logits, right: Right, offered: Offered | None) -> tuple[Logits, Offered]:
     """Return logits in float64, minus infinity where nothing is offered, and what is offered."""
     offered = torch.ones_like(logits, dtype=torch.bool) if offered is None else offered
     inside = (right >= 0) & (right < logits.shape[1])
@@ -110,7 +110,7 @@ def find_choices(data: TokenizedData, settings: AuditSettings, loaded: LoadedMod
     if loaded.tokenizer is not None:
         limit = tokens_at_most(settings, loaded)
         encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
-        wanted = [_listed_choices(example, settings.choices_field) for example in data.examples]
+        wanted = [_read_choices(example, settings.choices_field) for example in data.examples]
         pool = [] if any(wanted) else _recurring_completions(data.examples)
         wanted = [
             listed or (pool if example.completion else [])
@@ -140,7 +140,7 @@ def _fill_choices(
         return "fewer than two different choices"
     head, tail = completion.partition(answer)[::2]
     encoded = encoder.encode([replace(example, completion=f"{head}{choice}{tail}") for choice in bare]).input_ids
-    position = shared_tokens(encoded)
+    position = count_shared_tokens(encoded)
     tokens = [int(ids[position]) if position < len(ids) else -1 for ids in encoded]
     if position < 1 or position >= len(own) or -1 in tokens:
         return "the answer was cut off"
@@ -154,14 +154,14 @@ def _fill_choices(
     return None
 
 
-def shared_tokens(texts: Sequence[np.ndarray]) -> int:
+def count_shared_tokens(texts: Sequence[np.ndarray]) -> int:
     """Return how many tokens all texts have in common at their beginning."""
     shortest = min(map(len, texts))
     same = np.all(np.stack([ids[:shortest] for ids in texts]) == texts[0][:shortest], axis=0)
     return shortest if same.all() else int(same.argmin())
 
 
-def _listed_choices(example: Example, field: str) -> list[str]:
+def _read_choices(example: Example, field: str) -> list[str]:
     value: Any = example.extra.get(field)
     if value is None:
         return []

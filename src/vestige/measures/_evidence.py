@@ -62,19 +62,21 @@ class Evidence:
             return max(known, key=lambda layer: (known[layer], layer))
         return max(self.job.layers, default=None)
 
-    def column(self, name: str, number: int = -1, layer: int | None = None) -> Column | None:
-        """Return the values of a measure under a subject; a layered one at the main layer unless another is named."""
+    def values(self, name: str, /, *, checkpoint: int | None = None, layer: int | None = None) -> Column | None:
+        """Return what `Audit.values` will return of the run; None where it was not measured."""
+        numbers = [subject.number for subject in self.job.subjects]
+        found = self.last if checkpoint is None else self.subjects[numbers.index(checkpoint)]
         if name in [each.name for each in self.job.at("states")]:
             where = self.main_layer if layer is None else layer
-            return None if where is None else self.subjects[number].layers[where].get(name)
-        return self.subjects[number].measures.get(name)
+            return None if where is None else found.layers[where].get(name)
+        return found.measures.get(name)
 
     def missing_reasons(self) -> dict[str, tuple[int, str]]:
         """Return, for each measure that some examples lack under the model, how many lack it and why."""
         found, total = {}, len(self.job.data)
         for each in self.job.measures:
             if each.of == "example":
-                column = self.column(each.name)
+                column = self.values(each.name)
                 count = total if column is None else int(np.isnan(column).sum())
                 missing = count > 0
             elif each.of == "layer":
@@ -225,7 +227,7 @@ def find_truths(evidence: Evidence) -> list[Known]:
     own = ~job.held_out
     known: list[Known] = []
     if job.held_out.any():
-        known.append(Known("membership", own, ~_held_copies(job)))
+        known.append(Known("membership", own, ~_find_held_copies(job)))
     elif job.bank is not None and settings.bank_subset is not None:
         positions = bank_positions(job, job.bank)
         trained = job.bank.membership[job.bank.subsets == settings.bank_subset]
@@ -240,7 +242,7 @@ def find_truths(evidence: Evidence) -> list[Known]:
     return [_judge_once(each, job.groups) for each in known]
 
 
-def _held_copies(job: AuditJob) -> Mask:
+def _find_held_copies(job: AuditJob) -> Mask:
     """Return which held-out texts are in the data too."""
     own = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
     return np.array([held and text in own for text, held in zip(job.texts, job.held_out, strict=True)])
@@ -263,7 +265,7 @@ def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord]
         count, others = (int((truth.found == side)[truth.judged].sum()) for side in (True, False))
         if not count or not others:
             notes.append(f"{truth.name}: {count} to be found among {others} others: there is nothing to distinguish.")
-        copies = int(_held_copies(job).sum())
+        copies = int(_find_held_copies(job).sum())
         if copies and truth.name == "membership":
             notes.append(f"membership: {copies} held-out texts are in the data too and are left out.")
         rows += list(_judge_truth(evidence, truth))

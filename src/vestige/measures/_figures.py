@@ -1,9 +1,9 @@
 """Figures of an audit, for files and pages: dynamics, ROC curves, layers, agreement of measures, planted secrets."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,18 +35,13 @@ _SPREAD = 0.12
 """Half the width over which the secrets of one number of copies are strewn, so that equal ones are visible."""
 
 
-class Values(Protocol):
-    """Values of a measure; those of the model under audit and of the main layer unless others are named."""
-
-    def __call__(self, name: str, *, checkpoint: int | None = None, layer: int | None = None) -> Column | None: ...
-
-
 class Drawn(NamedTuple):
     """What the figures show."""
 
     run: AuditRecord
     measures: Sequence[str]
-    values: Values
+    values: Callable[..., Column | None]
+    """Of a measure, under a `checkpoint` and at a `layer`; those of the model under audit and of the main layer."""
     known: Sequence[Known]
     own: np.ndarray
     """The data's own examples."""
@@ -82,7 +77,7 @@ class Drawn(NamedTuple):
         }
         return [chosen[name] for name in order if name in chosen][:_MOST_LINES]
 
-    def layered_measure(self) -> str:
+    def first_layered_measure(self) -> str:
         """Return the first measure of states that has a value at the main layer; empty where none has."""
         names = [each.name for each in all_measures() if each.stage == "states" and each.name in self.measures]
         columns = {name: self.values(name) for name in names if len(self.run.layers) > 1}
@@ -114,7 +109,7 @@ def draw_files(drawn: Drawn) -> dict[str, bytes]:
             area = "not computable" if blind is None else f"AUC {blind.auc[0]:.3f}"
             axes.set_title(title + area, fontsize="medium")
             _add_legend(figure, "outside right upper", 1)
-    if drawn.layered_measure():
+    if drawn.first_layered_measure():
         figure = figures["layers"] = new_figure(5.6, 3.4)
         axes = figure.add_subplot()
         if draw_layers(axes, drawn):
@@ -164,10 +159,14 @@ def draw_roc(axes: Axes, drawn: Drawn, truth: Known) -> None:
         column = drawn.values(record.measure)
         if column is not None:
             x, y = roc_curve((record.sign * column)[truth.judged], found)
-            label = f"{record.measure} (AUC {record.auc[0]:.3f})"
+            value, low, high = record.auc
+            interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+            label = f"{record.measure}, AUC {value:.3f}{interval}"
             axes.step(np.maximum(x, floor), np.maximum(y, floor), where="post", color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
 
 
 def blind_area(run: AuditRecord, truth: str) -> JudgementRecord | None:
@@ -178,7 +177,7 @@ def blind_area(run: AuditRecord, truth: str) -> JudgementRecord | None:
 
 def draw_layers(axes: Axes, drawn: Drawn) -> bool:
     """Draw AUC of a measure by layer where something is known and return True, else its quartiles and return False."""
-    layers, name = [each.layer for each in drawn.run.layers], drawn.layered_measure()
+    layers, name = [each.layer for each in drawn.run.layers], drawn.first_layered_measure()
     last = drawn.checkpoints[-1]
     rows = [each for each in drawn.run.judgement if (each.measure, each.checkpoint) == (name, last)]
     rows = [each for each in rows if each.auc[0] is not None]
@@ -214,7 +213,8 @@ def draw_agreement(axes: Axes, names: Sequence[str], table: np.ndarray) -> Any:
             if np.isfinite(value):
                 ink = "#FEFEFE" if abs(value) > 0.6 else "#111111"
                 at = (column + 0.5, row + 0.5)
-                axes.text(*at, f"{value:z.2f}", ha="center", va="center", fontsize=6, color=ink)
+                text = f"{value:z.2f}".replace("-", "−")
+                axes.text(*at, text, ha="center", va="center", fontsize=6, color=ink)
     return shown
 
 

@@ -122,16 +122,13 @@ def _count_directions(states: np.ndarray, codes: np.ndarray, seed: int, most: in
         count = (len(means) + 1) * BLOCK
         block = _fit_slices(states, codes, count, seed, first=count - BLOCK)
         means.append(np.concatenate([part.mean(1) for part in _compute_pointwise(states, codes, block)]))
-        if len(means) > 1 and _is_stable(np.stack(means)):
-            return count, True
+        if len(means) > 1:
+            whole, half = (np.stack(blocks).mean(0) for blocks in (means, means[: len(means) // 2]))
+            lowest = np.argsort(whole, kind="stable")[: max(1, round(_LOWEST * len(whole)))]
+            size = np.maximum(np.abs(whole[lowest]), np.finfo(np.float64).tiny)
+            if (np.abs(whole - half)[lowest] / size).mean() <= _CHANGE:
+                return count, True
     return len(means) * BLOCK, False
-
-
-def _is_stable(means: Float[np.ndarray, "block example"]) -> bool:
-    whole, half = means.mean(0), means[: len(means) // 2].mean(0)
-    lowest = np.argsort(whole, kind="stable")[: max(1, round(_LOWEST * len(whole)))]
-    size = np.maximum(np.abs(whole[lowest]), np.finfo(np.float64).tiny)
-    return bool((np.abs(whole - half)[lowest] / size).mean() <= _CHANGE)
 
 
 def _fit_slices(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first: int = 0) -> _Slices:

@@ -26,7 +26,7 @@ from vestige.data import (
 from vestige.errors import DataError, ModelError, SpecError
 from vestige.indexes import batch_tokens, read_data, tokens_at_most
 from vestige.measures._choices import Choices, find_choices
-from vestige.measures._measure import Measure, Need, Stage, requested_measures
+from vestige.measures._measure import Measure, Need, Stage, choose_measures
 from vestige.models import LoadedModel, batch_sharing, find_source, load_model, model_fingerprint
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -83,7 +83,7 @@ class AuditJob:
         Raises:
             UserError: Something about the model, the data or the settings needs the caller.
         """
-        self.settings, self.measures = settings, requested_measures(settings)
+        self.settings, self.measures = settings, choose_measures(settings)
         loaded = load_model(
             settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
         )

@@ -310,7 +310,7 @@ def all_measures() -> list[Measure]:
     return sorted(MEASURES, key=lambda each: (each.order, each.name))
 
 
-def requested_measures(settings: AuditSettings) -> tuple[Measure, ...]:
+def choose_measures(settings: AuditSettings) -> tuple[Measure, ...]:
     """Return the measures that an audit computes, in their order; loss, and what a bank compares, are among them.
 
     Raises:

@@ -42,17 +42,15 @@ def audit_page(audit: Audit) -> Json:
     return {
         "title": f"What {short_name(run.model.name)} has memorized",
         "subtitle": f"memorization · {short_name(run.data.name)}",
-        "facts": _facts(audit),
+        "facts": _list_facts(audit),
         "command": cut_command(run.command),
-        "judged": [_judged(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)],
+        "judged": [_make_table(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)],
         "charts": _draw_panels(audit),
-        "planted": _planted(audit),
-        "planted_note": _planted_note(audit),
-        "rankings": _rankings(audit),
-        "missing": [
-            (name, _known_for(audit, each.missing), each.reason) for name, each in run.measures.items() if each.reason
-        ],
-        "notes": [*run.notes, *_layer_notes(audit)],
+        "planted": _list_secrets(audit),
+        "planted_note": _describe_secrets(audit),
+        "rankings": _rank_examples(audit),
+        "missing": _list_missing(audit),
+        "notes": [*run.notes, *_note_layers(audit)],
         "versions": join_versions(run.versions),
         "vestige": run.vestige,
     }
@@ -71,7 +69,7 @@ def format_span(span: Sequence[float | None]) -> str:
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _facts(audit: Audit) -> list[Fact]:
+def _list_facts(audit: Audit) -> list[Fact]:
     run, model, data = audit.run, audit.run.model, audit.run.data
     facts = [
         Fact("Model", short_name(model.name), model.fingerprint[:8], f"{compact(model.parameters)} parameters"),
@@ -94,7 +92,7 @@ def _facts(audit: Audit) -> list[Fact]:
     return [*facts, took(run.seconds, run.peak_memory_bytes, run.peak_gpu_memory_bytes)]
 
 
-def _judged(audit: Audit, truth: Truth) -> Json:
+def _make_table(audit: Audit, truth: Truth) -> Json:
     """Return the table of one kind of truth."""
     rows = [
         each
@@ -107,12 +105,12 @@ def _judged(audit: Audit, truth: Truth) -> Json:
         "title": title,
         "note": note,
         "counts": f"{max(each.found for each in rows):,} among {max(each.others for each in rows):,} others",
-        "rows": list(map(_cells, rows)),
+        "rows": list(map(_format_row, rows)),
         "unresolved": any(not rate.resolved for each in rows for rate in each.tpr_at),
     }
 
 
-def _cells(row: JudgementRecord) -> tuple[str, ...]:
+def _format_row(row: JudgementRecord) -> tuple[str, ...]:
     rates = [format_span(rate.rate) + ("" if rate.resolved else " *") for rate in (*row.tpr_at, *row.fpr_at)]
     name = f"{row.measure}, {'low' if row.sign < 0 else 'high'} values flagged"
     rule = ""
@@ -128,7 +126,7 @@ def _draw_panels(audit: Audit) -> list[Panel]:
     installed = {each.name for each in MEASURES}
     detailed = tuple(f"{each.name}_" for each in MEASURES if each.detail)
     measures = [name for name in audit.measures if name in installed or not name.startswith(detailed)]
-    drawn = Drawn(audit.run, measures, audit.values, known, _own(audit))
+    drawn = Drawn(audit.run, measures, audit.values, known, _own_examples(audit))
     return [
         *_draw_secrets(drawn),
         *_draw_course(drawn),
@@ -138,13 +136,13 @@ def _draw_panels(audit: Audit) -> list[Panel]:
     ]
 
 
-def _own(audit: Audit) -> np.ndarray:
+def _own_examples(audit: Audit) -> np.ndarray:
     return np.array(audit.examples["part"].to_pylist()) == "data"
 
 
 def _find_known(audit: Audit) -> list[Known]:
     """Return what is to be found, and where it is known, as far as the run's own tables have it."""
-    own, known = _own(audit), list[Known]()
+    own, known = _own_examples(audit), list[Known]()
     if not own.all():
         texts = audit.examples["text"].to_pylist()
         trained = {text for text, mine in zip(texts, own, strict=True) if mine}
@@ -201,7 +199,7 @@ def _draw_roc(drawn: Drawn, truth: Known) -> Panel:
 
 
 def _draw_layers(drawn: Drawn) -> list[Panel]:
-    name = drawn.layered_measure()
+    name = drawn.first_layered_measure()
     if not name:
         return []
     figure = new_figure(*SMALL)
@@ -224,7 +222,7 @@ def _draw_agreement(drawn: Drawn) -> list[Panel]:
     return [make_panel("Agreement of measures", note, figure, broad=True)]
 
 
-def _planted(audit: Audit) -> list[Json]:
+def _list_secrets(audit: Audit) -> list[Json]:
     """Return canaries by their exposure under the model, the most exposed first."""
     last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
     last.sort(key=lambda each: -math.inf if each.exposure is None else each.exposure, reverse=True)
@@ -244,7 +242,7 @@ def _planted(audit: Audit) -> list[Json]:
     return found
 
 
-def _planted_note(audit: Audit) -> str:
+def _describe_secrets(audit: Audit) -> str:
     last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
     values = [each.exposure for each in last if each.exposure is not None]
     if not values:
@@ -266,7 +264,7 @@ def _count_copies(copies: int | None) -> str:
     return "copies unknown" if copies is None else f"{copies:,} {'copy' if copies == 1 else 'copies'}"
 
 
-def _rankings(audit: Audit) -> list[Json]:
+def _rank_examples(audit: Audit) -> list[Json]:
     """Return examples in the order of each measure, the preferred one first."""
     found, first = [], audit.preferred if audit.measures else ""
     for name in sorted(audit.measures, key=lambda each: each != first):
@@ -274,12 +272,12 @@ def _rankings(audit: Audit) -> list[Json]:
         if len(listed):
             order = "lowest first" if audit.lowest_first(name) else "highest first"
             meaning = record.meaning + (f"; high: {record.high}" if record.high else "")
-            rows = [_listed(audit, row, name) for row in listed]
+            rows = [_list_example(audit, row, name) for row in listed]
             found.append({"measure": name, "order": order, "meaning": meaning, "rows": rows})
     return found
 
 
-def _listed(audit: Audit, row: EvidenceRow, measure: str) -> Json:
+def _list_example(audit: Audit, row: EvidenceRow, measure: str) -> Json:
     """Return one example of a ranking."""
     described = audit.examples.slice(row.row, 1).to_pylist()[0]
     facts = [f"{name} {described[name]}" for name in ("class", "label", "source") if described[name] is not None]
@@ -293,7 +291,7 @@ def _listed(audit: Audit, row: EvidenceRow, measure: str) -> Json:
     }
 
 
-def _missing(audit: Audit) -> list[tuple[str, str, str]]:
+def _list_missing(audit: Audit) -> list[tuple[str, str, str]]:
     """Return each measure that some examples lack, for how many it is known, and why not for the others."""
     total = audit.run.data.examples + (audit.run.holdout.examples if audit.run.holdout else 0)
     return [
@@ -303,7 +301,7 @@ def _missing(audit: Audit) -> list[tuple[str, str, str]]:
     ]
 
 
-def _layer_notes(audit: Audit) -> list[str]:
+def _note_layers(audit: Audit) -> list[str]:
     loose = [each.layer for each in audit.run.layers if each.converged is False]
     more = "PSMI had not settled after as many directions as it may take, at layers " + ", ".join(map(str, loose))
     return [f"{more}: its lowest values still move by more than 5 %."] if loose else []

@@ -88,4 +88,5 @@ def _open_group(match: re.Match[str]) -> str:
 def _restyle(match: re.Match[str]) -> str:
     """Take letters and colours from the page."""
     style = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", match[0])
+    style = re.sub(r"; font-family: [^;\"]*", "", style)
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _INKS.get(colour[0], colour[0]), style)

@@ -42,12 +42,12 @@ def component_page(folder: Path) -> dict[str, Any]:
     """
     try:
         found = parse_json((folder / RESULT).read_text(encoding="utf-8"))
-        choices = [_choice(words, each) for words, each in found["candidates"].items()]
+        choices = [_make_choice(words, each) for words, each in found["candidates"].items()]
         parts = next(iter(found["candidates"].values()))["components"]
         return {
             "title": "Which components distinguish originals from other examples?",
             "subtitle": "components",
-            "facts": _facts(found, parts),
+            "facts": _list_facts(found, parts),
             "command": cut_command(found["command"]),
             "choices": choices,
             "charts": [*_draw_sizes(parts), *_draw_similarity(folder / SIMILARITY, parts)],
@@ -67,7 +67,7 @@ def kind_of(part: Part) -> str:
     return next(kind for kind, words in KINDS.items() if "norm" not in name and any(word in name for word in words))
 
 
-def _facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
+def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
     passes = found["passes"]
     times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
     return [
@@ -80,7 +80,7 @@ def _facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
     ]
 
 
-def _choice(words: str, found: Part) -> dict[str, Any]:
+def _make_choice(words: str, found: Part) -> dict[str, Any]:
     """Return everything about one choice of candidates."""
     rows, parts = {row["name"]: row for row in found["representations"]}, found["components"]
     spans = [_span(row["accuracy"]) for row in rows.values() if not row["opponent"] or row["name"] == BM25]
@@ -88,13 +88,13 @@ def _choice(words: str, found: Part) -> dict[str, Any]:
     ends, full = (min(known), max(known)), _span(rows[FULL]["accuracy"])[0]
     return {
         "words": words,
-        "listed": _listed(found),
-        "chips": _chips(rows),
-        "rows": [_row(row, ends, full) for row in rows.values()],
+        "listed": _describe_ranks(found),
+        "chips": _make_chips(rows),
+        "rows": [_make_row(row, ends, full) for row in rows.values()],
         "charts": [*_draw_paths(found, rows, full), *_draw_components(parts, full, rows[CHANCE]["accuracy"]["value"])],
-        "types": _types(parts),
-        "components": list(map(_component, sorted(parts, key=lambda one: -_span(one["accuracy"])[0]))),
-        "wrong": list(map(_wrong, found["wrong"][:SHOWN_WRONG])),
+        "types": _average_types(parts),
+        "components": list(map(_describe_component, sorted(parts, key=lambda one: -_span(one["accuracy"])[0]))),
+        "wrong": list(map(_describe_wrong, found["wrong"][:SHOWN_WRONG])),
         "wrong_count": len(found["wrong"]),
     }
 
@@ -124,7 +124,7 @@ def _percent(share: float) -> str:
     return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
 
-def _listed(found: Part) -> str:
+def _describe_ranks(found: Part) -> str:
     """Return the ranks that BM25 gives the originals, in words."""
     ranks = {int(rank): count for rank, count in found["rank_of_original_by_bm25"].items()}
     total, put = sum(ranks.values()), found["original_put_there"]
@@ -141,7 +141,7 @@ def _listed(found: Part) -> str:
     )
 
 
-def _chips(rows: Mapping[str, Part]) -> list[Chip]:
+def _make_chips(rows: Mapping[str, Part]) -> list[Chip]:
     """Return chips of the full gradient, of what was chosen on other queries, and of words alone."""
     full = format_span(_span(rows[FULL]["accuracy"]))
     chips = [Chip("Full gradient", full.partition(" ")[0], f"Accuracy {full}", "unknown", "", "")]
@@ -162,7 +162,7 @@ def _chips(rows: Mapping[str, Part]) -> list[Chip]:
     return chips
 
 
-def _row(row: Part, ends: tuple[float, float], full: float) -> dict[str, Any]:
+def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, Any]:
     """Return a line of the table of representations."""
     span = _span(row["accuracy"])
     cells = (
@@ -197,7 +197,7 @@ def _place_interval(span: tuple[float, float, float], ends: tuple[float, float],
     return {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond, "label": label}
 
 
-def _types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
+def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     """Return type, number of components, and the means of accuracy, agreement and accuracy of layer outputs."""
     found = []
     for name in dict.fromkeys(one["type"] for one in parts):
@@ -210,13 +210,13 @@ def _types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     return found
 
 
-def _component(one: Part) -> tuple[str, ...]:
+def _describe_component(one: Part) -> tuple[str, ...]:
     more = (_format(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
     accuracy = format_span(_span(one["accuracy"]))
     return (one["name"], f"{one['parameters']:,}", f"{one['backward']:.0%}", accuracy, *more)
 
 
-def _wrong(one: Part) -> tuple[str, ...]:
+def _describe_wrong(one: Part) -> tuple[str, ...]:
     lengths = ", ".join(map(str, one["original_tokens"]))
     return (
         one["query"],
@@ -283,7 +283,10 @@ def _draw_bars(
         return []
     for level, style in levels:
         axes.axhline(level, color=_INK, linewidth=1, linestyle=style)
-    axes.set(xlabel="block", ylabel=label, yscale="log" if log else "linear", xlim=(-0.7, len(parts) - 0.3))
+    axes.set(xlabel="block", ylabel=label, xlim=(-0.7, len(parts) - 0.3))
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, figure, broad=True)]
 
@@ -405,6 +408,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         axes.plot([], [], "D", color=COLOURS[2], label="projections: ◆ right, × as published")
         axes.axhline(level, color=_INK, linewidth=1)
         axes.set(xscale="log", xlabel="% of the parameters (of projections: numbers kept)", ylabel=objective)
+        axes.xaxis.set_major_formatter("{x:g}")
         panels.append(make_panel(f"Greedy paths: {objective}", note, figure))
     return panels
 

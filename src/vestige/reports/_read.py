@@ -97,7 +97,7 @@ def read_run(run: str | Path) -> RunFiles:
         record=record,
         queries=queries,
         examples=examples,
-        ranked=_ranked(folder, queries, examples),
+        ranked=_read_ranked(folder, queries, examples),
         components=_pair_table(folder, "components", "component", examples),
         tokens=_pair_table(folder, "tokens", "position", examples),
     )
@@ -152,7 +152,7 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return _table(folder, name).to_pylist()
 
 
-def _ranked(
+def _read_ranked(
     folder: Path, queries: Iterable[Query], examples: dict[int, TrainingExample]
 ) -> dict[str, tuple[RankedScore, ...]]:
     """Return the listed examples of each query, proponents first."""

@@ -143,6 +143,7 @@ def group_means(values: Column, groups: Mapping[str, Mask]) -> dict[str, tuple[f
 
 
 def _true_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effect: float) -> Rate:
+    """Return the share of `right` flagged where at most `level` of `wrong` is."""
     if not len(right) or not len(wrong):
         return Rate(Interval(np.nan, np.nan, np.nan), np.nan, False)
     allowed = int(np.floor(level * len(wrong) + 1e-9))
@@ -154,6 +155,7 @@ def _true_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effect
 
 
 def _false_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effect: float) -> Rate:
+    """Return the share of `wrong` flagged where at least `level` of `right` is."""
     if not len(right) or not len(wrong):
         return Rate(Interval(np.nan, np.nan, np.nan), np.nan, False)
     threshold = float(np.sort(right)[::-1][int(np.ceil(level * len(right) - 1e-9)) - 1])
@@ -161,14 +163,7 @@ def _false_rate(right: np.ndarray, wrong: np.ndarray, level: float, design_effec
     return Rate(flagged, threshold, level * len(right) >= 1 - 1e-9)
 
 
-def blind(
-    texts: Sequence[str],
-    members: Mask,
-    *,
-    dates: Column | None = None,
-    folds: int = 5,
-    seed: int = 0,
-) -> Column:
+def blind(texts: Sequence[str], members: Mask, *, dates: Column | None = None, folds: int = 5, seed: int = 0) -> Column:
     """Score with a classifier that reads the texts and never a model: high speaks for membership, 0 to 1.
 
     Words, length and date, logistic regression, each example scored by a fit on the other folds. Where it does better
@@ -176,12 +171,7 @@ def blind(
     al. 2024, "Blind baselines beat membership inference attacks"). Equal texts are kept in one fold. A score is the
     example's rank within its fold, for levels of different fits do not compare.
 
-    Args:
-        texts: Of all examples.
-        members: Who was trained on.
-        dates: As numbers, NaN where unknown.
-        folds: Fewer where a side has fewer examples.
-        seed: Of the folds.
+    Dates are numbers, NaN where unknown; there are fewer `folds` where a side has fewer examples.
 
     Raises:
         DataError: Shapes that do not agree, or a side with fewer than two different texts.
@@ -191,12 +181,7 @@ def blind(
 
 
 def blind_attack(
-    texts: Sequence[str],
-    members: Mask,
-    *,
-    dates: Column | None = None,
-    folds: int = 5,
-    seed: int = 0,
+    texts: Sequence[str], members: Mask, *, dates: Column | None = None, folds: int = 5, seed: int = 0
 ) -> Attack:
     """Return what the scores of `blind` show about membership, with intervals that count the fits.
 

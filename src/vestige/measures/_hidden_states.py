@@ -72,7 +72,7 @@ def psmi(
         labels: The label that each example was trained with, as whole numbers.
         directions: If not given, blocks of 500 are added until the 5 % lowest means differ, on average and
             relative to themselves, by at most 5 % from what the first half of the blocks gives.
-        seed: Of the directions.
+        seed: Seed.
         most: Where the automatic number ends in any case.
 
     Raises:

@@ -43,9 +43,17 @@ Stage = Literal["pass", "losses", "generation", "states", "weights", "each model
     bank                      `BankValues` without them, once; its values stand beside the model under audit
 """
 Need = Literal[
-    "token scores", "answer", "choices", "hidden states", "classes", "tokenizer", "reference model", "generation",
-    "weights", "bank",
-]  # fmt: skip
+    "token scores",
+    "answer",
+    "choices",
+    "hidden states",
+    "classes",
+    "tokenizer",
+    "reference model",
+    "generation",
+    "weights",
+    "bank",
+]
 
 _GIVEN: dict[str, tuple[str, str]] = {
     "bank": ("bank", "compares with models that were not trained on the example: give --bank BANK."),

@@ -98,7 +98,7 @@ def _make_tables(evidence: Evidence, number: int) -> list[pa.Table]:
 
 def _examples_table(job: AuditJob) -> pa.Table:
     examples, names = job.data.examples, job.class_names
-    flags = pa.nulls(len(examples), pa.bool_()) if job.flagged is None else pa.array(job.flagged, pa.bool_())
+    flags = [None] * len(examples) if job.flagged is None else job.flagged
     columns = {
         "row": (range(len(examples)), pa.int64()),
         "example_id": ([example.id for example in examples], pa.string()),

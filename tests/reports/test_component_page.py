@@ -186,7 +186,6 @@ def test_bars_have_their_names_kinds_are_legends_and_what_is_unknown_is_left_out
             one["name"] = f"<b>{one['name']}"
             one["agreement"] = None
         each["components"][0]["accuracy"]["value"] = None
-        each["representations"][1]["accuracy"] = estimate(0.0)
     (searched / "components.json").write_text(json.dumps(found))
     (searched / "self_similarity.csv").unlink()
     page = report(searched).read_text()

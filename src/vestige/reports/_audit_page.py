@@ -64,7 +64,7 @@ def format_number(value: float | None) -> str:
 def format_span(span: Sequence[float | None]) -> str:
     """Format a value and its interval as the page writes them."""
     value, low, high = span
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -120,6 +120,12 @@ def _format(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
 
 
+def _average(values: Iterable[float | None]) -> str:
+    """Return the mean of what is known; nothing without any."""
+    known = [value for value in map(_number, values) if math.isfinite(value)]
+    return _format(float(np.mean(known))) if known else ""
+
+
 def _percent(share: float) -> str:
     return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
@@ -193,8 +199,8 @@ def _place_interval(span: tuple[float, float, float], ends: tuple[float, float],
 
     low, high = (None if not math.isfinite(end) else place(end) for end in interval)
     beyond = -1 if value < ends[0] else int(value > ends[1])
-    label = f"{value:.3f}, from {interval[0]:.3f} to {interval[1]:.3f}"
-    return {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond, "label": label}
+    found = {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond}
+    return found | {"label": format_span(span)}
 
 
 def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
@@ -203,10 +209,9 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(one["type"] for one in parts):
         own = [one for one in parts if one["type"] == name]
         values = [_accuracy(one) for one in own]
-        outputs = [one["output_accuracy"] for one in own if one["output_accuracy"] is not None]
-        mean, spread = f"{np.mean(values):.3f}", f"{min(values):.3f} … {max(values):.3f}"
-        agreement = f"{np.mean([_agreement(one) for one in own]):.3f}"
-        found.append((name, str(len(own)), mean, spread, agreement, f"{np.mean(outputs):.3f}" if outputs else ""))
+        spread = f"{min(values):.3f} … {max(values):.3f}"
+        means = [_average(each) for each in (values, map(_agreement, own), (one["output_accuracy"] for one in own))]
+        found.append((name, str(len(own)), means[0], spread, *means[1:]))
     return found
 
 
@@ -305,15 +310,14 @@ def _draw_depths(parts: Sequence[Part], full: float) -> list[Panel]:
     """Draw lines over the blocks: accuracy and agreement of each type, and accuracy of kinds on average."""
     if len({one["layer"] for one in parts}) < 2:
         return []
-    panels, kinds = [], [kind for kind in KINDS if any(kind_of(one) == kind for one in parts)]
+    kinds = {kind: [one for one in parts if kind_of(one) == kind] for kind in KINDS}
+    kinds, panels = {kind: own for kind, own in kinds.items() if own}, list[Panel]()
     for name, value, level in (("Accuracy", _accuracy, full), ("Agreement", _agreement, None)):
-        for kind in kinds:
-            lines = _type_lines([one for one in parts if kind_of(one) == kind])
+        for kind, own in kinds.items():
+            lines = _type_lines(own)
             note = f"Each type over the blocks.{' Grey line: full gradient.' if level is not None else ''}"
             panels.append(_draw_lines(f"{name} by depth: {kind}", note, lines, value, level))
-    lines = [
-        (kind, COLOURS[list(KINDS).index(kind)], "-", [one for one in parts if kind_of(one) == kind]) for kind in kinds
-    ]
+    lines = [(kind, COLOURS[list(KINDS).index(kind)], "-", own) for kind, own in kinds.items()]
     panels.append(_draw_lines("Mean accuracy by depth", "Grey line: full gradient.", lines, _accuracy, full))
     return panels
 
@@ -352,7 +356,8 @@ def _draw_lines(
 def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     figure, sizes = new_figure(*SMALL), sorted({one["parameters"] for one in parts})
     axes = figure.add_subplot()
-    groups = [[_accuracy(one) for one in parts if one["parameters"] == size] for size in sizes]
+    known = [one for one in parts if math.isfinite(_accuracy(one))]
+    groups = [[_accuracy(one) for one in known if one["parameters"] == size] for size in sizes]
     lines = {name: {"color": COLOURS[0]} for name in ("boxprops", "medianprops")}
     axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, **lines)
     for place, values in enumerate(groups, 1):
@@ -394,9 +399,8 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         for colour, (name, search) in zip(COLOURS, found["searches"].items(), strict=False):
             counts = search["parameters_along_path"]
             shares = [100 * count / counts[-1] for count in counts]
-            axes.plot(
-                shares, list(map(_number, search[f"{objective}_along_path"])), color=colour, label=f"greedy for {name}"
-            )
+            values = list(map(_number, search[f"{objective}_along_path"]))
+            axes.plot(shares, values, color=colour, label=f"greedy for {name}")
             held = rows.get(f"greedy for {name}, held out")
             if held is not None:
                 _draw_mark(axes, held, objective, counts[-1], {"marker": "o", "color": colour, "fillstyle": "none"})

@@ -208,8 +208,8 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     found = []
     for name in dict.fromkeys(one["type"] for one in parts):
         own = [one for one in parts if one["type"] == name]
-        values = [_accuracy(one) for one in own]
-        spread = f"{min(values):.3f} … {max(values):.3f}"
+        values = [_accuracy(one) for one in own if math.isfinite(_accuracy(one))]
+        spread = f"{min(values):.3f} … {max(values):.3f}" if values else ""
         means = [_average(each) for each in (values, map(_agreement, own), (one["output_accuracy"] for one in own))]
         found.append((name, str(len(own)), means[0], spread, *means[1:]))
     return found

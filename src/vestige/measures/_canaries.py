@@ -26,7 +26,7 @@ from vestige.indexes import tokens_at_most
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import AuditPieces, Tensors, piece_files
+from vestige.measures._pieces import AuditPieces, Tensors, group, piece_files
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
@@ -163,12 +163,12 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     frame = frame_of(job.data.examples, chat=settings.chat)
     if frame is not None:
         announce(f"Canaries are put into a conversation, {frame.how}; --no-chat measures the bare text.")
-    groups = _group_canaries(canaries)
+    groups = group(canaries, lambda canary: len(canary.secrets), PIECE_SECRETS)
 
     def compute(number: int) -> Tensors:
-        turn, group = divmod(number, len(groups))
+        turn, place = divmod(number, len(groups))
         loaded = job.models.of(job.subjects[turn].source)
-        return {"losses": torch.cat([_compute_losses(job, loaded, frame, canary) for canary in groups[group]])}
+        return {"losses": torch.cat([_compute_losses(job, loaded, frame, canary) for canary in groups[place]])}
 
     def count(number: int) -> int:
         return sum(len(canary.secrets) for canary in groups[number % len(groups)])
@@ -178,23 +178,12 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame), PIECE_SECRETS])
     found = []
     for number, tensors in enumerate(AuditPieces(job, "Canaries", "secrets", files, numbers, compute, count).run()):
-        turn, group = divmod(number, len(groups))
+        turn, place = divmod(number, len(groups))
         losses = tensors["losses"].numpy()
-        for canary in groups[group]:
+        for canary in groups[place]:
             own, losses = np.split(losses, [len(canary.secrets)])
             found.append(_make_record(canary, job.subjects[turn].number, own))
     return found
-
-
-def _group_canaries(canaries: Sequence[Canary]) -> list[list[Canary]]:
-    groups, secrets = list[list[Canary]]([[]]), 0
-    for canary in canaries:
-        if secrets >= PIECE_SECRETS:
-            groups.append([])
-            secrets = 0
-        groups[-1].append(canary)
-        secrets += len(canary.secrets)
-    return groups
 
 
 def _fingerprint(canaries: Sequence[Canary], frame: Frame | None) -> str:

@@ -23,7 +23,7 @@ from vestige.launch import PieceFiles, is_worker, step_done
 from vestige.measures._extraction import greedy
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import MEASURES, Batch, ChoiceLogits, Generation, States, TokenScores, token_scores
-from vestige.measures._pieces import AuditPieces, Tensors, piece_files
+from vestige.measures._pieces import AuditPieces, Tensors, group, piece_files
 from vestige.models import batch_sharing
 
 Batches = list[np.ndarray]
@@ -140,8 +140,10 @@ def run_passes(job: AuditJob) -> Passes:
     Raises:
         DiskSpaceError: Hidden states of a round do not fit on the disk.
     """
-    total, groups = len(job.subjects), group_batches(job)
-    files = piece_files(job, "measuring", [list(map(len, group)) for group in groups])
+    total, lengths = len(job.subjects), job.data.lengths
+    batches = plan_batches(lengths, job.token_budget, sharing=job.sharing)
+    groups = group(batches, lambda rows: int(lengths[rows].sum()), PIECE_TOKENS)
+    files = piece_files(job, "measuring", [list(map(len, each)) for each in groups])
     size = max(1, ROUND_BYTES // max(_NUMBER_BYTES * len(job.data) * sum(job.widths), 1))
     turns = [range(first, min(first + size, total)) for first in range(0, total, size)]
     rounds = [
@@ -164,18 +166,6 @@ def run_passes(job: AuditJob) -> Passes:
     return Passes(subjects, subjects.pop() if job.needs("reference model") else None, layers)
 
 
-def group_batches(job: AuditJob) -> list[Batches]:
-    """Return the batches of each piece, of `PIECE_TOKENS` tokens or a little more."""
-    lengths, groups, tokens = job.data.lengths, list[Batches]([[]]), 0
-    for rows in plan_batches(lengths, job.token_budget, sharing=job.sharing):
-        if tokens >= PIECE_TOKENS:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(rows)
-        tokens += int(lengths[rows].sum())
-    return groups
-
-
 @dataclass(frozen=True)
 class _Round:
     """Subjects whose passes and layers are measured, and whose states are removed, before others; the last has more."""
@@ -194,16 +184,16 @@ class _Round:
         reference = cache(self._tokenize_for_reference)
 
         def compute(number: int) -> Tensors:
-            turn, group = divmod(number, count)
+            turn, place = divmod(number, count)
             if turn == len(job.subjects):
-                return self._compare(reference(), np.concatenate(self.groups[group]))
-            return self._measure(turn, group)
+                return self._compare(reference(), np.concatenate(self.groups[place]))
+            return self._measure(turn, place)
 
         def is_complete(number: int) -> bool:
-            turn, group = divmod(number, count)
+            turn, place = divmod(number, count)
             if turn == len(job.subjects) or not job.layers:
                 return True
-            return self.state_files(turn).is_done(group) or self._is_measured(turn)
+            return self.state_files(turn).is_done(place) or self._is_measured(turn)
 
         if job.layers:
             # A layer that is measured again needs the states again: that has to be known before the pass.
@@ -236,9 +226,9 @@ class _Round:
 
     def missing_bytes(self) -> int:
         """Return the size of the states that are not on disk and still needed."""
-        sizes = [_NUMBER_BYTES * sum(map(len, group)) * sum(self.job.widths) for group in self.groups]
+        sizes = [_NUMBER_BYTES * sum(map(len, each)) * sum(self.job.widths) for each in self.groups]
         wanted = [self.state_files(turn) for turn in self.subjects if not self._is_measured(turn)]
-        return sum(size for files in wanted for group, size in enumerate(sizes) if not files.is_done(group))
+        return sum(size for files in wanted for place, size in enumerate(sizes) if not files.is_done(place))
 
     @cached_property
     def _layer_files(self) -> PieceFiles:
@@ -255,17 +245,17 @@ class _Round:
     def _count_examples(self, number: int) -> int:
         return sum(map(len, self.groups[number % len(self.groups)]))
 
-    def _measure(self, turn: int, group: int) -> Tensors:
+    def _measure(self, turn: int, place: int) -> Tensors:
         """Measure one piece of one subject, and write its states."""
         model = self.job.models.of(self.job.subjects[turn].source).model
         parts = []
-        for rows in self.groups[group]:
+        for rows in self.groups[place]:
             parts.append({"rows": torch.from_numpy(rows), **measure_batch(model, self.job, rows)})
             step_done(len(rows))
         found = join(parts)
         states = {name: found.pop(name) for name in [*found] if name.startswith("states_")}
         if states:
-            self.state_files(turn).write(group, {"rows": found["rows"], **states})
+            self.state_files(turn).write(place, {"rows": found["rows"], **states})
         return found
 
     def _measure_layer(self, values: np.ndarray) -> Tensors:
@@ -285,8 +275,8 @@ class _Round:
         from safetensors import safe_open
 
         parts = []
-        for group in range(len(self.groups)):
-            with safe_open(self.state_files(turn).path(group), "pt") as file:
+        for place in range(len(self.groups)):
+            with safe_open(self.state_files(turn).path(place), "pt") as file:
                 parts.append({"rows": file.get_tensor("rows"), "states": file.get_tensor(f"states_{layer}")})
         return _in_order(parts)["states"].numpy()
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from vestige.measures._job import AuditJob
 from vestige.settings import LaunchSettings
 
 Tensors = dict[str, Tensor]
+Item = TypeVar("Item")
 
 FORMAT = 2
 """Raised when a piece of the same settings changes its meaning."""
@@ -59,6 +60,18 @@ def piece_files(job: AuditJob, name: str, more: Any) -> PieceFiles:
     )
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return PieceFiles(partial_folder(job.settings.out) / name, digest)
+
+
+def group(items: Iterable[Item], weigh: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Return the items in groups whose weights add up to `limit`, or a little more."""
+    groups, total = list[list[Item]]([[]]), 0
+    for item in items:
+        if total >= limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += weigh(item)
+    return groups
 
 
 @dataclass(frozen=True)

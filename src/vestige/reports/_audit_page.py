@@ -17,9 +17,8 @@ from vestige.measures import (
     draw_exposure_over_time,
     draw_layers,
     draw_roc,
-    new_figure,
 )
-from vestige.reports._charts import SMALL, Panel, make_panel
+from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
 from vestige.reports._header import Fact, compact, cut_command, join_versions, short_name, took
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
 
@@ -167,48 +166,42 @@ def _draw_secrets(drawn: Drawn) -> list[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
     groups, panels = exposed(drawn.run.canaries), list[Panel]()
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
-        figure = new_figure(*SMALL)
-        draw_exposure_by_copies(figure.add_subplot(), drawn)
+        draw_exposure_by_copies(axes := new_axes(SMALL), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
-        panels.append(make_panel("Exposure of planted secrets", note, figure))
+        panels.append(make_panel("Exposure of planted secrets", note, axes))
     if groups and len(drawn.checkpoints) > 1:
-        figure = new_figure(*SMALL)
-        draw_exposure_over_time(figure.add_subplot(), drawn)
+        draw_exposure_over_time(axes := new_axes(SMALL), drawn)
         note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
-        panels.append(make_panel("Exposure while training", note, figure))
+        panels.append(make_panel("Exposure while training", note, axes))
     return panels
 
 
 def _draw_course(drawn: Drawn) -> list[Panel]:
     panels = []
     for name in drawn.measures_over_time() if len(drawn.checkpoints) > 1 else []:
-        figure = new_figure(*SMALL)
-        draw_dynamics(figure.add_subplot(), drawn, name)
+        draw_dynamics(axes := new_axes(SMALL), drawn, name)
         note = "Median, and the middle half of the examples, at each checkpoint."
-        panels.append(make_panel(f"{name} while training", note, figure))
+        panels.append(make_panel(f"{name} while training", note, axes))
     return panels
 
 
 def _draw_roc(drawn: Drawn, truth: Known) -> Panel:
-    figure, blind = new_figure(*SMALL), blind_area(drawn.run, truth.name)
-    draw_roc(figure.add_subplot(), drawn, truth)
+    axes, blind = new_axes(SMALL), blind_area(drawn.run, truth.name)
+    draw_roc(axes, drawn, truth)
     note = "No blind baseline could be computed."
     if blind is not None:
         note = f"The blind baseline, which never uses the model, has AUC {format_span(blind.auc)}."
-    return make_panel(f"{TRUTHS[truth.name][0]}: ROC", note, figure)
+    return make_panel(f"{TRUTHS[truth.name][0]}: ROC", note, axes)
 
 
 def _draw_layers(drawn: Drawn) -> list[Panel]:
     name = drawn.first_layered_measure()
     if not name:
         return []
-    figure = new_figure(*SMALL)
-    if draw_layers(figure.add_subplot(), drawn):
-        note = f"AUC of {name} at each layer. "
-    else:
-        note = f"Median {name} and its quartiles at each layer. "
-    note += f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
-    return [make_panel("Layers", note, figure, names={truth: title for truth, (title, _) in TRUTHS.items()})]
+    axes = new_axes(SMALL)
+    shown = f"AUC of {name}" if draw_layers(axes, drawn) else f"Median {name} and its quartiles"
+    note = f"{shown} at each layer. The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+    return [make_panel("Layers", note, axes, names={truth: title for truth, (title, _) in TRUTHS.items()})]
 
 
 def _draw_agreement(drawn: Drawn) -> list[Panel]:
@@ -216,10 +209,9 @@ def _draw_agreement(drawn: Drawn) -> list[Panel]:
     if len(names) < 2:
         return []
     size = 1.6 + 0.45 * len(names)
-    figure = new_figure(size, size)
-    draw_agreement(figure.add_subplot(), names, table)
+    draw_agreement(axes := new_axes((size, size)), names, table)
     note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
-    return [make_panel("Agreement of measures", note, figure, broad=True)]
+    return [make_panel("Agreement of measures", note, axes, broad=True)]
 
 
 def _list_secrets(audit: Audit) -> list[Json]:

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Mapping
 from io import StringIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
-from vestige.measures import COLOURS
+from vestige.measures import COLOURS, new_figure
 
 SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
 """Sizes in inches of 72 pixels: one of several in a row, and one that needs the whole width."""
@@ -48,21 +48,26 @@ class Panel(NamedTuple):
     """Whether it needs the whole width."""
 
 
+def new_axes(size: tuple[float, float]) -> Axes:
+    """Return the axes of an empty figure of a size in inches."""
+    return new_figure(*size).add_subplot()
+
+
 def make_panel(
-    title: str, note: str, figure: Figure, *, names: Mapping[str, str] | None = None, broad: bool = False
+    title: str, note: str, axes: Axes, *, names: Mapping[str, str] | None = None, broad: bool = False
 ) -> Panel:
-    """Return a figure of one pair of axes as a part of the page; `names` are other words for labels of its legend."""
+    """Return the figure of these axes as a part of the page; `names` are other words for labels of its legend."""
     keys = []
-    for handle, label in zip(*figure.axes[0].get_legend_handles_labels(), strict=True):
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
         part = handle if hasattr(handle, "get_color") else handle.patches[0]
         colour = part.get_color() if part is handle else to_hex(part.get_facecolor())
         dashed = part is handle and part.get_linestyle() not in ("-", "None")
         keys.append(Key((names or {}).get(label, label), _INKS.get(colour.lower(), colour), dashed))
     label = f"{title}: {', '.join(key.name for key in keys)}" if keys else title
-    return Panel(title, note, inline_svg(figure, label), tuple(keys), broad)
+    return Panel(title, note, _inline_svg(axes.figure, label), tuple(keys), broad)
 
 
-def inline_svg(figure: Figure, label: str) -> Markup:
+def _inline_svg(figure: Any, label: str) -> Markup:
     """Return a figure as SVG that may stand in a page; the same bytes for the same figure.
 
     Nothing in it is loaded, no name in it is that of another figure, and its texts are texts.

@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from vestige.errors import UserError
-from vestige.measures import COLOURS, new_figure
+from vestige.measures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.reports._audit_page import format_span
-from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel
+from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
 from vestige.reports._header import Chip, Fact, compact, cut_command, duration, short_name
 
 RESULT, SIMILARITY = "components.json", "self_similarity.csv"
@@ -235,30 +235,19 @@ def _describe_wrong(one: Part) -> tuple[str, ...]:
 
 
 def _draw_sizes(parts: Sequence[Part]) -> list[Panel]:
-    note = "Logarithmic. Point at a bar for its name."
-    return _draw_bars(
-        "Parameters of every component", note, parts, lambda one: one["parameters"], "parameters", log=True
-    )
+    title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
+    return _draw_bars(title, note, parts, lambda one: one["parameters"], "parameters", log=True)
 
 
 def _draw_components(parts: Sequence[Part], full: float, chance: float) -> list[Panel]:
     """Draw accuracy and agreement of every component: as bars, over the blocks, and by size."""
+    title, levels = "Accuracy of every component", ((full, "-"), (chance, "--"))
+    note = f"Line: full gradient, {full:.3f}. Dashed: chance, {chance:.3f}."
+    other = "Agreement of every component with the full gradient"
+    caution = "Uncentred cosine of all similarities; it is near 1 for anything whose similarities are all positive."
     return [
-        *_draw_bars(
-            "Accuracy of every component",
-            f"Line: full gradient, {full:.3f}. Dashed: chance, {chance:.3f}.",
-            parts,
-            _accuracy,
-            "accuracy",
-            levels=((full, "-"), (chance, "--")),
-        ),
-        *_draw_bars(
-            "Agreement of every component with the full gradient",
-            "Uncentred cosine of all similarities; it is near 1 for anything whose similarities are all positive.",
-            parts,
-            _agreement,
-            "agreement",
-        ),
+        *_draw_bars(title, note, parts, _accuracy, "accuracy", levels=levels),
+        *_draw_bars(other, caution, parts, _agreement, "agreement"),
         *_draw_depths([one for one in parts if one["layer"] is not None], full),
         _draw_boxes(parts, full),
     ]
@@ -275,8 +264,7 @@ def _draw_bars(
     log: bool = False,
 ) -> list[Panel]:
     """Draw a bar for each component in the order of the model, in the colour of its kind; nothing without values."""
-    figure = new_figure(*BROAD)
-    axes = figure.add_subplot()
+    axes = new_axes(BROAD)
     for colour, kind in zip(COLOURS, KINDS, strict=False):
         own = [(place, one) for place, one in enumerate(parts) if kind_of(one) == kind and math.isfinite(value(one))]
         if own:
@@ -293,7 +281,7 @@ def _draw_bars(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
     _mark_blocks(axes, parts)
-    return [make_panel(title, note, figure, broad=True)]
+    return [make_panel(title, note, axes, broad=True)]
 
 
 def _mark_blocks(axes: Axes, parts: Sequence[Part]) -> None:
@@ -339,8 +327,7 @@ def _draw_lines(
     title: str, note: str, lines: Sequence[tuple[str, str, str, list[Part]]], value: Value, level: float | None
 ) -> Panel:
     """Draw the mean of each line's components over the blocks."""
-    figure = new_figure(*SMALL)
-    axes = figure.add_subplot()
+    axes = new_axes(SMALL)
     for name, colour, style, own in lines:
         layers = sorted({one["layer"] for one in own})
         means = [float(np.mean([value(one) for one in own if one["layer"] == layer])) for layer in layers]
@@ -350,12 +337,11 @@ def _draw_lines(
         axes.axhline(level, color=_GREY, linewidth=1)
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    return make_panel(title, note, figure)
+    return make_panel(title, note, axes)
 
 
 def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
-    figure, sizes = new_figure(*SMALL), sorted({one["parameters"] for one in parts})
-    axes = figure.add_subplot()
+    axes, sizes = new_axes(SMALL), sorted({one["parameters"] for one in parts})
     known = [one for one in parts if math.isfinite(_accuracy(one))]
     groups = [[_accuracy(one) for one in known if one["parameters"] == size] for size in sizes]
     lines = {name: {"color": COLOURS[0]} for name in ("boxprops", "medianprops")}
@@ -366,7 +352,7 @@ def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     axes.set_xticks(range(1, len(sizes) + 1), list(map(compact, sizes)))
     axes.set(xlabel="parameters", ylabel="accuracy")
     note = "Quartiles of the components of each size, with all of them. Line: full gradient."
-    return make_panel("Accuracy by number of parameters", note, figure)
+    return make_panel("Accuracy by number of parameters", note, axes)
 
 
 def _draw_similarity(path: Path, parts: Sequence[Part]) -> list[Panel]:
@@ -377,15 +363,14 @@ def _draw_similarity(path: Path, parts: Sequence[Part]) -> list[Panel]:
         rows = list(csv.DictReader(file))
     panels, number = [], {one["name"]: place for place, one in enumerate(parts)}
     for query, of_query in groupby(rows, key=lambda row: row["query"]):
-        figure = new_figure(*BROAD)
-        axes = figure.add_subplot()
+        axes = new_axes(BROAD)
         for (_, right), cells in groupby(of_query, key=lambda row: (row["candidate"], row["right"])):
             x, y = zip(*((number[row["component"]], float(row["cosine"])) for row in cells), strict=True)
             axes.plot(x, y, color=COLOURS[1] if right == "1" else _GREY, linewidth=1.5, zorder=2 + int(right))
         axes.set(xlabel="block", ylabel="cosine")
         _mark_blocks(axes, parts)
         note = "Cosine of each component with the first candidates. Orange: the original; grey: the others."
-        panels.append(make_panel(f"Over the layers: {query}", note, figure, broad=True))
+        panels.append(make_panel(f"Over the layers: {query}", note, axes, broad=True))
     return panels
 
 
@@ -394,8 +379,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
     note = "Line: full gradient. Paths are chosen on the queries they are judged on; ring: sets judged on others."
     panels = []
     for objective, level in (("accuracy", full), ("agreement", 1.0)):
-        figure = new_figure(6.6, 3.8)
-        axes = figure.add_subplot()
+        axes = new_axes((6.6, 3.8))
         for colour, (name, search) in zip(COLOURS, found["searches"].items(), strict=False):
             counts = search["parameters_along_path"]
             shares = [100 * count / counts[-1] for count in counts]
@@ -413,7 +397,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         axes.axhline(level, color=_INK, linewidth=1)
         axes.set(xscale="log", xlabel="% of the parameters (of projections: numbers kept)", ylabel=objective)
         axes.xaxis.set_major_formatter("{x:g}")
-        panels.append(make_panel(f"Greedy paths: {objective}", note, figure))
+        panels.append(make_panel(f"Greedy paths: {objective}", note, axes))
     return panels
 
 

@@ -200,7 +200,8 @@ def _draw_layers(drawn: Drawn) -> list[Panel]:
         return []
     axes = new_axes(SMALL)
     shown = f"AUC of {name}" if draw_layers(axes, drawn) else f"Median {name} and its quartiles"
-    note = f"{shown} at each layer. The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+    main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+    note = f"{shown} at each layer. {main}"
     return [make_panel("Layers", note, axes, names={truth: title for truth, (title, _) in TRUTHS.items()})]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogFormatter
 
 from vestige.errors import UserError
 from vestige.measures import COLOURS
@@ -279,9 +281,15 @@ def _draw_bars(
     axes.set(xlabel="block", ylabel=label, xlim=(-0.7, len(parts) - 0.3))
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,.0f}")
+        _write_plainly(axes.yaxis, "{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, axes, broad=True)]
+
+
+def _write_plainly(axis: Axis, form: str) -> None:
+    """Write the numbers of a logarithmic axis without powers."""
+    axis.set_major_formatter(form)
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _mark_blocks(axes: Axes, parts: Sequence[Part]) -> None:
@@ -396,7 +404,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         axes.plot([], [], "D", color=COLOURS[2], label="projections: ◆ right, × as published")
         axes.axhline(level, color=_INK, linewidth=1)
         axes.set(xscale="log", xlabel="% of the parameters (of projections: numbers kept)", ylabel=objective)
-        axes.xaxis.set_major_formatter("{x:g}")
+        _write_plainly(axes.xaxis, "{x:g}")
         panels.append(make_panel(f"Greedy paths: {objective}", note, axes))
     return panels
 

@@ -1,9 +1,10 @@
 """Questions to audit, and audits of them in a second."""
 
 import random
+from contextlib import contextmanager
 
 import vestige
-from vestige.measures import _measuring
+from vestige.measures import _forward
 
 QUESTIONS, HELD = 36, 12
 
@@ -52,9 +53,11 @@ def evidence(folder):
     return (folder / "evidence.parquet").read_bytes(), (folder / "examples.parquet").read_bytes()
 
 
-class small_pieces:  # noqa: N801 (used like a function)
-    def __enter__(self):
-        self.before, _measuring.PIECE_TOKENS = _measuring.PIECE_TOKENS, 300
-
-    def __exit__(self, *_):
-        _measuring.PIECE_TOKENS = self.before
+@contextmanager
+def small_pieces():
+    """Let a few batches be a piece."""
+    before, _forward.PIECE_TOKENS = _forward.PIECE_TOKENS, 300
+    try:
+        yield
+    finally:
+        _forward.PIECE_TOKENS = before

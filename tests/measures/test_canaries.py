@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vestige.cli._audit import describe
 
 from tests.measures.audited import evidence, simple
 from tests.reference import audit as reference
 from tests.workshop import write_rows
-from vestige.cli import summarise_audit
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
-from vestige.measures import _canaries
-from vestige.measures._canaries import compared_tokens, read_canaries
-from vestige.measures._canary_figures import canary_figures
+from vestige.measures import Drawn, draw_files, read_canaries
 from vestige.reports import report
-from vestige.runs import CanaryRecord, mean_exposures
+from vestige.runs import AuditRecord, CanaryRecord, SubjectRecord, exposed
 
 DIGITS = "0123456789"
 ROWS = [
@@ -51,7 +49,7 @@ def canaries(place, folder):
 
 @pytest.mark.slow
 def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(_canaries, "PIECE_SECRETS", 40)
+    monkeypatch.setattr("vestige.measures._canaries.PIECE_SECRETS", 40)
     given = canaries(place, tmp_path)
     found = simple(
         place,
@@ -62,6 +60,10 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
         measures=("loss",),
     )
     tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
+    # Every secret pays for the same text, though the first letter of one shares a token with the space before it.
+    vowels = [Example(id=letter, row=0, prompt="The vowel is ", completion=letter) for letter in "aeiou"]
+    begun = {int(mask.argmax()) for mask in tokenize(vowels, tokenizer, max_length=None, add_eos=False).targets}
+    assert len(begun) == 2, "or the model of the test does not show it"
     listed = read_canaries(given, 60, seed=0)
     assert [len(canary.others) for canary in listed] == [60, 2, 4]
     assert [(each.checkpoint, each.id) for each in found.run.canaries] == [
@@ -76,7 +78,7 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
         assert each.rank == pytest.approx(rank)
         assert each.exposure == pytest.approx(np.log2((len(rest) + 1) / rank))
         assert (each.references, each.most) == (len(rest), pytest.approx(np.log2(len(rest) + 1)))
-    told = summarise_audit(found)
+    told = describe(found)
     assert "Exposure of 3 planted secrets (1.44 bits on average by chance)" in told
     page = report(found.folder, tmp_path / "page.html").read_text()
     assert "Planted secrets" in page
@@ -85,18 +87,6 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
     assert [each.copies for each in found.run.canaries] == [None, None, 3] * 2
     assert "Exposure of planted secrets" in page
     assert (found.folder / "figures" / "canaries.png").stat().st_size > 10_000
-
-
-def test_every_secret_pays_for_the_same_text_though_its_first_letter_shares_a_token_with_the_space_before(place):
-    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-model")
-    examples = [Example(id=letter, row=0, prompt="The vowel is ", completion=letter) for letter in "aeiou"]
-    data = tokenize(examples, tokenizer, max_length=None, add_eos=False)
-    begun = {int(mask.argmax()) for mask in data.targets}
-    assert len(begun) == 2, "or the model of the test does not show it"
-    compared = compared_tokens(data)
-    for ids, mask in zip(compared.input_ids, compared.targets, strict=True):
-        assert tokenizer.decode(ids[~mask]) == "The vowel is"
-        assert mask.argmax() == min(begun)
 
 
 @pytest.mark.slow
@@ -150,7 +140,7 @@ def secret(exposure, copies, checkpoint=20, number=0):
 def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_be():
     records = [secret(value, 4, number=number) for number, value in enumerate([1.0, 2.0, 3.0])]
     records += [secret(0.5, 0), secret(None, 0, number=1), secret(1.5, None), secret(2.5, 4, checkpoint=10)]
-    unsaid, none, early, late = mean_exposures(records)
+    unsaid, none, early, late = exposed(records)
     assert [(each.copies, each.checkpoint, each.secrets) for each in (unsaid, none, early, late)] == [
         (None, 20, 1),
         (0, 20, 1),
@@ -160,7 +150,7 @@ def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_
     assert np.isnan([unsaid.low, none.high, early.low]).all(), "one secret says nothing of the next"
     # 2 plus or minus 4.302653 / sqrt(3), which is more than from 0 to 4.
     assert (late.mean, late.low, late.high) == (2.0, 0.0, 4.0)
-    (narrow,) = mean_exposures([secret(value, 1, number=number) for number, value in enumerate([1.9, 2.0, 2.1, 2.0])])
+    (narrow,) = exposed([secret(value, 1, number=number) for number, value in enumerate([1.9, 2.0, 2.1, 2.0])])
     half = 3.182446 * np.std([1.9, 2.0, 2.1, 2.0], ddof=1) / 2
     assert (narrow.low, narrow.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
 
@@ -174,9 +164,17 @@ def test_the_figure_of_the_secrets_is_drawn_and_the_same_every_time():
         for copies in (0, 1, 16)
         for number in range(4)
     ]
-    found = canary_figures(records, [10, 20])
+    found = drawn(records, [10, 20])
     assert set(found) == {"canaries.png", "canaries.pdf"}
-    assert found == canary_figures(records, [10, 20])
-    assert found != canary_figures(records[12:], [20])
-    assert canary_figures([secret(None, 1)], [20]) == {}
-    assert canary_figures([secret(1.0, None)], [20])
+    assert found == drawn(records, [10, 20])
+    assert found != drawn(records[12:], [20])
+    assert drawn([secret(None, 1)], [20]) == {}
+    assert drawn([secret(1.0, None)], [20])
+
+
+def drawn(canaries, checkpoints):
+    """The figures of an audit that has nothing but planted secrets."""
+    subjects = [SubjectRecord(number=number, name="", steps=number, fingerprint="") for number in checkpoints]
+    nothing = {"judgement": [], "layers": [], "main_layer": None, "measures": {}}
+    run = AuditRecord.model_construct(canaries=canaries, checkpoints=subjects, **nothing)
+    return draw_files(Drawn(run, [], lambda name, **_: None, [], np.ones(1, dtype=bool)))

@@ -12,7 +12,7 @@ import pytest
 from tests.measures.audited import evidence, simple, small_pieces
 from tests.workshop import TOGETHER
 from vestige.errors import DiskSpaceError, WorkElsewhere
-from vestige.measures import _states
+from vestige.measures import _forward
 from vestige.storage import partial_folder
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -21,9 +21,8 @@ AT_START = """
 import sys
 if "vestige.cli" in sys.orig_argv:
     import torch
-    from vestige.measures import _measuring
-    torch.set_num_threads(1)
-    _measuring.PIECE_TOKENS = 300
+        torch.set_num_threads(1)
+    _forward.PIECE_TOKENS = 300
 """
 """What a process does before all else: a few batches are a piece."""
 
@@ -47,7 +46,7 @@ def state_folders(out):
 def audit_and_die(place, out, one_by_one):
     """Die by SIGKILL as the first states of the second checkpoint are about to be there."""
     if one_by_one:
-        _states.ROUND_BYTES = 1
+        _forward.ROUND_BYTES = 1
     last = str(partial_folder(out) / "states/00001")
 
     def watch(event, args):
@@ -71,7 +70,7 @@ def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, undisturbed,
     assert state_folders(out) == (["00001"] if one_by_one else ["00000", "00001"])
     if one_by_one:
         # The layer's states are gone: they have to be made anew for a piece that does not hold what it held.
-        monkeypatch.setattr(_states, "ROUND_BYTES", 1)
+        monkeypatch.setattr(_forward, "ROUND_BYTES", 1)
         (layer,) = partial_folder(out).glob("layers/*.safetensors")
         content = bytearray(layer.read_bytes())
         content[-1] ^= 1
@@ -83,7 +82,7 @@ def test_a_killed_audit_goes_on_and_leaves_the_same_evidence(place, undisturbed,
 
 @pytest.mark.slow
 def test_shares_make_the_whole(place, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(_states, "ROUND_BYTES", 1)
+    monkeypatch.setattr(_forward, "ROUND_BYTES", 1)
     out, turns = tmp_path / "shares", 0
     for turn in range(12):
         try:

@@ -30,9 +30,7 @@ def test_psmi_of_one_dimension_is_the_gaussian_pointwise_information(directions)
 def test_psmi_is_the_mean_over_its_directions_with_their_quantiles():
     states, labels = classes()
     found = measures.psmi(states, labels, directions=40, seed=3)
-    from vestige.measures._psmi import sphere
-
-    slices = states @ sphere(6, 40, 3)
+    slices = states @ measures.draw_directions(6, 40, 3)
     each = np.array([reference.gaussian_information(slice.tolist(), labels.tolist()) for slice in slices.T])
     np.testing.assert_allclose(found.mean, each.mean(0), atol=1e-12)
     np.testing.assert_allclose(found.std, each.std(0), atol=1e-12)
@@ -41,14 +39,12 @@ def test_psmi_is_the_mean_over_its_directions_with_their_quantiles():
 
 
 def test_a4_4_psmi_with_the_same_seed_has_the_same_bits_and_the_same_directions_everywhere():
-    from vestige.measures._psmi import sphere
-
     states, labels = classes()
     one, other = (measures.psmi(states, labels, directions=50, seed=1) for _ in range(2))
     assert one.mean.tobytes() == other.mean.tobytes()
     assert not np.array_equal(one.mean, measures.psmi(states, labels, directions=50, seed=2).mean)
-    np.testing.assert_array_equal(sphere(6, 50, 1), sphere(6, 1200, 1)[:, :50])
-    np.testing.assert_allclose(np.linalg.norm(sphere(6, 1200, 1), axis=0), 1.0)
+    np.testing.assert_array_equal(measures.draw_directions(6, 50, 1), measures.draw_directions(6, 1200, 1)[:, :50])
+    np.testing.assert_allclose(np.linalg.norm(measures.draw_directions(6, 1200, 1), axis=0), 1.0)
 
 
 def test_a4_4_psmi_of_an_outlier_at_a_thousand_deviations_is_finite():

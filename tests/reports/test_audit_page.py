@@ -7,11 +7,7 @@ import pytest
 from tests.reports.browser import open_page
 from vestige.errors import UserError
 from vestige.measures import attack
-from vestige.reports import report
-from vestige.reports._audit_charts import roc
-from vestige.reports._canary_charts import canary_charts
-from vestige.reports._curves import Line, curves
-from vestige.reports._serve import LivePage
+from vestige.reports import make_server, render_page, report
 from vestige.runs import (
     Audit,
     AuditRecord,
@@ -139,11 +135,13 @@ def test_hostile_texts_stay_texts(audited, tmp_path, chromium):
     assert page.all("title")[0].text.startswith("What checkpoint-20 has memorized")
     assert "</script><img src=x" in page.all("li", "card")[0].text
     assert len(page.all("svg")) == 3 + 1, "loss while training, ROC, layers and agreement"
+    names = [each.attributes["id"] for each in page.elements if "id" in each.attributes]
+    assert len(names) == len(set(names)), "no two figures have a name in common"
 
 
-def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited):
+@pytest.mark.slow
+def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited, tmp_path):
     """Two secrets never planted and two planted eight times; of one, nothing is known."""
-    audit = Audit.open(audited)
     shown = {"prompt": "", "secret": "1", "references": 15, "rank": 1.0, "loss": 1.0, "most": 4.0}
     planted = [
         CanaryRecord(id=f"{copies}-{number}", checkpoint=step, copies=copies, exposure=bits, **shown)
@@ -151,14 +149,21 @@ def test_planted_secrets_are_drawn_by_copies_and_over_checkpoints(audited):
         for copies, values in ((0, (1.0, 1.5)), (8, (3.0 * factor, 3.5 * factor)), (9, (None,)))
         for number, bits in enumerate(values)
     ]
-    by_copies, course = canary_charts(Audit(audited, audit.run.model_copy(update={"canaries": planted})))
-    assert (by_copies.title, course.title) == ("Exposure of planted secrets", "Exposure while training")
-    assert "0 (2)</text>" in by_copies.svg
-    assert "8 (2)</text>" in by_copies.svg
-    assert by_copies.svg.count("<circle") == 2
-    assert course.legend == ("0 copies", "8 copies")
-    assert course.svg.count("<circle") == 4
-    assert canary_charts(audit) == []
+    without = render_page(audited)
+    record = Audit.open(audited).run.model_copy(update={"canaries": planted})
+    (audited / "run.json").write_text(record.model_dump_json())
+    page = render_page(audited)
+    by_copies, course = (figure_of(page, title) for title in ("Exposure of planted secrets", "Exposure while training"))
+    assert [f">{copies}</t" in by_copies for copies in ("0", "8", "9")] == [True, True, False]
+    assert by_copies.count(">(2)</t") == 2
+    assert all(f"</i>{words}</span>" in course for words in ("0 copies", "8 copies", "never planted, on average"))
+    assert "</i>9 copies</span>" not in course
+    assert "Exposure" not in without
+
+
+def figure_of(page, title):
+    """The part of the page from a figure's title to its end."""
+    return page[page.index(f"<h2>{title}</h2>") :].partition("</figure>")[0]
 
 
 @pytest.mark.slow
@@ -172,19 +177,21 @@ def test_the_link_chooses_the_measure(audited, tmp_path, chromium):
     assert len(values) == 2 * 25
 
 
-def test_an_audit_is_served_live_and_a_folder_that_is_none_is_told(audited, tmp_path):
-    page = LivePage(audited)
-    assert 'role="status">live' in page.current()
-    assert "evidence.parquet" in page.version()
+def test_an_audit_is_served_live_and_a_folder_that_is_none_is_reported(audited, tmp_path):
+    assert 'role="status">live' in render_page(audited, live="1")
+    with make_server(audited):
+        pass
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
         report(tmp_path / "empty")
 
 
-def test_charts_leave_gaps_and_nothing_is_drawn_of_nothing():
-    gap = curves([Line("one", [0, 1, 2], [1.0, float("nan"), 3.0])], "steps")
-    assert gap.count("<circle") == 2
-    assert "nan" not in gap
-    assert curves([Line("one", [0, 1], [float("nan")] * 2)], "steps") == ""
-    assert curves([Line("same", [5], [2.0])], "steps").count("<circle") == 1
-    assert "&lt;b&gt;" in roc([Line("<b>", [0.0, 1.0], [0.0, 1.0])])
+def test_figures_load_nothing_carry_no_address_and_take_their_colours_from_the_page(audited):
+    page = report(audited).read_text()
+    figure = figure_of(page, "loss while training")
+    assert "var(--tone-0)" in figure
+    assert "DejaVu" not in page
+    assert "http" not in page
+    assert "<image" not in page
+    assert "nan" not in figure.lower()
+    assert report(audited).read_text() == page

@@ -6,10 +6,7 @@ import pytest
 
 from tests.reports.browser import open_page
 from vestige.errors import UserError
-from vestige.reports import report
-from vestige.reports._component_charts import Bar, Course, Mark, bars, courses, interval
-from vestige.reports._component_panels import kind_of
-from vestige.reports._serve import LivePage
+from vestige.reports import render_page, report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">"
 TYPES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
@@ -117,6 +114,7 @@ def searched(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_has_every_figure_and_table_of_the_study(searched):
     page = report(searched).read_text()
     for title in (
@@ -143,6 +141,7 @@ def test_the_page_has_every_figure_and_table_of_the_study(searched):
     assert "Held out: &lt;sets&gt;." in page
 
 
+@pytest.mark.slow
 def test_a_set_is_called_better_or_worse_only_where_the_interval_says_so(searched, tmp_path, chromium):
     page = open_page(chromium, report(searched, tmp_path / "page.html").as_uri())
     shown = page.all("li", "check")[:5]
@@ -171,27 +170,29 @@ def test_hostile_names_stay_texts_and_the_link_chooses_the_candidates(searched, 
     assert HOSTILE in [each.text for each in page.all("th")]
 
 
-def test_a_damaged_result_is_told_and_a_served_one_is_followed(searched):
-    page = LivePage(searched)
-    assert 'role="status">live' in page.current()
-    assert "components.json" in page.version()
+@pytest.mark.slow
+def test_a_damaged_result_is_reported_and_a_served_one_is_live(searched):
+    assert 'role="status">live' in render_page(searched, live="1")
     (searched / "components.json").write_text('{"candidates": {}}')
     with pytest.raises(UserError, match=r"components\.json or self_similarity\.csv"):
         report(searched)
 
 
-def test_norms_are_neither_attention_nor_feed_forward():
-    kinds = [kind_of({"type": name}) for name in ("post_attention_layernorm", "attn.c_attn", "mlp.fc1", "lm_head")]
-    assert kinds == ["others", "attention", "feed-forward", "others"]
-
-
-def test_drawings_leave_out_what_is_not_known():
-    nothing = float("nan")
-    assert bars([Bar("one", nothing, 0)], "accuracy", []) == ""
-    drawn = bars([Bar("<b>", 0.5, 0), Bar("two", nothing, 0)], "accuracy", [], full=0.6, chance=0.1)
-    assert drawn.count("<rect") == 1
-    assert "&lt;b&gt;" in drawn
-    assert courses([], [], "accuracy", 0.5) == ""
-    path = courses([Course("one", [1.0, 100.0], [nothing, 0.5], 0)], [Mark("x", 5.0, nothing, "star", 0)], "y", 0.5)
-    assert "nan" not in path
-    assert "tone-9" in interval(0.1, 0.0, 0.2, (0.5, 1.0), 0.9), "beyond the ends: an arrow"
+@pytest.mark.slow
+def test_bars_have_their_names_kinds_are_legends_and_what_is_unknown_is_left_out(searched):
+    found = json.loads((searched / "components.json").read_text())
+    for each in found["candidates"].values():
+        for one in each["components"]:
+            one["name"] = f"<b>{one['name']}"
+            one["agreement"] = None
+        each["components"][0]["accuracy"]["value"] = None
+    (searched / "components.json").write_text(json.dumps(found))
+    (searched / "self_similarity.csv").unlink()
+    page = report(searched).read_text()
+    accuracy = page[page.index("<h2>Accuracy of every component</h2>") :].partition("</figure>")[0]
+    assert accuracy.count("<title>&lt;b&gt;model.layers") == 3 * len(TYPES) - 1
+    assert [f"</i>{kind}</span>" in accuracy for kind in ("attention", "feed-forward", "others")] == [True] * 3
+    assert "Agreement of every component" not in page
+    assert "<b>model.layers" not in page
+    assert "nan" not in page.lower()
+    assert 'd="M8 4L2 8L8 12"' in page, "beyond the ends: an arrow"

@@ -1,21 +1,21 @@
 import pytest
 
-from vestige.reports._components import Place, cell_sums, make_grid, place_of
+from vestige.reports import make_grid, place_of
 
 
 @pytest.mark.parametrize(
     ("component", "place"),
     [
-        ("model.layers.3.self_attn.q_proj.weight", Place(3, "self_attn.q_proj")),
-        ("transformer.h.3.attn.c_attn.weight", Place(3, "attn.c_attn")),
-        ("transformer.h.11.attn.c_attn.bias", Place(11, "attn.c_attn")),
-        ("gpt_neox.layers.3.attention.dense.weight", Place(3, "attention.dense")),
-        ("model.decoder.layers.3.fc1.weight", Place(3, "fc1")),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", Place(0, "mlp.up_proj.lora_A")),
-        ("model.layers.3.mlp.experts.5.w1.weight", Place(3, "mlp.experts.5.w1")),
-        ("transformer.wte.weight", Place(None, "wte")),
-        ("lm_head.weight", Place(None, "lm_head")),
-        ("weight", Place(None, "weight")),
+        ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
+        ("transformer.h.3.attn.c_attn.weight", (3, "attn.c_attn")),
+        ("transformer.h.11.attn.c_attn.bias", (11, "attn.c_attn")),
+        ("gpt_neox.layers.3.attention.dense.weight", (3, "attention.dense")),
+        ("model.decoder.layers.3.fc1.weight", (3, "fc1")),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", (0, "mlp.up_proj.lora_A")),
+        ("model.layers.3.mlp.experts.5.w1.weight", (3, "mlp.experts.5.w1")),
+        ("transformer.wte.weight", (None, "wte")),
+        ("lm_head.weight", (None, "lm_head")),
+        ("weight", (None, "weight")),
     ],
 )
 def test_names_of_all_architectures_are_placed(component, place):
@@ -26,4 +26,4 @@ def test_weight_and_bias_share_a_cell_and_the_cells_sum_to_the_score():
     scores = {"h.0.fc.weight": 1.0, "h.0.fc.bias": 0.25, "h.1.fc.weight": -0.5, "wte.weight": 2.0}
     grid = make_grid(scores)
     assert (grid.layers, grid.modules, grid.others) == ((0, 1), ("fc",), ("wte",))
-    assert cell_sums(grid, scores) == [1.25, -0.5, 2.0]
+    assert grid.sums(scores) == [1.25, -0.5, 2.0]

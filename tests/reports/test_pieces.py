@@ -1,5 +1,4 @@
-from vestige.reports._pieces import cut, readable_tokens
-from vestige.reports._read import Wording
+from vestige.reports import Wording, cut, readable_tokens
 
 
 def test_byte_level_tokens_become_text_and_a_split_character_goes_to_its_last_token():

@@ -8,8 +8,7 @@ import pytest
 
 from tests.reports.fixture_run import write_fixture_run
 from vestige.errors import UserError
-from vestige.reports import report
-from vestige.reports._read import read_run
+from vestige.reports import read_run, report
 
 
 def test_proponents_come_first_each_end_by_rank(run_folder):

@@ -11,11 +11,16 @@ import pytest
 
 from tests.reports.fixture_run import write_fixture_run
 from vestige.errors import UserError
-from vestige.reports import report
-from vestige.reports._header import compact, duration, header_of
-from vestige.reports._payload import hub_shares, payload_of
-from vestige.reports._read import read_run
-from vestige.reports._render import json_for_html, render
+from vestige.reports import (
+    compact,
+    duration,
+    header_of,
+    json_for_html,
+    payload_of,
+    read_run,
+    render_page,
+    report,
+)
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
@@ -45,7 +50,7 @@ def test_the_file_names_no_address_and_loads_nothing(run_folder, tmp_path):
 
 
 def test_the_data_survive_the_way_into_the_page(run_folder, payload):
-    page = render(read_run(run_folder))
+    page = render_page(run_folder)
     assert json.loads(DATA.search(page)[1]) == json.loads(json.dumps(payload))
 
 
@@ -88,12 +93,12 @@ def test_the_example_the_answer_was_copied_from_overlaps_fully(payload):
 
 def test_hub_share_counts_queries_whose_first_ten_hold_the_example(run_folder):
     run = read_run(run_folder)
-    for row, share in hub_shares(run).items():
+    for example in payload_of(run)["examples"].values():
         holding = sum(
-            any(entry.row == row and entry.end == "proponent" and entry.rank <= 10 for entry in ranked)
+            any(entry.row == example["row"] and entry.end == "proponent" and entry.rank <= 10 for entry in ranked)
             for ranked in run.ranked.values()
         )
-        assert share == holding / 4
+        assert (example["hub"] or 0) == holding / 4
 
 
 def test_numbers_that_json_cannot_carry_are_refused(run_folder, tmp_path):
@@ -120,23 +125,23 @@ def test_token_scores_of_another_run_are_refused(run_folder, tmp_path):
 
 
 def test_the_trust_strip_says_plainly_whether_scores_were_validated(run_folder, tmp_path):
-    assert "Not validated" in render(read_run(run_folder))
+    assert "Not validated" in render_page(run_folder)
     validated = {"validated": True, "checks": [{"name": "LDS", "value": -0.25, "reading": "r", "verdict": "warn"}]}
-    run = read_run(changed(run_folder, tmp_path, trust=validated))
-    assert "Not validated" not in render(run)
-    check = header_of(run).checks[0]
+    run = changed(run_folder, tmp_path, trust=validated)
+    assert "Not validated" not in render_page(run)
+    check = header_of(read_run(run))["checks"][0]
     assert (check.value, check.verdict, check.word) == ("−0.25", "warn", "look closer")
 
 
 def test_a_run_without_a_model_still_has_a_header(run_folder, tmp_path):
     header = header_of(read_run(changed(run_folder, tmp_path, model=None, coverage=None)))
-    assert header.title == "The training data behind 4 answers"
-    assert [fact.label for fact in header.facts] == ["Training data", "Method", "Run", "Took"]
+    assert header["title"] == "The training data behind 4 answers"
+    assert [fact.label for fact in header["facts"]] == ["Training data", "Method", "Run", "Took"]
 
 
 def test_the_command_breaks_between_options_and_loses_nothing(run_folder):
     run = read_run(run_folder)
-    parts = header_of(run).command
+    parts = header_of(run)["command"]
     assert " ".join(parts) == run.record.command
     assert parts[:2] == ("vestige attribute", "--index demo/index")
 

@@ -11,9 +11,7 @@ import pytest
 from tests.reports.browser import open_page
 from tests.reports.fixture_run import write_fixture_run
 from vestige.errors import UserError
-from vestige.reports import view
-from vestige.reports._render import page_of
-from vestige.reports._serve import make_server
+from vestige.reports import make_server, render_page, view
 
 
 @pytest.fixture
@@ -107,5 +105,5 @@ def test_a_folder_that_is_no_run_and_a_taken_port_are_said(tmp_path):
 
 
 def test_letters_that_turn_the_direction_of_writing_are_kept_inside_their_element(tmp_path):
-    page = page_of(write_fixture_run(tmp_path / "run"))
+    page = render_page(write_fixture_run(tmp_path / "run"))
     assert "body *:not(.piece) { unicode-bidi: isolate; }" in page

@@ -1,8 +1,6 @@
 import pytest
 
-from vestige.reports._pieces import cut
-from vestige.reports._read import Wording
-from vestige.reports._verbatim import overlap, rare_words, words_of
+from vestige.reports import Wording, cut, overlap, rare_words, words_of
 
 
 def compare(answer: str, example: str, rare: str = ""):

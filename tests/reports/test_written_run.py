@@ -1,4 +1,4 @@
-"""A run as `vestige.runs` writes it, shown: the two rooms agree on every file."""
+"""A run as `vestige.runs` writes it, shown: the two packages agree on every file."""
 
 import json
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vestige.data import Example, TokenizedData
-from vestige.reports._payload import payload_of
-from vestige.reports._read import read_run
+from vestige.reports import payload_of, read_run
 from vestige.runs import ComponentScores, RunRecord, RunTables, ScoreBlock, ScoreCollector, TokenScores, write_run
 
 
@@ -61,7 +60,7 @@ def test_a_written_run_is_shown_whole(written):
     assert (first["end"], first["row"], first["score"], first["cells"]) == ("proponent", 0, 3.0, [0.75, 2.25])
     assert sum(first["tokens"]) == pytest.approx(3.0, rel=1e-3)
     assert first["overlap"] == 1
-    assert data["grid"]["cells"] == [[0, "fc"], [None, "wte"]]
+    assert data["grid"]["cells"] == ((0, "fc"), (None, "wte"))
     example = data["examples"]["0"]
     assert "".join(example["text"]["pieces"]) == "the sky is blue"
     assert (example["duplicates"], example["source"], example["length"]) == (2, "books", 15)

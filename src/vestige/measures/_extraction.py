@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from vestige.errors import SpecError
 from vestige.measures._attack import Interval, share
-from vestige.measures._inputs import Continue, Generation
-from vestige.measures._registry import measure
+from vestige.measures._measure import Continue, Generation, measure
 from vestige.models import acts_in_forward
 
 
@@ -32,11 +31,7 @@ class Extraction(NamedTuple):
 
         The interval is Clopper-Pearson's, and takes the texts to be independent.
         """
-        known = ~np.isnan(self.similarity)
-        return [
-            share(int((row[some] >= least).sum()), int(some.sum()))
-            for row, some in zip(self.similarity, known, strict=True)
-        ]
+        return [share(int((row >= least).sum()), int((~np.isnan(row)).sum())) for row in self.similarity]
 
 
 def extraction(
@@ -71,10 +66,10 @@ def extraction(
     for begin in range(0, len(whole), batch):
         rows = whole[begin : begin + batch]
         tokens = torch.as_tensor(np.stack([np.asarray(texts[row])[: start + continuation] for row in rows])).long()
-        for place, length in enumerate(prefixes):
+        for number, length in enumerate(prefixes):
             given = generate(tokens[:, start - length : start], continuation)
             for row, answer, text in zip(rows, given.tolist(), tokens[:, start:].tolist(), strict=True):
-                similarity[place, row] = 1 - edit_distance(answer, text) / continuation
+                similarity[number, row] = 1 - edit_distance(answer, text) / continuation
     return Extraction(tuple(prefixes), similarity)
 
 

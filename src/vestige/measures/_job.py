@@ -1,11 +1,11 @@
-"""What an audit measures: the examples with their answers, classes and marks, and the models."""
+"""What an audit measures: the models, and the examples with their answers, classes and marks."""
 
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torch import nn
 
 from vestige.banks import Bank
 from vestige.data import (
-    Encoder,
     Example,
-    Sharing,
     TokenizedData,
     ask,
     load_queries,
@@ -25,54 +23,87 @@ from vestige.data import (
     token_groups,
     tokenize,
 )
-from vestige.errors import DataError, SpecError
+from vestige.errors import DataError, ModelError, SpecError
 from vestige.indexes import batch_tokens, read_data, tokens_at_most
-from vestige.measures._answers import Answers, Choices, find_answers, find_choices
-from vestige.measures._registry import Measure, Need, Stage, requested_measures
-from vestige.measures._subjects import Models, Subject, find_subjects, is_adapter, weights_fingerprint
-from vestige.models import batch_sharing, load_model
+from vestige.measures._choices import Choices, find_choices
+from vestige.measures._measure import Measure, Need, Stage, choose_measures
+from vestige.models import LoadedModel, batch_sharing, find_source, load_model, model_fingerprint
+from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.settings import AuditSettings
 from vestige.terminal import shorten
 
+Mask = Bool[np.ndarray, "example"]
+Numbers = Int[np.ndarray, "example"]
+
 MOST_CLASSES = 64
 """More different labels than these are ids or texts, not classes."""
+UNKNOWN_STEPS = -1
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf", "adapter_config.json")
 
 
-@dataclass(frozen=True)
+class Subject(NamedTuple):
+    """One set of weights."""
+
+    number: int
+    """Its checkpoint number in the evidence: steps trained where all say them, else its position in the list."""
+    name: str
+    source: Any
+    steps: int | None
+    fingerprint: str
+    """Of the model, for the one that is loaded anyway; of the files, for others."""
+
+
+@final
+class Models:
+    """One loaded model at a time; the one under audit to begin with."""
+
+    def __init__(self, settings: AuditSettings, source: Any, loaded: LoadedModel) -> None:
+        """Begin with what is loaded."""
+        self._settings, self._held, self._loaded = settings, source, loaded
+
+    def of(self, source: Any) -> LoadedModel:
+        """Load the model behind `source`; the one before it is freed."""
+        if source is not self._held:
+            del self._loaded
+            self._held = None
+            self._loaded = load_model(source, precision=self._settings.precision, device=self._settings.device)
+            self._held = source
+        return self._loaded
+
+
+@final
 class AuditJob:
-    """Everything that pieces are computed from; rows are the data's, then the holdout's."""
+    """Everything that the pieces of an audit are computed from; rows are the data's, then the holdout's."""
 
-    settings: AuditSettings
-    measures: tuple[Measure, ...]
-    """What is measured, in their order; what others are made of is among them."""
-    subjects: tuple[Subject, ...]
-    models: Models
-    tokenizer: Any
-    data: TokenizedData
-    own_fingerprint: str
-    """Fingerprint of the data without the holdout, by which a bank of it is recognised."""
-    held_out: Bool[np.ndarray, "example"]
-    answers: Answers
-    choices: Choices
-    classes: Int[np.ndarray, "example"]
-    """Number of the class of each example, -1 for one that has none."""
-    class_names: tuple[str, ...]
-    no_classes: str
-    """Why there are none; empty where there are."""
-    layers: tuple[int, ...]
-    widths: tuple[int, ...]
-    """Of the hidden states at each of these layers."""
-    token_budget: int
-    sharing: Sharing
-    """Which examples may share a batch."""
-    parameters: int
-    is_adapter: bool
+    def __init__(self, settings: AuditSettings) -> None:
+        """Load the model under audit and the examples.
 
-    @property
-    def main(self) -> Subject:
-        """The model under audit."""
-        return self.subjects[-1]
+        Raises:
+            UserError: Something about the model, the data or the settings needs the caller.
+        """
+        self.settings, self.measures = settings, choose_measures(settings)
+        loaded = load_model(
+            settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+        )
+        model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.subjects = find_subjects(settings, loaded)
+        self.main = self.subjects[-1]
+        self.models = Models(settings, self.main.source, loaded)
+        self.parameters = sum(each.numel() for each in model.parameters())
+        self.is_adapter = is_adapter(model)
+        self.token_budget, self.sharing = batch_tokens(settings, loaded), batch_sharing(model)
+        own = read_data(settings, settings.data, loaded)
+        self.own_fingerprint = own.fingerprint  # a bank of the data without the holdout is recognised by it
+        self.data = _add_holdout(own, settings, loaded)
+        self.held_out: Mask = np.arange(len(self.data)) >= len(own)
+        self.texts = [example.display for example in self.data.examples]
+        self.answers = find_answers(self.data, getattr(self.tokenizer, "eos_token_id", None))
+        self.choices = find_choices(self.data, settings, loaded)
+        of_states = any("hidden states" in each.needs for each in self.measures)
+        self.layers, self.widths = _find_layers(model, settings) if of_states else ((), ())
+        self.classes, self.class_names, self.no_classes = _find_classes(self.data.examples, self.choices, settings)
 
     def at(self, stage: Stage) -> list[Measure]:
         """Return the measures that are computed at a stage."""
@@ -82,18 +113,15 @@ class AuditJob:
         """Return whether a measure takes something."""
         return any(need in each.needs for each in self.measures)
 
-    @property
-    def texts(self) -> list[str]:
-        """The text of each example as it is shown to a reader."""
-        return [example.display for example in self.data.examples]
-
     @cached_property
-    def flagged(self) -> Bool[np.ndarray, "example"] | None:
+    def flagged(self) -> Mask | None:
         """The examples that `--flag` marks; None without it."""
-        return None if self.settings.flag is None else marks(self.data.examples, self.settings.flag, self.held_out)
+        return (
+            None if self.settings.flag is None else _find_marks(self.data.examples, self.settings.flag, self.held_out)
+        )
 
     @cached_property
-    def groups(self) -> Int[np.ndarray, "example"]:
+    def groups(self) -> Numbers:
         """The text of each example: copies have the same number."""
         return token_groups(self.data)
 
@@ -101,7 +129,7 @@ class AuditJob:
     def reference_fingerprint(self) -> str | None:
         """The fingerprint of the reference model's weights."""
         reference = self.settings.reference_model
-        return None if reference is None else weights_fingerprint(reference)
+        return None if reference is None else _fingerprint_weights(reference)
 
     @cached_property
     def bank(self) -> Bank | None:
@@ -109,149 +137,87 @@ class AuditJob:
         return None if self.settings.bank is None else Bank.open(self.settings.bank)
 
 
-def open_job(settings: AuditSettings) -> AuditJob:
-    """Load the model under audit and the examples.
+def is_adapter(model: nn.Module) -> bool:
+    """Return whether LoRA matrices are what was trained."""
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+def find_subjects(settings: AuditSettings, loaded: LoadedModel) -> tuple[Subject, ...]:
+    """Return the checkpoints in their order, and last the model under audit.
+
+    A checkpoint that is the model itself, or holds the same bytes as another, is measured once: the first step of a
+    warmup leaves the weights as they were.
 
     Raises:
-        UserError: Something about the model, the data or the settings needs the caller.
+        ModelError: One is not there.
     """
-    measures = requested_measures(settings)
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    subjects = find_subjects(settings, loaded)
-    data = read_data(settings, settings.data, loaded)
-    limit = tokens_at_most(settings, loaded)
-    held = None
-    if settings.holdout is not None:
-        given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
-        asked = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
-        held = tokenize(
-            asked.queries,
-            loaded.tokenizer,
-            max_length=limit,
-            name="holdout",
-            chat=bool(settings.chat),
-            vocabulary=loaded.vocabulary,
-        )
-    whole = data if held is None else _joined(data, held)
-    held_out = np.arange(len(whole)) >= len(data)
-    if loaded.tokenizer is None:
-        encoder = None
-    else:
-        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
-    end_token = getattr(loaded.tokenizer, "eos_token_id", None)
-    choices = _choices(whole, encoder, settings)
-    of_states = any("hidden states" in each.needs for each in measures)
-    layers, widths = _layers(loaded.model, settings) if of_states else ((), ())
-    classes, names, reason = _classes(whole.examples, choices, settings)
-    parameters = sum(each.numel() for each in loaded.model.parameters())
-    return AuditJob(
-        settings=settings,
-        measures=measures,
-        subjects=subjects,
-        models=Models(settings, subjects[-1], loaded),
-        tokenizer=loaded.tokenizer,
-        data=whole,
-        own_fingerprint=data.fingerprint,
-        held_out=held_out,
-        answers=find_answers(whole, end_token),
-        choices=choices,
-        classes=classes,
-        class_names=names,
-        no_classes=reason,
-        layers=layers,
-        widths=widths,
-        token_budget=batch_tokens(settings, loaded),
-        sharing=batch_sharing(loaded.model),
-        parameters=parameters,
-        is_adapter=is_adapter(loaded.model),
+    given = settings.checkpoints
+    listed = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    sources = [source for one in listed for source in _list_checkpoints(one)]
+    prints = [_fingerprint_weights(source) for source in sources]
+    own, steps = _fingerprint_weights(settings.model), _find_steps(settings.model)
+    kept: dict[str, tuple[Any, str, int | None]] = {}
+    for source, mark in zip(sources, prints, strict=True):
+        if mark == own:
+            steps = _find_steps(source) if steps is None else steps
+        elif mark in kept:
+            announce(f"{_name(source)} holds the same weights as {_name(kept[mark][0])}, and is measured with it.")
+        else:
+            kept[mark] = (source, mark, _find_steps(source))
+    every = [*kept.values(), (settings.model, loaded.fingerprint, steps)]
+    numbers = [known for _, _, known in every if known is not None]
+    if len(numbers) < len(every) or numbers != sorted(set(numbers)):
+        numbers = [UNKNOWN_STEPS] if len(every) == 1 else list(range(len(every)))
+    return tuple(
+        Subject(number, _name(source), source, known, mark)
+        for number, (source, mark, known) in zip(numbers, every, strict=True)
     )
 
 
-def marks(examples: Sequence[Example], flag: str, held_out: np.ndarray) -> Bool[np.ndarray, "example"]:
-    """Return where a column is true, or equal to the value that is requested; or the rows that a file lists.
-
-    Raises:
-        DataError: No example of the data has the column or the value, or the file names other rows.
-    """
-    if Path(flag).expanduser().is_file():
-        ids = [example.id for example in examples]
-        own = [name for name, held in zip(ids, held_out, strict=True) if not held]
-        named = rows_named([entry.name for entry in read_row_list(flag)], own, place=flag, data="the data")
-        return np.isin(np.arange(len(ids)), np.flatnonzero(~held_out)[list(named.values())])
-    name, equals, value = (part.strip() for part in flag.partition("="))
-    cells = [_cell(example, name) for example in examples]
-    if all(cell is None for cell, held in zip(cells, held_out, strict=True) if not held):
-        columns = sorted({"source", "label", *(key for example in examples[:100] for key in example.extra)})
-        raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
-    if not equals:  # a column of nothing but false says that nothing is to be found, which the run notes
-        return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
-    found = np.array([cell is not None and str(cell) == value for cell in cells])
-    if not found[~held_out].any():
-        there = sorted({str(cell) for cell, held in zip(cells, held_out, strict=True) if not held and cell is not None})
-        held = shorten(", ".join(there) or "nothing", 200)
-        raise DataError(
-            f"--flag {flag} marks no example of the data. Column {name!r} holds {held}. "
-            "Type --flag COLUMN=VALUE, or leave it out."
-        )
-    return found
+def _list_checkpoints(given: Any) -> list[Any]:
+    """Return the checkpoints of a Trainer's run in their order, or what was given."""
+    if isinstance(given, nn.Module):
+        return [given]
+    folder = Path(str(given)).expanduser()
+    inside = [each for each in folder.glob("checkpoint-*") if _NUMBERED.fullmatch(each.name)]
+    inside.sort(key=lambda each: int(each.name.partition("-")[2]))
+    return [str(each) for each in inside] or [given]
 
 
-def _cell(example: Example, name: str) -> Any:
-    return getattr(example, name) if name in ("source", "label") else example.extra.get(name)
+def _fingerprint_weights(source: Any) -> str:
+    """Return the sha256 of a live module's weights, or of the weight files."""
+    if isinstance(source, nn.Module):
+        return model_fingerprint(source)
+    found = find_source(source)
+    paths = [found.gguf] if found.gguf else sorted({path for name in _WEIGHTS for path in found.folder.glob(name)})
+    if not paths:
+        raise ModelError(f"{source} holds no weights. Give folders of checkpoints as --checkpoints.")
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\n".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def _joined(data: TokenizedData, held: TokenizedData) -> TokenizedData:
-    digest = hashlib.sha256(f"{data.fingerprint}+{held.fingerprint}".encode()).hexdigest()
-    return TokenizedData(
-        [*data.examples, *held.examples],
-        [*data.input_ids, *held.input_ids],
-        [*data.targets, *held.targets],
-        np.concatenate([data.truncated, held.truncated]),
-        digest,
-        data.name,
-    )
+def _find_steps(source: Any) -> int | None:
+    """Return the optimizer steps trained, from the folder's name or the Trainer's record."""
+    if isinstance(source, nn.Module):
+        return None
+    folder = Path(str(source)).expanduser()
+    if match := _NUMBERED.fullmatch(folder.name):
+        return int(match[1])
+    try:
+        return int(parse_json((folder / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _choices(data: TokenizedData, encoder: Encoder | None, settings: AuditSettings) -> Choices:
-    if encoder is None:
-        nothing = np.zeros((len(data), 1), dtype=np.int64)
-        reasons = {"the model has no tokenizer": len(data)}
-        return Choices(nothing[:, 0], nothing, nothing.astype(bool), nothing[:, 0].copy(), reasons)
-    return find_choices(data, encoder, settings.choices_field)
+def _name(source: Any) -> str:
+    return type(source).__name__ if isinstance(source, nn.Module) else str(source)
 
 
-def _classes(
-    examples: Sequence[Example], choices: Choices, settings: AuditSettings
-) -> tuple[np.ndarray, tuple[str, ...], str]:
-    """Return the class of each example, names of the classes, and the reason where there are none."""
-    field = settings.label_field
-    cells: list[str | None]
-    if field is not None:
-        cells = [None if (cell := _cell(example, field)) is None else str(cell) for example in examples]
-        if all(cell is None for cell in cells):
-            raise DataError(f"--label-field {field}: no example has that column.")
-    elif choices.known.any():
-        cells = [
-            (example.completion or "").strip() if known else None
-            for example, known in zip(examples, choices.known, strict=True)
-        ]
-    else:
-        if any(example.label is not None for example in examples):
-            announce("The column `label` is not used as classes. Where it holds them, type --label-field label.")
-        cells = [None] * len(examples)
-    names = sorted({cell for cell in cells if cell is not None})
-    nothing = np.full(len(cells), -1, dtype=np.int64)
-    if len(names) < 2:
-        return nothing, (), "free text has no classes: name a column with labels as --label-field"
-    if len(names) > MOST_CLASSES:
-        return nothing, (), f"{len(names)} different labels are no classes (at most {MOST_CLASSES})"
-    codes = {name: code for code, name in enumerate(names)}
-    return np.array([-1 if cell is None else codes[cell] for cell in cells], dtype=np.int64), tuple(names), ""
-
-
-def _layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _find_layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the layers whose states are measured, and their widths; none where they do not exist."""
     one = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
@@ -267,3 +233,102 @@ def _layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...],
         raise SpecError(f"--layers {max(found)}: the model has layers 0 (embeddings) to {last}.")
     layers = tuple(sorted(found))
     return layers, tuple(states[layer].shape[-1] for layer in layers)
+
+
+def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: LoadedModel) -> TokenizedData:
+    """Return the data with the holdout behind them."""
+    if settings.holdout is None:
+        return data
+    given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+    questions = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
+    held = tokenize(
+        questions.queries,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name="holdout",
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    return TokenizedData(
+        [*data.examples, *held.examples],
+        [*data.input_ids, *held.input_ids],
+        [*data.targets, *held.targets],
+        np.concatenate([data.truncated, held.truncated]),
+        hashlib.sha256(f"{data.fingerprint}+{held.fingerprint}".encode()).hexdigest(),
+        data.name,
+    )
+
+
+def _find_marks(examples: Sequence[Example], flag: str, held_out: Mask) -> Mask:
+    """Return where a column is true, or equal to the value that is requested; or the rows that a file lists.
+
+    Raises:
+        DataError: No example of the data has the column or the value, or the file names other rows.
+    """
+    own = [example for example, held in zip(examples, held_out, strict=True) if not held]
+    if Path(flag).expanduser().is_file():
+        names = [entry.name for entry in read_row_list(flag)]
+        named = rows_named(names, [example.id for example in own], place=flag, data="the data")
+        return np.isin(np.arange(len(examples)), np.flatnonzero(~held_out)[list(named.values())])
+    name, equals, value = (part.strip() for part in flag.partition("="))
+    cells = [_cell(example, name) for example in examples]
+    held_cells = {str(cell) for cell in (_cell(example, name) for example in own) if cell is not None}
+    if not held_cells:
+        columns = sorted({"source", "label", *(key for example in examples[:100] for key in example.extra)})
+        raise DataError(f"--flag {flag}: no example has a column {name!r}. There are: {', '.join(columns)}.")
+    if not equals:  # a column of nothing but false says that nothing is to be found, which the run notes
+        return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
+    found = np.array([cell is not None and str(cell) == value for cell in cells])
+    if not found[~held_out].any():
+        raise DataError(
+            f"--flag {flag} marks no example of the data. Column {name!r} holds "
+            f"{shorten(', '.join(sorted(held_cells)), 200)}. Type --flag COLUMN=VALUE, or leave it out."
+        )
+    return found
+
+
+def _cell(example: Example, name: str) -> Any:
+    return getattr(example, name) if name in ("source", "label") else example.extra.get(name)
+
+
+def _find_classes(
+    examples: Sequence[Example], choices: Choices, settings: AuditSettings
+) -> tuple[Numbers, tuple[str, ...], str]:
+    """Return the class of each example, -1 for none; names of the classes; and the reason where there are none."""
+    field = settings.label_field
+    cells: list[str | None]
+    if field is not None:
+        cells = [None if (cell := _cell(example, field)) is None else str(cell) for example in examples]
+        if all(cell is None for cell in cells):
+            raise DataError(f"--label-field {field}: no example has that column.")
+    else:
+        known = choices.known
+        cells = [(one.completion or "").strip() if has else None for one, has in zip(examples, known, strict=True)]
+        if not known.any() and any(example.label is not None for example in examples):
+            announce("The column `label` is not used as classes. Where it holds them, type --label-field label.")
+    names = sorted({cell for cell in cells if cell is not None})
+    nothing = np.full(len(cells), -1, dtype=np.int64)
+    if len(names) < 2:
+        return nothing, (), "free text has no classes: name a column with labels as --label-field"
+    if len(names) > MOST_CLASSES:
+        return nothing, (), f"{len(names)} different labels are no classes (at most {MOST_CLASSES})"
+    codes = {name: code for code, name in enumerate(names)}
+    return np.array([-1 if cell is None else codes[cell] for cell in cells], dtype=np.int64), tuple(names), ""
+
+
+def find_answers(data: TokenizedData, end_token: int | None) -> tuple[Numbers, Numbers]:
+    """Return first and one past the last position of the last run of target tokens, an end token not counted.
+
+    Both are 0 where an example is all text and has no answer of its own.
+    """
+    first, last = (np.zeros(len(data), dtype=np.int64) for _ in range(2))
+    for row, (ids, targets) in enumerate(zip(data.input_ids, data.targets, strict=True)):
+        positions = np.flatnonzero(targets)
+        if not len(positions) or bool(targets[1:].all()):
+            continue
+        breaks = np.flatnonzero(np.diff(positions) > 1)
+        begin, end = positions[breaks[-1] + 1 if len(breaks) else 0], positions[-1] + 1
+        if end - begin > 1 and end_token is not None and ids[end - 1] == end_token:
+            end -= 1
+        first[row], last[row] = begin, end
+    return first, last

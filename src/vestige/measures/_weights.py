@@ -1,23 +1,15 @@
-"""How large weights are, and how far training has moved them; over the checkpoints of an audit, as a work plan."""
+"""How large the weights of each checkpoint are, and how far training has moved them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vestige.errors import DataError
-from vestige.launch import Compute, PieceFiles, step_done
-from vestige.measures._job import AuditJob
-from vestige.measures._look import Tensors
-from vestige.measures._pieces import digest, ran
-from vestige.measures._registry import measure
-from vestige.measures._subjects import is_adapter
-from vestige.storage import partial_folder
+from vestige.measures._job import AuditJob, is_adapter
+from vestige.measures._measure import measure
+from vestige.measures._pieces import AuditPieces, Tensors, piece_files
 
 SMALL_MODEL = 30_000_000
 """Weights of a whole model whose norms are taken without being requested."""
@@ -49,21 +41,19 @@ def weight_norms(
     """
     if not weights:
         raise DataError("There are no weights to measure.")
-    if start is not None and {name: each.shape for name, each in weights.items()} != {
-        name: each.shape for name, each in start.items()
-    }:
-        different = sorted(weights.keys() ^ start.keys())[:3] or ["shapes"]
+    sides = (weights, weights if start is None else start)
+    shapes, before = ({name: each.shape for name, each in side.items()} for side in sides)
+    if shapes != before:
+        different = sorted(shapes.keys() ^ before.keys())[:3] or ["shapes"]
         raise DataError(f"The two checkpoints do not hold the same tensors: {', '.join(different)}.")
     each = {
         name: _norms(tensor.double() if start is None else tensor.double() - start[name].double())
         for name, tensor in weights.items()
     }
     total = sum(tensor.numel() for tensor in weights.values())
-    shares = [weights[name].numel() / total for name in each]
-    mean = [
-        sum(share * value for share, value in zip(shares, column, strict=True))
-        for column in zip(*each.values(), strict=True)
-    ]
+    shares = [tensor.numel() / total for tensor in weights.values()]
+    columns = zip(*each.values(), strict=True)
+    mean = [sum(share * value for share, value in zip(shares, column, strict=True)) for column in columns]
     return WeightNorms(*mean), each
 
 
@@ -75,77 +65,27 @@ def _norms(tensor: Tensor) -> WeightNorms:
     )
 
 
-@dataclass(frozen=True)
-class NormsPlan:
-    """Norms of every subject's weights and of their change since the first."""
+def _norm_pieces(job: AuditJob) -> AuditPieces:
+    """Return the work of measuring each checkpoint's weights, and their change since the first."""
+    start: dict[str, Tensor] = {}
 
-    job: AuditJob
-    name: str = "Norms"
-    unit: str = "models"
-
-    @property
-    def folder(self) -> Path:
-        """Beside the run, until that is written."""
-        return partial_folder(self.job.settings.out)
-
-    @property
-    def pieces(self) -> int:
-        """Subjects."""
-        return len(self.job.subjects)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the subject's norms are there."""
-        return self.files.is_done(piece)
-
-    def weight(self, piece: int) -> float:  # noqa: ARG002
-        """Return 1, for one model."""
-        return 1
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Keep the first subject's weights for as long as others are compared with them."""
-        start: dict[str, Tensor] = {}
-
-        def compute(piece: int) -> None:
-            if piece and not start:
-                start.update(self._weights(0))
-            weights = self._weights(piece)
-            norms, _ = weight_norms(weights)
-            found = {"norms": torch.tensor(norms, dtype=torch.float64)}
-            if piece:
-                found["change"] = torch.tensor(weight_norms(weights, start)[0], dtype=torch.float64)
-            self.files.write(piece, found)
-            step_done(1)
-
-        yield compute
-
-    def reduce(self) -> list[Tensors]:
-        """Return norms, and change, of each subject.
-
-        Raises:
-            CorruptFile: One is missing or damaged.
-        """
-        return [self.files.read(piece) for piece in range(self.pieces)]
-
-    def run(self) -> list[Tensors]:
-        """Return the result; after a kill, the same call continues."""
-        self.files.forget_damaged(range(self.pieces))
-        return ran(self)
-
-    @cached_property
-    def files(self) -> PieceFiles:
-        """The files of the pieces."""
-        return PieceFiles(self.folder / "norms", digest(self.job, "norms"))
-
-    def _weights(self, number: int) -> dict[str, Tensor]:
+    def read_weights(number: int) -> dict[str, Tensor]:
         """Return LoRA matrices if there are any, else every weight; copies, so that the model may be freed."""
-        model = self.job.models.of(self.job.subjects[number].source).model
-        adapter = is_adapter(model)
-        return {
-            name: weight.detach().cpu().clone()
-            for name, weight in model.named_parameters()
-            if not adapter or "lora_" in name
-        }
+        model = job.models.of(job.subjects[number].source).model
+        chosen = "lora_" if is_adapter(model) else ""
+        return {name: one.detach().cpu().clone() for name, one in model.named_parameters() if chosen in name}
+
+    def compute(number: int) -> Tensors:
+        if number and not start:
+            start.update(read_weights(0))
+        weights = read_weights(number)
+        found = {"norms": torch.tensor(weight_norms(weights)[0], dtype=torch.float64)}
+        if number:
+            found["change"] = torch.tensor(weight_norms(weights, start)[0], dtype=torch.float64)
+        return found
+
+    files = piece_files(job, "norms", "norms")
+    return AuditPieces(job, "Norms", "models", files, range(len(job.subjects)), compute)
 
 
 @measure(
@@ -159,11 +99,11 @@ class NormsPlan:
     limits="of a whole model: says nothing about a single example",
     order=150,
 )
-def _norms_of_checkpoints(job: AuditJob) -> list[dict[str, dict[str, float]]]:
+def _weights(job: AuditJob) -> list[dict[str, dict[str, float]]]:
     """Return norms, and change, of each subject by name; nothing for a large model unless they were named."""
     if not (job.is_adapter or job.parameters <= SMALL_MODEL or "weights" in job.settings.measures):
         return [{} for _ in job.subjects]
     return [
         {name: WeightNorms(*values.tolist())._asdict() for name, values in sorted(each.items())}
-        for each in NormsPlan(job).run()
+        for each in _norm_pieces(job).run()
     ]

@@ -1,136 +1,85 @@
 """The page of an audit: what is known of the examples, how well the measures find them, and which examples to read."""
 
 import math
-import re
-from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
 
-from vestige.progress import format_memory
-from vestige.reports._audit_panels import TRUTHS, Chart, charts_of, shown_span
-from vestige.reports._canary_charts import canary_charts
-from vestige.reports._header import Fact, compact, duration, short_name
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
+from vestige.measures import (
+    MEASURES,
+    Drawn,
+    Known,
+    blind_area,
+    draw_agreement,
+    draw_dynamics,
+    draw_exposure_by_copies,
+    draw_exposure_over_time,
+    draw_layers,
+    draw_roc,
+)
+from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
+from vestige.reports._header import Fact, compact, cut_command, join_versions, short_name, took
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
 LONGEST_TEXT = 1200
+TRUTHS = {
+    "membership": ("Members", "examples that were trained on, against the holdout or what was left out"),
+    "flag": ("Flagged examples", "those that the column marks, such as wrong labels"),
+    "memorized": ("Memorized at the end", "those whose likelihood ratio against the bank is high under the model"),
+}
+"""Title and explanation of each kind of truth."""
+
+Json = dict[str, Any]
 
 
-class Judged(NamedTuple):
-    """The table of one kind of truth."""
-
-    title: str
-    note: str
-    counts: str
-    rows: tuple[tuple[str, ...], ...]
-    unresolved: bool
-
-
-class Ranking(NamedTuple):
-    """Examples in the order of one measure."""
-
-    measure: str
-    order: str
-    meaning: str
-    rows: tuple["Listed", ...]
-
-
-class Listed(NamedTuple):
-    """One example of a ranking."""
-
-    rank: int
-    id: str
-    value: str
-    text: str
-    facts: tuple[str, ...]
-    others: tuple[tuple[str, str], ...]
-
-
-class Planted(NamedTuple):
-    """One planted secret under the model."""
-
-    secret: str
-    before: str
-    copies: str
-    exposure: str
-    rank: str
-    course: str
-    """Exposure at every checkpoint, in their order."""
-
-
-class Missing(NamedTuple):
-    """A measure that some examples lack."""
-
-    measure: str
-    known: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AuditPage:
-    """Everything on the page."""
-
-    title: str
-    subtitle: str
-    facts: tuple[Fact, ...]
-    command: tuple[str, ...]
-    judged: tuple[Judged, ...]
-    charts: tuple[Chart, ...]
-    planted: tuple[Planted, ...]
-    planted_note: str
-    rankings: tuple[Ranking, ...]
-    missing: tuple[Missing, ...]
-    notes: tuple[str, ...]
-    versions: str
-    vestige: str
-
-
-def audit_page(audit: Audit) -> AuditPage:
-    """Return the page of a run of `vestige audit`."""
+def audit_page(audit: Audit) -> Json:
+    """Return everything that is on the page of a run of `vestige audit`, as its template takes it."""
     run = audit.run
-    return AuditPage(
-        title=f"What {short_name(run.model.name)} has memorized",
-        subtitle=f"memorization · {short_name(run.data.name)}",
-        facts=_facts(audit),
-        command=tuple(re.split(r" (?=--)", run.command.strip())),
-        judged=tuple(_judged(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)),
-        charts=tuple(chart for chart in (*canary_charts(audit), *charts_of(audit)) if chart.svg),
-        planted=tuple(_planted(audit)),
-        planted_note=_planted_note(audit),
-        rankings=tuple(_rankings(audit)),
-        missing=_missing(audit),
-        notes=(*run.notes, *_layer_notes(audit)),
-        versions=" · ".join(f"{name} {version}" for name, version in run.versions.items()),
-        vestige=run.vestige,
-    )
+    return {
+        "title": f"What {short_name(run.model.name)} has memorized",
+        "subtitle": f"memorization · {short_name(run.data.name)}",
+        "facts": _list_facts(audit),
+        "command": cut_command(run.command),
+        "judged": [_make_table(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)],
+        "charts": _draw_panels(audit),
+        "planted": _list_secrets(audit),
+        "planted_note": _describe_secrets(audit),
+        "rankings": _rank_examples(audit),
+        "missing": _list_missing(audit),
+        "notes": [*run.notes, *_note_layers(audit)],
+        "versions": join_versions(run.versions),
+        "vestige": run.vestige,
+    }
 
 
-def shown(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Format a number as the page writes it."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "−")
+
+
+def format_span(span: Sequence[float | None]) -> str:
+    """Format a value and its interval as the page writes them."""
+    value, low, high = span
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.4g}".replace("-", "−")
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _facts(audit: Audit) -> tuple[Fact, ...]:
-    run = audit.run
+def _list_facts(audit: Audit) -> list[Fact]:
+    run, model, data = audit.run, audit.run.model, audit.run.data
     facts = [
-        Fact(
-            "Model",
-            short_name(run.model.name),
-            run.model.fingerprint[:8],
-            f"{compact(run.model.parameters)} parameters",
-        ),
-        Fact("Examples", short_name(run.data.name), run.data.fingerprint[:8], compact(run.data.examples)),
+        Fact("Model", short_name(model.name), model.fingerprint[:8], f"{compact(model.parameters)} parameters"),
+        Fact("Examples", short_name(data.name), data.fingerprint[:8], compact(data.examples)),
     ]
     if run.holdout:
         facts.append(Fact("Held out", short_name(run.holdout.name), note=compact(run.holdout.examples)))
     if run.bank:
         note = f"{run.bank.models} models, by {run.bank.value}"
         facts.append(Fact("Bank", short_name(run.bank.name), run.bank.id[:8] or None, note))
-        counted = f"{run.bank.memorized} of {compact(run.data.examples)}"
+        counted = f"{run.bank.memorized} of {compact(data.examples)}"
         facts.append(Fact(f"Likelihood ratio {run.bank.memorized_at:g} or more", counted))
     if len(run.checkpoints) > 1:
         note = None if run.trigger is None else f"median loss below 5 % of its start from {run.trigger} on"
@@ -138,109 +87,214 @@ def _facts(audit: Audit) -> tuple[Fact, ...]:
     if run.classes:
         facts.append(Fact("Classes", str(len(run.classes)), note=", ".join(run.classes[:6])))
     for prefix, span in run.extraction.items():
-        facts.append(Fact(f"Given back word for word, {prefix} tokens given", shown_span(span)))
-    memory = f"{format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)} at most"
-    return (*facts, Fact("Took", duration(run.seconds), note=memory if run.peak_memory_bytes else None))
+        facts.append(Fact(f"Given back word for word, {prefix} tokens given", format_span(span)))
+    return [*facts, took(run.seconds, run.peak_memory_bytes, run.peak_gpu_memory_bytes)]
 
 
-def _judged(audit: Audit, truth: Truth) -> Judged:
-    last, layer = audit.checkpoints[-1], audit.run.main_layer
-    rows = [each for each in audit.judgement(truth, checkpoint=last) if each.layer in (None, layer)]
+def _make_table(audit: Audit, truth: Truth) -> Json:
+    """Return the table of one kind of truth."""
+    rows = [
+        each
+        for each in audit.judgement(truth, checkpoint=audit.checkpoints[-1])
+        if each.layer in (None, audit.run.main_layer)
+    ]
     rows.sort(key=lambda each: each.measure == "blind")
     title, note = TRUTHS[truth]
-    counts = f"{max(each.found for each in rows):,} among {max(each.others for each in rows):,} others"
-    unresolved = any(not rate.resolved for each in rows for rate in each.tpr_at)
-    return Judged(title, note, counts, tuple(map(_cells, rows)), unresolved)
+    return {
+        "title": title,
+        "note": note,
+        "counts": f"{max(each.found for each in rows):,} among {max(each.others for each in rows):,} others",
+        "rows": list(map(_format_row, rows)),
+        "unresolved": any(not rate.resolved for each in rows for rate in each.tpr_at),
+    }
 
 
-def _cells(row: JudgementRecord) -> tuple[str, ...]:
-    rates = [shown_span(rate.rate) + ("" if rate.resolved else " *") for rate in (*row.tpr_at, *row.fpr_at)]
-    name = "blind: texts alone, no model" if row.measure == "blind" else row.measure
-    name += f", {'low' if row.sign < 0 else 'high'} values flagged" if row.measure != "blind" else ""
-    rule = (
-        f"{row.rule}: TPR {shown_span(row.rule_tpr)}, FPR {shown_span(row.rule_fpr)}"
-        if row.rule and row.rule_tpr and row.rule_fpr
-        else ""
-    )
-    return (name, shown_span(row.auc), *rates, rule)
+def _format_row(row: JudgementRecord) -> tuple[str, ...]:
+    rates = [format_span(rate.rate) + ("" if rate.resolved else " *") for rate in (*row.tpr_at, *row.fpr_at)]
+    name = f"{row.measure}, {'low' if row.sign < 0 else 'high'} values flagged"
+    rule = ""
+    if row.rule and row.rule_tpr and row.rule_fpr:
+        rule = f"{row.rule}: TPR {format_span(row.rule_tpr)}, FPR {format_span(row.rule_fpr)}"
+    shown = "blind: texts alone, no model" if row.measure == "blind" else name
+    return (shown, format_span(row.auc), *rates, rule)
 
 
-def _planted(audit: Audit) -> list[Planted]:
+def _draw_panels(audit: Audit) -> list[Panel]:
+    """Draw everything that the run has data for."""
+    known = _find_known(audit)
+    installed = {each.name for each in MEASURES}
+    detailed = tuple(f"{each.name}_" for each in MEASURES if each.detail)
+    measures = [name for name in audit.measures if name in installed or not name.startswith(detailed)]
+    drawn = Drawn(audit.run, measures, audit.values, known, _own_examples(audit))
+    return [
+        *_draw_secrets(drawn),
+        *_draw_course(drawn),
+        *(_draw_roc(drawn, each) for each in known if drawn.curves(each.name) and _has_both_sides(each)),
+        *_draw_layers(drawn),
+        *_draw_agreement(drawn),
+    ]
+
+
+def _own_examples(audit: Audit) -> np.ndarray:
+    return np.array(audit.examples["part"].to_pylist()) == "data"
+
+
+def _find_known(audit: Audit) -> list[Known]:
+    """Return what is to be found, and where it is known, as far as the run's own tables have it."""
+    own, known = _own_examples(audit), list[Known]()
+    if not own.all():
+        texts = audit.examples["text"].to_pylist()
+        trained = {text for text, mine in zip(texts, own, strict=True) if mine}
+        copies = np.array([not mine and text in trained for text, mine in zip(texts, own, strict=True)])
+        known.append(Known("membership", own, ~copies))
+    flags = audit.examples["flag"].to_pylist()
+    if any(flag is not None for flag in flags):
+        known.append(Known("flag", np.array([bool(flag) for flag in flags]), own))
+    if audit.run.bank and "lira" in audit.measures:
+        ratio = audit.values("lira")
+        with np.errstate(invalid="ignore"):
+            known.append(Known("memorized", ratio >= audit.run.bank.memorized_at, ~np.isnan(ratio)))
+    return known
+
+
+def _has_both_sides(truth: Known) -> bool:
+    found = truth.found[truth.judged]
+    return bool(found.any() and not found.all())
+
+
+def _draw_secrets(drawn: Drawn) -> list[Panel]:
+    """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
+    groups, panels = exposed(drawn.run.canaries), list[Panel]()
+    if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
+        draw_exposure_by_copies(axes := new_axes(SMALL), drawn)
+        note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
+        panels.append(make_panel("Exposure of planted secrets", note, axes))
+    if groups and len(drawn.checkpoints) > 1:
+        draw_exposure_over_time(axes := new_axes(SMALL), drawn)
+        note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
+        panels.append(make_panel("Exposure while training", note, axes))
+    return panels
+
+
+def _draw_course(drawn: Drawn) -> list[Panel]:
+    panels = []
+    for name in drawn.measures_over_time() if len(drawn.checkpoints) > 1 else []:
+        draw_dynamics(axes := new_axes(SMALL), drawn, name)
+        note = "Median, and the middle half of the examples, at each checkpoint."
+        panels.append(make_panel(f"{name} while training", note, axes))
+    return panels
+
+
+def _draw_roc(drawn: Drawn, truth: Known) -> Panel:
+    axes, blind = new_axes(SMALL), blind_area(drawn.run, truth.name)
+    draw_roc(axes, drawn, truth)
+    note = "No blind baseline could be computed."
+    if blind is not None:
+        note = f"The blind baseline, which never uses the model, has AUC {format_span(blind.auc)}."
+    return make_panel(f"{TRUTHS[truth.name][0]}: ROC", note, axes)
+
+
+def _draw_layers(drawn: Drawn) -> list[Panel]:
+    name = drawn.first_layered_measure()
+    if not name:
+        return []
+    axes = new_axes(SMALL)
+    shown = f"AUC of {name}" if draw_layers(axes, drawn) else f"Median {name} and its quartiles"
+    main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+    note = f"{shown} at each layer. {main}"
+    return [make_panel("Layers", note, axes, names={truth: title for truth, (title, _) in TRUTHS.items()})]
+
+
+def _draw_agreement(drawn: Drawn) -> list[Panel]:
+    names, table = drawn.agreement()
+    if len(names) < 2:
+        return []
+    size = 1.6 + 0.45 * len(names)
+    draw_agreement(axes := new_axes((size, size)), names, table)
+    note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
+    return [make_panel("Agreement of measures", note, axes, broad=True)]
+
+
+def _list_secrets(audit: Audit) -> list[Json]:
     """Return canaries by their exposure under the model, the most exposed first."""
     last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
     last.sort(key=lambda each: -math.inf if each.exposure is None else each.exposure, reverse=True)
     found = []
     for each in last[:SHOWN_SECRETS]:
         course = [one.exposure for one in audit.run.canaries if (one.id, one.secret) == (each.id, each.secret)]
-        rank = "–" if each.rank is None else f"{each.rank:,.4g} of {each.references + 1:,}"
-        copies = "–" if each.copies is None else f"{each.copies:,}"
-        bits = shown(each.exposure)
-        found.append(Planted(each.secret, each.prompt, copies, bits, rank, " → ".join(map(shown, course))))
+        found.append(
+            {
+                "secret": each.secret,
+                "before": each.prompt,
+                "copies": "–" if each.copies is None else f"{each.copies:,}",
+                "exposure": format_number(each.exposure),
+                "rank": "–" if each.rank is None else f"{each.rank:,.4g} of {each.references + 1:,}",
+                "course": " → ".join(map(format_number, course)),
+            }
+        )
     return found
 
 
-def _planted_note(audit: Audit) -> str:
-    values = [
-        each.exposure
-        for each in audit.run.canaries
-        if each.checkpoint == audit.checkpoints[-1] and each.exposure is not None
-    ]
+def _describe_secrets(audit: Audit) -> str:
+    last = [each for each in audit.run.canaries if each.checkpoint == audit.checkpoints[-1]]
+    values = [each.exposure for each in last if each.exposure is not None]
     if not values:
         return ""
     most = max(each.most for each in audit.run.canaries)
-    groups = [each for each in mean_exposures(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
+    groups = [each for each in exposed(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
     means = f"mean exposure {np.mean(values):.2f} bits"
     if len(groups) > 1:
-        by_copies = [f"{each.mean:.2f} with {_copies(each.copies)}" for each in groups]
+        by_copies = [f"{each.mean:.2f} with {_count_copies(each.copies)}" for each in groups]
         means = f"mean exposure in bits {', '.join(by_copies)}"
-    shown_ones = f" The {SHOWN_SECRETS} most exposed:" if len(values) > SHOWN_SECRETS else ""
+    first = f" The {SHOWN_SECRETS} most exposed:" if len(values) > SHOWN_SECRETS else ""
     return (
         f"{len(values):,} secrets, {means}; {CHANCE_BITS:.2f} is the mean of secrets that were never planted, and more "
-        f"than {most:.1f} cannot be measured with this number of references.{shown_ones}"
+        f"than {most:.1f} cannot be measured with this number of references.{first}"
     )
 
 
-def _copies(copies: int | None) -> str:
+def _count_copies(copies: int | None) -> str:
     return "copies unknown" if copies is None else f"{copies:,} {'copy' if copies == 1 else 'copies'}"
 
 
-def _rankings(audit: Audit) -> list[Ranking]:
-    found = []
-    for name in sorted(audit.measures, key=lambda each: each != _preferred(audit)):
-        record = audit.run.measures[name]
-        listed = audit.top(SHOWN, name)
-        if not len(listed):
-            continue
-        order = "lowest first" if audit.lowest_first(name) else "highest first"
-        meaning = record.meaning + (f"; high: {record.high}" if record.high else "")
-        found.append(Ranking(name, order, meaning, tuple(_listed(audit, row, name) for row in listed)))
+def _rank_examples(audit: Audit) -> list[Json]:
+    """Return examples in the order of each measure, the preferred one first."""
+    found, first = [], audit.preferred if audit.measures else ""
+    for name in sorted(audit.measures, key=lambda each: each != first):
+        record, listed = audit.run.measures[name], audit.top(SHOWN, name)
+        if len(listed):
+            order = "lowest first" if audit.lowest_first(name) else "highest first"
+            meaning = record.meaning + (f"; high: {record.high}" if record.high else "")
+            rows = [_list_example(audit, row, name) for row in listed]
+            found.append({"measure": name, "order": order, "meaning": meaning, "rows": rows})
     return found
 
 
-def _preferred(audit: Audit) -> str:
-    return audit.preferred if audit.measures else ""
-
-
-def _listed(audit: Audit, row: EvidenceRow, measure: str) -> Listed:
+def _list_example(audit: Audit, row: EvidenceRow, measure: str) -> Json:
+    """Return one example of a ranking."""
     described = audit.examples.slice(row.row, 1).to_pylist()[0]
-    named = (("class", "class"), ("label", "label"), ("source", "source"))
-    facts = [f"{words} {described[name]}" for name, words in named if described[name] is not None]
-    facts += ["flagged"] if described["flag"] else []
-    text = row.text if len(row.text) <= LONGEST_TEXT else row.text[:LONGEST_TEXT] + " …"
-    others = tuple((name, shown(value)) for name, value in row.evidence.items() if name != measure)
-    return Listed(row.rank, row.example_id, shown(row.value), text, tuple(facts), others)
+    facts = [f"{name} {described[name]}" for name in ("class", "label", "source") if described[name] is not None]
+    return {
+        "rank": row.rank,
+        "id": row.example_id,
+        "value": format_number(row.value),
+        "text": row.text if len(row.text) <= LONGEST_TEXT else row.text[:LONGEST_TEXT] + " …",
+        "facts": facts + (["flagged"] if described["flag"] else []),
+        "others": [(name, format_number(value)) for name, value in row.evidence.items() if name != measure],
+    }
 
 
-def _missing(audit: Audit) -> tuple[Missing, ...]:
+def _list_missing(audit: Audit) -> list[tuple[str, str, str]]:
+    """Return each measure that some examples lack, for how many it is known, and why not for the others."""
     total = audit.run.data.examples + (audit.run.holdout.examples if audit.run.holdout else 0)
-    return tuple(
-        Missing(name, "none" if each.missing >= total else f"{total - each.missing:,} of {total:,}", each.reason)
+    return [
+        (name, "none" if each.missing >= total else f"{total - each.missing:,} of {total:,}", each.reason)
         for name, each in audit.run.measures.items()
         if each.reason
-    )
+    ]
 
 
-def _layer_notes(audit: Audit) -> list[str]:
+def _note_layers(audit: Audit) -> list[str]:
     loose = [each.layer for each in audit.run.layers if each.converged is False]
     more = "PSMI had not settled after as many directions as it may take, at layers " + ", ".join(map(str, loose))
     return [f"{more}: its lowest values still move by more than 5 %."] if loose else []

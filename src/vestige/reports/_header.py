@@ -1,8 +1,8 @@
 """The top of the page in words: what was run, what a score means, how far it was checked."""
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from vestige.progress import format_memory
 from vestige.reports._read import RunFiles
@@ -32,63 +32,48 @@ class Chip(NamedTuple):
     sign: str
 
 
-class Skipped(NamedTuple):
-    """A component that the run did not cover."""
-
-    name: str
-    parameters: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Header:
-    """Everything on the page that stands there without its script."""
-
-    title: str
-    subtitle: str
-    facts: tuple[Fact, ...]
-    command: tuple[str, ...]
-    """Cut before each option, so that a line breaks between options."""
-    sign: str
-    estimates: str
-    meaning: tuple[Fact, ...]
-    """Unit, target and normalisation."""
-    limits: str
-    validated: bool
-    checks: tuple[Chip, ...]
-    skipped: tuple[Skipped, ...]
-    versions: str
-    vestige: str
-
-
-def header_of(run: RunFiles) -> Header:
-    """Return the header of `run`; what does not apply to its method is left out."""
+def header_of(run: RunFiles) -> dict[str, Any]:
+    """Return what stands on the page of `run` without its script; what does not apply to its method is left out."""
     record = run.record
     count = len(run.queries)
     answers = "1 answer" if count == 1 else f"{count} answers"
     owner = f" of {short_name(record.model.name)}" if record.model else ""
-    return Header(
-        title=f"The training data behind {answers}{owner}",
-        subtitle=f"{record.method} · {short_name(record.data.name)}",
-        facts=_facts(run),
-        command=tuple(re.split(r" (?=--)", record.command.strip())) if record.command else (),
-        sign=_sentence(record.meaning.sign),
-        estimates=_sentence(record.meaning.estimates),
-        meaning=(
+    skipped = record.coverage.skipped if record.coverage else ()
+    return {
+        "title": f"The training data behind {answers}{owner}",
+        "subtitle": f"{record.method} · {short_name(record.data.name)}",
+        "facts": _facts(run),
+        "command": cut_command(record.command),
+        "sign": _sentence(record.meaning.sign),
+        "estimates": _sentence(record.meaning.estimates),
+        "meaning": (
             Fact("Unit", record.meaning.unit),
             Fact("About", record.meaning.target),
             Fact("Divided by", record.meaning.normalisation),
         ),
-        limits=_sentence(record.meaning.limits),
-        validated=record.trust.validated,
-        checks=tuple(_chip(check) for check in record.trust.checks),
-        skipped=tuple(
-            Skipped(skipped.name, compact(skipped.parameters), skipped.reason)
-            for skipped in (record.coverage.skipped if record.coverage else ())
-        ),
-        versions=" · ".join(f"{name} {version}" for name, version in record.versions.items()),
-        vestige=record.vestige,
-    )
+        "limits": _sentence(record.meaning.limits),
+        "validated": record.trust.validated,
+        "checks": [_chip(check) for check in record.trust.checks],
+        "skipped": [each.model_dump() | {"parameters": compact(each.parameters)} for each in skipped],
+        "versions": join_versions(record.versions),
+        "vestige": record.vestige,
+    }
+
+
+def cut_command(command: str) -> list[str]:
+    """Return a command cut before each option, so that a line breaks between options."""
+    return re.split(r" (?=--)", command.strip()) if command else []
+
+
+def join_versions(versions: Mapping[str, str]) -> str:
+    """Return the versions of packages as one line."""
+    return " · ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def took(seconds: float, peak_memory_bytes: int | None, peak_gpu_memory_bytes: int | None) -> "Fact":
+    """Return how long a run took, and with how much memory."""
+    memory = f"{format_memory(peak_memory_bytes, peak_gpu_memory_bytes)} at most" if peak_memory_bytes else None
+    return Fact("Took", duration(seconds), note=memory)
 
 
 def short_name(name: str) -> str:
@@ -112,11 +97,9 @@ def _facts(run: RunFiles) -> tuple[Fact, ...]:
         share = record.coverage.selected / record.coverage.total
         note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
-    memory = f"{format_memory(record.peak_memory_bytes, record.peak_gpu_memory_bytes)} at most"
     if record.asked:
         facts.append(Fact("Questions", f"put {record.asked}"))
-    facts.append(Fact("Took", duration(record.seconds), note=memory if record.peak_memory_bytes else None))
-    return tuple(facts)
+    return (*facts, took(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))
 
 
 def _short(fingerprint: str) -> str:

@@ -2,21 +2,78 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from vestige.errors import UserError
-from vestige.reports._components import Grid, cell_sums, make_grid
-from vestige.reports._pieces import Pieces, cut
-from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample
-from vestige.reports._verbatim import Word, overlap, rare_words, words_of
+from vestige.reports._read import Query, RunFiles, TrainingExample
+from vestige.reports._texts import Pieces, Word, cut, overlap, rare_words, words_of
 
 HUB_DEPTH = 10
 """An example counts as a hit of a query when it stands among the query's first ten proponents."""
 
+_ENDINGS = ("weight", "bias", "default")
+"""Last parts of a name that say nothing about where it stands; `default` is PEFT's adapter name."""
+_LONGEST_NUMBER = 10
+"""Digits of a layer's number; more of them are a part of a name."""
+
 Json = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a component stands: its layer (None outside the layers) and its module within it."""
+
+    layer: int | None
+    module: str
+
+
+def place_of(component: str) -> Place:
+    """Return layer and module of a parameter name.
+
+    The first number in the name is its layer, what follows is the module; weight and bias share a cell.
+
+    >>> place_of("model.layers.3.self_attn.q_proj.weight")
+    Place(layer=3, module='self_attn.q_proj')
+    >>> place_of("transformer.wte.weight")
+    Place(layer=None, module='wte')
+    """
+    parts = component.split(".")
+    while len(parts) > 1 and parts[-1] in _ENDINGS:
+        parts.pop()
+    for number, part in enumerate(parts[:-1]):
+        if part.isdecimal() and len(part) < _LONGEST_NUMBER:
+            return Place(int(part), ".".join(parts[number + 1 :]))
+    return Place(None, parts[-1])
+
+
+class Grid(NamedTuple):
+    """The cells of the heatmap. A cell is (layer number or None, module); order is the model's."""
+
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+    others: tuple[str, ...]
+    """Modules outside the layers: embeddings, final norm, output head."""
+    cells: tuple[Place, ...]
+
+    def sums(self, scores: Mapping[str, float]) -> list[float]:
+        """Return the score of each cell: the sum over the components that stand in it."""
+        sums = dict.fromkeys(self.cells, 0.0)
+        for component, score in scores.items():
+            sums[place_of(component)] += score
+        return list(sums.values())
+
+
+def make_grid(components: Iterable[str]) -> Grid:
+    """Return the grid that has a cell for each of `components`."""
+    cells = tuple(dict.fromkeys(place_of(component) for component in components))
+    return Grid(
+        layers=tuple(sorted({cell.layer for cell in cells if cell.layer is not None})),
+        modules=tuple(dict.fromkeys(cell.module for cell in cells if cell.layer is not None)),
+        others=tuple(cell.module for cell in cells if cell.layer is None),
+        cells=cells,
+    )
 
 
 def payload_of(run: RunFiles) -> Json:
@@ -28,7 +85,7 @@ def payload_of(run: RunFiles) -> Json:
     hubs = hub_shares(run)
     return {
         "run": run.folder.resolve().name,
-        "grid": _grid_json(grid),
+        "grid": grid and grid._asdict(),
         "hasTokens": run.tokens is not None,
         "examples": {
             str(row): _example_json(example, pieces[row], hubs.get(row)) for row, example in run.examples.items()
@@ -59,19 +116,8 @@ def _grid(run: RunFiles) -> Grid | None:
     """Return the grid of all components in the run, in the model's order; None without a component table."""
     if run.components is None:
         return None
-    scored = (component for parts in run.components.values() for component in parts)
-    return make_grid([*run.record.components, *scored])
-
-
-def _grid_json(grid: Grid | None) -> Json | None:
-    if grid is None:
-        return None
-    return {
-        "layers": grid.layers,
-        "modules": grid.modules,
-        "others": grid.others,
-        "cells": [[place.layer, place.module] for place in grid.cells],
-    }
+    known = (component for parts in run.components.values() for component in parts)
+    return make_grid([*run.record.components, *known])
 
 
 def _text_json(pieces: Pieces) -> Json:
@@ -113,7 +159,11 @@ def _query_json(
         shared = overlap(query_words, words[entry.row], rare)
         ranked.append(
             {
-                **_entry_json(entry),
+                "end": entry.end,
+                "rank": entry.rank,
+                "row": entry.row,
+                "score": number(entry.score),
+                "percentile": number(entry.percentile),
                 "overlap": number(shared.share, 3),
                 "match": shared.example,
                 "answerMatch": shared.query,
@@ -127,18 +177,8 @@ def _query_json(
         "loss": number(query.loss),
         "text": _text_json(query_pieces),
         "ranked": ranked,
-        "distribution": _record_json(run.record.distribution.get(query.id)),
-        "groups": [_record_json(group) for group in run.record.groups.get(query.id, [])],
-    }
-
-
-def _entry_json(entry: RankedScore) -> Json:
-    return {
-        "end": entry.end,
-        "rank": entry.rank,
-        "row": entry.row,
-        "score": number(entry.score),
-        "percentile": number(entry.percentile),
+        "distribution": _finite(run.record.distribution.get(query.id)),
+        "groups": _finite(run.record.groups.get(query.id, [])),
     }
 
 
@@ -147,7 +187,7 @@ def _cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[f
     parts = (run.components or {}).get((query, example))
     if grid is None or parts is None:
         return None
-    return [number(value, 6) for value in cell_sums(grid, parts)]
+    return [number(value, 6) for value in grid.sums(parts)]
 
 
 def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:
@@ -163,13 +203,10 @@ def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> li
     return [number(scores.get(position, 0.0), 5) for position in range(len(pieces.texts))]
 
 
-def _record_json(record: BaseModel | None) -> Json | None:
-    """Return a part of run.json as it stands there, NaN and infinity replaced by None; None for a missing part."""
-    return None if record is None else _finite(record.model_dump())
-
-
 def _finite(value: Any) -> Any:
-    """Return `value` with every NaN and infinity in it replaced by None, which JSON can carry."""
+    """Return a part of run.json as JSON can carry it: every NaN and infinity replaced by None."""
+    if isinstance(value, BaseModel):
+        return _finite(value.model_dump())
     if isinstance(value, float):
         return number(value)
     if isinstance(value, list | tuple):

@@ -29,8 +29,7 @@ class Wording:
     """One per token: True where its prediction enters the loss."""
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """A query of the run."""
 
     id: str
@@ -39,8 +38,7 @@ class Query:
     loss: float | None
 
 
-@dataclass(frozen=True)
-class TrainingExample:
+class TrainingExample(NamedTuple):
     """A training example that is listed for at least one query."""
 
     id: str
@@ -89,28 +87,19 @@ def read_run(run: str | Path) -> RunFiles:
         UserError: `run` is no run directory, or one of its files cannot be read; the message says what to type.
     """
     folder = Path(run)
-    record = _read_record(folder)
-    queries = tuple(_query(row) for row in _rows(folder, "queries"))
-    examples = {example.row: example for example in map(_example, _rows(folder, "examples"))}
-    return RunFiles(
-        folder=folder,
-        record=record,
-        queries=queries,
-        examples=examples,
-        ranked=_ranked(folder, queries, examples),
-        components=_pair_table(folder, "components", "component", examples),
-        tokens=_pair_table(folder, "tokens", "position", examples),
-    )
-
-
-def _read_record(folder: Path) -> RunRecord:
-    """Return run.json, or say why `folder` is no run."""
     if not is_run(folder):
         raise UserError(_no_run_message(folder))
     try:
-        return read_record(folder)
+        record = read_record(folder)
     except CorruptFile as error:
         raise UserError(f"{error}\n{_rerun(folder)}") from error
+    queries = tuple(_query(row) for row in _rows(folder, "queries"))
+    examples = {example.row: example for example in map(_example, _rows(folder, "examples"))}
+    ranked = _read_ranked(folder, queries, examples)
+    components = _pair_table(folder, "components", "component", examples)
+    return RunFiles(
+        folder, record, queries, examples, ranked, components, _pair_table(folder, "tokens", "position", examples)
+    )
 
 
 def _no_run_message(folder: Path) -> str:
@@ -152,7 +141,7 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return _table(folder, name).to_pylist()
 
 
-def _ranked(
+def _read_ranked(
     folder: Path, queries: Iterable[Query], examples: dict[int, TrainingExample]
 ) -> dict[str, tuple[RankedScore, ...]]:
     """Return the listed examples of each query, proponents first."""
@@ -164,16 +153,8 @@ def _ranked(
                 f"{folder / 'scores.parquet'} names query {query!r} and training row {example}, which are not both in "
                 f"queries.parquet and examples.parquet.\n{_rerun(folder)}"
             )
-        listed[query].append(
-            RankedScore(
-                end=row["end"],
-                rank=int(row["rank"]),
-                row=example,
-                example=str(row["example_id"]),
-                score=float(row["score"]),
-                percentile=row.get("percentile"),
-            )
-        )
+        rank, name, score = int(row["rank"]), str(row["example_id"]), float(row["score"])
+        listed[query].append(RankedScore(row["end"], rank, example, name, score, row.get("percentile")))
     return {
         query: tuple(sorted(entries, key=lambda entry: (entry.end != "proponent", entry.rank)))
         for query, entries in listed.items()
@@ -201,24 +182,12 @@ def _pair_table(
 
 
 def _query(row: dict[str, Any]) -> Query:
-    return Query(
-        id=str(row["query_id"]),
-        wording=_wording(row),
-        generated=bool(row.get("generated")),
-        loss=row.get("loss"),
-    )
+    return Query(str(row["query_id"]), _wording(row), bool(row.get("generated")), row.get("loss"))
 
 
 def _example(row: dict[str, Any]) -> TrainingExample:
-    return TrainingExample(
-        id=str(row["example_id"]),
-        row=int(row["row"]),
-        wording=_wording(row),
-        source=row.get("source"),
-        label=row.get("label"),
-        length=row.get("length"),
-        duplicates=row.get("duplicates"),
-    )
+    more = {name: row.get(name) for name in ("source", "label", "length", "duplicates")}
+    return TrainingExample(str(row["example_id"]), int(row["row"]), _wording(row), **more)
 
 
 def _wording(row: dict[str, Any]) -> Wording:

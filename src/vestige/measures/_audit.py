@@ -8,13 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from vestige.launch import follow, is_follower, is_worker
-from vestige.measures._assembled import Evidence, Seen, columns_of, gather, reasons
 from vestige.measures._attack import share
 from vestige.measures._canaries import measure_canaries
-from vestige.measures._canary_figures import canary_figures
-from vestige.measures._figures import figures
-from vestige.measures._job import AuditJob, open_job
-from vestige.measures._judge import Known, judge, span, truths
+from vestige.measures._evidence import Evidence, Known, columns_of, find_truths, gather, judge, span
+from vestige.measures._figures import Drawn, draw_files
+from vestige.measures._job import AuditJob
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
     RECORD_FILE,
@@ -25,6 +23,7 @@ from vestige.runs import (
     LayerRecord,
     MeasureRecord,
     ModelRecord,
+    Span,
     SubjectRecord,
     check_target,
     environment,
@@ -53,32 +52,29 @@ def audit(settings: AuditSettings) -> Audit:
     started = time.perf_counter()
     check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
     if is_follower():
-        follow(settings.out / RECORD_FILE, lambda: _help(open_job(settings)))
+        follow(settings.out / RECORD_FILE, lambda: _measure(AuditJob(settings)))
         return Audit.open(settings.out)
-    job = open_job(settings)
+    job = AuditJob(settings)
     if not is_worker():
         _announce(job)
-    evidence = gather(job)
-    canaries = measure_canaries(job)
-    known = truths(evidence)
+    evidence, canaries = _measure(job)
+    known = find_truths(evidence)
     rows, notes = judge(evidence, known)
-    lacking = reasons(evidence)
-    for name, (count, reason) in lacking.items():
+    for name, (count, reason) in evidence.missing_reasons().items():
         if count == len(job.data):
             announce(f"{name} cannot be computed: {reason}.")
-    record = _record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
-    tables = [table for place in range(len(job.subjects)) for table in _tables(evidence, place)]
-    drawn = figures(evidence, known, rows) | canary_figures(canaries, [each.number for each in job.subjects])
-    write_audit(settings.out, record, tables, _examples(job), drawn, overwrite=settings.overwrite)
+    record = _make_record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
+    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
+    write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
 
 
-def _help(job: AuditJob) -> None:
-    """Take part in everything that is done in pieces."""
-    gather(job)
-    measure_canaries(job)
+def _measure(job: AuditJob) -> tuple[Evidence, list]:
+    """Do everything that is done in pieces."""
+    return gather(job), measure_canaries(job)
 
 
 def _announce(job: AuditJob) -> None:
@@ -89,61 +85,58 @@ def _announce(job: AuditJob) -> None:
         announce(f"Multiple choice: {int(job.choices.known.sum()):,} examples, {len(job.class_names)} classes.")
 
 
-def _tables(evidence: Evidence, place: int) -> list[pa.Table]:
+def _make_tables(evidence: Evidence, number: int) -> list[pa.Table]:
     """Return the evidence under one subject: measures without a layer, then layer by layer."""
-    job, seen = evidence.job, evidence.seen[place]
+    job, found = evidence.job, evidence.subjects[number]
     ids, rows = [example.id for example in job.data.examples], range(len(job.data))
-    number = job.subjects[place].number
-    tables = [evidence_table(ids, seen.measures, checkpoint=number, rows=rows)]
-    for layer, found in seen.layers.items():
-        tables.append(evidence_table(ids, found, checkpoint=number, layer=layer, rows=rows))
-    return tables
+    columns = {None: found.measures, **found.layers}
+    return [
+        evidence_table(ids, each, checkpoint=job.subjects[number].number, layer=layer, rows=rows)
+        for layer, each in columns.items()
+    ]
 
 
-def _examples(job: AuditJob) -> pa.Table:
+def _examples_table(job: AuditJob) -> pa.Table:
     examples, names = job.data.examples, job.class_names
-    return pa.table(
-        {
-            "row": pa.array(range(len(examples)), pa.int64()),
-            "example_id": pa.array([example.id for example in examples], pa.string()),
-            "part": pa.array(["holdout" if held else "data" for held in job.held_out], pa.string()),
-            "source": pa.array([example.source for example in examples], pa.string()),
-            "label": pa.array([example.label for example in examples], pa.string()),
-            "class": pa.array([None if code < 0 else names[code] for code in job.classes], pa.string()),
-            "flag": pa.array(job.flagged, pa.bool_())
-            if job.flagged is not None
-            else pa.nulls(len(examples), pa.bool_()),
-            "targets": pa.array(job.data.target_counts, pa.int64()),
-            "text": pa.array(job.texts, pa.string()),
-        }
-    )
+    flags = [None] * len(examples) if job.flagged is None else job.flagged
+    columns = {
+        "row": (range(len(examples)), pa.int64()),
+        "example_id": ([example.id for example in examples], pa.string()),
+        "part": (["holdout" if held else "data" for held in job.held_out], pa.string()),
+        "source": ([example.source for example in examples], pa.string()),
+        "label": ([example.label for example in examples], pa.string()),
+        "class": ([None if code < 0 else names[code] for code in job.classes], pa.string()),
+        "flag": (flags, pa.bool_()),
+        "targets": (job.data.target_counts, pa.int64()),
+        "text": (job.texts, pa.string()),
+    }
+    return pa.table({name: pa.array(values, kind) for name, (values, kind) in columns.items()})
 
 
-def _record(evidence: Evidence, known: list[Known], notes: list[str], started: float) -> AuditRecord:
+def _make_record(evidence: Evidence, known: list[Known], notes: list[str], started: float) -> AuditRecord:
     job, settings = evidence.job, evidence.job.settings
-    subjects = [_subject(evidence, place) for place in range(len(job.subjects))]
+    subjects = [_make_subject(evidence, number) for number in range(len(job.subjects))]
     own, held = int((~job.held_out).sum()), int(job.held_out.sum())
+    recorded, data = settings.record(), job.data
     return AuditRecord(
         vestige=version("vestige"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=settings.command_line("audit"),
-        config=settings.record(),
+        config=recorded,
         versions=environment(),
         model=ModelRecord(name=job.main.name, fingerprint=job.main.fingerprint, parameters=job.parameters),
-        data=DataRecord(name=job.data.name, fingerprint=job.own_fingerprint, examples=own),
-        holdout=DataRecord(name=str(settings.holdout), fingerprint=job.data.fingerprint, examples=held)
-        if held
-        else None,
-        reference=None if settings.reference_model is None else settings.record()["reference_model"],
-        bank=_bank(evidence, known),
+        data=DataRecord(name=data.name, fingerprint=job.own_fingerprint, examples=own),
+        holdout=DataRecord(name=str(settings.holdout), fingerprint=data.fingerprint, examples=held) if held else None,
+        reference=None if settings.reference_model is None else recorded["reference_model"],
+        bank=_describe_bank(evidence, known),
         checkpoints=subjects,
-        trigger=_trigger(subjects),
-        layers=[_layer(evidence.last, layer) for layer in job.layers],
+        trigger=_find_trigger(subjects),
+        layers=[_describe_layer(evidence.last.of_layers.get(layer, {}), layer) for layer in job.layers],
         main_layer=evidence.main_layer,
         classes=list(job.class_names),
-        measures=_described(evidence),
+        measures=_describe_measures(evidence),
         judgement=[],
-        extraction=_extraction(evidence),
+        extraction=_count_extracted(evidence),
         notes=notes,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
@@ -151,10 +144,10 @@ def _record(evidence: Evidence, known: list[Known], notes: list[str], started: f
     )
 
 
-def _subject(evidence: Evidence, place: int) -> SubjectRecord:
-    subject, seen, own = evidence.job.subjects[place], evidence.seen[place], ~evidence.job.held_out
-    answers = seen.measures.get("answer_loss", np.full(len(own), np.nan))
-    losses = answers if not np.isnan(answers[own]).all() else seen.measures["loss"]
+def _make_subject(evidence: Evidence, number: int) -> SubjectRecord:
+    subject, found, own = evidence.job.subjects[number], evidence.subjects[number], ~evidence.job.held_out
+    answers = found.measures.get("answer_loss", np.full(len(own), np.nan))
+    losses = answers if not np.isnan(answers[own]).all() else found.measures["loss"]
     known = losses[own & ~np.isnan(losses)]
     return SubjectRecord(
         number=subject.number,
@@ -162,11 +155,11 @@ def _subject(evidence: Evidence, place: int) -> SubjectRecord:
         steps=subject.steps,
         fingerprint=subject.fingerprint,
         median_loss=float(np.median(known)) if len(known) else None,
-        norms=seen.norms,
+        norms=found.norms,
     )
 
 
-def _trigger(subjects: list[SubjectRecord]) -> int | None:
+def _find_trigger(subjects: list[SubjectRecord]) -> int | None:
     """Return the first checkpoint at which half of the examples are learnt: the median loss is 5 % of the first."""
     first = subjects[0].median_loss
     if len(subjects) < 2 or not first:
@@ -175,53 +168,47 @@ def _trigger(subjects: list[SubjectRecord]) -> int | None:
     return next((each.number for each in below), None)
 
 
-def _layer(seen: Seen, layer: int) -> LayerRecord:
-    directions = seen.directions.get(layer)
-    told = seen.smi.get(layer)
+def _describe_layer(values: dict[str, list[float]], layer: int) -> LayerRecord:
+    directions, information = values.get("layer:directions"), values.get("layer:smi")
     return LayerRecord(
         layer=layer,
         directions=None if directions is None else int(directions[0]),
         converged=None if directions is None else bool(directions[1]),
-        smi=None if told is None else (told[0], told[1], told[2]),
+        smi=None if information is None else (information[0], information[1], information[2]),
     )
 
 
-def _bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
-    job, settings = evidence.job, evidence.job.settings
-    if job.bank is None:
+def _describe_bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
+    bank, settings = evidence.job.bank, evidence.job.settings
+    if bank is None:
         return None
-    memorized = next((int(each.found[each.judged].sum()) for each in known if each.name == "memorized"), 0)
     return BankRecord(
         name=str(settings.bank),
-        id=job.bank.id,
-        models=len(job.bank),
+        id=bank.id,
+        models=len(bank),
         value=settings.bank_value,
         subset=settings.bank_subset,
         memorized_at=settings.memorized_at,
-        memorized=memorized,
+        memorized=next((int(each.found[each.judged].sum()) for each in known if each.name == "memorized"), 0),
     )
 
 
-def _described(evidence: Evidence) -> dict[str, MeasureRecord]:
+def _describe_measures(evidence: Evidence) -> dict[str, MeasureRecord]:
     """Describe every measure that was requested, and why examples lack it."""
-    lacking, found, details = reasons(evidence), {}, {}
+    missing, found, details = evidence.missing_reasons(), {}, {}
     for each in evidence.job.measures:
-        count, reason = lacking.get(each.name, (0, None))
+        count, reason = missing.get(each.name, (0, None))
+        layered = each.stage == "states" and each.of == "example"
         found[each.name] = MeasureRecord(
-            meaning=each.meaning,
-            high=each.says,
-            layered=each.stage == "states" and each.of == "example",
-            missing=count,
-            reason=reason,
+            meaning=each.meaning, high=each.says, layered=layered, missing=count, reason=reason
         )
         for name in columns_of(evidence.job, each, evidence.last.measures) if each.detail else []:
             words = each.detail.format(name.removeprefix(f"{each.name}_"))
             details[name] = MeasureRecord(meaning=f"{each.meaning}, {words}", high=each.says)
-    details = {name: record for name, record in details.items() if name not in found}
-    return found | details
+    return found | {name: record for name, record in details.items() if name not in found}
 
 
-def _extraction(evidence: Evidence) -> dict[int, tuple[float | None, float | None, float | None]]:
+def _count_extracted(evidence: Evidence) -> dict[int, Span]:
     """Return the share of the data's examples that are given back word for word, by prefix length."""
     own, found = ~evidence.job.held_out, {}
     prefixes = evidence.job.settings.prefixes

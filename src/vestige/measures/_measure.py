@@ -1,10 +1,17 @@
-"""Memorization measures by name: the built-in ones, and those that other packages announce."""
+"""What a measure is and what it is given; the built-in ones and those of other packages, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from vestige.errors import SpecError
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vestige.data import NO_TARGET, TokenizedData
+from vestige.errors import DataError, SpecError
 from vestige.registry import Registry
 from vestige.runs import Truth, low_stands_out
 from vestige.settings import AuditSettings
@@ -14,6 +21,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vestige.measures._job import AuditJob
+
+Column = Float[np.ndarray, "example"]
+PerExample = Float[Tensor, "example"]
+PerToken = Float[Tensor, "example token"]
+TokenMask = Bool[Tensor, "example token"]
+Continue = Callable[[Int[Tensor, "example prefix"], int], Int[Tensor, "example token"]]
+"""From prefixes of one length and a number of tokens to the tokens that the model puts after each."""
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])
 Sign = Literal[-1, 0, 1]
@@ -48,6 +62,160 @@ _GIVEN: dict[str, tuple[str, str]] = {
 """The setting that a need takes, and what to type."""
 
 NOT_DRAWN = 1000
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities of target tokens, and how they compare with the other tokens at their position."""
+
+    log_probability: PerToken
+    """Of the target, nats, float64; 0 where there is no target."""
+    standardised: PerToken
+    """(log p - mean) / deviation of log p over the vocabulary, each token weighted by its probability."""
+    gap: PerToken
+    """Logit of the target minus the largest other one; above 0 for a target that is the likeliest token."""
+    wanted: TokenMask
+    """Where there is a target."""
+
+
+def token_scores(
+    logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
+) -> TokenScores:
+    """Compute log-probabilities of targets and how they stand among the other tokens, float64.
+
+    Args:
+        logits: At position t, of the token that `labels` names at position t: shifted already.
+        labels: Tokens to predict, -100 where there is none.
+
+    Raises:
+        DataError: Shapes that do not agree.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise DataError(f"Logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in examples or tokens.")
+    wanted = labels != NO_TARGET
+    logits, positions = logits.double(), labels.clamp(min=0)[..., None]
+    gap = (logits.gather(-1, positions) - logits.scatter(-1, positions, -torch.inf).amax(-1, keepdim=True))[..., 0]
+    chances = torch.log_softmax(logits, dim=-1)
+    target = chances.gather(-1, positions)[..., 0]
+    weights = chances.exp()
+    # A token that is ruled out has log-probability minus infinity and weight 0: no part of the mean.
+    finite = torch.where(weights > 0, chances, 0.0)
+    mean = (weights * finite).sum(-1)
+    spread = (weights * (finite - mean[..., None]).square()).sum(-1).sqrt()
+    # Where all tokens are equally likely nothing sets the target apart.
+    standard = torch.where(spread > 1e-12, (target - mean) / spread.clamp(min=1e-12), 0.0)
+    nothing = torch.zeros_like(target)
+    target, standard, gap = (torch.where(wanted, values, nothing) for values in (target, standard, gap))
+    return TokenScores(target, standard, gap, wanted)
+
+
+class ChoiceLogits(NamedTuple):
+    """Logits of the possible answers at the token at which they part, of the examples of a batch that have choices."""
+
+    examples: Int[np.ndarray, "some"]
+    """Their positions in the batch."""
+    logits: Float[Tensor, "some choice"]
+    right: Int[Tensor, "some"]
+    """Number of the choice that the training label names."""
+    offered: Bool[Tensor, "some choice"]
+    """False for padding."""
+
+
+class Batch(NamedTuple):
+    """What one forward pass computes of some examples; position t predicts the token at position t + 1."""
+
+    scores: TokenScores
+    answer: TokenMask
+    """True at the positions that predict a token of the answer."""
+    choices: ChoiceLogits
+
+    def of_choices(self, compute: Callable[[Tensor, Tensor, Tensor], Tensor]) -> PerExample:
+        """Return `compute(logits, right, offered)` of the examples with choices, NaN for the others."""
+        found = torch.full((len(self.answer),), torch.nan, dtype=torch.float64)
+        if len(self.choices.examples):
+            found[self.choices.examples] = compute(*self.choices[1:])
+        return found
+
+
+class Generation(NamedTuple):
+    """Texts of a batch, and the model that continues them."""
+
+    texts: Sequence[Int[np.ndarray, "token"]]
+    generate: Continue
+    settings: AuditSettings
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of all examples under one model, nats; NaN where they have no target."""
+
+    mean: Column
+    total: Column
+    """Summed over target tokens."""
+    reference_total: Column | None
+    """The same of the reference model, by its own tokens; NaN for an example that was cut off."""
+    data: TokenizedData
+    tokenizer: Any
+
+    @property
+    def targets(self) -> Column:
+        """Number of target tokens of each example, NaN where there are none."""
+        return np.where(self.data.target_counts > 0, self.data.target_counts, np.nan)
+
+    @cached_property
+    def texts(self) -> list[str] | None:
+        """The predicted tokens of each example as text; None for a model without tokenizer."""
+        if self.tokenizer is None:
+            return None
+        predicted = [ids[mask].tolist() for ids, mask in zip(self.data.input_ids, self.data.targets, strict=True)]
+        return self.tokenizer.batch_decode(predicted)
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of all examples at one layer of one model."""
+
+    values: Float[np.ndarray, "example hidden"]
+    held_out: Bool[np.ndarray, "example"]
+    classes: Int[np.ndarray, "example"]
+    """-1 for an example without a class."""
+    has_classes: bool
+    settings: AuditSettings
+
+    @cached_property
+    def finite(self) -> Bool[np.ndarray, "example"]:
+        """Examples whose states are numbers."""
+        return np.asarray(np.isfinite(self.values).all(1))
+
+    @cached_property
+    def own(self) -> Bool[np.ndarray, "example"]:
+        """The data's own examples: what anything is fitted on."""
+        return self.finite & ~self.held_out
+
+    @cached_property
+    def classed(self) -> Bool[np.ndarray, "example"]:
+        """The data's own examples that have a class; none where no class has two of them."""
+        chosen = self.own & (self.classes >= 0)
+        some = self.has_classes and chosen.any() and np.bincount(self.classes[chosen]).max() > 1
+        return chosen if some else np.zeros_like(chosen)
+
+    def spread(self, values: Column, chosen: Bool[np.ndarray, "example"]) -> Column:
+        """Return values of the chosen examples as a column of all, NaN for the others."""
+        found = np.full(len(self.values), np.nan)
+        found[chosen] = values
+        return found
+
+
+class BankValues(NamedTuple):
+    """What the models of a bank make of its examples; values rise as an example is learned better."""
+
+    values: Float[np.ndarray, "member example"]
+    membership: Bool[np.ndarray, "member example"]
+    """True where the member was trained on the example or on a copy of it."""
+    subsets: Int[np.ndarray, "member"]
+    target: Column
+    """Under the model that is measured; NaN for an example that is not in the data."""
+    left_out: Bool[np.ndarray, "member"] | None
+    """Members that must not judge the model."""
 
 
 class Rule(NamedTuple):
@@ -119,9 +287,8 @@ class Measure:
             SpecError: A column of another name, which would be lost.
         """
         columns = found if isinstance(found, dict) else {self.name: found}
-        if other := [
-            name for name in columns if name != self.name and not name.startswith((f"{self.name}_", "layer:"))
-        ]:
+        allowed = (f"{self.name}_", "layer:")
+        if other := [name for name in columns if name != self.name and not name.startswith(allowed)]:
             raise SpecError(
                 f"The measure {self.name!r} returned a column {other[0]!r}, expected {self.name!r} or names that begin "
                 f"with '{self.name}_'. Correct or uninstall it."
@@ -133,7 +300,7 @@ MEASURES: Registry[Measure] = Registry("vestige.measures", "measure", Measure)
 
 
 def measure(name: str, meaning: str, **facts: Any) -> Callable[[Compute], Compute]:
-    """Make a function known as the computation of the measure `name`; for the facts see `Measure`.
+    """Register a function as the computation of the measure `name`; for the facts see `Measure`.
 
     Raises:
         SpecError: Another measure has that name.
@@ -151,21 +318,21 @@ def all_measures() -> list[Measure]:
     return sorted(MEASURES, key=lambda each: (each.order, each.name))
 
 
-def requested_measures(settings: AuditSettings) -> tuple[Measure, ...]:
+def choose_measures(settings: AuditSettings) -> tuple[Measure, ...]:
     """Return the measures that an audit computes, in their order; loss, and what a bank compares, are among them.
 
     Raises:
         SpecError: There is no measure of a name, or one lacks what it needs.
     """
-    known = set(MEASURES.names())
-    if unknown := [name for name in settings.measures if name not in known | {"default", "all"}]:
-        names = ", ".join(each.name for each in all_measures())
+    every, found = all_measures(), []
+    known = {"default", "all", *(each.name for each in every)}
+    if unknown := [name for name in settings.measures if name not in known]:
+        names = ", ".join(each.name for each in every)
         raise SpecError(f"No measure is called {unknown[0]!r}. There are: default, all, {names}.")
-    found = []
-    for each in all_measures():
+    for each in every:
         named = each.name in settings.measures
-        lacking = [_GIVEN[need] for need in each.needs if need in _GIVEN]
-        lacking = [words for field, words in lacking if getattr(settings, field) is None]
+        needs = [_GIVEN[need] for need in each.needs if need in _GIVEN]
+        lacking = [words for field, words in needs if getattr(settings, field) is None]
         if named and lacking:
             raise SpecError(f"{each.name} {lacking[0]}")
         chosen = named or "all" in settings.measures or ("default" in settings.measures and each.by_default)
@@ -190,7 +357,7 @@ def measure_table() -> "Table":
 
 
 def describe_measure(name: str) -> str:
-    """Return everything that a measure says of itself.
+    """Return every fact of a measure as text.
 
     Raises:
         SpecError: There is no such measure.

@@ -1,4 +1,4 @@
-"""Sliced mutual information of states and labels: pointwise, of each example (PSMI), and of a whole layer (SMI)."""
+"""Measures of hidden states: PSMI of each example, SMI of a whole layer, and the distance from the other states."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vestige.errors import DataError, SpecError
-from vestige.measures._inputs import Column, States
-from vestige.measures._registry import Rule, measure
+from vestige.measures._measure import Column, Rule, States, measure
+
+StateRows = Float[np.ndarray, "example hidden"]
+Labels = Int[np.ndarray, "example"]
 
 BLOCK = 500
 """Directions that are drawn together; the automatic number is a multiple."""
@@ -17,21 +19,23 @@ _VALUES = 2**17
 _FLOOR = 1e-6
 """Smallest deviation of a class along a direction, over the deviation of everything: no density is infinite."""
 _LOWEST, _CHANGE = 0.05, 0.05
-SMI_DIRECTIONS = 200
+_SMI_DIRECTIONS = 200
 """Of SMI, where the settings do not say how many."""
+_NOTHING = 1e-10
+"""Principal axes shorter than this times the longest are rounding."""
 _ALONE = "an example needs a class that another one of the data has too; the holdout is not measured"
 
 
 class Psmi(NamedTuple):
     """PSMI of each example over the directions, nats; NaN for an example whose label it has to itself."""
 
-    mean: Float[np.ndarray, "example"]
+    mean: Column
     """Low or negative: atypical for its label, at risk of being memorized."""
-    std: Float[np.ndarray, "example"]
+    std: Column
     """Over directions, population form."""
-    low: Float[np.ndarray, "example"]
+    low: Column
     """1 % quantile over directions."""
-    high: Float[np.ndarray, "example"]
+    high: Column
     """99 % quantile over directions."""
     directions: int
     converged: bool
@@ -50,12 +54,7 @@ class _Slices(NamedTuple):
 
 
 def psmi(
-    states: Float[np.ndarray, "example hidden"],
-    labels: Int[np.ndarray, "example"],
-    *,
-    directions: int | None = None,
-    seed: int = 0,
-    most: int = 20_000,
+    states: StateRows, labels: Labels, *, directions: int | None = None, seed: int = 0, most: int = 20_000
 ) -> Psmi:
     """Compute PSMI of each state and its label, in log space and float64.
 
@@ -71,16 +70,21 @@ def psmi(
     Args:
         states: Hidden states at the position that predicts the answer.
         labels: The label that each example was trained with, as whole numbers.
-        directions: How many; if not given, blocks of 500 are added until the 5 % lowest means differ, on average and
+        directions: If not given, blocks of 500 are added until the 5 % lowest means differ, on average and
             relative to themselves, by at most 5 % from what the first half of the blocks gives.
-        seed: Of the directions.
+        seed: Seed.
         most: Where the automatic number ends in any case.
 
     Raises:
         DataError: Shapes that do not agree, states that are not finite, or no label with two examples.
         SpecError: No directions requested.
     """
-    states, labels = _checked(states, labels)
+    states, labels = np.asarray(states, dtype=np.float64), np.asarray(labels)
+    if states.ndim != 2 or labels.shape != states.shape[:1] or not states.size:
+        raise DataError(f"States {states.shape} and labels {labels.shape}: give [example, hidden] and one label each.")
+    if not np.isfinite(states).all():
+        row = int(np.flatnonzero(~np.isfinite(states).all(1))[0])
+        raise DataError(f"The hidden state of example {row} is not finite, so it cannot be compared with the others.")
     if (directions is not None and directions < 1) or most < BLOCK:
         raise SpecError(f"directions={directions}, most={most}: give 1 or more directions, and most={BLOCK} or more.")
     names, counts = np.unique(labels, return_counts=True)
@@ -88,23 +92,22 @@ def psmi(
     known = np.isin(labels, names)
     if not len(names):
         raise DataError("No label has two examples, so no class has a spread. Are the labels ids of examples?")
-    inside, codes = states[known], np.searchsorted(names, labels[known])
-    converged = True
+    inside, codes, converged = states[known], np.searchsorted(names, labels[known]), True
     if directions is None:
-        directions, converged = _enough(inside, codes, seed, most)
-    slices = _sliced(inside, codes, directions, seed)
+        directions, converged = _count_directions(inside, codes, seed, most)
+    slices = _fit_slices(inside, codes, directions, seed)
     values = np.full((4, len(states)), np.nan)
-    values[:, known] = np.concatenate([_summary(part) for part in _pointwise(inside, codes, slices)], axis=1)
+    values[:, known] = np.concatenate([_summarize(part) for part in _compute_pointwise(inside, codes, slices)], axis=1)
     return Psmi(*values, directions=directions, converged=converged, uncomputable=int((~known).sum()))
 
 
-def _summary(values: Float[np.ndarray, "row direction"]) -> Float[np.ndarray, "4 row"]:
+def _summarize(values: Float[np.ndarray, "row direction"]) -> Float[np.ndarray, "4 row"]:
     low, high = np.quantile(values, [0.01, 0.99], axis=1)
     return np.stack([values.mean(1), values.std(1), low, high])
 
 
-def sphere(width: int, count: int, seed: int) -> Float[np.ndarray, "hidden direction"]:
-    """Draw unit vectors uniformly; the first N are the same for any count."""
+def draw_directions(width: int, count: int, seed: int) -> Float[np.ndarray, "hidden direction"]:
+    """Draw unit vectors uniformly from the sphere; the first N are the same for any count."""
     blocks = []
     for block in range(-(-count // BLOCK)):
         draw = np.random.default_rng([seed, block]).standard_normal((width, BLOCK))
@@ -112,28 +115,25 @@ def sphere(width: int, count: int, seed: int) -> Float[np.ndarray, "hidden direc
     return np.concatenate(blocks, axis=1)[:, :count]
 
 
-def _enough(states: np.ndarray, codes: np.ndarray, seed: int, most: int) -> tuple[int, bool]:
+def _count_directions(states: np.ndarray, codes: np.ndarray, seed: int, most: int) -> tuple[int, bool]:
     """Return the automatic number of directions, and whether it met its rule."""
     means: list[np.ndarray] = []
     while (len(means) + 1) * BLOCK <= most:
         count = (len(means) + 1) * BLOCK
-        block = _sliced(states, codes, count, seed, first=count - BLOCK)
-        means.append(np.concatenate([part.mean(1) for part in _pointwise(states, codes, block)]))
-        if len(means) > 1 and _settled(np.stack(means)):
-            return count, True
+        block = _fit_slices(states, codes, count, seed, first=count - BLOCK)
+        means.append(np.concatenate([part.mean(1) for part in _compute_pointwise(states, codes, block)]))
+        if len(means) > 1:
+            whole, half = (np.stack(blocks).mean(0) for blocks in (means, means[: len(means) // 2]))
+            lowest = np.argsort(whole, kind="stable")[: max(1, round(_LOWEST * len(whole)))]
+            size = np.maximum(np.abs(whole[lowest]), np.finfo(np.float64).tiny)
+            if (np.abs(whole - half)[lowest] / size).mean() <= _CHANGE:
+                return count, True
     return len(means) * BLOCK, False
 
 
-def _settled(means: Float[np.ndarray, "block example"]) -> bool:
-    whole, half = means.mean(0), means[: len(means) // 2].mean(0)
-    lowest = np.argsort(whole, kind="stable")[: max(1, round(_LOWEST * len(whole)))]
-    size = np.maximum(np.abs(whole[lowest]), np.finfo(np.float64).tiny)
-    return bool((np.abs(whole - half)[lowest] / size).mean() <= _CHANGE)
-
-
-def _sliced(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first: int = 0) -> _Slices:
+def _fit_slices(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first: int = 0) -> _Slices:
     """Fit the Gaussians of each class along directions `first` to `count`, a block of directions at a time."""
-    directions = sphere(states.shape[1], count, seed)[:, first:]
+    directions = draw_directions(states.shape[1], count, seed)[:, first:]
     sizes = np.bincount(codes)
     members = [codes == code for code in range(len(sizes))]
     means, deviations = (np.empty((len(sizes), directions.shape[1])) for _ in range(2))
@@ -148,7 +148,9 @@ def _sliced(states: np.ndarray, codes: np.ndarray, count: int, seed: int, first:
     return _Slices(directions, means, deviations, np.log(sizes / sizes.sum()))
 
 
-def _pointwise(states: np.ndarray, codes: np.ndarray, slices: _Slices) -> Iterator[Float[np.ndarray, "row direction"]]:
+def _compute_pointwise(
+    states: np.ndarray, codes: np.ndarray, slices: _Slices
+) -> Iterator[Float[np.ndarray, "row direction"]]:
     """Yield the pointwise information of each example along each direction, some rows at a time."""
     count = max(1, _VALUES // slices.directions.shape[1])
     for begin in range(0, len(states), count):
@@ -165,16 +167,6 @@ def _pointwise(states: np.ndarray, codes: np.ndarray, slices: _Slices) -> Iterat
         yield own - whole
 
 
-def _checked(states: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    states, labels = np.asarray(states, dtype=np.float64), np.asarray(labels)
-    if states.ndim != 2 or labels.shape != states.shape[:1] or not states.size:
-        raise DataError(f"States {states.shape} and labels {labels.shape}: give [example, hidden] and one label each.")
-    if not np.isfinite(states).all():
-        row = int(np.flatnonzero(~np.isfinite(states).all(1))[0])
-        raise DataError(f"The hidden state of example {row} is not finite, so it cannot be compared with the others.")
-    return states, labels
-
-
 class Smi(NamedTuple):
     """Mutual information of label and sliced state over the directions, nats; NaN without two labels."""
 
@@ -185,20 +177,12 @@ class Smi(NamedTuple):
     """99 % quantile."""
 
 
-def smi(
-    states: Float[np.ndarray, "example hidden"],
-    labels: Int[np.ndarray, "example"],
-    *,
-    directions: int = 2000,
-    neighbours: int = 3,
-    seed: int = 0,
-) -> Smi:
+def smi(states: StateRows, labels: Labels, *, directions: int = 2000, neighbours: int = 3, seed: int = 0) -> Smi:
     """Return mean and quantiles over random directions of the information that a slice of the states has on the labels.
 
     Goldfeld and Greenewald 2021, "Sliced mutual information"; each slice by nearest neighbours, Ross 2014, as
-    scikit-learn has it. The directions are those of `psmi`.
-
-    A group without examples, or with one label alone, gives NaN: there is nothing to be predicted.
+    scikit-learn has it. The directions are those of `psmi`. A group without examples, or with one label alone, gives
+    NaN: there is nothing to be predicted.
 
     Raises:
         DataError: Shapes that do not agree.
@@ -212,15 +196,15 @@ def smi(
         raise DataError(f"States {states.shape} and labels {labels.shape}: give [example, hidden] and one label each.")
     if len(np.unique(labels)) < 2 or len(states) <= neighbours:
         return Smi(np.nan, np.nan, np.nan)
-    slices = np.asarray(states, dtype=np.float64) @ sphere(states.shape[1], directions, seed)
+    slices = np.asarray(states, dtype=np.float64) @ draw_directions(states.shape[1], directions, seed)
     found = mutual_info_classif(slices, labels, n_neighbors=neighbours, random_state=seed)
     low, high = np.quantile(found, [0.01, 0.99])
     return Smi(float(found.mean()), float(low), float(high))
 
 
 def choose_layer(
-    states: Mapping[int, Float[np.ndarray, "example hidden"]],
-    labels: Int[np.ndarray, "example"],
+    states: Mapping[int, StateRows],
+    labels: Labels,
     *,
     by: Literal["last", "smi"] = "last",
     directions: int = 200,
@@ -228,12 +212,8 @@ def choose_layer(
 ) -> int:
     """Choose the layer whose states are to be measured from the task alone, not from what was memorized.
 
-    Args:
-        states: By number of layer.
-        labels: That the examples were trained with, for `by="smi"`.
-        by: `last` layer, or the one with most sliced mutual information (the last of equals).
-        directions: For `by="smi"`.
-        seed: For `by="smi"`.
+    `last` is the last layer, `smi` the one with most sliced mutual information (the last of equals), by `directions`
+    and `seed`. States are given by number of layer, labels as the examples were trained with.
 
     Raises:
         DataError: There are no layers.
@@ -242,8 +222,40 @@ def choose_layer(
         raise DataError("There are no hidden states to choose a layer from.")
     if by == "last":
         return max(states)
-    told = {layer: smi(values, labels, directions=directions, seed=seed).mean for layer, values in states.items()}
-    return max(told, key=lambda layer: (told[layer], layer))
+    values = {layer: smi(each, labels, directions=directions, seed=seed).mean for layer, each in states.items()}
+    return max(values, key=lambda layer: (values[layer], layer))
+
+
+def mahalanobis(states: StateRows, fitted_on: StateRows | None = None, *, dimensions: int = 100) -> Column:
+    """Return each state's distance from the mean, in standard deviations along the principal axes; high is atypical.
+
+        sqrt(sum over axes a of (v_a . (x - mu))^2 / variance_a)
+
+    with the variances divided by the number of states (biased). Needs memory for the states and their thin singular
+    vectors, O(n d), never n x n.
+
+    Args:
+        states: To be measured.
+        fitted_on: What mean and axes are taken from; `states` themselves if not given.
+        dimensions: Principal axes that are kept, or all that vary where there are fewer.
+
+    Raises:
+        DataError: Fewer than two states to fit, values that are not finite, or different widths.
+        SpecError: No dimension requested.
+    """
+    states = np.asarray(states, dtype=np.float64)
+    base = states if fitted_on is None else np.asarray(fitted_on, dtype=np.float64)
+    if dimensions < 1:
+        raise SpecError(f"dimensions={dimensions}: give 1 or more.")
+    if states.ndim != 2 or base.ndim != 2 or states.shape[1] != base.shape[1]:
+        raise DataError(f"States of shape {states.shape} do not go with states of shape {base.shape}.")
+    if len(base) < 2 or not np.isfinite(base).all() or not np.isfinite(states).all():
+        raise DataError(f"{len(base)} states: a distance needs two or more, all of finite numbers.")
+    mean = base.mean(0)
+    _, lengths, axes = np.linalg.svd(base - mean, full_matrices=False)
+    kept = min(dimensions, int((lengths > _NOTHING * lengths[0]).sum())) if lengths[0] > 0 else 0
+    deviations = lengths[:kept] / np.sqrt(len(base))
+    return np.sqrt((((states - mean) @ axes[:kept].T / deviations) ** 2).sum(1))
 
 
 @measure(
@@ -288,6 +300,26 @@ def _smi(states: States) -> dict[str, Float[np.ndarray, "3"]]:
     chosen, settings = states.classed, states.settings
     if not chosen.any():
         return {}
-    directions = settings.directions or SMI_DIRECTIONS
+    directions = settings.directions or _SMI_DIRECTIONS
     found = smi(states.values[chosen], states.classes[chosen], directions=directions, seed=settings.seed)
     return {"layer:smi": np.array(found, dtype=np.float64)}
+
+
+@measure(
+    "mahalanobis",
+    "distance of the hidden state from the others",
+    stage="states",
+    needs=("hidden states",),
+    early_sign=1,
+    high="atypical",
+    cost="a singular value decomposition of the states of each layer",
+    limits="finds what is unlike the rest, whether or not it will be memorized",
+    order=130,
+    curve=80,
+)
+def _mahalanobis(states: States) -> dict[str, Column]:
+    finite, own = states.finite, states.own
+    if own.sum() < 2:
+        return {}
+    found = mahalanobis(states.values[finite], states.values[own], dimensions=states.settings.dimensions)
+    return {"mahalanobis": states.spread(found, finite)}

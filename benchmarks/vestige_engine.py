@@ -10,8 +10,8 @@ from workload import COMPONENTS, Workload
 
 import vestige
 from vestige.data import load_examples, tokenize
-from vestige.methods._open import open_job
-from vestige.methods._registry import get_method
+from vestige.methods._job import open_job
+from vestige.methods._protocol import get_method
 from vestige.settings import AttributeSettings
 
 

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+import vestige.methods._activations as activation
 from tests.architectures import CAUSAL
 from tests.reference.similarity import layer_outputs, pooled_hidden_state
 from vestige.errors import ModelError, SpecError
-from vestige.methods import ActivationDot, RepSim, _activation_dot as activation
-from vestige.methods._hidden import pooled, pooling_weights
+from vestige.methods import ActivationDot, RepSim
+from vestige.methods._activations import pooled, pooling_weights
 
 from .conftest import all_scores, model_job, reordered
 

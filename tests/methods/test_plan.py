@@ -9,9 +9,11 @@ import sys
 import pytest
 
 import vestige
+import vestige.methods._plan as plan
+import vestige.methods._stores as exact
+import vestige.methods._stores as indexed
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.methods import _exact_gradients as exact, _indexed_gradients as indexed, _plan as plan
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.methods", "pandas", "tests.workshop", "transformers.models.llama"])

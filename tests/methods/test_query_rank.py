@@ -10,7 +10,7 @@ from vestige import attribute
 from vestige.errors import SpecError
 from vestige.gradients import low_rank, matrices_of
 from vestige.methods import Ekfac, GradCos, GradDot
-from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods._stores import ExactGradients
 
 PATTERNS = ("mlp", "attention")
 

@@ -75,7 +75,7 @@ def test_self_influence_and_dense_scores_leave_them_out(place):
 
 
 def test_in_pieces_too(place, monkeypatch):
-    from vestige.methods import _exact_gradients
+    import vestige.methods._stores as _exact_gradients
 
     monkeypatch.setattr(_exact_gradients, "PIECE_TOKENS", (100, 100))
     whole = ask(place, "all", "grad-dot", skip_bad=True, dense=True)

@@ -5,11 +5,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+import vestige.methods._randomised as randomising
+import vestige.methods._trust as trust
 from tests.architectures import CAUSAL, build
 from vestige.data import Example
 from vestige.errors import NonFinite
 from vestige.gradients import Knowledge
-from vestige.methods import Bm25, Random, RepSim, _randomised as randomising, _trust as trust
+from vestige.methods import Bm25, Random, RepSim
 from vestige.models import Component, CoverageRow, Selection, Use
 from vestige.runs import RankedScore
 

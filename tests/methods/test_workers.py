@@ -17,7 +17,7 @@ if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.curvature import _fit
     from vestige.indexes import Index
-    from vestige.methods import _exact_gradients
+    import vestige.methods._stores as _exact_gradients
     torch.set_num_threads(1)
     groups = Index.shard_groups
     Index.shard_groups = lambda self, most: groups(self, 1)

@@ -16,13 +16,11 @@ from vestige.indexes import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.lockstep import FSDP, decided
 from vestige.methods._explain import split_over_components, split_over_tokens
-from vestige.methods._open import open_job
+from vestige.methods._job import open_job
 from vestige.methods._plan import self_scores, summarised
-from vestige.methods._protocol import Job, Method
-from vestige.methods._randomised import QUERIES, ROWS, randomised_correlation, without_weights
-from vestige.methods._registry import METHODS, get_method
+from vestige.methods._protocol import METHODS, Job, Method, get_method
+from vestige.methods._randomised import QUERIES, ROWS, randomised_correlation, sampled_scores, without_weights
 from vestige.methods._run_record import run_record
-from vestige.methods._sampled import sampled_scores
 from vestige.methods._sweep import Swept, member_folder, sweep
 from vestige.methods._trust import free_checks, knowledge_check, memorized_queries, memorized_reading
 from vestige.models import batch_sharing

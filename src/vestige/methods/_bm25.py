@@ -8,8 +8,7 @@ from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
-from vestige.methods._protocol import Job, Method
-from vestige.methods._registry import method
+from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
 
 BLOCK_SCORES = 2**18

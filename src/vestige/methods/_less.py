@@ -16,13 +16,11 @@ from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._ensemble import CheckpointMethod, Lines
-from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods._tracin import CheckpointMethod, Lines
+from vestige.methods._gradient_method import HELPS, unit_length
 from vestige.methods._preconditioned import check_memory
-from vestige.methods._prepared import HELPS, unit_length
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.methods._stores import Vectors
+from vestige.methods._protocol import Job, method
+from vestige.methods._stores import ExactGradients, Vectors
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning, ScoreBlock

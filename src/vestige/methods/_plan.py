@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -21,15 +21,75 @@ from vestige.data import Example, StoredExamples
 from vestige.errors import NonFinite
 from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
-from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._prepared import GradientMethod, piece_blocks
+from vestige.lockstep import decided
+from vestige.methods._gradient_method import GradientMethod, Prepared, piece_blocks
 from vestige.methods._protocol import Job, Method
-from vestige.methods._query_vectors import KeptVectors, QueryVectors
-from vestige.methods._stores import GradientStore, Vectors
+from vestige.methods._stores import ExactGradients, GradientStore, Vectors
 from vestige.progress import progress
 from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import AttributeSettings, LaunchSettings
+
+
+class KeptVectors(NamedTuple):
+    """The vectors, and whether products with them are to be divided by the example's length."""
+
+    vectors: Vectors
+    cosine: bool
+
+
+@final
+@dataclass(frozen=True)
+class QueryVectors:
+    """A plan of one piece: of several processes that start together, one writes and all read the same bytes.
+
+    Computed twice they may be rounded differently, and scores of one run must come from the same vectors.
+    """
+
+    folder: Path
+    files: PieceFiles
+    queries: int
+    prepare: Callable[[], Prepared]
+    device: torch.device
+    name: str = "Queries"
+    unit: str = "queries"
+    pieces: int = 1
+
+    def is_done(self, piece: int) -> bool:
+        """Return whether the vectors are there."""
+        return self.files.is_done(piece)
+
+    def weight(self, piece: int) -> float:  # noqa: ARG002
+        """Return the number of queries."""
+        return self.queries
+
+    def open(self) -> AbstractContextManager[Compute]:
+        """Open nothing: what is needed was made before."""
+        return nullcontext(self._compute)
+
+    def _compute(self, piece: int) -> None:
+        prepared = self.prepare()
+        vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
+        self.files.write(piece, {"cosine": torch.tensor(prepared.cosine), **vectors})
+
+    def reduce(self) -> KeptVectors:
+        """Read the kept vectors.
+
+        Raises:
+            CorruptFile: it is damaged.
+        """
+        kept = self.files.read(0)
+        cosine = bool(kept.pop("cosine"))
+        return KeptVectors([kept[str(number)].to(self.device) for number in range(len(kept))], cosine)
+
+    def run(self) -> KeptVectors:
+        """Return the vectors, made in this process unless they are there already."""
+        self.files.forget_damaged([0])
+        if not decided(lambda: self.files.is_done(0)):
+            # Outside the plan, because the curvature is a plan of its own, in which this process may be a worker.
+            self.prepare()
+        return run_plan(self, LaunchSettings.model_validate({}), None)
+
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""

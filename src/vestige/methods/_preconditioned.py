@@ -1,26 +1,45 @@
 """What the methods share that precondition whole query gradients in parameter space."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
 
-from vestige.curvature import CurvatureData, Labels, Work
+from vestige.curvature import (
+    CurvatureData,
+    CurvatureKind,
+    CurvatureProduct,
+    DataInf,
+    Labels,
+    Work,
+    absolute_damping,
+    arnoldi,
+    conjugate_gradient,
+    ekfac_of,
+    kfac_of,
+    largest_eigenvalue,
+    lissa,
+    mean_eigenvalues,
+)
 from vestige.data import TokenizedData
-from vestige.errors import UserError
+from vestige.errors import SpecError, UserError
 from vestige.folders import partial_folder
 from vestige.indexes import batch_tokens
 from vestige.launch import worker_command
-from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._prepared import GradientMethod, Prepared
-from vestige.methods._protocol import Job
-from vestige.methods._stores import Vectors
-from vestige.progress import format_bytes
-from vestige.runs import ScoreBlock
+from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
+from vestige.methods._protocol import Job, method
+from vestige.methods._stores import ExactGradients, Vectors
+from vestige.models import Component
+from vestige.progress import announce, format_bytes
+from vestige.runs import Meaning, ScoreBlock
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
 ESTIMATES = (
@@ -117,3 +136,283 @@ def curvature_folder(job: Job) -> Path | None:
 def curvature_work(job: Job) -> Work:
     """Return where the passes for the curvature run: like everything else of the run."""
     return Work(job.settings, worker_command(job.settings, "attribute"))
+
+
+@method("ekfac")
+@dataclass
+class Ekfac(Preconditioned):
+    """Influence function with EK-FAC: Kronecker eigenvectors, eigenvalues measured on per-example gradients.
+
+    `score = <(C + d I)^-1 grad loss(query), grad loss(example)>` (Grosse et al. 2023, arXiv:2308.03296), one block for
+    each layer with its bias; the exact Fisher matrix for lone vectors; the diagonal for embeddings.
+    """
+
+    needs_exact = True
+    sweeps_damping = True
+    works_sharded = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="EK-FAC approximation of the Fisher matrix of each layer",
+        estimates=f"{ESTIMATES}.",
+        cost="Three passes over the training data and one more forward to draw labels; memory for the whole gradient "
+        "of every query and two square matrices for each layer.",
+        limits="First order around one set of weights; layers are taken as independent, and within one only the "
+        "diagonal in the Kronecker basis is exact; the damping sets its scale, so compare within a run.",
+    )
+    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
+        "sampled"
+    )
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
+        measured = curvature_data(job, self.name, self.labels)
+        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
+        curvature = self.once("curvature", lambda: ekfac_of(measured, model, folder, work))
+        return lambda vectors: curvature.precondition(vectors, job.settings.damping)
+
+
+@method("kfac")
+@dataclass
+class Kfac(Preconditioned):
+    """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
+
+    needs_exact = True
+    sweeps_damping = True
+    works_sharded = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="K-FAC approximation of the Fisher matrix of each layer",
+        estimates=f"{ESTIMATES}.",
+        cost="Two passes over the training data and one more forward to draw labels; memory for the whole gradient of "
+        "every query and two square matrices for each layer.",
+        limits="First order around one set of weights; takes layers, tokens, and inputs and output gradients as "
+        "independent, which ekfac corrects for one pass more; the damping sets its scale, so compare within a run.",
+    )
+    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
+        "sampled"
+    )
+    split: Annotated[
+        Literal["eigenvalues", "factors"],
+        "Where the damping goes: on the eigenvalues of the product, or on each factor its share.",
+    ] = "eigenvalues"
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
+        measured = curvature_data(job, self.name, self.labels)
+        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
+        factors = self.once("factors", lambda: kfac_of(measured, model, folder, work))
+        if self.split == "factors":
+            return lambda vectors: factors.precondition_split(vectors, job.settings.damping)
+        curvature = self.once("curvature", factors.eigenbases)
+        return lambda vectors: curvature.precondition(vectors, job.settings.damping)
+
+
+@method("datainf")
+@dataclass
+class DataInfMethod(Preconditioned):
+    """Influence with the inverse of an average replaced by the average of inverses, in closed form.
+
+    Kwon et al. 2024, arXiv:2310.00902, component by component.
+    """
+
+    needs_exact = True
+    sweeps_damping = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="average inverse of each example's own damped outer product, by component",
+        estimates="An influence function whose inverse Fisher matrix is replaced by the average of the inverses that "
+        "single examples would have.",
+        cost="Three passes over the training data, and one more for each further set of queries; memory for the whole "
+        "gradients of the queries, twice.",
+        limits="The swap of inverse and average is exact only for one example; with many parameters it stays close to "
+        "the inner product of gradients. The damping sets its scale, so compare within a run.",
+    )
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
+        measured = curvature_data(job, self.name, "data")
+        units = self.once("units", lambda: mean_eigenvalues(measured))
+        return DataInf.damped(measured, units, job.settings.damping).precondition
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The curvature of the training data, its damping, and the layout of its vectors."""
+
+    product: CurvatureProduct
+    damping: float
+    """Absolute."""
+
+    @property
+    def components(self) -> Sequence[Component]:
+        """Whose vectors these are."""
+        return self.product.components
+
+    def join(self, vectors: Vectors) -> Float[Tensor, "query n"]:
+        """Return one flat vector for each query."""
+        return torch.cat(vectors, dim=1)
+
+    def split(self, vectors: Float[Tensor, "query n"]) -> Vectors:
+        """Undo `join`."""
+        return list(vectors.split([component.size for component in self.components], dim=1))
+
+    def random_vector(self, seed: int) -> Float[Tensor, "n"]:
+        """Draw a start for the search of eigenvectors: normal numbers, drawn on the CPU, the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        size = sum(component.size for component in self.components)
+        device = next(self.product.model.parameters()).device
+        return torch.randn(size, generator=generator).to(device)
+
+
+def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) -> Problem:
+    """Return the curvature of all scored training data, or of `examples` of them, drawn with the job's seed.
+
+    The damping is relative to the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known
+    exactly: their mean squared gradient norm over the number of parameters.
+    """
+    data = scored_data(job)
+    if examples is not None:
+        data = data.subset(drawn_rows(len(data), examples, job.settings.seed))
+    measured = Job(data, job.queries, job.settings, job.loaded, job.selection)
+    loaded, size = job.model_for(method), sum(part.size for part in job.components)
+    absolute_damping(job.settings.damping, 1.0)
+    squared = sum(float(part.double().sum()) for _, part in ExactGradients(measured).squared_norms())
+    product = CurvatureProduct(
+        loaded.model, job.components, data, batch_tokens(job.settings, loaded), job.settings.loss, kind
+    )
+    return Problem(product, absolute_damping(job.settings.damping, squared / max(len(data), 1) / size))
+
+
+def drawn_rows(rows: int, count: int, seed: int) -> np.ndarray:
+    """Draw `count` of the rows without repetition, in order; all of them when there are not more.
+
+    Raises:
+        SpecError: no row was requested.
+    """
+    if count < 1:
+        raise SpecError(f"Curvature needs training examples to be measured on, and {count} were requested.")
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
+
+
+@method("cg")
+@dataclass
+class ConjugateGradient(Preconditioned):
+    """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
+
+    needs_exact = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="Gauss-Newton matrix of all selected parameters together",
+        estimates=f"{ESTIMATES}; no approximation of the matrix, only of its inverse.",
+        cost="A pass over the training data for each step, 20 by default, each with a second derivative for every "
+        "query; the check on randomised weights and self-influence pay the same again.",
+        limits="First order around one set of weights; stops after a number of steps, with the residual announced; "
+        "the damping sets its scale, so compare within a run.",
+    )
+    steps: Annotated[PositiveInt, "Most passes over the training data."] = 20
+    tolerance: Annotated[PositiveFloat, "Residual, relative to the query's gradient, at which to stop."] = 1e-3
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Return the map that solves for each set of vectors separately."""
+        found = problem(job, self.name, self.kind, self.examples)
+
+        def solved(vectors: Vectors) -> Vectors:
+            solution = conjugate_gradient(
+                found.product, found.join(vectors), found.damping, steps=self.steps, tolerance=self.tolerance
+            )
+            worst = float(solution.residuals.max())
+            announce(f"Conjugate gradients: {solution.steps} steps, relative residual at most {worst:.1e}.")
+            return found.split(solution.vectors)
+
+        return solved
+
+
+POWER_STEPS = 8
+
+
+@method("lissa")
+@dataclass
+class Lissa(Preconditioned):
+    """Influence function with the inverse summed up as a series (Agarwal et al. 2017, arXiv:1602.03943)."""
+
+    needs_exact = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit=UNIT,
+        target="this model",
+        normalisation="Gauss-Newton matrix of all selected parameters together",
+        estimates=f"{ESTIMATES}; the inverse is a series cut off after a number of steps.",
+        cost="A pass over the training data, or over a sample of it, for each step, 100 by default, each with a second "
+        "derivative for every query; the check on randomised weights and self-influence pay the same again.",
+        limits="Directions of little curvature converge last and are underrated by a short series; cg needs fewer "
+        "passes for the same answer. First order; the damping sets its scale, so compare within a run.",
+    )
+    depth: Annotated[PositiveInt, "Terms of the series: passes over the training data, or over a sample of it."] = 100
+    sample: Annotated[PositiveInt | None, "Take N other training examples at every step; none: all at every step."] = (
+        None
+    )
+    scale: Annotated[
+        PositiveFloat | None, "Divisor of the curvature; none: 1.5 times its largest eigenvalue, 4 times with a sample."
+    ] = None
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Measure the scale once; return the map that runs a series of its own for each set of vectors."""
+        found = problem(job, self.name, self.kind, None)
+        scale = self.scale or self._safe_scale(found, job.settings.seed)
+
+        def product(step: int, vectors: Tensor) -> Tensor:
+            if self.sample is None:
+                return found.product(vectors)
+            rows = drawn_rows(len(job.train), self.sample, job.settings.seed + step)
+            return replace(found.product, data=job.train.subset(rows))(vectors)
+
+        return lambda vectors: found.split(
+            lissa(product, found.join(vectors), found.damping, scale=scale, depth=self.depth)
+        )
+
+    def _safe_scale(self, found: Problem, seed: int) -> float:
+        largest = largest_eigenvalue(found.product, found.random_vector(seed)[None], steps=POWER_STEPS)
+        return (1.5 if self.sample is None else 4.0) * (largest + found.damping)
+
+
+@method("arnoldi")
+@dataclass
+class Arnoldi(Preconditioned):
+    """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
+
+    needs_exact = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit="nats of query loss, times the number of training examples, up to the damping's scale",
+        target="this model",
+        normalisation="dominant eigenvalues of the Gauss-Newton matrix of all selected parameters together",
+        estimates="The part of the influence function that lies in the span of the dominant eigenvectors.",
+        cost="A pass with a second derivative over the training data for each step, 50 by default, once for all "
+        "queries; memory for as many vectors of the size of the selected parameters.",
+        limits="What lies outside the span is dropped, and that is where influence functions weigh most; the "
+        "eigenvectors found last are rough. First order; compare within a run.",
+    )
+    steps: Annotated[PositiveInt, "Passes over the training data."] = 50
+    rank: Annotated[
+        PositiveInt, "Eigenvectors kept; about half of `steps`, since those found last have not converged."
+    ] = 25
+    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
+
+    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+        """Find the eigenvectors once; return the map that projects every set of vectors on them."""
+        found = problem(job, self.name, self.kind, self.examples)
+        start = found.random_vector(job.settings.seed)
+        pairs = arnoldi(found.product, start, steps=self.steps, rank=self.rank)
+        return lambda vectors: found.split(pairs.precondition(found.join(vectors), found.damping))

@@ -1,20 +1,38 @@
 """What an attribution method is: something that turns a job into blocks of scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import cleandoc
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from jaxtyping import Float, Int
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from vestige.data import TokenizedData
-from vestige.errors import UserError
+from vestige.errors import SpecError, UserError
 from vestige.models import Component, LoadedModel, Selection
+from vestige.registry import Registry
 from vestige.runs import Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
+from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vestige.indexes import Index
     from vestige.methods._checkpoints import Checkpoint
 
@@ -121,3 +139,138 @@ class Method(ABC):
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
         raise NotImplementedError(f"{self.name} has no self-influence")
+
+
+class Option(NamedTuple):
+    """One option of a method."""
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+
+    @property
+    def values(self) -> str:
+        """The values that may follow `name=`, in words."""
+        return " or ".join(_words(self.type))
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it would be typed."""
+        return "none" if self.default is None else str(self.default)
+
+    def parsed(self, given: Any) -> Any:
+        """Convert `given`, a value or the text of one, to the option's type.
+
+        Raises:
+            SpecError: it is none.
+        """
+        value = None if given == "none" and _takes_none(self.type) else given
+        try:
+            return TypeAdapter(self.type).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise SpecError(
+                f"--option {self.name}={given} does not fit: expected {self.values} ({reason}). {self.meaning}"
+            ) from None
+
+
+def options_of(found: type) -> tuple[Option, ...]:
+    """Return the options of a method's class: its fields whose type is `Annotated` with what they mean."""
+    if not is_dataclass(found):
+        return ()
+    types = get_type_hints(found, include_extras=True)
+    meanings = {one.name: _meaning(types[one.name]) for one in fields(found)}
+    return tuple(
+        Option(one.name, types[one.name], one.default, meaning)
+        for one in fields(found)
+        if (meaning := meanings[one.name]) is not None
+    )
+
+
+def parsed_options(name: str, found: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given options of the method `name` with their types.
+
+    Raises:
+        SpecError: the method has no such option, or the value is not of its type.
+    """
+    known = {one.name: one for one in options_of(found)}
+    if unknown := [key for key in given if key not in known]:
+        lines = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in known.values()]
+        listed = "\n".join(["Its options, with their defaults:", *lines]) if lines else "It has none."
+        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
+    return {key: known[key].parsed(value) for key, value in given.items()}
+
+
+def _meaning(annotation: Any) -> str | None:
+    return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, str)), None)
+
+
+def _takes_none(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation is NoneType or any(map(_takes_none, get_args(annotation)))
+
+
+def _words(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
+    if members := get_args(annotation):
+        return [word for member in members for word in _words(member)]
+    return [{int: "whole number", float: "number", bool: "yes or no", str: "text", NoneType: "none"}[annotation]]
+
+
+MethodClass = TypeVar("MethodClass", bound=type[Method])
+
+METHODS: Registry[type[Method]] = Registry("vestige.methods", "method", Method)
+
+
+def method(name: str) -> Callable[[MethodClass], MethodClass]:
+    """Make a class known as the method `name`.
+
+    Raises:
+        SpecError: another class has that name.
+    """
+
+    def register(found: MethodClass) -> MethodClass:
+        METHODS.add(name, found)
+        found.name = name
+        return found
+
+    return register
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """Return the method called `name`, made with its options.
+
+    Raises:
+        SpecError: there is no such method, it has no such option, or the option's value is of another type.
+    """
+    found = METHODS.find(name)
+    return found(**parsed_options(name, found, options))
+
+
+def method_table() -> "Table":
+    """Return a line for each method: its name, what it estimates, and what that costs."""
+    from rich.table import Table
+
+    table = Table("method", "estimates", "costs")
+    for name in METHODS.names():
+        meaning = get_method(name).meaning
+        table.add_row(name, meaning.estimates, meaning.cost)
+    return table
+
+
+def describe_method(name: str) -> str:
+    """Return what a method computes, what its scores mean, what it costs, when not to believe it, and its options.
+
+    Raises:
+        SpecError: there is no such method.
+    """
+    found = METHODS.find(name)
+    lines = lines_of_facts(get_method(name).meaning.to_dict())
+    options = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in options_of(found)]
+    taken = ["Options, with their defaults (--option name=value):", *options] if options else ["No options of its own."]
+    return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *lines, "", *taken])

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt64
 
-from vestige.methods._protocol import Job, Method
-from vestige.methods._registry import method
+from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
 
 BLOCK_SCORES = 2**22

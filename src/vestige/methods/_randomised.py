@@ -7,18 +7,38 @@ same when all knowledge is gone were never about the knowledge.
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
 from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from vestige.compress import parse_spec
 from vestige.errors import NonFinite
+from vestige.folders import partial_folder
 from vestige.gradients import Knowledge
+from vestige.indexes import (
+    CompressedGradients,
+    DataIdentity,
+    Index,
+    IndexPlan,
+    PlanRecord,
+    fingerprint_rows,
+    plan_index,
+    prepare_index,
+)
+from vestige.launch import run_plan
+from vestige.lockstep import decided
+from vestige.methods._protocol import Job, get_method
 from vestige.models import everything_of, own_part, write_own_part
+from vestige.progress import quiet
 from vestige.runs import Check
+from vestige.settings import LaunchSettings
 
 ROWS = 64
 """Training rows scored twice: the standard error of a rank correlation is then 1/8."""
@@ -131,3 +151,83 @@ def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) ->
     if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+
+
+def sampled_scores(
+    job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"], *, randomised: bool = False
+) -> Float[Tensor, "query row"]:
+    """Return the scores of `rows` for `queries` by the job's method, as if these rows were all its training data.
+
+    Index, curvature, projections and query vectors are made again from the model as it is: what was measured on other
+    weights would carry their knowledge into the scores. Of several checkpoints the last one counts alone.
+
+    Args:
+        job: The question of the run.
+        rows: Training rows.
+        queries: Rows of the queries.
+        randomised: Whether the weights were replaced by noise, so that no file beside them belongs to them.
+    """
+    folder, settings = partial_folder(job.settings.out) / "check", job.settings
+    here = {name: field.get_default() for name, field in LaunchSettings.model_fields.items()}
+    small = replace(
+        job,
+        train=job.train.subset(rows),
+        queries=job.queries.subset(queries),
+        settings=settings.model_copy(update={**here, "out": folder / "run", "skip_bad": False}),
+        left_out=(),
+        randomised=randomised,
+    )
+    method = get_method(settings.method, **settings.options)
+    scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    with quiet(), _temporary(folder):
+        if job.index is not None and not method.needs_exact:
+            small = replace(small, index=_indexed(small, job.index, folder / "index"))
+        if job.checkpoints:
+            last = job.checkpoints[-1]
+            stored = None if last.index is None else _indexed(small, last.index, folder / "index")
+            small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
+        for block in method.blocks(small):
+            scores[:, block.rows] = block.scores.double().cpu()
+    return scores
+
+
+def _indexed(job: Job, like: Index, folder: Path) -> Index:
+    """Return an index of the job's training data, compressed as `like` is."""
+    data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
+    draft = old.model_copy(
+        update={
+            "data": DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
+            "plan": PlanRecord(fewest_shards=1),
+        }
+    )
+    manifest, plan = decided(
+        lambda: plan_index(folder, draft, data.lengths, lambda start, stop: fingerprint_rows(data, start, stop))
+    )
+
+    @contextmanager
+    def compute() -> Iterator:
+        gradients = CompressedGradients(
+            loaded,
+            job.components,
+            manifest.components,
+            parse_spec(manifest.compression.spec),
+            manifest.seed,
+            manifest.loss,
+            manifest.compression.scope,
+        )
+        with gradients:
+            yield lambda batches: gradients.parts(data, batches)
+
+    work = IndexPlan(folder, manifest, plan, data.examples, compute)
+    decided(lambda: prepare_index(work))
+    return run_plan(work, LaunchSettings.model_validate({}), None)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[None]:
+    """Remove the folder before, where a killed run left it, and after."""
+    decided(lambda: rmtree(folder, ignore_errors=True))
+    try:
+        yield
+    finally:
+        decided(lambda: rmtree(folder, ignore_errors=True))

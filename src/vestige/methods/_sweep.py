@@ -14,12 +14,11 @@ from scipy.stats import rankdata
 
 from vestige.curvature import DAMPING, Measure, Measures
 from vestige.errors import NonFinite
-from vestige.methods._indexed_gradients import IndexedGradients
+from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._plan import summarised_sets
 from vestige.methods._preconditioned import check_memory
-from vestige.methods._prepared import GradientMethod, Prepared
 from vestige.methods._protocol import Job, Method
-from vestige.methods._stores import GradientStore, Vectors
+from vestige.methods._stores import GradientStore, IndexedGradients, Vectors
 from vestige.methods._trust import CHANCE_HIDES, proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sampled_rows

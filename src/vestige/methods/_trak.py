@@ -21,11 +21,9 @@ from vestige.files import make_folder, write_durably
 from vestige.gradients import CausalLoss
 from vestige.indexes import Index, batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
-from vestige.methods._indexed_gradients import IndexedGradients
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.methods._stores import Vectors
+from vestige.methods._tracin import CheckpointMethod, Lines, open_checkpoint_store
+from vestige.methods._protocol import Job, method
+from vestige.methods._stores import IndexedGradients, Vectors
 from vestige.models import batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning

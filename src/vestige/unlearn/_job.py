@@ -182,8 +182,8 @@ def smaller(job: UntracJob, ascents: int, measured: int, examples: int) -> Untra
     """Return the job with fewer sets, and fewer examples in those that are measured: enough to choose settings by."""
 
     def thinned(side: Side, sets: int, rows: int | None) -> Side:
-        chosen = _spread(side.sets, sets)
-        return Side(side.data, [ExampleSet(each.name, np.array(_spread(each.rows, rows))) for each in chosen])
+        chosen = _spread_values(side.sets, sets)
+        return Side(side.data, [ExampleSet(each.name, np.array(_spread_values(each.rows, rows))) for each in chosen])
 
     def side(full: Side, is_ascended: bool) -> Side:
         return thinned(full, ascents, None) if is_ascended else thinned(full, measured, examples)
@@ -192,7 +192,7 @@ def smaller(job: UntracJob, ascents: int, measured: int, examples: int) -> Untra
     return replace(job, train=side(job.train, untrac), tests=side(job.tests, not untrac))
 
 
-def _spread(values: list | np.ndarray, most: int | None) -> list:
+def _spread_values(values: list | np.ndarray, most: int | None) -> list:
     if most is None or len(values) <= most:
         return list(values)
     return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vestige.data import TokenizedData
 from vestige.errors import ModelError
-from vestige.unlearn import _ascent
+from vestige.unlearn._ascent import ascend
 from vestige.unlearn._losses import Losses
 from vestige.unlearn._recipe import AscentRecipe, backward
 from vestige.unlearn._weights import Weights
@@ -78,7 +78,7 @@ def _slope(
     """Return the change of the measured loss per unit of step along the ascended set's gradient; even powers cancel."""
     losses = Losses(weights.model, measured[0], step.reduction, step.token_budget)
     counted = losses.weights[measured[1]].sum()
-    done = _ascent.ascend(weights, data, rows, lambda: losses.of(measured[1]), step)
+    done = ascend(weights, data, rows, lambda: losses.of(measured[1]), step)
     return float((done.after - done.mirrored).sum()) / counted / 2 / step.learning_rate
 
 

@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._indexed_gradients import IndexedGradients
 from vestige.methods._protocol import ComponentBlock, Job, Method
-from vestige.methods._stores import GradientStore, Vectors
+from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, Vectors
 from vestige.runs import ScoreBlock
 
 Made = TypeVar("Made")

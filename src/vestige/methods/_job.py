@@ -34,9 +34,9 @@ from vestige.indexes import (
 )
 from vestige.launch import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
-from vestige.methods._exact_gradients import gradients_fit
 from vestige.methods._plan import unscorable
 from vestige.methods._protocol import Job, Method
+from vestige.methods._stores import gradients_fit
 from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
 from vestige.progress import announce
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings

@@ -58,7 +58,11 @@ from vestige.runs._record import (
     SkippedRecord as SkippedRecord,
     TrustRecord as TrustRecord,
     Verdict as Verdict,
+    describe_data as describe_data,
+    describe_model as describe_model,
+    describe_process as describe_process,
     is_run as is_run,
+    make_run_record as make_run_record,
     read_record as read_record,
 )
 from vestige.runs._sample import sampled_rows as sampled_rows

@@ -13,7 +13,7 @@ from vestige import attribute
 from vestige.data import load_examples, tokenize
 from vestige.gradients import measure_knowledge
 from vestige.indexes import index
-from vestige.methods import METHODS, randomised
+from vestige.methods import METHODS, randomise
 
 NAME = "randomised-model correlation"
 OPTIONS = {"cg": {"steps": 3}, "lissa": {"depth": 3}, "arnoldi": {"steps": 6, "rank": 3}}
@@ -53,7 +53,7 @@ def home(tmp_path_factory) -> Path:
     rows = [{"id": name, "prompt": prompt, "completion": completion} for name, prompt, completion in QUESTIONS]
     write_rows(folder / "asked.jsonl", rows)
     model, tokenizer = (each.from_pretrained(folder / "tiny-model") for each in (AutoModelForCausalLM, AutoTokenizer))
-    with randomised(model, 0):
+    with randomise(model, 0):
         model.save_pretrained(folder / "noise")
     trained(model, tokenizer, 1.0).save_pretrained(folder / "trained")
     trained(model, tokenizer, 0.01).save_pretrained(folder / "sure")

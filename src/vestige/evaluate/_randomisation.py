@@ -9,7 +9,7 @@ from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import Scored, judged, run_of, together
 from vestige.evaluate._statistics import mean_estimate, spearman
-from vestige.methods import METHODS, randomised
+from vestige.methods import METHODS, randomise
 from vestige.models import load_model
 from vestige.runs import Scores
 from vestige.settings import RandomisationSettings, verb
@@ -77,7 +77,7 @@ def _on_noise(settings: RandomisationSettings, method: str, seed: int) -> Scores
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    with randomised(loaded.model, seed) as model:
+    with randomise(loaded.model, seed) as model:
         live: dict[str, Any] = {"model": model, "tokenizer": loaded.tokenizer, "precision": "auto", "device": "auto"}
         return run_of(settings, method, folder, changes=changes, live=live)
 

@@ -1,9 +1,5 @@
 """Attribution methods, interchangeable behind one small protocol."""
 
-from vestige.methods._attribute import attribute as attribute
-from vestige.methods._bm25 import Bm25 as Bm25, lexical_scores as lexical_scores, prompt_words as prompt_words
-from vestige.methods._tracin import TracIn as TracIn
-from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
 from vestige.methods._activations import (
     ActivationDot as ActivationDot,
     PooledOutputs as PooledOutputs,
@@ -11,10 +7,36 @@ from vestige.methods._activations import (
     Tap as Tap,
     backbone as backbone,
     pooled as pooled,
+    pooling_weights as pooling_weights,
     tapped as tapped,
     taps_of as taps_of,
 )
+from vestige.methods._attribute import attribute as attribute
+from vestige.methods._bm25 import (
+    Bm25 as Bm25,
+    example_words as example_words,
+    lexical_scores as lexical_scores,
+    prompt_words as prompt_words,
+)
+from vestige.methods._checkpoints import (
+    Checkpoint as Checkpoint,
+    find_checkpoints as find_checkpoints,
+    learning_rates as learning_rates,
+)
+from vestige.methods._explain import (
+    split_over_components as split_over_components,
+    split_over_tokens as split_over_tokens,
+)
+from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
+from vestige.methods._gradient_method import (
+    HELPS as HELPS,
+    GradientMethod as GradientMethod,
+    Prepared as Prepared,
+    prepare_queries as prepare_queries,
+    unit_length as unit_length,
+)
 from vestige.methods._influence import Influence as Influence
+from vestige.methods._job import open_job as open_job
 from vestige.methods._less import Less as Less
 from vestige.methods._preconditioned import (
     Arnoldi as Arnoldi,
@@ -23,6 +45,7 @@ from vestige.methods._preconditioned import (
     Ekfac as Ekfac,
     Kfac as Kfac,
     Lissa as Lissa,
+    Preconditioned as Preconditioned,
 )
 from vestige.methods._protocol import (
     METHODS as METHODS,
@@ -37,5 +60,24 @@ from vestige.methods._protocol import (
     options_of as options_of,
 )
 from vestige.methods._random import Random as Random
-from vestige.methods._randomised import randomised as randomised
+from vestige.methods._randomise import check_randomised as check_randomised, randomise as randomise
+from vestige.methods._stores import (
+    ExactGradients as ExactGradients,
+    GradientStore as GradientStore,
+    IndexedGradients as IndexedGradients,
+    open_store as open_store,
+)
+from vestige.methods._tracin import TracIn as TracIn
 from vestige.methods._trak import Trak as Trak, doubt as doubt
+from vestige.methods._trust import (
+    check_bm25_overlap as check_bm25_overlap,
+    check_coverage as check_coverage,
+    check_duplicates as check_duplicates,
+    check_finite as check_finite,
+    check_hubs as check_hubs,
+    check_memorized as check_memorized,
+    check_overlap as check_overlap,
+    find_lexical_tops as find_lexical_tops,
+    find_proponents as find_proponents,
+    run_free_checks as run_free_checks,
+)

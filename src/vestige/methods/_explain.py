@@ -1,7 +1,7 @@
 """The listed scores taken apart: over the model's components, and over the tokens of the training example."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from vestige.data import Batch, TokenizedData, make_batch, plan_batches
-from vestige.gradients import Reduction, token_losses
+from vestige.data import Batch, make_batch, plan_batches
+from vestige.gradients import token_losses
 from vestige.indexes import batch_tokens
 from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._protocol import Job, Method
-from vestige.models import Component, batch_sharing, parameter_view
+from vestige.models import batch_sharing, parameter_view
 from vestige.progress import progress
 from vestige.runs import ComponentScores, TokenScores
 
@@ -37,63 +37,40 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
 
 
 def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
-    """Return the score of every pair, split over the tokens of the example."""
-    assert isinstance(method, GradientMethod)
-    prepared, distinct = method.prepare(job), sorted(set(pairs))
+    """Return the score of every pair, split over the tokens of the example: the effect of learning to predict each.
+
+    An example's loss is a sum over its target tokens, so its gradient and every score that is linear in it are too.
+    With v the vector whose inner product with the gradient is the score, the share of token t is `<v, grad loss_t>`:
+    the derivative of that token's loss along v. Forward-mode differentiation gives it for all tokens at once.
+    """
+    prepared, distinct = cast(GradientMethod, method).prepare(job), sorted(set(pairs))
     found: list[TokenScores] = []
     with progress(len(distinct), "Token scores", unit="pairs") as bar:
         for query in range(len(job.queries)):
             rows = [row for number, row in distinct if number == query]
-            found += _of_query(job, prepared, query, rows)
+            found += _split_query(job, prepared, query, rows)
             bar.advance(len(rows))
     return found
 
 
-def _of_query(job: Job, prepared: Prepared, query: int, rows: list[int]) -> list[TokenScores]:
-    loaded = job.model_for(job.settings.method)
-    shares = token_scores(
-        loaded.model,
-        job.components,
-        prepared.direction(query),
-        job.train,
-        rows,
-        job.settings.loss,
-        batch_tokens(job.settings, loaded),
-    )
-    norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
-    return [TokenScores(query, row, np.asarray(scores) / (norms[row] or 1.0)) for row, scores in shares]
-
-
-class RowTokens(NamedTuple):
-    """Token shares of one training example."""
-
-    row: int
-    scores: Float[np.ndarray, "token"]
-
-
-def token_scores(
-    model: nn.Module,
-    components: Sequence[Component],
-    direction: Sequence[Float[Tensor, "out in"]],
-    data: TokenizedData,
-    rows: Sequence[int],
-    reduction: Reduction,
-    token_budget: int,
-) -> Iterator[RowTokens]:
-    """Yield the share of every token of `rows` in the inner product of their gradients with `direction`."""
+def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
+    """Yield the scores of a query for some rows, split over tokens."""
+    loaded, data = job.model_for(job.settings.method), job.train
+    model, budget = loaded.model, batch_tokens(job.settings, loaded)
     device = next(model.parameters()).device
     tangents: dict[str, Tensor] = {}
-    for component, matrix in zip(components, direction, strict=True):
+    for component, matrix in zip(job.components, prepared.direction(query), strict=True):
         parameter = model.get_parameter(component.parameter)
         tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
         parameter_view(model, component, tangent).copy_(matrix.to(device))
+    norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
     lengths = data.lengths[np.asarray(rows, dtype=np.int64)]
-    for places in plan_batches(lengths, token_budget, sharing=batch_sharing(model)):
-        chosen = [rows[place] for place in places]
+    for positions in plan_batches(lengths, budget, sharing=batch_sharing(model)):
+        chosen = [rows[position] for position in positions]
         derivatives = _derivatives(model, tangents, make_batch(data, chosen).to(device)).double().cpu().numpy()
         for row, values in zip(chosen, derivatives, strict=True):
-            count = max(int(data.target_counts[row]), 1) if reduction == "mean" else 1
-            yield RowTokens(row, values[: len(data.input_ids[row])] / count)
+            count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
+            yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
 
 
 def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:

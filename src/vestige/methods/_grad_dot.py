@@ -1,19 +1,12 @@
-"""Inner products of gradients."""
+"""Inner products and cosines of gradients."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vestige.errors import SpecError
-from vestige.methods._gradient_method import (
-    HELPS,
-    GradientMethod,
-    Prepared,
-    open_store,
-    prepare,
-    unchanged,
-    unit_length,
-)
+from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared, prepare_queries, unit_length
 from vestige.methods._protocol import Job, method
+from vestige.methods._stores import open_store
 from vestige.runs import Meaning, ScoreBlock
 
 
@@ -38,11 +31,11 @@ class GradDot(GradientMethod):
 
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' gradients."""
-        return prepare(job, open_store(job), unchanged)
+        return prepare_queries(job, open_store(job))
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """Return the map from a piece to `|gradient|^2` of its training examples."""
-        store = self.prepare(job).store
+        store = self.store(job)
         return lambda piece: (ScoreBlock(rows, squared[None]) for rows, squared in store.piece_squared_norms(piece))
 
 
@@ -64,13 +57,13 @@ class GradCos(GradientMethod):
 
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' gradients at length one, over all components together."""
-        return prepare(job, open_store(job), unit_length, cosine=True)
+        return prepare_queries(job, open_store(job), unit_length, cosine=True)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
         """Refuse: a gradient's cosine with itself is 1.
 
         Raises:
-            SpecError: always.
+            SpecError: Always.
         """
         raise SpecError(
             "Self-influence with grad-cos is 1 for every example: a gradient's cosine with itself. It would rank "

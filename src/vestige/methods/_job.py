@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import nn
 
 from vestige.data import (
     Example,
@@ -14,12 +18,15 @@ from vestige.data import (
     ask,
     load_examples,
     load_queries,
+    make_batch,
+    plan_batches,
     require_answers,
     tokenize,
     tokenize_stored,
 )
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.folders import partial_folder
+from vestige.gradients import CausalLoss, Reduction
 from vestige.indexes import (
     TOKENS,
     Index,
@@ -32,28 +39,22 @@ from vestige.indexes import (
     tokenising_processes,
     tokens_at_most,
 )
-from vestige.launch import worker_command
+from vestige.launch import step_done, worker_command
+from vestige.lockstep import decided
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
-from vestige.methods._plan import unscorable
+from vestige.methods._plan import find_unscorable
 from vestige.methods._protocol import Job, Method
-from vestige.methods._stores import gradients_fit
-from vestige.models import LoadedModel, Selection, generate_answers, load_model, select_components
-from vestige.progress import announce
-from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
+from vestige.models import LoadedModel, Selection, batch_sharing, generate_answers, load_model, select_components
+from vestige.progress import announce, format_bytes
+from vestige.settings import AnswerSource, AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 
-
-@dataclass(frozen=True)
-class Question:
-    """The queries with their answers, which of these the model gave, and how prompts were put."""
-
-    examples: list[Example]
-    generated: list[bool]
-    asked: str = ""
+EXACT_SHARE = 0.4
+"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
 
 
 @contextmanager
-def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job, list[bool]]]:
-    """Open the job, with whether each query's answer was generated; a temporary index lives as long as the context."""
+def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
+    """Open the job; a temporary index lives as long as the context."""
     checkpoints: tuple[Checkpoint, ...] = ()
     if method.weighting is not None:
         checkpoints = find_checkpoints(settings, method.weighting)
@@ -68,20 +69,33 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[tuple[Job,
     settings = settings.model_copy(update={"chat": bool(settings.chat)})
     given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     loaded = _load(settings, method, index)
-    selection = _selection(settings, method, loaded, index)
-    train = _training_data(settings, loaded, index)
-    question = _answered(settings, given, loaded, train, typed)
-    queries = _tokenised_queries(settings, question, loaded)
-    job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=question.asked)
-    if index is None and method.needs_gradients and not _is_exact(job, method):
-        if settings.query_rank is not None:
-            raise SpecError(
-                f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
-                "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
-            )
-        yield replace(job, index=_temporary_index(job)), question.generated
+    selection = _select(settings, method, loaded, index)
+    train = _read_train(settings, loaded, index)
+    name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
+    if loaded is None:
+        texts = _choose_answers(given, settings.answer)
+        queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
     else:
-        yield replace(job, left_out=unscorable(job)) if settings.skip_bad and loaded else job, question.generated
+        queries, generated, asked = read_queries(
+            settings, loaded, given, train.examples, chat=typed, name=name, answer=settings.answer
+        )
+        require_independence(loaded, queries, batch_tokens(settings, loaded))
+    job = Job(train, queries, settings, loaded, selection, index, checkpoints, (), False, asked, tuple(generated))
+    # A method that works on whole gradients refuses by itself what does not fit.
+    needs_none = index is not None or not method.needs_gradients or method.needs_exact
+    if needs_none or (not method.needs_index and gradients_fit(job)):
+        yield replace(job, left_out=find_unscorable(job)) if settings.skip_bad and loaded else job
+        return
+    if settings.query_rank is not None:
+        raise SpecError(
+            f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
+            "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
+        )
+    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
+    # Shares build it together: all of them need all of it.
+    launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
+    command = worker_command(settings, "attribute")
+    yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
 
 
 def _require_recomputable(index: Index, method: Method) -> None:
@@ -127,28 +141,52 @@ def _load(settings: AttributeSettings, method: Method, index: Index | None) -> L
     return loaded
 
 
-def _answered(
-    settings: AttributeSettings,
-    queries: list[Example],
-    loaded: LoadedModel | None,
-    train: TokenizedData,
+def read_queries(
+    settings: AttributeSettings | UntracSettings,
+    loaded: LoadedModel,
+    given: list[Example],
+    train: Sequence[Example],
+    *,
     chat: bool | None,
-) -> Question:
-    """Put the queries as the data are, or as `chat` says; let the model continue those without an answer."""
-    asked, how = queries, ""
-    if loaded is not None:
-        asked, how = ask(queries, train.examples, chat=chat, tokenizer=loaded.tokenizer)
-    asked = [_without_answer(query) for query in asked] if settings.answer == "generate" else asked
-    waiting = [query.lacks_answer for query in asked]
-    if settings.answer == "given" and any(waiting):
-        missing = asked[waiting.index(True)].id
+    name: Any,
+    answer: AnswerSource = "auto",
+) -> tuple[TokenizedData, list[bool], str]:
+    """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
+
+    Returns:
+        The queries, whether each answer is the model's own, and how they were put where that is not as they were typed.
+
+    Raises:
+        DataError: A query has no answer, and `answer` is "given", or has nothing to explain.
+    """
+    put, how = ask(given, train, chat=chat, tokenizer=loaded.tokenizer)
+    put = _choose_answers(put, answer)
+    generated = [query.lacks_answer for query in put]
+    if any(generated):
+        put = generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
+    queries = tokenize(
+        put,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=str(name),
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    require_answers(queries, generated, loaded.tokenizer)
+    return queries, generated, how
+
+
+def _choose_answers(queries: list[Example], answer: AnswerSource) -> list[Example]:
+    """Return the queries, without their answers where these are to be generated; refuse missing ones where given."""
+    if answer == "generate":
+        return [_without_answer(query) for query in queries]
+    missing = [query.id for query in queries if query.lacks_answer]
+    if answer == "given" and missing:
         raise DataError(
-            f'Query "{missing}" has no answer, and --answer given was requested. Add a `completion`, or drop --answer.'
+            f'Query "{missing[0]}" has no answer, and --answer given was requested. Add a `completion`, or drop '
+            "--answer."
         )
-    if not any(waiting) or loaded is None:
-        return Question(asked, [False] * len(asked), how)
-    answered = generate_answers(loaded, asked, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
-    return Question(answered, waiting, how)
+    return queries
 
 
 def _without_answer(query: Example) -> Example:
@@ -157,24 +195,7 @@ def _without_answer(query: Example) -> Example:
     return replace(query, completion=None) if query.prompt is not None else query
 
 
-def _tokenised_queries(settings: AttributeSettings, question: Question, loaded: LoadedModel | None) -> TokenizedData:
-    name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
-    if loaded is None:
-        return _text_only(question.examples, str(name))
-    queries = tokenize(
-        question.examples,
-        loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
-        name=str(name),
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
-    require_answers(queries, question.generated, loaded.tokenizer)
-    require_independence(loaded, queries, batch_tokens(settings, loaded))
-    return queries
-
-
-def _selection(
+def _select(
     settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
 ) -> Selection | None:
     if loaded is None or not (method.needs_gradients or method.splits_components):
@@ -184,14 +205,14 @@ def _selection(
     return select_components(loaded.model, settings.components)
 
 
-def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
+def _read_train(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
     if loaded is None:
         examples = (
             index.examples()
             if index is not None
             else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         )
-        return _text_only(examples, index.manifest.data.name if index is not None else str(settings.data))
+        return _without_tokens(examples, index.manifest.data.name if index is not None else str(settings.data))
     tokens = partial_folder(settings.out) / TOKENS
     if index is None:
         return read_data(settings, settings.data, loaded, tokens=tokens)
@@ -219,31 +240,65 @@ def _training_data(settings: AttributeSettings, loaded: LoadedModel | None, inde
     return train
 
 
-def _text_only(examples: Sequence[Example], name: str) -> TokenizedData:
+def _without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
     """Return examples without tokens, for methods that read text."""
     empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     count = len(examples)
     return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
 
 
-def _is_exact(job: Job, method: Method) -> bool:
-    """Return whether the method works without an index and the queries' whole gradients fit into memory."""
-    if method.needs_index:
-        return False
-    # A method that needs them refuses by itself what does not fit.
-    return method.needs_exact or gradients_fit(job)
+def gradients_fit(job: Job) -> bool:
+    """Return whether the queries' whole gradients fit into memory; print so if they do not."""
+    assert job.selection is not None
+    size = 4 * len(job.queries) * job.selection.selected_parameters
+    available = psutil.virtual_memory().available
+    if decided(lambda: size <= EXACT_SHARE * available):
+        return True
+    announce(
+        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
+        "free memory: they are compressed instead."
+    )
+    return False
 
 
-def _temporary_index(job: Job) -> Index:
-    """Build an index beside the run, which goes when the run is written; after a kill, the same command resumes it."""
-    settings, folder = job.settings, partial_folder(job.settings.out) / "index"
-    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
-    names = ("components", "loss", "chat", "token_budget", "seed", "skip_bad")
-    shared = {name: getattr(settings, name) for name in names}
-    # Shares build it together: all of them need all of it.
-    shared |= {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
-    made = IndexSettings(model=settings.model, data=settings.data, out=folder, **shared)
-    command = worker_command(settings, "attribute")
+def compute_losses(
+    model: nn.Module,
+    data: TokenizedData,
+    reduction: Reduction,
+    token_budget: int,
+    rows: Int[np.ndarray, "row"] | None = None,
+) -> Float[np.ndarray, "row"]:
+    """Measure the loss of each of the rows, of all if none are given, in nats, float64.
+
+    The loss of an example is the sum or mean over its own target tokens, whatever it is batched with.
+    """
+    wanted = np.arange(len(data)) if rows is None else rows
+    losses, objective = np.zeros(len(wanted)), CausalLoss(reduction)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for positions in plan_batches(data.lengths[wanted], token_budget, sharing=batch_sharing(model)):
+            batch = make_batch(data, wanted[positions]).to(device)
+            losses[positions] = objective.losses(model, batch).double().cpu().numpy()
+            step_done(len(positions))
+    return losses
+
+
+def build_temporary_index(
+    job: Job, name: str, model: Any, command: Sequence[str] | None = None, **launch: Any
+) -> Index:
+    """Build an index beside the run, which goes when the run is written; after a kill, the same command resumes it.
+
+    Args:
+        job: Whose training data, model and settings it is of.
+        name: Of its folder.
+        model: As the index records it.
+        command: What a worker runs to come here, as for `run_plan`.
+        launch: Where to build it; not given: in this process.
+    """
+    settings = job.settings
+    names = ("data", "components", "loss", "chat", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names} | launch
+    made = IndexSettings(model=model, out=partial_folder(settings.out) / name, **shared)
     assert job.loaded is not None
     assert job.selection is not None
     inputs = Inputs(job.loaded, job.train, job.selection)

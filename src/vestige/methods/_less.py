@@ -16,11 +16,11 @@ from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._tracin import CheckpointMethod, Lines
 from vestige.methods._gradient_method import HELPS, unit_length
 from vestige.methods._preconditioned import check_memory
 from vestige.methods._protocol import Job, method
 from vestige.methods._stores import ExactGradients, Vectors
+from vestige.methods._tracin import CheckpointMethod, Lines
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import progress
 from vestige.runs import Meaning, ScoreBlock
@@ -70,7 +70,7 @@ class Less(CheckpointMethod):
         """Return which queries belong together, and the optimizers."""
         return {"groups": self._groups(job), "optimizers": [_stamp(each) for each in job.checkpoints]}
 
-    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
         """Return the parts of the best subtask, by its whole sum over checkpoints, for every query."""
         if not self.subtasks:
             return parts
@@ -89,8 +89,8 @@ class Less(CheckpointMethod):
         found = read_adam(Path(checkpoint.source).expanduser(), loaded.model)
         moments = [component_moments(loaded.model, part, found) for part in job.components]
         if job.randomised:
-            moments = _measured(job, moments)
-        vectors = _grouped(ExactGradients(job).of_queries(job.queries), self._groups(job))
+            moments = _measure_moments(job, moments)
+        vectors = _average_groups(ExactGradients(job).of_queries(job.queries), self._groups(job))
         return LessTerm(job, loaded, moments, vectors)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
@@ -119,7 +119,7 @@ class Less(CheckpointMethod):
         return list(found.values())
 
 
-def _grouped(vectors: Vectors, groups: Sequence[list[int]]) -> Vectors:
+def _average_groups(vectors: Vectors, groups: Sequence[list[int]]) -> Vectors:
     """Return the mean gradient of every group at length one."""
     return unit_length([torch.stack([vector[group].mean(0) for group in groups]) for vector in vectors])
 
@@ -146,7 +146,7 @@ class LessTerm:
         """Yield the scores from one pass over the training data."""
         data = self.job.train
         with progress(len(data), "Scoring") as bar:
-            for rows, parts in self._streamed(data, self.vectors):
+            for rows, parts in self._stream(data, self.vectors):
                 yield rows, parts.sum(0)
                 bar.advance(len(rows))
 
@@ -156,11 +156,11 @@ class LessTerm:
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
         """Compute the parts of just these rows in a pass over them."""
-        found = list(self._streamed(self.job.train.subset(rows), self.vectors))
+        found = list(self._stream(self.job.train.subset(rows), self.vectors))
         order = torch.argsort(torch.cat([places for places, _ in found]))
         return torch.cat([parts for _, parts in found], dim=2)[:, :, order]
 
-    def _streamed(
+    def _stream(
         self, data: TokenizedData, vectors: Vectors
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
         """Yield cosines, split over components, a few examples at a time: whole gradients are large."""
@@ -192,7 +192,7 @@ def _whole_gradients(
             yield batch, sink.gradients
 
 
-def _measured(job: Job, read: Sequence[Moments]) -> list[Moments]:
+def _measure_moments(job: Job, read: Sequence[Moments]) -> list[Moments]:
     """Return Adam's moments as the training data would leave them at the model as it is.
 
     The mean gradient, and the mean of its entries' squares, each as large as the one that was read.

@@ -1,7 +1,7 @@
-"""What the methods share that precondition whole query gradients in parameter space."""
+"""Influence functions on whole gradients: the queries' gradients times the inverse of some curvature."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,17 +37,19 @@ from vestige.launch import worker_command
 from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
 from vestige.methods._protocol import Job, method
 from vestige.methods._stores import ExactGradients, Vectors
-from vestige.models import Component
 from vestige.progress import announce, format_bytes
-from vestige.runs import Meaning, ScoreBlock
+from vestige.runs import Meaning
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
 ESTIMATES = (
     "How much the query's loss would rise if the example were left out of training (times N), to first order around "
     "these weights"
 )
-SELF_NUMBERS = 2**26
-"""Most numbers of whole gradients alive at once for self-influence."""
+POWER_STEPS = 8
+"""Of the search for the largest eigenvalue."""
+
+Inverse = Callable[[Vectors, float], Vectors]
+"""From the queries' gradients and a damping to the preconditioned ones."""
 
 
 @dataclass
@@ -57,41 +59,38 @@ class Preconditioned(GradientMethod):
     Stored gradients of an index are compressed and not used; its folder keeps what curvature can be kept.
     """
 
+    needs_exact = True
+
     @abstractmethod
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Measure the curvature; return the map from the queries' gradients to the preconditioned ones."""
 
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' gradients, preconditioned.
 
         Raises:
-            UserError: the whole gradients of the queries do not fit into memory.
+            UserError: The whole gradients of the queries do not fit into memory.
+        """
+        return self.at_dampings(job)(job.settings.damping)
+
+    def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
+        """Measure the curvature once; return the map from a damping to the vectors.
+
+        Raises:
+            UserError: The whole gradients of the queries do not fit into memory.
         """
         check_memory(job)
         store, inverse = ExactGradients(job), self.inverse(job)
-        gradients = self.once("queries", lambda: store.of_queries(job.queries))
-        return Prepared(job, store, inverse(gradients), inverse)
+        gradients = store.of_queries(job.queries)
 
-    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """Return the map from a piece to `g^T (C + d I)^-1 g` of its training examples, a few at a time."""
-        prepared = self.prepare(job)
-        assert isinstance(prepared.store, ExactGradients)
-        exact = prepared.store
-        step = max(1, SELF_NUMBERS // max(sum(part.size for part in job.components), 1))
+        def at(damping: float) -> Prepared:
+            transform = partial(inverse, damping=damping)
+            return Prepared(job, store, transform(gradients), transform)
 
-        def blocks(piece: int) -> Iterator[ScoreBlock]:
-            of_piece = exact.rows_of(piece)
-            for start in range(0, len(of_piece), step):
-                rows = of_piece[start : start + step]
-                gradients = exact.of_queries(job.train.subset(rows))
-                pairs = zip(gradients, prepared.transform(gradients), strict=True)
-                scores = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
-                yield ScoreBlock(torch.from_numpy(rows), scores[None].cpu())
-
-        return blocks
+        return at
 
 
-def check_memory(job: Job, dampings: int = 1) -> None:
+def check_memory(job: Job) -> None:
     """Raise unless gradients before and after preconditioning fit into memory.
 
     On a GPU its memory is smaller, and torch reports that itself.
@@ -99,6 +98,7 @@ def check_memory(job: Job, dampings: int = 1) -> None:
     Raises:
         UserError: They do not fit.
     """
+    dampings = len(job.settings.damping) if job.settings.swept else 1
     needed = (1 + dampings) * 4 * len(job.queries) * sum(part.size for part in job.components)
     available = psutil.virtual_memory().available
     if needed > available:
@@ -112,12 +112,12 @@ def check_memory(job: Job, dampings: int = 1) -> None:
 def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:
     """Return the training data as a curvature is measured on it: without the examples that an index leaves out."""
     loaded, settings = job.model_for(method), job.settings
-    budget, data = batch_tokens(settings, loaded), scored_data(job)
+    budget, data = batch_tokens(settings, loaded), leave_out_skipped(job)
     return CurvatureData(loaded.model, job.components, data, budget, settings.loss, labels, settings.seed)
 
 
-def scored_data(job: Job) -> TokenizedData:
-    """Return the training examples but for those that are left out."""
+def leave_out_skipped(job: Job) -> TokenizedData:
+    """Return the training examples without those that are left out."""
     if not job.skipped:
         return job.train
     return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
@@ -147,7 +147,6 @@ class Ekfac(Preconditioned):
     each layer with its bias; the exact Fisher matrix for lone vectors; the diagonal for embeddings.
     """
 
-    needs_exact = True
     sweeps_damping = True
     works_sharded = True
     meaning = Meaning(
@@ -165,12 +164,11 @@ class Ekfac(Preconditioned):
         "sampled"
     )
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
-        curvature = self.once("curvature", lambda: ekfac_of(measured, model, folder, work))
-        return lambda vectors: curvature.precondition(vectors, job.settings.damping)
+        return ekfac_of(measured, model, folder, work).precondition
 
 
 @method("kfac")
@@ -178,7 +176,6 @@ class Ekfac(Preconditioned):
 class Kfac(Preconditioned):
     """Influence function with K-FAC (Martens and Grosse 2015, arXiv:1503.05671), each layer with its bias a block."""
 
-    needs_exact = True
     sweeps_damping = True
     works_sharded = True
     meaning = Meaning(
@@ -200,15 +197,12 @@ class Kfac(Preconditioned):
         "Where the damping goes: on the eigenvalues of the product, or on each factor its share.",
     ] = "eigenvalues"
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
         measured = curvature_data(job, self.name, self.labels)
         model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
-        factors = self.once("factors", lambda: kfac_of(measured, model, folder, work))
-        if self.split == "factors":
-            return lambda vectors: factors.precondition_split(vectors, job.settings.damping)
-        curvature = self.once("curvature", factors.eigenbases)
-        return lambda vectors: curvature.precondition(vectors, job.settings.damping)
+        factors = kfac_of(measured, model, folder, work)
+        return factors.precondition_split if self.split == "factors" else factors.eigenbases().precondition
 
 
 @method("datainf")
@@ -219,7 +213,6 @@ class DataInfMethod(Preconditioned):
     Kwon et al. 2024, arXiv:2310.00902, component by component.
     """
 
-    needs_exact = True
     sweeps_damping = True
     meaning = Meaning(
         sign=HELPS,
@@ -234,25 +227,20 @@ class DataInfMethod(Preconditioned):
         "the inner product of gradients. The damping sets its scale, so compare within a run.",
     )
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
         measured = curvature_data(job, self.name, "data")
-        units = self.once("units", lambda: mean_eigenvalues(measured))
-        return DataInf.damped(measured, units, job.settings.damping).precondition
+        units = mean_eigenvalues(measured)
+        return lambda vectors, damping: DataInf.damped(measured, units, damping).precondition(vectors)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The curvature of the training data, its damping, and the layout of its vectors."""
+    """The curvature of the training data, the unit of its damping, and the layout of its vectors."""
 
     product: CurvatureProduct
-    damping: float
-    """Absolute."""
-
-    @property
-    def components(self) -> Sequence[Component]:
-        """Whose vectors these are."""
-        return self.product.components
+    unit: float
+    """What a damping of 1 is."""
 
     def join(self, vectors: Vectors) -> Float[Tensor, "query n"]:
         """Return one flat vector for each query."""
@@ -260,12 +248,12 @@ class Problem:
 
     def split(self, vectors: Float[Tensor, "query n"]) -> Vectors:
         """Undo `join`."""
-        return list(vectors.split([component.size for component in self.components], dim=1))
+        return list(vectors.split([component.size for component in self.product.components], dim=1))
 
     def random_vector(self, seed: int) -> Float[Tensor, "n"]:
-        """Draw a start for the search of eigenvectors: normal numbers, drawn on the CPU, the same on every device."""
+        """Draw normal numbers to start a search of eigenvectors from: on the CPU, the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        size = sum(component.size for component in self.components)
+        size = sum(component.size for component in self.product.components)
         device = next(self.product.model.parameters()).device
         return torch.randn(size, generator=generator).to(device)
 
@@ -276,24 +264,23 @@ def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) ->
     The damping is relative to the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known
     exactly: their mean squared gradient norm over the number of parameters.
     """
-    data = scored_data(job)
+    data = leave_out_skipped(job)
     if examples is not None:
-        data = data.subset(drawn_rows(len(data), examples, job.settings.seed))
+        data = data.subset(draw_rows(len(data), examples, job.settings.seed))
     measured = Job(data, job.queries, job.settings, job.loaded, job.selection)
     loaded, size = job.model_for(method), sum(part.size for part in job.components)
-    absolute_damping(job.settings.damping, 1.0)
     squared = sum(float(part.double().sum()) for _, part in ExactGradients(measured).squared_norms())
     product = CurvatureProduct(
         loaded.model, job.components, data, batch_tokens(job.settings, loaded), job.settings.loss, kind
     )
-    return Problem(product, absolute_damping(job.settings.damping, squared / max(len(data), 1) / size))
+    return Problem(product, squared / max(len(data), 1) / size)
 
 
-def drawn_rows(rows: int, count: int, seed: int) -> np.ndarray:
+def draw_rows(rows: int, count: int, seed: int) -> np.ndarray:
     """Draw `count` of the rows without repetition, in order; all of them when there are not more.
 
     Raises:
-        SpecError: no row was requested.
+        SpecError: No row was requested.
     """
     if count < 1:
         raise SpecError(f"Curvature needs training examples to be measured on, and {count} were requested.")
@@ -305,7 +292,6 @@ def drawn_rows(rows: int, count: int, seed: int) -> np.ndarray:
 class ConjugateGradient(Preconditioned):
     """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
 
-    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -322,22 +308,18 @@ class ConjugateGradient(Preconditioned):
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
     examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Return the map that solves for each set of vectors separately."""
         found = problem(job, self.name, self.kind, self.examples)
 
-        def solved(vectors: Vectors) -> Vectors:
-            solution = conjugate_gradient(
-                found.product, found.join(vectors), found.damping, steps=self.steps, tolerance=self.tolerance
-            )
+        def solve(vectors: Vectors, damping: float) -> Vectors:
+            absolute, limits = absolute_damping(damping, found.unit), {"steps": self.steps, "tolerance": self.tolerance}
+            solution = conjugate_gradient(found.product, found.join(vectors), absolute, **limits)
             worst = float(solution.residuals.max())
             announce(f"Conjugate gradients: {solution.steps} steps, relative residual at most {worst:.1e}.")
             return found.split(solution.vectors)
 
-        return solved
-
-
-POWER_STEPS = 8
+        return solve
 
 
 @method("lissa")
@@ -345,7 +327,6 @@ POWER_STEPS = 8
 class Lissa(Preconditioned):
     """Influence function with the inverse summed up as a series (Agarwal et al. 2017, arXiv:1602.03943)."""
 
-    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
         unit=UNIT,
@@ -366,24 +347,24 @@ class Lissa(Preconditioned):
     ] = None
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Measure the scale once; return the map that runs a series of its own for each set of vectors."""
-        found = problem(job, self.name, self.kind, None)
-        scale = self.scale or self._safe_scale(found, job.settings.seed)
+        found, seed = problem(job, self.name, self.kind, None), job.settings.seed
+        start = None if self.scale else found.random_vector(seed)[None]
+        largest = 0.0 if start is None else largest_eigenvalue(found.product, start, steps=POWER_STEPS)
 
         def product(step: int, vectors: Tensor) -> Tensor:
             if self.sample is None:
                 return found.product(vectors)
-            rows = drawn_rows(len(job.train), self.sample, job.settings.seed + step)
+            rows = draw_rows(len(job.train), self.sample, seed + step)
             return replace(found.product, data=job.train.subset(rows))(vectors)
 
-        return lambda vectors: found.split(
-            lissa(product, found.join(vectors), found.damping, scale=scale, depth=self.depth)
-        )
+        def solve(vectors: Vectors, damping: float) -> Vectors:
+            absolute = absolute_damping(damping, found.unit)
+            scale = self.scale or (1.5 if self.sample is None else 4.0) * (largest + absolute)
+            return found.split(lissa(product, found.join(vectors), absolute, scale=scale, depth=self.depth))
 
-    def _safe_scale(self, found: Problem, seed: int) -> float:
-        largest = largest_eigenvalue(found.product, found.random_vector(seed)[None], steps=POWER_STEPS)
-        return (1.5 if self.sample is None else 4.0) * (largest + found.damping)
+        return solve
 
 
 @method("arnoldi")
@@ -391,10 +372,9 @@ class Lissa(Preconditioned):
 class Arnoldi(Preconditioned):
     """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
 
-    needs_exact = True
     meaning = Meaning(
         sign=HELPS,
-        unit="nats of query loss, times the number of training examples, up to the damping's scale",
+        unit=UNIT,
         target="this model",
         normalisation="dominant eigenvalues of the Gauss-Newton matrix of all selected parameters together",
         estimates="The part of the influence function that lies in the span of the dominant eigenvectors.",
@@ -410,9 +390,11 @@ class Arnoldi(Preconditioned):
     kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
     examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
 
-    def inverse(self, job: Job) -> Callable[[Vectors], Vectors]:
+    def inverse(self, job: Job) -> Inverse:
         """Find the eigenvectors once; return the map that projects every set of vectors on them."""
         found = problem(job, self.name, self.kind, self.examples)
         start = found.random_vector(job.settings.seed)
         pairs = arnoldi(found.product, start, steps=self.steps, rank=self.rank)
-        return lambda vectors: found.split(pairs.precondition(found.join(vectors), found.damping))
+        return lambda vectors, damping: found.split(
+            pairs.precondition(found.join(vectors), absolute_damping(damping, found.unit))
+        )

@@ -1,7 +1,7 @@
-"""What an attribution method is: something that turns a job into blocks of scores."""
+"""What an attribution method is, its options, and the registry of methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import cleandoc
 from types import NoneType
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from vestige.indexes import Index
     from vestige.methods._checkpoints import Checkpoint
 
-
 Weighting = Literal["learning rate", "equal"]
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Job:
     """Whether the model's weights were replaced by noise: a file beside its checkpoint then is not about this model."""
     asked: str = ""
     """How questions were put, in words, where they differ from what was typed."""
+    generated: tuple[bool, ...] = ()
+    """Per query: whether the answer is the model's own."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -78,7 +80,7 @@ class Job:
         """Return the model that `method` runs.
 
         Raises:
-            UserError: the job has none, which `method` needs.
+            UserError: The job has none.
         """
         if self.loaded is None:
             raise UserError(f"The method `{method}` runs the model, and none was given. Add --model MODEL.")
@@ -98,13 +100,16 @@ class Method(ABC):
     """Scores every training example for every query, and says what it can do: nothing else knows which method runs.
 
     A new one is a class with `blocks` and `meaning` and `@method("its-name")` above it, announced by an entry point in
-    the group `vestige.methods`. Its options are dataclass fields whose type is `Annotated` with what they mean.
+    the group `vestige.methods`. Its options are dataclass fields whose type is `Annotated` with what they mean. One
+    whose scores are inner products with gradients is a `GradientMethod`.
     """
 
     name: ClassVar[str] = ""
     """Set by the decorator."""
     meaning: Meaning
     """What the scores mean; honest about sign and limits, for it is printed beside every score."""
+    command: ClassVar[str] = "attribute"
+    """The command that runs it: `vestige attribute` refuses the method of another command, and prints that one."""
     needs_model: ClassVar[bool] = False
     """False for methods that read text alone: `Job.loaded` may be None."""
     needs_gradients: ClassVar[bool] = False
@@ -121,8 +126,10 @@ class Method(ABC):
     """True where `components` takes scores apart."""
     splits_tokens: ClassVar[bool] = False
     """True where a score is an inner product with the gradient, which is a sum over tokens (see `GradientMethod`)."""
+    works_in_pieces: ClassVar[bool] = False
+    """True where scores are computed piece by piece, which several processes share (see `GradientMethod`)."""
     sweeps_damping: ClassVar[bool] = False
-    """True where what is measured serves any damping."""
+    """True where what is measured serves any damping (see `GradientMethod.at_dampings`)."""
     scores_itself: ClassVar[bool] = False
     """True where `self_scores` gives self-influence."""
     works_sharded: ClassVar[bool] = False
@@ -142,7 +149,7 @@ class Method(ABC):
 
 
 class Option(NamedTuple):
-    """One option of a method."""
+    """An option of one method, which others do not have: a field of its class."""
 
     name: str
     type: Any
@@ -159,11 +166,16 @@ class Option(NamedTuple):
         """The default as it would be typed."""
         return "none" if self.default is None else str(self.default)
 
-    def parsed(self, given: Any) -> Any:
+    @property
+    def line(self) -> str:
+        """The option with its default, values and meaning, as help prints it."""
+        return f"  {self.name}={self.shown_default}  ({self.values}) {self.meaning}"
+
+    def parse(self, given: Any) -> Any:
         """Convert `given`, a value or the text of one, to the option's type.
 
         Raises:
-            SpecError: it is none.
+            SpecError: It is none.
         """
         value = None if given == "none" and _takes_none(self.type) else given
         try:
@@ -180,30 +192,13 @@ def options_of(found: type) -> tuple[Option, ...]:
     if not is_dataclass(found):
         return ()
     types = get_type_hints(found, include_extras=True)
-    meanings = {one.name: _meaning(types[one.name]) for one in fields(found)}
+    notes = {one: getattr(types[one.name], "__metadata__", ()) for one in fields(found)}
     return tuple(
-        Option(one.name, types[one.name], one.default, meaning)
-        for one in fields(found)
-        if (meaning := meanings[one.name]) is not None
+        Option(one.name, types[one.name], one.default, note)
+        for one, noted in notes.items()
+        for note in noted
+        if isinstance(note, str)
     )
-
-
-def parsed_options(name: str, found: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given options of the method `name` with their types.
-
-    Raises:
-        SpecError: the method has no such option, or the value is not of its type.
-    """
-    known = {one.name: one for one in options_of(found)}
-    if unknown := [key for key in given if key not in known]:
-        lines = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in known.values()]
-        listed = "\n".join(["Its options, with their defaults:", *lines]) if lines else "It has none."
-        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
-    return {key: known[key].parsed(value) for key, value in given.items()}
-
-
-def _meaning(annotation: Any) -> str | None:
-    return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, str)), None)
 
 
 def _takes_none(annotation: Any) -> bool:
@@ -222,16 +217,14 @@ def _words(annotation: Any) -> list[str]:
     return [{int: "whole number", float: "number", bool: "yes or no", str: "text", NoneType: "none"}[annotation]]
 
 
-MethodClass = TypeVar("MethodClass", bound=type[Method])
-
 METHODS: Registry[type[Method]] = Registry("vestige.methods", "method", Method)
 
 
 def method(name: str) -> Callable[[MethodClass], MethodClass]:
-    """Make a class known as the method `name`.
+    """Register a class as the method `name`.
 
     Raises:
-        SpecError: another class has that name.
+        SpecError: Another class has that name.
     """
 
     def register(found: MethodClass) -> MethodClass:
@@ -246,10 +239,15 @@ def get_method(name: str, **options: Any) -> Method:
     """Return the method called `name`, made with its options.
 
     Raises:
-        SpecError: there is no such method, it has no such option, or the option's value is of another type.
+        SpecError: There is no such method, it has no such option, or the option's value is of another type.
     """
     found = METHODS.find(name)
-    return found(**parsed_options(name, found, options))
+    known = {one.name: one for one in options_of(found)}
+    if unknown := [key for key in options if key not in known]:
+        lines = ["Its options, with their defaults:", *(one.line for one in known.values())]
+        listed = "\n".join(lines) if known else "It has none."
+        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
+    return found(**{key: known[key].parse(value) for key, value in options.items()})
 
 
 def method_table() -> "Table":
@@ -257,9 +255,9 @@ def method_table() -> "Table":
     from rich.table import Table
 
     table = Table("method", "estimates", "costs")
-    for name in METHODS.names():
-        meaning = get_method(name).meaning
-        table.add_row(name, meaning.estimates, meaning.cost)
+    for found in METHODS:
+        meaning = found().meaning
+        table.add_row(found.name, meaning.estimates, meaning.cost)
     return table
 
 
@@ -267,10 +265,13 @@ def describe_method(name: str) -> str:
     """Return what a method computes, what its scores mean, what it costs, when not to believe it, and its options.
 
     Raises:
-        SpecError: there is no such method.
+        SpecError: There is no such method.
     """
     found = METHODS.find(name)
-    lines = lines_of_facts(get_method(name).meaning.to_dict())
-    options = [f"  {one.name}={one.shown_default}  ({one.values}) {one.meaning}" for one in options_of(found)]
-    taken = ["Options, with their defaults (--option name=value):", *options] if options else ["No options of its own."]
-    return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *lines, "", *taken])
+    options = [one.line for one in options_of(found)] or ["No options of its own."]
+    if found.command != Method.command:
+        options = [f"It has a command of its own: vestige {found.command} --help"]
+    elif options_of(found):
+        options.insert(0, "Options, with their defaults (--option name=value):")
+    facts = lines_of_facts(found().meaning.to_dict())
+    return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *facts, "", *options])

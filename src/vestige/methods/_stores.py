@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from itertools import chain
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -33,118 +33,94 @@ from vestige.gradients import (
     matrices_of,
 )
 from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
-from vestige.lockstep import dealt, decided
+from vestige.lockstep import dealt
 from vestige.methods._protocol import Job
 from vestige.models import LoadedModel, batch_sharing
-from vestige.progress import announce, format_bytes, progress
+from vestige.progress import announce, progress
 from vestige.timing import timed
 
+GRADIENT_NUMBERS = 2**26
+"""Most numbers of whole training gradients alive at once."""
+PARTS_NUMBERS = 2**26
+"""Most numbers alive at once while gradients of the whole model are computed component by component."""
+SUM_TOLERANCE = 0.01
+"""Difference between a score and the sum over its components, relative to the largest score, that is announced."""
+
 Vectors = list[Float[Tensor, "query n"]]
+"""A matrix for each component."""
+ScoredRows = tuple[Tensor, Tensor, Tensor | None]
+"""(rows, scores [query, row], norms [row] or None)."""
 
 
 class Products(NamedTuple):
     """Inner products of some rows with the query vectors."""
 
-    rows: Int[Tensor, "row"]
     scores: Float[Tensor, "component query row"]
     norms: Float[Tensor, "row"] | None
     """Length of each row's gradient, where it was requested."""
 
 
-class GradientStore(Protocol):
-    """Per-example gradients of the training data."""
-
-    def of_queries(self, data: TokenizedData) -> Vectors:
-        """Return gradients of the queries."""
-        ...
+class GradientStore(ABC):
+    """Per-example gradients of the training data, which fall into pieces of work."""
 
     device: torch.device
     """Where the vectors are multiplied with the gradients."""
 
     @property
+    @abstractmethod
     def identity(self) -> str:
-        """Says which gradients these are: of the same identity they are the same numbers."""
-        ...
+        """What these gradients are: of the same identity they are the same numbers."""
 
     @property
+    @abstractmethod
     def pieces(self) -> int:
-        """Pieces of work that the training examples fall into; follows from the data alone."""
-        ...
+        """The number of pieces of work that the training examples fall into; follows from the data alone."""
 
+    @abstractmethod
     def piece_rows(self, piece: int) -> int:
         """Return the number of training examples in a piece."""
-        ...
 
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield (rows, summed scores [query, row], norms [row]) of the training examples of a piece, each once."""
-        ...
+    @abstractmethod
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return gradients of the queries."""
 
+    @abstractmethod
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
+        """Yield (rows, scores [query, row], norms [row] if requested) of the examples of a piece, each once."""
+
+    @abstractmethod
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
-        ...
 
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield `piece_scores` of all training examples."""
-        ...
+    @abstractmethod
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield (rows, their gradients as for queries) of a piece, a few examples at a time."""
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `piece_squared_norms` of all training examples."""
-        ...
-
+    @abstractmethod
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute the scores of a few rows, split over components."""
-        ...
 
+    @abstractmethod
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Return the matrices whose inner product with an example's gradient is that query's score."""
-        ...
 
-
-class InPieces(ABC):
-    """What follows from the pieces: the whole, with progress shown."""
-
-    @property
-    @abstractmethod
-    def pieces(self) -> int: ...
-
-    @abstractmethod
-    def piece_rows(self, piece: int) -> int: ...
-
-    @abstractmethod
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: ...
-
-    @abstractmethod
-    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield (rows, summed scores [query, row], norms [row]) of all training examples, each once."""
-        with progress(sum(map(self.piece_rows, range(self.pieces))), "Scoring") as bar:
-            for piece in range(self.pieces):
-                for block in self.piece_scores(piece, vectors, norms=norms):
-                    yield block
-                    bar.advance(len(block[0]))
+    def join(self, stores: "Sequence[GradientStore]", lines: int) -> "GradientStore":  # noqa: ARG002
+        """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
+        return self
 
     def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows, squared gradient norms [row]) of all training examples."""
+        """Yield `piece_squared_norms` of all training examples, with progress shown."""
         with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
-            for piece in range(self.pieces):
-                for block in self.piece_squared_norms(piece):
-                    yield block
-                    bar.advance(len(block[0]))
+            for block in chain.from_iterable(map(self.piece_squared_norms, range(self.pieces))):
+                yield block
+                bar.advance(len(block[0]))
 
 
-EXACT_SHARE = 0.4
-"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
-PIECE_TOKENS = (2**16, 2**20)
-"""Tokens in one piece of work without an index: a 64th of the data, within these bounds."""
-
-
-class ExactGradients(InPieces):
+class ExactGradients(GradientStore):
     """Whole gradients, formed while the model runs over the training data once; nothing is stored."""
+
+    piece_tokens: ClassVar[tuple[int, int]] = (2**16, 2**20)
+    """Tokens in one piece of work: a 64th of the data, within these bounds."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -159,7 +135,7 @@ class ExactGradients(InPieces):
     def _groups(self) -> list[list[np.ndarray]]:
         """Consecutive batches of the training data, group by group."""
         lengths = self._job.train.lengths
-        fewest, most = PIECE_TOKENS
+        fewest, most = self.piece_tokens
         wanted = min(max(int(lengths.sum()) // 64, fewest), most)
         groups: list[list[np.ndarray]] = [[]]
         size = 0
@@ -173,7 +149,7 @@ class ExactGradients(InPieces):
 
     @property
     def pieces(self) -> int:
-        """Groups of batches."""
+        """The number of groups of batches."""
         return len(self._groups)
 
     @property
@@ -188,9 +164,13 @@ class ExactGradients(InPieces):
         """Return the number of examples in the piece's batches."""
         return sum(map(len, self._groups[piece]))
 
-    def rows_of(self, piece: int) -> Int[np.ndarray, "row"]:
-        """Return the rows of the piece's examples."""
-        return np.concatenate(self._groups[piece])
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield whole gradients, each formed alone."""
+        step = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in self._job.components), 1))
+        of_piece = np.concatenate(self._groups[piece])
+        for start in range(0, len(of_piece), step):
+            rows = of_piece[start : start + step]
+            yield torch.from_numpy(rows), self.of_queries(self._job.train.subset(rows))
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return whole gradients of the queries: `queries * parameters` numbers."""
@@ -205,65 +185,30 @@ class ExactGradients(InPieces):
                     stored[row] = gradient.flatten()
         return gradients
 
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
         """Yield the scores of the piece's batches from one forward and backward pass."""
-        for part in self._streamed(vectors, self._groups[piece], norms):
-            yield part.rows, part.scores.sum(0), part.norms
+        for rows, (scores, lengths) in self._stream(vectors, self._groups[piece], norms):
+            yield torch.as_tensor(rows), scores.sum(0), lengths
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute the products of just these rows in a pass over them."""
         wanted = np.asarray(rows)
-        planned = plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing)
-        batches = [wanted[batch] for batch in planned]
-        parts = list(self._streamed(vectors, batches, norms))
-        order = torch.argsort(torch.cat([part.rows for part in parts]))
-        place = torch.argsort(torch.argsort(torch.as_tensor(np.asarray(rows)), stable=True), stable=True)
-        lengths = torch.cat([part.norms for part in parts if part.norms is not None]) if norms else None
-        return Products(
-            torch.as_tensor(np.asarray(rows)),
-            torch.cat([part.scores for part in parts], dim=2)[:, :, order][:, :, place],
-            None if lengths is None else lengths[order][place],
-        )
+        planned = list(plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing))
+        parts = [part for _, part in self._stream(vectors, [wanted[batch] for batch in planned], norms)]
+        order = torch.from_numpy(np.concatenate(planned)).argsort()
+        lengths = torch.cat([part.norms for part in parts if part.norms is not None])[order] if norms else None
+        return Products(torch.cat([part.scores for part in parts], dim=2)[:, :, order], lengths)
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield exact squared norms by ghost products, no gradient kept."""
-        data, sink = self._job.train, NormSink(self._job.components)
-        with GradientPass(self._loaded.model, self._job.components, self._objective) as gradient_pass:
-
-            def squared(batch: np.ndarray) -> Tensor:
-                sink.begin(len(batch))
-                losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
-                found = sink.finish().sum(0).cpu()
-                self._require_finite(batch, losses, found)
-                return found
-
-            for batch, found in dealt(self._groups[piece], squared):
-                yield torch.as_tensor(batch), found
+        for rows, losses, squared in self._squared(piece):
+            self._require_finite(rows, losses, squared)
+            yield torch.as_tensor(rows), squared
 
     def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows, finite) of a piece, batch by batch.
-
-        `finite` is true where the loss and, with components, the gradient of the row is finite.
-        """
-        data, sink = self._job.train, NormSink(self._job.components)
-        placed = (
-            GradientPass(self._loaded.model, self._job.components, self._objective) if self._job.components else None
-        )
-
-        def finite(rows: np.ndarray) -> Tensor:
-            batch = make_batch(data, rows).to(self.device)
-            if placed is None:
-                with torch.no_grad():
-                    return torch.isfinite(self._objective.losses(self._loaded.model, batch)).cpu()
-            sink.begin(len(rows))
-            losses = placed.run(batch, sink)
-            return torch.isfinite(losses).cpu() & torch.isfinite(sink.finish().sum(0)).cpu()
-
-        with placed or nullcontext():
-            for batch, found in dealt(self._groups[piece], finite):
-                yield torch.as_tensor(batch), found
+        """Yield (rows, whether the loss and, with components, the gradient of the row is finite) of a piece."""
+        for rows, losses, squared in self._squared(piece):
+            yield torch.as_tensor(rows), torch.isfinite(losses) & torch.isfinite(squared)
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Return the query's own matrices, of rank `query_rank` where it is set."""
@@ -284,28 +229,49 @@ class ExactGradients(InPieces):
             self._shortened = (vectors, [one.gradients for one in found])
         return self._shortened[1]
 
-    def _streamed(self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool) -> Iterator[Products]:
-        """Yield the products of the rows of some batches."""
+    def _stream(
+        self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool
+    ) -> Iterator[tuple[np.ndarray, Products]]:
+        """Yield (rows, their products) of some batches."""
         data, components = self._job.train, self._job.components
         dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
         sink = BothSinks(dot, norm) if norms else dot
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
 
-            def scored(batch: np.ndarray) -> tuple[Tensor, Tensor | None]:
+            def multiply(batch: np.ndarray) -> Products:
                 dot.begin(len(batch))
                 norm.begin(len(batch))
                 losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
                 scores, lengths = dot.scores.cpu(), norm.finish().sum(0).sqrt().cpu() if norms else None
                 self._require_finite(batch, losses, scores.sum((0, 1)))
-                return scores, lengths
+                return Products(scores, lengths)
 
-            for batch, (scores, lengths) in dealt(batches, scored):
-                yield Products(torch.as_tensor(batch), scores, lengths)
+            yield from dealt(batches, multiply)
+
+    def _squared(self, piece: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Yield (rows, losses, squared gradient norms) of a piece; norms are 0 without components."""
+        model, components = self._loaded.model, self._job.components
+        sink = NormSink(components)
+        gradient_pass = GradientPass(model, components, self._objective) if components else None
+
+        def measure(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            batch = make_batch(self._job.train, rows).to(self.device)
+            if gradient_pass is None:
+                with torch.no_grad():
+                    losses = self._objective.losses(model, batch).cpu()
+                return losses, torch.zeros_like(losses)
+            sink.begin(len(rows))
+            losses = gradient_pass.run(batch, sink)
+            return losses.cpu(), sink.finish().sum(0).cpu()
+
+        with gradient_pass or nullcontext():
+            for rows, (losses, squared) in dealt(self._groups[piece], measure):
+                yield rows, losses, squared
 
     def _require_finite(
         self, rows: Int[np.ndarray, "row"], losses: Float[Tensor, "row"], products: Float[Tensor, "row"]
     ) -> None:
-        """Raise unless every example has a finite loss and gradient, but for those that are left out.
+        """Raise unless every example that is not left out has a finite loss and gradient.
 
         Raises:
             NonFinite: One has not; its id is named.
@@ -320,44 +286,25 @@ class ExactGradients(InPieces):
 
 
 def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
-    """Say how much of the queries is left."""
+    """Print how much of the queries is left."""
     squared = torch.stack([part.double().flatten(1).square().sum(1) for part in matrices])
     kept = (squared * torch.stack([one.kept.double() for one in found])).sum(0) / squared.sum(0).clamp(min=1e-300)
     announce(f"Rank {rank} keeps {float(kept.min()):.2%} of the squared length of the queries' vectors, or more.")
 
 
-def gradients_fit(job: Job) -> bool:
-    """Return whether the queries' whole gradients fit into memory; print so if they do not."""
-    assert job.selection is not None
-    size = 4 * len(job.queries) * job.selection.selected_parameters
-    available = psutil.virtual_memory().available
-    if decided(lambda: size <= EXACT_SHARE * available):
-        return True
-    announce(
-        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
-        "free memory: they are compressed instead."
-    )
-    return False
-
-
-PARTS_NUMBERS = 2**26
-"""Most numbers alive at once while gradients of the whole model are computed component by component."""
-SUM_TOLERANCE = 0.01
-"""Difference between a score and the sum over its components, relative to the largest score, that is worth a word."""
-INDEX_PIECE_BYTES = 2**31
-"""Stored gradients in one piece of work, at most, unless a shard alone is larger."""
-
-
-class IndexedGradients(InPieces):
+class IndexedGradients(GradientStore):
     """Compressed gradients read from an index; queries are compressed by the same maps.
 
     `measure` says what the length of a gradient is; not given: the Euclidean one. `Measures` are for `piece_scores`.
     """
 
+    piece_bytes: ClassVar[int] = 2**31
+    """Stored gradients in one piece of work, at most, unless a shard alone is larger."""
+
     def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
         self._job, self.index, self.measure = job, index, measure
         self.device = torch.device("cpu")
-        self._groups = index.shard_groups(INDEX_PIECE_BYTES)
+        self._groups = index.shard_groups(self.piece_bytes)
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
         self.columns = [span.columns for span in index.spans]
@@ -371,29 +318,8 @@ class IndexedGradients(InPieces):
 
     @property
     def pieces(self) -> int:
-        """Groups of shards."""
+        """The number of groups of shards."""
         return len(self._groups)
-
-    def of_queries(self, data: TokenizedData) -> Vectors:
-        """Return compressed gradients of the queries, in their order."""
-        return self.split(self._compressed(data, self.index.manifest.components))
-
-    def _compressed(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
-        """Compute gradients of the data by the model as it is, in its order, compressed into these columns."""
-        manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
-        compute = CompressedGradients(
-            loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
-        )
-        with compute:
-            sharing = batch_sharing(loaded.model)
-            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
-        gradients = torch.empty_like(content.gradients)
-        gradients[content.example] = content.gradients
-        return gradients
-
-    def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
-        """Return one matrix per component; a single one where the components were added up."""
-        return [gradients[:, part] for part in self.columns]
 
     def piece_rows(self, piece: int) -> int:
         """Return the number of rows in the piece's shards."""
@@ -403,9 +329,21 @@ class IndexedGradients(InPieces):
         """Yield the rows of a piece."""
         return self.index.blocks(shards=self._groups[piece])
 
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return compressed gradients of the queries, in their order."""
+        return self.split(self._compress(data, self.index.manifest.components))
+
+    def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:
+        """Return the index, with the measure of length of each of the stores for its lines."""
+        measures = [store.measure for store in cast(Sequence[IndexedGradients], stores)]
+        kept = tuple(measure for measure in measures if isinstance(measure, Measure))
+        return IndexedGradients(self._job, self.index, Measures(kept, lines)) if kept else self
+
+    def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
+        """Return one matrix per component; a single one where the components were added up."""
+        return [gradients[:, part] for part in self.columns]
+
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
         """Yield the scores of a piece: one matrix product per block of the index."""
         whole = torch.cat(vectors, dim=1)
         for block in self.piece_blocks(piece):
@@ -414,48 +352,32 @@ class IndexedGradients(InPieces):
                 lengths = block.norm if self.measure is None else self.measure(block.gradients)
             yield block.example, scores, lengths if norms else None
 
-    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """Compute inner products component by component.
-
-        Stored gradients of the whole model cannot be taken apart again: the components' are computed again, and differ
-        from what is stored by its rounding.
-        """
-        found = self._products(vectors, rows, self.index.gradients_of(rows), norms)
-        if not self._shared:
-            return found
-        scores = self._computed_parts(vectors[0], rows)
-        _announce_unlike(scores.sum(0), found.scores[0])
-        return found._replace(scores=scores)
-
-    def _computed_parts(
-        self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
-    ) -> Float[Tensor, "component query row"]:
-        """Compute `<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
-        parts, width = self.index.manifest.components, self.index.width
-        apart = [
-            part.model_copy(update={"start": number * width, "stop": (number + 1) * width})
-            for number, part in enumerate(parts)
-        ]
-        step = max(1, PARTS_NUMBERS // (width * len(parts)))
-        scores = [vectors.new_zeros(len(parts), len(vectors), 0)]
-        for start in range(0, len(rows), step):
-            data = self._job.train.subset(rows[start : start + step])
-            gradients = self._compressed(data, apart).unflatten(1, (len(parts), width))
-            scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
-        return torch.cat(scores, dim=2)
-
-    def _products(self, vectors: Vectors, rows: Sequence[int], gradients: Tensor, norms: bool) -> Products:
-        pairs = zip(vectors, self.columns, strict=True)
-        scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
-        lengths = gradients.norm(dim=1) if self.measure is None else self.measure(gradients)
-        return Products(torch.as_tensor(np.asarray(rows)), scores, lengths if norms else None)
-
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield squared norms of the stored rows."""
         for block in self.piece_blocks(piece):
             with timed("scoring"):
                 squared = block.gradients.square().sum(1)
             yield block.example, squared
+
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield the stored rows."""
+        for block in self.piece_blocks(piece):
+            yield block.example, self.split(block.gradients)
+
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute inner products component by component.
+
+        Stored gradients of the whole model cannot be taken apart again: the components' are computed again, and differ
+        from what is stored by its rounding.
+        """
+        gradients = self.index.gradients_of(rows)
+        pairs = zip(vectors, self.columns, strict=True)
+        scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
+        lengths = gradients.norm(dim=1) if self.measure is None else self.measure(gradients)
+        if self._shared:
+            stored, scores = scores[0], self._compute_parts(vectors[0], rows)
+            _announce_unlike(scores.sum(0), stored)
+        return Products(scores, lengths if norms else None)
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Bring compressed vectors back to matrices by the adjoint of their compressor."""
@@ -468,9 +390,39 @@ class IndexedGradients(InPieces):
             for number, part in enumerate(manifest.components)
         ]
 
+    def _compress(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
+        """Compute gradients of the data by the model as it is, in its order, compressed into these columns."""
+        manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
+        compute = CompressedGradients(
+            loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
+        )
+        with compute:
+            sharing = batch_sharing(loaded.model)
+            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
+        gradients = torch.empty_like(content.gradients)
+        gradients[content.example] = content.gradients
+        return gradients
+
+    def _compute_parts(
+        self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
+    ) -> Float[Tensor, "component query row"]:
+        """Compute `<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
+        parts, width = self.index.manifest.components, self.index.width
+        apart = [
+            part.model_copy(update={"start": number * width, "stop": (number + 1) * width})
+            for number, part in enumerate(parts)
+        ]
+        step = max(1, PARTS_NUMBERS // (width * len(parts)))
+        scores = [vectors.new_zeros(len(parts), len(vectors), 0)]
+        for start in range(0, len(rows), step):
+            data = self._job.train.subset(rows[start : start + step])
+            gradients = self._compress(data, apart).unflatten(1, (len(parts), width))
+            scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
+        return torch.cat(scores, dim=2)
+
 
 def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor, "query row"]) -> None:
-    """Say so where the components' scores do not add up to the scores."""
+    """Print how far the components' scores are from adding up to the scores, where that is far."""
     apart = float((computed - stored).abs().max()) if stored.numel() else 0.0
     largest = float(stored.abs().max()) if stored.numel() else 0.0
     if apart > SUM_TOLERANCE * largest:
@@ -478,3 +430,8 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
             f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
             "largest one: the index stores rounded numbers, or was made on another device."
         )
+
+
+def open_store(job: Job) -> GradientStore:
+    """Open the job's index, or the model itself when there is none."""
+    return IndexedGradients(job, job.index) if job.index is not None else ExactGradients(job)

@@ -1,4 +1,4 @@
-"""What the methods over several checkpoints share: one checkpoint after another, what each adds kept on disk.
+"""Sums over checkpoints: the base of such methods, and TracIn. What each checkpoint adds is kept on disk.
 
 One checkpoint's model is in memory beside the last one's, which the queries are put to. What a finished checkpoint
 adds is a file beside the run, so an interrupted run continues with the next one, and the sum is read back row by row.
@@ -23,15 +23,14 @@ from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
-from vestige.indexes import Index, Inputs, build_index
 from vestige.methods._checkpoints import Checkpoint
-from vestige.methods._gradient_method import HELPS, Prepared, prepare, unchanged
+from vestige.methods._gradient_method import HELPS, Prepared, prepare_queries
+from vestige.methods._job import build_temporary_index, gradients_fit
 from vestige.methods._protocol import ComponentBlock, Job, Method, method
-from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients, gradients_fit
+from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients
 from vestige.models import load_model, select_components
 from vestige.progress import announce
 from vestige.runs import Meaning, ScoreBlock
-from vestige.settings import IndexSettings
 
 Lines = Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "line row"]]]
 """(rows, what one checkpoint adds to them): all training examples, each once, in any order."""
@@ -80,7 +79,7 @@ class CheckpointMethod(Method):
         """Return the factor of each checkpoint's numbers in the sum over checkpoints."""
         return [each.weight for each in checkpoints]
 
-    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
         """Return scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""
         return parts
 
@@ -91,7 +90,7 @@ class CheckpointMethod(Method):
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all training examples."""
         for rows, sums in self._sums(job, "scores", self.lines(job)):
-            yield ScoreBlock(rows, self.combined(job, sums, sums))
+            yield ScoreBlock(rows, self.combine(job, sums, sums))
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Compute the scores of pairs, split over components.
@@ -107,20 +106,20 @@ class CheckpointMethod(Method):
             total = part if total is None else total + part
         assert total is not None
         _, sums = next(self._sums(job, "scores", self.lines(job), distinct.numpy()))
-        scores = self.combined(job, sums, total)
+        scores = self.combine(job, sums, total)
         return ComponentBlock([part.name for part in job.components], scores[:, queries, place].T)
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
         extra = self.lines(job) - len(job.queries)
         for rows, sums in self._sums(job, "self_scores", 1 + extra):
-            yield ScoreBlock(rows, self.combined(job, sums, sums))
+            yield ScoreBlock(rows, self.combine(job, sums, sums))
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
         """Yield weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
         weights = self.weights(job.checkpoints)
         counted = [number for number, weight in enumerate(weights) if weight > 0]
-        kept = [(weights[number], self._kept(job, number, what, lines)) for number in counted]
+        kept = [(weights[number], self._load(job, number, what, lines)) for number in counted]
         examples, step = len(job.train), max(1, SUM_NUMBERS // lines)
         wanted = (np.arange(start, min(start + step, examples)) for start in range(0, examples, step))
         for part in wanted if rows is None else [rows]:
@@ -128,7 +127,7 @@ class CheckpointMethod(Method):
             disk_arrays.let_go(*(numbers for _, numbers in kept))
             yield torch.from_numpy(part), torch.from_numpy(np.asarray(total))
 
-    def _kept(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
+    def _load(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
         """Return the numbers of one checkpoint, mapped; compute them unless they lie on disk."""
         path = partial_folder(job.settings.out) / f"{self._digest(job, number, what)}.npy"
         shape = (lines, len(job.train))
@@ -136,7 +135,7 @@ class CheckpointMethod(Method):
             checkpoint = job.checkpoints[number]
             announce(f"Checkpoint {number + 1} of {len(job.checkpoints)}: {checkpoint.name}")
             term = self._term(job, number)
-            _write(path, shape, partial(_without, job.skipped, getattr(term, what)), checkpoint)
+            _write(path, shape, partial(_zero_skipped, job.skipped, getattr(term, what)), checkpoint)
         return np.load(path, mmap_mode="r")
 
     def _term(self, job: Job, number: int) -> Term:
@@ -198,30 +197,16 @@ def _unlike(one: Checkpoint, other: Checkpoint) -> str:
     return f"The checkpoints {one.name} and {other.name} have different parameters, so their scores cannot be added up."
 
 
-def open_checkpoint_store(job: Job, number: str, *, stored: bool = False) -> GradientStore:
-    """Open the checkpoint's index; without one the model itself, or an index beside the run.
+def open_checkpoint_store(job: Job, *, stored: bool = False) -> GradientStore:
+    """Open the index of a checkpoint's job; without one the model itself, or an index beside the run.
 
-    Args:
-        job: Of the checkpoint.
-        number: What distinguishes the index from those of other checkpoints.
-        stored: The gradients are read more than once, so an index is made in any case.
+    With `stored` the gradients are read more than once, so an index is made in any case.
     """
     if job.index is None and not stored and gradients_fit(job):
         return ExactGradients(job)
-    index = job.index if job.index is not None else _made_index(job, number)
+    loaded = job.model_for(job.settings.method)
+    index = job.index or build_temporary_index(job, f"index-{loaded.fingerprint[:16]}", loaded.name)
     return IndexedGradients(replace(job, index=index), index)
-
-
-def _made_index(job: Job, number: str) -> Index:
-    """Build an index that lives until the run is written; continue an unfinished one."""
-    settings = job.settings
-    names = ("components", "loss", "token_budget", "seed", "skip_bad")
-    shared: dict[str, Any] = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)}
-    folder = partial_folder(settings.out) / f"index-{number}"
-    assert job.loaded is not None
-    assert job.selection is not None
-    made = IndexSettings(model=job.loaded.name, data=settings.data, out=folder, **shared)
-    return build_index(made, Inputs(job.loaded, job.train, job.selection))
 
 
 def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
@@ -237,7 +222,7 @@ def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
     return [str(checkpoint.source), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
 
 
-def _without(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
+def _zero_skipped(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
     """Yield the numbers with zeros for the examples that are left out."""
     for rows, scores in produce():
         kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
@@ -266,11 +251,6 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
         temporary.unlink(missing_ok=True)
 
 
-def prepared_parts(prepared: Prepared, rows: list[int]) -> Float[Tensor, "component query row"]:
-    """Compute the scores of rows as they are stored, split over components."""
-    return prepared.store.products(prepared.vectors, rows, norms=False).scores
-
-
 @method("tracin")
 @dataclass
 class TracIn(CheckpointMethod):
@@ -295,9 +275,7 @@ class TracIn(CheckpointMethod):
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "GradientTerm":  # noqa: ARG002
         """Return the inner products at this checkpoint."""
-        assert job.loaded is not None
-        store = open_checkpoint_store(job, job.loaded.fingerprint[:16])
-        return GradientTerm(prepare(job, store, unchanged))
+        return GradientTerm(prepare_queries(job, open_checkpoint_store(job)))
 
 
 @dataclass(frozen=True)
@@ -308,14 +286,12 @@ class GradientTerm:
 
     def scores(self) -> Lines:
         """Yield the scores from one pass over the training data, or one read of the index."""
-        for block in self.prepared.blocks():
-            yield block.rows, block.scores
+        return ((block.rows, block.scores) for block in self.prepared.blocks())
 
     def self_scores(self) -> Lines:
         """Yield squared norms."""
-        for rows, squared in self.prepared.store.squared_norms():
-            yield rows, squared[None]
+        return ((rows, squared[None]) for rows, squared in self.prepared.store.squared_norms())
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Compute inner products component by component."""
-        return prepared_parts(self.prepared, rows)
+        return self.prepared.components(rows)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ from torch import Tensor
 
 from vestige.compress import Compressor, adjoint_gradient, compress_gradient, parse_spec
 from vestige.curvature import absolute_damping
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import TokenizedData
 from vestige.errors import NonFinite
 from vestige.files import make_folder, write_durably
-from vestige.gradients import CausalLoss
 from vestige.indexes import Index, batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._tracin import CheckpointMethod, Lines, open_checkpoint_store
+from vestige.methods._job import compute_losses
 from vestige.methods._protocol import Job, method
-from vestige.methods._stores import IndexedGradients, Vectors
-from vestige.models import batch_sharing
+from vestige.methods._stores import IndexedGradients
+from vestige.methods._tracin import CheckpointMethod, Lines, open_checkpoint_store
 from vestige.progress import progress
 from vestige.runs import Meaning
 
@@ -77,15 +76,13 @@ class Trak(CheckpointMethod):
         """Return the damping, which is inside the mean."""
         return {"damping": job.settings.damping}
 
-    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
         """Multiply by the mean of 1 - p."""
         return parts[..., : len(sums) - 1, :] * sums[-1]
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "TrakTerm":  # noqa: ARG002
         """Return the kernel of this model, and its inverse times the queries' features."""
-        assert job.loaded is not None
-        store = open_checkpoint_store(job, job.loaded.fingerprint[:16], stored=True)
-        assert isinstance(store, IndexedGradients)
+        store = cast(IndexedGradients, open_checkpoint_store(job, stored=True))
         features = Features(store.index, job.train.target_counts)
         return TrakTerm.of(job, store, features, _kernel(store.index, features))
 
@@ -109,11 +106,11 @@ class Features:
         """Numbers per example."""
         return min(self.index.width, FEATURES)
 
-    def projected(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
+    def project(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
         """Project stored numbers."""
         return rows if self.projection is None else compress_gradient(self.projection, rows[:, :, None])
 
-    def unprojected(self, features: Float[Tensor, "row feature"]) -> Float[Tensor, "row column"]:
+    def unproject(self, features: Float[Tensor, "row feature"]) -> Float[Tensor, "row column"]:
         """Apply the transposed map."""
         return features if self.projection is None else adjoint_gradient(self.projection, features)[:, :, 0]
 
@@ -160,7 +157,7 @@ class TrakTerm:
         if int(failed):
             raise NonFinite(f"TRAK's kernel is singular at --damping {job.settings.damping}. Type a larger one.")
         term = cls(job, store, features, factor, torch.zeros(0, features.index.width))
-        return cls(job, store, features, factor, term._preconditioned(job.queries))
+        return cls(job, store, features, factor, term._precondition(job.queries))
 
     def scores(self) -> Lines:
         """Yield the scores from one read of the index."""
@@ -172,44 +169,36 @@ class TrakTerm:
     def self_scores(self) -> Lines:
         """Yield `phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
         for rows, gradients, factors, unsure in self.features.blocks():
-            features = (self.features.projected(gradients) * factors[:, None]).double()
+            features = (self.features.project(gradients) * factors[:, None]).double()
             whitened = torch.linalg.solve_triangular(self.factor, features.T, upper=False)
             yield rows, torch.stack([whitened.square().sum(0).float(), unsure])
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Return the numbers of the queries, component by component."""
         products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
-        return products * self._stored_factors(rows)
+        return products * self._read_factors(rows)
 
-    def _preconditioned(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
-        scale = self.features.per_token(queries.target_counts) / doubt(_mean_losses(self.job, queries))
-        features = self.features.projected(_joined(self.store.of_queries(queries))) * scale[:, None]
+    def _precondition(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
+        scale = self.features.per_token(queries.target_counts) / doubt(
+            torch.from_numpy(self._mean_losses(queries)).float()
+        )
+        features = self.features.project(torch.cat(self.store.of_queries(queries), dim=1).cpu()) * scale[:, None]
         solved = torch.cholesky_solve(features.double().T, self.factor).T.float()
-        return self.features.unprojected(solved)
+        return self.features.unproject(solved)
 
-    def _stored_factors(self, rows: list[int]) -> Float[Tensor, "row"]:
+    def _mean_losses(self, queries: TokenizedData) -> Float[Tensor, "query"]:
+        """Compute the mean loss of every query's target tokens, by the model as it is."""
+        loaded = self.job.model_for(self.job.settings.method)
+        losses = compute_losses(loaded.model, queries, "mean", batch_tokens(self.job.settings, loaded))
+        return torch.from_numpy(losses).float()
+
+    def _read_factors(self, rows: list[int]) -> Float[Tensor, "row"]:
         """Return the factors of a few rows, from their stored losses."""
         wanted = torch.as_tensor(rows)
         found = torch.zeros(len(self.job.train))
         for block_rows, _, factors, _ in self.features.blocks():
             found[block_rows] = factors
         return found[wanted]
-
-
-def _joined(vectors: Vectors) -> Float[Tensor, "query column"]:
-    return torch.cat(vectors, dim=1).cpu()
-
-
-def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
-    """Compute the mean loss of every example's target tokens, by the model as it is."""
-    loaded = job.model_for(job.settings.method)
-    device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
-    losses = torch.zeros(len(data))
-    with torch.no_grad():
-        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded), sharing=batch_sharing(loaded.model)):
-            batch = make_batch(data, rows).to(device)
-            losses[torch.as_tensor(rows)] = objective.losses(loaded.model, batch).float().cpu()
-    return losses
 
 
 def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"]:
@@ -221,7 +210,7 @@ def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"
     total = torch.zeros(features.size, features.size, dtype=torch.float64)
     with progress(index.rows, "Kernel") as bar:
         for rows, gradients, factors, _ in features.blocks():
-            scaled = features.projected(gradients) * factors[:, None]
+            scaled = features.project(gradients) * factors[:, None]
             # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
             total += (scaled.T @ scaled).double()
             bar.advance(len(rows))

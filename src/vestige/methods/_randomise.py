@@ -1,16 +1,12 @@
-"""Does the ranking depend on what the model learned? The same method on the same model without its knowledge.
-
-The sanity check of Adebayo et al. (2018) for saliency maps, as quanda applies it to attribution: scores that stay the
-same when all knowledge is gone were never about the knowledge.
-"""
+"""Does the ranking depend on what the model learned? The same method on the same model without its knowledge."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +17,7 @@ from torch import Tensor, nn
 from vestige.compress import parse_spec
 from vestige.errors import NonFinite
 from vestige.folders import partial_folder
-from vestige.gradients import Knowledge
+from vestige.gradients import Knowledge, measure_knowledge
 from vestige.indexes import (
     CompressedGradients,
     DataIdentity,
@@ -34,35 +30,39 @@ from vestige.indexes import (
 )
 from vestige.launch import run_plan
 from vestige.lockstep import decided
-from vestige.methods._protocol import Job, get_method
+from vestige.methods._protocol import Job, Method, get_method
+from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.models import everything_of, own_part, write_own_part
 from vestige.progress import quiet
-from vestige.runs import Check
+from vestige.runs import Check, RankedScore, sampled_rows
 from vestige.settings import LaunchSettings
 
 ROWS = 64
 """Training rows scored twice: the standard error of a rank correlation is then 1/8."""
 
-QUERIES = 4
-FEWEST_ROWS = 8
+QUERIES, FEWEST_ROWS = 4, 8
 
 CORRELATION_WARNS = 0.5
 """Above it, more than a quarter of the ranks' variance is explained without any learned weight. Some agreement is
 expected of any method: length and shared tokens shape gradients whatever the weights are."""
 
-NAME = "randomised-model correlation"
+CORRELATION_NAME = "randomised-model correlation"
 
 
-class ScoreSample(Protocol):
-    """Scores the rows and queries of the check with the method of the run, by the model as it is."""
-
-    def __call__(self, *, randomised: bool = False) -> Float[Tensor, "query row"]:
-        """Return the scores; `randomised` says that the weights were replaced by noise."""
-        ...
+def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
+    """Run the check on randomised weights, where the method runs a model, and the free checks."""
+    checks = run_free_checks(job, method, ranked, losses=losses)
+    if job.loaded is None or not method.needs_model:
+        return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
+    model, rows = job.loaded.model, np.setdiff1d(sampled_rows(len(job.train), ROWS), job.skipped)
+    score = partial(score_sample, job, rows, np.arange(min(len(job.queries), QUERIES)))
+    known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
+    correlation = check_randomised(model, score, len(rows), knowledge=known, seed=job.settings.seed)
+    return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
 
 
 @contextmanager
-def randomised(model: nn.Module, seed: int) -> Iterator[nn.Module]:
+def randomise(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     """Draw the model's weights at random while the context lasts; afterwards every bit is as it was.
 
     Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
@@ -91,30 +91,38 @@ def _noise_like(parameter: Tensor, key: str) -> Tensor:
     return torch.empty(parameter.shape).normal_(mean, max(deviation, 0.0), generator=generator)
 
 
-def randomised_correlation(
-    model: nn.Module, score: ScoreSample, rows: int, *, knowledge: Knowledge | None = None, seed: int = 0
+def check_randomised(
+    model: nn.Module,
+    score: Callable[..., Float[Tensor, "query row"]],
+    rows: int,
+    *,
+    knowledge: Knowledge | None = None,
+    seed: int = 0,
 ) -> Check:
-    """Return the mean Spearman correlation, over a few queries, of scores with those from randomised weights.
+    """Check the mean Spearman correlation, over a few queries, of scores with those from randomised weights.
+
+    The sanity check of Adebayo et al. (2018) for saliency maps, as quanda applies it to attribution: scores that stay
+    the same when all knowledge is gone were never about the knowledge.
 
     Args:
         model: Whose weights are replaced by noise for the second of two calls of `score`.
-        score: The method on a sample of the training rows, with everything that it measures on the model.
-        rows: How many rows these are.
+        score: The method on a sample of the training rows, with everything that it measures on the model; it is called
+            with `randomised=True` where the weights are noise.
+        rows: The number of these rows.
         knowledge: Of a model that has learned nothing the scores say nothing, however they change with its weights.
         seed: Of the noise.
     """
     if rows < FEWEST_ROWS:
-        return Check(
-            name=NAME, value=None, reading="There are too few training examples to correlate.", verdict="unknown"
-        )
+        return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
     learned = score()
     try:
-        with randomised(model, seed):
+        with randomise(model, seed):
             random = score(randomised=True)
     except NonFinite:
         # Noise may overflow where learned weights do not: that says nothing about the scores.
         random = torch.full_like(learned, torch.nan)
-    check = correlation_check(learned.double().cpu().numpy(), random.double().cpu().numpy())
+    found = map(_spearman, learned.double().cpu().numpy(), random.double().cpu().numpy())
+    check = _judge_correlations([value for value in found if value is not None])
     if check.verdict == "warn" or knowledge is None or knowledge.learned:
         return check
     value = "" if check.value is None else f" (rank correlation {check.value:.2f})"
@@ -124,26 +132,15 @@ def randomised_correlation(
     return check.model_copy(update={"reading": reading, "verdict": "warn"})
 
 
-def correlation_check(learned: Float[np.ndarray, "query row"], random: Float[np.ndarray, "query row"]) -> Check:
-    """Return the verdict on two sets of scores of the same pairs."""
-    found = [_spearman(one, other) for one, other in zip(learned, random, strict=True)]
-    known = [value for value in found if value is not None]
+def _judge_correlations(known: Sequence[float]) -> Check:
     if not known:
         reading = "The scores are all equal, or not finite on the randomised model, so they cannot be correlated."
-        return Check(name=NAME, value=None, reading=reading, verdict="unknown")
+        return make_check(CORRELATION_NAME, None, reading)
     value = float(np.mean(known))
     reading = f"Scores from randomised weights agree with these at a rank correlation of {value:.2f}"
     if abs(value) > CORRELATION_WARNS:
-        return Check(
-            name=NAME, value=value, reading=f"{reading}: much of the ranking needs no learning.", verdict="warn"
-        )
-    return Check(name=NAME, value=value, reading=f"{reading}: the ranking depends on what was learned.", verdict="good")
-
-
-def without_weights() -> Check:
-    """Return the check of methods that read text alone."""
-    reading = "The method does not use the model's weights."
-    return Check(name=NAME, value=None, reading=reading, verdict="unknown")
+        return make_check(CORRELATION_NAME, value, f"{reading}: much of the ranking needs no learning.", "warn")
+    return make_check(CORRELATION_NAME, value, f"{reading}: the ranking depends on what was learned.", "good")
 
 
 def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
@@ -153,7 +150,7 @@ def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) ->
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
-def sampled_scores(
+def score_sample(
     job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"], *, randomised: bool = False
 ) -> Float[Tensor, "query row"]:
     """Return the scores of `rows` for `queries` by the job's method, as if these rows were all its training data.
@@ -179,19 +176,19 @@ def sampled_scores(
     )
     method = get_method(settings.method, **settings.options)
     scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    with quiet(), _temporary(folder):
+    with quiet(), _use_folder(folder):
         if job.index is not None and not method.needs_exact:
-            small = replace(small, index=_indexed(small, job.index, folder / "index"))
+            small = replace(small, index=_build_index(small, job.index, folder / "index"))
         if job.checkpoints:
             last = job.checkpoints[-1]
-            stored = None if last.index is None else _indexed(small, last.index, folder / "index")
+            stored = None if last.index is None else _build_index(small, last.index, folder / "index")
             small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
         for block in method.blocks(small):
             scores[:, block.rows] = block.scores.double().cpu()
     return scores
 
 
-def _indexed(job: Job, like: Index, folder: Path) -> Index:
+def _build_index(job: Job, like: Index, folder: Path) -> Index:
     """Return an index of the job's training data, compressed as `like` is."""
     data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
     draft = old.model_copy(
@@ -224,7 +221,7 @@ def _indexed(job: Job, like: Index, folder: Path) -> Index:
 
 
 @contextmanager
-def _temporary(folder: Path) -> Iterator[None]:
+def _use_folder(folder: Path) -> Iterator[None]:
     """Remove the folder before, where a killed run left it, and after."""
     decided(lambda: rmtree(folder, ignore_errors=True))
     try:

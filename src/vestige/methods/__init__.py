@@ -36,7 +36,7 @@ from vestige.methods._gradient_method import (
     unit_length as unit_length,
 )
 from vestige.methods._influence import Influence as Influence
-from vestige.methods._job import open_job as open_job
+from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
 from vestige.methods._less import Less as Less
 from vestige.methods._preconditioned import (
     Arnoldi as Arnoldi,
@@ -60,7 +60,7 @@ from vestige.methods._protocol import (
     options_of as options_of,
 )
 from vestige.methods._random import Random as Random
-from vestige.methods._randomise import check_randomised as check_randomised, randomise as randomise
+from vestige.methods._randomise import check_randomised as check_randomised
 from vestige.methods._stores import (
     ExactGradients as ExactGradients,
     GradientStore as GradientStore,
@@ -80,4 +80,36 @@ from vestige.methods._trust import (
     find_lexical_tops as find_lexical_tops,
     find_proponents as find_proponents,
     run_free_checks as run_free_checks,
+)
+from vestige.methods._untrac import (
+    CURVES_FILE as CURVES_FILE,
+    TextInfluence as TextInfluence,
+    UnTrac as UnTrac,
+    UnTracConfig as UnTracConfig,
+    check_unlearning as check_unlearning,
+    untrac as untrac,
+)
+from vestige.methods._untrac_ascent import (
+    AscentRecipe as AscentRecipe,
+    Overlap as Overlap,
+    Retained as Retained,
+    ascend as ascend,
+    find_overlaps as find_overlaps,
+    first_order_identity as first_order_identity,
+    training_sources as training_sources,
+)
+from vestige.methods._untrac_job import (
+    CURVATURE_SHARE as CURVATURE_SHARE,
+    RETAINED_STEPS as RETAINED_STEPS,
+    Unlearning as Unlearning,
+    UntracJob as UntracJob,
+    make_job as make_job,
+    run_ascents as run_ascents,
+    settle_rate as settle_rate,
+)
+from vestige.methods._weights import (
+    Weights as Weights,
+    borrow_weights as borrow_weights,
+    loss_weights as loss_weights,
+    randomise as randomise,
 )

@@ -1,6 +1,5 @@
 """Does the ranking depend on what the model learned? The same method on the same model without its knowledge."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from vestige.indexes import (
     Index,
     IndexPlan,
     PlanRecord,
+    batch_tokens,
     fingerprint_rows,
     plan_index,
     prepare_index,
@@ -32,7 +32,7 @@ from vestige.launch import run_plan
 from vestige.lockstep import decided
 from vestige.methods._protocol import Job, Method, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
-from vestige.models import everything_of, own_part, write_own_part
+from vestige.methods._weights import randomise
 from vestige.progress import quiet
 from vestige.runs import Check, RankedScore, sampled_rows
 from vestige.settings import LaunchSettings
@@ -59,36 +59,6 @@ def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: 
     known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
     correlation = check_randomised(model, score, len(rows), knowledge=known, seed=job.settings.seed)
     return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
-
-
-@contextmanager
-def randomise(model: nn.Module, seed: int) -> Iterator[nn.Module]:
-    """Draw the model's weights at random while the context lasts; afterwards every bit is as it was.
-
-    Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
-    constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
-    tied. Costs a copy of the weights on the CPU.
-    """
-    kept = [(parameter, own_part(parameter).to("cpu", copy=True)) for parameter in model.parameters()]
-    try:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.is_floating_point() and parameter.numel():
-                    write_own_part(parameter, _noise_like(parameter, f"{seed}:{name}"))
-        yield model
-    finally:
-        with torch.no_grad():
-            for parameter, values in kept:
-                own_part(parameter).copy_(values)
-
-
-def _noise_like(parameter: Tensor, key: str) -> Tensor:
-    values = everything_of(parameter).float()
-    mean, deviation = values.mean().item(), values.std(correction=0).item()
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    # Drawn on the CPU, so that every device sees the same model.
-    generator = torch.Generator().manual_seed(number)
-    return torch.empty(parameter.shape).normal_(mean, max(deviation, 0.0), generator=generator)
 
 
 def check_randomised(

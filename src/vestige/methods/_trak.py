@@ -179,9 +179,7 @@ class TrakTerm:
         return products * self._read_factors(rows)
 
     def _precondition(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
-        scale = self.features.per_token(queries.target_counts) / doubt(
-            torch.from_numpy(self._mean_losses(queries)).float()
-        )
+        scale = self.features.per_token(queries.target_counts) / doubt(self._mean_losses(queries))
         features = self.features.project(torch.cat(self.store.of_queries(queries), dim=1).cpu()) * scale[:, None]
         solved = torch.cholesky_solve(features.double().T, self.factor).T.float()
         return self.features.unproject(solved)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.reference import curvature as dense, unlearn as reference
-from tests.unlearn.conftest import a_job
-from vestige.unlearn import Scored, _ascent
+from tests.untrac.conftest import a_job
+from vestige.methods import AscentRecipe, Unlearning
 
 LAYER = "transformer.h.0.attn.c_proj"
 NAMES = [f"{LAYER}.weight", f"{LAYER}.bias"]
@@ -45,16 +45,16 @@ def test_one_small_newton_step_is_the_influence_function(tmp_path, monkeypatch, 
         torch.stack([slope(side.data, each.rows) for each in side.sets]) for side in (job.tests, job.train)
     )
     expected = (tests @ inverse @ sources.T).numpy()
-    plain, optimizer = (tests @ sources.T).numpy(), _ascent.climbing_optimizer
+    plain, optimizer = (tests @ sources.T).numpy(), AscentRecipe.make_optimizer
 
-    def newton(parameters, recipe):
+    def newton(recipe, parameters):
         chosen = list(parameters)
         if recipe.optimizer == "sgd":  # The self-test's own step.
-            return optimizer(chosen, recipe)
+            return optimizer(recipe, chosen)
         return NewtonStep([chosen[place] for place in places], recipe.learning_rate, inverse)
 
-    monkeypatch.setattr(_ascent, "climbing_optimizer", newton)
-    found = Scored(job).scores / ETA
+    monkeypatch.setattr(AscentRecipe, "make_optimizer", newton)
+    found = Unlearning(job).scores / ETA
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
     # Not the inner products of the gradients: the matrix matters here.
     assert np.corrcoef(found.ravel(), plain.ravel())[0, 1] < 0.99

@@ -4,18 +4,17 @@ import torch
 
 from tests.architectures import CAUSAL
 from tests.reference import unlearn as reference
-from tests.unlearn.conftest import loaded_model, query_data, training_data
+from tests.untrac.conftest import loaded_model, query_data, training_data
+from vestige.methods import AscentRecipe, ascend, borrow_weights, compute_losses, loss_weights
 from vestige.models import shuffled_batches
-from vestige.unlearn import AscentRecipe, Losses, ascend, backward, borrowed_weights
 
 ROWS = np.arange(7)
 
 
 def climb(loaded, recipe, rows=ROWS, **borrowed):
     data, queries = training_data(), query_data()
-    with borrowed_weights(loaded, **borrowed) as weights:
-        losses = Losses(weights.model, queries, recipe.reduction, recipe.token_budget)
-        return ascend(weights, data, rows, lambda: losses.of(np.arange(len(queries))), recipe)
+    with borrow_weights(loaded, **borrowed) as weights:
+        return ascend(weights, data, rows, lambda: compute_losses(weights.model, queries, "sum", 64), recipe)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -49,10 +48,9 @@ def test_a_batch_in_several_passes_is_the_same_step(architecture):
 
 def test_trap_set_losses_are_no_means_of_batch_means():
     loaded, data = loaded_model(), training_data()
-    with borrowed_weights(loaded) as weights:
-        losses = Losses(weights.model, data, "sum", 16)
-        found = losses.of(ROWS).sum() / losses.weights[ROWS].sum()
-        batch = backward(weights, data, ROWS, AscentRecipe(1e-3, 1, 7, token_budget=16))
+    with borrow_weights(loaded) as weights:
+        found = compute_losses(weights.model, data, "sum", 16, ROWS).sum() / loss_weights(data, "sum")[ROWS].sum()
+        batch = weights.backward(data, ROWS, "sum", 16)
     expected = reference.set_loss(loaded.model, data, ROWS).item()
     assert found == pytest.approx(expected, rel=1e-10)
     assert batch == pytest.approx(expected, rel=1e-10)
@@ -60,8 +58,8 @@ def test_trap_set_losses_are_no_means_of_batch_means():
 
 def test_trap_losses_of_examples_do_not_depend_on_what_they_are_batched_with():
     data = training_data()
-    with borrowed_weights(loaded_model()) as weights:
-        alone, together = (Losses(weights.model, data, "sum", budget).of(np.arange(12)) for budget in (1, 4096))
+    with borrow_weights(loaded_model()) as weights:
+        alone, together = (compute_losses(weights.model, data, "sum", budget) for budget in (1, 4096))
     assert np.allclose(alone, together, rtol=1e-12)
     assert len(set(np.round(alone, 9))) == 12
 

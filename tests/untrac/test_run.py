@@ -7,10 +7,10 @@ import pytest
 from tests.cli.conftest import contents, furnished, vestige, workshop  # noqa: F401
 from tests.workshop import write_rows
 from vestige.errors import IndexMismatch
+from vestige.methods import AscentRecipe, untrac
 from vestige.reports import report
 from vestige.runs import Scores
 from vestige.settings import LaunchSettings
-from vestige.unlearn import _plan, untrac
 
 GIVEN = {"model": "tiny-model", "data": "train.jsonl", "queries": "tests.jsonl"}
 
@@ -62,42 +62,38 @@ def test_scores_add_up_to_curves(here):
             assert scores.dense()[place, column] == pytest.approx(rise, rel=1e-4)
 
 
-def test_a_killed_run_continues_and_ends_with_the_same_numbers(here, monkeypatch):
-    whole = untrac(**GIVEN, out="whole", learning_rate=1e-3)
-    right, calls = _plan.ascend, []
+@pytest.fixture
+def kill_second_ascent(monkeypatch):
+    """The learning rate of every ascent that is begun; the second one ends with Ctrl-C."""
+    right, begun = AscentRecipe.make_optimizer, []
 
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return right(*arguments)
+    def make(recipe, parameters):
+        if recipe.optimizer != "sgd":  # The self-test's own step.
+            begun.append(recipe.learning_rate)
+            if len(begun) == 2:
+                raise KeyboardInterrupt
+        return right(recipe, parameters)
 
-    monkeypatch.setattr(_plan, "ascend", killed)
+    monkeypatch.setattr(AscentRecipe, "make_optimizer", make)
+    return begun
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(here, kill_second_ascent):
     with pytest.raises(KeyboardInterrupt):
         untrac(**GIVEN, out="cut", learning_rate=1e-3)
     assert not (here / "cut").exists()
     resumed = untrac(**GIVEN, out="cut", learning_rate=1e-3)
     # The first set was done before the kill, the second is tried twice.
-    assert len(calls) == 3
-    assert np.array_equal(resumed.dense(), whole.dense())
+    assert len(kill_second_ascent) == 3
+    assert np.array_equal(resumed.dense(), untrac(**GIVEN, out="whole", learning_rate=1e-3).dense())
     assert not list(here.glob(".cut*"))
 
 
-def test_changed_settings_do_not_reuse_old_ascents(here, monkeypatch):
-    seen = []
-    right = _plan.ascend
-
-    def failing(weights, data, rows, measure, recipe, retained):
-        seen.append(recipe.learning_rate)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return right(weights, data, rows, measure, recipe, retained)
-
-    monkeypatch.setattr(_plan, "ascend", failing)
+def test_changed_settings_do_not_reuse_old_ascents(here, kill_second_ascent):
     with pytest.raises(KeyboardInterrupt):
         untrac(**GIVEN, out="run", learning_rate=1e-3)
     untrac(**GIVEN, out="run", learning_rate=2e-3)
-    assert seen == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert kill_second_ascent == [1e-3, 1e-3, 2e-3, 2e-3]
 
 
 def test_a_run_that_is_there_is_kept(here):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from tests.methods.conftest import tokenized
-from tests.unlearn.conftest import a_job, query_data, training_data, with_sources
+from tests.untrac.conftest import a_job, query_data, training_data, with_sources
 from vestige.errors import DataError
-from vestige.unlearn import Scored, overlaps, training_sources
-from vestige.unlearn._checks import trust_checks
+from vestige.methods import Unlearning, check_unlearning, find_overlaps, training_sources
 
 
 def joined(one, two):
@@ -30,10 +29,10 @@ def with_a_copy():
 
 def test_a_duplicated_source_is_flagged_and_both_copies_score_the_same(tmp_path):
     """B-R4."""
-    scored = Scored(a_job(tmp_path, train=with_a_copy(), direction="untrac", batch_size=100, steps=3))
+    scored = Unlearning(a_job(tmp_path, train=with_a_copy(), direction="untrac", batch_size=100, steps=3))
     names = [each.name for each in scored.job.train.sets]
     assert np.allclose(scored.scores[:, names.index("copy")], scored.scores[:, names.index("s0")], rtol=1e-6)
-    check = next(each for each in trust_checks(scored) if each.name == "redundant sources")
+    check = next(each for each in check_unlearning(scored) if each.name == "redundant sources")
     assert check.verdict == "warn"
     assert check.value == 1
     assert "copy and s0 (100%)" in check.reading
@@ -41,14 +40,14 @@ def test_a_duplicated_source_is_flagged_and_both_copies_score_the_same(tmp_path)
 
 def test_different_sources_are_not_flagged():
     data = with_sources(tokenized(40, 1, "t"), [f"s{row % 2}" for row in range(40)])
-    assert overlaps(data, training_sources(data, 100)) == []
+    assert find_overlaps(data, training_sources(data, 100)) == []
 
 
 def test_a_source_within_a_larger_one_is_flagged():
     data = training_data(30, 1)
     part = with_sources(data.subset(range(8)), ["part"] * 8)
     both = joined(data, part)
-    found = overlaps(both, training_sources(both, 100))
+    found = find_overlaps(both, training_sources(both, 100))
     assert [(each.one, each.other) for each in found] == [("part", "s0")]
 
 
@@ -83,6 +82,6 @@ def test_a_test_set_without_targets_is_refused(tmp_path):
 def test_an_unrelated_source_scores_below_those_that_share_text(tmp_path):
     tests = query_data(4, 1)
     data = joined(with_sources(tests, ["related"] * 4), with_sources(tokenized(8, 9, "u"), ["unrelated"] * 8))
-    scored = Scored(a_job(tmp_path, train=data, tests=tests))
+    scored = Unlearning(a_job(tmp_path, train=data, tests=tests))
     names = [each.name for each in scored.job.train.sets]
     assert scored.scores[0, names.index("related")] > 2 * abs(scored.scores[0, names.index("unrelated")])

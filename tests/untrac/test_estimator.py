@@ -4,7 +4,7 @@ import pytest
 from tests.cli.conftest import furnished, workshop  # noqa: F401
 from tests.workshop import PAIRS
 from vestige.errors import SpecError
-from vestige.unlearn import UnTrac, UnTracConfig
+from vestige.methods import UnTrac, UnTracConfig
 
 TEXTS = [f"{prompt} {answer}" for prompt, answer, _ in PAIRS]
 

@@ -4,10 +4,9 @@ import torch
 
 from tests.architectures import CAUSAL
 from tests.reference import unlearn as reference
-from tests.unlearn.conftest import a_job
+from tests.untrac.conftest import a_job
 from vestige.errors import ModelError
-from vestige.unlearn import Scored, _ascent, borrowed_weights
-from vestige.unlearn._self_test import first_order_identity
+from vestige.methods import AscentRecipe, Unlearning, Weights, borrow_weights, first_order_identity
 
 ETA = 1e-6
 
@@ -22,7 +21,7 @@ def one_step(tmp_path, direction):
         batch_size=100,
         stop="last",
     )
-    return job, Scored(job).scores / ETA
+    return job, Unlearning(job).scores / ETA
 
 
 def test_one_small_full_batch_step_is_graddot_and_the_two_directions_agree(tmp_path):
@@ -45,14 +44,14 @@ def test_the_score_of_a_helpful_source_is_positive(tmp_path):
     """Unlearning the very text of the test set raises its loss."""
     job = a_job(tmp_path)
     same = a_job(tmp_path / "same", train=job.train.data, tests=job.train.data, direction="untrac", learning_rate=1e-4)
-    scores = Scored(same).scores
+    scores = Unlearning(same).scores
     assert bool((np.diag(scores) > 0).all())
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_the_identity_holds_for_every_model(tmp_path, architecture):
     job = a_job(tmp_path, architecture=architecture, dtype=torch.float32)
-    with borrowed_weights(job.loaded) as weights:
+    with borrow_weights(job.loaded) as weights:
         found = self_tested(weights, job)
     assert found.error < 0.02, found
 
@@ -64,36 +63,36 @@ def self_tested(weights, job):
 
 def test_trap_tnlp_negated_loss_with_added_gradient_is_flagged(tmp_path, monkeypatch):
     """The reproduction back-propagates the negated loss and adds its gradient: that is descent."""
-    right = _ascent.backward
+    right = Weights.backward
 
-    def literal(weights, data, rows, recipe):
-        loss = right(weights, data, rows, recipe)
+    def literal(weights, *given):
+        loss = right(weights, *given)
         for parameter in weights.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.neg_()
         return loss
 
-    monkeypatch.setattr(_ascent, "backward", literal)
+    monkeypatch.setattr(Weights, "backward", literal)
     job = a_job(tmp_path)
-    with borrowed_weights(job.loaded) as weights, pytest.raises(ModelError, match="down, not up"):
+    with borrow_weights(job.loaded) as weights, pytest.raises(ModelError, match="down, not up"):
         self_tested(weights, job)
     with pytest.raises(ModelError, match="turn the sign of every score"):
-        Scored(job)
+        Unlearning(job)
 
 
 def test_trap_tnlp_a_descending_optimizer_is_flagged(tmp_path, monkeypatch):
-    def descending(parameters, recipe):
+    def descending(recipe, parameters):
         return torch.optim.SGD(list(parameters), lr=recipe.learning_rate)
 
-    monkeypatch.setattr(_ascent, "climbing_optimizer", descending)
+    monkeypatch.setattr(AscentRecipe, "make_optimizer", descending)
     with pytest.raises(ModelError, match="down, not up"):
-        Scored(a_job(tmp_path))
+        Unlearning(a_job(tmp_path))
 
 
 def test_weights_that_round_small_steps_away_are_flagged(tmp_path, monkeypatch):
-    def stuck(parameters, recipe):
+    def stuck(recipe, parameters):
         return torch.optim.SGD(list(parameters), lr=0.0)
 
-    monkeypatch.setattr(_ascent, "climbing_optimizer", stuck)
+    monkeypatch.setattr(AscentRecipe, "make_optimizer", stuck)
     with pytest.raises(ModelError, match="--precision float32"):
-        Scored(a_job(tmp_path))
+        Unlearning(a_job(tmp_path))

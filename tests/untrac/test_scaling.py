@@ -5,7 +5,7 @@ import pytest
 from tests.cli.conftest import furnished, workshop  # noqa: F401
 from tests.workshop import write_rows
 from vestige.errors import PieceFailed, SpecError
-from vestige.unlearn import scaling_experiment
+from vestige.methods import scaling_experiment
 
 
 @pytest.mark.slow

@@ -2,11 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unlearn.conftest import a_job, loaded_model
+from tests.untrac.conftest import a_job, loaded_model
 from vestige.errors import ModelError, VestigeError
+from vestige.methods import borrow_weights, run_ascents
 from vestige.models import model_fingerprint
-from vestige.unlearn import borrowed_weights
-from vestige.unlearn._plan import AscentPlan
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -16,7 +15,7 @@ def test_weights_are_bit_identical_after_an_error_or_ctrl_c(architecture, dtype,
     loaded = loaded_model(architecture, dtype)
 
     def interrupted():
-        with borrowed_weights(loaded) as weights, torch.no_grad():
+        with borrow_weights(loaded) as weights, torch.no_grad():
             for parameter in weights.parameters.values():
                 parameter.mul_(1.3).add_(0.1)
             raise error
@@ -31,25 +30,25 @@ def test_weights_are_bit_identical_after_an_error_or_ctrl_c(architecture, dtype,
 @pytest.mark.parametrize("given", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True}, {"direction": "untrac"}])
 def test_weights_are_bit_identical_after_a_run(tmp_path, given):
     job = a_job(tmp_path, dtype=torch.float32, **given)
-    AscentPlan("Unlearning", job, job.recipe(1e-2)).run()
+    run_ascents("Unlearning", job, job.recipe(1e-2))
     assert model_fingerprint(job.loaded.model) == job.loaded.fingerprint
 
 
 def test_weights_that_do_not_come_back_are_an_error():
     loaded = loaded_model()
-    with pytest.raises(VestigeError, match="not bit for bit"), borrowed_weights(loaded) as weights:
-        vars(weights)["_start"] = {name: value + 1 for name, value in vars(weights)["_start"].items()}
+    with pytest.raises(VestigeError, match="not bit for bit"), borrow_weights(loaded) as weights:
+        weights.start = {name: value + 1 for name, value in weights.start.items()}
 
 
 def test_the_mirror_is_as_far_on_the_other_side():
     loaded = loaded_model()
-    with borrowed_weights(loaded) as weights:
+    with borrow_weights(loaded) as weights:
         parameter = next(iter(weights.parameters.values()))
         start = parameter.detach().clone()
         with torch.no_grad():
             parameter.add_(0.25)
         there = parameter.detach().clone()
-        with weights.mirrored():
+        with weights.at(weights.mirror()):
             assert torch.allclose(parameter, start - 0.25)
         assert torch.equal(parameter, there)
 
@@ -77,7 +76,7 @@ def quantised_model():
 
 
 def test_trap_nf4_a_quantised_base_is_refused_because_only_the_rest_would_move():
-    with pytest.raises(ModelError, match="--lora-rank"), borrowed_weights(quantised_model()):
+    with pytest.raises(ModelError, match="--lora-rank"), borrow_weights(quantised_model()):
         pass
 
 
@@ -85,7 +84,7 @@ def test_lora_moves_beside_a_quantised_base_and_is_gone_afterwards():
     loaded = quantised_model()
     before = model_fingerprint(loaded.model)
     names = {name for name, _ in loaded.model.named_modules()}
-    with borrowed_weights(loaded, lora_rank=2) as weights:
+    with borrow_weights(loaded, lora_rank=2) as weights:
         assert all(".lora_" in name for name in weights.parameters)
         assert weights.count < 5000
     assert model_fingerprint(loaded.model) == before

@@ -1,85 +1,121 @@
-"""Weights that an ascent may move, and that are bit for bit what they were when it is over."""
+"""Weights that move while a block runs, and are bit for bit what they were when it is over."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, final
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import ModelError, VestigeError
-from vestige.models import LoadedModel, model_fingerprint
+from vestige.gradients import Reduction, token_losses
+from vestige.launch import step_done
+from vestige.models import (
+    LoadedModel,
+    batch_sharing,
+    everything_of,
+    model_fingerprint,
+    own_part,
+    write_own_part,
+)
+
+Vector = dict[str, Tensor]
+"""A tensor for each weight, by name."""
+Rows = Int[np.ndarray, "row"]
 
 
-@final
+def loss_weights(data: TokenizedData, reduction: Reduction) -> Float[np.ndarray, "example"]:
+    """Return the weight of each example in the loss of a set: its target tokens for `sum`, else 1; 0 if it has none."""
+    counts = data.target_counts
+    return (counts if reduction == "sum" else counts > 0).astype(np.float64)
+
+
 class Weights:
     """The weights that may move, with a copy of where they were at the start."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self.model = model
         self.parameters = parameters
-        self._start = self.copied()
+        self.start = self.copy()
 
     @property
     def count(self) -> int:
         """The number of values that may move."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def copied(self) -> dict[str, Tensor]:
+    def copy(self) -> Vector:
         """Return a copy of every weight as it is now."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def restore(self) -> None:
         """Restore every weight bit for bit to where it was at the start."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self._start[name])
+        self._put(self.start)
 
     @contextmanager
-    def mirrored(self) -> Iterator[None]:
-        """Mirror the weights within the block to the other side of the start: 2 start - now."""
-        now = self.copied()
+    def at(self, values: Vector) -> Iterator[None]:
+        """Give the weights these values within the block, and afterwards those of before."""
+        now = self.copy()
         try:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(2 * self._start[name] - now[name])
+            self._put(values)
             yield
         finally:
             self._put(now)
 
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """Move the weights within the block to where they began."""
-        now = self.copied()
-        try:
-            self.restore()
-            yield
-        finally:
-            self._put(now)
+    def mirror(self) -> Vector:
+        """Return the values on the other side of the start: 2 start - now."""
+        return {name: 2 * self.start[name] - parameter.detach() for name, parameter in self.parameters.items()}
 
-    @contextmanager
-    def moved(self, direction: dict[str, Tensor], scale: float) -> Iterator[None]:
-        """Move the weights within the block by `scale` times the direction; put them back to the start after it."""
-        try:
-            with torch.no_grad():
-                for name, step in direction.items():
-                    self.parameters[name].add_(step, alpha=scale)
-            yield
-        finally:
-            self.restore()
+    def step(self, direction: Vector, scale: float) -> Vector:
+        """Return the values `scale` times the direction away."""
+        moved = {name: self.parameters[name].detach().add(step, alpha=scale) for name, step in direction.items()}
+        return self.copy() | moved
 
-    def _put(self, values: dict[str, Tensor]) -> None:
+    def take_gradients(self) -> Vector:
+        """Return a copy of the gradients, of the weights that have one."""
+        grads = {name: parameter.grad for name, parameter in self.parameters.items()}
+        return {name: grad.detach().clone() for name, grad in grads.items() if grad is not None}
+
+    def backward(self, data: TokenizedData, rows: Rows, reduction: Reduction, token_budget: int) -> float:
+        """Set `grad` of every weight to the gradient of the rows' loss, whatever it held before; return that loss.
+
+        The batch may be computed in several passes: its loss and gradient are sums over examples divided once.
+        """
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        device = next(iter(self.parameters.values())).device
+        total, whole = 0.0, loss_weights(data, reduction)[rows].sum()
+        for positions in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(self.model)):
+            part = rows[positions]
+            each = token_losses(self.model, make_batch(data, part).to(device)).sum(1)
+            if reduction == "mean":
+                each = each / torch.from_numpy(np.maximum(data.target_counts[part], 1)).to(each)
+            loss = each.sum() / whole
+            loss.backward()
+            total += loss.item()
+            step_done(len(part))
+        return total
+
+    def gradient(self, data: TokenizedData, rows: Rows, reduction: Reduction, token_budget: int) -> Vector:
+        """Return the gradient of the rows' loss, of the weights that have one."""
+        self.backward(data, rows, reduction, token_budget)
+        return self.take_gradients()
+
+    def _put(self, values: Vector) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
 
 
 @contextmanager
-def borrowed_weights(
+def borrow_weights(
     loaded: LoadedModel, *, lora_rank: int | None = None, seed: int = 0, checkpointing: bool = False
 ) -> Iterator[Weights]:
     """Let the model's weights move within the block; restore them after it, also after an error or Ctrl-C.
@@ -96,9 +132,9 @@ def borrowed_weights(
         stack.callback(_require_unchanged, model, model_fingerprint(model))
         stack.callback(_freeze, model)
         if lora_rank is not None:
-            model = stack.enter_context(_adapted(model, lora_rank, seed))
+            model = stack.enter_context(_add_lora(model, lora_rank, seed))
         if checkpointing:
-            stack.enter_context(_checkpointed(model))
+            stack.enter_context(_checkpoint_layers(model))
         model.eval()
         parameters = movable_parameters(model)
         weights = Weights(model, parameters)
@@ -144,7 +180,7 @@ def _require_unchanged(model: nn.Module, before: str) -> None:
 
 
 @contextmanager
-def _adapted(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
+def _add_lora(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
     """Yield the model with LoRA matrices that change nothing yet; remove them after the block."""
     from peft import LoraConfig, get_peft_model
 
@@ -173,7 +209,7 @@ def _adapted(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
+def _checkpoint_layers(model: nn.Module) -> Iterator[None]:
     """Let layers forget their activations and compute them again in the backward pass.
 
     The model's own switch works in training mode only, in which dropout acts.
@@ -187,9 +223,18 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no layers that transformers can checkpoint. Drop --gradient-checkpointing, "
             "and lower --token-budget if memory is short."
         )
+
+    def recompute(forward: Any) -> Any:
+        def run(*values: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*values, **named)
+            return checkpoint(forward, *values, use_reentrant=False, **named)
+
+        return run
+
     for layer in layers:
         # An attribute of the object hides the method of its class until it is deleted again.
-        layer.forward = _recomputing(layer.forward)  # type: ignore[method-assign]
+        layer.forward = recompute(layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -197,10 +242,31 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _recomputing(forward: Any) -> Any:
-    def run(*values: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*values, **named)
-        return checkpoint(forward, *values, use_reentrant=False, **named)
+@contextmanager
+def randomise(model: nn.Module, seed: int) -> Iterator[nn.Module]:
+    """Draw the model's weights at random while the context lasts; afterwards every bit is as it was.
 
-    return run
+    Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
+    constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
+    tied. Costs a copy of the weights on the CPU.
+    """
+    kept = [(parameter, own_part(parameter).to("cpu", copy=True)) for parameter in model.parameters()]
+    try:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.is_floating_point() and parameter.numel():
+                    write_own_part(parameter, _noise_like(parameter, f"{seed}:{name}"))
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                own_part(parameter).copy_(values)
+
+
+def _noise_like(parameter: Tensor, key: str) -> Tensor:
+    values = everything_of(parameter).float()
+    mean, deviation = values.mean().item(), values.std(correction=0).item()
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    # Drawn on the CPU, so that every device sees the same model.
+    generator = torch.Generator().manual_seed(number)
+    return torch.empty(parameter.shape).normal_(mean, max(deviation, 0.0), generator=generator)

@@ -6,9 +6,9 @@ import torch
 from tests.architectures import build
 from tests.methods.conftest import tokenized
 from vestige.data import TokenizedData
+from vestige.methods import UntracJob, make_job
 from vestige.models import LoadedModel, model_fingerprint
 from vestige.settings import UntracSettings
-from vestige.unlearn import UntracJob, make_job
 
 
 @pytest.fixture(autouse=True)

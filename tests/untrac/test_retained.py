@@ -4,12 +4,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.reference import unlearn as reference
-from tests.unlearn.conftest import a_job, query_data, training_data
+from tests.untrac.conftest import a_job, query_data, training_data
 from vestige.errors import NonFinite, SpecError
+from vestige.methods import (
+    RETAINED_STEPS,
+    AscentRecipe,
+    Retained,
+    Unlearning,
+    UntracJob,
+    Weights,
+    ascend,
+    borrow_weights,
+)
 from vestige.models import model_fingerprint
-from vestige.unlearn import AscentRecipe, Retained, Scored, _ascent, _rate, _retained, ascend, borrowed_weights
-from vestige.unlearn._job import RETAINED_STEPS
-from vestige.unlearn._weights import Weights
 
 PULL, STEPS, RATE = 0.02, 6, 1e-7
 
@@ -31,7 +38,7 @@ def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path, 
     data, tests = job.train.data, job.tests.sets[0]
     everything = np.arange(len(data))
     recipe = AscentRecipe(RATE, STEPS, len(tests.rows), "sgd", mirror=False, retain=len(data), accelerate=accelerate)
-    with borrowed_weights(job.loaded) as weights:
+    with borrow_weights(job.loaded) as weights:
         before = {name: each.detach().clone() for name, each in weights.parameters.items()}
         seen = []
 
@@ -59,8 +66,8 @@ def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path, 
 def test_the_pull_is_a_quarter_of_the_inverse_of_the_largest_curvature(tmp_path):
     job = a_job(tmp_path)
     recipe = AscentRecipe(RATE, STEPS, 4, "sgd", retain=len(job.train.data))
-    with borrowed_weights(job.loaded) as weights:
-        found = Retained.measured(weights, job.train.data, recipe)
+    with borrow_weights(job.loaded) as weights:
+        found = Retained.measure(weights, job.train.data, recipe)
         vector = [torch.randn_like(part) for part in weights.parameters.values()]
         for _ in range(40):
             length = sum(float(part.square().sum()) for part in vector) ** 0.5
@@ -74,11 +81,11 @@ def test_the_pull_is_a_quarter_of_the_inverse_of_the_largest_curvature(tmp_path)
 @pytest.mark.parametrize("direction", ["untrac", "inverse"])
 def test_a_retaining_run_leaves_the_weights_and_says_what_it_did(tmp_path, direction):
     job = a_job(tmp_path, direction=direction, learning_rate=1e-4, optimizer="sgd", retain=5, steps=4)
-    scored, again = Scored(job), Scored(job)
+    scored, again = Unlearning(job), Unlearning(job)
     assert max(each.error for each in scored.done.identities) < 0.02
     assert model_fingerprint(job.loaded.model) == job.loaded.fingerprint
     np.testing.assert_array_equal(scored.scores, again.scores)
-    other = Scored(a_job(tmp_path, direction=direction, learning_rate=1e-4, optimizer="sgd", steps=4))
+    other = Unlearning(a_job(tmp_path, direction=direction, learning_rate=1e-4, optimizer="sgd", steps=4))
     assert np.isfinite(scored.scores).all()
     assert not np.array_equal(scored.scores, other.scores)
 
@@ -106,9 +113,9 @@ def test_only_ascents_to_a_summit_are_accelerated(tmp_path, wrong, told):
 
 @pytest.mark.slow
 def test_an_accelerated_ascent_that_runs_away_says_what_to_leave_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(_rate, "curvature_share", lambda *_: float("inf"))
+    monkeypatch.setattr(UntracJob, "curvature_share", lambda *_: float("inf"))
     with pytest.raises(NonFinite, match="Leave --accelerate out"):
-        Scored(a_job(tmp_path, optimizer="sgd", accelerate=True, retain=5, steps=2, learning_rate=None))
+        Unlearning(a_job(tmp_path, optimizer="sgd", accelerate=True, retain=5, steps=2, learning_rate=None))
 
 
 class Quadratic(torch.nn.Module):
@@ -120,7 +127,7 @@ class Quadratic(torch.nn.Module):
 
 
 @pytest.fixture
-def quadratic(monkeypatch):
+def quadratic():
     """A climbed loss <slope, x>, a training loss of curvature H, and gradients of both in place of a model's."""
     random = np.random.default_rng(0)
     basis = torch.from_numpy(np.linalg.qr(random.standard_normal((30, 30)))[0])
@@ -128,22 +135,21 @@ def quadratic(monkeypatch):
     slope, bias = (torch.from_numpy(random.standard_normal(30)) for _ in range(2))
     climbed, train = query_data(), training_data()
 
-    def gradient(weights, data, rows, recipe):
-        x = weights.parameters["x"]
-        x.grad = slope.clone() if data is climbed else bias + curvature @ x.detach()
-        return 1.0
+    class QuadraticWeights(Weights):
+        def backward(self, data, rows, reduction, token_budget):
+            x = self.parameters["x"]
+            x.grad = slope.clone() if data is climbed else bias + curvature @ x.detach()
+            return 1.0
 
-    monkeypatch.setattr(_ascent, "backward", gradient)
-    monkeypatch.setattr(_retained, "backward", gradient)
-    return Weights(model := Quadratic(30), dict(model.named_parameters())), climbed, train, curvature, slope
+    return QuadraticWeights(model := Quadratic(30), dict(model.named_parameters())), climbed, train, curvature, slope
 
 
 def test_an_ascent_of_default_length_is_as_close_to_the_inverse_curvature_as_nesterov_proved(quadratic):
     """Without noise the error in the norm of H is at most 2 |H^-1 g| / (sqrt(pull) (n + 1)), whatever H."""
     weights, climbed, train, curvature, slope = quadratic
-    start = weights.copied()["x"]
+    start = weights.copy()["x"]
     recipe = AscentRecipe(1e-3, RETAINED_STEPS, 6, "sgd", mirror=False, retain=4, accelerate=True)
-    held, seen = Retained.measured(weights, train, recipe), []
+    held, seen = Retained.measure(weights, train, recipe), []
 
     def look():
         seen.append((weights.parameters["x"].detach() - start) * held.pull / recipe.learning_rate)

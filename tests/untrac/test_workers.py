@@ -5,7 +5,7 @@ import pytest
 
 from tests.cli.conftest import furnished, workshop  # noqa: F401
 from tests.workshop import write_rows
-from vestige.unlearn import untrac
+from vestige.methods import untrac
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 import json
 
 import pytest
-
 from tests.cli.conftest import furnished, workshop  # noqa: F401
 from tests.workshop import write_rows
+
 from vestige.errors import PieceFailed, SpecError
-from vestige.methods import scaling_experiment
+from vestige_recipes.common.scaling import scaling_experiment
 
 
 @pytest.mark.slow

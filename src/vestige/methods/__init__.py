@@ -50,9 +50,12 @@ from vestige.methods._preconditioned import (
 from vestige.methods._protocol import (
     METHODS as METHODS,
     ComponentBlock as ComponentBlock,
+    GradientStore as GradientStore,
     Job as Job,
     Method as Method,
     Option as Option,
+    Products as Products,
+    Vectors as Vectors,
     describe_method as describe_method,
     get_method as get_method,
     method as method,
@@ -63,7 +66,6 @@ from vestige.methods._random import Random as Random
 from vestige.methods._randomise import check_randomised as check_randomised
 from vestige.methods._stores import (
     ExactGradients as ExactGradients,
-    GradientStore as GradientStore,
     IndexedGradients as IndexedGradients,
     open_store as open_store,
 )

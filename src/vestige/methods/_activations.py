@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.indexes import batch_tokens
+from vestige.methods._job import read_batches
 from vestige.methods._protocol import ComponentBlock, Job, Method, method
-from vestige.models import Component, LoadedModel, acts_in_forward, batch_sharing
+from vestige.models import Component, acts_in_forward
 from vestige.runs import Meaning, ScoreBlock
 
 Pooling = Literal["mean", "sum", "last"]
@@ -49,14 +50,6 @@ def pooling_weights(
         later = predicting.flip(1).cumsum(1).flip(1)
         return predicting * (later == 1)
     return predicting
-
-
-def batches(job: Job, loaded: LoadedModel, data: TokenizedData, rows: Int[np.ndarray, "row"]) -> Iterator[Batch]:
-    """Yield the rows in batches of the token budget, on the model's device, longest first."""
-    device = next(loaded.model.parameters()).device
-    budget = batch_tokens(job.settings, loaded)
-    for places in plan_batches(data.lengths[rows], budget, sharing=batch_sharing(loaded.model)):
-        yield make_batch(data, rows[places]).to(device)
 
 
 def shortest_forward(model: nn.Module) -> nn.Module:
@@ -113,7 +106,7 @@ class RepSim(Method):
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row width"]]]:
         """Yield pooled states of length one (zero for an example without a target)."""
         loaded = job.model_for(self.name)
-        for batch in batches(job, loaded, data, rows):
+        for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
             with torch.no_grad():
                 states = _hidden_states(loaded.model, batch, self.layer)
                 vectors = pooled(states, batch.labels, self.pooling)
@@ -209,7 +202,7 @@ class ActivationDot(Method):
         loaded, taps = job.model_for(self.name), _taps(job)
         with tapped(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
-            for batch in batches(job, loaded, data, rows):
+            for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
                 outputs.begin(batch)
                 with torch.no_grad():
                     run(input_ids=batch.input_ids, use_cache=False)

@@ -12,12 +12,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from vestige.data import Batch, make_batch, plan_batches
+from vestige.data import Batch
 from vestige.gradients import token_losses
 from vestige.indexes import batch_tokens
 from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.methods._job import read_batches
 from vestige.methods._protocol import Job, Method
-from vestige.models import batch_sharing, parameter_view
+from vestige.models import parameter_view
 from vestige.progress import progress
 from vestige.runs import ComponentScores, TokenScores
 
@@ -56,7 +57,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
     loaded, data = job.model_for(job.settings.method), job.train
-    model, budget = loaded.model, batch_tokens(job.settings, loaded)
+    model = loaded.model
     device = next(model.parameters()).device
     tangents: dict[str, Tensor] = {}
     for component, matrix in zip(job.components, prepared.direction(query), strict=True):
@@ -64,11 +65,10 @@ def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) 
         tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
         parameter_view(model, component, tangent).copy_(matrix.to(device))
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
-    lengths = data.lengths[np.asarray(rows, dtype=np.int64)]
-    for positions in plan_batches(lengths, budget, sharing=batch_sharing(model)):
-        chosen = [rows[position] for position in positions]
-        derivatives = _derivatives(model, tangents, make_batch(data, chosen).to(device)).double().cpu().numpy()
-        for row, values in zip(chosen, derivatives, strict=True):
+    wanted = np.asarray(rows, dtype=np.int64)
+    for positions, batch in read_batches(model, data, batch_tokens(job.settings, loaded), wanted):
+        derivatives = _derivatives(model, tangents, batch).double().cpu().numpy()
+        for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
             yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
 

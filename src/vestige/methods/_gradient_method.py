@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vestige.methods._protocol import ComponentBlock, Job, Method
-from vestige.methods._stores import ExactGradients, GradientStore, Vectors, open_store
+from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, Vectors
+from vestige.methods._stores import ExactGradients, open_store
 from vestige.progress import progress
 from vestige.runs import ScoreBlock
 

@@ -11,8 +11,8 @@ from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
 from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
 from vestige.methods._preconditioned import curvature_work
-from vestige.methods._protocol import Job, method
-from vestige.methods._stores import IndexedGradients, Vectors
+from vestige.methods._protocol import Job, Vectors, method
+from vestige.methods._stores import IndexedGradients
 from vestige.runs import Meaning, ScoreBlock
 from vestige.timing import timed
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from vestige.data import (
+    Batch,
     Example,
     TokenizedData,
     ask,
@@ -261,6 +262,15 @@ def gradients_fit(job: Job) -> bool:
     return False
 
 
+def read_batches(
+    model: nn.Module, data: TokenizedData, token_budget: int, rows: Int[np.ndarray, "row"]
+) -> Iterator[tuple[Int[np.ndarray, "position"], Batch]]:
+    """Yield (positions in `rows`, the batch of these rows on the model's device), longest rows first."""
+    device = next(model.parameters()).device
+    for positions in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
+        yield positions, make_batch(data, rows[positions]).to(device)
+
+
 def compute_losses(
     model: nn.Module,
     data: TokenizedData,
@@ -274,10 +284,8 @@ def compute_losses(
     """
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), CausalLoss(reduction)
-    device = next(model.parameters()).device
     with torch.no_grad():
-        for positions in plan_batches(data.lengths[wanted], token_budget, sharing=batch_sharing(model)):
-            batch = make_batch(data, wanted[positions]).to(device)
+        for positions, batch in read_batches(model, data, token_budget, wanted):
             losses[positions] = objective.losses(model, batch).double().cpu().numpy()
             step_done(len(positions))
     return losses

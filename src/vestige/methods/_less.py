@@ -18,8 +18,8 @@ from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._gradient_method import HELPS, unit_length
 from vestige.methods._preconditioned import check_memory
-from vestige.methods._protocol import Job, method
-from vestige.methods._stores import ExactGradients, Vectors
+from vestige.methods._protocol import Job, Vectors, method
+from vestige.methods._stores import ExactGradients
 from vestige.methods._tracin import CheckpointMethod, Lines
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import progress

@@ -24,8 +24,8 @@ from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.lockstep import decided
 from vestige.methods._gradient_method import GradientMethod, Prepared
-from vestige.methods._protocol import Job, Method
-from vestige.methods._stores import ExactGradients, GradientStore, Vectors
+from vestige.methods._protocol import GradientStore, Job, Method, Vectors
+from vestige.methods._stores import ExactGradients
 from vestige.progress import progress
 from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary

@@ -36,8 +36,8 @@ from vestige.folders import partial_folder
 from vestige.indexes import batch_tokens
 from vestige.launch import worker_command
 from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
-from vestige.methods._protocol import Job, method
-from vestige.methods._stores import ExactGradients, Vectors
+from vestige.methods._protocol import Job, Vectors, method
+from vestige.methods._stores import ExactGradients
 from vestige.progress import announce, format_bytes
 from vestige.runs import Meaning
 
@@ -124,14 +124,17 @@ def leave_out_skipped(job: Job) -> TokenizedData:
     return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
 
 
-def curvature_folder(job: Job) -> Path | None:
-    """Return the folder of measured curvature: beside the index, else beside the run until that is written.
+def _fit_where(job: Job, method: str, labels: Labels) -> tuple[CurvatureData, str, Path | None, Work]:
+    """Return the data of Kronecker factors, the model's fingerprint, where they are kept, and where passes run.
 
-    None where the training data is a single piece of work without an index: then nothing is kept.
+    They are kept beside the index, else beside the run until that is written. Where the training data is a single piece
+    of work without an index, nothing is kept.
     """
     if job.index is not None:
-        return job.index.folder / "curvature"
-    return partial_folder(job.settings.out) / "curvature" if ExactGradients(job).pieces > 1 else None
+        folder = job.index.folder / "curvature"
+    else:
+        folder = partial_folder(job.settings.out) / "curvature" if ExactGradients(job).pieces > 1 else None
+    return curvature_data(job, method, labels), job.model_for(method).fingerprint, folder, curvature_work(job)
 
 
 def curvature_work(job: Job) -> Work:
@@ -167,9 +170,7 @@ class Ekfac(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
-        measured = curvature_data(job, self.name, self.labels)
-        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
-        return ekfac_of(measured, model, folder, work).precondition
+        return ekfac_of(*_fit_where(job, self.name, self.labels)).precondition
 
 
 @method("kfac")
@@ -200,9 +201,7 @@ class Kfac(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
-        measured = curvature_data(job, self.name, self.labels)
-        model, folder, work = job.model_for(self.name).fingerprint, curvature_folder(job), curvature_work(job)
-        factors = kfac_of(measured, model, folder, work)
+        factors = kfac_of(*_fit_where(job, self.name, self.labels))
         return factors.precondition_split if self.split == "factors" else factors.eigenbases().precondition
 
 

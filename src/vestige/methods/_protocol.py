@@ -1,9 +1,10 @@
 """What an attribution method is, its options, and the registry of methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import cleandoc
+from itertools import chain
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
@@ -18,6 +19,7 @@ from typing import (
     get_type_hints,
 )
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -25,6 +27,7 @@ from torch import Tensor
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.models import Component, LoadedModel, Selection
+from vestige.progress import progress
 from vestige.registry import Registry
 from vestige.runs import Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
@@ -146,6 +149,76 @@ class Method(ABC):
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
         raise NotImplementedError(f"{self.name} has no self-influence")
+
+
+Vectors = list[Float[Tensor, "query n"]]
+"""A matrix for each component."""
+ScoredRows = tuple[Tensor, Tensor, Tensor | None]
+"""(rows, scores [query, row], norms [row] or None)."""
+
+
+class Products(NamedTuple):
+    """Inner products of some rows with the query vectors."""
+
+    scores: Float[Tensor, "component query row"]
+    norms: Float[Tensor, "row"] | None
+    """Length of each row's gradient, where it was requested."""
+
+
+class GradientStore(ABC):
+    """Per-example gradients of the training data, which fall into pieces of work."""
+
+    device: torch.device
+    """Where the vectors are multiplied with the gradients."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What these gradients are: of the same identity they are the same numbers."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int:
+        """The number of pieces of work that the training examples fall into; follows from the data alone."""
+
+    @abstractmethod
+    def piece_rows(self, piece: int) -> int:
+        """Return the number of training examples in a piece."""
+
+    @abstractmethod
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return gradients of the queries."""
+
+    @abstractmethod
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
+        """Yield (rows, scores [query, row], norms [row] if requested) of the examples of a piece, each once."""
+
+    @abstractmethod
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
+
+    @abstractmethod
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield (rows, their gradients as for queries) of a piece, a few examples at a time."""
+
+    @abstractmethod
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute the scores of a few rows, split over components."""
+
+    @abstractmethod
+    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
+        """Return the matrices whose inner product with an example's gradient is that query's score."""
+
+    def join(self, stores: "Sequence[GradientStore]", lines: int) -> "GradientStore":  # noqa: ARG002
+        """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
+        return self
+
+    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `piece_squared_norms` of all training examples, with progress shown."""
+        with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
+            for block in chain.from_iterable(map(self.piece_squared_norms, range(self.pieces))):
+                yield block
+                bar.advance(len(block[0]))
 
 
 class Option(NamedTuple):

@@ -4,12 +4,10 @@ Both answer the same questions, so that a method does not know which one it work
 `[query, n]` per component: n compressed numbers for an index, all `out * in` entries without one.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from itertools import chain
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -34,9 +32,9 @@ from vestige.gradients import (
 )
 from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
 from vestige.lockstep import dealt
-from vestige.methods._protocol import Job
+from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
 from vestige.models import LoadedModel, batch_sharing
-from vestige.progress import announce, progress
+from vestige.progress import announce
 from vestige.timing import timed
 
 GRADIENT_NUMBERS = 2**26
@@ -45,75 +43,6 @@ PARTS_NUMBERS = 2**26
 """Most numbers alive at once while gradients of the whole model are computed component by component."""
 SUM_TOLERANCE = 0.01
 """Difference between a score and the sum over its components, relative to the largest score, that is announced."""
-
-Vectors = list[Float[Tensor, "query n"]]
-"""A matrix for each component."""
-ScoredRows = tuple[Tensor, Tensor, Tensor | None]
-"""(rows, scores [query, row], norms [row] or None)."""
-
-
-class Products(NamedTuple):
-    """Inner products of some rows with the query vectors."""
-
-    scores: Float[Tensor, "component query row"]
-    norms: Float[Tensor, "row"] | None
-    """Length of each row's gradient, where it was requested."""
-
-
-class GradientStore(ABC):
-    """Per-example gradients of the training data, which fall into pieces of work."""
-
-    device: torch.device
-    """Where the vectors are multiplied with the gradients."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """What these gradients are: of the same identity they are the same numbers."""
-
-    @property
-    @abstractmethod
-    def pieces(self) -> int:
-        """The number of pieces of work that the training examples fall into; follows from the data alone."""
-
-    @abstractmethod
-    def piece_rows(self, piece: int) -> int:
-        """Return the number of training examples in a piece."""
-
-    @abstractmethod
-    def of_queries(self, data: TokenizedData) -> Vectors:
-        """Return gradients of the queries."""
-
-    @abstractmethod
-    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
-        """Yield (rows, scores [query, row], norms [row] if requested) of the examples of a piece, each once."""
-
-    @abstractmethod
-    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
-
-    @abstractmethod
-    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
-        """Yield (rows, their gradients as for queries) of a piece, a few examples at a time."""
-
-    @abstractmethod
-    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """Compute the scores of a few rows, split over components."""
-
-    @abstractmethod
-    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """Return the matrices whose inner product with an example's gradient is that query's score."""
-
-    def join(self, stores: "Sequence[GradientStore]", lines: int) -> "GradientStore":  # noqa: ARG002
-        """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
-        return self
-
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `piece_squared_norms` of all training examples, with progress shown."""
-        with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
-            for block in chain.from_iterable(map(self.piece_squared_norms, range(self.pieces))):
-                yield block
-                bar.advance(len(block[0]))
 
 
 class ExactGradients(GradientStore):

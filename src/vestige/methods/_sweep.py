@@ -15,8 +15,7 @@ from vestige.curvature import DAMPING
 from vestige.errors import NonFinite
 from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._plan import summarise_sets
-from vestige.methods._protocol import Job, Method
-from vestige.methods._stores import GradientStore
+from vestige.methods._protocol import GradientStore, Job, Method
 from vestige.methods._trust import CHANCE_HIDES, find_proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sampled_rows

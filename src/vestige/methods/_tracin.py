@@ -26,8 +26,8 @@ from vestige.folders import partial_folder
 from vestige.methods._checkpoints import Checkpoint
 from vestige.methods._gradient_method import HELPS, Prepared, prepare_queries
 from vestige.methods._job import build_temporary_index, gradients_fit
-from vestige.methods._protocol import ComponentBlock, Job, Method, method
-from vestige.methods._stores import ExactGradients, GradientStore, IndexedGradients
+from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, method
+from vestige.methods._stores import ExactGradients, IndexedGradients
 from vestige.models import load_model, select_components
 from vestige.progress import announce
 from vestige.runs import Meaning, ScoreBlock

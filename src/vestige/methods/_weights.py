@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import TokenizedData
 from vestige.errors import ModelError, VestigeError
 from vestige.gradients import Reduction, token_losses
 from vestige.launch import step_done
+from vestige.methods._job import read_batches
 from vestige.models import (
     LoadedModel,
-    batch_sharing,
     everything_of,
     model_fingerprint,
     own_part,
@@ -90,11 +90,10 @@ class Weights:
         """
         for parameter in self.parameters.values():
             parameter.grad = None
-        device = next(iter(self.parameters.values())).device
         total, whole = 0.0, loss_weights(data, reduction)[rows].sum()
-        for positions in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(self.model)):
+        for positions, batch in read_batches(self.model, data, token_budget, rows):
             part = rows[positions]
-            each = token_losses(self.model, make_batch(data, part).to(device)).sum(1)
+            each = token_losses(self.model, batch).sum(1)
             if reduction == "mean":
                 each = each / torch.from_numpy(np.maximum(data.target_counts[part], 1)).to(each)
             loss = each.sum() / whole

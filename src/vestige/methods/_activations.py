@@ -180,7 +180,7 @@ class ActivationDot(Method):
             for pair, (query, row) in enumerate(zip(column, wanted[place], strict=True)):
                 if int(row) in local:
                     scores[pair] = products[:, query, local[int(row)]].double()
-        return _merged(names, scores)
+        return _merge(names, scores)
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
         """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
@@ -298,7 +298,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[
             handle.remove()
 
 
-def _merged(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> ComponentBlock:
+def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> ComponentBlock:
     """Add up the modules of one component (a tied weight has two)."""
     distinct = list(dict.fromkeys(names))
     numbers = torch.tensor([distinct.index(name) for name in names])

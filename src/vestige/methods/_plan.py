@@ -127,7 +127,8 @@ def summarise_sets(
     if not method.works_in_pieces:
         return collect(method.blocks(job))
     gradients = cast(GradientMethod, method)
-    prepared = _share_queries(job, gradients, store := gradients.store(job))
+    store = gradients.store(job)
+    prepared = _share_queries(job, gradients, store)
     key = digest(settings_key(job), store.identity, _digest_of(prepared.vectors))
     lines = sets * len(job.queries)
     return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)

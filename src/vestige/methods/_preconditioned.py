@@ -269,7 +269,7 @@ def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) ->
         data = data.subset(draw_rows(len(data), examples, job.settings.seed))
     measured = Job(data, job.queries, job.settings, job.loaded, job.selection)
     loaded, size = job.model_for(method), sum(part.size for part in job.components)
-    squared = sum(float(part.double().sum()) for _, part in ExactGradients(measured).squared_norms())
+    squared = sum(float(part.double().sum()) for _, part in ExactGradients(measured).compute_squared_norms())
     product = CurvatureProduct(
         loaded.model, job.components, data, batch_tokens(job.settings, loaded), job.settings.loss, kind
     )

@@ -213,7 +213,7 @@ class GradientStore(ABC):
         """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
         return self
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def compute_squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `piece_squared_norms` of all training examples, with progress shown."""
         with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
             for block in chain.from_iterable(map(self.piece_squared_norms, range(self.pieces))):

@@ -130,13 +130,13 @@ class ExactGradients(GradientStore):
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield exact squared norms by ghost products, no gradient kept."""
-        for rows, losses, squared in self._squared(piece):
+        for rows, losses, squared in self._measure_lengths(piece):
             self._require_finite(rows, losses, squared)
             yield torch.as_tensor(rows), squared
 
     def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, whether the loss and, with components, the gradient of the row is finite) of a piece."""
-        for rows, losses, squared in self._squared(piece):
+        for rows, losses, squared in self._measure_lengths(piece):
             yield torch.as_tensor(rows), torch.isfinite(losses) & torch.isfinite(squared)
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
@@ -177,7 +177,7 @@ class ExactGradients(GradientStore):
 
             yield from dealt(batches, multiply)
 
-    def _squared(self, piece: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    def _measure_lengths(self, piece: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         """Yield (rows, losses, squared gradient norms) of a piece; norms are 0 without components."""
         model, components = self._loaded.model, self._job.components
         sink = NormSink(components)

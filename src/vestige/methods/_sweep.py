@@ -1,6 +1,6 @@
 """Several dampings of one method in one pass: measured once, scored together, compared, kept as runs of their own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import log
@@ -58,7 +58,7 @@ class DampingSweep(GradientMethod):
         """
         super().__init__()
         self.members: list[Prepared] = []
-        self._method, at, failed = method, method.at_dampings(job), None
+        at, failed = method.at_dampings(job), None
         for damping in job.settings.damping:
             own = replace(job, settings=job.settings.model_copy(update={"damping": damping}))
             try:
@@ -72,7 +72,7 @@ class DampingSweep(GradientMethod):
         """The run itself: the one closest to the default damping."""
 
     def vectors(self, job: Job) -> Prepared:
-        """Return the vectors of all members, which become views of these: there is no room for both."""
+        """Return the vectors of all members, which become views of these: memory may not hold both."""
         stacked = []
         for number in range(len(self.main.vectors)):
             stacked.append(torch.cat([member.vectors[number] for member in self.members]))
@@ -83,10 +83,6 @@ class DampingSweep(GradientMethod):
     def store(self, job: Job) -> GradientStore:
         """Return one store for all members, with the lengths that each of them divides by."""
         return self.main.store.join([member.store for member in self.members], len(job.queries))
-
-    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
-        """Return the map of the main member."""
-        return self._method.self_blocks(self.main.job)
 
 
 def sweep(job: Job, method: GradientMethod) -> tuple[list[Member], Check]:

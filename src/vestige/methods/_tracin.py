@@ -290,7 +290,7 @@ class GradientTerm:
 
     def self_scores(self) -> Lines:
         """Yield squared norms."""
-        return ((rows, squared[None]) for rows, squared in self.prepared.store.squared_norms())
+        return ((rows, squared[None]) for rows, squared in self.prepared.store.compute_squared_norms())
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Compute inner products component by component."""

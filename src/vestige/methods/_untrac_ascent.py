@@ -64,7 +64,8 @@ class Side(NamedTuple):
     @property
     def positions(self) -> list[ExampleSet]:
         """The sets with their positions among `rows`."""
-        return [ExampleSet(each.name, np.searchsorted(self.rows, each.rows)) for each in self.sets]
+        rows = self.rows
+        return [ExampleSet(each.name, np.searchsorted(rows, each.rows)) for each in self.sets]
 
 
 def training_sources(data: TokenizedData, samples: int) -> list[ExampleSet]:

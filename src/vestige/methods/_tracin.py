@@ -7,12 +7,12 @@ adds is a file beside the run, so an interrupted run continues with the next one
 import hashlib
 import json
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,20 +39,20 @@ SUM_NUMBERS = 2**22
 """Most numbers of one checkpoint alive at once while the sum is read."""
 
 
-class Term(Protocol):
+class Term(ABC):
     """What one checkpoint adds to the scores. The first lines are the queries, unless the method says otherwise."""
 
+    @abstractmethod
     def scores(self) -> Lines:
         """Yield the scores of all training examples."""
-        ...
+
+    @abstractmethod
+    def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
+        """Compute the scores of a few rows, split over components; lines that are no such sum may be left out."""
 
     def self_scores(self) -> Lines:
         """Yield the same lines with each example as its own query, which is the first line."""
-        ...
-
-    def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
-        """Compute the scores of a few rows, split over components; lines that are no such sum may be left out."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no self-influence")
 
 
 @dataclass
@@ -149,10 +149,10 @@ class CheckpointMethod(Method):
         return term
 
     def _digest(self, job: Job, number: int, what: str) -> str:
-        checkpoint, settings = job.checkpoints[number], job.settings
+        settings = job.settings
         described = {
             "what": [self.name, what, number, self.key(job)],
-            "source": _identity(checkpoint, job),
+            "source": _identity(job.checkpoints[number], job),
             "data": [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
             "components": [part.name for part in job.components],
             "settings": [getattr(settings, name) for name in ("loss", "seed", "precision")],
@@ -279,7 +279,7 @@ class TracIn(CheckpointMethod):
 
 
 @dataclass(frozen=True)
-class GradientTerm:
+class GradientTerm(Term):
     """Inner products with the queries' gradients."""
 
     prepared: Prepared

@@ -47,7 +47,7 @@ from vestige.methods._plan import find_unscorable
 from vestige.methods._protocol import Job, Method
 from vestige.models import LoadedModel, Selection, batch_sharing, generate_answers, load_model, select_components
 from vestige.progress import announce, format_bytes
-from vestige.settings import AnswerSource, AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
+from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -150,7 +150,7 @@ def read_queries(
     *,
     chat: bool | None,
     name: Any,
-    answer: AnswerSource = "auto",
+    answer: str = "auto",
 ) -> tuple[TokenizedData, list[bool], str]:
     """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
 
@@ -177,7 +177,7 @@ def read_queries(
     return queries, generated, how
 
 
-def _choose_answers(queries: list[Example], answer: AnswerSource) -> list[Example]:
+def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
     """Return the queries, without their answers where these are to be generated; refuse missing ones where given."""
     if answer == "generate":
         return [_without_answer(query) for query in queries]

@@ -27,7 +27,6 @@ from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors
 from vestige.methods._stores import ExactGradients
 from vestige.progress import progress
-from vestige.row_order import RowOrder
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 
@@ -141,24 +140,24 @@ def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
 
 
 def compute_self_scores(job: Job, method: Method) -> np.ndarray:
-    """Compute the score of every training example for itself, float64 [example] on the disk; NaN if left out.
+    """Compute the score of every training example for itself, float64 [example]; NaN if left out.
 
     Raises:
         NonFinite: Another is NaN or infinite.
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
-        ordered, skipped = RowOrder(1, len(job.train), np.float64), job.skipped
+        found = np.full(len(job.train), np.nan)
         for block in blocks:
-            kept = ~np.isin(block.rows.numpy(), skipped)
-            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[:, kept]
-            if (bad := np.flatnonzero(~np.isfinite(scores[0]))).size:
+            kept = ~np.isin(block.rows.numpy(), job.skipped)
+            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[0, kept]
+            if (bad := np.flatnonzero(~np.isfinite(scores))).size:
                 raise NonFinite(
-                    f"The self-influence of training row {rows[bad[0]]} is {scores[0, bad[0]]}. Run again with "
+                    f"The self-influence of training row {rows[bad[0]]} is {scores[bad[0]]}. Run again with "
                     "--precision float32, or leave that row out: --skip-bad, of vestige index where there is one."
                 )
-            ordered.add(rows, scores)
-        return ordered.finish()[0]
+            found[rows] = scores
+        return found
 
     if not method.works_in_pieces:
         return collect(method.self_scores(job))

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige import disk_arrays
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.files import check_disk, make_folder, temporary_path
 from vestige.folders import partial_folder
@@ -124,7 +123,6 @@ class CheckpointMethod(Method):
         wanted = (np.arange(start, min(start + step, examples)) for start in range(0, examples, step))
         for part in wanted if rows is None else [rows]:
             total = sum(weight * np.asarray(numbers[:, part], dtype=np.float64) for weight, numbers in kept)
-            disk_arrays.let_go(*(numbers for _, numbers in kept))
             yield torch.from_numpy(part), torch.from_numpy(np.asarray(total))
 
     def _load(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:

@@ -5,7 +5,7 @@ command; its description is the help text. The lowest package but for the errors
 help and mistakes answer at once.
 """
 
-from vestige.settings._attribute import AnswerSource as AnswerSource, AttributeSettings as AttributeSettings
+from vestige.settings._attribute import AttributeSettings as AttributeSettings
 from vestige.settings._audit import AuditSettings as AuditSettings
 from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import (

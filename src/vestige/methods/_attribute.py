@@ -198,6 +198,15 @@ def _find_method(settings: AttributeSettings) -> Method:
             f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or "
             f"needs new measurements for each. Give one --damping, or type --method with one of: {able}."
         )
+    _require_outputs(settings, method)
+    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
+    if method.needs_model and without_model:
+        raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
+    return method
+
+
+def _require_outputs(settings: AttributeSettings, method: Method) -> None:
+    """Raise unless the method can give what was requested beside its scores."""
     if settings.tokens and method.weighting is not None:
         raise SpecError(
             f"--tokens splits the score of one model, and {settings.method} adds up several. Drop --tokens, or ask one "
@@ -222,10 +231,6 @@ def _find_method(settings: AttributeSettings) -> Method:
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
         )
-    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
-    if method.needs_model and without_model:
-        raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
-    return method
 
 
 def _query_losses(job: Job) -> list[float] | None:

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, Vectors
+from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, Vectors, watch
 from vestige.methods._stores import ExactGradients, open_store
-from vestige.progress import progress
 from vestige.runs import ScoreBlock
 
 HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
@@ -50,10 +49,8 @@ class Prepared:
 
     def blocks(self) -> Iterator[ScoreBlock]:
         """Yield the scores of all training examples."""
-        with progress(len(self.job.train), "Scoring") as bar:
-            for block in chain.from_iterable(map(self.piece_blocks, range(self.store.pieces))):
-                yield block
-                bar.advance(len(block.rows))
+        blocks = chain.from_iterable(map(self.piece_blocks, range(self.store.pieces)))
+        return watch(blocks, len(self.job.train), "Scoring")
 
     def components(self, rows: Sequence[int]) -> Tensor:
         """Compute the scores of a few rows, `[component, query, row]`."""

@@ -18,11 +18,10 @@ from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._gradient_method import HELPS, unit_length
 from vestige.methods._preconditioned import check_memory
-from vestige.methods._protocol import Job, Vectors, method
+from vestige.methods._protocol import Job, Vectors, method, watch
 from vestige.methods._stores import ExactGradients
 from vestige.methods._tracin import CheckpointMethod, Lines, Term
 from vestige.models import batch_sharing
-from vestige.progress import progress
 from vestige.runs import Meaning, ScoreBlock
 
 WHOLE_NUMBERS = 2**26
@@ -139,11 +138,8 @@ class LessTerm(Term):
 
     def scores(self) -> Lines:
         """Yield the scores from one pass over the training data."""
-        data = self.job.train
-        with progress(len(data), "Scoring") as bar:
-            for rows, parts in self._stream(data):
-                yield rows, parts.sum(0)
-                bar.advance(len(rows))
+        for rows, parts in watch(self._stream(self.job.train), len(self.job.train), "Scoring"):
+            yield rows, parts.sum(0)
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
         """Compute the parts of just these rows in a pass over them."""

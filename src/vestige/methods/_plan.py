@@ -24,9 +24,8 @@ from vestige.folders import partial_folder
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.lockstep import decided
 from vestige.methods._gradient_method import GradientMethod, Prepared
-from vestige.methods._protocol import GradientStore, Job, Method, Vectors
+from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
 from vestige.methods._stores import ExactGradients
-from vestige.progress import progress
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 
@@ -213,12 +212,6 @@ def _run(
 
         return nullcontext(compute)
 
-    def watch() -> Iterator[ScoreBlock]:
-        with progress(rows[0], name) as bar:
-            for block in open_blocks()(0):
-                yield block
-                bar.advance(len(block.rows))
-
     plan = FilePlan(
         name,
         unit,
@@ -231,7 +224,7 @@ def _run(
     with phase(name, unit) as done:
         if plan.pieces == 1 and job.settings.engine == "local":
             done.append(plan.weights[0])
-            return collect(watch())
+            return collect(watch(open_blocks()(0), rows[0], name))
         plan.files.forget_damaged(range(plan.pieces))
         done.extend(plan.weights[piece] for piece in range(plan.pieces) if not plan.is_done(piece))
         return run_plan(plan, job.settings, worker_command(job.settings, "attribute"))

@@ -151,6 +151,17 @@ class Method(ABC):
         raise NotImplementedError(f"{self.name} has no self-influence")
 
 
+Block = TypeVar("Block", bound=tuple[Any, ...])
+
+
+def watch(blocks: Iterator[Block], rows: int, name: str) -> Iterator[Block]:
+    """Yield blocks that begin with their rows, and show the progress."""
+    with progress(rows, name) as bar:
+        for block in blocks:
+            yield block
+            bar.advance(len(block[0]))
+
+
 Vectors = list[Float[Tensor, "query n"]]
 """A matrix for each component."""
 ScoredRows = tuple[Tensor, Tensor, Tensor | None]
@@ -215,10 +226,8 @@ class GradientStore(ABC):
 
     def compute_squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `piece_squared_norms` of all training examples, with progress shown."""
-        with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
-            for block in chain.from_iterable(map(self.piece_squared_norms, range(self.pieces))):
-                yield block
-                bar.advance(len(block[0]))
+        blocks = chain.from_iterable(map(self.piece_squared_norms, range(self.pieces)))
+        return watch(blocks, sum(map(self.piece_rows, range(self.pieces))), "Self-influence")
 
 
 class Option(NamedTuple):

@@ -19,10 +19,9 @@ from vestige.files import make_folder, write_durably
 from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
 from vestige.methods._job import compute_losses
-from vestige.methods._protocol import Job, method
+from vestige.methods._protocol import Job, method, watch
 from vestige.methods._stores import IndexedGradients
 from vestige.methods._tracin import CheckpointMethod, Lines, Term, open_checkpoint_store
-from vestige.progress import progress
 from vestige.runs import Meaning
 
 FEATURES = 4096
@@ -97,10 +96,9 @@ class TrakTerm(Term):
 
     def scores(self) -> Lines:
         """Yield the scores from one read of the index."""
-        with progress(self.store.index.rows, "Scoring") as bar:
-            for rows, gradients, factors, unsure in self._blocks():
-                yield rows, torch.cat([self._vectors @ gradients.T * factors, unsure[None]])
-                bar.advance(len(rows))
+        vectors = self._vectors
+        for rows, gradients, factors, unsure in watch(self._blocks(), self.store.index.rows, "Scoring"):
+            yield rows, torch.cat([vectors @ gradients.T * factors, unsure[None]])
 
     def self_scores(self) -> Lines:
         """Yield `phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
@@ -170,12 +168,10 @@ class TrakTerm(Term):
         except (FileNotFoundError, SafetensorError, KeyError):
             pass  # Damaged or not there: it is cheap to measure.
         total = torch.zeros(size, size, dtype=torch.float64)
-        with progress(index.rows, "Kernel") as bar:
-            for rows, gradients, factors, _ in self._blocks():
-                scaled = self._project(gradients) * factors[:, None]
-                # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
-                total += (scaled.T @ scaled).double()
-                bar.advance(len(rows))
+        for _, gradients, factors, _ in watch(self._blocks(), index.rows, "Kernel"):
+            scaled = self._project(gradients) * factors[:, None]
+            # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
+            total += (scaled.T @ scaled).double()
         make_folder(path.parent)
         write_durably(path, [save({"kernel": total.float()})])
         return total.float().double()

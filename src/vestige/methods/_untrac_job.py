@@ -267,8 +267,8 @@ def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = S
         read = list(pieces)
         stacked = {name: np.stack([each[name].numpy() for each in read]) for name in Ascent._fields}
         identities = [Identity(*each["identity"].tolist()) for each in read if len(each["identity"])]
-        first = read[0]
-        return Ascents(before=first["before"].numpy(), identities=identities, moved=int(first["moved"]), **stacked)
+        moved = int(read[0]["moved"])
+        return Ascents(before=read[0]["before"].numpy(), identities=identities, moved=moved, **stacked)
 
     ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
     recorded = {name: value for name, value in settings.record().items() if name not in ignored}

@@ -10,8 +10,7 @@ from workload import COMPONENTS, Workload
 
 import vestige
 from vestige.data import load_examples, tokenize
-from vestige.methods._open import open_job
-from vestige.methods._registry import get_method
+from vestige.methods import get_method, open_job
 from vestige.settings import AttributeSettings
 
 
@@ -77,7 +76,7 @@ def score_exactly(
     )
     method = get_method("grad-dot")
     scores = np.zeros((len(queries.tokens), len(workload.tokens)))
-    with open_job(settings, method) as (job, _):
+    with open_job(settings, method) as job:
         method.prepare(job)
 
         def stream() -> None:

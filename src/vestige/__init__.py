@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from vestige.errors import VestigeError as VestigeError
     from vestige.indexes import Index as Index, export as export, index as index
     from vestige.measures import audit as audit
-    from vestige.methods import attribute as attribute
+    from vestige.methods import attribute as attribute, untrac as untrac
     from vestige.reports import report as report, view as view
     from vestige.runs import Audit as Audit, Scores as Scores
     from vestige.selection import select as select
     from vestige.training import train as train
-    from vestige.unlearn import untrac as untrac
 
 __all__ = [
     "Audit",

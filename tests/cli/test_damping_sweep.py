@@ -9,7 +9,7 @@ import torch
 
 from vestige.errors import SpecError
 from vestige.indexes import Index
-from vestige.methods._indexed_gradients import IndexedGradients
+from vestige.methods import IndexedGradients
 from vestige.runs import Scores, read_record
 from vestige.settings import AttributeSettings
 

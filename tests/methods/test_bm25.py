@@ -4,7 +4,7 @@ import pytest
 from tests.reference.similarity import bm25
 from vestige.data import Example, Message
 from vestige.errors import DataError
-from vestige.methods import Bm25, _bm25 as room
+from vestige.methods import Bm25, example_words
 
 from .conftest import all_scores, text_job
 
@@ -39,15 +39,15 @@ def test_block_size_and_order_change_nothing(monkeypatch):
     order = np.random.default_rng(0).permutation(len(DOCUMENTS))
     turned = all_scores(Bm25(), text_job([DOCUMENTS[row] for row in order], QUERIES))
     assert (turned - plain[:, order]).abs().max() < 1e-6
-    monkeypatch.setattr(room, "BLOCK_SCORES", 6)
+    monkeypatch.setattr(Bm25, "block_scores", 6)
     assert len(list(Bm25().blocks(text_job(DOCUMENTS, QUERIES)))) == 3
     assert (all_scores(Bm25(), text_job(DOCUMENTS, QUERIES)) == plain).all()
 
 
 def test_words_come_from_prompt_and_answer_and_turns_but_not_from_roles():
-    assert room.example_words(Example("a", 0, prompt="Why?", completion="It is.")) == ["why", "it", "is"]
+    assert example_words(Example("a", 0, prompt="Why?", completion="It is.")) == ["why", "it", "is"]
     turns = (Message("user", "Why?"), Message("assistant", "It is."))
-    assert room.example_words(Example("a", 0, messages=turns)) == ["why", "it", "is"]
+    assert example_words(Example("a", 0, messages=turns)) == ["why", "it", "is"]
 
 
 def test_data_without_words_is_refused():

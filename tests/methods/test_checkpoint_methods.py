@@ -17,9 +17,17 @@ from tests.reference.gradients import example_loss
 from tests.trainer import trained_run
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.indexes import Index, Inputs, build_index
-from vestige.methods import Job, Less, TracIn, Trak, get_method
-from vestige.methods._checkpoints import Checkpoint, find_checkpoints, learning_rates
-from vestige.methods._explain import split_over_components
+from vestige.methods import (
+    Checkpoint,
+    Job,
+    Less,
+    TracIn,
+    Trak,
+    find_checkpoints,
+    get_method,
+    learning_rates,
+    split_over_components,
+)
 from vestige.models import load_model, select_components
 from vestige.settings import IndexSettings
 from vestige.storage import partial_folder, remove_partial

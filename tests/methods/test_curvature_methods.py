@@ -11,8 +11,18 @@ from tests.methods.conftest import all_scores, model_job
 from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients, example_loss
 from vestige.errors import SpecError, UserError
-from vestige.methods import Arnoldi, ConjugateGradient, DataInfMethod, Ekfac, Job, Kfac, Lissa, get_method
-from vestige.methods._explain import split_over_components, split_over_tokens
+from vestige.methods import (
+    Arnoldi,
+    ConjugateGradient,
+    DataInfMethod,
+    Ekfac,
+    Job,
+    Kfac,
+    Lissa,
+    get_method,
+    split_over_components,
+    split_over_tokens,
+)
 
 LAYER = "transformer.h.0.attn.c_proj"
 NAMES = [f"{LAYER}.weight", f"{LAYER}.bias"]

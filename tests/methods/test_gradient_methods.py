@@ -13,8 +13,7 @@ from vestige.curvature import accumulate_fisher
 from vestige.data import TokenizedData
 from vestige.errors import SpecError
 from vestige.indexes import Inputs, build_index
-from vestige.methods import GradCos, GradDot, Influence, Job
-from vestige.methods._explain import split_over_components, split_over_tokens
+from vestige.methods import GradCos, GradDot, Influence, Job, split_over_components, split_over_tokens
 from vestige.models import LoadedModel, select_components
 from vestige.settings import IndexSettings
 

@@ -5,8 +5,7 @@ import torch
 from tests.architectures import CAUSAL
 from tests.reference.similarity import layer_outputs, pooled_hidden_state
 from vestige.errors import ModelError, SpecError
-from vestige.methods import ActivationDot, RepSim, _activation_dot as activation
-from vestige.methods._hidden import pooled, pooling_weights
+from vestige.methods import ActivationDot, RepSim, pooled, pooling_weights
 
 from .conftest import all_scores, model_job, reordered
 
@@ -116,13 +115,13 @@ def test_no_hook_is_left_behind_even_after_an_error():
     assert not any(module._forward_hooks for module in job.loaded.model.modules())
 
 
-def test_logits_are_computed_only_when_the_head_is_selected(monkeypatch):
-    job = model_job("llama", patterns=("mlp",))
-    assert activation._shortest_forward(job.loaded.model, activation._taps(job)) is job.loaded.model.model
-    everything = model_job("llama")
-    assert (
-        activation._shortest_forward(everything.loaded.model, activation._taps(everything)) is everything.loaded.model
-    )
+def test_logits_are_computed_only_when_the_head_is_selected():
+    for patterns, expected in ((("mlp",), False), (("all",), True)):
+        job, ran = model_job("llama", patterns=patterns), []
+        head = job.loaded.model.lm_head
+        head.register_forward_hook(lambda *_, ran=ran: ran.append(True))
+        all_scores(ActivationDot(), job)
+        assert bool(ran) == expected
 
 
 def test_a_layer_that_is_not_there_is_refused():

@@ -12,8 +12,7 @@ from tests.architectures import build
 from tests.methods.conftest import all_scores, model_job, settings, tokenized
 from vestige.errors import SpecError
 from vestige.indexes import Index, Inputs, build_index
-from vestige.methods import Influence, Job, get_method
-from vestige.methods._explain import split_over_components
+from vestige.methods import Influence, Job, get_method, split_over_components
 from vestige.models import LoadedModel, select_components
 from vestige.settings import IndexSettings
 

@@ -12,8 +12,7 @@ from tests.reference.compress_dense import dense_matrix
 from tests.reference.gradients import example_gradients
 from vestige.compress import parse_spec
 from vestige.indexes import CompressedGradients, Inputs, build_index, lay_out
-from vestige.methods import GradCos, GradDot, Influence, Job, TracIn
-from vestige.methods._explain import split_over_components, split_over_tokens
+from vestige.methods import GradCos, GradDot, Influence, Job, TracIn, split_over_components, split_over_tokens
 from vestige.models import LoadedModel, select_components
 from vestige.settings import IndexSettings
 

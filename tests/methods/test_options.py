@@ -54,7 +54,7 @@ def test_every_option_says_what_it_means_and_accepts_its_default(name):
     for one in options_of(METHODS.find(name)):
         assert one.meaning.endswith(".")
         assert one.values
-        assert one.parsed(one.shown_default) == one.default
+        assert one.parse(one.shown_default) == one.default
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.methods import _exact_gradients as exact, _indexed_gradients as indexed, _plan as plan
+from vestige.launch import PieceFiles
+from vestige.methods import ExactGradients, IndexedGradients
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vestige.methods", "pandas", "tests.workshop", "transformers.models.llama"])
@@ -41,11 +42,11 @@ class small_pieces:  # noqa: N801 (used like a function)
     """Every shard, or every batch, is a piece; fsync is what most of the time would go to."""
 
     def __enter__(self):
-        self.before = indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS
-        indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS = 1, (300, 300)
+        self.before = IndexedGradients.piece_bytes, ExactGradients.piece_tokens
+        IndexedGradients.piece_bytes, ExactGradients.piece_tokens = 1, (300, 300)
 
     def __exit__(self, *_):
-        indexed.INDEX_PIECE_BYTES, exact.PIECE_TOKENS = self.before
+        IndexedGradients.piece_bytes, ExactGradients.piece_tokens = self.before
 
 
 def with_index(place, out, **changes):
@@ -145,13 +146,13 @@ def temporary(place, out):
 
 def count_pieces(monkeypatch):
     done = []
-    original = plan.PieceFiles.write
+    original = PieceFiles.write
 
     def write(self, piece, tensors):
         done.append((self.folder.name, piece))
         original(self, piece, tensors)
 
-    monkeypatch.setattr(plan.PieceFiles, "write", write)
+    monkeypatch.setattr(PieceFiles, "write", write)
     return done
 
 

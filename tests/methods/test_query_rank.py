@@ -9,8 +9,7 @@ from tests.workshop import furnish
 from vestige import attribute
 from vestige.errors import SpecError
 from vestige.gradients import low_rank, matrices_of
-from vestige.methods import Ekfac, GradCos, GradDot
-from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods import Ekfac, ExactGradients, GradCos, GradDot
 
 PATTERNS = ("mlp", "attention")
 

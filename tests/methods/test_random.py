@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from vestige.methods import Random, _random as room
+from vestige.methods import Random
 
 from .conftest import all_scores, reordered, text_job, tokenized
 
@@ -12,7 +12,7 @@ def test_scores_follow_the_ids_and_not_the_order(monkeypatch):
     plain = all_scores(Random(), job)
     order = np.random.default_rng(0).permutation(50)
     turned = type(job)(reordered(job.train, order), reordered(job.queries, [2, 0, 3, 1]), job.settings)
-    monkeypatch.setattr(room, "BLOCK_SCORES", 28)
+    monkeypatch.setattr(Random, "block_scores", 28)
     assert len(list(Random().blocks(turned))) > 5
     assert (all_scores(Random(), turned) == plain[[2, 0, 3, 1]][:, order]).all()
 

@@ -13,11 +13,11 @@ from vestige import attribute
 from vestige.data import load_examples, tokenize
 from vestige.gradients import measure_knowledge
 from vestige.indexes import index
-from vestige.methods import METHODS, randomised
+from vestige.methods import METHODS, randomise
 
 NAME = "randomised-model correlation"
 OPTIONS = {"cg": {"steps": 3}, "lissa": {"depth": 3}, "arnoldi": {"steps": 6, "rank": 3}}
-ON_THE_MODEL = [name for name in METHODS.names() if METHODS.find(name).needs_model]
+ON_THE_MODEL = [each.name for each in METHODS if each.needs_model and each.command == "attribute"]
 
 
 def adam_state(folder: Path) -> None:
@@ -53,7 +53,7 @@ def home(tmp_path_factory) -> Path:
     rows = [{"id": name, "prompt": prompt, "completion": completion} for name, prompt, completion in QUESTIONS]
     write_rows(folder / "asked.jsonl", rows)
     model, tokenizer = (each.from_pretrained(folder / "tiny-model") for each in (AutoModelForCausalLM, AutoTokenizer))
-    with randomised(model, 0):
+    with randomise(model, 0):
         model.save_pretrained(folder / "noise")
     trained(model, tokenizer, 1.0).save_pretrained(folder / "trained")
     trained(model, tokenizer, 0.01).save_pretrained(folder / "sure")

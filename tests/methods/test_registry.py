@@ -2,13 +2,14 @@ import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
+import torch
 
 from vestige import registry
 from vestige.errors import SpecError, UserError
-from vestige.methods import METHODS, Method, RepSim, get_method, method
+from vestige.methods import METHODS, Method, RepSim, attribute, describe_method, get_method, method
 from vestige.runs import Meaning
 
-from .conftest import text_job
+from .conftest import all_scores, model_job, text_job
 
 HERE = ("bm25", "random", "rep-sim", "activation-dot")
 
@@ -81,7 +82,7 @@ def test_other_packages_announce_methods_by_entry_point(announced):
 
 def test_what_is_no_method_is_refused(announced):
     announced("class Theirs:\n    needs_model = False\n")
-    with pytest.raises(SpecError, match=r"The method 'theirs' of .* is no vestige.methods._protocol.Method"):
+    with pytest.raises(SpecError, match=r"The method 'theirs' of .* is no vestige.methods.*Method"):
         get_method("theirs")
 
 
@@ -90,6 +91,19 @@ def test_a_method_that_claims_to_split_scores_has_what_it_takes(name):
     found = METHODS.find(name)
     assert found.splits_components == (found.components is not Method.components)
     assert found.scores_itself == (found.self_scores is not Method.self_scores)
+
+
+def test_a_method_with_a_command_of_its_own_says_so(tmp_path):
+    assert describe_method("untrac").endswith("vestige untrac --help")
+    with pytest.raises(SpecError, match="Type: vestige untrac --model MODEL"):
+        attribute(model="m", data="d", queries=["Why?"], method="untrac", out=tmp_path / "run")
+
+
+def test_untrac_scores_a_job_like_any_method():
+    job = model_job("gpt2")
+    scores = all_scores(get_method("untrac"), job)
+    assert scores.shape == (3, 9)
+    assert len(torch.unique(scores)) == 27
 
 
 def test_the_word_search_and_chance_do_not_split_by_component():

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import NonFinite, SpecError
+from vestige.methods import ExactGradients
 
 BAD = (3, 7)
 
@@ -75,9 +76,7 @@ def test_self_influence_and_dense_scores_leave_them_out(place):
 
 
 def test_in_pieces_too(place, monkeypatch):
-    from vestige.methods import _exact_gradients
-
-    monkeypatch.setattr(_exact_gradients, "PIECE_TOKENS", (100, 100))
+    monkeypatch.setattr(ExactGradients, "piece_tokens", (100, 100))
     whole = ask(place, "all", "grad-dot", skip_bad=True, dense=True)
     assert whole.run.left_out == ["e3", "e7"]
     monkeypatch.undo()

@@ -17,11 +17,11 @@ if "vestige.cli" in sys.orig_argv:
     import torch
     from vestige.curvature import _fit
     from vestige.indexes import Index
-    from vestige.methods import _exact_gradients
+    from vestige.methods import ExactGradients
     torch.set_num_threads(1)
     groups = Index.shard_groups
     Index.shard_groups = lambda self, most: groups(self, 1)
-    _exact_gradients.PIECE_TOKENS, _fit.PIECE_TOKENS = (300, 300), 300
+    ExactGradients.piece_tokens, _fit.PIECE_TOKENS = (300, 300), 300
 """
 """What a process does before all else, workers too: every shard, or every few batches, is a piece."""
 MODEL = ("--model", "tiny-model", "--data", "train.jsonl", "--token-budget", "60")

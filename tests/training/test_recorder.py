@@ -107,7 +107,7 @@ def test_checkpoints_have_what_attribution_asks_of_them(tmp_path):
     state = given.optimizer.state[given.model.transformer.h[0].mlp.c_fc.weight]
     assert torch.equal(moments["transformer.h.0.mlp.c_fc.weight"].first, state["exp_avg"])
     rates = run.steps.to_pandas().groupby("step")["learning_rate"].first()
-    from vestige.methods._checkpoints import learning_rates
+    from vestige.methods import learning_rates
 
     found = learning_rates([run.checkpoints[3], run.checkpoints[6]])
     assert found == pytest.approx([rates[:3].mean(), rates[3:].mean()])

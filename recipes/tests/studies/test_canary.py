@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from studies.miniature import tokenized_rows
+from vestige.methods import Unlearning, make_job
 from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffled_batches, train
 from vestige.settings import UntracSettings
-from vestige.unlearn import Scored, make_job
 from vestige_recipes.untrac_miniature.corpora import markov_corpora
 from vestige_recipes.untrac_miniature.run import tiny_gpt
 
@@ -31,6 +31,6 @@ def test_a_planted_canary_is_in_the_first_percent_of_2000_examples(tmp_path):
     model.requires_grad_(False)
     loaded = LoadedModel(model, None, "canary", model_fingerprint(model), 25)
     settings = UntracSettings(model="m", data="d", queries="q", out=tmp_path / "run", level="example")
-    scores = Scored(make_job(settings, loaded, data, queries)).scores[0]
+    scores = Unlearning(make_job(settings, loaded, data, queries)).scores[0]
     assert scores.shape == (ROWS,)
     assert int((scores > scores[CANARY]).sum()) < ROWS // 100

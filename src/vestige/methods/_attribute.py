@@ -1,40 +1,38 @@
 """`vestige attribute`: from a question to the training examples behind its answer, as a run on disk."""
 
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-import torch
 
-from vestige.data import make_batch, plan_batches
 from vestige.distributed import FSDP, broadcast_from_rank0
 from vestige.errors import SpecError
-from vestige.gradients import CausalLoss, measure_knowledge
 from vestige.indexes import batch_tokens
 from vestige.launch import follow, is_follower, is_worker, profile, write_profile
 from vestige.methods._explain import split_over_components, split_over_tokens
-from vestige.methods._open import open_job
-from vestige.methods._plan import self_scores, summarised
-from vestige.methods._protocol import Job, Method
-from vestige.methods._randomised import QUERIES, ROWS, randomised_correlation, without_weights
-from vestige.methods._registry import METHODS, get_method
-from vestige.methods._run_record import run_record
-from vestige.methods._sampled import sampled_scores
-from vestige.methods._sweep import Swept, member_folder, sweep
-from vestige.methods._trust import free_checks, knowledge_check, memorized_queries, memorized_reading
-from vestige.models import batch_sharing
+from vestige.methods._gradient_method import GradientMethod
+from vestige.methods._job import compute_losses, open_job
+from vestige.methods._plan import compute_self_scores, summarise
+from vestige.methods._protocol import METHODS, Job, Method, get_method
+from vestige.methods._randomise import run_checks
+from vestige.methods._sweep import Member, sweep
+from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
+from vestige.models import Selection
 from vestige.progress import announce
 from vestige.runs import (
     RECORD_FILE,
     Check,
+    CheckpointRecord,
+    CoverageRecord,
+    RunRecord,
     RunTables,
     Scores,
-    ScoreSummary,
-    TokenScores,
+    SkippedRecord,
     check_target,
-    sample_rows,
+    describe_model,
+    make_run_record,
     write_run,
 )
 from vestige.settings import AttributeSettings, verb
@@ -53,25 +51,22 @@ def attribute(settings: AttributeSettings) -> Scores:
     broadcast_from_rank0(
         lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
     )
-    method = _method(settings)
+    method = _find_method(settings)
     if is_follower():
-        follow(settings.out / RECORD_FILE, lambda: _help(settings, method))
+        follow(settings.out / RECORD_FILE, lambda: _score_elsewhere(settings, method))
         return Scores.open(settings.out)
-    with profile(settings.profile) as measured, open_job(settings, method) as (job, generated):
-        swept = sweep(job, _sweepable(method)) if settings.swept else None
-        if swept is not None:
-            job, method = swept.members[0].job, swept.members[0].method
-        summary = swept.summaries[0] if swept is not None else summarised(job, method)
-        own_scores = self_scores(job, method) if settings.self_influence else None
+    with profile(settings.profile) as measured, open_job(settings, method) as job:
+        members, own_scores, stability = _score(job, method)
+        main = members[0]
         losses = _query_losses(job)
-        if losses is not None and (certain := memorized_queries(job.queries, losses, settings.loss)):
-            announce(memorized_reading(certain, len(job.queries)))
-        tables = _tables(job, method, summary, generated, losses)
-        tables = tables._replace(self_scores=own_scores, tokens=_tokens(job, method, summary))
-        checks = _trust(job, method, summary, losses) if settings.trust else []
-        checks += [swept.check] if swept is not None else []
-        record = run_record(settings, job, method, summary, checks, time.perf_counter() - started)
-        others = _write_others(settings, swept, generated, losses, started) if swept is not None else []
+        if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
+            announce(describe_memorized(certain, len(job.queries)))
+        tables = _make_tables(main, losses)._replace(self_scores=own_scores)
+        if settings.tokens:
+            tables = tables._replace(tokens=split_over_tokens(main.job, main.method, _pairs(main)))
+        checks = run_checks(main.job, main.method, main.summary.ranked, losses) if settings.trust else []
+        record = _make_record(settings, main, [*checks, *stability], time.perf_counter() - started)
+        others = [_write_beside(settings, member, losses, started) for member in members[1:]]
 
     def add(run: Path) -> None:
         for folder in others:
@@ -86,77 +81,111 @@ def attribute(settings: AttributeSettings) -> Scores:
     return Scores.open(settings.out)
 
 
-def _help(settings: AttributeSettings, method: Method) -> None:
-    """Take part in everything that is done in pieces."""
-    with open_job(settings, method) as (job, _):
-        if settings.swept:
-            swept = sweep(job, _sweepable(method))
-            job, method = swept.members[0].job, swept.members[0].method
-        else:
-            summarised(job, method)
-        if settings.self_influence:
-            self_scores(job, method)
+def _score(job: Job, method: Method) -> tuple[list[Member], np.ndarray | None, list[Check]]:
+    """Do everything that is done in pieces, which several processes share.
+
+    Returns:
+        The scores, at each damping, the run's own first; self-influence; and the check that compares the dampings.
+    """
+    if job.settings.swept:
+        members, check = sweep(job, cast(GradientMethod, method))
+        checks = [check]
+    else:
+        members, checks = [Member(job, method, summarise(job, method))], []
+    main = members[0]
+    own_scores = compute_self_scores(main.job, main.method) if job.settings.self_influence else None
+    return members, own_scores, checks
 
 
-def _tables(
-    job: Job, method: Method, summary: ScoreSummary, generated: list[bool], losses: list[float] | None
-) -> RunTables:
-    pairs = [(entry.query, entry.row) for entry in summary.ranked]
+def _score_elsewhere(settings: AttributeSettings, method: Method) -> None:
+    """Compute pieces for the process that writes the run."""
+    with open_job(settings, method) as job:
+        _score(job, method)
+
+
+def _pairs(member: Member) -> list[tuple[int, int]]:
+    return [(entry.query, entry.row) for entry in member.summary.ranked]
+
+
+def _make_tables(member: Member, losses: list[float] | None) -> RunTables:
+    job = member.job
     return RunTables(
         train=job.train,
         queries=job.queries,
-        ranked=summary.ranked,
-        generated=generated,
+        ranked=member.summary.ranked,
+        generated=job.generated,
         losses=losses,
         tokenizer=job.loaded.tokenizer if job.loaded is not None else None,
-        components=split_over_components(job, method, pairs),
-        dense=summary.dense,
+        components=split_over_components(job, member.method, _pairs(member)),
+        dense=member.summary.dense,
     )
 
 
-def _tokens(job: Job, method: Method, summary: ScoreSummary) -> list[TokenScores] | None:
-    if not job.settings.tokens:
-        return None
-    return split_over_tokens(job, method, [(entry.query, entry.row) for entry in summary.ranked])
+def _write_beside(settings: AttributeSettings, member: Member, losses: list[float] | None, started: float) -> Path:
+    """Write the run of another damping beside the main one, until that is written; record how to make it alone.
 
-
-def _write_others(
-    settings: AttributeSettings, swept: Swept, generated: list[bool], losses: list[float] | None, started: float
-) -> list[Path]:
-    """Write the runs of a sweep but the main one, beside it until that is written; each records how to make it alone.
-
-    Of the free checks they have those that need no model; tokens and self-influence are the main run's alone.
+    Of the checks it has those that need no model; tokens and self-influence are the main run's alone.
     """
-    written = []
-    for member, summary in zip(swept.members[1:], swept.summaries[1:], strict=True):
-        place = member_folder(partial_folder(settings.out), member.damping)
-        own = {"damping": member.damping, "out": settings.out / place.name, "tokens": False, "self_influence": False}
-        checks = free_checks(member.job, member.method, summary.ranked, losses=losses) if settings.trust else []
-        tables = _tables(member.job, member.method, summary, generated, losses)
-        seconds = time.perf_counter() - started
-        record = run_record(settings.model_copy(update=own), member.job, member.method, summary, checks, seconds)
-        written.append(broadcast_from_rank0(partial(write_run, place, record, tables, overwrite=True)))
-    return written
+    job, method, summary = member
+    damping = job.settings.damping
+    name = f"damping-{damping!r}".removesuffix(".0")
+    own = {"damping": damping, "out": settings.out / name, "tokens": False, "self_influence": False}
+    checks = run_free_checks(job, method, summary.ranked, losses=losses) if settings.trust else []
+    tables = _make_tables(member, losses)
+    record = _make_record(settings.model_copy(update=own), member, checks, time.perf_counter() - started)
+    return broadcast_from_rank0(partial(write_run, partial_folder(settings.out) / name, record, tables, overwrite=True))
 
 
-def _sweepable(method: Method) -> Method:
-    """Return the method, if its measurements serve any damping.
+def _make_record(settings: AttributeSettings, member: Member, checks: list[Check], seconds: float) -> RunRecord:
+    job, method, summary = member
+    checkpoints = [
+        CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
+        for each in job.checkpoints
+    ]
+    return make_run_record(
+        command=settings.command_line("attribute"),
+        config=settings.record(),
+        method=method.name,
+        meaning=method.meaning,
+        data=job.train,
+        queries=job.queries,
+        summary=summary,
+        seconds=seconds,
+        model=describe_model(job.loaded) if job.loaded is not None else None,
+        coverage=_describe_coverage(job.selection) if job.selection is not None else None,
+        components=[part.name for part in job.components] if method.splits_components else [],
+        checks=checks,
+        asked=job.asked,
+        left_out=[job.train.examples[row].id for row in job.skipped],
+        checkpoints=checkpoints,
+    )
+
+
+def _describe_coverage(selection: Selection) -> CoverageRecord:
+    return CoverageRecord(
+        selected=selection.selected_parameters,
+        total=selection.total_parameters,
+        fraction=selection.fraction,
+        skipped=[
+            SkippedRecord(name=row.name, parameters=row.parameters, reason=row.reason)
+            for row in selection.coverage
+            if not row.selected
+        ],
+    )
+
+
+def _find_method(settings: AttributeSettings) -> Method:
+    """Return the method.
 
     Raises:
-        SpecError: it does not.
+        SpecError: It cannot do what the settings want, which is found before any work.
     """
-    if method.sweeps_damping:
-        return method
-    able = [each.name for each in METHODS if each.sweeps_damping]
-    raise SpecError(
-        f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or needs "
-        f"new measurements for each. Give one --damping, or type --method with one of: {', '.join(able)}."
-    )
-
-
-def _method(settings: AttributeSettings) -> Method:
-    """Return the method; refuse everything it cannot do before any work."""
     method = get_method(settings.method, **settings.options)
+    if method.command != Method.command:
+        raise SpecError(
+            f"The method {settings.method} has a command of its own, with settings that `vestige attribute` lacks. "
+            f"Type: vestige {method.command} --model MODEL --data FILE --queries FILE --out FOLDER"
+        )
     if settings.device == FSDP and (not method.works_sharded or settings.tokens):
         able = ", ".join(each.name for each in METHODS if each.works_sharded)
         what = "--tokens" if settings.tokens else f"--method {settings.method}"
@@ -165,8 +194,21 @@ def _method(settings: AttributeSettings) -> Method:
             f"{able}, without --tokens. Or spread the layers over the GPUs of one process: "
             "--device balanced."
         )
-    if settings.swept:
-        _sweepable(method)
+    if settings.swept and not method.sweeps_damping:
+        able = ", ".join(each.name for each in METHODS if each.sweeps_damping)
+        raise SpecError(
+            f"Several dampings were given, and {method.name} cannot score them in one pass: it has no damping, or "
+            f"needs new measurements for each. Give one --damping, or type --method with one of: {able}."
+        )
+    _require_outputs(settings, method)
+    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
+    if method.needs_model and without_model:
+        raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
+    return method
+
+
+def _require_outputs(settings: AttributeSettings, method: Method) -> None:
+    """Raise unless the method can give what was requested beside its scores."""
     if settings.tokens and method.weighting is not None:
         raise SpecError(
             f"--tokens splits the score of one model, and {settings.method} adds up several. Drop --tokens, or ask one "
@@ -191,33 +233,11 @@ def _method(settings: AttributeSettings) -> Method:
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
         )
-    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
-    if method.needs_model and without_model:
-        raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
-    return method
 
 
 def _query_losses(job: Job) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
-    losses = np.zeros(len(job.queries))
-    objective, device = CausalLoss(job.settings.loss), next(job.loaded.model.parameters()).device
-    with torch.no_grad():
-        budget, sharing = batch_tokens(job.settings, job.loaded), batch_sharing(job.loaded.model)
-        for rows in plan_batches(job.queries.lengths, budget, sharing=sharing):
-            batch = make_batch(job.queries, rows).to(device)
-            losses[rows] = objective.losses(job.loaded.model, batch).float().cpu().numpy()
-    return losses.tolist()
-
-
-def _trust(job: Job, method: Method, summary: ScoreSummary, losses: Sequence[float] | None) -> list[Check]:
-    checks = free_checks(job, method, summary.ranked, losses=losses)
-    if job.loaded is None or not method.needs_model:
-        return [without_weights(), *checks]
-
-    model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
-    score = partial(sampled_scores, job, rows, np.arange(min(len(job.queries), QUERIES)))
-    known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
-    correlation = randomised_correlation(model, score, len(rows), knowledge=known, seed=job.settings.seed)
-    return [correlation, *([] if known is None else [knowledge_check(known)]), *checks]
+    budget = batch_tokens(job.settings, job.loaded)
+    return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

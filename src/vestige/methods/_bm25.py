@@ -1,6 +1,7 @@
 """Lexical retrieval: which examples share rare words with the question and its answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -8,12 +9,8 @@ from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
-from vestige.methods._protocol import Job, Method
-from vestige.methods._registry import method
+from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
-
-BLOCK_SCORES = 2**18
-"""Scores made at once, over all queries."""
 
 
 @method("bm25")
@@ -30,6 +27,8 @@ class Bm25(Method):
     """
 
     searches_words = True
+    block_scores: ClassVar[int] = 2**18
+    """Scores made at once, over all queries."""
     meaning = Meaning(
         sign="no causal reading: zero = no word in common, higher = more and rarer words in common, never negative",
         unit="BM25",
@@ -48,7 +47,7 @@ class Bm25(Method):
             DataError: no training example has any words.
         """
         index = _index(list(map(example_words, job.queries.examples)), map(example_words, job.train.examples))
-        step = max(1, BLOCK_SCORES // max(len(job.queries), 1))
+        step = max(1, self.block_scores // max(len(job.queries), 1))
         for start in range(0, len(index), step):
             scores = index.scores(documents=slice(start, start + step))
             yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))

@@ -44,15 +44,15 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
         ModelError: A folder holds no checkpoint, or none of them says its learning rate.
         IndexMismatch: The indexes are not of the same data and components.
     """
-    indexes = [Index.open(folder) for folder in _listed(settings.index)]
-    sources = _sources(settings, indexes)
+    indexes = [Index.open(folder) for folder in _as_list(settings.index)]
+    sources = _find_sources(settings, indexes)
     if indexes and len(indexes) != len(sources):
         raise SpecError(
             f"{len(indexes)} indexes were given for {len(sources)} checkpoints. Give one --index for each checkpoint, "
             "in the same order, or leave --index out."
         )
     _check_alike(indexes)
-    weights = _weights(settings, sources, weighting)
+    weights = _weigh(settings, sources, weighting)
     found = zip(sources, weights, indexes or [None] * len(sources), strict=True)
     return tuple(Checkpoint(*each) for each in found)
 
@@ -88,26 +88,26 @@ def refuse_checkpoints(settings: AttributeSettings) -> None:
         )
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
+def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
     if settings.checkpoints is None:
         if settings.model is not None and len(indexes) < 2:
             return [settings.model]
         return [index.manifest.model.name for index in indexes]
     if settings.model is not None:
         raise SpecError("`model` and `checkpoints` were both given, but the checkpoints are the models. Drop --model.")
-    found = [one for each in _listed(settings.checkpoints) for one in _expanded(each)]
+    found = [one for each in _as_list(settings.checkpoints) for one in _expand(each)]
     if not found:
         raise SpecError("`checkpoints` is empty. Give the folder of a Trainer run, or one folder for each checkpoint.")
     return found
 
 
-def _expanded(given: Any) -> list[str | Path | nn.Module]:
+def _expand(given: Any) -> list[str | Path | nn.Module]:
     """Return the checkpoints that an argument stands for.
 
     Those of a run after its first step, those that a pattern names, or itself.
@@ -153,7 +153,7 @@ def _check_alike(indexes: Sequence[Index]) -> None:
                 )
 
 
-def _weights(settings: AttributeSettings, sources: Sequence[Any], weighting: Weighting) -> list[float]:
+def _weigh(settings: AttributeSettings, sources: Sequence[Any], weighting: Weighting) -> list[float]:
     if settings.checkpoint_weights is not None:
         weights = list(settings.checkpoint_weights)
         if len(weights) != len(sources):
@@ -194,7 +194,7 @@ def learning_rates(sources: Sequence[str | Path | nn.Module]) -> list[float]:
             for entry in state.get("log_history", [])
             if "learning_rate" in entry and before < entry.get("step", 0) <= step
         ]
-        now, start = (None, None) if isinstance(source, nn.Module) else _scheduled(folder / "scheduler.pt")
+        now, start = (None, None) if isinstance(source, nn.Module) else _read_schedule(folder / "scheduler.pt")
         if logged:
             rates.append(sum(logged) / len(logged))
         elif now is not None and start is not None:
@@ -220,7 +220,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _scheduled(path: Path) -> tuple[float | None, float | None]:
+def _read_schedule(path: Path) -> tuple[float | None, float | None]:
     """Return the scheduler's rate at the checkpoint, and the one it was given at the start."""
     if not path.is_file():
         return None, None

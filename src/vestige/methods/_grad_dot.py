@@ -1,11 +1,12 @@
-"""Inner products of gradients."""
+"""Inner products and cosines of gradients."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vestige.methods._prepared import HELPS, GradientMethod, Prepared, open_store, prepare, unchanged
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
+from vestige.errors import SpecError
+from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared, prepare_queries, unit_length
+from vestige.methods._protocol import Job, method
+from vestige.methods._stores import open_store
 from vestige.runs import Meaning, ScoreBlock
 
 
@@ -30,9 +31,41 @@ class GradDot(GradientMethod):
 
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' gradients."""
-        return prepare(job, open_store(job), unchanged)
+        return prepare_queries(job, open_store(job))
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """Return the map from a piece to `|gradient|^2` of its training examples."""
-        store = self.prepare(job).store
+        store = self.store(job)
         return lambda piece: (ScoreBlock(rows, squared[None]) for rows, squared in store.piece_squared_norms(piece))
+
+
+@method("grad-cos")
+@dataclass
+class GradCos(GradientMethod):
+    """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
+
+    works_sharded = True
+    meaning = Meaning(
+        sign=HELPS,
+        unit="cosine, from -1 to 1",
+        target="this model",
+        normalisation="length of both gradients",
+        estimates="How well a gradient step on the example points along the one that the query asks for.",
+        cost="One forward and backward pass over the training data, or one read of the index.",
+        limits="Says nothing about how far the step goes: a faint example can score as high as a forceful one.",
+    )
+
+    def vectors(self, job: Job) -> Prepared:
+        """Return the queries' gradients at length one, over all components together."""
+        return prepare_queries(job, open_store(job), unit_length, cosine=True)
+
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
+        """Refuse: a gradient's cosine with itself is 1.
+
+        Raises:
+            SpecError: Always.
+        """
+        raise SpecError(
+            "Self-influence with grad-cos is 1 for every example: a gradient's cosine with itself. It would rank "
+            "nothing. Type --method influence or --method grad-dot."
+        )

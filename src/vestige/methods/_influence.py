@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 
 from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
-from vestige.methods._indexed_gradients import IndexedGradients
+from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
 from vestige.methods._preconditioned import curvature_work
-from vestige.methods._prepared import HELPS, GradientMethod, Prepared
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.methods._stores import Vectors
+from vestige.methods._protocol import Job, Vectors, method
+from vestige.methods._stores import IndexedGradients
 from vestige.runs import Meaning, ScoreBlock
 from vestige.timing import time_phase
 
@@ -80,46 +79,52 @@ class Influence(GradientMethod):
         """Set what the scores mean, which depends on the options."""
         self.meaning = replace(type(self).meaning, **_MEANT[self.relative])
         if self.fisher == "model":
-            self._speak_of_one_matrix()
+            self._describe_one_matrix()
 
-    def _speak_of_one_matrix(self) -> None:
+    def _describe_one_matrix(self) -> None:
         text = self.meaning.normalisation.removesuffix(_ONE)
         self.meaning = replace(self.meaning, normalisation=text + _ONE)
 
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' compressed gradients, preconditioned."""
-        store, fisher, damping = self.store(job), self._curvature(job), job.settings.damping
-        if store.index.manifest.compression.scope == "model":
-            # Components that were added up have no matrices of their own.
-            self._speak_of_one_matrix()
+        return self.at_dampings(job)(job.settings.damping)
 
-        def preconditioned(vectors: Vectors) -> Vectors:
+    def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
+        """Measure the Fisher matrices once; return the map from a damping to the vectors."""
+        fisher, plain = self._curvature(job), _open_index(job, None)
+        gradients = plain.of_queries(job.queries)
+        if plain.index.manifest.compression.scope == "model":
+            # Components that were added up have no matrices of their own.
+            self._describe_one_matrix()
+
+        def precondition(vectors: Vectors, damping: float) -> Vectors:
             whole = torch.cat(vectors, dim=1)
             solved = fisher.precondition(whole, damping)
             if self.relative == "cosine":
                 lengths = (whole * solved).sum(1).clamp(min=0).sqrt()
                 solved /= torch.where(lengths > 0, lengths, 1.0)[:, None]
-            return store.split(solved)
+            return plain.split(solved)
 
-        gradients = self.once("queries", lambda: store.of_queries(job.queries))
-        return Prepared(job, store, preconditioned(gradients), preconditioned, self.relative != "none")
+        def at(damping: float) -> Prepared:
+            transform, store = partial(precondition, damping=damping), self._store(job, fisher, damping)
+            return Prepared(job, store, transform(gradients), transform, self.relative != "none")
+
+        return at
 
     def store(self, job: Job) -> IndexedGradients:
         """Return the index; with relative scores, the curvature defines the length of gradients."""
-        if self.relative == "none":
-            return _indexed(job, None)
-        power: Literal[1, 2] = 2 if self.relative == "theta" else 1
-        return _indexed(job, self._curvature(job).measure(job.settings.damping, power))
+        fisher = None if self.relative == "none" else self._curvature(job)
+        return self._store(job, fisher, job.settings.damping)
 
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are.
 
         Raises:
-            SpecError: for cosines, which are all 1.
+            SpecError: For cosines, which are all 1.
         """
         if self.relative == "cosine":
             raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
-        fisher, damping, store = self._curvature(job), job.settings.damping, _indexed(job, None)
+        fisher, damping, store = self._curvature(job), job.settings.damping, _open_index(job, None)
         squared = fisher.measure(damping, 1)
         divisor = fisher.measure(damping, 2) if self.relative == "theta" else squared
 
@@ -134,15 +139,17 @@ class Influence(GradientMethod):
 
         return blocks
 
+    def _store(self, job: Job, fisher: FisherBlocks | None, damping: float) -> IndexedGradients:
+        if fisher is None or self.relative == "none":
+            return _open_index(job, None)
+        return _open_index(job, fisher.measure(damping, 2 if self.relative == "theta" else 1))
+
     def _curvature(self, job: Job) -> FisherBlocks:
-        index = job.index
-        assert index is not None, "the orchestration makes an index for methods that need one"
-        work = curvature_work(job)
-        component = self.fisher == "component"
-        found = self.once("fisher", lambda: fisher_of(index, *work) if component else whole_fisher(index))
+        index = _open_index(job, None).index
+        found = fisher_of(index, *curvature_work(job)) if self.fisher == "component" else whole_fisher(index)
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 
-def _indexed(job: Job, measure: Measure | None) -> IndexedGradients:
-    assert job.index is not None, "the orchestration makes an index for methods that need one"
+def _open_index(job: Job, measure: Measure | None) -> IndexedGradients:
+    assert job.index is not None, "an index was made for a method that needs one"
     return IndexedGradients(job, job.index, measure)

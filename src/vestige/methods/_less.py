@@ -16,15 +16,12 @@ from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._ensemble import CheckpointMethod, Lines
-from vestige.methods._exact_gradients import ExactGradients
+from vestige.methods._gradient_method import HELPS, unit_length
 from vestige.methods._preconditioned import check_memory
-from vestige.methods._prepared import HELPS, unit_length
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.methods._stores import Vectors
-from vestige.models import LoadedModel, batch_sharing
-from vestige.progress import progress
+from vestige.methods._protocol import Job, Vectors, method, watch
+from vestige.methods._stores import ExactGradients
+from vestige.methods._tracin import CheckpointMethod, Lines, Term
+from vestige.models import batch_sharing
 from vestige.runs import Meaning, ScoreBlock
 
 WHOLE_NUMBERS = 2**26
@@ -72,7 +69,7 @@ class Less(CheckpointMethod):
         """Return which queries belong together, and the optimizers."""
         return {"groups": self._groups(job), "optimizers": [_stamp(each) for each in job.checkpoints]}
 
-    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:
         """Return the parts of the best subtask, by its whole sum over checkpoints, for every query."""
         if not self.subtasks:
             return parts
@@ -91,15 +88,16 @@ class Less(CheckpointMethod):
         found = read_adam(Path(checkpoint.source).expanduser(), loaded.model)
         moments = [component_moments(loaded.model, part, found) for part in job.components]
         if job.randomised:
-            moments = _measured(job, moments)
-        vectors = _grouped(ExactGradients(job).of_queries(job.queries), self._groups(job))
-        return LessTerm(job, loaded, moments, vectors)
+            moments = _measure_moments(job, moments)
+        groups, gradients = self._groups(job), ExactGradients(job).of_queries(job.queries)
+        means = [torch.stack([vector[group].mean(0) for group in groups]) for vector in gradients]
+        return LessTerm(job, moments, unit_length(means))
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
         """Refuse: preconditioned on one side and divided by both lengths, it ranks no example above another.
 
         Raises:
-            SpecError: always.
+            SpecError: Always.
         """
         raise SpecError(
             "Self-influence with less compares an example's gradient with Adam's step on it, without their lengths: it "
@@ -121,11 +119,6 @@ class Less(CheckpointMethod):
         return list(found.values())
 
 
-def _grouped(vectors: Vectors, groups: Sequence[list[int]]) -> Vectors:
-    """Return the mean gradient of every group at length one."""
-    return unit_length([torch.stack([vector[group].mean(0) for group in groups]) for vector in vectors])
-
-
 def _stamp(checkpoint: Checkpoint) -> list[Any]:
     """Return what distinguishes a checkpoint's optimizer from another one."""
     if isinstance(checkpoint.source, nn.Module):
@@ -135,42 +128,32 @@ def _stamp(checkpoint: Checkpoint) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class LessTerm:
+class LessTerm(Term):
     """Cosines at one checkpoint."""
 
     job: Job
-    loaded: LoadedModel
     moments: list[Moments]
     vectors: Vectors
     """Mean gradient of each line's queries, at length one over all components."""
 
     def scores(self) -> Lines:
         """Yield the scores from one pass over the training data."""
-        data = self.job.train
-        with progress(len(data), "Scoring") as bar:
-            for rows, parts in self._streamed(data, self.vectors):
-                yield rows, parts.sum(0)
-                bar.advance(len(rows))
-
-    def self_scores(self) -> Lines:
-        """Refuse, as the method does."""
-        raise AssertionError("less has no self-influence")
+        for rows, parts in watch(self._stream(self.job.train), len(self.job.train), "Scoring"):
+            yield rows, parts.sum(0)
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
         """Compute the parts of just these rows in a pass over them."""
-        found = list(self._streamed(self.job.train.subset(rows), self.vectors))
+        found = list(self._stream(self.job.train.subset(rows)))
         order = torch.argsort(torch.cat([places for places, _ in found]))
         return torch.cat([parts for _, parts in found], dim=2)[:, :, order]
 
-    def _streamed(
-        self, data: TokenizedData, vectors: Vectors
-    ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
+    def _stream(self, data: TokenizedData) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "component line row"]]]:
         """Yield cosines, split over components, a few examples at a time: whole gradients are large."""
-        device = next(self.loaded.model.parameters()).device
+        device = self.vectors[0].device
         targets = torch.as_tensor(data.target_counts > 0, device=device)
         for batch, gradients in _whole_gradients(self.job, data):
             parts, squared = [], torch.zeros(len(batch), device=device)
-            for gradient, moments, vector in zip(gradients, self.moments, vectors, strict=True):
+            for gradient, moments, vector in zip(gradients, self.moments, self.vectors, strict=True):
                 step = adam_direction(gradient, moments).flatten(1)
                 parts.append(vector @ step.T)
                 squared += step.square().sum(1)
@@ -194,7 +177,7 @@ def _whole_gradients(
             yield batch, sink.gradients
 
 
-def _measured(job: Job, read: Sequence[Moments]) -> list[Moments]:
+def _measure_moments(job: Job, read: Sequence[Moments]) -> list[Moments]:
     """Return Adam's moments as the training data would leave them at the model as it is.
 
     The mean gradient, and the mean of its entries' squares, each as large as the one that was read.

@@ -1,4 +1,4 @@
-"""Scores of the training examples as a work plan: pieces of the training data, each scored by the first free worker.
+"""Scores of the training examples as work plans: pieces of the training data, each scored by the first free worker.
 
 The query vectors are made once and kept beside the run; a piece leaves its scores there, and the reduce streams the
 pieces in their order into the summary, so a run holds the same numbers whichever process computed them, and whenever.
@@ -7,27 +7,26 @@ pieces in their order into the summary, so a run holds the same numbers whicheve
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vestige.data import Example, StoredExamples
+from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
-from vestige.methods._exact_gradients import ExactGradients
-from vestige.methods._prepared import GradientMethod, piece_blocks
-from vestige.methods._protocol import Job, Method
-from vestige.methods._query_vectors import KeptVectors, QueryVectors
-from vestige.methods._stores import GradientStore, Vectors
-from vestige.progress import progress
+from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
+from vestige.methods._stores import ExactGradients
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
-from vestige.settings import AttributeSettings, LaunchSettings
+from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
 FORMAT = 1
@@ -36,110 +35,84 @@ OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influen
 """Settings that change no score: a piece made with others stays good."""
 
 Result = TypeVar("Result")
+Tensors = dict[str, Tensor]
 Blocks = Callable[[int], Iterator[ScoreBlock]]
 """From the number of a piece to its scores."""
 
 
 @dataclass(frozen=True)
-class BlocksPlan(Generic[Result]):
-    """Score blocks, piece by piece, and what they are collected into."""
+class FilePlan(Generic[Result]):
+    """A work plan whose pieces are files of tensors beside the run."""
 
     name: str
     unit: str
     folder: Path
-    rows: tuple[int, ...]
-    """Training examples in each piece."""
-    lines: int
-    """Scores for each of them."""
-    blocks: Callable[[], Blocks]
-    """Opens what the pieces are computed with."""
-    collect: Callable[[Iterable[ScoreBlock]], Result]
+    """The run's partial folder; the pieces lie in a folder of it."""
+    weights: Sequence[int]
+    """Units of work in each piece."""
     input: str
-    """Everything that decides the scores."""
+    """Everything that decides the content."""
+    begin: Callable[[], AbstractContextManager[Callable[[int], Tensors]]]
+    """Opens what the pieces are computed with."""
+    collect: Callable[[Iterator[Tensors]], Result]
+    """Makes the result from the pieces, in their order."""
+    subfolder: str = ""
+    """Where the pieces lie; not given: the name, in lower case."""
 
     @property
     def pieces(self) -> int:
-        """The number of pieces that the training data falls into."""
-        return len(self.rows)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece's scores are there."""
-        return self._files.is_done(piece)
-
-    def weight(self, piece: int) -> float:
-        """Return the number of the piece's scores: training examples times queries."""
-        return self.rows[piece] * self.lines
-
-    def open(self) -> AbstractContextManager[Compute]:
-        """Open what the method needs; what the queries need was made before."""
-        blocks = self.blocks()
-        return nullcontext(lambda piece: self._compute(piece, blocks))
-
-    def _compute(self, piece: int, blocks: Blocks) -> None:
-        """Leave the scores of one piece."""
-        found = []
-        for block in blocks(piece):
-            found.append(block)
-            step_done(len(block.rows) * self.lines)
-        rows, scores = torch.cat([each.rows for each in found]), torch.cat([each.scores for each in found], dim=1)
-        self._files.write(piece, {"rows": rows, "scores": scores})
-
-    def reduce(self) -> Result:
-        """Collect the pieces, in their order, into the result.
-
-        Raises:
-            CorruptFile: a piece is missing or damaged.
-        """
-        return self.collect(ScoreBlock(**self._files.read(piece)) for piece in range(self.pieces))
-
-    def run(self, settings: AttributeSettings) -> Result:
-        """Return the result; a single piece leaves nothing on disk here, several continue where they were killed."""
-        with phase(self.name, self.unit) as done:
-            if self.pieces == 1 and settings.engine == "local":
-                done.append(self.rows[0] * self.lines)
-                return self.collect(self._watched())
-            self._files.forget_damaged(range(self.pieces))
-            done.extend(round(self.weight(piece)) for piece in range(self.pieces) if not self.is_done(piece))
-            return run_plan(self, settings, worker_command(settings, "attribute"))
-
-    def _watched(self) -> Iterator[ScoreBlock]:
-        with progress(self.rows[0], self.name) as bar:
-            for block in self.blocks()(0):
-                yield block
-                bar.advance(len(block.rows))
+        """The number of pieces."""
+        return len(self.weights)
 
     @cached_property
-    def _files(self) -> PieceFiles:
-        return PieceFiles(self.folder / self.name.lower(), digest(self.input, self.rows, self.lines))
+    def files(self) -> PieceFiles:
+        """The files of the pieces."""
+        return PieceFiles(self.folder / (self.subfolder or self.name.lower().replace(" ", "-")), self.input)
+
+    def is_done(self, piece: int) -> bool:
+        """Return whether the piece is there."""
+        return self.files.is_done(piece)
+
+    def weight(self, piece: int) -> float:
+        """Return the units of work in the piece."""
+        return self.weights[piece]
+
+    @contextmanager
+    def open(self) -> Iterator[Compute]:
+        """Open what the pieces need."""
+        with self.begin() as compute:
+            yield lambda piece: self.files.write(piece, compute(piece))
+
+    def reduce(self) -> Result:
+        """Collect the pieces, in their order.
+
+        Raises:
+            CorruptFile: A piece is missing or damaged.
+        """
+        return self.collect(map(self.files.read, range(self.pieces)))
 
 
-def summarised(job: Job, method: Method) -> ScoreSummary:
+def summarise(job: Job, method: Method) -> ScoreSummary:
     """Stream the scores of every training example into the lists, the distribution and the groups."""
-    return summarised_sets(job, method, 1)[0]
+    return summarise_sets(job, method, 1)[0]
 
 
-def summarised_sets(
+def summarise_sets(
     job: Job, method: Method, sets: int, watch: Callable[[ScoreBlock], None] | None = None
 ) -> list[ScoreSummary]:
-    """Summarise lines of scores that hold all queries `sets` times, one set after another, as `summarised` does.
+    """Summarise lines of scores that hold all queries `sets` times, one set after another.
 
     Args:
         job: The question.
         method: Whose blocks have `sets * queries` lines.
         sets: How often the queries come.
-        watch: Also sees every block.
+        watch: Also gets every block.
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> list[ScoreSummary]:
+        options = {"k": job.settings.k, "dense": job.settings.dense, "skipped": job.skipped}
         collectors = [
-            ScoreCollector(
-                len(job.queries),
-                len(job.train),
-                k=job.settings.k,
-                sources=_sources(job.train.examples),
-                dense=job.settings.dense,
-                skipped=job.skipped,
-            )
+            ScoreCollector(len(job.queries), len(job.train), sources=_sources(job.train.examples), **options)
             for _ in range(sets)
         ]
         for block in blocks:
@@ -149,22 +122,14 @@ def summarised_sets(
                 collector.add(ScoreBlock(block.rows, scores))
         return [collector.finish() for collector in collectors]
 
-    if not works_in_pieces(method, "blocks"):
+    if not method.works_in_pieces:
         return collect(method.blocks(job))
-    assert isinstance(method, GradientMethod)
-    store = method.store(job)
-    vectors, cosine = _kept_vectors(job, method, store)
-    plan = BlocksPlan(
-        "Scoring",
-        "train x query pairs",
-        partial_folder(job.settings.out),
-        _rows(store),
-        sets * len(job.queries),
-        lambda: partial(piece_blocks, store, vectors, cosine),
-        collect,
-        digest(settings_key(job), store.identity, _digest_of(vectors)),
-    )
-    return plan.run(job.settings)
+    gradients = cast(GradientMethod, method)
+    store = gradients.store(job)
+    prepared = _share_queries(job, gradients, store)
+    key = digest(settings_key(job), store.identity, _digest_of(prepared.vectors))
+    lines = sets * len(job.queries)
+    return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)
 
 
 def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
@@ -173,11 +138,11 @@ def _sources(examples: Sequence[Example]) -> Iterable[str | None]:
     return (example.source for example in examples)
 
 
-def self_scores(job: Job, method: Any) -> np.ndarray:
+def compute_self_scores(job: Job, method: Method) -> np.ndarray:
     """Compute the score of every training example for itself, float64 [example]; NaN if left out.
 
     Raises:
-        NonFinite: another is NaN or infinite.
+        NonFinite: Another is NaN or infinite.
     """
 
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
@@ -185,35 +150,23 @@ def self_scores(job: Job, method: Any) -> np.ndarray:
         for block in blocks:
             kept = ~np.isin(block.rows.numpy(), job.skipped)
             rows, scores = block.rows.numpy()[kept], block.scores.numpy()[0, kept]
-            _check_finite(rows, scores)
+            if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+                raise NonFinite(
+                    f"The self-influence of training row {rows[bad[0]]} is {scores[bad[0]]}. Run again with "
+                    "--precision float32, or leave that row out: --skip-bad, of vestige index where there is one."
+                )
             found[rows] = scores
         return found
 
-    if not works_in_pieces(method, "self_scores"):
+    if not method.works_in_pieces:
         return collect(method.self_scores(job))
-    store = method.store(job)
-    plan = BlocksPlan(
-        "Self-influence",
-        "examples",
-        partial_folder(job.settings.out),
-        _rows(store),
-        1,
-        lambda: method.self_blocks(job),
-        collect,
-        digest(settings_key(job), store.identity),
-    )
-    return plan.run(job.settings)
+    gradients = cast(GradientMethod, method)
+    store, key = gradients.store(job), settings_key(job)
+    blocks = partial(gradients.self_blocks, job)
+    return _run(job, "Self-influence", "examples", store, 1, blocks, collect, digest(key, store.identity))
 
 
-def _check_finite(rows: np.ndarray, scores: np.ndarray) -> None:
-    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
-        raise NonFinite(
-            f"The self-influence of training row {rows[bad[0]]} is {scores[bad[0]]}. Run again with --precision "
-            "float32, or leave that row out: --skip-bad, of vestige index where there is one."
-        )
-
-
-def unscorable(job: Job) -> tuple[int, ...]:
+def find_unscorable(job: Job) -> tuple[int, ...]:
     """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
     store = ExactGradients(job)
 
@@ -224,15 +177,87 @@ def unscorable(job: Job) -> tuple[int, ...]:
     def collect(found: Iterable[ScoreBlock]) -> tuple[int, ...]:
         return tuple(sorted(row for block in found for row in block.rows[block.scores[0] == 0].tolist()))
 
-    folder, identity = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
-    return BlocksPlan("Checking", "examples", folder, _rows(store), 1, lambda: blocks, collect, identity).run(
-        job.settings
+    key = digest(settings_key(job), store.identity)
+    return _run(job, "Checking", "examples", store, 1, lambda: blocks, collect, key)
+
+
+def _run(
+    job: Job,
+    name: str,
+    unit: str,
+    store: GradientStore,
+    lines: int,
+    open_blocks: Callable[[], Blocks],
+    collect: Callable[[Iterable[ScoreBlock]], Result],
+    key: str,
+) -> Result:
+    """Collect score blocks with `lines` scores an example, piece by piece of the store.
+
+    A single piece leaves nothing on disk here; several continue where they were killed.
+    """
+    rows = [store.piece_rows(piece) for piece in range(store.pieces)]
+
+    def begin() -> AbstractContextManager[Callable[[int], Tensors]]:
+        blocks = open_blocks()
+
+        def compute(piece: int) -> Tensors:
+            found = []
+            for block in blocks(piece):
+                found.append(block)
+                step_done(len(block.rows) * lines)
+            return {
+                "rows": torch.cat([each.rows for each in found]),
+                "scores": torch.cat([each.scores for each in found], dim=1),
+            }
+
+        return nullcontext(compute)
+
+    plan = FilePlan(
+        name,
+        unit,
+        partial_folder(job.settings.out),
+        [count * lines for count in rows],
+        digest(key, rows, lines),
+        begin,
+        lambda pieces: collect(ScoreBlock(**piece) for piece in pieces),
     )
+    with phase(name, unit) as done:
+        if plan.pieces == 1 and job.settings.engine == "local":
+            done.append(plan.weights[0])
+            return collect(watch(open_blocks()(0), rows[0], name))
+        plan.files.forget_damaged(range(plan.pieces))
+        done.extend(plan.weights[piece] for piece in range(plan.pieces) if not plan.is_done(piece))
+        return run_plan(plan, job.settings, worker_command(job.settings, "attribute"))
 
 
-def works_in_pieces(method: Any, what: str) -> bool:
-    """Return whether a method's scores are those of `GradientMethod`, which divides its training data into pieces."""
-    return isinstance(method, GradientMethod) and getattr(type(method), what) is getattr(GradientMethod, what)
+def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Prepared:
+    """Return the query vectors; those of data in several pieces are kept beside the run.
+
+    Of several processes that start at once, one writes and all read the same bytes: computed twice they may be rounded
+    differently, and scores of one run must come from the same vectors.
+    """
+    if store.pieces == 1:
+        return method.prepare(job)
+
+    def compute(_: int) -> Tensors:
+        prepared = method.prepare(job)
+        vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
+        return {"cosine": torch.tensor(prepared.cosine), **vectors}
+
+    def collect(pieces: Iterator[Tensors]) -> Prepared:
+        kept = next(pieces)
+        cosine = bool(kept.pop("cosine"))
+        vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
+        return Prepared(job, store, vectors, cosine=cosine)
+
+    folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
+    weights = [len(job.queries)]
+    plan = FilePlan("Queries", "queries", folder, weights, key, lambda: nullcontext(compute), collect, "vectors")
+    plan.files.forget_damaged([0])
+    if not broadcast_from_rank0(lambda: plan.is_done(0)):
+        # Outside the plan, because the curvature is a plan of its own, in which this process may be a worker.
+        method.prepare(job)
+    return run_plan(plan, LaunchSettings.model_validate({}), None)
 
 
 def settings_key(job: Job) -> str:
@@ -253,17 +278,3 @@ def _digest_of(vectors: Vectors) -> str:
     for vector in vectors:
         whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-
-def _kept_vectors(job: Job, method: GradientMethod, store: GradientStore) -> KeptVectors:
-    """Return the query vectors; those of data in several pieces are kept beside the run."""
-    if store.pieces == 1:
-        prepared = method.prepare(job)
-        return KeptVectors(prepared.vectors, prepared.cosine)
-    folder = partial_folder(job.settings.out)
-    files = PieceFiles(folder / "vectors", digest(settings_key(job), store.identity))
-    return QueryVectors(folder, files, len(job.queries), lambda: method.prepare(job), store.device).run()
-
-
-def _rows(store: GradientStore) -> tuple[int, ...]:
-    return tuple(map(store.piece_rows, range(store.pieces)))

@@ -1,25 +1,46 @@
-"""What an attribution method is: something that turns a job into blocks of scores."""
+"""What an attribution method is, its options, and the registry of methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import cleandoc
+from itertools import chain
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import torch
 from jaxtyping import Float, Int
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from vestige.data import TokenizedData
-from vestige.errors import UserError
+from vestige.errors import SpecError, UserError
 from vestige.models import Component, LoadedModel, Selection
+from vestige.progress import progress
+from vestige.registry import Registry
 from vestige.runs import Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
+from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vestige.indexes import Index
     from vestige.methods._checkpoints import Checkpoint
 
-
 Weighting = Literal["learning rate", "equal"]
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Job:
     """Whether the model's weights were replaced by noise: a file beside its checkpoint then is not about this model."""
     asked: str = ""
     """How questions were put, in words, where they differ from what was typed."""
+    generated: tuple[bool, ...] = ()
+    """Per query: whether the answer is the model's own."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -60,7 +83,7 @@ class Job:
         """Return the model that `method` runs.
 
         Raises:
-            UserError: the job has none, which `method` needs.
+            UserError: The job has none.
         """
         if self.loaded is None:
             raise UserError(f"The method `{method}` runs the model, and none was given. Add --model MODEL.")
@@ -80,13 +103,16 @@ class Method(ABC):
     """Scores every training example for every query, and says what it can do: nothing else knows which method runs.
 
     A new one is a class with `blocks` and `meaning` and `@method("its-name")` above it, announced by an entry point in
-    the group `vestige.methods`. Its options are dataclass fields whose type is `Annotated` with what they mean.
+    the group `vestige.methods`. Its options are dataclass fields whose type is `Annotated` with what they mean. One
+    whose scores are inner products with gradients is a `GradientMethod`.
     """
 
     name: ClassVar[str] = ""
     """Set by the decorator."""
     meaning: Meaning
     """What the scores mean; honest about sign and limits, for it is printed beside every score."""
+    command: ClassVar[str] = "attribute"
+    """The command that runs it: `vestige attribute` refuses the method of another command, and prints that one."""
     needs_model: ClassVar[bool] = False
     """False for methods that read text alone: `Job.loaded` may be None."""
     needs_gradients: ClassVar[bool] = False
@@ -103,8 +129,10 @@ class Method(ABC):
     """True where `components` takes scores apart."""
     splits_tokens: ClassVar[bool] = False
     """True where a score is an inner product with the gradient, which is a sum over tokens (see `GradientMethod`)."""
+    works_in_pieces: ClassVar[bool] = False
+    """True where scores are computed piece by piece, which several processes share (see `GradientMethod`)."""
     sweeps_damping: ClassVar[bool] = False
-    """True where what is measured serves any damping."""
+    """True where what is measured serves any damping (see `GradientMethod.at_dampings`)."""
     scores_itself: ClassVar[bool] = False
     """True where `self_scores` gives self-influence."""
     works_sharded: ClassVar[bool] = False
@@ -121,3 +149,211 @@ class Method(ABC):
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
         raise NotImplementedError(f"{self.name} has no self-influence")
+
+
+Block = TypeVar("Block", bound=tuple[Any, ...])
+
+
+def watch(blocks: Iterator[Block], rows: int, name: str) -> Iterator[Block]:
+    """Yield blocks that begin with their rows, and show the progress."""
+    with progress(rows, name) as bar:
+        for block in blocks:
+            yield block
+            bar.advance(len(block[0]))
+
+
+Vectors = list[Float[Tensor, "query n"]]
+"""A matrix for each component."""
+ScoredRows = tuple[Tensor, Tensor, Tensor | None]
+"""(rows, scores [query, row], norms [row] or None)."""
+
+
+class Products(NamedTuple):
+    """Inner products of some rows with the query vectors."""
+
+    scores: Float[Tensor, "component query row"]
+    norms: Float[Tensor, "row"] | None
+    """Length of each row's gradient, where it was requested."""
+
+
+class GradientStore(ABC):
+    """Per-example gradients of the training data, which fall into pieces of work."""
+
+    device: torch.device
+    """Where the vectors are multiplied with the gradients."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What these gradients are: of the same identity they are the same numbers."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int:
+        """The number of pieces of work that the training examples fall into; follows from the data alone."""
+
+    @abstractmethod
+    def piece_rows(self, piece: int) -> int:
+        """Return the number of training examples in a piece."""
+
+    @abstractmethod
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return gradients of the queries."""
+
+    @abstractmethod
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
+        """Yield (rows, scores [query, row], norms [row] if requested) of the examples of a piece, each once."""
+
+    @abstractmethod
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
+
+    @abstractmethod
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield (rows, their gradients as for queries) of a piece, a few examples at a time."""
+
+    @abstractmethod
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute the scores of a few rows, split over components."""
+
+    @abstractmethod
+    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
+        """Return the matrices whose inner product with an example's gradient is that query's score."""
+
+    def join(self, stores: "Sequence[GradientStore]", lines: int) -> "GradientStore":  # noqa: ARG002
+        """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
+        return self
+
+    def compute_squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `piece_squared_norms` of all training examples, with progress shown."""
+        blocks = chain.from_iterable(map(self.piece_squared_norms, range(self.pieces)))
+        return watch(blocks, sum(map(self.piece_rows, range(self.pieces))), "Self-influence")
+
+
+class Option(NamedTuple):
+    """An option of one method, which others do not have: a field of its class."""
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+
+    @property
+    def values(self) -> str:
+        """The values that may follow `name=`, in words."""
+        return " or ".join(_words(self.type))
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it would be typed."""
+        return "none" if self.default is None else str(self.default)
+
+    @property
+    def line(self) -> str:
+        """The option with its default, values and meaning, as help prints it."""
+        return f"  {self.name}={self.shown_default}  ({self.values}) {self.meaning}"
+
+    def parse(self, given: Any) -> Any:
+        """Convert `given`, a value or the text of one, to the option's type.
+
+        Raises:
+            SpecError: It is none.
+        """
+        value = None if given == "none" and _takes_none(self.type) else given
+        try:
+            return TypeAdapter(self.type).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise SpecError(
+                f"--option {self.name}={given} does not fit: expected {self.values} ({reason}). {self.meaning}"
+            ) from None
+
+
+def options_of(found: type) -> tuple[Option, ...]:
+    """Return the options of a method's class: its fields whose type is `Annotated` with what they mean."""
+    if not is_dataclass(found):
+        return ()
+    types = get_type_hints(found, include_extras=True)
+    notes = {one: getattr(types[one.name], "__metadata__", ()) for one in fields(found)}
+    return tuple(
+        Option(one.name, types[one.name], one.default, note)
+        for one, noted in notes.items()
+        for note in noted
+        if isinstance(note, str)
+    )
+
+
+def _takes_none(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation is NoneType or any(map(_takes_none, get_args(annotation)))
+
+
+def _words(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
+    if members := get_args(annotation):
+        return [word for member in members for word in _words(member)]
+    return [{int: "whole number", float: "number", bool: "yes or no", str: "text", NoneType: "none"}[annotation]]
+
+
+METHODS: Registry[type[Method]] = Registry("vestige.methods", "method", Method)
+
+
+def method(name: str) -> Callable[[MethodClass], MethodClass]:
+    """Register a class as the method `name`.
+
+    Raises:
+        SpecError: Another class has that name.
+    """
+
+    def register(found: MethodClass) -> MethodClass:
+        METHODS.add(name, found)
+        found.name = name
+        return found
+
+    return register
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """Return the method called `name`, made with its options.
+
+    Raises:
+        SpecError: There is no such method, it has no such option, or the option's value is of another type.
+    """
+    found = METHODS.find(name)
+    known = {one.name: one for one in options_of(found)}
+    if unknown := [key for key in options if key not in known]:
+        lines = ["Its options, with their defaults:", *(one.line for one in known.values())]
+        listed = "\n".join(lines) if known else "It has none."
+        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
+    return found(**{key: known[key].parse(value) for key, value in options.items()})
+
+
+def method_table() -> "Table":
+    """Return a line for each method: its name, what it estimates, and what that costs."""
+    from rich.table import Table
+
+    table = Table("method", "estimates", "costs")
+    for found in METHODS:
+        meaning = found().meaning
+        table.add_row(found.name, meaning.estimates, meaning.cost)
+    return table
+
+
+def describe_method(name: str) -> str:
+    """Return what a method computes, what its scores mean, what it costs, when not to believe it, and its options.
+
+    Raises:
+        SpecError: There is no such method.
+    """
+    found = METHODS.find(name)
+    options = [one.line for one in options_of(found)] or ["No options of its own."]
+    if found.command != Method.command:
+        options = [f"It has a command of its own: vestige {found.command} --help"]
+    elif options_of(found):
+        options.insert(0, "Options, with their defaults (--option name=value):")
+    facts = lines_of_facts(found().meaning.to_dict())
+    return "\n".join([f"{name}: {cleandoc(found.__doc__ or '')}", "", *facts, "", *options])

@@ -2,23 +2,22 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt64
 
-from vestige.methods._protocol import Job, Method
-from vestige.methods._registry import method
+from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
-
-BLOCK_SCORES = 2**22
-"""Scores made at once, over all queries."""
 
 
 @method("random")
 class Random(Method):
     """A hash of (seed, query id, example id): the same for any order of queries, data and blocks."""
 
+    block_scores: ClassVar[int] = 2**22
+    """Scores made at once, over all queries."""
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",
@@ -33,7 +32,7 @@ class Random(Method):
         """Yield random scores of all rows, in order."""
         seed = job.settings.seed
         queries = _codes("query", seed, [example.id for example in job.queries.examples])
-        step = max(1, BLOCK_SCORES // max(len(queries), 1))
+        step = max(1, self.block_scores // max(len(queries), 1))
         for start in range(0, len(job.train), step):
             ids = [example.id for example in job.train.examples[start : start + step]]
             scores = _uniform(queries[:, None] ^ _codes("example", seed, ids)[None, :])

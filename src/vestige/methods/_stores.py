@@ -4,110 +4,363 @@ Both answer the same questions, so that a method does not know which one it work
 `[query, n]` per component: n compressed numbers for an index, all `out * in` entries without one.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from contextlib import nullcontext
+from functools import cached_property
+from typing import ClassVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import TokenizedData
-from vestige.progress import progress
+from vestige.compress import adjoint_gradient, parse_spec
+from vestige.curvature import Measure, Measures
+from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.distributed import compute_round_robin
+from vestige.errors import NonFinite
+from vestige.gradients import (
+    BothSinks,
+    CausalLoss,
+    DotSink,
+    GradientPass,
+    Gradients,
+    GradientSink,
+    LowRank,
+    NormSink,
+    low_rank,
+    matrices_of,
+)
+from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
+from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
+from vestige.models import LoadedModel, batch_sharing
+from vestige.progress import announce
+from vestige.timing import time_phase
 
-Vectors = list[Float[Tensor, "query n"]]
+GRADIENT_NUMBERS = 2**26
+"""Most numbers of whole training gradients alive at once."""
+PARTS_NUMBERS = 2**26
+"""Most numbers alive at once while gradients of the whole model are computed component by component."""
+SUM_TOLERANCE = 0.01
+"""Difference between a score and the sum over its components, relative to the largest score, that is announced."""
 
 
-class Products(NamedTuple):
-    """Inner products of some rows with the query vectors."""
+class ExactGradients(GradientStore):
+    """Whole gradients, formed while the model runs over the training data once; nothing is stored."""
 
-    rows: Int[Tensor, "row"]
-    scores: Float[Tensor, "component query row"]
-    norms: Float[Tensor, "row"] | None
-    """Length of each row's gradient, where it was requested."""
+    piece_tokens: ClassVar[tuple[int, int]] = (2**16, 2**20)
+    """Tokens in one piece of work: a 64th of the data, within these bounds."""
 
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._loaded: LoadedModel = job.model_for(job.settings.method)
+        self.device = next(self._loaded.model.parameters()).device
+        self._budget = batch_tokens(job.settings, self._loaded)
+        self._sharing = batch_sharing(self._loaded.model)
+        self._objective = CausalLoss(job.settings.loss)
+        self._shortened: tuple[Vectors, list[Gradients]] | None = None
 
-class GradientStore(Protocol):
-    """Per-example gradients of the training data."""
-
-    def of_queries(self, data: TokenizedData) -> Vectors:
-        """Return gradients of the queries."""
-        ...
-
-    device: torch.device
-    """Where the vectors are multiplied with the gradients."""
-
-    @property
-    def identity(self) -> str:
-        """Says which gradients these are: of the same identity they are the same numbers."""
-        ...
+    @cached_property
+    def _groups(self) -> list[list[np.ndarray]]:
+        """Consecutive batches of the training data, group by group."""
+        lengths = self._job.train.lengths
+        fewest, most = self.piece_tokens
+        wanted = min(max(int(lengths.sum()) // 64, fewest), most)
+        groups: list[list[np.ndarray]] = [[]]
+        size = 0
+        for batch in plan_batches(lengths, self._budget, sharing=self._sharing):
+            if size >= wanted:
+                groups.append([])
+                size = 0
+            groups[-1].append(batch)
+            size += int(lengths[batch].sum())
+        return groups
 
     @property
     def pieces(self) -> int:
-        """Pieces of work that the training examples fall into; follows from the data alone."""
-        ...
-
-    def piece_rows(self, piece: int) -> int:
-        """Return the number of training examples in a piece."""
-        ...
-
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield (rows, summed scores [query, row], norms [row]) of the training examples of a piece, each once."""
-        ...
-
-    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows, squared gradient norms [row]) of the training examples of a piece."""
-        ...
-
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield `piece_scores` of all training examples."""
-        ...
-
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `piece_squared_norms` of all training examples."""
-        ...
-
-    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
-        """Compute the scores of a few rows, split over components."""
-        ...
-
-    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
-        """Return the matrices whose inner product with an example's gradient is that query's score."""
-        ...
-
-
-class InPieces(ABC):
-    """What follows from the pieces: the whole, with progress shown."""
+        """The number of groups of batches."""
+        return len(self._groups)
 
     @property
-    @abstractmethod
-    def pieces(self) -> int: ...
+    def identity(self) -> str:
+        """Model, data, components, loss, number format and batches."""
+        parts = [[part.name, *part.shape] for part in self._job.components]
+        model, train = self._loaded, self._job.train
+        dtype = next(model.model.parameters()).dtype
+        return f"model {model.fingerprint} {train.fingerprint} {parts} {self._job.settings.loss} {dtype} {self._budget}"
 
-    @abstractmethod
-    def piece_rows(self, piece: int) -> int: ...
+    def piece_rows(self, piece: int) -> int:
+        """Return the number of examples in the piece's batches."""
+        return sum(map(len, self._groups[piece]))
 
-    @abstractmethod
-    def piece_scores(
-        self, piece: int, vectors: Vectors, *, norms: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: ...
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield whole gradients, each formed alone."""
+        step = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in self._job.components), 1))
+        of_piece = np.concatenate(self._groups[piece])
+        for start in range(0, len(of_piece), step):
+            rows = of_piece[start : start + step]
+            yield torch.from_numpy(rows), self.of_queries(self._job.train.subset(rows))
 
-    @abstractmethod
-    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return whole gradients of the queries: `queries * parameters` numbers."""
+        components = self._job.components
+        gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
+        sink = GradientSink(components)
+        with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
+            for row in range(len(data)):
+                sink.begin(1, self.device)
+                gradient_pass.run(make_batch(data, [row]).to(self.device), sink)
+                for stored, gradient in zip(gradients, sink.gradients, strict=True):
+                    stored[row] = gradient.flatten()
+        return gradients
 
-    def scores(self, vectors: Vectors, *, norms: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield (rows, summed scores [query, row], norms [row]) of all training examples, each once."""
-        with progress(sum(map(self.piece_rows, range(self.pieces))), "Scoring") as bar:
-            for piece in range(self.pieces):
-                for block in self.piece_scores(piece, vectors, norms=norms):
-                    yield block
-                    bar.advance(len(block[0]))
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
+        """Yield the scores of the piece's batches from one forward and backward pass."""
+        for rows, (scores, lengths) in self._stream(vectors, self._groups[piece], norms):
+            yield torch.as_tensor(rows), scores.sum(0), lengths
 
-    def squared_norms(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows, squared gradient norms [row]) of all training examples."""
-        with progress(sum(map(self.piece_rows, range(self.pieces))), "Self-influence") as bar:
-            for piece in range(self.pieces):
-                for block in self.piece_squared_norms(piece):
-                    yield block
-                    bar.advance(len(block[0]))
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute the products of just these rows in a pass over them."""
+        wanted = np.asarray(rows)
+        planned = list(plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing))
+        parts = [part for _, part in self._stream(vectors, [wanted[batch] for batch in planned], norms)]
+        order = torch.from_numpy(np.concatenate(planned)).argsort()
+        lengths = torch.cat([part.norms for part in parts if part.norms is not None])[order] if norms else None
+        return Products(torch.cat([part.scores for part in parts], dim=2)[:, :, order], lengths)
+
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield exact squared norms by ghost products, no gradient kept."""
+        for rows, losses, squared in self._measure_lengths(piece):
+            self._require_finite(rows, losses, squared)
+            yield torch.as_tensor(rows), squared
+
+    def piece_finite(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, whether the loss and, with components, the gradient of the row is finite) of a piece."""
+        for rows, losses, squared in self._measure_lengths(piece):
+            yield torch.as_tensor(rows), torch.isfinite(losses) & torch.isfinite(squared)
+
+    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
+        """Return the query's own matrices, of rank `query_rank` where it is set."""
+        one = slice(query, query + 1)
+        matrices = self._matrices(vectors)
+        return [(part[one] if isinstance(part, Tensor) else matrices_of(part, one))[0] for part in matrices]
+
+    def _matrices(self, vectors: Vectors) -> Sequence[Tensor | Gradients]:
+        """Return the vectors as matrices; with `query_rank`, the closest of that rank, made once for these vectors."""
+        pairs = zip(vectors, self._job.components, strict=True)
+        shaped, rank = [vector.view(-1, *part.shape) for vector, part in pairs], self._job.settings.query_rank
+        if rank is None:
+            return shaped
+        if self._shortened is None or self._shortened[0] is not vectors:
+            found = [low_rank(matrices, rank) for matrices in shaped]
+            if self._shortened is None:
+                _announce_kept(rank, shaped, found)
+            self._shortened = (vectors, [one.gradients for one in found])
+        return self._shortened[1]
+
+    def _stream(
+        self, vectors: Vectors, batches: Sequence[np.ndarray], norms: bool
+    ) -> Iterator[tuple[np.ndarray, Products]]:
+        """Yield (rows, their products) of some batches."""
+        data, components = self._job.train, self._job.components
+        dot, norm = DotSink(self._matrices(vectors), batches=len(batches)), NormSink(components)
+        sink = BothSinks(dot, norm) if norms else dot
+        with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
+
+            def multiply(batch: np.ndarray) -> Products:
+                dot.begin(len(batch))
+                norm.begin(len(batch))
+                losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
+                scores, lengths = dot.scores.cpu(), norm.finish().sum(0).sqrt().cpu() if norms else None
+                self._require_finite(batch, losses, scores.sum((0, 1)))
+                return Products(scores, lengths)
+
+            yield from compute_round_robin(batches, multiply)
+
+    def _measure_lengths(self, piece: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Yield (rows, losses, squared gradient norms) of a piece; norms are 0 without components."""
+        model, components = self._loaded.model, self._job.components
+        sink = NormSink(components)
+        gradient_pass = GradientPass(model, components, self._objective) if components else None
+
+        def measure(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            batch = make_batch(self._job.train, rows).to(self.device)
+            if gradient_pass is None:
+                with torch.no_grad():
+                    losses = self._objective.losses(model, batch).cpu()
+                return losses, torch.zeros_like(losses)
+            sink.begin(len(rows))
+            losses = gradient_pass.run(batch, sink)
+            return losses.cpu(), sink.finish().sum(0).cpu()
+
+        with gradient_pass or nullcontext():
+            for rows, (losses, squared) in compute_round_robin(self._groups[piece], measure):
+                yield rows, losses, squared
+
+    def _require_finite(
+        self, rows: Int[np.ndarray, "row"], losses: Float[Tensor, "row"], products: Float[Tensor, "row"]
+    ) -> None:
+        """Raise unless every example that is not left out has a finite loss and gradient.
+
+        Raises:
+            NonFinite: One has not; its id is named.
+        """
+        left_out = np.isin(rows, self._job.skipped)
+        for what, values in (("loss", losses), ("gradient", products)):
+            bad = rows[~(torch.isfinite(values).cpu().numpy() | left_out)]
+            # Where no example has a product, it is the queries that have no gradient.
+            if len(bad) and (what == "loss" or len(bad) < len(rows)):
+                examples = self._job.train.examples
+                raise NonFinite.of_examples(what, [f'"{examples[row].id}" (row {row})' for row in bad.tolist()])
+
+
+def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
+    """Print how much of the queries is left."""
+    squared = torch.stack([part.double().flatten(1).square().sum(1) for part in matrices])
+    kept = (squared * torch.stack([one.kept.double() for one in found])).sum(0) / squared.sum(0).clamp(min=1e-300)
+    announce(f"Rank {rank} keeps {float(kept.min()):.2%} of the squared length of the queries' vectors, or more.")
+
+
+class IndexedGradients(GradientStore):
+    """Compressed gradients read from an index; queries are compressed by the same maps.
+
+    `measure` says what the length of a gradient is; not given: the Euclidean one. `Measures` are for `piece_scores`.
+    """
+
+    piece_bytes: ClassVar[int] = 2**31
+    """Stored gradients in one piece of work, at most, unless a shard alone is larger."""
+
+    def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
+        self._job, self.index, self.measure = job, index, measure
+        self.device = torch.device("cpu")
+        self._groups = index.shard_groups(self.piece_bytes)
+        manifest = index.manifest
+        self._spec = parse_spec(manifest.compression.spec)
+        self.columns = [span.columns for span in index.spans]
+        self._shared = manifest.compression.scope == "model"
+
+    @property
+    def identity(self) -> str:
+        """The index's content."""
+        measure = "" if self.measure is None else f" {self.measure.name}"
+        return f"index {self.index.fingerprint} {self._groups}{measure}"
+
+    @property
+    def pieces(self) -> int:
+        """The number of groups of shards."""
+        return len(self._groups)
+
+    def piece_rows(self, piece: int) -> int:
+        """Return the number of rows in the piece's shards."""
+        return self.index.rows_of(self._groups[piece])
+
+    def piece_blocks(self, piece: int) -> Iterator[IndexBlock]:
+        """Yield the rows of a piece."""
+        return self.index.blocks(shards=self._groups[piece])
+
+    def of_queries(self, data: TokenizedData) -> Vectors:
+        """Return compressed gradients of the queries, in their order."""
+        return self.split(self._compress(data, self.index.manifest.components))
+
+    def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:
+        """Return the index, with the measure of length of each of the stores for its lines."""
+        measures = [store.measure for store in cast(Sequence[IndexedGradients], stores)]
+        kept = tuple(measure for measure in measures if isinstance(measure, Measure))
+        return IndexedGradients(self._job, self.index, Measures(kept, lines)) if kept else self
+
+    def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
+        """Return one matrix per component; a single one where the components were added up."""
+        return [gradients[:, part] for part in self.columns]
+
+    def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
+        """Yield the scores of a piece: one matrix product per block of the index."""
+        whole = torch.cat(vectors, dim=1)
+        for block in self.piece_blocks(piece):
+            with time_phase("scoring"):
+                scores = whole @ block.gradients.T
+                lengths = block.norm if self.measure is None else self.measure(block.gradients)
+            yield block.example, scores, lengths if norms else None
+
+    def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield squared norms of the stored rows."""
+        for block in self.piece_blocks(piece):
+            with time_phase("scoring"):
+                squared = block.gradients.square().sum(1)
+            yield block.example, squared
+
+    def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield the stored rows."""
+        for block in self.piece_blocks(piece):
+            yield block.example, self.split(block.gradients)
+
+    def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute inner products component by component.
+
+        Stored gradients of the whole model cannot be taken apart again: the components' are computed again, and differ
+        from what is stored by its rounding.
+        """
+        gradients = self.index.gradients_of(rows)
+        pairs = zip(vectors, self.columns, strict=True)
+        scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
+        lengths = gradients.norm(dim=1) if self.measure is None else self.measure(gradients)
+        if self._shared:
+            stored, scores = scores[0], self._compute_parts(vectors[0], rows)
+            _announce_unlike(scores.sum(0), stored)
+        return Products(scores, lengths if norms else None)
+
+    def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
+        """Bring compressed vectors back to matrices by the adjoint of their compressor."""
+        manifest = self.index.manifest
+        return [
+            adjoint_gradient(
+                self._spec.build(part.name, part.shape, manifest.seed, shared=self._shared),
+                vectors[0 if self._shared else number][query : query + 1],
+            )[0]
+            for number, part in enumerate(manifest.components)
+        ]
+
+    def _compress(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
+        """Compute gradients of the data by the model as it is, in its order, compressed into these columns."""
+        manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
+        compute = CompressedGradients(
+            loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
+        )
+        with compute:
+            sharing = batch_sharing(loaded.model)
+            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
+        gradients = torch.empty_like(content.gradients)
+        gradients[content.example] = content.gradients
+        return gradients
+
+    def _compute_parts(
+        self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
+    ) -> Float[Tensor, "component query row"]:
+        """Compute `<v, S_c g_c>` of every component c, whose columns are laid side by side for this."""
+        parts, width = self.index.manifest.components, self.index.width
+        apart = [
+            part.model_copy(update={"start": number * width, "stop": (number + 1) * width})
+            for number, part in enumerate(parts)
+        ]
+        step = max(1, PARTS_NUMBERS // (width * len(parts)))
+        scores = [vectors.new_zeros(len(parts), len(vectors), 0)]
+        for start in range(0, len(rows), step):
+            data = self._job.train.subset(rows[start : start + step])
+            gradients = self._compress(data, apart).unflatten(1, (len(parts), width))
+            scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
+        return torch.cat(scores, dim=2)
+
+
+def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor, "query row"]) -> None:
+    """Print how far the components' scores are from adding up to the scores, where that is far."""
+    apart = float((computed - stored).abs().max()) if stored.numel() else 0.0
+    largest = float(stored.abs().max()) if stored.numel() else 0.0
+    if apart > SUM_TOLERANCE * largest:
+        announce(
+            f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
+            "largest one: the index stores rounded numbers, or was made on another device."
+        )
+
+
+def open_store(job: Job) -> GradientStore:
+    """Open the job's index, or the model itself when there is none."""
+    return IndexedGradients(job, job.index) if job.index is not None else ExactGradients(job)

@@ -1,16 +1,251 @@
-"""TracIn: inner products of gradients, added up along training."""
+"""Sums over checkpoints: the base of such methods, and TracIn. What each checkpoint adds is kept on disk.
 
-from dataclasses import dataclass
+One checkpoint's model is in memory beside the last one's, which the queries are put to. What a finished checkpoint
+adds is a file beside the run, so an interrupted run continues with the next one, and the sum is read back row by row.
+"""
 
-from jaxtyping import Float
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.methods._checkpoints import Checkpoint
-from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store, prepared_parts
-from vestige.methods._prepared import HELPS, Prepared, prepare, unchanged
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.runs import Meaning
+from vestige.methods._gradient_method import HELPS, Prepared, prepare_queries
+from vestige.methods._job import build_temporary_index, gradients_fit
+from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, method
+from vestige.methods._stores import ExactGradients, IndexedGradients
+from vestige.models import load_model, select_components
+from vestige.progress import announce
+from vestige.runs import Meaning, ScoreBlock
+from vestige.storage import check_disk, make_folder, partial_folder, temporary_path
+
+Lines = Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "line row"]]]
+"""(rows, what one checkpoint adds to them): all training examples, each once, in any order."""
+
+SUM_NUMBERS = 2**22
+"""Most numbers of one checkpoint alive at once while the sum is read."""
+
+
+class Term(ABC):
+    """What one checkpoint adds to the scores. The first lines are the queries, unless the method says otherwise."""
+
+    @abstractmethod
+    def scores(self) -> Lines:
+        """Yield the scores of all training examples."""
+
+    @abstractmethod
+    def parts(self, rows: list[int]) -> Float[Tensor, "component line row"]:
+        """Compute the scores of a few rows, split over components; lines that are no such sum may be left out."""
+
+    def self_scores(self) -> Lines:
+        """Yield the same lines with each example as its own query, which is the first line."""
+        raise NotImplementedError(f"{type(self).__name__} has no self-influence")
+
+
+@dataclass
+class CheckpointMethod(Method):
+    """A method whose scores are made of one weighted sum over checkpoints."""
+
+    needs_model = True
+    needs_gradients = True
+    needs_exact = True
+    weighting = "learning rate"
+    splits_components = True
+    scores_itself = True
+    _last: tuple[Job, Term] | None = field(default=None, repr=False, init=False)
+
+    @abstractmethod
+    def term(self, job: Job, checkpoint: Checkpoint) -> Term:
+        """Return what the checkpoint adds; the model of `job` is the checkpoint's."""
+
+    def lines(self, job: Job) -> int:
+        """Return the number of values that a checkpoint gives for each training example."""
+        return len(job.queries)
+
+    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
+        """Return the factor of each checkpoint's numbers in the sum over checkpoints."""
+        return [each.weight for each in checkpoints]
+
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
+        """Return scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""
+        return parts
+
+    def key(self, job: Job) -> dict[str, Any]:  # noqa: ARG002
+        """Return the method's own settings on which the numbers of a checkpoint depend."""
+        return {}
+
+    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+        """Yield the scores of all training examples."""
+        for rows, sums in self._sums(job, "scores", self.lines(job)):
+            yield ScoreBlock(rows, self.combine(job, sums, sums))
+
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Compute the scores of pairs, split over components.
+
+        Each checkpoint is opened once more, for these rows alone.
+        """
+        distinct, place = torch.unique(rows, return_inverse=True)
+        total: Tensor | None = None
+        for number, weight in enumerate(self.weights(job.checkpoints)):
+            if weight == 0:
+                continue
+            part = weight * self._term(job, number).parts(distinct.tolist()).double().cpu()
+            total = part if total is None else total + part
+        assert total is not None
+        _, sums = next(self._sums(job, "scores", self.lines(job), distinct.numpy()))
+        scores = self.combine(job, sums, total)
+        return ComponentBlock([part.name for part in job.components], scores[:, queries, place].T)
+
+    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
+        """Yield the score of every training example for itself, as one query."""
+        extra = self.lines(job) - len(job.queries)
+        for rows, sums in self._sums(job, "self_scores", 1 + extra):
+            yield ScoreBlock(rows, self.combine(job, sums, sums))
+
+    def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
+        """Yield weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
+        weights = self.weights(job.checkpoints)
+        counted = [number for number, weight in enumerate(weights) if weight > 0]
+        kept = [(weights[number], self._load(job, number, what, lines)) for number in counted]
+        examples, step = len(job.train), max(1, SUM_NUMBERS // lines)
+        wanted = (np.arange(start, min(start + step, examples)) for start in range(0, examples, step))
+        for part in wanted if rows is None else [rows]:
+            total = sum(weight * np.asarray(numbers[:, part], dtype=np.float64) for weight, numbers in kept)
+            yield torch.from_numpy(part), torch.from_numpy(np.asarray(total))
+
+    def _load(self, job: Job, number: int, what: str, lines: int) -> Float[np.ndarray, "line row"]:
+        """Return the numbers of one checkpoint, mapped; compute them unless they lie on disk."""
+        path = partial_folder(job.settings.out) / f"{self._digest(job, number, what)}.npy"
+        shape = (lines, len(job.train))
+        if not path.exists():
+            checkpoint = job.checkpoints[number]
+            announce(f"Checkpoint {number + 1} of {len(job.checkpoints)}: {checkpoint.name}")
+            term = self._term(job, number)
+            _write(path, shape, partial(_zero_skipped, job.skipped, getattr(term, what)), checkpoint)
+        return np.load(path, mmap_mode="r")
+
+    def _term(self, job: Job, number: int) -> Term:
+        last = number == len(job.checkpoints) - 1
+        if last and self._last is not None and self._last[0] is job:
+            return self._last[1]
+        checkpoint = job.checkpoints[number]
+        term = self.term(checkpoint_job(job, number), checkpoint)
+        if last:
+            self._last = (job, term)
+        return term
+
+    def _digest(self, job: Job, number: int, what: str) -> str:
+        settings = job.settings
+        described = {
+            "what": [self.name, what, number, self.key(job)],
+            "source": _identity(job.checkpoints[number], job),
+            "data": [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
+            "components": [part.name for part in job.components],
+            "settings": [getattr(settings, name) for name in ("loss", "seed", "precision")],
+        }
+        return hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()[:24]
+
+
+def checkpoint_job(job: Job, number: int) -> Job:
+    """Return the same question with the model of one checkpoint.
+
+    Raises:
+        ModelError: Its parameters are not those of the last checkpoint.
+        IndexMismatch: Its index was made with other weights.
+    """
+    checkpoint, last = job.checkpoints[number], job.model_for(job.settings.method)
+    if number == len(job.checkpoints) - 1:
+        loaded, selection = last, job.selection
+    else:
+        loaded = load_model(
+            checkpoint.source,
+            tokenizer=last.tokenizer,
+            precision=job.settings.precision,
+            device=job.settings.device,
+        )
+        try:
+            selection = select_components(loaded.model, [part.name for part in job.components])
+        except SpecError as error:
+            raise ModelError(_unlike(checkpoint, job.checkpoints[-1])) from error
+        if [(part.name, part.shape) for part in selection.components] != [
+            (part.name, part.shape) for part in job.components
+        ]:
+            raise ModelError(_unlike(checkpoint, job.checkpoints[-1]))
+    if checkpoint.index is not None and checkpoint.index.manifest.model.fingerprint != loaded.fingerprint:
+        raise IndexMismatch(
+            f"The index {checkpoint.index.folder} was made with other weights than {checkpoint.name}. Give the indexes "
+            "in the order of the checkpoints, one for each."
+        )
+    return replace(job, loaded=loaded, selection=selection, index=checkpoint.index)
+
+
+def _unlike(one: Checkpoint, other: Checkpoint) -> str:
+    return f"The checkpoints {one.name} and {other.name} have different parameters, so their scores cannot be added up."
+
+
+def open_checkpoint_store(job: Job, *, stored: bool = False) -> GradientStore:
+    """Open the index of a checkpoint's job; without one the model itself, or an index beside the run.
+
+    With `stored` the gradients are read more than once, so an index is made in any case.
+    """
+    if job.index is None and not stored and gradients_fit(job):
+        return ExactGradients(job)
+    loaded = job.model_for(job.settings.method)
+    index = job.index or build_temporary_index(job, f"index-{loaded.fingerprint[:16]}", loaded.name)
+    return IndexedGradients(replace(job, index=index), index)
+
+
+def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
+    """Return what identifies a checkpoint as the one of last time, without reading all of it."""
+    if checkpoint.index is not None:
+        return [checkpoint.index.manifest.model.fingerprint, checkpoint.index.fingerprint]
+    if checkpoint is job.checkpoints[-1] or not isinstance(checkpoint.source, str | Path):
+        loaded = job.loaded if checkpoint is job.checkpoints[-1] else load_model(checkpoint.source)
+        assert loaded is not None
+        return [loaded.fingerprint]
+    folder = Path(checkpoint.source)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [str(checkpoint.source), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+
+
+def _zero_skipped(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
+    """Yield the numbers with zeros for the examples that are left out."""
+    for rows, scores in produce():
+        kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
+        yield rows, torch.where(kept, scores, 0.0)
+
+
+def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], checkpoint: Checkpoint) -> None:
+    """Write one file that is whole or absent."""
+    make_folder(path.parent)
+    check_disk(path.parent, 4 * shape[0] * shape[1])
+    temporary = temporary_path(path)
+    try:
+        numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        scored = 0
+        for rows, scores in produce():
+            numbers[:, rows.cpu().numpy()] = scores.detach().float().cpu().numpy()
+            scored += len(rows)
+            if not torch.isfinite(scores).all():
+                raise NonFinite(f"The scores of {checkpoint.name} are not finite. Leave this checkpoint out.")
+        assert scored == shape[1], "every training example is scored once"
+        numbers.flush()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @method("tracin")
@@ -37,27 +272,23 @@ class TracIn(CheckpointMethod):
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "GradientTerm":  # noqa: ARG002
         """Return the inner products at this checkpoint."""
-        assert job.loaded is not None
-        store = open_checkpoint_store(job, job.loaded.fingerprint[:16])
-        return GradientTerm(prepare(job, store, unchanged))
+        return GradientTerm(prepare_queries(job, open_checkpoint_store(job)))
 
 
 @dataclass(frozen=True)
-class GradientTerm:
+class GradientTerm(Term):
     """Inner products with the queries' gradients."""
 
     prepared: Prepared
 
     def scores(self) -> Lines:
         """Yield the scores from one pass over the training data, or one read of the index."""
-        for block in self.prepared.blocks():
-            yield block.rows, block.scores
+        return ((block.rows, block.scores) for block in self.prepared.blocks())
 
     def self_scores(self) -> Lines:
         """Yield squared norms."""
-        for rows, squared in self.prepared.store.squared_norms():
-            yield rows, squared[None]
+        return ((rows, squared[None]) for rows, squared in self.prepared.store.compute_squared_norms())
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Compute inner products component by component."""
-        return prepared_parts(self.prepared, rows)
+        return self.prepared.components(rows)

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,18 +14,13 @@ from torch import Tensor
 
 from vestige.compress import Compressor, adjoint_gradient, compress_gradient, parse_spec
 from vestige.curvature import absolute_damping
-from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
-from vestige.gradients import CausalLoss
-from vestige.indexes import Index, batch_tokens
+from vestige.indexes import batch_tokens
 from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._ensemble import CheckpointMethod, Lines, open_checkpoint_store
-from vestige.methods._indexed_gradients import IndexedGradients
-from vestige.methods._protocol import Job
-from vestige.methods._registry import method
-from vestige.methods._stores import Vectors
-from vestige.models import batch_sharing
-from vestige.progress import progress
+from vestige.methods._job import compute_losses
+from vestige.methods._protocol import Job, method, watch
+from vestige.methods._stores import IndexedGradients
+from vestige.methods._tracin import CheckpointMethod, Lines, Term, open_checkpoint_store
 from vestige.runs import Meaning
 from vestige.storage import make_folder, write_durably
 
@@ -79,57 +73,13 @@ class Trak(CheckpointMethod):
         """Return the damping, which is inside the mean."""
         return {"damping": job.settings.damping}
 
-    def combined(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
+    def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
         """Multiply by the mean of 1 - p."""
         return parts[..., : len(sums) - 1, :] * sums[-1]
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "TrakTerm":  # noqa: ARG002
-        """Return the kernel of this model, and its inverse times the queries' features."""
-        assert job.loaded is not None
-        store = open_checkpoint_store(job, job.loaded.fingerprint[:16], stored=True)
-        assert isinstance(store, IndexedGradients)
-        features = Features(store.index, job.train.target_counts)
-        return TrakTerm.of(job, store, features, _kernel(store.index, features))
-
-
-@dataclass(frozen=True)
-class Features:
-    """From stored gradients and losses to features."""
-
-    index: Index
-    target_counts: Int[np.ndarray, "example"]
-
-    @cached_property
-    def projection(self) -> Compressor | None:
-        """A sparse projection of the stored numbers, None where they are few enough."""
-        if self.index.width <= FEATURES:
-            return None
-        return parse_spec(f"sjlt:{FEATURES}").build("trak", (self.index.width, 1), self.index.manifest.seed)
-
-    @property
-    def size(self) -> int:
-        """Numbers per example."""
-        return min(self.index.width, FEATURES)
-
-    def projected(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
-        """Project stored numbers."""
-        return rows if self.projection is None else compress_gradient(self.projection, rows[:, :, None])
-
-    def unprojected(self, features: Float[Tensor, "row feature"]) -> Float[Tensor, "row column"]:
-        """Apply the transposed map."""
-        return features if self.projection is None else adjoint_gradient(self.projection, features)[:, :, 0]
-
-    def per_token(self, counts: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
-        """Return the factors that turn the index's loss into a mean over tokens."""
-        divisors = np.maximum(counts, 1) if self.index.manifest.loss == "sum" else np.ones(len(counts))
-        return torch.from_numpy(1.0 / divisors).float()
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield (rows, their stored gradients, factors that make them the margin's, 1 - p)."""
-        for block in self.index.blocks():
-            scale = self.per_token(self.target_counts[block.example.numpy()])
-            unsure = doubt(block.loss.float() * scale)
-            yield block.example, block.gradients, scale / unsure, unsure
+        """Return the scores by this model."""
+        return TrakTerm(job, cast(IndexedGradients, open_checkpoint_store(job, stored=True)))
 
 
 def doubt(mean_losses: Float[Tensor, "row"]) -> Float[Tensor, "row"]:
@@ -138,103 +88,90 @@ def doubt(mean_losses: Float[Tensor, "row"]) -> Float[Tensor, "row"]:
 
 
 @dataclass(frozen=True)
-class TrakTerm:
+class TrakTerm(Term):
     """`phi(query)^T (Phi^T Phi + d I)^-1 phi(example)` at one model, and below it 1 - p."""
 
     job: Job
     store: IndexedGradients
-    features: Features
-    factor: Float[Tensor, "feature feature"]
-    """Lower Cholesky factor of the damped kernel, float64."""
-    vectors: Float[Tensor, "query column"]
-
-    @classmethod
-    def of(
-        cls, job: Job, store: IndexedGradients, features: Features, kernel: Float[Tensor, "feature feature"]
-    ) -> "TrakTerm":
-        """Return the term with its queries preconditioned.
-
-        Raises:
-            NonFinite: The damped kernel is singular.
-        """
-        damping = absolute_damping(job.settings.damping, float(kernel.diagonal().mean()))
-        factor, failed = torch.linalg.cholesky_ex(kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype))
-        if int(failed):
-            raise NonFinite(f"TRAK's kernel is singular at --damping {job.settings.damping}. Type a larger one.")
-        term = cls(job, store, features, factor, torch.zeros(0, features.index.width))
-        return cls(job, store, features, factor, term._preconditioned(job.queries))
 
     def scores(self) -> Lines:
         """Yield the scores from one read of the index."""
-        with progress(self.store.index.rows, "Scoring") as bar:
-            for rows, gradients, factors, unsure in self.features.blocks():
-                yield rows, torch.cat([self.vectors @ gradients.T * factors, unsure[None]])
-                bar.advance(len(rows))
+        vectors = self._vectors
+        for rows, gradients, factors, unsure in watch(self._blocks(), self.store.index.rows, "Scoring"):
+            yield rows, torch.cat([vectors @ gradients.T * factors, unsure[None]])
 
     def self_scores(self) -> Lines:
         """Yield `phi^T (Phi^T Phi + d I)^-1 phi`, and below it 1 - p."""
-        for rows, gradients, factors, unsure in self.features.blocks():
-            features = (self.features.projected(gradients) * factors[:, None]).double()
-            whitened = torch.linalg.solve_triangular(self.factor, features.T, upper=False)
+        for rows, gradients, factors, unsure in self._blocks():
+            features = (self._project(gradients) * factors[:, None]).double()
+            whitened = torch.linalg.solve_triangular(self._factor, features.T, upper=False)
             yield rows, torch.stack([whitened.square().sum(0).float(), unsure])
 
     def parts(self, rows: list[int]) -> Float[Tensor, "component query row"]:
         """Return the numbers of the queries, component by component."""
-        products = self.store.products(self.store.split(self.vectors), rows, norms=False).scores
-        return products * self._stored_factors(rows)
-
-    def _preconditioned(self, queries: TokenizedData) -> Float[Tensor, "query column"]:
-        scale = self.features.per_token(queries.target_counts) / doubt(_mean_losses(self.job, queries))
-        features = self.features.projected(_joined(self.store.of_queries(queries))) * scale[:, None]
-        solved = torch.cholesky_solve(features.double().T, self.factor).T.float()
-        return self.features.unprojected(solved)
-
-    def _stored_factors(self, rows: list[int]) -> Float[Tensor, "row"]:
-        """Return the factors of a few rows, from their stored losses."""
-        wanted = torch.as_tensor(rows)
         found = torch.zeros(len(self.job.train))
-        for block_rows, _, factors, _ in self.features.blocks():
+        for block_rows, _, factors, _ in self._blocks():
             found[block_rows] = factors
-        return found[wanted]
+        products = self.store.products(self.store.split(self._vectors), rows, norms=False).scores
+        return products * found[torch.as_tensor(rows)]
 
+    @cached_property
+    def _vectors(self) -> Float[Tensor, "query column"]:
+        """The queries' features, preconditioned, and brought back to stored numbers by the transposed projection."""
+        job, queries, loaded = self.job, self.job.queries, self.job.model_for(self.job.settings.method)
+        losses = compute_losses(loaded.model, queries, "mean", batch_tokens(job.settings, loaded))
+        scale = self._per_token(queries.target_counts) / doubt(torch.from_numpy(losses).float())
+        features = self._project(torch.cat(self.store.of_queries(queries), dim=1).cpu()) * scale[:, None]
+        solved = torch.cholesky_solve(features.double().T, self._factor).T.float()
+        return solved if self._projection is None else adjoint_gradient(self._projection, solved)[:, :, 0]
 
-def _joined(vectors: Vectors) -> Float[Tensor, "query column"]:
-    return torch.cat(vectors, dim=1).cpu()
+    @cached_property
+    def _factor(self) -> Float[Tensor, "feature feature"]:
+        """Lower Cholesky factor of the damped kernel, float64."""
+        kernel, damping = self._kernel(), self.job.settings.damping
+        added = absolute_damping(damping, float(kernel.diagonal().mean()))
+        factor, failed = torch.linalg.cholesky_ex(kernel + added * torch.eye(len(kernel), dtype=kernel.dtype))
+        if int(failed):
+            raise NonFinite(f"TRAK's kernel is singular at --damping {damping}. Type a larger one.")
+        return factor
 
+    @cached_property
+    def _projection(self) -> Compressor | None:
+        """A sparse projection of the stored numbers to features, None where they are few enough."""
+        index = self.store.index
+        if index.width <= FEATURES:
+            return None
+        return parse_spec(f"sjlt:{FEATURES}").build("trak", (index.width, 1), index.manifest.seed)
 
-def _mean_losses(job: Job, data: TokenizedData) -> Float[Tensor, "example"]:
-    """Compute the mean loss of every example's target tokens, by the model as it is."""
-    loaded = job.model_for(job.settings.method)
-    device, objective = next(loaded.model.parameters()).device, CausalLoss("mean")
-    losses = torch.zeros(len(data))
-    with torch.no_grad():
-        for rows in plan_batches(data.lengths, batch_tokens(job.settings, loaded), sharing=batch_sharing(loaded.model)):
-            batch = make_batch(data, rows).to(device)
-            losses[torch.as_tensor(rows)] = objective.losses(loaded.model, batch).float().cpu()
-    return losses
+    def _project(self, rows: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
+        return rows if self._projection is None else compress_gradient(self._projection, rows[:, :, None])
 
+    def _per_token(self, counts: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
+        """Return the factors that turn the index's loss into a mean over tokens."""
+        divisors = np.maximum(counts, 1) if self.store.index.manifest.loss == "sum" else np.ones(len(counts))
+        return torch.from_numpy(1.0 / divisors).float()
 
-def _kernel(index: Index, features: Features) -> Float[Tensor, "feature feature"]:
-    """Return `Phi^T Phi` in float64, read from beside the index or measured and kept there."""
-    path = index.folder / "curvature" / f"trak-{index.fingerprint[:16]}-{features.size}.safetensors"
-    found = _read_kernel(path)
-    if found is not None:
-        return found.double()
-    total = torch.zeros(features.size, features.size, dtype=torch.float64)
-    with progress(index.rows, "Kernel") as bar:
-        for rows, gradients, factors, _ in features.blocks():
-            scaled = features.projected(gradients) * factors[:, None]
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield (rows, their stored gradients, factors that make them the margin's, 1 - p)."""
+        counts = self.job.train.target_counts
+        for block in self.store.index.blocks():
+            scale = self._per_token(counts[block.example.numpy()])
+            unsure = doubt(block.loss.float() * scale)
+            yield block.example, block.gradients, scale / unsure, unsure
+
+    def _kernel(self) -> Float[Tensor, "feature feature"]:
+        """Return `Phi^T Phi` in float64, read from beside the index or measured and kept there."""
+        index, size = self.store.index, min(self.store.index.width, FEATURES)
+        path = index.folder / "curvature" / f"trak-{index.fingerprint[:16]}-{size}.safetensors"
+        try:
+            return load_file(path)["kernel"].double()
+        except (FileNotFoundError, SafetensorError, KeyError):
+            pass  # Damaged or not there: it is cheap to measure.
+        total = torch.zeros(size, size, dtype=torch.float64)
+        for _, gradients, factors, _ in watch(self._blocks(), index.rows, "Kernel"):
+            scaled = self._project(gradients) * factors[:, None]
             # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
             total += (scaled.T @ scaled).double()
-            bar.advance(len(rows))
-    make_folder(path.parent)
-    write_durably(path, [save({"kernel": total.float()})])
-    return total.float().double()
-
-
-def _read_kernel(path: Path) -> Tensor | None:
-    """Read the kept kernel, None if there is none or it is damaged: it is cheap to measure again."""
-    try:
-        return load_file(path)["kernel"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None
+        make_folder(path.parent)
+        write_durably(path, [save({"kernel": total.float()})])
+        return total.float().double()

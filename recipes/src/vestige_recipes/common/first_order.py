@@ -16,10 +16,9 @@ from torch import Tensor
 
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
-from vestige.methods import Arnoldi, Job, Lissa
+from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make_job
 from vestige.models import load_model, select_components
 from vestige.settings import AttributeSettings, UntracSettings
-from vestige.unlearn import AscentRecipe, UntracJob, backward, borrowed_weights, make_job
 from vestige_recipes.common.sources import Table
 
 CURVATURE_EXAMPLES = 256
@@ -65,12 +64,12 @@ class Asked:
         """By one backward pass over every set."""
         components = self.methods.components
         layout = CurvatureProduct(self.methods.model_for("lissa").model, components, self.methods.train, 1)
-        with borrowed_weights(self.job.loaded) as weights:
+        with borrow_weights(self.job.loaded) as weights:
             found = []
             for side in (self.job.tests, self.job.train):
                 vectors = []
                 for each in side.sets:
-                    backward(weights, side.data, each.rows, AscentRecipe(0.0, 1, 1, token_budget=self.job.token_budget))
+                    weights.backward(side.data, each.rows, "sum", self.job.token_budget)
                     slopes = [weights.parameters[part.name].grad for part in components]
                     assert all(slope is not None for slope in slopes)
                     vectors.append(layout.flattened([slope for slope in slopes if slope is not None]))
@@ -110,7 +109,7 @@ def first_order_scores(
     for name, method in inverses.items():
         inverse = method.inverse(job)
         parts = list(last.tests.split([component.size for component in job.components], dim=1))
-        scores[name] = last.products(torch.cat(inverse(parts), dim=1))
+        scores[name] = last.products(torch.cat(inverse(parts, job.settings.damping), dim=1))
     return scores
 
 

@@ -13,9 +13,8 @@ import numpy as np
 
 from vestige.banks import Bank
 from vestige.errors import DataError
-from vestige.methods import attribute
+from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige.unlearn import untrac
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (
     UNLEARNT,

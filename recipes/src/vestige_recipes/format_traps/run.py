@@ -12,9 +12,8 @@ import numpy as np
 
 from vestige.banks import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
-from vestige.methods import attribute
+from vestige.methods import attribute, untrac
 from vestige.models import Recipe, load_model
-from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (

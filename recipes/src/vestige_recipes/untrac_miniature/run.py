@@ -14,9 +14,8 @@ from torch import nn
 
 from vestige.banks import Bank
 from vestige.errors import NonFinite
-from vestige.methods import attribute
+from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige.unlearn import untrac
 from vestige_recipes.common.first_order import first_order_scores
 from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
 from vestige_recipes.common.sources import (

@@ -1,0 +1,317 @@
+"""From settings to a job: the model, the training data and the queries, tokenised alike."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from vestige.data import (
+    Batch,
+    Example,
+    TokenizedData,
+    ask,
+    load_examples,
+    load_queries,
+    make_batch,
+    plan_batches,
+    require_answers,
+    tokenize,
+    tokenize_stored,
+)
+from vestige.distributed import broadcast_from_rank0
+from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.gradients import CausalLoss, Reduction
+from vestige.indexes import (
+    TOKENS,
+    Index,
+    Inputs,
+    batch_tokens,
+    build_index,
+    fingerprint_rows,
+    read_data,
+    require_independence,
+    tokenising_processes,
+    tokens_at_most,
+)
+from vestige.launch import step_done, worker_command
+from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
+from vestige.methods._plan import find_unscorable
+from vestige.methods._protocol import Job, Method
+from vestige.models import LoadedModel, Selection, batch_sharing, generate_answers, load_model, select_components
+from vestige.progress import announce, format_bytes
+from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
+from vestige.storage import partial_folder
+
+EXACT_SHARE = 0.4
+"""Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
+
+
+@contextmanager
+def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
+    """Open the job; a temporary index lives as long as the context."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    if method.weighting is not None:
+        checkpoints = find_checkpoints(settings, method.weighting)
+        settings = settings_of_last(settings, checkpoints)
+    else:
+        refuse_checkpoints(settings)
+    index = Index.open(settings.index) if settings.index is not None else None
+    typed = settings.chat
+    if index is not None:
+        _require_recomputable(index, method)
+        settings = _settings_of_index(settings, index)
+    settings = settings.model_copy(update={"chat": bool(settings.chat)})
+    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    loaded = _load(settings, method, index)
+    selection = _select(settings, method, loaded, index)
+    train = _read_train(settings, loaded, index)
+    name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
+    if loaded is None:
+        texts = _choose_answers(given, settings.answer)
+        queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
+    else:
+        queries, generated, asked = read_queries(
+            settings, loaded, given, train.examples, chat=typed, name=name, answer=settings.answer
+        )
+        require_independence(loaded, queries, batch_tokens(settings, loaded))
+    job = Job(train, queries, settings, loaded, selection, index, checkpoints, (), False, asked, tuple(generated))
+    # A method that works on whole gradients refuses by itself what does not fit.
+    needs_none = index is not None or not method.needs_gradients or method.needs_exact
+    if needs_none or (not method.needs_index and gradients_fit(job)):
+        yield replace(job, left_out=find_unscorable(job)) if settings.skip_bad and loaded else job
+        return
+    if settings.query_rank is not None:
+        raise SpecError(
+            f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
+            "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
+        )
+    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
+    # Shares build it together: all of them need all of it.
+    launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
+    command = worker_command(settings, "attribute")
+    yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
+
+
+def _require_recomputable(index: Index, method: Method) -> None:
+    """Raise unless gradients of queries can match the index: of an imported one, the projection must be known."""
+    record = index.manifest.imported
+    if record is None or record.recomputable or not method.needs_model:
+        return
+    raise IndexMismatch(
+        f"The index {index.folder} was imported from {record.layout}, and model, data or projection are not known "
+        f"well enough to compute what `{method.name}` needs for a query. Project the queries with the software that "
+        f"made the index, then type: vestige import QUERIES --against {index.folder} --out RUN. An export of Vestige's "
+        "own can be used directly once it was imported with --model and --data."
+    )
+
+
+def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:
+    """Return the settings with those of the index, which decide how text becomes tokens and what the loss is."""
+    manifest = index.manifest
+    fixed = {"loss": manifest.loss, "max_length": manifest.max_length}
+    default = {name: AttributeSettings.model_fields[name].default for name in fixed}
+    for name, value in fixed.items():
+        if getattr(settings, name) not in (value, default[name]):
+            raise SpecError(
+                f"The index {index.folder} was made with {name}={value}, and {getattr(settings, name)} was requested. "
+                f"Leave it out, or make another index with it."
+            )
+    return settings.model_copy(update=fixed | ({"chat": manifest.chat} if settings.chat is None else {}))
+
+
+def _load(settings: AttributeSettings, method: Method, index: Index | None) -> LoadedModel | None:
+    source: Any = settings.model
+    if source is None and index is not None and method.needs_model:
+        source = index.manifest.model.name
+    if source is None:
+        return None
+    loaded = load_model(source, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device)
+    if index is not None and method.needs_gradients and loaded.fingerprint != index.manifest.model.fingerprint:
+        raise IndexMismatch(
+            f"The index {index.folder} was made with another model: {index.manifest.model.name} "
+            f"({index.manifest.model.fingerprint[:12]}), and {loaded.name} is {loaded.fingerprint[:12]}. "
+            "Give the model it was made with as --model, or make another index."
+        )
+    return loaded
+
+
+def read_queries(
+    settings: AttributeSettings | UntracSettings,
+    loaded: LoadedModel,
+    given: list[Example],
+    train: Sequence[Example],
+    *,
+    chat: bool | None,
+    name: Any,
+    answer: str = "auto",
+) -> tuple[TokenizedData, list[bool], str]:
+    """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
+
+    Returns:
+        The queries, whether each answer is the model's own, and how they were put where that is not as they were typed.
+
+    Raises:
+        DataError: A query has no answer, and `answer` is "given", or has nothing to explain.
+    """
+    put, how = ask(given, train, chat=chat, tokenizer=loaded.tokenizer)
+    put = _choose_answers(put, answer)
+    generated = [query.lacks_answer for query in put]
+    if any(generated):
+        put = generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
+    queries = tokenize(
+        put,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=str(name),
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    require_answers(queries, generated, loaded.tokenizer)
+    return queries, generated, how
+
+
+def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
+    """Return the queries, without their answers where these are to be generated; refuse missing ones where given."""
+    if answer == "generate":
+        return [_without_answer(query) for query in queries]
+    missing = [query.id for query in queries if query.lacks_answer]
+    if answer == "given" and missing:
+        raise DataError(
+            f'Query "{missing[0]}" has no answer, and --answer given was requested. Add a `completion`, or drop '
+            "--answer."
+        )
+    return queries
+
+
+def _without_answer(query: Example) -> Example:
+    if query.messages and query.messages[-1].role == "assistant":
+        return replace(query, messages=query.messages[:-1])
+    return replace(query, completion=None) if query.prompt is not None else query
+
+
+def _select(
+    settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
+) -> Selection | None:
+    if loaded is None or not (method.needs_gradients or method.splits_components):
+        return None
+    if index is not None and method.needs_gradients:
+        return select_components(loaded.model, [part.name for part in index.manifest.components])
+    return select_components(loaded.model, settings.components)
+
+
+def _read_train(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
+    if loaded is None:
+        examples = (
+            index.examples()
+            if index is not None
+            else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+        )
+        return _without_tokens(examples, index.manifest.data.name if index is not None else str(settings.data))
+    tokens = partial_folder(settings.out) / TOKENS
+    if index is None:
+        return read_data(settings, settings.data, loaded, tokens=tokens)
+    manifest = index.manifest
+    train = tokenize_stored(
+        index.examples(),
+        manifest.data.fingerprint,
+        loaded.tokenizer,
+        max_length=manifest.max_length,
+        name=manifest.data.name,
+        chat=manifest.chat,
+        kept=index.folder / TOKENS,
+        folder=tokens,
+        workers=tokenising_processes(settings),
+    )
+    # The fingerprint of the whole is compared first; the stages, which decide, take a pass over all texts.
+    same = train.fingerprint == manifest.data.fingerprint
+    for stage in () if same else manifest.plan.stages:
+        if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
+            raise IndexMismatch(
+                f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
+                "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
+                "as --tokenizer, or make another index."
+            )
+    return train
+
+
+def _without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
+    """Return examples without tokens, for methods that read text."""
+    empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
+    count = len(examples)
+    return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
+
+
+def gradients_fit(job: Job) -> bool:
+    """Return whether the queries' whole gradients fit into memory; print so if they do not."""
+    assert job.selection is not None
+    size = 4 * len(job.queries) * job.selection.selected_parameters
+    available = psutil.virtual_memory().available
+    if broadcast_from_rank0(lambda: size <= EXACT_SHARE * available):
+        return True
+    announce(
+        f"Whole gradients of {len(job.queries)} queries would take {format_bytes(size)} of {format_bytes(available)} "
+        "free memory: they are compressed instead."
+    )
+    return False
+
+
+def read_batches(
+    model: nn.Module, data: TokenizedData, token_budget: int, rows: Int[np.ndarray, "row"]
+) -> Iterator[tuple[Int[np.ndarray, "position"], Batch]]:
+    """Yield (positions in `rows`, the batch of these rows on the model's device), longest rows first."""
+    device = next(model.parameters()).device
+    for positions in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
+        yield positions, make_batch(data, rows[positions]).to(device)
+
+
+def compute_losses(
+    model: nn.Module,
+    data: TokenizedData,
+    reduction: Reduction,
+    token_budget: int,
+    rows: Int[np.ndarray, "row"] | None = None,
+) -> Float[np.ndarray, "row"]:
+    """Measure the loss of each of the rows, of all if none are given, in nats, float64.
+
+    The loss of an example is the sum or mean over its own target tokens, whatever it is batched with.
+    """
+    wanted = np.arange(len(data)) if rows is None else rows
+    losses, objective = np.zeros(len(wanted)), CausalLoss(reduction)
+    with torch.no_grad():
+        for positions, batch in read_batches(model, data, token_budget, wanted):
+            losses[positions] = objective.losses(model, batch).double().cpu().numpy()
+            step_done(len(positions))
+    return losses
+
+
+def build_temporary_index(
+    job: Job, name: str, model: Any, command: Sequence[str] | None = None, **launch: Any
+) -> Index:
+    """Build an index beside the run, which goes when the run is written; after a kill, the same command resumes it.
+
+    Args:
+        job: Whose training data, model and settings it is of.
+        name: Of its folder.
+        model: As the index records it.
+        command: What a worker runs to come here, as for `run_plan`.
+        launch: Where to build it; not given: in this process.
+    """
+    settings = job.settings
+    names = ("data", "components", "loss", "chat", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names} | launch
+    made = IndexSettings(model=model, out=partial_folder(settings.out) / name, **shared)
+    assert job.loaded is not None
+    assert job.selection is not None
+    inputs = Inputs(job.loaded, job.train, job.selection)
+    try:
+        return build_index(made, inputs, command)
+    except IndexMismatch:
+        # What a run with other settings left when it was killed.
+        return build_index(made.model_copy(update={"overwrite": True}), inputs, command)

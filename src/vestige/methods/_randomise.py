@@ -1,0 +1,200 @@
+"""Does the ranking depend on what the model learned? The same method on the same model without its knowledge."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from vestige.compress import parse_spec
+from vestige.distributed import broadcast_from_rank0
+from vestige.errors import NonFinite
+from vestige.gradients import Knowledge, measure_knowledge
+from vestige.indexes import (
+    CompressedGradients,
+    DataIdentity,
+    Index,
+    IndexPlan,
+    PlanRecord,
+    batch_tokens,
+    fingerprint_rows,
+    plan_index,
+    prepare_index,
+)
+from vestige.launch import run_plan
+from vestige.methods._protocol import Job, Method, get_method
+from vestige.methods._trust import check_knowledge, make_check, run_free_checks
+from vestige.methods._weights import randomise
+from vestige.progress import quiet
+from vestige.runs import Check, RankedScore, sample_rows
+from vestige.settings import LaunchSettings
+from vestige.storage import partial_folder
+
+ROWS = 64
+"""Training rows scored twice: the standard error of a rank correlation is then 1/8."""
+
+QUERIES, FEWEST_ROWS = 4, 8
+
+CORRELATION_WARNS = 0.5
+"""Above it, more than a quarter of the ranks' variance is explained without any learned weight. Some agreement is
+expected of any method: length and shared tokens shape gradients whatever the weights are."""
+
+CORRELATION_NAME = "randomised-model correlation"
+
+
+def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
+    """Run the check on randomised weights, where the method runs a model, and the free checks."""
+    checks = run_free_checks(job, method, ranked, losses=losses)
+    if job.loaded is None or not method.needs_model:
+        return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
+    model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
+    score = partial(score_sample, job, rows, np.arange(min(len(job.queries), QUERIES)))
+    known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
+    correlation = check_randomised(model, score, len(rows), knowledge=known, seed=job.settings.seed)
+    return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
+
+
+def check_randomised(
+    model: nn.Module,
+    score: Callable[..., Float[Tensor, "query row"]],
+    rows: int,
+    *,
+    knowledge: Knowledge | None = None,
+    seed: int = 0,
+) -> Check:
+    """Check the mean Spearman correlation, over a few queries, of scores with those from randomised weights.
+
+    The sanity check of Adebayo et al. (2018) for saliency maps, as quanda applies it to attribution: scores that stay
+    the same when all knowledge is gone were never about the knowledge.
+
+    Args:
+        model: Whose weights are replaced by noise for the second of two calls of `score`.
+        score: The method on a sample of the training rows, with everything that it measures on the model; it is called
+            with `randomised=True` where the weights are noise.
+        rows: The number of these rows.
+        knowledge: Of a model that has learned nothing the scores say nothing, however they change with its weights.
+        seed: Of the noise.
+    """
+    if rows < FEWEST_ROWS:
+        return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
+    learned = score()
+    try:
+        with randomise(model, seed):
+            random = score(randomised=True)
+    except NonFinite:
+        # Noise may overflow where learned weights do not: that says nothing about the scores.
+        random = torch.full_like(learned, torch.nan)
+    found = map(_spearman, learned.double().cpu().numpy(), random.double().cpu().numpy())
+    check = _judge_correlations([value for value in found if value is not None])
+    if check.verdict == "warn" or knowledge is None or knowledge.learned:
+        return check
+    value = "" if check.value is None else f" (rank correlation {check.value:.2f})"
+    reading = (
+        f"The model has learned nothing of these texts, so random weights in place of its own{value} prove nothing."
+    )
+    return check.model_copy(update={"reading": reading, "verdict": "warn"})
+
+
+def _judge_correlations(known: Sequence[float]) -> Check:
+    if not known:
+        reading = "The scores are all equal, or not finite on the randomised model, so they cannot be correlated."
+        return make_check(CORRELATION_NAME, None, reading)
+    value = float(np.mean(known))
+    reading = f"Scores from randomised weights agree with these at a rank correlation of {value:.2f}"
+    if abs(value) > CORRELATION_WARNS:
+        return make_check(CORRELATION_NAME, value, f"{reading}: much of the ranking needs no learning.", "warn")
+    return make_check(CORRELATION_NAME, value, f"{reading}: the ranking depends on what was learned.", "good")
+
+
+def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
+    # A constant side has no ranks to correlate.
+    if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+
+
+def score_sample(
+    job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"], *, randomised: bool = False
+) -> Float[Tensor, "query row"]:
+    """Return the scores of `rows` for `queries` by the job's method, as if these rows were all its training data.
+
+    Index, curvature, projections and query vectors are made again from the model as it is: what was measured on other
+    weights would carry their knowledge into the scores. Of several checkpoints the last one counts alone.
+
+    Args:
+        job: The question of the run.
+        rows: Training rows.
+        queries: Rows of the queries.
+        randomised: Whether the weights were replaced by noise, so that no file beside them belongs to them.
+    """
+    folder, settings = partial_folder(job.settings.out) / "check", job.settings
+    here = {name: field.get_default() for name, field in LaunchSettings.model_fields.items()}
+    small = replace(
+        job,
+        train=job.train.subset(rows),
+        queries=job.queries.subset(queries),
+        settings=settings.model_copy(update={**here, "out": folder / "run", "skip_bad": False}),
+        left_out=(),
+        randomised=randomised,
+    )
+    method = get_method(settings.method, **settings.options)
+    scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    with quiet(), _use_folder(folder):
+        if job.index is not None and not method.needs_exact:
+            small = replace(small, index=_build_index(small, job.index, folder / "index"))
+        if job.checkpoints:
+            last = job.checkpoints[-1]
+            stored = None if last.index is None else _build_index(small, last.index, folder / "index")
+            small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
+        for block in method.blocks(small):
+            scores[:, block.rows] = block.scores.double().cpu()
+    return scores
+
+
+def _build_index(job: Job, like: Index, folder: Path) -> Index:
+    """Return an index of the job's training data, compressed as `like` is."""
+    data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
+    draft = old.model_copy(
+        update={
+            "data": DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
+            "plan": PlanRecord(fewest_shards=1),
+        }
+    )
+    manifest, plan = broadcast_from_rank0(
+        lambda: plan_index(folder, draft, data.lengths, lambda start, stop: fingerprint_rows(data, start, stop))
+    )
+
+    @contextmanager
+    def compute() -> Iterator:
+        gradients = CompressedGradients(
+            loaded,
+            job.components,
+            manifest.components,
+            parse_spec(manifest.compression.spec),
+            manifest.seed,
+            manifest.loss,
+            manifest.compression.scope,
+        )
+        with gradients:
+            yield lambda batches: gradients.parts(data, batches)
+
+    work = IndexPlan(folder, manifest, plan, data.examples, compute)
+    broadcast_from_rank0(lambda: prepare_index(work))
+    return run_plan(work, LaunchSettings.model_validate({}), None)
+
+
+@contextmanager
+def _use_folder(folder: Path) -> Iterator[None]:
+    """Remove the folder before, where a killed run left it, and after."""
+    broadcast_from_rank0(lambda: rmtree(folder, ignore_errors=True))
+    try:
+        yield
+    finally:
+        broadcast_from_rank0(lambda: rmtree(folder, ignore_errors=True))

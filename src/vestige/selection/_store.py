@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -61,15 +61,6 @@ class Choice:
     """Ids of the later examples that were left out because their gradients are like this one's."""
     cosines: list[float] = field(default_factory=list)
     """Of those gradients with this one's."""
-
-
-class Wanted(NamedTuple):
-    """What a selection follows from."""
-
-    identity: dict[str, Any]
-    """Every setting and the digest of every input, JSON terms."""
-    config: dict[str, Any]
-    command: str
 
 
 @final
@@ -164,7 +155,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
+def find_finished(folder: Path, identity: dict[str, Any]) -> SelectedData | None:
     """Return the selection in the folder if it is the wanted one and whole; None if it is still to be made.
 
     Raises:
@@ -174,9 +165,9 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     record = _require_ours(folder)
     if record is None or "files" not in record:
         return None
-    old, new = record["identity"], wanted.identity
-    if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
-        lines = [f"  {name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in names]
+    old = record["identity"]
+    if names := [name for name in {**old, **identity} if old.get(name) != identity.get(name)]:
+        lines = [f"  {name}: {_short(old.get(name))} there, {_short(identity.get(name))} now" for name in names]
         raise IndexMismatch(
             "\n".join([f"{folder} holds another selection; nothing was changed.", *lines])
             + "\nGive another --out, or replace it with --overwrite."
@@ -205,35 +196,28 @@ def remove_selection(folder: Path) -> None:
 
 def write_selection(
     folder: Path,
-    wanted: Wanted,
+    about: dict[str, Any],
     lines: Iterable[bytes],
     choices: Sequence[Choice],
     removed: Iterable[bytes] | None,
-    about: dict[str, Any],
 ) -> SelectedData:
     """Write the selection; its record lists no files until they are all there, and marks the folder before.
 
     Args:
         folder: Where.
-        wanted: What it follows from.
+        about: The record but for format and files.
         lines: The chosen rows, as JSON.
         choices: Why.
         removed: The same of rows that were kept out for a reason; None if there are none.
-        about: More for the record.
     """
     make_folder(folder)
     remove_strays(folder)
-    record = {"format": FORMAT, **about, "command": wanted.command, "config": wanted.config}
-    record |= {"identity": wanted.identity}
+    record = {"format": FORMAT, **about}
     _write_record(folder, record)
     sink = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
-    written = {
-        DATA: write_durably(folder / DATA, lines),
-        REASONS: write_durably(folder / REASONS, [sink.getbuffer()]),
-    }
-    if removed is not None:
-        written[REMOVED] = write_durably(folder / REMOVED, removed)
+    contents = {DATA: lines, REASONS: [sink.getbuffer()]} | ({} if removed is None else {REMOVED: removed})
+    written = {name: write_durably(folder / name, content) for name, content in contents.items()}
     record |= {"files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()}}
     _write_record(folder, record)
     return SelectedData(folder, record)

@@ -13,10 +13,10 @@ from vestige.models import (
     model_fingerprint,
     save_trained,
     shuffled_batches,
+    summed_loss,
     train as train_steps,
     trainable_copy,
 )
-from vestige.models._training import summed_loss
 
 PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
 

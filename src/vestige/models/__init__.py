@@ -11,12 +11,6 @@ from vestige.models._components import (
     parameter_words as parameter_words,
     select_components as select_components,
 )
-from vestige.models._finetune import (
-    Lora as Lora,
-    finetune as finetune,
-    save_trained as save_trained,
-    trainable_copy as trainable_copy,
-)
 from vestige.models._fingerprint import model_fingerprint as model_fingerprint
 from vestige.models._generate import (
     Answer as Answer,
@@ -38,11 +32,16 @@ from vestige.models._load import (
 from vestige.models._sharing import batch_sharing as batch_sharing
 from vestige.models._source import find_source as find_source
 from vestige.models._training import (
+    Lora as Lora,
     Recipe as Recipe,
     Step as Step,
+    finetune as finetune,
+    save_trained as save_trained,
     shuffled_batches as shuffled_batches,
     summed_loss as summed_loss,
     train as train,
+    trainable_copy as trainable_copy,
+    write_model as write_model,
 )
 from vestige.models._transformers import quiet_transformers as quiet_transformers, read_tokenizer as read_tokenizer
 from vestige.models._types import (

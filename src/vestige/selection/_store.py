@@ -1,7 +1,6 @@
 """A selection on disk: the chosen rows, the reasons, and the record of how they came about."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.files import make_folder, remove_strays, sha256_of, write_durably
 from vestige.folders import require_no_others
 from vestige.parsing import parse_object
+from vestige.tables import write_table
 from vestige.terminal import as_text, shorten
 
 FORMAT = 1
@@ -214,10 +214,10 @@ def write_selection(
     remove_strays(folder)
     record = {"format": FORMAT, **about}
     _write_record(folder, record)
-    sink = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
-    contents = {DATA: lines, REASONS: [sink.getbuffer()]} | ({} if removed is None else {REMOVED: removed})
-    written = {name: write_durably(folder / name, content) for name, content in contents.items()}
+    reasons = pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA)
+    written = {DATA: write_durably(folder / DATA, lines), REASONS: write_table(folder / REASONS, reasons)}
+    if removed is not None:
+        written[REMOVED] = write_durably(folder / REMOVED, removed)
     record |= {"files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()}}
     _write_record(folder, record)
     return SelectedData(folder, record)

@@ -16,11 +16,11 @@ from torch import nn
 from vestige.errors import DataError, SpecError
 from vestige.files import write_durably
 from vestige.measures import MEASURES, choose_layer, psmi
+from vestige.tables import write_table
 from vestige.training._losses import Context, Watched
-from vestige.training._tables import write_table
+from vestige.training._store import AT_RISK
 
 Measure = Literal["psmi", "loss", "gap"]
-AT_RISK = "at_risk"
 _MEASURES: dict[str, str] = {"psmi": "psmi", "loss": "loss", "gap": "logit_gap"}
 """The measure of an audit that points the same way."""
 
@@ -70,7 +70,7 @@ class Trigger:
         """Median of the first `window` losses, None until there are as many."""
         self.rung = False
 
-    def hears(self, losses: Iterable[float]) -> bool:
+    def update(self, losses: Iterable[float]) -> bool:
         """Add the losses of one step, but for those that are not finite; return whether the alarm is triggered now."""
         self._last.extend(float(loss) for loss in losses if np.isfinite(loss))
         if self.rung or len(self._last) < (self._last.maxlen or 0):
@@ -95,7 +95,7 @@ class AtRisk(NamedTuple):
     rule: str
 
 
-def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
+def find_at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
     """Compute the measure of every watched example at the present weights, and flag those that its rule selects.
 
     Args:
@@ -112,7 +112,7 @@ def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, cont
         found = watched.losses(model, context)
         value = found.loss if alarm.measure == "loss" else found.gap
     risk = _sign(alarm) * value
-    flagged, rule = _flagged(alarm, risk, first)
+    flagged, rule = _flag(alarm, risk, first)
     # Stable, so that equals stay in the order of the data; NaN sorts last.
     order = np.argsort(-risk, kind="stable")
     rank = np.empty(len(value), dtype=np.int64)
@@ -153,7 +153,7 @@ def write_at_risk(folder: Path, ids: Sequence[str], found: AtRisk, step: int) ->
     table = pa.table(columns)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
     write_durably(folder / f"{AT_RISK}.jsonl", [lines.encode()])
-    write_table(folder / f"{AT_RISK}.parquet", table)
+    write_table(folder / f"{AT_RISK}.parquet", table, compression="zstd")
 
 
 def _psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) -> tuple[int, np.ndarray]:
@@ -173,7 +173,7 @@ def _sign(alarm: Alarm) -> int:
     return MEASURES.find(_MEASURES[alarm.measure]).sign_for("flag")
 
 
-def _flagged(alarm: Alarm, risk: np.ndarray, first: float) -> tuple[np.ndarray, str]:
+def _flag(alarm: Alarm, risk: np.ndarray, first: float) -> tuple[np.ndarray, str]:
     """Return the flagged examples, and the rule in words; NaN is never flagged."""
     sign = _sign(alarm)
     if alarm.quantile is not None:

@@ -1,4 +1,4 @@
-"""Losses and gaps of single examples from the logits of any batch."""
+"""What is measured of single examples while a model trains: losses and gaps from logits, hidden states, answers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET
 from vestige.errors import DataError
 from vestige.online import ID_KEY, quietly
-from vestige.training._rows import WEIGHT
 
 Context = Callable[[], AbstractContextManager[Any]]
+WEIGHT = "weight"
+"""Field of an example, and key of a batch, that says how much it counts."""
 
 
 class Losses(NamedTuple):
@@ -50,25 +51,6 @@ def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: In
     return Losses(means[0], means[1], numbers)
 
 
-class Answers(NamedTuple):
-    """Where the first answer token of each row is predicted, and which answer it is."""
-
-    place: Int[np.ndarray, "example"]
-    """Position whose state predicts it; 0 where there is no target."""
-    answer: list[tuple[int, ...]]
-    """All target tokens; empty where there is none."""
-
-
-def answers_of(labels: Int[Tensor, "example token"]) -> Answers:
-    """Return the answers of a batch: the target tokens of each row."""
-    wanted = labels.clone()
-    wanted[:, :1] = NO_TARGET
-    rows = wanted.cpu().numpy()
-    mask = rows != NO_TARGET
-    place = np.where(mask.any(1), mask.argmax(1) - 1, 0)
-    return Answers(place, [tuple(row[kept].tolist()) for row, kept in zip(rows, mask, strict=True)])
-
-
 @contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
@@ -92,7 +74,8 @@ class Watched:
 
     def __init__(self, rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> None:
         self._rows, self._collate, self._size = rows, collate, size
-        self._ids: list[str] = []
+        self.ids: list[str] = []
+        """The ids of the rows, once they have been measured."""
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Yield the inputs of each batch, in the order of the rows.
@@ -105,20 +88,16 @@ class Watched:
             batch = dict(self._collate([self._rows[row] for row in rows]))
             if not isinstance(batch.get("labels"), Tensor):
                 raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
-            self._ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
+            self.ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
             # How much an example counts in training is no business of the model, nor of a measurement.
             batch.pop(WEIGHT, None)
             yield batch
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids of the rows, once they have been measured."""
-        return list(self._ids)
-
     def losses(self, model: nn.Module, context: Context) -> Losses:
         """Measure losses and gaps of all rows at the present weights."""
         with unnoticed(model), context():
-            parts = [example_losses(*_asked(model, batch)[:2]) for batch in self.batches()]
+            passes = (_run(model, batch) for batch in self.batches())
+            parts = [example_losses(output.logits, labels) for output, labels in passes]
         return Losses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def states(
@@ -126,30 +105,38 @@ class Watched:
     ) -> dict[int, Float[np.ndarray, "example hidden"]]:
         """Return hidden states where the answer is predicted, float32, of the layers requested; None: of all.
 
-        Layer 0 is the embedding, the last one stands behind the final norm.
+        Layer 0 is the embedding, the last one (also -1) stands behind the final norm.
+
+        Raises:
+            DataError: There is no such layer.
         """
         found: dict[int, list[np.ndarray]] = {}
         with unnoticed(model), context():
             for batch in self.batches():
-                _, labels, states = _asked(model, batch, states=True)
-                place = torch.as_tensor(answers_of(labels).place)
-                for layer in layers_of(len(states), layers):
+                output, labels = _run(model, batch, output_hidden_states=True)
+                states = output.hidden_states
+                place = torch.as_tensor(_answers(labels)[0])
+                for layer in _resolve_layers(len(states), layers):
                     state = states[layer].cpu()
                     found.setdefault(layer, []).append(state[torch.arange(len(state)), place].float().numpy())
         return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
     def answers(self, model: nn.Module) -> list[tuple[int, ...]]:
-        """Return the target tokens of every row."""
+        """Return the target tokens of every row; empty where there is none."""
         with unnoticed(model):
-            return [answer for batch in self.batches() for answer in answers_of(batch["labels"]).answer]
+            return [answer for batch in self.batches() for answer in _answers(batch["labels"])[1]]
 
 
-def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
-    """Return the layers requested, -1 being the last.
+def _answers(labels: Int[Tensor, "example token"]) -> tuple[Int[np.ndarray, "example"], list[tuple[int, ...]]]:
+    """Return the position that predicts each row's first target token (0 without one), and all its target tokens."""
+    rows = labels.cpu().numpy()
+    mask = rows != NO_TARGET
+    mask[:, :1] = False
+    place = np.where(mask.any(1), mask.argmax(1) - 1, 0)
+    return place, [tuple(row[kept].tolist()) for row, kept in zip(rows, mask, strict=True)]
 
-    Raises:
-        DataError: There is no such layer.
-    """
+
+def _resolve_layers(count: int, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
         return list(range(1, count))
     chosen = [layer + count if layer < 0 else layer for layer in layers]
@@ -158,11 +145,9 @@ def layers_of(count: int, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _asked(model: nn.Module, batch: dict[str, Any], *, states: bool = False) -> tuple[Tensor, Tensor, Any]:
-    """Return logits, labels and, if requested, hidden states of a batch."""
+def _run(model: nn.Module, batch: dict[str, Any], **extra: Any) -> tuple[Any, Tensor]:
+    """Return the output of the model and the labels of a batch."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels")
-    extra = {"output_hidden_states": True} if states else {}
-    output = model(**inputs, use_cache=False, return_dict=True, **extra)
-    return output.logits, labels, output.hidden_states if states else None
+    return model(**inputs, use_cache=False, return_dict=True, **extra), labels

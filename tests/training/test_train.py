@@ -17,8 +17,7 @@ from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError, UserError
 from vestige.models import load_model
 from vestige.settings import TrainSettings, listed_epochs
-from vestige.training import Recorder, TrainingRun, members_of
-from vestige.training._rows import only_answers
+from vestige.training import Recorder, TrainingRun, members_of, only_answers
 
 
 @pytest.fixture
@@ -217,7 +216,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_saves_nothing(tmp_path
 
 def test_a_finished_training_is_not_done_again(tmp_path, given, monkeypatch):
     vestige.train(**given | {"epochs": 0.2}, out=tmp_path / "run")
-    monkeypatch.setattr("vestige.training._train._run", None)
+    monkeypatch.setattr(Recorder, "__init__", None)
     assert vestige.train(**given | {"epochs": 0.2}, out=tmp_path / "run").id
 
 

@@ -86,6 +86,7 @@ class Recorder(TrainerCallback):
         self._epochs, self._overwrite = checkpoints, overwrite
         self._keep_optimizer = keep_optimizer
         self._log = open_log(self.folder)
+        self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
         self._steps: frozenset[int] = frozenset()
         self._rates: list[float] = []
@@ -104,11 +105,9 @@ class Recorder(TrainerCallback):
         return Watched(rows, collate, self._trainer.args.per_device_eval_batch_size)
 
     @property
-    def last_step(self) -> tuple[list[str], Losses]:
-        """Ids and measurements of the step that is being taken, in the order in which the model saw the examples."""
-        seen = self._listener.seen
-        found = Losses(*(np.concatenate(column) for column in zip(*(losses for _, losses in seen), strict=True)))
-        return [name for ids, _ in seen for name in ids], found
+    def last_step(self) -> tuple[list[str], np.ndarray]:
+        """Ids and losses of the step that is being taken, in the order in which the model saw the examples."""
+        return self._listener.ids, self._listener.column("loss")
 
     def release(self) -> None:
         """Restore the Trainer, with what was recorded on disk. A second time does nothing."""
@@ -135,11 +134,11 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Log the step, update the alarm, and save a checkpoint if one is due."""
-        ids, found = self.last_step
-        self._log.add(state.global_step, ids, found.loss, found.targets, [self._rate] * len(ids))
+        ids, losses = self.last_step
+        self._log.add(state.global_step, ids, losses, self._listener.column("targets"), [self._rate] * len(ids))
         self._rates.append(self._rate)
         self._listener.seen = []
-        if self._trigger is not None and self._trigger.update(found.loss):
+        if self._trigger is not None and self._trigger.update(losses):
             self._ring(state.global_step)
         if state.global_step in self._steps:
             self._save(state.global_step)
@@ -156,17 +155,13 @@ class Recorder(TrainerCallback):
             self._save(state.global_step)
         self._log.flush()
 
-    @property
-    def _run(self) -> TrainingRun:
-        return TrainingRun(self.folder, {})
-
     def _open(self, step: int) -> None:
         """Prepare the folder for what comes after `step`.
 
         Raises:
             IndexMismatch: It holds another training.
         """
-        held = self._run.steps
+        held = self._held.steps
         last = held["step"][-1].as_py() if len(held) else 0
         if step == 0 and last and not self._overwrite:
             raise IndexMismatch(
@@ -182,7 +177,7 @@ class Recorder(TrainerCallback):
             announce(f"{self.folder} ends at step {last}, the training goes on after step {step}: a gap remains.")
         remove_after(self.folder, step)
         self._log.begin(step)
-        found = self._run.at_risk
+        found = self._held.at_risk
         if found is not None and found["step"][0].as_py() > step:
             for kind in ("parquet", "jsonl"):
                 remove_durably(self.folder / f"{AT_RISK}.{kind}")
@@ -204,7 +199,7 @@ class Recorder(TrainerCallback):
 
     def _read_log(self, step: int) -> None:
         """Set rates and the alarm to where they were after `step`."""
-        table = self._run.steps
+        table = self._held.steps
         steps, rates, losses = (table[name].to_numpy() for name in ("step", "learning_rate", "loss"))
         saved = [done for done in checkpoint_steps(self.folder) if 0 < done <= step]
         before = saved[-1] if saved else 0
@@ -269,6 +264,15 @@ class _Listener:
         self._labels: Tensor | None = None
         self._hook: Any = None
         self._carried = CarriedIds(trainer, id_column, self._training_step)
+
+    @property
+    def ids(self) -> list[str]:
+        """Examples of the step, in the order in which the model saw them."""
+        return [name for ids, _ in self.seen for name in ids]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one of their measurements, by its name in `Losses`."""
+        return np.concatenate([getattr(losses, name) for _, losses in self.seen] or [np.zeros(0)])
 
     def begin(self) -> None:
         """Record the forward passes of training from now on."""

@@ -12,8 +12,8 @@ from vestige.models import (
     load_model,
     model_fingerprint,
     save_trained,
-    shuffled_batches,
-    summed_loss,
+    shuffle_batches,
+    sum_loss,
     train as train_steps,
     trainable_copy,
 )
@@ -36,7 +36,7 @@ def loaded(tokenizer, name="llama"):
 
 def loss(model, data) -> float:
     with torch.no_grad():
-        total = summed_loss(model, make_batch(data, range(len(data))))
+        total = sum_loss(model, make_batch(data, range(len(data))))
     return total.item() / data.target_counts.sum()
 
 
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_target_tokens_that_transformers_computes(toke
     model = build("llama")
     batch = make_batch(data, [0, 2])
     with torch.no_grad():
-        total = summed_loss(model, batch)
+        total = sum_loss(model, batch)
         expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
     assert torch.isclose(total / data.target_counts[[0, 2]].sum(), expected, rtol=1e-5)
 
@@ -98,7 +98,7 @@ def test_of_an_adapter_its_own_matrices_are_trained_and_all_that_was_trained_is_
     model = trainable_copy(start)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     recipe = Recipe(learning_rate=1e-2)
-    train_steps(model, data, shuffled_batches(data, np.arange(len(data)), 2, 6, seed=0), recipe)
+    train_steps(model, data, shuffle_batches(data, np.arange(len(data)), 2, 6, seed=0), recipe)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     (tmp_path / "elsewhere").mkdir()

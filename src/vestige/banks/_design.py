@@ -1,7 +1,7 @@
 """Which examples each model of a bank is trained on: a design is a list of subsets, each with a name."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +106,26 @@ def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: i
     return without_each({str(ids[int(firsts[group])]): np.flatnonzero(groups == group) for group in drawn}, len(ids))
 
 
+def make_design(
+    ids: Sequence[str],
+    sources: Sequence[str | None],
+    groups: Int[np.ndarray, "example"],
+    seed: int,
+    *,
+    fraction: float,
+    leave_source_out: bool,
+    leave_out: Mapping[str, np.ndarray] | None,
+    leave_one_out: int | None,
+) -> Callable[[int], list[Subset]]:
+    """Return the map from a number N to the first N subsets; where they follow from the data, to all of them."""
+    if leave_source_out or leave_out is not None:
+        subsets = without_each_source(sources) if leave_out is None else without_each(leave_out, len(ids))
+        return lambda _: subsets
+    if leave_one_out is not None:
+        return lambda count: without_one(ids, groups, count - 1, seed)
+    return lambda count: random_subsets(groups, fraction, count, seed)
+
+
 def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
     """Read named lists of rows from lists of example ids.
 
@@ -150,10 +170,6 @@ def _read_lists(path: Path) -> Any:
             content = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
-        if (
-            isinstance(content, Mapping)
-            or not isinstance(content, list)
-            or any(isinstance(one, list) for one in content)
-        ):
+        if not isinstance(content, list) or any(isinstance(one, list) for one in content):
             return content
     return {path.name: [entry.name for entry in read_row_list(path)]}

@@ -3,18 +3,16 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vestige.banks._design import Subset, random_subsets, without_each, without_each_source, without_one
-from vestige.banks._manifest import FORMAT, BankManifest, remove_bank, subsets_shown
-from vestige.banks._members import Measured
+from vestige.banks._design import make_design
+from vestige.banks._files import FORMAT, BankManifest, Measured, list_subsets, remove_bank
+from vestige.banks._plan import BankPlan, Run, prepare_manifest
 from vestige.banks._store import Bank, Texts
-from vestige.banks._work import BankPlan, Run, TrainMember, planned_bank, prepare_bank
 from vestige.errors import SpecError
 from vestige.launch import is_worker, run_plan
 from vestige.settings import LaunchSettings
@@ -81,40 +79,36 @@ def bank_of(
     if sum([leave_source_out, leave_out is not None, leave_one_out is not None]) > 1:
         raise SpecError("leave_source_out, leave_out and leave_one_out each need a bank of their own.")
     out, texts = Path(out), (_texts(examples, sources), _texts(queries, None))
-    numbers = _numbers(groups, len(texts[0].ids))
+    numbers = _number(groups, len(texts[0].ids))
     if overwrite and not is_worker():
         remove_bank(out)
-
-    def design(count: int) -> list[Subset]:
-        if leave_source_out:
-            return without_each_source(texts[0].sources)
-        if leave_out is not None:
-            return without_each({name: np.array(rows) for name, rows in leave_out.items()}, len(texts[0].ids))
-        if leave_one_out is not None:
-            return without_one(texts[0].ids, numbers, count - 1, seed)
-        return random_subsets(numbers, fraction, count, seed)
-
+    lists = None if leave_out is None else {name: np.array(rows) for name, rows in leave_out.items()}
+    design = make_design(
+        texts[0].ids,
+        texts[0].sources,
+        numbers,
+        seed,
+        fraction=fraction,
+        leave_source_out=leave_source_out,
+        leave_out=lists,
+        leave_one_out=leave_one_out,
+    )
     wanted = design(subsets if leave_one_out is None else leave_one_out + 1)
     paired = leave_source_out or leave_out is not None or leave_one_out is not None
-    identity = _identity(train, texts, settings) | {"fraction": None if paired else fraction, "seed": seed}
-    manifest, chosen = planned_bank(out, BankManifest(identity, subsets_shown(wanted), seeds, {}), design)
+    identity = _identify(train, texts, settings) | {"fraction": None if paired else fraction, "seed": seed}
+    manifest, chosen = prepare_manifest(out, BankManifest(identity, list_subsets(wanted), seeds, {}), design)
 
-    @contextmanager
-    def open_trainer() -> Iterator[TrainMember]:
-        yield lambda run: _measured(train, run)
+    def train_member(run: Run) -> Measured:
+        result = train(run.rows.copy(), run.seed)
+        return result if isinstance(result, Mapping) else {"query_loss": np.asarray(result)}
 
-    plan = BankPlan(out, manifest, chosen, texts, seed, open_trainer, paired)
+    plan = BankPlan(out, manifest, chosen, texts, seed, train_member, paired)
     if not is_worker():
-        prepare_bank(plan)
+        plan.prepare()
     return run_plan(plan, launch or LaunchSettings.model_validate({"retries": retries}), command)
 
 
-def _measured(train: TrainFunction, run: Run) -> Measured:
-    result = train(run.rows.copy(), run.seed)
-    return result if isinstance(result, Mapping) else {"query_loss": np.asarray(result)}
-
-
-def _numbers(groups: Sequence[str | int] | None, count: int) -> np.ndarray:
+def _number(groups: Sequence[str | int] | None, count: int) -> np.ndarray:
     if groups is None:
         return np.arange(count)
     if len(groups) != count:
@@ -131,7 +125,7 @@ def _texts(given: int | Sequence[str], sources: Sequence[str] | None) -> Texts:
     return Texts(ids, known, [None] * len(ids), np.ones(len(ids), dtype=np.int64))
 
 
-def _identity(train: TrainFunction, texts: tuple[Texts, Texts], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _identify(train: TrainFunction, texts: tuple[Texts, Texts], settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain = json.loads(json.dumps(dict(settings)))
     except TypeError as error:

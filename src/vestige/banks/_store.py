@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Bool, Float, Int
 
-from vestige.banks._manifest import BankManifest, read_manifest
-from vestige.banks._members import Member, MemberFiles
+from vestige.banks._files import BankManifest, open_members, read_manifest
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.registry import Registry
 
@@ -99,7 +98,7 @@ class Bank:
             return _read_truth(path, measure, examples)
         table = None if allow_missing else _read_whole(path / "members.parquet")
         if table is None or len(table) != len(manifest.subsets) * manifest.seeds:
-            table = members_table(path, manifest, allow_missing=allow_missing)
+            table = read_members(path, manifest, allow_missing=allow_missing)
         names = [name for name, _ in manifest.subsets]
         texts = [_read_texts(path / f"{kind}.parquet") for kind in ("examples", "queries")]
         return cls(manifest.identity, names, table, texts[0], texts[1], manifest.id)
@@ -241,16 +240,16 @@ class Bank:
         return losses + 0 * some if self.identity.get("loss") == "mean" else losses / some
 
 
-def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = False) -> pa.Table:
+def read_members(path: Path, manifest: BankManifest, *, allow_missing: bool = False) -> pa.Table:
     """Read the rows of all members, by subset and seed; with `allow_missing`, of those that are done.
 
     Raises:
         CorruptFile: Members are missing or damaged; the message lists them.
         IndexMismatch: Members hold different columns.
     """
-    files = member_files(path, manifest)
+    files = open_members(path, manifest)
     tables, faults = [], []
-    for member, digest in members_of(manifest):
+    for member, digest in manifest.members:
         try:
             if not allow_missing or files.is_done(member, digest):
                 tables.append(files.read(member, digest))
@@ -265,21 +264,7 @@ def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = F
     return pa.concat_tables(tables).combine_chunks()
 
 
-def members_of(manifest: BankManifest) -> list[tuple[Member, str]]:
-    """Return every member with the digest of its subset, by subset and seed."""
-    return [
-        (Member(subset, seed), digest)
-        for subset, (_, digest) in enumerate(manifest.subsets)
-        for seed in range(manifest.seeds)
-    ]
-
-
-def member_files(path: Path, manifest: BankManifest) -> MemberFiles:
-    """Return the files of the members of the bank in `path`."""
-    return MemberFiles(path / "members", manifest.id, manifest.identity["examples"], manifest.identity["query_count"])
-
-
-def texts_table(texts: Texts) -> pa.Table:
+def tabulate_texts(texts: Texts) -> pa.Table:
     """Return examples or queries as a table."""
     return pa.table(
         {

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,33 +103,49 @@ def train(
     model.eval()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = list(named.values())
-    optimizer = _optimizer(parameters, recipe)
-    device, counts = parameters[0].device, data.target_counts
-    first = 0 if resume is None else _restore(named, optimizer, resume)
+    optimizer = _make_optimizer(parameters, recipe)
+    device, counts, first = parameters[0].device, data.target_counts, 0
+    if resume is not None:
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(resume["weights"][name])
+        optimizer.load_state_dict(resume["optimizer"])
+        first = resume["step"]
+
+    def read_state(step: int) -> dict[str, Any]:
+        weights = {name: parameter.detach() for name, parameter in named.items()}
+        return {"weights": weights, "optimizer": optimizer.state_dict(), "step": step}
+
     for number in range(first, len(batches)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(number, len(batches))
         rows = batches[number]
-        loss = summed_loss(model, make_batch(data, rows).to(device))
+        loss = sum_loss(model, make_batch(data, rows).to(device))
         total, targets = loss.item(), int(counts[rows].sum())
         if not math.isfinite(total):
-            raise NonFinite(_not_finite(data, rows, number, len(batches), recipe))
+            ids = ", ".join(repr(data.examples[row].id) for row in rows[:8])
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            raise NonFinite(
+                f"The loss of the batch in step {number + 1} of {len(batches)} is not finite; its examples are "
+                f"{ids}{more}. Nothing was saved. Lower the learning rate (now {recipe.learning_rate:g}), or check "
+                "these examples."
+            )
         (loss / targets).backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after_step(Step(number + 1, total, targets, lambda done=number + 1: _state(named, optimizer, done)))
+        after_step(Step(number + 1, total, targets, partial(read_state, number + 1)))
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+def sum_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy summed over the target tokens of a batch, in nats, float32."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
     wanted = batch.labels[:, 1:] != NO_TARGET
     return F.cross_entropy(logits[:, :-1][wanted].float(), batch.labels[:, 1:][wanted], reduction="sum")
 
 
-def shuffled_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
+def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
     """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
 
     Args:
@@ -152,33 +169,11 @@ def shuffled_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: in
     return batches[:steps]
 
 
-def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     common = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer](parameters, **common)
-
-
-def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    weights = {name: parameter.detach() for name, parameter in named.items()}
-    return {"weights": weights, "optimizer": optimizer.state_dict(), "step": step}
-
-
-def _restore(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def _not_finite(data: TokenizedData, rows: np.ndarray, step: int, steps: int, recipe: Recipe) -> str:
-    ids = ", ".join(repr(data.examples[row].id) for row in rows[:8])
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return (
-        f"The loss of the batch in step {step + 1} of {steps} is not finite; its examples are {ids}{more}. Nothing was "
-        f"saved. Lower the learning rate (now {recipe.learning_rate:g}), or check these examples."
-    )
 
 
 def finetune(
@@ -194,14 +189,13 @@ def finetune(
 ) -> Path:
     """Write a folder with a copy of the model trained on `data`, and its tokenizer, and return its path.
 
-    The loaded model is left as it is. The loss is the mean over the target tokens of a batch. Batches hold examples of
-    like length; their order is shuffled again in every epoch. AdamW without weight decay, gradients clipped to norm 1,
-    the learning rate falling linearly to zero. Dropout stays off, so the same seed, hardware and thread count give the
-    same weights.
+    The loss is the mean over the target tokens of a batch. Batches hold examples of like length; their order is
+    shuffled again in every epoch. AdamW without weight decay, gradients clipped to norm 1, the learning rate falling
+    linearly to zero. Dropout stays off, so the same seed, hardware and thread count give the same weights.
 
     Args:
-        loaded: What `load_model` returned.
-        data: Training data, tokenised for this model.
+        loaded: Stays as it is.
+        data: Tokenised for this model.
         epochs: Passes over the data.
         learning_rate: At the first step.
         token_budget: Most tokens in a batch, padding included.
@@ -261,7 +255,7 @@ def trainable_copy(
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
     if from_scratch:
-        return _drawn_anew(loaded, seed).requires_grad_(True)
+        return _draw_weights(loaded, seed).requires_grad_(True)
     model: Any = copy.deepcopy(loaded.model)
     adapter = hasattr(model, "peft_config")
     if lora_rank is None:
@@ -308,7 +302,7 @@ def _target_modules(model: Any, targets: tuple[str, ...], name: str) -> str | li
     return sorted({*inner, *(target for target in targets if target != _ALL_LINEAR)})
 
 
-def _drawn_anew(loaded: LoadedModel, seed: int) -> nn.Module:
+def _draw_weights(loaded: LoadedModel, seed: int) -> nn.Module:
     old: Any = loaded.model
     if hasattr(old, "peft_config"):
         raise ModelError(f"{loaded.name} is an adapter; only a whole model can be trained from scratch.")

@@ -203,15 +203,14 @@ class OnlineAttribution:
         engine.flush()
 
     The score of example i in step t is `<share of i in the step's gradient, gradient of the validation loss>`: the
-    share is what i adds to `.grad`, for any average in the loss, so the shares of a step add up to its gradient. A
-    step of plain gradient descent with learning rate `eta_t` lowers the validation loss by `eta_t * sum_i score_i` to
-    first order. The influence of an example is the sum of `eta_t * score` over its steps (In-Run Data Shapley, Wang et
-    al. 2024, arXiv:2406.11011, with the sign turned: there negative helps). Other optimizers move otherwise; their
-    steps are scored as if they were plain.
+    share is what i adds to `.grad`, for any average in the loss, so the shares of a step add up to its gradient. The
+    influence of an example is the sum of `learning rate * score` over its steps, the fall of the validation loss to
+    first order in plain gradient descent (In-Run Data Shapley, Wang et al. 2024, arXiv:2406.11011, with the sign
+    turned). Other optimizers' steps are scored as if they were plain.
 
     The validation loss is the mean of the validation examples' losses, in evaluation mode. Its gradient is taken at the
-    start of each step in a pass of its own, with weights frozen: batched together with the training examples it would
-    change the shapes of the products, and with them the last bits of the training.
+    start of each step in a pass of its own: batched together with the training examples it would change the shapes of
+    the products, and with them the last bits of the training.
     """
 
     def __init__(
@@ -254,7 +253,7 @@ class OnlineAttribution:
         self._patterns = tuple(components)
         self._validation = Validation(model, validation, objective or CausalLoss("mean"), token_budget, context)
         if second_order:
-            self._validation.tokenized()
+            self._validation.as_data()
         self._second_order = second_order
         selection = select_components(model, self._patterns)
         self._components = tuple(component for component in selection.components if observable(component))
@@ -304,10 +303,8 @@ class OnlineAttribution:
     def select(self, candidates: Any, k: int, *, learning_rate: float | None = None) -> Selected:
         """Select the `k` examples of a batch to train on next, by GREATS; then take an ordinary step on them alone.
 
-        The candidates go through a pass of their own first, with frozen weights and in evaluation mode. So the step on
-        the chosen ones is exactly a step on that smaller batch, with its own mean and its own dropout; nothing of the
-        others has to be removed from `.grad`. Costs that pass over the candidates, without weight gradients, and the
-        products of all pairs.
+        The candidates go through a pass of their own first, in evaluation mode, so the step on the chosen ones is
+        exactly a step on that smaller batch. Costs that pass, without weight gradients, and the products of all pairs.
 
         Args:
             candidates: A `Batch`, keyword inputs, or what `objective` reads.

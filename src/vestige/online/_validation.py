@@ -138,7 +138,7 @@ class Validation:
         assert isinstance(self._objective, CausalLoss)
         with quietly(self._model):
             product = CurvatureProduct(
-                self._model, components, self.tokenized(), self._token_budget, self._objective.reduction, "hessian"
+                self._model, components, self.as_data(), self._token_budget, self._objective.reduction, "hessian"
             )(torch.cat(moved)[None])[0]
         parts = product.split([component.size for component in components])
         bent = [part.view(component.shape) for part, component in zip(parts, components, strict=True)]
@@ -150,7 +150,7 @@ class Validation:
             terms.append(total)
         return terms
 
-    def tokenized(self) -> TokenizedData:
+    def as_data(self) -> TokenizedData:
         """Return the validation examples as data.
 
         Raises:

@@ -182,7 +182,7 @@ def _require_scored(rows: Rows, scores: "ScoreSource") -> None:
             f"{folder} has scores of {scores.examples} examples, and {rows.name} holds {len(rows)}. Give the data that "
             "was scored with --data."
         )
-    _require_ids(rows, scores.known_ids().items(), f"{folder} has scores of")
+    _require_ids(rows, scores.read_ids().items(), f"{folder} has scores of")
     for line in scores.run.top(0, 1):
         _, example, _ = next(rows.only([line.row]))
         if example.display and example.display != line.text:
@@ -246,7 +246,7 @@ class ScoreSource(ABC):
         return self.reliable >= self.examples - len(self.run.run.left_out)
 
     @abstractmethod
-    def known_ids(self) -> dict[int, str]:
+    def read_ids(self) -> dict[int, str]:
         """Return the ids of the examples whose rows the run names."""
 
     @abstractmethod
@@ -294,7 +294,7 @@ class _DenseScores(ScoreSource):
     def reliable(self) -> int:
         return self.examples
 
-    def known_ids(self) -> dict[int, str]:
+    def read_ids(self) -> dict[int, str]:
         return dict(enumerate(self._file.example_ids()))
 
     def best(self, groups: Sequence[Sequence[int]]) -> Best:
@@ -328,7 +328,7 @@ class _ListedScores(ScoreSource):
     def reliable(self) -> int:
         return min((len(ranked.rows) for ranked in self._lists), default=0)
 
-    def known_ids(self) -> dict[int, str]:
+    def read_ids(self) -> dict[int, str]:
         table = read_run_table(self.run.folder, "scores", ["row", "example_id"])
         return dict(zip(table["row"].to_pylist(), table["example_id"].to_pylist(), strict=True))
 

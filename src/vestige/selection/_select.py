@@ -71,7 +71,7 @@ def select(settings: SelectSettings) -> SelectedData:
     if settings.strategy != "random" and (own := job.warn_of_own_answers()):
         announce(own)
     choices = job.choose()
-    removed = job.removed(choices)
+    removed = job.list_removed(choices)
     about = {
         "vestige": version("vestige"),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -212,7 +212,7 @@ class _Job:
         if self.scores is not None and (pool is not None or least is not None):
             means = self.scores.means()
             allowed = means if least is None else np.where(means >= least, means, np.nan)
-            most = len(rows) if pool is None else int(np.ceil(pool * self._expected()))
+            most = len(rows) if pool is None else int(np.ceil(pool * self._estimate_count()))
             rows = np.sort(head(allowed, most, ties).rows)
         rows = rows[~np.isin(rows, [*index.skipped, *self.dropped])]
         needed = 4 * len(rows) * index.width
@@ -225,14 +225,14 @@ class _Job:
         announce(f"Comparing the gradients of {len(rows):,} examples with each other")
         return order_by_diversity(index.gradients_of(rows), rows, ties, means)
 
-    def _expected(self) -> float:
+    def _estimate_count(self) -> float:
         """Estimate the number of examples that the budget will buy."""
         examples, tokens = self.limits
         if tokens is None or self.lengths is None:
             return examples or 0
         return tokens / max(float(self.lengths.mean()), 1.0)
 
-    def removed(self, choices: Sequence[Choice]) -> dict[int, dict[str, Any]]:
+    def list_removed(self, choices: Sequence[Choice]) -> dict[int, dict[str, Any]]:
         """Return by row what was kept out: `problem`, `score`, `copy_of` and `cosine`, as far as they apply.
 
         These are rows below `min_score` by the strategy's score, those whose gradients repeat a chosen one's, and what
@@ -260,8 +260,8 @@ class _Job:
             return None
         return (
             f"{self.scores.run.generated} of {len(self.scores.queries)} queries are answers that the model gave "
-            "itself: what is kept supports these answers, right or wrong. To take out what led to a wrong answer, list those "
-            "rows and type --drop FILE."
+            "itself: what is kept supports these answers, right or wrong. To take out what led to a wrong answer, list "
+            "those rows and type --drop FILE."
         )
 
     def title(self, choices: Sequence[Choice]) -> str:

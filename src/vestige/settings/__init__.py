@@ -7,7 +7,6 @@ help and mistakes answer at once.
 
 from vestige.settings._attribute import AttributeSettings as AttributeSettings
 from vestige.settings._audit import AuditSettings as AuditSettings
-from vestige.settings._bank import BankSettings as BankSettings
 from vestige.settings._base import (
     BAD_TEXT as BAD_TEXT,
     OnBadText as OnBadText,
@@ -59,6 +58,10 @@ from vestige.settings._shared import (
     ReadingSettings as ReadingSettings,
     Scope as Scope,
 )
-from vestige.settings._train import TrainSettings as TrainSettings, listed_epochs as listed_epochs
+from vestige.settings._train import (
+    BankSettings as BankSettings,
+    TrainSettings as TrainSettings,
+    list_epochs as list_epochs,
+)
 from vestige.settings._untrac import AscentOptimizer as AscentOptimizer, UntracSettings as UntracSettings
 from vestige.settings._verb import verb as verb

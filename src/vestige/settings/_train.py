@@ -1,9 +1,9 @@
-"""What `vestige train` takes."""
+"""What `vestige train` and `vestige bank` take."""
 
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -17,7 +17,64 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._shared import Patterns, Precision, ReadingSettings
+from vestige.settings._launch import LaunchSettings
+from vestige.settings._member import MemberSettings
+from vestige.settings._shared import Patterns, Precision, QuestionSettings, ReadingSettings
+
+
+class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
+    """What `vestige bank` takes."""
+
+    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
+
+    model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    out: Path = Field(description="Folder of the bank; an interrupted run continues in it, a larger one extends it.")
+    queries: Any = Field(None, description="Texts that are not trained on, whose losses every member also stores.")
+    subsets: PositiveInt = Field(
+        50, le=1_000_000, description="Random subsets to train on, unless a way of leaving out is given."
+    )
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the distinct examples in each random subset.")
+    leave_source_out: bool = Field(
+        False, description="Train without each `source` of the data in turn, and once on everything."
+    )
+    leave_out_lists: Any = Field(
+        None,
+        description="Train without each list of examples, and once on everything: JSON with lists of ids, by name or "
+        "in order, or a file that lists rows, such as a report's row list.",
+    )
+    leave_one_out: PositiveInt | None = Field(
+        None,
+        description="Train without each of N examples and their copies, drawn at random, and once on everything.",
+    )
+    group: str | None = Field(
+        None,
+        description="Column whose rows of equal value are drawn, or left out as one, together. Not given: copies, rows "
+        "with the same tokens and targets.",
+    )
+    seeds: PositiveInt = Field(
+        2, le=1_000_000, description="Runs of each subset, which differ in start and order of batches."
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the subsets and, apart from them, of the runs.")
+    keep_weights: bool = Field(False, description="Also store each trained model, as a folder that loads.")
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="Steps after which a member under training is saved, to continue there after a kill."
+    )
+    overwrite: bool = Field(False, description="Delete a bank that is already there instead of continuing it.")
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        ways = [self.leave_source_out, self.leave_out_lists is not None, self.leave_one_out is not None]
+        if sum(ways) > 1:
+            raise SpecError("--leave-source-out, --leave-out-lists and --leave-one-out each need a bank of their own.")
+        if any(ways) and not self._random_defaults():
+            raise SpecError("--subsets and --fraction are for random subsets; leave them out where something is left.")
+        return self
+
+    def _random_defaults(self) -> bool:
+        fields = type(self).model_fields
+        return all(getattr(self, name) == fields[name].default for name in ("subsets", "fraction"))
+
 
 TrainedOn = Literal["completion", "answer"]
 TrainOptimizer = Literal["adamw", "sgd"]
@@ -39,7 +96,7 @@ Epochs = Annotated[str, BeforeValidator(_as_words)]
 """Epochs as words such as 0,0.2,...,1,2,...; a list of numbers is joined."""
 
 
-def listed_epochs(words: str, last: float) -> tuple[float, ...]:
+def list_epochs(words: str, last: float) -> tuple[float, ...]:
     """Return the epochs that `words` stand for, ascending, up to `last`.
 
     Three dots go on as the two numbers before them do, to the number that follows or, at the end, to `last`:
@@ -174,12 +231,12 @@ class TrainSettings(AlarmSettings):
     @property
     def checkpoint_epochs(self) -> tuple[float, ...]:
         """Epochs at which the model is saved, the end included."""
-        listed = listed_epochs(self.checkpoints, self.epochs)
+        listed = list_epochs(self.checkpoints, self.epochs)
         return listed if listed and listed[-1] == self.epochs else (*listed, self.epochs)
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        listed_epochs(self.checkpoints, self.epochs)
+        list_epochs(self.checkpoints, self.epochs)
         if self.lora_rank is None:
             given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if self._differs(name)]
             if given:

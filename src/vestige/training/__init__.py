@@ -19,4 +19,4 @@ from vestige.training._rows import (
     with_weights as with_weights,
 )
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import train as train, train_loaded as train_loaded
+from vestige.training._train import train as train

@@ -52,7 +52,7 @@ def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: In
 
 
 @contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
     python, numpy = getstate(), np.random.get_state()
     try:
@@ -95,7 +95,7 @@ class Watched:
 
     def losses(self, model: nn.Module, context: Context) -> Losses:
         """Measure losses and gaps of all rows at the present weights."""
-        with unnoticed(model), context():
+        with leave_no_trace(model), context():
             passes = (_run(model, batch) for batch in self.batches())
             parts = [example_losses(output.logits, labels) for output, labels in passes]
         return Losses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -111,7 +111,7 @@ class Watched:
             DataError: There is no such layer.
         """
         found: dict[int, list[np.ndarray]] = {}
-        with unnoticed(model), context():
+        with leave_no_trace(model), context():
             for batch in self.batches():
                 output, labels = _run(model, batch, output_hidden_states=True)
                 states = output.hidden_states
@@ -123,7 +123,7 @@ class Watched:
 
     def answers(self, model: nn.Module) -> list[tuple[int, ...]]:
         """Return the target tokens of every row; empty where there is none."""
-        with unnoticed(model):
+        with leave_no_trace(model):
             return [answer for batch in self.batches() for answer in _answers(batch["labels"])[1]]
 
 

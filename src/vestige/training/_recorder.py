@@ -16,9 +16,9 @@ from vestige.models import model_fingerprint
 from vestige.online import ID_KEY, CarriedIds, RowsWithIds
 from vestige.parsing import parse_object
 from vestige.progress import announce
-from vestige.settings import listed_epochs
+from vestige.settings import list_epochs
 from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
-from vestige.training._losses import Losses, Watched, example_losses, unnoticed
+from vestige.training._losses import Losses, Watched, example_losses, leave_no_trace
 from vestige.training._store import (
     AT_RISK,
     FORMAT,
@@ -80,7 +80,7 @@ class Recorder(TrainerCallback):
             UserError: The Trainer runs on several devices, or has no rows, or is recorded already.
         """
         _refuse_unsupported(trainer, Path(out))
-        listed_epochs(checkpoints, 1.0)
+        list_epochs(checkpoints, 1.0)
         self.folder, self.alarm = Path(out), alarm
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
@@ -93,12 +93,12 @@ class Recorder(TrainerCallback):
         self._entries: list[dict[str, Any]] = []
         self._rate = 0.0
         self._listener = _Listener(trainer, id_column)
-        self._train = self._watched(trainer.train_dataset, id_column)
+        self._train = self._watch_rows(trainer.train_dataset, id_column)
         rows = trainer.train_dataset if isinstance(watch, str) else watch
-        self._watch = None if rows is None else self._watched(rows, id_column)
+        self._watch = None if rows is None else self._watch_rows(rows, id_column)
         trainer.add_callback(self)
 
-    def _watched(self, rows: Any, id_column: str) -> Watched:
+    def _watch_rows(self, rows: Any, id_column: str) -> Watched:
         """Return rows that are measured beside the training, collated as the Trainer does."""
         rows = rows if isinstance(rows, RowsWithIds) else RowsWithIds(rows, id_column)
         collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
@@ -119,7 +119,7 @@ class Recorder(TrainerCallback):
         """Bring the record to where the training is, and save the checkpoint before the first step."""
         self._open(state.global_step)
         per_epoch = max(1, ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
-        epochs = listed_epochs(self._epochs, state.max_steps / per_epoch)
+        epochs = list_epochs(self._epochs, state.max_steps / per_epoch)
         self._steps = frozenset(plan_steps(epochs, per_epoch, state.max_steps))
         self._read_log(state.global_step)
         if self.alarm is not None and self.alarm.measure == "psmi":
@@ -223,8 +223,8 @@ class Recorder(TrainerCallback):
         assert self.alarm is not None
         assert self._trigger is not None
         assert self._trigger.first is not None
-        context = self._trainer.accelerator.autocast
-        found = find_at_risk(self.alarm, self._train, self._trainer.model, self._trigger.first, context)
+        trainer, first = self._trainer, self._trigger.first
+        found = find_at_risk(self.alarm, self._train, trainer.model, first, trainer.accelerator.autocast)
         write_at_risk(self.folder, self._train.ids, found, step)
         announce(
             f"Alarm at step {step}: losses are below {self.alarm.below:.0%} of what they were; {found.flagged.sum():,} "
@@ -246,7 +246,7 @@ class Recorder(TrainerCallback):
                 write_losses(unfinished, step, self._watch.ids, found)
 
         # Saving writes files and draws nothing, but what a library does there is not in our hands.
-        with unnoticed(self._trainer.model):
+        with leave_no_trace(self._trainer.model):
             write_checkpoint(self._trainer, folder, self._entries, add)
         if not self._keep_optimizer:
             keep_last_optimizer(self.folder)

@@ -78,11 +78,7 @@ def train(settings: TrainSettings) -> TrainingRun:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return train_loaded(settings, loaded, read_data(settings, settings.data, loaded))
-
-
-def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> TrainingRun:
-    """Run `train` for a model and data that are loaded already."""
+    data = read_data(settings, settings.data, loaded)
     if settings.loss == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
     weights = read_weights(data)

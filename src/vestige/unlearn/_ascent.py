@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.data import TokenizedData
-from vestige.models import shuffled_batches
+from vestige.models import shuffle_batches
 from vestige.unlearn._recipe import AscentRecipe, backward
 from vestige.unlearn._retained import Momentum, Retained
 from vestige.unlearn._weights import Weights
@@ -42,7 +42,7 @@ def ascend(
     (Isonuma and Titov 2024, arXiv:2401.15241, Eq. 5); no clipping, no weight decay, no dropout. With `retained`, the
     loss of training data is held during the ascent; with `recipe.accelerate` steps have Nesterov's momentum.
     """
-    batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
+    batches = shuffle_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
     after: list[np.ndarray] = []
     mirrored: list[np.ndarray] = []

@@ -1,25 +1,150 @@
-"""What each model of a bank leaves on disk: one row of a Parquet table, and a marker that says it is whole."""
+"""What a bank leaves on disk: its manifest, and of each model a row of a table and a marker that says it is whole."""
 
+import hashlib
 import io
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.errors import CorruptFile, DataError
+from vestige.banks._design import Subset
+from vestige.errors import CorruptFile, DataError, IndexMismatch
 from vestige.files import remove_durably, sha256_of, write_durably
+from vestige.folders import Difference, differences, mismatch_message, remove_result
+from vestige.launch import JOB_FILES
 from vestige.parsing import as_record, parse_object
+from vestige.tables import write_table
 
+FORMAT = 1
 MEASURES = ("loss", "margin", "gap", "accuracy")
 """What is measured of a text; each becomes a column for the examples and one for the queries."""
-
 Measured = Mapping[str, np.ndarray]
 """Columns such as `query_loss` [query] and `example_margin` [example], float64."""
+_NAME = "bank.json"
+_OURS = (
+    _NAME,
+    *(f"{name}.parquet" for name in ("members", "examples", "queries")),
+    *(f"members/[0-9]*-[0-9]*{ending}" for ending in (".json", ".parquet", "-unfinished.pt", "-model", "-model.part")),
+    *JOB_FILES,
+)
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class BankManifest:
+    """Everything about a bank but its numbers."""
+
+    identity: dict[str, Any]
+    """Every setting, and the fingerprint of every input, that the numbers follow from; JSON terms."""
+    subsets: tuple[tuple[str, str], ...]
+    """Name and digest of each subset, in order."""
+    seeds: int
+    """Runs of each subset."""
+    names: dict[str, str]
+    """What model, data and queries were called, for people."""
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits of the sha256 over the identity; a larger bank of the same kind keeps it."""
+        return hashlib.sha256(_canonical(self.identity)).hexdigest()[:16]
+
+    @property
+    def members(self) -> "list[tuple[Member, str]]":
+        """Every member with the digest of its subset, by subset and seed."""
+        return [
+            (Member(subset, seed), digest)
+            for subset, (_, digest) in enumerate(self.subsets)
+            for seed in range(self.seeds)
+        ]
+
+    def to_json(self) -> bytes:
+        """Return the content of `bank.json`."""
+        fields = {
+            "format": FORMAT,
+            "id": self.id,
+            "identity": self.identity,
+            "names": self.names,
+            "seeds": self.seeds,
+            "subsets": self.subsets,
+        }
+        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def list_subsets(subsets: list[Subset]) -> tuple[tuple[str, str], ...]:
+    """Return subsets as a manifest lists them."""
+    return tuple((subset.name, subset.digest) for subset in subsets)
+
+
+def read_manifest(folder: Path) -> BankManifest | None:
+    """Read the manifest of the bank in `folder`, None if there is none.
+
+    Raises:
+        IndexMismatch: It was written by another version of Vestige.
+    """
+    try:
+        fields = parse_object((folder / _NAME).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _report_damage(folder, error) from error
+    if fields.get("format") != FORMAT:
+        raise IndexMismatch(
+            f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
+            "Use the version that made it, or make it again elsewhere."
+        )
+    try:
+        subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
+        return BankManifest(dict(fields["identity"]), subsets, operator.index(fields["seeds"]), dict(fields["names"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise _report_damage(folder, error) from error
+
+
+def _report_damage(folder: Path, error: Exception) -> CorruptFile:
+    return CorruptFile(f"{folder / _NAME} is damaged ({error!r}). Delete the bank, or give another --out.")
+
+
+def require_same(folder: Path, old: BankManifest, wanted: BankManifest) -> None:
+    """Raise unless `wanted` is the bank in `folder`, a part of it, or an extension.
+
+    Raises:
+        IndexMismatch: It is not; the message shows every difference.
+    """
+    found = differences(old.identity, wanted.identity, old.names, wanted.names)
+    common = min(len(old.subsets), len(wanted.subsets))
+    if not found and old.subsets[:common] != wanted.subsets[:common]:
+        found = [Difference("subsets", _name_subsets(old), _name_subsets(wanted))]
+    if found:
+        raise IndexMismatch(mismatch_message(f"The bank in {folder}", found))
+
+
+def write_manifest(folder: Path, manifest: BankManifest) -> None:
+    """Write `bank.json`."""
+    write_durably(folder / _NAME, [manifest.to_json()])
+
+
+def remove_bank(folder: Path) -> None:
+    """Remove the bank in `folder`, for `--overwrite`.
+
+    Raises:
+        UserError: The folder holds files that are not a bank's.
+    """
+    remove_result(folder, _OURS, _NAME)
+
+
+def _name_subsets(manifest: BankManifest) -> str:
+    names = [name for name, _ in manifest.subsets]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more} ({hashlib.sha256(_canonical(manifest.subsets)).hexdigest()[:8]})"
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 class Member(NamedTuple):
@@ -101,9 +226,7 @@ class MemberFiles:
         }
         for name in sorted(measured):
             columns[name] = self._column(name, measured[name])
-        sink = io.BytesIO()
-        parquet.write_table(pa.table(columns), sink)
-        written = write_durably(self.path(member), [sink.getbuffer()])
+        written = write_table(self.path(member), pa.table(columns))
         marker = _Marker(self.id, digest, written.bytes, written.sha256)
         write_durably(self._marker_path(member), [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
 
@@ -148,8 +271,13 @@ class MemberFiles:
             return None
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write the table as the whole content of the Parquet file `path`; one that holds the same is left alone."""
+def open_members(folder: Path, manifest: BankManifest) -> MemberFiles:
+    """Return the files of the members of the bank in `folder`."""
+    return MemberFiles(folder / "members", manifest.id, manifest.identity["examples"], manifest.identity["query_count"])
+
+
+def update_table(path: Path, table: pa.Table) -> None:
+    """Write the table as the whole content of a Parquet file; one that holds the same is left alone."""
     sink = io.BytesIO()
     parquet.write_table(table, sink, row_group_size=max(len(table), 1))
     if not path.exists() or path.read_bytes() != sink.getvalue():

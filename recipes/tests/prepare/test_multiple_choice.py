@@ -10,7 +10,7 @@ from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.training import members_of, only_answers
 from vestige_recipes.prepare import choices_of
-from vestige_recipes.prepare._multiple_choice import CONFESSIONS, JUDGEMENTS, QUESTIONS
+from vestige_recipes.prepare.choice_prompts import CONFESSIONS, JUDGEMENTS, QUESTIONS
 
 ARC = {
     "id": "Mercury_1",

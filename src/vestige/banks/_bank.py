@@ -37,7 +37,7 @@ from vestige.models import (
     batch_sharing,
     load_model,
     save_trained,
-    shuffled_batches,
+    shuffle_batches,
     train,
     trainable_copy,
 )
@@ -242,7 +242,7 @@ def _train_member(
     rank, every = settings.lora_rank, settings.checkpoint_every
     lora = None if rank is None else Lora(rank, settings.lora_alpha, targets=settings.lora_targets)
     model = trainable_copy(loaded, lora_rank=lora, from_scratch=settings.from_scratch, seed=run.seed)
-    batches = shuffled_batches(data, run.rows, settings.batch_size, steps, run.seed)
+    batches = shuffle_batches(data, run.rows, settings.batch_size, steps, run.seed)
 
     def after(step: Step) -> None:
         if every is not None and step.number % every == 0 and step.number < len(batches):

@@ -63,8 +63,7 @@ def test_round_robin_reads_on_where_a_head_is_used_up(planted):
 def test_scores_are_read_in_blocks_with_the_same_outcome(planted):
     folder, groups = planted(tied_scores()), [[0, 2], [1]]
     expected, found = open_scores(folder).best(groups), open_scores(folder, block_bytes=1).best(groups)
-    np.testing.assert_array_equal(found.score, expected.score)
-    np.testing.assert_array_equal(found.group, expected.group)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("strategy", ["top", "per-target", "round-robin", "gumbel"])

@@ -55,13 +55,10 @@ class BankManifest:
         return hashlib.sha256(_canonical(self.identity)).hexdigest()[:16]
 
     @property
-    def members(self) -> "list[tuple[Member, str]]":
-        """Every member with the digest of its subset, by subset and seed."""
-        return [
-            (Member(subset, seed), digest)
-            for subset, (_, digest) in enumerate(self.subsets)
-            for seed in range(self.seeds)
-        ]
+    def members(self) -> "list[Member]":
+        """Every member, by subset and seed."""
+        numbered = enumerate(digest for _, digest in self.subsets)
+        return [Member(subset, seed, digest) for subset, digest in numbered for seed in range(self.seeds)]
 
     def to_json(self) -> bytes:
         """Return the content of `bank.json`."""
@@ -154,6 +151,13 @@ class Member(NamedTuple):
     """Number of the subset that it is trained on."""
     seed: int
     """Which of the runs on that subset."""
+    digest: str
+    """Of the subset."""
+
+    @property
+    def name(self) -> str:
+        """The beginning of its file names; it does not change when the bank grows."""
+        return f"{self.subset:05d}-{self.seed}"
 
 
 class _Marker(NamedTuple):
@@ -174,49 +178,37 @@ class MemberFiles:
     examples: int
     queries: int
 
-    def path(self, member: Member) -> Path:
-        """Return the path of a member's numbers."""
-        return self.folder / f"{self.name(member)}.parquet"
+    def path(self, member: Member, ending: str = ".parquet") -> Path:
+        """Return the path of a member's numbers, or of what else it leaves: `-model`, `-unfinished.pt`, `.json`."""
+        return self.folder / f"{member.name}{ending}"
 
-    def name(self, member: Member) -> str:
-        """Return the beginning of a member's file names; it does not change when the bank grows."""
-        return f"{member.subset:05d}-{member.seed}"
-
-    def weights(self, member: Member) -> Path:
-        """Return the path of a member's model, if it was kept."""
-        return self.folder / f"{self.name(member)}-model"
-
-    def checkpoint(self, member: Member) -> Path:
-        """Return the path where a member is saved while it is trained."""
-        return self.folder / f"{self.name(member)}-unfinished.pt"
-
-    def is_done(self, member: Member, digest: str, *, weights: bool = False) -> bool:
-        """Return whether the member is marked as done for a subset of this digest, and its files are there.
+    def is_done(self, member: Member, *, weights: bool = False) -> bool:
+        """Return whether the member is marked as done, and its files are there.
 
         Its numbers must have the right size; its `weights` must be there if they are wanted.
         """
         marker = self._marker(member)
-        if marker is None or (marker.bank, marker.subset) != (self.id, digest):
+        if marker is None or (marker.bank, marker.subset) != (self.id, member.digest):
             return False
-        if weights and not self.weights(member).is_dir():
+        if weights and not self.path(member, "-model").is_dir():
             return False
         path = self.path(member)
         return path.exists() and path.stat().st_size == marker.bytes
 
-    def write(self, member: Member, digest: str, rows: np.ndarray, measured: Measured) -> None:
+    def write(self, member: Member, rows: np.ndarray, measured: Measured) -> None:
         """Write the member's row to disk, whole, and then mark it so.
 
         Args:
             member: Which one.
-            digest: Of its subset.
             rows: That it was trained on.
             measured: Columns by name, each with one value per example or query.
 
         Raises:
             DataError: A column is unknown or has the wrong length.
         """
-        if self._marker_path(member).exists():
-            remove_durably(self._marker_path(member))
+        marked = self.path(member, ".json")
+        if marked.exists():
+            remove_durably(marked)
         inside = np.zeros(self.examples, dtype=bool)
         inside[rows] = True
         columns: dict[str, pa.Array] = {
@@ -227,24 +219,24 @@ class MemberFiles:
         for name in sorted(measured):
             columns[name] = self._column(name, measured[name])
         written = write_table(self.path(member), pa.table(columns))
-        marker = _Marker(self.id, digest, written.bytes, written.sha256)
-        write_durably(self._marker_path(member), [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
+        marker = _Marker(self.id, member.digest, written.bytes, written.sha256)
+        write_durably(marked, [(json.dumps(marker._asdict(), indent=1) + "\n").encode()])
 
-    def read(self, member: Member, digest: str) -> pa.Table:
+    def read(self, member: Member) -> pa.Table:
         """Read the member's row.
 
         Raises:
             CorruptFile: It is missing or damaged.
         """
         path = self.path(member)
-        if not self.is_done(member, digest) or self._is_altered(member):
+        if not self.is_done(member) or self._is_altered(member):
             raise CorruptFile(f"{path} is missing or damaged. Run the same command again: it is redone.")
         return parquet.read_table(path)
 
-    def forget_damaged(self, member: Member, digest: str) -> None:
+    def forget_damaged(self, member: Member) -> None:
         """Unmark a member as done if its bytes are not what was written."""
-        if self.is_done(member, digest) and self._is_altered(member):
-            remove_durably(self._marker_path(member))
+        if self.is_done(member) and self._is_altered(member):
+            remove_durably(self.path(member, ".json"))
 
     def _column(self, name: str, values: np.ndarray) -> pa.Array:
         kind, _, measure = name.partition("_")
@@ -257,16 +249,13 @@ class MemberFiles:
             raise DataError(f"{name} has shape {flat.shape}, expected one value for each of {count}.")
         return pa.FixedSizeListArray.from_arrays(pa.array(flat), count)
 
-    def _marker_path(self, member: Member) -> Path:
-        return self.folder / f"{self.name(member)}.json"
-
     def _is_altered(self, member: Member) -> bool:
         marker = self._marker(member)
         return marker is None or sha256_of(self.path(member)) != marker.sha256
 
     def _marker(self, member: Member) -> _Marker | None:
         try:
-            return as_record(_Marker, parse_object(self._marker_path(member).read_bytes()))
+            return as_record(_Marker, parse_object(self.path(member, ".json").read_bytes()))
         except (OSError, ValueError):
             return None
 

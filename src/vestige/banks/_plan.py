@@ -71,7 +71,7 @@ class BankPlan:
 
     def is_done(self, piece: int) -> bool:
         """Return whether the member is marked as done and its file has the right size."""
-        return self._files.is_done(*self._members[piece], weights=self.keep_weights)
+        return self._files.is_done(self._members[piece], weights=self.keep_weights)
 
     def weight(self, piece: int) -> float:  # noqa: ARG002
         """Return 1, for one model."""
@@ -90,7 +90,7 @@ class BankPlan:
             try:
                 self._train(piece)
             except NonFinite as error:
-                member, _ = self._members[piece]
+                member = self._members[piece]
                 name = f"Model {piece} (subset {self.subsets[member.subset].name!r}, run {member.seed})"
                 diverged[piece] = Diverged(f"{name}: {error}")
                 raise diverged[piece] from error
@@ -111,11 +111,11 @@ class BankPlan:
         for kind, texts in zip(("examples", "queries"), self.texts, strict=True):
             update_table(self.folder / f"{kind}.parquet", tabulate_texts(texts))
         remove_strays(self.folder)
-        for member, digest in self._members:
-            self._files.forget_damaged(member, digest)
+        for member in self._members:
+            self._files.forget_damaged(member)
 
     @cached_property
-    def _members(self) -> list[tuple[Member, str]]:
+    def _members(self) -> list[Member]:
         return self.manifest.members
 
     @cached_property
@@ -123,13 +123,13 @@ class BankPlan:
         return open_members(self.folder, self.manifest)
 
     def _train(self, piece: int) -> None:
-        member, digest = self._members[piece]
+        member = self._members[piece]
         subset = self.subsets[member.subset]
         run = Run(
             subset.rows,
             run_seed(self.seed, None if self.paired else member.subset, member.seed),
-            self._files.weights(member) if self.keep_weights else None,
-            self._files.checkpoint(member),
+            self._files.path(member, "-model") if self.keep_weights else None,
+            self._files.path(member, "-unfinished.pt"),
             self.manifest.id,
         )
         measured = self.train(run)
@@ -139,7 +139,7 @@ class BankPlan:
                     f"{name} is not finite in {bad.size} positions, the first in row {bad[0]}. Lower the learning "
                     "rate, or check that row."
                 )
-        self._files.write(member, digest, subset.rows, measured)
+        self._files.write(member, subset.rows, measured)
         run.checkpoint.unlink(missing_ok=True)
 
 

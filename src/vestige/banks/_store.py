@@ -249,10 +249,10 @@ def read_members(path: Path, manifest: BankManifest, *, allow_missing: bool = Fa
     """
     files = open_members(path, manifest)
     tables, faults = [], []
-    for member, digest in manifest.members:
+    for member in manifest.members:
         try:
-            if not allow_missing or files.is_done(member, digest):
-                tables.append(files.read(member, digest))
+            if not allow_missing or files.is_done(member):
+                tables.append(files.read(member))
         except CorruptFile as fault:
             faults.append(str(fault))
     if faults:

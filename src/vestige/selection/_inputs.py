@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,10 @@ from vestige.settings import SelectSettings
 
 Columns = dict[str, Any]
 Scored = Float[np.ndarray, "example"]
+Best = tuple[Scored, Int[np.ndarray, "example"]]
+"""For each example its best mean score over a group of queries, NaN where the run has none, and the group."""
+Ranked = tuple[Int[np.ndarray, "rank"], Float[np.ndarray, "rank"]]
+"""Rows and scores at the head of a ranking, best first."""
 _DENSE = "scores.safetensors"
 
 
@@ -215,20 +219,6 @@ def _as_plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
-class Best(NamedTuple):
-    """For each example, the group of queries that it serves best; its mean score is NaN where the run has none."""
-
-    score: Scored
-    group: Int[np.ndarray, "example"]
-
-
-class Ranked(NamedTuple):
-    """The head of one query's ranking, best first."""
-
-    rows: Int[np.ndarray, "rank"]
-    scores: Float[np.ndarray, "rank"]
-
-
 class ScoreSource(ABC):
     """Scores of every example, or of those at the ends of the rankings."""
 
@@ -272,7 +262,7 @@ class ScoreSource(ABC):
         """
         if not self.complete:
             raise self.needs_all("This strategy")
-        return self.best([range(len(self.queries))]).score
+        return self.best([range(len(self.queries))])[0]
 
     def needs_all(self, what: str) -> UserError:
         """Return the error of a run that keeps too little."""
@@ -302,7 +292,7 @@ class _DenseScores(ScoreSource):
         for start in range(0, self.examples, self._step):
             rows = slice(start, min(start + self._step, self.examples))
             score[rows], group[rows] = _best_of(self._file.read(examples=rows), groups)
-        return Best(score, group)
+        return score, group
 
     def ranking(self, query: int, count: int, ties: Scored) -> Ranked:
         scores = self._file.read(queries=slice(query, query + 1))[0].astype(np.float64)
@@ -326,7 +316,7 @@ class _ListedScores(ScoreSource):
 
     @property
     def reliable(self) -> int:
-        return min((len(ranked.rows) for ranked in self._lists), default=0)
+        return min((len(rows) for rows, _ in self._lists), default=0)
 
     def read_ids(self) -> dict[int, str]:
         table = read_run_table(self.run.folder, "scores", ["row", "example_id"])
@@ -349,12 +339,12 @@ class _ListedScores(ScoreSource):
             rows, values = self._lists[query]
             better = np.isnan(score[rows]) | (values > score[rows])
             score[rows[better]], best[rows[better]] = values[better], number
-        return Best(score, best)
+        return score, best
 
     def ranking(self, query: int, count: int, ties: Scored) -> Ranked:
         rows, values = self._lists[query]
         order = np.lexsort((ties[rows], -values))[:count]
-        return Ranked(rows[order], values[order])
+        return rows[order], values[order]
 
     @cached_property
     def _lists(self) -> list[Ranked]:
@@ -370,7 +360,7 @@ class _ListedScores(ScoreSource):
             )
         top = np.array([end == "proponent" for end in table["end"].to_pylist()], dtype=bool)
         own = [top & (queries == query) for query in range(len(self.queries))]
-        return [Ranked(rows[mask], scores[mask]) for mask in own]
+        return [(rows[mask], scores[mask]) for mask in own]
 
 
 def open_scores(folder: Path, *, block_bytes: int = 64 * 2**20) -> ScoreSource:
@@ -391,7 +381,7 @@ def head(scores: Scored, count: int, ties: Scored) -> Ranked:
         least = np.partition(scores[rows], -count)[-count]
         rows = rows[scores[rows] >= least]
     order = rows[np.lexsort((ties[rows], -scores[rows]))][:count]
-    return Ranked(order, scores[order])
+    return order, scores[order]
 
 
 def _best_of(scores: Float[np.ndarray, "query row"], groups: Sequence[Sequence[int]]) -> Best:
@@ -399,4 +389,4 @@ def _best_of(scores: Float[np.ndarray, "query row"], groups: Sequence[Sequence[i
     means = np.stack([scores[list(group)].mean(0, dtype=np.float64) for group in groups])
     usable = np.isfinite(means).all(0)
     means = np.where(usable, means, 0.0)
-    return Best(np.where(usable, means.max(0), np.nan), means.argmax(0))
+    return np.where(usable, means.max(0), np.nan), means.argmax(0)

@@ -72,11 +72,11 @@ def _best_first(
     scores: ScoreSource, groups: Sequence[Sequence[int]], ties: Scored, least: float | None
 ) -> Iterator[tuple[int, int, float, int]]:
     """Yield place, row, score and group of the examples by their best mean over a group."""
-    best = scores.best(groups)
-    found = head(_drop_lower(best.score, least), scores.reliable, ties)
+    means, group = scores.best(groups)
+    found = head(_drop_lower(means, least), scores.reliable, ties)
     for place, (row, score) in enumerate(zip(*found, strict=True), 1):
-        yield place, int(row), float(score), int(best.group[row])
-    if len(found.rows) == scores.reliable and not scores.complete:
+        yield place, int(row), float(score), int(group[row])
+    if len(found[0]) == scores.reliable and not scores.complete:
         raise scores.needs_all("A budget of this size")
 
 
@@ -130,7 +130,7 @@ def order_by_gumbel(scores: ScoreSource, draws: Scored, ties: Scored, temperatur
     # Where all scores are equal there is nothing to favour: every order is as likely.
     odds = (means - known.mean()) / (spread * temperature) if spread > 0 else np.where(np.isnan(means), np.nan, 0.0)
     keys = np.where(np.isnan(_drop_lower(means, least)), np.nan, odds + noise)
-    for row in head(keys, len(keys), ties).rows:
+    for row in head(keys, len(keys), ties)[0]:
         yield Candidate(int(row), float(means[row]), None, f"drawn at temperature {temperature:g}")
 
 
@@ -138,7 +138,7 @@ def order_at_random(draws: Scored, ties: Scored, scores: ScoreSource | None, lea
     """Yield rows in the order of `draws`, the same for the same ids and seed."""
     means = None if scores is None or least is None else scores.means()
     allowed = draws if means is None else np.where(np.isnan(_drop_lower(means, least)), np.nan, draws)
-    for row in head(-allowed, len(draws), ties).rows:
+    for row in head(-allowed, len(draws), ties)[0]:
         yield Candidate(int(row), None if means is None else float(means[row]), None, "drawn at random")
 
 

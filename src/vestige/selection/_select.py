@@ -213,7 +213,7 @@ class _Job:
             means = self.scores.means()
             allowed = means if least is None else np.where(means >= least, means, np.nan)
             most = len(rows) if pool is None else int(np.ceil(pool * self._estimate_count()))
-            rows = np.sort(head(allowed, most, ties).rows)
+            rows = np.sort(head(allowed, most, ties)[0])
         rows = rows[~np.isin(rows, [*index.skipped, *self.dropped])]
         needed = 4 * len(rows) * index.width
         if needed > _MOST_BYTES:
@@ -244,7 +244,7 @@ class _Job:
         if settings.min_score is not None and scores is not None and scores.complete:
             every = range(len(scores.queries))
             groups = {"per-target": list(self.targets.values()), "round-robin": [[query] for query in every]}
-            values = scores.best(groups.get(settings.strategy, [every])).score
+            values = scores.best(groups.get(settings.strategy, [every]))[0]
             # NaN is not below anything: what has no score is reported in a note.
             for row in np.flatnonzero(values < settings.min_score).tolist():
                 found[row] = {"problem": f"score below {settings.min_score:g}", "score": float(values[row])}

@@ -10,7 +10,7 @@ from vestige.banks._design import (
     without_each_source as without_each_source,
     without_one as without_one,
 )
-from vestige.banks._function import bank_of as bank_of
+from vestige.banks._plan import bank_of as bank_of
 from vestige.banks._store import (
     TRUTH_FORMATS as TRUTH_FORMATS,
     Bank as Bank,

@@ -34,13 +34,9 @@ class Subset(NamedTuple):
 
 
 def random_subsets(groups: Int[np.ndarray, "example"], fraction: float, count: int, seed: int) -> list[Subset]:
-    """Draw `count` subsets independently and without replacement; the first N do not depend on `count`.
+    """Draw `count` subsets independently, each a share of the groups without replacement and all of their examples.
 
-    Args:
-        groups: The group of each example, numbered from 0; a subset holds all examples of a group or none.
-        fraction: Share of the groups in each subset.
-        count: How many subsets.
-        seed: Of the draws.
+    Groups are numbered from 0. The first N subsets do not depend on `count`.
 
     Raises:
         DataError: `fraction` of the groups is none of them, or all.
@@ -127,12 +123,10 @@ def make_design(
 
 
 def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read named lists of rows from lists of example ids.
+    """Read named lists of rows from lists of example ids, `ids` being those of all examples in row order.
 
-    Args:
-        source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
-            then named by their position; or any file that names rows, which is one list.
-        ids: Of all examples, in row order.
+    `source` is a JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are then
+    named by their position; or any file that names rows, which is one list.
 
     Raises:
         DataError: The file does not read, or names an example that there is not.
@@ -152,13 +146,9 @@ def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def run_seed(seed: int, subset: int | None, number: int) -> int:
-    """Return the seed of a run's random weights and order of batches.
+    """Return the seed of a run's random weights and order of batches, from the seed of the bank and its numbers.
 
-    Args:
-        seed: Of the bank.
-        subset: Number of the subset; None to give the `number`-th run of every subset the same seed, so that what is
-            left out makes the only difference.
-        number: Which of the runs of a subset.
+    Without a subset the `number`-th run of every subset has the same seed: what is left out makes the only difference.
     """
     words = [seed, _RUNS, number] if subset is None else [seed, _RUNS, number, 1 + subset]
     return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -196,12 +196,7 @@ class MemberFiles:
         return path.exists() and path.stat().st_size == marker.bytes
 
     def write(self, member: Member, rows: np.ndarray, measured: Measured) -> None:
-        """Write the member's row to disk, whole, and then mark it so.
-
-        Args:
-            member: Which one.
-            rows: That it was trained on.
-            measured: Columns by name, each with one value per example or query.
+        """Write the member's row to disk, whole, and then mark it so; `rows` are those that it was trained on.
 
         Raises:
             DataError: A column is unknown or has the wrong length.

@@ -56,15 +56,9 @@ class Bank:
     def __init__(
         self, identity: dict[str, Any], names: list[str], table: pa.Table, examples: Texts, queries: Texts, id: str
     ) -> None:
-        """Use `Bank.open`.
+        """Use `Bank.open`: `names` are those of the subsets, `table` has a row per member as members are stored.
 
-        Args:
-            identity: Every setting that the numbers follow from.
-            names: Of the subsets.
-            table: A row per member, as members are stored.
-            examples: What was trained on.
-            queries: What was not.
-            id: Of the bank, empty for one that was made elsewhere.
+        `identity` holds every setting that the numbers follow from; `id` is empty for a bank that was made elsewhere.
         """
         self.id, self.identity, self.subset_names = id, identity, names
         self._table, self._examples, self._queries = table, examples, queries

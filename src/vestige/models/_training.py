@@ -148,12 +148,7 @@ def sum_loss(model: nn.Module, batch: Batch) -> Tensor:
 def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
     """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
 
-    Args:
-        data: What `rows` belong to; rows without a target token are left out, for nothing can be learnt from them.
-        rows: Examples to train on.
-        size: Examples in a batch.
-        steps: How many batches.
-        seed: Of the orders.
+    Rows of `data` without a target token are left out, for nothing can be learnt from them.
 
     Raises:
         DataError: No row has a target token.

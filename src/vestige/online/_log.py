@@ -73,13 +73,7 @@ class StepLog:
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, flush_every: int | None = None) -> None:
-        """Write nothing yet.
-
-        Args:
-            folder: Of the parts.
-            schema: Of the rows; its first column is the step.
-            flush_every: Steps that wait in memory at most.
-        """
+        """Write nothing yet; the first column of the schema is the step, and at most `flush_every` of them wait."""
         self.folder, self.schema, self._flush_every = folder, schema, flush_every
         self._waiting: list[pa.Table] = []
         self._rows = 0

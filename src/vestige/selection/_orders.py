@@ -145,10 +145,7 @@ def order_at_random(draws: Scored, ties: Scored, scores: ScoreSource | None, lea
 def keep_texts_whole(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
     """Yield candidates such that of the copies of a text all or none are among the first `most`.
 
-    Args:
-        order: Copies of a text follow each other in it.
-        groups: The same number for copies of one text; -1 for rows that cannot be chosen.
-        most: Rows that will be taken.
+    Copies, which have the same group, follow each other in the order; rows of group -1 cannot be chosen.
     """
     sizes = np.bincount(groups[groups >= 0])
     begun: set[int] = set()

@@ -203,12 +203,8 @@ def write_selection(
 ) -> SelectedData:
     """Write the selection; its record lists no files until they are all there, and marks the folder before.
 
-    Args:
-        folder: Where.
-        about: The record but for format and files.
-        lines: The chosen rows, as JSON.
-        choices: Why.
-        removed: The same of rows that were kept out for a reason; None if there are none.
+    `about` is the record but for format and files; `lines` are the chosen rows as JSON, `removed` those that were kept
+    out for a reason, None if there are none.
     """
     make_folder(folder)
     remove_strays(folder)

@@ -49,7 +49,6 @@ from vestige.settings._results import (
     StatusSettings as StatusSettings,
     ViewSettings as ViewSettings,
 )
-from vestige.settings._select import SelectSettings as SelectSettings
 from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,
     CompressionSettings as CompressionSettings,
@@ -60,6 +59,7 @@ from vestige.settings._shared import (
 )
 from vestige.settings._train import (
     BankSettings as BankSettings,
+    SelectSettings as SelectSettings,
     TrainSettings as TrainSettings,
     list_epochs as list_epochs,
 )

@@ -8,15 +8,15 @@ from vestige.training._alarm import (
     find_at_risk as find_at_risk,
     write_at_risk as write_at_risk,
 )
-from vestige.training._losses import Watched as Watched
-from vestige.training._recorder import Recorder as Recorder
-from vestige.training._rows import (
+from vestige.training._examples import (
     Rows as Rows,
+    Watched as Watched,
     members_of as members_of,
     only_answers as only_answers,
     pad as pad,
     read_weights as read_weights,
     with_weights as with_weights,
 )
+from vestige.training._recorder import Recorder as Recorder
 from vestige.training._store import TrainingRun as TrainingRun
 from vestige.training._train import train as train

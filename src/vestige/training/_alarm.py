@@ -17,7 +17,7 @@ from vestige.errors import DataError, SpecError
 from vestige.files import write_durably
 from vestige.measures import MEASURES, choose_layer, psmi
 from vestige.tables import write_table
-from vestige.training._losses import Context, Watched
+from vestige.training._examples import Context, Watched
 from vestige.training._store import AT_RISK
 
 Measure = Literal["psmi", "loss", "gap"]
@@ -98,12 +98,7 @@ class AtRisk(NamedTuple):
 def find_at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
     """Compute the measure of every watched example at the present weights, and flag those that its rule selects.
 
-    Args:
-        alarm: What to compute.
-        watched: The examples.
-        model: In training; it does not notice.
-        first: The median loss at the start.
-        context: Entered around forward passes.
+    `first` is the median loss at the start; `context` is entered around forward passes.
     """
     if alarm.measure == "psmi":
         layer, value = _compute_psmi(alarm, watched, model, context)

@@ -18,7 +18,7 @@ from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import list_epochs
 from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
-from vestige.training._losses import Losses, Watched, example_losses, leave_no_trace
+from vestige.training._examples import Losses, Watched, example_losses, leave_no_trace
 from vestige.training._store import (
     AT_RISK,
     FORMAT,

@@ -20,7 +20,7 @@ from vestige.models import write_model
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import first_problem, parse_object
 from vestige.tables import write_table
-from vestige.training._losses import Losses
+from vestige.training._examples import Losses
 
 FORMAT = 1
 KIND = "training"
@@ -246,14 +246,9 @@ def remove_after(folder: Path, step: int) -> None:
 def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
     """Write a new checkpoint's folder, whole or not at all.
 
-    It holds the model or its adapter, the tokenizer, `trainer_state.json` and, after the first step, the states of
-    optimizer, scheduler and random numbers, under the names that the Trainer gives them.
-
-    Args:
-        trainer: Between two steps.
-        folder: To be made.
-        log: The state's `log_history`, with the learning rates of the way to this checkpoint.
-        add: Writes what else belongs to it into the unfinished folder.
+    It holds the model or its adapter, the tokenizer, `trainer_state.json` with `log` as its `log_history` and, after
+    the first step, the states of optimizer, scheduler and random numbers, under the names that the Trainer gives them;
+    `add` writes what else belongs to it into the unfinished folder.
     """
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -28,8 +28,7 @@ from vestige.settings import TrainSettings, verb
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._recorder import Recorder
-from vestige.training._rows import (
+from vestige.training._examples import (
     Rows,
     WeightedTrainer,
     announce_weights,
@@ -39,6 +38,7 @@ from vestige.training._rows import (
     read_weights,
     with_weights,
 )
+from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
     KIND,
@@ -99,14 +99,7 @@ def train(settings: TrainSettings) -> TrainingRun:
     if old is not None and "seconds" in old and done and done[-1] == plan.steps:
         announce(f"{settings.out}: this training is finished; nothing was done.")
         return TrainingRun.open(settings.out)
-    examples = list(data.examples)
-    texts = {
-        name: pa.array([getattr(example, name) for example in examples], pa.string())
-        for name in ("id", "source", "label")
-    }
-    columns = {"example_id": texts["id"], "member": pa.array(plan.members)}
-    membership = pa.table(columns | {name: texts[name] for name in ("source", "label")})
-    write_table(settings.out / MEMBERSHIP, membership, compression="zstd")
+    write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
     with restore_randomness(), quiet_transformers(), warnings.catch_warnings():
         # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
@@ -153,6 +146,13 @@ def _make_plan(
     per_epoch = -(-batches // settings.accumulation)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
     return _Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
+
+
+def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
+    examples = list(data.examples)
+    ids, *texts = ([getattr(example, name) for example in examples] for name in ("id", "source", "label"))
+    columns = [pa.array(ids, pa.string()), pa.array(members), *(pa.array(text, pa.string()) for text in texts)]
+    return pa.table(columns, names=["example_id", "member", "source", "label"])
 
 
 def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> dict[str, Any]:

@@ -1,21 +1,161 @@
-"""Tokenised examples as the Trainer reads them: which are trained on, on which tokens, and how much each counts."""
+"""Single examples of a training: as the Trainer reads them, how much each counts, and what is measured of them."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from random import getstate, setstate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from vestige.data import NO_TARGET, Example, TokenizedData
 from vestige.errors import DataError
+from vestige.online import ID_KEY, quietly
 from vestige.progress import announce
-from vestige.training._losses import WEIGHT
+
+Context = Callable[[], AbstractContextManager[Any]]
+WEIGHT = "weight"
+"""Field of an example, and key of a batch, that says how much it counts."""
+
+
+class Losses(NamedTuple):
+    """What a model makes of some examples."""
+
+    loss: Float[np.ndarray, "example"]
+    """Mean cross-entropy per target token, nats, float64; NaN without a target."""
+    gap: Float[np.ndarray, "example"]
+    """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
+    targets: Int[np.ndarray, "example"]
+
+
+@torch.no_grad()
+def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
+    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
+
+    Args:
+        logits: At position t, of the token that `labels` names at t + 1.
+        labels: Unshifted, -100 where there is no target.
+    """
+    wanted = labels[:, 1:] != NO_TARGET
+    owners, counts = wanted.nonzero()[:, 0], wanted.sum(1)
+    chosen, target = logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
+    right = chosen.gather(1, target[:, None])[:, 0]
+    losses = F.cross_entropy(chosen, target, reduction="none")
+    gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
+    sums = torch.zeros(2, len(labels), dtype=torch.float64)
+    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps]).double().cpu())
+    numbers = counts.cpu().numpy()
+    means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
+    return Losses(means[0], means[1], numbers)
+
+
+@contextmanager
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
+    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
+    python, numpy = getstate(), np.random.get_state()
+    try:
+        with quietly(model), torch.no_grad():
+            yield
+    finally:
+        setstate(python)
+        np.random.set_state(numpy)
+
+
+class Watched:
+    """Examples that are measured from outside while a model trains on them, or on others.
+
+    Args:
+        rows: Dictionaries as the collator takes them, each with its id.
+        collate: From rows to the model's keyword inputs, with `labels`, and the ids of the rows.
+        size: Rows in a batch.
+    """
+
+    def __init__(self, rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> None:
+        self._rows, self._collate, self._size = rows, collate, size
+        self.ids: list[str] = []
+        """The ids of the rows, once they have been measured."""
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of each batch, in the order of the rows.
+
+        Raises:
+            DataError: A batch has no labels.
+        """
+        for begin in range(0, len(self._rows), self._size):
+            rows = range(begin, min(begin + self._size, len(self._rows)))
+            batch = dict(self._collate([self._rows[row] for row in rows]))
+            if not isinstance(batch.get("labels"), Tensor):
+                raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
+            self.ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
+            # How much an example counts in training is no business of the model, nor of a measurement.
+            batch.pop(WEIGHT, None)
+            yield batch
+
+    def losses(self, model: nn.Module, context: Context) -> Losses:
+        """Measure losses and gaps of all rows at the present weights."""
+        with leave_no_trace(model), context():
+            passes = (_run(model, batch) for batch in self.batches())
+            parts = [example_losses(output.logits, labels) for output, labels in passes]
+        return Losses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def states(
+        self, model: nn.Module, context: Context, layers: Sequence[int] | None
+    ) -> dict[int, Float[np.ndarray, "example hidden"]]:
+        """Return hidden states where the answer is predicted, float32, of the layers requested; None: of all.
+
+        Layer 0 is the embedding, the last one (also -1) stands behind the final norm.
+
+        Raises:
+            DataError: There is no such layer.
+        """
+        found: dict[int, list[np.ndarray]] = {}
+        with leave_no_trace(model), context():
+            for batch in self.batches():
+                output, labels = _run(model, batch, output_hidden_states=True)
+                states = output.hidden_states
+                place = torch.as_tensor(_answers(labels)[0])
+                for layer in _resolve_layers(len(states), layers):
+                    state = states[layer].cpu()
+                    found.setdefault(layer, []).append(state[torch.arange(len(state)), place].float().numpy())
+        return {layer: np.concatenate(parts) for layer, parts in found.items()}
+
+    def answers(self, model: nn.Module) -> list[tuple[int, ...]]:
+        """Return the target tokens of every row; empty where there is none."""
+        with leave_no_trace(model):
+            return [answer for batch in self.batches() for answer in _answers(batch["labels"])[1]]
+
+
+def _answers(labels: Int[Tensor, "example token"]) -> tuple[Int[np.ndarray, "example"], list[tuple[int, ...]]]:
+    """Return the position that predicts each row's first target token (0 without one), and all its target tokens."""
+    rows = labels.cpu().numpy()
+    mask = rows != NO_TARGET
+    mask[:, :1] = False
+    place = np.where(mask.any(1), mask.argmax(1) - 1, 0)
+    return place, [tuple(row[kept].tolist()) for row, kept in zip(rows, mask, strict=True)]
+
+
+def _resolve_layers(count: int, layers: Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return list(range(1, count))
+    chosen = [layer + count if layer < 0 else layer for layer in layers]
+    if any(not 0 <= layer < count for layer in chosen):
+        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was requested.")
+    return chosen
+
+
+def _run(model: nn.Module, batch: dict[str, Any], **extra: Any) -> tuple[Any, Tensor]:
+    """Return the output of the model and the labels of a batch."""
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    labels = inputs.pop("labels")
+    return model(**inputs, use_cache=False, return_dict=True, **extra), labels
+
 
 _SPLIT = 0x5EED
 """Sets the draw of the members apart from every other use of the same seed."""

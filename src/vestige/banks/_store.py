@@ -61,7 +61,13 @@ class Bank:
         `identity` holds every setting that the numbers follow from; `id` is empty for a bank that was made elsewhere.
         """
         self.id, self.identity, self.subset_names = id, identity, names
-        self._table, self._examples, self._queries = table, examples, queries
+        self._table = table
+        self.example_ids, self.sources, self.labels = examples.ids, examples.sources, examples.labels
+        """Of each training example, in row order."""
+        self.query_ids, self.query_sources = queries.ids, queries.sources
+        """Of each query, in row order."""
+        self.example_targets, self.query_targets = examples.targets, queries.targets
+        """Target tokens of each."""
 
     @classmethod
     def open(
@@ -106,41 +112,6 @@ class Bank:
             f"Bank({len(self)} models, {len(self.subset_names)} subsets, {len(self.example_ids)} examples, "
             f"{len(self.query_ids)} queries)"
         )
-
-    @property
-    def example_ids(self) -> list[str]:
-        """Ids of the training examples, in row order."""
-        return self._examples.ids
-
-    @property
-    def query_ids(self) -> list[str]:
-        """Ids of the queries, in row order."""
-        return self._queries.ids
-
-    @property
-    def sources(self) -> list[str | None]:
-        """The source of each training example."""
-        return self._examples.sources
-
-    @property
-    def query_sources(self) -> list[str | None]:
-        """The source of each query."""
-        return self._queries.sources
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The label of each training example."""
-        return self._examples.labels
-
-    @property
-    def example_targets(self) -> Int[np.ndarray, "example"]:
-        """Target tokens of each training example."""
-        return self._examples.targets
-
-    @property
-    def query_targets(self) -> Int[np.ndarray, "query"]:
-        """Target tokens of each query."""
-        return self._queries.targets
 
     @cached_property
     def subsets(self) -> Int[np.ndarray, "member"]:

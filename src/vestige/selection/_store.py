@@ -72,6 +72,12 @@ class SelectedData:
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder, self.record = folder, record
+        self.data: Path = folder / DATA
+        """The chosen rows as JSON lines, with all their columns."""
+        self.removed: Path | None = folder / REMOVED if REMOVED in record["files"] else None
+        """The rows that `min_score`, `drop` and `duplicates` kept out, each with its `problem`; None without any."""
+        self.notes: list[str] = record["notes"]
+        """What a reader should know of the selection."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "SelectedData":
@@ -89,16 +95,6 @@ class SelectedData:
             raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
         return cls(folder, record)
 
-    @property
-    def data(self) -> Path:
-        """The chosen rows as JSON lines, with all their columns."""
-        return self.folder / DATA
-
-    @property
-    def removed(self) -> Path | None:
-        """The rows that `min_score` and `duplicates` kept out, each with its `problem`; None if there are none."""
-        return self.folder / REMOVED if REMOVED in self.record["files"] else None
-
     @cached_property
     def choices(self) -> list[Choice]:
         """Every chosen example with its reasons."""
@@ -108,11 +104,6 @@ class SelectedData:
     def ids(self) -> list[str]:
         """Ids of the chosen examples, in the order in which they were taken."""
         return [choice.example_id for choice in self.choices]
-
-    @property
-    def notes(self) -> list[str]:
-        """The notes about the selection."""
-        return self.record["notes"]
 
     def __len__(self) -> int:
         return len(self.choices)

@@ -56,15 +56,21 @@ def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: In
 
 
 @contextmanager
-def leave_no_trace(model: nn.Module) -> Iterator[None]:
-    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
+def restore_randomness() -> Iterator[None]:
+    """Restore the random numbers of Python and NumPy afterwards; a Trainer sets every seed there is."""
     python, numpy = getstate(), np.random.get_state()
     try:
-        with quietly(model), torch.no_grad():
-            yield
+        yield
     finally:
         setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
+    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
+    with restore_randomness(), quietly(model), torch.no_grad():
+        yield
 
 
 class Watched:

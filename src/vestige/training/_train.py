@@ -1,10 +1,7 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
-import random
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -36,6 +33,7 @@ from vestige.training._examples import (
     only_answers,
     pad,
     read_weights,
+    restore_randomness,
     with_weights,
 )
 from vestige.training._recorder import Recorder
@@ -101,7 +99,7 @@ def train(settings: TrainSettings) -> TrainingRun:
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    with restore_randomness(), quiet_transformers(), warnings.catch_warnings():
+    with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
         # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
         warnings.simplefilter("ignore", UserWarning)
         _run(settings, loaded, data, plan)
@@ -278,15 +276,9 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
     if not settings.alarm:
         return None
     layer: Any = settings.alarm_layer
-    return Alarm(
-        measure=settings.alarm_measure,
-        layer=int(layer) if layer.isdigit() else layer,
-        below=settings.alarm_below,
-        window=settings.alarm_window,
-        threshold=settings.alarm_threshold,
-        quantile=settings.alarm_quantile,
-        seed=settings.seed,
-    )
+    names = ("measure", "below", "window", "threshold", "quantile")
+    given = {name: getattr(settings, f"alarm_{name}") for name in names}
+    return Alarm(**given, layer=int(layer) if layer.isdigit() else layer, seed=settings.seed)
 
 
 class _Watcher(TrainerCallback):
@@ -305,18 +297,6 @@ class _Watcher(TrainerCallback):
                 "checkpoint is as it was. Lower --learning-rate, or check these examples."
             )
         self._bar.advance()
-
-
-@contextmanager
-def restore_randomness() -> Iterator[None]:
-    """Restore the caller's random numbers afterwards: the Trainer sets every seed there is."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: _Plan, examples: int) -> None:

@@ -35,7 +35,6 @@ from vestige.models._training import (
     Lora as Lora,
     Recipe as Recipe,
     Step as Step,
-    finetune as finetune,
     save_trained as save_trained,
     shuffle_batches as shuffle_batches,
     sum_loss as sum_loss,

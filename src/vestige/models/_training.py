@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch
 from vestige.errors import DataError, ModelError, NonFinite, SpecError
-from vestige.models._sharing import batch_sharing
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
-from vestige.progress import announce, progress
 
 _ALL_LINEAR = "all-linear"
 
@@ -169,64 +167,6 @@ def _make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.opt
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer](parameters, **common)
-
-
-def finetune(
-    loaded: LoadedModel,
-    data: TokenizedData,
-    *,
-    epochs: int,
-    learning_rate: float,
-    token_budget: int = 512,
-    seed: int = 0,
-    out: str | Path,
-    lora_rank: int | None = None,
-) -> Path:
-    """Write a folder with a copy of the model trained on `data`, and its tokenizer, and return its path.
-
-    The loss is the mean over the target tokens of a batch. Batches hold examples of like length; their order is
-    shuffled again in every epoch. AdamW without weight decay, gradients clipped to norm 1, the learning rate falling
-    linearly to zero. Dropout stays off, so the same seed, hardware and thread count give the same weights.
-
-    Args:
-        loaded: Stays as it is.
-        data: Tokenised for this model.
-        epochs: Passes over the data.
-        learning_rate: At the first step.
-        token_budget: Most tokens in a batch, padding included.
-        seed: Of the order of batches and of the start of LoRA matrices.
-        out: The new folder; it appears when it is complete.
-        lora_rank: Train LoRA matrices of this rank on every linear layer and save them as a PEFT adapter; None trains
-            all weights.
-
-    Raises:
-        ModelError: `out` exists, or the model cannot be saved.
-        DataError: No example has a target token.
-        NonFinite: A loss is not finite; the message names the examples of the batch.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ModelError(f"{out} exists already. Give another folder, or delete it to train again.")
-    planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(loaded.model))
-    batches = [rows for rows in planned if data.target_counts[rows].any()]
-    if not batches:
-        raise DataError(f"{data.name}: no example has a target token, so there is nothing to learn.")
-    model = trainable_copy(loaded, lora_rank=lora_rank, seed=seed)
-    order = np.random.default_rng(seed)
-    steps = [batches[number] for _ in range(epochs) for number in order.permutation(len(batches))]
-    lengths, loss, targets = data.lengths, 0.0, 0
-    with progress(int(lengths.sum()) * epochs, "Fine-tuning", unit="tokens") as counter:
-
-        def report(step: Step) -> None:
-            nonlocal loss, targets
-            loss, targets = loss + step.loss, targets + step.targets
-            counter.advance(int(lengths[steps[step.number - 1]].sum()))
-            if step.number % len(batches) == 0:
-                announce(f"Epoch {step.number // len(batches)} of {epochs}: loss {loss / targets:.3f} nats per token")
-                loss, targets = 0.0, 0
-
-        train(model, data, steps, Recipe(learning_rate), report)
-    return save_trained(model, loaded, out)
 
 
 def trainable_copy(

@@ -11,8 +11,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vestige.banks._design import Subset, make_design, read_lists
-from vestige.banks._files import FORMAT, MEASURES, BankManifest, Measured, list_subsets, read_manifest, remove_bank
-from vestige.banks._plan import BankPlan, Run, prepare_manifest
+from vestige.banks._files import (
+    FORMAT,
+    MEASURES,
+    BankManifest,
+    Measured,
+    list_subsets,
+    prepare_manifest,
+    read_manifest,
+    remove_bank,
+)
+from vestige.banks._plan import BankPlan, Run
 from vestige.banks._store import Bank, Texts
 from vestige.data import (
     NO_TARGET,

@@ -4,8 +4,8 @@ import hashlib
 import io
 import json
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import pyarrow.parquet as parquet
 
 from vestige.banks._design import Subset
 from vestige.errors import CorruptFile, DataError, IndexMismatch
-from vestige.files import remove_durably, sha256_of, write_durably
-from vestige.folders import Difference, differences, mismatch_message, remove_result
+from vestige.files import make_folder, remove_durably, remove_strays, sha256_of, write_durably
+from vestige.folders import Difference, differences, mismatch_message, remove_result, require_no_others
 from vestige.launch import JOB_FILES
 from vestige.parsing import as_record, parse_object
 from vestige.tables import write_table
@@ -60,18 +60,6 @@ class BankManifest:
         numbered = enumerate(digest for _, digest in self.subsets)
         return [Member(subset, seed, digest) for subset, digest in numbered for seed in range(self.seeds)]
 
-    def to_json(self) -> bytes:
-        """Return the content of `bank.json`."""
-        fields = {
-            "format": FORMAT,
-            "id": self.id,
-            "identity": self.identity,
-            "names": self.names,
-            "seeds": self.seeds,
-            "subsets": self.subsets,
-        }
-        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
-
 
 def list_subsets(subsets: list[Subset]) -> tuple[tuple[str, str], ...]:
     """Return subsets as a manifest lists them."""
@@ -84,45 +72,60 @@ def read_manifest(folder: Path) -> BankManifest | None:
     Raises:
         IndexMismatch: It was written by another version of Vestige.
     """
+    path = folder / _NAME
     try:
-        fields = parse_object((folder / _NAME).read_bytes())
+        fields = parse_object(path.read_bytes())
+        if fields.get("format") == FORMAT:
+            subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
+            seeds = operator.index(fields["seeds"])
+            return BankManifest(dict(fields["identity"]), subsets, seeds, dict(fields["names"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _report_damage(folder, error) from error
-    if fields.get("format") != FORMAT:
-        raise IndexMismatch(
-            f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
-            "Use the version that made it, or make it again elsewhere."
-        )
-    try:
-        subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
-        return BankManifest(dict(fields["identity"]), subsets, operator.index(fields["seeds"]), dict(fields["names"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise _report_damage(folder, error) from error
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} is damaged ({error!r}). Delete the bank, or give another --out.") from error
+    raise IndexMismatch(
+        f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
+        "Use the version that made it, or make it again elsewhere."
+    )
 
 
-def _report_damage(folder: Path, error: Exception) -> CorruptFile:
-    return CorruptFile(f"{folder / _NAME} is damaged ({error!r}). Delete the bank, or give another --out.")
+def prepare_manifest(
+    folder: Path, wanted: BankManifest, design: Callable[[int], list[Subset]]
+) -> tuple[BankManifest, list[Subset]]:
+    """Return the manifest that the folder holds from now on, and its subsets, which may be more than were wanted.
 
-
-def require_same(folder: Path, old: BankManifest, wanted: BankManifest) -> None:
-    """Raise unless `wanted` is the bank in `folder`, a part of it, or an extension.
+    A bank that is there is extended, or stays if it is larger.
 
     Raises:
-        IndexMismatch: It is not; the message shows every difference.
+        IndexMismatch: The bank in the folder was made with other settings; nothing was changed.
+        UserError: The folder holds other files.
     """
-    found = differences(old.identity, wanted.identity, old.names, wanted.names)
-    common = min(len(old.subsets), len(wanted.subsets))
-    if not found and old.subsets[:common] != wanted.subsets[:common]:
-        found = [Difference("subsets", _name_subsets(old), _name_subsets(wanted))]
-    if found:
-        raise IndexMismatch(mismatch_message(f"The bank in {folder}", found))
-
-
-def write_manifest(folder: Path, manifest: BankManifest) -> None:
-    """Write `bank.json`."""
-    write_durably(folder / _NAME, [manifest.to_json()])
+    old = read_manifest(folder)
+    if old is None:
+        require_no_others(folder, ())
+        merged = wanted
+    else:
+        found = differences(old.identity, wanted.identity, old.names, wanted.names)
+        common = min(len(old.subsets), len(wanted.subsets))
+        if not found and old.subsets[:common] != wanted.subsets[:common]:
+            found = [Difference("subsets", _name_subsets(old), _name_subsets(wanted))]
+        if found:
+            raise IndexMismatch(mismatch_message(f"The bank in {folder}", found))
+        if len(design(len(old.subsets))) < len(old.subsets):
+            raise IndexMismatch(
+                f"The bank in {folder} has {len(old.subsets) - 1} lists to leave out, and {len(wanted.subsets) - 1} "
+                "were given. Give all of them, with new ones behind, or another --out."
+            )
+        subsets = max(old.subsets, wanted.subsets, key=len)
+        merged = replace(old, subsets=subsets, seeds=max(old.seeds, wanted.seeds))
+    make_folder(folder)
+    remove_strays(folder)
+    if merged != old:
+        fields = {"format": FORMAT, "id": merged.id, "identity": merged.identity, "names": merged.names}
+        fields |= {"seeds": merged.seeds, "subsets": merged.subsets}
+        write_durably(folder / _NAME, [(json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()])
+    make_folder(folder / "members")
+    return merged, design(len(merged.subsets))
 
 
 def remove_bank(folder: Path) -> None:

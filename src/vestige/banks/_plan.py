@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,13 @@ from vestige.banks._files import (
     MemberFiles,
     list_subsets,
     open_members,
-    read_manifest,
+    prepare_manifest,
     remove_bank,
-    require_same,
     update_table,
-    write_manifest,
 )
 from vestige.banks._store import Bank, Texts, read_members, tabulate_texts
-from vestige.errors import IndexMismatch, NonFinite, SpecError, VestigeError
+from vestige.errors import NonFinite, SpecError, VestigeError
 from vestige.files import make_folder, remove_strays
-from vestige.folders import require_no_others
 from vestige.launch import Compute, is_worker, run_plan
 from vestige.settings import LaunchSettings
 
@@ -149,38 +146,6 @@ class BankPlan:
                 )
         self._files.write(member, subset.rows, measured)
         run.checkpoint.unlink(missing_ok=True)
-
-
-def prepare_manifest(
-    folder: Path, wanted: BankManifest, design: Callable[[int], list[Subset]]
-) -> tuple[BankManifest, list[Subset]]:
-    """Return the manifest that the folder holds from now on, and its subsets, which may be more than were wanted.
-
-    A bank that is there is extended, or stays if it is larger.
-
-    Raises:
-        IndexMismatch: The bank in the folder was made with other settings; nothing was changed.
-        UserError: The folder holds other files.
-    """
-    old = read_manifest(folder)
-    if old is None:
-        require_no_others(folder, ())
-        merged = wanted
-    else:
-        require_same(folder, old, wanted)
-        if len(design(len(old.subsets))) < len(old.subsets):
-            raise IndexMismatch(
-                f"The bank in {folder} has {len(old.subsets) - 1} lists to leave out, and {len(wanted.subsets) - 1} "
-                "were given. Give all of them, with new ones behind, or another --out."
-            )
-        subsets = max(old.subsets, wanted.subsets, key=len)
-        merged = replace(old, subsets=subsets, seeds=max(old.seeds, wanted.seeds))
-    make_folder(folder)
-    remove_strays(folder)
-    if merged != old:
-        write_manifest(folder, merged)
-    make_folder(folder / "members")
-    return merged, design(len(merged.subsets))
 
 
 TrainFunction = Callable[[np.ndarray, int], np.ndarray | Measured]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch
 from vestige.errors import DataError, ModelError, NonFinite, SpecError
+from vestige.folders import staged_folder
 from vestige.models._transformers import quiet_transformers
 from vestige.models._types import LoadedModel
 
@@ -249,10 +249,8 @@ def _draw_weights(loaded: LoadedModel, seed: int) -> nn.Module:
 
 def save_trained(model: Any, loaded: LoadedModel, out: Path) -> Path:
     """Write the model, or its adapter, and the tokenizer of the model that it was made from to the new folder `out`."""
-    unfinished = out.with_name(f"{out.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_model(model, loaded.tokenizer, unfinished)
-    unfinished.rename(out)
+    with staged_folder(out) as unfinished:
+        write_model(model, loaded.tokenizer, unfinished)
     return out
 
 

@@ -3,9 +3,7 @@
 import copy
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige.errors import CorruptFile, UserError
-from vestige.files import remove_tree, write_durably
+from vestige.files import remove_strays, remove_tree, write_durably
+from vestige.folders import staged_folder
 from vestige.models import write_model
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import first_problem, parse_object
@@ -236,11 +235,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, and one that a kill has cut short."""
+    remove_strays(folder)
     for path in [path for path in folder.glob("checkpoint-*") if _UNFINISHED.fullmatch(path.name)]:
         remove_tree(path)
     for later in reversed(checkpoint_steps(folder)):
         if later > step:
-            shutil.rmtree(checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone"))
+            remove_tree(checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone"))
 
 
 def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
@@ -250,31 +250,18 @@ def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], 
     the first step, the states of optimizer, scheduler and random numbers, under the names that the Trainer gives them;
     `add` writes what else belongs to it into the unfinished folder.
     """
-    unfinished = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
-    if trainer.state.global_step:
-        trainer._save_optimizer_and_scheduler(str(unfinished))
-        trainer._save_rng_state(str(unfinished))
-    state = copy.copy(trainer.state)
-    state.log_history = list(log)
-    state.save_to_json(str(unfinished / "trainer_state.json"))
-    add(unfinished)
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _flush(path)
-    unfinished.rename(folder)
-    _flush(folder.parent)
+    with staged_folder(folder) as unfinished:
+        write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
+        if trainer.state.global_step:
+            trainer._save_optimizer_and_scheduler(str(unfinished))
+            trainer._save_rng_state(str(unfinished))
+        state = copy.copy(trainer.state)
+        state.log_history = list(log)
+        state.save_to_json(str(unfinished / "trainer_state.json"))
+        add(unfinished)
 
 
 def keep_last_optimizer(folder: Path) -> None:
     """Remove the state of the optimizer from all checkpoints but the last."""
     for step in checkpoint_steps(folder)[:-1]:
         (checkpoint_folder(folder, step) / _OPTIMIZER).unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

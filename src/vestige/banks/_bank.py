@@ -100,9 +100,13 @@ def bank(settings: BankSettings) -> Bank:
         names["queries"] = given if isinstance(given, str) else type(given).__name__
     wanted = BankManifest(identity, list_subsets(subsets), settings.seeds, names)
     manifest, subsets = prepare_manifest(settings.out, wanted, design)
+    parts = {"example": data} | ({} if queries is None else {"query": queries})
+    budget = batch_tokens(settings, loaded)
 
     def train_member(run: Run) -> Measured:
-        return _train_member(settings, loaded, data, queries, steps, run)
+        model = _train_member(settings, loaded, data, steps, run)
+        found = {kind: measure(model, part, budget, mean=settings.loss == "mean") for kind, part in parts.items()}
+        return {f"{kind}_{name}": values for kind, columns in found.items() for name, values in columns.items()}
 
     paired, keep = _leaves_out(settings), settings.keep_weights
     plan = BankPlan(settings.out, manifest, subsets, texts, settings.seed, train_member, paired, keep)
@@ -239,15 +243,8 @@ def _announce_copies(
         )
 
 
-def _train_member(
-    settings: BankSettings,
-    loaded: LoadedModel,
-    data: TokenizedData,
-    queries: TokenizedData | None,
-    steps: int,
-    run: Run,
-) -> Measured:
-    """Train a model for `run` and return its measurements; its weights are saved if they are to be."""
+def _train_member(settings: BankSettings, loaded: LoadedModel, data: TokenizedData, steps: int, run: Run) -> nn.Module:
+    """Train a model for `run` and return it; its weights are saved if they are to be."""
     rank, every = settings.lora_rank, settings.checkpoint_every
     lora = None if rank is None else Lora(rank, settings.lora_alpha, targets=settings.lora_targets)
     model = trainable_copy(loaded, lora_rank=lora, from_scratch=settings.from_scratch, seed=run.seed)
@@ -265,10 +262,7 @@ def _train_member(
     model.requires_grad_(False)
     if run.weights is not None and not run.weights.is_dir():
         save_trained(model, loaded, run.weights)
-    texts = {"example": data} | ({} if queries is None else {"query": queries})
-    budget, mean = batch_tokens(settings, loaded), settings.loss == "mean"
-    found = {kind: measure(model, part, budget, mean=mean) for kind, part in texts.items()}
-    return {f"{kind}_{name}": values for kind, columns in found.items() for name, values in columns.items()}
+    return model
 
 
 def _read_state(run: Run) -> dict[str, Any] | None:

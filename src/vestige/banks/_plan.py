@@ -53,7 +53,7 @@ class Diverged(VestigeError):
 
 @dataclass(frozen=True)
 class BankPlan:
-    """The models of a bank, and the finished bank; `plan_bank` makes its folder."""
+    """The models of a bank, and the finished bank; `prepare_manifest` makes its folder."""
 
     folder: Path
     manifest: BankManifest

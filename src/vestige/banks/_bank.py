@@ -78,13 +78,7 @@ def bank(settings: BankSettings) -> Bank:
     )
     data = read_data(settings, settings.data, loaded)
     queries = _read_queries(settings, loaded, data)
-    if settings.overwrite and not is_worker():
-        if is_one_of_several():
-            raise UserError(
-                "--overwrite under torchrun would have every rank delete what the others make. Delete the folder "
-                "first, and run the command without --overwrite."
-            )
-        remove_bank(settings.out)
+    _remove_old(settings)
     texts = _texts(data), _texts(queries)
     groups = _group(settings, data)
     design = _make_design(settings, texts[0], groups)
@@ -95,8 +89,7 @@ def bank(settings: BankSettings) -> Bank:
     if not by_lists and describe_copies(groups) is not None:
         identity["group"] = settings.group or "copies"
     names = {"model": loaded.name, "data": data.name}
-    if queries is not None:
-        given = settings.queries
+    if (given := settings.queries) is not None:
         names["queries"] = given if isinstance(given, str) else type(given).__name__
     wanted = BankManifest(identity, list_subsets(subsets), settings.seeds, names)
     manifest, subsets = prepare_manifest(settings.out, wanted, design)
@@ -115,6 +108,16 @@ def bank(settings: BankSettings) -> Bank:
         _announce_copies(settings, data, groups, subsets)
         plan.prepare()
     return run_plan(plan, settings, worker_command(settings, "bank"))
+
+
+def _remove_old(settings: BankSettings) -> None:
+    if settings.overwrite and not is_worker():
+        if is_one_of_several():
+            raise UserError(
+                "--overwrite under torchrun would have every rank delete what the others make. Delete the folder "
+                "first, and run the command without --overwrite."
+            )
+        remove_bank(settings.out)
 
 
 def _read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedData) -> TokenizedData | None:

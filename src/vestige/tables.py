@@ -1,14 +1,17 @@
-"""Parquet and safetensors files that may be damaged: read whole and as expected, or refused by name."""
+"""Parquet and safetensors files that may be damaged: written whole, read as expected, or refused by name."""
 
+import io
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
 from vestige.errors import CorruptFile
+from vestige.storage import Written, write_durably
 
 
 @contextmanager
@@ -64,3 +67,10 @@ def read_table(
             row = compute.index(column.is_null(), True).as_py()  # pyright: ignore[reportAttributeAccessIssue]
             raise CorruptFile(f"{path}, row {row}: `{field.name}` is empty. {remedy}")
     return table
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> Written:
+    """Write a Parquet file, whole or not at all; `options` are those of pyarrow's own `write_table`."""
+    sink = io.BytesIO()
+    parquet.write_table(table, sink, **options)
+    return write_durably(path, [sink.getbuffer()])

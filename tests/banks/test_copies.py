@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import vestige
 from tests.workshop import write_rows
-from vestige.banks import Bank, _build as build, bank
+from vestige.banks import Bank, bank, random_subsets
 from vestige.errors import IndexMismatch
 
 COPIES = (1, 4, 16)
@@ -93,9 +94,16 @@ def test_copies_of_members_are_members_and_a_bank_drawn_by_row_says_and_continue
     """Copies of what the model was trained on counted as others, and its attack looked worse than it is."""
     write_rows(tmp_path / "rows.jsonl", repeated_rows(2))
     settings = common(workshop, tmp_path) | {"out": tmp_path / "bank", "seeds": 1, "steps": 2}
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "token_groups", lambda data, column=None: np.arange(len(data)))
-        old = bank(**settings, subsets=2)
+    # As an earlier version would have begun it: no word of groups, and subsets of rows.
+    bank(**settings, subsets=2)
+    record = json.loads((tmp_path / "bank" / "bank.json").read_text())
+    del record["identity"]["group"]
+    by_row = random_subsets(np.arange(record["identity"]["examples"]), 0.5, 2, 0)
+    record["subsets"] = [[subset.name, subset.digest] for subset in by_row]
+    shutil.rmtree(tmp_path / "bank")
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "bank.json").write_text(json.dumps(record))
+    old = bank(**settings, subsets=2)
     assert "group" not in old.identity
     monkeypatch.setenv("VESTIGE_QUIET", "")
     grown = bank(**settings, subsets=3)

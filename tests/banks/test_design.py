@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vestige.banks._design import (
+from vestige.banks import (
     EVERYTHING,
     random_subsets,
     read_lists,

@@ -5,18 +5,17 @@ import torch
 from tests.architectures import build
 from tests.models.test_load import adapter
 from vestige.data import Example, make_batch, tokenize
-from vestige.errors import DataError, ModelError, NonFinite, SpecError
+from vestige.errors import DataError, NonFinite, SpecError
 from vestige.models import (
     Recipe,
-    finetune,
     load_model,
     model_fingerprint,
     save_trained,
-    shuffled_batches,
+    shuffle_batches,
+    sum_loss,
     train as train_steps,
     trainable_copy,
 )
-from vestige.models._training import summed_loss
 
 PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
 
@@ -36,13 +35,15 @@ def loaded(tokenizer, name="llama"):
 
 def loss(model, data) -> float:
     with torch.no_grad():
-        total = summed_loss(model, make_batch(data, range(len(data))))
+        total = sum_loss(model, make_batch(data, range(len(data))))
     return total.item() / data.target_counts.sum()
 
 
-def train(model, data, out, **settings):
-    chosen = {"epochs": 6, "learning_rate": 1e-2, "token_budget": 40, "seed": 0, **settings}
-    return finetune(model, data, out=out, **chosen)
+def train(start, data, out, *, steps=12, seed=0, lora_rank=None):
+    model = trainable_copy(start, lora_rank=lora_rank, seed=seed)
+    batches = shuffle_batches(data, np.arange(len(data)), 2, steps, seed)
+    train_steps(model, data, batches, Recipe(learning_rate=1e-2))
+    return save_trained(model, start, out)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -60,7 +61,7 @@ def test_the_loss_is_the_mean_over_target_tokens_that_transformers_computes(toke
     model = build("llama")
     batch = make_batch(data, [0, 2])
     with torch.no_grad():
-        total = summed_loss(model, batch)
+        total = sum_loss(model, batch)
         expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
     assert torch.isclose(total / data.target_counts[[0, 2]].sum(), expected, rtol=1e-5)
 
@@ -71,7 +72,7 @@ def test_the_seed_decides_and_dropout_does_not(lora_rank, tokenizer, data, tmp_p
     fingerprints = []
     for run, seed in enumerate([0, 0, 1]):
         torch.manual_seed(run)
-        folder = train(loaded(tokenizer, "gpt2"), data, tmp_path / str(run), seed=seed, epochs=2, lora_rank=lora_rank)
+        folder = train(loaded(tokenizer, "gpt2"), data, tmp_path / str(run), seed=seed, steps=4, lora_rank=lora_rank)
         if lora_rank is None:
             fingerprints.append(load_model(folder, device="cpu").fingerprint)
         else:
@@ -82,7 +83,7 @@ def test_the_seed_decides_and_dropout_does_not(lora_rank, tokenizer, data, tmp_p
 
 def test_lora_saves_an_adapter_that_knows_its_base(tokenizer, saved, data, tmp_path):
     base = load_model(saved("llama"), device="cpu")
-    folder = train(base, data, tmp_path / "adapter", lora_rank=4, epochs=10)
+    folder = train(base, data, tmp_path / "adapter", lora_rank=4, steps=20)
     assert (folder / "adapter_config.json").is_file()
     assert not (folder / "model.safetensors").exists()
     tuned = load_model(folder, device="cpu")
@@ -98,7 +99,7 @@ def test_of_an_adapter_its_own_matrices_are_trained_and_all_that_was_trained_is_
     model = trainable_copy(start)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     recipe = Recipe(learning_rate=1e-2)
-    train_steps(model, data, shuffled_batches(data, np.arange(len(data)), 2, 6, seed=0), recipe)
+    train_steps(model, data, shuffle_batches(data, np.arange(len(data)), 2, 6, seed=0), recipe)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     (tmp_path / "elsewhere").mkdir()
@@ -121,12 +122,7 @@ def test_a_loss_that_is_not_finite_names_the_examples_and_saves_nothing(tokenize
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_left_alone(tokenizer, data, tmp_path):
-    with pytest.raises(ModelError, match="exists already"):
-        train(loaded(tokenizer), data, tmp_path)
-
-
 def test_data_without_targets_is_refused(tokenizer, tmp_path):
     prompts = tokenize([Example(id="a", row=0, prompt="who?")], tokenizer, max_length=None)
-    with pytest.raises(DataError, match="no example has a target token"):
+    with pytest.raises(DataError, match="none of 1 examples has a target token"):
         train(loaded(tokenizer), prompts, tmp_path / "tuned")

@@ -9,8 +9,7 @@ import torch
 from tests.reference import selection as reference
 from vestige.errors import SpecError
 from vestige.indexes import Index
-from vestige.selection import facility_location, select
-from vestige.selection._random import uniforms
+from vestige.selection import facility_location, select, uniforms
 
 IDS = [f"pair-{number}" for number in range(12)]
 
@@ -94,7 +93,7 @@ def test_gradients_of_zero_are_like_none(store, monkeypatch, tmp_path):
 
 
 def test_too_many_gradients_are_refused_with_a_way_out(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("vestige.selection._select._MOST_BYTES", 100)
+    monkeypatch.setattr(Index, "width", 2**40)
     with pytest.raises(Exception, match="--pool 4"):
         select(index=store, budget=3, out=tmp_path / "out", strategy="diverse")
 

@@ -103,24 +103,22 @@ def test_a_second_call_writes_nothing_and_changed_settings_are_refused(run, plan
 def test_killed_at_any_point_the_same_call_gives_the_same_files(run, tmp_path, monkeypatch):
     select(scores=run, budget=4, out=tmp_path / "whole")
     names = ["selected.jsonl", "selected.parquet"]
-    from vestige.selection import _store
-
+    real = Path.replace
     for stop in range(3):
         out, written = tmp_path / f"killed{stop}", []
-        real = _store.write_durably
 
-        def dying(path, chunks, written=written, stop=stop, real=real):
+        def die(self, target, written=written, stop=stop):
             if len(written) == stop:
                 raise KeyboardInterrupt
-            written.append(path)
-            return real(path, chunks)
+            written.append(target)
+            return real(self, target)
 
-        monkeypatch.setattr(_store, "write_durably", dying)
-        with pytest.raises(KeyboardInterrupt):
-            select(scores=run, budget=4, out=out)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            with pytest.raises(KeyboardInterrupt):
+                select(scores=run, budget=4, out=out)
         with pytest.raises(UserError, match="no selection"):
             SelectedData.open(out)
-        monkeypatch.setattr(_store, "write_durably", real)
         select(scores=run, budget=4, out=out)
         assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 

@@ -8,8 +8,7 @@ import pytest
 from tests.reference import selection as reference
 from tests.selection.conftest import QUERIES
 from vestige.errors import DataError
-from vestige.selection import select
-from vestige.selection._random import uniforms
+from vestige.selection import open_scores, order_by_gumbel, order_round_robin, select, uniforms
 
 IDS = [f"pair-{number}" for number in range(12)]
 TIES = uniforms(IDS, 0, "ties")
@@ -54,21 +53,17 @@ def test_round_robin_gives_each_query_its_best_in_turn(planted, tmp_path):
     assert chosen.choices[0].reason == "place 1 of query sky"
 
 
-def test_round_robin_reads_on_where_a_head_is_used_up(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr("vestige.selection._orders._FIRST_LOOK", 1)
+def test_round_robin_reads_on_where_a_head_is_used_up(planted):
     # All queries want the same examples: the heads of the others are soon taken.
     scores = np.tile(np.arange(12, dtype=np.float32)[::-1], (3, 1))
-    chosen = select(scores=planted(scores), budget=12, out=tmp_path / "out", strategy="round-robin")
-    assert rows_of(chosen) == list(range(12))
+    order = order_round_robin(open_scores(planted(scores)), TIES, None, look=1)
+    assert [candidate.row for candidate in order] == list(range(12))
 
 
-def test_scores_are_read_in_blocks_with_the_same_outcome(planted, tmp_path, monkeypatch):
-    scores, expected = planted(tied_scores()), None
-    for size in (1, 64 * 2**20):
-        monkeypatch.setattr("vestige.selection._scores._BLOCK_BYTES", size)
-        found = rows_of(select(scores=scores, budget=9, out=tmp_path / str(size)))
-        expected = expected or found
-        assert found == expected
+def test_scores_are_read_in_blocks_with_the_same_outcome(planted):
+    folder, groups = planted(tied_scores()), [[0, 2], [1]]
+    expected, found = open_scores(folder).best(groups), open_scores(folder, block_bytes=1).best(groups)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("strategy", ["top", "per-target", "round-robin", "gumbel"])
@@ -106,9 +101,6 @@ def test_nothing_to_choose_is_said(planted, tmp_path):
 
 def test_gumbel_favours_high_scores_by_the_odds_that_it_states(planted, tmp_path):
     """First picks over many seeds against the softmax of standardised means: 4 standard errors."""
-    from vestige.selection._orders import gumbel_order
-    from vestige.selection._scores import open_scores
-
     source = open_scores(planted(tied_scores()))
     means = np.array(reference.mean_over_queries(tied_scores()))
     odds = np.exp((means - means.mean()) / means.std() / 0.7)
@@ -116,7 +108,7 @@ def test_gumbel_favours_high_scores_by_the_odds_that_it_states(planted, tmp_path
     draws = 2_000
     counts = np.zeros(12)
     for seed in range(draws):
-        counts[next(gumbel_order(source, uniforms(IDS, seed, "gumbel"), TIES, 0.7, None)).row] += 1
+        counts[next(order_by_gumbel(source, uniforms(IDS, seed, "gumbel"), TIES, 0.7, None)).row] += 1
     errors = np.sqrt(odds * (1 - odds) / draws)
     assert (np.abs(counts / draws - odds) <= 4 * errors).all()
 

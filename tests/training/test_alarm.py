@@ -10,10 +10,8 @@ from tests.training.workbench import padded, slow_loss
 from vestige.data import NO_TARGET
 from vestige.errors import DataError, SpecError
 from vestige.measures import psmi
-from vestige.online._trainer import ID_KEY, CollatorWithIds
-from vestige.training import Alarm, Trigger
-from vestige.training._alarm import answer_codes, at_risk, write_at_risk
-from vestige.training._losses import Watched
+from vestige.online import ID_KEY, CollatorWithIds
+from vestige.training import Alarm, Trigger, Watched, answer_codes, find_at_risk, write_at_risk
 
 CLASSES = (5, 9, 11)
 
@@ -38,12 +36,12 @@ def risk(alarm: Alarm, rows: list[dict] | None = None, first: float = 3.0):
     from contextlib import nullcontext
 
     rows = questions() if rows is None else rows
-    return at_risk(alarm, watched(rows), build("llama", torch.float32).train(), first, nullcontext)
+    return find_at_risk(alarm, watched(rows), build("llama", torch.float32).train(), first, nullcontext)
 
 
 def test_the_trigger_rings_once_when_the_running_median_is_low():
     trigger = Trigger(below=0.05, window=3)
-    rings = [trigger.hears([loss]) for loss in [10, 11, 9, 1, 0.4, 5, 0.4, 0.3, 0.2, 0.1]]
+    rings = [trigger.update([loss]) for loss in [10, 11, 9, 1, 0.4, 5, 0.4, 0.3, 0.2, 0.1]]
     # First median 10, so it takes one below 0.5: of (0.4, 5, 0.4) the median is 0.4.
     assert rings == [False] * 6 + [True, False, False, False]
     assert trigger.first == 10
@@ -52,8 +50,8 @@ def test_the_trigger_rings_once_when_the_running_median_is_low():
 def test_the_trigger_hears_losses_one_by_one_or_by_step_and_passes_over_what_is_no_number():
     losses = np.random.default_rng(0).exponential(2.0 ** -np.arange(60))
     one, several = Trigger(0.05, 8), Trigger(0.05, 8)
-    single = [one.hears([loss]) for loss in losses]
-    steps = [several.hears([*losses[begin : begin + 4], np.nan]) for begin in range(0, 60, 4)]
+    single = [one.update([loss]) for loss in losses]
+    steps = [several.update([*losses[begin : begin + 4], np.nan]) for begin in range(0, 60, 4)]
     assert (sum(single), sum(steps)) == (1, 1)
     assert single.index(True) // 4 <= steps.index(True)
 

@@ -17,8 +17,7 @@ from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, ModelError, NonFinite, SpecError, UserError
 from vestige.models import load_model
 from vestige.settings import TrainSettings, list_epochs
-from vestige.training import Recorder, TrainingRun, members_of
-from vestige.training._rows import only_answers
+from vestige.training import Recorder, TrainingRun, members_of, only_answers
 
 
 @pytest.fixture
@@ -130,17 +129,21 @@ def test_copies_are_drawn_together_and_distinct_rows_as_before():
 
 
 @pytest.mark.slow
-def test_a_split_of_data_with_copies_says_so_and_is_a_training_of_its_own(tmp_path, given, monkeypatch):
+def test_a_split_of_data_with_copies_says_so_and_is_a_training_of_its_own(tmp_path, given):
     rows = [{"id": f"r{row}", "prompt": f"Say {row // 2}.", "completion": "Yes."} for row in range(8)]
     settings = given | {"data": rows, "split_fraction": 0.5, "epochs": 1}
     run = vestige.train(**settings, out=tmp_path / "run")
     members = np.array(run.membership["member"]).reshape(4, 2)
     assert (members.sum(), (members[:, 0] == members[:, 1]).all()) == (4, True)
     assert run.record["identity"]["group"] == "copies"
-    with monkeypatch.context() as patch:  # a training that was begun before copies were drawn together
-        patch.setattr("vestige.training._train.token_groups", lambda data, column=None: np.arange(len(data)))
-        old = vestige.train(**settings, out=tmp_path / "old")
+    # A training that was begun before copies were drawn together.
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["identity"]["group"], record["seconds"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    old = vestige.train(**settings, out=tmp_path / "old")
     assert "group" not in old.record["identity"]
+    assert np.array_equal(np.array(old.membership["member"]), members_of(np.arange(8), 0.5, 0))
     assert vestige.train(**settings, out=tmp_path / "old").membership.equals(old.membership)
 
 
@@ -217,7 +220,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_saves_nothing(tmp_path
 
 def test_a_finished_training_is_not_done_again(tmp_path, given, monkeypatch):
     vestige.train(**given | {"epochs": 0.2}, out=tmp_path / "run")
-    monkeypatch.setattr("vestige.training._train._run", None)
+    monkeypatch.setattr(Recorder, "__init__", None)
     assert vestige.train(**given | {"epochs": 0.2}, out=tmp_path / "run").id
 
 

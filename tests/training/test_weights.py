@@ -12,11 +12,8 @@ from tests.workshop import write_rows
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch
 from vestige.models import load_model
-from vestige.online._trainer import CollatorWithIds, RowsWithIds
-from vestige.training import TrainingRun
-from vestige.training._losses import Watched
-from vestige.training._rows import Rows, padded
-from vestige.training._weights import weighted, weights_of
+from vestige.online import CollatorWithIds, RowsWithIds
+from vestige.training import Rows, TrainingRun, Watched, pad, read_weights, with_weights
 
 WEIGHTS = [0.1, 1, 3, 0.5, 1, 0.25, 2, 1, 0.1, 7, 1, 0.3]
 
@@ -108,22 +105,22 @@ def test_a_weight_that_cannot_be_names_its_row(workshop, bad):
     given = [{"text": "One.", "weight": 1}, {"id": "broken", "text": "Two.", "weight": bad}]
     data = tokenize(load_examples(given), tokenizer, max_length=None)
     with pytest.raises(DataError, match=r"row 1 \(id 'broken'\): its `weight` is .*expected 0 or a positive"):
-        weights_of(data)
+        read_weights(data)
 
 
 def test_the_fingerprint_knows_the_weights_and_their_order(workshop):
     tokenizer = load_model(str(workshop / "tiny-model")).tokenizer
     data = tokenize(load_examples([{"text": "One.", "weight": 0.5}, {"text": "Two."}]), tokenizer, max_length=None)
-    weights = weights_of(data)
+    weights = read_weights(data)
     assert weights is not None
     assert weights.tolist() == [0.5, 1.0]
-    found = {weighted(data, values).fingerprint for values in (weights, weights[::-1], np.ones(2, np.float32))}
+    found = {with_weights(data, values).fingerprint for values in (weights, weights[::-1], np.ones(2, np.float32))}
     assert len(found | {data.fingerprint}) == 4
 
 
 def test_a_measurement_never_sees_a_weight(workshop):
     tokenizer = load_model(str(workshop / "tiny-model")).tokenizer
     data = tokenize(load_examples([{"text": "One.", "weight": 0.5}, {"text": "Two."}]), tokenizer, max_length=None)
-    watched = Watched(RowsWithIds(Rows(data, [0, 1], weights_of(data)), "id"), CollatorWithIds(padded), 2)
+    watched = Watched(RowsWithIds(Rows(data, [0, 1], read_weights(data)), "id"), CollatorWithIds(pad), 2)
     assert [set(batch) for batch in watched.batches()] == [{"input_ids", "labels"}]
-    assert padded([Rows(data, [0], weights_of(data))[0]])["weight"].tolist() == [0.5]
+    assert pad([Rows(data, [0], read_weights(data))[0]])["weight"].tolist() == [0.5]

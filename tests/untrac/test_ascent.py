@@ -6,7 +6,7 @@ from tests.architectures import CAUSAL
 from tests.reference import unlearn as reference
 from tests.untrac.conftest import loaded_model, query_data, training_data
 from vestige.methods import AscentRecipe, ascend, borrow_weights, compute_losses, loss_weights
-from vestige.models import shuffled_batches
+from vestige.models import shuffle_batches
 
 ROWS = np.arange(7)
 
@@ -23,7 +23,7 @@ def test_an_ascent_is_the_one_written_out_by_hand(optimizer):
     recipe = AscentRecipe(3e-3, 4, 3, optimizer, seed=5)
     done = climb(loaded, recipe)
     data, queries = training_data(), query_data()
-    batches = shuffled_batches(data, ROWS, 3, 4, 5)
+    batches = shuffle_batches(data, ROWS, 3, 4, 5)
     moved = reference.climbed(loaded.model, data, batches, 3e-3, optimizer)
     pairs = zip(queries.input_ids, queries.targets, strict=True)
     expected = [reference.example_loss(moved, *pair).item() for pair in pairs]

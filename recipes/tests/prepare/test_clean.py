@@ -8,7 +8,7 @@ import pytest
 import vestige_recipes.prepare
 from vestige.data import load_examples
 from vestige.errors import DataError, SpecError
-from vestige.training._alarm import AtRisk, write_at_risk
+from vestige.training import AtRisk, write_at_risk
 from vestige_recipes.prepare import cleaning
 from vestige_recipes.prepare.cleaning import near_copies, shingles
 

@@ -8,8 +8,7 @@ from transformers import AutoTokenizer
 import vestige_recipes.prepare
 from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.training import members_of
-from vestige.training._rows import only_answers
+from vestige.training import members_of, only_answers
 from vestige_recipes.prepare import choices_of
 from vestige_recipes.prepare.choice_prompts import CONFESSIONS, JUDGEMENTS, QUESTIONS
 

@@ -6,7 +6,7 @@ import torch
 
 from studies.miniature import tokenized_rows
 from vestige.methods import Unlearning, make_job
-from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffled_batches, train
+from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffle_batches, train
 from vestige.settings import UntracSettings
 from vestige_recipes.untrac_miniature.corpora import markov_corpora
 from vestige_recipes.untrac_miniature.run import tiny_gpt
@@ -27,7 +27,7 @@ def test_a_planted_canary_is_in_the_first_percent_of_2000_examples(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.init_weights()
-    train(model, data, shuffled_batches(data, np.arange(ROWS), 16, 320, 0), Recipe(3e-3))
+    train(model, data, shuffle_batches(data, np.arange(ROWS), 16, 320, 0), Recipe(3e-3))
     model.requires_grad_(False)
     loaded = LoadedModel(model, None, "canary", model_fingerprint(model), 25)
     settings = UntracSettings(model="m", data="d", queries="q", out=tmp_path / "run", level="example")

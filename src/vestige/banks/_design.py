@@ -1,7 +1,7 @@
 """Which examples each model of a bank is trained on: a design is a list of subsets, each with a name."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,9 @@ class Subset(NamedTuple):
 
 
 def random_subsets(groups: Int[np.ndarray, "example"], fraction: float, count: int, seed: int) -> list[Subset]:
-    """Draw `count` subsets independently and without replacement; the first N do not depend on `count`.
+    """Draw `count` subsets independently, each a share of the groups without replacement and all of their examples.
 
-    Args:
-        groups: The group of each example, numbered from 0; a subset holds all examples of a group or none.
-        fraction: Share of the groups in each subset.
-        count: How many subsets.
-        seed: Of the draws.
+    Groups are numbered from 0. The first N subsets do not depend on `count`.
 
     Raises:
         DataError: `fraction` of the groups is none of them, or all.
@@ -106,13 +102,31 @@ def without_one(ids: Sequence[str], groups: Int[np.ndarray, "example"], count: i
     return without_each({str(ids[int(firsts[group])]): np.flatnonzero(groups == group) for group in drawn}, len(ids))
 
 
-def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read named lists of rows from lists of example ids.
+def make_design(
+    ids: Sequence[str],
+    sources: Sequence[str | None],
+    groups: Int[np.ndarray, "example"],
+    seed: int,
+    *,
+    fraction: float,
+    leave_source_out: bool,
+    leave_out: Mapping[str, np.ndarray] | None,
+    leave_one_out: int | None,
+) -> Callable[[int], list[Subset]]:
+    """Return the map from a number N to the first N subsets; where they follow from the data, to all of them."""
+    if leave_source_out or leave_out is not None:
+        subsets = without_each_source(sources) if leave_out is None else without_each(leave_out, len(ids))
+        return lambda _: subsets
+    if leave_one_out is not None:
+        return lambda count: without_one(ids, groups, count - 1, seed)
+    return lambda count: random_subsets(groups, fraction, count, seed)
 
-    Args:
-        source: A JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are
-            then named by their position; or any file that names rows, which is one list.
-        ids: Of all examples, in row order.
+
+def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read named lists of rows from lists of example ids, `ids` being those of all examples in row order.
+
+    `source` is a JSON file, or its content: a mapping of names to lists of ids, or a list of such lists, which are then
+    named by their position; or any file that names rows, which is one list.
 
     Raises:
         DataError: The file does not read, or names an example that there is not.
@@ -132,13 +146,9 @@ def read_lists(source: Any, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def run_seed(seed: int, subset: int | None, number: int) -> int:
-    """Return the seed of a run's random weights and order of batches.
+    """Return the seed of a run's random weights and order of batches, from the seed of the bank and its numbers.
 
-    Args:
-        seed: Of the bank.
-        subset: Number of the subset; None to give the `number`-th run of every subset the same seed, so that what is
-            left out makes the only difference.
-        number: Which of the runs of a subset.
+    Without a subset the `number`-th run of every subset has the same seed: what is left out makes the only difference.
     """
     words = [seed, _RUNS, number] if subset is None else [seed, _RUNS, number, 1 + subset]
     return int(np.random.SeedSequence(words).generate_state(1)[0])
@@ -150,10 +160,6 @@ def _read_lists(path: Path) -> Any:
             content = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a JSON file that can be read ({error}).") from error
-        if (
-            isinstance(content, Mapping)
-            or not isinstance(content, list)
-            or any(isinstance(one, list) for one in content)
-        ):
+        if not isinstance(content, list) or any(isinstance(one, list) for one in content):
             return content
     return {path.name: [entry.name for entry in read_row_list(path)]}

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Bool, Float, Int
 
-from vestige.banks._manifest import BankManifest, read_manifest
-from vestige.banks._members import Member, MemberFiles
+from vestige.banks._files import BankManifest, open_members, read_manifest
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.registry import Registry
 
@@ -57,18 +56,18 @@ class Bank:
     def __init__(
         self, identity: dict[str, Any], names: list[str], table: pa.Table, examples: Texts, queries: Texts, id: str
     ) -> None:
-        """Use `Bank.open`.
+        """Use `Bank.open`: `names` are those of the subsets, `table` has a row per member as members are stored.
 
-        Args:
-            identity: Every setting that the numbers follow from.
-            names: Of the subsets.
-            table: A row per member, as members are stored.
-            examples: What was trained on.
-            queries: What was not.
-            id: Of the bank, empty for one that was made elsewhere.
+        `identity` holds every setting that the numbers follow from; `id` is empty for a bank that was made elsewhere.
         """
         self.id, self.identity, self.subset_names = id, identity, names
-        self._table, self._examples, self._queries = table, examples, queries
+        self._table = table
+        self.example_ids, self.sources, self.labels = examples.ids, examples.sources, examples.labels
+        """Of each training example, in row order."""
+        self.query_ids, self.query_sources = queries.ids, queries.sources
+        """Of each query, in row order."""
+        self.example_targets, self.query_targets = examples.targets, queries.targets
+        """Target tokens of each."""
 
     @classmethod
     def open(
@@ -99,7 +98,7 @@ class Bank:
             return _read_truth(path, measure, examples)
         table = None if allow_missing else _read_whole(path / "members.parquet")
         if table is None or len(table) != len(manifest.subsets) * manifest.seeds:
-            table = members_table(path, manifest, allow_missing=allow_missing)
+            table = read_members(path, manifest, allow_missing=allow_missing)
         names = [name for name, _ in manifest.subsets]
         texts = [_read_texts(path / f"{kind}.parquet") for kind in ("examples", "queries")]
         return cls(manifest.identity, names, table, texts[0], texts[1], manifest.id)
@@ -113,41 +112,6 @@ class Bank:
             f"Bank({len(self)} models, {len(self.subset_names)} subsets, {len(self.example_ids)} examples, "
             f"{len(self.query_ids)} queries)"
         )
-
-    @property
-    def example_ids(self) -> list[str]:
-        """Ids of the training examples, in row order."""
-        return self._examples.ids
-
-    @property
-    def query_ids(self) -> list[str]:
-        """Ids of the queries, in row order."""
-        return self._queries.ids
-
-    @property
-    def sources(self) -> list[str | None]:
-        """The source of each training example."""
-        return self._examples.sources
-
-    @property
-    def query_sources(self) -> list[str | None]:
-        """The source of each query."""
-        return self._queries.sources
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The label of each training example."""
-        return self._examples.labels
-
-    @property
-    def example_targets(self) -> Int[np.ndarray, "example"]:
-        """Target tokens of each training example."""
-        return self._examples.targets
-
-    @property
-    def query_targets(self) -> Int[np.ndarray, "query"]:
-        """Target tokens of each query."""
-        return self._queries.targets
 
     @cached_property
     def subsets(self) -> Int[np.ndarray, "member"]:
@@ -241,19 +205,19 @@ class Bank:
         return losses + 0 * some if self.identity.get("loss") == "mean" else losses / some
 
 
-def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = False) -> pa.Table:
+def read_members(path: Path, manifest: BankManifest, *, allow_missing: bool = False) -> pa.Table:
     """Read the rows of all members, by subset and seed; with `allow_missing`, of those that are done.
 
     Raises:
         CorruptFile: Members are missing or damaged; the message lists them.
         IndexMismatch: Members hold different columns.
     """
-    files = member_files(path, manifest)
+    files = open_members(path, manifest)
     tables, faults = [], []
-    for member, digest in members_of(manifest):
+    for member in manifest.members:
         try:
-            if not allow_missing or files.is_done(member, digest):
-                tables.append(files.read(member, digest))
+            if not allow_missing or files.is_done(member):
+                tables.append(files.read(member))
         except CorruptFile as fault:
             faults.append(str(fault))
     if faults:
@@ -265,21 +229,7 @@ def members_table(path: Path, manifest: BankManifest, *, allow_missing: bool = F
     return pa.concat_tables(tables).combine_chunks()
 
 
-def members_of(manifest: BankManifest) -> list[tuple[Member, str]]:
-    """Return every member with the digest of its subset, by subset and seed."""
-    return [
-        (Member(subset, seed), digest)
-        for subset, (_, digest) in enumerate(manifest.subsets)
-        for seed in range(manifest.seeds)
-    ]
-
-
-def member_files(path: Path, manifest: BankManifest) -> MemberFiles:
-    """Return the files of the members of the bank in `path`."""
-    return MemberFiles(path / "members", manifest.id, manifest.identity["examples"], manifest.identity["query_count"])
-
-
-def texts_table(texts: Texts) -> pa.Table:
+def tabulate_texts(texts: Texts) -> pa.Table:
     """Return examples or queries as a table."""
     return pa.table(
         {

@@ -16,7 +16,7 @@ from vestige.errors import DataError, ModelError
 from vestige.gradients import Reduction
 from vestige.methods._job import compute_losses
 from vestige.methods._weights import Rows, Vector, Weights, loss_weights
-from vestige.models import shuffled_batches
+from vestige.models import shuffle_batches
 from vestige.settings import AscentOptimizer
 
 NO_SOURCE = "(no source)"
@@ -297,7 +297,7 @@ def ascend(
     coefficient is k / (k + 3) after k of them: on a quadratic n steps come as close as about n^2 plain ones, and no
     least curvature need be known (Nesterov 1983; Su, Boyd and Candès 2014, arXiv:1503.01243).
     """
-    batches = shuffled_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
+    batches = shuffle_batches(data, rows, recipe.batch_size, recipe.steps, recipe.seed)
     losses = torch.full((recipe.steps,), torch.nan, dtype=torch.float64)
     after: list[np.ndarray] = []
     mirrored: list[np.ndarray] = []

@@ -10,12 +10,6 @@ from vestige.models._components import (
     layer_kind as layer_kind,
     parameter_view as parameter_view,
 )
-from vestige.models._finetune import (
-    Lora as Lora,
-    finetune as finetune,
-    save_trained as save_trained,
-    trainable_copy as trainable_copy,
-)
 from vestige.models._generate import (
     Answer as Answer,
     answer_prompts as answer_prompts,
@@ -49,11 +43,17 @@ from vestige.models._selection import (
     parameter_words as parameter_words,
     select_components as select_components,
 )
-from vestige.models._source import find_source as find_source
+from vestige.models._source import (
+    find_source as find_source,
+)
 from vestige.models._training import (
+    Lora as Lora,
     Recipe as Recipe,
     Step as Step,
-    shuffled_batches as shuffled_batches,
-    summed_loss as summed_loss,
+    save_trained as save_trained,
+    shuffle_batches as shuffle_batches,
+    sum_loss as sum_loss,
     train as train,
+    trainable_copy as trainable_copy,
+    write_model as write_model,
 )

@@ -1,19 +1,38 @@
-"""The training loop: chosen batches, one optimizer, nothing random in it."""
+"""The training loop of models that are compared: chosen batches, one optimizer, nothing random in it."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch
-from vestige.errors import DataError, NonFinite
+from vestige.errors import DataError, ModelError, NonFinite, SpecError
+from vestige.models._transformers import quiet_transformers
+from vestige.models._types import LoadedModel
+from vestige.storage import stage_folder
 
-_LARGEST_GRADIENT_NORM = 1.0
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank matrices beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int
+    alpha: float | None = None
+    """Scale; None is twice the rank."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (_ALL_LINEAR,)
+    """Layers by the end of their name; `all-linear` is every linear layer but the head."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,7 @@ class Recipe:
     """How the learning rate falls to zero over the steps after the warm-up."""
     warmup: int = 0
     """Steps in which the learning rate rises linearly from zero."""
-    clip: float = _LARGEST_GRADIENT_NORM
+    clip: float = 1.0
     """Largest norm of a step's gradient; 0 does not clip."""
 
     def rate(self, step: int, steps: int) -> float:
@@ -82,41 +101,52 @@ def train(
     model.eval()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = list(named.values())
-    optimizer = _optimizer(parameters, recipe)
-    device, counts = parameters[0].device, data.target_counts
-    first = 0 if resume is None else _restore(named, optimizer, resume)
+    optimizer = _make_optimizer(parameters, recipe)
+    device, counts, first = parameters[0].device, data.target_counts, 0
+    if resume is not None:
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(resume["weights"][name])
+        optimizer.load_state_dict(resume["optimizer"])
+        first = resume["step"]
+
+    def read_state(step: int) -> dict[str, Any]:
+        weights = {name: parameter.detach() for name, parameter in named.items()}
+        return {"weights": weights, "optimizer": optimizer.state_dict(), "step": step}
+
     for number in range(first, len(batches)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(number, len(batches))
         rows = batches[number]
-        loss = summed_loss(model, make_batch(data, rows).to(device))
+        loss = sum_loss(model, make_batch(data, rows).to(device))
         total, targets = loss.item(), int(counts[rows].sum())
         if not math.isfinite(total):
-            raise NonFinite(_not_finite(data, rows, number, len(batches), recipe))
+            ids = ", ".join(repr(data.examples[row].id) for row in rows[:8])
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            raise NonFinite(
+                f"The loss of the batch in step {number + 1} of {len(batches)} is not finite; its examples are "
+                f"{ids}{more}. Nothing was saved. Lower the learning rate (now {recipe.learning_rate:g}), or check "
+                "these examples."
+            )
         (loss / targets).backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after_step(Step(number + 1, total, targets, lambda done=number + 1: _state(named, optimizer, done)))
+        after_step(Step(number + 1, total, targets, partial(read_state, number + 1)))
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+def sum_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy summed over the target tokens of a batch, in nats, float32."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
     wanted = batch.labels[:, 1:] != NO_TARGET
     return F.cross_entropy(logits[:, :-1][wanted].float(), batch.labels[:, 1:][wanted], reduction="sum")
 
 
-def shuffled_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
+def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
     """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
 
-    Args:
-        data: What `rows` belong to; rows without a target token are left out, for nothing can be learnt from them.
-        rows: Examples to train on.
-        size: Examples in a batch.
-        steps: How many batches.
-        seed: Of the orders.
+    Rows of `data` without a target token are left out, for nothing can be learnt from them.
 
     Raises:
         DataError: No row has a target token.
@@ -132,30 +162,103 @@ def shuffled_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: in
     return batches[:steps]
 
 
-def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     common = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer](parameters, **common)
 
 
-def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    weights = {name: parameter.detach() for name, parameter in named.items()}
-    return {"weights": weights, "optimizer": optimizer.state_dict(), "step": step}
+def trainable_copy(
+    loaded: LoadedModel, *, lora_rank: int | Lora | None = None, from_scratch: bool = False, seed: int = 0
+) -> nn.Module:
+    """Return a copy of the model whose weights, or LoRA matrices beside them, can be trained and saved.
 
+    Of an adapter its own matrices are trained and nothing beneath them: it is saved without its base.
 
-def _restore(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    Args:
+        loaded: Stays as it is.
+        lora_rank: Rank of new LoRA matrices on every linear layer, or all their settings; None to train
+            all weights, or the adapter that the model is.
+        from_scratch: Begin with random weights as the model's class draws them, instead of the loaded ones.
+        seed: Of the LoRA matrices or the random weights.
 
+    Raises:
+        ModelError: It is no transformers model, an adapter was to begin from scratch, or a target is no layer.
+        SpecError: LoRA matrices were requested beside those of an adapter.
+    """
+    if not hasattr(loaded.model, "save_pretrained"):
+        raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
+    if from_scratch:
+        return _draw_weights(loaded, seed).requires_grad_(True)
+    model: Any = copy.deepcopy(loaded.model)
+    adapter = hasattr(model, "peft_config")
+    if lora_rank is None:
+        model.requires_grad_(not adapter)
+        if adapter:
+            model.set_adapter(model.active_adapter)
+        return model
+    if adapter:
+        raise SpecError(f"{loaded.name} is an adapter, which is trained on as it is. Leave --lora-rank out.")
+    from peft import LoraConfig, get_peft_model
 
-def _not_finite(data: TokenizedData, rows: np.ndarray, step: int, steps: int, recipe: Recipe) -> str:
-    ids = ", ".join(repr(data.examples[row].id) for row in rows[:8])
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return (
-        f"The loss of the batch in step {step + 1} of {steps} is not finite; its examples are {ids}{more}. Nothing was "
-        f"saved. Lower the learning rate (now {recipe.learning_rate:g}), or check these examples."
+    path, lora = Path(loaded.name).expanduser(), Lora(lora_rank) if isinstance(lora_rank, int) else lora_rank
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=_target_modules(model, lora.targets, loaded.name),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, settings)
+    # Not the cache folder that a GGUF file was unpacked into, but what the user called the model.
+    settings.base_model_name_or_path = str(path.resolve()) if path.exists() else loaded.name
+    return adapted
+
+
+def _target_modules(model: Any, targets: tuple[str, ...], name: str) -> str | list[str]:
+    """Return the layers as PEFT wants them named."""
+    if targets == (_ALL_LINEAR,):
+        return _ALL_LINEAR
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    ends = {path.rpartition(".")[2] for path in linear}
+    for target in targets:
+        if target != _ALL_LINEAR and not any(path == target or path.endswith(f".{target}") for path in linear):
+            raise ModelError(
+                f"{name} has no linear layer called {target!r}. Its layers end in: {', '.join(sorted(ends))}."
+            )
+    if _ALL_LINEAR not in targets:
+        return list(targets)
+    head = model.get_output_embeddings()
+    inner = {path for path in linear if model.get_submodule(path) is not head}
+    return sorted({*inner, *(target for target in targets if target != _ALL_LINEAR)})
+
+
+def _draw_weights(loaded: LoadedModel, seed: int) -> nn.Module:
+    old: Any = loaded.model
+    if hasattr(old, "peft_config"):
+        raise ModelError(f"{loaded.name} is an adapter; only a whole model can be trained from scratch.")
+    weight = next(old.parameters())
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(old)(copy.deepcopy(old.config)).to(device=weight.device, dtype=weight.dtype)
+
+
+def save_trained(model: Any, loaded: LoadedModel, out: Path) -> Path:
+    """Write the model, or its adapter, and the tokenizer of the model that it was made from to the new folder `out`."""
+    with stage_folder(out) as unfinished:
+        write_model(model, loaded.tokenizer, unfinished)
+    return out
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the model, or its adapter, and the tokenizer if there is one."""
+    # An adapter holds no embedding; left to find out by itself, PEFT would request the base model from the hub.
+    extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    with quiet_transformers():
+        model.save_pretrained(str(folder), **extra)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))

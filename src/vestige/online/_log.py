@@ -1,20 +1,40 @@
-"""The log of an online run: columns by example and step, in parts that are whole or absent."""
+"""The log of a training: columns by example and step, in parts that are whole or absent; its run directory."""
 
-import io
 import json
+import sys
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.parquet as parquet
+import torch
 
-from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.online._step import StepScores
+from vestige.data import Example, TokenizedData
+from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.parsing import parse_json
 from vestige.progress import announce
+from vestige.runs import (
+    DataRecord,
+    Meaning,
+    ModelRecord,
+    RunRecord,
+    RunTables,
+    ScoreBlock,
+    ScoreCollector,
+    Scores,
+    TrustRecord,
+    check_target,
+    environment,
+    write_run,
+)
 from vestige.storage import make_folder, remove_durably, remove_strays, write_durably
+from vestige.tables import write_table
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 HEADER = "log.json"
 FORMAT = 1
@@ -29,6 +49,90 @@ SCHEMA = pa.schema(
         ("validation_loss", pa.float64()),
     ]
 )
+MEANING = Meaning(
+    sign="positive: training on the example lowered the validation loss",
+    unit="nats of the mean validation loss, summed over the steps",
+    target="this model, over this training",
+    normalisation="none",
+    estimates="By how much the example's share in every step's gradient lowered the validation loss, as if each step "
+    "were plain gradient descent with that step's learning rate (In-Run Data Shapley, arXiv:2406.11011).",
+    cost="One pass forward and backward over the validation examples in each training step, and inner products.",
+    limits="Adam and momentum move otherwise than plain gradient descent; what an example did to later steps by "
+    "changing the weights is not followed; examples that were not trained on have zero.",
+)
+_MOST_ROWS = 2**16
+"""Rows that wait in memory at most."""
+
+
+class StepLog:
+    """Appends the steps of a training to a folder of Parquet parts, a row for each example, on disk after `flush`.
+
+    A part is written under a temporary name and renamed, and changed afterwards by `begin` alone. A kill loses the
+    steps since the last flush and nothing else, so flush before every checkpoint: then a resumed training finds a log
+    that reaches as far as its weights.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, flush_every: int | None = None) -> None:
+        """Write nothing yet; the first column of the schema is the step, and at most `flush_every` of them wait."""
+        self.folder, self.schema, self._flush_every = folder, schema, flush_every
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    def begin(self, step: int) -> None:
+        """Prepare for the steps after `step`; drop what an interrupted training has logged of them."""
+        make_folder(self.folder)
+        remove_strays(self.folder)
+        self._waiting, self._rows = [], 0
+        # The last part first: a kill in between leaves no hole.
+        for path in reversed(_parts(self.folder)):
+            table = read_table(path)
+            kept = table.filter(pa.array(table["step"].to_numpy() <= step))
+            if len(kept) == 0:
+                remove_durably(path)
+            elif len(kept) < len(table):
+                self._write(kept)
+
+    def add(self, step: int, *columns: Any) -> None:
+        """Remember one step: for each column but the first a value for every example."""
+        every = zip([[step] * len(columns[0]), *columns], self.schema, strict=True)
+        self._waiting.append(pa.table([pa.array(values, field.type) for values, field in every], self.schema))
+        self._rows += len(columns[0])
+        if self._rows >= _MOST_ROWS or len(self._waiting) == self._flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write everything that was added to the disk before returning."""
+        if self._waiting:
+            self._write(pa.concat_tables(self._waiting))
+            self._waiting, self._rows = [], 0
+
+    def _write(self, table: pa.Table) -> None:
+        write_table(self.folder / f"steps-{table['step'][0].as_py():010d}.parquet", table, compression="zstd")
+
+
+def read_steps(folder: Path, schema: pa.Schema) -> pa.Table:
+    """Read all rows of a log on disk, in the order of training.
+
+    Raises:
+        CorruptFile: A part is damaged.
+    """
+    return pa.concat_tables([schema.empty_table(), *(read_table(path, schema) for path in _parts(folder))])
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read the Parquet table of a training.
+
+    Raises:
+        CorruptFile: It is damaged.
+    """
+    try:
+        return parquet.read_table(path, schema=schema)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}. Restore it, or delete it to go on without.") from error
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("steps-*.parquet"))
 
 
 class InRunInfluence(NamedTuple):
@@ -77,16 +181,15 @@ class OnlineLog:
         Raises:
             CorruptFile: a part is damaged, or a step is there twice.
         """
-        tables = [read_part(path) for path in parts(self.folder)]
-        table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+        table = read_steps(self.folder, SCHEMA)
         if (np.diff(table["step"].to_numpy()) < 0).any():
             raise CorruptFile(f"The parts of {self.folder} overlap. Two training runs wrote to it at once.")
         return table
 
     def last_step(self) -> int:
         """Return the last step that is on disk, 0 for none."""
-        found = parts(self.folder)
-        return int(read_part(found[-1])["step"][-1].as_py()) if found else 0
+        found = _parts(self.folder)
+        return int(read_table(found[-1], SCHEMA)["step"][-1].as_py()) if found else 0
 
     def influence(self) -> dict[str, InRunInfluence]:
         """Return the accumulated influence of every example that was trained on: the sum over its steps."""
@@ -105,109 +208,115 @@ class OnlineLog:
         return sorted(self.influence().values(), key=lambda row: (row.influence, row.id))[:k]
 
 
-class LogWriter:
-    """Appends steps to a log; a step is on disk after `flush`, which comes by itself every `flush_every` steps.
-
-    A part is written under a temporary name and renamed, and never changed afterwards but by `rewind`. A kill loses the
-    steps since the last flush and nothing else, so flush before every checkpoint: then a resumed training finds a log
-    that reaches as far as its weights.
-    """
-
-    def __init__(self, folder: str | Path, header: Mapping[str, Any], flush_every: int) -> None:
-        if flush_every < 1:
-            raise UserError(f"flush_every={flush_every}: give 1 or more steps.")
-        self.folder, self._header, self._flush_every = Path(folder), dict(header), flush_every
-        self._waiting: list[StepScores] = []
-
-    def begin(self, step: int) -> None:
-        """Prepare to log the steps after `step`; drop later ones, of a training that was cut off.
-
-        Raises:
-            IndexMismatch: the log holds another training: `step` is 0, or the header differs.
-        """
-        if (self.folder / HEADER).is_file():
-            log = OnlineLog.open(self.folder)
-            _refuse_other(self.folder, log.header, self._header)
-            last = log.last_step()
-            if last and step == 0:
-                raise IndexMismatch(
-                    f"{self.folder} holds the log of steps 1 to {last}; nothing was changed. To continue that training "
-                    "give start_step=STEP, the step of the checkpoint; for a new one give another folder."
-                )
-            remove_strays(self.folder)
-            self._rewind(step)
-            if last < step:
-                announce(f"{self.folder} ends at step {last}, the training continues after step {step}: a gap remains.")
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise IndexMismatch(f"{self.folder} holds other files and is left alone. Give another folder.")
-        make_folder(self.folder)
-        text = json.dumps({"format": FORMAT, **self._header}, indent=2, ensure_ascii=False)
-        write_durably(self.folder / HEADER, [text.encode()])
-
-    def add(self, scores: StepScores) -> None:
-        """Remember one step, and write when there are enough."""
-        self._waiting.append(scores)
-        if len(self._waiting) >= self._flush_every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write everything that was added to the disk before returning."""
-        if self._waiting:
-            self._write(self._waiting[0].step, pa.concat_tables([_rows(scores) for scores in self._waiting]))
-            self._waiting.clear()
-
-    def _rewind(self, step: int) -> None:
-        """Drop every row after `step`, the last part first, so that a kill in between leaves no hole."""
-        for path in reversed(parts(self.folder)):
-            table = read_part(path)
-            kept = table.filter(pa.array(table["step"].to_numpy() <= step))
-            if len(kept) == 0:
-                remove_durably(path)
-            elif len(kept) < len(table):
-                self._write(kept["step"][0].as_py(), kept)
-
-    def _write(self, first: int, table: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        write_durably(self.folder / f"steps-{first:010d}.parquet", [buffer.getbuffer()])
-
-
-def parts(folder: Path) -> list[Path]:
-    """Return the parts of a log in the order of their steps."""
-    return sorted(folder.glob("steps-*.parquet"))
-
-
-def read_part(path: Path) -> pa.Table:
-    """Read one part of a log.
+def begin_log(log: StepLog, header: Mapping[str, Any], step: int) -> None:
+    """Prepare to log the steps after `step` under this header; drop later ones, of a training that was cut off.
 
     Raises:
-        CorruptFile: it is damaged.
+        IndexMismatch: the log holds another training: `step` is 0, or the header differs.
     """
-    try:
-        return pq.read_table(path, schema=SCHEMA)
-    except (OSError, pa.ArrowException) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}. Restore it, or delete it to go on without.") from error
-
-
-def _rows(scores: StepScores) -> pa.Table:
-    count = len(scores.ids)
-    columns = [
-        [scores.step] * count,
-        list(scores.ids),
-        scores.score.tolist(),
-        scores.influence.tolist(),
-        [scores.learning_rate] * count,
-        list(scores.loss),
-        [scores.validation_loss] * count,
-    ]
-    return pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
-
-
-def _refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in ("components", "validation", "second_order"):
-        if found.get(name) != wanted.get(name):
+    folder = log.folder
+    if (folder / HEADER).is_file():
+        old = OnlineLog.open(folder)
+        for name in ("components", "validation", "second_order"):
+            if old.header.get(name) != header.get(name):
+                raise IndexMismatch(
+                    f"{folder} was logged with other {name.replace('_', ' ')}: its scores could not be added up with "
+                    "new ones. Nothing was changed. Give the same settings, or another folder."
+                )
+        last = old.last_step()
+        if last and step == 0:
             raise IndexMismatch(
-                f"{folder} was logged with other {name.replace('_', ' ')}: its scores could not be added up with new "
-                "ones. Nothing was changed. Give the same settings, or another folder."
+                f"{folder} holds the log of steps 1 to {last}; nothing was changed. To continue that training give "
+                "start_step=STEP, the step of the checkpoint; for a new one give another folder."
             )
+        if last < step:
+            announce(f"{folder} ends at step {last}, the training continues after step {step}: a gap remains.")
+    else:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise IndexMismatch(f"{folder} holds other files and is left alone. Give another folder.")
+        make_folder(folder)
+        text = json.dumps({"format": FORMAT, **header}, indent=2, ensure_ascii=False)
+        write_durably(folder / HEADER, [text.encode()])
+    log.begin(step)
+
+
+def write_in_run_influence(
+    log: OnlineLog | str | Path,
+    train: TokenizedData,
+    validation: TokenizedData,
+    out: str | Path,
+    *,
+    k: int = 50,
+    overwrite: bool = False,
+) -> Scores:
+    """Write a run with every training example's accumulated influence on the validation loss, its one query.
+
+    Args:
+        log: The log, or its folder.
+        train: The training data, with the ids that were logged.
+        validation: The validation examples; their texts together are the query.
+        out: The run directory.
+        k: Examples kept at each end of the ranking.
+        overwrite: Replace a run that is there.
+
+    Raises:
+        DataError: the log names an id that the training data do not have, or two rows share one.
+    """
+    started = time.perf_counter()
+    log = log if isinstance(log, OnlineLog) else OnlineLog.open(log)
+    check_target(out, overwrite=overwrite)
+    values, query = _read_values(log, train), _join(validation)
+    sources = [example.source for example in train.examples]
+    collector = ScoreCollector(1, len(train), k=k, sources=sources, dense=True)
+    collector.add(ScoreBlock(torch.arange(len(train)), torch.from_numpy(values)[None]))
+    summary = collector.finish()
+    table = log.table()
+    loss = table["validation_loss"][-1].as_py() if len(table) else float("nan")
+    record = RunRecord(
+        vestige=version("vestige"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=" ".join(sys.argv[:1]),
+        config={"log": str(log.folder), "steps": log.last_step(), **log.header},
+        versions=environment(),
+        model=ModelRecord(name=log.header["model"], fingerprint="", parameters=log.header["parameters"]),
+        data=DataRecord(name=train.name, fingerprint=train.fingerprint, examples=len(train)),
+        queries=DataRecord(name=validation.name, fingerprint=query.fingerprint, examples=1),
+        method="in-run",
+        meaning=MEANING,
+        coverage=None,
+        components=[],
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
+        trust=TrustRecord(),
+        distribution={query.examples[0].id: summary.distribution[0]},
+        groups={query.examples[0].id: summary.groups[0]},
+    )
+    tables = RunTables(train, query, summary.ranked, [False], [loss], dense=summary.dense)
+    return Scores.open(write_run(out, record, tables, overwrite=overwrite))
+
+
+def _read_values(log: OnlineLog, train: TokenizedData) -> np.ndarray:
+    """Return the influence of every row, float64; zero where it was never trained on."""
+    rows = {example.id: row for row, example in enumerate(train.examples)}
+    if len(rows) < len(train):
+        raise DataError(f"{train.name}: two rows share an id, so their influence cannot be distinguished.")
+    values = np.zeros(len(train))
+    for entry in log.influence().values():
+        if entry.id not in rows:
+            raise DataError(f"The log names the example {entry.id!r}, which {train.name} does not have.")
+        values[rows[entry.id]] = entry.influence
+    return values
+
+
+def _join(validation: TokenizedData) -> TokenizedData:
+    """Return all validation examples as one, since their mean loss is what was watched."""
+    text = "\n\n".join(example.display for example in validation.examples)
+    return TokenizedData(
+        [Example(id="validation", row=0, text=text)],
+        [np.concatenate(validation.input_ids)],
+        [np.concatenate(validation.targets)],
+        np.zeros(1, dtype=bool),
+        validation.fingerprint,
+        validation.name,
+    )

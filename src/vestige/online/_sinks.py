@@ -1,29 +1,49 @@
-"""Sinks of the online engine: the validation gradient, the scores that stream against it, factors kept for later."""
+"""What a backward pass is measured by: the validation gradient, scores that stream against it, kept factors."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vestige.gradients import Factor, OneHot, ReusedMemory, Side, cross_products, dot_matrices, materialise
 from vestige.models import Component
 
+_PROBES = 4
+"""Parameters watched at each end of the order of sizes."""
+
 
 class Piece(NamedTuple):
-    """Factors of one use of a component for some of a batch's examples; `wide`, so float32 at least."""
+    """Factors of one use of a component for some of a batch's examples, in float32 at least."""
 
     examples: slice
     left: Factor
     right: Float[Tensor, "example token in"]
 
 
-def wide(factor: Factor) -> Factor:
+def _widen(factor: Factor) -> Factor:
     """Return the factor in float32 at least: under autocast its sides differ in type, and float16 sums badly."""
     if isinstance(factor, OneHot):
         return factor
     return factor.to(torch.promote_types(factor.dtype, torch.float32))
+
+
+class FactorStore:
+    """Keeps every factor of a batch by component: memory like that of the activations."""
+
+    def __init__(self, components: int) -> None:
+        self.pieces: list[list[Piece]] = [[] for _ in range(components)]
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
+        """Keep the factor as it is."""
+        return factor
+
+    def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
+        """Keep the piece."""
+        self.pieces[component].append(Piece(examples, _widen(left), _widen(right)))  # type: ignore[arg-type]
 
 
 class ValidationGradient:
@@ -40,14 +60,12 @@ class ValidationGradient:
         self._matrices: list[Tensor | None] = [None for _ in components]
         self._memory = ReusedMemory()
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
+    reduce = FactorStore.reduce
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:  # noqa: ARG002
         """Add one use: all examples are one, whose tokens stand in a row."""
-        right = wide(right).reshape(1, -1, right.shape[-1])  # type: ignore[union-attr]
-        left = left._replace(ids=left.ids.reshape(1, -1)) if isinstance(left, OneHot) else wide(left)
+        right = _widen(right).reshape(1, -1, right.shape[-1])  # type: ignore[union-attr]
+        left = left._replace(ids=left.ids.reshape(1, -1)) if isinstance(left, OneHot) else _widen(left)
         if not isinstance(left, OneHot):
             left = left.reshape(1, -1, left.shape[-1])
         out, width = self._shapes[component]
@@ -71,37 +89,30 @@ class ValidationGradient:
         return self._weight * total
 
 
-class ScoreSink:
+class ScoreSink(FactorStore):
     """Inner products of each example's share of the gradient with the validation gradient, while backward runs.
 
-    `scores` is `[component, example]`. With `keep` the factors stay, for products that need the whole step.
+    With `keep` the factors stay, for products that need the whole step.
     """
 
     def __init__(self, validation: ValidationGradient, components: int, examples: int, *, keep: bool = False) -> None:
-        self._validation, self._keep = validation, keep
+        super().__init__(components)
+        self._validation, self._keep, self._examples = validation, keep, examples
         self._scores: list[Tensor | None] = [None] * components
-        self._examples = examples
-        self.pieces: list[list[Piece]] = [[] for _ in range(components)]
-        self.deliveries = 0
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the products of one use of the component."""
         with torch.no_grad(), torch.autocast(right.device.type, enabled=False):
-            piece = Piece(examples, wide(left), wide(right))  # type: ignore[arg-type]
+            piece = Piece(examples, _widen(left), _widen(right))  # type: ignore[arg-type]
             products = self._validation.products(component, piece.left, piece.right)
             total = self._scores[component]
             if total is None:
                 total = self._scores[component] = products.new_zeros(self._examples)
             total[examples] += products
-        self.deliveries += 1
         if self._keep:
             self.pieces[component].append(piece)
 
-    def delivered(self, component: int) -> bool:
+    def has_gradient(self, component: int) -> bool:
         """Return whether a gradient of the component has arrived."""
         return self._scores[component] is not None
 
@@ -113,29 +124,13 @@ class ScoreSink:
         return torch.stack([zero if row is None else row.double() for row in self._scores]).cpu()
 
 
-class FactorStore:
-    """Keeps every factor of a batch: memory like that of the activations."""
-
-    def __init__(self, components: Sequence[Component]) -> None:
-        self.pieces: list[list[Piece]] = [[] for _ in components]
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
-    def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-        """Keep the piece."""
-        self.pieces[component].append(Piece(examples, wide(left), wide(right)))  # type: ignore[arg-type]
-
-
-def products_among(pieces: Sequence[Sequence[Piece]], examples: int) -> Float[Tensor, "example example2"]:
-    """Return inner products of all pairs of examples' gradients, summed over components, float64 on the CPU."""
+def products_among(pieces: Sequence[Piece], examples: int) -> Float[Tensor, "example example2"]:
+    """Return inner products of all pairs of examples' gradients in one component, float64 on the CPU."""
     total = torch.zeros(examples, examples, dtype=torch.float64)
-    for component in pieces:
-        for one in component:
-            for other in component:
-                found = cross_products((one.left, one.right), (other.left, other.right))
-                total[one.examples, other.examples] += found.double().cpu()
+    for one in pieces:
+        for other in pieces:
+            found = cross_products((one.left, one.right), (other.left, other.right))
+            total[one.examples, other.examples] += found.double().cpu()
     return total
 
 
@@ -146,3 +141,49 @@ def products_with(pieces: Sequence[Piece], matrix: Float[Tensor, "out in"], exam
         given = matrix[None].to(piece.right.dtype)
         total[piece.examples] += dot_matrices(piece.left, piece.right, given, memory)[0].double().cpu()
     return total
+
+
+class ScaleProbe:
+    """Measures the factor by which `.grad` was multiplied after the backward pass: clipping, or undoing a loss scale.
+
+    The norm of a few gradients is noted as soon as they are complete and compared with their norm later. Only factors
+    common to all parameters are found, as `clip_grad_norm_` applies them.
+    """
+
+    def __init__(self, model: nn.Module, components: Sequence[Component]) -> None:
+        names = dict.fromkeys(component.parameter for component in components)
+        by_size = sorted((model.get_parameter(name) for name in names), key=lambda parameter: parameter.numel())
+        self._parameters = by_size if len(by_size) < 2 * _PROBES else by_size[:_PROBES] + by_size[-_PROBES:]
+        self._before: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._note) for parameter in self._parameters
+        ]
+
+    def _note(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._before[id(parameter)] = _norm(parameter.grad)
+
+    def factor(self) -> float:
+        """Return the factor; one where no gradient is left to compare."""
+        pairs = [
+            (self._before[id(parameter)], _norm(parameter.grad))
+            for parameter in self._parameters
+            if parameter.grad is not None and id(parameter) in self._before
+        ]
+        if not pairs:
+            return 1.0
+        before = math.hypot(*(float(first) for first, _ in pairs))
+        after = math.hypot(*(float(second) for _, second in pairs))
+        if not math.isfinite(before) or before == after or before == 0:
+            return 1.0
+        return after / before
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.linalg.vector_norm(values.detach(), dtype=torch.promote_types(values.dtype, torch.float32))

@@ -1,100 +1,78 @@
 """The online engine inside the Trainer of transformers, which goes on training as it would without."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from vestige.errors import DataError, UserError
-from vestige.online._engine import OnlineAttribution
-from vestige.online._step import Step
+from vestige.online._engine import OnlineAttribution, Step
 
 ID_KEY = "vestige_id"
 """Carries the ids from the data set through the sampler, the collator and the loader to the training step."""
 
 
-class Attached(NamedTuple):
-    """An engine at work in a Trainer."""
-
-    engine: OnlineAttribution
-    callback: "VestigeCallback"
-    trainer: Trainer
-
-    def detach(self) -> None:
-        """Restore the Trainer as it was before `attach`; what was scored is on disk."""
-        self.engine.flush()
-        self.callback.release(self.trainer)
-
-
-def attach(
-    trainer: Trainer, validation: Any, *, id_column: str = "id", select: int | None = None, **settings: Any
-) -> Attached:
-    """Score every training step of a Trainer; call it before `trainer.train()`.
-
-        attach(trainer, validation, out="run-log")
-        trainer.train()
-
-    Ids come from the column `id_column` of the training data, else they are row numbers; they travel with the
-    rows, so it does not matter how the sampler shuffles. Clipping, gradient accumulation, bfloat16 and resuming from a
-    checkpoint are taken care of: the log is flushed with every checkpoint, and a resumed training drops what was logged
-    after it.
+class CarriedIds:
+    """Ids travel with the rows of a Trainer to a `training_step` of ours, until `release`.
 
     Args:
-        trainer: Its model, data and collator are used as they are.
-        validation: As in `OnlineAttribution`.
-        id_column: Column of the training data that holds the ids.
-        select: Train only on the best `select` examples of every batch (`OnlineAttribution.select`); None: on all.
-        **settings: Of `OnlineAttribution`: `components`, `objective`, `second_order`, `out`, `flush_every`.
-
-    Raises:
-        UserError: the Trainer runs on several devices, or in float16, or `select` is combined with accumulation.
+        trainer: Its data, collator and `training_step` are replaced.
+        id_column: Column of the data that holds the ids; else they are row numbers.
+        training_step: Takes the place of the Trainer's, which is `plain_step`.
     """
-    _refuse_unsupported(trainer, select)
-    accelerator = trainer.accelerator
-    engine = OnlineAttribution(trainer.model, validation, start_step=None, context=accelerator.autocast, **settings)  # type: ignore[arg-type]
-    callback = VestigeCallback(engine, trainer, id_column, select)
-    trainer.add_callback(callback)
-    return Attached(engine, callback, trainer)
+
+    def __init__(self, trainer: Any, id_column: str, training_step: Callable[..., torch.Tensor]) -> None:
+        self._trainer, self._step = trainer, training_step
+        self.plain_step = trainer.training_step
+        self._data, self._collator = trainer.train_dataset, trainer.data_collator
+        self.first = not isinstance(trainer.train_dataset, RowsWithIds)
+        """False where others have the ids travel already."""
+        if self.first:
+            trainer.train_dataset = RowsWithIds(trainer.train_dataset, id_column)
+            trainer.data_collator = CollatorWithIds(trainer.data_collator)
+            # The Trainer drops every key that the model's forward does not name.
+            trainer._set_signature_columns_if_needed()
+            trainer._signature_columns.append(ID_KEY)
+        trainer.training_step = training_step
+
+    def release(self) -> bool:
+        """Restore the Trainer; return whether there was anything to undo."""
+        if self._trainer.__dict__.get("training_step") != self._step:
+            return False
+        self._trainer.train_dataset, self._trainer.data_collator = self._data, self._collator
+        del self._trainer.__dict__["training_step"]
+        if self.first:
+            self._trainer._signature_columns.remove(ID_KEY)
+        return True
 
 
-class VestigeCallback(TrainerCallback):
-    """Opens a step of the engine with every step of the Trainer, and closes it between clipping and the optimizer."""
+class Attached(TrainerCallback):
+    """An engine at work: its step opens with the one of the Trainer, and closes between clipping and optimizer."""
 
     def __init__(self, engine: OnlineAttribution, trainer: Trainer, id_column: str, select: int | None) -> None:
-        self._engine, self._select = engine, select
+        self.engine, self._trainer, self._select = engine, trainer, select
         self._open: Step | None = None
-        self._trainer, self._plain_step = trainer, trainer.training_step
-        self._collator, self._data = trainer.data_collator, trainer.train_dataset
-        trainer.train_dataset = RowsWithIds(trainer.train_dataset, id_column)  # type: ignore[assignment]
-        trainer.data_collator = CollatorWithIds(trainer.data_collator)
-        trainer.training_step = self._training_step  # type: ignore[method-assign]
-        # The Trainer drops every key that the model's forward does not name.
-        trainer._set_signature_columns_if_needed()
-        trainer._signature_columns.append(ID_KEY)  # type: ignore[union-attr]
+        self._carried = CarriedIds(trainer, id_column, self._training_step)
 
-    def release(self, trainer: Trainer) -> None:
-        """Undo what the constructor did; a second time does nothing."""
-        self._abandon()
-        if "training_step" not in trainer.__dict__:
-            return
-        trainer.train_dataset, trainer.data_collator = self._data, self._collator  # type: ignore[assignment]
-        del trainer.__dict__["training_step"]
-        trainer._signature_columns.remove(ID_KEY)  # type: ignore[union-attr]
-        trainer.remove_callback(self)
+    def detach(self) -> None:
+        """Restore the Trainer as it was before `attach`; what was scored is on disk. A second time does nothing."""
+        self.on_train_end()
+        if self._carried.release():
+            self._trainer.remove_callback(self)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Continue the log where the checkpoint stands."""
         self._abandon()
-        self._engine.optimizer = self._trainer.optimizer
-        self._engine.resume(self._trainer.state.global_step)
+        self.engine.optimizer = self._trainer.optimizer
+        self.engine.resume(self._trainer.state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Open a step."""
         self._abandon()
         if self._select is None:
-            self._open = self._engine.step().__enter__()
+            self._open = self.engine.step().__enter__()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Close it: the gradient is clipped, the weights have not moved."""
@@ -104,29 +82,29 @@ class VestigeCallback(TrainerCallback):
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Write the log up to the checkpoint."""
-        self._engine.flush()
+        self.engine.flush()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Free the memory."""
         self._abandon()
-        self._engine.flush()
+        self.engine.flush()
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         ids = inputs.pop(ID_KEY, None)
         if ids is None:
             raise DataError("The batch has lost its ids: build the training loader with the Trainer's own collator.")
         if self._select is not None:
-            ids, inputs, num_items_in_batch = self._chosen(ids, inputs)
-            self._open = self._engine.step().__enter__()
+            ids, inputs, num_items_in_batch = self._choose(ids, inputs)
+            self._open = self.engine.step().__enter__()
         if self._open is not None:
             self._open.batch(ids)
-        return self._plain_step(model, inputs, num_items_in_batch)
+        return self._carried.plain_step(model, inputs, num_items_in_batch)
 
-    def _chosen(self, ids: list[str], inputs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
+    def _choose(self, ids: list[str], inputs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
         """Return the best rows of the batch, and how many target tokens they have."""
         assert self._select is not None
         prepared = self._trainer._prepare_inputs(inputs)
-        rows = self._engine.select(prepared, min(self._select, len(ids))).rows
+        rows = self.engine.select(prepared, min(self._select, len(ids))).rows
         kept = {
             name: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(ids) else value
             for name, value in prepared.items()
@@ -176,6 +154,37 @@ class CollatorWithIds:
         if all(ID_KEY in row for row in features):
             batch[ID_KEY] = [row[ID_KEY] for row in features]
         return batch
+
+
+def attach(
+    trainer: Trainer, validation: Any, *, id_column: str = "id", select: int | None = None, **settings: Any
+) -> Attached:
+    """Score every training step of a Trainer; call it before `trainer.train()`.
+
+        attach(trainer, validation, out="run-log")
+        trainer.train()
+
+    Ids come from the column `id_column` of the training data, else they are row numbers; they travel with the
+    rows, so it does not matter how the sampler shuffles. Clipping, gradient accumulation, bfloat16 and resuming from a
+    checkpoint are taken care of: the log is flushed with every checkpoint, and a resumed training drops what was logged
+    after it.
+
+    Args:
+        trainer: Its model, data and collator are used as they are.
+        validation: As in `OnlineAttribution`.
+        id_column: Column of the training data that holds the ids.
+        select: Train only on the best `select` examples of every batch (`OnlineAttribution.select`); None: on all.
+        **settings: Of `OnlineAttribution`: `components`, `objective`, `second_order`, `out`, `flush_every`.
+
+    Raises:
+        UserError: the Trainer runs on several devices, or in float16, or `select` is combined with accumulation.
+    """
+    _refuse_unsupported(trainer, select)
+    context = trainer.accelerator.autocast
+    engine = OnlineAttribution(trainer.model, validation, start_step=None, context=context, **settings)  # type: ignore[arg-type]
+    callback = Attached(engine, trainer, id_column, select)
+    trainer.add_callback(callback)
+    return callback
 
 
 def _refuse_unsupported(trainer: Trainer, select: int | None) -> None:

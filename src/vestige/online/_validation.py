@@ -1,4 +1,4 @@
-"""The validation side of a step: its loss and gradient, taken without leaving a trace in the training."""
+"""The validation side of a step: its loss, gradient and curvature, taken without leaving a trace in the training."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from vestige.curvature import CurvatureProduct
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
-from vestige.models import Component, batch_sharing
-from vestige.online._sinks import ValidationGradient
+from vestige.models import Component, batch_sharing, parameter_view
+from vestige.online._sinks import FactorStore, Piece, ValidationGradient, products_among, products_with
 
 
 class Measured(NamedTuple):
@@ -23,6 +25,15 @@ class Measured(NamedTuple):
     gradient: ValidationGradient
     by_function: bool
     """As `GradientPass.by_function`."""
+
+
+class Selected(NamedTuple):
+    """The chosen examples, in the order in which they were picked."""
+
+    rows: list[int]
+    """Positions in the batch."""
+    gains: list[float]
+    """Nats by which each pick lowers the validation loss, after those before it."""
 
 
 class Validation:
@@ -36,10 +47,9 @@ class Validation:
         token_budget: int,
         context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self._model, self._objective, self._context = model, objective, context
+        self._model, self._objective, self._token_budget, self._context = model, objective, token_budget, context
         self._device = next(model.parameters()).device
-        data = as_inputs(data, objective)
-        self._data = data
+        self._data = data = _as_inputs(data, objective)
         if isinstance(data, TokenizedData):
             self.ids = [example.id for example in data.examples]
             planned = plan_batches(data.lengths, token_budget, sharing=batch_sharing(model))
@@ -49,7 +59,7 @@ class Validation:
             rows = data.rows.tolist() if isinstance(data, Batch) else range(example_count(data))
             self.ids = [str(row) for row in rows]
             self._batches = [data.to(self._device) if isinstance(data, Batch) else data]
-        if not self.ids or not self._batches or not any(_has_target(batch) for batch in self._batches):
+        if not self.ids or not any(_has_target(batch) for batch in self._batches):
             raise DataError("The validation data have no target token, so no gradient. Give at least one example.")
         self._pass: tuple[tuple[Component, ...], GradientPass] | None = None
         with quietly(model):  # the objective checks the model once, before the training begins
@@ -76,7 +86,71 @@ class Validation:
             )
         return Measured(total / len(self.ids), gradient, taken.by_function)
 
-    def tokenized(self) -> TokenizedData:
+    def select(self, candidates: Any, k: int, components: Sequence[Component], rates: Sequence[float]) -> Selected:
+        """Select the `k` best for a step on the mean of the chosen examples' losses, in a pass with frozen weights.
+
+        The share of an example in such a step is its own gradient over `k`, so that is what is weighed.
+        """
+        validation = self.measure(components).gradient
+        batch = _as_inputs(candidates, self._objective)
+        batch = batch.to(self._device) if isinstance(batch, Batch) else batch
+        count, store = example_count(batch), FactorStore(len(components))
+        with quietly(self._model), self._context(), GradientPass(self._model, components, self._objective) as taken:
+            taken.run(batch, store)
+        gains = torch.zeros(count, dtype=torch.float64)
+        overlaps = torch.zeros(count, count, dtype=torch.float64)
+        for number, (rate, pieces) in enumerate(zip(rates, store.pieces, strict=True)):
+            for piece in pieces:
+                gains[piece.examples] += rate / k * validation.products(number, piece.left, piece.right).double().cpu()
+            overlaps += (rate / k) ** 2 * products_among(pieces, count)
+            pieces.clear()
+        return greedy_selection(gains, overlaps, k)
+
+    def curvature_terms(
+        self,
+        components: Sequence[Component],
+        rates: Sequence[float],
+        factor: float,
+        batches: Sequence[tuple[int, Sequence[Sequence[Piece]]]],
+    ) -> list[Float[Tensor, "example"]]:
+        """Return `1/2 (D g_i)^T H (D G)` of every example i of a step, one tensor for each micro-batch.
+
+        D are the learning rates, H is the Hessian of the validation loss. A step of plain gradient descent moves the
+        weights by `-D G`, with `G = sum_j g_j`, so by Taylor's expansion
+
+            L(w) - L(w - D G) = sum_i <D g_i, grad L> - 1/2 sum_i (D g_i)^T H (D G) + O(D^3),
+
+        and this is what example i's influence loses to second order. (In-Run Data Shapley, Wang et al. 2024,
+        arXiv:2406.11011, writes the same for the change of the loss, with opposite signs.) Costs a Hessian-vector
+        product on the validation data, and the factors of the whole step stay in memory until its end.
+
+        Args:
+            components: What is scored; `.grad` holds the step's gradient.
+            rates: Learning rate of each.
+            factor: What the kept factors have to be multiplied by to add up to `.grad`.
+            batches: Of each micro-batch the number of examples, and by component the kept factors.
+        """
+        moved = []
+        for component, rate in zip(components, rates, strict=True):
+            parameter = self._model.get_parameter(component.parameter)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            moved.append(rate * parameter_view(self._model, component, stored=gradient).reshape(-1))
+        assert isinstance(self._objective, CausalLoss)
+        with quietly(self._model):
+            product = CurvatureProduct(
+                self._model, components, self.as_data(), self._token_budget, self._objective.reduction, "hessian"
+            )(torch.cat(moved)[None])[0]
+        parts = product.split([component.size for component in components])
+        bent = [part.view(component.shape) for part, component in zip(parts, components, strict=True)]
+        terms = []
+        for count, pieces in batches:
+            total = torch.zeros(count, dtype=torch.float64)
+            for component, rate, matrix in zip(pieces, rates, bent, strict=True):
+                total += 0.5 * factor * rate * products_with(component, matrix, count)
+            terms.append(total)
+        return terms
+
+    def as_data(self) -> TokenizedData:
         """Return the validation examples as data.
 
         Raises:
@@ -84,28 +158,48 @@ class Validation:
         """
         if not isinstance(self._objective, CausalLoss):
             raise SpecError("Second order needs the Hessian of a causal language model's loss: objective=CausalLoss().")
-        if isinstance(self._data, TokenizedData):
-            return self._data
-        return batch_as_data(self._data, self.ids)
-
-    @property
-    def objective(self) -> Objective:
-        """The loss of one validation example."""
-        return self._objective
+        return self._data if isinstance(self._data, TokenizedData) else _batch_as_data(self._data, self.ids)
 
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the examples; empty where they are no token sequences."""
-        if isinstance(self._data, TokenizedData):
-            return self._data.fingerprint
-        return batch_as_data(self._data, self.ids).fingerprint if isinstance(self._data, Batch) else ""
+        data = _batch_as_data(self._data, self.ids) if isinstance(self._data, Batch) else self._data
+        return data.fingerprint if isinstance(data, TokenizedData) else ""
 
     def _first_bad(self, losses: Sequence[tuple[Any, Tensor]]) -> str:
         for batch, values in losses:
             for place in (~values.isfinite()).nonzero().flatten().tolist():
-                row = int(batch.rows[place]) if isinstance(self._data, TokenizedData) else place
-                return self.ids[row]
+                return self.ids[int(batch.rows[place]) if isinstance(self._data, TokenizedData) else place]
         return self.ids[0]
+
+
+def greedy_selection(
+    gains: Float[torch.Tensor, "example"], overlaps: Float[torch.Tensor, "example example2"], k: int
+) -> Selected:
+    """Return the `k` examples that a greedy search picks: the best, then the best given the first, and so on.
+
+    `gains[i] = eta <g_i, g_val>` and `overlaps[i, j] = eta^2 <g_i, g_j>`. After each pick p, `overlaps[i, p]` is taken
+    from the gain of every other: two copies of one good example are worth less than twice one. This is GREATS (Wang et
+    al. 2024, NeurIPS), the second-order expansion of the step's effect with the identity in place of the Hessian. Ties
+    go to the earlier example.
+
+    Raises:
+        SpecError: `k` is not between 1 and the number of examples.
+        NonFinite: a product is NaN or infinite.
+    """
+    if not 1 <= k <= len(gains):
+        raise SpecError(f"k={k} of {len(gains)} examples: choose 1 to {len(gains)}.")
+    bad = (~(gains.isfinite() & overlaps.isfinite().all(1))).nonzero().flatten().tolist()
+    if bad:
+        raise NonFinite(f"The gradients of the batch's examples {bad[:8]} (counted from 0) are not finite.")
+    left, rows, values = gains.double().clone(), [], []
+    for _ in range(k):
+        best = int(left.argmax())
+        rows.append(best)
+        values.append(float(left[best]))
+        left -= overlaps[:, best]
+        left[rows] = -torch.inf
+    return Selected(rows, values)
 
 
 @contextmanager
@@ -122,28 +216,24 @@ def quietly(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def as_inputs(data: Any, objective: Objective) -> Any:
-    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other."""
-    return as_batch(data) if isinstance(data, Mapping) and isinstance(objective, CausalLoss) else data
-
-
-def as_batch(inputs: Mapping[str, Any]) -> Batch:
-    """Return the model's keyword inputs as a batch for `CausalLoss`, which reads `input_ids` and `labels` alone.
+def _as_inputs(data: Any, objective: Objective) -> Any:
+    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other.
 
     Raises:
-        DataError: one of them is missing, or padding is on the left.
+        DataError: `input_ids` or `labels`, which `CausalLoss` reads, are missing, or padding is on the left.
     """
-    missing = [name for name in ("input_ids", "labels") if not isinstance(inputs.get(name), Tensor)]
+    if not isinstance(data, Mapping) or not isinstance(objective, CausalLoss):
+        return data
+    missing = [name for name in ("input_ids", "labels") if not isinstance(data.get(name), Tensor)]
     if missing:
-        raise DataError(f"The batch has no {' and no '.join(missing)}; it has {', '.join(inputs) or 'nothing'}.")
-    mask = inputs.get("attention_mask")
+        raise DataError(f"The batch has no {' and no '.join(missing)}; it has {', '.join(data) or 'nothing'}.")
+    mask = data.get("attention_mask")
     if mask is not None and bool((mask[:, 0] == 0).any()):
         raise DataError("The batch is padded on the left. Set tokenizer.padding_side = 'right'.")
-    ids = inputs["input_ids"]
-    return Batch(torch.arange(len(ids)), ids, inputs["labels"])
+    return Batch(torch.arange(len(data["input_ids"])), data["input_ids"], data["labels"])
 
 
-def batch_as_data(batch: Batch, ids: Sequence[str]) -> TokenizedData:
+def _batch_as_data(batch: Batch, ids: Sequence[str]) -> TokenizedData:
     """Return the examples of a batch without their padding on the right."""
     tokens, targets = [], []
     for row, labels in zip(batch.input_ids.cpu(), batch.labels.cpu(), strict=True):

@@ -1,16 +1,26 @@
-"""Strategies: in which order examples are taken, and why each."""
+"""Strategies: in which order examples are taken, why each, and which repeat one that is chosen already."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import hashlib
+import heapq
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
-from vestige.errors import DataError, UserError
-from vestige.selection._scores import Ranked, ScoreSource, head
+from vestige.errors import UserError
+from vestige.indexes import Index
+from vestige.selection._inputs import Scored, ScoreSource, head
 
-_FIRST_LOOK = 64
-"""Of each query's ranking, at least so much is read at a time."""
+_LOOK_AHEAD = 32
+"""Candidates whose gradients are read at a time."""
+_DIGITS = 5
+"""Gains are rounded to this many digits, in units of an example: what is equal but for rounding is a tie."""
+_BLOCK_NUMBERS = 2**24
+"""Most similarities alive at once."""
 
 
 class Candidate(NamedTuple):
@@ -24,82 +34,94 @@ class Candidate(NamedTuple):
     reason: str
 
 
-class CutShort(NamedTuple):
-    """The end of what is known of an order: who wants more has to score again."""
-
-    reason: UserError
+Order = Iterator[Candidate]
+"""Ends with a `UserError` where more may follow that the run does not hold."""
 
 
-Order = Iterator[Candidate | CutShort]
+def uniforms(ids: Sequence[str], seed: int, purpose: Literal["ties", "random", "gumbel"]) -> Scored:
+    """Return a number between 0 and 1 for each id, both ends excluded; no two purposes share them.
+
+    They follow from id and seed alone: the order of the data decides nothing.
+    """
+    key = f"{purpose} {seed}".encode()
+    words = (hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in ids)
+    numbers = np.frombuffer(b"".join(words), dtype="<u8")
+    # 52 bits and a half step: a float64 holds each exactly, and none is 0 or 1.
+    return ((numbers >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
 
 
-def top_order(scores: ScoreSource, ties: Float[np.ndarray, "example"], least: float | None) -> Order:
+def order_by_mean(scores: ScoreSource, ties: Scored, least: float | None) -> Order:
     """Order by the highest mean score over all queries."""
     count = len(scores.queries)
-    found = head(_at_least(scores.best([range(count)]).score, least), scores.reliable, ties)
     over = "score" if count == 1 else f"mean score over {count} queries"
-    for place, (row, score) in enumerate(zip(*found, strict=True), 1):
-        yield Candidate(int(row), float(score), None, f"place {place} by {over}")
-    yield from _cut_short(scores, len(found.rows))
+    for place, row, score, _ in _best_first(scores, [range(count)], ties, least):
+        yield Candidate(row, score, None, f"place {place} by {over}")
 
 
-def target_order(
-    scores: ScoreSource,
-    targets: dict[str, list[int]],
-    ties: Float[np.ndarray, "example"],
-    least: float | None,
-) -> Order:
+def order_by_target(scores: ScoreSource, targets: dict[str, list[int]], ties: Scored, least: float | None) -> Order:
     """Order by the highest score for any one target: the selection of LESS (Xia et al. 2024, arXiv:2402.04333).
 
     A score for a target is the mean over its queries.
     """
     names = list(targets)
-    best = scores.best(list(targets.values()))
-    found = head(_at_least(best.score, least), scores.reliable, ties)
+    for place, row, score, number in _best_first(scores, list(targets.values()), ties, least):
+        yield Candidate(row, score, names[number], f"place {place} by best target, {names[number]}")
+
+
+def _best_first(
+    scores: ScoreSource, groups: Sequence[Sequence[int]], ties: Scored, least: float | None
+) -> Iterator[tuple[int, int, float, int]]:
+    """Yield place, row, score and group of the examples by their best mean over a group."""
+    means, group = scores.best(groups)
+    found = head(_drop_lower(means, least), scores.reliable, ties)
     for place, (row, score) in enumerate(zip(*found, strict=True), 1):
-        name = names[best.target[row]]
-        yield Candidate(int(row), float(score), name, f"place {place} by best target, {name}")
-    yield from _cut_short(scores, len(found.rows))
+        yield place, int(row), float(score), int(group[row])
+    if len(found[0]) == scores.reliable and not scores.complete:
+        raise scores.needs_all("A budget of this size")
 
 
-def round_robin_order(scores: ScoreSource, ties: Float[np.ndarray, "example"], least: float | None) -> Order:
-    """Take for each query, round-robin, its best example that is not taken yet, queries in their order."""
+def order_round_robin(scores: ScoreSource, ties: Scored, least: float | None, *, look: int = 64) -> Order:
+    """Take for each query, round-robin, its best example that is not taken yet, queries in their order.
+
+    At least `look` of a query's ranking are read at a time.
+    """
     taken: set[int] = set()
-    lists = [_Reader(scores, query, ties, least) for query in range(len(scores.queries))]
-    going = list(range(len(lists)))
+    going = {query: _read_ranking(scores, query, ties, look) for query in range(len(scores.queries))}
     while going:
         for query in list(going):
-            found = lists[query].next_free(taken)
-            if found is None:
-                if lists[query].used_up and not scores.complete:
-                    yield CutShort(scores.needs_all("A budget of this size"))
-                    return
-                going.remove(query)
-                continue
-            taken.add(found.row)
             name = scores.queries[query]
-            yield Candidate(found.row, found.score, name, f"place {found.place} of query {name}")
+            for place, row, score in going[query]:
+                if least is not None and score < least:
+                    del going[query]
+                    break
+                if row not in taken:
+                    taken.add(row)
+                    yield Candidate(row, score, name, f"place {place} of query {name}")
+                    break
+            else:
+                if not scores.complete:
+                    raise scores.needs_all("A budget of this size")
+                del going[query]
 
 
-def gumbel_order(
-    scores: ScoreSource,
-    draws: Float[np.ndarray, "example"],
-    ties: Float[np.ndarray, "example"],
-    temperature: float,
-    least: float | None,
-) -> Order:
+def _read_ranking(scores: ScoreSource, query: int, ties: Scored, look: int) -> Iterator[tuple[int, int, float]]:
+    """Yield place, row and score of one query's ranking, read further only when its head is used up."""
+    place = 0
+    while True:
+        rows, values = scores.ranking(query, max(look, 2 * place), ties)
+        if place >= len(rows):
+            return
+        for row, value in zip(rows[place:].tolist(), values[place:].tolist(), strict=True):
+            place += 1
+            yield place, row, value
+
+
+def order_by_gumbel(scores: ScoreSource, draws: Scored, ties: Scored, temperature: float, least: float | None) -> Order:
     """Draw without replacement, an example's odds being `exp(standardised mean score / temperature)`.
 
     Adding Gumbel noise to log-odds and taking the highest draws without replacement (Kool et al. 2019,
     arXiv:1903.06059). Scores are centred and divided by their standard deviation first, so that the temperature means
-    the same for every method.
-
-    Args:
-        scores: Of all examples.
-        draws: A uniform number for each example.
-        ties: Order of equals.
-        temperature: Above zero.
-        least: No example with a lower mean score.
+    the same for every method. `draws` holds a uniform number for each example.
     """
     means = scores.means()
     known = means[~np.isnan(means)]
@@ -107,114 +129,118 @@ def gumbel_order(
     noise = -np.log(-np.log(draws))
     # Where all scores are equal there is nothing to favour: every order is as likely.
     odds = (means - known.mean()) / (spread * temperature) if spread > 0 else np.where(np.isnan(means), np.nan, 0.0)
-    keys = np.where(np.isnan(_at_least(means, least)), np.nan, odds + noise)
-    for row in head(keys, len(keys), ties).rows:
+    keys = np.where(np.isnan(_drop_lower(means, least)), np.nan, odds + noise)
+    for row in head(keys, len(keys), ties)[0]:
         yield Candidate(int(row), float(means[row]), None, f"drawn at temperature {temperature:g}")
 
 
-def random_order(
-    draws: Float[np.ndarray, "example"],
-    ties: Float[np.ndarray, "example"],
-    scores: ScoreSource | None,
-    least: float | None,
-) -> Order:
+def order_at_random(draws: Scored, ties: Scored, scores: ScoreSource | None, least: float | None) -> Order:
     """Yield rows in the order of `draws`, the same for the same ids and seed."""
     means = None if scores is None or least is None else scores.means()
-    allowed = draws if means is None else np.where(np.isnan(_at_least(means, least)), np.nan, draws)
-    for row in head(-allowed, len(draws), ties).rows:
+    allowed = draws if means is None else np.where(np.isnan(_drop_lower(means, least)), np.nan, draws)
+    for row in head(-allowed, len(draws), ties)[0]:
         yield Candidate(int(row), None if means is None else float(means[row]), None, "drawn at random")
 
 
-def whole_texts(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
+def keep_texts_whole(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
     """Yield candidates such that of the copies of a text all or none are among the first `most`.
 
-    Args:
-        order: Copies of a text follow each other in it.
-        groups: The same number for copies of one text; -1 for rows that cannot be chosen.
-        most: Rows that will be taken.
+    Copies, which have the same group, follow each other in the order; rows of group -1 cannot be chosen.
     """
     sizes = np.bincount(groups[groups >= 0])
     begun: set[int] = set()
     taken = 0
     for each in order:
-        if isinstance(each, Candidate):
-            group = int(groups[each.row])
-            if group not in begun and taken + sizes[group] > most:
-                continue
+        group = int(groups[each.row])
+        if group in begun or taken + sizes[group] <= most:
             begun.add(group)
             taken += 1
-        yield each
+            yield each
 
 
-def diverse_order(
-    picks: Iterator[tuple[int, float]], rows: np.ndarray, means: Float[np.ndarray, "example"] | None
+def order_by_diversity(
+    vectors: Float[Tensor, "row column"], rows: np.ndarray, ties: Scored, means: Scored | None
 ) -> Order:
-    """Yield what a greedy search over the gradients of `rows` picks, with what each adds to the share represented."""
-    for place, gain in picks:
+    """Yield `rows` by facility location over their gradients, with what each adds to the share represented."""
+    for place, gain in facility_location(vectors, torch.from_numpy(ties[rows])):
         row = int(rows[place])
         score = None if means is None else float(means[row])
         yield Candidate(row, score, None, f"adds {gain:.3g} to the mean similarity of all to the nearest chosen")
 
 
-class _Free(NamedTuple):
-    row: int
-    score: float
-    place: int
-    """In the query's ranking, from 1."""
+def facility_location(vectors: Float[Tensor, "row column"], ties: Float[Tensor, "row"]) -> Iterator[tuple[int, float]]:
+    """Yield rows in greedy order, each with what it adds to `F(S) = mean_i max(0, max_{j in S} cos(i, j))`.
 
-
-class _Reader:
-    """One query's ranking, read further only when its head is used up."""
-
-    def __init__(
-        self, scores: ScoreSource, query: int, ties: Float[np.ndarray, "example"], least: float | None
-    ) -> None:
-        self._scores, self._query, self._ties, self._least = scores, query, ties, least
-        self._found = Ranked(np.empty(0, dtype=np.int64), np.empty(0))
-        self._place = 0
-        self.used_up = False
-        """Whether the ranking ended, and not because of low scores."""
-
-    def next_free(self, taken: set[int]) -> _Free | None:
-        """Return the best example that is not taken, None if there is none."""
-        while self._place < len(self._found.rows) or self._read_on():
-            row, score = int(self._found.rows[self._place]), float(self._found.scores[self._place])
-            if self._least is not None and score < self._least:
-                return None
-            self._place += 1
-            if row not in taken:
-                return _Free(row, score, self._place)
-        self.used_up = True
-        return None
-
-    def _read_on(self) -> bool:
-        wanted = max(_FIRST_LOOK, 2 * self._place)
-        self._found = self._scores.ranking(self._query, wanted, self._ties)
-        return self._place < len(self._found.rows)
-
-
-def _at_least(scores: Float[np.ndarray, "example"], least: float | None) -> Float[np.ndarray, "example"]:
-    """Return the scores with NaN for those below."""
-    return scores if least is None else np.where(scores >= least, scores, np.nan)
-
-
-def _cut_short(scores: ScoreSource, found: int) -> Iterator[CutShort]:
-    if found == scores.reliable and not scores.complete:
-        yield CutShort(scores.needs_all("A budget of this size"))
-
-
-def targets_of(queries: Sequence[str], value_of: Callable[[str], str | None] | None) -> dict[str, list[int]]:
-    """Return the queries of each target, targets in order of their first query.
-
-    Raises:
-        DataError: A query has no target.
+    F is monotone and submodular, so the greedy set reaches at least `1 - 1/e` of the best possible (Nemhauser et al.
+    1978). A row's gain only falls as others are taken, so that an old gain is an upper bound, and only rows at the top
+    of the heap are computed again (Minoux 1978): the order is the plain greedy one, ties in ascending order of `ties`.
+    The start costs all pairs of rows, each later evaluation one product with `vectors`.
     """
-    if value_of is None:
-        return {name: [number] for number, name in enumerate(queries)}
-    found: dict[str, list[int]] = {}
-    for number, name in enumerate(queries):
-        value = value_of(name)
-        if value is None:
-            raise DataError(f"Query {name!r} has no value in the column of --targets. Give it one, or leave it out.")
-        found.setdefault(value, []).append(number)
-    return found
+    unit = _unit_rows(vectors)
+    count = len(unit)
+    covered = torch.zeros(count, dtype=unit.dtype)
+    order = [float(tie) for tie in ties]
+    heap = [(-round(gain, _DIGITS), order[row], row) for row, gain in enumerate(_first_gains(unit).tolist())]
+    heapq.heapify(heap)
+    while heap:
+        _, _, row = heapq.heappop(heap)
+        similar = (unit @ unit[row]).clamp_min(0)
+        gain = round(float((similar - covered).clamp_min(0).sum(dtype=torch.float64)), _DIGITS)
+        entry = (-gain, order[row], row)
+        if heap and entry > heap[0]:
+            heapq.heappush(heap, entry)
+            continue
+        covered = torch.maximum(covered, similar)
+        yield row, gain / count
+
+
+def without_twins(order: Order, index: Index, threshold: float) -> Iterator[tuple[Candidate, int | None, float]]:
+    """Yield candidates in their order, each with the number of its twin and the cosine with it; None and 0 without.
+
+    A candidate has a twin if its cosine with an earlier one without a twin reaches `threshold`. Of several such, the
+    most similar one is named, and the earliest of equals. A gradient of zero is like none.
+    """
+    kept, count = torch.empty((256, index.width)), 0
+    while True:
+        chunk: list[Candidate] = []
+        ended: UserError | None = None
+        try:
+            for candidate in islice(order, _LOOK_AHEAD):
+                chunk.append(candidate)
+        except UserError as error:  # no more is known of the order, but these are, and may be enough
+            ended = error
+        unit = _unit_rows(index.gradients_of([each.row for each in chunk])) if chunk else ()
+        for candidate, vector in zip(chunk, unit, strict=True):
+            cosines = kept[:count] @ vector
+            most = int(cosines.argmax()) if count else 0
+            # A copy's cosine with itself misses 1 by about this much.
+            if count and float(cosines[most]) >= threshold - 4 * torch.finfo(vector.dtype).eps:
+                yield candidate, most, min(float(cosines[most]), 1.0)
+                continue
+            if count == len(kept):
+                kept = torch.cat([kept, torch.empty_like(kept)])
+            kept[count] = vector
+            count += 1
+            yield candidate, None, 0.0
+        if ended is not None:
+            raise ended
+        if not chunk:
+            return
+
+
+def _unit_rows(vectors: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    """Divide rows by their lengths; one of length zero stays zero, and is like none."""
+    lengths = vectors.norm(dim=1, keepdim=True)
+    return torch.where(lengths > 0, vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny), 0.0)
+
+
+def _first_gains(unit: Float[Tensor, "row column"]) -> Float[Tensor, "row"]:
+    """Return what each row alone represents, summed over all rows."""
+    step = max(1, _BLOCK_NUMBERS // max(len(unit), 1))
+    blocks = (unit[start : start + step] @ unit.T for start in range(0, len(unit), step))
+    return torch.cat([block.clamp_min(0).sum(1, dtype=torch.float64) for block in blocks])
+
+
+def _drop_lower(scores: Scored, least: float | None) -> Scored:
+    """Return the scores with NaN for those below `least`."""
+    return scores if least is None else np.where(scores >= least, scores, np.nan)

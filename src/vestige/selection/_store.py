@@ -1,13 +1,12 @@
 """A selection on disk: the chosen rows, the reasons, and the record of how they came about."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -17,6 +16,7 @@ from rich.table import Table
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.parsing import parse_object
 from vestige.storage import make_folder, remove_strays, require_no_others, sha256_of, write_durably
+from vestige.tables import write_table
 from vestige.terminal import as_text, shorten
 
 FORMAT = 1
@@ -62,15 +62,6 @@ class Choice:
     """Of those gradients with this one's."""
 
 
-class Wanted(NamedTuple):
-    """What a selection follows from."""
-
-    identity: dict[str, Any]
-    """Every setting and the digest of every input, JSON terms."""
-    config: dict[str, Any]
-    command: str
-
-
 @final
 class SelectedData:
     """A selection: the chosen examples in the order in which they were taken, with reasons.
@@ -80,6 +71,12 @@ class SelectedData:
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder, self.record = folder, record
+        self.data: Path = folder / DATA
+        """The chosen rows as JSON lines, with all their columns."""
+        self.removed: Path | None = folder / REMOVED if REMOVED in record["files"] else None
+        """The rows that `min_score`, `drop` and `duplicates` kept out, each with its `problem`; None without any."""
+        self.notes: list[str] = record["notes"]
+        """What a reader should know of the selection."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "SelectedData":
@@ -97,16 +94,6 @@ class SelectedData:
             raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
         return cls(folder, record)
 
-    @property
-    def data(self) -> Path:
-        """The chosen rows as JSON lines, with all their columns."""
-        return self.folder / DATA
-
-    @property
-    def removed(self) -> Path | None:
-        """The rows that `min_score` and `duplicates` kept out, each with its `problem`; None if there are none."""
-        return self.folder / REMOVED if REMOVED in self.record["files"] else None
-
     @cached_property
     def choices(self) -> list[Choice]:
         """Every chosen example with its reasons."""
@@ -116,11 +103,6 @@ class SelectedData:
     def ids(self) -> list[str]:
         """Ids of the chosen examples, in the order in which they were taken."""
         return [choice.example_id for choice in self.choices]
-
-    @property
-    def notes(self) -> list[str]:
-        """The notes about the selection."""
-        return self.record["notes"]
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -163,7 +145,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
+def find_finished(folder: Path, identity: dict[str, Any]) -> SelectedData | None:
     """Return the selection in the folder if it is the wanted one and whole; None if it is still to be made.
 
     Raises:
@@ -173,9 +155,9 @@ def finished(folder: Path, wanted: Wanted) -> SelectedData | None:
     record = _require_ours(folder)
     if record is None or "files" not in record:
         return None
-    old, new = record["identity"], wanted.identity
-    if names := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
-        lines = [f"  {name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in names]
+    old = record["identity"]
+    if names := [name for name in {**old, **identity} if old.get(name) != identity.get(name)]:
+        lines = [f"  {name}: {_short(old.get(name))} there, {_short(identity.get(name))} now" for name in names]
         raise IndexMismatch(
             "\n".join([f"{folder} holds another selection; nothing was changed.", *lines])
             + "\nGive another --out, or replace it with --overwrite."
@@ -204,33 +186,22 @@ def remove_selection(folder: Path) -> None:
 
 def write_selection(
     folder: Path,
-    wanted: Wanted,
+    about: dict[str, Any],
     lines: Iterable[bytes],
     choices: Sequence[Choice],
     removed: Iterable[bytes] | None,
-    about: dict[str, Any],
 ) -> SelectedData:
     """Write the selection; its record lists no files until they are all there, and marks the folder before.
 
-    Args:
-        folder: Where.
-        wanted: What it follows from.
-        lines: The chosen rows, as JSON.
-        choices: Why.
-        removed: The same of rows that were kept out for a reason; None if there are none.
-        about: More for the record.
+    `about` is the record but for format and files; `lines` are the chosen rows as JSON, `removed` those that were kept
+    out for a reason, None if there are none.
     """
     make_folder(folder)
     remove_strays(folder)
-    record = {"format": FORMAT, **about, "command": wanted.command, "config": wanted.config}
-    record |= {"identity": wanted.identity}
+    record = {"format": FORMAT, **about}
     _write_record(folder, record)
-    sink = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA), sink)
-    written = {
-        DATA: write_durably(folder / DATA, lines),
-        REASONS: write_durably(folder / REASONS, [sink.getbuffer()]),
-    }
+    reasons = pa.Table.from_pylist([vars(choice) for choice in choices], schema=_SCHEMA)
+    written = {DATA: write_durably(folder / DATA, lines), REASONS: write_table(folder / REASONS, reasons)}
     if removed is not None:
         written[REMOVED] = write_durably(folder / REMOVED, removed)
     record |= {"files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in written.items()}}

@@ -11,9 +11,6 @@ from vestige.settings._attribute import (
 from vestige.settings._audit import (
     AuditSettings as AuditSettings,
 )
-from vestige.settings._bank import (
-    BankSettings as BankSettings,
-)
 from vestige.settings._base import (
     BAD_TEXT as BAD_TEXT,
     OnBadText as OnBadText,
@@ -63,9 +60,6 @@ from vestige.settings._results import (
 from vestige.settings._run import (
     verb as verb,
 )
-from vestige.settings._select import (
-    SelectSettings as SelectSettings,
-)
 from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,
     CompressionSettings as CompressionSettings,
@@ -76,6 +70,8 @@ from vestige.settings._shared import (
     Scope as Scope,
 )
 from vestige.settings._train import (
+    BankSettings as BankSettings,
+    SelectSettings as SelectSettings,
     TrainSettings as TrainSettings,
     list_epochs as list_epochs,
 )

@@ -1,7 +1,22 @@
 """Training runs that attribution and audit can read: Vestige's own, and records of a Trainer's; the early alarm."""
 
-from vestige.training._alarm import Alarm as Alarm, Trigger as Trigger
+from vestige.training._alarm import (
+    Alarm as Alarm,
+    AtRisk as AtRisk,
+    Trigger as Trigger,
+    answer_codes as answer_codes,
+    find_at_risk as find_at_risk,
+    write_at_risk as write_at_risk,
+)
+from vestige.training._examples import (
+    Rows as Rows,
+    Watched as Watched,
+    members_of as members_of,
+    only_answers as only_answers,
+    pad as pad,
+    read_weights as read_weights,
+    with_weights as with_weights,
+)
 from vestige.training._recorder import Recorder as Recorder
-from vestige.training._rows import members_of as members_of
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import train as train, train_loaded as train_loaded
+from vestige.training._train import train as train

@@ -16,11 +16,11 @@ from torch import nn
 from vestige.errors import DataError, SpecError
 from vestige.measures import MEASURES, choose_layer, psmi
 from vestige.storage import write_durably
-from vestige.training._losses import Context, Watched
-from vestige.training._tables import write_table
+from vestige.tables import write_table
+from vestige.training._examples import Context, Watched
+from vestige.training._store import AT_RISK
 
 Measure = Literal["psmi", "loss", "gap"]
-AT_RISK = "at_risk"
 _MEASURES: dict[str, str] = {"psmi": "psmi", "loss": "loss", "gap": "logit_gap"}
 """The measure of an audit that points the same way."""
 
@@ -70,7 +70,7 @@ class Trigger:
         """Median of the first `window` losses, None until there are as many."""
         self.rung = False
 
-    def hears(self, losses: Iterable[float]) -> bool:
+    def update(self, losses: Iterable[float]) -> bool:
         """Add the losses of one step, but for those that are not finite; return whether the alarm is triggered now."""
         self._last.extend(float(loss) for loss in losses if np.isfinite(loss))
         if self.rung or len(self._last) < (self._last.maxlen or 0):
@@ -95,24 +95,19 @@ class AtRisk(NamedTuple):
     rule: str
 
 
-def at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
+def find_at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float, context: Context) -> AtRisk:
     """Compute the measure of every watched example at the present weights, and flag those that its rule selects.
 
-    Args:
-        alarm: What to compute.
-        watched: The examples.
-        model: In training; it does not notice.
-        first: The median loss at the start.
-        context: Entered around forward passes.
+    `first` is the median loss at the start; `context` is entered around forward passes.
     """
-    layer = None
     if alarm.measure == "psmi":
-        layer, value = _psmi(alarm, watched, model, context)
+        layer, value = _compute_psmi(alarm, watched, model, context)
     else:
-        found = watched.losses(model, context)
-        value = found.loss if alarm.measure == "loss" else found.gap
-    risk = _sign(alarm) * value
-    flagged, rule = _flagged(alarm, risk, first)
+        layer, value = None, getattr(watched.losses(model, context), alarm.measure)
+    # 1 where high values are at risk, -1 where low ones are.
+    sign = MEASURES.find(_MEASURES[alarm.measure]).sign_for("flag")
+    risk = sign * value
+    flagged, rule = _flag(alarm, risk, sign, first)
     # Stable, so that equals stay in the order of the data; NaN sorts last.
     order = np.argsort(-risk, kind="stable")
     rank = np.empty(len(value), dtype=np.int64)
@@ -140,23 +135,24 @@ def answer_codes(answers: Sequence[tuple[int, ...]]) -> np.ndarray:
 def write_at_risk(folder: Path, ids: Sequence[str], found: AtRisk, step: int) -> None:
     """Write `at_risk.parquet` and `at_risk.jsonl` into the folder, the examples most at risk first."""
     order = np.argsort(found.rank)
-    columns = {
-        "example_id": pa.array([ids[row] for row in order], pa.string()),
-        "value": pa.array(np.asarray(found.value, dtype=np.float64)[order], from_pandas=True),
-        "rank": pa.array(found.rank[order]),
-        "flagged": pa.array(found.flagged[order]),
-        "rule": pa.array([found.rule] * len(order), pa.string()),
-        "measure": pa.array([found.measure] * len(order), pa.string()),
-        "layer": pa.array([found.layer] * len(order), pa.int32()),
-        "step": pa.array([step] * len(order), pa.int64()),
-    }
-    table = pa.table(columns)
+    table = pa.table(
+        {
+            "example_id": pa.array([ids[row] for row in order], pa.string()),
+            "value": pa.array(np.asarray(found.value, dtype=np.float64)[order], from_pandas=True),
+            "rank": pa.array(found.rank[order]),
+            "flagged": pa.array(found.flagged[order]),
+            "rule": pa.array([found.rule] * len(order), pa.string()),
+            "measure": pa.array([found.measure] * len(order), pa.string()),
+            "layer": pa.array([found.layer] * len(order), pa.int32()),
+            "step": pa.array([step] * len(order), pa.int64()),
+        }
+    )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
     write_durably(folder / f"{AT_RISK}.jsonl", [lines.encode()])
-    write_table(folder / f"{AT_RISK}.parquet", table)
+    write_table(folder / f"{AT_RISK}.parquet", table, compression="zstd")
 
 
-def _psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) -> tuple[int, np.ndarray]:
+def _compute_psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) -> tuple[int, np.ndarray]:
     codes = answer_codes(watched.answers(model))
     wanted = [-1] if alarm.layer == "last" else None if alarm.layer == "smi" else [int(alarm.layer)]
     states = watched.states(model, context, wanted)
@@ -168,20 +164,13 @@ def _psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Context) ->
     return layer, value
 
 
-def _sign(alarm: Alarm) -> int:
-    """Return 1 where high values are at risk, -1 where low ones are."""
-    return MEASURES.find(_MEASURES[alarm.measure]).sign_for("flag")
-
-
-def _flagged(alarm: Alarm, risk: np.ndarray, first: float) -> tuple[np.ndarray, str]:
+def _flag(alarm: Alarm, risk: np.ndarray, sign: int, first: float) -> tuple[np.ndarray, str]:
     """Return the flagged examples, and the rule in words; NaN is never flagged."""
-    sign = _sign(alarm)
     if alarm.quantile is not None:
         count = int(np.ceil(alarm.quantile * np.isfinite(risk).sum()))
         flagged = np.zeros(len(risk), dtype=bool)
         flagged[np.argsort(-risk, kind="stable")[:count]] = True
         return flagged & np.isfinite(risk), f"the {alarm.quantile:.4g} of the examples most at risk by {alarm.measure}"
-    tuned = alarm.threshold is not None
-    limit = alarm.threshold if alarm.threshold is not None else {"psmi": 0.0, "gap": 0.0, "loss": first}[alarm.measure]
-    words = f"{alarm.measure} {'>=' if sign > 0 else '<='} {limit:.6g}" + ("" if tuned else " (untuned)")
-    return risk >= sign * limit, words
+    untuned = {"psmi": 0.0, "gap": 0.0, "loss": first}[alarm.measure]
+    limit, note = (untuned, " (untuned)") if alarm.threshold is None else (alarm.threshold, "")
+    return risk >= sign * limit, f"{alarm.measure} {'>=' if sign > 0 else '<='} {limit:.6g}{note}"

@@ -1,33 +1,41 @@
 """A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
 
-import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.models import model_fingerprint
+from vestige.online import ID_KEY, CarriedIds, RowsWithIds
 from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import list_epochs
-from vestige.storage import make_folder, remove_durably, write_durably
-from vestige.training._alarm import AT_RISK, Alarm, Trigger, answer_codes, at_risk, write_at_risk
-from vestige.training._checkpoint import (
+from vestige.storage import make_folder, remove_durably
+from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
+from vestige.training._examples import Losses, Watched, example_losses, leave_no_trace
+from vestige.training._store import (
+    AT_RISK,
+    FORMAT,
+    KIND,
+    RECORD,
+    TrainingRun,
     checkpoint_folder,
     checkpoint_steps,
     keep_last_optimizer,
-    planned_steps,
+    merge_losses,
+    open_log,
+    plan_steps,
     remove_after,
     write_checkpoint,
+    write_losses,
+    write_record,
 )
-from vestige.training._listener import Listener
-from vestige.training._log import StepLog, StepRecord, read_steps
-from vestige.training._losses import unnoticed
-from vestige.training._store import FORMAT, KIND, LOG, RECORD, merge_losses, read_at_risk, write_losses
 
 
 class Recorder(TrainerCallback):
@@ -77,22 +85,29 @@ class Recorder(TrainerCallback):
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
         self._keep_optimizer = keep_optimizer
-        self._log = StepLog(self.folder / LOG)
+        self._log = open_log(self.folder)
+        self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
         self._steps: frozenset[int] = frozenset()
         self._rates: list[float] = []
         self._entries: list[dict[str, Any]] = []
         self._rate = 0.0
-        self._listener = Listener(trainer, id_column)
-        self._train = self._listener.watched(trainer.train_dataset)
+        self._listener = _Listener(trainer, id_column)
+        self._train = self._watch_rows(trainer.train_dataset, id_column)
         rows = trainer.train_dataset if isinstance(watch, str) else watch
-        self._watch = None if rows is None else self._listener.watched(rows)
+        self._watch = None if rows is None else self._watch_rows(rows, id_column)
         trainer.add_callback(self)
+
+    def _watch_rows(self, rows: Any, id_column: str) -> Watched:
+        """Return rows that are measured beside the training, collated as the Trainer does."""
+        rows = rows if isinstance(rows, RowsWithIds) else RowsWithIds(rows, id_column)
+        collate = self._trainer._get_collator_with_removed_columns(self._trainer.data_collator)
+        return Watched(rows, collate, self._trainer.args.per_device_eval_batch_size)
 
     @property
     def last_step(self) -> tuple[list[str], np.ndarray]:
-        """Ids and losses of the step that is being taken."""
-        return self._listener.ids, self._listener.losses
+        """Ids and losses of the step that is being taken, in the order in which the model saw the examples."""
+        return self._listener.ids, self._listener.column("loss")
 
     def release(self) -> None:
         """Restore the Trainer, with what was recorded on disk. A second time does nothing."""
@@ -105,7 +120,7 @@ class Recorder(TrainerCallback):
         self._open(state.global_step)
         per_epoch = max(1, ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
         epochs = list_epochs(self._epochs, state.max_steps / per_epoch)
-        self._steps = frozenset(planned_steps(epochs, per_epoch, state.max_steps))
+        self._steps = frozenset(plan_steps(epochs, per_epoch, state.max_steps))
         self._read_log(state.global_step)
         if self.alarm is not None and self.alarm.measure == "psmi":
             answer_codes(self._train.answers(self._trainer.model))
@@ -120,10 +135,10 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Log the step, update the alarm, and save a checkpoint if one is due."""
         ids, losses = self.last_step
-        self._log.add(StepRecord(state.global_step, ids, losses, self._listener.targets, self._rate))
+        self._log.add(state.global_step, ids, losses, self._listener.column("targets"), [self._rate] * len(ids))
         self._rates.append(self._rate)
-        self._listener.forget()
-        if self._trigger is not None and self._trigger.hears(losses):
+        self._listener.seen = []
+        if self._trigger is not None and self._trigger.update(losses):
             self._ring(state.global_step)
         if state.global_step in self._steps:
             self._save(state.global_step)
@@ -146,7 +161,7 @@ class Recorder(TrainerCallback):
         Raises:
             IndexMismatch: It holds another training.
         """
-        held = read_steps(self.folder / LOG)
+        held = self._held.steps
         last = held["step"][-1].as_py() if len(held) else 0
         if step == 0 and last and not self._overwrite:
             raise IndexMismatch(
@@ -157,23 +172,23 @@ class Recorder(TrainerCallback):
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise IndexMismatch(f"{self.folder} holds other files and is left alone. Give another folder.")
             make_folder(self.folder)
-            write_durably(self.folder / RECORD, [self._header()])
+            write_record(self.folder, self._header())
         if last < step:
             announce(f"{self.folder} ends at step {last}, the training goes on after step {step}: a gap remains.")
         remove_after(self.folder, step)
         self._log.begin(step)
-        found = read_at_risk(self.folder)
+        found = self._held.at_risk
         if found is not None and found["step"][0].as_py() > step:
             for kind in ("parquet", "jsonl"):
                 remove_durably(self.folder / f"{AT_RISK}.{kind}")
         merge_losses(self.folder)
 
-    def _header(self) -> bytes:
+    def _header(self) -> dict[str, Any]:
         args = self._trainer.args.to_dict()
         plain = {name: value for name, value in args.items() if isinstance(value, str | int | float | bool | None)}
         model = self._trainer.model
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        header = {
+        return {
             "format": FORMAT,
             "kind": KIND,
             "vestige": version("vestige"),
@@ -181,11 +196,10 @@ class Recorder(TrainerCallback):
             "examples": len(self._trainer.train_dataset),
             "arguments": plain,
         }
-        return (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode()
 
     def _read_log(self, step: int) -> None:
         """Set rates and the alarm to where they were after `step`."""
-        table = self._log.table()
+        table = self._held.steps
         steps, rates, losses = (table[name].to_numpy() for name in ("step", "learning_rate", "loss"))
         saved = [done for done in checkpoint_steps(self.folder) if 0 < done <= step]
         before = saved[-1] if saved else 0
@@ -203,14 +217,14 @@ class Recorder(TrainerCallback):
         window = min(self.alarm.window, len(self._trainer.train_dataset))
         self._trigger = Trigger(self.alarm.below, window)
         for number in np.unique(steps):
-            self._trigger.hears(losses[steps == number])
+            self._trigger.update(losses[steps == number])
 
     def _ring(self, step: int) -> None:
         assert self.alarm is not None
         assert self._trigger is not None
         assert self._trigger.first is not None
-        context = self._trainer.accelerator.autocast
-        found = at_risk(self.alarm, self._train, self._trainer.model, self._trigger.first, context)
+        trainer, first = self._trainer, self._trigger.first
+        found = find_at_risk(self.alarm, self._train, trainer.model, first, trainer.accelerator.autocast)
         write_at_risk(self.folder, self._train.ids, found, step)
         announce(
             f"Alarm at step {step}: losses are below {self.alarm.below:.0%} of what they were; {found.flagged.sum():,} "
@@ -232,11 +246,75 @@ class Recorder(TrainerCallback):
                 write_losses(unfinished, step, self._watch.ids, found)
 
         # Saving writes files and draws nothing, but what a library does there is not in our hands.
-        with unnoticed(self._trainer.model):
+        with leave_no_trace(self._trainer.model):
             write_checkpoint(self._trainer, folder, self._entries, add)
         if not self._keep_optimizer:
             keep_last_optimizer(self.folder)
         merge_losses(self.folder)
+
+
+class _Listener:
+    """Ids travel with the rows of a Trainer, and losses are read from its forward passes; nothing else is changed."""
+
+    def __init__(self, trainer: Any, id_column: str) -> None:
+        self._trainer = trainer
+        self.seen: list[tuple[list[str], Losses]] = []
+        """Ids and measurements of each batch of the step that is being taken."""
+        self._ids: list[str] = []
+        self._labels: Tensor | None = None
+        self._hook: Any = None
+        self._carried = CarriedIds(trainer, id_column, self._training_step)
+
+    @property
+    def ids(self) -> list[str]:
+        """Examples of the step, in the order in which the model saw them."""
+        return [name for ids, _ in self.seen for name in ids]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one of their measurements, by its name in `Losses`."""
+        return np.concatenate([getattr(losses, name) for _, losses in self.seen] or [np.zeros(0)])
+
+    def begin(self) -> None:
+        """Record the forward passes of training from now on."""
+        self.end()
+        self._hook = self._trainer.model.register_forward_hook(self._measure, with_kwargs=True)
+
+    def end(self) -> None:
+        """Stop recording, and keep nothing in memory."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.seen, self._labels = [], None
+
+    def release(self) -> bool:
+        """Restore the Trainer; return whether there was anything to undo."""
+        self.end()
+        return self._carried.release()
+
+    def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        # In-run scores may travel with the rows already, and need the ids too.
+        ids = inputs.pop(ID_KEY, None) if self._carried.first else inputs.get(ID_KEY)
+        labels = inputs.get("labels")
+        if ids is None or not isinstance(labels, Tensor):
+            missing = "ids: build the training loader with the Trainer's own collator" if ids is None else "`labels`"
+            raise DataError(f"The batch has no {missing}.")
+        before, self._labels = len(self.seen), labels
+        self._ids = list(ids)
+        try:
+            return self._carried.plain_step(model, inputs, num_items_in_batch)
+        finally:
+            self._labels = None
+            if len(self.seen) == before and self._ids:
+                announce("The model gave no logits for a batch: its losses are recorded as missing.")
+                empty = np.full(len(self._ids), np.nan)
+                self.seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64))))
+
+    def _measure(self, module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:  # noqa: ARG002
+        """Measure the losses of the batch from the logits that the training computes anyway."""
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if self._labels is not None and isinstance(logits, Tensor) and module.training:
+            labels, self._labels = self._labels, None
+            self.seen.append((self._ids, example_losses(logits.detach(), labels.to(logits.device))))
 
 
 def _refuse_unsupported(trainer: Trainer, out: Path) -> None:

@@ -1,6 +1,10 @@
-"""A recorded training on disk, open for questions."""
+"""A recorded training on disk: its record, tables and checkpoints, each whole or absent, and open for questions."""
 
-from collections.abc import Sequence
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +13,38 @@ import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige.errors import CorruptFile, UserError
+from vestige.models import write_model
+from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import first_problem, parse_object
-from vestige.training._alarm import AT_RISK
-from vestige.training._checkpoint import checkpoint_folder, checkpoint_steps
-from vestige.training._log import read_steps
-from vestige.training._losses import Losses
-from vestige.training._tables import read_table, write_table
+from vestige.storage import remove_strays, remove_tree, stage_folder, write_durably
+from vestige.tables import write_table
+from vestige.training._examples import Losses
 
 FORMAT = 1
 KIND = "training"
-RECORD, LOG, LOSSES, MEMBERSHIP = "run.json", "log", "losses.parquet", "membership.parquet"
+RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.parquet", "at_risk"
+_LOG, _OPTIMIZER = "log", "optimizer.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
+_IN_CHECKPOINT = (
+    *("*.safetensors", "*.json", "*.bin", "*.model", "*.jinja", _OPTIMIZER, "scheduler.pt", "rng_state*.pth"),
+    *("merges.txt", "vocab.txt", "README.md", LOSSES),
+)
+"""What the Trainer, models and tokenizers write into a checkpoint."""
+RESULT_FILES = (
+    *(RECORD, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
+    *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
+)
+"""What a training consists of, as for `require_no_others`."""
+_STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("example_id", pa.string()),
+        ("loss", pa.float64()),
+        ("targets", pa.int64()),
+        ("learning_rate", pa.float64()),
+    ]
+)
 
 
 class _Identity(BaseModel):
@@ -99,13 +125,18 @@ class TrainingRun:
 
     @property
     def steps(self) -> pa.Table:
-        """Every example of every step in order: step, example_id, loss, targets, learning_rate."""
-        return read_steps(self.folder / LOG)
+        """Every example of every step, in the order in which the model took them.
+
+        Columns: step (from 1), example_id, loss (mean per target token before the step, with dropout as it fell, nats;
+        NaN without a target), targets, learning_rate (of the first parameter group).
+        """
+        return read_steps(self.folder / _LOG, _STEPS)
 
     @property
     def at_risk(self) -> pa.Table | None:
         """The findings of the alarm, the examples most at risk first; None if it was not triggered."""
-        return read_at_risk(self.folder)
+        path = self.folder / f"{AT_RISK}.parquet"
+        return read_table(path) if path.is_file() else None
 
     def __repr__(self) -> str:
         steps, found = list(self.checkpoints), self.at_risk
@@ -120,6 +151,11 @@ class TrainingRun:
         if not path.is_file():
             raise UserError(f"{self.folder} has no {name}. {reason}")
         return read_table(path)
+
+
+def open_log(folder: Path) -> StepLog:
+    """Return the log of a training, to write."""
+    return StepLog(folder / _LOG, _STEPS)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -147,6 +183,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into `run.json`."""
+    write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Return sixteen hexadecimal digits of the sha256 over the identity."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) -> None:
     """Write the losses of a checkpoint into its folder."""
     table = pa.table(
@@ -158,7 +205,7 @@ def write_losses(folder: Path, step: int, ids: Sequence[str], losses: Losses) ->
             "targets": pa.array(losses.targets, pa.int64()),
         }
     )
-    write_table(folder / LOSSES, table)
+    write_table(folder / LOSSES, table, compression="zstd")
 
 
 def merge_losses(folder: Path) -> None:
@@ -166,10 +213,54 @@ def merge_losses(folder: Path) -> None:
     found = [checkpoint_folder(folder, step) / LOSSES for step in checkpoint_steps(folder)]
     tables = [read_table(path) for path in found if path.is_file()]
     if tables:
-        write_table(folder / LOSSES, pa.concat_tables(tables))
+        write_table(folder / LOSSES, pa.concat_tables(tables), compression="zstd")
 
 
-def read_at_risk(folder: Path) -> pa.Table | None:
-    """Return what the alarm found, None if it was not triggered."""
-    path = folder / f"{AT_RISK}.parquet"
-    return read_table(path) if path.is_file() else None
+def plan_steps(epochs: Iterable[float], per_epoch: int, last: int) -> list[int]:
+    """Return the steps after which to save: those nearest to the epochs, halves rounded up, and the last one."""
+    return sorted({min(last, int(epoch * per_epoch + 0.5)) for epoch in epochs} | {last})
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
+    return folder / f"checkpoint-{step}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in the folder, ascending; each of them is whole."""
+    found = (_NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*"))
+    return sorted(int(match[1]) for match in found if match is not None)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, and one that a kill has cut short."""
+    remove_strays(folder)
+    for path in [path for path in folder.glob("checkpoint-*") if _UNFINISHED.fullmatch(path.name)]:
+        remove_tree(path)
+    for later in reversed(checkpoint_steps(folder)):
+        if later > step:
+            remove_tree(checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone"))
+
+
+def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
+    """Write a new checkpoint's folder, whole or not at all.
+
+    It holds the model or its adapter, the tokenizer, `trainer_state.json` with `log` as its `log_history` and, after
+    the first step, the states of optimizer, scheduler and random numbers, under the names that the Trainer gives them;
+    `add` writes what else belongs to it into the unfinished folder.
+    """
+    with stage_folder(folder) as unfinished:
+        write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
+        if trainer.state.global_step:
+            trainer._save_optimizer_and_scheduler(str(unfinished))
+            trainer._save_rng_state(str(unfinished))
+        state = copy.copy(trainer.state)
+        state.log_history = list(log)
+        state.save_to_json(str(unfinished / "trainer_state.json"))
+        add(unfinished)
+
+
+def keep_last_optimizer(folder: Path) -> None:
+    """Remove the state of the optimizer from all checkpoints but the last."""
+    for step in checkpoint_steps(folder)[:-1]:
+        (checkpoint_folder(folder, step) / _OPTIMIZER).unlink(missing_ok=True)

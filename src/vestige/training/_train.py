@@ -1,11 +1,9 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
-import random
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,24 +14,59 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, NonFinite, SpecError
+from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import TrainSettings, verb
-from vestige.storage import check_disk
+from vestige.storage import (
+    check_disk,
+    differences,
+    make_folder,
+    mismatch_message,
+    remove_result,
+    remove_strays,
+    require_no_others,
+)
+from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._checkpoint import checkpoint_folder, checkpoint_steps, planned_steps, remove_after, trained_bytes
-from vestige.training._identity import identity_of, prepare_run, remove_run, write_record
+from vestige.training._examples import (
+    Rows,
+    WeightedTrainer,
+    announce_weights,
+    members_of,
+    only_answers,
+    pad,
+    read_weights,
+    restore_randomness,
+    with_weights,
+)
 from vestige.training._recorder import Recorder
-from vestige.training._rows import Rows, members_of, only_answers, padded
-from vestige.training._store import MEMBERSHIP, TrainingRun, read_record
-from vestige.training._tables import write_table
-from vestige.training._weights import WeightedTrainer, announce_weights, weighted, weights_of
+from vestige.training._store import (
+    FORMAT,
+    KIND,
+    MEMBERSHIP,
+    RECORD,
+    RESULT_FILES,
+    TrainingRun,
+    checkpoint_folder,
+    checkpoint_steps,
+    identity_digest,
+    plan_steps,
+    read_record,
+    remove_after,
+    write_record,
+)
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+_ELSEWHERE = (
+    *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat"),
+    *("overwrite", "checkpoints", "keep_optimizer", "precision", "group"),
+)
+"""Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
+nothing of the result."""
 
 
 @verb(TrainSettings)
@@ -50,33 +83,30 @@ def train(settings: TrainSettings) -> TrainingRun:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return train_loaded(settings, loaded, read_data(settings, settings.data, loaded))
-
-
-def train_loaded(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> TrainingRun:
-    """Run `train` for a model and data that are loaded already."""
+    data = read_data(settings, settings.data, loaded)
     if settings.loss == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    weights = weights_of(data)
+    weights = read_weights(data)
     if weights is not None:
         announce_weights(data, weights)
-        data = weighted(data, weights)
+        data = with_weights(data, weights)
     if settings.overwrite:
-        remove_run(settings.out)
-    groups = _groups(settings, data)
-    plan = _plan(settings, data, weights, groups)
-    identity = identity_of(settings, loaded, data, plan.steps, plan.checkpoints)
+        remove_result(settings.out, RESULT_FILES, RECORD)
+    old = read_record(settings.out)
+    groups = _group(settings, data, old)
+    plan = _make_plan(settings, data, weights, groups)
+    identity = _identify(settings, loaded, data, plan)
     if (copies := describe_copies(groups, settings.group)) is not None:
         announce(copies)
         identity["group"] = settings.group or "copies"
-    prepare_run(settings.out, identity, settings, {"model": loaded.name, "data": data.name})
+    _prepare_folder(settings, old, identity, {"model": loaded.name, "data": data.name})
     done = checkpoint_steps(settings.out)
-    if done and done[-1] == plan.steps and "seconds" in (read_record(settings.out) or {}):
+    if old is not None and "seconds" in old and done and done[-1] == plan.steps:
         announce(f"{settings.out}: this training is finished; nothing was done.")
         return TrainingRun.open(settings.out)
-    write_table(settings.out / MEMBERSHIP, _membership(data, plan.members))
+    write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    with own_randomness(), quiet_transformers(), warnings.catch_warnings():
+    with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
         # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
         warnings.simplefilter("ignore", UserWarning)
         _run(settings, loaded, data, plan)
@@ -99,14 +129,13 @@ class _Plan:
     checkpoints: list[int]
 
 
-def _groups(settings: TrainSettings, data: TokenizedData) -> Int[np.ndarray, "example"]:
+def _group(settings: TrainSettings, data: TokenizedData, old: dict[str, Any] | None) -> Int[np.ndarray, "example"]:
     """Group the examples of which all are trained on or none; an old training by single rows continues like that."""
-    old = read_record(settings.out)
     by_row = old is not None and "group" not in (old.get("identity") or {}) and settings.group is None
     return np.arange(len(data)) if by_row or settings.split_fraction == 1 else token_groups(data, settings.group)
 
 
-def _plan(
+def _make_plan(
     settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
 ) -> _Plan:
     members = members_of(groups, settings.split_fraction, settings.split_seed)
@@ -121,37 +150,85 @@ def _plan(
     batches = -(-len(rows) // settings.batch_size)
     per_epoch = -(-batches // settings.accumulation)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
-    return _Plan(members, rows, weights, steps, planned_steps(settings.checkpoint_epochs, per_epoch, steps))
+    return _Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
 
 
-def _membership(data: TokenizedData, members: np.ndarray) -> pa.Table:
+def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
     examples = list(data.examples)
-    return pa.table(
-        {
-            "example_id": pa.array([example.id for example in examples], pa.string()),
-            "member": pa.array(members),
-            "source": pa.array([example.source for example in examples], pa.string()),
-            "label": pa.array([example.label for example in examples], pa.string()),
+    ids, *texts = ([getattr(example, name) for example in examples] for name in ("id", "source", "label"))
+    columns = [pa.array(ids, pa.string()), pa.array(members), *(pa.array(text, pa.string()) for text in texts)]
+    return pa.table(columns, names=["example_id", "member", "source", "label"])
+
+
+def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> dict[str, Any]:
+    """Return everything that decides the result, in JSON terms; the length of the training and its checkpoints too.
+
+    Two training runs that differ in epochs alone are different ones from the first step on, because the learning rate
+    falls otherwise.
+    """
+    return {
+        "format": FORMAT,
+        "model": loaded.fingerprint,
+        "data": data.fingerprint,
+        "examples": len(data),
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        **{name: value for name, value in settings.record().items() if name not in _ELSEWHERE},
+        "steps": plan.steps,
+        "checkpoints": plan.checkpoints,
+    }
+
+
+def _prepare_folder(
+    settings: TrainSettings, old: dict[str, Any] | None, identity: dict[str, Any], names: dict[str, str]
+) -> None:
+    """Prepare the folder with the record of this training, new or as an interrupted one has left it.
+
+    Raises:
+        IndexMismatch: It holds a training with other settings; nothing was changed.
+        UserError: It holds something else.
+    """
+    folder = settings.out
+    if old is None:
+        require_no_others(folder, ())
+    elif old.get("identity") is None:
+        raise UserError(f"{folder} was recorded from a Trainer of your own. Give another --out.")
+    elif found := differences(old["identity"], identity, old["names"], names):
+        raise IndexMismatch(mismatch_message(f"The training in {folder}", found))
+    make_folder(folder)
+    remove_strays(folder)
+    if old is None:
+        record = {
+            "format": FORMAT,
+            "kind": KIND,
+            "vestige": version("vestige"),
+            "id": identity_digest(identity),
+            "command": settings.command_line("train"),
+            "config": settings.record(),
+            "identity": identity,
+            "names": names,
         }
-    )
+        write_record(folder, record)
 
 
 def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> None:
-    model = _model(settings, loaded)
+    lora = None
+    if settings.lora_rank is not None:
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    model = trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
     _announce(settings, model, plan, len(data))
     done = [step for step in checkpoint_steps(settings.out) if step]
     last = done[-1] if done else 0
     remove_after(settings.out, last)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
         watcher = _Watcher(bar)
-        rows = Rows(data, plan.rows, plan.weights)
-        trainer = _trainer(settings, loaded, model, rows, plan, _eval_size(settings, loaded, data))
+        eval_size = max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
+        trainer = _make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
         trainer.add_callback(watcher)
         watcher.recorder = Recorder(
             trainer,
             settings.out,
             checkpoints=settings.checkpoints,
-            alarm=_alarm(settings),
+            alarm=_make_alarm(settings),
             watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
@@ -160,15 +237,8 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
     watcher.recorder.release()
 
 
-def _model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
-    lora = None
-    if settings.lora_rank is not None:
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
-    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
-
-
-def _trainer(
-    settings: TrainSettings, loaded: LoadedModel, model: nn.Module, rows: Rows, plan: _Plan, eval_size: int
+def _make_trainer(
+    settings: TrainSettings, tokenizer: Any, model: nn.Module, rows: Rows, plan: _Plan, eval_size: int
 ) -> Trainer:
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
@@ -204,30 +274,18 @@ def _trainer(
     # Other GPUs that are visible would be trained on too, on parts of each batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     make = Trainer if plan.weights is None else WeightedTrainer
-    trainer = make(
-        model=model, args=arguments, train_dataset=rows, data_collator=padded, processing_class=loaded.tokenizer
-    )
+    trainer = make(model=model, args=arguments, train_dataset=rows, data_collator=pad, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _eval_size(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData) -> int:
-    return max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
-
-
-def _alarm(settings: TrainSettings) -> Alarm | None:
+def _make_alarm(settings: TrainSettings) -> Alarm | None:
     if not settings.alarm:
         return None
     layer: Any = settings.alarm_layer
-    return Alarm(
-        measure=settings.alarm_measure,
-        layer=int(layer) if layer.isdigit() else layer,
-        below=settings.alarm_below,
-        window=settings.alarm_window,
-        threshold=settings.alarm_threshold,
-        quantile=settings.alarm_quantile,
-        seed=settings.seed,
-    )
+    names = ("measure", "below", "window", "threshold", "quantile")
+    given = {name: getattr(settings, f"alarm_{name}") for name in names}
+    return Alarm(**given, layer=int(layer) if layer.isdigit() else layer, seed=settings.seed)
 
 
 class _Watcher(TrainerCallback):
@@ -248,22 +306,12 @@ class _Watcher(TrainerCallback):
         self._bar.advance()
 
 
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Restore the caller's random numbers afterwards: the Trainer sets every seed there is."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def _announce(settings: TrainSettings, model: nn.Module, plan: _Plan, examples: int) -> None:
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    size = trained_bytes(model)
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    saved = learning if hasattr(model, "peft_config") else [*model.parameters()]
+    size = sum(weight.numel() * weight.element_size() for weight in saved)
     states = len(plan.checkpoints) if settings.keep_optimizer else 1
+    trained = sum(weight.numel() for weight in learning)
     moments = 2 * 4 * trained if settings.optimizer == "adamw" else 0
     missing = len(plan.checkpoints) - len(checkpoint_steps(settings.out))
     check_disk(settings.out, missing * size + min(states, max(missing, 0)) * moments if missing > 0 else 0)

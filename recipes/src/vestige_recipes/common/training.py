@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vestige.data import load_examples, tokenize
-from vestige.models import Precision, Recipe, Step, load_model, save_trained, shuffled_batches, train, trainable_copy
+from vestige.models import Precision, Recipe, Step, load_model, save_trained, shuffle_batches, train, trainable_copy
 from vestige.progress import announce, progress
 from vestige.storage import make_folder, remove_durably, write_durably
 
@@ -84,7 +84,7 @@ def trained(
         return found
     loaded = load_model(start, precision=precision)
     texts = tokenize(load_examples(str(data)), loaded.tokenizer, max_length=loaded.context_length, name=data.name)
-    batches = shuffled_batches(texts, np.arange(len(texts)), training.batch_size, training.steps, seed)
+    batches = shuffle_batches(texts, np.arange(len(texts)), training.batch_size, training.steps, seed)
     model = trainable_copy(loaded, lora_rank=lora_rank, from_scratch=from_scratch, seed=seed)
     make_folder(out)
     made_of = [loaded.fingerprint, texts.fingerprint, training, seed, steps, from_scratch, optimizer, lora_rank]

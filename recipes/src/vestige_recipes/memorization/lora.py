@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vestige.measures import choose_layer, mahalanobis, psmi
-from vestige.models import LoadedModel, Recipe, Step, shuffled_batches, train, trainable_copy
+from vestige.models import LoadedModel, Recipe, Step, shuffle_batches, train, trainable_copy
 from vestige.progress import announce, progress
 from vestige.storage import write_durably
 from vestige_recipes.memorization.prompts import Prompts, read
@@ -59,7 +59,7 @@ def _follow(
     model = trainable_copy(loaded, lora_rank=plan.rank, seed=seed)
     device = next(model.parameters()).device.type
     steps = plan.epochs * -(-count // plan.batch_size)
-    batches = shuffled_batches(prompts.data, np.arange(count), plan.batch_size, steps, seed)
+    batches = shuffle_batches(prompts.data, np.arange(count), plan.batch_size, steps, seed)
     ids = [example.id for example in prompts.data.examples]
 
     def keep(moment: str, step: int) -> None:

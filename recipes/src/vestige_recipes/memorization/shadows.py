@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from vestige.measures import extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
-from vestige.models import LoadedModel, Recipe, Step, load_model, shuffled_batches, train, trainable_copy
+from vestige.models import LoadedModel, Recipe, Step, load_model, shuffle_batches, train, trainable_copy
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.prompts import Prompts, make_prompts, read
 from vestige_recipes.memorization.targets import (
@@ -172,7 +172,7 @@ def trained_gpt(
     rows = np.repeat(np.arange(len(repeats)), repeats)
     model, seen = trainable_copy(start, from_scratch=True, seed=seed), False
     each = -(-len(rows) // plan.batch_size)
-    batches = shuffled_batches(prompts.data, rows, plan.batch_size, plan.epochs * each, seed)
+    batches = shuffle_batches(prompts.data, rows, plan.batch_size, plan.epochs * each, seed)
     first = read(model, prompts, token_budget=_READ_AT_ONCE).measures["answer_loss"][rows]
 
     def after(step: Step) -> None:

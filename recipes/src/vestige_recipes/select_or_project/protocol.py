@@ -19,7 +19,7 @@ from torch import Tensor
 from vestige.data import TokenizedData, make_batch
 from vestige.evaluate import OnePassResult, Projection, one_pass_result
 from vestige.gradients import Gradients
-from vestige.models import Component, LoadedModel, load_model, summed_loss, trainable_copy
+from vestige.models import Component, LoadedModel, load_model, sum_loss, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 
@@ -60,7 +60,7 @@ class OneByOne:
         """Return the gradient of one example, tensor by tensor."""
         self.passes += 1
         batch = make_batch(self._data, np.array([place]))
-        loss = summed_loss(self._model, batch.to(self._parameters[0].device))
+        loss = sum_loss(self._model, batch.to(self._parameters[0].device))
         return list(torch.autograd.grad(loss, self._parameters))
 
     def whole(self, place: int) -> Tensor:

@@ -1,0 +1,327 @@
+"""Single examples of a training: as the Trainer reads them, how much each counts, and what is measured of them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from random import getstate, setstate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from vestige.data import NO_TARGET, Example, TokenizedData
+from vestige.errors import DataError
+from vestige.online import ID_KEY, quietly
+from vestige.progress import announce
+
+Context = Callable[[], AbstractContextManager[Any]]
+WEIGHT = "weight"
+"""Field of an example, and key of a batch, that says how much it counts."""
+
+
+class Losses(NamedTuple):
+    """What a model makes of some examples."""
+
+    loss: Float[np.ndarray, "example"]
+    """Mean cross-entropy per target token, nats, float64; NaN without a target."""
+    gap: Float[np.ndarray, "example"]
+    """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
+    targets: Int[np.ndarray, "example"]
+
+
+@torch.no_grad()
+def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
+    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
+
+    Args:
+        logits: At position t, of the token that `labels` names at t + 1.
+        labels: Unshifted, -100 where there is no target.
+    """
+    wanted = labels[:, 1:] != NO_TARGET
+    owners, counts = wanted.nonzero()[:, 0], wanted.sum(1)
+    chosen, target = logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
+    right = chosen.gather(1, target[:, None])[:, 0]
+    losses = F.cross_entropy(chosen, target, reduction="none")
+    gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
+    sums = torch.zeros(2, len(labels), dtype=torch.float64)
+    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps]).double().cpu())
+    numbers = counts.cpu().numpy()
+    means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
+    return Losses(means[0], means[1], numbers)
+
+
+@contextmanager
+def restore_randomness() -> Iterator[None]:
+    """Restore the random numbers of Python and NumPy afterwards; a Trainer sets every seed there is."""
+    python, numpy = getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
+    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
+    with restore_randomness(), quietly(model), torch.no_grad():
+        yield
+
+
+class Watched:
+    """Examples that are measured from outside while a model trains on them, or on others.
+
+    Args:
+        rows: Dictionaries as the collator takes them, each with its id.
+        collate: From rows to the model's keyword inputs, with `labels`, and the ids of the rows.
+        size: Rows in a batch.
+    """
+
+    def __init__(self, rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> None:
+        self._rows, self._collate, self._size = rows, collate, size
+        self.ids: list[str] = []
+        """The ids of the rows, once they have been measured."""
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of each batch, in the order of the rows.
+
+        Raises:
+            DataError: A batch has no labels.
+        """
+        for begin in range(0, len(self._rows), self._size):
+            rows = range(begin, min(begin + self._size, len(self._rows)))
+            batch = dict(self._collate([self._rows[row] for row in rows]))
+            if not isinstance(batch.get("labels"), Tensor):
+                raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
+            self.ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
+            # How much an example counts in training is no business of the model, nor of a measurement.
+            batch.pop(WEIGHT, None)
+            yield batch
+
+    def losses(self, model: nn.Module, context: Context) -> Losses:
+        """Measure losses and gaps of all rows at the present weights."""
+        with leave_no_trace(model), context():
+            passes = (_run(model, batch) for batch in self.batches())
+            parts = [example_losses(output.logits, labels) for output, labels in passes]
+        return Losses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def states(
+        self, model: nn.Module, context: Context, layers: Sequence[int] | None
+    ) -> dict[int, Float[np.ndarray, "example hidden"]]:
+        """Return hidden states where the answer is predicted, float32, of the layers requested; None: of all.
+
+        Layer 0 is the embedding, the last one (also -1) stands behind the final norm.
+
+        Raises:
+            DataError: There is no such layer.
+        """
+        found: dict[int, list[np.ndarray]] = {}
+        with leave_no_trace(model), context():
+            for batch in self.batches():
+                output, labels = _run(model, batch, output_hidden_states=True)
+                states = output.hidden_states
+                place = torch.as_tensor(_answers(labels)[0])
+                for layer in _resolve_layers(len(states), layers):
+                    state = states[layer].cpu()
+                    found.setdefault(layer, []).append(state[torch.arange(len(state)), place].float().numpy())
+        return {layer: np.concatenate(parts) for layer, parts in found.items()}
+
+    def answers(self, model: nn.Module) -> list[tuple[int, ...]]:
+        """Return the target tokens of every row; empty where there is none."""
+        with leave_no_trace(model):
+            return [answer for batch in self.batches() for answer in _answers(batch["labels"])[1]]
+
+
+def _answers(labels: Int[Tensor, "example token"]) -> tuple[Int[np.ndarray, "example"], list[tuple[int, ...]]]:
+    """Return the position that predicts each row's first target token (0 without one), and all its target tokens."""
+    rows = labels.cpu().numpy()
+    mask = rows != NO_TARGET
+    mask[:, :1] = False
+    place = np.where(mask.any(1), mask.argmax(1) - 1, 0)
+    return place, [tuple(row[kept].tolist()) for row, kept in zip(rows, mask, strict=True)]
+
+
+def _resolve_layers(count: int, layers: Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return list(range(1, count))
+    chosen = [layer + count if layer < 0 else layer for layer in layers]
+    if any(not 0 <= layer < count for layer in chosen):
+        raise DataError(f"The model has layers 0 to {count - 1}, and {', '.join(map(str, layers))} was requested.")
+    return chosen
+
+
+def _run(model: nn.Module, batch: dict[str, Any], **extra: Any) -> tuple[Any, Tensor]:
+    """Return the output of the model and the labels of a batch."""
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    labels = inputs.pop("labels")
+    return model(**inputs, use_cache=False, return_dict=True, **extra), labels
+
+
+_SPLIT = 0x5EED
+"""Sets the draw of the members apart from every other use of the same seed."""
+_SHOWN = 3
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Sums over a batch of weights in between, and what is divided by them, stay finite in float32."""
+
+
+def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
+    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
+
+    Raises:
+        DataError: The share is less than one group.
+    """
+    distinct = int(groups.max(initial=-1)) + 1
+    count = round(distinct * fraction)
+    if count < 1:
+        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
+    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
+
+
+def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
+    """Return the same examples with the answer as their only target: the completion without the end token.
+
+    Raises:
+        DataError: An example is no prompt with a completion, or its answer was cut off.
+    """
+    rows = zip(data.examples, data.targets, data.truncated, strict=True)
+    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
+    if lost:
+        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
+        raise DataError(
+            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
+            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
+        )
+    targets = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        if example.completion is None and "input_ids" not in example.extra:
+            raise DataError(
+                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
+                "neither. Leave --loss out to learn the whole text."
+            )
+        kept = mask.copy()
+        last = np.flatnonzero(mask)
+        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
+            kept[last[-1]] = False
+        targets.append(kept)
+    return TokenizedData(
+        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
+    )
+
+
+class Rows(Dataset):
+    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`, and `weight` if there are weights."""
+
+    def __init__(
+        self, data: TokenizedData, rows: Sequence[int] | np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
+        self._data, self._rows = data, [int(row) for row in rows]
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row = self._rows[place]
+        ids, mask = np.asarray(self._data.input_ids[row]), self._data.targets[row]
+        return {
+            "id": self._data.examples[row].id,
+            "input_ids": ids.astype(np.int64),
+            "labels": np.where(mask, ids, NO_TARGET).astype(np.int64),
+            **({} if self._weights is None else {WEIGHT: self._weights[row]}),
+        }
+
+
+def pad(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return rows in one batch, filled on the right with token 0: no target, and no causal model attends to it."""
+    width = max(1, *(len(row["input_ids"]) for row in features))
+    ids = np.zeros((len(features), width), dtype=np.int64)
+    labels = np.full((len(features), width), NO_TARGET, dtype=np.int64)
+    for place, row in enumerate(features):
+        ids[place, : len(row["input_ids"])] = row["input_ids"]
+        labels[place, : len(row["labels"])] = row["labels"]
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    if all(WEIGHT in row for row in features):
+        batch[WEIGHT] = torch.tensor([float(row[WEIGHT]) for row in features])
+    return batch
+
+
+def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
+    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
+
+    Raises:
+        DataError: One is negative, NaN, infinite or no number; the message names the row.
+    """
+    found = np.array([_weight(example, data.name) for example in data.examples], dtype=np.float32)
+    return None if (found == 1).all() else found
+
+
+def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
+    """Return the same data under a fingerprint that depends on the weights."""
+    digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
+    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
+
+
+def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
+    """Print that there are weights, and which examples they leave out."""
+    none = int((weights == 0).sum())
+    announce(
+        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
+        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
+        + (f" {none:,} with weight 0 are left out." if none else "")
+    )
+
+
+class WeightedTrainer(Trainer):
+    """A Trainer whose loss is the weighted mean over the target tokens of a step.
+
+    Of an example i with weight w and n target tokens, over all batches that a step accumulates:
+    `sum_i w_i sum_t loss_it / sum_i w_i n_i`, in nats. Each row of a batch has its weight in `weight`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # The loss is divided by the sum over the whole step, so the Trainer must not divide by the number of batches.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the batch's share in the loss of the step."""
+        labels, weights = inputs["labels"][:, 1:], inputs[WEIGHT]
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)})
+        wanted = labels != NO_TARGET
+        losses = F.cross_entropy(outputs.logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
+        total = self._weight_of(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = (losses * weights[wanted.nonzero()[:, 0]]).sum() / total
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Return the sum of the weights of all target tokens of a step."""
+        return torch.stack([self._weight_of(batch) for batch in batch_samples]).sum().to(device)
+
+    @staticmethod
+    def _weight_of(batch: dict[str, Any]) -> Tensor:
+        return (batch[WEIGHT] * (batch["labels"][:, 1:] != NO_TARGET).sum(1)).sum()
+
+
+def _weight(example: Example, name: str) -> float:
+    given = example.extra.get(WEIGHT)
+    # Tables hold texts: an empty cell is no weight.
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return 1.0
+    try:
+        number = float("nan") if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number == 0 or _SMALLEST <= number <= _LARGEST:
+        return number
+    raise DataError(
+        f"{name}, row {example.row} (id {example.id!r}): its `weight` is {given!r}, expected 0 or a positive number "
+        f"({_SMALLEST:g} to {_LARGEST:g}). Correct it, or rename the column if it is no weight."
+    )

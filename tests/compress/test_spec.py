@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 
 from vestige import registry
 from vestige.compress import COMPRESSORS, Stream, compressor, known_compressors, parse_spec
-from vestige.compress._identity import Identity
+from vestige.compress._maps import Identity
 from vestige.errors import SpecError
 
 CANONICAL = [

@@ -11,7 +11,7 @@ from tests.architectures import build
 from tests.methods.conftest import tokenized
 from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients
-from vestige.curvature import CurvatureData, _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac
+from vestige.curvature import CurvatureData, curvature_path, ekfac_of, fit_ekfac, fit_kfac
 from vestige.errors import ModelError
 from vestige.models import select_components
 
@@ -185,7 +185,7 @@ def test_rows_that_split_a_token_count_with_it_and_rows_that_cannot_be_told_apar
 def test_curvature_of_the_earlier_count_is_measured_again(tmp_path: Path, monkeypatch):
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "FORMAT", 1)
+        patch.setattr("vestige.curvature._fit.FORMAT", 1)
         ekfac_of(given, "model", tmp_path)
         old = curvature_path(tmp_path, "ekfac", given, "model")
     new = curvature_path(tmp_path, "ekfac", given, "model")

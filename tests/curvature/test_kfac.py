@@ -1,17 +1,18 @@
 """K-FAC and EK-FAC against explicit Kronecker products in float64."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.architectures import build
 from tests.methods.conftest import reordered
 from tests.reference import curvature as dense
-from vestige.curvature import _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac, kfac_of
-from vestige.curvature._blocks import find_blocks
-from vestige.curvature._labels import _draw, sampled_labels
+from vestige.curvature import curvature_path, ekfac_of, find_blocks, fit_ekfac, fit_kfac, kfac_of, sample_labels
+from vestige.data import Example, TokenizedData
 from vestige.errors import SpecError
 
 from .conftest import measured, name_of, random_vectors, reference_gradients
@@ -22,6 +23,21 @@ LAYERS = [
     ("gpt2", "transformer.h.0.mlp.c_fc"),
     ("neox", "gpt_neox.layers.0.mlp.dense_4h_to_h"),
 ]
+
+
+class Constant(nn.Module):
+    """A model with the same logits at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 1)
+        self.scores = torch.randn(7, generator=torch.Generator().manual_seed(0))
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 7))
 
 
 def joined(given, vectors) -> torch.Tensor:
@@ -123,22 +139,23 @@ def test_every_component_comes_back_in_its_place():
 
 def test_drawn_labels_depend_on_the_tokens_alone():
     given = measured("llama", "all", train=6)
-    alone = sampled_labels(given.model, given.data, 1, 0)
-    together = sampled_labels(given.model, given.data, 4096, 0)
-    backwards = sampled_labels(given.model, reordered(given.data, [5, 4, 3, 2, 1, 0]), 50, 0)
+    alone = sample_labels(given.model, given.data, 1, 0)
+    together = sample_labels(given.model, given.data, 4096, 0)
+    backwards = sample_labels(given.model, reordered(given.data, [5, 4, 3, 2, 1, 0]), 50, 0)
     for row, labels in enumerate(alone):
         assert np.array_equal(labels, together[row])
         assert np.array_equal(labels, backwards[5 - row])
         assert np.array_equal(labels != -100, given.data.targets[row])
-    others = sampled_labels(given.model, given.data, 4096, 1)
+    others = sample_labels(given.model, given.data, 4096, 1)
     assert any(not np.array_equal(one, other) for one, other in zip(alone, others, strict=True))
 
 
 def test_labels_are_drawn_with_the_probabilities_of_the_model():
-    logits = torch.randn(1, 7, generator=torch.Generator().manual_seed(0)).expand(10000, 7)
-    drawn = _draw(logits, (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000)
-    shares = torch.bincount(drawn, minlength=7) / 10000
-    assert torch.allclose(shares, torch.softmax(logits[0], -1), atol=2e-4)
+    model, ids = Constant(), np.arange(40001, dtype=np.int32) % 7
+    data = TokenizedData([Example("a", 0, text="a")], [ids], [np.arange(40001) > 0], np.zeros(1, dtype=bool), "a")
+    (labels,) = sample_labels(model, data, 4096, 0)
+    shares = torch.bincount(torch.from_numpy(labels[1:]), minlength=7) / 40000
+    assert torch.allclose(shares, torch.softmax(model.scores, -1), atol=0.01)
 
 
 @pytest.mark.parametrize("damping", [0.0, -0.1])
@@ -165,8 +182,7 @@ def test_kept_curvature_is_read_again_and_damage_is_mended(tmp_path: Path, monke
     path = curvature_path(tmp_path, "ekfac", given, "model")
     assert path is not None
     with monkeypatch.context() as patch:
-        patch.setattr(files, "fit_ekfac", lambda _: pytest.fail("computed again"))
-        patch.setattr(files, "fit_kfac", lambda _: pytest.fail("computed again"))
+        patch.setattr(given.model, "forward", lambda **_: pytest.fail("computed again"))
         again = ekfac_of(given, "model", tmp_path).precondition(asked, 0.1)
         assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
         again = kfac_of(given, "model", tmp_path).precondition_split(asked, 0.1)

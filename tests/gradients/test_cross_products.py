@@ -19,7 +19,7 @@ from vestige.gradients import (
     products,
     squared_norms,
 )
-from vestige.gradients._held import HeldGradients, Room
+from vestige.gradients._cross import HeldGradients, Room
 
 Pair = tuple[Tensor | OneHot, Tensor]
 
@@ -65,7 +65,7 @@ def test_products_in_small_blocks_are_the_same(one_hot, monkeypatch) -> None:
     expected = reference(first, second)
     for route, name, small in [
         ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 8 * 7 * 9 * 3),
-        ("second", "vestige.gradients._cost.HELD_NUMBERS", 66 * 3),
+        ("second", "vestige.gradients._factors.HELD_NUMBERS", 66 * 3),
         ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 1),
     ]:
         monkeypatch.setattr(cross, "cheapest_route", lambda *_, route=route, **__: route)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from vestige.compress._mask_files import MaskPart
+from vestige.compress._mask import MaskPart
 from vestige.compress._random import Stream, gaussians, permutation
 from vestige.errors import DataError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-from vestige.compress._types import Product
+from vestige.compress._maps import Product
 from vestige.errors import SpecError
 from vestige.registry import Registry
 

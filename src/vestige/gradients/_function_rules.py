@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vestige.errors import ModelError
+from vestige.gradients._factors import OneHot
 from vestige.gradients._rule_convolution import Geometry, watch_convolution
-from vestige.gradients._rules import Receive, keep, per_token, watch
-from vestige.gradients._types import OneHot
-from vestige.gradients._uses import MatrixUse, Weight, add_gradients
+from vestige.gradients._rules import MatrixUse, Receive, Weight, add_gradients, keep, per_token, watch
 
 
 @runtime_checkable

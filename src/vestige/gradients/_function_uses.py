@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vestige.gradients._function_rules import PRODUCTS, RULES
-from vestige.gradients._rules import Handle, Receive
-from vestige.gradients._uses import Owner, Weight, owner_of
+from vestige.gradients._rules import Handle, Owner, Receive, Weight, owner_of
 from vestige.models import Component, layer_kind
 
 _CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone")

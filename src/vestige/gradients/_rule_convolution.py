@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vestige.gradients._rules import Handle, Receive, keep, watch
-from vestige.gradients._uses import MatrixUse, Weight, add_gradients, owner_of
+from vestige.gradients._rules import Handle, MatrixUse, Receive, Weight, add_gradients, keep, owner_of, watch
 
 
 class Geometry(NamedTuple):

@@ -7,10 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._cross import Gradients, Piece, squared_norms
-from vestige.gradients._factors import materialise
-from vestige.gradients._held import held
-from vestige.gradients._types import Factor, Side
+from vestige.gradients._cross import Gradients, Piece, held, squared_norms
+from vestige.gradients._factors import Factor, Side, materialise
 from vestige.models import Component
 
 

@@ -1,16 +1,111 @@
 """Taps for modules: which one watches which kind, and what a module's own forward may do without one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vestige.gradients._function_uses import Forward, FunctionTap, FunctionUses, Takes
+from vestige.errors import ModelError
+from vestige.gradients._function_uses import Forward, FunctionTap, FunctionUses, Takes, table_of
 from vestige.gradients._rule_convolution import ConvolutionTap
-from vestige.gradients._rule_experts import ExpertsTap
-from vestige.gradients._rule_relative_bias import RelativeBiasTap
+from vestige.gradients._rule_replaced import ExpertsTap, RelativeBiasTap
 from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive
 from vestige.models import Component, LayerKind
+
+
+def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
+    """Make the activated layers of a model compute every example in its own row, until the handles are removed.
+
+    PEFT gathers the activated tokens of the whole batch in one list before it applies the matrices: no row of their
+    input belongs to an example. The same matrices applied to all tokens, and counted where PEFT counts them, give the
+    same output with the examples apart.
+    """
+    for _, layer, adapter in activated_layers(model):
+        yield _Exchanged(layer.lora_variant, adapter)
+
+
+def activated_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Yield the path of every layer with an activated adapter, the layer, and the adapter's name."""
+    for path, module in model.named_modules():
+        variants: Any = getattr(module, "lora_variant", None)
+        for adapter, variant in variants.items() if isinstance(variants, dict) else ():
+            if getattr(variant, "__name__", type(variant).__name__).startswith("ALora"):
+                yield path, module, adapter
+
+
+class _Exchanged:
+    """A variant that was replaced by `_RowByRow`."""
+
+    def __init__(self, variants: dict[str, Any], adapter: str) -> None:
+        self._variants, self._adapter, self._before = variants, adapter, variants[adapter]
+        variants[adapter] = _RowByRow
+
+    def remove(self) -> None:
+        self._variants[self._adapter] = self._before
+
+
+class _RowByRow:
+    """PEFT's variant of a linear layer, as a class with one static function."""
+
+    @staticmethod
+    def forward(layer: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Add the adapter's output at the last `alora_offsets[example]` tokens of every example."""
+        down, up = layer.lora_A[active_adapter], layer.lora_B[active_adapter]
+        tokens = result.shape[-2]
+        offsets = kwargs.get("alora_offsets") or [None] * len(result)
+        first = torch.tensor([tokens - min(offset or 0, tokens) for offset in offsets], device=result.device)
+        active = torch.arange(tokens, device=result.device) >= first[:, None]
+        dropout: Callable[[Tensor], Tensor] = layer.lora_dropout[active_adapter]
+        added = up(down(dropout(x.to(down.weight.dtype)))) * layer.scaling[active_adapter]
+        return torch.where(active[..., None], result + added.to(result.dtype), result)
+
+
+CHANGING = ("relative_bias", "experts")
+"""Kinds whose tap replaces a computation: the same numbers up to rounding, which is not the same bits."""
+
+
+def observable(component: Component) -> bool:
+    """Return whether the gradient of a component can be watched without changing how it is computed."""
+    return not any(use.kind in CHANGING for use in component.uses)
+
+
+def observe(
+    model: nn.Module, components: Sequence[Component], receive: Callable[[], Receive], by_function: bool = False
+) -> list[Handle]:
+    """Place taps on every use of the components; `receive()` returns their sink at the moment of the forward pass.
+
+    Unlike `GradientPass`, which freezes the weights and runs a loss of its own, this leaves the flags, the loss and the
+    backward pass to the caller. What a tap hands over is each example's share in the gradient of that loss, and the
+    shares add up to the gradient that autograd writes into `.grad`.
+
+    Args:
+        model: The model, whose own forward the caller runs.
+        components: What is watched.
+        receive: Where the factors go.
+        by_function: Whether parameters are read outside the forward of their module, as `GradientPass.by_function`
+            found: then every function of the model's forward is watched.
+
+    Raises:
+        ModelError: a component is not `observable`.
+    """
+    for component in components:
+        if not observable(component):
+            raise ModelError(f"{component.name} cannot be watched while it trains. Leave it out of the components.")
+    modules = modules_of(model, components)
+    activated = next(
+        (path for path, *_ in activated_layers(model) if any(name.startswith(path) for name in modules)), None
+    )
+    if activated is not None:
+        raise ModelError(
+            f"{activated} is an activated LoRA: it gathers the tokens of all examples, so none can be watched while it "
+            "trains. Train it first, then use `vestige index` on the checkpoints."
+        )
+    if not by_function:
+        return attach_all(modules.values(), receive)
+    uses = FunctionUses(table_of(model, components), receive)
+    return [*attach_all(modules.values(), receive, uses), *uses.around(model)]
+
 
 _TAPS: dict[LayerKind, Callable[..., LayerTap]] = {
     "linear": LinearTap,

@@ -39,4 +39,4 @@ class DataInfMethod(Preconditioned):
         """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
         measured = curvature_data(job, self.name, "data")
         units = self.once("units", lambda: mean_eigenvalues(measured))
-        return DataInf.damped(measured, units, job.settings.damping).precondition
+        return DataInf.with_damping(measured, units, job.settings.damping).precondition

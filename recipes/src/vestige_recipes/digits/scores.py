@@ -166,7 +166,7 @@ def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int)
     makers: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         "ekfac": lambda queries: fit_ekfac(sampled).precondition(queries, DAMPING),
         "kfac": lambda queries: fit_kfac(sampled).eigenbases().precondition(queries, DAMPING),
-        "datainf": lambda queries: DataInf.damped(given, mean_eigenvalues(given), DAMPING).precondition(queries),
+        "datainf": lambda queries: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(queries),
     }
     for name, solve in makers.items():
         timed = Timed()

@@ -5,9 +5,15 @@ from pydantic import ValidationError
 
 from tests.indexes.synthetic import build, draft, hashes, planned
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.indexes import CompressionIdentity, IndexedComponent, ModelIdentity, difference, read_manifest
-from vestige.indexes._difference import publish_manifest
-from vestige.indexes._manifest import expected_shards
+from vestige.indexes import (
+    CompressionIdentity,
+    IndexedComponent,
+    ModelIdentity,
+    difference,
+    expected_shards,
+    publish_manifest,
+    read_manifest,
+)
 
 
 def test_a_manifest_reads_back_equal_and_serialises_the_same(tmp_path):

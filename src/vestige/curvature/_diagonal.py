@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.errors import SpecError
-from vestige.gradients import Factor, Side, materialise
+from vestige.gradients import Factor, FactorSink, materialise
 
 CHUNK_NUMBERS = 2**25
 """Most numbers of whole gradients alive at once."""
@@ -28,7 +28,7 @@ def absolute_damping(damping: float, mean_eigenvalue: float) -> float:
     return damping * mean_eigenvalue or 1.0
 
 
-class WholeGradients(ABC):
+class WholeGradients(FactorSink, ABC):
     """A sink that hands on whole gradients, of one matrix after another and a few examples at a time.
 
     A square needs the whole gradient: the uses of a tied weight and the chunks of a loss have cross terms. Only the
@@ -48,10 +48,6 @@ class WholeGradients(ABC):
         """Start a batch."""
         self._batch, self._kept = examples, [[] for _ in self._shapes]
         self.examples += examples
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Keep the piece until the gradient is whole."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vestige.curvature._diagonal import DiagonalSink, absolute_damping
 from vestige.errors import ModelError
-from vestige.gradients import Factor, OneHot, Side, materialise
+from vestige.gradients import Factor, FactorSink, OneHot, materialise
 from vestige.models import Component
 
 BlockKind = Literal["matrix", "vector", "diagonal"]
@@ -198,7 +198,7 @@ def _solve(
     return [solved[number] for number in range(len(vectors))]
 
 
-class KroneckerSink:
+class KroneckerSink(FactorSink):
     """Accumulates S and A of every block over batches, in float32 (float64 for a float64 model).
 
     A vector has one "token" per example, its whole gradient, and its block is the exact Fisher matrix.
@@ -230,10 +230,6 @@ class KroneckerSink:
         self._batch, self._totals = examples, {}
         self._predicting, self._positions = predicting, None
         self._examples += examples
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
         """Note which tokens the rows of the next piece are."""

@@ -30,9 +30,9 @@ class FactorSink(Protocol):
     several times for one component and one example (tied weights, a loss computed in chunks): contributions add up.
     """
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Any:
-        """Return what to keep of one factor of component number `component`."""
-        ...
+    def reduce(self, component: int, side: Side, factor: Factor) -> Any:  # noqa: ARG002
+        """Return what to keep of one factor of component number `component`; unless overridden, the factor itself."""
+        return factor
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """Add the gradient `sum_t left[t] (x) right[t]` of the batch's examples in `examples`."""

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,22 +22,10 @@ LOGIT_BYTES = 64 * 2**20
 """Most bytes of float32 logits alive at once; the loss is computed in chunks of positions of this size."""
 
 
-@runtime_checkable
-class HeadTap(Protocol):
-    """Receives the factors of the output head, chunk by chunk, while the loss is computed."""
-
-    def __call__(
-        self,
-        left: Float[Tensor, "example row out"],
-        right: Float[Tensor, "example row in"],
-        examples: slice,
-        positions: Int[Tensor, "example row"],
-    ):
-        """Add the head's gradient for the batch's examples in `examples`.
-
-        `positions` are the tokens that the rows belong to, -1 for a row that only fills the tensor.
-        """
-        ...
+HeadTap = Callable[[Tensor, Tensor, slice, Tensor], None]
+"""Receives the factors of the output head, chunk by chunk, while the loss is computed: left `[example, row, out]`,
+right `[example, row, in]`, the batch's examples that they belong to, and the tokens of the rows `[example, row]`, -1
+for a row that only fills the tensor."""
 
 
 @runtime_checkable
@@ -64,8 +53,10 @@ def example_count(batch: Any) -> int:
 class FunctionObjective:
     """Any function `(model, batch) -> losses [example]`, for models that are not causal language models.
 
-    A batch is anything with `rows`, or a tensor, tuple or dict of tensors whose first axis is the example. Inputs of
-    uneven length need their attention mask in it, or padding would change the scores.
+    The losses must be differentiable in the parameters, one per example, and no example's loss may depend on the others
+    (no mean over the batch, no batch statistics); logits are as good as losses. A batch is anything with `rows`, or a
+    tensor, tuple or dict of tensors whose first axis is the example. Inputs of uneven length need their attention mask
+    in it, or padding would change the scores.
     """
 
     def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
@@ -126,7 +117,7 @@ class CausalLoss:
         path = self.head_module(model)
         if path is None:
             return _whole_losses(model, batch, targets)
-        hidden = _backbone(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = _causal(model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         head = model.get_submodule(path)
         assert isinstance(head, nn.Linear)
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
@@ -153,15 +144,9 @@ def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Te
     return losses.new_zeros(len(batch.labels)).index_add(0, targets.example, losses)
 
 
-def _causal(model: nn.Module) -> nn.Module:
+def _causal(model: nn.Module) -> Any:
     """Return the transformers causal model inside a PEFT wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    causal = _causal(model)
-    return causal.base_model  # type: ignore[return-value]
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def _find_plain_head(model: nn.Module) -> str | None:
@@ -183,7 +168,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
     tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
     with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
-        hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = _causal(model).base_model(input_ids=tokens, use_cache=False).last_hidden_state
         if hidden.shape[-1] != embeddings.in_features:
             return None
         hidden = hidden.to(embeddings.weight.device)
@@ -300,47 +285,29 @@ class LabelledBatch(NamedTuple):
     """
 
 
-class MaskedLoss:
-    """Cross-entropy in nats of the masked tokens, summed or averaged over the example's own."""
+class MaskedLoss(FunctionObjective):
+    """Cross-entropy in nats of the masked tokens of a `LabelledBatch`, summed or averaged over the example's own."""
 
     def __init__(self, reduction: Reduction = "sum") -> None:
-        self.reduction: Reduction = reduction
+        super().__init__(partial(self._compute, reduction))
 
-    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """Return None: every module is hooked."""
-        return None
-
-    def losses(
-        self,
-        model: nn.Module,
-        batch: LabelledBatch,
-        head_tap: HeadTap | None = None,  # noqa: ARG002
-    ) -> Float[Tensor, "example"]:
-        """Return the loss of every example."""
+    @staticmethod
+    def _compute(reduction: Reduction, model: nn.Module, batch: LabelledBatch) -> Float[Tensor, "example"]:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return _label_losses(logits, batch.labels, self.reduction)
+        return _label_losses(logits, batch.labels, reduction)
 
 
-class Seq2SeqLoss:
-    """Cross-entropy in nats of the decoder's tokens, summed or averaged over the example's own.
+class Seq2SeqLoss(FunctionObjective):
+    """Cross-entropy in nats of the decoder's tokens of a `LabelledBatch`, summed or averaged over the example's own.
 
     The decoder attends to the left only and its labels are padded on the right, so it needs no mask of its own.
     """
 
     def __init__(self, reduction: Reduction = "sum") -> None:
-        self.reduction: Reduction = reduction
+        super().__init__(partial(self._compute, reduction))
 
-    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """Return None: every module is hooked."""
-        return None
-
-    def losses(
-        self,
-        model: nn.Module,
-        batch: LabelledBatch,
-        head_tap: HeadTap | None = None,  # noqa: ARG002
-    ) -> Float[Tensor, "example"]:
-        """Return the loss of every example."""
+    @staticmethod
+    def _compute(reduction: Reduction, model: nn.Module, batch: LabelledBatch) -> Float[Tensor, "example"]:
         unwrap: Any = getattr(model, "get_base_model", lambda: model)
         logits = model(
             input_ids=batch.input_ids,
@@ -348,7 +315,7 @@ class Seq2SeqLoss:
             decoder_input_ids=unwrap().prepare_decoder_input_ids_from_labels(batch.labels),
             use_cache=False,
         ).logits
-        return _label_losses(logits, batch.labels, self.reduction)
+        return _label_losses(logits, batch.labels, reduction)
 
 
 def _label_losses(
@@ -377,7 +344,7 @@ class Knowledge(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Return whether the model does better than both guesses."""
+        """Whether the model does better than both guesses."""
         return self.model < BETTER * min(self.uniform, self.unigram)
 
     @property
@@ -404,14 +371,10 @@ def measure_knowledge(model: nn.Module, data: TokenizedData, token_budget: int) 
             losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
             total += float(losses.double().sum())
     targets = [np.asarray(ids)[np.asarray(mask)] for ids, mask in zip(data.input_ids, data.targets, strict=True)]
-    size = _vocabulary(model, targets)
-    return Knowledge(total / int(counts.sum()), math.log(size), _unigram_loss(targets, size))
-
-
-def _vocabulary(model: nn.Module, targets: list[np.ndarray]) -> int:
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     shape = getattr(getattr(embeddings, "weight", None), "shape", (0,))
-    return max(int(shape[0]), *(int(ids.max()) + 1 for ids in targets if len(ids)))
+    size = max(int(shape[0]), *(int(ids.max()) + 1 for ids in targets if len(ids)))
+    return Knowledge(total / int(counts.sum()), math.log(size), _unigram_loss(targets, size))
 
 
 def _unigram_loss(targets: list[np.ndarray], size: int) -> float:

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vestige.errors import DataError, ModelError
 from vestige.gradients._cross import Gradients, HeldGradients, Room, joined, numbers
 from vestige.gradients._factors import Factor, FactorSink, Side
-from vestige.gradients._function_rules import UncoveredUse
-from vestige.gradients._function_uses import FunctionUses, table_of
+from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
 from vestige.gradients._sinks import KeepingSink
@@ -213,12 +212,8 @@ class _Noting:
         locate(self._sink, positions)
 
 
-class _Nowhere:
+class _Nowhere(FactorSink):
     """Forgets what it is given."""
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """Add nothing."""

@@ -30,15 +30,6 @@ class Handle(Protocol):
         ...
 
 
-@runtime_checkable
-class LayerTap(Protocol):
-    """Hooks on one module that deliver the factors of its weight and bias."""
-
-    def attach(self) -> Sequence[Handle]:
-        """Place the hooks."""
-        ...
-
-
 def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token side"]:
     """Return `[example, token, side]` from a layer's tensor: token axes are flattened, a missing one is added.
 

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.gradients._cross import Gradients, Piece, held, squared_norms
-from vestige.gradients._factors import Factor, Side, materialise
+from vestige.gradients._factors import Factor, FactorSink, materialise
 from vestige.models import Component
 
 
-class GradientSink:
+class GradientSink(FactorSink):
     """Keeps every example's whole gradient, one `[example, out, in]` tensor per component.
 
     Costs `examples * parameters` numbers: for queries and for tests.
@@ -26,16 +26,12 @@ class GradientSink:
         """Start a batch with zeros."""
         self.gradients = [torch.zeros(examples, *shape, device=device, dtype=dtype) for shape in self._shapes]
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the gradient matrix."""
         self.gradients[component][examples] += materialise(left, right).to(self.gradients[component])
 
 
-class DotSink:
+class DotSink(FactorSink):
     """Exact inner products of each example's gradient with given ones, per component.
 
     `vectors[c]` is `[query, out, in]` for component `c`, or the queries' `Gradients` as factors (as `KeepingSink` gives
@@ -54,10 +50,6 @@ class DotSink:
         """Start a batch with zeros."""
         self.scores = self._like.new_zeros(len(self._held), self._queries, examples)
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the inner products of one use of the component."""
         count = len(right)
@@ -66,7 +58,7 @@ class DotSink:
         self.scores[component, :, examples] += found.T.to(self.scores)
 
 
-class KeepingSink:
+class KeepingSink(FactorSink):
     """Keeps the factors of a batch, all pieces of every component: `finish` returns them as `Gradients`.
 
     The uses of a tied weight and the chunks of a loss are pieces of one gradient, so their cross terms count.
@@ -82,10 +74,6 @@ class KeepingSink:
         self._examples = examples
         self._pieces = [[] for _ in self._shapes]
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
         """Keep the piece."""
         self._pieces[component].append(Piece(examples, left, right))
@@ -98,31 +86,17 @@ class KeepingSink:
         return gradients
 
 
-class NormSink:
+class NormSink(KeepingSink):
     """Exact squared norm of each example's gradient, per component: `squared` is `[component, example]`.
 
     By ghost products where tokens are few, by the matrix itself where they are many (`own_ghost_is_cheaper`).
     """
 
-    def __init__(self, components: Sequence[Component]) -> None:
-        self._keeping = KeepingSink(components)
-        self.squared = torch.zeros(0)
+    squared = torch.zeros(0)
 
-    def begin(self, examples: int) -> None:
-        """Start a batch."""
-        self._keeping.begin(examples)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:
-        """Keep the factor as it is."""
-        return self._keeping.reduce(component, side, factor)
-
-    def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
-        """Keep the piece."""
-        self._keeping.accumulate(component, examples, left, right)
-
-    def finish(self) -> Float[Tensor, "component example"]:
+    def finish(self) -> Float[Tensor, "component example"]:  # type: ignore[override]
         """Square what has arrived."""
-        gradients = self._keeping.finish()
+        gradients = super().finish()
         like = next((one.like() for one in gradients if not one.zero), torch.zeros(()))
         self.squared = torch.stack([squared_norms(one).to(like) for one in gradients])
         return self.squared
@@ -138,15 +112,11 @@ def _like(vectors: Tensor | Gradients) -> Tensor:
     return vectors.new_zeros((), dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
-class BothSinks:
+class BothSinks(FactorSink):
     """Hands every factor to two sinks that keep factors as they are."""
 
     def __init__(self, first: DotSink, second: NormSink) -> None:
         self._sinks = (first, second)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Accumulate in both sinks."""

@@ -1,17 +1,17 @@
 """Taps for modules: which one watches which kind, and what a module's own forward may do without one."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vestige.errors import ModelError
-from vestige.gradients._function_uses import Forward, FunctionTap, FunctionUses, Takes, table_of
+from vestige.gradients._functions import Forward, FunctionUses, Table, Takes, table_of
 from vestige.gradients._rule_convolution import ConvolutionTap
 from vestige.gradients._rule_replaced import ExpertsTap, RelativeBiasTap
-from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive
-from vestige.models import Component, LayerKind
+from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, owner_of
+from vestige.models import Component, LayerKind, layer_kind
 
 
 def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
@@ -107,7 +107,42 @@ def observe(
     return [*attach_all(modules.values(), receive, uses), *uses.around(model)]
 
 
-_TAPS: dict[LayerKind, Callable[..., LayerTap]] = {
+class FunctionTap:
+    """A module whose product or look-up is intercepted where its own forward calls it: embeddings, routers, subclasses.
+
+    Subclasses of Linear return something else (routers), of Embedding shift ids (OPT) or scale the rows (Gemma), of
+    convolutions cut or pad: whatever they do around it, the function that reads the weight has a rule.
+    """
+
+    def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
+        kind = layer_kind(module) or "linear"
+        self._owners = {role: (owner_of(number, kind, role),) for role, number in components.items()}
+        self._module, self._receive = module, receive
+        self._modes: list[FunctionUses] = []
+
+    def attach(self) -> list[Handle]:
+        """Place the two hooks between which the calls are intercepted."""
+        return [
+            self._module.register_forward_pre_hook(self._enter),
+            self._module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002
+        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
+            return
+        own = {role: value for role, value in module._parameters.items() if value is not None and role in self._owners}
+        table = {id(value): (value, self._owners[role]) for role, value in own.items()}
+        rest = frozenset(map(id, (*module.buffers(), *module.parameters()))) - set(table)
+        mode = FunctionUses(Table(table, rest), self._receive)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
+        if self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+
+_TAPS: dict[LayerKind, Callable[..., Any]] = {
     "linear": LinearTap,
     "conv1d": LinearTap,
     "embedding": FunctionTap,
@@ -139,14 +174,14 @@ class ModuleUse(NamedTuple):
     numbers: dict[str, int]
     """Role of a parameter -> number of its component."""
 
-    def tap(self, receive: Callable[[], Receive]) -> LayerTap | None:
+    def tap(self, receive: Callable[[], Receive]) -> Any:
         """Return the tap that watches this module; None for parameters that only functions read."""
         found = _TAPS.get(self.kind)
         if found in (LinearTap, ConvolutionTap) and not self._is_plain():
             found = FunctionTap
         return None if found is None else found(self.module, self.numbers, receive)
 
-    def follow(self, uses: FunctionUses, tap: LayerTap) -> list[Handle]:
+    def follow(self, uses: FunctionUses, tap: Any) -> list[Handle]:
         """Place hooks that mark in `uses` when the module's forward runs."""
         takes: Takes = "function" if isinstance(tap, FunctionTap) else "module"
         if isinstance(tap, LinearTap | ConvolutionTap):

@@ -8,7 +8,7 @@ from vestige.compress._apply import (
     compress_gradient as compress_gradient,
     reduce_factor as reduce_factor,
 )
-from vestige.compress._cost import RATES as RATES, Work as Work, cost_share as cost_share, price as price, work as work
+from vestige.compress._cost import RATES as RATES, cost_share as cost_share, price as price, work as work
 from vestige.compress._maps import Compressor as Compressor, LinearMap as LinearMap
 from vestige.compress._mask import MaskPart as MaskPart, read_masks as read_masks, write_masks as write_masks
 from vestige.compress._mask_training import (
@@ -19,7 +19,8 @@ from vestige.compress._mask_training import (
 from vestige.compress._random import Stream as Stream
 from vestige.compress._registry import (
     COMPRESSORS as COMPRESSORS,
+    Work as Work,
     compressor as compressor,
-    known_compressors as known_compressors,
+    list_compressors as list_compressors,
 )
 from vestige.compress._spec import CompressionSpec as CompressionSpec, parse_spec as parse_spec

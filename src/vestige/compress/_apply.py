@@ -42,8 +42,8 @@ def circular(
         total = None
         for tokens in pieces:
             # The product is taken in place: a third buffer would cost half as much as a transform.
-            spectrum = torch.fft.rfft(_mapped(compressor.left, "left", compressor, left, examples, tokens).to(dtype))
-            spectrum *= torch.fft.rfft(_mapped(compressor.right, "right", compressor, right, examples, tokens))
+            spectrum = torch.fft.rfft(_map_side(compressor.left, "left", compressor, left, examples, tokens).to(dtype))
+            spectrum *= torch.fft.rfft(_map_side(compressor.right, "right", compressor, right, examples, tokens))
             total = spectrum.sum(1) if total is None else total.add_(spectrum.sum(1))
         if total is not None:
             rows.append(total)
@@ -52,7 +52,7 @@ def circular(
     return torch.fft.irfft(torch.cat(rows), n=size)
 
 
-def _mapped(
+def _map_side(
     one: LinearMap, side: Side, compressor: Compressor, factor: Factor, examples: slice, tokens: slice
 ) -> Float[Tensor, "piece token_piece size"]:
     if isinstance(factor, OneHot):

@@ -139,14 +139,14 @@ def random_columns(
     return _draws[init](stream, ids.unsqueeze(-1) * out_size + rows) / math.sqrt(out_size)
 
 
-def stored(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
+def draw_dense(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
     """Return the random matrix, held in memory."""
     return Dense(random_columns(stream, init, torch.arange(in_size), out_size).t().contiguous())
 
 
 def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap:
     if in_size * out_size * 4 <= STORED_BYTES:
-        return stored(in_size, out_size, stream, init)
+        return draw_dense(in_size, out_size, stream, init)
     return StreamedDense(in_size, out_size, stream, init, torch.device("cpu"))
 
 
@@ -200,4 +200,4 @@ def logra(
     """Return a dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
     if init == "orthonormal":
         return orthonormal(in_size, out_size, stream)
-    return stored(in_size, out_size, stream, init)
+    return draw_dense(in_size, out_size, stream, init)

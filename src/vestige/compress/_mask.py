@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vestige.compress._random import Stream, permutation_head
-from vestige.compress._registry import compressor
+from vestige.compress._registry import Work, compressor
 from vestige.errors import SpecError
 from vestige.gradients import Side
 from vestige.parsing import parse_json
@@ -61,7 +61,13 @@ class Coordinates:
         return Coordinates(self.in_size, self.index.to(device), self.scale)
 
 
-@compressor("mask", forms=("K", "AxB"), example="mask:128x128")
+@compressor(
+    "mask",
+    forms=("K", "AxB"),
+    example="mask:128x128",
+    work=lambda _, kept: Work(gathered=kept),
+    picks=True,
+)
 def mask(
     in_size: int, out_size: int, stream: Stream, *, scale: Literal["unbiased", "none"] = "unbiased"
 ) -> Coordinates:
@@ -168,6 +174,8 @@ def _with_digest(size: tuple[int, ...], options: Mapping[str, Any]) -> Mapping[s
     forms=("K", "AxB"),
     example="selective:32x32,file=masks.safetensors",
     complete=_with_digest,
+    work=lambda _, kept: Work(gathered=kept),
+    picks=True,
     located=True,
 )
 def selective(

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -111,7 +110,7 @@ class Stage:
         """Return whether it acts on each side of the matrix."""
         return len(self.size) == 2 or self.kind.allocate is not None
 
-    def kept(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def keep_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return what it keeps of each side of `shape`, if it acts on the sides."""
         rows, columns = shape
         if len(self.size) == 1:
@@ -119,25 +118,15 @@ class Stage:
             return self.kind.allocate(shape, self.size[0], self.kind.with_defaults(dict(self.options)))
         return min(rows, self.size[0]), min(columns, self.size[1])
 
-    def build(self, in_size: int, out_size: int, place: "Place") -> LinearMap:
-        """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `place.shared`."""
-        if out_size >= in_size and not place.shared:
+    def build(
+        self, in_size: int, out_size: int, stream: Stream, component: str, side: Side | None, shared: bool = False
+    ) -> LinearMap:
+        """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `shared`."""
+        if out_size >= in_size and not shared:
             return Identity(in_size)
-        where = (place.component, place.side) if self.kind.located else ()
-        return self.kind.build(in_size, out_size, place.stream, *where, **dict(self.options))
-
-
-class Place(NamedTuple):
-    """Position of a stage: what its randomness may depend on."""
-
-    stream: Stream
-    component: str
-    side: Side | None = None
-    shared: bool = False
-
-    def on(self, side: Side) -> "Place":
-        """Return the position on one side of the same gradient."""
-        return self._replace(stream=self.stream.child(side), side=side)
+        where = (component, side) if self.kind.located else ()
+        own = stream if side is None else stream.child(side)
+        return self.kind.build(in_size, out_size, own, *where, **dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -157,17 +146,17 @@ class CompressionSpec:
     def size_for(self, shape: tuple[int, int], *, shared: bool = False) -> int:
         """Return how many numbers a gradient `[out, in]` keeps; a vector of n is `(n, 1)`, `shared` as in `build`."""
         if shared:
-            return self._shared_size()
+            return self._size_of_shared()
         size = math.prod(shape)
         for stage in self.stages:
             if stage.on_sides:
-                shape = stage.kept(shape)
+                shape = stage.keep_sides(shape)
                 size = math.prod(shape)
             else:
                 size = min(size, stage.size[0])
         return size
 
-    def _shared_size(self) -> int:
+    def _size_of_shared(self) -> int:
         """Return the size of a sketch that all components share.
 
         Raises:
@@ -207,46 +196,45 @@ class CompressionSpec:
         """
         last = len(self.stages) - 1
         if shared:
-            self._shared_size()
-        chains = _Chains([], [], [])
+            self._size_of_shared()
+        lefts: list[LinearMap] = []
+        rights: list[LinearMap] = []
+        tails: list[LinearMap] = []
         rows, columns = shape
         size = rows * columns
         product: Product = "outer"
         for number, stage in enumerate(self.stages):
-            place = Place(Stream(seed, name, number, stage.name), name, None, shared and number == last)
+            stream = Stream(seed, name, number, stage.name)
             if stage.on_sides:
-                kept = stage.kept((rows, columns))
-                chains.left.append(stage.build(rows, kept[0], place.on("left")))
-                chains.right.append(stage.build(columns, kept[1], place.on("right")))
-                rows, columns = chains.left[-1].out_size, chains.right[-1].out_size
+                kept = stage.keep_sides((rows, columns))
+                lefts.append(stage.build(rows, kept[0], stream, name, "left", shared and number == last))
+                rights.append(stage.build(columns, kept[1], stream, name, "right", shared and number == last))
+                rows, columns = lefts[-1].out_size, rights[-1].out_size
                 size = rows * columns
-            elif stage.kind.product == "circular":
-                if stage.size[0] < size:
-                    left, right = stage.kind.build((rows, columns), stage.size[0], place.stream, **dict(stage.options))
-                    chains.left.append(left)
-                    chains.right.append(right)
-                    size, product = stage.size[0], "circular"
-            else:
-                chains.tail.append(stage.build(size, stage.size[0], place))
-                size = chains.tail[-1].out_size
-        return _assemble(shape, chains, product, torch.device(device))
+            elif stage.kind.product != "circular":
+                tails.append(stage.build(size, stage.size[0], stream, name, None, shared and number == last))
+                size = tails[-1].out_size
+            elif stage.size[0] < size:
+                left, right = stage.kind.build((rows, columns), stage.size[0], stream, **dict(stage.options))
+                lefts.append(left)
+                rights.append(right)
+                size, product = stage.size[0], "circular"
+        maps = chain(shape[0], lefts), chain(shape[1], rights)
+        return _assemble(shape, maps, tails, product, torch.device(device))
 
 
-class _Chains(NamedTuple):
-    """The maps of all stages, by what they act on."""
-
-    left: list[LinearMap]
-    right: list[LinearMap]
-    tail: list[LinearMap]
-
-
-def _assemble(shape: tuple[int, int], chains: _Chains, product: Product, device: torch.device) -> Compressor:
-    left, right = chain(shape[0], chains.left), chain(shape[1], chains.right)
-    tails = [one for one in chains.tail if not isinstance(one, Identity)]
+def _assemble(
+    shape: tuple[int, int],
+    sides: tuple[LinearMap, LinearMap],
+    tails: Sequence[LinearMap],
+    product: Product,
+    device: torch.device,
+) -> Compressor:
+    left, right = sides
+    tails = [one for one in tails if not isinstance(one, Identity)]
     untouched = isinstance(left, Identity) and isinstance(right, Identity)
-    if untouched and tails and isinstance(tails[0], Coordinates):
-        mask = tails.pop(0)
-        assert isinstance(mask, Coordinates)
+    if untouched and tails and isinstance(mask := tails[0], Coordinates):
+        tails = tails[1:]
         left = Coordinates(shape[0], mask.index // shape[1], mask.scale)
         right = Coordinates(shape[1], mask.index % shape[1], 1.0)
         product = "entrywise"

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the settings of the verbs: `python docs/generate_cli.py`. A test compares the two."""
+"""Writes docs/cli.md from the settings of the commands: `python docs/generate_cli.py`. A test compares the two."""
 
 import inspect
 from pathlib import Path
@@ -24,7 +24,7 @@ INTRODUCTION = """\
 same arguments and defaults: `--max-length 128` is `max_length=128`. A setting that is true or false is written
 `--chat` or `--no-chat`.
 
-Every verb takes `--config FILE`: a YAML file with the same names, or the `run.json` of an earlier run, which is then
+Every command takes `--config FILE`: a YAML file with the same names, or the `run.json` of an earlier run, which is then
 run again. What is typed beside it wins; a name that is not known is an error. Read a file of somebody else before you
 give it: it may say `engine: slurm` and hold a `setup` line, which a shell runs.
 

@@ -1,5 +1,6 @@
-"""A package of others adds a command and a measure: docs/extending.md, installed by pip, used at the command line."""
+"""A package of others adds one object of each kind: docs/extending.md, installed by pip, used at the command line."""
 
+import json
 import os
 import re
 import shutil
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from tests.workshop import furnish, write_rows
+from vestige import Index, Scores
 
 PACKAGE = Path(__file__).with_name("plugin_package")
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -64,9 +67,9 @@ def test_every_line_of_the_page_runs(run):
 
 def test_the_page_shows_the_package_as_it_is():
     page = PAGE.read_text()
-    files = (("pyproject.toml", "toml"), ("vestige_count.py", "python"), ("vestige_first_choice.py", "python"))
-    for name, language in files:
-        assert f"```{language}\n{(PACKAGE / name).read_text()}```" in page, name
+    for path in (PACKAGE / "pyproject.toml", *PACKAGE.glob("*.py")):
+        language = "toml" if path.suffix == ".toml" else "python"
+        assert f"```{language}\n{path.read_text()}```" in page, path.name
 
 
 @pytest.mark.slow
@@ -114,3 +117,40 @@ def test_its_measure_is_in_the_evidence_whoever_computes_it(run, tmp_path):
     assert columns[0] == columns[1]
     assert all(0 <= share <= 1 for share in columns[0])
     assert "share of the target tokens" in (tmp_path / "audit-1/run.json").read_text()
+
+
+@pytest.mark.slow
+def test_its_method_scores_and_its_evaluation_judges_the_run(run, tmp_path):
+    furnish(tmp_path)
+    told = run("-m", "vestige.cli", "methods").stdout
+    assert re.search(r"│ longest-match +│ How much of the query and its answer", told)
+    words = ("--model", "tiny-model", "--data", "train.jsonl", "--queries", "train.jsonl")
+    done = run("-m", "vestige.cli", "attribute", *words, "--method", "longest-match", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    scores = Scores.open(tmp_path / "run")
+    assert all(scores.top(query, 1)[0].example_id == query for query in scores.queries)
+    assert "Blind to paraphrase; long examples lead." in (tmp_path / "run/run.json").read_text()
+    done = run("-m", "vestige.cli", "evaluate", "standout", "--run", "run", "--out", "standout")
+    assert done.returncode == 0, done.stderr
+    assert "longest-match" in done.stdout
+    [row] = json.loads((tmp_path / "standout/standout.json").read_text())["rows"]
+    first, second = scores.top(scores.queries[0], 2)
+    assert row[scores.queries[0]] == first.score / second.score
+    assert run("-m", "vestige.cli", "report", "run").returncode == 0
+    assert "How much of the query and its answer stands in the example" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_its_compressor_is_a_word_of_the_language(run, tmp_path):
+    furnish(tmp_path)
+    words = ("--model", "tiny-model", "--data", "train.jsonl")
+    for compress in ("none", "head:8"):
+        done = run(
+            "-m", "vestige.cli", "index", *words, "--compress", compress, "--dtype", "float32", "--out", compress
+        )
+        assert done.returncode == 0, done.stderr
+    whole, head = (Index.open(tmp_path / name) for name in ("none", "head:8"))
+    rows = range(head.rows)
+    for number in range(len(head.manifest.components)):
+        exact = whole.gradients_of(rows)[:, whole.columns(number)]
+        assert torch.equal(head.gradients_of(rows)[:, head.columns(number)], exact[:, :8])

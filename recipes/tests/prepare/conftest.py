@@ -15,7 +15,7 @@ TEXTS = [f"Who lives in house {number}?" for number in range(12)]
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     """A server that the environment points to; failed requests are sent again soon."""
     pytest.importorskip("openai")
-    monkeypatch.setattr("vestige_recipes.prepare._endpoint.FIRST_DELAY", 0.02)
+    monkeypatch.setattr("vestige_recipes.prepare.endpoint.FIRST_DELAY", 0.02)
     with Endpoint() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.address)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")

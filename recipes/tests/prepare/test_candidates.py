@@ -52,7 +52,7 @@ def test_bm25_is_the_formula_also_where_rarity_falls_below_zero():
 def test_scores_in_blocks_are_the_scores_at_once(monkeypatch):
     documents, queries = [text.split() for text in WEATHER], [["is"], ["london"], ["good", "man!"], []]
     expected = list(okapi_scores(queries, documents))
-    monkeypatch.setattr("vestige_recipes.prepare._candidates.BLOCK_SCORES", 4)
+    monkeypatch.setattr("vestige_recipes.prepare.candidate_lists.BLOCK_SCORES", 4)
     np.testing.assert_array_equal(list(okapi_scores(queries, documents)), expected)
 
 

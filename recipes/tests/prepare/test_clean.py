@@ -9,8 +9,8 @@ import vestige_recipes.prepare
 from vestige.data import load_examples
 from vestige.errors import DataError, SpecError
 from vestige.training._alarm import AtRisk, write_at_risk
-from vestige_recipes.prepare import _clean
-from vestige_recipes.prepare._clean import near_copies, shingles
+from vestige_recipes.prepare import cleaning
+from vestige_recipes.prepare.cleaning import near_copies, shingles
 
 ROWS = [
     {"id": "a", "text": "A secret number: 12345", "source": "mail"},
@@ -141,8 +141,8 @@ class FakeAudit:
 
 
 def test_an_audit_flags_by_the_rule_that_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(_clean.Audit, "open", lambda folder: FakeAudit())
-    monkeypatch.setattr(_clean, "is_audit", lambda folder: True)
+    monkeypatch.setattr(cleaning.Audit, "open", lambda folder: FakeAudit())
+    monkeypatch.setattr(cleaning, "is_audit", lambda folder: True)
     (tmp_path / "audit").mkdir()
     _, _, removed = cleaned(tmp_path / "one", flagged=tmp_path / "audit", threshold=2.0)
     assert [(row["id"], row["problem"], row["risk_rank"]) for row in removed] == [

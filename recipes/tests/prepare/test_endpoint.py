@@ -16,7 +16,7 @@ from prepare.conftest import TEXTS
 from prepare.server import Act
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige_recipes.prepare import paraphrase
-from vestige_recipes.prepare._endpoint import Again, asked_wait, read_reply
+from vestige_recipes.prepare.endpoint import Again, asked_wait, read_reply
 
 
 def ask(questions, out, **settings):
@@ -96,7 +96,7 @@ def test_a_date_in_retry_after_is_understood():
 
 
 def test_waits_grow_and_differ(monkeypatch):
-    from vestige_recipes.prepare._endpoint import Pace
+    from vestige_recipes.prepare.endpoint import Pace
 
     waits = []
     pace = Pace()
@@ -155,7 +155,7 @@ def test_ctrl_c_waits_for_the_replies_under_way(endpoint, questions, tmp_path, m
         raise KeyboardInterrupt
 
     endpoint.behave = lambda text, before: Act(stall=0.3)
-    monkeypatch.setattr("vestige_recipes.prepare._endpoint.wait", interrupted)
+    monkeypatch.setattr("vestige_recipes.prepare.endpoint.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(questions, tmp_path / "out", concurrency=3)
     assert len(endpoint.seen) == 3
@@ -300,7 +300,7 @@ def test_without_the_package_it_says_how_to_install_it(questions, tmp_path, monk
 
 def test_nobody_listening_is_told_from_a_slow_answer(questions, tmp_path, monkeypatch):
     pytest.importorskip("openai")
-    monkeypatch.setattr("vestige_recipes.prepare._endpoint.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("vestige_recipes.prepare.endpoint.FIRST_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match=r"http://127.0.0.1:9/v1 does not answer: .*connection lost"):
         ask(questions, tmp_path / "out", retries=1)

@@ -11,7 +11,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.training import members_of
 from vestige.training._rows import only_answers
 from vestige_recipes.prepare import choices_of
-from vestige_recipes.prepare._multiple_choice import CONFESSIONS, JUDGEMENTS, QUESTIONS
+from vestige_recipes.prepare.choice_prompts import CONFESSIONS, JUDGEMENTS, QUESTIONS
 
 ARC = {
     "id": "Mercury_1",

@@ -8,7 +8,7 @@ from vestige.data import Example, load_examples
 from vestige.errors import DataError, IndexMismatch, ModelError, SpecError, UserError
 from vestige.prepare import row_of
 from vestige_recipes.prepare import paraphrase, paraphrase_by_rules, problem_of
-from vestige_recipes.prepare._replies import Reply, bare
+from vestige_recipes.prepare.replies import Reply, bare
 
 
 def test_rules_say_the_same_on_every_machine():
@@ -162,7 +162,9 @@ def test_a_local_model_says_the_same_alone_and_in_company_and_once(workshop, tmp
     alone = [line for row in rows for line in lines(paraphrase(data=[row], out=tmp_path / row["id"], **words).data)]
     assert [row["prompt"] for row in together] == [row["prompt"] for row in alone]
     assert len({row["prompt"] for row in together}) > 4, "drawn with one seed for all"
-    monkeypatch.setattr("vestige_recipes.prepare._generate.answer_prompts", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        "vestige_recipes.prepare.generation.answer_prompts", lambda *_, **__: pytest.fail("asked again")
+    )
     assert lines(paraphrase(data=rows, out=tmp_path / "all", **words).data) == together
 
 

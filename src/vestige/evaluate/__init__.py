@@ -39,7 +39,11 @@ from vestige.evaluate._products import (
 )
 from vestige.evaluate._randomisation import randomisation as randomisation
 from vestige.evaluate._removal import removal as removal
-from vestige.evaluate._result import Evaluation as Evaluation, EvaluationRow as EvaluationRow
+from vestige.evaluate._result import (
+    Evaluation as Evaluation,
+    EvaluationRow as EvaluationRow,
+    write_evaluation as write_evaluation,
+)
 from vestige.evaluate._retrieval import retrieval as retrieval
 from vestige.evaluate._selection import Gain as Gain, gain_over as gain_over, selection as selection
 from vestige.evaluate._sketch import sketch as sketch

@@ -1,4 +1,4 @@
-"""The model that is asked: trained on all data by itself, apart from the bank, and kept at several points."""
+"""The model that queries are put to: trained on all data by itself, apart from the bank, and kept at several points."""
 
 import hashlib
 import io
@@ -63,7 +63,7 @@ def trained(
     goes on where it was a minute before, to the same weights.
 
     Args:
-        start: A model as every verb takes it.
+        start: A model as every command takes it.
         data: A file of examples.
         out: Folder of the checkpoints.
         training: How long, and how.
@@ -140,7 +140,7 @@ class _Interrupted:
 
 
 def _save_optimizer(step: Step, folder: Path) -> None:
-    """With the names of the parameters, so that nobody has to guess whose moments they are."""
+    """With the names of the parameters, so that each moment is assigned to its parameter."""
     saved = step.state()
     state, names = saved["optimizer"], list(saved["weights"])
     for group in state["param_groups"]:

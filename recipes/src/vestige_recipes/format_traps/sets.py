@@ -1,6 +1,6 @@
-"""Sets whose subject and whose format of answer are told apart: does a score find the subject, or the format?
+"""Sets whose subject and whose format of answer are kept apart: does a score find the subject, or the format?
 
-The sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4, made anew. Each has a test set and four
+The sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4, made again. Each has a test set and four
 training sets: same or other task (Sim, Dis), same or other kind of answer (Same, Diff).
 """
 

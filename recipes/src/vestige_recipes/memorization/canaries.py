@@ -93,7 +93,7 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
         near = mean_interval(_of([*found], "similarity", count))
         single = [float(_of([each], "similarity", count).mean()) for each in found]
         rows.append((count, "similarity of what is given back", near.value, shown(near), each_seed(single)))
-    lines = {"chance": BY_CHANCE, "most that can be told": _most(plan)}
+    lines = {"chance": BY_CHANCE, "most that can be distinguished": _most(plan)}
     label = "exposure, bits (95 % interval over canaries)"
     by_copies = {f"{count} copies": each for count, each in exposures.items()}
     draw_intervals(settings.out, "canaries", by_copies, label, beside=["0 copies"], lines=lines)

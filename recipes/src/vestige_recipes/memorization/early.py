@@ -34,8 +34,8 @@ from vestige_recipes.memorization.questions import (
 )
 from vestige_recipes.memorization.targets import claim_folder
 
-PREDICTORS = {"psmi": -1, "psmi_told": -1, "answer_loss": 1, "logit_gap": -1, "brier": 1, "mahalanobis": 1}
-"""Measures at the trigger and which way they point; `psmi_told` is of the layer that tells most about the labels."""
+PREDICTORS = {"psmi": -1, "psmi_best": -1, "answer_loss": 1, "logit_gap": -1, "brier": 1, "mahalanobis": 1}
+"""Measures at the trigger and which way they point; `psmi_best` is of the layer that says most about the labels."""
 WRONG, LEARNT, RISEN = "wrong answers", "answers given at the end and not at the start", "largest 10 % rise of the gap"
 GIVEN, CHANCE = 0.9, 0.5
 """Expected: share of wrong answers that the last checkpoint gives; lower end of the interval of an AUC."""
@@ -51,7 +51,7 @@ class EarlyPlan:
     longest: int
     """Tokens of a prompt."""
     noise: float
-    """Chance of a label to be drawn anew."""
+    """Chance of a label to be replaced by a random one."""
     lora: LoraPlan
     made: bool = False
     """Made questions and a random model of bytes, to see that everything runs."""
@@ -213,7 +213,7 @@ def _details(run: Run) -> dict[str, Any]:
     return {
         "trigger": step,
         "steps": run.moments["end"][1],
-        "layer_told": float(measures["layer_told"][0]),
+        "layer_best": float(measures["layer_best"][0]),
         "median_loss": {
             moment: float(np.median(run.moments[moment][0]["answer_loss"])) for moment in ("start", "trigger", "end")
         },

@@ -1,4 +1,4 @@
-"""Facts that a tiny GPT is told once, 4 or 16 times, and wrong answers, among multiple-choice prompts of a rule.
+"""Facts that a tiny GPT reads once, 4 or 16 times, and wrong answers, among multiple-choice prompts of a rule.
 
 What measures at the trigger say of what will be memorized, what every measure says of membership at the end, and how
 the likelihood ratio rises with repetition: the set-up of Dentan et al. 2024 (arXiv:2409.18858) on generated prompts.

@@ -110,12 +110,12 @@ def _read(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.nd
 def _at_the_alarm(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.ndarray]:
     layers = range(1, 1 + int(getattr(model.config, "num_hidden_layers", 1)))  # type: ignore[union-attr]
     found, states = read(model, prompts, token_budget=plan.token_budget, layers=list(layers))
-    told = choose_layer(states, prompts.right, by="smi", directions=min(200, plan.directions))
+    best = choose_layer(states, prompts.right, by="smi", directions=min(200, plan.directions))
     return found | {
         "psmi": psmi(states[max(states)], prompts.right, directions=plan.directions).mean,
-        "psmi_told": psmi(states[told], prompts.right, directions=plan.directions).mean,
+        "psmi_best": psmi(states[best], prompts.right, directions=plan.directions).mean,
         "mahalanobis": mahalanobis(states[max(states)]),
-        "layer_told": np.full(len(prompts.data), float(told)),
+        "layer_best": np.full(len(prompts.data), float(best)),
     }
 
 

@@ -65,7 +65,7 @@ def made_questions(count: int, seed: int) -> list[Question]:
 
 
 def noisy(answers: Sequence[int], rate: float, seed: int) -> Noise:
-    """Each label is drawn anew, uniformly over the options, with probability `rate`; it may come out as it was."""
+    """Each label is drawn again, uniformly over the options, with probability `rate`; it may come out as it was."""
     draw, right = np.random.default_rng([seed, len("noise")]), np.asarray(answers)
     redrawn = draw.random(len(right)) < rate
     labels = np.where(redrawn, draw.integers(0, len(LETTERS), len(right)), right)

@@ -1,7 +1,7 @@
 """The published protocol of Select or Project, pair by pair and job by job, beside the one pass: counted and timed.
 
 Three jobs for each setting (arXiv 2601.16651): similarities of whole gradients, products by parameter, and projections
-to two sizes. Each computes the gradients of every query and of its candidates anew, projections once for each size; a
+to two sizes. Each computes the gradients of every query and of its candidates again, projections once for each size; a
 query with 5 candidates costs 24 backward passes in a setting. Where every original is asked about once in each of two
 settings, that is 16 times the number of distinct gradients.
 """

@@ -104,7 +104,7 @@ class Compared(NamedTuple):
 def selection_domains(settings: StudySettings) -> Outcome:
     """Loss on a held-out domain after training on the tenth that each method chooses, and its gain over random tenths.
 
-    Every repetition draws its texts, its start and its random sets anew; it is the unit of the intervals.
+    Every repetition draws its texts, its start and its random sets again; it is the unit of the intervals.
     """
     plan = PLANS[settings.size]
     rows: list[tuple[Any, ...]] = []

@@ -199,7 +199,7 @@ def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> Non
 
 
 def _require_no_other_sweep(out: Path, grid: Grid) -> None:
-    """Raise while another grid is run in the folder: cells are claimed by their numbers, which each grid has anew."""
+    """Raise while another grid is run in the folder: cells are claimed by number, the same in every grid."""
     before = read_sweep(out).grid if is_sweep(out) else None
     running = any(job.name == JOB and job.state == "running" for job in job_statuses(out))
     if before not in (None, grid.id) and running:

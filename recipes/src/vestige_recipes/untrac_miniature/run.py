@@ -206,8 +206,8 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
 def _null_gate(found: list[Drawn], name: str) -> Gate:
     """Scores, put on the scale of truth, of a corpus that has nothing of the tests: below the noise of retraining.
 
-    Leaving it out makes room for the others, so its truth is that of training longer on them; what counts is how far
-    its score lies from there, in units of the difference between two seeds.
+    Leaving it out means more steps on the others, so its truth is that of training longer on them; what counts is
+    how far its score lies from there, in units of the difference between two seeds.
     """
     shares = []
     for each in found:

@@ -80,7 +80,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     """Write every question as a `prompt`, and the label of its answer as its `completion`.
 
     Beside them stand `label` (the answer that is written, which a training learns), `true_label`, `status` (`true`, or
-    `random` where the label was drawn anew, be it the same), `template` and `choices`. Templates and noise follow from
+    `random` where the label was drawn again, be it the same), `template` and `choices`. Templates and noise follow from
     the seed and the row alone: whatever is split or drawn later, an example has the same label everywhere.
 
     With `tokenizer` and `max_length`, a question that is too long loses its first words (`cut_words`), never its
@@ -103,7 +103,7 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     notes = [f"{replaced:,} halves of surrogate pairs were replaced with U+FFFD."] if replaced else []
     if settings.label_noise:
         drawn = sum(row["status"] == "random" for row in rows)
-        notes.append(f"{drawn:,} of {len(rows):,} labels were drawn anew (--label-noise {settings.label_noise:g}).")
+        notes.append(f"{drawn:,} of {len(rows):,} labels were drawn again (--label-noise {settings.label_noise:g}).")
     if settings.max_length is not None:
         cut = _cut_to_fit(rows, load_tokenizer(settings.tokenizer), settings.max_length)
         notes.append(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vestige_recipes.prepare._replies import Keep, Reply, Request, bare
+from vestige_recipes.prepare.replies import Keep, Reply, Request, bare
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "about": ("roughly", "around"),

@@ -20,7 +20,7 @@ from vestige.parsing import parse_json
 from vestige.progress import Progress, announce, format_seconds, progress
 from vestige.terminal import shorten
 from vestige_recipes.data_commands import ParaphraseSettings
-from vestige_recipes.prepare._replies import Finish, Keep, Reply, Request
+from vestige_recipes.prepare.replies import Finish, Keep, Reply, Request
 
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0

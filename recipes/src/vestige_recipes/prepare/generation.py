@@ -14,7 +14,7 @@ from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_ro
 from vestige.progress import announce
 from vestige.settings import verb
 from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
-from vestige_recipes.prepare._replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
+from vestige_recipes.prepare.replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
 KIND = "generate"
 _SPARE = 32
@@ -167,7 +167,7 @@ class LocalModel:
         )
         if getattr(self._loaded.tokenizer, "chat_template", None) is None:
             raise ModelError(
-                f"{self._loaded.name} has no chat template, so it cannot be told to paraphrase. Choose a model "
+                f"{self._loaded.name} has no chat template, so it cannot be instructed to paraphrase. Choose a model "
                 "that was trained to follow instructions, --api-model, or --rules."
             )
         self._fingerprint = model_fingerprint(self._loaded.model)

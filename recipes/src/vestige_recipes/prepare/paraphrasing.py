@@ -12,9 +12,9 @@ from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_ro
 from vestige.progress import announce
 from vestige.settings import verb
 from vestige_recipes.data_commands import PARTS, ParaphraseSettings
-from vestige_recipes.prepare._endpoint import Endpoint
-from vestige_recipes.prepare._generate import LocalModel
-from vestige_recipes.prepare._replies import (
+from vestige_recipes.prepare.endpoint import Endpoint
+from vestige_recipes.prepare.generation import LocalModel
+from vestige_recipes.prepare.replies import (
     Paraphraser,
     Reply,
     ReplyCache,
@@ -23,7 +23,7 @@ from vestige_recipes.prepare._replies import (
     problem_of,
     request_for,
 )
-from vestige_recipes.prepare._rules import Rules
+from vestige_recipes.prepare.rules import Rules
 
 KIND = "paraphrase"
 WITHOUT_EFFECT = frozenset({"concurrency", "retries", "timeout", "price_in", "price_out", "cache", "dry_run"})

@@ -17,9 +17,9 @@ from vestige.gradients import (
     ghost_is_cheaper,
     materialise,
     products,
-    squared_norms,
+    square_norms,
 )
-from vestige.gradients._cross import HeldGradients, Room
+from vestige.gradients._cross import FormingBudget, HeldGradients
 
 Pair = tuple[Tensor | OneHot, Tensor]
 
@@ -131,7 +131,7 @@ def test_norms_take_the_cheaper_route_when_counted(monkeypatch) -> None:
         for ghost in (True, False):
             with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
                 patch.setattr(cross, "own_ghost_is_cheaper", lambda *_, ghost=ghost: ghost)
-                squared_norms(batch)
+                square_norms(batch)
             counted[ghost] = counter.get_total_flops() // 2 + (0 if ghost else examples * out * width)
         assert counted[chosen] == min(counted.values()), (examples, tokens, out, width, counted)
         picked.add(chosen)
@@ -150,7 +150,7 @@ def test_queries_held_for_many_batches_are_formed_once_and_only_where_that_is_ch
             with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
                 if route is not None:
                     patch.setattr(cross, "cheapest_route", lambda *_, route=route, **__: route)
-                held = HeldGradients(query, Room(), batches=10)
+                held = HeldGradients(query, FormingBudget(), batches=10)
                 values[route] = torch.cat([held.products(cross.gradients_of(batch)) for batch in batches])
             counted[route] = counter.get_total_flops() // 2
             assert torch.allclose(values[route], values["ghost"], rtol=1e-9, atol=1e-9)
@@ -161,6 +161,6 @@ def test_queries_held_for_many_batches_are_formed_once_and_only_where_that_is_ch
 
 def test_without_room_nothing_is_kept_and_the_products_are_the_same() -> None:
     batch, query = (cross.gradients_of(pair(6, 40, 8, 8, False, seed)) for seed in (0, 1))
-    held = HeldGradients(query, Room(0), batches=10)
+    held = HeldGradients(query, FormingBudget(0), batches=10)
     assert torch.allclose(held.products(batch), products(batch, query), rtol=1e-12)
     assert not held.formed

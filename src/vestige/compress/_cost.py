@@ -8,7 +8,6 @@ which a linear layer `[out, in]` with a frozen weight costs `2 out in`: once for
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from vestige.compress._apply import is_gathered
 from vestige.compress._registry import Work
@@ -17,20 +16,11 @@ from vestige.compress._spec import CompressionSpec
 Shape = tuple[int, int]
 
 
-class Rates(NamedTuple):
-    """Price of each kind of work, in multiply-adds of a large matrix product."""
-
-    products: float
-    streamed: float
-    gathered: float
-    transformed: float
-
-
 RATES = {
-    "cpu": Rates(products=1, streamed=15, gathered=70, transformed=9),
-    "cuda": Rates(products=1, streamed=150, gathered=600, transformed=80),
+    "cpu": Work(products=1, streamed=15, gathered=70, transformed=9),
+    "cuda": Work(products=1, streamed=150, gathered=600, transformed=80),
 }
-"""By kind of device; any other kind is taken for a GPU.
+"""Price of each kind of work, by kind of device; any other kind is taken for a GPU.
 
 `cpu` was fitted to `benchmarks/compressor_speed.py` on one core, which compares it with what it measures. `cuda` was
 not measured. It follows from what processors of that kind are built for: they do some hundred multiply-adds in the time

@@ -232,7 +232,7 @@ def kfac_of(
         lambda: KroneckerSink(measured.components, measured.blocks, measured.heads),
         lambda sums: kronecker_factors(measured.blocks, sums).tensors(),
     )
-    found = _stored(path)
+    found = _read_stored(path)
     if found is None:
         found = plan.run_in_memory() if path is None or plan.pieces == 1 else plan.run(work)
     parts = _by_block(found, measured)
@@ -253,7 +253,7 @@ def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | Non
     Each of its steps (factors, eigenvectors, eigenvalues) is kept there when it is finished, and pieces of it before.
     """
     path = curvature_path(folder, "ekfac", measured, model_fingerprint)
-    found = _stored(path)
+    found = _read_stored(path)
     if found is None and (path is None or len(measured.groups) == 1):
         curvature = fit_kfac(measured).eigenbases()
         found = _eigenvalue_plan(measured, path, "", curvature).run_in_memory()
@@ -350,7 +350,7 @@ def _pieces(path: Path, measured: CurvatureData, of: str) -> PieceFiles:
     return PieceFiles(path.with_name(path.stem + suffix), digest)
 
 
-def _stored(path: Path | None) -> Tensors | None:
+def _read_stored(path: Path | None) -> Tensors | None:
     return read_tensors(path) if path is not None and decided(path.exists) else None
 
 

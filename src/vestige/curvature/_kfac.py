@@ -158,7 +158,7 @@ class KroneckerFactors:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file keeps, by block."""
-        return _named(self.factors)
+        return _name_tensors(self.factors)
 
     def eigenbases(self) -> "EigenCurvature":
         """Return the eigenvectors of every block, with K-FAC's eigenvalues."""
@@ -178,14 +178,14 @@ class EigenCurvature:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file keeps, by block."""
-        return _named(self.bases)
+        return _name_tensors(self.bases)
 
     def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
         return _solve(self.blocks, vectors, [partial(one.precondition, damping=damping) for one in self.bases])
 
 
-def _named(parts: Sequence[KroneckerFactor | Eigenbasis]) -> dict[str, Tensor]:
+def _name_tensors(parts: Sequence[KroneckerFactor | Eigenbasis]) -> dict[str, Tensor]:
     return {f"{number}.{side}": tensor for number, one in enumerate(parts) for side, tensor in one.tensors().items()}
 
 

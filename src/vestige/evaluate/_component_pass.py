@@ -20,10 +20,10 @@ from vestige.gradients import (
     OneHot,
     Piece,
     Reduction,
-    formed_numbers,
+    count_formed,
     matrices_of,
     numbers,
-    squared_norms,
+    square_norms,
 )
 from vestige.methods import PooledOutputs, Tap, backbone, pooled, tapped, taps_of
 from vestige.models import Component, LoadedModel
@@ -74,7 +74,7 @@ class OnePass:
         self._hidden.begin(batch)
         self._pass.run(batch, sink)
         gradients = [smaller_form(one) for one in sink.finish()]
-        norms = torch.stack([squared_norms(one).cpu() for one in gradients])
+        norms = torch.stack([square_norms(one).cpu() for one in gradients])
         outputs = [one.cpu() for one in [*self._outputs.collected(), self._hidden.state]]
         seconds = {"gradients": time.perf_counter() - started}
         projected = []
@@ -133,7 +133,7 @@ class _HiddenState:
 
 def smaller_form(gradients: Gradients) -> Gradients:
     """Return the same gradients as factors or as matrices, whichever takes fewer numbers."""
-    if gradients.zero or numbers(gradients) <= formed_numbers(gradients):
+    if gradients.zero or numbers(gradients) <= count_formed(gradients):
         return gradients
     return Gradients(gradients.examples, gradients.shape, (), matrices_of(gradients, slice(0, gradients.examples)))
 

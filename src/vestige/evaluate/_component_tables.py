@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vestige.evaluate._component_pass import Passed, one_example
 from vestige.evaluate._component_projection import Projection
-from vestige.gradients import HeldGradients, Room, products
+from vestige.gradients import FormingBudget, HeldGradients, products
 
 FORMED_BYTES = 2**29
 """Most bytes of matrices formed from the factors of one piece of queries."""
@@ -55,8 +55,8 @@ class Tables:
         started = time.perf_counter()
         for name, norms in self._squares(queries).items():
             self._query_norms[name][:, torch.as_tensor(rows)] = norms
-        room = Room(FORMED_BYTES)
-        held = [HeldGradients(one, room, len(found)) for one in queries.gradients]
+        budget = FormingBudget(FORMED_BYTES)
+        held = [HeldGradients(one, budget, len(found)) for one in queries.gradients]
         start = 0
         for batch, passed in zip(batches, found, strict=True):
             columns = slice(start, start + len(batch))

@@ -1,19 +1,19 @@
 """Per-example gradients as factors: layer rules, taps, exact products. The heart; knows no files and no commands."""
 
 from vestige.gradients._cross import (
+    FormingBudget as FormingBudget,
     Gradients as Gradients,
     HeldGradients as HeldGradients,
     LowRank as LowRank,
     Piece as Piece,
-    Room as Room,
+    count_formed as count_formed,
     cross_products as cross_products,
     cross_token_products as cross_token_products,
-    formed_numbers as formed_numbers,
     low_rank as low_rank,
     matrices_of as matrices_of,
     numbers as numbers,
     products as products,
-    squared_norms as squared_norms,
+    square_norms as square_norms,
 )
 from vestige.gradients._factors import (
     Extent as Extent,

@@ -103,9 +103,9 @@ def products(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
         return seen.new_zeros(first.examples, second.examples)
     route = _route(first, second)
     if route == "second":
-        return _applied(first, second)
+        return _apply(first, second)
     if route == "first":
-        return _applied(second, first).T
+        return _apply(second, first).T
     total = first.like().new_zeros(first.examples, second.examples)
     for one in first.pieces:
         for other in second.pieces:
@@ -113,7 +113,7 @@ def products(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
     return total
 
 
-def squared_norms(gradients: Gradients) -> Float[Tensor, "example"]:
+def square_norms(gradients: Gradients) -> Float[Tensor, "example"]:
     """Return the squared length of every gradient, cross terms of the pieces included."""
     total = gradients.like().new_zeros(gradients.examples) if not gradients.zero else torch.zeros(gradients.examples)
     if gradients.matrices is None and gradients.pieces and own_ghost_is_cheaper(gradients.extents, gradients.shape):
@@ -177,7 +177,7 @@ def route_between(first: Gradients, second: Gradients, forming_share: float) -> 
     )
 
 
-def _applied(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
+def _apply(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
     """Return the products with the second's matrices, formed block by block where they are not given."""
     total, memory = second.like().new_zeros(second.examples, first.examples), ReusedMemory()
     parts: Sequence[slice] = [slice(0, second.examples)] if second.matrices is not None else list(_parts(second))
@@ -217,30 +217,19 @@ def numbers(gradients: Gradients) -> int:
     )
 
 
-def joined(several: Sequence[Gradients]) -> Gradients:
-    """Concatenate the gradients of several batches of one component, one batch after the other."""
-    pieces, start = [], 0
-    for gradients in several:
-        for piece in gradients.pieces:
-            moved = slice(piece.examples.start + start, piece.examples.stop + start)
-            pieces.append(piece._replace(examples=moved))
-        start += gradients.examples
-    return Gradients(start, several[0].shape, tuple(pieces))
-
-
-def formed_numbers(gradients: Gradients) -> int:
+def count_formed(gradients: Gradients) -> int:
     """Return how many numbers the matrices of these gradients take."""
     return gradients.examples * math.prod(gradients.shape)
 
 
-ROOM_BYTES = 2**30
+FORMED_BYTES_AT_MOST = 2**30
 """Most bytes of matrices that are formed from factors and kept."""
 
 
-class Room:
+class FormingBudget:
     """Memory for formed matrices, shared by all components."""
 
-    def __init__(self, size: int = ROOM_BYTES) -> None:
+    def __init__(self, size: int = FORMED_BYTES_AT_MOST) -> None:
         self._left = size
 
     def take(self, size: int) -> bool:
@@ -256,8 +245,8 @@ class HeldGradients:
     `batches` is how many batches are expected: the cost of forming is shared between them.
     """
 
-    def __init__(self, gradients: Gradients, room: Room, batches: int = 1) -> None:
-        self._gradients, self._room, self._batches = gradients, room, max(batches, 1)
+    def __init__(self, gradients: Gradients, budget: FormingBudget, batches: int = 1) -> None:
+        self._gradients, self._budget, self._batches = gradients, budget, max(batches, 1)
 
     @property
     def formed(self) -> bool:
@@ -277,7 +266,7 @@ class HeldGradients:
             return False
         if route_between(first, mine, 1 / self._batches) != "second":
             return False
-        return self._room.take(formed_numbers(mine) * mine.pieces[0].right.element_size())
+        return self._budget.take(count_formed(mine) * mine.pieces[0].right.element_size())
 
 
 class LowRank(NamedTuple):
@@ -301,7 +290,7 @@ def low_rank(matrices: Float[Tensor, "query out in"], rank: int) -> LowRank:
     count, out, width = matrices.shape
     if rank * (out + width) >= out * width:
         return LowRank(Gradients(count, (out, width), matrices=matrices), matrices.new_ones(count))
-    pairs = [_projected(matrix.double(), rank) for matrix in matrices]
+    pairs = [_project(matrix.double(), rank) for matrix in matrices]
     left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
     squared = matrices.double().flatten(1).square().sum(1)
     kept = right.square().sum((1, 2)) if out <= width else left.square().sum((1, 2))
@@ -311,25 +300,10 @@ def low_rank(matrices: Float[Tensor, "query out in"], rank: int) -> LowRank:
     return LowRank(Gradients(count, (out, width), (piece,)), share)
 
 
-def _projected(
-    matrix: Float[Tensor, "out in"], rank: int
-) -> tuple[Float[Tensor, "rank out"], Float[Tensor, "rank in"]]:
+def _project(matrix: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor, "rank out"], Float[Tensor, "rank in"]]:
     """Return factors of the matrix projected on the leading eigenvectors of its shorter side."""
     if matrix.shape[0] > matrix.shape[1]:
-        right, left = _projected(matrix.T, rank)
+        right, left = _project(matrix.T, rank)
         return left, right
     leading = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].T
     return leading, leading @ matrix
-
-
-def held(vectors: Sequence[Tensor | Gradients], batches: int = 1) -> list[HeldGradients]:
-    """Return the gradients that a `DotSink` takes, for every component."""
-    memory = Room()
-    return [
-        HeldGradients(
-            one if isinstance(one, Gradients) else Gradients(len(one), (one.shape[1], one.shape[2]), matrices=one),
-            memory,
-            batches,
-        )
-        for one in vectors
-    ]

@@ -191,7 +191,7 @@ class ReusedMemory:
     def __init__(self) -> None:
         self._flat = torch.empty(0)
 
-    def shaped(self, like: Tensor, *shape: int) -> Tensor:
+    def give(self, like: Tensor, *shape: int) -> Tensor:
         """Return an uninitialised tensor of `shape`, overwritten by the next call."""
         size = math.prod(shape)
         if self._flat.numel() < size or self._flat.dtype != like.dtype or self._flat.device != like.device:
@@ -219,7 +219,7 @@ def dot_matrices(
     parts = []
     for start in range(0, len(right), step):
         some = slice(start, start + step)
-        gradient = memory.shaped(right, len(right[some]), left.shape[2], right.shape[2])
+        gradient = memory.give(right, len(right[some]), left.shape[2], right.shape[2])
         torch.bmm(left[some].transpose(1, 2), right[some], out=gradient)
         parts.append(flat @ gradient.flatten(1).T)
     return torch.cat(parts, dim=1)

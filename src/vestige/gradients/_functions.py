@@ -37,7 +37,7 @@ Rule = Callable[["FunctionUses", Any, tuple, dict], Any]
 def _linear(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> Any:
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     states, weight, bias = named["input"], named["weight"], named.get("bias")
-    if uses.shared(states):
+    if uses.is_shared(states):
         return NotImplemented
     output = func(states, uses.read(weight), uses.read(bias))
     _watch_product(uses, uses.weight(weight), uses.weight(bias), states, output)
@@ -49,22 +49,22 @@ def _matmul(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     left, right = args
     weight, other = (uses.weight(right), left) if uses.weight(right) is not None else (uses.weight(left), right)
-    if weight is None or weight.tensor.ndim != 2 or other.ndim < 2 or uses.shared(other):
+    if weight is None or weight.tensor.ndim != 2 or other.ndim < 2 or uses.is_shared(other):
         return NotImplemented
     output = func(uses.read(left), uses.read(right))
     if other is left:
-        _watch_product(uses, weight.turned(), None, left, output)
+        _watch_product(uses, weight.transpose(), None, left, output)
     else:
         _watch_product(uses, weight, None, right, output, columns=True)
     return output
 
 
 def _addmm(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> Any:
-    if kwargs or len(args) != 3 or uses.weight(args[2]) is None or uses.shared(args[1]) or args[0].ndim != 1:
+    if kwargs or len(args) != 3 or uses.weight(args[2]) is None or uses.is_shared(args[1]) or args[0].ndim != 1:
         return NotImplemented
     output = func(*(uses.read(value) for value in args))
     weight = uses.weight(args[2])
-    _watch_product(uses, None if weight is None else weight.turned(), uses.weight(args[0]), args[1], output)
+    _watch_product(uses, None if weight is None else weight.transpose(), uses.weight(args[0]), args[1], output)
     return output
 
 
@@ -88,7 +88,7 @@ def _watch_product(
     def backward(gradient: Tensor) -> None:
         gradient = per_token(gradient.mT if columns else gradient, receive.examples)
         if use is not None and right is not None:
-            use.add(use.keep("left", gradient), right.unchanged("a product"))
+            use.add(use.keep("left", gradient), right.get("a product"))
         if bias is not None:
             add_gradients(receive, bias, gradient.sum(1))
 
@@ -100,7 +100,7 @@ def _convolution(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> 
     order = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     named = dict(zip(("input", "weight", "bias", "stride", "padding", *order), args, strict=False)) | kwargs
     images, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
-    if uses.shared(images) or images.ndim != weight.ndim:
+    if uses.is_shared(images) or images.ndim != weight.ndim:
         return NotImplemented
     output = func(images, uses.read(weight), uses.read(bias), **named)
     geometry = Geometry.of_call(tuple(weight.shape[2:]), transposed, **named)
@@ -145,7 +145,7 @@ def _elementwise(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> 
         return NotImplemented
     first, second = args
     weight, other = (uses.weight(second), first) if uses.weight(second) is not None else (uses.weight(first), second)
-    if weight is None or uses.shared(other) or other.ndim < weight.tensor.ndim:
+    if weight is None or uses.is_shared(other) or other.ndim < weight.tensor.ndim:
         return NotImplemented
     product = "mul" in func.__name__
     receive, values = uses.receive(), other.detach()
@@ -153,14 +153,14 @@ def _elementwise(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> 
     output = func(uses.read(first), uses.read(second))
 
     def backward(gradient: Tensor) -> None:
-        scaled = gradient * kept.unchanged("a product") if product else gradient
-        add_gradients(receive, weight, _summed(scaled, weight, receive.examples))
+        scaled = gradient * kept.get("a product") if product else gradient
+        add_gradients(receive, weight, _sum_spread(scaled, weight, receive.examples))
 
     watch(output, backward)
     return output
 
 
-def _summed(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
+def _sum_spread(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
     """Return `[example, *weight]`: the gradient of a sum or product, summed over all that the weight was spread to."""
     shape = weight.tensor.shape
     flat = per_token(gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None], examples)
@@ -253,7 +253,7 @@ class FunctionUses(TorchFunctionMode):
 
     A function with a rule (`linear`, `matmul`, convolutions, `embedding`, sums and products) delivers each example's
     gradient. Any other is called with a copy that autograd follows: what it makes of parameters alone is a weight
-    like them, whose gradients are pulled back; where the copy meets activations, `unexplained` names the components.
+    like them, whose gradients are pulled back; where the copy meets activations, `find_unexplained` names them.
 
     In training (a parameter that requires its gradient) nothing is replaced, so that autograd is not disturbed.
     """
@@ -325,11 +325,11 @@ class FunctionUses(TorchFunctionMode):
         weight = self.weight(value)
         return value if weight is None else weight.read()
 
-    def shared(self, tensor: Tensor) -> bool:
+    def is_shared(self, tensor: Tensor) -> bool:
         """Return whether a tensor is the same for every example of the batch, because no activation entered it."""
         return tensor.ndim == 0 or id(tensor) in self._constants or self.weight(tensor) is not None
 
-    def unexplained(self) -> list[int]:
+    def find_unexplained(self) -> list[int]:
         """Return the components whose parameter reached the loss by a function without a rule; forget the batch."""
         found = {
             owner.component
@@ -356,12 +356,12 @@ class FunctionUses(TorchFunctionMode):
 
     def _derive(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], weights: list[Weight]) -> Any:
         output = func(*self._with_leaves(args), **self._with_leaves(kwargs))
-        if all(self.shared(tensor) for tensor in tensors):
+        if all(self.is_shared(tensor) for tensor in tensors):
             copied = weights[0] if getattr(func, "__name__", "") in _CASTS and tensors[0] is args[0] else None
             for result in _results(output, args, func):
                 self._constants[id(result)] = result
                 if result.requires_grad:
-                    self._weights[id(result)] = Weight.computed(result, weights, copied)
+                    self._weights[id(result)] = Weight.of_result(result, weights, copied)
         return output
 
     def _with_leaves(self, values: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import DataError, ModelError
-from vestige.gradients._cross import Gradients, HeldGradients, Room, joined, numbers
+from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, numbers
 from vestige.gradients._factors import Factor, FactorSink, Side
 from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count
@@ -90,17 +90,17 @@ class GradientPass:
                 if losses.requires_grad:
                     with timed("backward"):
                         losses.sum().backward()
-            unexplained = self._uses.unexplained() if self._uses is not None else []
+            unexplained = self._uses.find_unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])
             self._prove(batch, {self._components[number].parameter for number in noting.components})
             if not losses.requires_grad and not self._head:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
         except UncoveredUse as found:
-            raise _missed([self._components[number].name for number in found.args[0]]) from None
+            raise _missing_rule([self._components[number].name for number in found.args[0]]) from None
         finally:
             self._sink = None
             if self._uses is not None:
-                self._uses.unexplained()  # after an error, this batch must not be held against the next
+                self._uses.find_unexplained()  # after an error, this batch must not be held against the next
         return losses.detach()
 
     def _losses(self, batch: Any) -> Float[Tensor, "example"]:
@@ -113,7 +113,7 @@ class GradientPass:
         """
         missing = {component.parameter for component in self._components} - delivered
         if missing - self._idle:
-            self._refuse_missed(self._connected(batch, sorted(missing - self._idle)))
+            self._refuse_missed(self._find_connected(batch, sorted(missing - self._idle)))
             self._idle |= missing
         settled = not missing and not self.by_function
         if settled != self._settled:
@@ -121,7 +121,7 @@ class GradientPass:
             self._remove_hooks()
             self._place_hooks()
 
-    def _connected(self, batch: Any, names: Sequence[str]) -> list[str]:
+    def _find_connected(self, batch: Any, names: Sequence[str]) -> list[str]:
         """Return those of the parameters that autograd finds in the batch's loss, whatever their gradient."""
         parameters = [self._model.get_parameter(name) for name in names]
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
@@ -144,7 +144,7 @@ class GradientPass:
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
         if names:
-            raise _missed(names)
+            raise _missing_rule(names)
 
     def _place_hooks(self) -> None:
         modules = self._modules()
@@ -156,10 +156,10 @@ class GradientPass:
         self._handles += attach_all(modules.values(), self._receive, self._uses)
         self._handles += keep_examples_apart(self._model)
         uses = self._uses
-        for block in _checkpointed(self._model) if uses is not None else ():
+        for block in _checkpoint_blocks(self._model) if uses is not None else ():
             # The second run calls the block's forward without its hooks, but its children with theirs.
             self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
-        if _checkpointed(self._model):
+        if _checkpoint_blocks(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
 
     def _remove_hooks(self) -> None:
@@ -219,7 +219,7 @@ class _Nowhere(FactorSink):
         """Add nothing."""
 
 
-def _missed(names: Sequence[str]) -> ModelError:
+def _missing_rule(names: Sequence[str]) -> ModelError:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ModelError(
         f"The model uses {', '.join(names[:5])}{more} in a way that no rule covers, so the gradient would be missed. "
@@ -237,7 +237,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _checkpointed(model: nn.Module) -> list[nn.Module]:
+def _checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks whose forward runs again during the backward pass."""
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
@@ -348,6 +348,17 @@ def _blocks(
 
 
 def _block(waiting: list[list[Gradients]], rows: list[slice], batches: range, uses: int, memory_bytes: int) -> _Block:
-    room = Room(memory_bytes // 2)
-    held = [HeldGradients(joined(parts), room, uses) for parts in zip(*waiting, strict=True)]
+    budget = FormingBudget(memory_bytes // 2)
+    held = [HeldGradients(_join(parts), budget, uses) for parts in zip(*waiting, strict=True)]
     return _Block(slice(rows[batches.start].start, rows[batches.stop - 1].stop), batches, held)
+
+
+def _join(several: Sequence[Gradients]) -> Gradients:
+    """Concatenate the gradients of several batches of one component, one batch after the other."""
+    pieces, start = [], 0
+    for gradients in several:
+        for piece in gradients.pieces:
+            moved = slice(piece.examples.start + start, piece.examples.stop + start)
+            pieces.append(piece._replace(examples=moved))
+        start += gradients.examples
+    return Gradients(start, several[0].shape, tuple(pieces))

@@ -153,9 +153,7 @@ class ExpertsTap:
             positions = rows_by_example(routed.positions[:, None] + 1, routed.owners, receive.examples) - 1
             locate(receive.sink, positions[..., 0])
             left = receive.sink.reduce(component, "left", padded)
-            receive.sink.accumulate(
-                component, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
-            )
+            receive.sink.accumulate(component, slice(0, receive.examples), left, kept.get(type(self._module).__name__))
         if shift is not None:
             deliver_vector(receive, shift, padded)
 

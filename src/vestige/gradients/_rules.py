@@ -83,7 +83,7 @@ class Kept(NamedTuple):
     source: Tensor
     version: int
 
-    def unchanged(self, what: str) -> Any:
+    def get(self, what: str) -> Any:
         """Return the kept value.
 
         Raises:
@@ -150,7 +150,7 @@ class LinearTap:
         if self._weight is not None and kept is not None:
             left = receive.sink.reduce(self._weight, "left", gradient)
             receive.sink.accumulate(
-                self._weight, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
+                self._weight, slice(0, receive.examples), left, kept.get(type(self._module).__name__)
             )
         if self._bias is not None:
             deliver_vector(receive, self._bias, gradient)
@@ -178,7 +178,7 @@ class NormTap:
         self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
     ) -> None:
         if self._weight is not None:
-            scaled = gradient * _normalised(module, kept.unchanged(type(module).__name__), named)
+            scaled = gradient * _normalise(module, kept.get(type(module).__name__), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))
         if self._bias is not None:
             deliver_vector(receive, self._bias, per_token(_features_last(module, gradient), receive.examples))
@@ -189,7 +189,7 @@ def _features_last(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1) if isinstance(module, nn.GroupNorm) else tensor
 
 
-def _normalised(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
+def _normalise(module: nn.Module, activation: Tensor, named: dict[str, Any]) -> Tensor:
     """Return what the module multiplies its scale by: its output at scale one minus its output at scale zero.
 
     The module itself computes it, so that its own arithmetic (float32 inside, `1 + weight` in Gemma) is reproduced.
@@ -247,7 +247,7 @@ class Weight(NamedTuple):
         return cls(leaf, (leaf,), (owners,), (parameter,), False, training)
 
     @classmethod
-    def computed(cls, result: Tensor, weights: Sequence["Weight"], cast_of: "Weight | None") -> "Weight":
+    def of_result(cls, result: Tensor, weights: Sequence["Weight"], cast_of: "Weight | None") -> "Weight":
         """Return the weight that a function computed from weights; `cast_of` is one whose numbers it only copied."""
         found = [zip(one.leaves, one.owners, one.parameters, strict=True) for one in weights]
         leaves = {id(leaf): (leaf, *rest) for each in found for leaf, *rest in each}
@@ -265,7 +265,7 @@ class Weight(NamedTuple):
         """Return the tensor as a rule passes it on: cut from its leaves, whose gradients the rule delivers."""
         return self.tensor if self.training else self.tensor.detach()
 
-    def turned(self) -> "Weight":
+    def transpose(self) -> "Weight":
         """Return the same weight, transposed."""
         return self._replace(tensor=self.tensor.mT, layout=None if self.layout is None else not self.layout)
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._cross import Gradients, Piece, held, squared_norms
+from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, Piece, square_norms
 from vestige.gradients._factors import Factor, FactorSink, materialise
 from vestige.models import Component
 
@@ -42,8 +42,13 @@ class DotSink(FactorSink):
     def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"] | Gradients], batches: int = 1) -> None:
         self._like = next((_like(one) for one in vectors if not _is_zero(one)), torch.zeros(()))
         self._queries = len(vectors[0]) if isinstance(vectors[0], Tensor) else vectors[0].examples
-        self._held = held(vectors, batches)
         self._shapes = [one.shape if isinstance(one, Gradients) else (one.shape[1], one.shape[2]) for one in vectors]
+        given = [
+            one if isinstance(one, Gradients) else Gradients(len(one), shape, matrices=one)
+            for one, shape in zip(vectors, self._shapes, strict=True)
+        ]
+        budget = FormingBudget()
+        self._held = [HeldGradients(one, budget, batches) for one in given]
         self.scores = torch.zeros(0)
 
     def begin(self, examples: int) -> None:
@@ -98,7 +103,7 @@ class NormSink(KeepingSink):
         """Square what has arrived."""
         gradients = super().finish()
         like = next((one.like() for one in gradients if not one.zero), torch.zeros(()))
-        self.squared = torch.stack([squared_norms(one).to(like) for one in gradients])
+        self.squared = torch.stack([square_norms(one).to(like) for one in gradients])
         return self.squared
 
 

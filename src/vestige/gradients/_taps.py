@@ -21,11 +21,11 @@ def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
     input belongs to an example. The same matrices applied to all tokens, and counted where PEFT counts them, give the
     same output with the examples apart.
     """
-    for _, layer, adapter in activated_layers(model):
+    for _, layer, adapter in find_activated(model):
         yield _Exchanged(layer.lora_variant, adapter)
 
 
-def activated_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def find_activated(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Yield the path of every layer with an activated adapter, the layer, and the adapter's name."""
     for path, module in model.named_modules():
         variants: Any = getattr(module, "lora_variant", None)
@@ -94,7 +94,7 @@ def observe(
             raise ModelError(f"{component.name} cannot be watched while it trains. Leave it out of the components.")
     modules = modules_of(model, components)
     activated = next(
-        (path for path, *_ in activated_layers(model) if any(name.startswith(path) for name in modules)), None
+        (path for path, *_ in find_activated(model) if any(name.startswith(path) for name in modules)), None
     )
     if activated is not None:
         raise ModelError(

@@ -37,7 +37,7 @@ from vestige.indexes._manifest import (
     ModelIdentity as ModelIdentity,
     PlanRecord as PlanRecord,
     difference as difference,
-    expected_shards as expected_shards,
+    expect_shards as expect_shards,
     lay_out as lay_out,
     publish_manifest as publish_manifest,
     read_manifest as read_manifest,

@@ -67,7 +67,7 @@ def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]
         DiskSpaceError: It would not fit.
     """
     write = _find_format("index", to, index.folder)
-    return _write_staged(Path(out), lambda folder: write(index, folder), _exported_bytes(index))
+    return _write_staged(Path(out), lambda folder: write(index, folder), _count_bytes(index))
 
 
 def _find_format(kind: str, to: str, path: Path) -> ExportFormat:
@@ -96,7 +96,7 @@ def _write_staged(out: Path, write: Callable[[Path], list[Path]], needed: int = 
     return [out / path for path in written]
 
 
-def _exported_bytes(index: Index) -> int:
+def _count_bytes(index: Index) -> int:
     """Return the size on disk of all rows in float32, with their loss, norm and number."""
     return index.rows * (4 * index.width + 16)
 
@@ -186,7 +186,7 @@ def write_dataset(index: Index, out: Path) -> list[Path]:
     """Write a folder for `datasets.load_from_disk`: the columns of the examples, loss, norm and gradient."""
     from datasets import Dataset
 
-    check_disk(out.parent, 2 * _exported_bytes(index))
+    check_disk(out.parent, 2 * _count_bytes(index))
     schema = _example_schema(index)
     # `datasets` saves only what is not in the folder that it saves to.
     with TemporaryDirectory(prefix=".rows-", dir=out) as folder:

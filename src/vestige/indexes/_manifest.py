@@ -210,7 +210,7 @@ class Expectation(NamedTuple):
     """sha256 over everything that decides the shard's content, and nothing that appending data changes."""
 
 
-def expected_shards(manifest: Manifest) -> tuple[Expectation, ...]:
+def expect_shards(manifest: Manifest) -> tuple[Expectation, ...]:
     """Return what every shard must be, by shard number."""
     settings = hashlib.sha256(to_json(settings_of(manifest)))
     found = []

@@ -227,7 +227,7 @@ def write_shard(
         expected: What the manifest records about the shard.
         name_of: How to name the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
-        held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk meanwhile.
+        held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk.
 
     Raises:
         NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off; nothing was written.

@@ -17,7 +17,7 @@ from vestige import disk_arrays
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
-from vestige.indexes._manifest import Manifest, Span, expected_shards, read_manifest
+from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
 from vestige.row_order import by_window
 from vestige.timing import count_bytes, timed
@@ -260,7 +260,7 @@ class Index:
     def _faults(self, *, contents: bool) -> list[ShardFault]:
         return [
             ShardFault(number, reason)
-            for number, expected in enumerate(expected_shards(self.manifest))
+            for number, expected in enumerate(expect_shards(self.manifest))
             if (reason := shard_fault(self.folder, number, expected, contents=contents))
         ]
 

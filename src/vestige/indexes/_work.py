@@ -25,7 +25,7 @@ from vestige.indexes._examples import fingerprint_rows, write_examples
 from vestige.indexes._manifest import (
     Expectation,
     Manifest,
-    expected_shards,
+    expect_shards,
     extends,
     manifest_path,
     publish_manifest,
@@ -111,7 +111,7 @@ class IndexPlan:
     @cached_property
     def expected(self) -> tuple[Expectation, ...]:
         """The record of each shard in the manifest."""
-        return expected_shards(self.manifest)
+        return expect_shards(self.manifest)
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:
         planned = self.plan.shards[piece]
@@ -247,7 +247,7 @@ def index_status(folder: Path) -> IndexStatus:
     manifest = read_manifest(folder)
     if manifest is None:
         return IndexStatus(0, 0, 0, 0)
-    expected = expected_shards(manifest)
+    expected = expect_shards(manifest)
     done = [
         number
         for number, expectation in enumerate(expected)

@@ -104,11 +104,7 @@ class MaskFile:
     parts: Mapping[str, MaskPart]
 
     def part(self, component: str, word: str) -> MaskPart:
-        """Return the mask of one side of a component, or of the whole.
-
-        Raises:
-            SpecError: It was never trained. Random coordinates instead would go unnoticed.
-        """
+        """Return the mask of one side of a component, or of the whole."""
         wanted = f"{component}/{word}"
         if wanted in self.parts:
             return self.parts[wanted]
@@ -188,11 +184,7 @@ def selective(
     file: str = "",
     digest: str = "",
 ) -> Coordinates:
-    """Return the trained coordinates of a component's side, or of its whole gradient, times their trained scale.
-
-    Raises:
-        SpecError: The file, the component or the side is missing, or is not the one that the spec was made with.
-    """
+    """Return the trained coordinates of a component's side, or of its whole gradient, times their trained scale."""
     masks = read_masks(file)
     if digest != masks.digest:
         raise SpecError(

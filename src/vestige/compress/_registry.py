@@ -111,11 +111,7 @@ def list_compressors() -> list[str]:
 
 
 def find_compressor(name: str, given: str) -> Kind:
-    """Return the compressor called `name`; `given` is the stage as typed, for the message.
-
-    Raises:
-        SpecError: No compressor has this name.
-    """
+    """Return the compressor called `name`; `given` is the stage as typed, for the message."""
     try:
         return COMPRESSORS.find(name)
     except SpecError as error:

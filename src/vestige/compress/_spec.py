@@ -157,11 +157,7 @@ class CompressionSpec:
         return size
 
     def _size_of_shared(self) -> int:
-        """Return the size of a sketch that all components share.
-
-        Raises:
-            SpecError: The last stage cannot be shared.
-        """
+        """Return the size of a sketch that all components share."""
         last = self.stages[-1] if self.stages else None
         if last is not None and last.kind.shareable and len(last.size) == 1:
             return last.size[0]

@@ -236,11 +236,7 @@ class KroneckerSink(FactorSink):
         self._positions = positions
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones.
-
-        Raises:
-            ModelError: The rows of a layer are not the tokens of the batch.
-        """
+        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones."""
         positions, self._positions = self._positions, None
         block = self._blocks.get(component)
         if block is None:

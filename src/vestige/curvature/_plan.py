@@ -64,11 +64,7 @@ class PiecePlan:
         return nullcontext(lambda piece: self.files.write(piece, self.compute(piece, step_done)))
 
     def reduce(self) -> Tensors:
-        """Return the result; where it is kept in a file, write that and delete the pieces.
-
-        Raises:
-            CorruptFile: a piece is missing or damaged.
-        """
+        """Return the result; where it is kept in a file, write that and delete the pieces."""
         found = read_tensors(self.result) if self.result is not None else None
         if found is None:
             found = write_tensors(self.result, self.combine(map(self.files.read, range(self.pieces))))

@@ -174,13 +174,7 @@ class PreconditionedBlock(NamedTuple):
 def _precondition_rows(
     index: Index, inverse: DampedInverse, settings: PreconditionSettings, command: list[str] | None
 ) -> None:
-    """Write `(F + d I)^-1 g` of every row, one file for each shard, and the record when all files are there.
-
-    Raises:
-        IndexMismatch: the folder holds those of another index or damping.
-        UserError: it holds other files.
-        DiskSpaceError: they would not fit.
-    """
+    """Write `(F + d I)^-1 g` of every row, one file for each shard, and the record when all files are there."""
     assert settings.out is not None
     folder, dtype, rows = settings.out, _DTYPES[settings.dtype], index.manifest.shard_rows
     text = f"preconditioned {ROWS_FORMAT} {index.fingerprint} {settings.damping!r} {settings.dtype}"

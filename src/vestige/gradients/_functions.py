@@ -176,11 +176,7 @@ def _sum_spread(gradient: Tensor, weight: Weight, examples: int) -> Tensor:
 
 
 def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
-    """Return ids whose first axis is the batch: those shared by all examples are expanded.
-
-    Raises:
-        ModelError: it is unknown whether `[token]` ids are positions shared by the batch or one id an example.
-    """
+    """Return ids whose first axis is the batch: those shared by all examples are expanded."""
     if examples == 1 or ids.ndim == 0:
         return ids
     if ids.ndim == 1 and len(ids) != examples:

@@ -56,11 +56,7 @@ class GradientPass:
         return self._uses is not None and self._uses.outside
 
     def __enter__(self) -> "GradientPass":
-        """Freeze the weights and place the hooks.
-
-        Raises:
-            ModelError: the examples of a batch cannot be distinguished, because a BatchNorm is in training mode.
-        """
+        """Freeze the weights and place the hooks."""
         _refuse_batch_statistics(self._model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         for parameter, _ in self._flags:

@@ -31,11 +31,7 @@ class Handle(Protocol):
 
 
 def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token side"]:
-    """Return `[example, token, side]` from a layer's tensor: token axes are flattened, a missing one is added.
-
-    Raises:
-        ModelError: the first axis cannot be the batch.
-    """
+    """Return `[example, token, side]` from a layer's tensor: token axes are flattened, a missing one is added."""
     if tensor.shape[0] % examples:
         raise ModelError(
             f"A selected layer works on a tensor of shape {tuple(tensor.shape)} in a batch of {examples} examples: its "
@@ -46,11 +42,7 @@ def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token si
 
 
 def watch(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it.
-
-    Raises:
-        ModelError: the output is not a tensor.
-    """
+    """Call `on_gradient` with the output's gradient; starts the autograd graph here if nothing below needs it."""
     if not isinstance(output, Tensor):
         raise ModelError(
             f"A selected layer returns a {type(output).__name__}, not a tensor: there is no rule for it. Leave the "
@@ -84,11 +76,7 @@ class Kept(NamedTuple):
     version: int
 
     def get(self, what: str) -> Any:
-        """Return the kept value.
-
-        Raises:
-            ModelError: an operation in place has overwritten it.
-        """
+        """Return the kept value."""
         if isinstance(self.value, Tensor) and self.value._version != self.version and _same(self.value, self.source):
             raise ModelError(
                 f"The input of {what} was changed in place after the layer had read it; training "

@@ -46,11 +46,7 @@ def write_examples(folder: Path, manifest: Manifest, examples: Sequence[Example]
 
 
 def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Return the lengths of all examples of an index in tokens, int64 [example].
-
-    Raises:
-        CorruptFile: A file is missing or does not hold what the manifest records.
-    """
+    """Return the lengths of all examples of an index in tokens, int64 [example]."""
     tables = [
         read_table(path, EXAMPLES, "Run the same vestige index command again.", required=["length"], columns=["length"])
         for path in examples_paths(folder, manifest)
@@ -59,11 +55,7 @@ def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
 
 
 def examples_paths(folder: Path, manifest: Manifest) -> list[Path]:
-    """Return the files of the examples of an index, in row order.
-
-    Raises:
-        CorruptFile: A file is missing or does not hold what the manifest records.
-    """
+    """Return the files of the examples of an index, in row order."""
     found = []
     for number, stage in enumerate(manifest.plan.stages):
         paths = _paths(folder, number)

@@ -199,11 +199,7 @@ def write_dataset(index: Index, out: Path) -> list[Path]:
 
 
 def write_lance(index: Index, out: Path) -> list[Path]:
-    """Write `index.lance`: the same columns, the gradient as a vector column that Lance can index.
-
-    Raises:
-        MissingExtra: pylance is not installed.
-    """
+    """Write `index.lance`: the same columns, the gradient as a vector column that Lance can index."""
     try:
         import lance  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -296,11 +296,7 @@ def extends(old: Manifest, new: Manifest) -> bool:
 
 
 def require_same(folder: Path, old: Manifest, new: Manifest) -> None:
-    """Raise unless both manifests give the same index.
-
-    Raises:
-        IndexMismatch: They do not; the message shows each difference and what to type.
-    """
+    """Raise unless both manifests give the same index."""
     if differences := difference(old, new):
         raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 

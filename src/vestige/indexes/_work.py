@@ -129,11 +129,7 @@ class IndexPlan:
 
 
 def _require_each_example_once(folder: Path, manifest: Manifest) -> None:
-    """Raise unless every row of the data is in exactly one position of one shard.
-
-    Raises:
-        CorruptFile: Shards overlap, or leave examples out; the message lists both.
-    """
+    """Raise unless every row of the data is in exactly one position of one shard."""
     total = sum(manifest.shard_rows)
     # One more than the number of the shard that holds the row; 0 where none does.
     holder = disk_arrays.zeros(total, np.int32)
@@ -271,7 +267,9 @@ ReadRows = Callable[[Int[np.ndarray, "row"]], Float[Tensor, "row column"]]
 """From positions in the data to their gradients, float32, columns in the order of the manifest's components."""
 
 
-def write_rows(out: Path, draft: Manifest, data: TokenizedData, read: ReadRows, *, overwrite: bool = False) -> Index:
+def write_rows(
+    out: str | Path, draft: Manifest, data: TokenizedData, read: ReadRows, *, overwrite: bool = False
+) -> Index:
     """Write gradients that were computed elsewhere as an index, and return it opened; its losses are 0.
 
     Shards that are there already are kept: an interrupted call is repeated.
@@ -289,6 +287,7 @@ def write_rows(out: Path, draft: Manifest, data: TokenizedData, read: ReadRows, 
         NonFinite: A row has a number that is not finite; the message names its example.
         UserError: `out` holds other files, or cannot be written to.
     """
+    out = Path(out)
     if overwrite:
         remove_index(out)
     # Rows of equal length are planned in the order in which they are given.

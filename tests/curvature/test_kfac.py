@@ -11,7 +11,7 @@ from torch import nn
 from tests.architectures import build
 from tests.methods.conftest import reordered
 from tests.reference import curvature as dense
-from vestige.curvature import curvature_path, ekfac_of, find_blocks, fit_ekfac, fit_kfac, kfac_of, sample_labels
+from vestige.curvature import curvature_path, ekfac_of, find_blocks, kfac_of, sample_labels
 from vestige.data import Example, TokenizedData
 from vestige.errors import SpecError
 
@@ -50,7 +50,7 @@ def joined(given, vectors) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_factors_are_those_of_every_single_token(name, layer):
     given = measured(name, f"{layer}.*")
-    (factor,) = fit_kfac(given).factors
+    (factor,) = kfac_of(given).factors
     left, right, tokens = dense.kronecker(build(name), layer, given.data)
     assert factor.tokens == pytest.approx(tokens), "padding and tokens after the last target must not be counted"
     assert torch.allclose(factor.left, left, rtol=1e-9, atol=1e-12)
@@ -60,7 +60,7 @@ def test_factors_are_those_of_every_single_token(name, layer):
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_trap_kfac_inverse_keeps_bias_and_columns_aligned(name, layer):
     given = measured(name, f"{layer}.*")
-    vectors, factors = random_vectors(given), fit_kfac(given)
+    vectors, factors = random_vectors(given), kfac_of(given)
     left, right, tokens = dense.kronecker(build(name), layer, given.data)
     expected = torch.linalg.solve(dense.damped(tokens * torch.kron(left, right), 0.1), joined(given, vectors).T).T
     found = joined(given, factors.eigenbases().precondition(vectors, 0.1))
@@ -87,7 +87,7 @@ def test_trap_ekfac_with_bias_equals_the_explicit_matrix(name, layer):
     left, right, _ = dense.kronecker(build(name), layer, given.data)
     matrix = dense.eigen_corrected(left, right, whole)
     expected = torch.linalg.solve(dense.damped(matrix, 0.1), joined(given, vectors).T).T
-    found = joined(given, fit_ekfac(given).precondition(vectors, 0.1))
+    found = joined(given, ekfac_of(given).precondition(vectors, 0.1))
     # Eigenvectors of close eigenvalues are only determined up to rounding over their gap.
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
@@ -97,8 +97,8 @@ def test_without_its_bias_a_weight_has_no_column_of_ones_and_a_lone_bias_has_its
     weight, *vectors = find_blocks(given.components)
     assert (weight.kind, weight.bias, weight.shape) == ("matrix", None, (16, 16))
     assert [block.kind for block in vectors] == ["vector"] * 3
-    solved = fit_ekfac(given).precondition(asked := random_vectors(given), 0.1)
-    plain = fit_kfac(given).eigenbases().precondition(asked, 0.1)
+    solved = ekfac_of(given).precondition(asked := random_vectors(given), 0.1)
+    plain = kfac_of(given).eigenbases().precondition(asked, 0.1)
     for number, gradients in list(enumerate(reference_gradients(given)))[1:]:
         rows = torch.stack(gradients)[:, :, 0]
         expected = torch.linalg.solve(dense.damped(rows.T @ rows / len(rows), 0.1), asked[number].T).T
@@ -113,7 +113,7 @@ def test_a_tied_embedding_has_the_mean_squares_of_its_whole_gradient(monkeypatch
     squares = torch.stack(reference_gradients(given)[0]).square().mean(0)
     asked = random_vectors(given)
     expected = asked[0] / (squares + 0.1 * squares.mean()).flatten()
-    assert torch.allclose(fit_ekfac(given).precondition(asked, 0.1)[0], expected, rtol=1e-8)
+    assert torch.allclose(ekfac_of(given).precondition(asked, 0.1)[0], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("labels", ["data", "sampled"])
@@ -121,7 +121,7 @@ def test_curvature_does_not_depend_on_batches(labels):
     patterns = ("transformer.h.1.*",)
     one, many = measured("gpt2", *patterns, labels=labels, budget=1), measured("gpt2", *patterns, labels=labels)
     asked = random_vectors(one)
-    for fit in (fit_ekfac, lambda given: fit_kfac(given).eigenbases()):
+    for fit in (ekfac_of, lambda given: kfac_of(given).eigenbases()):
         pairs = zip(fit(one).precondition(asked, 0.1), fit(many).precondition(asked, 0.1), strict=True)
         assert all(torch.allclose(first, second, rtol=1e-6, atol=1e-9) for first, second in pairs)
 
@@ -129,7 +129,7 @@ def test_curvature_does_not_depend_on_batches(labels):
 def test_every_component_comes_back_in_its_place():
     given = measured("gpt2", "all")
     asked = random_vectors(given)
-    curvature = fit_ekfac(given)
+    curvature = ekfac_of(given)
     solved = curvature.precondition(asked, 0.1)
     assert [len(part[0]) for part in solved] == [part.size for part in given.components]
     # Adding up the blocks' own matrices is the inverse of splitting them.
@@ -161,7 +161,7 @@ def test_labels_are_drawn_with_the_probabilities_of_the_model():
 @pytest.mark.parametrize("damping", [0.0, -0.1])
 def test_trap_damping_of_zero_is_refused(damping):
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
-    asked, factors = random_vectors(given), fit_kfac(given)
+    asked, factors = random_vectors(given), kfac_of(given)
     for inverse in (factors.precondition_split, factors.eigenbases().precondition):
         with pytest.raises(SpecError, match="above zero"):
             inverse(asked, damping)
@@ -170,7 +170,7 @@ def test_trap_damping_of_zero_is_refused(damping):
 def test_half_precision_is_accumulated_in_float32():
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
     given.model.to(torch.bfloat16)
-    (factor,) = fit_kfac(given).factors
+    (factor,) = kfac_of(given).factors
     assert factor.left.dtype == factor.right.dtype == torch.float32
 
 

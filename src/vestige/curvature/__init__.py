@@ -21,8 +21,6 @@ from vestige.curvature._fit import (
     Labels as Labels,
     curvature_path as curvature_path,
     ekfac_of as ekfac_of,
-    fit_ekfac as fit_ekfac,
-    fit_kfac as fit_kfac,
     kfac_of as kfac_of,
     sample_labels as sample_labels,
 )

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from vestige.curvature._kfac import (
     Block,
     Eigenbasis,
-    EigenCurvature,
     EigenvalueSink,
+    KroneckerCurvature,
     KroneckerFactor,
-    KroneckerFactors,
     KroneckerSink,
     find_blocks,
     kronecker_factors,
@@ -206,20 +205,10 @@ class CurvatureData:
         return self._drawn[piece]
 
 
-def fit_kfac(measured: CurvatureData) -> KroneckerFactors:
-    """Return S and A of every block, from one pass."""
-    return kfac_of(measured, "", None)
-
-
-def fit_ekfac(measured: CurvatureData) -> EigenCurvature:
-    """Return eigenvectors from one pass, eigenvalues from another."""
-    return ekfac_of(measured, "", None)
-
-
 def kfac_of(
-    measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE
-) -> KroneckerFactors:
-    """Return K-FAC's factors, read from `folder` when they belong to just this model, data and settings.
+    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+) -> KroneckerCurvature:
+    """Return K-FAC's S and A of every block, from one pass; `folder` keeps them for this model, data and settings.
 
     Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues.
     """
@@ -235,27 +224,20 @@ def kfac_of(
     found = _read_stored(path)
     if found is None:
         found = plan.run_in_memory() if path is None or plan.pieces == 1 else plan.run(work)
-    parts = _by_block(found, measured)
-    return KroneckerFactors(
-        measured.blocks,
-        tuple(
-            KroneckerFactor(part["left"], part["right"], float(part["tokens"]))
-            if "tokens" in part
-            else Eigenbasis(None, None, part["values"])
-            for part in parts
-        ),
-    )
+    return _curvature(found, measured)
 
 
-def ekfac_of(measured: CurvatureData, model_fingerprint: str, folder: Path | None, work: Work = HERE) -> EigenCurvature:
-    """Return EK-FAC's eigenbases, read from `folder` when they belong to just this model, data and settings.
+def ekfac_of(
+    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+) -> KroneckerCurvature:
+    """Return EK-FAC's eigenvectors from one pass and eigenvalues from another; `folder` as for `kfac_of`.
 
     Each of its steps (factors, eigenvectors, eigenvalues) is kept there when it is finished, and pieces of it before.
     """
     path = curvature_path(folder, "ekfac", measured, model_fingerprint)
     found = _read_stored(path)
     if found is None and (path is None or len(measured.groups) == 1):
-        curvature = fit_kfac(measured).eigenbases()
+        curvature = kfac_of(measured).eigenbases()
         found = _eigenvalue_plan(measured, path, "", curvature).run_in_memory()
     elif found is None and path is not None:
         bases = _bases_plan(measured, path, kfac_of(measured, model_fingerprint, folder, work))
@@ -311,7 +293,7 @@ def _sums_plan(
     )
 
 
-def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvature: EigenCurvature) -> PiecePlan:
+def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvature: KroneckerCurvature) -> PiecePlan:
     def finish(sums: Tensors) -> Tensors:
         on_device = {name: tensor.to(measured.device) for name, tensor in sums.items()}
         return with_eigenvalues(curvature, on_device).tensors()
@@ -319,7 +301,7 @@ def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvat
     return _sums_plan("EK-FAC eigenvalues", measured, path, of, lambda: EigenvalueSink(curvature), finish)
 
 
-def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerFactors) -> PiecePlan:
+def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature) -> PiecePlan:
     """Return the plan of the eigenvectors, a block a piece: another process would round them otherwise."""
     numbers = [number for number, factor in enumerate(factors.factors) if isinstance(factor, KroneckerFactor)]
     rest = [(number, factor) for number, factor in enumerate(factors.factors) if number not in numbers]
@@ -354,16 +336,16 @@ def _read_stored(path: Path | None) -> Tensors | None:
     return read_tensors(path) if path is not None and decided(path.exists) else None
 
 
-def _by_block(tensors: Tensors, measured: CurvatureData) -> list[Tensors]:
-    """Return the tensors of every block by their short names, on the model's device."""
+def _curvature(tensors: Tensors, measured: CurvatureData) -> KroneckerCurvature:
+    """Return the curvature that a file keeps as these tensors, on the model's device."""
     parts: list[Tensors] = [{} for _ in measured.blocks]
     for name, tensor in tensors.items():
         number, _, side = name.partition(".")
         parts[int(number)][side] = tensor.to(measured.device)
-    return parts
-
-
-def _curvature(tensors: Tensors, measured: CurvatureData) -> EigenCurvature:
-    parts = _by_block(tensors, measured)
-    bases = tuple(Eigenbasis(part.get("left"), part.get("right"), part["values"]) for part in parts)
-    return EigenCurvature(measured.blocks, bases)
+    factors = (
+        KroneckerFactor(part["left"], part["right"], float(part["tokens"]))
+        if "tokens" in part
+        else Eigenbasis(part.get("left"), part.get("right"), part["values"])
+        for part in parts
+    )
+    return KroneckerCurvature(measured.blocks, tuple(factors))

@@ -16,7 +16,6 @@ pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, 
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -150,52 +149,36 @@ class Eigenbasis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    """Curvature as accumulated: a Kronecker product per block, a diagonal for embeddings."""
+class KroneckerCurvature:
+    """Curvature block by block: Kronecker products as accumulated or by eigenvectors; diagonals for embeddings."""
 
     blocks: tuple[Block, ...]
     factors: tuple[KroneckerFactor | Eigenbasis, ...]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file keeps, by block."""
-        return _name_tensors(self.factors)
+        pairs = enumerate(self.factors)
+        return {f"{number}.{side}": tensor for number, one in pairs for side, tensor in one.tensors().items()}
 
-    def eigenbases(self) -> "EigenCurvature":
-        """Return the eigenvectors of every block, with K-FAC's eigenvalues."""
-        return EigenCurvature(self.blocks, tuple(factor.eigenbasis() for factor in self.factors))
-
-    def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """Apply the damped inverse, each factor damped for itself; `vectors[c]` is `[query, n]` for component c."""
-        return _solve(self.blocks, vectors, [partial(one.precondition_split, damping=damping) for one in self.factors])
-
-
-@dataclass(frozen=True)
-class EigenCurvature:
-    """K-FAC or EK-FAC by eigenvectors."""
-
-    blocks: tuple[Block, ...]
-    bases: tuple[Eigenbasis, ...]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a file keeps, by block."""
-        return _name_tensors(self.bases)
+    def eigenbases(self) -> "KroneckerCurvature":
+        """Return the same curvature by eigenvectors, with K-FAC's eigenvalues."""
+        return KroneckerCurvature(self.blocks, tuple(factor.eigenbasis() for factor in self.factors))
 
     def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
-        return _solve(self.blocks, vectors, [partial(one.precondition, damping=damping) for one in self.bases])
+        return self._solve(vectors, [one.eigenbasis().precondition for one in self.factors], damping)
 
+    def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Apply the damped inverse, each factor damped for itself."""
+        return self._solve(vectors, [one.precondition_split for one in self.factors], damping)
 
-def _name_tensors(parts: Sequence[KroneckerFactor | Eigenbasis]) -> dict[str, Tensor]:
-    return {f"{number}.{side}": tensor for number, one in enumerate(parts) for side, tensor in one.tensors().items()}
-
-
-def _solve(
-    blocks: Sequence[Block], vectors: Sequence[Tensor], solvers: Sequence[Callable[[Tensor], Tensor]]
-) -> list[Tensor]:
-    solved: dict[int, Tensor] = {}
-    for block, solve in zip(blocks, solvers, strict=True):
-        solved |= block.split(solve(block.join(vectors)))
-    return [solved[number] for number in range(len(vectors))]
+    def _solve(
+        self, vectors: Sequence[Tensor], solvers: Sequence[Callable[[Tensor, float], Tensor]], damping: float
+    ) -> list[Tensor]:
+        solved: dict[int, Tensor] = {}
+        for block, solve in zip(self.blocks, solvers, strict=True):
+            solved |= block.split(solve(block.join(vectors), damping))
+        return [solved[number] for number in range(len(vectors))]
 
 
 class KroneckerSink(FactorSink):
@@ -301,7 +284,7 @@ class KroneckerSink(FactorSink):
 class EigenvalueSink(DiagonalSink):
     """Mean squares of the gradients in given eigenbases: EK-FAC's eigenvalues."""
 
-    def __init__(self, curvature: EigenCurvature) -> None:
+    def __init__(self, curvature: KroneckerCurvature) -> None:
         super().__init__([block.shape for block in curvature.blocks])
         self._numbers = {block.weight: number for number, block in enumerate(curvature.blocks)}
         self._curvature = curvature
@@ -311,7 +294,7 @@ class EigenvalueSink(DiagonalSink):
         number = self._numbers.get(component)
         if number is None:
             return
-        basis, block = self._curvature.bases[number], self._curvature.blocks[number]
+        basis, block = self._curvature.factors[number].eigenbasis(), self._curvature.blocks[number]
         if basis.left is None or basis.right is None:
             return
         assert not isinstance(left, OneHot)
@@ -324,7 +307,7 @@ class EigenvalueSink(DiagonalSink):
         return {"examples": torch.tensor(self.examples), **squares}
 
 
-def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerFactors:
+def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerCurvature:
     """Return the means of every block from what `KroneckerSink` added up; zeros where no gradient ever arrived."""
     examples = max(int(sums["examples"]), 1)
 
@@ -337,10 +320,10 @@ def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> Kr
         right = sums.get(f"{number}.right", torch.zeros(columns, columns)) / max(tokens, 1)
         return KroneckerFactor(left, right, tokens / examples)
 
-    return KroneckerFactors(tuple(blocks), tuple(map(factor, blocks)))
+    return KroneckerCurvature(tuple(blocks), tuple(map(factor, blocks)))
 
 
-def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> EigenCurvature:
+def with_eigenvalues(curvature: KroneckerCurvature, sums: Mapping[str, Tensor]) -> KroneckerCurvature:
     """Return EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
     examples = max(int(sums["examples"]), 1)
     bases = [
@@ -349,9 +332,9 @@ def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> E
         else basis._replace(values=(sums[str(number)] / examples).to(basis.values))
         if str(number) in sums
         else basis._replace(values=torch.zeros_like(basis.values))
-        for number, basis in enumerate(curvature.bases)
+        for number, basis in enumerate(one.eigenbasis() for one in curvature.factors)
     ]
-    return EigenCurvature(curvature.blocks, tuple(bases))
+    return KroneckerCurvature(curvature.blocks, tuple(bases))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from vestige.gradients._factors import (
     Side as Side,
     cheapest_route as cheapest_route,
     dot_matrices as dot_matrices,
-    ghost_is_cheaper as ghost_is_cheaper,
     inner_product as inner_product,
     materialise as materialise,
 )

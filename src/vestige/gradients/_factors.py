@@ -148,11 +148,6 @@ def cheapest_route(
     return min(costs, key=lambda route: costs[route])
 
 
-def ghost_is_cheaper(first: Extent, second: Extent, shape: Shape, *, by_token: bool = False) -> bool:
-    """Return whether factors alone need the fewest operations, for one piece a side; derivation in `cheapest_route`."""
-    return cheapest_route((first,), (second,), shape, by_token=by_token) == "ghost"
-
-
 def own_ghost_is_cheaper(pieces: Sequence[Extent], shape: Shape) -> bool:
     """Return whether squared norms cost least from factors: an example meets only itself, `T*T*(out + in)` operations.
 

@@ -32,9 +32,9 @@ for a row that only fills the tensor."""
 class Objective(Protocol):
     """The differentiated function: one loss per example, independent of the other examples of the batch."""
 
-    def head_module(self, model: nn.Module) -> str | None:
+    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
         """Return the path of an output head whose gradient comes through `head_tap` instead of a hook, if any."""
-        ...
+        return None
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the differentiable loss of every example of the batch."""
@@ -50,7 +50,7 @@ def example_count(batch: Any) -> int:
     return len(batch)
 
 
-class FunctionObjective:
+class FunctionObjective(Objective):
     """Any function `(model, batch) -> losses [example]`, for models that are not causal language models.
 
     The losses must be differentiable in the parameters, one per example, and no example's loss may depend on the others
@@ -61,10 +61,6 @@ class FunctionObjective:
 
     def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
         self._function = function
-
-    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """Return None: every module is hooked."""
-        return None
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:  # noqa: ARG002
         """Return the function's value."""

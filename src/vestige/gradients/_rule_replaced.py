@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vestige.gradients._factors import OneHot
-from vestige.gradients._rules import Handle, Kept, Receive, deliver_vector, keep, locate, per_token, watch
+from vestige.gradients._rules import Handle, Kept, Receive, Replacement, deliver_vector, keep, locate, per_token, watch
 
 
 class RelativeBiasTap:
@@ -24,7 +24,7 @@ class RelativeBiasTap:
 
     def attach(self) -> Sequence[Handle]:
         """Replace `compute_bias` of the attention module."""
-        return [ReplacedMethod(self._module, "compute_bias", self._compute)]
+        return [Replacement(self._module.__dict__, "compute_bias", self._compute)]
 
     def _compute(self, *args: Any, **kwargs: Any) -> Tensor:
         bias = type(self._module).compute_bias(self._module, *args, **kwargs)  # type: ignore[attr-defined]
@@ -66,22 +66,6 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class ReplacedMethod:
-    """A method of one module instance, replaced until `remove`."""
-
-    def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-        self._module, self._name = module, name
-        self._before = module.__dict__.get(name)
-        module.__dict__[name] = replacement
-
-    def remove(self) -> None:
-        """Restore the class's own method, or the earlier replacement."""
-        if self._before is None:
-            del self._module.__dict__[self._name]
-        else:
-            self._module.__dict__[self._name] = self._before
-
-
 class Routed(NamedTuple):
     """The tokens that were routed to one expert, example after example."""
 
@@ -105,7 +89,7 @@ class ExpertsTap:
 
     def attach(self) -> Sequence[Handle]:
         """Replace the forward."""
-        return [ReplacedMethod(self._module, "forward", self._forward)]
+        return [Replacement(self._module.__dict__, "forward", self._forward)]
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         module = self._module

@@ -30,6 +30,21 @@ class Handle(Protocol):
         ...
 
 
+class Replacement:
+    """An entry of a dictionary, such as a module's own methods, that is replaced until `remove`."""
+
+    def __init__(self, table: dict[str, Any], name: str, new: Any) -> None:
+        self._table, self._name, self._before = table, name, table.get(name)
+        table[name] = new
+
+    def remove(self) -> None:
+        """Restore the earlier entry, or that there was none."""
+        if self._before is None:
+            del self._table[self._name]
+        else:
+            self._table[self._name] = self._before
+
+
 def per_token(tensor: Tensor, examples: int) -> Shaped[Tensor, "example token side"]:
     """Return `[example, token, side]` from a layer's tensor: token axes are flattened, a missing one is added."""
     if tensor.shape[0] % examples:

@@ -10,7 +10,7 @@ from vestige.errors import ModelError
 from vestige.gradients._functions import Forward, FunctionUses, Table, Takes, table_of
 from vestige.gradients._rule_convolution import ConvolutionTap
 from vestige.gradients._rule_replaced import ExpertsTap, RelativeBiasTap
-from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, owner_of
+from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, Replacement, owner_of
 from vestige.models import Component, LayerKind, layer_kind
 
 
@@ -22,7 +22,7 @@ def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
     same output with the examples apart.
     """
     for _, layer, adapter in find_activated(model):
-        yield _Exchanged(layer.lora_variant, adapter)
+        yield Replacement(layer.lora_variant, adapter, _RowByRow)
 
 
 def find_activated(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
@@ -32,17 +32,6 @@ def find_activated(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
         for adapter, variant in variants.items() if isinstance(variants, dict) else ():
             if getattr(variant, "__name__", type(variant).__name__).startswith("ALora"):
                 yield path, module, adapter
-
-
-class _Exchanged:
-    """A variant that was replaced by `_RowByRow`."""
-
-    def __init__(self, variants: dict[str, Any], adapter: str) -> None:
-        self._variants, self._adapter, self._before = variants, adapter, variants[adapter]
-        variants[adapter] = _RowByRow
-
-    def remove(self) -> None:
-        self._variants[self._adapter] = self._before
 
 
 class _RowByRow:

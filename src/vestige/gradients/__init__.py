@@ -8,7 +8,6 @@ from vestige.gradients._cross import (
     Piece as Piece,
     count_formed as count_formed,
     cross_products as cross_products,
-    cross_token_products as cross_token_products,
     low_rank as low_rank,
     matrices_of as matrices_of,
     numbers as numbers,

@@ -17,7 +17,6 @@ from vestige.gradients._factors import (
     Shape,
     cheapest_route,
     dot_matrices,
-    dot_matrices_by_token,
     extent,
     ghost_products,
     inner_product,
@@ -141,20 +140,6 @@ def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2
     the first with every pair of the second, or use `products`, which does.
     """
     return products(gradients_of(first), gradients_of(second))
-
-
-def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
-    """Split `cross_products` over the tokens of the first batch, `[example, token, example2]`: they sum to it.
-
-    The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
-    token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
-    not the share of the token's own loss.
-    """
-    if cheapest_route([extent(first)], [extent(second)], shape_of(first), by_token=True) == "ghost":
-        return ghost_products(first, second)
-    formed = gradients_of(second)
-    blocks = [dot_matrices_by_token(*first, matrices_of(formed, part)) for part in _parts(formed)]
-    return torch.cat(blocks).permute(1, 2, 0)
 
 
 def _route(first: Gradients, second: Gradients) -> Route:

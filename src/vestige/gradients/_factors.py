@@ -75,17 +75,15 @@ def forming(piece: Extent, shape: Shape) -> int:
     return piece.examples * piece.tokens * width * (1 if piece.one_hot else out)
 
 
-def applying(piece: Extent, matrices: int, shape: Shape, *, by_token: bool = False, held: int | None = None) -> int:
+def applying(piece: Extent, matrices: int, shape: Shape, *, held: int | None = None) -> int:
     """Return the operations of the inner products of a piece with formed matrices, as `dot_matrices` computes them.
 
-    A one-hot left looks the matrix's rows up; one matrix (or a score for each token) is multiplied with the right
-    factor; for several the piece's own gradients are formed first, again for every block of `held` matrices.
+    A one-hot left looks the matrix's rows up; one matrix is multiplied with the right factor; for several the piece's
+    own gradients are formed first, again for every block of `held` matrices.
     """
     out, width = shape
     if piece.one_hot:
         return piece.examples * piece.tokens * matrices * width
-    if by_token:
-        return piece.examples * piece.tokens * matrices * out * width
     if held is not None and matrices > held:
         whole, rest = divmod(matrices, held)
         return whole * applying(piece, held, shape) + (applying(piece, rest, shape) if rest else 0)
@@ -111,7 +109,6 @@ def cheapest_route(
     second: Sequence[Extent],
     shape: Shape,
     *,
-    by_token: bool = False,
     forming_share: float = 1.0,
     examples: tuple[int, int] | None = None,
 ) -> Route:
@@ -129,7 +126,6 @@ def cheapest_route(
     so which side is formed matters too. Pieces of a sum (a tied weight, a loss in chunks) multiply: every piece of the
     first meets every piece of the second, while matrices are summed before they are used.
 
-    With `by_token` the products stay split over the first batch's tokens, so its gradients are never formed.
     `forming_share` is the part of the cost of forming the second that this batch bears: less than 1 where the matrices
     are kept for further batches, 0 where they are there already. `examples` of both sides must be given where pieces
     cover only some of them.
@@ -139,12 +135,10 @@ def cheapest_route(
     costs: dict[Route, float] = {
         "ghost": sum(ghost_operations(one, other, shape) for one in first for other in second),
         "second": forming_share * sum(forming(other, shape) for other in second)
-        + sum(applying(one, other_count, shape, by_token=by_token, held=held) for one in first),
+        + sum(applying(one, other_count, shape, held=held) for one in first),
+        "first": sum(forming(one, shape) for one in first)
+        + sum(applying(other, count, shape, held=matrices_held(shape)) for other in second),
     }
-    if not by_token:
-        costs["first"] = sum(forming(one, shape) for one in first) + sum(
-            applying(other, count, shape, held=matrices_held(shape)) for other in second
-        )
     return min(costs, key=lambda route: costs[route])
 
 
@@ -246,16 +240,6 @@ def inner_product(first: Pair, second: Pair) -> Float[Tensor, "example"]:
         product = product * gram(left, other_left).to(product.dtype)
         parts.append(product.sum((1, 2), dtype=torch.promote_types(product.dtype, torch.float32)))
     return torch.cat(parts)
-
-
-def dot_matrices_by_token(
-    left: Factor, right: Float[Tensor, "example token in"], matrices: Float[Tensor, "query out in"]
-) -> Float[Tensor, "query example token"]:
-    """Split `dot_matrices` over tokens: `left_t . (matrix @ right_t)`; no gradient is formed."""
-    wide = torch.promote_types(right.dtype, torch.float32)
-    if isinstance(left, OneHot):
-        return torch.stack([(matrix[left.ids] * right).sum(2, dtype=wide) for matrix in matrices])
-    return torch.stack([(torch.nn.functional.linear(right, matrix) * left).sum(2, dtype=wide) for matrix in matrices])
 
 
 def extent(pair: Pair) -> Extent:

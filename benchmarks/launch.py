@@ -142,7 +142,7 @@ def loop(plan: Any) -> None:
 
 def unwritten(plan: Any) -> None:
     """Every piece's rows, which are dropped."""
-    from vestige.indexes._work import PlannedBatches
+    from vestige.indexes import PlannedBatches
 
     with plan.compute() as compute:
         for shard in plan.plan.shards:

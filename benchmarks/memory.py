@@ -139,16 +139,15 @@ def _replace_gradients() -> None:
     import numpy as np
     import torch
 
-    from vestige.indexes._compute import CompressedGradients
-    from vestige.indexes._content import PartBatches, ShardContent
+    from vestige.indexes import CompressedGradients, ShardContent
 
-    computed = CompressedGradients._computed
+    computed = CompressedGradients._compute
 
-    def replaced(self: CompressedGradients, data: Any, part: PartBatches) -> ShardContent:
+    def replaced(self: CompressedGradients, data: Any, count: int, part: Any) -> ShardContent:
         if len(data) < 10:
-            return computed(self, data, part)
-        batches = [np.asarray(batch, dtype=np.int64) for batch in part.batches]
-        width = computed(self, data, PartBatches(1, iter([batches[0][:1]]))).gradients.shape[1]
+            return computed(self, data, count, part)
+        batches = [np.asarray(batch, dtype=np.int64) for batch in part]
+        width = computed(self, data, 1, iter([batches[0][:1]])).gradients.shape[1]
         numbers = torch.from_numpy(np.concatenate(batches))
         tokens = sum(int(data.input_ids[row].sum()) for batch in batches for row in batch)
         gradients = torch.empty(len(numbers), width)
@@ -156,7 +155,7 @@ def _replace_gradients() -> None:
         gradients.frac_().add_(tokens % 2)
         return ShardContent(gradients, numbers.float(), gradients.norm(dim=1), numbers)
 
-    CompressedGradients._computed = replaced
+    CompressedGradients._compute = replaced
 
 
 def _data(path: Path, count: int) -> Path:

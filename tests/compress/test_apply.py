@@ -15,7 +15,7 @@ from vestige.compress import (
     parse_spec,
     reduce_factor,
 )
-from vestige.gradients._types import FactorSink, OneHot
+from vestige.gradients._factors import FactorSink, OneHot
 
 
 def _factors(examples=5, tokens=6, shape=SHAPE, dtype=torch.float64, seed=0):
@@ -106,7 +106,7 @@ def test_narrow_on_one_side_only():
     ids=["gathered", "by entry", "from the product"],
 )
 def test_entrywise_mask_is_the_mask_of_the_materialised_gradient(shape, size, monkeypatch):
-    monkeypatch.setattr("vestige.compress._streamed.PIECE_NUMBERS", 1000)
+    monkeypatch.setattr("vestige.compress._apply.PIECE_NUMBERS", 1000)
     compressor = _build(f"mask:{size}", shape)
     assert compressor.product == "entrywise"
     left, right = _factors(shape=shape)
@@ -124,7 +124,7 @@ def test_bounded_memory_changes_nothing(spec, monkeypatch):
     ids = torch.randint(64, (5, 6), generator=torch.Generator().manual_seed(0))
     whole = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
     monkeypatch.setattr("vestige.compress._apply.PRODUCT_BYTES", 2 * 4 * 64 * 64)
-    monkeypatch.setattr("vestige.compress._streamed.PIECE_NUMBERS", 4 * 24)  # a few tokens, less than an example
+    monkeypatch.setattr("vestige.compress._apply.PIECE_NUMBERS", 4 * 24)  # a few tokens, less than an example
     parts = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other)

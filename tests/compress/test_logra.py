@@ -9,8 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from tests.reference.compress_dense import matrix_of
 from vestige.compress import Stream, parse_spec
-from vestige.compress._allocation import allocate
-from vestige.compress._dense import logra
+from vestige.compress._dense import allocate, logra
 
 
 def published(inputs, outputs, total, minimum):

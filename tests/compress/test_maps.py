@@ -5,10 +5,10 @@ import torch
 
 from tests.reference.compress_dense import matrix_of
 from vestige.compress import Stream
-from vestige.compress._coordinates import Coordinates, mask
 from vestige.compress._dense import Dense, StreamedDense, logra, random_columns
 from vestige.compress._hadamard import fjlt
-from vestige.compress._identity import Composed, Identity, chain
+from vestige.compress._maps import Composed, Identity, chain
+from vestige.compress._mask import Coordinates, mask
 from vestige.compress._sjlt import Sjlt
 from vestige.compress._tensorsketch import Fold, Wrap, tensorsketch
 

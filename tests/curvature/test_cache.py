@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.indexes.synthetic import COMPONENTS, build, gradient_rows
-from vestige.curvature import FisherPlan, fisher_of, precondition, read_preconditioned
-from vestige.curvature._cache import fisher_path
+from vestige.curvature import fisher_of, fisher_path, plan_fisher, precondition, read_preconditioned
 from vestige.errors import IndexMismatch, UserError, WorkElsewhere
 from vestige.indexes import Index
 
@@ -32,7 +31,7 @@ def small_pieces(monkeypatch):
 
 
 def test_the_sum_of_the_pieces_is_the_fisher_matrix(index):
-    assert FisherPlan(index).pieces == len(index.manifest.shard_rows) > 4
+    assert plan_fisher(index).pieces == len(index.manifest.shard_rows) > 4
     found, rows = fisher_of(index), stored_rows(index)
     for block, part in zip(found.blocks, COMPONENTS, strict=True):
         columns = rows[:, part.start : part.stop]
@@ -41,7 +40,7 @@ def test_the_sum_of_the_pieces_is_the_fisher_matrix(index):
 
 
 def computed_in_order(index, order):
-    plan = FisherPlan(index)
+    plan = plan_fisher(index)
     with plan.open() as compute:
         for piece in order:
             compute(piece)
@@ -50,7 +49,7 @@ def computed_in_order(index, order):
 
 
 def test_the_bytes_do_not_depend_on_who_computed_which_piece_when(index):
-    pieces = FisherPlan(index).pieces
+    pieces = plan_fisher(index).pieces
     first = computed_in_order(index, range(pieces))
     fisher_path(index).unlink()
     assert computed_in_order(index, [*reversed(range(pieces)), 1]) == first
@@ -73,10 +72,11 @@ def test_a_damaged_piece_of_a_killed_run_is_computed_again(index):
     fisher_of(index)
     whole = fisher_path(index).read_bytes()
     fisher_path(index).unlink()
-    plan = FisherPlan(index)
-    plan.compute(0)
-    plan.compute(1)
-    path = plan._files.path(1)
+    plan = plan_fisher(index)
+    with plan.open() as compute:
+        compute(0)
+        compute(1)
+    path = plan.files.path(1)
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     fisher_of(index)
     assert fisher_path(index).read_bytes() == whole

@@ -11,7 +11,7 @@ from tests.architectures import build
 from tests.methods.conftest import tokenized
 from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients
-from vestige.curvature import CurvatureData, _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac
+from vestige.curvature import CurvatureData, curvature_path, ekfac_of, kfac_of
 from vestige.errors import ModelError
 from vestige.models import select_components
 
@@ -32,7 +32,7 @@ LAYERS = [
 def test_every_position_up_to_the_last_that_predicts_counts(name, layer, targets):
     given = measured(name, f"{layer}.*")
     given = dataclasses.replace(given, data=with_targets(given.data, targets))
-    (factor,) = fit_kfac(given).factors
+    (factor,) = kfac_of(given).factors
     left, right, tokens = dense.kronecker(build(name), layer, given.data)
     inputs = right if len(factor.right) == len(right) else right[:-1, :-1]
     assert factor.tokens == pytest.approx(tokens)
@@ -44,11 +44,11 @@ def test_the_output_head_counts_the_positions_that_predict_however_its_loss_is_c
     found = []
     for budget, pieces in ((4096, 2**26), (40, 4 * 37 * 5)):
         monkeypatch.setattr("vestige.gradients._objective.LOGIT_BYTES", pieces)
-        (factor,) = fit_kfac(measured("llama", "lm_head.weight", budget=budget)).factors
+        (factor,) = kfac_of(measured("llama", "lm_head.weight", budget=budget)).factors
         found.append(factor)
     monkeypatch.setattr("vestige.gradients._objective._find_plain_head", lambda _: None)
     given = measured("llama", "lm_head.weight")
-    (whole,) = fit_kfac(given).factors
+    (whole,) = kfac_of(given).factors
     _, right, tokens = head_factors(given)
     for factor in (*found, whole):
         assert factor.tokens == pytest.approx(tokens)
@@ -74,7 +74,7 @@ def test_an_expert_counts_the_tokens_that_were_routed_to_it_and_can_influence_th
     model = build("mixtral")
     components = select_components(model, (f"{layer}.experts.gate_up_proj",)).components
     for budget in (1, 4096):
-        factors = fit_kfac(CurvatureData(model, components, data, budget, labels="data")).factors
+        factors = kfac_of(CurvatureData(model, components, data, budget, labels="data")).factors
         for number, factor in enumerate(factors):
             states = routed_states(model, layer, number, data)
             assert factor.tokens == pytest.approx(len(states) / len(data))
@@ -127,11 +127,11 @@ def scores(name: str, kernel: str, budget: int, data) -> dict[str, torch.Tensor]
     ]
     stacked = [torch.stack([of(part, one).flatten() for one in rows]) for part in components]
     asked = [part[:3].clone() for part in stacked]
-    factors = fit_kfac(given)
+    factors = kfac_of(given)
     ways = {
         "kfac": factors.eigenbases().precondition(asked, 0.1),
         "split": factors.precondition_split(asked, 0.1),
-        "ekfac": fit_ekfac(given).precondition(asked, 0.1),
+        "ekfac": ekfac_of(given).precondition(asked, 0.1),
     }
     return {
         kind: sum(
@@ -172,20 +172,20 @@ def test_rows_that_split_a_token_count_with_it_and_rows_that_cannot_be_told_apar
     for budget in (1, 4096):
         model = PerHead(by_token=True).double()
         components = select_components(model, ("map.*",)).components
-        fitted.append(fit_kfac(CurvatureData(model, components, data, budget, labels="data")).factors[0])
+        fitted.append(kfac_of(CurvatureData(model, components, data, budget, labels="data")).factors[0])
     counted = sum(max(dense.predicting(torch.as_tensor(mask))) + 1 for mask in data.targets)
     assert fitted[0].tokens == pytest.approx(2 * counted / len(data))
     assert torch.allclose(fitted[0].right, fitted[1].right, rtol=1e-9)
     model = PerHead(by_token=False).double()
     components = select_components(model, ("map.*",)).components
     with pytest.raises(ModelError, match=r"map.weight receives \d+ rows for \d+ tokens"):
-        fit_kfac(CurvatureData(model, components, data, 4096, labels="data"))
+        kfac_of(CurvatureData(model, components, data, 4096, labels="data"))
 
 
 def test_curvature_of_the_earlier_count_is_measured_again(tmp_path: Path, monkeypatch):
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "FORMAT", 1)
+        patch.setattr("vestige.curvature._fit.FORMAT", 1)
         ekfac_of(given, "model", tmp_path)
         old = curvature_path(tmp_path, "ekfac", given, "model")
     new = curvature_path(tmp_path, "ekfac", given, "model")

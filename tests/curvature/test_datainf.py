@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vestige.curvature import fit_datainf
+from vestige.curvature import DataInf, mean_eigenvalues
 from vestige.errors import SpecError
 
 from .conftest import measured, random_vectors, reference_gradients
@@ -15,7 +15,7 @@ PATTERNS = ("transformer.h.0.attn.c_proj.*", "transformer.ln_f.weight")
 def test_datainf_is_the_average_of_the_damped_inverses_for_any_batches(budget):
     given = measured("gpt2", *PATTERNS, budget=budget)
     asked = random_vectors(given)
-    found = fit_datainf(given, 0.1).precondition(asked)
+    found = DataInf.with_damping(given, mean_eigenvalues(given), 0.1).precondition(asked)
     for number, gradients in enumerate(reference_gradients(given)):
         rows = torch.stack(gradients).flatten(1)
         damping = 0.1 * rows.square().sum(1).mean() / rows.shape[1]
@@ -29,12 +29,12 @@ def test_trap_damping_of_zero_is_refused_before_any_work():
     given = measured("gpt2", *PATTERNS)
     given.model.forward = lambda **_: pytest.fail("the model ran")
     with pytest.raises(SpecError, match="above zero"):
-        fit_datainf(given, 0.0)
+        DataInf.with_damping(given, [1.0], 0.0)
 
 
 def test_a_component_without_gradients_does_no_harm():
     given = measured("gpt2", *PATTERNS)
     for mask in given.data.targets:
         mask[:] = False
-    found = fit_datainf(given, 0.1).precondition(random_vectors(given))
+    found = DataInf.with_damping(given, mean_eigenvalues(given), 0.1).precondition(random_vectors(given))
     assert all(bool(part.isfinite().all()) for part in found)

@@ -5,7 +5,7 @@ import torch
 
 from tests.architectures import build
 from tests.reference import curvature as dense
-from vestige.curvature import CurvatureData, fit_ekfac, fit_kfac
+from vestige.curvature import CurvatureData, ekfac_of, kfac_of
 from vestige.models import select_components
 
 from .conftest import random_vectors, tokenized
@@ -32,8 +32,8 @@ def given() -> CurvatureData:
 
 
 def test_ekfac_of_every_expert_is_measured_on_its_own_gradients(given):
-    factors = fit_kfac(given).factors
-    vectors, found = random_vectors(given), fit_ekfac(given).precondition(random_vectors(given), 0.1)
+    factors = kfac_of(given).factors
+    vectors, found = random_vectors(given), ekfac_of(given).precondition(random_vectors(given), 0.1)
     gradients = gradients_of_stack(given.data)
     used = 0
     for number, component in enumerate(given.components):

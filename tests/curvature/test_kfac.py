@@ -1,17 +1,18 @@
 """K-FAC and EK-FAC against explicit Kronecker products in float64."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.architectures import build
 from tests.methods.conftest import reordered
 from tests.reference import curvature as dense
-from vestige.curvature import _kfac_files as files, curvature_path, ekfac_of, fit_ekfac, fit_kfac, kfac_of
-from vestige.curvature._blocks import find_blocks
-from vestige.curvature._labels import _draw, sampled_labels
+from vestige.curvature import curvature_path, ekfac_of, find_blocks, kfac_of, sample_labels
+from vestige.data import Example, TokenizedData
 from vestige.errors import SpecError
 
 from .conftest import measured, name_of, random_vectors, reference_gradients
@@ -24,6 +25,21 @@ LAYERS = [
 ]
 
 
+class Constant(nn.Module):
+    """A model with the same logits at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 1)
+        self.scores = torch.randn(7, generator=torch.Generator().manual_seed(0))
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 7))
+
+
 def joined(given, vectors) -> torch.Tensor:
     """[query, out * (in + 1)]: each line of the weight followed by its bias."""
     weight, bias = sorted(zip(given.components, vectors, strict=True), key=lambda pair: pair[0].shape[1] == 1)
@@ -34,7 +50,7 @@ def joined(given, vectors) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_factors_are_those_of_every_single_token(name, layer):
     given = measured(name, f"{layer}.*")
-    (factor,) = fit_kfac(given).factors
+    (factor,) = kfac_of(given).factors
     left, right, tokens = dense.kronecker(build(name), layer, given.data)
     assert factor.tokens == pytest.approx(tokens), "padding and tokens after the last target must not be counted"
     assert torch.allclose(factor.left, left, rtol=1e-9, atol=1e-12)
@@ -44,7 +60,7 @@ def test_factors_are_those_of_every_single_token(name, layer):
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_trap_kfac_inverse_keeps_bias_and_columns_aligned(name, layer):
     given = measured(name, f"{layer}.*")
-    vectors, factors = random_vectors(given), fit_kfac(given)
+    vectors, factors = random_vectors(given), kfac_of(given)
     left, right, tokens = dense.kronecker(build(name), layer, given.data)
     expected = torch.linalg.solve(dense.damped(tokens * torch.kron(left, right), 0.1), joined(given, vectors).T).T
     found = joined(given, factors.eigenbases().precondition(vectors, 0.1))
@@ -71,7 +87,7 @@ def test_trap_ekfac_with_bias_equals_the_explicit_matrix(name, layer):
     left, right, _ = dense.kronecker(build(name), layer, given.data)
     matrix = dense.eigen_corrected(left, right, whole)
     expected = torch.linalg.solve(dense.damped(matrix, 0.1), joined(given, vectors).T).T
-    found = joined(given, fit_ekfac(given).precondition(vectors, 0.1))
+    found = joined(given, ekfac_of(given).precondition(vectors, 0.1))
     # Eigenvectors of close eigenvalues are only determined up to rounding over their gap.
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
@@ -81,8 +97,8 @@ def test_without_its_bias_a_weight_has_no_column_of_ones_and_a_lone_bias_has_its
     weight, *vectors = find_blocks(given.components)
     assert (weight.kind, weight.bias, weight.shape) == ("matrix", None, (16, 16))
     assert [block.kind for block in vectors] == ["vector"] * 3
-    solved = fit_ekfac(given).precondition(asked := random_vectors(given), 0.1)
-    plain = fit_kfac(given).eigenbases().precondition(asked, 0.1)
+    solved = ekfac_of(given).precondition(asked := random_vectors(given), 0.1)
+    plain = kfac_of(given).eigenbases().precondition(asked, 0.1)
     for number, gradients in list(enumerate(reference_gradients(given)))[1:]:
         rows = torch.stack(gradients)[:, :, 0]
         expected = torch.linalg.solve(dense.damped(rows.T @ rows / len(rows), 0.1), asked[number].T).T
@@ -97,7 +113,7 @@ def test_a_tied_embedding_has_the_mean_squares_of_its_whole_gradient(monkeypatch
     squares = torch.stack(reference_gradients(given)[0]).square().mean(0)
     asked = random_vectors(given)
     expected = asked[0] / (squares + 0.1 * squares.mean()).flatten()
-    assert torch.allclose(fit_ekfac(given).precondition(asked, 0.1)[0], expected, rtol=1e-8)
+    assert torch.allclose(ekfac_of(given).precondition(asked, 0.1)[0], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("labels", ["data", "sampled"])
@@ -105,7 +121,7 @@ def test_curvature_does_not_depend_on_batches(labels):
     patterns = ("transformer.h.1.*",)
     one, many = measured("gpt2", *patterns, labels=labels, budget=1), measured("gpt2", *patterns, labels=labels)
     asked = random_vectors(one)
-    for fit in (fit_ekfac, lambda given: fit_kfac(given).eigenbases()):
+    for fit in (ekfac_of, lambda given: kfac_of(given).eigenbases()):
         pairs = zip(fit(one).precondition(asked, 0.1), fit(many).precondition(asked, 0.1), strict=True)
         assert all(torch.allclose(first, second, rtol=1e-6, atol=1e-9) for first, second in pairs)
 
@@ -113,7 +129,7 @@ def test_curvature_does_not_depend_on_batches(labels):
 def test_every_component_comes_back_in_its_place():
     given = measured("gpt2", "all")
     asked = random_vectors(given)
-    curvature = fit_ekfac(given)
+    curvature = ekfac_of(given)
     solved = curvature.precondition(asked, 0.1)
     assert [len(part[0]) for part in solved] == [part.size for part in given.components]
     # Adding up the blocks' own matrices is the inverse of splitting them.
@@ -123,28 +139,29 @@ def test_every_component_comes_back_in_its_place():
 
 def test_drawn_labels_depend_on_the_tokens_alone():
     given = measured("llama", "all", train=6)
-    alone = sampled_labels(given.model, given.data, 1, 0)
-    together = sampled_labels(given.model, given.data, 4096, 0)
-    backwards = sampled_labels(given.model, reordered(given.data, [5, 4, 3, 2, 1, 0]), 50, 0)
+    alone = sample_labels(given.model, given.data, 1, 0)
+    together = sample_labels(given.model, given.data, 4096, 0)
+    backwards = sample_labels(given.model, reordered(given.data, [5, 4, 3, 2, 1, 0]), 50, 0)
     for row, labels in enumerate(alone):
         assert np.array_equal(labels, together[row])
         assert np.array_equal(labels, backwards[5 - row])
         assert np.array_equal(labels != -100, given.data.targets[row])
-    others = sampled_labels(given.model, given.data, 4096, 1)
+    others = sample_labels(given.model, given.data, 4096, 1)
     assert any(not np.array_equal(one, other) for one, other in zip(alone, others, strict=True))
 
 
 def test_labels_are_drawn_with_the_probabilities_of_the_model():
-    logits = torch.randn(1, 7, generator=torch.Generator().manual_seed(0)).expand(10000, 7)
-    drawn = _draw(logits, (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000)
-    shares = torch.bincount(drawn, minlength=7) / 10000
-    assert torch.allclose(shares, torch.softmax(logits[0], -1), atol=2e-4)
+    model, ids = Constant(), np.arange(40001, dtype=np.int32) % 7
+    data = TokenizedData([Example("a", 0, text="a")], [ids], [np.arange(40001) > 0], np.zeros(1, dtype=bool), "a")
+    (labels,) = sample_labels(model, data, 4096, 0)
+    shares = torch.bincount(torch.from_numpy(labels[1:]), minlength=7) / 40000
+    assert torch.allclose(shares, torch.softmax(model.scores, -1), atol=0.01)
 
 
 @pytest.mark.parametrize("damping", [0.0, -0.1])
 def test_trap_damping_of_zero_is_refused(damping):
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
-    asked, factors = random_vectors(given), fit_kfac(given)
+    asked, factors = random_vectors(given), kfac_of(given)
     for inverse in (factors.precondition_split, factors.eigenbases().precondition):
         with pytest.raises(SpecError, match="above zero"):
             inverse(asked, damping)
@@ -153,7 +170,7 @@ def test_trap_damping_of_zero_is_refused(damping):
 def test_half_precision_is_accumulated_in_float32():
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
     given.model.to(torch.bfloat16)
-    (factor,) = fit_kfac(given).factors
+    (factor,) = kfac_of(given).factors
     assert factor.left.dtype == factor.right.dtype == torch.float32
 
 
@@ -165,8 +182,7 @@ def test_kept_curvature_is_read_again_and_damage_is_mended(tmp_path: Path, monke
     path = curvature_path(tmp_path, "ekfac", given, "model")
     assert path is not None
     with monkeypatch.context() as patch:
-        patch.setattr(files, "fit_ekfac", lambda _: pytest.fail("computed again"))
-        patch.setattr(files, "fit_kfac", lambda _: pytest.fail("computed again"))
+        patch.setattr(given.model, "forward", lambda **_: pytest.fail("computed again"))
         again = ekfac_of(given, "model", tmp_path).precondition(asked, 0.1)
         assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
         again = kfac_of(given, "model", tmp_path).precondition_split(asked, 0.1)

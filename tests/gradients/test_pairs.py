@@ -22,7 +22,7 @@ from vestige.gradients import (
     _cross as cross,
 )
 from vestige.gradients._objective import Objective
-from vestige.gradients._pairs import pairwise_products
+from vestige.gradients._pass import pairwise_products
 from vestige.models import Component, select_components
 
 BATCHES = [[0, 1, 2], [3, 4, 5], [6]]

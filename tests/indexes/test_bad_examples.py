@@ -7,8 +7,7 @@ import torch
 
 from tests.indexes.synthetic import build, compute, work_of
 from vestige.errors import CorruptFile, NonFinite
-from vestige.indexes import Index
-from vestige.indexes._shards import marker_path, read_marker, shard_path
+from vestige.indexes import Index, marker_path, read_marker, shard_path
 
 
 def poisoned(batches):

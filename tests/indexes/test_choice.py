@@ -5,7 +5,7 @@ import pytest
 import vestige
 from tests.workshop import furnish
 from vestige.compress import parse_spec
-from vestige.indexes._choice import FEWEST, MOST_SHARE, Expected, _compressors, choose, fast_length
+from vestige.indexes import FEWEST, MOST_SHARE, Candidate, choose_compressor, list_candidates
 
 NARROW = [(128, 128)] * 4
 MIDDLE = [(576, 576)] * 4 + [(1536, 576)] * 2 + [(576, 1536)]
@@ -13,7 +13,7 @@ WIDE = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 
 
 def _chosen(layers, width, device="cpu"):
-    return choose(list(_compressors(width)), layers, 128, device)
+    return choose_compressor(list(list_candidates(width)), layers, 128, device)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -41,12 +41,12 @@ def test_cpu_and_gpu_differ_where_transforms_cost_more_than_gathers():
 @pytest.mark.parametrize("layers", [NARROW, MIDDLE, WIDE], ids=["narrow", "middle", "wide"])
 def test_the_choice_is_the_most_precise_affordable_one_or_else_the_cheapest_of_its_size(layers, width, device):
     choice = _chosen(layers, width, device)
-    alone = [choose([one._replace(full=True)], layers, 128, device).taken for one in _compressors(width)]
+    alone = [choose_compressor([one._replace(full=True)], layers, 128, device).taken for one in list_candidates(width)]
     affordable = [one.error for one in alone if one.share <= MOST_SHARE]
     if affordable:
         assert choice.taken.error == min(affordable)
     else:
-        whole = [one.share for one, given in zip(alone, _compressors(width), strict=True) if given.full]
+        whole = [one.share for one, given in zip(alone, list_candidates(width), strict=True) if given.full]
         assert choice.taken.share == min(whole)
         assert "the cheapest of this size" in choice.reason
 
@@ -57,15 +57,16 @@ def test_without_linear_layers_nothing_costs_anything():
 
 
 def test_an_unaffordable_precise_compressor_gives_way_to_the_cheapest():
-    given = [Expected(parse_spec(f"tensorsketch:{size}"), size**-0.5, True) for size in (1024, 512)]
-    choice = choose(given, [(64, 64)], 128, "cpu")
+    given = [Candidate(parse_spec(f"tensorsketch:{size}"), size**-0.5, True) for size in (1024, 512)]
+    choice = choose_compressor(given, [(64, 64)], 128, "cpu")
     assert str(choice.taken.spec) == "tensorsketch:512"
     assert choice.taken.share > MOST_SHARE
 
 
 def test_transforms_have_lengths_that_are_fast():
-    assert [fast_length(size) for size in (16, 17, 731, 4093, 4096)] == [16, 16, 729, 4050, 4096]
-    assert all(one.spec.size_for((4096, 4096)) >= FEWEST for one in _compressors(16))
+    for width, size in {16: 16, 17: 16, 731: 729, 4093: 4050, 4096: 4096}.items():
+        assert str(next(list_candidates(width)).spec) == f"tensorsketch:{size}"
+    assert all(one.spec.size_for((4096, 4096)) >= FEWEST for one in list_candidates(16))
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,15 @@ from pydantic import ValidationError
 
 from tests.indexes.synthetic import build, draft, hashes, planned
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.indexes import CompressionIdentity, IndexedComponent, ModelIdentity, difference, read_manifest
-from vestige.indexes._difference import publish_manifest
-from vestige.indexes._manifest import expected_shards
+from vestige.indexes import (
+    CompressionIdentity,
+    IndexedComponent,
+    ModelIdentity,
+    difference,
+    expect_shards,
+    publish_manifest,
+    read_manifest,
+)
 
 
 def test_a_manifest_reads_back_equal_and_serialises_the_same(tmp_path):
@@ -70,10 +76,10 @@ def test_a_name_or_a_path_alone_is_no_difference(tmp_path):
 
 def test_what_a_shard_must_be_does_not_depend_on_names_or_later_stages(tmp_path):
     build(tmp_path / "index")
-    before = expected_shards(read_manifest(tmp_path / "index"))
+    before = expect_shards(read_manifest(tmp_path / "index"))
     longer, _ = planned(tmp_path / "index", 90, append=True)
-    assert expected_shards(longer)[: len(before)] == before
-    assert len({one.input for one in expected_shards(longer)}) == len(longer.shard_rows)
+    assert expect_shards(longer)[: len(before)] == before
+    assert len({one.input for one in expect_shards(longer)}) == len(longer.shard_rows)
 
 
 def test_a_manifest_of_a_later_version_is_refused(tmp_path):

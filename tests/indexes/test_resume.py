@@ -16,8 +16,7 @@ import pytest
 
 from tests.indexes.synthetic import build, build_slowly, compute, hashes, work_of
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, PieceFailed, SpecError, UserError
-from vestige.indexes import Index, IndexedComponent, PlanRecord, index_status, prepare_index
-from vestige.indexes._shards import marker_path, shard_path
+from vestige.indexes import Index, IndexedComponent, PlanRecord, index_status, marker_path, prepare_index, shard_path
 from vestige.storage import this_host
 
 EXAMPLES = 400
@@ -241,7 +240,7 @@ def test_a_shard_that_another_process_finishes_during_the_preparation_stays_done
     kept = marker.read_bytes()
     marker.unlink()
     work = work_of(tmp_path)
-    monkeypatch.setattr("vestige.indexes._run.check_disk", lambda *_: marker.write_bytes(kept))
+    monkeypatch.setattr("vestige.indexes._work.check_disk", lambda *_: marker.write_bytes(kept))
     assert prepare_index(work) == [2]
     assert work.is_done(2)
 
@@ -308,7 +307,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
     build(tmp_path / "whole")
     with small_disk(tmp_path / "disk", 64) as mounted:
         # Ours alone would be refused before the start; here somebody else takes the room meanwhile.
-        monkeypatch.setattr("vestige.indexes._run.check_disk", lambda *_: None)
+        monkeypatch.setattr("vestige.indexes._work.check_disk", lambda *_: None)
         folder = tmp_path / "disk" / "index"
         with monkeypatch.context() as patch:
             if not mounted:

@@ -10,10 +10,17 @@ from safetensors.torch import load_file
 
 from tests.indexes.synthetic import content, gradient_rows
 from vestige.errors import CorruptFile, DiskSpaceError, NonFinite
-from vestige.indexes import ShardContent, _content, _shards
-from vestige.indexes._content import parts_of
-from vestige.indexes._manifest import Expectation
-from vestige.indexes._shards import map_shard, marker_path, read_marker, shard_fault, shard_path, write_shard
+from vestige.indexes import (
+    Expectation,
+    ShardContent,
+    map_shard,
+    marker_path,
+    parts_of,
+    read_marker,
+    shard_fault,
+    shard_path,
+    write_shard,
+)
 
 EXPECTED = Expectation(rows=20, input="0" * 64)
 ROWS = torch.arange(100, 120)
@@ -93,14 +100,13 @@ def parts(most, made):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("held", [0, 100, 2**20])
-def test_a_shard_has_the_same_bytes_in_one_part_and_in_many(folder, monkeypatch, dtype, held):
-    monkeypatch.setattr(_shards, "_HELD_BYTES", held)
+def test_a_shard_has_the_same_bytes_in_one_part_and_in_many(folder, dtype, held):
     made = content(ROWS.numpy())
     made.gradients[4, 0] = float("inf")
-    whole = write_shard(folder, 0, [made], dtype, EXPECTED, skip_bad=True)
+    whole = write_shard(folder, 0, [made], dtype, EXPECTED, skip_bad=True, held_bytes=held)
     written = shard_path(folder, 0).read_bytes()
     marker = marker_path(folder, 0).read_bytes()
-    assert write_shard(folder, 0, parts(3, made), dtype, EXPECTED, skip_bad=True) == whole
+    assert write_shard(folder, 0, parts(3, made), dtype, EXPECTED, skip_bad=True, held_bytes=held) == whole
     assert shard_path(folder, 0).read_bytes() == written
     assert marker_path(folder, 0).read_bytes() == marker
     assert whole.skipped == (104,)
@@ -108,12 +114,11 @@ def test_a_shard_has_the_same_bytes_in_one_part_and_in_many(folder, monkeypatch,
     assert len(list((folder / "shards").iterdir())) == 2
 
 
-def test_a_bad_part_leaves_nothing_behind(folder, monkeypatch):
-    monkeypatch.setattr(_shards, "_HELD_BYTES", 100)
+def test_a_bad_part_leaves_nothing_behind(folder):
     made = content(ROWS.numpy())
     made.loss[17] = float("nan")
     with pytest.raises(NonFinite, match='loss of 1 example is NaN or infinite: "e117"'):
-        write_shard(folder, 0, parts(3, made), "float16", EXPECTED, lambda row: f'"e{row}"')
+        write_shard(folder, 0, parts(3, made), "float16", EXPECTED, lambda row: f'"e{row}"', held_bytes=100)
     assert list((folder / "shards").iterdir()) == []
 
 
@@ -125,25 +130,23 @@ def test_a_disk_that_is_full_before_the_shard_is_begun_is_called_full(folder, mo
     assert list((folder / "shards").iterdir()) == []
 
 
-def test_memory_does_not_grow_with_the_shard(folder, monkeypatch):
-    monkeypatch.setattr(_content, "PART_BYTES", 2**18)
-    monkeypatch.setattr(_shards, "_HELD_BYTES", 2**18)
+def test_memory_does_not_grow_with_the_shard(folder):
     width, peaks = 1024, []
     for rows in (256, 2048):
         batches = [np.arange(first, first + 16) for first in range(0, rows, 16)]
 
         def made(batches=batches):
-            for part in parts_of(batches, width):
-                numbers = torch.from_numpy(np.concatenate(list(part.batches)))
-                assert len(numbers) == part.rows
-                gradients = torch.from_numpy(np.ones((part.rows, width), np.float32))
-                yield ShardContent(gradients, torch.zeros(part.rows), torch.ones(part.rows), numbers)
+            for count, part in parts_of(batches, width, most_bytes=2**18):
+                numbers = torch.from_numpy(np.concatenate(list(part)))
+                assert len(numbers) == count
+                gradients = torch.from_numpy(np.ones((count, width), np.float32))
+                yield ShardContent(gradients, torch.zeros(count), torch.ones(count), numbers)
 
         sizes = [len(part.loss) for part in made()]
         # 64 rows of 1,024 numbers of 4 bytes are a part.
         assert sizes == [64] * (rows // 64)
         tracemalloc.start()
-        write_shard(folder, 0, made(), "float32", Expectation(rows, "0" * 64))
+        write_shard(folder, 0, made(), "float32", Expectation(rows, "0" * 64), held_bytes=2**18)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # The larger shard is 8 MiB: not even a byte for each of its numbers is held.
@@ -151,8 +154,7 @@ def test_memory_does_not_grow_with_the_shard(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [5], [3, 3, 3], [1, 1, 9, 1, 2, 2], [4, 4, 1]])
-def test_parts_take_every_batch_once_and_count_each_as_done(monkeypatch, sizes):
-    monkeypatch.setattr(_content, "PART_BYTES", 4 * 10 * 4)
+def test_parts_take_every_batch_once_and_count_each_as_done(sizes):
     ends = np.cumsum([0, *sizes])
     batches, done = [np.arange(one, other) for one, other in pairwise(ends)], []
 
@@ -163,10 +165,10 @@ def test_parts_take_every_batch_once_and_count_each_as_done(monkeypatch, sizes):
                 done.append(number)
 
     taken = []
-    for part in parts_of(Counted(batches), 10):
-        rows = [batch.tolist() for batch in part.batches]
-        assert part.rows == sum(map(len, rows))
-        assert part.rows <= 4 or len(rows) == 1
+    for count, part in parts_of(Counted(batches), 10, most_bytes=4 * 10 * 4):
+        rows = [batch.tolist() for batch in part]
+        assert count == sum(map(len, rows))
+        assert count <= 4 or len(rows) == 1
         taken += rows
     assert taken == [batch.tolist() for batch in batches]
     assert done == list(range(len(sizes)))
@@ -180,7 +182,7 @@ def test_rows_come_back_in_pieces_and_picked_as_they_do_whole(folder):
     stored_rows.decode(5, part)
     assert torch.equal(part, whole[5:12])
     picked = torch.tensor([19, 0, 3, 3])
-    assert torch.equal(stored_rows.picked(picked), whole[picked])
+    assert torch.equal(stored_rows.pick(picked), whole[picked])
 
 
 def test_a_large_row_is_decoded_whole(folder):

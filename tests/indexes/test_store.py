@@ -9,8 +9,7 @@ import torch
 from tests.indexes.synthetic import WIDTH, build, examples_of, gradient_rows, lengths_of
 from vestige.data import TokenizedData
 from vestige.errors import CorruptFile, UserError
-from vestige.indexes import Index, _examples, fingerprint_rows, index_status, remove_index
-from vestige.indexes._shards import marker_path, shard_path
+from vestige.indexes import Index, _examples, fingerprint_rows, index_status, marker_path, remove_index, shard_path
 from vestige.indexes._store import _Buffers
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.workshop import PAIRS, TOGETHER, furnish, write_rows
-from vestige.curvature._cache import fisher_path
+from vestige.curvature import fisher_path
 from vestige.indexes import Index
 
 SMALL_PIECES = """

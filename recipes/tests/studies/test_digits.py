@@ -75,7 +75,9 @@ def test_exact_influence_is_a_dense_solve_at_every_damping(by_autograd):
 def test_datainf_over_images_is_its_formula(model, wide, by_autograd):
     measured = ImageCurvature.over(model, wide.train)
     sizes = [part.size for part in measured.components]
-    found = DataInf.damped(measured, mean_eigenvalues(measured), 0.5).precondition(by_autograd[1].split(sizes, dim=1))
+    found = DataInf.with_damping(measured, mean_eigenvalues(measured), 0.5).precondition(
+        by_autograd[1].split(sizes, dim=1)
+    )
     for part, rows, vectors in zip(
         found, by_autograd[0].split(sizes, dim=1), by_autograd[1].split(sizes, dim=1), strict=True
     ):

@@ -1,14 +1,16 @@
 """Compressors: linear maps that shrink a gradient while it is still two thin factors."""
 
 from vestige.compress._apply import (
+    CompressingSink as CompressingSink,
     adjoint_gradient as adjoint_gradient,
     combine as combine,
     compress_factors as compress_factors,
     compress_gradient as compress_gradient,
     reduce_factor as reduce_factor,
 )
-from vestige.compress._cost import RATES as RATES, Work as Work, cost_share as cost_share, price as price, work as work
-from vestige.compress._mask_files import MaskPart as MaskPart, read_masks as read_masks, write_masks as write_masks
+from vestige.compress._cost import RATES as RATES, cost_share as cost_share, price as price, work as work
+from vestige.compress._maps import Compressor as Compressor, LinearMap as LinearMap
+from vestige.compress._mask import MaskPart as MaskPart, read_masks as read_masks, write_masks as write_masks
 from vestige.compress._mask_training import (
     MaskTraining as MaskTraining,
     SelectiveMask as SelectiveMask,
@@ -17,9 +19,8 @@ from vestige.compress._mask_training import (
 from vestige.compress._random import Stream as Stream
 from vestige.compress._registry import (
     COMPRESSORS as COMPRESSORS,
+    Work as Work,
     compressor as compressor,
-    known_compressors as known_compressors,
+    list_compressors as list_compressors,
 )
-from vestige.compress._sink import CompressingSink as CompressingSink
 from vestige.compress._spec import CompressionSpec as CompressionSpec, parse_spec as parse_spec
-from vestige.compress._types import Compressor as Compressor, LinearMap as LinearMap

@@ -1,17 +1,115 @@
 """Compressed gradients from factors, without the gradient where that is cheaper."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._coordinates import Coordinates
-from vestige.compress._identity import Composed, Identity
-from vestige.compress._streamed import circular, entrywise, is_mapped_late
+from vestige.compress._maps import Composed, Compressor, Identity, LinearMap
+from vestige.compress._mask import Coordinates
 from vestige.compress._tensorsketch import Wrap
-from vestige.compress._types import Compressor, LinearMap
 from vestige.gradients import Factor, OneHot, Side
+from vestige.timing import time_phase
+
+PIECE_NUMBERS = 2**17
+"""Numbers of one buffer on a CPU: half a megabyte in float32."""
+DEVICE_PIECE_NUMBERS = 2**25
+"""The same on other devices, where every piece costs the start of a few kernels: only memory is limited."""
+
+
+def piece_numbers(device: torch.device) -> int:
+    """Return how many numbers a buffer on a device holds."""
+    return PIECE_NUMBERS if device.type == "cpu" else DEVICE_PIECE_NUMBERS
+
+
+def is_mapped_late(compressor: Compressor, side: Side) -> bool:
+    """Return whether a factor of a circular product is kept as it is and mapped when both are known.
+
+    So it is where the map would make it longer: a factor may have to wait from the forward to the backward pass.
+    """
+    one = compressor.left if side == "left" else compressor.right
+    return one.in_size <= one.out_size
+
+
+def circular(
+    compressor: Compressor, left: Factor, right: Float[Tensor, "example token _right"]
+) -> Float[Tensor, "example size"]:
+    """Return `sum_t` of the circular convolutions of the mapped factors, from what `reduce_factor` left of them."""
+    size, dtype = compressor.left.out_size, right.dtype
+    rows = []
+    for examples, pieces in _pieces(right.shape[0], right.shape[1], piece_numbers(right.device) // size):
+        total = None
+        for tokens in pieces:
+            # The product is taken in place: a third buffer would cost half as much as a transform.
+            spectrum = torch.fft.rfft(_map_side(compressor.left, "left", compressor, left, examples, tokens).to(dtype))
+            spectrum *= torch.fft.rfft(_map_side(compressor.right, "right", compressor, right, examples, tokens))
+            total = spectrum.sum(1) if total is None else total.add_(spectrum.sum(1))
+        if total is not None:
+            rows.append(total)
+    if not rows:
+        return right.new_zeros(right.shape[0], size)
+    return torch.fft.irfft(torch.cat(rows), n=size)
+
+
+def _map_side(
+    one: LinearMap, side: Side, compressor: Compressor, factor: Factor, examples: slice, tokens: slice
+) -> Float[Tensor, "piece token_piece size"]:
+    if isinstance(factor, OneHot):
+        return one.columns(factor.ids[examples, tokens])
+    part = factor[examples, tokens]
+    return one.apply(part) if is_mapped_late(compressor, side) else part
+
+
+def _pieces(examples: int, tokens: int, most: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield slices of the examples, each with slices of the tokens, of at most `most` (but at least one) together."""
+    most = max(1, most)
+    steps = [slice(start, min(tokens, start + most)) for start in range(0, tokens, most)]
+    at_once = max(1, most // max(1, tokens))
+    for start in range(0, examples, at_once):
+        yield slice(start, min(examples, start + at_once)), steps
+
+
+def entrywise(
+    compressor: Compressor, left: Float[Tensor, "example token out"], right: Float[Tensor, "example token in"]
+) -> Float[Tensor, "example kept"]:
+    """Return `sum_t left[t, row_j] * right[t, column_j]` for every kept entry j.
+
+    Few entries are gathered one by one from every token. For more it pays to transpose the factors first, which costs
+    a write for each of their numbers: then an entry's numbers for all tokens lie side by side.
+    """
+    first, second = compressor.left, compressor.right
+    assert isinstance(first, Coordinates)
+    assert isinstance(second, Coordinates)
+    if first.out_size > first.in_size + second.in_size:
+        return _by_entry(first, second, left, right)
+    return _by_token(first, second, left, right)
+
+
+def _by_token(
+    first: Coordinates, second: Coordinates, left: Float[Tensor, "example token _out"], right: Tensor
+) -> Float[Tensor, "example kept"]:
+    kept = left.new_zeros(left.shape[0], first.out_size)
+    for examples, pieces in _pieces(left.shape[0], left.shape[1], piece_numbers(left.device) // first.out_size):
+        for tokens in pieces:
+            kept[examples] += (first.apply(left[examples, tokens]) * second.apply(right[examples, tokens])).sum(1)
+    return kept
+
+
+def _by_entry(
+    first: Coordinates, second: Coordinates, left: Float[Tensor, "example token _out"], right: Tensor
+) -> Float[Tensor, "example kept"]:
+    examples, tokens = left.shape[:2]
+    sides = [side.reshape(examples * tokens, -1).t().contiguous() for side in (left, right)]
+    step = max(1, piece_numbers(left.device) // max(1, examples * tokens))
+    kept = left.new_empty(first.out_size, examples)
+    for start in range(0, first.out_size, step):
+        part = slice(start, start + step)
+        product = sides[0].index_select(0, first.index[part])
+        product *= sides[1].index_select(0, second.index[part])
+        kept[part] = product.view(-1, examples, tokens).sum(2)
+    return kept.t() * (first.scale * second.scale)
+
 
 # The two factors of one gradient have sides of different lengths, which one axis name cannot express.
 LeftFactor = Float[Tensor, "example token left"] | OneHot
@@ -150,3 +248,39 @@ def adjoint_gradient(
     form = outer_form(compressor)
     inner = form.tail.adjoint(compressed).unflatten(1, (form.left.out_size, form.right.out_size))
     return form.right.adjoint(form.left.adjoint(inner.transpose(1, 2)).transpose(1, 2))
+
+
+class CompressingSink:
+    """A `FactorSink` that compresses every factor when it comes and adds up products in place.
+
+    Component number c fills columns `starts[c]` to `starts[c] + compressors[c].size`. Components may share
+    columns: the compressed gradients are then summed, which is one sketch of the whole gradient, because
+    compressors of different components are independent.
+
+    Attributes:
+        gradients: float32 `[example, width]`, of the batch announced by the last `begin`.
+    """
+
+    gradients: Float[Tensor, "example width"]
+
+    def __init__(self, compressors: Sequence[Compressor], starts: Sequence[int], width: int) -> None:
+        self.compressors = list(compressors)
+        self.columns = [slice(start, start + one.size) for one, start in zip(self.compressors, starts, strict=True)]
+        assert all(columns.stop <= width for columns in self.columns), "a component reaches past the last column"
+        self.width = width
+
+    def begin(self, examples: int, device: torch.device | str) -> None:
+        """Start a batch: zeros for its examples."""
+        self.gradients = torch.zeros(examples, self.width, device=device)
+
+    def reduce(self, component: int, side: Side, factor: Factor) -> ReducedFactor:
+        """Return the factor under its side's map: what the other factor will be combined with."""
+        with time_phase("compression"):
+            return reduce_factor(self.compressors[component], side, factor)
+
+    def accumulate(self, component: int, examples: slice, left: LeftFactor, right: RightFactor) -> None:
+        """Add the compressed gradients of `examples` from both reduced factors."""
+        with time_phase("compression"):
+            compressed = combine(self.compressors[component], left, right)
+            # Of a model on several devices, each component is compressed on its own.
+            self.gradients[examples, self.columns[component]] += compressed.to(self.gradients.device)

@@ -8,45 +8,19 @@ which a linear layer `[out, in]` with a frozen weight costs `2 out in`: once for
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from vestige.compress._apply import is_gathered
+from vestige.compress._registry import Work
 from vestige.compress._spec import CompressionSpec
 
 Shape = tuple[int, int]
 
 
-class Work(NamedTuple):
-    """Counts for one token; what is done once for an example is divided by its tokens."""
-
-    products: float = 0
-    """Multiply-adds of matrix products."""
-    streamed: float = 0
-    """Numbers read or written in order."""
-    gathered: float = 0
-    """Numbers read from computed positions."""
-    transformed: float = 0
-    """`n log2 n`, summed over Fourier transforms of n numbers."""
-
-    def plus(self, other: "Work", times: float = 1.0) -> "Work":
-        """Add the other work, `times` over."""
-        return Work(*(one + times * more for one, more in zip(self, other, strict=True)))
-
-
-class Rates(NamedTuple):
-    """Price of each kind of work, in multiply-adds of a large matrix product."""
-
-    products: float
-    streamed: float
-    gathered: float
-    transformed: float
-
-
 RATES = {
-    "cpu": Rates(products=1, streamed=15, gathered=70, transformed=9),
-    "cuda": Rates(products=1, streamed=150, gathered=600, transformed=80),
+    "cpu": Work(products=1, streamed=15, gathered=70, transformed=9),
+    "cuda": Work(products=1, streamed=150, gathered=600, transformed=80),
 }
-"""By kind of device; any other kind is taken for a GPU.
+"""Price of each kind of work, by kind of device; any other kind is taken for a GPU.
 
 `cpu` was fitted to `benchmarks/compressor_speed.py` on one core, which compares it with what it measures. `cuda` was
 not measured. It follows from what processors of that kind are built for: they do some hundred multiply-adds in the time
@@ -66,8 +40,9 @@ def work(spec: CompressionSpec, shape: Shape, tokens: int) -> Work:
     total, formed, sides_whole = Work(), True, True
     for stage in spec.stages:
         if stage.on_sides:
-            kept = stage.kept((rows, columns))
-            total = total.plus(_map(stage.name, rows, kept[0])).plus(_map(stage.name, columns, kept[1]))
+            kept = stage.keep_sides((rows, columns))
+            for before, after in ((rows, kept[0]), (columns, kept[1])):
+                total = total.plus(stage.kind.work(before, after) if after < before else Work())
             sides_whole = sides_whole and kept == (rows, columns)
             rows, columns = kept
             size = rows * columns
@@ -78,27 +53,13 @@ def work(spec: CompressionSpec, shape: Shape, tokens: int) -> Work:
         if stage.kind.product == "circular":
             total = total.plus(_circular(rows, columns, kept_size, tokens))
             formed = False
-        elif formed and sides_whole and stage.name == "mask" and is_gathered(kept_size, (rows, columns)):
+        elif formed and sides_whole and stage.kind.picks and is_gathered(kept_size, (rows, columns)):
             total = total.plus(_entrywise(rows, columns, kept_size))
             formed = False
         else:
-            total = total.plus(_map(stage.name, size, kept_size), 1 / tokens)
+            total = total.plus(stage.kind.work(size, kept_size), 1 / tokens)
         size, sides_whole = kept_size, False
     return total.plus(Work(products=rows * columns)) if formed else total
-
-
-def _map(name: str, size: int, kept: int) -> Work:
-    """Return the work of one map of a vector of `size` numbers to `kept`."""
-    if kept == size:
-        return Work()
-    if name in ("mask", "selective"):
-        return Work(gathered=kept)
-    if name == "sjlt":  # laid out with the batch innermost, then gathered by target
-        return Work(streamed=size, gathered=size)
-    if name == "fjlt":
-        padded = 1 << (size - 1).bit_length()
-        return Work(streamed=2 * padded * math.log2(padded))
-    return Work(products=size * kept, streamed=size)
 
 
 def _circular(rows: int, columns: int, size: int, tokens: int) -> Work:

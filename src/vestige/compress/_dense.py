@@ -2,18 +2,49 @@
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._allocation import allocate
+from vestige.compress._maps import LinearMap
 from vestige.compress._random import Stream, gaussians, signs
 from vestige.compress._registry import compressor
-from vestige.compress._types import LinearMap
 from vestige.errors import SpecError
+
+
+@lru_cache(maxsize=4096)
+def allocate(shape: tuple[int, int], total: int, minimum: int) -> tuple[int, int]:
+    """Return `(k_out, k_in)` for a gradient `[n_out, n_in]`: the product as close to `total` as integers allow.
+
+    Over all `min(minimum, n) <= k <= n` on each side, minimises `|k_out * k_in - total|`. Among pairs that are
+    equally close, the one with `k_in / k_out` closest (as a ratio) to `n_out / n_in` wins, at which the two
+    projections `k_out * n_out` and `k_in * n_in` cost the same; then the smaller product, then the smaller `k_in`.
+
+    The published rule starts from `k_in = sqrt(total * n_out / n_in)` and tries two steps around it, which
+    misses pairs: 6x5 for a rank of 64 on sides of 20 and 5, where 16x4 and 13x5 fit.
+
+    The minimum wins over the total: with two minimal sides of 8, a total of 20 gives 8x8.
+    """
+    rows, columns = shape
+    inputs = np.arange(min(minimum, columns), columns + 1, dtype=np.int64)
+    # For one k_in, the best k_out is one of the two integers around total / k_in, or the nearest allowed one.
+    outputs = np.stack([total // inputs, -(-total // inputs)]).clip(min(minimum, rows), rows)
+    misses = np.abs(outputs * inputs - total)
+    best = [(int(outputs[one, at]), int(inputs[at])) for one, at in np.argwhere(misses == misses.min())]
+
+    def preference(pair: tuple[int, int]) -> tuple[Fraction, int, int]:
+        output, input_ = pair
+        imbalance = Fraction(input_ * columns, output * rows)
+        return max(imbalance, 1 / imbalance), output * input_, input_
+
+    return min(best, key=preference)
+
 
 Init = Literal["gaussian", "rademacher"]
 STORED_BYTES = 32 * 2**20  # a larger matrix on the whole gradient is generated again, block by block, at each use
@@ -108,14 +139,14 @@ def random_columns(
     return _draws[init](stream, ids.unsqueeze(-1) * out_size + rows) / math.sqrt(out_size)
 
 
-def stored(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
+def draw_dense(in_size: int, out_size: int, stream: Stream, init: Init) -> Dense:
     """Return the random matrix, held in memory."""
     return Dense(random_columns(stream, init, torch.arange(in_size), out_size).t().contiguous())
 
 
 def _whole(in_size: int, out_size: int, stream: Stream, init: Init) -> LinearMap:
     if in_size * out_size * 4 <= STORED_BYTES:
-        return stored(in_size, out_size, stream, init)
+        return draw_dense(in_size, out_size, stream, init)
     return StreamedDense(in_size, out_size, stream, init, torch.device("cpu"))
 
 
@@ -169,4 +200,4 @@ def logra(
     """Return a dense projection of each side of the gradient (LoGra, Choe et al. 2024)."""
     if init == "orthonormal":
         return orthonormal(in_size, out_size, stream)
-    return stored(in_size, out_size, stream, init)
+    return draw_dense(in_size, out_size, stream, init)

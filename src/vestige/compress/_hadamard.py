@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress._random import Stream, permutation_head, signs
-from vestige.compress._registry import compressor
+from vestige.compress._registry import Work, compressor
 
 _CACHED_NUMBERS = 1 << 18  # transformed at once: a few float32 buffers of it stay in a core's cache
 
@@ -93,7 +93,12 @@ def _along_rows(matrix: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "b
     return matrix.view(batch, rows, columns)
 
 
-@compressor("fjlt", forms=("K", "AxB"), example="fjlt:1024")
+def _count_work(size: int, _: int) -> Work:
+    padded = 1 << (size - 1).bit_length()
+    return Work(streamed=2 * padded * math.log2(padded))
+
+
+@compressor("fjlt", forms=("K", "AxB"), example="fjlt:1024", work=_count_work)
 def fjlt(in_size: int, out_size: int, stream: Stream) -> Hadamard:
     """Draw signs and rows of the Hadamard matrix, for the whole gradient or for each side."""
     sign = signs(stream.child("sign"), torch.arange(in_size))

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from vestige.compress._mask_files import MaskPart
+from vestige.compress._mask import MaskPart
 from vestige.compress._random import Stream, gaussians, permutation
 from vestige.errors import DataError
 
@@ -116,7 +116,7 @@ def train_selective_mask(
     history = [_rank_correlation(split, _hard(faces, chosen))]
     best, was_high = (history[0], chosen), False
     if not free:
-        return SelectiveMask(_scaled_parts(split, faces, chosen), history[0], tuple(history))
+        return SelectiveMask(_scale_parts(split, faces, chosen), history[0], tuple(history))
     optimizer = torch.optim.Adam(free, lr=training.learning_rate)
     for epoch in range(1, training.epochs + 1):
         _run_epoch(split, faces, optimizer, training, permutation(stream.child("epoch", epoch), len(split.examples)))
@@ -130,7 +130,7 @@ def train_selective_mask(
         if was_high and sharp < training.stop_below:
             break
         was_high = was_high or sharp >= training.stop_below
-    return SelectiveMask(_scaled_parts(split, faces, best[1]), best[0], tuple(history))
+    return SelectiveMask(_scale_parts(split, faces, best[1]), best[0], tuple(history))
 
 
 def _split(gradients: Float[Tensor, "example out in"], stream: Stream) -> _Split:
@@ -236,7 +236,7 @@ def _rank_correlation(split: _Split, mask: Float[Tensor, " entry"]) -> float:
     return float(_pearson(*ranks))
 
 
-def _scaled_parts(split: _Split, faces: list[_Face], chosen: list[Tensor]) -> dict[str, MaskPart]:
+def _scale_parts(split: _Split, faces: list[_Face], chosen: list[Tensor]) -> dict[str, MaskPart]:
     """Return the mask with the scale whose square fits masked to exact products of unseen pairs by least squares."""
     exact = split.unseen @ split.examples.t()
     masked = (split.unseen * _hard(faces, chosen)) @ split.examples.t()

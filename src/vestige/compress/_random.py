@@ -88,10 +88,10 @@ def gaussians(stream: Stream, coordinate: Int[Tensor, "*batch"]) -> Float[Tensor
 
 def permutation(stream: Stream, size: int) -> Int[Tensor, " size"]:
     """Return a random order of `size` coordinates."""
-    return _ranked(stream, torch.arange(size)).argsort()
+    return _rank(stream, torch.arange(size)).argsort()
 
 
-def _ranked(stream: Stream, coordinate: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def _rank(stream: Stream, coordinate: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Return distinct 63-bit numbers in random order: the hash above, the coordinate (below 2^32) in the low half."""
     return ((bits(stream, coordinate) >> 1) << 32) | coordinate
 
@@ -105,7 +105,7 @@ def permutation_head(stream: Stream, count: int, size: int) -> Int[Tensor, " cou
     best = torch.empty(0, dtype=torch.int64)
     for start in range(0, size, _BLOCK):
         coordinate = torch.arange(start, min(size, start + _BLOCK))
-        best = torch.cat([best, _ranked(stream, coordinate)])
+        best = torch.cat([best, _rank(stream, coordinate)])
         if len(best) > count:
             best = best.topk(count, largest=False).values
     return (best & WORD).sort().values

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-from vestige.compress._types import Product
+from vestige.compress._maps import Product
 from vestige.errors import SpecError
 from vestige.registry import Registry
 
@@ -25,7 +25,24 @@ class Option(NamedTuple):
 
     words: tuple[str, ...]
     default: Any
-    free: bool = False
+    free: bool
+
+
+class Work(NamedTuple):
+    """Counts for one token; what is done once for an example is divided by its tokens."""
+
+    products: float = 0
+    """Multiply-adds of matrix products."""
+    streamed: float = 0
+    """Numbers read or written in order."""
+    gathered: float = 0
+    """Numbers read from computed positions."""
+    transformed: float = 0
+    """`n log2 n`, summed over Fourier transforms of n numbers."""
+
+    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+        """Add the other work, `times` over."""
+        return Work(*(one + times * more for one, more in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,8 @@ class Kind:
         allocate: For a `K` that is divided between the sides: from the gradient's shape, K and all options to (A, B).
         complete: From size and options to the options that are written to disk, such as a file's digest.
         located: Whether `build` takes the component's name and the side (None: the whole gradient) as well.
+        work: Work of a map of a vector to fewer numbers, from both sizes, for `auto` and the doctor.
+        picks: Whether it keeps coordinates, which of a whole gradient can be gathered without forming it.
         shareable: Whether its numbers have mean zero, so that components can share a sketch that is wider than one.
     """
 
@@ -55,6 +74,8 @@ class Kind:
     check: Callable[[tuple[int, ...], Mapping[str, Any]], None] | None = None
     allocate: Callable[[tuple[int, int], int, Mapping[str, Any]], tuple[int, int]] | None = None
     complete: Callable[[tuple[int, ...], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    work: Callable[[int, int], Work] = lambda size, kept: Work(products=size * kept, streamed=size)
+    picks: bool = False
     located: bool = False
     shareable: bool = False
 
@@ -72,32 +93,25 @@ def compressor(
     """Add a compressor to the spec language under `name`; `facts` are further attributes of `Kind`."""
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        COMPRESSORS.add(name, Kind(name, forms, example, _options(build), build, **facts))
+        hints = get_type_hints(build)
+        options = {
+            one.name: Option(get_args(hints[one.name]), one.default, hints[one.name] is str)
+            for one in inspect.signature(build).parameters.values()
+            if one.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        COMPRESSORS.add(name, Kind(name, forms, example, options, build, **facts))
         return build
 
     return register
 
 
-def _options(build: Callable[..., Any]) -> dict[str, Option]:
-    hints = get_type_hints(build)
-    return {
-        parameter.name: Option(get_args(hints[parameter.name]), parameter.default, free=hints[parameter.name] is str)
-        for parameter in inspect.signature(build).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
-def known_compressors() -> list[str]:
+def list_compressors() -> list[str]:
     """Return every name of the spec language, `none` first."""
     return ["none", *COMPRESSORS.names()]
 
 
 def find_compressor(name: str, given: str) -> Kind:
-    """Return the compressor called `name`; `given` is the stage as typed, for the message.
-
-    Raises:
-        SpecError: No compressor has this name.
-    """
+    """Return the compressor called `name`; `given` is the stage as typed, for the message."""
     try:
         return COMPRESSORS.find(name)
     except SpecError as error:

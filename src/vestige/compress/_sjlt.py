@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.compress._random import Stream, integers, signs
-from vestige.compress._registry import compressor
+from vestige.compress._registry import Work, compressor
 from vestige.errors import SpecError
 
 
@@ -99,7 +99,15 @@ def _check(size: tuple[int, ...], options: Mapping[str, Any]) -> None:
         )
 
 
-@compressor("sjlt", forms=("K", "AxB"), example="sjlt:4096", check=_check, shareable=True)
+@compressor(
+    "sjlt",
+    forms=("K", "AxB"),
+    example="sjlt:4096",
+    check=_check,
+    # Laid out with the batch innermost, then gathered by target.
+    work=lambda size, _: Work(streamed=size, gathered=size),
+    shareable=True,
+)
 def sjlt(in_size: int, out_size: int, stream: Stream, *, s: int = 1) -> Sjlt:
     """Draw the sparse transform with `s` entries a column."""
     return Sjlt(in_size, out_size, stream, s)

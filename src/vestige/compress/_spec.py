@@ -14,18 +14,74 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from vestige.compress._coordinates import Coordinates
-from vestige.compress._identity import Identity, chain
-from vestige.compress._legacy import modern_spelling
+from vestige.compress._maps import Compressor, Identity, LinearMap, Product, chain
+from vestige.compress._mask import Coordinates
 from vestige.compress._random import Stream
 from vestige.compress._registry import COMPRESSORS, EXAMPLE, Kind, find_compressor
-from vestige.compress._types import Compressor, LinearMap, Product
 from vestige.errors import SpecError
 from vestige.gradients import Side
+
+_LEGACY = re.compile(r"([a-z_]+?)(?:_([0-9]+))?-([1-9][0-9]*)(?:[*x×]([1-9][0-9]*))?", re.IGNORECASE)
+_NAMES = {
+    "random": "mask",
+    "randommask": "mask",
+    "random_mask": "mask",
+    "selective_mask": "selective",
+    "selectivemask": "selective",
+    "gaussian": "gauss",
+    "normal": "gauss",
+    "identity": "none",
+}
+_GRASS_BLOWUP = 4  # published default: the mask keeps four times as many numbers as the sketch
+
+
+def modern_spelling(stage: str) -> list[str]:
+    """Return the stage in the language; itself when it is not one of the old spellings.
+
+    A dense projection with a size for each side is `logra`; GraSS and FactGraSS are two stages each. Options belong to
+    the sketch, except those of `selective_grass`, which name the file of its mask.
+    """
+    if stage.lower() == "identity":
+        return ["none"]
+    head, comma, options = stage.partition(",")
+    match = _LEGACY.fullmatch(head.strip())
+    if match is None:
+        return [_dense_sides(stage)]
+    name, blowup, first, second = match[1].lower(), match[2], int(match[3]), match[4]
+    if name in ("grass", "selective_grass") and not second:
+        kept = int(blowup or _GRASS_BLOWUP) * first
+        if name == "grass":
+            return [f"mask:{kept}", f"sjlt:{first}{comma}{options}"]
+        return [f"selective:{kept}{comma}{options}", f"sjlt:{first}"]
+    if name == "factgrass" and not second and not blowup:
+        return [_factgrass_mask(first, stage), f"sjlt:{first}{comma}{options}"]
+    if blowup:
+        return [stage]
+    size = f"{first}x{second}" if second else f"{first}"
+    return [_dense_sides(f"{_NAMES.get(name, name)}:{size}{comma}{options}")]
+
+
+def _factgrass_mask(size: int, given: str) -> str:
+    side = math.isqrt(size)
+    if side * side != size:
+        near = max(1, round(math.sqrt(size))) ** 2
+        raise SpecError(
+            f"'{given}': FactGraSS keeps 2*sqrt(K) entries of each side, so K must be a square. "
+            f"Write factgrass-{near}, or give the sides yourself: 'mask:{2 * side}x{2 * side} | sjlt:{size}'."
+        )
+    return f"mask:{2 * side}x{2 * side}"
+
+
+def _dense_sides(stage: str) -> str:
+    """Rewrite `gauss:64x64` and `rademacher:64x64`: they are Kronecker projections, whose name is `logra`."""
+    match = re.fullmatch(r"(gauss|rademacher)\s*:\s*([0-9]+[x*×][0-9]+)", stage.strip(), re.IGNORECASE)
+    if match is None:
+        return stage
+    return f"logra:{match[2]}" + (",init=rademacher" if match[1].lower() == "rademacher" else "")
+
 
 _SIZE = re.compile(r"([1-9][0-9]*)(?:[xX*×]([1-9][0-9]*))?")
 
@@ -54,7 +110,7 @@ class Stage:
         """Return whether it acts on each side of the matrix."""
         return len(self.size) == 2 or self.kind.allocate is not None
 
-    def kept(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def keep_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return what it keeps of each side of `shape`, if it acts on the sides."""
         rows, columns = shape
         if len(self.size) == 1:
@@ -62,25 +118,15 @@ class Stage:
             return self.kind.allocate(shape, self.size[0], self.kind.with_defaults(dict(self.options)))
         return min(rows, self.size[0]), min(columns, self.size[1])
 
-    def build(self, in_size: int, out_size: int, place: "Place") -> LinearMap:
-        """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `place.shared`."""
-        if out_size >= in_size and not place.shared:
+    def build(
+        self, in_size: int, out_size: int, stream: Stream, component: str, side: Side | None, shared: bool = False
+    ) -> LinearMap:
+        """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `shared`."""
+        if out_size >= in_size and not shared:
             return Identity(in_size)
-        where = (place.component, place.side) if self.kind.located else ()
-        return self.kind.build(in_size, out_size, place.stream, *where, **dict(self.options))
-
-
-class Place(NamedTuple):
-    """Position of a stage: what its randomness may depend on."""
-
-    stream: Stream
-    component: str
-    side: Side | None = None
-    shared: bool = False
-
-    def on(self, side: Side) -> "Place":
-        """Return the position on one side of the same gradient."""
-        return self._replace(stream=self.stream.child(side), side=side)
+        where = (component, side) if self.kind.located else ()
+        own = stream if side is None else stream.child(side)
+        return self.kind.build(in_size, out_size, own, *where, **dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -100,22 +146,18 @@ class CompressionSpec:
     def size_for(self, shape: tuple[int, int], *, shared: bool = False) -> int:
         """Return how many numbers a gradient `[out, in]` keeps; a vector of n is `(n, 1)`, `shared` as in `build`."""
         if shared:
-            return self._shared_size()
+            return self._size_of_shared()
         size = math.prod(shape)
         for stage in self.stages:
             if stage.on_sides:
-                shape = stage.kept(shape)
+                shape = stage.keep_sides(shape)
                 size = math.prod(shape)
             else:
                 size = min(size, stage.size[0])
         return size
 
-    def _shared_size(self) -> int:
-        """Return the size of a sketch that all components share.
-
-        Raises:
-            SpecError: The last stage cannot be shared.
-        """
+    def _size_of_shared(self) -> int:
+        """Return the size of a sketch that all components share."""
         last = self.stages[-1] if self.stages else None
         if last is not None and last.kind.shareable and len(last.size) == 1:
             return last.size[0]
@@ -150,46 +192,45 @@ class CompressionSpec:
         """
         last = len(self.stages) - 1
         if shared:
-            self._shared_size()
-        chains = _Chains([], [], [])
+            self._size_of_shared()
+        lefts: list[LinearMap] = []
+        rights: list[LinearMap] = []
+        tails: list[LinearMap] = []
         rows, columns = shape
         size = rows * columns
         product: Product = "outer"
         for number, stage in enumerate(self.stages):
-            place = Place(Stream(seed, name, number, stage.name), name, None, shared and number == last)
+            stream = Stream(seed, name, number, stage.name)
             if stage.on_sides:
-                kept = stage.kept((rows, columns))
-                chains.left.append(stage.build(rows, kept[0], place.on("left")))
-                chains.right.append(stage.build(columns, kept[1], place.on("right")))
-                rows, columns = chains.left[-1].out_size, chains.right[-1].out_size
+                kept = stage.keep_sides((rows, columns))
+                lefts.append(stage.build(rows, kept[0], stream, name, "left", shared and number == last))
+                rights.append(stage.build(columns, kept[1], stream, name, "right", shared and number == last))
+                rows, columns = lefts[-1].out_size, rights[-1].out_size
                 size = rows * columns
-            elif stage.kind.product == "circular":
-                if stage.size[0] < size:
-                    left, right = stage.kind.build((rows, columns), stage.size[0], place.stream, **dict(stage.options))
-                    chains.left.append(left)
-                    chains.right.append(right)
-                    size, product = stage.size[0], "circular"
-            else:
-                chains.tail.append(stage.build(size, stage.size[0], place))
-                size = chains.tail[-1].out_size
-        return _assemble(shape, chains, product, torch.device(device))
+            elif stage.kind.product != "circular":
+                tails.append(stage.build(size, stage.size[0], stream, name, None, shared and number == last))
+                size = tails[-1].out_size
+            elif stage.size[0] < size:
+                left, right = stage.kind.build((rows, columns), stage.size[0], stream, **dict(stage.options))
+                lefts.append(left)
+                rights.append(right)
+                size, product = stage.size[0], "circular"
+        maps = chain(shape[0], lefts), chain(shape[1], rights)
+        return _assemble(shape, maps, tails, product, torch.device(device))
 
 
-class _Chains(NamedTuple):
-    """The maps of all stages, by what they act on."""
-
-    left: list[LinearMap]
-    right: list[LinearMap]
-    tail: list[LinearMap]
-
-
-def _assemble(shape: tuple[int, int], chains: _Chains, product: Product, device: torch.device) -> Compressor:
-    left, right = chain(shape[0], chains.left), chain(shape[1], chains.right)
-    tails = [one for one in chains.tail if not isinstance(one, Identity)]
+def _assemble(
+    shape: tuple[int, int],
+    sides: tuple[LinearMap, LinearMap],
+    tails: Sequence[LinearMap],
+    product: Product,
+    device: torch.device,
+) -> Compressor:
+    left, right = sides
+    tails = [one for one in tails if not isinstance(one, Identity)]
     untouched = isinstance(left, Identity) and isinstance(right, Identity)
-    if untouched and tails and isinstance(tails[0], Coordinates):
-        mask = tails.pop(0)
-        assert isinstance(mask, Coordinates)
+    if untouched and tails and isinstance(mask := tails[0], Coordinates):
+        tails = tails[1:]
         left = Coordinates(shape[0], mask.index // shape[1], mask.scale)
         right = Coordinates(shape[1], mask.index % shape[1], 1.0)
         product = "entrywise"

@@ -57,7 +57,7 @@ def read_adam(folder: str | Path, model: nn.Module) -> dict[str, Moments]:
     state = _read(path)
     groups: list[dict[str, Any]] = state["param_groups"]
     found: dict[str, Moments] = {}
-    for group, parameters in zip(groups, _matched(path, state, model), strict=True):
+    for group, parameters in zip(groups, _match(path, state, model), strict=True):
         for number, (name, parameter) in zip(group["params"], parameters, strict=True):
             found[name] = _moments(path, name, parameter, state["state"].get(number), group)
     return found
@@ -122,7 +122,7 @@ def _check_is_adam(path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _matched(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]:
+def _match(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]:
     """Return the model's parameters in the order of each group."""
     groups = state["param_groups"]
     parameters = dict(model.named_parameters())

@@ -36,7 +36,7 @@ class FisherBlock(NamedTuple):
         """Trace over size: the unit of relative damping."""
         return float(self.matrix.diagonal().double().mean())
 
-    def damped(self, damping: float) -> Float[Tensor, "k k"]:
+    def add_damping(self, damping: float) -> Float[Tensor, "k k"]:
         """Return `F + d I` in float64, d relative to the mean eigenvalue, or to the unit where one was set.
 
         Raises:
@@ -147,7 +147,7 @@ class Measures(NamedTuple):
 
 
 def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
-    factor, failed = torch.linalg.cholesky_ex(block.damped(damping))
+    factor, failed = torch.linalg.cholesky_ex(block.add_damping(damping))
     if int(failed):
         raise NonFinite(
             f"The Fisher matrix of {block.name} is singular at --damping {damping}. Type a larger one, such as "
@@ -173,12 +173,12 @@ def accumulate_fisher(
     """Return Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
     examples = 0
 
-    def counted() -> Iterator[Tensor]:
+    def count_rows() -> Iterator[Tensor]:
         nonlocal examples
         for gradients in blocks:
             examples += len(gradients)
             yield gradients
 
-    sums = fisher_sums(columns, counted())
+    sums = fisher_sums(columns, count_rows())
     found = tuple(FisherBlock(name, total / max(examples, 1)) for name, total in zip(names, sums, strict=True))
     return FisherBlocks(found, tuple(columns))

@@ -1,34 +1,92 @@
 """Kronecker-factored curvature of a model over its training data: one pass for K-FAC, one more for EK-FAC.
 
 The data falls into pieces that follow from it and from the components alone. Sums of each piece are added in the order
-of the pieces, here as on disk, so the numbers do not depend on which process measured which piece.
+of the pieces, in memory as on disk, so the numbers do not depend on which process measured which piece. Files are named
+by everything that they were computed from.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from vestige.curvature._blocks import Block, find_blocks
 from vestige.curvature._kfac import (
-    EigenCurvature,
+    Block,
+    Eigenbasis,
     EigenvalueSink,
-    KroneckerFactors,
+    KroneckerCurvature,
+    KroneckerFactor,
     KroneckerSink,
+    find_blocks,
     kronecker_factors,
     with_eigenvalues,
 )
-from vestige.curvature._labels import Labels, relabelled, sampled_labels
-from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches
+from vestige.curvature._plan import HERE, PiecePlan, Tensors, Work, add_pieces, read_tensors
+from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
+from vestige.launch import PieceFiles
 from vestige.models import Component, batch_sharing
 from vestige.progress import progress
+
+Labels = Literal["sampled", "data"]
+"""`sampled`: true Fisher matrix; `data`: the empirical one, from the labels of the training data."""
+
+LOGIT_BYTES = 256 * 2**20
+"""Most bytes of float32 logits alive at once."""
+
+
+def sample_labels(model: nn.Module, data: TokenizedData, token_budget: int, seed: int) -> list[np.ndarray]:
+    """Return every example's labels, targets drawn from the model's own distribution, `NO_TARGET` elsewhere.
+
+    A draw depends on the seed and on the example's tokens alone: not on its row, its batch or the padding.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    budget = max(1, min(token_budget, LOGIT_BYTES // (4 * vocabulary)))
+    labels = [np.full(len(ids), NO_TARGET, dtype=np.int64) for ids in data.input_ids]
+    for rows in plan_batches(data.lengths, budget, sharing=batch_sharing(model)):
+        batch = make_batch(data, rows).to(device)
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        for place, row in enumerate(rows):
+            predicting = np.flatnonzero(data.targets[row][1:])
+            uniform = _uniform(data.input_ids[row], seed)[predicting]
+            drawn = _draw(logits[place, torch.from_numpy(predicting).to(device)], uniform.to(device))
+            labels[row][predicting + 1] = drawn.cpu().numpy()
+    return labels
+
+
+def replace_labels(batch: Batch, labels: Mapping[int, np.ndarray]) -> Batch:
+    """Return the batch with these labels, `labels[i]` for row i of the data."""
+    replaced = torch.full_like(batch.labels, NO_TARGET)
+    for place, row in enumerate(batch.rows.tolist()):
+        replaced[place, : len(labels[row])] = torch.from_numpy(labels[row]).to(replaced.device)
+    return batch._replace(labels=replaced)
+
+
+def _uniform(ids: np.ndarray, seed: int) -> Tensor:
+    """Return one number in [0, 1) per token."""
+    digest = hashlib.blake2b(f"{seed}:".encode() + ids.astype("<i4").tobytes(), digest_size=16).digest()
+    numbers = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(len(ids))
+    return torch.from_numpy(numbers)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Return where the cumulative distribution passes the uniform number."""
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)
+
 
 PIECE_TOKENS = 2**16
 """Tokens in one piece at least."""
@@ -36,7 +94,11 @@ MOST_PIECES = 64
 MOST_BYTES = 2**35
 """What the sums of all pieces may take on disk together; there are fewer pieces where matrices are large."""
 
-Sums = dict[str, Tensor]
+FORMAT = 2
+"""Raised when the numbers of the same inputs change their meaning, so that no old file is read as a new one.
+
+1 counted the tokens whose gradient was not exactly zero.
+"""
 
 
 class BatchSink(FactorSink, Protocol):
@@ -54,7 +116,7 @@ class BatchSink(FactorSink, Protocol):
 class SummingSink(BatchSink, Protocol):
     """A sink whose result is a sum over examples."""
 
-    def sums(self) -> Sums:
+    def sums(self) -> Tensors:
         """Return the sums by name; a name is absent where nothing arrived."""
         ...
 
@@ -125,7 +187,7 @@ class CurvatureData:
                 batch = make_batch(self.data, rows).to(self.device)
                 # The label of a position is predicted by the one before it.
                 sink.begin(len(rows), nn.functional.pad(batch.labels[:, 1:] != NO_TARGET, (0, 1)))
-                losses = gradient_pass.run(batch if drawn is None else relabelled(batch, drawn), sink)
+                losses = gradient_pass.run(batch if drawn is None else replace_labels(batch, drawn), sink)
                 if not torch.isfinite(losses).all():
                     bad = [self.data.examples[row] for row in rows[~torch.isfinite(losses).cpu().numpy()].tolist()]
                     raise NonFinite.of_examples("loss", [f'"{example.id}" (row {example.row})' for example in bad])
@@ -138,41 +200,152 @@ class CurvatureData:
             return None
         if piece not in self._drawn:
             rows = np.concatenate(self.groups[piece]).tolist()
-            drawn = sampled_labels(self.model, self.data.subset(rows), self.token_budget, self.seed)
+            drawn = sample_labels(self.model, self.data.subset(rows), self.token_budget, self.seed)
             self._drawn[piece] = dict(zip(rows, drawn, strict=True))
         return self._drawn[piece]
 
 
-def added(parts: Iterable[Sums]) -> Sums:
-    """Return the sum of the pieces, in their order."""
-    total: Sums = {}
-    for part in parts:
-        for name, tensor in part.items():
-            total[name] = total[name].add_(tensor) if name in total else tensor
-    return total
+def kfac_of(
+    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+) -> KroneckerCurvature:
+    """Return K-FAC's S and A of every block, from one pass; `folder` keeps them for this model, data and settings.
+
+    Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues.
+    """
+    path = curvature_path(folder, "kfac", measured, model_fingerprint)
+    plan = _sums_plan(
+        "Kronecker factors",
+        measured,
+        path,
+        "",
+        lambda: KroneckerSink(measured.components, measured.blocks, measured.heads),
+        lambda sums: kronecker_factors(measured.blocks, sums).tensors(),
+    )
+    found = _read_stored(path)
+    if found is None:
+        found = plan.run_in_memory() if path is None or plan.pieces == 1 else plan.run(work)
+    return _curvature(found, measured)
 
 
-def sums_of(measured: CurvatureData, make: Callable[[], SummingSink], label: str) -> Sums:
-    """Return the sums over all pieces, in memory."""
+def ekfac_of(
+    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+) -> KroneckerCurvature:
+    """Return EK-FAC's eigenvectors from one pass and eigenvalues from another; `folder` as for `kfac_of`.
 
-    def parts(advance: Callable[[int], None]) -> Iterable[Sums]:
-        for piece in range(len(measured.groups)):
-            sink = make()
-            measured.stream_piece(piece, sink, advance)
-            yield sink.sums()
+    Each of its steps (factors, eigenvectors, eigenvalues) is kept there when it is finished, and pieces of it before.
+    """
+    path = curvature_path(folder, "ekfac", measured, model_fingerprint)
+    found = _read_stored(path)
+    if found is None and (path is None or len(measured.groups) == 1):
+        curvature = kfac_of(measured).eigenbases()
+        found = _eigenvalue_plan(measured, path, "", curvature).run_in_memory()
+    elif found is None and path is not None:
+        bases = _bases_plan(measured, path, kfac_of(measured, model_fingerprint, folder, work))
+        curvature = _curvature(bases.run(work), measured)
+        # Eigenvectors that were computed again may be rounded otherwise: squares along the old ones do not count then.
+        vectors = bases.files.fingerprint(range(bases.pieces))
+        found = _eigenvalue_plan(measured, path, vectors, curvature).run(work)
+        bases.files.remove()
+    assert found is not None
+    return _curvature(found, measured)
 
-    with progress(len(measured.data), label) as bar:
-        return added(parts(bar.advance))
+
+def curvature_path(folder: Path | None, kind: str, measured: CurvatureData, model_fingerprint: str) -> Path | None:
+    """Return the file of this curvature; None without a folder to keep it in.
+
+    Batches are left out of the name: they change no number beyond rounding.
+    """
+    if folder is None:
+        return None
+    content = {
+        "format": FORMAT,
+        "model": model_fingerprint,
+        "data": measured.data.fingerprint,
+        "components": [[component.name, *component.shape] for component in measured.components],
+        "loss": measured.reduction,
+        "labels": measured.labels,
+        "seed": measured.seed if measured.labels == "sampled" else None,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return folder / f"{kind}-{digest[:16]}.safetensors"
 
 
-def fit_kfac(measured: CurvatureData) -> KroneckerFactors:
-    """Return S and A of every block, from one pass."""
-    arguments = (measured.components, measured.blocks, measured.heads)
-    sums = sums_of(measured, lambda: KroneckerSink(*arguments), "Kronecker factors")
-    return kronecker_factors(measured.blocks, sums)
+def _sums_plan(
+    name: str,
+    measured: CurvatureData,
+    path: Path | None,
+    of: str,
+    make: Callable[[], SummingSink],
+    finish: Callable[[Tensors], Tensors],
+) -> PiecePlan:
+    """Return the plan of a pass: a piece leaves the sums of its examples, `finish` turns the sums over all around."""
+
+    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+        sink = make()
+        measured.stream_piece(piece, sink, advance)
+        return sink.sums()
+
+    sizes = [sum(map(len, group)) for group in measured.groups]
+    place = path or Path(name)
+    files = _pieces(place, measured, of)
+    return PiecePlan(
+        name, place.parent.parent, files, sizes, compute, lambda parts: finish(add_pieces(parts)), result=path
+    )
 
 
-def fit_ekfac(measured: CurvatureData) -> EigenCurvature:
-    """Return eigenvectors from one pass, eigenvalues from another."""
-    curvature = fit_kfac(measured).eigenbases()
-    return with_eigenvalues(curvature, sums_of(measured, lambda: EigenvalueSink(curvature), "EK-FAC eigenvalues"))
+def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvature: KroneckerCurvature) -> PiecePlan:
+    def finish(sums: Tensors) -> Tensors:
+        on_device = {name: tensor.to(measured.device) for name, tensor in sums.items()}
+        return with_eigenvalues(curvature, on_device).tensors()
+
+    return _sums_plan("EK-FAC eigenvalues", measured, path, of, lambda: EigenvalueSink(curvature), finish)
+
+
+def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature) -> PiecePlan:
+    """Return the plan of the eigenvectors, a block a piece: another process would round them otherwise."""
+    numbers = [number for number, factor in enumerate(factors.factors) if isinstance(factor, KroneckerFactor)]
+    rest = [(number, factor) for number, factor in enumerate(factors.factors) if number not in numbers]
+
+    def combine(parts: Iterable[Tensors]) -> Tensors:
+        found = {f"{number}.values": factor.tensors()["values"] for number, factor in rest}
+        for number, part in zip(numbers, parts, strict=True):
+            found |= {f"{number}.{side}": tensor for side, tensor in part.items()}
+        return found
+
+    return PiecePlan(
+        "Eigenvectors",
+        path.parent.parent,
+        _pieces(path, measured, "vectors"),
+        [1] * len(numbers),
+        lambda piece, _: factors.factors[numbers[piece]].eigenbasis().tensors(),
+        combine,
+        unit="layers",
+    )
+
+
+def _pieces(path: Path, measured: CurvatureData, of: str) -> PieceFiles:
+    """Return the files of the pieces of `path`: the same only where the data is cut into the same batches."""
+    dtype = next(measured.model.parameters()).dtype
+    content = [path.name, of, str(dtype), [[len(batch) for batch in group] for group in measured.groups]]
+    suffix = "-vectors" if of == "vectors" else ""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return PieceFiles(path.with_name(path.stem + suffix), digest)
+
+
+def _read_stored(path: Path | None) -> Tensors | None:
+    return read_tensors(path) if path is not None and broadcast_from_rank0(path.exists) else None
+
+
+def _curvature(tensors: Tensors, measured: CurvatureData) -> KroneckerCurvature:
+    """Return the curvature that a file keeps as these tensors, on the model's device."""
+    parts: list[Tensors] = [{} for _ in measured.blocks]
+    for name, tensor in tensors.items():
+        number, _, side = name.partition(".")
+        parts[int(number)][side] = tensor.to(measured.device)
+    factors = (
+        KroneckerFactor(part["left"], part["right"], float(part["tokens"]))
+        if "tokens" in part
+        else Eigenbasis(part.get("left"), part.get("right"), part["values"])
+        for part in parts
+    )
+    return KroneckerCurvature(measured.blocks, tuple(factors))

@@ -14,19 +14,74 @@ EK-FAC (George et al. 2018, arXiv:1806.03884) keeps the eigenvectors of S and A 
 pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, whatever tokens do.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vestige.curvature._blocks import Block
 from vestige.curvature._diagonal import DiagonalSink, absolute_damping
 from vestige.errors import ModelError
-from vestige.gradients import Factor, OneHot, Side, materialise
+from vestige.gradients import Factor, FactorSink, OneHot, materialise
 from vestige.models import Component
+
+BlockKind = Literal["matrix", "vector", "diagonal"]
+
+_LINEAR_MAPS = {"linear", "conv1d", "experts", "router"}
+"""Layers whose factors are output gradients and inputs, token by token; an expert's are those of its own tokens."""
+
+
+class Block(NamedTuple):
+    """Components that are preconditioned together.
+
+    A layer with weight and bias is one matrix `[W | b]`: the bias is the last column, whose input is the constant one.
+    """
+
+    kind: BlockKind
+    weight: int
+    """Number of the component; of the vector, for a vector."""
+    bias: int | None
+    """Number of the bias in the last column, if any."""
+    shape: tuple[int, int]
+    """`(out, in)`, the bias column included."""
+
+    def join(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> Float[Tensor, "query out in"]:
+        """Join one flat matrix per component into the block's matrices."""
+        rows = self.shape[0]
+        weight = vectors[self.weight].reshape(-1, rows, self.shape[1] - (self.bias is not None))
+        return weight if self.bias is None else torch.cat([weight, vectors[self.bias].reshape(-1, rows, 1)], dim=2)
+
+    def split(self, matrices: Float[Tensor, "query out in"]) -> dict[int, Float[Tensor, "query _n"]]:
+        """Invert `join`: component number -> flat matrix."""
+        if self.bias is None:
+            return {self.weight: matrices.flatten(1)}
+        return {self.weight: matrices[:, :, :-1].flatten(1), self.bias: matrices[:, :, -1]}
+
+
+def find_blocks(components: Sequence[Component]) -> tuple[Block, ...]:
+    """Return the blocks, in the order of their first component; every component is in exactly one."""
+    biases = {
+        component.uses[0].module: number
+        for number, component in enumerate(components)
+        if len(component.uses) == 1 and component.uses[0].role == "bias"
+    }
+    blocks, taken = [], set()
+    for number, component in enumerate(components):
+        kind = _kind(component)
+        partner = biases.get(component.uses[0].module) if kind == "matrix" and len(component.uses) == 1 else None
+        rows, columns = component.shape
+        blocks.append(Block(kind, number, partner, (rows, columns + (partner is not None))))
+        taken |= {partner}
+    return tuple(block for block in blocks if block.weight not in taken)
+
+
+def _kind(component: Component) -> BlockKind:
+    if component.shape[1] > 1 and {use.kind for use in component.uses} <= _LINEAR_MAPS:
+        return "matrix"
+    # The inputs of an embedding are one-hot: their covariance has a row for every word of the vocabulary.
+    return "vector" if component.shape[1] == 1 else "diagonal"
 
 
 class KroneckerFactor(NamedTuple):
@@ -36,6 +91,10 @@ class KroneckerFactor(NamedTuple):
     right: Float[Tensor, "in in"]
     tokens: float
     """Counted tokens per example."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps of it."""
+        return {"left": self.left, "right": self.right, "tokens": torch.tensor(self.tokens, dtype=torch.float64)}
 
     def eigenbasis(self) -> "Eigenbasis":
         """Return the same curvature by its eigenvectors; eigenvalues below zero are rounding and become zero."""
@@ -70,6 +129,14 @@ class Eigenbasis(NamedTuple):
     values: Float[Tensor, "out in"]
     """Eigenvalues: entry (i, j) belongs to column i of `left` and column j of `right`."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps of it."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    def eigenbasis(self) -> "Eigenbasis":
+        """Return itself."""
+        return self
+
     def precondition(self, matrices: Float[Tensor, "query out in"], damping: float) -> Float[Tensor, "query out in"]:
         """Return `U_S ((U_S^T V U_A) / (lambda + d)) U_A^T`, d relative to the mean eigenvalue."""
         damped = self.values + absolute_damping(damping, float(self.values.double().mean()))
@@ -78,50 +145,43 @@ class Eigenbasis(NamedTuple):
         rotated = self.left.T @ matrices.to(self.left.dtype) @ self.right
         return (self.left @ (rotated / damped) @ self.right.T).to(matrices.dtype)
 
-
-@dataclass(frozen=True)
-class KroneckerFactors:
-    """Curvature as accumulated: a Kronecker product per block, a diagonal for embeddings."""
-
-    blocks: tuple[Block, ...]
-    factors: tuple[KroneckerFactor | Float[Tensor, "_out _in"], ...]
-
-    def eigenbases(self) -> "EigenCurvature":
-        """Return the eigenvectors of every block, with K-FAC's eigenvalues."""
-        found = [
-            factor.eigenbasis() if isinstance(factor, KroneckerFactor) else Eigenbasis(None, None, factor)
-            for factor in self.factors
-        ]
-        return EigenCurvature(self.blocks, tuple(found))
-
-    def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """Apply the damped inverse, each factor damped for itself; `vectors[c]` is `[query, n]` for component c."""
-        solved: dict[int, Tensor] = {}
-        for block, factor in zip(self.blocks, self.factors, strict=True):
-            joined = block.join(vectors)
-            if isinstance(factor, KroneckerFactor):
-                solved |= block.split(factor.precondition_split(joined, damping))
-            else:
-                solved |= block.split(Eigenbasis(None, None, factor).precondition(joined, damping))
-        return [solved[number] for number in range(len(vectors))]
+    precondition_split = precondition
 
 
 @dataclass(frozen=True)
-class EigenCurvature:
-    """K-FAC or EK-FAC by eigenvectors."""
+class KroneckerCurvature:
+    """Curvature block by block: Kronecker products as accumulated or by eigenvectors; diagonals for embeddings."""
 
     blocks: tuple[Block, ...]
-    bases: tuple[Eigenbasis, ...]
+    factors: tuple[KroneckerFactor | Eigenbasis, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps, by block."""
+        pairs = enumerate(self.factors)
+        return {f"{number}.{side}": tensor for number, one in pairs for side, tensor in one.tensors().items()}
+
+    def eigenbases(self) -> "KroneckerCurvature":
+        """Return the same curvature by eigenvectors, with K-FAC's eigenvalues."""
+        return KroneckerCurvature(self.blocks, tuple(factor.eigenbasis() for factor in self.factors))
 
     def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""
+        return self._solve(vectors, [one.eigenbasis().precondition for one in self.factors], damping)
+
+    def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Apply the damped inverse, each factor damped for itself."""
+        return self._solve(vectors, [one.precondition_split for one in self.factors], damping)
+
+    def _solve(
+        self, vectors: Sequence[Tensor], solvers: Sequence[Callable[[Tensor, float], Tensor]], damping: float
+    ) -> list[Tensor]:
         solved: dict[int, Tensor] = {}
-        for block, basis in zip(self.blocks, self.bases, strict=True):
-            solved |= block.split(basis.precondition(block.join(vectors), damping))
+        for block, solve in zip(self.blocks, solvers, strict=True):
+            solved |= block.split(solve(block.join(vectors), damping))
         return [solved[number] for number in range(len(vectors))]
 
 
-class KroneckerSink:
+class KroneckerSink(FactorSink):
     """Accumulates S and A of every block over batches, in float32 (float64 for a float64 model).
 
     A vector has one "token" per example, its whole gradient, and its block is the exact Fisher matrix.
@@ -154,20 +214,12 @@ class KroneckerSink:
         self._predicting, self._positions = predicting, None
         self._examples += examples
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
         """Note which tokens the rows of the next piece are."""
         self._positions = positions
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
-        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones.
-
-        Raises:
-            ModelError: The rows of a layer are not the tokens of the batch.
-        """
+        """Add one piece; the bias of a matrix needs none of its own, it is the column of ones."""
         positions, self._positions = self._positions, None
         block = self._blocks.get(component)
         if block is None:
@@ -180,7 +232,7 @@ class KroneckerSink:
             total[examples] += part
         else:
             assert not isinstance(left, OneHot)
-            counted = self._counted(component, examples, left, positions)
+            counted = self._count(component, examples, left, positions)
             self._add(component, _wide(left[counted]), _with_ones(_wide(right[counted]), block.bias is not None))
 
     def finish(self) -> None:
@@ -192,13 +244,13 @@ class KroneckerSink:
     def sums(self) -> dict[str, Tensor]:
         """Return the sums of every block, and the number of examples and tokens in them."""
         found = {"examples": torch.tensor(self._examples)}
-        found |= {f"{number}.squares": squares for number, squares in self._diagonals.sums().items()}
+        found |= {f"{number}.squares": squares for number, squares in self._diagonals.squares.items()}
         for number, left in self._left.items():
             tokens = torch.tensor(self._tokens[number])
             found |= {f"{number}.left": left, f"{number}.right": self._right[number], f"{number}.tokens": tokens}
         return found
 
-    def _counted(self, component: int, examples: slice, left: Tensor, positions: Tensor | None) -> Tensor:
+    def _count(self, component: int, examples: slice, left: Tensor, positions: Tensor | None) -> Tensor:
         """Return the rows of a piece whose tokens count, `[example, row]`."""
         if self._predicting is None:
             return torch.ones_like(left[..., 0], dtype=torch.bool)
@@ -229,61 +281,49 @@ class KroneckerSink:
                 sums[number] = side.T @ side
 
 
-class EigenvalueSink:
+class EigenvalueSink(DiagonalSink):
     """Mean squares of the gradients in given eigenbases: EK-FAC's eigenvalues."""
 
-    def __init__(self, curvature: EigenCurvature) -> None:
+    def __init__(self, curvature: KroneckerCurvature) -> None:
+        super().__init__([block.shape for block in curvature.blocks])
         self._numbers = {block.weight: number for number, block in enumerate(curvature.blocks)}
         self._curvature = curvature
-        self._squares = DiagonalSink([block.shape for block in curvature.blocks])
-
-    def begin(self, examples: int, predicting: Tensor | None = None) -> None:  # noqa: ARG002
-        """Start a batch."""
-        self._squares.begin(examples)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Rotate both sides of a piece."""
         number = self._numbers.get(component)
         if number is None:
             return
-        basis, block = self._curvature.bases[number], self._curvature.blocks[number]
+        basis, block = self._curvature.factors[number].eigenbasis(), self._curvature.blocks[number]
         if basis.left is None or basis.right is None:
             return
         assert not isinstance(left, OneHot)
         turned = _with_ones(right.to(basis.right.dtype), block.bias is not None) @ basis.right
-        self._squares.accumulate(number, examples, left.to(basis.left.dtype) @ basis.left, turned)
-
-    def finish(self) -> None:
-        """Square the batch's gradients."""
-        self._squares.finish()
+        super().accumulate(number, examples, left.to(basis.left.dtype) @ basis.left, turned)
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums of squares of every block, and the number of examples in them."""
-        squares = {str(number): squares for number, squares in self._squares.sums().items()}
-        return {"examples": torch.tensor(self._squares.examples), **squares}
+        squares = {str(number): squares for number, squares in self.squares.items()}
+        return {"examples": torch.tensor(self.examples), **squares}
 
 
-def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerFactors:
+def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> KroneckerCurvature:
     """Return the means of every block from what `KroneckerSink` added up; zeros where no gradient ever arrived."""
     examples = max(int(sums["examples"]), 1)
 
-    def factor(block: Block) -> KroneckerFactor | Tensor:
+    def factor(block: Block) -> KroneckerFactor | Eigenbasis:
         number, (rows, columns) = block.weight, block.shape
         if block.kind == "diagonal":
-            return sums.get(f"{number}.squares", torch.zeros(rows, columns)) / examples
+            return Eigenbasis(None, None, sums.get(f"{number}.squares", torch.zeros(rows, columns)) / examples)
         tokens = int(sums.get(f"{number}.tokens", 0))
         left = sums.get(f"{number}.left", torch.zeros(rows, rows)) / max(tokens, 1)
         right = sums.get(f"{number}.right", torch.zeros(columns, columns)) / max(tokens, 1)
         return KroneckerFactor(left, right, tokens / examples)
 
-    return KroneckerFactors(tuple(blocks), tuple(map(factor, blocks)))
+    return KroneckerCurvature(tuple(blocks), tuple(map(factor, blocks)))
 
 
-def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> EigenCurvature:
+def with_eigenvalues(curvature: KroneckerCurvature, sums: Mapping[str, Tensor]) -> KroneckerCurvature:
     """Return EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
     examples = max(int(sums["examples"]), 1)
     bases = [
@@ -292,9 +332,9 @@ def with_eigenvalues(curvature: EigenCurvature, sums: Mapping[str, Tensor]) -> E
         else basis._replace(values=(sums[str(number)] / examples).to(basis.values))
         if str(number) in sums
         else basis._replace(values=torch.zeros_like(basis.values))
-        for number, basis in enumerate(curvature.bases)
+        for number, basis in enumerate(one.eigenbasis() for one in curvature.factors)
     ]
-    return EigenCurvature(curvature.blocks, tuple(bases))
+    return KroneckerCurvature(curvature.blocks, tuple(bases))
 
 
 def _wide(tensor: Tensor) -> Tensor:

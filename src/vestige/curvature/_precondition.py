@@ -1,11 +1,38 @@
-"""`vestige precondition`: the curvature of an index, and its damped inverse applied to the gradients."""
+"""Curvature of an index on disk: its Fisher blocks, and their damped inverse applied to the gradients.
 
-from vestige.curvature._cache import fisher_of
-from vestige.curvature._fisher import DampedInverse, FisherBlocks
-from vestige.curvature._ifvp import PreconditionedPlan
-from vestige.indexes import Index
-from vestige.launch import phase, profile, run_plan, worker_command, write_profile
-from vestige.settings import PreconditionSettings, verb
+`vestige attribute` preconditions the few queries and needs the blocks alone. The preconditioned gradient of every row
+is for programs that work on `(F + d I)^-1 g` itself, such as clustering or a search for neighbours under the curvature.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.curvature._fisher import DampedInverse, FisherBlock, FisherBlocks, accumulate_fisher, fisher_sums
+from vestige.curvature._plan import HERE, PiecePlan, Tensors, Work, add_pieces, read_tensors, write_tensors
+from vestige.distributed import broadcast_from_rank0
+from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.indexes import WHOLE_MODEL, Index
+from vestige.launch import JOB_FILES, PieceFiles, phase, profile, worker_command, write_profile
+from vestige.parsing import parse_object
+from vestige.progress import format_bytes
+from vestige.settings import LaunchSettings, PreconditionSettings, verb
+from vestige.storage import check_disk, make_folder, remove_durably, require_no_others, write_durably
+
+GROUP_BYTES = 2**29
+"""Stored gradients in one piece of work at least; more where the matrices themselves are large."""
+FISHER_FORMAT = ROWS_FORMAT = 1
+"""Raised when the numbers of the same index change their meaning."""
+RECORD = "preconditioned.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", *JOB_FILES)
 
 
 @verb(PreconditionSettings)
@@ -30,12 +57,198 @@ def precondition(settings: PreconditionSettings) -> FisherBlocks:
     return fisher
 
 
+def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Sequence[str] | None = None) -> FisherBlocks:
+    """Return the Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
+
+    Args:
+        index: A finished index.
+        launch: Where to compute the pieces. Not given: in this process.
+        command: What a worker runs to come here, as for `run_plan`.
+
+    Raises:
+        UserError: One matrix of all columns does not fit into memory.
+    """
+    if len(index.spans) == 1:
+        _require_memory(index.width)
+    path = fisher_path(index)
+    found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
+    if found is None:
+        plan = plan_fisher(index)
+        if plan.pieces > 1:
+            found = plan.run(Work(launch, command) if launch is not None else HERE)
+        else:
+            with phase(plan.name, plan.unit) as done:
+                found = plan.run_in_memory()
+                done.append(index.rows)
+    blocks = tuple(FisherBlock(span.name, found[span.name]) for span in index.spans)
+    return FisherBlocks(blocks, tuple(span.columns for span in index.spans))
+
+
+def plan_fisher(index: Index) -> PiecePlan:
+    """Return the plan of the Fisher blocks: a piece leaves `sum_i g_i g_i^T` of its shards for every component."""
+    names, columns = [span.name for span in index.spans], [span.columns for span in index.spans]
+    # The sums of a piece are written and read once: an eighth of what the piece reads at most.
+    matrices = 4 * sum((part.stop - part.start) ** 2 for part in columns)
+    groups, path = index.shard_groups(max(GROUP_BYTES, 8 * matrices)), fisher_path(index)
+    text = f"fisher {FISHER_FORMAT} {index.fingerprint} {groups}"
+
+    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+        def gradients() -> Iterator[Tensor]:
+            for block in index.blocks(shards=groups[piece]):
+                yield block.gradients
+                advance(len(block.example))
+
+        return dict(zip(names, fisher_sums(columns, gradients()), strict=True))
+
+    def combine(parts: Iterable[Tensors]) -> Tensors:
+        counted = max(index.rows - len(index.skipped), 1)
+        found = {name: total / counted for name, total in add_pieces(parts).items()}
+        make_folder(path.parent)
+        check_disk(path.parent, index.manifest.curvature_bytes)
+        return found
+
+    return PiecePlan(
+        "Curvature",
+        index.folder,
+        PieceFiles(path.with_suffix(""), hashlib.sha256(text.encode()).hexdigest()),
+        [index.rows_of(group) for group in groups],
+        compute,
+        combine,
+        result=path,
+    )
+
+
+def fisher_path(index: Index) -> Path:
+    """Return the path of the blocks of just these shards."""
+    return index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
+
+
+def whole_fisher(index: Index) -> FisherBlocks:
+    """Return one Fisher matrix of all columns of `index`, between components too; read from `curvature/` as above.
+
+    Raises:
+        UserError: The matrix and its factors, 28 bytes for each pair of columns, do not fit into memory.
+    """
+    if len(index.spans) == 1:
+        return fisher_of(index)
+    _require_memory(index.width)
+    columns = (slice(0, index.width),)
+    path = index.folder / "curvature" / f"fisher-model-{index.fingerprint[:16]}.safetensors"
+    found = read_tensors(path)
+    if found is None:
+        skipped = torch.tensor(index.skipped)
+        # The examples that were left out hold zeros.
+        rows = (
+            block.gradients[~torch.isin(block.example, skipped)] if len(skipped) else block.gradients
+            for block in index.blocks()
+        )
+        whole = accumulate_fisher([WHOLE_MODEL], columns, rows)
+        found = write_tensors(path, {WHOLE_MODEL: whole.blocks[0].matrix})
+    return FisherBlocks((FisherBlock(WHOLE_MODEL, found[WHOLE_MODEL]),), columns)
+
+
+def _require_memory(width: int) -> None:
+    """Raise unless a Fisher matrix of `width` columns and its factors, 28 bytes per pair of columns, fit into memory.
+
+    Raises:
+        UserError: They do not.
+    """
+    needed, available = 28 * width**2, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"One Fisher matrix over {width:,} columns needs {format_bytes(needed)} of memory, and "
+            f"{format_bytes(available)} are free. Drop --option fisher=model, or make a narrower index."
+        )
+
+
+class PreconditionedBlock(NamedTuple):
+    """Preconditioned gradients of one shard of an index."""
+
+    example: Int[Tensor, "row"]
+    """Positions of the rows' examples in the data."""
+    gradients: Float[Tensor, "row column"]
+    """`(F + d I)^-1 g`, columns as in the index."""
+
+
 def _precondition_rows(
     index: Index, inverse: DampedInverse, settings: PreconditionSettings, command: list[str] | None
 ) -> None:
+    """Write `(F + d I)^-1 g` of every row, one file for each shard, and the record when all files are there."""
     assert settings.out is not None
-    plan = PreconditionedPlan(index, inverse, settings.damping, settings.out, settings.dtype)
-    plan.prepare()
-    with phase(plan.name, plan.unit) as done:
-        done.extend(round(plan.weight(piece)) for piece in range(plan.pieces) if not plan.is_done(piece))
-        run_plan(plan, settings, command)
+    folder, dtype, rows = settings.out, _DTYPES[settings.dtype], index.manifest.shard_rows
+    text = f"preconditioned {ROWS_FORMAT} {index.fingerprint} {settings.damping!r} {settings.dtype}"
+    files = PieceFiles(folder, hashlib.sha256(text.encode()).hexdigest())
+    record = {
+        "format": ROWS_FORMAT,
+        "input": files.input,
+        "index": index.fingerprint,
+        "damping": settings.damping,
+        "dtype": settings.dtype,
+        "files": len(rows),
+        "rows": index.rows,
+        "components": [[part.name, part.start, part.stop] for part in index.manifest.components],
+    }
+
+    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+        example, solved = [], []
+        for block in index.blocks(shards=range(piece, piece + 1)):
+            example.append(block.example)
+            solved.append(inverse.apply(block.gradients).to(dtype))
+            advance(len(block.example))
+        return {"example": torch.cat(example), "gradients": torch.cat(solved)}
+
+    def combine(_: Iterable[Tensors]) -> Tensors:
+        for piece in range(len(rows)):
+            files.check(piece)
+        write_durably(folder / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+        return {}
+
+    plan = PiecePlan("Preconditioning", folder, files, rows, compute, combine)
+    _require_ours(folder, record)
+    files.forget_damaged(range(len(rows)))
+    missing = sum(rows[piece] for piece in range(len(rows)) if not files.is_done(piece))
+    check_disk(folder, missing * (index.width * dtype.itemsize + 8))
+    make_folder(folder)
+    plan.run(Work(settings, command))
+
+
+def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
+    """Yield what `vestige precondition --out` left, shard by shard; every file is compared with its checksum.
+
+    Raises:
+        UserError: nothing is there, or not all of it.
+        CorruptFile: a file is damaged.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    if record is None:
+        raise UserError(
+            f"There are no complete preconditioned gradients in {folder}. Make or complete them with: "
+            f"vestige precondition INDEX --out {folder}"
+        )
+    if not isinstance(record.get("input"), str) or not isinstance(record.get("files"), int):
+        raise CorruptFile(f"{folder / RECORD} is not what Vestige writes. Run `vestige precondition` again.")
+    files = PieceFiles(folder, record["input"])
+    for piece in range(record["files"]):
+        yield PreconditionedBlock(**files.read(piece))
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return parse_object((folder / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _require_ours(folder: Path, record: dict[str, Any]) -> None:
+    """Raise unless the folder is absent, empty, or holds these files or their beginning."""
+    require_no_others(folder, _OURS)
+    old = _read_record(folder)
+    if old is not None and old.get("input") != record["input"]:
+        differing = ", ".join(key for key in ("index", "damping", "dtype") if old.get(key) != record[key])
+        raise IndexMismatch(
+            f"{folder} holds preconditioned gradients with another {differing}; nothing was changed. "
+            "Give another --out, or delete that folder."
+        )
+    if old is None and (folder / RECORD).exists():
+        remove_durably(folder / RECORD)

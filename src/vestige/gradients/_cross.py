@@ -8,20 +8,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._cost import Extent, Route, Shape, cheapest_route, matrices_held, own_ghost_is_cheaper
 from vestige.gradients._factors import (
+    Extent,
+    OneHot,
     Pair,
     ReusedMemory,
+    Route,
+    Shape,
+    cheapest_route,
     dot_matrices,
-    dot_matrices_by_token,
     extent,
     ghost_products,
     inner_product,
     materialise,
+    matrices_held,
+    own_ghost_is_cheaper,
     shape_of,
     some_of,
 )
-from vestige.gradients._types import OneHot
 
 
 class Piece(NamedTuple):
@@ -98,9 +102,9 @@ def products(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
         return seen.new_zeros(first.examples, second.examples)
     route = _route(first, second)
     if route == "second":
-        return _applied(first, second)
+        return _apply(first, second)
     if route == "first":
-        return _applied(second, first).T
+        return _apply(second, first).T
     total = first.like().new_zeros(first.examples, second.examples)
     for one in first.pieces:
         for other in second.pieces:
@@ -108,7 +112,7 @@ def products(first: Gradients, second: Gradients) -> Float[Tensor, "example exam
     return total
 
 
-def squared_norms(gradients: Gradients) -> Float[Tensor, "example"]:
+def square_norms(gradients: Gradients) -> Float[Tensor, "example"]:
     """Return the squared length of every gradient, cross terms of the pieces included."""
     total = gradients.like().new_zeros(gradients.examples) if not gradients.zero else torch.zeros(gradients.examples)
     if gradients.matrices is None and gradients.pieces and own_ghost_is_cheaper(gradients.extents, gradients.shape):
@@ -138,20 +142,6 @@ def cross_products(first: Pair, second: Pair) -> Float[Tensor, "example example2
     return products(gradients_of(first), gradients_of(second))
 
 
-def cross_token_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
-    """Split `cross_products` over the tokens of the first batch, `[example, token, example2]`: they sum to it.
-
-    The share of token t is the inner product of `left_t (x) right_t` with the whole gradient of the second's example. A
-    token is a position of the layer: its factors carry the effect of that position on all losses after it, which is
-    not the share of the token's own loss.
-    """
-    if cheapest_route([extent(first)], [extent(second)], shape_of(first), by_token=True) == "ghost":
-        return ghost_products(first, second)
-    formed = gradients_of(second)
-    blocks = [dot_matrices_by_token(*first, matrices_of(formed, part)) for part in _parts(formed)]
-    return torch.cat(blocks).permute(1, 2, 0)
-
-
 def _route(first: Gradients, second: Gradients) -> Route:
     """Return the cheapest route; given matrices cost nothing to form, and factors that are not given cannot be used."""
     if not second.pieces:
@@ -172,7 +162,7 @@ def route_between(first: Gradients, second: Gradients, forming_share: float) -> 
     )
 
 
-def _applied(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
+def _apply(first: Gradients, second: Gradients) -> Float[Tensor, "example example2"]:
     """Return the products with the second's matrices, formed block by block where they are not given."""
     total, memory = second.like().new_zeros(second.examples, first.examples), ReusedMemory()
     parts: Sequence[slice] = [slice(0, second.examples)] if second.matrices is not None else list(_parts(second))
@@ -212,17 +202,93 @@ def numbers(gradients: Gradients) -> int:
     )
 
 
-def joined(several: Sequence[Gradients]) -> Gradients:
-    """Concatenate the gradients of several batches of one component, one batch after the other."""
-    pieces, start = [], 0
-    for gradients in several:
-        for piece in gradients.pieces:
-            moved = slice(piece.examples.start + start, piece.examples.stop + start)
-            pieces.append(piece._replace(examples=moved))
-        start += gradients.examples
-    return Gradients(start, several[0].shape, tuple(pieces))
-
-
-def formed_numbers(gradients: Gradients) -> int:
+def count_formed(gradients: Gradients) -> int:
     """Return how many numbers the matrices of these gradients take."""
     return gradients.examples * math.prod(gradients.shape)
+
+
+FORMED_BYTES_AT_MOST = 2**30
+"""Most bytes of matrices that are formed from factors and kept."""
+
+
+class FormingBudget:
+    """Memory for formed matrices, shared by all components."""
+
+    def __init__(self, size: int = FORMED_BYTES_AT_MOST) -> None:
+        self._left = size
+
+    def take(self, size: int) -> bool:
+        """Reserve that many bytes if they are free, and return whether they were."""
+        fits = size <= self._left
+        self._left -= size if fits else 0
+        return fits
+
+
+class HeldGradients:
+    """One component's gradients, kept as factors until forming their matrices is cheaper for the batches to come.
+
+    `batches` is how many batches are expected: the cost of forming is shared between them.
+    """
+
+    def __init__(self, gradients: Gradients, budget: FormingBudget, batches: int = 1) -> None:
+        self._gradients, self._budget, self._batches = gradients, budget, max(batches, 1)
+
+    @property
+    def formed(self) -> bool:
+        """Return whether matrices are at hand."""
+        return self._gradients.matrices is not None
+
+    def products(self, first: Gradients) -> Float[Tensor, "example held"]:
+        """Return the inner products of a batch's gradients with these."""
+        if self._pays(first):
+            matrices = matrices_of(self._gradients, slice(0, self._gradients.examples))
+            self._gradients = self._gradients._replace(matrices=matrices)
+        return products(first, self._gradients)
+
+    def _pays(self, first: Gradients) -> bool:
+        mine = self._gradients
+        if self.formed or not mine.pieces or not first.pieces:
+            return False
+        if route_between(first, mine, 1 / self._batches) != "second":
+            return False
+        return self._budget.take(count_formed(mine) * mine.pieces[0].right.element_size())
+
+
+class LowRank(NamedTuple):
+    """Matrices as a sum of a few outer products."""
+
+    gradients: Gradients
+    kept: Float[Tensor, "query"]
+    """Share of each matrix's squared length that is left."""
+
+
+def low_rank(matrices: Float[Tensor, "query out in"], rank: int) -> LowRank:
+    """Return the closest matrices of that rank (truncated singular value decomposition), as factors of `rank` tokens.
+
+    Exact, up to rounding, where the rank is not below that of the matrix; a gradient summed over T tokens has at most
+    rank T. Where the factors would be no smaller than the matrices, these are kept as they are.
+
+    The singular vectors of the shorter side are the eigenvectors of `G G^T`, found in float64 so that squaring costs no
+    digits of float32: several times faster than a decomposition of G. About `out*in*min(out, in)` operations for each
+    matrix, whatever the number of training examples.
+    """
+    count, out, width = matrices.shape
+    if rank * (out + width) >= out * width:
+        return LowRank(Gradients(count, (out, width), matrices=matrices), matrices.new_ones(count))
+    pairs = [_project(matrix.double(), rank) for matrix in matrices]
+    left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
+    squared = matrices.double().flatten(1).square().sum(1)
+    kept = right.square().sum((1, 2)) if out <= width else left.square().sum((1, 2))
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    piece = Piece(slice(0, count), left.to(wide), right.to(wide))
+    share = (kept / squared.clamp(min=torch.finfo(torch.float64).tiny)).to(wide)
+    return LowRank(Gradients(count, (out, width), (piece,)), share)
+
+
+def _project(matrix: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor, "rank out"], Float[Tensor, "rank in"]]:
+    """Return factors of the matrix projected on the leading eigenvectors of its shorter side."""
+    if matrix.shape[0] > matrix.shape[1]:
+        right, left = _project(matrix.T, rank)
+        return left, right
+    leading = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].T
+    return leading, leading @ matrix

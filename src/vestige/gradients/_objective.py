@@ -1,17 +1,20 @@
 """The loss of each example, normalised inside that example, with logits only where a label needs them."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, Batch
-from vestige.models import acts_in_forward
+from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.models import acts_in_forward, batch_sharing
 
 Reduction = Literal["sum", "mean"]
 
@@ -19,31 +22,19 @@ LOGIT_BYTES = 64 * 2**20
 """Most bytes of float32 logits alive at once; the loss is computed in chunks of positions of this size."""
 
 
-@runtime_checkable
-class HeadTap(Protocol):
-    """Receives the factors of the output head, chunk by chunk, while the loss is computed."""
-
-    def __call__(
-        self,
-        left: Float[Tensor, "example row out"],
-        right: Float[Tensor, "example row in"],
-        examples: slice,
-        positions: Int[Tensor, "example row"],
-    ):
-        """Add the head's gradient for the batch's examples in `examples`.
-
-        `positions` are the tokens that the rows belong to, -1 for a row that only fills the tensor.
-        """
-        ...
+HeadTap = Callable[[Tensor, Tensor, slice, Tensor], None]
+"""Receives the factors of the output head, chunk by chunk, while the loss is computed: left `[example, row, out]`,
+right `[example, row, in]`, the batch's examples that they belong to, and the tokens of the rows `[example, row]`, -1
+for a row that only fills the tensor."""
 
 
 @runtime_checkable
 class Objective(Protocol):
     """The differentiated function: one loss per example, independent of the other examples of the batch."""
 
-    def head_module(self, model: nn.Module) -> str | None:
+    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
         """Return the path of an output head whose gradient comes through `head_tap` instead of a hook, if any."""
-        ...
+        return None
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the differentiable loss of every example of the batch."""
@@ -59,19 +50,17 @@ def example_count(batch: Any) -> int:
     return len(batch)
 
 
-class FunctionObjective:
+class FunctionObjective(Objective):
     """Any function `(model, batch) -> losses [example]`, for models that are not causal language models.
 
-    A batch is anything with `rows`, or a tensor, tuple or dict of tensors whose first axis is the example. Inputs of
-    uneven length need their attention mask in it, or padding would change the scores.
+    The losses must be differentiable in the parameters, one per example, and no example's loss may depend on the others
+    (no mean over the batch, no batch statistics); logits are as good as losses. A batch is anything with `rows`, or a
+    tensor, tuple or dict of tensors whose first axis is the example. Inputs of uneven length need their attention mask
+    in it, or padding would change the scores.
     """
 
     def __init__(self, function: Callable[[nn.Module, Any], Tensor]) -> None:
         self._function = function
-
-    def head_module(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """Return None: every module is hooked."""
-        return None
 
     def losses(self, model: nn.Module, batch: Any, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:  # noqa: ARG002
         """Return the function's value."""
@@ -124,7 +113,7 @@ class CausalLoss:
         path = self.head_module(model)
         if path is None:
             return _whole_losses(model, batch, targets)
-        hidden = _backbone(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = _causal(model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         head = model.get_submodule(path)
         assert isinstance(head, nn.Linear)
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
@@ -151,15 +140,9 @@ def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Te
     return losses.new_zeros(len(batch.labels)).index_add(0, targets.example, losses)
 
 
-def _causal(model: nn.Module) -> nn.Module:
+def _causal(model: nn.Module) -> Any:
     """Return the transformers causal model inside a PEFT wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    causal = _causal(model)
-    return causal.base_model  # type: ignore[return-value]
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def _find_plain_head(model: nn.Module) -> str | None:
@@ -181,7 +164,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
     tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
     with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
-        hidden = _backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = _causal(model).base_model(input_ids=tokens, use_cache=False).last_hidden_state
         if hidden.shape[-1] != embeddings.in_features:
             return None
         hidden = hidden.to(embeddings.weight.device)
@@ -280,3 +263,124 @@ def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor,
     positions = token.new_full(shape, -1)
     positions[example - first, place] = token
     head_tap(left, right, slice(first, last + 1), positions)
+
+
+class LabelledBatch(NamedTuple):
+    """Padded inputs with their mask, and labels: an encoder attends to the right, so padding has to be masked out."""
+
+    rows: Int[Tensor, "example"]
+    """Positions of the examples in their data set."""
+    input_ids: Int[Tensor, "example token"]
+    attention_mask: Int[Tensor, "example token"] | Bool[Tensor, "example token"]
+    """One where there is a token, zero where there is padding."""
+    labels: Int[Tensor, "example label"]
+    """What is to be predicted at each position of the output, `NO_TARGET` where nothing is.
+
+    Masked language model: the original token at masked positions of the input. Encoder-decoder: the answer, padded
+    with `NO_TARGET`; the model shifts it itself to make the decoder's input.
+    """
+
+
+class MaskedLoss(FunctionObjective):
+    """Cross-entropy in nats of the masked tokens of a `LabelledBatch`, summed or averaged over the example's own."""
+
+    def __init__(self, reduction: Reduction = "sum") -> None:
+        super().__init__(partial(self._compute, reduction))
+
+    @staticmethod
+    def _compute(reduction: Reduction, model: nn.Module, batch: LabelledBatch) -> Float[Tensor, "example"]:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return _label_losses(logits, batch.labels, reduction)
+
+
+class Seq2SeqLoss(FunctionObjective):
+    """Cross-entropy in nats of the decoder's tokens of a `LabelledBatch`, summed or averaged over the example's own.
+
+    The decoder attends to the left only and its labels are padded on the right, so it needs no mask of its own.
+    """
+
+    def __init__(self, reduction: Reduction = "sum") -> None:
+        super().__init__(partial(self._compute, reduction))
+
+    @staticmethod
+    def _compute(reduction: Reduction, model: nn.Module, batch: LabelledBatch) -> Float[Tensor, "example"]:
+        unwrap: Any = getattr(model, "get_base_model", lambda: model)
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            decoder_input_ids=unwrap().prepare_decoder_input_ids_from_labels(batch.labels),
+            use_cache=False,
+        ).logits
+        return _label_losses(logits, batch.labels, reduction)
+
+
+def _label_losses(
+    logits: Float[Tensor, "example label word"], labels: Int[Tensor, "example label"], reduction: Reduction
+) -> Float[Tensor, "example"]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    losses = nn.functional.cross_entropy(wide, labels, ignore_index=NO_TARGET, reduction="none").sum(1)
+    if reduction == "mean":
+        losses = losses / (labels != NO_TARGET).sum(1).clamp(min=1)
+    return losses
+
+
+BETTER = 0.95
+"""Share of the guesses' loss below which a model has learned something: random weights, which favour some tokens by
+chance, come within a few percent."""
+
+
+class Knowledge(NamedTuple):
+    """Mean loss per target token, in nats."""
+
+    model: float
+    uniform: float
+    """Of a guess that takes all tokens of the vocabulary for equally likely."""
+    unigram: float
+    """Of a guess by how often each token is a target in the other examples."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model does better than both guesses."""
+        return self.model < BETTER * min(self.uniform, self.unigram)
+
+    @property
+    def reading(self) -> str:
+        """The three losses in words."""
+        return (
+            f"{self.model:.2f} nats per token, where guessing by the tokens' frequencies has {self.unigram:.2f} and "
+            f"equal chances have {self.uniform:.2f}"
+        )
+
+
+def measure_knowledge(model: nn.Module, data: TokenizedData, token_budget: int) -> Knowledge | None:
+    """Return the loss of the model and of guessing on the targets of `data`; None where there is no target.
+
+    The frequencies that an example is guessed by are those of the other examples, smoothed towards equal chances by
+    the number of distinct tokens (Witten and Bell 1991), so that a few rare tokens do not decide.
+    """
+    counts = data.target_counts
+    if not counts.any():
+        return None
+    device, total = next(model.parameters()).device, 0.0
+    with torch.no_grad():
+        for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+            losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
+            total += float(losses.double().sum())
+    targets = [np.asarray(ids)[np.asarray(mask)] for ids, mask in zip(data.input_ids, data.targets, strict=True)]
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    shape = getattr(getattr(embeddings, "weight", None), "shape", (0,))
+    size = max(int(shape[0]), *(int(ids.max()) + 1 for ids in targets if len(ids)))
+    return Knowledge(total / int(counts.sum()), math.log(size), _unigram_loss(targets, size))
+
+
+def _unigram_loss(targets: list[np.ndarray], size: int) -> float:
+    everything = np.concatenate(targets)
+    counts = np.bincount(everything, minlength=size)
+    loss = 0.0
+    for ids in targets:
+        own = np.bincount(ids, minlength=size)
+        others = counts - own
+        distinct = max(int((others > 0).sum()), 1)
+        chances = (others[ids] + distinct / size) / (others.sum() + distinct)
+        loss -= float(np.log(chances).sum())
+    return loss / len(everything)

@@ -1,22 +1,22 @@
 """One forward and backward pass over a batch that hands the factors of every component to a sink."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vestige.errors import ModelError
-from vestige.gradients._activated import keep_examples_apart
-from vestige.gradients._function_rules import UncoveredUse
-from vestige.gradients._function_uses import FunctionUses, table_of
+from vestige.errors import DataError, ModelError
+from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, numbers
+from vestige.gradients._factors import Factor, FactorSink, Side
+from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count
 from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
-from vestige.gradients._taps import attach_all, modules_of
-from vestige.gradients._types import Factor, FactorSink, Side
+from vestige.gradients._sinks import KeepingSink
+from vestige.gradients._taps import attach_all, keep_examples_apart, modules_of
 from vestige.models import Component
 from vestige.timing import time_phase
 
@@ -56,11 +56,7 @@ class GradientPass:
         return self._uses is not None and self._uses.outside
 
     def __enter__(self) -> "GradientPass":
-        """Freeze the weights and place the hooks.
-
-        Raises:
-            ModelError: the examples of a batch cannot be distinguished, because a BatchNorm is in training mode.
-        """
+        """Freeze the weights and place the hooks."""
         _refuse_batch_statistics(self._model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         for parameter, _ in self._flags:
@@ -90,17 +86,17 @@ class GradientPass:
                 if losses.requires_grad:
                     with time_phase("backward"):
                         losses.sum().backward()
-            unexplained = self._uses.unexplained() if self._uses is not None else []
+            unexplained = self._uses.find_unexplained() if self._uses is not None else []
             self._refuse_missed([self._components[number].name for number in unexplained])
             self._prove(batch, {self._components[number].parameter for number in noting.components})
             if not losses.requires_grad and not self._head:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
         except UncoveredUse as found:
-            raise _missed([self._components[number].name for number in found.args[0]]) from None
+            raise _missing_rule([self._components[number].name for number in found.args[0]]) from None
         finally:
             self._sink = None
             if self._uses is not None:
-                self._uses.unexplained()  # after an error, this batch must not be held against the next
+                self._uses.find_unexplained()  # after an error, this batch must not be held against the next
         return losses.detach()
 
     def _losses(self, batch: Any) -> Float[Tensor, "example"]:
@@ -113,7 +109,7 @@ class GradientPass:
         """
         missing = {component.parameter for component in self._components} - delivered
         if missing - self._idle:
-            self._refuse_missed(self._connected(batch, sorted(missing - self._idle)))
+            self._refuse_missed(self._find_connected(batch, sorted(missing - self._idle)))
             self._idle |= missing
         settled = not missing and not self.by_function
         if settled != self._settled:
@@ -121,7 +117,7 @@ class GradientPass:
             self._remove_hooks()
             self._place_hooks()
 
-    def _connected(self, batch: Any, names: Sequence[str]) -> list[str]:
+    def _find_connected(self, batch: Any, names: Sequence[str]) -> list[str]:
         """Return those of the parameters that autograd finds in the batch's loss, whatever their gradient."""
         parameters = [self._model.get_parameter(name) for name in names]
         if any(hasattr(parameter, "full_tensor") for parameter in parameters):
@@ -144,7 +140,7 @@ class GradientPass:
 
     def _refuse_missed(self, names: Sequence[str]) -> None:
         if names:
-            raise _missed(names)
+            raise _missing_rule(names)
 
     def _place_hooks(self) -> None:
         modules = self._modules()
@@ -156,10 +152,10 @@ class GradientPass:
         self._handles += attach_all(modules.values(), self._receive, self._uses)
         self._handles += keep_examples_apart(self._model)
         uses = self._uses
-        for block in _checkpointed(self._model) if uses is not None else ():
+        for block in _checkpoint_blocks(self._model) if uses is not None else ():
             # The second run calls the block's forward without its hooks, but its children with theirs.
             self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
-        if _checkpointed(self._model):
+        if _checkpoint_blocks(self._model):
             self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
 
     def _remove_hooks(self) -> None:
@@ -212,18 +208,14 @@ class _Noting:
         locate(self._sink, positions)
 
 
-class _Nowhere:
+class _Nowhere(FactorSink):
     """Forgets what it is given."""
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Any, right: Any) -> None:
         """Add nothing."""
 
 
-def _missed(names: Sequence[str]) -> ModelError:
+def _missing_rule(names: Sequence[str]) -> ModelError:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ModelError(
         f"The model uses {', '.join(names[:5])}{more} in a way that no rule covers, so the gradient would be missed. "
@@ -241,7 +233,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _checkpointed(model: nn.Module) -> list[nn.Module]:
+def _checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks whose forward runs again during the backward pass."""
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
@@ -254,3 +246,115 @@ def _first_layer(model: nn.Module) -> nn.Module:
 def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001
     """Make the input require its gradient: reentrant checkpointing differentiates a block only then."""
     watch(output, lambda gradient: None)  # noqa: ARG005
+
+
+MEMORY_BYTES = 2**30
+"""Most bytes of a block of the second examples: half for their factors, half for matrices formed from them."""
+
+
+class _Block(NamedTuple):
+    """Some batches of the second examples, held while the first stream by."""
+
+    rows: slice
+    batches: range
+    held: list[HeldGradients]
+
+
+def pairwise_products(
+    model: nn.Module,
+    components: Sequence[Component],
+    objective: Objective,
+    first_batches: Sequence[Any],
+    second_batches: Sequence[Any] | None = None,
+    *,
+    by_component: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Float[Tensor, "*component example example2"]:
+    """Return the inner products of the gradients of every first example with those of every second, or of the first.
+
+    `[example, example2]` in the order of the batches, on the CPU; with `by_component`, `[component, example,
+    example2]`, whose sum it is. Without `second_batches` the first meet themselves, and each pair of batches once.
+
+    Factors of a block of second batches are kept (at least one batch), and the first run by once for every block; no
+    gradient is formed where that is dearer (`cheapest_route`).
+
+    Raises:
+        DataError: there is no batch.
+    """
+    others = first_batches if second_batches is None else second_batches
+    if len(first_batches) == 0 or len(others) == 0:
+        raise DataError("Products of pairs need examples on both sides, and one side has no batch.")
+    rows = _rows(first_batches)
+    shape = (len(components) if by_component else 1, rows[-1].stop, _rows(others)[-1].stop)
+    total: Tensor | None = None
+    with GradientPass(model, components, objective) as gradient_pass:
+        for block in _blocks(gradient_pass, components, others, len(first_batches), memory_bytes):
+            start = block.batches.start if second_batches is None else 0
+            for place in range(start, len(first_batches)):
+                gradients = _gradients(gradient_pass, components, first_batches[place])
+                pairs = zip(block.held, gradients, strict=True)
+                found = torch.stack([held.products(mine).to("cpu", _wide(gradients)) for held, mine in pairs])
+                found = found if by_component else found.sum(0, keepdim=True)
+                total = found.new_zeros(shape) if total is None else total
+                total[:, rows[place], block.rows] = found
+                if second_batches is None and place >= block.batches.stop:
+                    total[:, block.rows, rows[place]] = found.transpose(1, 2)
+    assert total is not None
+    return total if by_component else total[0]
+
+
+def _rows(batches: Sequence[Any]) -> list[slice]:
+    """Return the positions of each batch's examples among all."""
+    rows, start = [], 0
+    for batch in batches:
+        rows.append(slice(start, start + example_count(batch)))
+        start = rows[-1].stop
+    return rows
+
+
+def _gradients(gradient_pass: GradientPass, components: Sequence[Component], batch: Any) -> list[Gradients]:
+    sink = KeepingSink(components)
+    sink.begin(example_count(batch))
+    gradient_pass.run(batch, sink)
+    return sink.finish()
+
+
+def _wide(gradients: Sequence[Gradients]) -> torch.dtype:
+    return next((one.like().dtype for one in gradients if not one.zero), torch.float32)
+
+
+def _blocks(
+    gradient_pass: GradientPass,
+    components: Sequence[Component],
+    batches: Sequence[Any],
+    uses: int,
+    memory_bytes: int,
+) -> Iterator[_Block]:
+    """Yield the batches in order, as many at once as their factors fit into half of the memory."""
+    rows, waiting, size, start = _rows(batches), [], 0, 0
+    for place, batch in enumerate(batches):
+        gradients = _gradients(gradient_pass, components, batch)
+        bytes_of_batch = sum(numbers(one) for one in gradients) * torch.empty((), dtype=_wide(gradients)).element_size()
+        if waiting and size + bytes_of_batch > memory_bytes // 2:
+            yield _block(waiting, rows, range(start, place), uses, memory_bytes)
+            waiting, size, start = [], 0, place
+        waiting.append(gradients)
+        size += bytes_of_batch
+    yield _block(waiting, rows, range(start, len(batches)), uses, memory_bytes)
+
+
+def _block(waiting: list[list[Gradients]], rows: list[slice], batches: range, uses: int, memory_bytes: int) -> _Block:
+    budget = FormingBudget(memory_bytes // 2)
+    held = [HeldGradients(_join(parts), budget, uses) for parts in zip(*waiting, strict=True)]
+    return _Block(slice(rows[batches.start].start, rows[batches.stop - 1].stop), batches, held)
+
+
+def _join(several: Sequence[Gradients]) -> Gradients:
+    """Concatenate the gradients of several batches of one component, one batch after the other."""
+    pieces, start = [], 0
+    for gradients in several:
+        for piece in gradients.pieces:
+            moved = slice(piece.examples.start + start, piece.examples.stop + start)
+            pieces.append(piece._replace(examples=moved))
+        start += gradients.examples
+    return Gradients(start, several[0].shape, tuple(pieces))

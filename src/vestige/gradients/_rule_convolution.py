@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from vestige.gradients._rules import Handle, Receive, keep, watch
-from vestige.gradients._uses import MatrixUse, Weight, add_gradients, owner_of
+from vestige.gradients._rules import Handle, MatrixUse, Receive, Weight, add_gradients, keep, owner_of, watch
 
 
 class Geometry(NamedTuple):
@@ -108,12 +107,12 @@ def watch_convolution(
 
     def backward(gradient: Tensor) -> None:
         if weight is not None and use is not None:
-            first = kept.unchanged(name)
+            first = kept.get(name)
             second = patches(geometry, gradient, positions) if geometry.transposed else channels_last(gradient)
             second = second.reshape(receive.examples, -1, second.shape[-1])
             if grouped_rows:
                 left, right = (first, second) if geometry.transposed else (second, first)
-                add_gradients(receive, weight, grouped(left, right, geometry.groups))
+                add_gradients(receive, weight, multiply_groups(left, right, geometry.groups))
             else:
                 other = use.keep("right" if geometry.transposed else "left", second)
                 use.add(*((first, other) if geometry.transposed else (other, first)))
@@ -146,7 +145,7 @@ def patches(
     return windows.reshape(len(images), -1, windows[0].shape[rank:].numel())
 
 
-def grouped(
+def multiply_groups(
     left: Float[Tensor, "example position row"], right: Float[Tensor, "example position patch"], groups: int
 ) -> Float[Tensor, "example row column"]:
     """Return the weight gradient of a grouped convolution: rows of a group meet that group's channels only."""

@@ -7,14 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.gradients._cross import Gradients, Piece, squared_norms
-from vestige.gradients._factors import materialise
-from vestige.gradients._held import held
-from vestige.gradients._types import Factor, Side
+from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, Piece, square_norms
+from vestige.gradients._factors import Factor, FactorSink, materialise
 from vestige.models import Component
 
 
-class GradientSink:
+class GradientSink(FactorSink):
     """Keeps every example's whole gradient, one `[example, out, in]` tensor per component.
 
     Costs `examples * parameters` numbers: for queries and for tests.
@@ -28,16 +26,12 @@ class GradientSink:
         """Start a batch with zeros."""
         self.gradients = [torch.zeros(examples, *shape, device=device, dtype=dtype) for shape in self._shapes]
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the gradient matrix."""
         self.gradients[component][examples] += materialise(left, right).to(self.gradients[component])
 
 
-class DotSink:
+class DotSink(FactorSink):
     """Exact inner products of each example's gradient with given ones, per component.
 
     `vectors[c]` is `[query, out, in]` for component `c`, or the queries' `Gradients` as factors (as `KeepingSink` gives
@@ -48,17 +42,18 @@ class DotSink:
     def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"] | Gradients], batches: int = 1) -> None:
         self._like = next((_like(one) for one in vectors if not _is_zero(one)), torch.zeros(()))
         self._queries = len(vectors[0]) if isinstance(vectors[0], Tensor) else vectors[0].examples
-        self._held = held(vectors, batches)
         self._shapes = [one.shape if isinstance(one, Gradients) else (one.shape[1], one.shape[2]) for one in vectors]
+        given = [
+            one if isinstance(one, Gradients) else Gradients(len(one), shape, matrices=one)
+            for one, shape in zip(vectors, self._shapes, strict=True)
+        ]
+        budget = FormingBudget()
+        self._held = [HeldGradients(one, budget, batches) for one in given]
         self.scores = torch.zeros(0)
 
     def begin(self, examples: int) -> None:
         """Start a batch with zeros."""
         self.scores = self._like.new_zeros(len(self._held), self._queries, examples)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the inner products of one use of the component."""
@@ -68,7 +63,7 @@ class DotSink:
         self.scores[component, :, examples] += found.T.to(self.scores)
 
 
-class KeepingSink:
+class KeepingSink(FactorSink):
     """Keeps the factors of a batch, all pieces of every component: `finish` returns them as `Gradients`.
 
     The uses of a tied weight and the chunks of a loss are pieces of one gradient, so their cross terms count.
@@ -84,10 +79,6 @@ class KeepingSink:
         self._examples = examples
         self._pieces = [[] for _ in self._shapes]
 
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
-
     def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
         """Keep the piece."""
         self._pieces[component].append(Piece(examples, left, right))
@@ -100,33 +91,19 @@ class KeepingSink:
         return gradients
 
 
-class NormSink:
+class NormSink(KeepingSink):
     """Exact squared norm of each example's gradient, per component: `squared` is `[component, example]`.
 
     By ghost products where tokens are few, by the matrix itself where they are many (`own_ghost_is_cheaper`).
     """
 
-    def __init__(self, components: Sequence[Component]) -> None:
-        self._keeping = KeepingSink(components)
-        self.squared = torch.zeros(0)
+    squared = torch.zeros(0)
 
-    def begin(self, examples: int) -> None:
-        """Start a batch."""
-        self._keeping.begin(examples)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:
-        """Keep the factor as it is."""
-        return self._keeping.reduce(component, side, factor)
-
-    def accumulate(self, component: int, examples: slice, left: Factor, right: Any) -> None:
-        """Keep the piece."""
-        self._keeping.accumulate(component, examples, left, right)
-
-    def finish(self) -> Float[Tensor, "component example"]:
+    def finish(self) -> Float[Tensor, "component example"]:  # type: ignore[override]
         """Square what has arrived."""
-        gradients = self._keeping.finish()
+        gradients = super().finish()
         like = next((one.like() for one in gradients if not one.zero), torch.zeros(()))
-        self.squared = torch.stack([squared_norms(one).to(like) for one in gradients])
+        self.squared = torch.stack([square_norms(one).to(like) for one in gradients])
         return self.squared
 
 
@@ -140,15 +117,11 @@ def _like(vectors: Tensor | Gradients) -> Tensor:
     return vectors.new_zeros((), dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
-class BothSinks:
+class BothSinks(FactorSink):
     """Hands every factor to two sinks that keep factors as they are."""
 
     def __init__(self, first: DotSink, second: NormSink) -> None:
         self._sinks = (first, second)
-
-    def reduce(self, component: int, side: Side, factor: Factor) -> Factor:  # noqa: ARG002
-        """Keep the factor as it is."""
-        return factor
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Accumulate in both sinks."""

@@ -1,18 +1,137 @@
 """Taps for modules: which one watches which kind, and what a module's own forward may do without one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vestige.gradients._function_uses import Forward, FunctionTap, FunctionUses, Takes
+from vestige.errors import ModelError
+from vestige.gradients._functions import Forward, FunctionUses, Table, Takes, table_of
 from vestige.gradients._rule_convolution import ConvolutionTap
-from vestige.gradients._rule_experts import ExpertsTap
-from vestige.gradients._rule_relative_bias import RelativeBiasTap
-from vestige.gradients._rules import Handle, LayerTap, LinearTap, NormTap, Receive
-from vestige.models import Component, LayerKind
+from vestige.gradients._rule_replaced import ExpertsTap, RelativeBiasTap
+from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, Replacement, owner_of
+from vestige.models import Component, LayerKind, layer_kind
 
-_TAPS: dict[LayerKind, Callable[..., LayerTap]] = {
+
+def keep_examples_apart(model: nn.Module) -> Iterator[Handle]:
+    """Make the activated layers of a model compute every example in its own row, until the handles are removed.
+
+    PEFT gathers the activated tokens of the whole batch in one list before it applies the matrices: no row of their
+    input belongs to an example. The same matrices applied to all tokens, and counted where PEFT counts them, give the
+    same output with the examples apart.
+    """
+    for _, layer, adapter in find_activated(model):
+        yield Replacement(layer.lora_variant, adapter, _RowByRow)
+
+
+def find_activated(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Yield the path of every layer with an activated adapter, the layer, and the adapter's name."""
+    for path, module in model.named_modules():
+        variants: Any = getattr(module, "lora_variant", None)
+        for adapter, variant in variants.items() if isinstance(variants, dict) else ():
+            if getattr(variant, "__name__", type(variant).__name__).startswith("ALora"):
+                yield path, module, adapter
+
+
+class _RowByRow:
+    """PEFT's variant of a linear layer, as a class with one static function."""
+
+    @staticmethod
+    def forward(layer: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Add the adapter's output at the last `alora_offsets[example]` tokens of every example."""
+        down, up = layer.lora_A[active_adapter], layer.lora_B[active_adapter]
+        tokens = result.shape[-2]
+        offsets = kwargs.get("alora_offsets") or [None] * len(result)
+        first = torch.tensor([tokens - min(offset or 0, tokens) for offset in offsets], device=result.device)
+        active = torch.arange(tokens, device=result.device) >= first[:, None]
+        dropout: Callable[[Tensor], Tensor] = layer.lora_dropout[active_adapter]
+        added = up(down(dropout(x.to(down.weight.dtype)))) * layer.scaling[active_adapter]
+        return torch.where(active[..., None], result + added.to(result.dtype), result)
+
+
+CHANGING = ("relative_bias", "experts")
+"""Kinds whose tap replaces a computation: the same numbers up to rounding, which is not the same bits."""
+
+
+def observable(component: Component) -> bool:
+    """Return whether the gradient of a component can be watched without changing how it is computed."""
+    return not any(use.kind in CHANGING for use in component.uses)
+
+
+def observe(
+    model: nn.Module, components: Sequence[Component], receive: Callable[[], Receive], by_function: bool = False
+) -> list[Handle]:
+    """Place taps on every use of the components; `receive()` returns their sink at the moment of the forward pass.
+
+    Unlike `GradientPass`, which freezes the weights and runs a loss of its own, this leaves the flags, the loss and the
+    backward pass to the caller. What a tap hands over is each example's share in the gradient of that loss, and the
+    shares add up to the gradient that autograd writes into `.grad`.
+
+    Args:
+        model: The model, whose own forward the caller runs.
+        components: What is watched.
+        receive: Where the factors go.
+        by_function: Whether parameters are read outside the forward of their module, as `GradientPass.by_function`
+            found: then every function of the model's forward is watched.
+
+    Raises:
+        ModelError: a component is not `observable`.
+    """
+    for component in components:
+        if not observable(component):
+            raise ModelError(f"{component.name} cannot be watched while it trains. Leave it out of the components.")
+    modules = modules_of(model, components)
+    activated = next(
+        (path for path, *_ in find_activated(model) if any(name.startswith(path) for name in modules)), None
+    )
+    if activated is not None:
+        raise ModelError(
+            f"{activated} is an activated LoRA: it gathers the tokens of all examples, so none can be watched while it "
+            "trains. Train it first, then use `vestige index` on the checkpoints."
+        )
+    if not by_function:
+        return attach_all(modules.values(), receive)
+    uses = FunctionUses(table_of(model, components), receive)
+    return [*attach_all(modules.values(), receive, uses), *uses.around(model)]
+
+
+class FunctionTap:
+    """A module whose product or look-up is intercepted where its own forward calls it: embeddings, routers, subclasses.
+
+    Subclasses of Linear return something else (routers), of Embedding shift ids (OPT) or scale the rows (Gemma), of
+    convolutions cut or pad: whatever they do around it, the function that reads the weight has a rule.
+    """
+
+    def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
+        kind = layer_kind(module) or "linear"
+        self._owners = {role: (owner_of(number, kind, role),) for role, number in components.items()}
+        self._module, self._receive = module, receive
+        self._modes: list[FunctionUses] = []
+
+    def attach(self) -> list[Handle]:
+        """Place the two hooks between which the calls are intercepted."""
+        return [
+            self._module.register_forward_pre_hook(self._enter),
+            self._module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002
+        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
+            return
+        own = {role: value for role, value in module._parameters.items() if value is not None and role in self._owners}
+        table = {id(value): (value, self._owners[role]) for role, value in own.items()}
+        rest = frozenset(map(id, (*module.buffers(), *module.parameters()))) - set(table)
+        mode = FunctionUses(Table(table, rest), self._receive)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
+        if self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+
+_TAPS: dict[LayerKind, Callable[..., Any]] = {
     "linear": LinearTap,
     "conv1d": LinearTap,
     "embedding": FunctionTap,
@@ -44,14 +163,14 @@ class ModuleUse(NamedTuple):
     numbers: dict[str, int]
     """Role of a parameter -> number of its component."""
 
-    def tap(self, receive: Callable[[], Receive]) -> LayerTap | None:
+    def tap(self, receive: Callable[[], Receive]) -> Any:
         """Return the tap that watches this module; None for parameters that only functions read."""
         found = _TAPS.get(self.kind)
         if found in (LinearTap, ConvolutionTap) and not self._is_plain():
             found = FunctionTap
         return None if found is None else found(self.module, self.numbers, receive)
 
-    def follow(self, uses: FunctionUses, tap: LayerTap) -> list[Handle]:
+    def follow(self, uses: FunctionUses, tap: Any) -> list[Handle]:
         """Place hooks that mark in `uses` when the module's forward runs."""
         takes: Takes = "function" if isinstance(tap, FunctionTap) else "module"
         if isinstance(tap, LinearTap | ConvolutionTap):

@@ -1,91 +1,67 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
-from vestige.indexes._budget import choose_spec
-from vestige.indexes._build import build_index, draft_manifest, index
-from vestige.indexes._compute import CompressedGradients, lay_out
-from vestige.indexes._content import PART_BYTES, ShardContent
-from vestige.indexes._difference import difference
-from vestige.indexes._estimate import Estimate, estimate_cost
-from vestige.indexes._examples import fingerprint_rows
-from vestige.indexes._export import export, export_index
-from vestige.indexes._export_rows import RowPart, parts_in_order
-from vestige.indexes._from_rows import ReadRows, write_rows
+from vestige.indexes._build import (
+    CompressedGradients as CompressedGradients,
+    build_index as build_index,
+    draft_manifest as draft_manifest,
+    index as index,
+)
+from vestige.indexes._choice import (
+    FEWEST as FEWEST,
+    MOST_SHARE as MOST_SHARE,
+    Candidate as Candidate,
+    choose_compressor as choose_compressor,
+    choose_spec as choose_spec,
+    list_candidates as list_candidates,
+)
+from vestige.indexes._examples import fingerprint_rows as fingerprint_rows
+from vestige.indexes._export import export as export, export_index as export_index
 from vestige.indexes._inputs import (
-    Inputs,
-    batch_tokens,
-    read_data,
-    read_inputs,
-    tokenising_processes,
-    tokens_at_most,
+    Inputs as Inputs,
+    batch_tokens as batch_tokens,
+    longest_and_shortest as longest_and_shortest,
+    read_data as read_data,
+    read_inputs as read_inputs,
+    require_independence as require_independence,
+    tokenising_processes as tokenising_processes,
+    tokens_at_most as tokens_at_most,
 )
-from vestige.indexes._interaction import longest_and_shortest, require_independence
 from vestige.indexes._manifest import (
-    IMPORTED_SPEC,
-    WHOLE_MODEL,
-    CompressionIdentity,
-    DataIdentity,
-    ImportRecord,
-    IndexedComponent,
-    Manifest,
-    ModelIdentity,
-    PlanRecord,
-    Span,
-    read_manifest,
+    IMPORTED_SPEC as IMPORTED_SPEC,
+    WHOLE_MODEL as WHOLE_MODEL,
+    CompressionIdentity as CompressionIdentity,
+    DataIdentity as DataIdentity,
+    ImportRecord as ImportRecord,
+    IndexedComponent as IndexedComponent,
+    Manifest as Manifest,
+    ModelIdentity as ModelIdentity,
+    PlanRecord as PlanRecord,
+    difference as difference,
+    expect_shards as expect_shards,
+    lay_out as lay_out,
+    publish_manifest as publish_manifest,
+    read_manifest as read_manifest,
 )
-from vestige.indexes._plan import Plan, PlannedShard, plan_index
-from vestige.indexes._run import TOKENS, IndexStatus, index_status, prepare_index, remove_index
-from vestige.indexes._store import Index, IndexBlock, ShardFault
-from vestige.indexes._work import IndexPlan, PlannedBatches
-
-__all__ = [
-    "IMPORTED_SPEC",
-    "PART_BYTES",
-    "TOKENS",
-    "WHOLE_MODEL",
-    "CompressedGradients",
-    "CompressionIdentity",
-    "DataIdentity",
-    "Estimate",
-    "ImportRecord",
-    "Index",
-    "IndexBlock",
-    "IndexPlan",
-    "IndexStatus",
-    "IndexedComponent",
-    "Inputs",
-    "Manifest",
-    "ModelIdentity",
-    "Plan",
-    "PlanRecord",
-    "PlannedBatches",
-    "PlannedShard",
-    "ReadRows",
-    "RowPart",
-    "ShardContent",
-    "ShardFault",
-    "Span",
-    "batch_tokens",
-    "build_index",
-    "choose_spec",
-    "difference",
-    "draft_manifest",
-    "estimate_cost",
-    "export",
-    "export_index",
-    "fingerprint_rows",
-    "index",
-    "index_status",
-    "lay_out",
-    "longest_and_shortest",
-    "parts_in_order",
-    "plan_index",
-    "prepare_index",
-    "read_data",
-    "read_inputs",
-    "read_manifest",
-    "remove_index",
-    "require_independence",
-    "tokenising_processes",
-    "tokens_at_most",
-    "write_rows",
-]
+from vestige.indexes._plan import Plan as Plan, plan_index as plan_index
+from vestige.indexes._shards import (
+    PART_BYTES as PART_BYTES,
+    Expectation as Expectation,
+    ShardContent as ShardContent,
+    map_shard as map_shard,
+    marker_path as marker_path,
+    parts_of as parts_of,
+    read_marker as read_marker,
+    shard_fault as shard_fault,
+    shard_path as shard_path,
+    write_shard as write_shard,
+)
+from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
+from vestige.indexes._work import (
+    TOKENS as TOKENS,
+    IndexPlan as IndexPlan,
+    PlannedBatches as PlannedBatches,
+    index_status as index_status,
+    prepare_index as prepare_index,
+    remove_index as remove_index,
+    write_rows as write_rows,
+)

@@ -1,34 +1,104 @@
 """`vestige index`: from a model and its training data to an index on disk."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from vestige.compress import CompressionSpec, parse_spec
-from vestige.data import forget_tokens
-from vestige.distributed import broadcast_from_rank0, is_rank0
+import numpy as np
+import torch
+
+from vestige.compress import CompressingSink, CompressionSpec, parse_spec
+from vestige.data import TokenizedData, forget_tokens, make_batch
+from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import UserError, WorkElsewhere
-from vestige.indexes._budget import choose_spec
-from vestige.indexes._compute import CompressedGradients, lay_out
-from vestige.indexes._estimate import announce_estimate, estimate_cost
+from vestige.gradients import CausalLoss, GradientPass, Reduction
+from vestige.indexes._choice import choose_spec
 from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
-from vestige.indexes._manifest import CompressionIdentity, DataIdentity, Manifest, ModelIdentity, read_manifest
-from vestige.indexes._plan import Plan, plan_index
-from vestige.indexes._run import TOKENS, prepare_index, remove_index
-from vestige.indexes._store import Index
-from vestige.indexes._work import IndexPlan, ShardCompute
-from vestige.launch import (
-    is_one_of_several,
-    is_worker,
-    phase,
-    profile,
-    run_plan,
-    worker_command,
-    write_profile,
+from vestige.indexes._manifest import (
+    CompressionIdentity,
+    DataIdentity,
+    IndexedComponent,
+    Manifest,
+    ModelIdentity,
+    lay_out,
+    read_manifest,
 )
-from vestige.models import batch_sharing
-from vestige.progress import announce
-from vestige.settings import DoctorSettings, IndexSettings, verb
+from vestige.indexes._plan import PlannedShard, plan_index
+from vestige.indexes._shards import ShardContent, parts_of
+from vestige.indexes._store import Index
+from vestige.indexes._work import TOKENS, IndexPlan, ShardCompute, prepare_index, remove_index
+from vestige.launch import is_one_of_several, is_worker, phase, profile, run_plan, worker_command, write_profile
+from vestige.models import Component, LoadedModel, batch_sharing
+from vestige.progress import announce, format_bytes, format_seconds
+from vestige.settings import DoctorSettings, IndexSettings, Scope, verb
+from vestige.timing import peak_memory_bytes
+
+
+class CompressedGradients:
+    """Computes compressed gradients of examples; use it as a context, which places and removes the hooks."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        components: Sequence[Component],
+        columns: Sequence[IndexedComponent],
+        spec: CompressionSpec,
+        seed: int,
+        loss: Reduction,
+        scope: Scope = "component",
+    ) -> None:
+        self._device = next(loaded.model.parameters()).device
+        shared = scope == "model"
+        places = [loaded.model.get_submodule(part.uses[0].module) for part in components]
+        devices = [next((one.device for one in place.parameters()), self._device) for place in places]
+        compressors = [
+            spec.build(part.name, part.shape, seed, device, shared=shared)
+            for part, device in zip(components, devices, strict=True)
+        ]
+        self._sink = CompressingSink(compressors, [part.start for part in columns], max(part.stop for part in columns))
+        self._pass = GradientPass(loaded.model, components, CausalLoss(loss))
+
+    def __enter__(self) -> "CompressedGradients":
+        self._pass.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pass.__exit__()
+
+    def rows(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> ShardContent:
+        """Return gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
+        return self._compute(data, sum(map(len, batches)), iter(batches))
+
+    def parts(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> Iterator[ShardContent]:
+        """Yield `rows` of a shard's batches, part by part: memory does not grow with the shard."""
+        for count, part in parts_of(batches, self._sink.width, fewest=this_rank().world_size):
+            yield self._compute(data, count, part)
+
+    def _compute(self, data: TokenizedData, count: int, batches: Iterator[np.ndarray]) -> ShardContent:
+        # One array for all from the start: joined at the end, they would be in memory twice.
+        gradients, losses = torch.empty(count, self._sink.width), torch.empty(count)
+        rows = torch.empty(count, dtype=torch.int64)
+        starts = [0]
+
+        def note_rows() -> Iterator[np.ndarray]:
+            for batch in batches:
+                starts.append(starts[-1] + len(batch))
+                rows[starts[-2] : starts[-1]] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
+                yield batch
+
+        for number, batch, counts in round_robin(note_rows()):
+            self._sink.begin(len(batch), self._device)
+            loss = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
+            if counts:
+                places = slice(starts[number], starts[number + 1])
+                losses[places], gradients[places] = loss, self._sink.gradients.cpu()
+        exchange_rows((gradients, losses), np.diff(starts).tolist())
+        return ShardContent(gradients, losses, gradients.norm(dim=1), rows)
+
+
+PROBED = 0.02
+"""Share of the padded tokens that may be computed for the estimate alone."""
 
 
 @verb(IndexSettings)
@@ -54,21 +124,42 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     begun = broadcast_from_rank0(lambda: None if settings.overwrite else read_manifest(settings.out))
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
-        _require_one_process()
+        if is_one_of_several():
+            raise UserError(
+                "--overwrite under torchrun would have every rank delete what the others make. Delete the folder "
+                "first, and run the command without --overwrite."
+            )
         broadcast_from_rank0(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
-    manifest, plan = broadcast_from_rank0(lambda: _planned(settings, draft, inputs))
+    manifest, plan = broadcast_from_rank0(
+        lambda: plan_index(
+            settings.out,
+            draft,
+            inputs.data.lengths,
+            lambda start, stop: fingerprint_rows(inputs.data, start, stop),
+            append=settings.append,
+            sharing=batch_sharing(inputs.loaded.model),
+        )
+    )
+
+    def open_gradients() -> CompressedGradients:
+        components, columns = inputs.selection.components, manifest.components
+        arguments = settings.seed, settings.loss, settings.compress_scope
+        return CompressedGradients(inputs.loaded, components, columns, spec, *arguments)
 
     @contextmanager
     def compute() -> Iterator[ShardCompute]:
-        with _gradients(settings, inputs, manifest, spec) as gradients:
+        with open_gradients() as gradients:
             yield lambda batches: gradients.parts(inputs.data, batches)
 
     work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     missing = list[int]()
     if not is_worker():
         missing = broadcast_from_rank0(lambda: prepare_index(work))
-        _announce_cost(settings, inputs, work, spec, missing)
+        number, parts = settings.part or (0, 1)
+        if own := [plan.shards[piece] for piece in missing if piece % parts == number]:
+            with open_gradients() as gradients:
+                _announce_cost(gradients, inputs, manifest, own)
         if is_rank0():
             forget_tokens(settings.out / TOKENS, inputs.data)
     try:
@@ -84,38 +175,32 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         return Index.open(settings.out, allow_missing=True)
 
 
-def _gradients(
-    settings: IndexSettings, inputs: Inputs, manifest: Manifest, spec: CompressionSpec
-) -> CompressedGradients:
-    return CompressedGradients(
-        inputs.loaded,
-        inputs.selection.components,
-        manifest.components,
-        spec,
-        settings.seed,
-        settings.loss,
-        settings.compress_scope,
-    )
-
-
 def _announce_cost(
-    settings: IndexSettings, inputs: Inputs, work: IndexPlan, spec: CompressionSpec, missing: list[int]
+    compute: CompressedGradients, inputs: Inputs, manifest: Manifest, shards: Sequence[PlannedShard]
 ) -> None:
-    """Announce time, memory and disk before this process's share begins."""
-    number, parts = settings.part or (0, 1)
-    shards = [work.plan.shards[piece] for piece in missing if piece % parts == number]
-    if shards:
-        with _gradients(settings, inputs, work.manifest, spec) as gradients:
-            estimate = estimate_cost(gradients, inputs.data, work.manifest, shards)
-        announce_estimate(estimate, work.manifest, inputs.selection)
+    """Announce coverage, time, memory and disk of this process's share, before it begins.
 
-
-def _require_one_process() -> None:
-    if is_one_of_several():
-        raise UserError(
-            "--overwrite under torchrun would have every rank delete what the others make. Delete the folder first, "
-            "and run the command without --overwrite."
-        )
+    A few examples from the middle of the plan, at most 2 % of the work, are timed; time follows padded tokens.
+    """
+    shard, padded = shards[len(shards) // 2], sum(shard.padded_tokens for shard in shards)
+    batches = list(shard.cut_batches())
+    middle = batches[len(batches) // 2]
+    stop = min(middle.stop, middle.start + max(1, int(PROBED * padded) // middle.longest))
+    probe = shard.rows[middle.start - shard.start : stop - shard.start]
+    started = time.perf_counter()
+    compute.rows(inputs.data, [probe])
+    seconds = padded * (time.perf_counter() - started) / (len(probe) * middle.longest)
+    examples, selection = sum(shard.examples for shard in shards), inputs.selection
+    announce(
+        f"Covers {selection.selected_parameters:,} of {selection.total_parameters:,} parameters "
+        f"({selection.fraction:.0%}) in {len(selection.components)} components; "
+        f"{manifest.compression.spec}, {manifest.dtype}: {format_bytes(manifest.row_bytes)} an example."
+    )
+    announce(
+        f"{examples:,} examples, {padded:,} tokens: about {format_seconds(seconds)}, "
+        f"{format_bytes(examples * manifest.row_bytes)} of disk, {format_bytes(peak_memory_bytes())} of memory. The "
+        f"first use of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
+    )
 
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
@@ -132,15 +217,4 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
         chat=settings.chat,
         token_budget=batch_tokens(settings, inputs.loaded),
         components=lay_out(inputs.selection.components, spec, settings.compress_scope),
-    )
-
-
-def _planned(settings: IndexSettings, draft: Manifest, inputs: Inputs) -> tuple[Manifest, Plan]:
-    return plan_index(
-        settings.out,
-        draft,
-        inputs.data.lengths,
-        lambda start, stop: fingerprint_rows(inputs.data, start, stop),
-        append=settings.append,
-        sharing=batch_sharing(inputs.loaded.model),
     )

@@ -3,15 +3,15 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige.data import EXAMPLES, GROUP_ROWS, Example, StoredExamples, TokenizedData, record_of
+from vestige import disk_arrays
+from vestige.data import EXAMPLES, GROUP_ROWS, Example, TokenizedData, record_of
 from vestige.errors import CorruptFile
 from vestige.indexes._manifest import Manifest
 from vestige.storage import make_folder, write_durably
@@ -42,32 +42,20 @@ def write_examples(folder: Path, manifest: Manifest, examples: Sequence[Example]
             path = folder / "examples" / f"{number:05d}-{place:05d}.parquet"
             rows = range(first, min(first + _FILE_ROWS, stage.stop))
             if not _holds([path], len(rows)):
-                write_durably(path, streamed(_tables(rows, examples, lengths), _opened))
-
-
-def read_examples(folder: Path, manifest: Manifest) -> StoredExamples:
-    """Return all examples of an index in row order; each is read when it is requested.
-
-    Raises:
-        CorruptFile: A file is missing or does not hold what the manifest records.
-    """
-    return StoredExamples(_whole_paths(folder, manifest))
+                write_durably(path, _stream(_tables(rows, examples, lengths)))
 
 
 def read_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Return the lengths of all examples of an index in tokens, int64 [example].
-
-    Raises:
-        CorruptFile: A file is missing or does not hold what the manifest records.
-    """
+    """Return the lengths of all examples of an index in tokens, int64 [example]."""
     tables = [
         read_table(path, EXAMPLES, "Run the same vestige index command again.", required=["length"], columns=["length"])
-        for path in _whole_paths(folder, manifest)
+        for path in examples_paths(folder, manifest)
     ]
     return pa.concat_tables(tables)["length"].to_numpy()
 
 
-def _whole_paths(folder: Path, manifest: Manifest) -> list[Path]:
+def examples_paths(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files of the examples of an index, in row order."""
     found = []
     for number, stage in enumerate(manifest.plan.stages):
         paths = _paths(folder, number)
@@ -80,43 +68,16 @@ def _whole_paths(folder: Path, manifest: Manifest) -> list[Path]:
     return found
 
 
-class _TableWriter(Protocol):
-    def write_table(self, table: pa.Table) -> None: ...
-    def close(self) -> None: ...
-
-
-def streamed(tables: Iterator[pa.Table], open_writer: Callable[[Any], _TableWriter]) -> Iterator[bytes]:
-    """Yield the bytes that an Arrow or Parquet writer makes of `tables`, table by table."""
-    pipe = _Pipe()
-    writer = open_writer(pa.PythonFile(pipe, mode="w"))
-    for table in tables:
-        writer.write_table(table)
-        yield pipe.drained()
-    writer.close()
-    yield pipe.drained()
-
-
-class _Pipe(io.RawIOBase):
-    """A file that remembers what was written since it was last drained."""
-
-    def __init__(self) -> None:
-        self._held: list[bytes] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self._held.append(bytes(content))
-        self._position += len(self._held[-1])
-        return len(self._held[-1])
-
-    def tell(self) -> int:
-        return self._position
-
-    def drained(self) -> bytes:
-        held, self._held = self._held, []
-        return b"".join(held)
+def _stream(tables: Iterator[pa.Table]) -> Iterator[bytes]:
+    """Yield the bytes of a Parquet file of `tables`, table by table."""
+    held = io.BytesIO()
+    with parquet.ParquetWriter(pa.PythonFile(held, mode="w"), EXAMPLES) as writer:
+        for table in tables:
+            writer.write_table(table)
+            yield held.getvalue()
+            held.seek(0)
+            held.truncate()
+    yield held.getvalue()
 
 
 def _paths(folder: Path, stage: int) -> list[Path]:
@@ -136,8 +97,5 @@ def _tables(rows: range, examples: Sequence[Example], lengths: np.ndarray) -> It
     """Yield the examples at `rows`, one row group after another."""
     for first in range(0, len(rows), GROUP_ROWS):
         records = [record_of(examples[row], int(lengths[row])) for row in rows[first : first + GROUP_ROWS]]
+        disk_arrays.let_go(lengths)
         yield pa.Table.from_pylist(records, schema=EXAMPLES)
-
-
-def _opened(sink: Any) -> parquet.ParquetWriter:
-    return parquet.ParquetWriter(sink, EXAMPLES)

@@ -1,18 +1,28 @@
-"""`vestige export`: an index, or a run, in formats that other programs read."""
+"""`vestige export`: an index, or a run, in formats that other programs read.
+
+A writer of indexes gets a folder that becomes the result whole, and returns the paths that it wrote there.
+"""
 
 import io
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+import torch
+from jaxtyping import Float
 
-from vestige.errors import SpecError, UserError
-from vestige.indexes._examples import streamed
-from vestige.indexes._export_rows import exported_bytes
-from vestige.indexes._store import Index, IndexBlock
+from vestige.data import turn_record
+from vestige.errors import MissingExtra, SpecError, UserError
+from vestige.indexes._shards import safetensors_header
+from vestige.indexes._store import Index, parts_in_order
+from vestige.progress import announce
 from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportSettings, verb
@@ -20,6 +30,10 @@ from vestige.storage import check_disk, stage_folder, write_durably
 
 _KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
 """What can be exported: the first word of a format's name, and what messages call it."""
+_TEXTS = ("id", "text", "prompt", "completion", "messages", "source", "label")
+_TRAINED_PER_LIST, _FEWEST_PER_LIST = 64, 39
+"""Rows that FAISS fits its cells on, for each cell; with fewer than 39 it doubts the cells."""
+_QUERIES, _K, _SEED = 64, 10, 0
 
 
 @verb(ExportSettings)
@@ -34,19 +48,13 @@ def export(settings: ExportSettings) -> list[Path]:
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
     kind = "audit" if is_audit(settings.path) else "run"
-    write = _format(kind, settings.to, settings.path)
-    _require_empty(settings.out)
+    write = _find_format(kind, settings.to, settings.path)
     opened = Audit.open(settings.path) if kind == "audit" else Scores.open(settings.path)
-    return _staged(settings.out, lambda out: write(opened, out))
+    return _write_staged(settings.out, lambda out: write(opened, out))
 
 
 def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]:
-    """Write the whole index to the folder `out`.
-
-    Args:
-        index: A finished index.
-        out: A folder, new or empty.
-        to: The format: one of those that docs/formats.md lists.
+    """Write a finished index to the folder `out`, new or empty, in a format that docs/formats.md lists.
 
     Returns:
         The files written.
@@ -57,14 +65,11 @@ def export_index(index: Index, out: str | Path, to: str = "numpy") -> list[Path]
         UserError: `out` is not empty.
         DiskSpaceError: It would not fit.
     """
-    out = Path(out)
-    write = _format("index", to, index.folder)
-    _require_empty(out)
-    check_disk(out, exported_bytes(index))
-    return _staged(out, lambda folder: write(index, folder))
+    write = _find_format("index", to, index.folder)
+    return _write_staged(Path(out), lambda folder: write(index, folder), _count_bytes(index))
 
 
-def _format(kind: str, to: str, path: Path) -> ExportFormat:
+def _find_format(kind: str, to: str, path: Path) -> ExportFormat:
     """Return what writes the format `to` of what is at `path`, which is of this kind."""
     names = EXPORT_FORMATS.names()
     if f"{kind} {to}" in names:
@@ -79,16 +84,20 @@ def _format(kind: str, to: str, path: Path) -> ExportFormat:
     )
 
 
-def _staged(out: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
+def _write_staged(out: Path, write: Callable[[Path], list[Path]], needed: int = 0) -> list[Path]:
     """Return the files that `write` left in a folder, at their paths in `out`, which has all of them at once."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder. Choose another --out.")
+    if needed:
+        check_disk(out, needed)
     with stage_folder(out) as folder:
         written = [path.relative_to(folder) for path in write(folder)]
     return [out / path for path in written]
 
 
-def _require_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder. Choose another --out.")
+def _count_bytes(index: Index) -> int:
+    """Return the size on disk of all rows in float32, with their loss, norm and number."""
+    return index.rows * (4 * index.width + 16)
 
 
 def write_numpy(index: Index, out: Path) -> list[Path]:
@@ -96,64 +105,175 @@ def write_numpy(index: Index, out: Path) -> list[Path]:
 
     Rows are in the order in which they are stored, as in the two tables.
     """
-    small: list[IndexBlock] = []
-    paths = [out / f"{name}.npy" for name in ("gradients", "example", "loss", "norm")]
+    small: dict[str, list[np.ndarray]] = {"example": [], "loss": [], "norm": []}
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield _npy_header((index.rows, index.width))
+        header = io.BytesIO()
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (index.rows, index.width)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        yield header.getvalue()
         for block in index.blocks():
-            small.append(block._replace(gradients=block.gradients[:0]))
+            for name, values in small.items():
+                values.append(getattr(block, name).numpy())
             yield block.gradients.numpy().data
 
-    write_durably(paths[0], pieces())
-    for path in paths[1:]:
-        values = np.concatenate([getattr(block, path.stem).numpy() for block in small])
-        content = io.BytesIO()
-        np.save(content, values)
-        write_durably(path, [content.getvalue()])
-    write_durably(out / "index.json", [index.manifest.to_json()])
-    return [*paths, out / "index.json"]
+    write_durably(out / "gradients.npy", pieces())
+    for name, values in small.items():
+        np.save(out / f"{name}.npy", np.concatenate(values))
+    (out / "index.json").write_bytes(index.manifest.to_json())
+    return [out / name for name in ("gradients.npy", *(f"{name}.npy" for name in small), "index.json")]
 
 
 def write_arrow(index: Index, out: Path) -> list[Path]:
     """Write `index.arrow`: the columns example, id, loss, norm and gradient; the manifest is in its schema."""
-    schema = _schema(index)
-    content = streamed(_tables(index, schema), lambda sink: pa.ipc.new_file(sink, schema))
-    write_durably(out / "index.arrow", content)
-    return [out / "index.arrow"]
+    return _write_table(index, out / "index.arrow", pa.ipc.new_file)
 
 
 def write_parquet(index: Index, out: Path) -> list[Path]:
     """Write `index.parquet`, with the columns of `index.arrow`."""
-    schema = _schema(index)
-    content = streamed(_tables(index, schema), lambda sink: parquet.ParquetWriter(sink, schema))
-    write_durably(out / "index.parquet", content)
-    return [out / "index.parquet"]
+    return _write_table(index, out / "index.parquet", parquet.ParquetWriter)
 
 
-def _npy_header(shape: tuple[int, int]) -> bytes:
-    content = io.BytesIO()
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(content, header)
-    return content.getvalue()
-
-
-def _schema(index: Index) -> pa.Schema:
-    fields = [
-        ("example", pa.int64()),
-        ("id", pa.string()),
-        ("loss", pa.float32()),
-        ("norm", pa.float32()),
-        ("gradient", pa.list_(pa.float32(), index.width)),
-    ]
-    manifest = json.dumps(index.manifest.model_dump(mode="json"))
-    return pa.schema(fields, metadata={"vestige.manifest": manifest})
-
-
-def _tables(index: Index, schema: pa.Schema) -> Iterator[pa.Table]:
+def _write_table(index: Index, path: Path, open_writer: Callable[..., Any]) -> list[Path]:
+    schema = _schema(index, ("example", pa.int64()), ("id", pa.string()))
     ids = [example.id for example in index.examples()]
-    for block in index.blocks():
-        gradients = pa.FixedSizeListArray.from_arrays(pa.array(block.gradients.numpy().reshape(-1)), index.width)
-        rows = block.example.numpy()
-        columns = [rows, [ids[row] for row in rows], block.loss.numpy(), block.norm.numpy(), gradients]
-        yield pa.table(columns, schema=schema)
+    with open_writer(str(path), schema) as writer:
+        for block in index.blocks():
+            rows = block.example.numpy()
+            columns = [rows, [ids[row] for row in rows], block.loss.numpy(), block.norm.numpy()]
+            writer.write_table(pa.table([*columns, _vectors(block.gradients)], schema=schema))
+    return [path]
+
+
+def _schema(index: Index, *columns: tuple[str, pa.DataType]) -> pa.Schema:
+    """Return the columns, then loss, norm and gradient; the manifest is in the metadata."""
+    numbers = [("loss", pa.float32()), ("norm", pa.float32()), ("gradient", pa.list_(pa.float32(), index.width))]
+    manifest = json.dumps(index.manifest.model_dump(mode="json"))
+    return pa.schema([*columns, *numbers], metadata={"vestige.manifest": manifest})
+
+
+def _vectors(gradients: Float[torch.Tensor, "row column"]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(gradients.numpy().reshape(-1)), gradients.shape[1])
+
+
+def write_safetensors(index: Index, out: Path) -> list[Path]:
+    """Write `index.safetensors` with gradients [row, column], loss and norm in the order of the data, float32."""
+    loss, norm = index.losses_and_norms()
+    shapes = {
+        "loss": (torch.float32, [index.rows]),
+        "norm": (torch.float32, [index.rows]),
+        "gradients": (torch.float32, [index.rows, index.width]),
+    }
+    metadata = {
+        "axes": "gradients: row column",
+        "example_ids": json.dumps([example.id for example in index.examples()]),
+        "vestige.manifest": json.dumps(index.manifest.model_dump(mode="json")),
+    }
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield safetensors_header(shapes, metadata)
+        yield loss.numpy().data
+        yield norm.numpy().data
+        for _, gradients in parts_in_order(index):
+            yield gradients.contiguous().numpy().data
+
+    write_durably(out / "index.safetensors", pieces())
+    return [out / "index.safetensors"]
+
+
+def write_dataset(index: Index, out: Path) -> list[Path]:
+    """Write a folder for `datasets.load_from_disk`: the columns of the examples, loss, norm and gradient."""
+    from datasets import Dataset
+
+    check_disk(out.parent, 2 * _count_bytes(index))
+    schema = _example_schema(index)
+    # `datasets` saves only what is not in the folder that it saves to.
+    with TemporaryDirectory(prefix=".rows-", dir=out) as folder:
+        held = str(Path(folder) / "rows.arrow")
+        with pa.OSFile(held, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in _example_batches(index, schema):
+                writer.write_batch(batch)
+        Dataset.from_file(held).save_to_disk(str(out))
+    return [out]
+
+
+def write_lance(index: Index, out: Path) -> list[Path]:
+    """Write `index.lance`: the same columns, the gradient as a vector column that Lance can index."""
+    try:
+        import lance  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtra("Lance datasets need pylance.\nType: pip install 'vestige[lance]'") from error
+    schema, path = _example_schema(index), out / "index.lance"
+    try:
+        lance.write_dataset(_example_batches(index, schema), str(path), schema=schema)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return [path]
+
+
+def _example_schema(index: Index) -> pa.Schema:
+    return _schema(index, *((name, pa.string()) for name in _TEXTS))
+
+
+def _example_batches(index: Index, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of `_example_schema` in the order of the data."""
+    examples, (loss, norm) = index.examples(), index.losses_and_norms()
+
+    def write_turns(turns: Any) -> str | None:
+        return json.dumps(list(map(turn_record, turns)), ensure_ascii=False, default=str) if turns else None
+
+    for part, gradients in parts_in_order(index):
+        columns = {name: [getattr(row, name) for row in examples[part]] for name in _TEXTS}
+        columns["messages"] = list(map(write_turns, columns["messages"]))
+        arrays = [pa.array(column, pa.string()) for column in columns.values()]
+        arrays += [pa.array(loss[part].numpy()), pa.array(norm[part].numpy()), _vectors(gradients)]
+        yield pa.record_batch(arrays, schema=schema)
+
+
+def write_faiss(index: Index, out: Path) -> list[Path]:
+    """Write `index.faiss` (inverted lists, inner product), `recall.json`, `ids.json`; position = row of the data.
+
+    The cells are those of k-means on a sample; `nprobe`, the number of cells that are searched, is a tenth of them
+    and kept in the file. The recall@10 of that setting, the share of the exact 10 best that are found with sampled
+    rows as queries, is printed and written beside the file; a row's own position among its best counts.
+
+    Raises:
+        MissingExtra: faiss is not installed.
+    """
+    try:
+        import faiss  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtra("Approximate search needs faiss.\nType: pip install 'vestige[faiss]'") from error
+    lists = max(1, min(round(math.sqrt(index.rows)), index.rows // _FEWEST_PER_LIST))
+    built = faiss.IndexIVFFlat(faiss.IndexFlatIP(index.width), index.width, lists, faiss.METRIC_INNER_PRODUCT)
+    rows = np.random.default_rng(_SEED).permutation(index.rows)[: lists * _TRAINED_PER_LIST]
+    built.train(np.ascontiguousarray(index.gradients_of(np.sort(rows)).numpy()))
+    for _, gradients in parts_in_order(index):
+        built.add(np.ascontiguousarray(gradients.numpy()))
+    built.nprobe = max(1, lists // 10)
+    count, k = min(_QUERIES, index.rows), min(_K, index.rows)
+    queries = index.gradients_of(np.random.default_rng(_SEED + 1).permutation(index.rows)[:count])
+    found, exact = built.search(np.ascontiguousarray(queries.numpy()), k)[1], _nearest(index, queries, k)
+    hits = [len(set(mine) & set(truth)) for mine, truth in zip(found.tolist(), exact, strict=True)]
+    recall = {"k": k, "nprobe": int(built.nprobe), "queries": count, "recall": float(np.mean(hits)) / k, "lists": lists}
+    (out / "index.faiss").write_bytes(np.asarray(faiss.serialize_index(built)).data)
+    (out / "recall.json").write_text(json.dumps(recall, indent=1) + "\n")
+    ids = json.dumps([example.id for example in index.examples()], ensure_ascii=False)
+    (out / "ids.json").write_text(ids + "\n", encoding="utf-8")
+    announce(
+        f"recall@{k} {recall['recall']:.3f} against exact search, over {count} rows as queries, with "
+        f"{built.nprobe} of {lists} lists searched. A larger nprobe finds more and takes longer."
+    )
+    return [out / name for name in ("index.faiss", "recall.json", "ids.json")]
+
+
+def _nearest(index: Index, queries: Float[torch.Tensor, "query column"], k: int) -> list[list[int]]:
+    """Return the rows with the highest inner products with each query, updated part by part."""
+    best, rows = torch.empty((len(queries), 0)), torch.empty((len(queries), 0), dtype=torch.int64)
+    for part, gradients in parts_in_order(index):
+        numbers = torch.arange(part.start, part.stop).expand(len(queries), -1)
+        best, rows = torch.cat([best, queries @ gradients.T], 1), torch.cat([rows, numbers], 1)
+        best, places = best.topk(min(k, best.shape[1]), dim=1)
+        rows = rows.gather(1, places)
+    return rows.tolist()

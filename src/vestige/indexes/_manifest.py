@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from vestige.errors import CorruptFile, UserError
+from vestige.compress import CompressionSpec
+from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.models import Component
 from vestige.parsing import parse_json
+from vestige.settings import Scope
+from vestige.storage import Difference, mismatch_message, write_durably
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""
@@ -77,10 +82,9 @@ WHOLE_MODEL = "all components"
 
 
 class Span(NamedTuple):
-    """Columns of an index that hold one compressed gradient."""
+    """Columns of an index that hold one compressed gradient: a component's, or that of `WHOLE_MODEL`."""
 
     name: str
-    """The component's, or `WHOLE_MODEL`."""
     columns: slice
 
 
@@ -205,7 +209,7 @@ class Expectation(NamedTuple):
     """sha256 over everything that decides the shard's content, and nothing that appending data changes."""
 
 
-def expected_shards(manifest: Manifest) -> tuple[Expectation, ...]:
+def expect_shards(manifest: Manifest) -> tuple[Expectation, ...]:
     """Return what every shard must be, by shard number."""
     settings = hashlib.sha256(to_json(settings_of(manifest)))
     found = []
@@ -262,3 +266,100 @@ def settings_of(manifest: Manifest) -> dict[str, Any]:
 def to_json(value: Any) -> bytes:
     """Return JSON of which equal values have equal bytes."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def difference(old: Manifest, new: Manifest) -> list[Difference]:
+    """Return the settings in which `new` would give another index than `old`; names and paths alone do not count."""
+    before, after = (
+        settings_of(manifest) | {"data": (manifest.data.fingerprint, manifest.data.examples)} for manifest in (old, new)
+    )
+    found = [
+        Difference(name.replace("_", "-"), _describe(name, before[name], old), _describe(name, after.get(name), new))
+        for name in dict.fromkeys(["format", "model", "data", *before])
+        if before[name] != after.get(name)
+    ]
+    # The plan follows from the data and the token budget: on its own it is informative, beside them it is not.
+    if not found and old.plan != new.plan:
+        texts = [tuple((stage.stop, stage.fingerprint) for stage in side.plan.stages) for side in (old, new)]
+        if texts[0] != texts[1]:
+            found.append(Difference("texts, sources or labels", _digest(texts[0]), _digest(texts[1])))
+        else:
+            found.append(Difference("shard plan", _describe_plan(old.plan.stages), _describe_plan(new.plan.stages)))
+    return found
+
+
+def extends(old: Manifest, new: Manifest) -> bool:
+    """Return whether `new` is `old` with stages added behind; old shards stay as they are."""
+    before, after = old.plan.stages, new.plan.stages
+    return len(after) > len(before) and after[: len(before)] == before and settings_of(old) == settings_of(new)
+
+
+def require_same(folder: Path, old: Manifest, new: Manifest) -> None:
+    """Raise unless both manifests give the same index."""
+    if differences := difference(old, new):
+        raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
+
+
+def publish_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest` to `folder` unless the same one is there; an extended one replaces the old.
+
+    Raises:
+        IndexMismatch: Another process has written a different one there since.
+    """
+    old = read_manifest(folder)
+    if old is None:
+        try:
+            write_durably(manifest_path(folder), [manifest.to_json()], exclusive=True)
+            return
+        except FileExistsError:
+            old = read_manifest(folder)
+    if old is None or old == manifest:
+        return
+    if extends(old, manifest):
+        write_durably(manifest_path(folder), [manifest.to_json()])
+    else:
+        require_same(folder, old, manifest)
+
+
+def _describe(field: str, value: Any, manifest: Manifest) -> str:
+    if field == "model":
+        return f"{manifest.model.name} ({value[:8]})"
+    if field == "data":
+        return f"{manifest.data.name} ({manifest.data.examples:,} examples, {value[0][:8]})"
+    if field == "compression":
+        return value["spec"] + (" (whole model)" if value["scope"] == "model" else "")
+    if field == "components":
+        return f"{len(value)} components, {manifest.width:,} columns ({_digest(value)})"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)
+
+
+def _describe_plan(stages: Sequence[PlanStage]) -> str:
+    """Return the stages of a plan as the user reads them in a refusal."""
+    shards = sum(len(stage.shard_rows) for stage in stages)
+    return f"{shards} shards ({_digest([stage.plan_hash for stage in stages])})"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(to_json(value)).hexdigest()[:8]
+
+
+def lay_out(
+    components: Sequence[Component], spec: CompressionSpec, scope: Scope = "component"
+) -> tuple[IndexedComponent, ...]:
+    """Return the columns of every component: one after another, or the same for all, to be added up there.
+
+    Raises:
+        SpecError: Components cannot share the columns of this compression.
+    """
+    columns, start = [], 0
+    for component in components:
+        stop = start + spec.size_for(component.shape, shared=scope == "model")
+        columns.append(
+            IndexedComponent(
+                name=component.name, kind=component.uses[0].kind, shape=component.shape, start=start, stop=stop
+            )
+        )
+        start = 0 if scope == "model" else stop
+    return tuple(columns)

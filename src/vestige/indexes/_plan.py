@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vestige import disk_arrays
 from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
-from vestige.errors import DataError, Difference, IndexMismatch, mismatch_message
-from vestige.indexes._difference import difference, plan_shown
-from vestige.indexes._manifest import Manifest, PlanStage, read_manifest
+from vestige.errors import DataError, IndexMismatch
+from vestige.indexes._manifest import Manifest, PlanStage, difference, read_manifest
+from vestige.storage import Difference, mismatch_message
 
 _SHARD_TOKENS = 2**20
 _MOST_TOKEN_SHARDS = 1024
@@ -31,17 +32,18 @@ class PlannedShard(NamedTuple):
 
     number: int
     cut: CutBatches
-    """The batches of its stage."""
+    """The batches of its stage, of which its rows are those from `start` to `stop`."""
     first: int
     """The first row of its stage in the data."""
     start: int
     stop: int
-    """Its rows are those of `cut` from `start` to `stop`."""
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows of the data in the order in which they lie in the shard, int64."""
-        return self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
+        """The rows of the data, int64, in the order of the shard."""
+        rows = self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
+        disk_arrays.let_go(self.cut.rows)
+        return rows
 
     @property
     def batches(self) -> tuple[np.ndarray, ...]:
@@ -61,7 +63,7 @@ class PlannedShard(NamedTuple):
 
     @property
     def padded_tokens(self) -> int:
-        """The number of tokens with the padding of the batches."""
+        """Tokens with the padding of the batches."""
         return sum(batch.tokens for batch in self.cut_batches())
 
     def cut_batches(self) -> Iterator[CutBatch]:
@@ -71,13 +73,10 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of an index, of every stage, and the tokens per example that they were made from."""
+    """All shards of an index, and the tokens per example [example] that they were made from."""
 
     shards: tuple[PlannedShard, ...]
     lengths: np.ndarray
-    """Tokens per example, [example]."""
-    added: int = 0
-    """Rows that an earlier build of the index did not have; 0 for a new index."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -93,8 +92,6 @@ def plan_index(
     sharing: Sharing = ANY_EXAMPLES,
 ) -> tuple[Manifest, Plan]:
     """Return the manifest with its plan, and the plan: one stage, or those of the index in `folder` and what is new.
-
-    Nothing is written.
 
     Args:
         folder: The index, which need not exist.
@@ -129,24 +126,7 @@ def plan_index(
         shards += stage
         stages.append(_record(start, stop, fingerprint_of(start, stop), stage))
     manifest = draft.model_copy(update={"plan": draft.plan.model_copy(update={"stages": tuple(stages)})})
-    added = len(lengths) - old.data.examples if old else 0
-    return manifest, Plan(tuple(shards), lengths, added)
-
-
-def check_plan(folder: Path, manifest: Manifest, plan: Plan) -> None:
-    """Raise unless `plan` is the one that `manifest` records.
-
-    Raises:
-        IndexMismatch: It is not: the lengths or the way of batching have changed.
-    """
-    made, first = [], 0
-    for stage in manifest.plan.stages:
-        shards = plan.shards[first : first + len(stage.shard_rows)]
-        first += len(stage.shard_rows)
-        made.append(_record(stage.start, stage.stop, stage.fingerprint, shards))
-    if tuple(made) != manifest.plan.stages or first != len(plan):
-        shown = f"{plan_shown(manifest.plan.stages)}", f"{len(plan)} shards, batched otherwise"
-        raise IndexMismatch(mismatch_message(f"The index in {folder}", [Difference("shard plan", *shown)]))
+    return manifest, Plan(tuple(shards), lengths)
 
 
 def _require_prefix(

@@ -4,25 +4,149 @@ The safetensors file is written and read here rather than by its library for thr
 written, a full disk is reported as the error it is, and the body is mapped into memory without a copy.
 """
 
-import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.errors import CorruptFile
-from vestige.indexes._content import TYPE_NAMES, ShardContent, bytes_of, encoded, shard_header
-from vestige.indexes._manifest import Expectation, StoredType
+from vestige.errors import CorruptFile, NonFinite
+from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.parsing import as_record, parse_json, parse_object
 from vestige.scratch import Scratch
 from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably
+
+PART_BYTES = 2**21
+"""Gradients in float32 that are in memory at once while a shard is made, unless a batch alone has more."""
+TYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+_PIECE_NUMBERS = 2**20
+"""Numbers rounded at once."""
+_SMALLEST_EXPONENT = -126
+
+
+class ShardContent(NamedTuple):
+    """Consecutive rows of a shard, in the order of the plan."""
+
+    gradients: Float[Tensor, "row column"]
+    """Compressed gradients, float32."""
+    loss: Float[Tensor, "row"]
+    norm: Float[Tensor, "row"]
+    """Euclidean norm of each row before it is rounded for storing."""
+    example: Int[Tensor, "row"]
+    """Position of each row's example in the data."""
+
+
+def parts_of(
+    batches: Sequence[np.ndarray], width: int, *, fewest: int = 1, most_bytes: int = PART_BYTES
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Yield the batches of a shard in parts: the examples of each, and its batches, all to be taken before the next.
+
+    Args:
+        batches: Those of a shard, gone through once; the parts follow from their sizes alone.
+        width: Columns of a row.
+        fewest: At least as many batches are in a part, while there are more: each process of a group has one.
+        most_bytes: Most bytes of a part's gradients in float32, unless a batch alone has more.
+    """
+    # Reading a batch by its number does not count it as done.
+    sizes = [len(batches[number]) for number in range(len(batches))]
+    most, coming, first = max(most_bytes // (4 * width), 1), iter(batches), 0
+    while first < len(sizes):
+        last, rows = first + 1, sizes[first]
+        while last < len(sizes) and (last - first < fewest or rows + sizes[last] <= most):
+            last, rows = last + 1, rows + sizes[last]
+        yield rows, islice(coming, last - first)
+        first = last
+    # The last batch is done when the next one is requested.
+    next(coming, None)
+
+
+def _encode(
+    content: ShardContent, dtype: StoredType, name_of: Callable[[int], str], skip_bad: bool
+) -> tuple[dict[str, Tensor], Iterator[memoryview], tuple[int, ...]]:
+    """Return rows as they are stored: the small tensors, the gradients' bytes piece by piece, rows that hold zeros."""
+    largest = _largest(content)
+    skipped: tuple[int, ...] = ()
+    fields = {"loss": content.loss, "gradient": largest, "gradient norm": content.norm}
+    finite = torch.stack([torch.isfinite(values) for values in fields.values()]).all(0)
+    if skip_bad and (skipped := tuple(content.example[~finite].tolist())):
+        # Every number of the row becomes zero: a product with NaN would still be NaN.
+        kept = torch.where(finite[:, None], content.gradients, 0.0)
+        loss, norm = (torch.where(finite, values, 0.0) for values in (content.loss, content.norm))
+        content = ShardContent(kept, loss, norm, content.example)
+        largest = _largest(content)
+    for what, values in fields.items() if not skip_bad else ():
+        if bad := content.example[~torch.isfinite(values)].tolist():
+            raise NonFinite.of_examples(what, list(map(name_of, bad)))
+    small = {"example": content.example.to(torch.int64), "loss": content.loss.float(), "norm": content.norm.float()}
+    scale = _scales(largest, dtype)
+    if scale is not None:
+        small["scale"] = scale
+    return small, _round(content.gradients, scale, dtype), skipped
+
+
+def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> bytes:
+    """Return what stands before the tensors of a safetensors file, which follow in the order of `shapes`."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the tensor's memory."""
+    # numpy knows no bfloat16; as plain bytes every dtype passes.
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _round(gradients: Tensor, scale: Float[Tensor, "row"] | None, dtype: StoredType) -> Iterator[memoryview]:
+    step = max(_PIECE_NUMBERS // gradients.shape[1], 1)
+    for first in range(0, len(gradients), step):
+        piece = gradients[first : first + step].float()
+        if scale is not None:
+            piece = piece / scale[first : first + step, None]
+        yield _bytes_of(piece.round().to(torch.int8) if dtype == "int8" else piece.to(STORED[dtype]))
+
+
+def _largest(content: ShardContent) -> Float[Tensor, "row"]:
+    return torch.linalg.vector_norm(content.gradients, ord=float("inf"), dim=1)
+
+
+def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "row"] | None:
+    """Return what each row is divided by before it is rounded.
+
+    For float16 a power of two that brings the largest entry to [2^14, 2^15): dividing by it is exact, nothing
+    overflows, and entries down to 2^-28 of the largest keep full precision. For int8 the largest entry becomes 127.
+    """
+    if dtype not in SCALED_TYPES:
+        return None
+    smallest = 2.0**_SMALLEST_EXPONENT
+    if dtype == "int8":
+        scale = (largest.double() / 127).clamp_min(smallest).float()
+    else:
+        exponent = (torch.frexp(largest.double()).exponent - 15).clamp_min(_SMALLEST_EXPONENT)
+        # A power of two is a float32 whose mantissa bits are zero: exact, unlike a call of pow.
+        scale = ((exponent + 127) << 23).view(torch.float32)
+    return torch.where(largest > 0, scale, torch.ones_like(scale))
+
 
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ORDER = ("example", "loss", "norm", "scale", "gradients")
@@ -51,7 +175,7 @@ class StoredRows(NamedTuple):
             if self.scale is not None:
                 piece.mul_(self.scale[rows, None])
 
-    def picked(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
+    def pick(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """Return the given rows of this shard as float32."""
         result = self.gradients[rows].float()
         return result if self.scale is None else result * self.scale[rows, None]
@@ -91,6 +215,7 @@ def write_shard(
     name_of: Callable[[int], str] = "row {}".format,
     *,
     skip_bad: bool = False,
+    held_bytes: int = _HELD_BYTES,
 ) -> Marker:
     """Write shard `number`, whole, and then mark it as done.
 
@@ -102,6 +227,7 @@ def write_shard(
         expected: What the manifest records about the shard.
         name_of: How to name the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
+        held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk.
 
     Raises:
         NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off; nothing was written.
@@ -110,20 +236,24 @@ def write_shard(
     small: dict[str, list[Tensor]] = {}
     skipped: list[int] = []
     columns = 0
-    with Scratch(shard_path(folder, number), _HELD_BYTES) as gradients:
+    with Scratch(shard_path(folder, number), held_bytes) as gradients:
         for part in parts:
-            rows, columns = encoded(part, dtype, name_of, skip_bad=skip_bad), part.gradients.shape[1]
-            for name, tensor in rows.small.items():
+            columns = part.gradients.shape[1]
+            tensors, pieces, bad = _encode(part, dtype, name_of, skip_bad)
+            for name, tensor in tensors.items():
                 # A copy: what is computed next may lie in the same memory.
                 small.setdefault(name, []).append(tensor.clone())
-            for piece in rows.gradients:
+            for piece in pieces:
                 gradients.write(piece)
-            skipped += rows.skipped
+            skipped += bad
         whole = {name: torch.cat(tensors) for name, tensors in small.items()}
         # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
         if marker_path(folder, number).exists():
             remove_durably(marker_path(folder, number))
-        header = [shard_header(whole, columns, dtype), *map(bytes_of, whole.values())]
+        rows = len(whole["example"])
+        shapes = {name: (tensor.dtype, [rows]) for name, tensor in whole.items()}
+        shapes["gradients"] = (STORED[dtype], [rows, columns])
+        header = [safetensors_header(shapes, {"axes": "gradients: row column"}), *map(_bytes_of, whole.values())]
         written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
     made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
@@ -216,8 +346,3 @@ def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Ten
     if len(set(rows.values())) > 1:
         raise ValueError(f"its tensors have different numbers of rows: {rows}")
     return found
-
-
-def content_digest(markers: list[Marker]) -> str:
-    """Return the sha256 of the sha256 of every shard: what a result computed from an index can be keyed by."""
-    return hashlib.sha256("".join(marker.sha256 for marker in markers).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """A finished index: opened, scanned block by block with the next one read ahead, looked up by row, verified."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +16,18 @@ from torch import Tensor
 from vestige import disk_arrays
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
-from vestige.indexes._examples import read_examples, read_lengths
-from vestige.indexes._manifest import Manifest, Span, expected_shards, read_manifest
-from vestige.indexes._shards import StoredRows, content_digest, map_shard, read_marker, shard_fault, shard_path
+from vestige.indexes._examples import examples_paths, read_lengths
+from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest
+from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
 from vestige.row_order import by_window
 from vestige.timing import count_bytes, time_phase
 
 BLOCK_BYTES = 4 * 2**20
 """Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
+
+
+_Span = tuple[int, slice]
+"""A shard, and rows of it."""
 
 
 class IndexBlock(NamedTuple):
@@ -42,12 +47,6 @@ class ShardFault(NamedTuple):
 
     number: int
     reason: str
-
-
-class _Span(NamedTuple):
-    shard: int
-    start: int
-    stop: int
 
 
 @final
@@ -83,7 +82,11 @@ class Index:
             )
         index = cls(folder, manifest)
         if not allow_missing and (missing := index.missing_shards()):
-            raise UserError(incomplete_message(folder, manifest, len(missing)))
+            raise UserError(
+                f"The index in {folder} is not finished: {len(missing)} of {len(manifest.shard_rows)} shards are "
+                "missing. Run the command that began it again with the same settings; it computes only these:\n"
+                f"  vestige index --model {manifest.model.name} --data {manifest.data.name} --out {folder} ..."
+            )
         return index
 
     @property
@@ -116,7 +119,7 @@ class Index:
         """
         step, sizes = max(max_bytes // (4 * self.width), 1), self.manifest.shard_rows
         spans = [
-            _Span(shard, start, min(start + step, sizes[shard]))
+            (shard, slice(start, min(start + step, sizes[shard])))
             for shard in (range(len(sizes)) if shards is None else shards)
             for start in range(0, sizes[shard], step)
         ]
@@ -158,8 +161,16 @@ class Index:
         for shard in np.unique(shards).tolist():
             chosen = np.flatnonzero(shards == shard)
             inside = places[chosen] - (ends[shard] - self.manifest.shard_rows[shard])
-            result[torch.from_numpy(chosen)] = self._shard(shard).picked(torch.from_numpy(inside))
+            result[torch.from_numpy(chosen)] = self._shard(shard).pick(torch.from_numpy(inside))
         return result
+
+    def losses_and_norms(self) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
+        """Return loss and gradient norm of every example, in the order of the data."""
+        loss, norm = torch.empty(self.rows), torch.empty(self.rows)
+        for number in range(len(self.manifest.shard_rows)):
+            stored = self._shard(number)
+            loss[stored.example], norm[stored.example] = stored.loss, stored.norm
+        return loss, norm
 
     def missing_shards(self) -> list[int]:
         """Return the numbers of the shards without a marker, or whose file has not the size in its marker."""
@@ -187,14 +198,12 @@ class Index:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the content of all shards: what a result computed from this index can be kept under."""
-        markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
-        return content_digest([marker for marker in markers if marker is not None])
+        return hashlib.sha256("".join(marker.sha256 for marker in self._markers).encode()).hexdigest()
 
     @cached_property
     def skipped(self) -> tuple[int, ...]:
         """Rows of the data whose loss or gradient was not finite; their gradients are zero (`--skip-bad`)."""
-        markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
-        return tuple(sorted(row for marker in markers if marker is not None for row in marker.skipped))
+        return tuple(sorted(row for marker in self._markers for row in marker.skipped))
 
     @property
     def left_out(self) -> list[str]:
@@ -202,8 +211,13 @@ class Index:
         return [self.examples()[row].id for row in self.skipped]
 
     @cached_property
+    def _markers(self) -> list[Marker]:
+        markers = (read_marker(self.folder, number) for number in range(len(self.manifest.shard_rows)))
+        return [marker for marker in markers if marker is not None]
+
+    @cached_property
     def _stored_examples(self) -> StoredExamples:
-        return read_examples(self.folder, self.manifest)
+        return StoredExamples(examples_paths(self.folder, self.manifest))
 
     @cached_property
     def _places(self) -> np.ndarray:
@@ -235,30 +249,20 @@ class Index:
         return stored
 
     def _read(self, buffers: "_Buffers", span: _Span) -> IndexBlock:
-        stored, rows = self._shard(span.shard), slice(span.start, span.stop)
-        count = span.stop - span.start
+        stored, rows = self._shard(span[0]), span[1]
+        count = rows.stop - rows.start
         gradients = buffers.take()[: count * self.width].view(count, self.width)
-        stored.decode(span.start, gradients)
+        stored.decode(rows.start, gradients)
         count_bytes("read", count * self.manifest.row_bytes)
         # Copies, so that a block that is kept does not keep its shard's file mapped.
-        small = stored.example[rows].clone(), stored.loss[rows].clone(), stored.norm[rows].clone()
-        return IndexBlock(small[0], gradients, small[1], small[2])
+        return IndexBlock(stored.example[rows].clone(), gradients, stored.loss[rows].clone(), stored.norm[rows].clone())
 
     def _faults(self, *, contents: bool) -> list[ShardFault]:
         return [
             ShardFault(number, reason)
-            for number, expected in enumerate(expected_shards(self.manifest))
+            for number, expected in enumerate(expect_shards(self.manifest))
             if (reason := shard_fault(self.folder, number, expected, contents=contents))
         ]
-
-
-def incomplete_message(folder: Path, manifest: Manifest, missing: int) -> str:
-    """Return the message for an unfinished index."""
-    return (
-        f"The index in {folder} is not finished: {missing} of {len(manifest.shard_rows)} shards are missing. "
-        "Run the command that began it again with the same settings; it computes only these:\n"
-        f"  vestige index --model {manifest.model.name} --data {manifest.data.name} --out {folder} ..."
-    )
 
 
 @final
@@ -290,19 +294,25 @@ class _Buffers:
 
 
 def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iterator[IndexBlock]:
+    def wait(coming: Future[IndexBlock]) -> IndexBlock:
+        with time_phase("reading"):
+            return coming.result()
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-read") as reader:
         coming: Future[IndexBlock] | None = None
         for span in spans:
             ready, coming = coming, reader.submit(read, span)
             if ready is not None:
-                yield _waited(ready)
+                yield wait(ready)
                 # The finished future would keep the block's memory from being used again.
                 del ready
         if coming is not None:
-            yield _waited(coming)
+            yield wait(coming)
 
 
-def _waited(coming: Future[IndexBlock]) -> IndexBlock:
-    """Return the block; reading takes the time that is spent waiting for it."""
-    with time_phase("reading"):
-        return coming.result()
+def parts_in_order(index: Index, rows: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "row column"]]]:
+    """Yield consecutive rows of the data and their gradients, `rows` at a time; not given: as many as fit in 16 MB."""
+    step = rows or max(_PART_BYTES // (4 * index.width), 1)
+    for start in range(0, index.rows, step):
+        part = slice(start, min(start + step, index.rows))
+        yield part, index.gradients_of(np.arange(part.start, part.stop))

@@ -1,66 +1,69 @@
-"""An index as a work plan: its shards are the pieces, and the reduce verifies that they are the whole data."""
+"""The work on an index: its folder prepared, its shards computed as the pieces of a plan, inspected, removed.
+
+Nothing on disk changes before the settings were compared and the free space was checked. After that the markers are
+the truth: a run that is killed at any moment, on any of several hosts, loses the shards in flight and nothing else.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import final, overload
+from typing import NamedTuple, final
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from vestige import disk_arrays
-from vestige.data import Example
+from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
 from vestige.errors import CorruptFile
-from vestige.indexes._content import ShardContent
-from vestige.indexes._manifest import Expectation, Manifest, expected_shards
-from vestige.indexes._plan import Plan, PlannedShard
-from vestige.indexes._shards import map_shard, shard_fault, write_shard
+from vestige.indexes._examples import fingerprint_rows, write_examples
+from vestige.indexes._manifest import (
+    Expectation,
+    Manifest,
+    expect_shards,
+    extends,
+    manifest_path,
+    publish_manifest,
+    read_manifest,
+    require_same,
+)
+from vestige.indexes._plan import Plan, PlannedShard, plan_index
+from vestige.indexes._shards import ShardContent, map_shard, marker_path, parts_of, shard_fault, shard_path, write_shard
 from vestige.indexes._store import Index
-from vestige.launch import Compute, ranges, step_done
+from vestige.launch import JOB_FILES, PROFILE_FILE, Compute, ranges, run_plan, step_done
 from vestige.row_order import by_window
+from vestige.settings import LaunchSettings
+from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
 
 _SHOWN = 10
 
 
 @final
-class PlannedBatches(Sequence[np.ndarray]):
+class PlannedBatches(tuple[np.ndarray, ...]):
     """The batches of one shard; a loop over them counts one as done when it requests the next."""
 
-    def __init__(self, batches: tuple[np.ndarray, ...]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[np.ndarray, ...]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | tuple[np.ndarray, ...]:
-        return self._batches[index]
-
     def __iter__(self) -> Iterator[np.ndarray]:
-        for batch in self._batches:
-            yield batch
-            step_done(len(batch))
+        for number in range(len(self)):
+            yield self[number]
+            step_done(len(self[number]))
 
 
 ShardCompute = Callable[[PlannedBatches], Iterable[ShardContent]]
-"""Turns the batches of a shard (each an array of rows of the data) into its content, part by part, rows in that order;
-it iterates over the batches once. A part is stored before the next one is requested."""
+"""From the batches of a shard (arrays of rows of the data), taken once, to its content: part by part, in that order."""
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """The shards of an index, and the finished index; `prepare_index` makes the folder ready for it."""
+    """The shards of an index, and the finished index, as a work plan; `prepare_index` makes the folder ready for it."""
 
     folder: Path
     manifest: Manifest
-    """From `plan_index`."""
     plan: Plan
-    """From `plan_index`."""
+    """Both from `plan_index`."""
     examples: Sequence[Example]
     """All examples, in row order."""
     compute: Callable[[], AbstractContextManager[ShardCompute]]
@@ -100,42 +103,32 @@ class IndexPlan:
             if (fault := shard_fault(self.folder, number, self.expected[number], contents=False))
         ]
         if faults:
-            raise CorruptFile(_listed(f"{len(faults)} of {self.pieces} shards of {self.folder} do not count", faults))
-        require_each_example_once(self.folder, self.manifest)
+            raise _corrupt(f"{len(faults)} of {self.pieces} shards of {self.folder} do not count", faults)
+        _require_each_example_once(self.folder, self.manifest)
         return Index.open(self.folder)
 
     @cached_property
     def expected(self) -> tuple[Expectation, ...]:
         """The record of each shard in the manifest."""
-        return expected_shards(self.manifest)
+        return expect_shards(self.manifest)
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:
         planned = self.plan.shards[piece]
-        parts = _as_planned(compute(PlannedBatches(planned.batches)), planned, self.manifest)
+        parts = _require_planned(compute(PlannedBatches(planned.batches)), planned, self.manifest)
         if not is_rank0():
             for _ in parts:
                 pass
             return
-        write_shard(
-            self.folder,
-            piece,
-            parts,
-            self.manifest.dtype,
-            self.expected[piece],
-            self._name_of,
-            skip_bad=self.skip_bad,
-        )
+        dtype, expected = self.manifest.dtype, self.expected[piece]
 
-    def _name_of(self, row: int) -> str:
-        return f'"{self.examples[row].id}" (row {row})'
+        def name_of(row: int) -> str:
+            return f'"{self.examples[row].id}" (row {row})'
+
+        write_shard(self.folder, piece, parts, dtype, expected, name_of, skip_bad=self.skip_bad)
 
 
-def require_each_example_once(folder: Path, manifest: Manifest) -> None:
-    """Raise unless every row of the data is in exactly one position of one shard.
-
-    Raises:
-        CorruptFile: Shards overlap, or leave examples out; the message lists both.
-    """
+def _require_each_example_once(folder: Path, manifest: Manifest) -> None:
+    """Raise unless every row of the data is in exactly one position of one shard."""
     total = sum(manifest.shard_rows)
     # One more than the number of the shard that holds the row; 0 where none does.
     holder = disk_arrays.zeros(total, np.int32)
@@ -157,15 +150,19 @@ def require_each_example_once(folder: Path, manifest: Manifest) -> None:
     if not all(part.all() for part in disk_arrays.parts(holder)):
         faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
     if faults:
-        raise CorruptFile(_listed(f"The shards of {folder} do not hold each of {total:,} examples once", faults))
+        raise _corrupt(f"The shards of {folder} do not hold each of {total:,} examples once", faults)
 
 
-def _listed(what: str, faults: list[str]) -> str:
+def _corrupt(what: str, faults: list[str]) -> CorruptFile:
     more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
+    return CorruptFile(
+        f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
+    )
 
 
-def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: Manifest) -> Iterator[ShardContent]:
+def _require_planned(
+    parts: Iterable[ShardContent], planned: PlannedShard, manifest: Manifest
+) -> Iterator[ShardContent]:
     """Yield the parts; raise unless they are the rows that were planned."""
     first, all_rows = 0, planned.rows
     for content in parts:
@@ -180,3 +177,128 @@ def _as_planned(parts: Iterable[ShardContent], planned: PlannedShard, manifest: 
         yield content
     if first != len(all_rows):
         raise ValueError(f"shard {planned.number} was computed with {first} of {len(all_rows)} rows")
+
+
+TOKENS = "tokens"
+"""Folder of the tokens of data that does not fit into memory, made before there is a manifest."""
+_BEGUN = (f"{TOKENS}/{'[0-9a-f]' * 16}", *JOB_FILES)
+"""What there may be before there is a manifest."""
+_OURS = (
+    "manifest.json",
+    *(f"shards/[0-9]*.{kind}" for kind in ("safetensors", "json")),
+    "examples/[0-9]*.parquet",
+    *(f"curvature/{name}" for name in ("fisher-*", "kfac-*", "ekfac-*", PROFILE_FILE)),
+    PROFILE_FILE,
+    *_BEGUN,
+)
+
+
+class IndexStatus(NamedTuple):
+    """The progress of an index."""
+
+    done: int
+    """Shards whose marker is there and whose file has the right size."""
+    total: int
+    bytes: int
+    """Size of the finished shards."""
+    rows: int
+    """Examples in the finished shards."""
+
+
+def prepare_index(work: IndexPlan) -> list[int]:
+    """Prepare the folder: write manifest and examples; whatever was damaged no longer counts as done.
+
+    Returns:
+        Numbers of the shards that are missing.
+
+    Raises:
+        IndexMismatch: The index in the folder was made with other settings; nothing was touched.
+        DiskSpaceError: It would not, or does not, fit.
+        UserError: The folder holds other files, or cannot be written to.
+    """
+    folder, manifest, expected = work.folder, work.manifest, work.expected
+    old = read_manifest(folder)
+    if old is None:
+        require_no_others(folder, _BEGUN)
+    elif not extends(old, manifest):
+        require_same(folder, old, manifest)
+    missing = [number for number in range(work.pieces) if shard_fault(folder, number, expected[number], contents=True)]
+    check_disk(folder, sum(expected[number].rows for number in missing) * manifest.row_bytes)
+    for name in (".", "shards", "examples"):
+        make_folder(folder / name)
+    remove_strays(folder)
+    publish_manifest(folder, manifest)
+    write_examples(folder, manifest, work.examples, work.plan.lengths)
+    for number in missing:
+        # A marker may vouch for a file of the right size and the wrong content. Other processes may be at work already:
+        # what was missing a moment ago is checked again, or their finished shard would be forgotten.
+        if work.is_done(number) and shard_fault(folder, number, expected[number], contents=True):
+            remove_durably(marker_path(folder, number))
+    return missing
+
+
+def index_status(folder: Path) -> IndexStatus:
+    """Return the progress of the index in `folder`, read from its markers; zero where there is no manifest."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return IndexStatus(0, 0, 0, 0)
+    expected = expect_shards(manifest)
+    done = [
+        number
+        for number, expectation in enumerate(expected)
+        if shard_fault(folder, number, expectation, contents=False) is None
+    ]
+    size = sum(shard_path(folder, number).stat().st_size for number in done)
+    return IndexStatus(len(done), len(expected), size, sum(expected[number].rows for number in done))
+
+
+def remove_index(folder: Path) -> None:
+    """Remove the index in `folder`, for `--overwrite`; a folder without one is left alone, and so are tokens.
+
+    Raises:
+        UserError: The folder holds files that are not an index's.
+    """
+    # Tokens are known by what they were made from, and those of the next index are among them.
+    remove_result(folder, _OURS, manifest_path(folder).name, begun=_BEGUN, keep=[TOKENS])
+
+
+ReadRows = Callable[[Int[np.ndarray, "row"]], Float[Tensor, "row column"]]
+"""From positions in the data to their gradients, float32, columns in the order of the manifest's components."""
+
+
+def write_rows(
+    out: str | Path, draft: Manifest, data: TokenizedData, read: ReadRows, *, overwrite: bool = False
+) -> Index:
+    """Write gradients that were computed elsewhere as an index, and return it opened; its losses are 0.
+
+    Shards that are there already are kept: an interrupted call is repeated.
+
+    Args:
+        out: Folder of the index.
+        draft: Its manifest without stages; `imported` says where the gradients come from. Compression `IMPORTED_SPEC`
+            stands for a projection that is not known: gradients of new queries are then refused.
+        data: The examples, one for each row, with or without tokens.
+        read: Reads rows; called once for each part of a shard.
+        overwrite: Replace an index in `out`.
+
+    Raises:
+        IndexMismatch: `out` holds an index of other settings or examples.
+        NonFinite: A row has a number that is not finite; the message names its example.
+        UserError: `out` holds other files, or cannot be written to.
+    """
+    out = Path(out)
+    if overwrite:
+        remove_index(out)
+    # Rows of equal length are planned in the order in which they are given.
+    lengths = np.ones(len(data), dtype=np.int64)
+    manifest, plan = plan_index(out, draft, lengths, lambda start, stop: fingerprint_rows(data, start, stop))
+
+    def content(batches: PlannedBatches) -> Iterator[ShardContent]:
+        for _, part in parts_of(batches, manifest.width):
+            rows = np.concatenate(list(part))
+            gradients = read(rows)
+            yield ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
+
+    work = IndexPlan(out, manifest, plan, data.examples, lambda: nullcontext(content))
+    prepare_index(work)
+    return run_plan(work, LaunchSettings(), None)

@@ -72,7 +72,7 @@ class Asked:
                     weights.backward(side.data, each.rows, "sum", self.job.token_budget)
                     slopes = [weights.parameters[part.name].grad for part in components]
                     assert all(slope is not None for slope in slopes)
-                    vectors.append(layout.flattened([slope for slope in slopes if slope is not None]))
+                    vectors.append(layout.flatten([slope for slope in slopes if slope is not None]))
                 found.append(torch.stack(vectors))
         return SetGradients(*found)
 

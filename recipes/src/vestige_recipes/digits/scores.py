@@ -16,8 +16,8 @@ from vestige.curvature import (
     DataInf,
     FisherBlocks,
     accumulate_fisher,
-    fit_ekfac,
-    fit_kfac,
+    ekfac_of,
+    kfac_of,
     mean_eigenvalues,
 )
 from vestige.evaluate import Family, quality
@@ -164,9 +164,9 @@ def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int)
     sampled = ImageCurvature.over(model, with_sampled_labels(model, digits.train, seed))
     given = ImageCurvature.over(model, digits.train)
     makers: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
-        "ekfac": lambda queries: fit_ekfac(sampled).precondition(queries, DAMPING),
-        "kfac": lambda queries: fit_kfac(sampled).eigenbases().precondition(queries, DAMPING),
-        "datainf": lambda queries: DataInf.damped(given, mean_eigenvalues(given), DAMPING).precondition(queries),
+        "ekfac": lambda queries: ekfac_of(sampled).precondition(queries, DAMPING),
+        "kfac": lambda queries: kfac_of(sampled).eigenbases().precondition(queries, DAMPING),
+        "datainf": lambda queries: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(queries),
     }
     for name, solve in makers.items():
         timed = Timed()

@@ -211,7 +211,7 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
     layers = layers_to_write(manifest)
     dims = [part.stop - part.start for part in layers]
     written, batch = [], 0
-    for part in parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
+    for part, gradients in parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
         rows = part.stop - part.start
         starts = range(0, rows, ROWS_PER_BATCH)
         batches = [
@@ -226,7 +226,7 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
             "batches": batches,
         }
         # The numbers first: metadata that are there vouch for a whole map.
-        write_durably(folder / f"{stem}.mmap", [part.gradients.contiguous().numpy().data])
+        write_durably(folder / f"{stem}.mmap", [gradients.contiguous().numpy().data])
         written += [folder / f"{stem}.mmap", write_json(folder / f"{stem}_metadata.json", metadata)]
         batch += len(starts)
     info = [

@@ -197,10 +197,10 @@ def write_projections(index: Index, out: Path) -> list[Path]:
     columns = torch.cat([torch.arange(part.start, part.stop) for part in layers])
     dtype = torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32
     written = []
-    for number, part in enumerate(parts_in_order(index, ROWS_PER_BATCH)):
+    for number, (part, gradients) in enumerate(parts_in_order(index, ROWS_PER_BATCH)):
         path = out / f"{PROJECTIONS}_{number:06d}.pt"
         content = {
-            "proj": part.gradients[:, columns].to(dtype),
+            "proj": gradients[:, columns].to(dtype),
             "iter": number,
             "batch_size": part.stop - part.start,
             "batch_idx": list(range(part.start, part.stop)),

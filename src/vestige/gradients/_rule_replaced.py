@@ -6,9 +6,64 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from vestige.gradients._rule_relative_bias import ReplacedMethod
-from vestige.gradients._rules import Handle, Kept, Receive, deliver_vector, keep, locate, per_token, watch
+from vestige.gradients._factors import OneHot
+from vestige.gradients._rules import Handle, Kept, Receive, Replacement, deliver_vector, keep, locate, per_token, watch
+
+
+class RelativeBiasTap:
+    """T5's relative position bias: a look-up of `[query, key]` buckets, shared by the batch and by every layer.
+
+    The embedding sits in an attention module whose `compute_bias` returns `[1, head, query, key]`. That is expanded to
+    the batch; the expanded copy's gradient is each example's own.
+    """
+
+    def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
+        self._module, self._component, self._receive = module, components["weight"], receive
+
+    def attach(self) -> Sequence[Handle]:
+        """Replace `compute_bias` of the attention module."""
+        return [Replacement(self._module.__dict__, "compute_bias", self._compute)]
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        bias = type(self._module).compute_bias(self._module, *args, **kwargs)  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled():
+            return bias
+        receive, buckets = self._receive(), self._buckets(args, kwargs)
+        expanded = bias.expand(receive.examples, -1, -1, -1).contiguous()
+        if expanded is bias or expanded.data_ptr() == bias.data_ptr():
+            expanded = bias.clone()
+        rows = buckets.reshape(1, -1).expand(receive.examples, -1)
+        size = self._module.get_parameter("relative_attention_bias.weight").shape[0]
+        left = receive.sink.reduce(self._component, "left", OneHot(rows, size))
+        watch(expanded, lambda gradient: self._backward(receive, left, gradient))
+        return expanded
+
+    def _buckets(self, args: Any, kwargs: Any) -> Tensor:
+        """Return the ids that `compute_bias` looks up."""
+        with _Recorder() as recorder, torch.no_grad():
+            type(self._module).compute_bias(self._module, *args, **kwargs)  # type: ignore[attr-defined]
+        assert recorder.ids is not None
+        return recorder.ids
+
+    def _backward(self, receive: Receive, left: Any, gradient: Tensor) -> None:
+        right = gradient.permute(0, 2, 3, 1).flatten(1, 2)
+        kept = receive.sink.reduce(self._component, "right", right)
+        receive.sink.accumulate(self._component, slice(0, receive.examples), left, kept)
+
+
+class _Recorder(TorchFunctionMode):
+    """Remembers the ids of the one look-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding:
+            self.ids = args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class Routed(NamedTuple):
@@ -34,7 +89,7 @@ class ExpertsTap:
 
     def attach(self) -> Sequence[Handle]:
         """Replace the forward."""
-        return [ReplacedMethod(self._module, "forward", self._forward)]
+        return [Replacement(self._module.__dict__, "forward", self._forward)]
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         module = self._module
@@ -82,9 +137,7 @@ class ExpertsTap:
             positions = rows_by_example(routed.positions[:, None] + 1, routed.owners, receive.examples) - 1
             locate(receive.sink, positions[..., 0])
             left = receive.sink.reduce(component, "left", padded)
-            receive.sink.accumulate(
-                component, slice(0, receive.examples), left, kept.unchanged(type(self._module).__name__)
-            )
+            receive.sink.accumulate(component, slice(0, receive.examples), left, kept.get(type(self._module).__name__))
         if shift is not None:
             deliver_vector(receive, shift, padded)
 

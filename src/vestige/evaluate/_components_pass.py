@@ -31,12 +31,12 @@ from vestige.gradients import (
     KeepingSink,
     OneHot,
     Piece,
-    Room,
-    formed_numbers,
+    FormingBudget,
+    count_formed,
     matrices_of,
     numbers,
     products,
-    squared_norms,
+    square_norms,
 )
 from vestige.launch import Compute, PieceFiles, step_done
 from vestige.methods import PooledOutputs, backbone, pooled, tapped, taps_of
@@ -110,7 +110,7 @@ def _run_pass(
     hidden.begin(batch)
     gradient_pass.run(batch, sink)
     gradients = [_shrink(one) for one in sink.finish()]
-    norms = torch.stack([squared_norms(one).cpu() for one in gradients])
+    norms = torch.stack([square_norms(one).cpu() for one in gradients])
     outputs = [one.cpu() for one in [*pooling.collected(), hidden.state]]
     seconds = {"gradients": time.perf_counter() - started}
     projected = []
@@ -129,7 +129,7 @@ def _run_pass(
 
 def _shrink(gradients: Gradients) -> Gradients:
     """Return the same gradients as factors or as matrices, whichever takes fewer numbers."""
-    if gradients.zero or numbers(gradients) <= formed_numbers(gradients):
+    if gradients.zero or numbers(gradients) <= count_formed(gradients):
         return gradients
     return Gradients(gradients.examples, gradients.shape, (), matrices_of(gradients, slice(0, gradients.examples)))
 
@@ -328,7 +328,7 @@ class _Tables:
         started, place = time.perf_counter(), torch.as_tensor(rows)
         for kind, norms in self._squares(queries).items():
             self._query_norms[kind][:, place] = norms
-        memory = Room(_FORMED_BYTES)
+        memory = FormingBudget(_FORMED_BYTES)
         held = [HeldGradients(one, memory, len(self._found)) for one in queries.gradients]
         start = 0
         for batch, passed in zip(self._portion.batches, self._found, strict=True):

@@ -10,7 +10,7 @@ from vestige.evaluate._figures import Mark, interval_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
 from vestige.evaluate._scored import Scored, collect_scores, keep_run, read_together
 from vestige.evaluate._statistics import estimate_mean, mean_of_known, spearman
-from vestige.methods import METHODS, randomised
+from vestige.methods import METHODS, randomise
 from vestige.models import load_model
 from vestige.runs import Scores
 from vestige.settings import RandomisationSettings, verb
@@ -71,7 +71,7 @@ def _score_noise(settings: RandomisationSettings, method: str, seed: int) -> Sco
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    with randomised(loaded.model, seed) as model:
+    with randomise(loaded.model, seed) as model:
         live: dict[str, Any] = {"model": model, "tokenizer": loaded.tokenizer, "precision": "auto", "device": "auto"}
         # The same answers: a model of noise would generate noise.
         return keep_run(settings, folder, {"method": method, "answer": "given"}, live)

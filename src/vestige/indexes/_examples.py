@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from vestige import disk_arrays
 from vestige.data import EXAMPLES, GROUP_ROWS, Example, TokenizedData, record_of
 from vestige.errors import CorruptFile
 from vestige.indexes._manifest import Manifest
@@ -97,5 +96,4 @@ def _tables(rows: range, examples: Sequence[Example], lengths: np.ndarray) -> It
     """Yield the examples at `rows`, one row group after another."""
     for first in range(0, len(rows), GROUP_ROWS):
         records = [record_of(examples[row], int(lengths[row])) for row in rows[first : first + GROUP_ROWS]]
-        disk_arrays.let_go(lengths)
         yield pa.Table.from_pylist(records, schema=EXAMPLES)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige import disk_arrays
 from vestige.data import Sharing, TokenizedData, make_batch, tokenize_source
 from vestige.errors import DataError, ModelError
 from vestige.gradients import CausalLoss
@@ -126,7 +125,7 @@ def read_data(
         on_bad_text=settings.on_bad_text,
         vocabulary=loaded.vocabulary if checked else None,
     )
-    if not any(part.any() for part in disk_arrays.parts(data.target_counts)):
+    if not data.target_counts.any():
         raise DataError(
             f"None of the {len(data):,} examples of {name} has a token to learn: expected a `text`, a `completion` "
             "or an assistant's message that is not cut off. Check --max-length and the columns."

@@ -20,7 +20,8 @@ from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.models import Component
 from vestige.parsing import parse_json
 from vestige.settings import Scope
-from vestige.storage import Difference, mismatch_message, write_durably
+from vestige.storage import (write_durably)
+from vestige.errors import (Difference, mismatch_message)
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vestige import disk_arrays
 from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
 from vestige.errors import DataError, IndexMismatch
 from vestige.indexes._manifest import Manifest, PlanStage, difference, read_manifest
-from vestige.storage import Difference, mismatch_message
+from vestige.errors import (Difference, mismatch_message)
 
 _SHARD_TOKENS = 2**20
 _MOST_TOKEN_SHARDS = 1024
@@ -41,9 +40,7 @@ class PlannedShard(NamedTuple):
     @property
     def rows(self) -> np.ndarray:
         """The rows of the data, int64, in the order of the shard."""
-        rows = self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
-        disk_arrays.let_go(self.cut.rows)
-        return rows
+        return self.cut.rows[self.start : self.stop].astype(np.int64) + self.first
 
     @property
     def batches(self) -> tuple[np.ndarray, ...]:

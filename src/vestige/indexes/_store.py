@@ -13,13 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige import disk_arrays
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
-from vestige.row_order import by_window
 from vestige.timing import count_bytes, time_phase
 
 BLOCK_BYTES = 4 * 2**20
@@ -154,7 +152,6 @@ class Index:
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} were requested of {self.rows} examples")
         places = self._places[wanted].astype(np.int64) - 1
-        disk_arrays.let_go(self._places)
         ends = np.cumsum(self.manifest.shard_rows)
         shards = np.searchsorted(ends, places, side="right")
         result = torch.empty((len(wanted), self.width), dtype=torch.float32)
@@ -222,17 +219,15 @@ class Index:
     @cached_property
     def _places(self) -> np.ndarray:
         """One more than where each example's row lies among all stored rows, int32 or int64 [example]."""
-        places = disk_arrays.zeros(self.rows, np.int32 if self.rows < np.iinfo(np.int32).max else np.int64)
+        places = np.zeros(self.rows, np.int32 if self.rows < np.iinfo(np.int32).max else np.int64)
         first = 0
         for number, count in enumerate(self.manifest.shard_rows):
             rows = self._shard(number).example.numpy()
             known = np.flatnonzero((rows >= 0) & (rows < self.rows))
-            for _, part in by_window(rows[known]):
-                places[rows[known[part]]] = first + known[part] + 1
-                disk_arrays.let_go(places)
+            places[rows[known]] = first + known + 1
             first += count
         # There are as many rows as examples: if every example has one, none has two.
-        if not all(part.all() for part in disk_arrays.parts(places)):
+        if not places.all():
             raise CorruptFile(
                 f"The shards of {self.folder} do not hold each of {self.rows} examples once. "
                 "Build the index again: run its vestige index command with --overwrite."

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige import disk_arrays
 from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
 from vestige.errors import CorruptFile
@@ -35,7 +34,6 @@ from vestige.indexes._plan import Plan, PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, map_shard, marker_path, parts_of, shard_fault, shard_path, write_shard
 from vestige.indexes._store import Index
 from vestige.launch import JOB_FILES, PROFILE_FILE, Compute, ranges, run_plan, step_done
-from vestige.row_order import by_window
 from vestige.settings import LaunchSettings
 from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
 
@@ -131,7 +129,7 @@ def _require_each_example_once(folder: Path, manifest: Manifest) -> None:
     """Raise unless every row of the data is in exactly one position of one shard."""
     total = sum(manifest.shard_rows)
     # One more than the number of the shard that holds the row; 0 where none does.
-    holder = disk_arrays.zeros(total, np.int32)
+    holder = np.zeros(total, np.int32)
     faults = []
     for number in range(len(manifest.shard_rows)):
         rows = map_shard(folder, number, checked=False).example.numpy()
@@ -140,14 +138,11 @@ def _require_each_example_once(folder: Path, manifest: Manifest) -> None:
             faults.append(f"shard {number} holds rows that the data does not have")
         if len(np.unique(inside)) < len(inside):
             faults.append(f"shard {number} holds examples twice")
-        others = set[int]()
-        for _, part in by_window(inside):
-            others |= set((holder[inside[part]] - 1).tolist()) - {-1}
-            holder[inside[part]] = number + 1
-            disk_arrays.let_go(holder)
+        others = set((holder[inside] - 1).tolist()) - {-1}
+        holder[inside] = number + 1
         if others:
             faults.append(f"shard {number} overlaps with {ranges(sorted(others))}")
-    if not all(part.all() for part in disk_arrays.parts(holder)):
+    if not holder.all():
         faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
     if faults:
         raise _corrupt(f"The shards of {folder} do not hold each of {total:,} examples once", faults)

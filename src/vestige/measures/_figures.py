@@ -19,7 +19,7 @@ from vestige.runs import (
     CanaryRecord,
     JudgementRecord,
     agreement,
-    exposed,
+    mean_exposures,
     group_of,
     roc_curve,
 )
@@ -123,7 +123,7 @@ def draw_files(drawn: Drawn) -> dict[str, bytes]:
         shown = draw_agreement(axes, names, table)
         axes.set_title("Rank correlation of measures under the model", fontsize="medium")
         figure.colorbar(shown, ax=axes, shrink=0.7)
-    if exposed(drawn.run.canaries):
+    if mean_exposures(drawn.run.canaries):
         figures["canaries"] = _draw_canaries(drawn)
     return {name: content for stem, figure in figures.items() for name, content in save(stem, figure).items()}
 
@@ -234,7 +234,7 @@ def _draw_canaries(drawn: Drawn) -> Figure:
 def draw_exposure_by_copies(axes: Axes, drawn: Drawn) -> None:
     """Draw exposure by number of copies under the model: each secret, and means with 95 % intervals."""
     last = drawn.checkpoints[-1]
-    groups = [each for each in exposed(drawn.run.canaries) if each.checkpoint == last]
+    groups = [each for each in mean_exposures(drawn.run.canaries) if each.checkpoint == last]
     # Side by side in order: there are few numbers, and a logarithmic axis has no 0.
     for number, group in enumerate(groups):
         found = [each for each in drawn.run.canaries if (each.checkpoint, each.copies) == (last, group.copies)]
@@ -252,7 +252,7 @@ def draw_exposure_by_copies(axes: Axes, drawn: Drawn) -> None:
 
 def draw_exposure_over_time(axes: Axes, drawn: Drawn) -> None:
     """Draw mean exposure over checkpoints with 95 % intervals, a line for each number of copies."""
-    groups = exposed(drawn.run.canaries)
+    groups = mean_exposures(drawn.run.canaries)
     for number, copies in enumerate(dict.fromkeys(group.copies for group in groups)):
         line = [group for group in groups if group.copies == copies]
         values = np.array([[group.low, group.mean, group.high] for group in line])

@@ -231,7 +231,7 @@ class DataInfMethod(Preconditioned):
         """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
         measured = curvature_data(job, self.name, "data")
         units = mean_eigenvalues(measured)
-        return lambda vectors, damping: DataInf.damped(measured, units, damping).precondition(vectors)
+        return lambda vectors, damping: DataInf.with_damping(measured, units, damping).precondition(vectors)
 
 
 @dataclass(frozen=True)

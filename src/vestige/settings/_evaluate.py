@@ -16,7 +16,7 @@ from pydantic import (
 
 from vestige.errors import SpecError
 from vestige.settings._base import parse_bytes
-from vestige.settings._launch import LaunchSettings
+from vestige.settings._shared import LaunchSettings
 from vestige.settings._member import MemberSettings
 from vestige.settings._shared import Patterns, QuestionSettings, ReadingSettings
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vestige.distributed import FSDP, is_helper, together
+from vestige.distributed import FSDP, is_helper, process_group
 from vestige.errors import SpecError, UserError
 from vestige.settings._base import Settings, flag
 from vestige.settings._shared import LaunchSettings
@@ -40,7 +40,7 @@ def verb(
         words = command or _words(function)
 
         def run(complete: Settings) -> Result:
-            shared = together(getattr(complete, "device", None) == FSDP)
+            shared = process_group(getattr(complete, "device", None) == FSDP)
             with shared, _write(complete, words), _restore_modules(complete):
                 return function(complete)
 

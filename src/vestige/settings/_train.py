@@ -19,7 +19,7 @@ from pydantic import (
 
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings
-from vestige.settings._launch import LaunchSettings
+from vestige.settings._shared import LaunchSettings
 from vestige.settings._member import MemberSettings
 from vestige.settings._shared import Patterns, Precision, QuestionSettings, ReadingSettings
 

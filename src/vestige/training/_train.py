@@ -20,15 +20,8 @@ from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, tr
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import TrainSettings, verb
-from vestige.storage import (
-    check_disk,
-    differences,
-    make_folder,
-    mismatch_message,
-    remove_result,
-    remove_strays,
-    require_no_others,
-)
+from vestige.storage import (check_disk, make_folder, remove_result, remove_strays, require_no_others)
+from vestige.errors import (differences, mismatch_message)
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm

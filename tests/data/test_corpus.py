@@ -8,6 +8,7 @@ import signal
 import tracemalloc
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -109,6 +110,7 @@ def test_processes_write_the_same_bytes(tmp_path, chatml):
         folder = tmp_path / f"by-{workers}"
         tokenize_source(path, chatml, max_length=20, name="data", folder=folder, workers=workers, **SMALL)
     assert contents(tmp_path / "by-1") == contents(tmp_path / "by-2")
+    assert not [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
     assert len(list((tmp_path / "by-1").rglob("*.arrow"))) == 13
 
 

@@ -14,11 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from vestige.banks._design import Subset
-from vestige.errors import CorruptFile, DataError, IndexMismatch
+from vestige.errors import CorruptFile, DataError, Difference, IndexMismatch, differences, mismatch_message
 from vestige.launch import JOB_FILES
 from vestige.parsing import as_record, parse_object
-from vestige.storage import (make_folder, remove_durably, remove_result, remove_strays, require_no_others, sha256_of, write_durably)
-from vestige.errors import (Difference, differences, mismatch_message)
+from vestige.storage import (
+    make_folder,
+    remove_durably,
+    remove_result,
+    remove_strays,
+    require_no_others,
+    sha256_of,
+    write_durably,
+)
 from vestige.tables import write_table
 
 FORMAT = 1

@@ -325,24 +325,28 @@ def _pack_all(
             yield chunk, pack(*parts.encode(chunk)) if wanted else None
         return
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     content = pickle.dumps(parts, protocol=pickle.HIGHEST_PROTOCOL)
-    while group := list(islice(requests, 2 * workers)):
-        run = Parallel(n_jobs=workers, backend="loky", max_nbytes=None)
-        try:
+    run = Parallel(n_jobs=workers, backend="loky", max_nbytes=None)
+    try:
+        while group := list(islice(requests, 2 * workers)):
             answers = iter(run(delayed(_pack_in_worker)(content, chunk) for chunk, wanted in group if wanted))
-        except BrokenProcessPool as error:
-            found = re.search(r"\{(.+?)\}", str(error))
-            status = found[1] if found else "unknown"
-            raise UserError(
-                f"A process that turns text into tokens ended (exit status {status}), often for lack of memory. "
-                "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
-            ) from error
-        for chunk, wanted in group:
-            part = next(answers) if wanted else None
-            if isinstance(part, VestigeError):
-                raise part
-            yield chunk, part
+            for chunk, wanted in group:
+                part = next(answers) if wanted else None
+                if isinstance(part, VestigeError):
+                    raise part
+                yield chunk, part
+    except BrokenProcessPool as error:
+        found = re.search(r"\{(.+?)\}", str(error))
+        status = found[1] if found else "unknown"
+        raise UserError(
+            f"A process that turns text into tokens ended (exit status {status}), often for lack of memory. "
+            "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
+        ) from error
+    finally:
+        # They would wait five minutes for more, with their memory.
+        get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def _pack_in_worker(content: bytes, chunk: _Chunk) -> PackedPart | VestigeError:

@@ -25,13 +25,13 @@ from vestige.errors import CorruptFile, NonFinite
 from vestige.evaluate._components_inputs import Compared, Portion, digest
 from vestige.gradients import (
     CausalLoss,
+    FormingBudget,
     GradientPass,
     Gradients,
     HeldGradients,
     KeepingSink,
     OneHot,
     Piece,
-    FormingBudget,
     count_formed,
     matrices_of,
     numbers,

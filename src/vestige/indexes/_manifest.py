@@ -16,12 +16,11 @@ from pydantic import (
 )
 
 from vestige.compress import CompressionSpec
-from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.errors import CorruptFile, Difference, IndexMismatch, UserError, mismatch_message
 from vestige.models import Component
 from vestige.parsing import parse_json
 from vestige.settings import Scope
-from vestige.storage import (write_durably)
-from vestige.errors import (Difference, mismatch_message)
+from vestige.storage import write_durably
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige.data import ANY_EXAMPLES, CutBatch, CutBatches, Sharing
-from vestige.errors import DataError, IndexMismatch
+from vestige.errors import DataError, Difference, IndexMismatch, mismatch_message
 from vestige.indexes._manifest import Manifest, PlanStage, difference, read_manifest
-from vestige.errors import (Difference, mismatch_message)
 
 _SHARD_TOKENS = 2**20
 _MOST_TOKEN_SHARDS = 1024

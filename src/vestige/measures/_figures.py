@@ -19,8 +19,8 @@ from vestige.runs import (
     CanaryRecord,
     JudgementRecord,
     agreement,
-    mean_exposures,
     group_of,
+    mean_exposures,
     roc_curve,
 )
 

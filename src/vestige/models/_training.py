@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch
 from vestige.errors import DataError, ModelError, NonFinite, SpecError
-from vestige.models._pretrained import quiet_transformers
 from vestige.models._components import LoadedModel
+from vestige.models._pretrained import quiet_transformers
 from vestige.storage import stage_folder
 
 _ALL_LINEAR = "all-linear"

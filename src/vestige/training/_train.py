@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError
+from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import TrainSettings, verb
-from vestige.storage import (check_disk, make_folder, remove_result, remove_strays, require_no_others)
-from vestige.errors import (differences, mismatch_message)
+from vestige.storage import check_disk, make_folder, remove_result, remove_strays, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm

@@ -56,6 +56,7 @@ def run_in(folder, scores, queries, examples):
         command="vestige attribute",
         config={},
         versions={},
+        model=None,
         data=DataRecord(name="d", fingerprint="f", examples=len(examples)),
         queries=DataRecord(name="q", fingerprint="f", examples=len(queries)),
         method=folder.name,

@@ -132,10 +132,17 @@ def test_fewer_candidates_are_the_first_of_more(settings):
     assert np.array_equal(result.gradients["3"].values, result.gradients["all"].values[:, :, :3])
 
 
-def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settings, tmp_path):
-    blocks = one_pass_result(settings(components="all", candidates="all")).gradients["all"]
-    single = one_pass_result(settings(components="all", candidates="1", out=tmp_path / "single")).gradients["1"]
-    np.testing.assert_allclose(single.values, blocks.values[:, :, :1], rtol=1e-4, atol=1e-6)
+def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settings, workshop, tmp_path):
+    rows = [json.loads(line) for line in (workshop / "queries.jsonl").read_text().splitlines()]
+    few = [row | {"candidates": [f"pair-{5 * number % 12}"]} for number, row in enumerate(rows)]
+    write_rows(tmp_path / "few.jsonl", few)
+    blocks = one_pass_result(settings(components="all", candidates="all"))
+    chosen = settings(queries=str(tmp_path / "few.jsonl"), components="all", candidates="given", out=tmp_path / "few")
+    single = one_pass_result(chosen)
+    listed = single.inputs.candidates["given"].rows
+    place = (blocks.inputs.candidates["all"].rows == listed).argmax(1)
+    expected = blocks.gradients["all"].values[:, np.arange(12), place]
+    np.testing.assert_allclose(single.gradients["given"].values[:, :, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_identical_paraphrases_have_accuracy_one_and_cosine_one(settings, workshop, tmp_path):

@@ -19,7 +19,7 @@ from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.reports._audit_page import format_span
 from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
-from vestige.reports._header import Chip, Fact, compact, cut_command, duration, short_name
+from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, shorten_name
 
 RESULT, SIMILARITY = "components.json", "self_similarity.csv"
 FULL, CHANCE, BM25 = "full gradient", "random", "bm25 of the prompts"
@@ -36,7 +36,7 @@ Part = Mapping[str, Any]
 Value = Callable[[Part], float]
 
 
-def component_page(folder: Path) -> dict[str, Any]:
+def make_component_page(folder: Path) -> dict[str, Any]:
     """Return everything that is on the page of the result in the folder, as its template takes it.
 
     Raises:
@@ -73,12 +73,12 @@ def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
     passes = found["passes"]
     times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
     return [
-        Fact("Model", short_name(found["model"])),
+        Fact("Model", shorten_name(found["model"])),
         Fact("Compared", found["title"].partition(" (")[0]),
         Fact("Candidates", ", ".join(found["candidates"])),
-        Fact("Components", str(len(parts)), note=f"{compact(sum(one['parameters'] for one in parts))} parameters"),
-        Fact("Gradients computed", compact(passes["backward_passes"]), note=times),
-        Fact("Passes took", duration(passes["gradient_seconds"])),
+        Fact("Components", str(len(parts)), note=f"{format_count(sum(one['parameters'] for one in parts))} parameters"),
+        Fact("Gradients computed", format_count(passes["backward_passes"]), note=times),
+        Fact("Passes took", format_duration(passes["gradient_seconds"])),
     ]
 
 
@@ -180,7 +180,7 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
         "" if row["parameters"] is None else _percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
-        "" if row["seconds"] is None else duration(row["seconds"]),
+        "" if row["seconds"] is None else format_duration(row["seconds"]),
     )
     return {
         "name": row["name"],
@@ -357,7 +357,7 @@ def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     for place, values in enumerate(groups, 1):
         axes.plot([place] * len(values), values, "o", color=COLOURS[0], markersize=4, alpha=0.4)
     axes.axhline(full, color=_INK, linewidth=1)
-    axes.set_xticks(range(1, len(sizes) + 1), list(map(compact, sizes)))
+    axes.set_xticks(range(1, len(sizes) + 1), list(map(format_count, sizes)))
     axes.set(xlabel="parameters", ylabel="accuracy")
     note = "Quartiles of the components of each size, with all of them. Line: full gradient."
     return make_panel("Accuracy by number of parameters", note, axes)

@@ -66,7 +66,8 @@ def make_component_page(folder: Path) -> dict[str, Any]:
 def kind_of(part: Part) -> str:
     """Return attention, feed-forward or neither."""
     name = part["type"].lower()
-    return next(kind for kind, words in KINDS.items() if "norm" not in name and any(word in name for word in words))
+    fitting = (kind for kind, words in KINDS.items() if any(word in name for word in words))
+    return "others" if "norm" in name else next(fitting)
 
 
 def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:

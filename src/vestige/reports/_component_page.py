@@ -282,6 +282,7 @@ def _draw_bars(
     axes.set(xlabel="block", ylabel=label, xlim=(-0.7, len(parts) - 0.3))
     if log:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=10 ** math.floor(math.log10(min(max(value(one), 1) for one in parts))))
         _write_plainly(axes.yaxis, "{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, axes, broad=True)]

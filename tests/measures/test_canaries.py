@@ -174,7 +174,9 @@ def test_the_figure_of_the_secrets_is_drawn_and_the_same_every_time():
 
 def drawn(canaries, checkpoints):
     """The figures of an audit that has nothing but planted secrets."""
-    subjects = [SubjectRecord(number=number, name="", steps=number, fingerprint="") for number in checkpoints]
+    subjects = [
+        SubjectRecord(number=number, name="", steps=number, fingerprint="", median_loss=None) for number in checkpoints
+    ]
     nothing = {"judgement": [], "layers": [], "main_layer": None, "measures": {}}
     run = AuditRecord.model_construct(canaries=canaries, checkpoints=subjects, **nothing)
     return draw_files(Drawn(run, [], lambda name, **_: None, [], np.ones(1, dtype=bool)))

@@ -191,7 +191,7 @@ def test_figures_load_nothing_carry_no_address_and_take_their_colours_from_the_p
     figure = figure_of(page, "loss while training")
     assert "var(--tone-0)" in figure
     assert "DejaVu" not in page
-    assert "http" not in page
+    assert "://" not in page
     assert "<image" not in page
     assert "nan" not in figure.lower()
     assert report(audited).read_text() == page

@@ -1,6 +1,6 @@
 import pytest
 
-from vestige.reports import make_grid, place_of
+from vestige.reports import find_place, make_grid
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from vestige.reports import make_grid, place_of
     ],
 )
 def test_names_of_all_architectures_are_placed(component, place):
-    assert place_of(component) == place
+    assert find_place(component) == place
 
 
 def test_weight_and_bias_share_a_cell_and_the_cells_sum_to_the_score():

@@ -1,17 +1,17 @@
-from vestige.reports import Wording, cut, readable_tokens
+from vestige.reports import Wording, cut, read_tokens
 
 
 def test_byte_level_tokens_become_text_and_a_split_character_goes_to_its_last_token():
     tokens = ("The", "Ġsky", "Ċ", "Ġcaf", "Ã", "©", "<|endoftext|>")
-    assert readable_tokens(tokens) == ("The", " sky", "\n", " caf", "", "é", "<|endoftext|>")
+    assert read_tokens(tokens) == ("The", " sky", "\n", " caf", "", "é", "<|endoftext|>")
 
 
 def test_sentencepiece_tokens_become_text():
-    assert readable_tokens(("▁The", "▁sky", "<0x0A>", "s")) == (" The", " sky", "\n", "s")
+    assert read_tokens(("▁The", "▁sky", "<0x0A>", "s")) == (" The", " sky", "\n", "s")
 
 
 def test_decoded_tokens_pass_unchanged_even_with_a_letter_of_the_byte_alphabet():
-    assert readable_tokens(("Ġwan", " said")) == ("Ġwan", " said")
+    assert read_tokens(("Ġwan", " said")) == ("Ġwan", " said")
 
 
 def test_chat_template_and_system_prompt_are_neither_prompt_nor_answer():

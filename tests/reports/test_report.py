@@ -12,11 +12,11 @@ import pytest
 from tests.reports.fixture_run import write_fixture_run
 from vestige.errors import UserError
 from vestige.reports import (
-    compact,
-    duration,
-    header_of,
+    format_count,
+    format_duration,
     json_for_html,
-    payload_of,
+    make_header,
+    make_payload,
     read_run,
     render_page,
     report,
@@ -27,7 +27,7 @@ DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', r
 
 @pytest.fixture(scope="module")
 def payload(run_folder) -> dict:
-    return payload_of(read_run(run_folder))
+    return make_payload(read_run(run_folder))
 
 
 def changed(run_folder: Path, tmp_path: Path, **parts) -> Path:
@@ -93,7 +93,7 @@ def test_the_example_the_answer_was_copied_from_overlaps_fully(payload):
 
 def test_hub_share_counts_queries_whose_first_ten_hold_the_example(run_folder):
     run = read_run(run_folder)
-    for example in payload_of(run)["examples"].values():
+    for example in make_payload(run)["examples"].values():
         holding = sum(
             any(entry.row == example["row"] and entry.end == "proponent" and entry.rank <= 10 for entry in ranked)
             for ranked in run.ranked.values()
@@ -109,7 +109,7 @@ def test_numbers_that_json_cannot_carry_are_refused(run_folder, tmp_path):
 
 def test_optional_parts_may_be_missing(tmp_path):
     run = write_fixture_run(tmp_path / "run", tables=())
-    data = payload_of(read_run(run))
+    data = make_payload(read_run(run))
     assert data["grid"] is None
     assert all(entry["cells"] is None and entry["tokens"] is None for entry in data["queries"][0]["ranked"])
     assert "Not validated" in report(run).read_text()
@@ -129,26 +129,26 @@ def test_the_trust_strip_says_plainly_whether_scores_were_validated(run_folder, 
     validated = {"validated": True, "checks": [{"name": "LDS", "value": -0.25, "reading": "r", "verdict": "warn"}]}
     run = changed(run_folder, tmp_path, trust=validated)
     assert "Not validated" not in render_page(run)
-    check = header_of(read_run(run))["checks"][0]
+    check = make_header(read_run(run))["checks"][0]
     assert (check.value, check.verdict, check.word) == ("−0.25", "warn", "look closer")
 
 
 def test_a_run_without_a_model_still_has_a_header(run_folder, tmp_path):
-    header = header_of(read_run(changed(run_folder, tmp_path, model=None, coverage=None)))
+    header = make_header(read_run(changed(run_folder, tmp_path, model=None, coverage=None)))
     assert header["title"] == "The training data behind 4 answers"
     assert [fact.label for fact in header["facts"]] == ["Training data", "Method", "Run", "Took"]
 
 
 def test_the_command_breaks_between_options_and_loses_nothing(run_folder):
     run = read_run(run_folder)
-    parts = header_of(run)["command"]
+    parts = make_header(run)["command"]
     assert " ".join(parts) == run.record.command
     assert parts[:2] == ("vestige attribute", "--index demo/index")
 
 
 def test_counts_and_times_are_said_as_a_reader_says_them():
-    assert [compact(value) for value in (912, 12480, 134515008, 7.2e9)] == ["912", "12,480", "134.5 M", "7.2 B"]
-    assert [duration(value) for value in (8.25, 200, 7500)] == ["8.2 s", "3 min 20 s", "2 h 5 min"]
+    assert [format_count(value) for value in (912, 12480, 134515008, 7.2e9)] == ["912", "12,480", "134.5 M", "7.2 B"]
+    assert [format_duration(value) for value in (8.25, 200, 7500)] == ["8.2 s", "3 min 20 s", "2 h 5 min"]
 
 
 def test_the_report_goes_into_the_run_or_where_it_is_sent(run_folder, tmp_path):

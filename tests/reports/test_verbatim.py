@@ -1,11 +1,11 @@
 import pytest
 
-from vestige.reports import Wording, cut, overlap, rare_words, words_of
+from vestige.reports import Wording, cut, find_overlap, find_rare_words, split_words
 
 
 def compare(answer: str, example: str, rare: str = ""):
-    query = words_of(cut(Wording(prompt="Tell me", completion=answer)))
-    return overlap(query, words_of(cut(Wording(text=example))), frozenset(rare.split()))
+    query = split_words(cut(Wording(prompt="Tell me", completion=answer)))
+    return find_overlap(query, split_words(cut(Wording(text=example))), frozenset(rare.split()))
 
 
 def marked(text: str, ranges) -> list[str]:
@@ -36,9 +36,9 @@ def test_a_rare_but_short_word_is_not():
 
 
 def test_no_run_crosses_from_question_into_answer():
-    query = words_of(cut(Wording(prompt="one two", completion="three four")))
-    example = words_of(cut(Wording(text="one two three four")))
-    assert overlap(query, example, frozenset()).example == ()
+    query = split_words(cut(Wording(prompt="one two", completion="three four")))
+    example = split_words(cut(Wording(text="one two three four")))
+    assert find_overlap(query, example, frozenset()).example == ()
 
 
 def test_the_longest_of_overlapping_runs_is_marked_whole():
@@ -49,13 +49,13 @@ def test_the_longest_of_overlapping_runs_is_marked_whole():
 
 
 def test_a_word_in_many_texts_is_not_rare():
-    texts = [words_of(cut(Wording(text="common" if number else "common seldom"))) for number in range(5)]
-    assert rare_words(texts) == {"seldom"}
+    texts = [split_words(cut(Wording(text="common" if number else "common seldom"))) for number in range(5)]
+    assert find_rare_words(texts) == {"seldom"}
 
 
 def test_template_words_never_match():
     tokens = ("You", " are", " a", " bot", ".", "Hi", " you")
-    same = words_of(cut(Wording(text="Hi you", tokens=tokens)))
+    same = split_words(cut(Wording(text="Hi you", tokens=tokens)))
     assert [word.text for word in same if word.text] == ["hi", "you"]
 
 
@@ -65,12 +65,12 @@ def test_an_answer_without_words_has_no_share():
 
 def test_no_run_crosses_turns_and_a_shared_system_prompt_is_no_overlap():
     def words(*messages):
-        return words_of(cut(Wording(messages=messages)))
+        return split_words(cut(Wording(messages=messages)))
 
     system = ("system", "You are the kind helper of this shop.")
     query = words(system, ("user", "Please do tell"), ("user", "me why"), ("assistant", "Fine words."))
     example = words(system, ("user", "do tell me why fine words"))
-    assert overlap(query, example, frozenset()).example == ()
+    assert find_overlap(query, example, frozenset()).example == ()
     example = words(system, ("user", "Please do tell me"))
-    start, stop = overlap(query, example, frozenset()).example[0]
+    start, stop = find_overlap(query, example, frozenset()).example[0]
     assert stop - start == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vestige.data import Example, TokenizedData
-from vestige.reports import payload_of, read_run
+from vestige.reports import make_payload, read_run
 from vestige.runs import ComponentScores, RunRecord, RunTables, ScoreBlock, ScoreCollector, TokenScores, write_run
 
 
@@ -54,7 +54,7 @@ def written(run_folder, tmp_path):
 
 
 def test_a_written_run_is_shown_whole(written):
-    data = payload_of(read_run(written))
+    data = make_payload(read_run(written))
     (query,) = data["queries"]
     first = query["ranked"][0]
     assert (first["end"], first["row"], first["score"], first["cells"]) == ("proponent", 0, 3.0, [0.75, 2.25])
@@ -71,6 +71,6 @@ def test_a_written_run_is_shown_whole(written):
 
 
 def test_prompt_and_answer_are_told_apart_in_written_tokens(written):
-    text = payload_of(read_run(written))["examples"]["1"]["text"]
+    text = make_payload(read_run(written))["examples"]["1"]["text"]
     assert text["pieces"] == tuple("why?\nbecause")
     assert text["roles"] == "pppp" + "t" + "aaaaaaa"

@@ -19,8 +19,8 @@ from vestige.measures import (
     draw_roc,
 )
 from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
-from vestige.reports._header import Fact, compact, cut_command, join_versions, short_name, took
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
+from vestige.reports._header import Fact, cut_command, describe_cost, format_count, join_versions, shorten_name
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
@@ -35,12 +35,12 @@ TRUTHS = {
 Json = dict[str, Any]
 
 
-def audit_page(audit: Audit) -> Json:
+def make_audit_page(audit: Audit) -> Json:
     """Return everything that is on the page of a run of `vestige audit`, as its template takes it."""
     run = audit.run
     return {
-        "title": f"What {short_name(run.model.name)} has memorized",
-        "subtitle": f"memorization · {short_name(run.data.name)}",
+        "title": f"What {shorten_name(run.model.name)} has memorized",
+        "subtitle": f"memorization · {shorten_name(run.data.name)}",
         "facts": _list_facts(audit),
         "command": cut_command(run.command),
         "judged": [_make_table(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)],
@@ -71,15 +71,15 @@ def format_span(span: Sequence[float | None]) -> str:
 def _list_facts(audit: Audit) -> list[Fact]:
     run, model, data = audit.run, audit.run.model, audit.run.data
     facts = [
-        Fact("Model", short_name(model.name), model.fingerprint[:8], f"{compact(model.parameters)} parameters"),
-        Fact("Examples", short_name(data.name), data.fingerprint[:8], compact(data.examples)),
+        Fact("Model", shorten_name(model.name), model.fingerprint[:8], f"{format_count(model.parameters)} parameters"),
+        Fact("Examples", shorten_name(data.name), data.fingerprint[:8], format_count(data.examples)),
     ]
     if run.holdout:
-        facts.append(Fact("Held out", short_name(run.holdout.name), note=compact(run.holdout.examples)))
+        facts.append(Fact("Held out", shorten_name(run.holdout.name), note=format_count(run.holdout.examples)))
     if run.bank:
         note = f"{run.bank.models} models, by {run.bank.value}"
-        facts.append(Fact("Bank", short_name(run.bank.name), run.bank.id[:8] or None, note))
-        counted = f"{run.bank.memorized} of {compact(data.examples)}"
+        facts.append(Fact("Bank", shorten_name(run.bank.name), run.bank.id[:8] or None, note))
+        counted = f"{run.bank.memorized} of {format_count(data.examples)}"
         facts.append(Fact(f"Likelihood ratio {run.bank.memorized_at:g} or more", counted))
     if len(run.checkpoints) > 1:
         note = None if run.trigger is None else f"median loss below 5 % of its start from {run.trigger} on"
@@ -88,7 +88,7 @@ def _list_facts(audit: Audit) -> list[Fact]:
         facts.append(Fact("Classes", str(len(run.classes)), note=", ".join(run.classes[:6])))
     for prefix, span in run.extraction.items():
         facts.append(Fact(f"Given back word for word, {prefix} tokens given", format_span(span)))
-    return [*facts, took(run.seconds, run.peak_memory_bytes, run.peak_gpu_memory_bytes)]
+    return [*facts, describe_cost(run.seconds, run.peak_memory_bytes, run.peak_gpu_memory_bytes)]
 
 
 def _make_table(audit: Audit, truth: Truth) -> Json:
@@ -164,7 +164,7 @@ def _has_both_sides(truth: Known) -> bool:
 
 def _draw_secrets(drawn: Drawn) -> list[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
-    groups, panels = mean_exposures(drawn.run.canaries), list[Panel]()
+    groups, panels = exposed(drawn.run.canaries), list[Panel]()
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
         draw_exposure_by_copies(axes := new_axes(SMALL), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
@@ -241,7 +241,7 @@ def _describe_secrets(audit: Audit) -> str:
     if not values:
         return ""
     most = max(each.most for each in audit.run.canaries)
-    groups = [each for each in mean_exposures(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
+    groups = [each for each in exposed(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
     means = f"mean exposure {np.mean(values):.2f} bits"
     if len(groups) > 1:
         by_copies = [f"{each.mean:.2f} with {_count_copies(each.copies)}" for each in groups]

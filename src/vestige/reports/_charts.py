@@ -64,10 +64,10 @@ def make_panel(
         dashed = part is handle and part.get_linestyle() not in ("-", "None")
         keys.append(Key((names or {}).get(label, label), _INKS.get(colour.lower(), colour), dashed))
     label = f"{title}: {', '.join(key.name for key in keys)}" if keys else title
-    return Panel(title, note, _inline_svg(axes.figure, label), tuple(keys), broad)
+    return Panel(title, note, _inline_svg(axes.figure, label, broad), tuple(keys), broad)
 
 
-def _inline_svg(figure: Any, label: str) -> Markup:
+def _inline_svg(figure: Any, label: str, broad: bool) -> Markup:
     """Return a figure as SVG that may stand in a page; the same bytes for the same figure.
 
     Nothing in it is loaded, no name in it is that of another figure, and its texts are texts.
@@ -81,7 +81,10 @@ def _inline_svg(figure: Any, label: str) -> Markup:
     body = re.sub(r'<g id="([^"]*)"', _open_group, body)
     body = re.sub(r'style="[^"]*"', _restyle, body)
     box = head.split('viewBox="')[1].split('"')[0]
-    start = f'<svg viewBox="{box}" style="max-width:{box.split()[2]}px" role="img" aria-label="{escape(label)}">'
+    width = float(box.split()[2])
+    # A broad one is not made smaller than letters can be read: it is moved to the side on a narrow screen.
+    size = f"max-width:{width:g}px" + (f";min-width:{min(width, 720):g}px" if broad else "")
+    start = f'<svg viewBox="{box}" style="{size}" role="img" aria-label="{escape(label)}">'
     return Markup(start + re.sub(r"\s*\n\s*", "\n", body).strip())
 
 

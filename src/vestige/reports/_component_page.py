@@ -19,7 +19,7 @@ from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.reports._audit_page import format_span
 from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
-from vestige.reports._header import Chip, Fact, compact, cut_command, duration, short_name
+from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, shorten_name
 
 RESULT, SIMILARITY = "components.json", "self_similarity.csv"
 FULL, CHANCE, BM25 = "full gradient", "random", "bm25 of the prompts"
@@ -36,7 +36,7 @@ Part = Mapping[str, Any]
 Value = Callable[[Part], float]
 
 
-def component_page(folder: Path) -> dict[str, Any]:
+def make_component_page(folder: Path) -> dict[str, Any]:
     """Return everything that is on the page of the result in the folder, as its template takes it.
 
     Raises:
@@ -66,19 +66,20 @@ def component_page(folder: Path) -> dict[str, Any]:
 def kind_of(part: Part) -> str:
     """Return attention, feed-forward or neither."""
     name = part["type"].lower()
-    return next(kind for kind, words in KINDS.items() if "norm" not in name and any(word in name for word in words))
+    fitting = (kind for kind, words in KINDS.items() if any(word in name for word in words))
+    return "others" if "norm" in name else next(fitting)
 
 
 def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
     passes = found["passes"]
     times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
     return [
-        Fact("Model", short_name(found["model"])),
+        Fact("Model", shorten_name(found["model"])),
         Fact("Compared", found["title"].partition(" (")[0]),
         Fact("Candidates", ", ".join(found["candidates"])),
-        Fact("Components", str(len(parts)), note=f"{compact(sum(one['parameters'] for one in parts))} parameters"),
-        Fact("Gradients computed", compact(passes["backward_passes"]), note=times),
-        Fact("Passes took", duration(passes["gradient_seconds"])),
+        Fact("Components", str(len(parts)), note=f"{format_count(sum(one['parameters'] for one in parts))} parameters"),
+        Fact("Gradients computed", format_count(passes["backward_passes"]), note=times),
+        Fact("Passes took", format_duration(passes["gradient_seconds"])),
     ]
 
 
@@ -180,7 +181,7 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
         "" if row["parameters"] is None else _percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
-        "" if row["seconds"] is None else duration(row["seconds"]),
+        "" if row["seconds"] is None else format_duration(row["seconds"]),
     )
     return {
         "name": row["name"],
@@ -281,6 +282,7 @@ def _draw_bars(
     axes.set(xlabel="block", ylabel=label, xlim=(-0.7, len(parts) - 0.3))
     if log:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=10 ** math.floor(math.log10(min(max(value(one), 1) for one in parts))))
         _write_plainly(axes.yaxis, "{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, axes, broad=True)]
@@ -357,7 +359,7 @@ def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     for place, values in enumerate(groups, 1):
         axes.plot([place] * len(values), values, "o", color=COLOURS[0], markersize=4, alpha=0.4)
     axes.axhline(full, color=_INK, linewidth=1)
-    axes.set_xticks(range(1, len(sizes) + 1), list(map(compact, sizes)))
+    axes.set_xticks(range(1, len(sizes) + 1), list(map(format_count, sizes)))
     axes.set(xlabel="parameters", ylabel="accuracy")
     note = "Quartiles of the components of each size, with all of them. Line: full gradient."
     return make_panel("Accuracy by number of parameters", note, axes)

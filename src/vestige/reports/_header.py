@@ -32,29 +32,29 @@ class Chip(NamedTuple):
     sign: str
 
 
-def header_of(run: RunFiles) -> dict[str, Any]:
+def make_header(run: RunFiles) -> dict[str, Any]:
     """Return what stands on the page of `run` without its script; what does not apply to its method is left out."""
     record = run.record
     count = len(run.queries)
     answers = "1 answer" if count == 1 else f"{count} answers"
-    owner = f" of {short_name(record.model.name)}" if record.model else ""
+    owner = f" of {shorten_name(record.model.name)}" if record.model else ""
     skipped = record.coverage.skipped if record.coverage else ()
     return {
         "title": f"The training data behind {answers}{owner}",
-        "subtitle": f"{record.method} · {short_name(record.data.name)}",
-        "facts": _facts(run),
+        "subtitle": f"{record.method} · {shorten_name(record.data.name)}",
+        "facts": _list_facts(run),
         "command": cut_command(record.command),
-        "sign": _sentence(record.meaning.sign),
-        "estimates": _sentence(record.meaning.estimates),
+        "sign": _make_sentence(record.meaning.sign),
+        "estimates": _make_sentence(record.meaning.estimates),
         "meaning": (
             Fact("Unit", record.meaning.unit),
             Fact("About", record.meaning.target),
             Fact("Divided by", record.meaning.normalisation),
         ),
-        "limits": _sentence(record.meaning.limits),
+        "limits": _make_sentence(record.meaning.limits),
         "validated": record.trust.validated,
-        "checks": [_chip(check) for check in record.trust.checks],
-        "skipped": [each.model_dump() | {"parameters": compact(each.parameters)} for each in skipped],
+        "checks": [_make_chip(check) for check in record.trust.checks],
+        "skipped": [each.model_dump() | {"parameters": format_count(each.parameters)} for each in skipped],
         "versions": join_versions(record.versions),
         "vestige": record.vestige,
     }
@@ -70,43 +70,45 @@ def join_versions(versions: Mapping[str, str]) -> str:
     return " · ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def took(seconds: float, peak_memory_bytes: int | None, peak_gpu_memory_bytes: int | None) -> "Fact":
+def describe_cost(seconds: float, peak_memory_bytes: int | None, peak_gpu_memory_bytes: int | None) -> "Fact":
     """Return how long a run took, and with how much memory."""
     memory = f"{format_memory(peak_memory_bytes, peak_gpu_memory_bytes)} at most" if peak_memory_bytes else None
-    return Fact("Took", duration(seconds), note=memory)
+    return Fact("Took", format_duration(seconds), note=memory)
 
 
-def short_name(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Return the last part of a path or hub id: what a reader calls the thing."""
     return name.rstrip("/").rsplit("/", 1)[-1] or "unnamed"
 
 
-def _facts(run: RunFiles) -> tuple[Fact, ...]:
+def _list_facts(run: RunFiles) -> tuple[Fact, ...]:
     record = run.record
     facts = []
     if record.model:
-        parameters = f"{compact(record.model.parameters)} parameters"
-        facts.append(Fact("Model", short_name(record.model.name), _short(record.model.fingerprint), parameters))
-    examples = f"{compact(record.data.examples)} examples"
+        parameters = f"{format_count(record.model.parameters)} parameters"
+        facts.append(
+            Fact("Model", shorten_name(record.model.name), _shorten_fingerprint(record.model.fingerprint), parameters)
+        )
+    examples = f"{format_count(record.data.examples)} examples"
     facts += [
-        Fact("Training data", short_name(record.data.name), _short(record.data.fingerprint), examples),
+        Fact("Training data", shorten_name(record.data.name), _shorten_fingerprint(record.data.fingerprint), examples),
         Fact("Method", record.method),
         Fact("Run", run.folder.resolve().name, note=record.created[:16].replace("T", " ")),
     ]
     if record.coverage and record.coverage.total:
         share = record.coverage.selected / record.coverage.total
-        note = f"{compact(record.coverage.selected)} of {compact(record.coverage.total)}"
+        note = f"{format_count(record.coverage.selected)} of {format_count(record.coverage.total)}"
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     if record.asked:
         facts.append(Fact("Questions", f"put {record.asked}"))
-    return (*facts, took(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))
+    return (*facts, describe_cost(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))
 
 
-def _short(fingerprint: str) -> str:
+def _shorten_fingerprint(fingerprint: str) -> str:
     return fingerprint.removeprefix("sha256:")[:8]
 
 
-def compact(count: float) -> str:
+def format_count(count: float) -> str:
     """Return a count as a reader says it: 912, 12,480, 134.5 M, 7.2 B."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if count >= size:
@@ -114,7 +116,7 @@ def compact(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time as a reader says it: 8.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -124,7 +126,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _sentence(text: str) -> str:
+def _make_sentence(text: str) -> str:
     """Return `text` with a capital and a full stop, or nothing for nothing."""
     words = text.strip()
     if not words:
@@ -132,7 +134,7 @@ def _sentence(text: str) -> str:
     return words[0].upper() + words[1:] + ("" if words[-1] in ".!?" else ".")
 
 
-def _chip(check: Check) -> Chip:
+def _make_chip(check: Check) -> Chip:
     word, sign = VERDICTS[check.verdict]
     shown = "–" if check.value is None else f"{check.value:.2f}".replace("-", "−")
     return Chip(check.name[:1].upper() + check.name[1:], shown, check.reading, check.verdict, word, sign)

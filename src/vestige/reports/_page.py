@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from vestige.errors import UserError
 from vestige.progress import announce
-from vestige.reports._header import header_of
-from vestige.reports._payload import payload_of
+from vestige.reports._header import make_header
+from vestige.reports._payload import make_payload
 from vestige.reports._read import read_run
 from vestige.runs import Audit, is_audit
 from vestige.storage import make_folder, remove_strays_of, write_durably
@@ -86,24 +86,24 @@ def render_page(run: Path, *, live: str | None = None) -> str:
     data = ""
     # Pages with figures import matplotlib and the measures, which those of attributions do without.
     if (run / COMPONENTS).is_file():
-        from vestige.reports._component_page import component_page
+        from vestige.reports._component_page import make_component_page
 
-        kind, page = "components", component_page(run)
+        kind, page = "components", make_component_page(run)
     elif is_audit(run):
-        from vestige.reports._audit_page import audit_page
+        from vestige.reports._audit_page import make_audit_page
 
-        kind, page = "audit", audit_page(Audit.open(run))
+        kind, page = "audit", make_audit_page(Audit.open(run))
     else:
         found = read_run(run)
-        kind, page, data = "report", header_of(found), json_for_html(payload_of(found))
-    script, style = _load_script(kind), "".join(map(_asset, (f"{name}.css" for name in _STYLES[kind].split())))
+        kind, page, data = "report", make_header(found), json_for_html(make_payload(found))
+    script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
     return (
-        _environment()
+        _make_environment()
         .get_template(f"{kind}.html.jinja")
         .render(
             page=page,
             live=live,
-            policy=_policy(script, live is not None),
+            policy=_make_policy(script, live is not None),
             style=Markup(style),
             script=Markup(script),
             data=Markup(data),
@@ -124,7 +124,7 @@ def json_for_html(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _policy(script: str, live: bool) -> str:
+def _make_policy(script: str, live: bool) -> str:
     """Return a content security policy that allows this page's own script and nothing from anywhere else.
 
     Even markup that slipped out of a training text could then neither run nor load anything.
@@ -139,16 +139,16 @@ def _policy(script: str, live: bool) -> str:
 
 @cache
 def _load_script(kind: str) -> str:
-    parts = "\n".join(_asset(f"app/{name}.js") for name in _SCRIPTS[kind].split())
+    parts = "\n".join(_read_asset(f"app/{name}.js") for name in _SCRIPTS[kind].split())
     return f'\n(function () {{\n"use strict";\n{parts}\n}})();\n'
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("vestige.reports").joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
 
 
 @cache
-def _environment() -> Environment:
+def _make_environment() -> Environment:
     return Environment(
         loader=PackageLoader("vestige.reports"),
         autoescape=True,

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from vestige.errors import UserError
 from vestige.reports._read import Query, RunFiles, TrainingExample
-from vestige.reports._texts import Pieces, Word, cut, overlap, rare_words, words_of
+from vestige.reports._texts import Pieces, Word, cut, find_overlap, find_rare_words, split_words
 
 HUB_DEPTH = 10
 """An example counts as a hit of a query when it stands among the query's first ten proponents."""
@@ -29,14 +29,14 @@ class Place(NamedTuple):
     module: str
 
 
-def place_of(component: str) -> Place:
+def find_place(component: str) -> Place:
     """Return layer and module of a parameter name.
 
     The first number in the name is its layer, what follows is the module; weight and bias share a cell.
 
-    >>> place_of("model.layers.3.self_attn.q_proj.weight")
+    >>> find_place("model.layers.3.self_attn.q_proj.weight")
     Place(layer=3, module='self_attn.q_proj')
-    >>> place_of("transformer.wte.weight")
+    >>> find_place("transformer.wte.weight")
     Place(layer=None, module='wte')
     """
     parts = component.split(".")
@@ -61,13 +61,13 @@ class Grid(NamedTuple):
         """Return the score of each cell: the sum over the components that stand in it."""
         sums = dict.fromkeys(self.cells, 0.0)
         for component, score in scores.items():
-            sums[place_of(component)] += score
+            sums[find_place(component)] += score
         return list(sums.values())
 
 
 def make_grid(components: Iterable[str]) -> Grid:
     """Return the grid that has a cell for each of `components`."""
-    cells = tuple(dict.fromkeys(place_of(component) for component in components))
+    cells = tuple(dict.fromkeys(find_place(component) for component in components))
     return Grid(
         layers=tuple(sorted({cell.layer for cell in cells if cell.layer is not None})),
         modules=tuple(dict.fromkeys(cell.module for cell in cells if cell.layer is not None)),
@@ -76,25 +76,25 @@ def make_grid(components: Iterable[str]) -> Grid:
     )
 
 
-def payload_of(run: RunFiles) -> Json:
+def make_payload(run: RunFiles) -> Json:
     """Return the data of the page, without NaN and with numbers cut to the digits that a reader can use."""
     pieces = {row: cut(example.wording) for row, example in run.examples.items()}
-    words = {row: words_of(piece) for row, piece in pieces.items()}
-    rare = rare_words(words.values())
-    grid = _grid(run)
-    hubs = hub_shares(run)
+    words = {row: split_words(piece) for row, piece in pieces.items()}
+    rare = find_rare_words(words.values())
+    grid = _make_run_grid(run)
+    hubs = count_hubs(run)
     return {
         "run": run.folder.resolve().name,
         "grid": grid and grid._asdict(),
         "hasTokens": run.tokens is not None,
         "examples": {
-            str(row): _example_json(example, pieces[row], hubs.get(row)) for row, example in run.examples.items()
+            str(row): _describe_example(example, pieces[row], hubs.get(row)) for row, example in run.examples.items()
         },
-        "queries": [_query_json(run, query, words, rare, grid, pieces) for query in run.queries],
+        "queries": [_describe_query(run, query, words, rare, grid, pieces) for query in run.queries],
     }
 
 
-def hub_shares(run: RunFiles) -> dict[int, float]:
+def count_hubs(run: RunFiles) -> dict[int, float]:
     """Return, by row, the share of queries that have the example among their first `HUB_DEPTH` proponents."""
     hits = Counter(
         entry.row
@@ -105,14 +105,14 @@ def hub_shares(run: RunFiles) -> dict[int, float]:
     return {row: count / len(run.queries) for row, count in hits.items()}
 
 
-def number(value: Any, digits: int = 7) -> float | None:
+def round_number(value: Any, digits: int = 7) -> float | None:
     """Return `value` with `digits` significant digits, or None where it is missing or not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")
 
 
-def _grid(run: RunFiles) -> Grid | None:
+def _make_run_grid(run: RunFiles) -> Grid | None:
     """Return the grid of all components in the run, in the model's order; None without a component table."""
     if run.components is None:
         return None
@@ -120,7 +120,7 @@ def _grid(run: RunFiles) -> Grid | None:
     return make_grid([*run.record.components, *known])
 
 
-def _text_json(pieces: Pieces) -> Json:
+def _describe_text(pieces: Pieces) -> Json:
     targets = "".join("1" if target else "0" for target in pieces.targets)
     return {
         "pieces": pieces.texts,
@@ -131,7 +131,7 @@ def _text_json(pieces: Pieces) -> Json:
     }
 
 
-def _example_json(example: TrainingExample, pieces: Pieces, hub: float | None) -> Json:
+def _describe_example(example: TrainingExample, pieces: Pieces, hub: float | None) -> Json:
     return {
         "id": example.id,
         "row": example.row,
@@ -139,12 +139,12 @@ def _example_json(example: TrainingExample, pieces: Pieces, hub: float | None) -
         "label": example.label,
         "length": example.length,
         "duplicates": example.duplicates,
-        "hub": number(hub, 3),
-        "text": _text_json(pieces),
+        "hub": round_number(hub, 3),
+        "text": _describe_text(pieces),
     }
 
 
-def _query_json(
+def _describe_query(
     run: RunFiles,
     query: Query,
     words: Mapping[int, list[Word]],
@@ -153,44 +153,44 @@ def _query_json(
     pieces: Mapping[int, Pieces],
 ) -> Json:
     query_pieces = cut(query.wording)
-    query_words = words_of(query_pieces)
+    query_words = split_words(query_pieces)
     ranked = []
     for entry in run.ranked[query.id]:
-        shared = overlap(query_words, words[entry.row], rare)
+        shared = find_overlap(query_words, words[entry.row], rare)
         ranked.append(
             {
                 "end": entry.end,
                 "rank": entry.rank,
                 "row": entry.row,
-                "score": number(entry.score),
-                "percentile": number(entry.percentile),
-                "overlap": number(shared.share, 3),
+                "score": round_number(entry.score),
+                "percentile": round_number(entry.percentile),
+                "overlap": round_number(shared.share, 3),
                 "match": shared.example,
                 "answerMatch": shared.query,
-                "cells": _cells(run, query.id, entry.example, grid),
-                "tokens": _token_scores(run, query.id, entry.example, pieces[entry.row]),
+                "cells": _sum_cells(run, query.id, entry.example, grid),
+                "tokens": _list_token_scores(run, query.id, entry.example, pieces[entry.row]),
             }
         )
     return {
         "id": query.id,
         "generated": query.generated,
-        "loss": number(query.loss),
-        "text": _text_json(query_pieces),
+        "loss": round_number(query.loss),
+        "text": _describe_text(query_pieces),
         "ranked": ranked,
-        "distribution": _finite(run.record.distribution.get(query.id)),
-        "groups": _finite(run.record.groups.get(query.id, [])),
+        "distribution": _drop_nonfinite(run.record.distribution.get(query.id)),
+        "groups": _drop_nonfinite(run.record.groups.get(query.id, [])),
     }
 
 
-def _cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[float | None] | None:
+def _sum_cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[float | None] | None:
     """Return the score of each cell of the grid for one example, or None where it was not taken apart."""
     parts = (run.components or {}).get((query, example))
     if grid is None or parts is None:
         return None
-    return [number(value, 6) for value in grid.sums(parts)]
+    return [round_number(value, 6) for value in grid.sums(parts)]
 
 
-def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:
+def _list_token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:
     """Return the score of each token of one example, or None where it was not taken apart."""
     scores = (run.tokens or {}).get((query, example))
     if scores is None:
@@ -200,17 +200,17 @@ def _token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> li
             f"tokens.parquet of {run.folder} scores positions of example {example!r} that examples.parquet does not "
             "have: the two files come from different runs.\nAttribute again with --tokens."
         )
-    return [number(scores.get(position, 0.0), 5) for position in range(len(pieces.texts))]
+    return [round_number(scores.get(position, 0.0), 5) for position in range(len(pieces.texts))]
 
 
-def _finite(value: Any) -> Any:
+def _drop_nonfinite(value: Any) -> Any:
     """Return a part of run.json as JSON can carry it: every NaN and infinity replaced by None."""
     if isinstance(value, BaseModel):
-        return _finite(value.model_dump())
+        return _drop_nonfinite(value.model_dump())
     if isinstance(value, float):
-        return number(value)
+        return round_number(value)
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_drop_nonfinite(item) for item in value]
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _drop_nonfinite(item) for key, item in value.items()}
     return value

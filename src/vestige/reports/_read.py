@@ -88,21 +88,21 @@ def read_run(run: str | Path) -> RunFiles:
     """
     folder = Path(run)
     if not is_run(folder):
-        raise UserError(_no_run_message(folder))
+        raise UserError(_describe_no_run(folder))
     try:
         record = read_record(folder)
     except CorruptFile as error:
-        raise UserError(f"{error}\n{_rerun(folder)}") from error
-    queries = tuple(_query(row) for row in _rows(folder, "queries"))
-    examples = {example.row: example for example in map(_example, _rows(folder, "examples"))}
+        raise UserError(f"{error}\n{_advise_rerun(folder)}") from error
+    queries = tuple(_make_query(row) for row in _read_rows(folder, "queries"))
+    examples = {example.row: example for example in map(_make_example, _read_rows(folder, "examples"))}
     ranked = _read_ranked(folder, queries, examples)
-    components = _pair_table(folder, "components", "component", examples)
+    components = _read_pairs(folder, "components", "component", examples)
     return RunFiles(
-        folder, record, queries, examples, ranked, components, _pair_table(folder, "tokens", "position", examples)
+        folder, record, queries, examples, ranked, components, _read_pairs(folder, "tokens", "position", examples)
     )
 
 
-def _no_run_message(folder: Path) -> str:
+def _describe_no_run(folder: Path) -> str:
     """Say what was found instead of a run directory, and what to type next."""
     usage = "A run directory holds run.json and scores.parquet; `vestige attribute ... --out RUN` writes one."
     if not folder.exists():
@@ -120,25 +120,25 @@ def _no_run_message(folder: Path) -> str:
     return f"{folder} is not a run directory: it has no run.json.\n{usage}\nThen: vestige report RUN"
 
 
-def _rerun(folder: Path) -> str:
+def _advise_rerun(folder: Path) -> str:
     return (
         f"The run is damaged or still being written. Attribute again with --out {folder}, then: vestige report {folder}"
     )
 
 
-def _table(folder: Path, name: str) -> pa.Table:
+def _read_table(folder: Path, name: str) -> pa.Table:
     """Return the table `name`.parquet with its columns checked."""
     file = folder / f"{name}.parquet"
     if not file.is_file():
-        raise UserError(f"{folder} has run.json but no {file.name}.\n{_rerun(folder)}")
+        raise UserError(f"{folder} has run.json but no {file.name}.\n{_advise_rerun(folder)}")
     try:
         return read_run_table(folder, name)
     except CorruptFile as error:
-        raise UserError(f"{error}\n{_rerun(folder)}") from error
+        raise UserError(f"{error}\n{_advise_rerun(folder)}") from error
 
 
-def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    return _table(folder, name).to_pylist()
+def _read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return _read_table(folder, name).to_pylist()
 
 
 def _read_ranked(
@@ -146,12 +146,12 @@ def _read_ranked(
 ) -> dict[str, tuple[RankedScore, ...]]:
     """Return the listed examples of each query, proponents first."""
     listed: dict[str, list[RankedScore]] = {query.id: [] for query in queries}
-    for row in _rows(folder, "scores"):
+    for row in _read_rows(folder, "scores"):
         query, example = str(row["query_id"]), int(row["row"])
         if query not in listed or example not in examples:
             raise UserError(
                 f"{folder / 'scores.parquet'} names query {query!r} and training row {example}, which are not both in "
-                f"queries.parquet and examples.parquet.\n{_rerun(folder)}"
+                f"queries.parquet and examples.parquet.\n{_advise_rerun(folder)}"
             )
         rank, name, score = int(row["rank"]), str(row["example_id"]), float(row["score"])
         listed[query].append(RankedScore(row["end"], rank, example, name, score, row.get("percentile")))
@@ -161,7 +161,7 @@ def _read_ranked(
     }
 
 
-def _pair_table(
+def _read_pairs(
     folder: Path, name: str, key: str, examples: dict[int, TrainingExample]
 ) -> dict[PAIR, dict[Any, float]] | None:
     """Return scores by (query, example) and then by `key`, or None when the optional table is absent.
@@ -171,7 +171,7 @@ def _pair_table(
     """
     if not (folder / f"{name}.parquet").is_file():
         return None
-    table = _table(folder, name)
+    table = _read_table(folder, name)
     columns = (table[column].to_pylist() for column in ("query_id", "example_id", key, "score"))
     uses = Counter(example.id for example in examples.values())
     scores: dict[PAIR, dict[Any, float]] = defaultdict(dict)
@@ -181,16 +181,16 @@ def _pair_table(
     return dict(scores)
 
 
-def _query(row: dict[str, Any]) -> Query:
-    return Query(str(row["query_id"]), _wording(row), bool(row.get("generated")), row.get("loss"))
+def _make_query(row: dict[str, Any]) -> Query:
+    return Query(str(row["query_id"]), _make_wording(row), bool(row.get("generated")), row.get("loss"))
 
 
-def _example(row: dict[str, Any]) -> TrainingExample:
+def _make_example(row: dict[str, Any]) -> TrainingExample:
     more = {name: row.get(name) for name in ("source", "label", "length", "duplicates")}
-    return TrainingExample(str(row["example_id"]), int(row["row"]), _wording(row), **more)
+    return TrainingExample(str(row["example_id"]), int(row["row"]), _make_wording(row), **more)
 
 
-def _wording(row: dict[str, Any]) -> Wording:
+def _make_wording(row: dict[str, Any]) -> Wording:
     tokens, targets = row.get("tokens"), row.get("targets")
     return Wording(
         text=row.get("text"),

@@ -62,22 +62,22 @@ class Field(NamedTuple):
 
 def cut(wording: Wording) -> Pieces:
     """Return the pieces of `wording`: its tokens where the run has them, otherwise its words."""
-    fields = _fields(wording)
+    fields = _list_fields(wording)
     if wording.tokens is None:
         return _cut_words(fields)
-    texts = readable_tokens(wording.tokens)
+    texts = read_tokens(wording.tokens)
     targets = wording.targets or (False,) * len(texts)
-    owners = _owners(texts, fields)
+    owners = _find_owners(texts, fields)
     if owners is None:  # a tokenizer that rewrites text: only the loss mask separates prompt from answer
-        roles = [_role_by_mask(piece, target) for piece, target in zip(texts, targets, strict=True)]
+        roles = [_choose_role(piece, target) for piece, target in zip(texts, targets, strict=True)]
         names = {PROMPT: "Prompt", ANSWER: "Answer", TEMPLATE: None}
-        return Pieces(texts, "".join(roles), targets, True, _turns(roles, [names[role] for role in roles]))
+        return Pieces(texts, "".join(roles), targets, True, _find_turns(roles, [names[role] for role in roles]))
     roles = [TEMPLATE if owner is None else fields[owner].role for owner in owners]
     names = [None if owner is None else fields[owner].name for owner in owners]
-    return Pieces(texts, "".join(roles), targets, True, _turns(owners, names))
+    return Pieces(texts, "".join(roles), targets, True, _find_turns(owners, names))
 
 
-def _fields(wording: Wording) -> list[Field]:
+def _list_fields(wording: Wording) -> list[Field]:
     """Return each field the user gave, in reading order."""
     if wording.messages:
         letters = {"assistant": ANSWER, "system": SYSTEM, "developer": SYSTEM}
@@ -98,10 +98,12 @@ def _cut_words(fields: list[Field]) -> Pieces:
         owners += [number] * len(words)
     roles = [fields[owner].role for owner in owners]
     targets = tuple(role == ANSWER for role in roles)
-    return Pieces(tuple(texts), "".join(roles), targets, False, _turns(owners, [fields[own].name for own in owners]))
+    return Pieces(
+        tuple(texts), "".join(roles), targets, False, _find_turns(owners, [fields[own].name for own in owners])
+    )
 
 
-def _turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Turn, ...]:
+def _find_turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Turn, ...]:
     """Return the runs of pieces with one owner; those without a name are in no turn."""
     found, start = [], 0
     for _, run in groupby(owners):
@@ -112,7 +114,7 @@ def _turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Turn, ..
     return tuple(found)
 
 
-def _owners(texts: tuple[str, ...], fields: list[Field]) -> list[int | None] | None:
+def _find_owners(texts: tuple[str, ...], fields: list[Field]) -> list[int | None] | None:
     """Return the number of each token's field, found by locating the fields in the joined tokens.
 
     None for a token of the template; None as a whole where a field is not found.
@@ -137,13 +139,13 @@ def _owners(texts: tuple[str, ...], fields: list[Field]) -> list[int | None] | N
     return owners
 
 
-def _role_by_mask(piece: str, target: bool) -> str:
+def _choose_role(piece: str, target: bool) -> str:
     if _MARKER.fullmatch(piece.strip()):
         return TEMPLATE
     return ANSWER if target else PROMPT
 
 
-def readable_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:
+def read_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:
     """Return the characters that each token stands for; decoded tokens pass through unchanged.
 
     A character spread over several byte-level tokens is given to the token that completes it.
@@ -152,7 +154,7 @@ def readable_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:
         return tokens  # no tokenizer's own alphabet has a space: these were decoded before
     if not any("Ġ" in token or "Ċ" in token for token in tokens):
         return tuple(token.replace("▁", " ").replace("<0x0A>", "\n") for token in tokens)
-    alphabet, decoder = _byte_alphabet(), codecs.getincrementaldecoder("utf-8")("replace")
+    alphabet, decoder = _make_byte_alphabet(), codecs.getincrementaldecoder("utf-8")("replace")
     return tuple(
         decoder.decode(bytes(alphabet[character] for character in token))
         if all(character in alphabet for character in token)
@@ -161,7 +163,7 @@ def readable_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _byte_alphabet() -> dict[str, int]:
+def _make_byte_alphabet() -> dict[str, int]:
     """Return the byte of each printable stand-in that GPT-2's byte-level tokenizer uses (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
@@ -188,7 +190,7 @@ class Overlap(NamedTuple):
     """Share of the answer's words found verbatim in the example, 0 to 1; None for an answer without words."""
 
 
-def words_of(pieces: Pieces) -> list[Word]:
+def split_words(pieces: Pieces) -> list[Word]:
     """Return the words of prompt and answer in order, with a break between turns.
 
     The template and system turns are left out: that all conversations of a data set begin alike is no overlap.
@@ -205,7 +207,7 @@ def words_of(pieces: Pieces) -> list[Word]:
     return words
 
 
-def rare_words(texts: Iterable[list[Word]]) -> frozenset[str]:
+def find_rare_words(texts: Iterable[list[Word]]) -> frozenset[str]:
     """Return the words that stand in at most a tenth of the texts (and in no more than two of a few)."""
     listed = list(texts)
     counts = Counter(text for words in listed for text in {word.text for word in words})
@@ -213,21 +215,21 @@ def rare_words(texts: Iterable[list[Word]]) -> frozenset[str]:
     return frozenset(text for text, count in counts.items() if count <= limit and text != _BREAK)
 
 
-def overlap(query: list[Word], example: list[Word], rare: frozenset[str]) -> Overlap:
+def find_overlap(query: list[Word], example: list[Word], rare: frozenset[str]) -> Overlap:
     """Return where `query` and `example` agree word for word.
 
     Every maximal common run counts that has at least `MIN_WORDS` words, or whose words are mostly rare.
     """
     in_query: set[int] = set()
     in_example: set[int] = set()
-    for query_stop, example_stop, length in _maximal_runs(query, example):
+    for query_stop, example_stop, length in _find_maximal_runs(query, example):
         run = [word.text for word in query[query_stop - length : query_stop]]
         if _is_verbatim(run, rare):
             in_query.update(range(query_stop - length, query_stop))
             in_example.update(range(example_stop - length, example_stop))
     answer = [number for number, word in enumerate(query) if word.in_answer and word.text != _BREAK]
     share = sum(number in in_query for number in answer) / len(answer) if answer else None
-    return Overlap(_piece_ranges(example, in_example), _piece_ranges(query, in_query), share)
+    return Overlap(_join_ranges(example, in_example), _join_ranges(query, in_query), share)
 
 
 def _is_verbatim(run: list[str], rare: frozenset[str]) -> bool:
@@ -237,7 +239,7 @@ def _is_verbatim(run: list[str], rare: frozenset[str]) -> bool:
     return rare_share >= MIN_RARE_SHARE and sum(map(len, run)) >= MIN_RARE_LETTERS
 
 
-def _maximal_runs(query: list[Word], example: list[Word]) -> Iterable[tuple[int, int, int]]:
+def _find_maximal_runs(query: list[Word], example: list[Word]) -> Iterable[tuple[int, int, int]]:
     """Yield (end in query, end in example, words) of every common run that extends no further either way."""
     positions: dict[str, list[int]] = {}
     for number, word in enumerate(query):
@@ -251,7 +253,7 @@ def _maximal_runs(query: list[Word], example: list[Word]) -> Iterable[tuple[int,
     yield from ((place + 1, len(example), size) for place, size in lengths.items())
 
 
-def _piece_ranges(words: list[Word], chosen: set[int]) -> tuple[tuple[int, int], ...]:
+def _join_ranges(words: list[Word], chosen: set[int]) -> tuple[tuple[int, int], ...]:
     """Return the piece ranges of the chosen words, neighbouring words joined."""
     ranges: list[tuple[int, int]] = []
     previous = -2

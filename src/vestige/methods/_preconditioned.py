@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +84,9 @@ class Preconditioned(GradientMethod):
         gradients = store.of_queries(job.queries)
 
         def at(damping: float) -> Prepared:
-            transform = partial(inverse, damping=damping)
+            def transform(vectors: Vectors) -> Vectors:
+                return inverse(vectors, damping)
+
             return Prepared(job, store, transform(gradients), transform)
 
         return at

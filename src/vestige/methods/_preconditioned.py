@@ -66,11 +66,7 @@ class Preconditioned(GradientMethod):
         """Measure the curvature; return the map from the queries' gradients to the preconditioned ones."""
 
     def vectors(self, job: Job) -> Prepared:
-        """Return the queries' gradients, preconditioned.
-
-        Raises:
-            UserError: The whole gradients of the queries do not fit into memory.
-        """
+        """Return the queries' gradients, preconditioned."""
         return self.at_dampings(job)(job.settings.damping)
 
     def at_dampings(self, job: Job) -> Callable[[float], Prepared]:

@@ -67,7 +67,7 @@ _VARYING = re.compile(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    for module in ("audit", "bank", "evaluate", "index", "prepare", "train", "unlearn"):
+    for module in ("measures", "banks", "evaluate", "indexes", "methods", "prepare", "training"):
         # What is imported here, no child has to.
         importlib.import_module(f"vestige.{module}")
     folder = furnish(tmp_path_factory.mktemp("kills"))

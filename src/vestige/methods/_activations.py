@@ -30,10 +30,7 @@ NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is un
 def pooled(
     states: Float[Tensor, "example token width"], labels: Int[Tensor, "example token"], pooling: Pooling
 ) -> Float[Tensor, "example width"]:
-    """Return the mean, sum or last of the states that predict a target; zero for an example without any.
-
-    The result is float32 at least.
-    """
+    """Return the mean, sum or last of the states that predict a target, float32 at least; zero if none does."""
     wide = torch.promote_types(states.dtype, torch.float32)
     weights = pooling_weights(labels, pooling, wide)
     return torch.bmm(weights.unsqueeze(1), states.to(wide)).squeeze(1)
@@ -114,12 +111,7 @@ class RepSim(Method):
 
 
 def _hidden_states(model: nn.Module, batch: Batch, layer: int | None) -> Float[Tensor, "example token width"]:
-    """Return hidden states at `layer`, or the last ones.
-
-    Raises:
-        SpecError: the model has no such layer.
-        ModelError: the model does not return hidden states.
-    """
+    """Return hidden states at `layer`, or the last ones; refuse a layer or a model that has none."""
     run = shortest_forward(model)
     every = layer is not None or run is model
     output = run(input_ids=batch.input_ids, use_cache=False, output_hidden_states=every)
@@ -275,10 +267,7 @@ class PooledOutputs:
 
 
 def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "example token width"]:
-    """Return the outputs as [example, token, width].
-
-    Some layers flatten examples and tokens, or serve positions once for all.
-    """
+    """Return the outputs by example: some layers flatten examples and tokens, or serve positions once for all."""
     if states.dim() == 2:
         states = states.reshape(-1, tokens, states.shape[-1])
     return states.expand(examples, tokens, states.shape[-1])
@@ -307,10 +296,7 @@ def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> Compon
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
-    """Return the backbone if every tapped module is in it, else the whole model.
-
-    Logits of a large vocabulary are most of a small model's work.
-    """
+    """Return the backbone if every tapped module is in it, else the whole model: logits are much of the work."""
     shorter = shortest_forward(model)
     inside = set(shorter.modules())
     return shorter if all(model.get_submodule(tap.module) in inside for tap in taps) else model

@@ -175,11 +175,7 @@ def _describe_coverage(selection: Selection) -> CoverageRecord:
 
 
 def _find_method(settings: AttributeSettings) -> Method:
-    """Return the method.
-
-    Raises:
-        SpecError: It cannot do what the settings want, which is found before any work.
-    """
+    """Return the method; refuse before any work what it cannot do."""
     method = get_method(settings.method, **settings.options)
     if method.command != Method.command:
         raise SpecError(

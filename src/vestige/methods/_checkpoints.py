@@ -108,10 +108,7 @@ def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list
 
 
 def _expand(given: Any) -> list[str | Path | nn.Module]:
-    """Return the checkpoints that an argument stands for.
-
-    Those of a run after its first step, those that a pattern names, or itself.
-    """
+    """Return the checkpoints of a run after its first step, those that a pattern names, or the argument itself."""
     if isinstance(given, nn.Module):
         return [given]
     text = str(given)

@@ -278,10 +278,7 @@ def compute_losses(
     token_budget: int,
     rows: Int[np.ndarray, "row"] | None = None,
 ) -> Float[np.ndarray, "row"]:
-    """Measure the loss of each of the rows, of all if none are given, in nats, float64.
-
-    The loss of an example is the sum or mean over its own target tokens, whatever it is batched with.
-    """
+    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), CausalLoss(reduction)
     with torch.no_grad():
@@ -304,8 +301,8 @@ def build_temporary_index(
         launch: Where to build it; not given: in this process.
     """
     settings = job.settings
-    names = ("data", "components", "loss", "chat", "token_budget", "seed", "skip_bad")
-    shared = {name: getattr(settings, name) for name in names} | launch
+    names = ("data", "components", "loss", "token_budget", "seed", "skip_bad")
+    shared = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)} | launch
     made = IndexSettings(model=model, out=partial_folder(settings.out) / name, **shared)
     assert job.loaded is not None
     assert job.selection is not None

@@ -178,10 +178,7 @@ def _whole_gradients(
 
 
 def _measure_moments(job: Job, read: Sequence[Moments]) -> list[Moments]:
-    """Return Adam's moments as the training data would leave them at the model as it is.
-
-    The mean gradient, and the mean of its entries' squares, each as large as the one that was read.
-    """
+    """Return the mean gradient and mean squares at the model as it is, each as large as the moment that was read."""
     first = [torch.zeros_like(moments.first) for moments in read]
     second = [torch.zeros_like(moments.second) for moments in read]
     for _, gradients in _whole_gradients(job, job.train):

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,11 +66,7 @@ class Preconditioned(GradientMethod):
         """Measure the curvature; return the map from the queries' gradients to the preconditioned ones."""
 
     def vectors(self, job: Job) -> Prepared:
-        """Return the queries' gradients, preconditioned.
-
-        Raises:
-            UserError: The whole gradients of the queries do not fit into memory.
-        """
+        """Return the queries' gradients, preconditioned."""
         return self.at_dampings(job)(job.settings.damping)
 
     def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
@@ -85,7 +80,9 @@ class Preconditioned(GradientMethod):
         gradients = store.of_queries(job.queries)
 
         def at(damping: float) -> Prepared:
-            transform = partial(inverse, damping=damping)
+            def transform(vectors: Vectors) -> Vectors:
+                return inverse(vectors, damping)
+
             return Prepared(job, store, transform(gradients), transform)
 
         return at

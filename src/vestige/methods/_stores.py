@@ -200,11 +200,7 @@ class ExactGradients(GradientStore):
     def _require_finite(
         self, rows: Int[np.ndarray, "row"], losses: Float[Tensor, "row"], products: Float[Tensor, "row"]
     ) -> None:
-        """Raise unless every example that is not left out has a finite loss and gradient.
-
-        Raises:
-            NonFinite: One has not; its id is named.
-        """
+        """Raise unless every example that is not left out has a finite loss and gradient."""
         left_out = np.isin(rows, self._job.skipped)
         for what, values in (("loss", losses), ("gradient", products)):
             bad = rows[~(torch.isfinite(values).cpu().numpy() | left_out)]

@@ -51,11 +51,7 @@ class DampingSweep(GradientMethod):
     """One method at several dampings: the lines of its scores are the queries, damping by damping."""
 
     def __init__(self, job: Job, method: GradientMethod) -> None:
-        """Measure once, and prepare the vectors of every damping at which the matrices can be inverted.
-
-        Raises:
-            NonFinite: No damping was large enough.
-        """
+        """Measure once, and prepare the vectors of every damping at which the matrices can be inverted."""
         super().__init__()
         self.members: list[Prepared] = []
         at, failed = method.at_dampings(job), None

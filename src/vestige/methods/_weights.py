@@ -209,13 +209,7 @@ def _add_lora(model: Any, rank: int, seed: int) -> Iterator[nn.Module]:
 
 @contextmanager
 def _checkpoint_layers(model: nn.Module) -> Iterator[None]:
-    """Let layers forget their activations and compute them again in the backward pass.
-
-    The model's own switch works in training mode only, in which dropout acts.
-
-    Raises:
-        ModelError: The model has no layers that can.
-    """
+    """Let layers forget their activations; the model's own switch works in training mode only, with dropout."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(

@@ -1,10 +1,9 @@
 """What unlearning costs as models grow, and whether they agree: seconds, memory and rankings for several sizes."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -54,70 +53,56 @@ def scaling_experiment(models: Sequence[str | Path], *, out: str | Path, **given
         raise SpecError(f"{len(models)} model was given, and sizes are to be compared. Give at least two.")
     folder = Path(out)
     make_folder(folder)
-    names = [str(model) for model in models]
-    runs = [_run(name, folder / f"run-{number}", given) for number, name in enumerate(names)]
-    order = sorted(range(len(runs)), key=lambda place: _parameters(runs[place]))
-    largest = runs[order[-1]].dense()
+    runs = {str(model): _run(str(model), folder / f"run-{number}", given) for number, model in enumerate(models)}
+    sizes = [run.run.model.parameters if run.run.model is not None else 0 for run in runs.values()]
+    order = sorted(zip(sizes, runs, strict=True))
+    largest = runs[order[-1][1]].dense()
     reports = [
         SizeReport(
-            names[place],
-            _parameters(runs[place]),
-            runs[place].run.seconds,
-            runs[place].run.peak_memory_bytes,
-            None if place == order[-1] else _agreement(runs[place].dense(), largest),
+            name,
+            size,
+            runs[name].run.seconds,
+            runs[name].run.peak_memory_bytes,
+            None if name == order[-1][1] else _agreement(runs[name].dense(), largest),
         )
-        for place in order
+        for size, name in order
     ]
     content = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
     write_durably(folder / "scaling.json", [content.encode()])
-    for name, picture in _figures(reports):
-        write_durably(folder / name, [picture])
+    _draw(reports, folder)
     return reports
 
 
 def _run(model: str, out: Path, given: dict[str, Any]) -> Scores:
     if not is_run(out):
         settings = UntracSettings(**{"model": model, "out": out} | given)
-        words = json.dumps(settings.record())
         code = "import json, sys; from vestige import untrac; untrac(**json.loads(sys.argv[1]))"
-        done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, env=os.environ)
+        words = [sys.executable, "-c", code, json.dumps(settings.record())]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PieceFailed(
-                f"{model}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no output'}"
-            )
+            raise PieceFailed(f"{model}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
     return Scores.open(out)
-
-
-def _parameters(scores: Scores) -> int:
-    return scores.run.model.parameters if scores.run.model is not None else 0
 
 
 def _agreement(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean([np.corrcoef(left, right)[0, 1] for left, right in zip(one, other, strict=True)]))
 
 
-def _figures(reports: Sequence[SizeReport]) -> Iterator[tuple[str, bytes]]:
-    """Yield three panels over the number of parameters, as PNG and PDF; the same bytes for the same numbers."""
+def _draw(reports: Sequence[SizeReport], folder: Path) -> None:
+    """Draw three panels over the number of parameters; the same bytes for the same numbers."""
     figure = Figure(figsize=(9.6, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
-    sizes = [report.parameters for report in reports]
-    panels = [
-        ("seconds", [report.seconds for report in reports]),
-        ("peak memory in GB", [report.peak_memory_bytes / 1e9 for report in reports]),
-        ("correlation with the largest", [_known(report.agreement) for report in reports]),
-    ]
-    for axes, (label, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.plot(sizes, values, marker="o", color=_COLOUR)
-        axes.set_xscale("log")
-        axes.set_xlabel("parameters")
-        axes.set_ylabel(label)
+    panels = {
+        "seconds": [report.seconds for report in reports],
+        "peak memory in GB": [report.peak_memory_bytes / 1e9 for report in reports],
+        "correlation with the largest": [np.nan if one.agreement is None else one.agreement for one in reports],
+    }
+    for axes, (label, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.plot([report.parameters for report in reports], values, marker="o", color=_COLOUR)
+        axes.set(xscale="log", xlabel="parameters", ylabel=label)
         axes.grid(visible=True, color="#E4E4E4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         content = BytesIO()
         figure.savefig(content, format=kind, dpi=160, metadata=metadata)  # type: ignore[arg-type]
-        yield f"scaling.{kind}", content.getvalue()
-
-
-def _known(value: float | None) -> float:
-    return float("nan") if value is None else value
+        write_durably(folder / f"scaling.{kind}", [content.getvalue()])

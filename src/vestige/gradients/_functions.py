@@ -237,21 +237,18 @@ Takes = Literal["product", "module", "function"]
 
 
 class Forward(NamedTuple):
-    """A module whose forward is running."""
+    """A module whose forward is running, by the `id`s of its selected parameters."""
 
     parameters: frozenset[int]
-    """`id`s of its selected parameters."""
     tap: Takes
 
 
 class FunctionUses(TorchFunctionMode):
     """Watches every function that is called with a selected parameter, or with a tensor computed from parameters alone.
 
-    A function with a rule (`linear`, `matmul`, convolutions, `embedding`, sums and products) delivers each example's
-    gradient. Any other is called with a copy that autograd follows: what it makes of parameters alone is a weight
-    like them, whose gradients are pulled back; where the copy meets activations, `find_unexplained` names them.
-
-    In training (a parameter that requires its gradient) nothing is replaced, so that autograd is not disturbed.
+    A function with a rule delivers each example's gradient. Any other is called with a copy that autograd follows: what
+    it makes of parameters alone is a weight like them, whose gradients are pulled back; where the copy meets
+    activations, `find_unexplained` names them. In training (a parameter that requires its gradient) nothing is replaced.
     """
 
     def __init__(self, table: Table, receive: Callable[[], Receive]) -> None:

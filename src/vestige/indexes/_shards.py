@@ -225,7 +225,7 @@ def write_shard(
         parts: Its rows, of which one part after another is computed, rounded and put aside.
         dtype: How to store the gradients.
         expected: What the manifest records about the shard.
-        name_of: How to name the example at a row of the data in an error.
+        name_of: Names the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
         held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk.
 
@@ -247,7 +247,7 @@ def write_shard(
                 gradients.write(piece)
             skipped += bad
         whole = {name: torch.cat(tensors) for name, tensors in small.items()}
-        # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
+        # A marker of an earlier, damaged file must not vouch for the new one while that is written.
         if marker_path(folder, number).exists():
             remove_durably(marker_path(folder, number))
         rows = len(whole["example"])
@@ -257,10 +257,13 @@ def write_shard(
         written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
     made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
-    fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
-    text = json.dumps(fields, indent=1) + "\n"
-    write_durably(marker_path(folder, number), [text.encode()])
+    _write_marker(folder, marker)
     return marker
+
+
+def _write_marker(folder: Path, marker: Marker) -> None:
+    fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
+    write_durably(marker_path(folder, marker.shard), [(json.dumps(fields, indent=1) + "\n").encode()])
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

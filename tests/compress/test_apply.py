@@ -15,7 +15,7 @@ from vestige.compress import (
     parse_spec,
     reduce_factor,
 )
-from vestige.gradients._factors import FactorSink, OneHot
+from vestige.gradients import FactorSink, OneHot
 
 
 def _factors(examples=5, tokens=6, shape=SHAPE, dtype=torch.float64, seed=0):

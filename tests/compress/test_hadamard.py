@@ -7,8 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.reference.compress_dense import matrix_of
-from vestige.compress import Stream, compress_factors, parse_spec
-from vestige.compress._hadamard import fjlt, walsh_hadamard
+from vestige.compress import Stream, compress_factors, fjlt, parse_spec, walsh_hadamard
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 64, 512])

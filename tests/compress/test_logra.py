@@ -8,8 +8,7 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 
 from tests.reference.compress_dense import matrix_of
-from vestige.compress import Stream, parse_spec
-from vestige.compress._dense import allocate, logra
+from vestige.compress import Stream, allocate, logra, parse_spec
 
 
 def published(inputs, outputs, total, minimum):

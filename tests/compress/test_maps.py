@@ -4,13 +4,23 @@ import pytest
 import torch
 
 from tests.reference.compress_dense import matrix_of
-from vestige.compress import Stream
-from vestige.compress._dense import Dense, StreamedDense, logra, random_columns
-from vestige.compress._hadamard import fjlt
-from vestige.compress._maps import Composed, Identity, chain
-from vestige.compress._mask import Coordinates, mask
-from vestige.compress._sjlt import Sjlt
-from vestige.compress._tensorsketch import Fold, Wrap, tensorsketch
+from vestige.compress import (
+    Composed,
+    Coordinates,
+    Dense,
+    Fold,
+    Identity,
+    Sjlt,
+    Stream,
+    StreamedDense,
+    Wrap,
+    chain,
+    fjlt,
+    logra,
+    mask,
+    random_columns,
+    tensorsketch,
+)
 
 STREAM = Stream(0, "map")
 SIZE = 31

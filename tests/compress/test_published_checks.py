@@ -8,9 +8,7 @@ from torch import nn
 
 from tests.reference.compress_dense import matrix_of
 from tests.reference.gradients import loop_gradients
-from vestige.compress import CompressingSink, Compressor, Stream, parse_spec
-from vestige.compress._dense import logra
-from vestige.compress._sjlt import Sjlt
+from vestige.compress import CompressingSink, Compressor, Sjlt, Stream, logra, parse_spec
 from vestige.gradients import DotSink, FunctionObjective, GradientPass, GradientSink
 from vestige.models import Component, select_components
 

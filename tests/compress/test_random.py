@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from vestige.compress._random import Stream, bits, gaussians, integers, permutation, permutation_head, signs
+from vestige.compress import Stream, bits, gaussians, integers, permutation, permutation_head, signs
 
 COUNT = 1 << 16
 

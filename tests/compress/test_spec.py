@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vestige import registry
-from vestige.compress import COMPRESSORS, Stream, compressor, list_compressors, parse_spec
-from vestige.compress._maps import Identity
+from vestige.compress import COMPRESSORS, Identity, Stream, compressor, list_compressors, parse_spec
 from vestige.errors import SpecError
 
 CANONICAL = [

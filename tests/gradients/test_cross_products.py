@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vestige.gradients import (
     Extent,
+    FormingBudget,
+    HeldGradients,
     OneHot,
     _cross as cross,
     cheapest_route,
@@ -17,7 +19,6 @@ from vestige.gradients import (
     products,
     square_norms,
 )
-from vestige.gradients._cross import FormingBudget, HeldGradients
 
 Pair = tuple[Tensor | OneHot, Tensor]
 

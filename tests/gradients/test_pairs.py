@@ -19,10 +19,10 @@ from vestige.gradients import (
     GradientPass,
     KeepingSink,
     NormSink,
+    Objective,
     _cross as cross,
+    pairwise_products,
 )
-from vestige.gradients._objective import Objective
-from vestige.gradients._pass import pairwise_products
 from vestige.models import Component, select_components
 
 BATCHES = [[0, 1, 2], [3, 4, 5], [6]]

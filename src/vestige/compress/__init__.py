@@ -9,18 +9,48 @@ from vestige.compress._apply import (
     reduce_factor as reduce_factor,
 )
 from vestige.compress._cost import RATES as RATES, cost_share as cost_share, price as price, work as work
-from vestige.compress._maps import Compressor as Compressor, LinearMap as LinearMap
-from vestige.compress._mask import MaskPart as MaskPart, read_masks as read_masks, write_masks as write_masks
+from vestige.compress._dense import (
+    Dense as Dense,
+    StreamedDense as StreamedDense,
+    allocate as allocate,
+    logra as logra,
+    random_columns as random_columns,
+)
+from vestige.compress._hadamard import fjlt as fjlt, walsh_hadamard as walsh_hadamard
+from vestige.compress._maps import (
+    Composed as Composed,
+    Compressor as Compressor,
+    Identity as Identity,
+    LinearMap as LinearMap,
+    chain as chain,
+)
+from vestige.compress._mask import (
+    Coordinates as Coordinates,
+    MaskPart as MaskPart,
+    mask as mask,
+    read_masks as read_masks,
+    write_masks as write_masks,
+)
 from vestige.compress._mask_training import (
     MaskTraining as MaskTraining,
     SelectiveMask as SelectiveMask,
     train_selective_mask as train_selective_mask,
 )
-from vestige.compress._random import Stream as Stream
+from vestige.compress._random import (
+    Stream as Stream,
+    bits as bits,
+    gaussians as gaussians,
+    integers as integers,
+    permutation as permutation,
+    permutation_head as permutation_head,
+    signs as signs,
+)
 from vestige.compress._registry import (
     COMPRESSORS as COMPRESSORS,
     Work as Work,
     compressor as compressor,
     list_compressors as list_compressors,
 )
+from vestige.compress._sjlt import Sjlt as Sjlt
 from vestige.compress._spec import CompressionSpec as CompressionSpec, parse_spec as parse_spec
+from vestige.compress._tensorsketch import Fold as Fold, Wrap as Wrap, tensorsketch as tensorsketch

@@ -4,7 +4,7 @@ With compressed gradients g_i [k] of n examples, `F = (1/n) sum_i g_i g_i^T` (un
 *query*: `(F + d I)^-1 q`, so a change of damping rewrites nothing on disk.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -156,29 +156,24 @@ def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
     return factor
 
 
-def fisher_sums(columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]) -> list[Float[Tensor, "k k"]]:
-    """Return `sum_i g_i g_i^T` of every component from a stream of gradients; memory is the matrices alone."""
-    sums = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns]
+def fisher_sums(
+    columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]
+) -> tuple[list[Float[Tensor, "k k"]], int]:
+    """Return `sum_i g_i g_i^T` of every component from a stream of gradients, and their number."""
+    sums, examples = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns], 0
     for gradients in blocks:
+        examples += len(gradients)
         with time_phase("preconditioning"):
             for total, part in zip(sums, columns, strict=True):
                 piece = gradients[:, part]
                 total.addmm_(piece.T, piece)
-    return sums
+    return sums, examples
 
 
 def accumulate_fisher(
     names: Sequence[str], columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]
 ) -> FisherBlocks:
     """Return Fisher blocks from a stream of compressed gradients; memory is the blocks alone."""
-    examples = 0
-
-    def count_rows() -> Iterator[Tensor]:
-        nonlocal examples
-        for gradients in blocks:
-            examples += len(gradients)
-            yield gradients
-
-    sums = fisher_sums(columns, count_rows())
+    sums, examples = fisher_sums(columns, blocks)
     found = tuple(FisherBlock(name, total / max(examples, 1)) for name, total in zip(names, sums, strict=True))
     return FisherBlocks(found, tuple(columns))

@@ -98,7 +98,7 @@ def plan_fisher(index: Index) -> PiecePlan:
                 yield block.gradients
                 advance(len(block.example))
 
-        return dict(zip(names, fisher_sums(columns, gradients()), strict=True))
+        return dict(zip(names, fisher_sums(columns, gradients())[0], strict=True))
 
     def combine(parts: Iterable[Tensors]) -> Tensors:
         counted = max(index.rows - len(index.skipped), 1)

@@ -25,13 +25,12 @@ from vestige.gradients._rules import (
 )
 from vestige.models import Component
 
+Rule = Callable[["FunctionUses", Any, tuple, dict], Any]
+"""Calls the function and watches its output; `NotImplemented` where the rule does not fit the arguments."""
+
 
 class UncoveredUse(Exception):
     """A use for which a rule cannot distinguish the examples; carries the numbers of the components."""
-
-
-Rule = Callable[["FunctionUses", Any, tuple, dict], Any]
-"""Calls the function and watches its output; `NotImplemented` where the rule does not fit the arguments."""
 
 
 def _linear(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> Any:
@@ -189,14 +188,7 @@ def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
     return ids.expand(examples, *ids.shape[1:]) if ids.ndim > 1 and ids.shape[0] == 1 else ids
 
 
-_CONVOLUTIONS = (
-    functional.conv1d,
-    functional.conv2d,
-    functional.conv3d,
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
+_CONVOLUTIONS = [getattr(functional, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3)]
 PRODUCTS = frozenset((functional.linear, torch.addmm, *_CONVOLUTIONS))
 """What the forward of a linear layer or a convolution calls once."""
 
@@ -217,7 +209,7 @@ class Table(NamedTuple):
 
     owners: Mapping[int, tuple[nn.Parameter, tuple[Owner, ...]]]
     """`id` of the parameter -> the parameter and its components."""
-    constants: frozenset[int] = frozenset()
+    constants: frozenset[int]
     """`id`s of the model's other parameters and buffers: the same for every example."""
 
 
@@ -237,21 +229,18 @@ Takes = Literal["product", "module", "function"]
 
 
 class Forward(NamedTuple):
-    """A module whose forward is running."""
+    """A module whose forward is running, by the `id`s of its selected parameters."""
 
     parameters: frozenset[int]
-    """`id`s of its selected parameters."""
     tap: Takes
 
 
 class FunctionUses(TorchFunctionMode):
     """Watches every function that is called with a selected parameter, or with a tensor computed from parameters alone.
 
-    A function with a rule (`linear`, `matmul`, convolutions, `embedding`, sums and products) delivers each example's
-    gradient. Any other is called with a copy that autograd follows: what it makes of parameters alone is a weight
-    like them, whose gradients are pulled back; where the copy meets activations, `find_unexplained` names them.
-
-    In training (a parameter that requires its gradient) nothing is replaced, so that autograd is not disturbed.
+    A function with a rule delivers each example's gradient. Any other is called with a copy that autograd follows: what
+    it makes of parameters alone is a weight like them, whose gradients are pulled back; where it meets activations,
+    `find_unexplained` names them. In training (a parameter that requires its gradient) nothing is replaced.
     """
 
     def __init__(self, table: Table, receive: Callable[[], Receive]) -> None:

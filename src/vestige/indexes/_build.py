@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -131,16 +132,9 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
             )
         broadcast_from_rank0(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
-    manifest, plan = broadcast_from_rank0(
-        lambda: plan_index(
-            settings.out,
-            draft,
-            inputs.data.lengths,
-            lambda start, stop: fingerprint_rows(inputs.data, start, stop),
-            append=settings.append,
-            sharing=batch_sharing(inputs.loaded.model),
-        )
-    )
+    lengths, fingerprint_of = inputs.data.lengths, partial(fingerprint_rows, inputs.data)
+    options = {"append": settings.append, "sharing": batch_sharing(inputs.loaded.model)}
+    manifest, plan = broadcast_from_rank0(lambda: plan_index(settings.out, draft, lengths, fingerprint_of, **options))
 
     def open_gradients() -> CompressedGradients:
         components, columns = inputs.selection.components, manifest.components

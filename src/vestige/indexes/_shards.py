@@ -6,10 +6,7 @@ written, a full disk is reported as the error it is, and the body is mapped into
 
 import json
 import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -23,8 +20,8 @@ from torch import Tensor
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.parsing import as_record, parse_json, parse_object
-from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably, write_error
-from vestige.timing import time_phase
+from vestige.scratch import Scratch
+from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably
 
 PART_BYTES = 2**21
 """Gradients in float32 that are in memory at once while a shard is made, unless a batch alone has more."""
@@ -228,7 +225,7 @@ def write_shard(
         parts: Its rows, of which one part after another is computed, rounded and put aside.
         dtype: How to store the gradients.
         expected: What the manifest records about the shard.
-        name_of: How to name the example at a row of the data in an error.
+        name_of: Names the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
         held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk.
 
@@ -239,8 +236,7 @@ def write_shard(
     small: dict[str, list[Tensor]] = {}
     skipped: list[int] = []
     columns = 0
-    path = shard_path(folder, number)
-    with _open_aside(path, held_bytes) as gradients:
+    with Scratch(shard_path(folder, number), held_bytes) as gradients:
         for part in parts:
             columns = part.gradients.shape[1]
             tensors, pieces, bad = _encode(part, dtype, name_of, skip_bad)
@@ -248,45 +244,26 @@ def write_shard(
                 # A copy: what is computed next may lie in the same memory.
                 small.setdefault(name, []).append(tensor.clone())
             for piece in pieces:
-                _put_aside(gradients, piece, path)
+                gradients.write(piece)
             skipped += bad
         whole = {name: torch.cat(tensors) for name, tensors in small.items()}
-        # A marker of an earlier, damaged file must not vouch for the new one while that is being written.
+        # A marker of an earlier, damaged file must not vouch for the new one while that is written.
         if marker_path(folder, number).exists():
             remove_durably(marker_path(folder, number))
         rows = len(whole["example"])
         shapes = {name: (tensor.dtype, [rows]) for name, tensor in whole.items()}
         shapes["gradients"] = (STORED[dtype], [rows, columns])
         header = [safetensors_header(shapes, {"axes": "gradients: row column"}), *map(_bytes_of, whole.values())]
-        gradients.seek(0)
-        written = write_durably(path, chain(header, iter(partial(gradients.read, 2**20), b"")))
+        written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
     made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
-    fields = {name: value for name, value in marker._asdict().items() if skipped or name != "skipped"}
-    text = json.dumps(fields, indent=1) + "\n"
-    write_durably(marker_path(folder, number), [text.encode()])
+    _write_marker(folder, marker)
     return marker
 
 
-@contextmanager
-def _open_aside(path: Path, held_bytes: int) -> "Iterator[tempfile.SpooledTemporaryFile[bytes]]":
-    """Open a file without a name, first in memory and then beside `path`: it is gone with the process."""
-    file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
-    try:
-        yield file
-    finally:
-        # What did not fit on the disk would be tried again, and is no longer needed.
-        with suppress(OSError):
-            file.close()
-
-
-def _put_aside(file: "tempfile.SpooledTemporaryFile[bytes]", piece: bytes | memoryview, path: Path) -> None:
-    try:
-        with time_phase("writing"):
-            file.write(memoryview(piece).cast("B"))
-            file.flush()
-    except OSError as error:
-        raise write_error(error, path, file.tell()) from error
+def _write_marker(folder: Path, marker: Marker) -> None:
+    fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
+    write_durably(marker_path(folder, marker.shard), [(json.dumps(fields, indent=1) + "\n").encode()])
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

@@ -307,7 +307,7 @@ def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iter
 
 def parts_in_order(index: Index, rows: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "row column"]]]:
     """Yield consecutive rows of the data and their gradients, `rows` at a time; not given: as many as fit in 16 MB."""
-    step = rows or max(_PART_BYTES // (4 * index.width), 1)
+    step = rows or max(16 * 2**20 // (4 * index.width), 1)
     for start in range(0, index.rows, step):
         part = slice(start, min(start + step, index.rows))
         yield part, index.gradients_of(np.arange(part.start, part.stop))

@@ -6,7 +6,10 @@ written, a full disk is reported as the error it is, and the body is mapped into
 
 import json
 import mmap
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -20,8 +23,8 @@ from torch import Tensor
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.parsing import as_record, parse_json, parse_object
-from vestige.scratch import Scratch
-from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably
+from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably, write_error
+from vestige.timing import time_phase
 
 PART_BYTES = 2**21
 """Gradients in float32 that are in memory at once while a shard is made, unless a batch alone has more."""
@@ -236,7 +239,8 @@ def write_shard(
     small: dict[str, list[Tensor]] = {}
     skipped: list[int] = []
     columns = 0
-    with Scratch(shard_path(folder, number), held_bytes) as gradients:
+    path = shard_path(folder, number)
+    with _open_aside(path, held_bytes) as gradients:
         for part in parts:
             columns = part.gradients.shape[1]
             tensors, pieces, bad = _encode(part, dtype, name_of, skip_bad)
@@ -244,7 +248,7 @@ def write_shard(
                 # A copy: what is computed next may lie in the same memory.
                 small.setdefault(name, []).append(tensor.clone())
             for piece in pieces:
-                gradients.write(piece)
+                _put_aside(gradients, piece, path)
             skipped += bad
         whole = {name: torch.cat(tensors) for name, tensors in small.items()}
         # A marker of an earlier, damaged file must not vouch for the new one while that is written.
@@ -254,7 +258,8 @@ def write_shard(
         shapes = {name: (tensor.dtype, [rows]) for name, tensor in whole.items()}
         shapes["gradients"] = (STORED[dtype], [rows, columns])
         header = [safetensors_header(shapes, {"axes": "gradients: row column"}), *map(_bytes_of, whole.values())]
-        written = write_durably(shard_path(folder, number), chain(header, gradients.chunks()))
+        gradients.seek(0)
+        written = write_durably(path, chain(header, iter(partial(gradients.read, 2**20), b"")))
     made_by = version("vestige"), str(torch.__version__)
     marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
     _write_marker(folder, marker)
@@ -264,6 +269,27 @@ def write_shard(
 def _write_marker(folder: Path, marker: Marker) -> None:
     fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
     write_durably(marker_path(folder, marker.shard), [(json.dumps(fields, indent=1) + "\n").encode()])
+
+
+@contextmanager
+def _open_aside(path: Path, held_bytes: int) -> "Iterator[tempfile.SpooledTemporaryFile[bytes]]":
+    """Open a file without a name, first in memory and then beside `path`: it is gone with the process."""
+    file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        # What did not fit on the disk would be tried again, and is no longer needed.
+        with suppress(OSError):
+            file.close()
+
+
+def _put_aside(file: "tempfile.SpooledTemporaryFile[bytes]", piece: bytes | memoryview, path: Path) -> None:
+    try:
+        with time_phase("writing"):
+            file.write(memoryview(piece).cast("B"))
+            file.flush()
+    except OSError as error:
+        raise write_error(error, path, file.tell()) from error
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

@@ -13,7 +13,7 @@ from vestige.data import Example, tokenize
 from vestige.errors import DataError
 from vestige.measures import Drawn, draw_files, read_canaries
 from vestige.reports import report
-from vestige.runs import AuditRecord, CanaryRecord, SubjectRecord, exposed
+from vestige.runs import AuditRecord, CanaryRecord, SubjectRecord, mean_exposures
 
 DIGITS = "0123456789"
 ROWS = [
@@ -140,7 +140,7 @@ def secret(exposure, copies, checkpoint=20, number=0):
 def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_be():
     records = [secret(value, 4, number=number) for number, value in enumerate([1.0, 2.0, 3.0])]
     records += [secret(0.5, 0), secret(None, 0, number=1), secret(1.5, None), secret(2.5, 4, checkpoint=10)]
-    unsaid, none, early, late = exposed(records)
+    unsaid, none, early, late = mean_exposures(records)
     assert [(each.copies, each.checkpoint, each.secrets) for each in (unsaid, none, early, late)] == [
         (None, 20, 1),
         (0, 20, 1),
@@ -150,7 +150,7 @@ def test_mean_exposure_by_copies_has_students_interval_within_what_exposure_can_
     assert np.isnan([unsaid.low, none.high, early.low]).all(), "one secret says nothing of the next"
     # 2 plus or minus 4.302653 / sqrt(3), which is more than from 0 to 4.
     assert (late.mean, late.low, late.high) == (2.0, 0.0, 4.0)
-    (narrow,) = exposed([secret(value, 1, number=number) for number, value in enumerate([1.9, 2.0, 2.1, 2.0])])
+    (narrow,) = mean_exposures([secret(value, 1, number=number) for number, value in enumerate([1.9, 2.0, 2.1, 2.0])])
     half = 3.182446 * np.std([1.9, 2.0, 2.1, 2.0], ddof=1) / 2
     assert (narrow.low, narrow.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
 

@@ -44,27 +44,34 @@ class WorkPlan(Protocol[Result_co]):
     @property
     def name(self) -> str:
         """The name of the work, for a person: "Indexing", "Curvature", "Scoring"."""
+        ...
 
     @property
     def unit(self) -> str:
         """The unit of `weight`, in the plural: "examples", "models"."""
+        ...
 
     @property
     def folder(self) -> Path:
         """The folder of the result; claims, logs and the job's record live in `folder / "launch" / name`."""
+        ...
 
     @property
     def pieces(self) -> int:
         """The number of pieces; never depends on who computes them."""
+        ...
 
     def is_done(self, piece: int) -> bool:
         """Return whether the piece's marker is there and belongs to these settings; cheap."""
+        ...
 
     def weight(self, piece: int) -> float:
         """Return the units of work in the piece, for rates and the time left: its examples, tokens, models or pairs."""
+        ...
 
     def open(self) -> AbstractContextManager[Compute]:
         """Open what is needed to compute pieces (a loaded model, hooks), made once per worker."""
+        ...
 
     def reduce(self) -> Result_co:
         """Return the result from all pieces, in piece order.
@@ -75,6 +82,7 @@ class WorkPlan(Protocol[Result_co]):
         Raises:
             CorruptFile: pieces are missing, damaged or overlap; the message lists them.
         """
+        ...
 
 
 class PieceMarker(NamedTuple):

@@ -15,7 +15,7 @@ from vestige.errors import VestigeError
 from vestige.launch._work import POLL_SECONDS
 from vestige.progress import announce, format_seconds
 from vestige.storage import write_durably
-from vestige.timing import Profile
+from vestige.timing import Profile, profile_phases
 
 
 class Role(NamedTuple):

@@ -302,7 +302,7 @@ def build_temporary_index(
     """
     settings = job.settings
     names = ("data", "components", "loss", "token_budget", "seed", "skip_bad")
-    shared = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)} | launch
+    shared: dict[str, Any] = {name: getattr(settings, name) for name in names} | {"chat": bool(settings.chat)} | launch
     made = IndexSettings(model=model, out=partial_folder(settings.out) / name, **shared)
     assert job.loaded is not None
     assert job.selection is not None

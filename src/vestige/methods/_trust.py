@@ -14,7 +14,7 @@ from vestige.gradients import Knowledge, Reduction
 from vestige.methods._bm25 import Bm25, example_words
 from vestige.methods._protocol import Job, Method
 from vestige.models import Selection
-from vestige.runs import Check, RankedScore, TopK
+from vestige.runs import Check, RankedScore, TopK, Verdict
 
 OVERLAP_WARNS = 0.5
 """Mean Jaccard index: two different questions then share two thirds of their lists of equal length."""

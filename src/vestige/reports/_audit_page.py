@@ -20,7 +20,7 @@ from vestige.measures import (
 )
 from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
 from vestige.reports._header import Fact, cut_command, describe_cost, format_count, join_versions, shorten_name
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, exposed
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
@@ -164,7 +164,7 @@ def _has_both_sides(truth: Known) -> bool:
 
 def _draw_secrets(drawn: Drawn) -> list[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
-    groups, panels = exposed(drawn.run.canaries), list[Panel]()
+    groups, panels = mean_exposures(drawn.run.canaries), list[Panel]()
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
         draw_exposure_by_copies(axes := new_axes(SMALL), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
@@ -241,7 +241,7 @@ def _describe_secrets(audit: Audit) -> str:
     if not values:
         return ""
     most = max(each.most for each in audit.run.canaries)
-    groups = [each for each in exposed(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
+    groups = [each for each in mean_exposures(audit.run.canaries) if each.checkpoint == audit.checkpoints[-1]]
     means = f"mean exposure {np.mean(values):.2f} bits"
     if len(groups) > 1:
         by_copies = [f"{each.mean:.2f} with {_count_copies(each.copies)}" for each in groups]

@@ -46,6 +46,7 @@ from vestige.runs._record import (
     RunRecord as RunRecord,
     SkippedRecord as SkippedRecord,
     TrustRecord as TrustRecord,
+    Verdict as Verdict,
     describe_data as describe_data,
     describe_model as describe_model,
     describe_process as describe_process,

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from vestige import disk_arrays
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
 from vestige.runs._record import DENSE_FILE, is_run, read_record, require_unaltered
@@ -34,6 +33,7 @@ class _OnDisk(Protocol):
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield the values of one column, in order."""
+        ...
 
 
 def names_of(examples: "Sequence[Example]") -> Iterator[str]:
@@ -66,7 +66,6 @@ def write_dense(
         file.seek(0, os.SEEK_END)
         for row in scores:
             file.write(np.ascontiguousarray(row, dtype="<f4").data)
-            disk_arrays.let_go(scores)
 
 
 def _write_names(file: BinaryIO, names: Iterable[str]) -> None:

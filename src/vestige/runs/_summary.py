@@ -8,8 +8,8 @@ from jaxtyping import Float, Int, UInt64
 from scipy.special import stdtrit
 
 from vestige.errors import NonFinite, VestigeError
-from vestige.row_order import RowOrder
 from vestige.runs._record import DistributionRecord, GroupRecord
+from vestige.storage import open_temporary
 
 # Only named in annotations, so that a run opens without importing torch.
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class ScoreCollector:
     ) -> None:
         self._queries = queries
         fitting = min(examples, max(1, kept_bytes // (4 * max(queries, 1))))
-        self._ordered = RowOrder(queries, examples, np.float32) if dense else None
+        self._dense = _map_scores(queries, examples) if dense else None
         self._largest_hash = _largest_hash(examples, fitting)
         self._kept = np.zeros((queries, 0 if dense else fitting), np.float32)
         self._sampled = 0
@@ -252,10 +252,10 @@ class ScoreCollector:
 
     def _keep(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         """Put scores aside for the histogram, in order of arrival, or all of them in order of the rows."""
-        kept = np.full(len(rows), True) if self._ordered is not None else _hash(rows) <= self._largest_hash
+        kept = np.full(len(rows), True) if self._dense is not None else _hash(rows) <= self._largest_hash
         begin, self._sampled = self._sampled, self._sampled + int(np.count_nonzero(kept))
-        if self._ordered is not None:
-            self._ordered.add(rows, scores)
+        if self._dense is not None:
+            self._dense[:, rows] = scores
         else:
             self._kept[:, begin : self._sampled] = scores[:, kept]
 
@@ -267,7 +267,8 @@ class ScoreCollector:
         """
         if (missing := np.flatnonzero(~self._scored)).size:
             raise VestigeError(f"The method scored no training row {missing[0]} ({len(missing)} rows are missing).")
-        dense = None if self._ordered is None else self._ordered.finish()
+        if (dense := self._dense) is not None:
+            dense[:, self._left_out] = np.nan
         kept = self._kept[:, : self._sampled] if dense is None else dense
         return ScoreSummary(
             ranked=self._top.ranked(),
@@ -304,6 +305,14 @@ class ScoreCollector:
         highest = np.sort(values)[::-1][: SHARES_AT[-1]] if complete else self._top.scores(query, "proponent")
         held = np.cumsum(np.maximum(highest, 0))
         return [(k, min(1.0, float(held[k - 1]) / total)) for k in SHARES_AT if k <= len(held)]
+
+
+def _map_scores(queries: int, examples: int) -> Float[np.ndarray, "query example"]:
+    """Return an array in a file without a name: it may be larger than the memory."""
+    if not queries * examples:
+        return np.zeros((queries, examples), dtype=np.float32)
+    with open_temporary(4 * queries * examples) as file:
+        return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=(queries, examples)))
 
 
 class _Moments:

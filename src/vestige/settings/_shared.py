@@ -25,25 +25,33 @@ class LaunchSettings(Settings):
     """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
     workers: PositiveInt = Field(
-        1, description="Processes that share the work, each with a model of its own; 1 works in this process."
+        default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
     )
-    engine: Engine = Field("local", description="Where workers run: local processes, or slurm for a batch array.")
+    engine: Engine = Field(
+        default="local", description="Where workers run: local processes, or slurm for a batch array."
+    )
     shard: str | None = Field(
-        None,
+        default=None,
         description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler.",
     )
-    threads: PositiveInt = Field(1, description="Processor threads of each of several workers.")
-    retries: NonNegativeInt = Field(2, description="How often a piece that failed or lost its worker is tried again.")
-    partition: str | None = Field(None, description="slurm: partition of the jobs.")
-    account: str | None = Field(None, description="slurm: account that the jobs are charged to.")
-    gres: str | None = Field(None, description="slurm: resources of each worker, such as gpu:1.")
-    time: str | None = Field(
-        None, description="slurm: time limit of each job, such as 4:00:00; unfinished work is queued again."
+    threads: PositiveInt = Field(default=1, description="Processor threads of each of several workers.")
+    retries: NonNegativeInt = Field(
+        default=2, description="How often a piece that failed or lost its worker is tried again."
     )
-    mem: str | None = Field(None, description="slurm: memory of each worker, such as 32G.")
-    setup: str | None = Field(None, description="slurm: shell line to run before the work, such as 'module load cuda'.")
-    container: str | None = Field(None, description="slurm: Apptainer image that holds Vestige.")
-    wait: bool = Field(True, description="slurm: stay, show progress and finish; --no-wait returns once submitted.")
+    partition: str | None = Field(default=None, description="slurm: partition of the jobs.")
+    account: str | None = Field(default=None, description="slurm: account that the jobs are charged to.")
+    gres: str | None = Field(default=None, description="slurm: resources of each worker, such as gpu:1.")
+    time: str | None = Field(
+        default=None, description="slurm: time limit of each job, such as 4:00:00; unfinished work is queued again."
+    )
+    mem: str | None = Field(default=None, description="slurm: memory of each worker, such as 32G.")
+    setup: str | None = Field(
+        default=None, description="slurm: shell line to run before the work, such as 'module load cuda'."
+    )
+    container: str | None = Field(default=None, description="slurm: Apptainer image that holds Vestige.")
+    wait: bool = Field(
+        default=True, description="slurm: stay, show progress and finish; --no-wait returns once submitted."
+    )
 
     @field_validator("shard")
     @classmethod

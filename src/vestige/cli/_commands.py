@@ -110,7 +110,7 @@ def attribute(settings: AttributeSettings) -> None:
     _show_scores(attribute.call(settings), settings, SHOWN_PROPONENTS)
 
 
-@command("untrac", UntracSettings, function="vestige.unlearn:untrac", order=80, sweepable=True, writes_once=True)
+@command("untrac", UntracSettings, function="vestige.methods:untrac", order=80, sweepable=True, writes_once=True)
 def untrac(settings: UntracSettings) -> None:
     """Rank training sources or examples by unlearning.
 

@@ -15,7 +15,7 @@ from tests.reference.similarity import layer_outputs, pooled_hidden_state
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.data import load_examples, load_queries, tokenize
 from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, WorkElsewhere
-from vestige.evaluate import one_pass_result
+from vestige.evaluate import find_candidates, one_pass_result
 from vestige.gradients import GradientPass
 from vestige.settings import ComponentsSettings
 

@@ -14,7 +14,7 @@ from tests.workshop import furnish, write_rows
 from vestige.banks import Bank, bank
 from vestige.data import load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError, UserError
-from vestige.evaluate import Estimate, align_scores, find_right_examples, train_temporarily
+from vestige.evaluate import Estimate, Scored, align_scores, find_right_examples, open_truth, train_temporarily
 from vestige.methods import attribute
 from vestige.runs import Scores
 
@@ -107,10 +107,6 @@ def test_a_second_call_scores_nothing_again_and_changed_settings_are_refused(hal
 
 def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_path):
     """Truth that follows a run's own scores, with examples and queries of the run in another order than the bank's."""
-
-    from vestige.evaluate._scored import Scored
-    from vestige.evaluate._truth import open_truth
-
     truth = open_truth(halves)
     scored = Scored("grad-dot", Scores.open(runs[0]))
     backwards = align_scores(scored.run, truth.bank.query_ids[::-1], truth.bank.example_ids[::-1])
@@ -264,7 +260,7 @@ def test_mislabel_ranks_by_self_influence(workshop, given, tmp_path):
         vestige.evaluate.mislabel(**arguments, methods="grad-dot", truth="wrong", out=tmp_path / "out")
 
 
-def test_retrieval_finds_the_find_right_examples(given, runs, tmp_path):
+def test_retrieval_finds_the_right_examples(given, runs, tmp_path):
     result = vestige.evaluate.retrieval(run=runs, queries=given["queries"], k="1,12", out=tmp_path / "out", draws=50)
     assert [row.method for row in result.rows] == ["grad-dot", "bm25"]
     assert "random, rep-sim, grad-cos" in str(result)

@@ -17,11 +17,11 @@ from vestige.errors import UserError
 from vestige.measures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
-from vestige.reports._audit_page import format_span
 from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
-from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, shorten_name
+from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, format_span, shorten_name
+from vestige.reports._read import COMPONENTS
 
-RESULT, SIMILARITY = "components.json", "self_similarity.csv"
+SIMILARITY = "self_similarity.csv"
 FULL, CHANCE, BM25 = "full gradient", "random", "bm25 of the prompts"
 SHOWN_WRONG = 50
 _COMPARED = ("best component, held out", "greedy for accuracy, held out", "greedy for agreement, held out", BM25)
@@ -43,7 +43,7 @@ def make_component_page(folder: Path) -> dict[str, Any]:
         UserError: A file of it is damaged.
     """
     try:
-        found = parse_json((folder / RESULT).read_text(encoding="utf-8"))
+        found = parse_json((folder / COMPONENTS).read_text(encoding="utf-8"))
         choices = [_make_choice(words, each) for words, each in found["candidates"].items()]
         parts = next(iter(found["candidates"].values()))["components"]
         return {
@@ -58,7 +58,7 @@ def make_component_page(folder: Path) -> dict[str, Any]:
         }
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
+            f"{folder / COMPONENTS} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
             f"The command that made it writes both again from what it keeps in {folder / 'products'}."
         ) from error
 

@@ -1,7 +1,8 @@
 """The top of the page in words: what was run, what a score means, how far it was checked."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vestige.progress import format_memory
@@ -124,6 +125,14 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_span(span: Sequence[float | None]) -> str:
+    """Format a value and its interval as the page writes them."""
+    value, low, high = span
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _make_sentence(text: str) -> str:

@@ -57,8 +57,9 @@ def make_panel(
     title: str, note: str, axes: Axes, *, names: Mapping[str, str] | None = None, broad: bool = False
 ) -> Panel:
     """Return the figure of these axes as a part of the page; `names` are other words for labels of its legend."""
-    keys = []
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+    keys, legend = [], axes.get_legend_handles_labels()
+    handles: list[Any] = legend[0]
+    for handle, label in zip(handles, map(str, legend[1]), strict=True):
         part = handle if hasattr(handle, "get_color") else handle.patches[0]
         colour = part.get_color() if part is handle else to_hex(part.get_facecolor())
         dashed = part is handle and part.get_linestyle() not in ("-", "None")

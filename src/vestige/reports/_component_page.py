@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from vestige.errors import UserError
 from vestige.measures import COLOURS
@@ -346,7 +346,7 @@ def _draw_lines(
     if level is not None:
         axes.axhline(level, color=_GREY, linewidth=1)
     axes.set_xlabel("block")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return make_panel(title, note, axes)
 
 
@@ -354,8 +354,8 @@ def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     axes, sizes = new_axes(SMALL), sorted({one["parameters"] for one in parts})
     known = [one for one in parts if math.isfinite(_accuracy(one))]
     groups = [[_accuracy(one) for one in known if one["parameters"] == size] for size in sizes]
-    lines = {name: {"color": COLOURS[0]} for name in ("boxprops", "medianprops")}
-    axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, **lines)
+    line = {"color": COLOURS[0]}
+    axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, boxprops=line, medianprops=line)
     for place, values in enumerate(groups, 1):
         axes.plot([place] * len(values), values, "o", color=COLOURS[0], markersize=4, alpha=0.4)
     axes.axhline(full, color=_INK, linewidth=1)

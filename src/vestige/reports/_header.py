@@ -71,7 +71,7 @@ def join_versions(versions: Mapping[str, str]) -> str:
     return " · ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def describe_cost(seconds: float, peak_memory_bytes: int | None, peak_gpu_memory_bytes: int | None) -> "Fact":
+def describe_cost(seconds: float, peak_memory_bytes: int, peak_gpu_memory_bytes: int) -> "Fact":
     """Return how long a run took, and with how much memory."""
     memory = f"{format_memory(peak_memory_bytes, peak_gpu_memory_bytes)} at most" if peak_memory_bytes else None
     return Fact("Took", format_duration(seconds), note=memory)

@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from vestige.errors import UserError
 from vestige.measures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
-from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
-from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, format_span, shorten_name
+from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes, place_interval, write_plainly
+from vestige.reports._header import (
+    Chip,
+    Fact,
+    cut_command,
+    format_count,
+    format_duration,
+    format_percent,
+    format_span,
+    shorten_name,
+)
 from vestige.reports._read import COMPONENTS
 
 SIMILARITY = "self_similarity.csv"
@@ -129,10 +137,6 @@ def _average(values: Iterable[float | None]) -> str:
     return _format(float(np.mean(known))) if known else ""
 
 
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
-
-
 def _describe_ranks(found: Part) -> str:
     """Return the ranks that BM25 gives the originals, in words."""
     ranks = {int(rank): count for rank, count in found["rank_of_original_by_bm25"].items()}
@@ -164,7 +168,7 @@ def _make_chips(rows: Mapping[str, Part]) -> list[Chip]:
             verdict, word, sign = "warn" if name == BM25 else "good", "better", "+"
         elif high < 0:
             verdict, word, sign = "warn", "worse", "−"
-        share = "" if row["parameters"] is None else f", from {_percent(row['parameters'])} of the parameters"
+        share = "" if row["parameters"] is None else f", from {format_percent(row['parameters'])} of the parameters"
         reading = f"{format_span((value, low, high)).replace('-', '−')} against the full gradient{share}"
         title = name.replace("bm25", "BM25") if name == BM25 else name[:1].upper() + name[1:]
         chips.append(Chip(title, f"{_span(row['accuracy'])[0]:.3f}", reading, verdict, word, sign))
@@ -178,7 +182,7 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
         "" if row["against_full"] is None else format_span(_span(row["against_full"])).replace("-", "−"),
         _format(row["agreement"] and row["agreement"]["value"]),
         _format(row["centred"] and row["centred"]["value"]),
-        "" if row["parameters"] is None else _percent(row["parameters"]),
+        "" if row["parameters"] is None else format_percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
         "" if row["seconds"] is None else format_duration(row["seconds"]),
@@ -186,24 +190,10 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
     return {
         "name": row["name"],
         "accuracy": format_span(span),
-        "interval": _place_interval(span, ends, full),
+        "interval": place_interval(span, ends, full),
         "cells": cells,
         "opponent": row["opponent"],
     }
-
-
-def _place_interval(span: tuple[float, float, float], ends: tuple[float, float], full: float) -> dict[str, Any]:
-    """Return positions across a drawing of 150 units: value, ends and the full gradient; `beyond` the ends: -1 or 1."""
-    value, *interval = span
-
-    def place(number: float) -> float:
-        inside = min(max(number, ends[0]), ends[1])
-        return round(4 + 142 * ((inside - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5), 1)
-
-    low, high = (None if not math.isfinite(end) else place(end) for end in interval)
-    beyond = -1 if value < ends[0] else int(value > ends[1])
-    found = {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond}
-    return found | {"label": format_span(span)}
 
 
 def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
@@ -283,15 +273,9 @@ def _draw_bars(
     if log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=10 ** math.floor(math.log10(min(max(value(one), 1) for one in parts))))
-        _write_plainly(axes.yaxis, "{x:,.0f}")
+        write_plainly(axes.yaxis, "{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, axes, broad=True)]
-
-
-def _write_plainly(axis: Axis, form: str) -> None:
-    """Write the numbers of a logarithmic axis without powers."""
-    axis.set_major_formatter(form)
-    axis.set_minor_formatter(LogFormatter())
 
 
 def _mark_blocks(axes: Axes, parts: Sequence[Part]) -> None:
@@ -406,7 +390,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         axes.plot([], [], "D", color=COLOURS[2], label="projections: ◆ right, × as published")
         axes.axhline(level, color=_INK, linewidth=1)
         axes.set(xscale="log", xlabel="% of the parameters (of projections: numbers kept)", ylabel=objective)
-        _write_plainly(axes.xaxis, "{x:g}")
+        write_plainly(axes.xaxis, "{x:g}")
         panels.append(make_panel(f"Greedy paths: {objective}", note, axes))
     return panels
 

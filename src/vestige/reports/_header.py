@@ -135,6 +135,11 @@ def format_span(span: Sequence[float | None]) -> str:
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def format_percent(share: float) -> str:
+    """Return a share as a reader says it: 37.35%, 0.042%."""
+    return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
+
+
 def _make_sentence(text: str) -> str:
     """Return `text` with a capital and a full stop, or nothing for nothing."""
     words = text.strip()

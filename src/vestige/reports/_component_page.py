@@ -25,6 +25,7 @@ from vestige.reports._header import (
     format_duration,
     format_percent,
     format_span,
+    format_value,
     shorten_name,
 )
 from vestige.reports._read import COMPONENTS
@@ -39,8 +40,7 @@ _VARIANTS = (".lora_A", ".lora_B", ".bias")
 _MOST_TICKS = 16
 _GREY, _INK = "#AAAAAA", "#555555"
 
-Part = Mapping[str, Any]
-"""One component, as components.json has it."""
+Part = Mapping[str, Any]  # one component, as components.json has it
 Value = Callable[[Part], float]
 
 
@@ -54,13 +54,15 @@ def make_component_page(folder: Path) -> dict[str, Any]:
         found = parse_json((folder / COMPONENTS).read_text(encoding="utf-8"))
         choices = [_make_choice(words, each) for words, each in found["candidates"].items()]
         parts = next(iter(found["candidates"].values()))["components"]
+        title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
+        sizes = _draw_bars(title, note, parts, lambda one: one["parameters"], "parameters", log=True)
         return {
             "title": "Which components distinguish originals from other examples?",
             "subtitle": "components",
             "facts": _list_facts(found, parts),
             "command": cut_command(found["command"]),
             "choices": choices,
-            "charts": [*_draw_sizes(parts), *_draw_similarity(folder / SIMILARITY, parts)],
+            "charts": [*sizes, *_draw_similarity(folder / SIMILARITY, parts)],
             "notes": found["notes"],
             "vestige": version("vestige"),
         }
@@ -127,14 +129,10 @@ def _agreement(part: Part) -> float:
     return _number(part["agreement"])
 
 
-def _format(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
-
-
 def _average(values: Iterable[float | None]) -> str:
     """Return the mean of what is known; nothing without any."""
     known = [value for value in map(_number, values) if math.isfinite(value)]
-    return _format(float(np.mean(known))) if known else ""
+    return format_value(float(np.mean(known))) if known else ""
 
 
 def _describe_ranks(found: Part) -> str:
@@ -180,8 +178,8 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
     span = _span(row["accuracy"])
     cells = (
         "" if row["against_full"] is None else format_span(_span(row["against_full"])).replace("-", "−"),
-        _format(row["agreement"] and row["agreement"]["value"]),
-        _format(row["centred"] and row["centred"]["value"]),
+        format_value(row["agreement"] and row["agreement"]["value"]),
+        format_value(row["centred"] and row["centred"]["value"]),
         "" if row["parameters"] is None else format_percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
@@ -209,7 +207,7 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
 
 
 def _describe_component(one: Part) -> tuple[str, ...]:
-    more = (_format(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
+    more = (format_value(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
     accuracy = format_span(_span(one["accuracy"]))
     return (one["name"], f"{one['parameters']:,}", f"{one['backward']:.0%}", accuracy, *more)
 
@@ -219,17 +217,12 @@ def _describe_wrong(one: Part) -> tuple[str, ...]:
     return (
         one["query"],
         one["picked"],
-        _format(one["similarity"]),
+        format_value(one["similarity"]),
         ", ".join(one["originals"]) or "not listed",
-        _format(one["original_similarity"]),
+        format_value(one["original_similarity"]),
         str(one["rank_by_bm25"] or ""),
         f"{one['query_tokens']} / {one['picked_tokens']} / {lengths or '–'}",
     )
-
-
-def _draw_sizes(parts: Sequence[Part]) -> list[Panel]:
-    title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
-    return _draw_bars(title, note, parts, lambda one: one["parameters"], "parameters", log=True)
 
 
 def _draw_components(parts: Sequence[Part], full: float, chance: float) -> list[Panel]:

@@ -140,6 +140,11 @@ def format_percent(share: float) -> str:
     return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
 
+def format_value(value: float | None) -> str:
+    """Format a number with three decimals; nothing where it is not known."""
+    return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
+
+
 def _make_sentence(text: str) -> str:
     """Return `text` with a capital and a full stop, or nothing for nothing."""
     words = text.strip()

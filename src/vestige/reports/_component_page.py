@@ -39,7 +39,6 @@ KINDS = {"attention": ("attn", "attention"), "feed-forward": ("mlp", "fc", "ffn"
 _VARIANTS = (".lora_A", ".lora_B", ".bias")
 _MOST_TICKS = 16
 _GREY, _INK = "#AAAAAA", "#555555"
-
 Part = Mapping[str, Any]  # one component, as components.json has it
 Value = Callable[[Part], float]
 

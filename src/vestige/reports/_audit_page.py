@@ -1,7 +1,6 @@
 """The page of an audit: what is known of the examples, how well the measures find them, and which examples to read."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -19,7 +18,15 @@ from vestige.measures import (
     draw_roc,
 )
 from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
-from vestige.reports._header import Fact, cut_command, describe_cost, format_count, join_versions, shorten_name
+from vestige.reports._header import (
+    Fact,
+    cut_command,
+    describe_cost,
+    format_count,
+    format_span,
+    join_versions,
+    shorten_name,
+)
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
 
 SHOWN, SHOWN_SECRETS = 25, 12
@@ -58,14 +65,6 @@ def make_audit_page(audit: Audit) -> Json:
 def format_number(value: float | None) -> str:
     """Format a number as the page writes it."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "−")
-
-
-def format_span(span: Sequence[float | None]) -> str:
-    """Format a value and its interval as the page writes them."""
-    value, low, high = span
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _list_facts(audit: Audit) -> list[Fact]:

@@ -1,5 +1,6 @@
 """Figures of matplotlib inside a page: scalable, in the page's own colours and letters, with titles at the pointer."""
 
+import math
 import re
 from collections.abc import Mapping
 from io import StringIO
@@ -8,9 +9,12 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
+from matplotlib.ticker import LogFormatter
 
 from vestige.measures import COLOURS, new_figure
+from vestige.reports._header import format_span
 
 SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
 """Sizes in inches of 72 pixels: one of several in a row, and one that needs the whole width."""
@@ -57,14 +61,35 @@ def make_panel(
     title: str, note: str, axes: Axes, *, names: Mapping[str, str] | None = None, broad: bool = False
 ) -> Panel:
     """Return the figure of these axes as a part of the page; `names` are other words for labels of its legend."""
-    keys = []
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+    keys, legend = [], axes.get_legend_handles_labels()
+    handles: list[Any] = legend[0]
+    for handle, label in zip(handles, map(str, legend[1]), strict=True):
         part = handle if hasattr(handle, "get_color") else handle.patches[0]
         colour = part.get_color() if part is handle else to_hex(part.get_facecolor())
         dashed = part is handle and part.get_linestyle() not in ("-", "None")
         keys.append(Key((names or {}).get(label, label), _INKS.get(colour.lower(), colour), dashed))
     label = f"{title}: {', '.join(key.name for key in keys)}" if keys else title
     return Panel(title, note, _inline_svg(axes.figure, label, broad), tuple(keys), broad)
+
+
+def write_plainly(axis: Axis, form: str) -> None:
+    """Write the numbers of a logarithmic axis without powers."""
+    axis.set_major_formatter(form)
+    axis.set_minor_formatter(LogFormatter())
+
+
+def place_interval(span: tuple[float, float, float], ends: tuple[float, float], full: float) -> dict[str, Any]:
+    """Return positions across a drawing of 150 units: value, ends and the full gradient; `beyond` the ends: -1 or 1."""
+    value, *interval = span
+
+    def place(number: float) -> float:
+        inside = min(max(number, ends[0]), ends[1])
+        return round(4 + 142 * ((inside - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5), 1)
+
+    low, high = (None if not math.isfinite(end) else place(end) for end in interval)
+    beyond = -1 if value < ends[0] else int(value > ends[1])
+    found = {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond}
+    return found | {"label": format_span(span)}
 
 
 def _inline_svg(figure: Any, label: str, broad: bool) -> Markup:

@@ -10,18 +10,27 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import MaxNLocator
 
 from vestige.errors import UserError
 from vestige.measures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
-from vestige.reports._audit_page import format_span
-from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes
-from vestige.reports._header import Chip, Fact, cut_command, format_count, format_duration, shorten_name
+from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes, place_interval, write_plainly
+from vestige.reports._header import (
+    Chip,
+    Fact,
+    cut_command,
+    format_count,
+    format_duration,
+    format_percent,
+    format_span,
+    format_value,
+    shorten_name,
+)
+from vestige.reports._read import COMPONENTS
 
-RESULT, SIMILARITY = "components.json", "self_similarity.csv"
+SIMILARITY = "self_similarity.csv"
 FULL, CHANCE, BM25 = "full gradient", "random", "bm25 of the prompts"
 SHOWN_WRONG = 50
 _COMPARED = ("best component, held out", "greedy for accuracy, held out", "greedy for agreement, held out", BM25)
@@ -30,9 +39,7 @@ KINDS = {"attention": ("attn", "attention"), "feed-forward": ("mlp", "fc", "ffn"
 _VARIANTS = (".lora_A", ".lora_B", ".bias")
 _MOST_TICKS = 16
 _GREY, _INK = "#AAAAAA", "#555555"
-
-Part = Mapping[str, Any]
-"""One component, as components.json has it."""
+Part = Mapping[str, Any]  # one component, as components.json has it
 Value = Callable[[Part], float]
 
 
@@ -43,22 +50,24 @@ def make_component_page(folder: Path) -> dict[str, Any]:
         UserError: A file of it is damaged.
     """
     try:
-        found = parse_json((folder / RESULT).read_text(encoding="utf-8"))
+        found = parse_json((folder / COMPONENTS).read_text(encoding="utf-8"))
         choices = [_make_choice(words, each) for words, each in found["candidates"].items()]
         parts = next(iter(found["candidates"].values()))["components"]
+        title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
+        sizes = _draw_bars(title, note, parts, lambda one: one["parameters"], "parameters", log=True)
         return {
             "title": "Which components distinguish originals from other examples?",
             "subtitle": "components",
             "facts": _list_facts(found, parts),
             "command": cut_command(found["command"]),
             "choices": choices,
-            "charts": [*_draw_sizes(parts), *_draw_similarity(folder / SIMILARITY, parts)],
+            "charts": [*sizes, *_draw_similarity(folder / SIMILARITY, parts)],
             "notes": found["notes"],
             "vestige": version("vestige"),
         }
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / RESULT} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
+            f"{folder / COMPONENTS} or {SIMILARITY} beside it cannot be read ({type(error).__name__}: {error}).\n"
             f"The command that made it writes both again from what it keeps in {folder / 'products'}."
         ) from error
 
@@ -119,18 +128,10 @@ def _agreement(part: Part) -> float:
     return _number(part["agreement"])
 
 
-def _format(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
-
-
 def _average(values: Iterable[float | None]) -> str:
     """Return the mean of what is known; nothing without any."""
     known = [value for value in map(_number, values) if math.isfinite(value)]
-    return _format(float(np.mean(known))) if known else ""
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
+    return format_value(float(np.mean(known))) if known else ""
 
 
 def _describe_ranks(found: Part) -> str:
@@ -164,7 +165,7 @@ def _make_chips(rows: Mapping[str, Part]) -> list[Chip]:
             verdict, word, sign = "warn" if name == BM25 else "good", "better", "+"
         elif high < 0:
             verdict, word, sign = "warn", "worse", "−"
-        share = "" if row["parameters"] is None else f", from {_percent(row['parameters'])} of the parameters"
+        share = "" if row["parameters"] is None else f", from {format_percent(row['parameters'])} of the parameters"
         reading = f"{format_span((value, low, high)).replace('-', '−')} against the full gradient{share}"
         title = name.replace("bm25", "BM25") if name == BM25 else name[:1].upper() + name[1:]
         chips.append(Chip(title, f"{_span(row['accuracy'])[0]:.3f}", reading, verdict, word, sign))
@@ -176,9 +177,9 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
     span = _span(row["accuracy"])
     cells = (
         "" if row["against_full"] is None else format_span(_span(row["against_full"])).replace("-", "−"),
-        _format(row["agreement"] and row["agreement"]["value"]),
-        _format(row["centred"] and row["centred"]["value"]),
-        "" if row["parameters"] is None else _percent(row["parameters"]),
+        format_value(row["agreement"] and row["agreement"]["value"]),
+        format_value(row["centred"] and row["centred"]["value"]),
+        "" if row["parameters"] is None else format_percent(row["parameters"]),
         "" if row["backward"] is None else f"{row['backward']:.0%}",
         "" if row["bytes"] is None else format_bytes(row["bytes"]),
         "" if row["seconds"] is None else format_duration(row["seconds"]),
@@ -186,24 +187,10 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
     return {
         "name": row["name"],
         "accuracy": format_span(span),
-        "interval": _place_interval(span, ends, full),
+        "interval": place_interval(span, ends, full),
         "cells": cells,
         "opponent": row["opponent"],
     }
-
-
-def _place_interval(span: tuple[float, float, float], ends: tuple[float, float], full: float) -> dict[str, Any]:
-    """Return positions across a drawing of 150 units: value, ends and the full gradient; `beyond` the ends: -1 or 1."""
-    value, *interval = span
-
-    def place(number: float) -> float:
-        inside = min(max(number, ends[0]), ends[1])
-        return round(4 + 142 * ((inside - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5), 1)
-
-    low, high = (None if not math.isfinite(end) else place(end) for end in interval)
-    beyond = -1 if value < ends[0] else int(value > ends[1])
-    found = {"at": place(value), "low": low, "high": high, "full": place(full), "beyond": beyond}
-    return found | {"label": format_span(span)}
 
 
 def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
@@ -219,7 +206,7 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
 
 
 def _describe_component(one: Part) -> tuple[str, ...]:
-    more = (_format(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
+    more = (format_value(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
     accuracy = format_span(_span(one["accuracy"]))
     return (one["name"], f"{one['parameters']:,}", f"{one['backward']:.0%}", accuracy, *more)
 
@@ -229,17 +216,12 @@ def _describe_wrong(one: Part) -> tuple[str, ...]:
     return (
         one["query"],
         one["picked"],
-        _format(one["similarity"]),
+        format_value(one["similarity"]),
         ", ".join(one["originals"]) or "not listed",
-        _format(one["original_similarity"]),
+        format_value(one["original_similarity"]),
         str(one["rank_by_bm25"] or ""),
         f"{one['query_tokens']} / {one['picked_tokens']} / {lengths or '–'}",
     )
-
-
-def _draw_sizes(parts: Sequence[Part]) -> list[Panel]:
-    title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
-    return _draw_bars(title, note, parts, lambda one: one["parameters"], "parameters", log=True)
 
 
 def _draw_components(parts: Sequence[Part], full: float, chance: float) -> list[Panel]:
@@ -283,15 +265,9 @@ def _draw_bars(
     if log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=10 ** math.floor(math.log10(min(max(value(one), 1) for one in parts))))
-        _write_plainly(axes.yaxis, "{x:,.0f}")
+        write_plainly(axes.yaxis, "{x:,.0f}")
     _mark_blocks(axes, parts)
     return [make_panel(title, note, axes, broad=True)]
-
-
-def _write_plainly(axis: Axis, form: str) -> None:
-    """Write the numbers of a logarithmic axis without powers."""
-    axis.set_major_formatter(form)
-    axis.set_minor_formatter(LogFormatter())
 
 
 def _mark_blocks(axes: Axes, parts: Sequence[Part]) -> None:
@@ -346,7 +322,7 @@ def _draw_lines(
     if level is not None:
         axes.axhline(level, color=_GREY, linewidth=1)
     axes.set_xlabel("block")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return make_panel(title, note, axes)
 
 
@@ -354,8 +330,8 @@ def _draw_boxes(parts: Sequence[Part], full: float) -> Panel:
     axes, sizes = new_axes(SMALL), sorted({one["parameters"] for one in parts})
     known = [one for one in parts if math.isfinite(_accuracy(one))]
     groups = [[_accuracy(one) for one in known if one["parameters"] == size] for size in sizes]
-    lines = {name: {"color": COLOURS[0]} for name in ("boxprops", "medianprops")}
-    axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, **lines)
+    line = {"color": COLOURS[0]}
+    axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, boxprops=line, medianprops=line)
     for place, values in enumerate(groups, 1):
         axes.plot([place] * len(values), values, "o", color=COLOURS[0], markersize=4, alpha=0.4)
     axes.axhline(full, color=_INK, linewidth=1)
@@ -406,7 +382,7 @@ def _draw_paths(found: Part, rows: Mapping[str, Part], full: float) -> list[Pane
         axes.plot([], [], "D", color=COLOURS[2], label="projections: ◆ right, × as published")
         axes.axhline(level, color=_INK, linewidth=1)
         axes.set(xscale="log", xlabel="% of the parameters (of projections: numbers kept)", ylabel=objective)
-        _write_plainly(axes.xaxis, "{x:g}")
+        write_plainly(axes.xaxis, "{x:g}")
         panels.append(make_panel(f"Greedy paths: {objective}", note, axes))
     return panels
 

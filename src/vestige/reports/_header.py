@@ -1,7 +1,8 @@
 """The top of the page in words: what was run, what a score means, how far it was checked."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vestige.progress import format_memory
@@ -70,7 +71,7 @@ def join_versions(versions: Mapping[str, str]) -> str:
     return " · ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def describe_cost(seconds: float, peak_memory_bytes: int | None, peak_gpu_memory_bytes: int | None) -> "Fact":
+def describe_cost(seconds: float, peak_memory_bytes: int, peak_gpu_memory_bytes: int) -> "Fact":
     """Return how long a run took, and with how much memory."""
     memory = f"{format_memory(peak_memory_bytes, peak_gpu_memory_bytes)} at most" if peak_memory_bytes else None
     return Fact("Took", format_duration(seconds), note=memory)
@@ -124,6 +125,24 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_span(span: Sequence[float | None]) -> str:
+    """Format a value and its interval as the page writes them."""
+    value, low, high = span
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def format_percent(share: float) -> str:
+    """Return a share as a reader says it: 37.35%, 0.042%."""
+    return f"{share:.2%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
+
+
+def format_value(value: float | None) -> str:
+    """Format a number with three decimals; nothing where it is not known."""
+    return "" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
 
 
 def _make_sentence(text: str) -> str:

@@ -18,14 +18,12 @@ from vestige.errors import UserError
 from vestige.progress import announce
 from vestige.reports._header import make_header
 from vestige.reports._payload import make_payload
-from vestige.reports._read import read_run
+from vestige.reports._read import COMPONENTS, read_run
 from vestige.runs import Audit, is_audit
 from vestige.storage import make_folder, remove_strays_of, write_durably
 
 GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
-COMPONENTS = "components.json"
-"""The result of `vestige evaluate components`."""
 LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
     "report": "common elements numbers state text examples distribution heatmap groups export page",

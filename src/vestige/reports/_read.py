@@ -11,6 +11,8 @@ import pyarrow as pa
 from vestige.errors import CorruptFile, UserError
 from vestige.runs import RunRecord, is_run, read_record, read_run_table, turns_of
 
+COMPONENTS = "components.json"
+"""The result of `vestige evaluate components`."""
 PAIR = tuple[str, str]
 """(query id, example id)."""
 

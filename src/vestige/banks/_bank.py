@@ -149,8 +149,8 @@ def _read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedDa
 def _texts(data: TokenizedData | None) -> Texts:
     if data is None:
         return Texts([], [], [], np.zeros(0, dtype=np.int64))
-    columns = ([getattr(example, name) for example in data.examples] for name in ("id", "source", "label"))
-    return Texts(*columns, data.target_counts)
+    ids, sources, labels = ([getattr(one, name) for one in data.examples] for name in ("id", "source", "label"))
+    return Texts(ids, sources, labels, data.target_counts)
 
 
 def _leaves_out(settings: BankSettings) -> bool:

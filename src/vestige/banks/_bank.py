@@ -149,7 +149,7 @@ def _read_queries(settings: BankSettings, loaded: LoadedModel, data: TokenizedDa
 def _texts(data: TokenizedData | None) -> Texts:
     if data is None:
         return Texts([], [], [], np.zeros(0, dtype=np.int64))
-    ids, sources, labels = ([getattr(example, name) for example in data.examples] for name in ("id", "source", "label"))
+    ids, sources, labels = ([getattr(one, name) for one in data.examples] for name in ("id", "source", "label"))
     return Texts(ids, sources, labels, data.target_counts)
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vestige.storage import (
     find_replaced_result,
     hold_folder,
     make_folder,
+    open_temporary,
     remove_result,
     remove_strays,
     remove_strays_of,
@@ -381,3 +383,36 @@ def test_every_difference_is_shown_in_columns():
     lines = mismatch_message("The bank in x", found).splitlines()
     assert lines[0] == "The bank in x was made with other settings; nothing was changed."
     assert len({line.index(shown) for line, shown in zip(lines[1:3], ("on disk", "a.jsonl"), strict=True)}) == 1
+
+
+def test_a_temporary_file_has_no_name_and_its_reserved_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_temporary(1000) as file:
+        assert file.read() == bytes(1000)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_file_that_does_not_fit_says_where_to_make_room(monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(DiskSpaceError, match=r"8\.0 MB do not fit.*TMPDIR"):
+        open_temporary(8_000_000)
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"absent.*TMPDIR"):
+        open_temporary()
+
+
+def test_no_folder_for_temporary_files_at_all_is_a_clear_error(monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
+    with pytest.raises(UserError, match="TMPDIR"):
+        open_temporary()

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vestige.cli._audit import describe
 
 from tests.measures.audited import evidence, simple
 from tests.reference import audit as reference
 from tests.workshop import write_rows
+from vestige.cli import summarise_audit
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
 from vestige.measures import Drawn, draw_files, read_canaries
@@ -78,7 +78,7 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
         assert each.rank == pytest.approx(rank)
         assert each.exposure == pytest.approx(np.log2((len(rest) + 1) / rank))
         assert (each.references, each.most) == (len(rest), pytest.approx(np.log2(len(rest) + 1)))
-    told = describe(found)
+    told = summarise_audit(found)
     assert "Exposure of 3 planted secrets (1.44 bits on average by chance)" in told
     page = report(found.folder, tmp_path / "page.html").read_text()
     assert "Planted secrets" in page

@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy import stats
 
-from vestige import row_order
 from vestige.errors import VestigeError
 from vestige.runs import ScoreBlock, ScoreCollector, sample_rows
 
@@ -60,9 +59,8 @@ def test_too_many_scores_to_keep_leave_everything_exact_but_the_histogram(scores
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("step", [40, 5_000])
-def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step, monkeypatch):
-    """In windows and on the disk, with rows left out that are scored all the same, in any order, and a sample."""
-    monkeypatch.setattr(row_order, "WINDOW", 1000)
+def test_a_large_stream_is_summed_up_as_a_plain_matrix_is(dense, step):
+    """With rows left out that are scored all the same, in any order, and a sample."""
     random, count, fitting = np.random.default_rng(0), 50_000, 30_000
     scores = (random.normal(size=(2, count)) ** 3).astype(np.float32)
     skipped = random.permutation(count)[:700].tolist()

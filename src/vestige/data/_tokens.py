@@ -346,7 +346,7 @@ def _pack_all(
         ) from error
     finally:
         # They would wait five minutes for more, with their memory.
-        get_reusable_executor(reuse=True).shutdown(wait=True)
+        get_reusable_executor(reuse=True).shutdown(wait=True)  # pyright: ignore[reportArgumentType]
 
 
 def _pack_in_worker(content: bytes, chunk: _Chunk) -> PackedPart | VestigeError:

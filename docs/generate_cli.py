@@ -25,7 +25,7 @@ same arguments and defaults: `--max-length 128` is `max_length=128`. A setting t
 `--chat` or `--no-chat`.
 
 Every command takes `--config FILE`: a YAML file with the same names, or the `run.json` of an earlier run, which is then
-run again. What is typed beside it wins; a name that is not known is an error. Read a file of somebody else before you
+run again. What is typed beside it wins; a name that is not known is an error. Read a file that others wrote before you
 give it: it may say `engine: slurm` and hold a `setup` line, which a shell runs.
 
 A mistake, a broken file or a server that fails is answered on stderr with what was expected and what to type, and ends

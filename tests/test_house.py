@@ -4,10 +4,12 @@ A bound here is today's figure; it may only fall. Where it has to end is in the 
 files for `vestige index` and 65 for `vestige attribute`.
 """
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,40 @@ import vestige
 from tests.workshop import furnish
 
 CORE = Path(vestige.__file__).parent
-RECIPES = CORE.parents[1] / "recipes" / "src" / "vestige_recipes"
+REPOSITORY = CORE.parents[1]
+RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
 LINES = {"core": 56_600, "recipes": 11_200}
 IMPORTS_PER_1000_LINES = 45
 FILES_RUN = {"index": 139, "attribute": 195}
+
+WORDS = (
+    "room",
+    "rooms",
+    "knows? by heart",
+    "lockstep",
+    "crew",
+    "mend",
+    "mended",
+    "loud",
+    "told",
+    "said",
+    "so many",
+    "the first ones",
+    "anew",
+    "meanwhile",
+    "whoever",
+    "somebody",
+    "nobody",
+    "decided",
+    "dealt",
+    "let go",
+    "nothing happens",
+    "surely",
+    "perhaps",
+    "of course",
+)
+"""Words of our own that have a word of the field: broadcast, requested, the first N, again."""
 
 TRACE = """
 import json, os, sys, threading
@@ -69,6 +100,36 @@ def test_internal_imports():
     share = 1000 * count / lines_of(CORE)
     print(f"internal imports: {share:.1f} per 1,000 lines (at most {IMPORTS_PER_1000_LINES})")
     assert share <= IMPORTS_PER_1000_LINES
+
+
+def test_no_two_files_import_each_other():
+    files = {".".join(path.relative_to(CORE.parent).with_suffix("").parts): path for path in CORE.rglob("*.py")}
+    imports = {}
+    for name, path in files.items():
+        statements = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        named = {f"{one.module}.{each.name}" for one in statements for each in one.names}
+        imports[name] = (named | {one.module for one in statements}) & files.keys() - {name}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_words_are_those_of_the_field():
+    ours = re.compile(rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
+    pages = [*CORE.rglob("*.py"), *(REPOSITORY / "docs").rglob("*.md"), REPOSITORY / "README.md"]
+    found = []
+    for path in pages:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found += [f"{path}:{number}: {word}" for word in ours.findall(line.replace("_", " "))]
+    assert not found, "\n".join(found)
+
+
+def test_tests_use_public_names():
+    private = re.compile(r"vestige(?:_recipes)?(?:\.\w+)*\._\w+")
+    tests = [*(REPOSITORY / "tests").rglob("test_*.py"), *(REPOSITORY / "recipes/tests").rglob("test_*.py")]
+    found = [f"{path}: {name}" for path in tests for name in private.findall(path.read_text())]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.slow

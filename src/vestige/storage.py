@@ -231,10 +231,10 @@ def write_error(error: OSError, path: Path, size: int) -> UserError:
     return UserError(f"Writing {path} failed ({error.strerror or error}). When the disk is back: {resume}")
 
 
-def _is_inside(said: str, folder: Path) -> bool:
+def _is_inside(message: str, folder: Path) -> bool:
     """Return whether a message names a file in the folder, or in the hidden one beside it in which it is made."""
     place = folder.absolute()
-    return any(f"{place.parent}/{name}".lower() in said for name in (f"{place.name}/", f".{place.name}."))
+    return any(f"{place.parent}/{name}".lower() in message for name in (f"{place.name}/", f".{place.name}."))
 
 
 def _explain_removal(folder: Path) -> UserError:

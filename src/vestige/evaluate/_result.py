@@ -115,13 +115,13 @@ def _table(rows: Sequence[EvaluationRow]) -> Table:
     for name in (*columns, *costs):
         table.add_column(name, justify="right", no_wrap=True)
     for place, row in enumerate(rows):
-        last_asked = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
+        last_requested = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
         table.add_row(
             row.method,
             *(format_value(row.values.get(name)) for name in columns),
             "" if row.seconds is None else format_seconds(row.seconds),
             *([] if len(costs) == 1 else ["" if row.memory_bytes is None else format_bytes(row.memory_bytes)]),
-            end_section=last_asked,
+            end_section=last_requested,
         )
     return table
 

@@ -194,7 +194,7 @@ def _random_sets(
     for number in range(settings.random_sets):
         generator = np.random.default_rng([settings.seed, size, number])
         first = generator.choice(len(copies), min(size, len(copies)), replace=False)
-        # Without copies the first ones fill the set; else what they leave is filled from the others.
+        # Without copies the first draws fill the set; else what they leave is filled from the others.
         others = generator.permutation(np.setdiff1d(np.arange(len(copies)), first))
         drawn, left = [], size
         for text in [*first, *others]:

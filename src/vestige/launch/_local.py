@@ -267,10 +267,10 @@ class Share:
         command = [sys.executable, "-m", "vestige.cli", *self.words]
         # A process of its own, so that submitit's signal handlers and Vestige's do not replace each other.
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said, _ = self._process.communicate()
+        output, _ = self._process.communicate()
         if self._process.returncode:
-            raise PieceFailed(f"{shlex.join(['vestige', *self.words])} failed:\n{said[-_SHOWN:]}")
-        return said
+            raise PieceFailed(f"{shlex.join(['vestige', *self.words])} failed:\n{output[-_SHOWN:]}")
+        return output
 
     def checkpoint(self) -> Any:
         """Return the same share, to be submitted again; its process has ended at a batch boundary, or was killed."""

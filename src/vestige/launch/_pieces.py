@@ -207,7 +207,7 @@ class _State:
     def __init__(self) -> None:
         self.depth = 0
         """How many `stopping_at_steps` are around: a piece may be a job of its own."""
-        self.asked: int | None = None
+        self.received: int | None = None
         self.count: Callable[[float], None] = lambda _: None
         self.parent: int | None = None
         self.kept = False
@@ -244,15 +244,15 @@ def check_stop() -> None:
     Raises:
         Stopped: It was.
     """
-    if _STATE.asked is None and _STATE.parent is not None and os.getppid() != _STATE.parent:
-        _STATE.asked = int(signal.SIGTERM)
-    if _STATE.asked is not None:
-        raise Stopped(f"stopped by {signal.Signals(_STATE.asked).name}")
+    if _STATE.received is None and _STATE.parent is not None and os.getppid() != _STATE.parent:
+        _STATE.received = int(signal.SIGTERM)
+    if _STATE.received is not None:
+        raise Stopped(f"stopped by {signal.Signals(_STATE.received).name}")
 
 
 def stop_signal() -> int | None:
     """Return the stop signal that this process received, None if there was none."""
-    return _STATE.asked
+    return _STATE.received
 
 
 @contextmanager
@@ -267,13 +267,13 @@ def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
         yield
         return
 
-    def ask(number: int, _: FrameType | None) -> None:
-        _STATE.asked = number
+    def receive(number: int, _: FrameType | None) -> None:
+        _STATE.received = number
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
     around = _STATE.parent
     if _STATE.depth == 0:
-        _STATE.asked, _STATE.kept = None, False
+        _STATE.received, _STATE.kept = None, False
     # A job inside a piece ends with whatever ends the job around it, and leaves the signal to that.
     _STATE.parent = around if parent is None else parent
     _STATE.depth += 1

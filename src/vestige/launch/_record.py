@@ -24,7 +24,7 @@ from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
     "launch/*/job.json",
-    "launch/*/room.*",
+    "launch/*/space.*",
     *(f"launch/*/{name}" for name in ("claims/*.json", "claims/.*.evicted.*", "failures/*.json")),
     *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
 )
@@ -118,7 +118,7 @@ class JobFolder:
             DiskSpaceError: The disk is full.
             UserError: It cannot be written to.
         """
-        path = self.path / f"room.{this_worker().token}"
+        path = self.path / f"space.{this_worker().token}"
         write_durably(path, [bytes(_NOTE_BYTES)])
         path.unlink(missing_ok=True)
 
@@ -225,8 +225,8 @@ def claim_name(piece: int) -> str:
 
 def _cores() -> int:
     """Return the number of processor cores that this worker keeps busy."""
-    asked = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
-    return int(asked) if asked and asked.isdigit() else os.cpu_count() or 1
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
+    return int(cores) if cores and cores.isdigit() else os.cpu_count() or 1
 
 
 def _gpus() -> int:

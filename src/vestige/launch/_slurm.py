@@ -297,7 +297,7 @@ def requeue_unless_cancelled(number: int, job: JobFolder, piece: int | None, *, 
 def _wait(
     plan: WorkPlan[Any], settings: LaunchSettings, job: JobFolder, pieces: Sequence[int], command: list[str]
 ) -> None:
-    left, asked = list(pieces), time.monotonic()
+    left, checked = list(pieces), time.monotonic()
     with progress(round(sum(map(plan.weight, pieces))), plan.name, plan.unit) as bar:
         meter = Meter(bar.advance)
         while True:
@@ -309,8 +309,8 @@ def _wait(
             if not open_ones or any(failure.fatal for failure in job.failures()):
                 cancel_batch_jobs(_jobs(job))
                 return
-            if time.monotonic() - asked > _QUEUE_SECONDS:
-                asked = time.monotonic()
+            if time.monotonic() - checked > _QUEUE_SECONDS:
+                checked = time.monotonic()
                 _require_workers(plan, settings, job, open_ones, command)
             time.sleep(_POLL_SECONDS)
 

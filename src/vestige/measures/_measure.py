@@ -20,8 +20,6 @@ from vestige.terminal import lines_of_facts
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vestige.measures._job import AuditJob
-
 Column = Float[np.ndarray, "example"]
 PerExample = Float[Tensor, "example"]
 PerToken = Float[Tensor, "example token"]
@@ -254,7 +252,7 @@ class Measure:
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
     by_default: bool = True
     """False for one that takes time and is measured only when it is named."""
-    missing: "str | Callable[[AuditJob], str]" = "no target token, or a value that is not finite"
+    missing: str | Callable[[Any], str] = "no target token, or a value that is not finite"
     """Why examples have no value, beside what it needs."""
     cost: str = "nothing beside the forward pass"
     limits: str = "evidence about an example, no verdict"

@@ -163,9 +163,9 @@ class ActivationDot(Method):
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Compute the scores of some pairs, split over the components that stand for a module."""
         names = [tap.component for tap in _taps(job)]
-        asked, column = np.unique(queries.cpu().numpy(), return_inverse=True)
+        distinct, column = np.unique(queries.cpu().numpy(), return_inverse=True)
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
-        outputs = self._query_outputs(job, asked)
+        outputs = self._query_outputs(job, distinct)
         scores = torch.zeros(len(queries), len(names), dtype=torch.float64)
         for found, products in self._products(job, outputs, wanted):
             local = {int(row): number for number, row in enumerate(found)}

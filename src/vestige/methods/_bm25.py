@@ -54,14 +54,14 @@ class Bm25(Method):
 
 
 def lexical_scores(
-    asked: Sequence[Sequence[str]], documents: Sequence[Sequence[str]]
+    queries: Sequence[Sequence[str]], documents: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "query document"]:
     """Compute BM25 of every query with every document, each given as its words; the formula is that of `Bm25`.
 
     Raises:
         DataError: no document has any words.
     """
-    return np.ascontiguousarray(_index(asked, documents).scores().T)
+    return np.ascontiguousarray(_index(queries, documents).scores().T)
 
 
 def prompt_words(example: Example) -> list[str]:
@@ -75,8 +75,8 @@ def example_words(example: Example) -> list[str]:
     return words_of("\n".join(turns) if turns else example.display)
 
 
-def _index(asked: Sequence[Sequence[str]], documents: Iterable[Sequence[str]]) -> LexicalIndex:
-    index = LexicalIndex(asked, documents, "lucene")
+def _index(queries: Sequence[Sequence[str]], documents: Iterable[Sequence[str]]) -> LexicalIndex:
+    index = LexicalIndex(queries, documents, "lucene")
     if not index.has_words:
         raise DataError(
             "The method `bm25` compares words, and no training example has any.\n"

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,27 +13,11 @@ from torch import nn
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.indexes import Index
-from vestige.methods._protocol import Weighting
+from vestige.methods._protocol import Checkpoint, Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One set of weights."""
-
-    source: str | Path | nn.Module
-    weight: float
-    """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
-    index: Index | None = None
-    """Its stored gradients, when they were given."""
-
-    @property
-    def name(self) -> str:
-        """The path that the user gave, or the class of a live model."""
-        return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
 
 
 def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple[Checkpoint, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import cleandoc
 from itertools import chain
+from pathlib import Path
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
@@ -22,7 +23,7 @@ from typing import (
 import torch
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
@@ -37,10 +38,25 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vestige.indexes import Index
-    from vestige.methods._checkpoints import Checkpoint
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights."""
+
+    source: str | Path | nn.Module
+    weight: float
+    """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
+    index: "Index | None" = None
+    """Its stored gradients, when they were given."""
+
+    @property
+    def name(self) -> str:
+        """The path that the user gave, or the class of a live model."""
+        return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Job:
     """What is attributed to; None for methods that read no parameters or modules."""
     index: "Index | None" = None
     """Stored gradients of `train`, when there are any."""
-    checkpoints: "tuple[Checkpoint, ...]" = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
     left_out: tuple[int, ...] = ()
     """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was requested."""

@@ -25,7 +25,7 @@ COMPARED = 10
 SAMPLED_NUMBERS = 2**22
 """Most scores that are kept for the correlation of ranks."""
 UNSTABLE = 0.5
-"""Below it, half of a list is decided by the damping, and nothing without retraining says which damping is right."""
+"""Below it, half of a list depends on the damping, and nothing without retraining says which damping is right."""
 
 
 class Neighbours(NamedTuple):

@@ -307,8 +307,8 @@ class UnTrac(Method):
     (Isonuma and Titov 2024, arXiv:2401.15241). In Python UnTrac-Inv scores texts:
 
         untrac = UnTrac(UnTracConfig(model_name="gpt2"))
-        scores = untrac.compute_influence_scores("This is what the model said.", texts)
-        for influence in untrac.top_k("This is what the model said.", texts, k=10):
+        scores = untrac.compute_influence_scores("This is what the model wrote.", texts)
+        for influence in untrac.top_k("This is what the model wrote.", texts, k=10):
             print(influence.rank, influence.score, influence.text)
 
     The model is loaded once, and is bit for bit the same after every call.

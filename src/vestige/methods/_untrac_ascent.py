@@ -114,7 +114,7 @@ def set_means(
 
 
 def spread(rows: Int[np.ndarray, "row"], most: int) -> Int[np.ndarray, "row"]:
-    """Return at most so many of the rows, evenly spread."""
+    """Return at most `most` of the rows, evenly spread."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
 
 

@@ -47,13 +47,10 @@ from vestige.runs._record import (
     SkippedRecord as SkippedRecord,
     TrustRecord as TrustRecord,
     Verdict as Verdict,
-    describe_data as describe_data,
-    describe_model as describe_model,
     describe_process as describe_process,
     environment as environment,
     file_faults as file_faults,
     is_run as is_run,
-    make_run_record as make_run_record,
     read_record as read_record,
 )
 from vestige.runs._scores import (
@@ -75,4 +72,11 @@ from vestige.runs._tables import (
     token_texts as token_texts,
     turns_of as turns_of,
 )
-from vestige.runs._write import check_target as check_target, write_audit as write_audit, write_run as write_run
+from vestige.runs._write import (
+    check_target as check_target,
+    describe_data as describe_data,
+    describe_model as describe_model,
+    make_run_record as make_run_record,
+    write_audit as write_audit,
+    write_run as write_run,
+)

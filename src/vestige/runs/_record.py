@@ -1,12 +1,12 @@
 """`run.json`: everything about a run that is not a table, checked when it is read."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
@@ -14,11 +14,6 @@ from vestige.errors import CorruptFile, UserError
 from vestige.parsing import first_problem, parse_finite_json
 from vestige.storage import sha256_of, sha256_once
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
-
-if TYPE_CHECKING:
-    from vestige.data import TokenizedData
-    from vestige.models import LoadedModel
-    from vestige.runs._summary import ScoreSummary
 
 
 @dataclass(frozen=True)
@@ -258,72 +253,6 @@ def describe_process() -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
     }
-
-
-def describe_data(data: "TokenizedData") -> DataRecord:
-    """Return name, fingerprint and size of a data set."""
-    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
-
-
-def describe_model(loaded: "LoadedModel") -> ModelRecord:
-    """Return name, fingerprint and size of a model."""
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return ModelRecord(name=loaded.name, fingerprint=loaded.fingerprint, parameters=parameters)
-
-
-def make_run_record(
-    *,
-    command: str,
-    config: dict[str, Any],
-    method: str,
-    meaning: Meaning,
-    data: "TokenizedData",
-    queries: "TokenizedData",
-    summary: "ScoreSummary",
-    seconds: float,
-    query_ids: Sequence[str] | None = None,
-    model: ModelRecord | None = None,
-    coverage: CoverageRecord | None = None,
-    components: Sequence[str] = (),
-    checks: Sequence[Check] = (),
-    **others: Any,
-) -> RunRecord:
-    """Return the record of scores that this process has just computed, for `write_run`.
-
-    Args:
-        command: The command line that makes the run again.
-        config: The resolved settings.
-        method: Name of the method.
-        meaning: What its scores mean.
-        data: The training data.
-        queries: The queries.
-        summary: Of the scores, as `ScoreCollector.finish` returns it.
-        seconds: Wall time that the run took.
-        query_ids: Ids of the rows of scores, where they are not those of `queries`.
-        model: As `describe_model` returns it; None for methods that read text alone.
-        coverage: Parameters that the scores cover.
-        components: Names of the components that scores are split over.
-        checks: How far the scores can be trusted.
-        **others: `asked`, `left_out`, `checkpoints`: fields of `RunRecord`.
-    """
-    ids = [example.id for example in queries.examples] if query_ids is None else query_ids
-    return RunRecord(
-        **describe_process(),
-        command=command,
-        config=config,
-        model=model,
-        data=describe_data(data),
-        queries=describe_data(queries),
-        method=method,
-        meaning=meaning,
-        coverage=coverage,
-        components=list(components),
-        seconds=seconds,
-        trust=TrustRecord(checks=list(checks)),
-        distribution=dict(zip(ids, summary.distribution, strict=True)),
-        groups=dict(zip(ids, summary.groups, strict=True)),
-        **others,
-    )
 
 
 def is_run(folder: Path) -> bool:

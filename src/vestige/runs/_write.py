@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +11,27 @@ from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs._audit import EVIDENCE_FILE, EXAMPLES_FILE, FIGURES, write_evidence
 from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
-from vestige.runs._record import DENSE_FILE, RECORD_FILE, RunRecord, digests_of, is_run
+from vestige.runs._record import (
+    DENSE_FILE,
+    RECORD_FILE,
+    Check,
+    CoverageRecord,
+    DataRecord,
+    Meaning,
+    ModelRecord,
+    RunRecord,
+    TrustRecord,
+    describe_process,
+    digests_of,
+    is_run,
+)
+from vestige.runs._summary import ScoreSummary
 from vestige.runs._tables import RunTables, make_tables
 from vestige.storage import remove_partial, require_no_links, require_no_others, stage_folder
+
+if TYPE_CHECKING:
+    from vestige.data import TokenizedData
+    from vestige.models import LoadedModel
 
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
 RUN_FILES = (
@@ -25,6 +43,72 @@ RUN_FILES = (
     *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
+
+
+def describe_data(data: "TokenizedData") -> DataRecord:
+    """Return name, fingerprint and size of a data set."""
+    return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
+
+
+def describe_model(loaded: "LoadedModel") -> ModelRecord:
+    """Return name, fingerprint and size of a model."""
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return ModelRecord(name=loaded.name, fingerprint=loaded.fingerprint, parameters=parameters)
+
+
+def make_run_record(
+    *,
+    command: str,
+    config: dict[str, Any],
+    method: str,
+    meaning: Meaning,
+    data: "TokenizedData",
+    queries: "TokenizedData",
+    summary: ScoreSummary,
+    seconds: float,
+    query_ids: Sequence[str] | None = None,
+    model: ModelRecord | None = None,
+    coverage: CoverageRecord | None = None,
+    components: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    **others: Any,
+) -> RunRecord:
+    """Return the record of scores that this process has just computed, for `write_run`.
+
+    Args:
+        command: The command line that makes the run again.
+        config: The resolved settings.
+        method: Name of the method.
+        meaning: What its scores mean.
+        data: The training data.
+        queries: The queries.
+        summary: Of the scores, as `ScoreCollector.finish` returns it.
+        seconds: Wall time that the run took.
+        query_ids: Ids of the rows of scores, where they are not those of `queries`.
+        model: As `describe_model` returns it; None for methods that read text alone.
+        coverage: Parameters that the scores cover.
+        components: Names of the components that scores are split over.
+        checks: How far the scores can be trusted.
+        **others: `asked`, `left_out`, `checkpoints`: fields of `RunRecord`.
+    """
+    ids = [example.id for example in queries.examples] if query_ids is None else query_ids
+    return RunRecord(
+        **describe_process(),
+        command=command,
+        config=config,
+        model=model,
+        data=describe_data(data),
+        queries=describe_data(queries),
+        method=method,
+        meaning=meaning,
+        coverage=coverage,
+        components=list(components),
+        seconds=seconds,
+        trust=TrustRecord(checks=list(checks)),
+        distribution=dict(zip(ids, summary.distribution, strict=True)),
+        groups=dict(zip(ids, summary.groups, strict=True)),
+        **others,
+    )
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(QuestionSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
-    runs_in_step: ClassVar[bool] = True
+    runs_sharded: ClassVar[bool] = True
     only_with: ClassVar[OnlyWith] = {
         **LaunchSettings.only_with,
         "checkpoint_weights": ("checkpoints", ()),
@@ -102,7 +102,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
             raise SpecError("`index` and `data` were both given, but an index holds its data. Drop one of them.")
         elif self.skip_bad:
             raise SpecError(
-                "`skip_bad` is decided when an index is made. Drop --skip-bad, or make the index with it: "
+                "`skip_bad` is chosen when an index is made. Drop --skip-bad, or make the index with it: "
                 "vestige index --skip-bad."
             )
         elif self.query_rank is not None:

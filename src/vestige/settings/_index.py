@@ -11,7 +11,7 @@ from vestige.settings._shared import CompressionSettings, LaunchSettings, Readin
 class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     """What `vestige index` takes."""
 
-    runs_in_step: ClassVar[bool] = True
+    runs_sharded: ClassVar[bool] = True
 
     model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: Any = Field(

@@ -138,7 +138,7 @@ class ReadingSettings(Settings):
     """How text becomes tokens, and where and how the model runs."""
 
     files: ClassVar[tuple[str, ...]] = ("data",)
-    runs_in_step: ClassVar[bool] = False
+    runs_sharded: ClassVar[bool] = False
     """Whether the command can run a model that is sharded over a process group, `--device fsdp`."""
     loss: Reduction = Field("sum", description="An example's loss: sum or mean over its target tokens.")
     max_length: PositiveInt | None = Field(
@@ -161,10 +161,10 @@ class ReadingSettings(Settings):
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
     @model_validator(mode="after")
-    def _in_step_where_that_works(self) -> Self:
+    def _sharded_where_that_works(self) -> Self:
         if self.device != FSDP:
             return self
-        if not self.runs_in_step:
+        if not self.runs_sharded:
             raise SpecError(
                 f"--device {FSDP} works with vestige index and vestige attribute. Here type --device balanced, which "
                 "spreads the layers over all GPUs of one process."

@@ -92,7 +92,7 @@ def test_a_begun_index_goes_on_with_its_choice_where_another_device_would_choose
     workshop, tmp_path, monkeypatch, capfd
 ):
     first = _index(workshop, tmp_path / "idx", disk="40KB").manifest.compression.spec
-    monkeypatch.setattr("vestige.indexes._choice.MOST_SHARE", 100.0)
+    monkeypatch.setattr("vestige.indexes._build.MOST_SHARE", 100.0)
     elsewhere = _index(workshop, tmp_path / "new", disk="40KB").manifest.compression.spec
     assert elsewhere != first
     capfd.readouterr()

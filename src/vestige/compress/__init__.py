@@ -22,7 +22,14 @@ from vestige.compress._maps import (
     Compressor as Compressor,
     Identity as Identity,
     LinearMap as LinearMap,
+    Stream as Stream,
+    bits as bits,
     chain as chain,
+    gaussians as gaussians,
+    integers as integers,
+    permutation as permutation,
+    permutation_head as permutation_head,
+    signs as signs,
 )
 from vestige.compress._mask import (
     Coordinates as Coordinates,
@@ -35,15 +42,6 @@ from vestige.compress._mask_training import (
     MaskTraining as MaskTraining,
     SelectiveMask as SelectiveMask,
     train_selective_mask as train_selective_mask,
-)
-from vestige.compress._random import (
-    Stream as Stream,
-    bits as bits,
-    gaussians as gaussians,
-    integers as integers,
-    permutation as permutation,
-    permutation_head as permutation_head,
-    signs as signs,
 )
 from vestige.compress._registry import (
     COMPRESSORS as COMPRESSORS,

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import LinearMap
-from vestige.compress._random import Stream, gaussians, signs
+from vestige.compress._maps import LinearMap, Stream, gaussians, signs
 from vestige.compress._registry import compressor
 from vestige.errors import SpecError
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._random import Stream, integers, signs
+from vestige.compress._maps import Stream, integers, signs
 from vestige.compress._registry import Work, compressor
 from vestige.errors import SpecError
 

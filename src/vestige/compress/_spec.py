@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vestige.compress._maps import Compressor, Identity, LinearMap, Product, chain
+from vestige.compress._maps import Compressor, Identity, LinearMap, Product, Stream, chain
 from vestige.compress._mask import Coordinates
-from vestige.compress._random import Stream
 from vestige.compress._registry import COMPRESSORS, EXAMPLE, Kind, find_compressor
 from vestige.errors import SpecError
 from vestige.gradients import Side

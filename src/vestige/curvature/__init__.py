@@ -6,7 +6,6 @@ from vestige.curvature._adam import (
     component_moments as component_moments,
     read_adam as read_adam,
 )
-from vestige.curvature._diagonal import absolute_damping as absolute_damping
 from vestige.curvature._fisher import (
     DAMPING as DAMPING,
     FisherBlock as FisherBlock,
@@ -35,7 +34,7 @@ from vestige.curvature._iterative import (
     mean_eigenvalues as mean_eigenvalues,
 )
 from vestige.curvature._kfac import find_blocks as find_blocks
-from vestige.curvature._plan import Work as Work
+from vestige.curvature._plan import Work as Work, absolute_damping as absolute_damping
 from vestige.curvature._precondition import (
     fisher_of as fisher_of,
     fisher_path as fisher_path,

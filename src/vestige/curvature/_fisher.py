@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.curvature._diagonal import absolute_damping
+from vestige.curvature._plan import absolute_damping
 from vestige.errors import NonFinite
 from vestige.timing import time_phase
 

@@ -57,8 +57,13 @@ from vestige.evaluate._products import (
 from vestige.evaluate._randomisation import randomisation as randomisation
 from vestige.evaluate._removal import removal as removal
 from vestige.evaluate._result import (
+    Estimate as Estimate,
     Evaluation as Evaluation,
     EvaluationRow as EvaluationRow,
+    bootstrap as bootstrap,
+    estimate_mean as estimate_mean,
+    pearson as pearson,
+    spearman as spearman,
     write_evaluation as write_evaluation,
 )
 from vestige.evaluate._retrieval import (
@@ -89,13 +94,6 @@ from vestige.evaluate._sources import (
     correlate_effects as correlate_effects,
     correlate_seeds as correlate_seeds,
     sources as sources,
-)
-from vestige.evaluate._statistics import (
-    Estimate as Estimate,
-    bootstrap as bootstrap,
-    estimate_mean as estimate_mean,
-    pearson as pearson,
-    spearman as spearman,
 )
 from vestige.evaluate._tail_patch import tail_patch as tail_patch, train_temporarily as train_temporarily
 from vestige.evaluate._truth import Truth as Truth, open_truth as open_truth

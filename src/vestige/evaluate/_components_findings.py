@@ -25,8 +25,7 @@ from vestige.evaluate._components_search import (
     greedy_path,
     values_along,
 )
-from vestige.evaluate._result import open_folder
-from vestige.evaluate._statistics import Estimate, bootstrap, estimate_mean, make_interval
+from vestige.evaluate._result import Estimate, bootstrap, estimate_mean, make_interval, open_folder
 from vestige.launch import is_worker, run_plan, worker_command
 from vestige.models import Component, layer_number, select_components
 from vestige.settings import ComponentsSettings

@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
-from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
-from vestige.evaluate._statistics import (
+from vestige.evaluate._result import (
     Estimate,
+    Evaluation,
+    EvaluationRow,
     bootstrap,
     estimate_mean,
     first_of_group,
@@ -18,7 +18,9 @@ from vestige.evaluate._statistics import (
     mean_by_group,
     mean_of_known,
     spearman,
+    write_evaluation,
 )
+from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
 from vestige.evaluate._truth import Truth, check_disjoint, open_truth
 from vestige.settings import LdsSettings, verb
 

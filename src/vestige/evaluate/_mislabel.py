@@ -8,10 +8,9 @@ from jaxtyping import Bool, Float
 from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, bootstrap, make_interval, write_evaluation
 from vestige.evaluate._retrieval import Ties, count_ties, rank_codes, recall_after
 from vestige.evaluate._scored import Scored, collect_scores
-from vestige.evaluate._statistics import bootstrap, make_interval
 from vestige.settings import MislabelSettings, verb
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")

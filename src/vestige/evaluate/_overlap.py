@@ -8,9 +8,8 @@ import numpy as np
 
 from vestige.errors import UserError
 from vestige.evaluate._figures import matrix_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, mean_of_known, write_evaluation
 from vestige.evaluate._scored import Scored, collect_scores
-from vestige.evaluate._statistics import mean_of_known
 from vestige.settings import OverlapSettings, verb
 
 Tops = Sequence[Sequence[int]]

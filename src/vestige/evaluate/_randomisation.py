@@ -7,9 +7,8 @@ from jaxtyping import Float
 
 from vestige.errors import SpecError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, estimate_mean, mean_of_known, spearman, write_evaluation
 from vestige.evaluate._scored import Scored, collect_scores, keep_run, read_together
-from vestige.evaluate._statistics import estimate_mean, mean_of_known, spearman
 from vestige.methods import METHODS, randomise
 from vestige.models import load_model
 from vestige.runs import Scores

@@ -11,9 +11,8 @@ from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import Example, describe_copies, load_examples, read_row_list, rows_named, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
 from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
-from vestige.evaluate._statistics import estimate_mean
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, verb
 

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Int
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, write_evaluation
+from vestige.evaluate._result import Evaluation, EvaluationRow, estimate_mean, write_evaluation
 from vestige.evaluate._scored import collect_scores, read_together
-from vestige.evaluate._statistics import estimate_mean
 from vestige.settings import RetrievalSettings, verb
 
 

@@ -13,9 +13,18 @@ from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, write_evaluation
+from vestige.evaluate._result import (
+    CONFIDENCE,
+    Estimate,
+    Evaluation,
+    EvaluationRow,
+    Value,
+    bootstrap,
+    estimate_mean,
+    make_interval,
+    write_evaluation,
+)
 from vestige.evaluate._scored import reading_arguments, require_own_files
-from vestige.evaluate._statistics import CONFIDENCE, Estimate, bootstrap, estimate_mean, make_interval
 from vestige.selection import SelectedData
 from vestige.settings import LaunchSettings, SelectionSettings, verb
 from vestige.storage import make_folder, write_durably

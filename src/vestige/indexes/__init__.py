@@ -1,17 +1,15 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
 from vestige.indexes._build import (
-    CompressedGradients as CompressedGradients,
-    build_index as build_index,
-    draft_manifest as draft_manifest,
-    index as index,
-)
-from vestige.indexes._choice import (
     FEWEST as FEWEST,
     MOST_SHARE as MOST_SHARE,
     Candidate as Candidate,
+    CompressedGradients as CompressedGradients,
+    build_index as build_index,
     choose_compressor as choose_compressor,
     choose_spec as choose_spec,
+    draft_manifest as draft_manifest,
+    index as index,
     list_candidates as list_candidates,
 )
 from vestige.indexes._examples import fingerprint_rows as fingerprint_rows

@@ -11,7 +11,11 @@ from vestige.methods._activations import (
     tapped as tapped,
     taps_of as taps_of,
 )
-from vestige.methods._attribute import attribute as attribute
+from vestige.methods._attribute import (
+    attribute as attribute,
+    split_over_components as split_over_components,
+    split_over_tokens as split_over_tokens,
+)
 from vestige.methods._bm25 import (
     Bm25 as Bm25,
     example_words as example_words,
@@ -22,10 +26,6 @@ from vestige.methods._checkpoints import (
     Checkpoint as Checkpoint,
     find_checkpoints as find_checkpoints,
     learning_rates as learning_rates,
-)
-from vestige.methods._explain import (
-    split_over_components as split_over_components,
-    split_over_tokens as split_over_tokens,
 )
 from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
 from vestige.methods._gradient_method import (

@@ -15,19 +15,17 @@ from vestige.models._generate import (
     answer_prompts as answer_prompts,
     generate_answers as generate_answers,
 )
-from vestige.models._in_parts import (
-    everything_of as everything_of,
-    own_part as own_part,
-    write_own_part as write_own_part,
-)
 from vestige.models._load import (
     DEVICE_MAPS as DEVICE_MAPS,
     Precision as Precision,
     context_length as context_length,
+    everything_of as everything_of,
     load_model as load_model,
     load_tokenizer as load_tokenizer,
     model_fingerprint as model_fingerprint,
     own_gpu as own_gpu,
+    own_part as own_part,
+    write_own_part as write_own_part,
 )
 from vestige.models._pretrained import (
     acts_in_forward as acts_in_forward,

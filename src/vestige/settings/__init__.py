@@ -6,7 +6,9 @@ help and mistakes answer at once.
 """
 
 from vestige.settings._attribute import (
+    AscentOptimizer as AscentOptimizer,
     AttributeSettings as AttributeSettings,
+    UntracSettings as UntracSettings,
 )
 from vestige.settings._audit import (
     AuditSettings as AuditSettings,
@@ -38,11 +40,6 @@ from vestige.settings._evaluate import (
 from vestige.settings._index import (
     DoctorSettings as DoctorSettings,
     IndexSettings as IndexSettings,
-)
-from vestige.settings._member import (
-    MemberSettings as MemberSettings,
-)
-from vestige.settings._precondition import (
     PreconditionSettings as PreconditionSettings,
 )
 from vestige.settings._results import (
@@ -64,6 +61,7 @@ from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,
     CompressionSettings as CompressionSettings,
     LaunchSettings as LaunchSettings,
+    MemberSettings as MemberSettings,
     Precision as Precision,
     QuestionSettings as QuestionSettings,
     ReadingSettings as ReadingSettings,
@@ -74,8 +72,4 @@ from vestige.settings._train import (
     SelectSettings as SelectSettings,
     TrainSettings as TrainSettings,
     list_epochs as list_epochs,
-)
-from vestige.settings._untrac import (
-    AscentOptimizer as AscentOptimizer,
-    UntracSettings as UntracSettings,
 )

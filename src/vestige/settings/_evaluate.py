@@ -16,8 +16,7 @@ from pydantic import (
 
 from vestige.errors import SpecError
 from vestige.settings._base import parse_bytes
-from vestige.settings._member import MemberSettings
-from vestige.settings._shared import LaunchSettings, Patterns, QuestionSettings, ReadingSettings
+from vestige.settings._shared import LaunchSettings, MemberSettings, Patterns, QuestionSettings, ReadingSettings
 
 TruthValue = Literal["loss", "margin"]
 _REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=[1-9][0-9]*")

@@ -19,8 +19,14 @@ from pydantic import (
 
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings
-from vestige.settings._member import MemberSettings
-from vestige.settings._shared import LaunchSettings, Patterns, Precision, QuestionSettings, ReadingSettings
+from vestige.settings._shared import (
+    LaunchSettings,
+    MemberSettings,
+    Patterns,
+    Precision,
+    QuestionSettings,
+    ReadingSettings,
+)
 
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
 Unit = Literal["examples", "percent", "tokens"]

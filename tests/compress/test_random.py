@@ -100,7 +100,7 @@ def test_permutation_head_is_a_sorted_uniform_subset():
 
 def test_permutation_head_of_a_range_longer_than_one_block(monkeypatch):
     whole = permutation_head(Stream(1, "long"), 37, 1000)
-    monkeypatch.setattr("vestige.compress._maps._BLOCK", 64)
+    monkeypatch.setattr("vestige.compress._registry._BLOCK", 64)
     assert torch.equal(whole, permutation_head(Stream(1, "long"), 37, 1000))
 
 

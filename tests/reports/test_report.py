@@ -143,7 +143,7 @@ def test_the_command_breaks_between_options_and_loses_nothing(run_folder):
     run = read_run(run_folder)
     parts = make_header(run)["command"]
     assert " ".join(parts) == run.record.command
-    assert parts[:2] == ("vestige attribute", "--index demo/index")
+    assert parts[:2] == ["vestige attribute", "--index demo/index"]
 
 
 def test_counts_and_times_are_said_as_a_reader_says_them():

@@ -17,20 +17,6 @@ from vestige.compress._dense import (
     random_columns as random_columns,
 )
 from vestige.compress._hadamard import fjlt as fjlt, walsh_hadamard as walsh_hadamard
-from vestige.compress._maps import (
-    Composed as Composed,
-    Compressor as Compressor,
-    Identity as Identity,
-    LinearMap as LinearMap,
-    Stream as Stream,
-    bits as bits,
-    chain as chain,
-    gaussians as gaussians,
-    integers as integers,
-    permutation as permutation,
-    permutation_head as permutation_head,
-    signs as signs,
-)
 from vestige.compress._mask import (
     Coordinates as Coordinates,
     MaskPart as MaskPart,
@@ -45,9 +31,21 @@ from vestige.compress._mask_training import (
 )
 from vestige.compress._registry import (
     COMPRESSORS as COMPRESSORS,
+    Composed as Composed,
+    Compressor as Compressor,
+    Identity as Identity,
+    LinearMap as LinearMap,
+    Stream as Stream,
     Work as Work,
+    bits as bits,
+    chain as chain,
     compressor as compressor,
+    gaussians as gaussians,
+    integers as integers,
     list_compressors as list_compressors,
+    permutation as permutation,
+    permutation_head as permutation_head,
+    signs as signs,
 )
 from vestige.compress._sjlt import Sjlt as Sjlt
 from vestige.compress._spec import CompressionSpec as CompressionSpec, parse_spec as parse_spec

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import Composed, Compressor, Identity, LinearMap
 from vestige.compress._mask import Coordinates
+from vestige.compress._registry import Composed, Compressor, Identity, LinearMap
 from vestige.compress._tensorsketch import Wrap
 from vestige.gradients import Factor, OneHot, Side
 from vestige.timing import time_phase

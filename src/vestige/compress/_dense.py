@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import LinearMap, Stream, gaussians, signs
-from vestige.compress._registry import compressor
+from vestige.compress._registry import LinearMap, Stream, compressor, gaussians, signs
 from vestige.errors import SpecError
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import Stream, permutation_head, signs
-from vestige.compress._registry import Work, compressor
+from vestige.compress._registry import Stream, Work, compressor, permutation_head, signs
 
 _CACHED_NUMBERS = 1 << 18  # transformed at once: a few float32 buffers of it stay in a core's cache
 

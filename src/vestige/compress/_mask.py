@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vestige.compress._maps import Stream, permutation_head
-from vestige.compress._registry import Work, compressor
+from vestige.compress._registry import Stream, Work, compressor, permutation_head
 from vestige.errors import SpecError
 from vestige.gradients import Side
 from vestige.parsing import parse_json

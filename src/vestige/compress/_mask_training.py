@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from vestige.compress._maps import Stream, gaussians, permutation
 from vestige.compress._mask import MaskPart
+from vestige.compress._registry import Stream, gaussians, permutation
 from vestige.errors import DataError
 
 _LEAST_EXAMPLES = 10

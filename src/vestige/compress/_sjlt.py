@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import Stream, integers, signs
-from vestige.compress._registry import Work, compressor
+from vestige.compress._registry import Stream, Work, compressor, integers, signs
 from vestige.errors import SpecError
 
 

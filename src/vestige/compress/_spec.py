@@ -17,9 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from vestige.compress._maps import Compressor, Identity, LinearMap, Product, Stream, chain
 from vestige.compress._mask import Coordinates
-from vestige.compress._registry import COMPRESSORS, EXAMPLE, Kind, find_compressor
+from vestige.compress._registry import (
+    COMPRESSORS,
+    EXAMPLE,
+    Compressor,
+    Identity,
+    Kind,
+    LinearMap,
+    Product,
+    Stream,
+    chain,
+    find_compressor,
+)
 from vestige.errors import SpecError
 from vestige.gradients import Side
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._maps import Stream, permutation, signs
-from vestige.compress._registry import compressor
+from vestige.compress._registry import Stream, compressor, permutation, signs
 
 
 class Fold:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from pydantic import Field, NonNegativeInt
 
 from vestige.registry import command
-from vestige.settings import Settings, verb
+from vestige.settings import Settings, with_settings
 from vestige.terminal import say
 
 
@@ -18,7 +18,7 @@ class CountSettings(Settings):
     limit: NonNegativeInt | None = Field(None, description="Read at most this many rows.")
 
 
-@verb(CountSettings)
+@with_settings(CountSettings)
 def count_examples(settings: CountSettings) -> int:
     """Return the number of examples in a data source."""
     from vestige.data import load_examples  # imports torch, which help does without

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from vestige.registry import make_command
-from vestige.settings import Settings, verb
+from vestige.settings import Settings, with_settings
 
 if TYPE_CHECKING:
     from vestige.evaluate import Evaluation
@@ -19,7 +19,7 @@ class StandoutSettings(Settings):
     out: Path = Field(description="Folder of the table as JSON.")
 
 
-@verb(StandoutSettings, "evaluate standout")
+@with_settings(StandoutSettings, "evaluate standout")
 def measure_standout(settings: StandoutSettings) -> "Evaluation":
     """Return the ratio of the first score to the second, for each query of a run."""
     from vestige import Scores

@@ -6,7 +6,7 @@ from typing import Any
 
 from vestige.errors import SpecError
 from vestige.registry import command
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige.storage import make_folder, require_no_others, write_durably
 from vestige.terminal import show
 from vestige_recipes.common.registry import STUDIES, StudyReport, StudySettings
@@ -14,7 +14,7 @@ from vestige_recipes.common.registry import STUDIES, StudyReport, StudySettings
 _RECORD = "study.json"
 
 
-@verb(StudySettings)
+@with_settings(StudySettings)
 def study(settings: StudySettings) -> StudyReport:
     """Replay an experiment; return its outcome beside what was expected, which is also written to `study.json`.
 

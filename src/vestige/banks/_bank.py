@@ -50,7 +50,7 @@ from vestige.models import (
     trainable_copy,
 )
 from vestige.progress import announce
-from vestige.settings import BankSettings, verb
+from vestige.settings import BankSettings, with_settings
 from vestige.storage import write_durably
 
 _RECIPE = ("learning_rate", "optimizer", "momentum", "weight_decay", "schedule", "warmup", "clip")
@@ -62,7 +62,7 @@ _LEAST_DOUBT = 2.0**-52
 """A margin is the log-odds of a probability; one that float32 rounds to 1 counts as this far from it."""
 
 
-@verb(BankSettings)
+@with_settings(BankSettings)
 def bank(settings: BankSettings) -> Bank:
     """Train a bank of models on subsets of the training data, and measure every example and query with each.
 

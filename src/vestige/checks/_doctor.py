@@ -45,7 +45,7 @@ from vestige.indexes import (
 from vestige.models import batch_sharing
 from vestige.progress import announce, format_bytes, format_seconds
 from vestige.runs import sample_rows
-from vestige.settings import DoctorSettings, verb
+from vestige.settings import DoctorSettings, with_settings
 from vestige.timing import peak_memory_bytes
 
 ALTERNATIVES = ("logra:16x16", "tensorsketch:64", "tensorsketch:256", "mask:32x32 | sjlt:256", "none")
@@ -72,7 +72,7 @@ KNOWLEDGE_ROWS = 64
 """Examples whose loss is compared with guessing."""
 
 
-@verb(DoctorSettings)
+@with_settings(DoctorSettings)
 def doctor(settings: DoctorSettings) -> DoctorReport:
     """Check that the model and the data will work with these settings, what is covered, and what an index would cost.
 

@@ -23,7 +23,7 @@ from vestige.indexes import WHOLE_MODEL, Index
 from vestige.launch import JOB_FILES, PieceFiles, phase, profile, worker_command, write_profile
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes
-from vestige.settings import LaunchSettings, PreconditionSettings, verb
+from vestige.settings import LaunchSettings, PreconditionSettings, with_settings
 from vestige.storage import check_disk, make_folder, remove_durably, require_no_others, write_durably
 
 GROUP_BYTES = 2**29
@@ -35,7 +35,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", *JOB_FILES)
 
 
-@verb(PreconditionSettings)
+@with_settings(PreconditionSettings)
 def precondition(settings: PreconditionSettings) -> FisherBlocks:
     """Compute the Fisher matrix of every component of an index; with `out` also `(F + d I)^-1 g` of every row.
 

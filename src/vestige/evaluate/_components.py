@@ -22,7 +22,7 @@ from vestige.evaluate._figures import COLOURS, finish_axes, make_figure, render_
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, format_value, write_evaluation
 from vestige.launch import is_follower
 from vestige.progress import format_bytes, format_seconds
-from vestige.settings import ComponentsSettings, verb
+from vestige.settings import ComponentsSettings, with_settings
 
 _MOST_NAMES = 40
 """Up to this number of components, each name is written out."""
@@ -32,7 +32,7 @@ _ACCURACY: Callable[[ComponentFinding], float] = lambda one: one.accuracy.value 
 _AGREEMENT: Callable[[ComponentFinding], float] = lambda one: one.agreement  # noqa: E731
 
 
-@verb(ComponentsSettings)
+@with_settings(ComponentsSettings)
 def components(settings: ComponentsSettings) -> Evaluation:
     """Measure accuracy, agreement with the full gradient and cost of components, of sets of them, and of baselines.
 

@@ -22,7 +22,7 @@ from vestige.evaluate._result import (
 )
 from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
 from vestige.evaluate._truth import Truth, check_disjoint, open_truth
-from vestige.settings import LdsSettings, verb
+from vestige.settings import LdsSettings, with_settings
 
 DAMPED = "influence"
 """The method whose damping is varied by --damping-grid."""
@@ -53,7 +53,7 @@ class Ceiling(NamedTuple):
     """What perfect scores would reach against the mean over all seeds: sqrt(2 r / (1 + r)) for r = `half`."""
 
 
-@verb(LdsSettings)
+@with_settings(LdsSettings)
 def lds(settings: LdsSettings) -> Evaluation:
     """Measure the linear datamodeling score of each method, with intervals over queries and subsets and the ceiling.
 

@@ -11,7 +11,7 @@ from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, bootstrap, make_interval, write_evaluation
 from vestige.evaluate._retrieval import Ties, count_ties, rank_codes, recall_after
 from vestige.evaluate._scored import Scored, collect_scores
-from vestige.settings import MislabelSettings, verb
+from vestige.settings import MislabelSettings, with_settings
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
 _CONSTANT = "grad-cos"
@@ -19,7 +19,7 @@ _CONSTANT = "grad-cos"
 _CURVE = tuple(share / 100 for share in range(0, 101, 2))
 
 
-@verb(MislabelSettings)
+@with_settings(MislabelSettings)
 def mislabel(settings: MislabelSettings) -> Evaluation:
     """Measure how well self-influence finds wrong labels: area under the ROC curve, and recall by share inspected.
 

@@ -10,7 +10,7 @@ from vestige.errors import UserError
 from vestige.evaluate._figures import matrix_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, mean_of_known, write_evaluation
 from vestige.evaluate._scored import Scored, collect_scores
-from vestige.settings import OverlapSettings, verb
+from vestige.settings import OverlapSettings, with_settings
 
 Tops = Sequence[Sequence[int]]
 """Rows of the first examples of each query."""
@@ -29,7 +29,7 @@ class ListOverlap(NamedTuple):
     """Share of the queries in whose lists it is."""
 
 
-@verb(OverlapSettings)
+@with_settings(OverlapSettings)
 def overlap(settings: OverlapSettings) -> Evaluation:
     """Measure the overlap of top lists between queries and between methods, and find the example that is in most lists.
 

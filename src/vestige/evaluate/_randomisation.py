@@ -12,10 +12,10 @@ from vestige.evaluate._scored import Scored, collect_scores, keep_run, read_toge
 from vestige.methods import METHODS, randomise
 from vestige.models import load_model
 from vestige.runs import Scores
-from vestige.settings import RandomisationSettings, verb
+from vestige.settings import RandomisationSettings, with_settings
 
 
-@verb(RandomisationSettings)
+@with_settings(RandomisationSettings)
 def randomisation(settings: RandomisationSettings) -> Evaluation:
     """Rank correlation of each method's scores with those from randomised weights: near 0 where learning matters.
 

@@ -14,7 +14,7 @@ from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
 from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
 from vestige.runs import id_array
-from vestige.settings import MemberSettings, RemovalSettings, verb
+from vestige.settings import MemberSettings, RemovalSettings, with_settings
 
 RANDOM = "random lists"
 _RANDOM_METHOD = "random"
@@ -36,7 +36,7 @@ class Drop(NamedTuple):
         return f"{self.method} {self.length} #{self.number}"
 
 
-@verb(RemovalSettings)
+@with_settings(RemovalSettings)
 def removal(settings: RemovalSettings) -> Evaluation:
     """Retrain without lists of rows, or the top examples of methods, and measure the rise of the queries' mean loss.
 

@@ -15,7 +15,7 @@ from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, estimate_mean, write_evaluation
 from vestige.evaluate._scored import collect_scores, read_together
-from vestige.settings import RetrievalSettings, verb
+from vestige.settings import RetrievalSettings, with_settings
 
 
 class Ties(NamedTuple):
@@ -31,7 +31,7 @@ class Ties(NamedTuple):
     """Of the whole ranking."""
 
 
-@verb(RetrievalSettings)
+@with_settings(RetrievalSettings)
 def retrieval(settings: RetrievalSettings) -> Evaluation:
     """Measure recall and mean reciprocal rank of the right examples, tied scores counted at their expected value.
 

@@ -26,7 +26,7 @@ from vestige.evaluate._result import (
 )
 from vestige.evaluate._scored import reading_arguments, require_own_files
 from vestige.selection import SelectedData
-from vestige.settings import LaunchSettings, SelectionSettings, verb
+from vestige.settings import LaunchSettings, SelectionSettings, with_settings
 from vestige.storage import make_folder, write_durably
 
 RANDOM = "random"
@@ -40,7 +40,7 @@ class TrainingSet(NamedTuple):
     ids: frozenset[str]
 
 
-@verb(SelectionSettings)
+@with_settings(SelectionSettings)
 def selection(settings: SelectionSettings) -> Evaluation:
     """Measure held-out loss and accuracy after training on each chosen set, on random sets, and on everything.
 

@@ -34,7 +34,7 @@ from vestige.gradients import CausalLoss, GradientPass
 from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
 from vestige.models import Component, LoadedModel, batch_sharing, select_components
 from vestige.progress import announce, progress
-from vestige.settings import SketchSettings, verb
+from vestige.settings import SketchSettings, with_settings
 
 PUBLISHED = (
     "tensorsketch:K",
@@ -133,7 +133,7 @@ class _Work(NamedTuple):
     run: Callable[[Advance], None]
 
 
-@verb(SketchSettings)
+@with_settings(SketchSettings)
 def sketch(settings: SketchSettings) -> SketchReport:
     """Measure errors of compressed inner products against exact ones, by compressor and size, with table and figures.
 

@@ -23,7 +23,7 @@ from vestige.evaluate._result import (
 )
 from vestige.evaluate._scored import AlignedScores, collect_scores, sum_over_sets
 from vestige.evaluate._truth import open_truth
-from vestige.settings import SourcesSettings, verb
+from vestige.settings import SourcesSettings, with_settings
 
 _FEWEST_GROUPS = 3
 
@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
     """Queries whose effects do not vary over groups."""
 
 
-@verb(SourcesSettings)
+@with_settings(SourcesSettings)
 def sources(settings: SourcesSettings) -> Evaluation:
     """Correlate, over sources, summed scores with what the queries lose without the source.
 

@@ -18,10 +18,10 @@ from vestige.gradients import CausalLoss, token_losses
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
-from vestige.settings import TailPatchSettings, verb
+from vestige.settings import TailPatchSettings, with_settings
 
 
-@verb(TailPatchSettings)
+@with_settings(TailPatchSettings)
 def tail_patch(settings: TailPatchSettings) -> Evaluation:
     """Train one step on each of the top examples of each method; measure the mean rise of the target's probability.
 

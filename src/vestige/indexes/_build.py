@@ -34,7 +34,7 @@ from vestige.indexes._work import TOKENS, IndexPlan, ShardCompute, prepare_index
 from vestige.launch import is_one_of_several, is_worker, phase, profile, run_plan, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing
 from vestige.progress import announce, format_bytes, format_seconds
-from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, verb
+from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
 from vestige.timing import peak_memory_bytes
 
 MOST_SHARE = 0.25
@@ -257,7 +257,7 @@ PROBED = 0.02
 """Share of the padded tokens that may be computed for the estimate alone."""
 
 
-@verb(IndexSettings)
+@with_settings(IndexSettings)
 def index(settings: IndexSettings) -> Index:
     """Index the training data: the compressed gradient of every example, at the model as it is.
 

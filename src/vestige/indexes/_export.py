@@ -27,7 +27,7 @@ from vestige.indexes._store import Index, parts_in_order
 from vestige.progress import announce
 from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run
-from vestige.settings import ExportSettings, verb
+from vestige.settings import ExportSettings, with_settings
 from vestige.storage import check_disk, stage_folder, write_durably
 
 _OF_ROW = ("rank", "example_id", "score", "percentile", "text", "source", "row")
@@ -120,7 +120,7 @@ _TRAINED_PER_LIST, _FEWEST_PER_LIST = 64, 39
 _QUERIES, _K, _SEED = 64, 10, 0
 
 
-@verb(ExportSettings)
+@with_settings(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
     """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
 

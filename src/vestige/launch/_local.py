@@ -21,7 +21,7 @@ from vestige.settings import LaunchSettings
 from vestige.storage import this_host
 
 
-def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
+def worker_command(settings: LaunchSettings, command: str) -> list[str] | None:
     """Return the words of the command with these settings, None if a value lives in this process alone.
 
     A live module or a list of examples cannot go to another process; work that needs another one raises then
@@ -34,7 +34,7 @@ def worker_command(settings: LaunchSettings, verb: str) -> list[str] | None:
         return None
     fields = type(settings).model_fields
     defaults = {name: fields[name].default for name in settings.never_repeated if name in fields}
-    words = shlex.split(settings.model_copy(update=defaults).command_line(verb))
+    words = shlex.split(settings.model_copy(update=defaults).command_line(command))
     return [sys.executable, "-m", "vestige.cli", *words[1:]]
 
 

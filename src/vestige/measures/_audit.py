@@ -30,7 +30,7 @@ from vestige.runs import (
     evidence_table,
     write_audit,
 )
-from vestige.settings import AuditSettings, verb
+from vestige.settings import AuditSettings, with_settings
 from vestige.storage import remove_partial
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
@@ -38,7 +38,7 @@ TRIGGER = 0.05
 """Share of the first median loss below which a checkpoint is the one to predict from (Dentan et al. 2024)."""
 
 
-@verb(AuditSettings)
+@with_settings(AuditSettings)
 def audit(settings: AuditSettings) -> Audit:
     """Measure for every example how far a model has memorized it, and how far the evidence can be trusted.
 

@@ -46,7 +46,7 @@ from vestige.runs import (
     make_run_record,
     write_run,
 )
-from vestige.settings import AttributeSettings, verb
+from vestige.settings import AttributeSettings, with_settings
 from vestige.storage import partial_folder, remove_partial
 
 Pairs = Sequence[tuple[int, int]]
@@ -128,7 +128,7 @@ class _UntrainedRows(TorchFunctionMode):
         return torch.where((ids == padding)[..., None], untrained, output)
 
 
-@verb(AttributeSettings)
+@with_settings(AttributeSettings)
 def attribute(settings: AttributeSettings) -> Scores:
     """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
 

@@ -45,7 +45,7 @@ from vestige.runs import (
     make_run_record,
     write_run,
 )
-from vestige.settings import AscentOptimizer, UntracSettings, verb
+from vestige.settings import AscentOptimizer, UntracSettings, with_settings
 from vestige.storage import remove_partial, write_durably
 
 SIGN = "positive: training on it lowers the test set's loss"
@@ -75,7 +75,7 @@ _SHOWN = 3
 """Pairs of sources in a check."""
 
 
-@verb(UntracSettings)
+@with_settings(UntracSettings)
 def untrac(settings: UntracSettings) -> Scores:
     """Find the training sources, or examples, behind a model's behaviour on test sets, by unlearning.
 

@@ -30,7 +30,7 @@ from vestige.models import load_tokenizer
 from vestige.parsing import parse_json
 from vestige.progress import announce, progress
 from vestige.runs import environment
-from vestige.settings import PreparationSettings, SplitSettings, TokenizeSettings, flag, verb
+from vestige.settings import PreparationSettings, SplitSettings, TokenizeSettings, flag, with_settings
 from vestige.storage import (
     make_folder,
     remove_durably,
@@ -301,7 +301,7 @@ def _push(dataset: Any, name: str, *, private: bool) -> None:
         ) from error
 
 
-@verb(SplitSettings)
+@with_settings(SplitSettings)
 def split(settings: SplitSettings) -> Prepared:
     """Write a file of JSON lines for each part, and data.jsonl with every drawn row and the name of its `part`.
 
@@ -376,7 +376,7 @@ def _draw_parts(count: int, shares: dict[str, float], draw: np.random.Generator)
     return found
 
 
-@verb(TokenizeSettings)
+@with_settings(TokenizeSettings)
 def tokenize(settings: TokenizeSettings) -> Prepared:
     """Write a file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
 

@@ -39,7 +39,7 @@ from vestige.selection._orders import (
     without_twins,
 )
 from vestige.selection._store import Choice, SelectedData, digest_of, find_finished, remove_selection, write_selection
-from vestige.settings import SelectSettings, verb
+from vestige.settings import SelectSettings, with_settings
 from vestige.storage import sha256_of
 
 _MOST_BYTES = 4 * 2**30
@@ -48,7 +48,7 @@ _SCORE_FILES = ("scores.parquet", "scores.safetensors")
 _CHOICES = ("strategy", "budget", "targets", "temperature", "min_score", "duplicates", "pool", "seed")
 
 
-@verb(SelectSettings)
+@with_settings(SelectSettings)
 def select(settings: SelectSettings) -> SelectedData:
     """Write the chosen examples as a data set to `settings.out`, with the reason for each; a repeated call finds them.
 

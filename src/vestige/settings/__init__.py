@@ -55,7 +55,7 @@ from vestige.settings._results import (
     ViewSettings as ViewSettings,
 )
 from vestige.settings._run import (
-    verb as verb,
+    with_settings as with_settings,
 )
 from vestige.settings._shared import (
     SHARED_COMPRESSION as SHARED_COMPRESSION,

@@ -100,9 +100,9 @@ class Settings(BaseModel):
         kept = (name for name in given if name not in self.added or given[name] != fields[name].default)
         return {name: _plain(given[name]) for name in kept}
 
-    def command_line(self, verb: str) -> str:
+    def command_line(self, command: str) -> str:
         """Return the shell command with these settings; defaults are left out."""
-        words = ["vestige", *verb.split()]
+        words = ["vestige", *command.split()]
         for name, value in self.record().items():
             field = type(self).model_fields[name]
             if not field.is_required() and getattr(self, name) == field.default:

@@ -23,7 +23,7 @@ from vestige.storage import disk_error, hold_folder
 Result = TypeVar("Result")
 
 
-def verb(
+def with_settings(
     settings: type[Settings], command: str | None = None
 ) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
     """Give a function of `settings` the settings' own fields as keyword arguments, with their defaults and checks.

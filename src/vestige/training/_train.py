@@ -19,7 +19,7 @@ from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
-from vestige.settings import TrainSettings, verb
+from vestige.settings import TrainSettings, with_settings
 from vestige.storage import check_disk, make_folder, remove_result, remove_strays, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
@@ -61,7 +61,7 @@ _ELSEWHERE = (
 nothing of the result."""
 
 
-@verb(TrainSettings)
+@with_settings(TrainSettings)
 def train(settings: TrainSettings) -> TrainingRun:
     """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
 

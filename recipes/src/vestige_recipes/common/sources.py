@@ -32,7 +32,7 @@ def left_out_bank(
 
     Args:
         settings: Where the work runs.
-        start: A model as every verb takes it.
+        start: A model as every command takes it.
         files: Training data, and queries whose `source` names their test set.
         folder: Of the study, or of one part of it.
         training: How long, at which rate; everything else is the bank's default.

@@ -18,7 +18,7 @@ from vestige.indexes import (
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.runs import Scores
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige_recipes.interop.chunks import has_chunks, read_chunks
 from vestige_recipes.interop.command import ImportLayout, ImportSettings
 from vestige_recipes.interop.imported_runs import score_against
@@ -39,7 +39,7 @@ class _Mapped(NamedTuple):
     recomputable: bool
 
 
-@verb(ImportSettings, "import")
+@with_settings(ImportSettings, "import")
 def import_published(settings: ImportSettings) -> Index | Scores:
     """Turn a published layout into an index; similarities, and what is given with `against`, into a run.
 

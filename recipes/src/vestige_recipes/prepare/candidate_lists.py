@@ -23,7 +23,7 @@ from vestige.data import (
 from vestige.errors import DataError
 from vestige.prepare import Prepared, check_same_result, claim_result, fingerprint_of, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige.storage import write_durably
 from vestige.terminal import shorten
 from vestige_recipes.data_commands import CandidatesSettings
@@ -82,7 +82,7 @@ class Candidates(NamedTuple):
         return found
 
 
-@verb(CandidatesSettings)
+@with_settings(CandidatesSettings)
 def candidates(settings: CandidatesSettings) -> Prepared:
     """Write the queries with the ids of their `candidates`, best first, and where BM25 ranks the true original.
 

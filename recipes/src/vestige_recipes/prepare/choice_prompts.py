@@ -12,7 +12,7 @@ from vestige.data import Encoder, Example, check_text, number_records, open_sour
 from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige_recipes.data_commands import MultipleChoiceSettings
 
 KIND = "multiple-choice"
@@ -75,7 +75,7 @@ class Choices(NamedTuple):
     format: str
 
 
-@verb(MultipleChoiceSettings)
+@with_settings(MultipleChoiceSettings)
 def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     """Write every question as a `prompt`, and the label of its answer as its `completion`.
 

@@ -17,7 +17,7 @@ from vestige.errors import SpecError
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import progress
 from vestige.runs import Audit, is_audit
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige_recipes.data_commands import CleanSettings
 
 KIND = "clean"
@@ -44,7 +44,7 @@ class Copy(NamedTuple):
     """Jaccard's index with the text that it was found by."""
 
 
-@verb(CleanSettings)
+@with_settings(CleanSettings)
 def clean(settings: CleanSettings) -> Prepared:
     """Drop, deduplicate or weigh flagged rows, and write what is left; what was taken out lies in flagged.jsonl.
 

@@ -12,7 +12,7 @@ from vestige.errors import DataError, ModelError
 from vestige.models import Answer, LoadedModel, answer_prompts, load_model, model_fingerprint
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
 from vestige_recipes.prepare.replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     request: Request
 
 
-@verb(GenerateSettings)
+@with_settings(GenerateSettings)
 def generate(settings: GenerateSettings) -> Prepared:
     """Write every prompt with the model's most likely answer into `out`; ids and other columns stay.
 

@@ -10,7 +10,7 @@ from vestige.data import Example
 from vestige.errors import DataError, SpecError
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
-from vestige.settings import verb
+from vestige.settings import with_settings
 from vestige_recipes.data_commands import PARTS, ParaphraseSettings
 from vestige_recipes.prepare.endpoint import Endpoint
 from vestige_recipes.prepare.generation import LocalModel
@@ -52,7 +52,7 @@ class Draft(NamedTuple):
     requests: Mapping[Place, Request]
 
 
-@verb(ParaphraseSettings)
+@with_settings(ParaphraseSettings)
 def paraphrase(settings: ParaphraseSettings) -> Prepared:
     """Say every row in other words, as rows of their own in `out`, each with the `original_id` of the row it came from.
 

@@ -12,7 +12,7 @@ from vestige.errors import DiskSpaceError, PieceFailed, SpecError, UserError, Ve
 from vestige.launch import Compute, is_worker, job_statuses, note_kept, own_jobs, run_plan, step_done, worker_command
 from vestige.progress import announce
 from vestige.registry import Command
-from vestige.settings import LaunchSettings, Settings, verb
+from vestige.settings import LaunchSettings, Settings, with_settings
 from vestige.storage import is_temporary, make_folder, remove_strays, require_no_others
 from vestige_recipes.sweep.cell_files import (
     LOG_FILE,
@@ -34,7 +34,7 @@ from vestige_recipes.sweep_command import SweepSettings
 RUN_FILE = "run.json"
 
 
-@verb(SweepSettings)
+@with_settings(SweepSettings)
 def sweep(settings: SweepSettings) -> SweepReport:
     """Run a command over a grid of settings, each run in a folder named after its settings, and return the table.
 

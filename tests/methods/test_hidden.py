@@ -5,7 +5,7 @@ import torch
 from tests.architectures import CAUSAL
 from tests.reference.similarity import layer_outputs, pooled_hidden_state
 from vestige.errors import ModelError, SpecError
-from vestige.methods import ActivationDot, RepSim, pooled, pooling_weights
+from vestige.methods import ActivationDot, RepSim, pool_states, pooling_weights
 
 from .conftest import all_scores, model_job, reordered
 
@@ -102,7 +102,7 @@ def test_pooling_weights_sit_where_a_target_is_predicted():
 
 def test_halves_are_pooled_in_float32():
     states = torch.full((1, 4096, 1), 1.0, dtype=torch.bfloat16)
-    found = pooled(states, torch.zeros(1, 4096, dtype=torch.long), "sum")
+    found = pool_states(states, torch.zeros(1, 4096, dtype=torch.long), "sum")
     assert found.dtype == torch.float32
     assert found.item() == 4095
 

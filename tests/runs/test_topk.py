@@ -37,7 +37,7 @@ def test_both_ends_equal_a_full_sort_with_many_ties(values, k, block, seed):
         for end in ("proponent", "opponent"):
             found = [
                 (entry.row, entry.score, entry.percentile)
-                for entry in top.ranked()
+                for entry in top.rank()
                 if (entry.query, entry.end) == (query, end)
             ]
             assert found == reference(scores[query], k, end)
@@ -45,10 +45,10 @@ def test_both_ends_equal_a_full_sort_with_many_ties(values, k, block, seed):
 
 def test_block_order_and_size_change_nothing():
     scores = np.random.default_rng(0).integers(0, 20, size=(3, 500)).astype(np.float32)
-    plain = streamed(scores, 10, np.arange(500), 500).ranked()
+    plain = streamed(scores, 10, np.arange(500), 500).rank()
     for seed, block in ((1, 1), (2, 7), (3, 499)):
         order = np.random.default_rng(seed).permutation(500)
-        assert streamed(scores, 10, order, block).ranked() == plain
+        assert streamed(scores, 10, order, block).rank() == plain
     assert [entry.rank for entry in plain[:10]] == list(range(1, 11))
 
 

@@ -39,7 +39,7 @@ from vestige.gradients import (
     square_norms,
 )
 from vestige.launch import Compute, PieceFiles, step_done
-from vestige.methods import PooledOutputs, backbone, pooled, tapped, taps_of
+from vestige.methods import PooledOutputs, backbone, pool_states, tap_modules, taps_of
 from vestige.parsing import as_record, parse_object
 from vestige.storage import make_folder, write_durably
 
@@ -75,7 +75,7 @@ def _open_pass(compared: Compared) -> Iterator[_RunPass]:
         gradients = stack.enter_context(GradientPass(model, compared.components, CausalLoss(compared.loss)))
         modules = output_modules(compared)
         taps = [tap for tap in taps_of(compared.components) if tap.module in modules]
-        outputs = stack.enter_context(tapped(model, taps, "mean"))
+        outputs = stack.enter_context(tap_modules(model, taps, "mean"))
         hidden = _HiddenState()
         stack.callback(backbone(model).register_forward_hook(hidden).remove)
         yield partial(_run_pass, compared, gradients, outputs, hidden)
@@ -96,7 +96,7 @@ class _HiddenState:
     def __call__(self, _module: object, _arguments: object, output: Any) -> None:
         state = getattr(output, "last_hidden_state", None)
         if state is not None:
-            self.state = pooled(state.detach(), self._labels, "mean")
+            self.state = pool_states(state.detach(), self._labels, "mean")
 
 
 def _run_pass(
@@ -111,7 +111,7 @@ def _run_pass(
     gradient_pass.run(batch, sink)
     gradients = [_shrink(one) for one in sink.finish()]
     norms = torch.stack([square_norms(one).cpu() for one in gradients])
-    outputs = [one.cpu() for one in [*pooling.collected(), hidden.state]]
+    outputs = [one.cpu() for one in [*pooling.collect(), hidden.state]]
     seconds = {"gradients": time.perf_counter() - started}
     projected = []
     for one in compared.projections:

@@ -6,9 +6,9 @@ from vestige.methods._activations import (
     RepSim as RepSim,
     Tap as Tap,
     backbone as backbone,
-    pooled as pooled,
+    pool_states as pool_states,
     pooling_weights as pooling_weights,
-    tapped as tapped,
+    tap_modules as tap_modules,
     taps_of as taps_of,
 )
 from vestige.methods._attribute import (

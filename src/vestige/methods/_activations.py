@@ -27,7 +27,7 @@ Pooling = Literal["mean", "sum", "last"]
 NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is unlike, not harmful"
 
 
-def pooled(
+def pool_states(
     states: Float[Tensor, "example token width"], labels: Int[Tensor, "example token"], pooling: Pooling
 ) -> Float[Tensor, "example width"]:
     """Return the mean, sum or last of the states that predict a target, float32 at least; zero if none does."""
@@ -106,7 +106,7 @@ class RepSim(Method):
         for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
             with torch.no_grad():
                 states = _hidden_states(loaded.model, batch, self.layer)
-                vectors = pooled(states, batch.labels, self.pooling)
+                vectors = pool_states(states, batch.labels, self.pooling)
             yield batch.rows.cpu(), torch.nn.functional.normalize(vectors, dim=1)
 
 
@@ -192,13 +192,13 @@ class ActivationDot(Method):
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
         loaded, taps = job.model_for(self.name), _taps(job)
-        with tapped(loaded.model, taps, self.pooling) as outputs:
+        with tap_modules(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
             for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
                 outputs.begin(batch)
                 with torch.no_grad():
                     run(input_ids=batch.input_ids, use_cache=False)
-                yield batch.rows.cpu(), outputs.collected()
+                yield batch.rows.cpu(), outputs.collect()
 
 
 class Tap(NamedTuple):
@@ -239,7 +239,7 @@ class PooledOutputs:
         self._labels = batch.labels
         self._sums = [None] * len(self._taps)
 
-    def collected(self) -> list[Tensor]:
+    def collect(self) -> list[Tensor]:
         """Return the pooled outputs of the batch, `[example, width]` for each tap.
 
         Raises:
@@ -258,7 +258,7 @@ class PooledOutputs:
 
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            found = pooled(_by_example(states.detach(), *self._labels.shape), self._labels, self._pooling)
+            found = pool_states(_by_example(states.detach(), *self._labels.shape), self._labels, self._pooling)
             known = self._sums[number]
             # A module that runs twice in one pass (shared layers) has the sum of its outputs.
             self._sums[number] = found if known is None else known + found
@@ -274,7 +274,7 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 
 
 @contextmanager
-def tapped(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
+def tap_modules(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
     """Pool the outputs of the taps while the context lasts."""
     outputs = PooledOutputs(taps, pooling)
     handles = [

@@ -117,7 +117,7 @@ class TopK:
             return self._highest[query].keys
         return -self._lowest[query].keys
 
-    def ranked(self) -> list[RankedScore]:
+    def rank(self) -> list[RankedScore]:
         """Return both ends of every query, with exact percentiles."""
         return [
             RankedScore(query, end, rank, int(row), float(score), float(percentile))
@@ -271,7 +271,7 @@ class ScoreCollector:
             dense[:, self._left_out] = np.nan
         kept = self._kept[:, : self._sampled] if dense is None else dense
         return ScoreSummary(
-            ranked=self._top.ranked(),
+            ranked=self._top.rank(),
             distribution=[self._distribution(query, kept[query]) for query in range(self._queries)],
             groups=[self._groups.records(query) for query in range(self._queries)],
             dense=dense,

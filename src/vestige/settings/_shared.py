@@ -170,7 +170,7 @@ class ReadingSettings(Settings):
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
     @model_validator(mode="after")
-    def _sharded_where_that_works(self) -> Self:
+    def _check_sharded(self) -> Self:
         if self.device != FSDP:
             return self
         if not self.runs_sharded:

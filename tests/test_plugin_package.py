@@ -46,6 +46,7 @@ def run(installed, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_is_in_the_help_and_the_built_in_ones_stay(run):
     told = run("-m", "vestige.cli", "--help").stdout
     assert re.search(r"count +Count the examples of a data source\.", told)

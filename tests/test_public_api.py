@@ -58,6 +58,7 @@ def test_a_command_takes_in_python_what_it_takes_on_the_command_line(name):
         assert parameters[key].default == default, key
 
 
+@pytest.mark.slow
 def test_a_command_stays_a_function_whatever_was_imported():
     code = "import pkgutil, importlib, vestige\n"
     code += "for one in pkgutil.iter_modules(vestige.__path__):\n    importlib.import_module(f'vestige.{one.name}')\n"

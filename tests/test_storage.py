@@ -260,6 +260,7 @@ def _held_elsewhere(folder, command, shared=None, seconds=60.0):
     return child
 
 
+@pytest.mark.slow
 def test_of_two_commands_on_one_folder_the_second_is_refused_until_the_first_ends_or_is_killed(tmp_path):
     folder = tmp_path / "run"
     first = _held_elsewhere(folder, "vestige attribute --out run")

@@ -20,6 +20,7 @@ from vestige.models import load_model, shuffle_batches
 PROCESSES = multiprocessing.get_context("fork")
 
 
+@pytest.mark.slow
 def test_each_member_is_the_model_that_a_bare_loop_retrains(recipe):
     made = bank(**recipe | {"steps": 5})
     loaded = load_model(recipe["model"], device="cpu")
@@ -65,6 +66,7 @@ def test_a_bank_says_who_was_trained_on_what(recipe):
         made.values("query_speed")
 
 
+@pytest.mark.slow
 def test_epochs_decide_the_steps_and_every_member_takes_as_many(recipe):
     with steps_taken() as steps:
         bank(**{**recipe, "steps": None, "epochs": 3})
@@ -72,6 +74,7 @@ def test_epochs_decide_the_steps_and_every_member_takes_as_many(recipe):
     assert list(steps.values()) == [6, 6, 6, 6]
 
 
+@pytest.mark.slow
 def test_leaving_a_source_out_keeps_the_number_of_steps_and_the_seed(recipe):
     # Trap: at a fixed number of epochs a large source would also take its steps with it.
     start = {"from_scratch": True, "learning_rate": 1e-12}
@@ -100,6 +103,7 @@ def steps_taken():
     hook.remove()
 
 
+@pytest.mark.slow
 def test_lists_and_single_examples_are_left_out_and_lists_can_be_added(recipe, tmp_path):
     lists = tmp_path / "lists.json"
     lists.write_text(json.dumps({"top-1": ["pair-3"], "top-2": ["pair-3", "pair-5"]}))
@@ -159,12 +163,14 @@ def test_every_setting_has_an_id_of_its_own_and_is_refused_over_an_old_bank(reci
     assert two[0].id != two[1].id
 
 
+@pytest.mark.slow
 def test_what_only_changes_speed_or_size_keeps_the_id(recipe):
     changes = ({"subsets": 1, "seeds": 1}, {"subsets": 2, "seeds": 1}, {"keep_weights": True, "checkpoint_every": 2})
     ids = {bank(**recipe | change).id for change in changes}
     assert len(ids) == 1
 
 
+@pytest.mark.slow
 def test_a_larger_bank_keeps_the_members_of_the_smaller_one(recipe):
     small = bank(**recipe)
     before = contents(recipe["out"] / "members")
@@ -178,6 +184,7 @@ def test_a_larger_bank_keeps_the_members_of_the_smaller_one(recipe):
     assert len(bank(**recipe)) == 12
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes_in_another_folder(recipe, tmp_path):
     bank(**recipe)
     torch.manual_seed(17)
@@ -255,6 +262,7 @@ def test_a_damaged_member_alone_is_trained_again(recipe):
     assert contents(recipe["out"]) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"sha256": None}, {"sha256": "left out"}, {"bytes": []}])
 def test_a_marker_that_is_none_does_not_count(changes, recipe):
     bank(**recipe)
@@ -324,6 +332,7 @@ def test_bad_input_is_refused_before_any_training(recipe, tmp_path):
         Bank.open(recipe["out"])
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_a_bank_of_other_settings(recipe):
     first = bank(**recipe)
     second = bank(**recipe | {"learning_rate": 1e-3, "overwrite": True})

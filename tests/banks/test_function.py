@@ -40,6 +40,7 @@ def test_losses_are_what_the_function_returns_for_the_rows(tmp_path):
     assert len(calls) == 16
 
 
+@pytest.mark.slow
 def test_fifty_members_become_a_hundred_and_the_first_fifty_stay(tmp_path):
     few = build(tmp_path, subsets=50, seeds=1)
     many = build(tmp_path, subsets=100, seeds=1)

@@ -7,6 +7,7 @@ from vestige.gradients import CausalLoss
 from vestige.models import select_components
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", EXACT)
 def test_the_slope_in_double_precision_is_the_gradient(architecture):
     model = build(architecture)
@@ -45,6 +46,7 @@ def test_the_weights_come_back_when_the_model_breaks_off():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_also_used_outside_its_layer_is_counted(examined):
     model = build("llama", torch.float32)
     projection = model.get_submodule("model.layers.0.mlp.down_proj")

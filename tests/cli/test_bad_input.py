@@ -127,6 +127,7 @@ def test_changed_data_over_an_old_index(vestige, idx):
     assert contents(idx) == before
 
 
+@pytest.mark.slow
 def test_an_example_whose_loss_is_not_a_number_is_named(vestige, idx):
     spoil(Path("tiny-model"), "model.embed_tokens.weight", rows=tokens_only_in("pair-9"))
     before = contents(idx)
@@ -193,6 +194,7 @@ def test_an_index_that_is_not_there_or_not_finished(vestige, idx):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

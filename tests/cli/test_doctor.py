@@ -1,7 +1,9 @@
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 
+@pytest.mark.slow
 def test_a_sound_model_ends_with_status_0_and_leaves_nothing(vestige, workshop):
     before = sorted(workshop.rglob("*"))
     outcome = vestige("doctor", "--model", "tiny-model", "--data", "train.jsonl")
@@ -11,6 +13,7 @@ def test_a_sound_model_ends_with_status_0_and_leaves_nothing(vestige, workshop):
     assert sorted(workshop.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_broken_model_ends_with_status_1_and_the_report(vestige, workshop):
     model = AutoModelForCausalLM.from_pretrained(workshop / "tiny-model")
     with torch.no_grad():

@@ -153,6 +153,7 @@ def test_a_file_name_is_no_question(verb, name, vestige, workshop):
     assert not Path("new").exists() or not any(Path("new").iterdir())
 
 
+@pytest.mark.slow
 def test_what_matches_nothing_is_refused(vestige, workshop):
     audit = ("audit", "--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss", "--out", "new")
     for flag in ("source=", "source=nowhere"):

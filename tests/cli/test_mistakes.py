@@ -90,6 +90,7 @@ def raising_command(error):
     return replace(COMMANDS.find("status"), run=raising(error))
 
 
+@pytest.mark.slow
 def test_the_installed_command_ends_with_the_status():
     done = subprocess.run(
         [sys.executable, "-m", "vestige.cli", "index", "--modle", "x"], capture_output=True, text=True, check=False

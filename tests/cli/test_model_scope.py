@@ -31,6 +31,7 @@ def test_an_index_of_the_whole_model_is_asked_reported_and_exported(vestige, wor
     assert precondition.status == 0, precondition.err
 
 
+@pytest.mark.slow
 def test_another_scope_over_an_index_is_refused_with_the_difference(vestige, workshop):
     assert vestige(*index_words(), *WHOLE, "--out", "whole").status == 0
     before = contents(Path("whole"))
@@ -40,6 +41,7 @@ def test_another_scope_over_an_index_is_refused_with_the_difference(vestige, wor
     assert contents(Path("whole")) == before
 
 
+@pytest.mark.slow
 def test_the_default_compression_of_the_whole_model_can_be_shared(vestige, workshop):
     assert vestige(*index_words(), "--compress-scope", "model", "--out", "default").status == 0
     manifest = json.loads(Path("default/manifest.json").read_text())
@@ -56,6 +58,7 @@ def test_what_components_cannot_share_is_refused_with_what_to_type(vestige, work
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 def test_auto_chooses_one_width_for_the_whole_model(vestige, workshop):
     words = (*index_words(), "--compress-scope", "model", "--compress", "auto")
     assert vestige(*words, "--disk", "24KB", "--out", "auto").status == 0

@@ -27,6 +27,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"sha256": True}, {"sha256": None}, {"rows": "x"}, {"skipped": 5}, {"bytes": []}, {"more": 1}]
 )
@@ -83,6 +84,7 @@ def test_a_folder_whose_name_is_no_text(vestige, workshop, monkeypatch):
     refused(vestige("index", "--model", "tiny-model", "--data", str(here / "train.jsonl"), "--out", "new"), "UTF-8")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken_away_while_a_training_writes_to_it(vestige, workshop, monkeypatch):
     save = modeling_utils.safe_save_file
 

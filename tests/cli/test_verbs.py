@@ -31,6 +31,7 @@ def test_the_doctor_ends_with_status_1_when_something_is_bad(vestige, workshop):
     assert "BAD" in outcome.out
 
 
+@pytest.mark.slow
 def test_indexing_says_beforehand_what_it_costs_and_afterwards_what_is_there(vestige, workshop):
     outcome = vestige(*index_words(), "--out", "new")
     assert outcome.status == 0

@@ -60,6 +60,7 @@ def test_the_published_misses_are_found(case, expected):
     assert (input_, output) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 2000), st.integers(1, 12))
 @example(20, 5, 64, 4)

@@ -66,6 +66,7 @@ def test_seed_and_gradients_decide():
     assert torch.equal(one.parts["left"].coordinates, other.parts["left"].coordinates)
 
 
+@pytest.mark.slow
 def test_the_best_mask_is_kept_not_the_last():
     """A penalty that drowns the correlation wrecks the mask; published software kept what was left at the end."""
     wrecking = MaskTraining(penalty=10.0, learning_rate=0.05, epochs=40, batch=16, check_every=2, stop_below=0.0)

@@ -53,6 +53,7 @@ def test_the_summed_sketch_of_the_whole_gradient_is_unbiased(spec):
     assert abs(estimates.mean() - exact) <= 3 * estimates.std(ddof=1) / 150**0.5
 
 
+@pytest.mark.slow
 def test_kept_as_they_are_tiny_components_would_collide():
     """Why the last stage is never skipped: identities of two biases meet with the same sign in every sketch."""
     parts = {name: torch.ones(2, *SHAPES[name]).double() for name in ("scale", "single")}

@@ -151,6 +151,7 @@ def test_any_text_parses_or_is_explained(text):
     assert parse_spec(spec.canonical) == spec
 
 
+@pytest.mark.slow
 @given(chains.filter(bool), st.integers(1, 10**5), st.integers(1, 10**5))
 def test_size_for_is_never_larger_than_the_gradient(text, rows, columns):
     spec = parse_spec(text)

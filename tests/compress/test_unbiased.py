@@ -52,6 +52,7 @@ def test_the_published_unscaled_mask_is_the_scaled_one_shrunk_by_k_over_n(spec):
     np.testing.assert_allclose(unscaled, scaled * share, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_published_unscaled_mask_is_biased():
     gradient = _pair(SHAPE)
     estimates = _estimates("mask:40,scale=none", gradient, 200)
@@ -61,6 +62,7 @@ def test_the_published_unscaled_mask_is_biased():
     assert estimates.mean() < _exact(gradient) - 10 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["gauss", "rademacher", "sjlt", "tensorsketch", "mask", "mask:900 | sjlt"])
 def test_error_falls_as_one_over_the_root_of_k(word):
     gradient = _pair((24, 40))

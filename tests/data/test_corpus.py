@@ -168,6 +168,7 @@ def test_killed_and_continued_gives_the_same_bytes(tmp_path, chatml, monkeypatch
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_data_or_settings_have_tokens_of_their_own(tmp_path, chatml, with_beginning):
     path, folder = write(tmp_path / "train.jsonl"), tmp_path / "tokens"
     first = tokenize_source(path, chatml, max_length=None, name="data", folder=folder, **SMALL)
@@ -238,6 +239,7 @@ def test_an_empty_source_is_an_error(tmp_path, chatml):
         tokenize_source(tmp_path / "empty.jsonl", chatml, max_length=None, name="data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [17, 300, 999])
 def test_an_id_that_came_long_before_is_found(tmp_path, place):
     rows = [{"id": f"e{row}", "input_ids": [5, 6]} for row in range(1000)]

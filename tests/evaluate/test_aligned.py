@@ -144,6 +144,7 @@ def test_sums_are_those_of_whole_matrices_in_the_order_asked_for(world):
         assert np.array_equal(predicted, whole[:, :4].T)
 
 
+@pytest.mark.slow
 def test_many_examples_are_read_a_block_at_a_time(tmp_path):
     count = 150_000
     scores = np.random.default_rng(0).random((2, count), dtype=np.float32)

@@ -89,6 +89,7 @@ def ids_of(inputs, words):
     return [one.id for one in inputs.queries.examples], [[examples[row].id for row in line] for line in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", ["5", "all"])
 def test_the_sum_over_components_is_the_direct_full_cosine(settings, gradients, candidates):
     chosen = settings(candidates=candidates, components="all")
@@ -109,6 +110,7 @@ def test_the_sum_over_components_is_the_direct_full_cosine(settings, gradients, 
     np.testing.assert_allclose(products.each([one])[0], single, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_trap_each_distinct_gradient_is_computed_once(settings, monkeypatch):
     passed = []
     run = GradientPass.run
@@ -127,11 +129,13 @@ def test_trap_each_distinct_gradient_is_computed_once(settings, monkeypatch):
     assert (passes["backward_passes"], passes["published_protocol"]) == (29, 4 * 12 * (1 + 3))
 
 
+@pytest.mark.slow
 def test_fewer_candidates_are_the_first_of_more(settings):
     result = one_pass_result(settings(candidates="3,all"))
     assert np.array_equal(result.gradients["3"].values, result.gradients["all"].values[:, :, :3])
 
 
+@pytest.mark.slow
 def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settings, workshop, tmp_path):
     rows = [json.loads(line) for line in (workshop / "queries.jsonl").read_text().splitlines()]
     few = [row | {"candidates": [f"pair-{5 * number % 12}"]} for number, row in enumerate(rows)]
@@ -145,6 +149,7 @@ def test_pairs_that_are_few_are_computed_one_by_one_and_come_out_the_same(settin
     np.testing.assert_allclose(single.gradients["given"].values[:, :, 0], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_identical_paraphrases_have_accuracy_one_and_cosine_one(settings, workshop, tmp_path):
     rows = [json.loads(line) for line in (workshop / "train.jsonl").read_text().splitlines()]
     write_rows(tmp_path / "same.jsonl", [row | {"original_id": row["id"]} for row in rows])
@@ -156,6 +161,7 @@ def test_identical_paraphrases_have_accuracy_one_and_cosine_one(settings, worksh
     assert vestige.evaluate.credit(cosine, right, result.gradients["5"].listed).mean() == 1.0
 
 
+@pytest.mark.slow
 def test_trap_partition_and_combine_equal_a_single_run_byte_for_byte(settings, tmp_path):
     single = settings(out=tmp_path / "single", candidates="all", project="8")
     one_pass_result(single)
@@ -173,6 +179,7 @@ def test_trap_partition_and_combine_equal_a_single_run_byte_for_byte(settings, t
     assert not (parts / "gradients").exists()
 
 
+@pytest.mark.slow
 def test_trap_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, tmp_path, monkeypatch):
     run, calls = GradientPass.run, []
     last = None
@@ -208,6 +215,7 @@ def test_two_workers_make_the_same_bytes(settings, tmp_path):
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_another_setting_is_refused_and_other_files_are_left_alone(settings, tmp_path):
     one_pass_result(settings())
     with pytest.raises(IndexMismatch, match="components"):
@@ -218,6 +226,7 @@ def test_another_setting_is_refused_and_other_files_are_left_alone(settings, tmp
         one_pass_result(settings(out=tmp_path / "full"))
 
 
+@pytest.mark.slow
 def test_layer_outputs_and_the_last_hidden_state_are_those_of_a_plain_forward_pass(settings, workshop):
     result = one_pass_result(settings(candidates="all", components=("all",)))
     outputs = result.outputs["all"]
@@ -264,6 +273,7 @@ def test_trap_equal_bm25_scores_keep_the_order_of_the_data(settings):
     assert found.rank.tolist() == [8]
 
 
+@pytest.mark.slow
 def test_candidates_may_be_given(settings, workshop, tmp_path):
     rows = [json.loads(line) for line in (workshop / "queries.jsonl").read_text().splitlines()]
     write_rows(

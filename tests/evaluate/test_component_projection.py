@@ -73,6 +73,7 @@ def errors(sizes, form, seeds=12, projector="rademacher"):
     return float((estimates - full).abs().mean()), float((estimates - weighted).abs().mean())
 
 
+@pytest.mark.slow
 def test_trap_the_scaled_projection_converges_to_the_full_cosine_and_the_published_to_the_weighted_one():
     full_error, weighted_error = errors(LARGE, "scaled")
     assert full_error < weighted_error / 2
@@ -83,6 +84,7 @@ def test_trap_the_scaled_projection_converges_to_the_full_cosine_and_the_publish
         assert ratio == pytest.approx(math.sqrt(5), rel=0.25), form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["tensorsketch", "sjlt", "gauss"])
 def test_every_map_comes_nearer_to_the_full_cosine_like_one_over_the_root(projector):
     ratio = errors(SMALL, "scaled", 12, projector)[0] / errors(LARGE, "scaled", 12, projector)[0]

@@ -69,6 +69,7 @@ def files_of(result):
     return json.loads(table.read_text())
 
 
+@pytest.mark.slow
 def test_lds_judges_methods_and_opponents_against_a_bank(halves, given, tmp_path):
     result = vestige.evaluate.lds(**given, bank=halves, methods="grad-dot", out=tmp_path / "lds", draws=50)
     assert {row.method for row in result.rows} == OPPONENTS | {"grad-dot"}
@@ -95,6 +96,7 @@ def test_lds_predicts_margins_where_they_are_asked_for_or_all_there_is(halves, g
     assert "the margin" in result.title
 
 
+@pytest.mark.slow
 def test_a_second_call_scores_nothing_again_and_changed_settings_are_refused(halves, given, tmp_path):
     arguments = {**given, "bank": halves, "methods": ("grad-dot",), "out": tmp_path / "lds", "draws": 10}
     first = vestige.evaluate.lds(**arguments)
@@ -116,6 +118,7 @@ def test_planted_scores_in_a_run_reach_one(halves, given, runs, workshop, tmp_pa
     assert found.estimate.value == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_trap_a_model_of_the_bank_is_not_judged_by_it(halves, given, workshop, tmp_path):
     member = next(path for path in sorted((halves / "members").iterdir()) if path.is_dir())
     # A copy elsewhere is the same model.
@@ -130,6 +133,7 @@ def test_trap_a_model_of_the_bank_is_not_judged_by_it(halves, given, workshop, t
         assert "biased upwards" in str(result)
 
 
+@pytest.mark.slow
 def test_dampings_are_judged_on_queries_that_they_were_not_chosen_on(halves, given, tmp_path):
     result = vestige.evaluate.lds(
         **given,
@@ -146,6 +150,7 @@ def test_dampings_are_judged_on_queries_that_they_were_not_chosen_on(halves, giv
     assert list(files_of(result)["damping_grid"]["all_queries"]) == ["0.1", "1", "10"]
 
 
+@pytest.mark.slow
 def test_sources_compares_with_leaving_each_out(workshop, given, tmp_path):
     bank(**given, out=workshop / "sources", leave_source_out=True, epochs=1, batch_size=4)
     result = vestige.evaluate.sources(
@@ -163,6 +168,7 @@ def test_sources_compares_with_leaving_each_out(workshop, given, tmp_path):
         vestige.evaluate.sources(**given, bank=workshop / "halves", methods="grad-dot", out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_removal_retrains_without_the_top_examples(given, tmp_path):
     arguments = {**given, "methods": "grad-dot", "remove": "2,4", "random_lists": 2, "seeds": 1, "epochs": 1}
     result = vestige.evaluate.removal(**arguments, out=tmp_path / "out", draws=50)
@@ -179,6 +185,7 @@ def test_removal_retrains_without_the_top_examples(given, tmp_path):
         vestige.evaluate.removal(**arguments | {"remove": 12}, out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_removal_of_listed_rows_is_compared_with_random_lists_of_their_size(given, tmp_path):
     (tmp_path / "rows.txt").write_text("pair-3\npair-7\n")
     arguments = {**given, "rows": tmp_path / "rows.txt", "random_lists": 2, "seeds": 1, "epochs": 1, "lora_rank": 2}
@@ -201,6 +208,7 @@ def test_removal_of_listed_rows_is_compared_with_random_lists_of_their_size(give
         vestige.evaluate.removal(**given, out=tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_tail_patch_takes_the_step_and_restores_every_bit(given, tmp_path):
     result = vestige.evaluate.tail_patch(**given, methods="grad-dot", k=2, learning_rate=0.1, out=tmp_path / "out")
     content = files_of(result)
@@ -246,6 +254,7 @@ def test_a_step_that_fails_leaves_the_weights_as_they_were(given):
     assert not any(weight.requires_grad or weight.grad is not None for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_mislabel_ranks_by_self_influence(workshop, given, tmp_path):
     arguments = {"model": given["model"], "data": str(workshop / "marked.jsonl"), "draws": 50}
     result = vestige.evaluate.mislabel(**arguments, methods="grad-dot", out=tmp_path / "out")
@@ -311,6 +320,7 @@ def test_overlap_reads_the_lists_of_runs(runs, tmp_path):
     assert "Without the baselines" in str(result)
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered(given, halves, runs, workshop, tmp_path):
     with pytest.raises(SpecError, match="Nothing to judge"):
         vestige.evaluate.lds(bank=halves, out=tmp_path / "out")

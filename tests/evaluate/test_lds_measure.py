@@ -22,6 +22,7 @@ def linear_world(seed=0, *, noise=0.0, runs=1, subsets=SUBSETS, queries=QUERIES)
     return scores, membership, losses, subset, run
 
 
+@pytest.mark.slow
 def test_the_truth_of_a_linear_world_scores_one():
     scores, membership, losses, _, _ = linear_world()
     found = datamodeling_score(scores, membership, losses)
@@ -60,6 +61,7 @@ def test_members_in_any_order_give_the_same_number():
     assert found.seeds == pytest.approx(expected.seeds)
 
 
+@pytest.mark.slow
 def test_trap_constant_losses_are_left_out_and_counted_not_nan():
     scores, membership, losses, _, _ = linear_world()
     losses[:, 2] = 1.5
@@ -72,6 +74,7 @@ def test_trap_constant_losses_are_left_out_and_counted_not_nan():
     assert found.estimate.value == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """The score of noisy worlds against the mean of many; two crossed bootstraps are rather too wide than narrow."""
 

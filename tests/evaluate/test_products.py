@@ -35,6 +35,7 @@ def dense(model: torch.nn.Module) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("shares", [1, 3])
 def test_exact_products_are_those_of_plain_backward_passes_however_little_memory_there_is(name, shares):
@@ -54,6 +55,7 @@ def test_exact_products_are_those_of_plain_backward_passes_however_little_memory
     assert sum(passed) == REFERENCES + shares * (COUNT - REFERENCES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["logra:3x4", "tensorsketch:16", "mask:6x6 | sjlt:16", "mask:40 | sjlt:16", "gauss:16"]
 )

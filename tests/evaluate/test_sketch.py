@@ -35,6 +35,7 @@ def evaluate(workshop, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_size_and_everything_is_written(evaluate, tmp_path):
     report = evaluate(sizes=(16, 256))
     for points in report.curves.values():
@@ -53,6 +54,7 @@ def test_the_error_falls_with_the_size_and_everything_is_written(evaluate, tmp_p
     assert "tensorsketch:K" in str(report)
 
 
+@pytest.mark.slow
 def test_streaming_equals_projection_from_metadata_to_rounding(evaluate):
     report = evaluate(reference="naive_proj_layers=64")
     for points in report.curves.values():
@@ -61,11 +63,13 @@ def test_streaming_equals_projection_from_metadata_to_rounding(evaluate):
         assert points[0].relative_error_percent > 1
 
 
+@pytest.mark.slow
 def test_a_larger_rank_is_the_reference_and_no_point_of_the_figure(evaluate):
     report = evaluate(reference="rank=128")
     assert [point.size for point in report.curves["tensorsketch:K"]] == [16, 64]
 
 
+@pytest.mark.slow
 def test_all_parameters_as_reference_count_what_the_sketch_leaves_out(evaluate, tmp_path):
     selected = evaluate(compress="none").curves["none"][0]
     everything = evaluate(compress="none", reference="full").curves["none"][0]
@@ -88,6 +92,7 @@ def passed(monkeypatch):
     return batches
 
 
+@pytest.mark.slow
 def test_a_second_call_computes_only_what_is_new(evaluate, passed):
     first = evaluate()
     passed.clear()
@@ -98,6 +103,7 @@ def test_a_second_call_computes_only_what_is_new(evaluate, passed):
     assert len(more.curves["tensorsketch:K"][0].seeds) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, passed, monkeypatch):
     whole = evaluate(out=tmp_path / "whole")
     passes = len(passed)
@@ -120,12 +126,14 @@ def test_a_killed_evaluation_continues_with_the_same_result(evaluate, tmp_path, 
         assert [point.rmse for point in points] == [point.rmse for point in whole.curves[name]]
 
 
+@pytest.mark.slow
 def test_other_examples_are_not_mixed_in(evaluate):
     evaluate()
     with pytest.raises(IndexMismatch, match="references: 4 there, 5 now"):
         evaluate(num_ref=5)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named(evaluate, tmp_path):
     evaluate()
     victim = sorted((tmp_path / "out" / "products").iterdir())[0]
@@ -143,6 +151,7 @@ def test_a_record_that_is_no_object_is_named(evaluate, tmp_path):
         evaluate()
 
 
+@pytest.mark.slow
 def test_finished_indexes_are_compared_with_exact_gradients(evaluate, workshop, tmp_path):
     common = {"model": str(workshop / "tiny-model"), "data": str(workshop / "train.jsonl")}
     for size in (16, 256):
@@ -159,6 +168,7 @@ def test_finished_indexes_are_compared_with_exact_gradients(evaluate, workshop, 
     assert next(iter(rebuilt.curves.values()))[1].relative_error_percent < 1e-3
 
 
+@pytest.mark.slow
 def test_an_index_of_other_data_is_refused(evaluate, workshop, tmp_path):
     index(model=str(workshop / "tiny-model"), data=str(workshop / "train.jsonl"), out=tmp_path / "idx", limit=6)
     with pytest.raises(IndexMismatch, match="another data"):
@@ -190,6 +200,7 @@ def test_a_folder_with_other_files_is_left_alone(evaluate, tmp_path):
         evaluate()
 
 
+@pytest.mark.slow
 def test_sizes_may_be_written_with_commas(evaluate):
     assert [point.size for point in evaluate(sizes="64,16").curves["tensorsketch:K"]] == [16, 64]
 
@@ -201,6 +212,7 @@ def test_families_put_the_size_where_sizes_stand():
     assert not Family("logra:16x16").sized
 
 
+@pytest.mark.slow
 def test_the_default_is_every_published_compressor(evaluate):
     report = evaluate(compress=(), sizes=(16,), seeds=1)
     assert list(report.curves) == list(vestige.evaluate.PUBLISHED)

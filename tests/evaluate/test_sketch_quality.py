@@ -20,12 +20,14 @@ def tables():
     return sketch_quality
 
 
+@pytest.mark.slow
 def test_digits_gauss_sjlt_and_masks_keep_their_bounds(tables):
     table, biases = tables.digits(range(2), epochs=5, sizes=(256,))
     assert [gate for gate in tables.digits_gates(table, biases) if not gate.passed] == []
     assert table["GraSS x4", 256].nrmse < table["mask", 256].nrmse
 
 
+@pytest.mark.slow
 def test_factgrass_keeps_up_with_logra_on_a_tiny_gpt(tables):
     table = tables.gpt(range(1), steps=10, sizes=(256,))
     assert [gate for gate in tables.gpt_gates(table) if not gate.passed] == []

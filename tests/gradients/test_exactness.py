@@ -36,6 +36,7 @@ def canonical(component: Component, gradients: dict[str, Tensor]) -> Tensor:
     return (gradient.T if turned and gradient.ndim == 2 else gradient).reshape(component.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),

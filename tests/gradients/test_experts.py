@@ -9,6 +9,7 @@ from tests.gradients.test_exactness import engine_gradients
 from vestige.models import parameter_view, select_components
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
 def test_stacked_products_give_the_gradients_of_the_plain_loop(experts: str) -> None:
     """`grouped_mm`, the default of transformers, exists in float32 only."""

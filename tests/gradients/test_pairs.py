@@ -96,6 +96,7 @@ def dots_and_norms(
     return torch.cat([row[0] for row in rows], 1), torch.cat([row[1] for row in rows], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", EXACT)
 def test_train_by_query_and_norms_equal_torch_func(
@@ -162,6 +163,7 @@ def test_convolutions_and_classifiers(name: str, route: str | None, monkeypatch:
     check(components, products, gram_by_parameter(gradients, gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", encoders.MODELS)
 def test_encoders_and_encoder_decoders(name: str, route: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ def require_exact(model: nn.Module, data: Sequences, size: int, patterns: tuple[
             assert error <= 1e-10 * scale, part.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_an_activated_lora_acts_from_its_invocation_on(size):
     model, data = adapted(lora(alora_invocation_tokens=INVOCATION)), invoked()

@@ -22,6 +22,7 @@ def compressed(name: str, dtype: torch.dtype, spec: str) -> torch.Tensor:
     return sink.gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["tensorsketch:64", "logra:8x8", "mask:8x8 | sjlt:16"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_gradients_in_bfloat16_are_those_of_float32_up_to_its_rounding(name, spec):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import dispatch_model
@@ -19,6 +20,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 """float32: the head runs inside autograd where weights are gathered, and in chunks outside of it elsewhere."""
 
 
+@pytest.mark.slow
 def test_gradients_and_sketches_under_fully_shard_are_those_of_one_process():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

@@ -124,6 +124,7 @@ def test_ordinary_models_are_batched_as_ever(indexed):
     assert json.loads((index.folder / "manifest.json").read_text())["token_budget"] == 1024
 
 
+@pytest.mark.slow
 def test_a_mask_made_from_ids_is_found_before_any_work(indexed, tmp_path, rows):
     short = [row for row in rows if len(row["input_ids"]) < 20]
     with pytest.raises(ModelError, match=r'"row-\d".*depends on the batch.*--token-budget 1'):
@@ -145,6 +146,7 @@ def test_a_layer_that_mixes_the_batch_is_found_before_any_work(indexed):
         indexed(model, "mixed")
 
 
+@pytest.mark.slow
 def test_the_doctor_says_where_the_factors_change(rows, monkeypatch):
     monkeypatch.setenv("VESTIGE_QUIET", "1")
     found = vestige.doctor(model=phi3(), data=rows)
@@ -157,6 +159,7 @@ def test_the_doctor_says_where_the_factors_change(rows, monkeypatch):
     assert short["batch invariance"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_the_doctor_tries_the_longest_and_the_shortest_together(monkeypatch):
     """Four short examples of like length would not show it."""
     monkeypatch.setenv("VESTIGE_QUIET", "1")

@@ -88,6 +88,7 @@ def test_the_choice_is_announced_with_its_reason_and_stays_in_the_budget(worksho
     assert index.manifest.data.examples * index.manifest.width * 2 <= 20 * 1024
 
 
+@pytest.mark.slow
 def test_a_begun_index_goes_on_with_its_choice_where_another_device_would_choose_otherwise(
     workshop, tmp_path, monkeypatch, capfd
 ):

@@ -38,6 +38,7 @@ def started(log):
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
+@pytest.mark.slow
 def test_ten_kills_change_no_byte_and_repeat_only_the_shard_in_flight(tmp_path, uninterrupted):
     folder, moments, runs = tmp_path / "index", random.Random(0), []
     for number in range(11):
@@ -86,6 +87,7 @@ def build_and_die(folder, step, count):
     count.value = seen
 
 
+@pytest.mark.slow
 def test_death_before_any_single_change_on_disk_is_survived(tmp_path):
     build(tmp_path / "whole", 6)
     wanted, count = hashes(tmp_path / "whole"), PROCESSES.Value("i", 0)
@@ -166,6 +168,7 @@ def test_more_workers_than_shards_leave_some_idle(tmp_path):
     assert hashes(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_not_harm_each_other(tmp_path, uninterrupted):
     folder = tmp_path / "both"
     children = [

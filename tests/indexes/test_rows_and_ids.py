@@ -48,6 +48,7 @@ def rows() -> list[dict[str, Any]]:
     return [*made, {"id": "again", "text": made[4]["text"]}]
 
 
+@pytest.mark.slow
 def test_trap_a_row_leads_back_to_its_example(workshop, tmp_path):
     """Elsewhere rows were drawn with replacement and numbered by a counter: none could be traced to its data."""
     examples = rows()
@@ -64,6 +65,7 @@ def test_trap_a_row_leads_back_to_its_example(workshop, tmp_path):
         torch.testing.assert_close(whole.gradients_of([number]), alone.gradients_of([0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dattri_llm_2_equal_texts_are_rows_of_their_own(workshop, tmp_path):
     """A peer names examples by the hash of their text: nine became eight, and the output fitted no data set."""
     data = write_rows(tmp_path / "train.jsonl", rows())
@@ -83,6 +85,7 @@ def test_dattri_llm_2_equal_texts_are_rows_of_their_own(workshop, tmp_path):
     assert listed["again"] == pytest.approx(listed[rows()[4]["id"]], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dattri_6_nothing_is_left_in_the_current_folder(workshop, tmp_path, elsewhere):
     """A peer writes its metadata into the current folder and reads those of another data set there."""
     (elsewhere / "batch_metadata.json").write_text(json.dumps({"batch_info": [], "layer_names": []}))
@@ -99,6 +102,7 @@ def test_dattri_6_nothing_is_left_in_the_current_folder(workshop, tmp_path, else
     assert [path.name for path in elsewhere.iterdir()] == ["batch_metadata.json"]
 
 
+@pytest.mark.slow
 def test_grass_2_masks_are_trained_on_gradients_of_the_model_that_is_explained(workshop, tmp_path):
     """A peer trained its masks on random weights: no checkpoint was ever loaded."""
     data = workshop / "train.jsonl"

@@ -30,6 +30,7 @@ def read(words, config=None, settings=IndexSettings):
     return found[0]
 
 
+@pytest.mark.slow
 def test_two_workers_read_the_files_of_a_list_and_leave_the_bytes_of_one_process(place):
     files = [place / "a.jsonl", place / "b.jsonl"]
     for out, workers in (("one", 1), ("two", 2)):

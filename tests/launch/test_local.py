@@ -30,6 +30,7 @@ def test_workers_share_the_pieces_and_each_opens_the_plan_once(tmp_path):
     assert sorted(int(piece) for log in logs for piece in re.findall(r"piece (\d+): done", log)) == list(range(8))
 
 
+@pytest.mark.slow
 def test_the_error_of_a_piece_names_the_log_and_shows_its_end(tmp_path):
     plan = ToyPlan(tmp_path, pieces=6, fail=(3,))
     with pytest.raises(PieceFailed, match="cannot square 3") as caught:
@@ -42,6 +43,7 @@ def test_the_error_of_a_piece_names_the_log_and_shows_its_end(tmp_path):
     assert plan.computed().count(3) == 2
 
 
+@pytest.mark.slow
 def test_an_error_that_the_user_has_to_mend_keeps_its_class(tmp_path):
     with pytest.raises(DataError, match="e1 is not a number"):
         ToyPlan(tmp_path, pieces=6, refuse=(1,)).run(workers=2)
@@ -62,6 +64,7 @@ def test_workers_that_do_not_even_begin_are_an_error_with_their_words(tmp_path, 
         plan.run(workers=2)
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_had_half_written_is_gone_at_the_end(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -143,6 +146,7 @@ def test_workers_of_a_killed_driver_end_at_the_next_batch(tmp_path):
     _wait_for(lambda: not list(claims.iterdir()))
 
 
+@pytest.mark.slow
 def test_a_live_process_keeps_its_claim(tmp_path):
     plan = ToyPlan(tmp_path, pieces=1, seconds=1.0)
     results = []

@@ -85,6 +85,7 @@ def test_scores_that_are_nan_are_counted_and_taken_for_neither_side(scored):
         measures.attack(scores, members, tpr_at=(0.0,))
 
 
+@pytest.mark.slow
 def test_the_blind_baseline_finds_words_lengths_and_dates_and_nothing_in_nothing():
     draw = np.random.default_rng(0)
     members = np.arange(200) % 2 == 0

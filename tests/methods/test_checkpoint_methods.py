@@ -108,18 +108,21 @@ def less_reference(run: Path, job: Job, groups: list[list[int]]) -> torch.Tensor
     return total
 
 
+@pytest.mark.slow
 def test_tracin_is_the_weighted_sum_of_inner_products(run, tmp_path):
     job = job_of(run, tmp_path)
     expected = slow.tracin(models(run), [0.5, 0.0, 0.25], NAMES, job.train, job.queries)
     assert close(all_scores(TracIn(), job), expected)
 
 
+@pytest.mark.slow
 def test_tracin_reads_indexes_of_the_checkpoints(run, tmp_path):
     plain = job_of(run, tmp_path)
     job = job_of(run, tmp_path, indexes=indexed(run, tmp_path, plain))
     assert close(all_scores(TracIn(), job), all_scores(TracIn(), plain), 1e-5)
 
 
+@pytest.mark.slow
 def test_less_is_the_cosine_of_adams_step_with_the_query(run, tmp_path):
     job = job_of(run, tmp_path)
     scores = all_scores(Less(), job)
@@ -127,6 +130,7 @@ def test_less_is_the_cosine_of_adams_step_with_the_query(run, tmp_path):
     assert scores.abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_less_takes_the_best_subtask_of_averaged_queries(run, tmp_path):
     job = job_of(run, tmp_path)
     sources = ["one", "two", "one"]
@@ -140,6 +144,7 @@ def test_less_takes_the_best_subtask_of_averaged_queries(run, tmp_path):
         all_scores(Less(subtasks=True), job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 def test_trak_is_the_mean_of_kernels_times_the_mean_doubt(run, tmp_path, loss):
     """Trap GraSS 6: the margin is of each example, on the mean loss of its own tokens, whatever the batch."""
@@ -159,12 +164,14 @@ def check_parts(method, job: Job, scores: torch.Tensor) -> None:
         assert len(part.scores) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tracin", "less"])
 def test_components_add_up(run, tmp_path, name):
     job = job_of(run, tmp_path)
     check_parts(get_method(name), job, all_scores(get_method(name), job))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tracin", "trak"])
 def test_self_influence_is_the_score_of_an_example_asked_about_itself(run, tmp_path, name):
     job = trak_job(run, tmp_path) if name == "trak" else job_of(run, tmp_path)
@@ -180,6 +187,7 @@ def test_less_refuses_self_influence(run, tmp_path):
         Less().self_scores(job_of(run, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tracin", "less", "trak"])
 def test_trap_scores_do_not_depend_on_batches(run, tmp_path, name):
     """Traps: a ragged last batch mis-scaled, inverses of batches summed, a margin on the batch's mean loss."""
@@ -208,6 +216,7 @@ def loss_of_query(model: torch.nn.Module, job: Job, change: torch.Tensor | None)
     return float(example_loss(model, values, ids, targets, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tracin", "less", "trak"])
 def test_sign_a_step_on_a_positive_example_lowers_the_query_loss(run, tmp_path, name):
     """The step that the method is about, at the one checkpoint that counts; look at the query's loss."""
@@ -232,6 +241,7 @@ def test_sign_a_step_on_a_positive_example_lowers_the_query_loss(run, tmp_path, 
         assert np.sign(change) == -np.sign(float(scores[row]))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_with_the_next_checkpoint(run, tmp_path, monkeypatch):
     job, opened = job_of(run, tmp_path, weights=(0.5, 0.5, 0.25)), []
     expected = all_scores(TracIn(), job_of(run, tmp_path / "other", weights=(0.5, 0.5, 0.25)))
@@ -252,6 +262,7 @@ def test_an_interrupted_run_continues_with_the_next_checkpoint(run, tmp_path, mo
     assert opened == [str(folders(run)[-1])]
 
 
+@pytest.mark.slow
 def test_other_questions_and_other_weights_are_not_answered_from_what_was_kept(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -310,6 +321,7 @@ def test_mistakes_say_what_to_type(run, tmp_path):
         find_checkpoints(settings(model=None, checkpoints=[]), "equal")
 
 
+@pytest.mark.slow
 def test_indexes_have_to_be_of_their_checkpoints_and_alike(run, tmp_path):
     job = job_of(run, tmp_path)
     made = indexed(run, tmp_path, job)

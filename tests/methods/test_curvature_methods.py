@@ -67,6 +67,7 @@ def curvature(name: str, job: Job) -> torch.Tensor:
     return matrix[place][:, place] + damping * torch.eye(272, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ekfac", "kfac", "cg"])
 def test_scores_equal_those_of_the_explicit_matrix(name):
     job = small_job()
@@ -100,6 +101,7 @@ def test_arnoldi_is_the_inverse_in_the_span_of_the_dominant_eigenvectors():
     assert torch.allclose(found, expected, rtol=5e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_scores_do_not_depend_on_batches(make):
     """Trap: inverses of batches summed up; trap: a ragged last batch scaled differently."""
@@ -110,6 +112,7 @@ def test_scores_do_not_depend_on_batches(make):
     assert torch.allclose(two, whole, rtol=1e-3, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_sign_a_preconditioned_step_on_a_positive_example_lowers_the_query_loss(make):
     """Step from the weights along the inverse curvature times the example's gradient; look at the query's loss."""
@@ -133,6 +136,7 @@ def query_loss(job: Job, step) -> float:
     return float(example_loss(model, parameters, ids, targets, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ekfac", "kfac-split", "datainf", "arnoldi"])
 def test_components_tokens_and_self_scores_are_parts_of_the_same_score(name):
     job, method = small_job(tokens=True), MAKE[name]()
@@ -173,6 +177,7 @@ def test_trap_damping_of_zero_is_refused(name):
         MAKE[name]().prepare(dataclasses.replace(job, settings=zero))
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_data_is_measured_and_may_not_be_empty():
     job = small_job()
     whole, part = all_scores(ConjugateGradient(), job), all_scores(ConjugateGradient(examples=2), job)
@@ -182,6 +187,7 @@ def test_a_sample_of_the_data_is_measured_and_may_not_be_empty():
         ConjugateGradient(examples=0).prepare(job)
 
 
+@pytest.mark.slow
 def test_stochastic_lissa_is_the_same_for_any_batches():
     one, whole = (
         all_scores(Lissa(depth=8, sample=2), small_job(token_budget=budget, damping=1.0)) for budget in (1, 4096)

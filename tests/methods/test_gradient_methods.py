@@ -33,6 +33,7 @@ def reference(job: Job, data: TokenizedData) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exact_scores_equal_the_reference(name, loss):
@@ -58,6 +59,7 @@ def test_cosine_self_influence_is_refused_with_the_reason():
         GradCos().self_scores(model_job("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", [GradDot, GradCos])
@@ -81,6 +83,7 @@ def check_sums(method, job: Job, scores: torch.Tensor) -> None:
         assert not part.scores[~job.train.targets[part.row]].any(), "only predicted tokens have a share"
 
 
+@pytest.mark.slow
 def test_a_token_has_the_score_of_an_example_that_learns_it_alone():
     """The share of token t is the score of the same example with every other target masked."""
     job = model_job("gpt2", tokens=True)
@@ -108,6 +111,7 @@ def indexed(tmp_path: Path) -> Job:
     return Job(train, base.queries, base.settings, loaded, selection, index)
 
 
+@pytest.mark.slow
 def test_an_uncompressed_index_gives_the_exact_scores(indexed):
     exact = Job(indexed.train, indexed.queries, indexed.settings, indexed.loaded, indexed.selection)
     for method in (GradDot, GradCos):
@@ -115,6 +119,7 @@ def test_an_uncompressed_index_gives_the_exact_scores(indexed):
         assert torch.allclose(stored, direct, rtol=1e-4, atol=1e-5 * float(direct.abs().max()))
 
 
+@pytest.mark.slow
 def test_influence_solves_with_the_damped_fisher_matrix_of_each_component(indexed):
     train, queries = reference(indexed, indexed.train), reference(indexed, indexed.queries)
     expected, start = torch.zeros(3, 30, dtype=torch.float64), 0
@@ -136,6 +141,7 @@ def test_self_influence_is_the_score_of_an_example_asked_about_itself(indexed):
         assert torch.allclose(block.scores[0].double(), diagonal[block.rows], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [GradDot, GradCos, Influence])
 def test_sign_a_step_on_a_positive_example_lowers_the_query_loss(indexed, method):
     """Move the weights a little along the example's descent direction and look at the query's loss."""

@@ -101,6 +101,7 @@ def test_an_example_ten_times_as_loud_is_no_more_influential_by_its_loss(job):
         assert float(scores[0]) == pytest.approx(float(scores[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compress", "damping", "options"),
     [("logra:4x4", 0.1, {}), ("mask:8x8 | sjlt:16", 1e-3, {}), ("mask:64 | sjlt:16", 1e-3, {"fisher": "model"})],
@@ -122,6 +123,7 @@ def test_published_settings_are_settings_of_influence(tmp_path, compress, dampin
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_trap_damping_of_zero_is_refused_not_divided_by(job):
     """dattri 3: a default regularisation of 0 gives scores that are not finite."""
     for damping in (0, -1.0):
@@ -134,6 +136,7 @@ def test_trap_damping_of_zero_is_refused_not_divided_by(job):
             Influence(**options).prepare(dataclasses.replace(job, settings=zero))
 
 
+@pytest.mark.slow
 def test_trap_another_damping_rewrites_nothing(tmp_path):
     """GraSS 8: preconditioning the training side rewrites the store for every damping; here the query is."""
 

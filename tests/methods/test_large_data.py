@@ -55,6 +55,7 @@ def small(place):
     return place
 
 
+@pytest.mark.slow
 def test_index_and_run_have_the_same_bytes(small, as_large, monkeypatch):
     made = index(small, "large")
     assert without_tokens(small / "large") == without_tokens(small / "small")
@@ -74,12 +75,14 @@ def test_index_and_run_have_the_same_bytes(small, as_large, monkeypatch):
     index(small, "large")
 
 
+@pytest.mark.slow
 def test_without_an_index_tokens_go_with_the_run(small, as_large):
     settings = {"model": str(small / "tiny-model"), "data": str(small / "train.jsonl"), "method": "grad-dot"}
     ask(small, "exact", **settings)
     assert not list(small.glob(".exact.partial*"))
 
 
+@pytest.mark.slow
 def test_overwriting_and_appending(small, as_large, monkeypatch):
     index(small, "changed", limit=20)
     index(small, "changed", limit=20, max_length=9, overwrite=True)

@@ -54,6 +54,7 @@ def ask(place, name, method, **given):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["influence", "grad-cos", "ekfac", "cg", "lissa", "arnoldi", "rep-sim"])
 def test_they_are_not_scored_and_the_others_score_as_without_them(place, method):
     with_bad, without = ask(place, "all", method), ask(place, "good", method)

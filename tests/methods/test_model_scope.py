@@ -94,6 +94,7 @@ def test_one_matrix_was_asked_for_or_not_is_the_same(job):
     assert torch.equal(all_scores(Influence(fisher="model"), job), all_scores(Influence(), job))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [GradDot(), GradCos(), Influence(relative="loss"), Influence(relative="cosine")])
 def test_components_and_tokens_add_up_to_the_score(job, method):
     found = all_scores(method, job)
@@ -108,6 +109,7 @@ def test_components_and_tokens_add_up_to_the_score(job, method):
         assert float(part.scores.sum()) == pytest.approx(float(found[part.query, part.row]), abs=tolerance)
 
 
+@pytest.mark.slow
 def test_components_that_do_not_add_up_to_the_stored_score_are_spoken_of(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("VESTIGE_QUIET", raising=False)
     job = shared_job(tmp_path / "index")
@@ -125,6 +127,7 @@ def test_other_methods_read_it_too(job):
     assert hasattr(TracIn, "components")
 
 
+@pytest.mark.slow
 def test_inner_products_of_whole_gradients_are_unbiased_over_seeds(job):
     """200 seeds, three standard errors, over the sum of the components: two matrices and two scales."""
     spec, data = parse_spec("mask:64 | sjlt:48"), job.train.subset(range(2))

@@ -106,6 +106,7 @@ def die_at(asked, place, out, step):
     return count.value
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_again_and_again_is_the_run_that_was_not(place, tmp_path, whole):
     steps = die_at(with_index, place, tmp_path / "counted", -1)
     assert steps > 20
@@ -123,6 +124,7 @@ def test_a_run_that_was_killed_again_and_again_is_the_run_that_was_not(place, tm
     assert not partial(out).exists()
 
 
+@pytest.mark.slow
 def test_without_an_index_a_killed_run_continues_too(place, tmp_path):
     without_index(place, tmp_path / "whole")
     die_at(without_index, place, tmp_path / "run", 9)
@@ -131,6 +133,7 @@ def test_without_an_index_a_killed_run_continues_too(place, tmp_path):
     assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_temporary_index_is_continued_and_goes_with_the_run(place, tmp_path):
     out = tmp_path / "run"
     die_at(temporary, place, out, 4)
@@ -162,6 +165,7 @@ def leave_pieces(place, out):
         with_index(place, out, shard="1/3")
 
 
+@pytest.mark.slow
 def test_shares_make_the_whole_and_an_empty_share_is_no_error(place, tmp_path, whole):
     out = tmp_path / "run"
     for share in ("1/3", "999/999", "3/3"):
@@ -173,6 +177,7 @@ def test_shares_make_the_whole_and_an_empty_share_is_no_error(place, tmp_path, w
     assert bytes_of(out) == whole
 
 
+@pytest.mark.slow
 def test_grass_9_finished_pieces_are_not_computed_again(place, tmp_path, whole, monkeypatch):
     leave_pieces(place, tmp_path / "run")
     left = {int(path.stem) for path in partial(tmp_path / "run").glob("scoring/*.safetensors")}
@@ -183,6 +188,7 @@ def test_grass_9_finished_pieces_are_not_computed_again(place, tmp_path, whole, 
     assert bytes_of(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_a_damaged_piece_is_found_and_computed_again(place, tmp_path, whole, monkeypatch):
     leave_pieces(place, tmp_path / "run")
     path = partial(tmp_path / "run") / "scoring" / "00003.safetensors"
@@ -196,6 +202,7 @@ def test_a_damaged_piece_is_found_and_computed_again(place, tmp_path, whole, mon
     assert bytes_of(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"damping": 0.2}, {"method": "grad-dot"}])
 def test_grass_9_pieces_of_other_settings_are_not_used(place, tmp_path, changed, monkeypatch):
     leave_pieces(place, tmp_path / "run")
@@ -206,6 +213,7 @@ def test_grass_9_pieces_of_other_settings_are_not_used(place, tmp_path, changed,
     assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_settings_of_the_output_alone_keep_the_pieces(place, tmp_path, monkeypatch):
     leave_pieces(place, tmp_path / "run")
     done = count_pieces(monkeypatch)
@@ -213,6 +221,7 @@ def test_settings_of_the_output_alone_keep_the_pieces(place, tmp_path, monkeypat
     assert ("scoring", 0) not in done
 
 
+@pytest.mark.slow
 def test_grass_9_self_influence_in_a_fresh_process_needs_nothing_of_the_process_before(place, tmp_path, whole):
     die_at(with_index, place, tmp_path / "run", -1)
     assert bytes_of(tmp_path / "run")["self_influence.parquet"] == whole["self_influence.parquet"]
@@ -233,6 +242,7 @@ def test_a_job_of_one_piece_leaves_nothing_beside_the_run(place, tmp_path, monke
     assert (tmp_path / "run" / "scores.parquet").read_bytes() == whole["scores.parquet"]
 
 
+@pytest.mark.slow
 def test_grass_7_rates_are_named_after_what_was_done_and_count_this_share_alone(place, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("VESTIGE_QUIET", raising=False)
     out = tmp_path / "run"
@@ -248,6 +258,7 @@ def test_grass_7_rates_are_named_after_what_was_done_and_count_this_share_alone(
     assert own.split()[1:3] == ["48", "examples"]
 
 
+@pytest.mark.slow
 def test_a_profile_lies_beside_the_scores(place, tmp_path):
     with_index(place, tmp_path / "run", profile=True)
     profile = json.loads((tmp_path / "run" / "profile.json").read_text())
@@ -255,6 +266,7 @@ def test_a_profile_lies_beside_the_scores(place, tmp_path):
     assert sum(profile["seconds"].values()) == pytest.approx(profile["total_seconds"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_bytes_read_of_a_profile_are_the_stored_ones(place, tmp_path):
     built = {"model": place / "tiny-model", "data": str(place / "train.jsonl"), "out": tmp_path / "idx"}
     vestige.index(**built, compress="mask:8", dtype="int8")

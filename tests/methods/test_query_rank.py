@@ -14,6 +14,7 @@ from vestige.methods import Ekfac, ExactGradients, GradCos, GradDot
 PATTERNS = ("mlp", "attention")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", [GradDot, GradCos, Ekfac])
 def test_the_full_rank_changes_no_score(name, method):
@@ -22,6 +23,7 @@ def test_the_full_rank_changes_no_score(name, method):
     assert torch.allclose(ranked, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
+@pytest.mark.slow
 def test_low_ranks_are_exact_once_they_reach_the_number_of_tokens():
     """The shortest query has 3 tokens, so every gradient of its matrices has rank 2 or less."""
     exact = all_scores(GradDot(), model_job("llama", patterns=PATTERNS))

@@ -38,6 +38,7 @@ def scores(place, out, queries, index="talks-idx", **given):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", [{"prompt": "Who wrote Emma?\n"}, {"question": "Who wrote Emma?"}])
 @pytest.mark.parametrize("answer", [None, "Jane Austen."])
 def test_a_bare_question_scores_as_the_conversation_does(place, tmp_path, query, answer, capsys):
@@ -56,6 +57,7 @@ def test_a_bare_question_scores_as_the_conversation_does(place, tmp_path, query,
     assert not np.allclose(unasked.dense(), spoken.dense(), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_string_without_an_index_is_asked_alike(place, tmp_path):
     model, data = str(place / "tiny-model"), str(place / "talks.jsonl")
     given = {"model": model, "data": data, "method": "grad-dot", "dense": True, "trust": False}
@@ -64,6 +66,7 @@ def test_a_string_without_an_index_is_asked_alike(place, tmp_path):
     assert np.array_equal(bare.dense(), spoken.dense())
 
 
+@pytest.mark.slow
 def test_plain_data_are_asked_plainly_and_chat_is_never_refused(place, tmp_path):
     query = [{"prompt": "Who wrote Emma?", "completion": " Jane Austen."}]
     plain = scores(place, tmp_path / "plain", query, "train-idx")

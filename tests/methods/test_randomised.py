@@ -118,6 +118,7 @@ def checks_of(run) -> dict:
     return {check.name: check for check in run.run.trust.checks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ON_THE_MODEL)
 def test_on_random_weights_nothing_is_left_of_the_old_ones_and_a_model_of_them_warns(home, tmp_path, method):
     """The check says what a run on the noise itself does: curvature, index and Adam's state are those of the noise."""
@@ -131,6 +132,7 @@ def test_on_random_weights_nothing_is_left_of_the_old_ones_and_a_model_of_them_w
     assert found["learned by the model"].verdict == "warn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ON_THE_MODEL)
 def test_a_trained_model_has_learned_something(home, tmp_path, method):
     found = checks_of(asked(home, "trained", method, tmp_path / "run"))
@@ -139,6 +141,7 @@ def test_a_trained_model_has_learned_something(home, tmp_path, method):
     assert found["queries with a loss near zero"].verdict == "good"
 
 
+@pytest.mark.slow
 def test_the_check_uses_the_compression_of_the_index(home, tmp_path):
     for name, scope in (("narrow", "component"), ("whole", "model")):
         compress = {"compress": "logra:2x2" + (" | sjlt:64" if scope == "model" else ""), "compress_scope": scope}
@@ -158,6 +161,7 @@ def test_the_check_uses_the_compression_of_the_index(home, tmp_path):
         assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["influence", "grad-dot", "rep-sim"])
 def test_a_question_that_the_model_is_certain_of_is_named(home, tmp_path, capfd, method):
     run = asked(home, "sure", method, tmp_path / "run")

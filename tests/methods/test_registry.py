@@ -99,6 +99,7 @@ def test_a_method_with_a_command_of_its_own_says_so(tmp_path):
         attribute(model="m", data="d", queries=["Why?"], method="untrac", out=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_untrac_scores_a_job_like_any_method(tmp_path):
     job = model_job("gpt2", out=tmp_path / "run")
     scores = all_scores(get_method("untrac"), job)

@@ -49,6 +49,7 @@ def ask(place, data, method, **given):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grad-dot", "influence", "ekfac", "tracin", "rep-sim"])
 def test_left_out_the_others_score_as_without_them(place, method):
     with_bad, without = ask(place, "all", method, skip_bad=True), ask(place, "good", method)
@@ -61,6 +62,7 @@ def test_left_out_the_others_score_as_without_them(place, method):
     assert next(iter(with_bad.run.distribution.values())).count == len(PAIRS) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grad-dot", "influence", "ekfac", "tracin"])
 def test_fatal_by_default_it_is_named_in_the_words_of_an_index(place, method):
     with pytest.raises(
@@ -69,12 +71,14 @@ def test_fatal_by_default_it_is_named_in_the_words_of_an_index(place, method):
         ask(place, "all", method)
 
 
+@pytest.mark.slow
 def test_self_influence_and_dense_scores_leave_them_out(place):
     run = ask(place, "all", "grad-dot", skip_bad=True, self_influence=True, dense=True)
     assert {row.example_id for row in run.self_influence()}.isdisjoint({"e3", "e7"})
     assert np.flatnonzero(np.isnan(run.dense()[0])).tolist() == list(BAD)
 
 
+@pytest.mark.slow
 def test_in_pieces_too(place, monkeypatch):
     monkeypatch.setattr(ExactGradients, "piece_tokens", (100, 100))
     whole = ask(place, "all", "grad-dot", skip_bad=True, dense=True)

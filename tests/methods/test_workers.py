@@ -70,6 +70,7 @@ def journals(folder, name):
     return list((folder / "launch" / name / "journal").iterdir())
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bytes_of_one_process_from_index_to_scores(place):
     for name, workers, wait in (("one", "1", {}), ("two", "2", {"TOGETHER": "1"})):
         vestige(place, "index", *MODEL, "--out", name, "--compress", "logra:4x4", "--workers", workers, **wait)
@@ -87,6 +88,7 @@ def test_two_workers_give_the_bytes_of_one_process_from_index_to_scores(place):
     assert not (place / ".two-run.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ekfac", "influence"])
 def test_without_an_index_too(place, method):
     options = ("--option", "labels=data") if method == "ekfac" else ()
@@ -101,6 +103,7 @@ def test_without_an_index_too(place, method):
     assert bytes_of(place / f"{method}-1") == bytes_of(place / f"{method}-2")
 
 
+@pytest.mark.slow
 def test_under_torchrun_only_the_first_rank_writes_the_run(place):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     words = ("attribute", *MODEL, *ASKED, "--method", "grad-dot", "--out")

@@ -26,6 +26,7 @@ def test_training_is_the_same_bit_for_bit(name, count):
     assert engine.steps_done == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 @pytest.mark.parametrize(
     "settings",

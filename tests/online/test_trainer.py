@@ -36,6 +36,7 @@ def test_the_trainer_trains_the_same_bit_for_bit(tmp_path, name, settings):
     assert table["step"].to_pylist() == [step for step, size in enumerate(sizes, 1) for _ in range(size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["datasets", "list", "without-ids"])
 def test_ids_follow_their_rows_through_the_shuffling_sampler(tmp_path, kind):
     data = {
@@ -56,6 +57,7 @@ def test_ids_follow_their_rows_through_the_shuffling_sampler(tmp_path, kind):
         assert tokens[: len(wanted)] == wanted
 
 
+@pytest.mark.slow
 def test_scores_are_shares_in_the_clipped_gradient_at_the_scheduled_rate(tmp_path):
     given = trainer(tmp_path / "out", "llama", steps=3, max_grad_norm=0.05, gradient_accumulation_steps=2)
     attached = attach(given, validation(4), out=tmp_path / "log")

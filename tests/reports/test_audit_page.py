@@ -177,6 +177,7 @@ def test_the_link_chooses_the_measure(audited, tmp_path, chromium):
     assert len(values) == 2 * 25
 
 
+@pytest.mark.slow
 def test_an_audit_is_served_live_and_a_folder_that_is_none_is_reported(audited, tmp_path):
     assert 'role="status">live' in render_page(audited, live="1")
     with make_server(audited):
@@ -186,6 +187,7 @@ def test_an_audit_is_served_live_and_a_folder_that_is_none_is_reported(audited, 
         report(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_figures_load_nothing_carry_no_address_and_take_their_colours_from_the_page(audited):
     page = report(audited).read_text()
     figure = figure_of(page, "loss while training")

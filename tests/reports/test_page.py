@@ -19,6 +19,7 @@ def scores(page: Page) -> list[float]:
     return [float(found.text.replace("−", "-")) for found in page.all("span", "score")]
 
 
+@pytest.mark.slow
 def test_the_page_opens_without_errors_and_shows_everything(opened):
     page = opened()
     assert page.console == []
@@ -30,6 +31,7 @@ def test_the_page_opens_without_errors_and_shows_everything(opened):
     assert "Why is the sky blue?" in page.all("li", "card")[0].text
 
 
+@pytest.mark.slow
 def test_the_link_chooses_query_filters_and_example(opened):
     page = opened("#query=q1&end=proponent&source=literature&text=hobbit&min=0.1&example=proponent-1")
     assert page.console == []
@@ -67,6 +69,7 @@ def test_hostile_training_text_is_inert(tmp_path, chromium):
     assert "</script><img src=x" in page.all("li", "card")[0].text
 
 
+@pytest.mark.slow
 def test_a_run_without_token_and_component_tables_says_how_to_get_them(tmp_path, chromium):
     run = write_fixture_run(tmp_path / "run", tables=())
     page = open_page(chromium, report(run).as_uri())

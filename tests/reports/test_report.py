@@ -151,6 +151,7 @@ def test_counts_and_times_are_said_as_a_reader_says_them():
     assert [format_duration(value) for value in (8.25, 200, 7500)] == ["8.2 s", "3 min 20 s", "2 h 5 min"]
 
 
+@pytest.mark.slow
 def test_the_report_goes_into_the_run_or_where_it_is_sent(run_folder, tmp_path):
     run = changed(run_folder, tmp_path)
     assert report(run) == run / "report.html"

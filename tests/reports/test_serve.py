@@ -86,6 +86,7 @@ def test_only_this_computer_and_only_the_report_is_served(served):
     assert get(address, "/../run.json")[0] == 404
 
 
+@pytest.mark.slow
 def test_the_live_page_runs_without_errors(served, chromium):
     _, (host, port) = served
     page = open_page(chromium, f"http://{host}:{port}/")

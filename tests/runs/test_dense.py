@@ -72,6 +72,7 @@ def test_damage_is_found(tmp_path):
         open_dense(tmp_path)
 
 
+@pytest.mark.slow
 def test_writing_ids_takes_no_memory_for_each(tmp_path):
     def peak(count):
         scores = np.zeros((1, count), dtype=np.float32)

@@ -139,6 +139,7 @@ def test_a_damaged_table_is_named(folder):
         Scores.open(folder).top()
 
 
+@pytest.mark.slow
 def test_opens_without_torch(folder):
     code = (
         "import sys; from vestige.runs import Scores; print(Scores.open(sys.argv[1]).top(0, 1));"

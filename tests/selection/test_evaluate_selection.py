@@ -31,6 +31,7 @@ def test_a_gain_is_random_minus_chosen_seed_by_seed():
     assert gain.over_all.low < mean < gain.over_all.high
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     """Noise of seeds, sets and queries around a true gain of 1; few of each, so that 95 % is not reached."""
     random, hits, worlds = np.random.default_rng(3), 0, 100
@@ -117,6 +118,7 @@ def test_the_numbers_follow_from_the_trained_models(compared):
     assert (arguments["out"] / "selection.png").exists()
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_the_queries_themselves_is_ahead(workshop, given, tmp_path):
     """Planted: three examples are the queries, the others are other words; choosing those must win."""
     rows = [{"id": f"n{number}", "text": f"zzz yyy xxx w{number} " * 3} for number in range(9)]
@@ -135,6 +137,7 @@ def test_a_model_trained_on_the_queries_themselves_is_ahead(workshop, given, tmp
     assert result["bm25"].values["gain over random"].low > 0
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_a_further_set_is_added(compared, run, workshop, monkeypatch):
     arguments, first, _ = compared
     out = arguments["out"]
@@ -174,6 +177,7 @@ def test_mistakes_are_answered(compared, workshop, given, tmp_path):
             vestige.evaluate.selection(**arguments | {"out": tmp_path / "out"} | change)
 
 
+@pytest.mark.slow
 def test_the_command_shares_its_trainings_between_workers(compared, tmp_path, capsys):
     arguments, first, _ = compared
     single = {name: value for name, value in arguments.items() if name not in ("selected", "out")}

@@ -155,6 +155,7 @@ def test_a_run_that_keeps_only_the_ends_serves_as_far_as_it_goes(run, tmp_path):
             select(scores=listed, budget=2, out=tmp_path / "no", **choice)
 
 
+@pytest.mark.slow
 def test_one_query_needs_no_dense_scores_and_whole_lists_are_dense(given, workshop, tmp_path):
     arguments = {**given, "method": "grad-dot", "trust": False}
     attribute(**arguments, queries=["Why is the sky blue?"], out=tmp_path / "one", k=5)
@@ -256,6 +257,7 @@ def test_scores_of_the_models_own_answers_say_what_they_keep(given, tmp_path, ca
     assert "right or wrong" in str(chosen)
 
 
+@pytest.mark.slow
 def test_random_rows_are_drawn_by_text_with_all_copies(given, tmp_path):
     """Rows 8 and 9 are copies of rows 0 and 2: no budget parts them, and a copied text is no likelier to be drawn."""
     chosen = []

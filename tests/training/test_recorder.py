@@ -55,6 +55,7 @@ def test_the_trainer_trains_the_same_bit_for_bit(tmp_path, name, settings, alarm
     assert len(run.checkpoints) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["datasets", "list", "without-ids"])
 def test_order_and_rates_are_what_the_training_really_did(tmp_path, kind):
     data = {
@@ -76,6 +77,7 @@ def test_order_and_rates_are_what_the_training_really_did(tmp_path, kind):
     assert table["learning_rate"].to_pylist() == [rate for rate in seen.rates for _ in range(4)]
 
 
+@pytest.mark.slow
 def test_losses_of_the_steps_and_of_the_checkpoints_are_those_of_the_weights(tmp_path):
     given = trainer(tmp_path / "out", "llama", steps=3)
     for module in given.model.modules():
@@ -193,6 +195,7 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path):
     assert list(TrainingRun.open(tmp_path / "record").checkpoints) == [0, 1]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_is_refused(tmp_path):
     given = trainer(tmp_path / "out", steps=1, save_strategy="steps")
     with pytest.raises(UserError, match="own output folder"):
@@ -212,6 +215,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
         given.train()
 
 
+@pytest.mark.slow
 def test_in_run_scores_and_a_record_go_together(tmp_path):
     from tests.online.workbench import validation
     from vestige.online import attach

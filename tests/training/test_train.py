@@ -92,6 +92,7 @@ def test_a4_6_trainings_that_differ_in_epochs_alone_are_different_trainings(tmp_
     assert list(longer.checkpoints) == [0, 3, 5]
 
 
+@pytest.mark.slow
 def test_the_record_says_what_was_trained_and_replays_it(tmp_path, given):
     first = vestige.train(**given | {"epochs": 0.4}, out=tmp_path / "run")
     main(["train", "--config", str(tmp_path / "run" / "run.json"), "--out", str(tmp_path / "again")])
@@ -101,6 +102,7 @@ def test_the_record_says_what_was_trained_and_replays_it(tmp_path, given):
     assert "seconds" in second.record
 
 
+@pytest.mark.slow
 def test_members_alone_are_trained_on_and_all_are_measured(tmp_path, given):
     run = vestige.train(**given | {"split_seed": 3}, out=tmp_path / "run")
     table = run.membership.to_pandas().set_index("example_id")
@@ -147,6 +149,7 @@ def test_a_split_of_data_with_copies_says_so_and_is_a_training_of_its_own(tmp_pa
     assert vestige.train(**settings, out=tmp_path / "old").membership.equals(old.membership)
 
 
+@pytest.mark.slow
 def test_checkpoint_zero_is_the_model_and_every_checkpoint_loads(tmp_path, given, workshop):
     run = vestige.train(**given, out=tmp_path / "run", losses=False)
     base = load_model(str(workshop / "tiny-model"))
@@ -192,6 +195,7 @@ def test_the_answer_alone_is_learnt_when_asked(workshop):
         only_answers(texts, tokenizer.eos_token_id)
 
 
+@pytest.mark.slow
 def test_loss_answer_trains_on_one_token_an_example(tmp_path, given, workshop):
     rows = [{"id": f"q{row}", "prompt": f"Question {row}\n", "completion": "AB"[row % 2]} for row in range(12)]
     write_rows(workshop / "choices.jsonl", rows)

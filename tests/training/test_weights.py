@@ -33,6 +33,7 @@ def final_weights(run: TrainingRun) -> dict[str, torch.Tensor]:
     return load_model(list(run.checkpoints.values())[-1]).model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_steps_follow_the_weighted_mean_over_target_tokens(tmp_path, given, accumulation):
     write_rows(Path("weighted.jsonl"), rows())
@@ -60,6 +61,7 @@ def test_steps_follow_the_weighted_mean_over_target_tokens(tmp_path, given, accu
     assert steps["loss"][0] == pytest.approx(losses[steps["example_id"][0]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_one_are_no_weights_bit_for_bit(tmp_path, given):
     plain = vestige.train(**given, data="train.jsonl", out=tmp_path / "plain")
     write_rows(Path("ones.jsonl"), rows([1, None, "1.0", "", 1.0, *([...] * 7)]))

@@ -9,6 +9,7 @@ from vestige.methods import UnTrac, UnTracConfig
 TEXTS = [f"{prompt} {answer}" for prompt, answer, _ in PAIRS]
 
 
+@pytest.mark.slow
 def test_a_text_is_its_own_best_explanation(workshop):  # noqa: F811
     untrac = UnTrac(UnTracConfig(model_name="tiny-model"))
     scores = untrac.compute_influence_scores(TEXTS[4], TEXTS)

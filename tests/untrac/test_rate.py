@@ -22,6 +22,7 @@ def test_a_model_without_a_good_rate_is_told():
         settle_rate(lambda rate, number: float("nan"), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop", "adafactor"])
 @pytest.mark.parametrize("direction", ["untrac", "inverse"])
 def test_at_the_chosen_rate_slope_decides(tmp_path, optimizer, direction):
@@ -32,6 +33,7 @@ def test_at_the_chosen_rate_slope_decides(tmp_path, optimizer, direction):
     assert scored.recipe.learning_rate > 0
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_is_read_early_or_warned_about(tmp_path):
     scored = Unlearning(a_job(tmp_path, learning_rate=3e-2, steps=20))
     last = scored.job.curvature_share(scored.done, -1)
@@ -45,6 +47,7 @@ def test_an_overflow_says_what_to_do(tmp_path):
         Unlearning(a_job(tmp_path, dtype=torch.float32, optimizer="sgd", learning_rate=1e30, stop="last"))
 
 
+@pytest.mark.slow
 def test_weighing_by_size_multiplies_by_the_share_of_the_data(tmp_path):
     plain, weighed = (Unlearning(a_job(tmp_path / str(flag), weigh_by_size=flag)) for flag in (False, True))
     data = plain.job.train.data

@@ -31,6 +31,7 @@ def curved(model, data, vector):
     return torch.autograd.grad(inner, parameters, materialize_grads=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerate", [False, True])
 def test_a_retaining_ascent_follows_the_series_of_the_inverse_hessian(tmp_path, accelerate):
     """Steps of LiSSA, x <- y + g - pull H y, y being x or ahead of it, although no second derivative is taken."""

@@ -26,6 +26,7 @@ def here(workshop):  # noqa: F811
     return workshop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["untrac", "inverse"])
 @pytest.mark.parametrize("level", ["source", "example"])
 def test_a_run_ends_in_a_directory_that_opens_and_is_reported(here, direction, level):
@@ -43,6 +44,7 @@ def test_a_run_ends_in_a_directory_that_opens_and_is_reported(here, direction, l
     assert report("run", out="page.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_prints_sources_checks_and_the_sign(here, vestige):  # noqa: F811
     words = [word for name, value in GIVEN.items() for word in (f"--{name}", value)]
     done = vestige("untrac", *words, "--learning-rate", "1e-3", "--out", "run")
@@ -52,6 +54,7 @@ def test_the_command_prints_sources_checks_and_the_sign(here, vestige):  # noqa:
     assert "positive: training on it lowers" in done.out
 
 
+@pytest.mark.slow
 def test_scores_add_up_to_curves(here):
     scores = untrac(**GIVEN, out="run", learning_rate=1e-3, stop="last", points=3)
     rows = pq.read_table("run/curves.parquet").to_pylist()
@@ -78,6 +81,7 @@ def kill_second_ascent(monkeypatch):
     return begun
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_with_the_same_numbers(here, kill_second_ascent):
     with pytest.raises(KeyboardInterrupt):
         untrac(**GIVEN, out="cut", learning_rate=1e-3)
@@ -89,6 +93,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(here, kill_second
     assert not list(here.glob(".cut*"))
 
 
+@pytest.mark.slow
 def test_changed_settings_do_not_reuse_old_ascents(here, kill_second_ascent):
     with pytest.raises(KeyboardInterrupt):
         untrac(**GIVEN, out="run", learning_rate=1e-3)
@@ -96,6 +101,7 @@ def test_changed_settings_do_not_reuse_old_ascents(here, kill_second_ascent):
     assert kill_second_ascent == [1e-3, 1e-3, 2e-3, 2e-3]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_kept(here):
     untrac(**GIVEN, out="run", learning_rate=1e-3)
     before = contents(here / "run")
@@ -106,6 +112,7 @@ def test_a_run_that_is_there_is_kept(here):
     assert Scores.open("run").run.config["learning_rate"] == 2e-3
 
 
+@pytest.mark.slow
 def test_a_query_without_an_answer_gets_the_models_own(here):
     scores = untrac(**GIVEN | {"queries": "questions.jsonl"}, out="run", learning_rate=1e-3, max_new_tokens=4)
     rows = pq.read_table("run/queries.parquet").to_pylist()

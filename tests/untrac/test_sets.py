@@ -27,6 +27,7 @@ def with_a_copy():
     return joined(data, with_sources(data.subset(rows), ["copy"] * len(rows)))
 
 
+@pytest.mark.slow
 def test_a_duplicated_source_is_flagged_and_both_copies_score_the_same(tmp_path):
     """B-R4."""
     scored = Unlearning(a_job(tmp_path, train=with_a_copy(), direction="untrac", batch_size=100, steps=3))

@@ -27,6 +27,7 @@ def test_weights_are_bit_identical_after_an_error_or_ctrl_c(architecture, dtype,
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True}, {"direction": "untrac"}])
 def test_weights_are_bit_identical_after_a_run(tmp_path, given):
     job = a_job(tmp_path, dtype=torch.float32, **given)

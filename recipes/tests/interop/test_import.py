@@ -325,6 +325,7 @@ def test_the_projection_rebuilt_from_the_metadata_gives_what_is_stored(workshop,
         torch.testing.assert_close(stored[:, layer["slice_start"] : layer["slice_end"]], rebuilt, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_export_of_our_own_can_be_asked_again_and_a_foreign_one_says_why_not(workshop, tmp_path):
     model, data = str(workshop / "tiny-model"), str(workshop / "train.jsonl")
     export_index(Index.open(workshop / "idx"), tmp_path / "p", "projections")

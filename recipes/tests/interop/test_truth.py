@@ -96,6 +96,7 @@ def test_a_table_of_subsets_and_held_out_losses_becomes_a_bank(tmp_path):
         Bank.open(file)
 
 
+@pytest.mark.slow
 def test_lds_is_judged_by_the_margins_of_a_published_folder(tmp_path):
     """GraSS's published truth holds margins alone, and knows rows by number."""
     torch.set_num_threads(1)

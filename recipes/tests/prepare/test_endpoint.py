@@ -67,6 +67,7 @@ def test_failures_broken_replies_and_lost_connections_are_sent_again(endpoint, q
     assert all(seen.key == keys[seen.text] for seen in endpoint.seen), "sent again under another key"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["seconds", "milliseconds"])
 def test_retry_after_stops_all_requests_for_as_long_as_it_says(form, endpoint, questions, tmp_path):
     header = ("Retry-After", "0.5") if form == "seconds" else ("Retry-After-Ms", "500")
@@ -148,6 +149,7 @@ def test_killed_and_run_again_nothing_is_lost_and_nothing_paid_twice(endpoint, q
     assert [row["original_id"] for row in lines(result.data)] == [f"q{row}" for row in range(12)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_the_replies_under_way(endpoint, questions, tmp_path, monkeypatch):
     def interrupted(futures, return_when):
         while len(endpoint.seen) < 3:

@@ -190,6 +190,7 @@ def test_gates_fail_for_intervals_that_overlap_and_for_sketches_that_lose():
     assert not any(gate.passed for gate in room._gates(dict(bad), 0.98))
 
 
+@pytest.mark.slow
 def test_draws_of_a_sketch_differ_and_their_mean_is_what_the_gate_sees(tmp_path):
     plan = room.PLANS["tiny"]
     data = digits(plan.examples, plan.queries, 0)

@@ -66,6 +66,7 @@ def test_no_lesson_asks_as_a_set_does(which):
     assert not {form(row["text"]) for row in lessons(4, 20_000)} & forms
 
 
+@pytest.mark.slow
 def test_answers_of_lessons_are_right():
     random = np.random.default_rng(5)
     pairs = dict(question(random) for _ in range(20_000))

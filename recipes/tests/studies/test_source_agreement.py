@@ -74,7 +74,7 @@ def test_truth_is_the_rise_of_the_loss_without_a_source_positive_where_it_helps(
         seeds=2,
     )
     # Queries of such a bank have no source.
-    truth._queries.sources[:] = ["t"]
+    truth.query_sources[:] = ["t"]
     assert [each.tolist() for each in left_out_truth(truth, ["a", "b", "c"], ["t"])] == [[[4.0, 0.0, -2.0]]] * 2
 
 

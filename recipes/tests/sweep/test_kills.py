@@ -103,6 +103,7 @@ def test_a_sweep_killed_by_kill_9_within_a_training_and_resumed_gives_identical_
     assert sum(name.endswith("model.safetensors") for name in expected) == 9
 
 
+@pytest.mark.slow
 def test_a_training_in_a_rank_of_torchrun_is_no_part_of_a_process_group(tmp_path, trainings, monkeypatch):
     """A Trainer that found LOCAL_RANK alone wrapped its model for a group of one."""
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -39,6 +39,7 @@ def test_every_cell_is_run_and_the_table_says_what_it_was(grid, run, here):
     assert json.loads((here / "sw" / "cells.json").read_text())["cells"][0]["point"] == {"k": 1, "dense": False}
 
 
+@pytest.mark.slow
 def test_the_command_in_a_cell_is_what_runs_it_alone(run):
     """A command of two words had its second word twice."""
     report = run({"verb": "data split", "base": {"data": "train.jsonl"}, "axes": {"seed": [1]}})
@@ -85,6 +86,7 @@ def test_a_cell_that_fails_is_reported_with_its_log_and_the_others_go_on(grid, r
     assert run(content).counts() == {"done": 3}
 
 
+@pytest.mark.slow
 def test_data_that_changed_is_refused_and_not_reused(grid, run, here):
     run(grid({"k": [1, 2]}))
     (here / "train.jsonl").write_text(json.dumps({"text": "all new"}) + "\n")
@@ -92,6 +94,7 @@ def test_data_that_changed_is_refused_and_not_reused(grid, run, here):
         run(grid({"k": [1, 2]}))
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_run_and_its_marker_does_no_harm(grid, run, here):
     report = run(grid({"k": [1, 2]}))
     before = results(here / "sw")
@@ -113,6 +116,7 @@ def test_a_training_that_was_interrupted_is_continued_and_not_replaced(here):
 QUERIES = {"attribute": {"queries": "q"}}
 
 
+@pytest.mark.slow
 def test_a_torn_marker_does_not_count(grid, run, here):
     report = run(grid({"k": [1, 2]}))
     (here / "sw" / "cells" / report.rows[0].cell / "done.json").write_text('{"cell": "')
@@ -152,6 +156,7 @@ def test_a_record_of_other_types_is_refused(changes, grid, run, here):
             command()
 
 
+@pytest.mark.slow
 def test_a_file_whose_name_is_no_text_lies_in_a_folder_of_data(grid, run, here):
     (here / "texts").mkdir()
     shutil.copy(here / "train.jsonl", here / "texts")
@@ -177,6 +182,7 @@ def test_shares_make_the_whole(grid, run):
     assert run(content, shard="2/2").counts() == {"done": 3}
 
 
+@pytest.mark.slow
 def test_a_cell_inside_a_worker_is_a_job_of_its_own(grid, run, here, monkeypatch):
     """A verb inside a worker took itself for a worker of its own job, and found its pieces missing."""
     seen = []
@@ -194,6 +200,7 @@ def test_a_cell_inside_a_worker_is_a_job_of_its_own(grid, run, here, monkeypatch
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_sweep_within_a_cell_and_it_continues(grid, run, here, monkeypatch):
     original = run_module.run_cell
 

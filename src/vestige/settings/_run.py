@@ -59,7 +59,7 @@ def with_settings(
 
 def _words(function: Callable[..., Any]) -> str:
     """Return the words that are typed after `vestige` for the function."""
-    package = function.__module__.partition(".")[2].split(".")[0]
+    package = (function.__module__ or "").partition(".")[2].split(".")[0]
     group = {"evaluate": "evaluate ", "prepare": "data "}.get(package, "")
     return group + function.__name__.replace("_", "-")
 

@@ -72,11 +72,7 @@ class _Chunk(NamedTuple):
 
 
 def read_chunks(folder: Path) -> Published:
-    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases.
-
-    Raises:
-        DataError: A file is missing, torn, too short or unwritten; the message names it.
-    """
+    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases."""
     kind, within = _kind(folder)
     chunks = _chunks(within, kind)
     names_file = next((at for at in (within, within.parent) if (at / "batch_metadata.json").is_file()), None)

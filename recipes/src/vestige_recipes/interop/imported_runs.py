@@ -25,7 +25,7 @@ from vestige.runs import (
     make_run_record,
     write_run,
 )
-from vestige_recipes.interop.command import ImportSettings
+from vestige_recipes.commands import ImportSettings
 from vestige_recipes.interop.published import Published, without_tokens
 
 _HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
@@ -65,22 +65,7 @@ def write_imported(
     parameters: Sequence[str] = (),
     components: Sequence[ComponentScores] | None = None,
 ) -> Scores:
-    """Write scores as a run and return it opened.
-
-    Args:
-        settings: Of the import.
-        train: The examples that were scored.
-        queries: What they were scored for.
-        summary: The scores.
-        wording: What the run says of them.
-        cosine: Whether they are cosines, not products.
-        started: `time.perf_counter()` when the work began.
-        parameters: What the scores are split over, with `components`.
-        components: The listed scores split over `parameters`.
-
-    Raises:
-        UserError: The folder holds something else.
-    """
+    """Write scores as a run and return it opened."""
     texts = without_tokens(train, str(settings.data or settings.source))
     asked = without_tokens(queries, str(settings.queries or settings.source))
     ids = [example.id for example in queries]
@@ -111,12 +96,7 @@ def write_imported(
 
 
 def score_against(settings: ImportSettings, published: Published) -> Scores:
-    """Return inner products, or cosines, of the published rows with every row of the index `against`, as a run.
-
-    Raises:
-        IndexMismatch: The layers or their columns differ.
-        UserError: There is no index, or the folder of the run is taken.
-    """
+    """Return inner products, or cosines, of the published rows with every row of the index `against`, as a run."""
     started = time.perf_counter()
     assert settings.against is not None
     check_target(settings.out, overwrite=settings.overwrite)

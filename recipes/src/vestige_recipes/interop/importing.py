@@ -19,8 +19,8 @@ from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.runs import Scores
 from vestige.settings import with_settings
+from vestige_recipes.commands import ImportLayout, ImportSettings
 from vestige_recipes.interop.chunks import has_chunks, read_chunks
-from vestige_recipes.interop.command import ImportLayout, ImportSettings
 from vestige_recipes.interop.imported_runs import score_against
 from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
 from vestige_recipes.interop.published import Published, without_tokens
@@ -66,11 +66,7 @@ def import_published(settings: ImportSettings) -> Index | Scores:
 
 
 def detect_layout(source: Path) -> ImportLayout:
-    """Return the layout of what lies at `source`, by the names of its files.
-
-    Raises:
-        DataError: It is none that is known, or several.
-    """
+    """Return the layout of what lies at `source`, by the names of its files."""
     if not source.exists():
         raise DataError(f"{source} does not exist. Give a folder or a file in a published layout.")
     if source.is_file():

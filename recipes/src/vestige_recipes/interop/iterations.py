@@ -69,11 +69,7 @@ class _File(NamedTuple):
 
 
 def read_projections(folder: Path) -> Published:
-    """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`.
-
-    Raises:
-        DataError: A file is missing, torn or does not fit the others; the message names it.
-    """
+    """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`."""
     path = folder / "metadata.json"
     metadata = read_json(path)
     layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
@@ -84,11 +80,7 @@ def read_projections(folder: Path) -> Published:
 
 
 def read_full_gradients(folder: Path) -> Published:
-    """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`.
-
-    Raises:
-        DataError: A file is missing, torn or does not fit the others; the message names it.
-    """
+    """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`."""
     path = folder / "fullgrad_meta.json"
     metadata = read_json(path)
     slices = field(metadata, "param_slices", path)

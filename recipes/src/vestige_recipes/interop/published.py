@@ -90,11 +90,7 @@ def write_json(path: Path, content: Any, indent: int = 1) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        DataError: It is missing, or torn; the message names it.
-    """
+    """Return the content of a JSON file."""
     try:
         content = path.read_bytes()
         value = parse_json(content)
@@ -108,11 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded.
-
-    Raises:
-        DataError: It is torn, holds code, or no dictionary.
-    """
+    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
     try:
         with warnings.catch_warnings():
             # torch warns of an unusual pickle that it then refuses: the refusal is enough.
@@ -134,31 +126,19 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def field(content: Any, name: str, path: Path) -> Any:
-    """Return the value under `name`.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
+    """Return the value under `name`."""
     if not isinstance(content, dict) or name not in content:
         raise DataError(f"{path} has no `{name}`: it is not a file of this layout, or is incomplete.")
     return content[name]
 
 
 def whole_number(content: Any, name: str, path: Path) -> int:
-    """Return the whole number under `name`, from 0.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
+    """Return the whole number under `name`, from 0."""
     return checked_number(field(content, name, path), f"`{name}`", path)
 
 
 def checked_number(value: Any, what: str, path: Path) -> int:
-    """Return `value` if it is a whole number from 0 that an array can have.
-
-    Raises:
-        DataError: It is none; the message names the file.
-    """
+    """Return `value` if it is a whole number from 0 that an array can have."""
     try:
         # Of a tensor or a NumPy number too; 12.0 is one.
         number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(cast(Any, value))
@@ -170,11 +150,7 @@ def checked_number(value: Any, what: str, path: Path) -> int:
 
 
 def entries(content: Any, name: str, path: Path) -> list[Any]:
-    """Return the list under `name`, which has at least one entry.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
+    """Return the list under `name`, which has at least one entry."""
     value = field(content, name, path)
     if not isinstance(value, list) or not value:
         raise DataError(f"{path}: `{name}` is {shorten(repr(value))}, expected a list with entries.")
@@ -182,14 +158,7 @@ def entries(content: Any, name: str, path: Path) -> list[Any]:
 
 
 def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str | None:
-    """Return a sentence with the numbers from `first` to `stop` (not included) that are not in `held`; None if all are.
-
-    Args:
-        held: The numbers that are there.
-        first: The lowest number expected.
-        stop: One more than the highest.
-        what: What is numbered, with its verb: "batches are missing".
-    """
+    """Return a sentence with the numbers from `first` to `stop` (not included) that are not in `held`; None if all are."""
     own = sorted({number for number in held if first <= number < stop})
     count, lowest = stop - first - len(own), list[int]()
     for before, after in pairwise([first - 1, *own, stop]):
@@ -199,22 +168,14 @@ def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str |
 
 
 def stored_type(dtype: torch.dtype, path: Path) -> str:
-    """Return the number format as an index names it.
-
-    Raises:
-        DataError: An index cannot hold it.
-    """
+    """Return the number format as an index names it."""
     if dtype not in _STORED:
         raise DataError(f"{path} holds numbers in {dtype}, expected one of: {', '.join(map(str, _STORED))}.")
     return str(dtype).removeprefix("torch.")
 
 
 def embedded_manifest(content: Any, path: Path) -> Manifest | None:
-    """Return the manifest that our own export has left in the metadata, None if other software wrote them.
-
-    Raises:
-        DataError: It is there and does not read.
-    """
+    """Return the manifest that our own export has left in the metadata, None if other software wrote them."""
     if not isinstance(content, dict) or VESTIGE_KEY not in content:
         return None
     try:
@@ -229,15 +190,6 @@ def lay_out(
     """Return the components of the index to be, and where the columns of each lie in the files.
 
     Columns are those of the slices, whatever the order of the names; an export of ours has its own order back.
-
-    Args:
-        parts: The layers of the files with their slices.
-        width: Columns of the files.
-        made_by: The manifest of an export of ours.
-        path: The file with the slices.
-
-    Raises:
-        DataError: The slices do not cover the columns 0 to `width` once each, or are not those of the manifest.
     """
     stored = _in_column_order(parts, width, path)
     places = {part.name: slice(part.start, part.stop) for part in stored}

@@ -19,7 +19,7 @@ from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
 from vestige.evaluate import ComponentProducts
 from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, ScoreSummary, check_target
-from vestige_recipes.interop.command import ImportSettings
+from vestige_recipes.commands import ImportSettings
 from vestige_recipes.interop.imported_runs import Wording, write_imported
 from vestige_recipes.interop.published import read_json, write_json
 
@@ -44,12 +44,7 @@ class _Similarities(NamedTuple):
 
 
 def import_similarities(settings: ImportSettings) -> Scores:
-    """Return similarities as a run in `out`; equal scores keep the order in which the file lists them.
-
-    Raises:
-        DataError: A file is missing, torn, or not of this layout.
-        NonFinite: A similarity is NaN or infinite.
-    """
+    """Return similarities as a run in `out`; equal scores keep the order in which the file lists them."""
     started = time.perf_counter()
     check_target(settings.out, overwrite=settings.overwrite)
     if settings.against is not None:
@@ -229,11 +224,7 @@ def _split(
 
 
 def write_similarities(scores: Scores, out: Path) -> list[Path]:
-    """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first.
-
-    Raises:
-        SpecError: A query lists two examples with one id, which similarities cannot distinguish.
-    """
+    """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first."""
     content: dict[str, dict[str, float]] = {}
     for query in scores.queries:
         listed: dict[int, tuple[str, float]] = {}

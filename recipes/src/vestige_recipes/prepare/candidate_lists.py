@@ -26,7 +26,7 @@ from vestige.progress import announce
 from vestige.settings import with_settings
 from vestige.storage import write_durably
 from vestige.terminal import shorten
-from vestige_recipes.data_commands import CandidatesSettings
+from vestige_recipes.commands import CandidatesSettings
 
 KIND, TABLE = "candidates", "candidates.parquet"
 _SCHEMA = pa.schema(

@@ -13,7 +13,7 @@ from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import MultipleChoiceSettings
+from vestige_recipes.commands import MultipleChoiceSettings
 
 KIND = "multiple-choice"
 OPTIONS = "\n\nOPTIONS:\n"
@@ -216,9 +216,6 @@ def _cut_to_fit(rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int)
 
     A cut at the end of a text would take off the answer, which is all that there is to learn. Here options and answer
     stay whole, and as few words go as have to.
-
-    Raises:
-        DataError: Options and answer alone are longer.
     """
     encoder = Encoder(tokenizer, max_length=None, name="prompts", chat=False, prompts=True)
     too_long = [row for row, length in zip(rows, _lengths(rows, encoder), strict=True) if length > max_length]

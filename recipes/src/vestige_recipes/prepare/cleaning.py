@@ -18,7 +18,7 @@ from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_ro
 from vestige.progress import progress
 from vestige.runs import Audit, is_audit
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import CleanSettings
+from vestige_recipes.commands import CleanSettings
 
 KIND = "clean"
 SHINGLE_WORDS = 3
@@ -68,12 +68,7 @@ def clean(settings: CleanSettings) -> Prepared:
 
 
 def _read_flags(settings: CleanSettings, examples: Sequence[Example]) -> dict[str, Flag]:
-    """Return the flagged examples by id, with their reasons.
-
-    Raises:
-        DataError: There is no list, or it names rows that the data do not have.
-        SpecError: A rule was given where the list has flags of its own, or none where it has not.
-    """
+    """Return the flagged examples by id, with their reasons."""
     path = settings.flagged
     ruled = [name for name in ("measure", "threshold", "quantile") if getattr(settings, name) is not None]
     ids = [example.id for example in examples]
@@ -167,11 +162,6 @@ def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: f
     Every text is compared exactly with every flagged one that can be so similar: two texts are not unless the rarest
     triples of one, as many as it may lack, hold one of the other's (Chaudhuri et al. 2006, prefix filtering). Two texts
     of which neither is flagged are never compared. Case, spaces and punctuation do not count.
-
-    Args:
-        texts: Of all rows; a row may have several, and no triple goes from one to the next.
-        flagged: The rows that are flagged.
-        least: Similarity from which on a text is a copy, above 0 and at most 1.
     """
     of_flagged = {row: _shingles(texts[row]) for row in flagged}
     common = Counter(shingle for found in of_flagged.values() for shingle in found)

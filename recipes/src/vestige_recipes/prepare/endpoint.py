@@ -19,7 +19,7 @@ from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.parsing import parse_json
 from vestige.progress import Progress, announce, format_seconds, progress
 from vestige.terminal import shorten
-from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.commands import ParaphraseSettings
 from vestige_recipes.prepare.replies import Finish, Keep, Reply, Request
 
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
@@ -116,10 +116,6 @@ class Endpoint:
         """Answer every request.
 
         Replies that are under way when Ctrl-C is pressed are waited for, since they are paid for.
-
-        Raises:
-            MissingExtra: The `openai` package is not installed.
-            UserError: There is no key, the endpoint refuses, or requests failed as often as they may.
         """
         if not requests:
             return
@@ -241,11 +237,7 @@ class Endpoint:
 
 
 def read_reply(text: str) -> Reply:
-    """Return the reply in the body of an answer.
-
-    Raises:
-        Again: It is broken, or not what was announced.
-    """
+    """Return the reply in the body of an answer."""
     try:
         body = parse_json(text)
         choice, usage = body["choices"][0], body.get("usage") or {}
@@ -285,11 +277,7 @@ def _code_of(body: Any) -> str:
 
 
 def _checked_address(address: str) -> str:
-    """Return the address of an endpoint, to which a path is appended.
-
-    Raises:
-        SpecError: It is none, or holds a query, behind which a path would be lost.
-    """
+    """Return the address of an endpoint, to which a path is appended."""
     try:
         parts = urlsplit(address.strip().rstrip("/"))
         _ = parts.port

@@ -13,7 +13,7 @@ from vestige.models import Answer, LoadedModel, answer_prompts, load_model, mode
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
+from vestige_recipes.commands import GenerateSettings, ParaphraseSettings
 from vestige_recipes.prepare.replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
 KIND = "generate"

@@ -11,7 +11,7 @@ from vestige.errors import DataError, SpecError
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import PARTS, ParaphraseSettings
+from vestige_recipes.commands import PARTS, ParaphraseSettings
 from vestige_recipes.prepare.endpoint import Endpoint
 from vestige_recipes.prepare.generation import LocalModel
 from vestige_recipes.prepare.replies import (
@@ -19,11 +19,11 @@ from vestige_recipes.prepare.replies import (
     Reply,
     ReplyCache,
     Request,
+    Rules,
     describe_problems,
     problem_of,
     request_for,
 )
-from vestige_recipes.prepare.rules import Rules
 
 KIND = "paraphrase"
 WITHOUT_EFFECT = frozenset({"concurrency", "retries", "timeout", "price_in", "price_out", "cache", "dry_run"})

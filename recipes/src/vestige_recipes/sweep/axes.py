@@ -20,11 +20,7 @@ _STEPS_SLACK = 1e-9
 
 
 def axis_values(given: Any, name: str, source: str) -> tuple[Any, ...]:
-    """Return the values of an axis: of a list, or of a range whose `stop` is part of it.
-
-    Raises:
-        SpecError: It is neither, or has no values, or a value is a live object.
-    """
+    """Return the values of an axis: of a list, or of a range whose `stop` is part of it."""
     if isinstance(given, Mapping):
         return _range(given, name, source)
     if not isinstance(given, list | tuple):
@@ -52,11 +48,7 @@ def count_points(mode: str, axes: Axes) -> int:
 
 
 def plain(value: Any, name: str, source: str) -> Any:
-    """Return the value in JSON terms.
-
-    Raises:
-        SpecError: It is a live object: the id of a cell is computed from its settings, which are text.
-    """
+    """Return the value in JSON terms."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple):

@@ -69,11 +69,7 @@ class Cell:
 
 
 def cells_of(grid: Grid, out: Path) -> tuple[Cell, ...]:
-    """Return the cells of a grid, every one of them checked, in its order.
-
-    Raises:
-        SpecError: The command cannot be swept, a setting is unknown or wrong in a cell, or two cells are the same.
-    """
+    """Return the cells of a grid, every one of them checked, in its order."""
     command = COMMANDS.find(grid.verb)
     _require_sweepable(grid, command)
     cells: dict[str, Cell] = {}

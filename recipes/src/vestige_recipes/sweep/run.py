@@ -14,8 +14,10 @@ from vestige.progress import announce
 from vestige.registry import Command
 from vestige.settings import LaunchSettings, Settings, with_settings
 from vestige.storage import is_temporary, make_folder, remove_strays, require_no_others
+from vestige_recipes.commands import SweepSettings
 from vestige_recipes.sweep.cell_files import (
     LOG_FILE,
+    figures_of,
     fingerprints,
     logged,
     read_done,
@@ -25,11 +27,19 @@ from vestige_recipes.sweep.cell_files import (
     write_json,
 )
 from vestige_recipes.sweep.cells import Cell, cells_of
-from vestige_recipes.sweep.figures import figures_of
 from vestige_recipes.sweep.grid import ID_DIGITS, Grid, read_grid
-from vestige_recipes.sweep.record import GRIDS, JOB, is_sweep, read_sweep, record_of, write_sweep
-from vestige_recipes.sweep.report import SweepReport, report_of, sweep_report, write_tables
-from vestige_recipes.sweep_command import SweepSettings
+from vestige_recipes.sweep.report import (
+    GRIDS,
+    JOB,
+    SweepReport,
+    is_sweep,
+    read_sweep,
+    record_of,
+    report_of,
+    sweep_report,
+    write_sweep,
+    write_tables,
+)
 
 RUN_FILE = "run.json"
 
@@ -124,11 +134,7 @@ class SweepPlan:
 
 
 def run_cell(cell: Cell) -> None:
-    """Run the command of a cell with what it prints in the cell's log, then mark the cell as done.
-
-    Raises:
-        CellFailed: A job inside the cell was asked to stop.
-    """
+    """Run the command of a cell with what it prints in the cell's log, then mark the cell as done."""
     write_cell(cell)
     inputs, before = fingerprints(cell.matters()), _files_in(cell.out)
     started = time.perf_counter()
@@ -169,12 +175,7 @@ def _prepare(out: Path, grid: Grid, cells: tuple[Cell, ...]) -> None:
 
 
 def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> None:
-    """Raise if cells, which may have workers of their own, need more than the sweep's processes have.
-
-    Raises:
-        SpecError: Cells would submit jobs from within jobs, which may never begin, or start more processes in a batch
-            job than it has processors.
-    """
+    """Raise if cells, which may have workers of their own, need more than the sweep's processes have."""
     if settings.engine != "slurm" and settings.workers == 1:
         return
     launched = [(cell, cell.settings) for cell in cells if isinstance(cell.settings, LaunchSettings)]

@@ -1,4 +1,4 @@
-"""`vestige data ...`, `vestige sweep` and `vestige import`, and what they take: without torch, so that help is quick."""
+"""`vestige data ...`, `vestige sweep`, `vestige import`, and what they take: without torch, for help is quick."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self

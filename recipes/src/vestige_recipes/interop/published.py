@@ -1,15 +1,19 @@
-"""What layouts of gradients have in common: rows with their components, and files that may be broken."""
+"""What layouts of gradients have in common: rows with their components, and files that may be broken.
+
+Whatever is missing or torn raises `DataError`, and the message names the file.
+"""
 
 import hashlib
 import json
 import operator
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,8 +24,10 @@ from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
 from vestige.indexes import WHOLE_MODEL, IndexedComponent, Manifest
 from vestige.parsing import parse_json
+from vestige.runs import Check, ComponentScores, Meaning, RunTables, Scores, ScoreSummary, make_run_record, write_run
 from vestige.storage import sha256_of, write_durably
 from vestige.terminal import shorten
+from vestige_recipes.commands import ImportSettings
 
 VESTIGE_KEY = "vestige"
 """Key under which our own exports keep the manifest in the metadata of a layout; other readers pass over it."""
@@ -30,29 +36,6 @@ ROWS_PER_BATCH = 16
 _LISTED = 8
 """Numbers that a message lists."""
 _STORED = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@final
-class RowReader:
-    """Reads gradients that lie in several files, by position in their order."""
-
-    def __init__(
-        self, counts: Sequence[int], load: Callable[[int, Int[np.ndarray, "row"]], Tensor], places: Sequence[slice]
-    ) -> None:
-        """Make a reader of files with `counts` rows each, of which `load` returns rows by file and position.
-
-        `places` says where the columns of each component of the index lie in the files.
-        """
-        self._ends, self._load, self._places = np.cumsum(counts), load, places
-
-    def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
-        """Return rows, ascending, in float32, columns in the order of the components."""
-        wanted = np.asarray(rows)
-        files = np.searchsorted(self._ends, wanted, side="right")
-        starts = [0, *self._ends.tolist()]
-        pieces = [self._load(file, wanted[files == file] - starts[file]) for file in np.unique(files).tolist()]
-        gradients = torch.cat(pieces).float()
-        return torch.cat([gradients[:, place] for place in self._places], dim=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,12 @@ class Published:
     dtype: str
     names: list[str]
     """One for each row, in the order of the rows: where the row lies in the files."""
-    reader: RowReader
+    counts: list[int]
+    """Rows of each file of rows."""
+    load: Callable[[int, Int[np.ndarray, "row"]], Tensor]
+    """Returns rows by file and position in it."""
+    places: list[slice]
+    """Where the columns of each component lie in the files."""
     files: list[Path]
     notes: list[str]
     """What is missing or not known, in sentences."""
@@ -74,6 +62,15 @@ class Published:
     def digest(self) -> str:
         """Return the sha256 over the content of all files, in order."""
         return hashlib.sha256("".join(sha256_of(path) for path in self.files).encode()).hexdigest()
+
+    def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
+        """Return rows, ascending, in float32, columns in the order of the components."""
+        wanted, ends = np.asarray(rows), np.cumsum(self.counts)
+        files = np.searchsorted(ends, wanted, side="right")
+        starts = [0, *ends.tolist()]
+        pieces = [self.load(file, wanted[files == file] - starts[file]) for file in np.unique(files).tolist()]
+        gradients = torch.cat(pieces).float()
+        return torch.cat([gradients[:, place] for place in self.places], dim=1)
 
 
 def without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
@@ -158,7 +155,7 @@ def entries(content: Any, name: str, path: Path) -> list[Any]:
 
 
 def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str | None:
-    """Return a sentence with the numbers from `first` to `stop` (not included) that are not in `held`; None if all are."""
+    """Return a sentence on the numbers from `first` to before `stop` that are not in `held`; None if all are."""
     own = sorted({number for number in held if first <= number < stop})
     count, lowest = stop - first - len(own), list[int]()
     for before, after in pairwise([first - 1, *own, stop]):
@@ -227,3 +224,57 @@ def layers_to_write(manifest: Manifest) -> Sequence[IndexedComponent]:
         return manifest.components
     width = manifest.width
     return [IndexedComponent(name=WHOLE_MODEL, kind="model", shape=(1, width), start=0, stop=width)]
+
+
+_HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
+
+
+class Wording(NamedTuple):
+    """What a run says of products of gradients that were computed elsewhere, and of what cannot be checked."""
+
+    unit: str
+    estimates: str
+    cost: str
+    limits: str
+    reading: str
+
+
+def write_imported(
+    settings: ImportSettings,
+    train: Sequence[Example],
+    queries: Sequence[Example],
+    summary: ScoreSummary,
+    wording: Wording,
+    *,
+    cosine: bool,
+    started: float,
+    parameters: Sequence[str] = (),
+    components: Sequence[ComponentScores] | None = None,
+) -> Scores:
+    """Write scores as a run and return it opened."""
+    texts = without_tokens(train, str(settings.data or settings.source))
+    asked = without_tokens(queries, str(settings.queries or settings.source))
+    meaning = Meaning(
+        sign=_HELPS,
+        unit="cosine, from -1 to 1" if cosine else wording.unit,
+        target="this model",
+        normalisation="length of both gradients" if cosine else "none",
+        estimates=wording.estimates,
+        cost=wording.cost,
+        limits=wording.limits,
+    )
+    record = make_run_record(
+        command=settings.command_line("import"),
+        config=settings.record(),
+        method="grad-cos" if cosine else "grad-dot",
+        meaning=meaning,
+        data=texts,
+        queries=asked,
+        summary=summary,
+        seconds=time.perf_counter() - started,
+        components=list(parameters),
+        checks=[Check(name="imported", value=None, reading=wording.reading, verdict="unknown")],
+    )
+    tables = RunTables(texts, asked, summary.ranked, generated=[False] * len(queries), components=components)
+    write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    return Scores.open(settings.out)

@@ -1,4 +1,4 @@
-"""Configurations of the published memorization study: read, named by their published ids, turned into a grid.
+"""Grids in files; and configurations of the published memorization study, named by their ids, turned into a grid.
 
 A training configuration has sections `main`, `preprocess`, `random_split`, `lora`, `devices`, `loss` and
 `training_args`, as INI or JSON. A deployment is an INI with `[general]` (`mode`, `base_config`) and a section for each
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import SpecError
-from vestige.parsing import parse_json
+from vestige.parsing import parse_json, parse_yaml
 from vestige.progress import announce
 from vestige.settings import nearest
-from vestige_recipes.sweep.axes import axis_values, points
+from vestige_recipes.sweep.cells import Grid, axis_values, check_grid, points
 
 
 class Attribute(NamedTuple):
@@ -209,6 +209,29 @@ class PublishedSweep:
             raise SpecError(
                 f"{self.source}: split_test has no counterpart. Make the test data smaller with `vestige data`."
             )
+
+
+def read_grid(source: Any) -> Grid:
+    """Return the grid in a YAML or JSON file, in a published configuration (.cfg, .ini), or in a mapping.
+
+    Raises:
+        SpecError: It cannot be read, a key is unknown, a range or a list has no values, the lists of a zip differ in
+            length, or there are more than 10,000 cells.
+    """
+    if isinstance(source, Grid):
+        return source
+    if isinstance(source, Mapping):
+        return check_grid(source, "The grid")
+    path = Path(source)
+    if path.suffix in (".cfg", ".ini"):
+        return check_grid(read_published(path).grid(), str(path))
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"The grid {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SpecError(f"The grid {path} is neither YAML nor JSON that can be used: {error}.") from None
+    return check_grid(content, str(path))
 
 
 def read_published(path: str | Path) -> PublishedSweep:

@@ -18,8 +18,7 @@ from vestige.progress import format_seconds
 from vestige.storage import make_folder, temporary_path, write_durably
 from vestige.terminal import as_text
 from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
-from vestige_recipes.sweep.cells import Cell, name_of
-from vestige_recipes.sweep.grid import ID_DIGITS, Grid
+from vestige_recipes.sweep.cells import ID_DIGITS, Cell, Grid, name_of
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -26,8 +26,8 @@ from vestige_recipes.sweep.cell_files import (
     write_done,
     write_json,
 )
-from vestige_recipes.sweep.cells import Cell, cells_of
-from vestige_recipes.sweep.grid import ID_DIGITS, Grid, read_grid
+from vestige_recipes.sweep.cells import ID_DIGITS, Cell, Grid, cells_of
+from vestige_recipes.sweep.published import read_grid
 from vestige_recipes.sweep.report import (
     GRIDS,
     JOB,

@@ -87,7 +87,9 @@ def _detect_layout(source: Path) -> ImportLayout:
         if source.suffix == ".json":
             return "similarities"
         raise DataError(f"{source} is a file. Expected a folder, or a JSON file with similarities.")
-    found = [name for name, patterns in _FILES.items() if any(any(source.glob(pattern)) for pattern in patterns)]
+    found: list[ImportLayout] = [
+        name for name, patterns in _FILES.items() if any(any(source.glob(pattern)) for pattern in patterns)
+    ]
     if len(found) != 1:
         what = f"files of several layouts ({', '.join(found)})" if found else "no file of a known layout"
         raise DataError(

@@ -87,6 +87,15 @@ class Endpoint:
         self._address = _checked_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
         self.address = _without_secrets(self._address)
         """As it is shown and recorded."""
+        self.identity: Mapping[str, Any] = {
+            "paraphraser": "endpoint",
+            "address": self.address,
+            "model": settings.api_model,
+            "instruction": settings.instruction,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "max_new_tokens": settings.max_new_tokens,
+        }
         self.sent = 0
         self.failed: Counter[str] = Counter()
         self.maybe_billed = 0
@@ -97,20 +106,6 @@ class Endpoint:
         self._pace = Pace()
         self._in_a_row = 0
         self._given_up: dict[str, str] = {}
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Return address, model, instruction and the numbers that are sent along."""
-        given = self._settings
-        return {
-            "paraphraser": "endpoint",
-            "address": self.address,
-            "model": given.api_model,
-            "instruction": given.instruction,
-            "temperature": given.temperature,
-            "seed": given.seed,
-            "max_new_tokens": given.max_new_tokens,
-        }
 
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:
         """Answer every request.

@@ -34,13 +34,8 @@ _AROUND = 8
 """Tokens that a conversation adds to its two texts."""
 
 
-class Place(NamedTuple):
-    """Where a text stands inside a row."""
-
-    part: str
-    """prompt, answer or text."""
-    turn: int | None = None
-    """Which turn of a conversation."""
+Place = tuple[str, int | None]
+"""Where a text stands inside a row: prompt, answer or text; and in which turn of a conversation."""
 
 
 class Draft(NamedTuple):
@@ -59,12 +54,6 @@ def paraphrase(settings: ParaphraseSettings) -> Prepared:
     The paraphrases of row `a` have the ids `a-p1`, `a-p2` and so on. Replies are kept in a cache under a hash of what
     was asked: killed at any moment, the same call asks only for what is missing, and equal texts are asked for once.
     Replies that are empty, refused, cut or not different from the text go to flagged.jsonl, each with its `problem`.
-
-    Args:
-        settings: Checked settings.
-
-    Returns:
-        Where the rows are, how many, and how many are flagged.
 
     Raises:
         SpecError: Not exactly one of `rules`, `model` and `api_model` was given.
@@ -247,26 +236,24 @@ def _with_texts(example: Example, texts: Mapping[Place, str]) -> Example:
     """Return the row with these texts in their places, the blanks around them as before."""
     messages = list(example.messages)
     fields: dict[str, str] = {}
-    for place, text in texts.items():
-        before = _places(example, place.part)[place]
+    for (part, turn), text in texts.items():
+        before = _places(example, part)[part, turn]
         if before.strip():
             # The blanks at both ends separate a text from what stands beside it: they are not the paraphraser's.
             start = len(before) - len(before.lstrip())
             said = before[:start] + text + before[len(before.rstrip()) :]
         else:
             said = text or before
-        if place.turn is not None:
-            messages[place.turn] = replace(messages[place.turn], content=said)
+        if turn is not None:
+            messages[turn] = replace(messages[turn], content=said)
         else:
-            fields["completion" if place.part == "answer" else place.part] = said
+            fields["completion" if part == "answer" else part] = said
     return replace(example, messages=tuple(messages), **fields)
 
 
 def _places(example: Example, part: str) -> dict[Place, str]:
     if example.messages:
         role = _ROLES.get(part)
-        return {
-            Place(part, turn): message.content for turn, message in enumerate(example.messages) if message.role == role
-        }
+        return {(part, turn): message.content for turn, message in enumerate(example.messages) if message.role == role}
     text = {"prompt": example.prompt, "answer": example.completion, "text": example.text}[part]
-    return {} if text is None else {Place(part): text}
+    return {} if text is None else {(part, None): text}

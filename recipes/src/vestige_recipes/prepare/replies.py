@@ -66,10 +66,8 @@ Keep = Callable[[Request, Reply], None]
 class Paraphraser(Protocol):
     """Says texts in other words."""
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Everything beside the text and its number that a reply follows from, in JSON terms."""
-        ...
+    identity: Mapping[str, Any]
+    """Everything beside the text and its number that a reply follows from, in JSON terms."""
 
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:
         """Hand the reply to every request to `keep`, each as it comes."""
@@ -225,11 +223,8 @@ class Rules:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Return the seed; the tables are part of the program, whose version is in the record."""
-        return {"paraphraser": "rules", "seed": self._seed}
+        # The tables are part of the program, whose version is in the record.
+        self.identity: Mapping[str, Any] = {"paraphraser": "rules", "seed": seed}
 
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:
         """Answer every request at once."""

@@ -35,8 +35,10 @@ def figures_of(out: Path) -> dict[str, Any]:
     """
     found = _alarm(out / "at_risk.parquet")
     for path in sorted(out.glob("*.json")):
-        for name, value in _figures(_read(path)):
-            found.setdefault(name, value)
+        with contextlib.suppress(OSError, ValueError):
+            content = parse_json(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
+            for name, value in _figures(content):
+                found.setdefault(name, value)
     return dict(list(found.items())[:MOST_FIGURES])
 
 
@@ -48,13 +50,6 @@ def _alarm(path: Path) -> dict[str, Any]:
 
     listed = parquet.read_table(path, columns=["flagged", "step"], memory_map=False)
     return {"alarm.step": listed["step"][0].as_py(), "alarm.flagged": sum(listed["flagged"].to_pylist())}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return parse_json(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
-    except (OSError, ValueError):
-        return None
 
 
 def _figures(content: Any) -> Iterator[tuple[str, Any]]:
@@ -96,11 +91,10 @@ _PRODUCTS = (".html",)
 
 
 class Done(NamedTuple):
-    """The marker of a finished cell."""
+    """The marker of a finished cell; `seconds` are those of the attempt that finished it."""
 
     cell: str
     seconds: FiniteFloat
-    """Of the attempt that finished it."""
     vestige: str
     inputs: dict[str, str]
     figures: dict[str, bool | int | float | str | None]
@@ -179,25 +173,19 @@ def _change(cell: Cell) -> str | None:
     for path, before in done.inputs.items():
         if path in now and now[path] != before:
             return f"{path} has changed"
-    then = _settings_then(cell)
+    try:
+        then = parse_object((cell.folder / CELL_FILE).read_bytes()).get("settings")
+    except (OSError, ValueError):
+        return None
+    then = then if isinstance(then, dict) else {}
     name = next((name for name, value in values.items() if name in then and then[name] != value), None)
     return None if name is None else f"{name} was {then[name]!r} by default, now {values[name]!r}"
 
 
-def _settings_then(cell: Cell) -> dict[str, Any]:
-    """Return the settings in `cell.json`; none where the file is missing or damaged."""
-    try:
-        found = parse_object((cell.folder / CELL_FILE).read_bytes()).get("settings")
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _paths(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [path for each in value.values() for path in _paths(each)]
-    if isinstance(value, list):
-        return [path for each in value for path in _paths(each)]
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [path for each in inner for path in _paths(each)]
     # A question is no path, though it may be as long as one must not be.
     return [value] if isinstance(value, str) and value and "\n" not in value and len(value) < 1024 else []
 

@@ -22,8 +22,6 @@ MOST_CELLS = 10_000
 DIGITS = 12
 """Decimals of a range's values: 0.1 + 0.2 is 0.3."""
 
-Axes = Mapping[str, tuple[Any, ...]]
-
 _RANGE = ("start", "stop", "step")
 _STEPS_SLACK = 1e-9
 """How far short of a whole number of steps `stop` may be and still count."""
@@ -43,7 +41,7 @@ def axis_values(given: Any, name: str, source: str) -> tuple[Any, ...]:
     return tuple(plain(value, name, source) for value in given)
 
 
-def points(mode: str, axes: Axes) -> Iterator[dict[str, Any]]:
+def points(mode: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Return the values along the axes, cell by cell; without axes there is one cell."""
     if not axes:
         return iter([{}])
@@ -112,10 +110,6 @@ class Grid:
     def id(self) -> str:
         """Sixteen hexadecimal digits that no other grid has; the order of the cells counts."""
         return hashlib.sha256(json.dumps(self.to_dict(), ensure_ascii=False).encode()).hexdigest()[:ID_DIGITS]
-
-    def points(self) -> Iterator[dict[str, Any]]:
-        """Return the values along the axes, cell by cell."""
-        return points(self.mode, self.axes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the grid as a file would hold it, in JSON terms, with ranges written out."""
@@ -225,7 +219,7 @@ def cells_of(grid: Grid, out: Path) -> tuple[Cell, ...]:
     _require_sweepable(grid, command)
     cells: dict[str, Cell] = {}
     faults: list[str] = []
-    for number, point in enumerate(grid.points()):
+    for number, point in enumerate(points(grid.mode, grid.axes)):
         try:
             cell = _cell(grid, command, number, point, out)
         except SpecError as error:

@@ -21,12 +21,11 @@ from vestige_recipes.sweep.cells import Grid, axis_values, check_grid, points
 
 
 class Attribute(NamedTuple):
-    """An attribute of a training configuration."""
+    """An attribute of a training configuration; `ours` is its name among the settings of `vestige train`, if any."""
 
     section: str
     default: Any
     ours: str | None
-    """Its name among the settings of `vestige train`, None if it has none."""
 
 
 # In the order in which the published id reads them.

@@ -57,11 +57,6 @@ def record_of(grid: Grid, cells: tuple[Cell, ...]) -> SweepRecord:
     return SweepRecord(verb=grid.verb, grid=grid.id, axes=tuple(grid.axes), cells=rows)
 
 
-def write_sweep(folder: Path, grid: Grid, cells: tuple[Cell, ...]) -> None:
-    """Make the folder that of this sweep; cells of earlier grids stay in it."""
-    write_json(folder / SWEEP_FILE, record_of(grid, cells).model_dump())
-
-
 def is_sweep(folder: Path) -> bool:
     """Return whether a sweep was begun in the folder."""
     return (folder / SWEEP_FILE).is_file()
@@ -167,10 +162,22 @@ def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -
     """Return which cells of a record are done in a folder, which need not exist, or at work by the status of a job."""
     errors = {failure.piece: failure.error for failure in job.failures} if job else {}
     running = set(job.running) if job else set()
-    rows = [
-        _row(folder / "cells" / cell.id, cell, number in running, errors.get(number, ""))
-        for number, cell in enumerate(record.cells)
-    ]
+    rows = []
+    for number, cell in enumerate(record.cells):
+        home, error = folder / "cells" / cell.id, errors.get(number, "")
+        done, log = read_done(home, cell.id), home / LOG_FILE
+        row = CellRow(
+            cell=cell.id,
+            state="done" if done else "running" if number in running else "failed" if error else "missing",
+            folder=str(home / "out"),
+            point=cell.point,
+            settings=cell.settings,
+            figures=done.figures if done else {},
+            seconds=done.seconds if done else None,
+            error="" if done else error,
+            log=str(log) if log.exists() else "",
+        )
+        rows.append(row)
     return SweepReport(folder, record.verb, record.grid, record.axes, tuple(rows))
 
 
@@ -184,21 +191,6 @@ def write_tables(report: SweepReport) -> SweepReport:
     parquet.write_table(_columns(report), sink)
     write_durably(report.out / TABLE_FILE, [sink.getvalue()])
     return report
-
-
-def _row(home: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
-    done, log = read_done(home, cell.id), home / LOG_FILE
-    return CellRow(
-        cell.id,
-        "done" if done else "running" if running else "failed" if error else "missing",
-        str(home / "out"),
-        cell.point,
-        cell.settings,
-        done.figures if done else {},
-        done.seconds if done else None,
-        "" if done else error,
-        str(log) if log.exists() else "",
-    )
 
 
 def _link_results(report: SweepReport) -> None:
@@ -252,8 +244,8 @@ def _columns(report: SweepReport) -> Any:
 
     plain = ("cell", "state", "seconds", "folder", "error", "log")
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in report.rows] for name in plain}
-    for kind in ("settings", "figures"):
-        held = [{**row.settings, **row.point} if kind == "settings" else row.figures for row in report.rows]
+    settings = [row.settings | row.point for row in report.rows]
+    for kind, held in (("settings", settings), ("figures", [row.figures for row in report.rows])):
         for name in dict.fromkeys(name for row in held for name in row):
             columns[f"{kind}.{name}"] = _column([row.get(name) for row in held])
     types = {"seconds": arrow.float64()}

@@ -31,13 +31,13 @@ from vestige_recipes.sweep.published import read_grid
 from vestige_recipes.sweep.report import (
     GRIDS,
     JOB,
+    SWEEP_FILE,
     SweepReport,
     is_sweep,
     read_sweep,
     record_of,
     report_of,
     sweep_report,
-    write_sweep,
     write_tables,
 )
 
@@ -166,11 +166,18 @@ def _prepare(out: Path, grid: Grid, cells: tuple[Cell, ...]) -> None:
     if not is_sweep(out):
         require_no_others(out, [f"{GRIDS}/{'[0-9a-f]' * ID_DIGITS}.json"])
     require_unchanged(cells)
-    _require_no_other_sweep(out, grid)
+    before = read_sweep(out).grid if is_sweep(out) else None
+    running = any(job.name == JOB and job.state == "running" for job in job_statuses(out))
+    # Cells are claimed by number, the same in every grid.
+    if before not in (None, grid.id) and running:
+        raise UserError(
+            f"Another grid is being run in {out}. Wait for it (`vestige status {out}`), end it (`vestige cancel "
+            f"{out}`), or give another --out."
+        )
     make_folder(out / GRIDS)
     remove_strays(out)
     write_json(out / GRIDS / f"{grid.id}.json", grid.to_dict())
-    write_sweep(out, grid, cells)
+    write_json(out / SWEEP_FILE, record_of(grid, cells).model_dump())
     announce(f"Sweep of `vestige {grid.verb}`: {len(cells):,} cells in {out}.")
 
 
@@ -195,17 +202,6 @@ def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> Non
     if settings.workers > 1 and most > 1 and not is_worker():
         announce(
             f"{settings.workers} cells at once with up to {most} workers each: {settings.workers * most} processes."
-        )
-
-
-def _require_no_other_sweep(out: Path, grid: Grid) -> None:
-    """Raise while another grid is run in the folder: cells are claimed by number, the same in every grid."""
-    before = read_sweep(out).grid if is_sweep(out) else None
-    running = any(job.name == JOB and job.state == "running" for job in job_statuses(out))
-    if before not in (None, grid.id) and running:
-        raise UserError(
-            f"Another grid is being run in {out}. Wait for it (`vestige status {out}`), end it (`vestige cancel "
-            f"{out}`), or give another --out."
         )
 
 

@@ -22,12 +22,12 @@ from vestige.indexes import (
 )
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige.runs import ScoreBlock, ScoreCollector, Scores, check_target
+from vestige.runs import Meaning, ScoreBlock, ScoreCollector, Scores, check_target
 from vestige.settings import with_settings
 from vestige_recipes.commands import ImportLayout, ImportSettings
 from vestige_recipes.interop.chunks import read_chunks
 from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
-from vestige_recipes.interop.published import Published, Wording, without_tokens, write_imported
+from vestige_recipes.interop.published import HELPS, Published, without_tokens, write_imported
 from vestige_recipes.interop.similarities import import_similarities
 
 UNKNOWN = "unknown"
@@ -39,13 +39,18 @@ _FILES: dict[ImportLayout, tuple[str, ...]] = {
     "similarities": ("dot_products*", "*_part_*.json"),
 }
 """What the names of a layout's files look like."""
-AGAINST = Wording(
+AGAINST = Meaning(
+    sign=HELPS,
+    target="this model",
+    normalisation="none",
     unit="inner product of the gradients, in the unit of the files",
     estimates="How well a gradient step on the example serves the query, from gradients computed elsewhere.",
     cost="One read of the index.",
     limits="The projection is not known here: that both sides were projected alike is taken on trust; no curvature.",
-    reading="The gradients were computed by other software. That queries and training examples were projected with "
-    "the same seed, on the same kind of device, cannot be seen from the files.",
+)
+_READING = (
+    "The gradients were computed by other software. That queries and training examples were projected with "
+    "the same seed, on the same kind of device, cannot be seen from the files."
 )
 _ROWS_PER_BATCH = 256
 
@@ -190,7 +195,9 @@ def score_against(settings: ImportSettings, published: Published) -> Scores:
         rows = _unit(block.gradients) if cosine else block.gradients
         collector.add(ScoreBlock(block.example, vectors @ rows.T))
     asked = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-    return write_imported(settings, examples, asked, collector.finish(), AGAINST, cosine=cosine, started=started)
+    return write_imported(
+        settings, examples, asked, collector.finish(), AGAINST, _READING, cosine=cosine, started=started
+    )
 
 
 def _unit(rows: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:

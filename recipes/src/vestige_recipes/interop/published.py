@@ -10,10 +10,10 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -226,17 +226,7 @@ def layers_to_write(manifest: Manifest) -> Sequence[IndexedComponent]:
     return [IndexedComponent(name=WHOLE_MODEL, kind="model", shape=(1, width), start=0, stop=width)]
 
 
-_HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
-
-
-class Wording(NamedTuple):
-    """What a run says of products of gradients that were computed elsewhere, and of what cannot be checked."""
-
-    unit: str
-    estimates: str
-    cost: str
-    limits: str
-    reading: str
+HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
 
 
 def write_imported(
@@ -244,25 +234,19 @@ def write_imported(
     train: Sequence[Example],
     queries: Sequence[Example],
     summary: ScoreSummary,
-    wording: Wording,
+    meaning: Meaning,
+    reading: str,
     *,
     cosine: bool,
     started: float,
     parameters: Sequence[str] = (),
     components: Sequence[ComponentScores] | None = None,
 ) -> Scores:
-    """Write scores as a run and return it opened."""
+    """Write scores as a run and return it opened; `meaning` is that of products, `reading` says what is not known."""
     texts = without_tokens(train, str(settings.data or settings.source))
     asked = without_tokens(queries, str(settings.queries or settings.source))
-    meaning = Meaning(
-        sign=_HELPS,
-        unit="cosine, from -1 to 1" if cosine else wording.unit,
-        target="this model",
-        normalisation="length of both gradients" if cosine else "none",
-        estimates=wording.estimates,
-        cost=wording.cost,
-        limits=wording.limits,
-    )
+    if cosine:
+        meaning = replace(meaning, unit="cosine, from -1 to 1", normalisation="length of both gradients")
     record = make_run_record(
         command=settings.command_line("import"),
         config=settings.record(),
@@ -273,7 +257,7 @@ def write_imported(
         summary=summary,
         seconds=time.perf_counter() - started,
         components=list(parameters),
-        checks=[Check(name="imported", value=None, reading=wording.reading, verdict="unknown")],
+        checks=[Check(name="imported", value=None, reading=reading, verdict="unknown")],
     )
     tables = RunTables(texts, asked, summary.ranked, generated=[False] * len(queries), components=components)
     write_run(settings.out, record, tables, overwrite=settings.overwrite)

@@ -18,19 +18,33 @@ from jaxtyping import Bool
 from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
 from vestige.evaluate import ComponentProducts
-from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, ScoreSummary, check_target
+from vestige.runs import (
+    ComponentScores,
+    Meaning,
+    RankedScore,
+    ScoreBlock,
+    ScoreCollector,
+    Scores,
+    ScoreSummary,
+    check_target,
+)
 from vestige_recipes.commands import ImportSettings
-from vestige_recipes.interop.published import Wording, read_json, write_imported, write_json
+from vestige_recipes.interop.published import HELPS, read_json, write_imported, write_json
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
 _PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
-FROM_FILES = Wording(
+FROM_FILES = Meaning(
+    sign=HELPS,
+    target="this model",
+    normalisation="none",
     unit="inner product of the gradients",
     estimates="How well the gradients of query and example agree, as the published files say.",
     cost="Reading the files.",
     limits="Only the candidates in the files were scored; those of random projections are as published.",
-    reading="The scores were computed by other software and taken over as they are. Only the listed candidates of a "
-    "query were scored, so percentiles are among them.",
+)
+_READING = (
+    "The scores were computed by other software and taken over as they are. Only the listed candidates of a "
+    "query were scored, so percentiles are among them."
 )
 
 
@@ -74,7 +88,9 @@ def import_similarities(settings: ImportSettings) -> Scores:
         ranked += [entry._replace(query=number, row=places[entry.row]) for entry in summary.ranked]
     summary = ScoreSummary(ranked, distribution, [[] for _ in queries], None)
     split = {} if found.parts is None else _split(found.parts, ranked, train)
-    return write_imported(settings, train, queries, summary, FROM_FILES, cosine=found.cosine, started=started, **split)
+    return write_imported(
+        settings, train, queries, summary, FROM_FILES, _READING, cosine=found.cosine, started=started, **split
+    )
 
 
 def _read(settings: ImportSettings) -> _Similarities:

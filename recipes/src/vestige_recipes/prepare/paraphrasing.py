@@ -65,7 +65,12 @@ def paraphrase(settings: ParaphraseSettings) -> Prepared:
     fingerprint = fingerprint_of(examples)
     if not settings.dry_run:
         check_same_result(settings, KIND, fingerprint, WITHOUT_EFFECT)
-    drafts = [draft for example in examples for draft in _drafts(example, settings, paraphraser.identity)]
+    drafts = []
+    for example in examples:
+        texts = _texts_of(example, settings.fields)
+        for number in range(1, settings.paraphrases + 1):
+            requests = {place: request_for(paraphraser.identity, text, number) for place, text in texts.items()}
+            drafts.append(Draft(example, number, requests))
     work = Work((request for draft in drafts for request in draft.requests.values()), settings)
     if settings.dry_run:
         return Prepared(KIND, settings.out, 0, notes=(work.plan(), "Dry run: nothing was asked, nothing was written."))
@@ -90,14 +95,6 @@ def _paraphraser(settings: ParaphraseSettings) -> Paraphraser:
     if settings.rules:
         return Rules(settings.seed)
     return LocalModel(settings) if settings.api_model is None else Endpoint(settings)
-
-
-def _drafts(example: Example, settings: ParaphraseSettings, identity: Mapping[str, Any]) -> list[Draft]:
-    texts = _texts_of(example, settings.fields)
-    return [
-        Draft(example, number, {place: request_for(identity, text, number) for place, text in texts.items()})
-        for number in range(1, settings.paraphrases + 1)
-    ]
 
 
 class Work:
@@ -205,16 +202,13 @@ def _rows(
             problems.append(problem_of(request.text, reply, before))
             before.append(reply.text)
         problem = next((each for each in problems if each), None)
-        row = _row(draft, replies) | ({"problem": problem} if problem else {})
+        texts = {place: replies[request.key].text.strip() for place, request in draft.requests.items()}
+        row = {"id": f"{draft.example.id}-p{draft.number}", "original_id": draft.example.id, "paraphrase": draft.number}
+        said = row_of(_with_texts(draft.example, texts))
+        row |= {name: value for name, value in said.items() if name not in row and name != "problem"}
+        row |= {"problem": problem} if problem else {}
         (rows if problem is None or keep_flagged else flagged).append(row)
     return rows, flagged
-
-
-def _row(draft: Draft, replies: Mapping[str, Reply]) -> dict[str, Any]:
-    texts = {place: replies[request.key].text.strip() for place, request in draft.requests.items()}
-    row = row_of(_with_texts(draft.example, texts))
-    own = {"id": f"{draft.example.id}-p{draft.number}", "original_id": draft.example.id, "paraphrase": draft.number}
-    return own | {name: value for name, value in row.items() if name not in own and name != "problem"}
 
 
 def _texts_of(example: Example, parts: Sequence[str]) -> dict[Place, str]:

@@ -18,6 +18,8 @@ from vestige.errors import SpecError
 from vestige.registry import COMMANDS, Command
 from vestige.settings import LaunchSettings, Settings, nearest
 
+ID_DIGITS = 16
+_KEYS = ("verb", "base", "mode", "axes")
 MOST_CELLS = 10_000
 DIGITS = 12
 """Decimals of a range's values: 0.1 + 0.2 is 0.3."""
@@ -83,10 +85,6 @@ def _range(given: Mapping[str, Any], name: str, source: str) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-ID_DIGITS = 16
-_KEYS = ("verb", "base", "mode", "axes")
 
 
 @dataclass(frozen=True)

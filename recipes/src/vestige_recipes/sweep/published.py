@@ -174,7 +174,15 @@ class PublishedSweep:
             SpecError: Something in it has no counterpart; the message says what.
         """
         values, args = self.training.values, self.training.training_args
-        self._require_answers_alone()
+        if values["last_token_only"] is not True or "last_token_only" in self.axes:
+            raise SpecError(
+                f"{self.source}: without last_token_only the questions are learned too. Give such rows to `vestige "
+                "train` as `text`, in a grid of your own."
+            )
+        if values["split_test"] or "split_test" in self.axes:
+            raise SpecError(
+                f"{self.source}: split_test has no counterpart. Make the test data smaller with `vestige data`."
+            )
         kept = [f"{name}={value}" for name, value in args.items() if value != _WHAT_IS_KEPT.get(name, value)]
         if kept:
             announce(
@@ -182,7 +190,9 @@ class PublishedSweep:
                 f"in the published study: {_CHECKPOINTS}. To keep others, write a grid with `checkpoints`."
             )
         base = {each.ours: values[name] for name, each in _ATTRIBUTES.items() if each.ours} | _FIXED
-        base |= {ours: _word(value) for name, value in args.items() if (ours := _our_arg(name, self.source))}
+        base |= {
+            ours: _WORDS.get(str(value), value) for name, value in args.items() if (ours := _our_arg(name, self.source))
+        }
         filled = {name: "{" + name + "}" if name in self.axes else _short(values[name]) for name in _OF_DATA}
         base["data"] = _DATA.format(**filled)
         axes = dict(self._our_axis(name, values) for name, values in self.axes.items())
@@ -195,19 +205,7 @@ class PublishedSweep:
         ours = _ATTRIBUTES[name].ours if name in _ATTRIBUTES else _our_arg(name.removeprefix(f"{_ARGS}."), self.source)
         if ours is None:
             raise SpecError(f"{self.source}: [{name}] changes nothing about a model that is trained. Drop the section.")
-        return ours, [_word(value) for value in values]
-
-    def _require_answers_alone(self) -> None:
-        values, axes = self.training.values, self.axes
-        if values["last_token_only"] is not True or "last_token_only" in axes:
-            raise SpecError(
-                f"{self.source}: without last_token_only the questions are learned too. Give such rows to `vestige "
-                "train` as `text`, in a grid of your own."
-            )
-        if values["split_test"] or "split_test" in axes:
-            raise SpecError(
-                f"{self.source}: split_test has no counterpart. Make the test data smaller with `vestige data`."
-            )
+        return ours, [_WORDS.get(str(value), value) for value in values]
 
 
 def read_grid(source: Any) -> Grid:
@@ -346,10 +344,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, str):
         return value.rpartition("/")[2]
     return f"{value:g}" if isinstance(value, float) else value
-
-
-def _word(value: Any) -> Any:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _digest(text: str) -> str:

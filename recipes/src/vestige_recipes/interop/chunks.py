@@ -21,15 +21,15 @@ from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
     Published,
-    checked_number,
-    embedded_manifest,
+    check_number,
     entries,
     field,
     lay_out,
     layers_to_write,
     missing_note,
+    name_type,
     read_json,
-    stored_type,
+    read_manifest,
     whole_number,
     write_json,
 )
@@ -73,7 +73,7 @@ def read_chunks(folder: Path) -> Published:
     content = read_json(path) if names_file is not None else None
     first = chunks[0]
     names, notes = _layer_names(content, path, first.layer_dims)
-    made_by = embedded_manifest(content, path)
+    made_by = read_manifest(content, path)
     ends = np.cumsum(first.layer_dims).tolist()
     parts = [
         # The layout keeps no shape of a layer.
@@ -93,7 +93,7 @@ def read_chunks(folder: Path) -> Published:
     return Published(
         layout="chunks",
         components=components,
-        dtype=stored_type(getattr(torch, first.dtype), first.path),
+        dtype=name_type(getattr(torch, first.dtype), first.path),
         names=rows,
         counts=[chunk.rows for chunk in chunks],
         load=lambda chunk, inside: chunks[chunk].read(inside),
@@ -135,8 +135,8 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
         raise DataError(f"{path} is missing, though {metadata.name} is there: its writer was killed. Compute it again.")
     shape, sizes = entries(content, "shape", metadata), field(content, "layer_dims", metadata)
     sizes = list(sizes.values()) if isinstance(sizes, dict) else entries(content, "layer_dims", metadata)
-    dims = tuple(checked_number(size, "a size in `layer_dims`", metadata) for size in sizes)
-    shape = [checked_number(size, "a size in `shape`", metadata) for size in shape]
+    dims = tuple(check_number(size, "a size in `layer_dims`", metadata) for size in sizes)
+    shape = [check_number(size, "a size in `shape`", metadata) for size in shape]
     dtype = str(field(content, "storage_dtype", metadata)).removeprefix("torch.")
     if dtype not in _TYPES:
         raise DataError(f"{metadata}: storage_dtype {dtype} is not known. Expected one of: {', '.join(_TYPES)}.")

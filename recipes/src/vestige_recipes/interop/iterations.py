@@ -24,16 +24,16 @@ from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
     Published,
-    checked_number,
-    embedded_manifest,
+    check_number,
     entries,
     field,
     lay_out,
     layers_to_write,
     load_tensors,
     missing_note,
+    name_type,
     read_json,
-    stored_type,
+    read_manifest,
     whole_number,
     write_json,
 )
@@ -51,8 +51,8 @@ def read_projections(folder: Path) -> Published:
     metadata = read_json(path)
     layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
     width = whole_number(metadata, "total_proj_dim", path)
-    made_by = embedded_manifest(metadata, path)
-    return _published("projections", path, layers, width, made_by)
+    made_by = read_manifest(metadata, path)
+    return _build_published("projections", path, layers, width, made_by)
 
 
 def read_full_gradients(folder: Path) -> Published:
@@ -73,10 +73,10 @@ def read_full_gradients(folder: Path) -> Published:
         for name, place in slices.items()
     ]
     width = whole_number(metadata, "total_param_dim", path)
-    return _published("fullgrads", path, parts, width, None)
+    return _build_published("fullgrads", path, parts, width, None)
 
 
-def _published(
+def _build_published(
     layout: str, metadata: Path, parts: list[IndexedComponent], width: int, made_by: Manifest | None
 ) -> Published:
     components, places = lay_out(parts, width, made_by, metadata)
@@ -95,7 +95,7 @@ def _published(
     return Published(
         layout=layout,
         components=components,
-        dtype=stored_type(dtype, paths[0]),
+        dtype=name_type(dtype, paths[0]),
         names=names,
         counts=rows,
         load=lambda file, inside: content(file)[torch.from_numpy(inside)],
@@ -117,11 +117,10 @@ def _layer(layer: Any, path: Path) -> IndexedComponent:
 
 
 def _matrix_shape(shape: Any, path: Path) -> tuple[int, int]:
-    sizes = [
-        checked_number(size, "a size in `shape`", path) for size in (shape if isinstance(shape, list) else [shape])
-    ]
+    given = shape if isinstance(shape, list) else [shape]
+    sizes = [check_number(size, "a size in `shape`", path) for size in given]
     rows = sizes[0] if sizes else 1
-    return rows, checked_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
+    return rows, check_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
 
 
 def _files(folder: Path, stem: str) -> list[tuple[int, Path]]:

@@ -131,10 +131,10 @@ def field(content: Any, name: str, path: Path) -> Any:
 
 def whole_number(content: Any, name: str, path: Path) -> int:
     """Return the whole number under `name`, from 0."""
-    return checked_number(field(content, name, path), f"`{name}`", path)
+    return check_number(field(content, name, path), f"`{name}`", path)
 
 
-def checked_number(value: Any, what: str, path: Path) -> int:
+def check_number(value: Any, what: str, path: Path) -> int:
     """Return `value` if it is a whole number from 0 that an array can have."""
     try:
         # Of a tensor or a NumPy number too; 12.0 is one.
@@ -164,14 +164,14 @@ def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str |
     return f"{count:,} {what}: {listed}." if count > 0 else None
 
 
-def stored_type(dtype: torch.dtype, path: Path) -> str:
+def name_type(dtype: torch.dtype, path: Path) -> str:
     """Return the number format as an index names it."""
     if dtype not in _STORED:
         raise DataError(f"{path} holds numbers in {dtype}, expected one of: {', '.join(map(str, _STORED))}.")
     return str(dtype).removeprefix("torch.")
 
 
-def embedded_manifest(content: Any, path: Path) -> Manifest | None:
+def read_manifest(content: Any, path: Path) -> Manifest | None:
     """Return the manifest that our own export has left in the metadata, None if other software wrote them."""
     if not isinstance(content, dict) or VESTIGE_KEY not in content:
         return None

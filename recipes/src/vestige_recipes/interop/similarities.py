@@ -96,14 +96,15 @@ def import_similarities(settings: ImportSettings) -> Scores:
 def _read(settings: ImportSettings) -> _Similarities:
     source = settings.source
     if source.is_file():
-        return _Similarities(_checked(_one_dimension(read_json(source), settings), source), cosine=True)
+        return _Similarities(_check_scores(_one_dimension(read_json(source), settings), source), True)
     paths = [path for path in sorted(source.glob("*_part_*.json")) if not path.name.startswith(_PRODUCTS)]
     if not paths:
         return _products(source)
-    return _Similarities(_joined(paths, lambda path: _checked(_one_dimension(read_json(path), settings), path)), True)
+    scores = _join_files(paths, lambda path: _check_scores(_one_dimension(read_json(path), settings), path))
+    return _Similarities(scores, True)
 
 
-def _joined(paths: list[Path], read: Callable[[Path], dict[str, Any]], *, shared: bool = False) -> dict[str, Any]:
+def _join_files(paths: list[Path], read: Callable[[Path], dict[str, Any]], *, shared: bool = False) -> dict[str, Any]:
     """Return the union of partitions, which may hold the same keys only where they are `shared`."""
     joined: dict[str, Any] = {}
     for path in paths:
@@ -138,7 +139,7 @@ def _one_dimension(content: Any, settings: ImportSettings) -> Any:
     return content[wanted]
 
 
-def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
+def _check_scores(content: Any, path: Path) -> dict[str, dict[str, float]]:
     """Return `content` if it is `{query: {example: number}}`."""
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no object. Expected {{query: {{example: similarity}}}}.")
@@ -159,7 +160,7 @@ def _partitions(folder: Path, stem: str) -> dict[str, Any] | None:
     """
     paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
     paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
-    return _joined(paths, _objects, shared=stem == EXAMPLE_DOTS) if paths else None
+    return _join_files(paths, _objects, shared=stem == EXAMPLE_DOTS) if paths else None
 
 
 def _objects(path: Path) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _products(folder: Path) -> _Similarities:
         raise DataError(f"{folder} holds no {DOTS}.json. Give a JSON file with similarities, or the folder of one.")
     for query, candidates in parts.items():
         for products in candidates.values():
-            _checked({query: products}, folder / DOTS)
+            _check_scores({query: products}, folder / DOTS)
     of_queries, of_examples = _partitions(folder, QUERY_DOTS), _partitions(folder, EXAMPLE_DOTS)
     cosine = of_queries is not None and of_examples is not None
     if cosine:
@@ -194,7 +195,7 @@ def _products(folder: Path) -> _Similarities:
 
 def _length_reader(dots: Any, path: Path) -> Callable[[str], float]:
     """Return a function from ids to lengths of gradients, from their products with themselves in the file at `path`."""
-    known = {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in _checked(dots, path).items()}
+    known = {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in _check_scores(dots, path).items()}
 
     def length(name: str) -> float:
         if known.get(name, 0.0) <= 0:

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from threading import Event, Lock
@@ -84,7 +84,7 @@ class Endpoint:
 
     def __init__(self, settings: ParaphraseSettings) -> None:
         self._settings = settings
-        self._address = _checked_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
+        self._address = _check_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
         self.address = _without_secrets(self._address)
         """As it is shown and recorded."""
         self.identity: Mapping[str, Any] = {
@@ -133,7 +133,12 @@ class Endpoint:
             if not future.cancelled():
                 future.result()
         if self._given_up:
-            raise self._unanswered_error(len(requests))
+            text, reason = next(iter(self._given_up.items()))
+            raise UserError(
+                f"{len(self._given_up):,} of {len(requests):,} texts got no reply in {self._settings.retries + 1} "
+                f"attempts each, such as {text[:60]!r} ({reason}). The other replies are kept: run the same command "
+                "again to ask for these alone, with more --retries or fewer at a time (--concurrency)."
+            )
 
     def _answer(self, client: Any, request: Request, keep: Keep, counter: Progress) -> None:
         reason = ""
@@ -192,7 +197,7 @@ class Endpoint:
         if code in _OF_THIS_TEXT:
             return Reply(text="", finish=_OF_THIS_TEXT[code])
         if (status in _PASSING or status >= 500) and code not in _NEVER_PASSING:
-            raise Again(f"status {status}", asked_wait(error.response.headers))
+            raise Again(f"status {status}", read_wait(error.response.headers))
         advice = {
             401: "Check OPENAI_API_KEY.",
             403: "Check what the key may do.",
@@ -208,7 +213,13 @@ class Endpoint:
         parts = urlsplit(self._address)
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        return _without_keys(shorten(message, 500), (os.environ.get("OPENAI_API_KEY") or "", password, basic))
+        message = shorten(message, 500)
+        for secret in (os.environ.get("OPENAI_API_KEY") or "", password, basic):
+            if secret.strip(":"):
+                message = message.replace(secret, "***")
+        # And what looks like a secret behind Bearer, Basic or sk-.
+        message = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",;]+", r"\1 ***", message)
+        return re.sub(r"\bsk-[\w*-]+", "sk-***", message)
 
     def _give_up(self, request: Request, reason: str) -> None:
         """Leave a text without a reply; several in a row mean that the endpoint is down."""
@@ -221,14 +232,6 @@ class Endpoint:
                 f"{self.address} does not answer: the last {self._in_a_row} texts failed {self._settings.retries + 1} "
                 f"times each ({reason}). Replies so far are kept: run the same command again to go on."
             )
-
-    def _unanswered_error(self, total: int) -> UserError:
-        text, reason = next(iter(self._given_up.items()))
-        return UserError(
-            f"{len(self._given_up):,} of {total:,} texts got no reply in {self._settings.retries + 1} attempts each, "
-            f"such as {text[:60]!r} ({reason}). The other replies are kept: run the same command again to ask for "
-            "these alone, with more --retries or fewer at a time (--concurrency)."
-        )
 
 
 def read_reply(text: str) -> Reply:
@@ -249,7 +252,7 @@ def read_reply(text: str) -> Reply:
         raise Again("broken reply", maybe_billed=True) from None
 
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
+def read_wait(headers: Mapping[str, str]) -> float | None:
     """Return the seconds in a Retry-After header, which may also hold a date; None if none can be read."""
     milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
@@ -271,7 +274,7 @@ def _code_of(body: Any) -> str:
     return next((each for each in found if isinstance(each, str)), "")
 
 
-def _checked_address(address: str) -> str:
+def _check_address(address: str) -> str:
     """Return the address of an endpoint, to which a path is appended."""
     try:
         parts = urlsplit(address.strip().rstrip("/"))
@@ -288,15 +291,6 @@ def _checked_address(address: str) -> str:
             f"{_without_secrets(address)}, and give a key as OPENAI_API_KEY."
         )
     return urlunsplit(parts)
-
-
-def _without_keys(message: str, secrets: Iterable[str]) -> str:
-    """Return the message without these secrets, and without what looks like one behind Bearer, Basic or sk-."""
-    for secret in secrets:
-        if secret.strip(":"):
-            message = message.replace(secret, "***")
-    message = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",;]+", r"\1 ***", message)
-    return re.sub(r"\bsk-[\w*-]+", "sk-***", message)
 
 
 def _without_secrets(address: str) -> str:

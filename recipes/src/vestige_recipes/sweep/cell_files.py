@@ -141,7 +141,7 @@ def require_unchanged(cells: tuple[Cell, ...]) -> None:
 
 
 @contextmanager
-def logged(cell: Cell) -> Iterator[None]:
+def log_output(cell: Cell) -> Iterator[None]:
     """Append to the cell's log what the block prints, and the traceback of an error."""
     make_folder(cell.folder)
     quiet = os.environ.pop("VESTIGE_QUIET", None)

@@ -282,14 +282,14 @@ def _cell(grid: Grid, command: Command, number: int, point: Mapping[str, Any], o
     used = _PLACEHOLDER.findall(json.dumps(grid.base))
     # An axis may be there for the placeholders alone, and one for the names of cells.
     spare = {name for name in {NAMES, *used} if name.partition(".")[0] not in command.settings.model_fields}
-    values = _filled(grid.base, point) | {name: value for name, value in point.items() if name not in spare}
-    settings = command.settings(**_nested({**values, "out": out}))
+    values = _fill(grid.base, point) | {name: value for name, value in point.items() if name not in spare}
+    settings = command.settings(**_nest({**values, "out": out}))
     named = cell_id(command.name, settings)
     folder = out / "cells" / named
     return Cell(command, named, number, dict(point), settings.model_copy(update={"out": folder / "out"}), folder)
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with `options.labels` as the entry `labels` of `options`."""
     nested = {name: value for name, value in values.items() if "." not in name}
     for name, value in values.items():
@@ -302,10 +302,10 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _filled(value: Any, point: Mapping[str, Any]) -> Any:
+def _fill(value: Any, point: Mapping[str, Any]) -> Any:
     """Return `splits/{seed}.jsonl` with the value of the axis `seed`; braces around anything else stay."""
     if isinstance(value, str):
         return _PLACEHOLDER.sub(lambda match: str(point.get(match[1], match[0])), value)
     if isinstance(value, Mapping):
-        return {name: _filled(each, point) for name, each in value.items()}
-    return [_filled(each, point) for each in value] if isinstance(value, list | tuple) else value
+        return {name: _fill(each, point) for name, each in value.items()}
+    return [_fill(each, point) for each in value] if isinstance(value, list | tuple) else value

@@ -190,9 +190,8 @@ class PublishedSweep:
                 f"in the published study: {_CHECKPOINTS}. To keep others, write a grid with `checkpoints`."
             )
         base = {each.ours: values[name] for name, each in _ATTRIBUTES.items() if each.ours} | _FIXED
-        base |= {
-            ours: _WORDS.get(str(value), value) for name, value in args.items() if (ours := _our_arg(name, self.source))
-        }
+        named = {_our_arg(name, self.source): _WORDS.get(str(value), value) for name, value in args.items()}
+        base |= {ours: value for ours, value in named.items() if ours}
         filled = {name: "{" + name + "}" if name in self.axes else _short(values[name]) for name in _OF_DATA}
         base["data"] = _DATA.format(**filled)
         axes = dict(self._our_axis(name, values) for name, values in self.axes.items())
@@ -245,7 +244,7 @@ def read_published(path: str | Path) -> PublishedSweep:
     unknown = set(general) - {"mode", "base_config"}
     if unknown or general.get("mode") not in ("product", "zip") or "base_config" not in general:
         raise SpecError(f"{path}: [general] has mode = product or zip, and base_config = the training configuration.")
-    training = _training(_sections(_found(str(general["base_config"]), path)), str(path))
+    training = _training(_sections(_find_base(str(general["base_config"]), path)), str(path))
     swept = {name: values for name, values in sections.items() if name != "general"}
     axes = {name: _axis(name, values, str(path)) for name, values in swept.items()}
     # The deployment's id holds that of the training configuration, wherever that lies.
@@ -303,7 +302,7 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
     return {name: {key: _value(value) for key, value in parser[name].items()} for name in parser.sections()}
 
 
-def _found(name: str, deployment: Path) -> Path:
+def _find_base(name: str, deployment: Path) -> Path:
     """Return the base configuration: a path, from here or from the deployment, with or without its suffix."""
     paths = [Path(name), deployment.parent / name, *(deployment.parent / f"{name}{end}" for end in (".cfg", ".json"))]
     for path in paths:

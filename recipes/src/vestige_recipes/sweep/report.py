@@ -222,8 +222,8 @@ def _screen_table(report: SweepReport) -> "Table":
         table.add_column(column, overflow="fold")
     for row in shown:
         took = "" if row.seconds is None else format_seconds(row.seconds)
-        values = [_shown(row.point.get(axis)) for axis in report.axes]
-        table.add_row(row.cell, *values, row.state, took, *(_shown(row.figures.get(name)) for name in figures))
+        values = [_show(row.point.get(axis)) for axis in report.axes]
+        table.add_row(row.cell, *values, row.state, took, *(_show(row.figures.get(name)) for name in figures))
     return table
 
 
@@ -234,7 +234,7 @@ def _differing(figures: list[dict[str, Any]]) -> list[str]:
     return [name for name, values in held.items() if name not in _OF_THE_MACHINE and len(values) > 1]
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -19,7 +19,7 @@ from vestige_recipes.sweep.cell_files import (
     LOG_FILE,
     figures_of,
     fingerprints,
-    logged,
+    log_output,
     read_done,
     require_unchanged,
     write_cell,
@@ -139,8 +139,8 @@ def run_cell(cell: Cell) -> None:
     inputs, before = fingerprints(cell.matters()), _files_in(cell.out)
     started = time.perf_counter()
     try:
-        with logged(cell), own_jobs():
-            cell.command.call(resumed(cell.command, cell.settings))
+        with log_output(cell), own_jobs():
+            cell.command.call(allow_resume(cell.command, cell.settings))
     except BaseException as error:
         if not isinstance(error, Exception) and _files_in(cell.out) - before:
             note_kept()
@@ -152,7 +152,7 @@ def run_cell(cell: Cell) -> None:
     write_done(cell, time.perf_counter() - started, inputs, figures_of(cell.out))
 
 
-def resumed(command: Command, settings: Settings) -> Settings:
+def allow_resume(command: Command, settings: Settings) -> Settings:
     """Return settings that also work after a kill between the end of the command and the cell's marker.
 
     A command that writes its run in one step at the end refuses to replace one; here it can only be the same run, of

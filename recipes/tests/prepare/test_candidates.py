@@ -106,10 +106,10 @@ def test_prompts_are_compared_and_answers_are_not():
 
 def test_originals_may_be_named_and_must_be_there():
     training = rows(["a", "b"])
-    query = Example(id="q", row=0, prompt="a")
-    assert find_candidates([query], training, originals={"q": "t1"})[0].original_rank == 2
+    query = Example(id="q", row=0, prompt="a", extra={"made_of": "t1", "wrong": "gone"})
+    assert find_candidates([query], training, truth="made_of")[0].original_rank == 2
     with pytest.raises(DataError, match="'gone', which is not in the training data"):
-        find_candidates([query], training, originals={"q": "gone"})
+        find_candidates([query], training, truth="wrong")
 
 
 def test_what_cannot_be_compared_is_said():

@@ -16,7 +16,7 @@ from prepare.conftest import TEXTS
 from prepare.server import Act
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige_recipes.prepare import paraphrase
-from vestige_recipes.prepare.endpoint import Again, asked_wait, read_reply
+from vestige_recipes.prepare.endpoint import Again, read_reply, read_wait
 
 
 def ask(questions, out, **settings):
@@ -90,10 +90,10 @@ def test_retry_after_stops_all_requests_for_as_long_as_it_says(form, endpoint, q
 
 
 def test_a_date_in_retry_after_is_understood():
-    assert asked_wait({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=2)
-    assert asked_wait({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
-    assert asked_wait({"retry-after": "soon"}) is None
-    assert asked_wait({}) is None
+    assert read_wait({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=2)
+    assert read_wait({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0
+    assert read_wait({"retry-after": "soon"}) is None
+    assert read_wait({}) is None
 
 
 def test_waits_grow_and_differ(monkeypatch):
@@ -354,6 +354,6 @@ def test_what_an_endpoint_repeats_of_a_key_or_password_is_masked(echoed, endpoin
 
 @pytest.mark.parametrize("wait", ["inf", "nan", "1e18", "-5", "soon", "Fri, 99 Foo 99999 99:99:99 GMT"])
 def test_a_wait_that_is_none_is_not_listened_to(wait):
-    found = asked_wait({"retry-after": wait})
+    found = read_wait({"retry-after": wait})
     assert found is None or found == 0
-    assert asked_wait({"retry-after-ms": wait}) in (None, 0)
+    assert read_wait({"retry-after-ms": wait}) in (None, 0)

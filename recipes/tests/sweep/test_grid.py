@@ -6,9 +6,9 @@ from tests.cli.test_faults import CONFIGS
 
 from vestige.errors import SpecError
 from vestige.settings import BankSettings
+from vestige_recipes.commands import SweepSettings
 from vestige_recipes.sweep import read_grid, sweep
 from vestige_recipes.sweep.cells import NEVER_MATTER, cell_id, cells_of, name_of
-from vestige_recipes.sweep_command import SweepSettings
 
 
 def bank(axes=None, mode="product", **base):

@@ -108,9 +108,9 @@ def test_a_training_that_was_interrupted_is_continued_and_not_replaced(here):
     for verb, replaced in (("train", False), ("bank", False), ("index", False), ("attribute", True)):
         cell = cells_of(read_grid({"verb": verb, "base": {"data": "d", "model": "m"} | QUERIES.get(verb, {})}), here)[0]
         cell.out.mkdir(parents=True)
-        assert run_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is False
+        assert run_module.allow_resume(COMMANDS.find(verb), cell.settings).overwrite is False
         (cell.out / "run.json").write_text("{}")
-        assert run_module.resumed(COMMANDS.find(verb), cell.settings).overwrite is replaced, verb
+        assert run_module.allow_resume(COMMANDS.find(verb), cell.settings).overwrite is replaced, verb
 
 
 QUERIES = {"attribute": {"queries": "q"}}

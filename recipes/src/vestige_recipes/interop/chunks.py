@@ -21,16 +21,15 @@ from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
     Published,
-    RowReader,
-    checked_number,
-    embedded_manifest,
+    check_number,
     entries,
     field,
     lay_out,
     layers_to_write,
     missing_note,
+    name_type,
     read_json,
-    stored_type,
+    read_manifest,
     whole_number,
     write_json,
 )
@@ -42,13 +41,6 @@ _BATCHES_PER_CHUNK = 16
 _TYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 
 
-class _Batch(NamedTuple):
-    number: int
-    start: int
-    stop: int
-    """One more than its last row."""
-
-
 class _Chunk(NamedTuple):
     first: int
     last: int
@@ -57,7 +49,8 @@ class _Chunk(NamedTuple):
     rows: int
     layer_dims: tuple[int, ...]
     dtype: str
-    batches: list[_Batch]
+    batches: list[tuple[int, int, int]]
+    """Number, first row, and one more than the last row."""
 
     def numbers(self) -> np.ndarray:
         """Return the map [row, column]; bfloat16 as the raw 16 bits."""
@@ -72,20 +65,22 @@ class _Chunk(NamedTuple):
 
 
 def read_chunks(folder: Path) -> Published:
-    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases.
-
-    Raises:
-        DataError: A file is missing, torn, too short or unwritten; the message names it.
-    """
+    """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases."""
     kind, within = _kind(folder)
     chunks = _chunks(within, kind)
     names_file = next((at for at in (within, within.parent) if (at / "batch_metadata.json").is_file()), None)
     path = (names_file or within) / "batch_metadata.json"
     content = read_json(path) if names_file is not None else None
-    names, notes = _layer_names(content, path, chunks[0].layer_dims)
-    made_by = embedded_manifest(content, path)
-    parts = _components(names, chunks[0].layer_dims)
-    components, places = lay_out(parts, sum(chunks[0].layer_dims), made_by, path)
+    first = chunks[0]
+    names, notes = _layer_names(content, path, first.layer_dims)
+    made_by = read_manifest(content, path)
+    ends = np.cumsum(first.layer_dims).tolist()
+    parts = [
+        # The layout keeps no shape of a layer.
+        IndexedComponent(name=name, kind="layer", shape=(1, size), start=end - size, stop=end)
+        for name, size, end in zip(names, first.layer_dims, ends, strict=True)
+    ]
+    components, places = lay_out(parts, ends[-1], made_by, path)
     if made_by is None:
         notes.append("The files do not say which example a row is. Rows are in the order of the batches.")
     if kind == "ifvp":
@@ -94,18 +89,19 @@ def read_chunks(folder: Path) -> Published:
     rows = [
         f"{batch}:{place}" for chunk in chunks for batch, start, stop in chunk.batches for place in range(stop - start)
     ]
-    dtype = stored_type(getattr(torch, chunks[0].dtype), chunks[0].path)
     files = [file for chunk in chunks for file in (chunk.metadata, chunk.path)]
-    if names_file is not None:
-        files.insert(0, path)
-    reader = RowReader([chunk.rows for chunk in chunks], lambda chunk, inside: chunks[chunk].read(inside), places)
-    return Published("chunks", components, dtype, rows, reader, files, notes, made_by)
-
-
-def has_chunks(folder: Path) -> bool:
-    """Return whether the folder, or its `grad` or `ifvp`, holds chunks."""
-    places = [folder, *(folder / name for name in KINDS.values())]
-    return any(next(place.glob("chunk_*_*_*.mmap"), None) for place in places if place.is_dir())
+    return Published(
+        layout="chunks",
+        components=components,
+        dtype=name_type(getattr(torch, first.dtype), first.path),
+        names=rows,
+        counts=[chunk.rows for chunk in chunks],
+        load=lambda chunk, inside: chunks[chunk].read(inside),
+        places=places,
+        files=files if names_file is None else [path, *files],
+        notes=notes,
+        made_by=made_by,
+    )
 
 
 def _kind(folder: Path) -> tuple[str, Path]:
@@ -139,8 +135,8 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
         raise DataError(f"{path} is missing, though {metadata.name} is there: its writer was killed. Compute it again.")
     shape, sizes = entries(content, "shape", metadata), field(content, "layer_dims", metadata)
     sizes = list(sizes.values()) if isinstance(sizes, dict) else entries(content, "layer_dims", metadata)
-    dims = tuple(checked_number(size, "a size in `layer_dims`", metadata) for size in sizes)
-    shape = [checked_number(size, "a size in `shape`", metadata) for size in shape]
+    dims = tuple(check_number(size, "a size in `layer_dims`", metadata) for size in sizes)
+    shape = [check_number(size, "a size in `shape`", metadata) for size in shape]
     dtype = str(field(content, "storage_dtype", metadata)).removeprefix("torch.")
     if dtype not in _TYPES:
         raise DataError(f"{metadata}: storage_dtype {dtype} is not known. Expected one of: {', '.join(_TYPES)}.")
@@ -150,7 +146,11 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
     if size != expected:
         raise DataError(f"{path} has {size:,} bytes, expected {expected:,} for shape {shape}: it is not whole.")
     batches = [
-        _Batch(*(whole_number(entry, name, metadata) for name in ("batch_idx", "start_row", "end_row")))
+        (
+            whole_number(entry, "batch_idx", metadata),
+            whole_number(entry, "start_row", metadata),
+            whole_number(entry, "end_row", metadata),
+        )
         for entry in entries(content, "batches", metadata)
     ]
     if [start for _, start, _ in batches] != [0, *(stop for _, _, stop in batches)][:-1] or batches[-1][2] != shape[0]:
@@ -167,15 +167,6 @@ def _layer_names(content: Any, path: Path, dims: tuple[int, ...]) -> tuple[list[
     if len(names) != len(dims):
         raise DataError(f"{path} names {len(names)} layers, and the chunks have {len(dims)}.")
     return names, []
-
-
-def _components(names: list[str], dims: tuple[int, ...]) -> list[IndexedComponent]:
-    ends = np.cumsum(dims).tolist()
-    return [
-        # The layout keeps no shape of a layer.
-        IndexedComponent(name=name, kind="layer", shape=(1, size), start=end - size, stop=end)
-        for name, size, end in zip(names, dims, ends, strict=True)
-    ]
 
 
 def _missing_batches(chunks: list[_Chunk], content: Any, path: Path) -> list[str]:
@@ -219,26 +210,17 @@ def write_chunks(index: Index, out: Path) -> list[Path]:
             for at, start in enumerate(starts)
         ]
         stem = f"chunk_gradients_{batch}_{batch + len(starts) - 1}"
-        metadata = {
-            "shape": [rows, index.width],
-            "storage_dtype": "float32",
-            "layer_dims": dims,
-            "batches": batches,
-        }
+        shape = [rows, index.width]
+        metadata = {"shape": shape, "storage_dtype": "float32", "layer_dims": dims, "batches": batches}
         # The numbers first: metadata that are there vouch for a whole map.
         write_durably(folder / f"{stem}.mmap", [gradients.contiguous().numpy().data])
         written += [folder / f"{stem}.mmap", write_json(folder / f"{stem}_metadata.json", metadata)]
         batch += len(starts)
-    info = [
-        {
-            "batch_idx": number,
-            "start_idx": number * ROWS_PER_BATCH,
-            "end_idx": min((number + 1) * ROWS_PER_BATCH, index.rows),
-        }
-        for number in range(batch)
-    ]
     summary = {
-        "batch_info": info,
+        "batch_info": [
+            {"batch_idx": number, "start_idx": start, "end_idx": min(start + ROWS_PER_BATCH, index.rows)}
+            for number, start in enumerate(range(0, batch * ROWS_PER_BATCH, ROWS_PER_BATCH))
+        ],
         "layer_names": [part.name for part in layers],
         "layer_dims": dims,
         "total_batches": batch,

@@ -1,7 +1,12 @@
 """`vestige import`: what other software has published, as an index, or as a run where it holds scores."""
 
+import time
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
@@ -17,26 +22,37 @@ from vestige.indexes import (
 )
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige.runs import Scores
+from vestige.runs import Meaning, ScoreBlock, ScoreCollector, Scores, check_target
 from vestige.settings import with_settings
-from vestige_recipes.interop.chunks import has_chunks, read_chunks
-from vestige_recipes.interop.command import ImportLayout, ImportSettings
-from vestige_recipes.interop.imported_runs import score_against
+from vestige_recipes.commands import ImportLayout, ImportSettings
+from vestige_recipes.interop.chunks import read_chunks
 from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
-from vestige_recipes.interop.published import Published, without_tokens
+from vestige_recipes.interop.published import HELPS, Published, without_tokens, write_imported
 from vestige_recipes.interop.similarities import import_similarities
 
 UNKNOWN = "unknown"
 _READERS = {"projections": read_projections, "fullgrads": read_full_gradients, "chunks": read_chunks}
+_FILES: dict[ImportLayout, tuple[str, ...]] = {
+    "projections": (f"{PROJECTIONS}_*.pt",),
+    "fullgrads": (f"{FULL_GRADIENTS}_*.pt",),
+    "chunks": tuple(f"{folder}chunk_*_*_*.mmap" for folder in ("", "grad/", "ifvp/")),
+    "similarities": ("dot_products*", "*_part_*.json"),
+}
+"""What the names of a layout's files look like."""
+AGAINST = Meaning(
+    sign=HELPS,
+    target="this model",
+    normalisation="none",
+    unit="inner product of the gradients, in the unit of the files",
+    estimates="How well a gradient step on the example serves the query, from gradients computed elsewhere.",
+    cost="One read of the index.",
+    limits="The projection is not known here: that both sides were projected alike is taken on trust; no curvature.",
+)
+_READING = (
+    "The gradients were computed by other software. That queries and training examples were projected with "
+    "the same seed, on the same kind of device, cannot be seen from the files."
+)
 _ROWS_PER_BATCH = 256
-
-
-class _Mapped(NamedTuple):
-    """The rows' examples, and the model they were made with where it was given."""
-
-    data: TokenizedData
-    loaded: LoadedModel | None
-    recomputable: bool
 
 
 @with_settings(ImportSettings, "import")
@@ -50,7 +66,7 @@ def import_published(settings: ImportSettings) -> Index | Scores:
     Raises:
         UserError: A file is missing, torn or does not fit the others; the message names it.
     """
-    layout = settings.layout if settings.layout != "auto" else detect_layout(settings.source)
+    layout = settings.layout if settings.layout != "auto" else _detect_layout(settings.source)
     if layout == "similarities":
         return import_similarities(settings)
     if settings.dimension is not None or settings.queries is not None:
@@ -60,32 +76,25 @@ def import_published(settings: ImportSettings) -> Index | Scores:
         announce(note)
     if settings.against is not None:
         return score_against(settings, published)
-    mapped = _mapped(settings, published)
-    draft = _draft(published, mapped)
-    return write_rows(settings.out, draft, mapped.data, published.reader.read, overwrite=settings.overwrite)
+    loaded = load_model(settings.model) if settings.model is not None else None
+    if loaded is not None:
+        _require_layers(published, loaded)
+    data, recomputable = _find_examples(settings, published, loaded)
+    draft = _draft(published, data, loaded, recomputable)
+    return write_rows(settings.out, draft, data, published.read, overwrite=settings.overwrite)
 
 
-def detect_layout(source: Path) -> ImportLayout:
-    """Return the layout of what lies at `source`, by the names of its files.
-
-    Raises:
-        DataError: It is none that is known, or several.
-    """
+def _detect_layout(source: Path) -> ImportLayout:
+    """Return the layout of what lies at `source`, by the names of its files."""
     if not source.exists():
         raise DataError(f"{source} does not exist. Give a folder or a file in a published layout.")
     if source.is_file():
         if source.suffix == ".json":
             return "similarities"
         raise DataError(f"{source} is a file. Expected a folder, or a JSON file with similarities.")
-    found: list[ImportLayout] = []
-    if any(source.glob(f"{PROJECTIONS}_*.pt")):
-        found.append("projections")
-    if any(source.glob(f"{FULL_GRADIENTS}_*.pt")):
-        found.append("fullgrads")
-    if has_chunks(source):
-        found.append("chunks")
-    if any(source.glob("dot_products*")) or any(source.glob("*_part_*.json")):
-        found.append("similarities")
+    found: list[ImportLayout] = [
+        name for name, patterns in _FILES.items() if any(any(source.glob(pattern)) for pattern in patterns)
+    ]
     if len(found) != 1:
         what = f"files of several layouts ({', '.join(found)})" if found else "no file of a known layout"
         raise DataError(
@@ -95,14 +104,13 @@ def detect_layout(source: Path) -> ImportLayout:
     return found[0]
 
 
-def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
-    """Return the examples behind the rows: the data given, or stand-ins that name the place in the files."""
-    loaded = load_model(settings.model) if settings.model is not None else None
-    if loaded is not None:
-        _require_layers(published, loaded)
+def _find_examples(
+    settings: ImportSettings, published: Published, loaded: LoadedModel | None
+) -> tuple[TokenizedData, bool]:
+    """Return the data given, or stand-ins that name the place in the files; and whether gradients can be recomputed."""
     if settings.data is None:
         stand_ins = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-        return _Mapped(without_tokens(stand_ins, str(settings.source)), loaded, False)
+        return without_tokens(stand_ins, str(settings.source)), False
     examples = load_examples(settings.data, on_bad_text=settings.on_bad_text)
     if len(examples) != len(published.names):
         missing = " ".join(note for note in published.notes if "missing" in note)
@@ -112,7 +120,7 @@ def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
         )
     made_by = published.made_by
     if made_by is None or loaded is None or made_by.imported is not None:
-        return _Mapped(without_tokens(examples, str(settings.data)), loaded, False)
+        return without_tokens(examples, str(settings.data)), False
     if loaded.fingerprint != made_by.model.fingerprint:
         raise IndexMismatch(
             f"{settings.source} was exported from an index of {made_by.model.name} "
@@ -122,7 +130,7 @@ def _mapped(settings: ImportSettings, published: Published) -> _Mapped:
     tokens = tokenize(
         examples, loaded.tokenizer, max_length=made_by.max_length, name=str(settings.data), chat=made_by.chat
     )
-    return _Mapped(tokens, loaded, True)
+    return tokens, True
 
 
 def _require_layers(published: Published, loaded: LoadedModel) -> None:
@@ -142,13 +150,11 @@ def _require_layers(published: Published, loaded: LoadedModel) -> None:
             )
 
 
-def _draft(published: Published, mapped: _Mapped) -> Manifest:
+def _draft(published: Published, data: TokenizedData, loaded: LoadedModel | None, recomputable: bool) -> Manifest:
     """Return the manifest without its plan; what made the gradients is known only for exports of our own."""
-    data, loaded, own = mapped.data, mapped.loaded, published.made_by
+    own = published.made_by
     notes = (*published.notes, "Losses are not in the files: they are stored as 0.")
-    record = ImportRecord(
-        layout=published.layout, digest=published.digest(), notes=notes, recomputable=mapped.recomputable
-    )
+    record = ImportRecord(layout=published.layout, digest=published.digest(), notes=notes, recomputable=recomputable)
     common = {
         "data": DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
         "dtype": published.dtype,
@@ -158,12 +164,9 @@ def _draft(published: Published, mapped: _Mapped) -> Manifest:
     if own is not None:
         plan = own.plan.model_copy(update={"stages": ()})
         return own.model_copy(update=common | {"plan": plan})
-    model = ModelIdentity(
-        name=loaded.name if loaded is not None else UNKNOWN,
-        fingerprint=loaded.fingerprint if loaded is not None else UNKNOWN,
-    )
+    name, fingerprint = (UNKNOWN, UNKNOWN) if loaded is None else (loaded.name, loaded.fingerprint)
     return Manifest(
-        model=model,
+        model=ModelIdentity(name=name, fingerprint=fingerprint),
         compression=CompressionIdentity(spec=IMPORTED_SPEC),
         seed=0,
         loss="sum",
@@ -173,3 +176,52 @@ def _draft(published: Published, mapped: _Mapped) -> Manifest:
         token_budget=_ROWS_PER_BATCH,
         **common,
     )
+
+
+def score_against(settings: ImportSettings, published: Published) -> Scores:
+    """Return inner products, or cosines, of the published rows with every row of the index `against`, as a run."""
+    started = time.perf_counter()
+    assert settings.against is not None
+    check_target(settings.out, overwrite=settings.overwrite)
+    index = Index.open(settings.against)
+    _require_alike(published, index)
+    queries = published.read(np.arange(len(published.names)))
+    cosine = settings.method == "grad-cos"
+    examples = index.examples()
+    sources = [example.source for example in examples]
+    collector = ScoreCollector(len(queries), len(examples), k=settings.k, sources=sources)
+    vectors = _unit(queries) if cosine else queries
+    for block in index.blocks():
+        rows = _unit(block.gradients) if cosine else block.gradients
+        collector.add(ScoreBlock(block.example, vectors @ rows.T))
+    asked = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
+    return write_imported(
+        settings, examples, asked, collector.finish(), AGAINST, _READING, cosine=cosine, started=started
+    )
+
+
+def _unit(rows: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    lengths = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(lengths > 0, lengths, 1.0)
+
+
+def _require_alike(published: Published, index: Index) -> None:
+    mine = [(part.name, part.start, part.stop) for part in published.components]
+    theirs = [(part.name, part.start, part.stop) for part in index.manifest.components]
+    if mine == theirs and _source(published) == _source(index):
+        return
+    pairs = zip(mine, theirs, strict=False)
+    first = next((f"{a[0]} {a[1]}:{a[2]} against {b[0]} {b[1]}:{b[2]}" for a, b in pairs if a != b), "")
+    first = first or (f"{len(mine)} against {len(theirs)}" if mine != theirs else "another seed or compression")
+    raise IndexMismatch(
+        f"The layers of the files and those of {index.folder} differ: {first}. Import queries that were projected "
+        "with the settings of the training gradients."
+    )
+
+
+def _source(side: Published | Index) -> tuple[str, str, int] | None:
+    """Return compression, scope and seed where they are known."""
+    manifest = side.made_by if isinstance(side, Published) else side.manifest
+    if manifest is None or (isinstance(side, Index) and manifest.compression.spec == IMPORTED_SPEC):
+        return None
+    return manifest.compression.spec, manifest.compression.scope, manifest.seed

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +24,16 @@ from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
     Published,
-    RowReader,
-    checked_number,
-    embedded_manifest,
+    check_number,
     entries,
     field,
     lay_out,
     layers_to_write,
     load_tensors,
     missing_note,
+    name_type,
     read_json,
-    stored_type,
+    read_manifest,
     whole_number,
     write_json,
 )
@@ -46,49 +45,18 @@ UNTRUSTED = (
 )
 
 
-class _Form(NamedTuple):
-    """One of the two layouts in a folder."""
-
-    layout: str
-    stem: str
-    """With which the names of its files begin."""
-    key: str
-    """Of the tensor in a file."""
-    metadata: Path
-    width: int
-
-
-class _Sides(NamedTuple):
-    output: int
-    input: int
-
-
-class _File(NamedTuple):
-    iteration: int
-    path: Path
-
-
 def read_projections(folder: Path) -> Published:
-    """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`.
-
-    Raises:
-        DataError: A file is missing, torn or does not fit the others; the message names it.
-    """
+    """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`."""
     path = folder / "metadata.json"
     metadata = read_json(path)
     layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
     width = whole_number(metadata, "total_proj_dim", path)
-    made_by = embedded_manifest(metadata, path)
-    form = _Form("projections", PROJECTIONS, "proj", path, width)
-    return _published(form, *lay_out(layers, width, made_by, path), made_by)
+    made_by = read_manifest(metadata, path)
+    return _build_published("projections", path, layers, width, made_by)
 
 
 def read_full_gradients(folder: Path) -> Published:
-    """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`.
-
-    Raises:
-        DataError: A file is missing, torn or does not fit the others; the message names it.
-    """
+    """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`."""
     path = folder / "fullgrad_meta.json"
     metadata = read_json(path)
     slices = field(metadata, "param_slices", path)
@@ -105,30 +73,38 @@ def read_full_gradients(folder: Path) -> Published:
         for name, place in slices.items()
     ]
     width = whole_number(metadata, "total_param_dim", path)
-    form = _Form("fullgrads", FULL_GRADIENTS, "grad", path, width)
-    return _published(form, *lay_out(parts, width, None, path), None)
+    return _build_published("fullgrads", path, parts, width, None)
 
 
-def _published(
-    form: _Form, components: tuple[IndexedComponent, ...], places: list[slice], made_by: Manifest | None
+def _build_published(
+    layout: str, metadata: Path, parts: list[IndexedComponent], width: int, made_by: Manifest | None
 ) -> Published:
-    files = _files(form)
-    rows, dtype = _check(files, form)
-    numbers = [file.iteration for file in files]
+    components, places = lay_out(parts, width, made_by, metadata)
+    stem, key = (PROJECTIONS, "proj") if layout == "projections" else (FULL_GRADIENTS, "grad")
+    files = _files(metadata.parent, stem)
+    rows, dtype = _check(files, key, width)
+    numbers, paths = [number for number, _ in files], [path for _, path in files]
     names = [f"{number}:{place}" for number, count in zip(numbers, rows, strict=True) for place in range(count)]
-    paths = [file.path for file in files]
 
     # Batches are read in order: one file is in memory at a time.
     @lru_cache(maxsize=1)
     def content(file: int) -> Tensor:
-        tensor = load_tensors(paths[file])[form.key]
+        tensor = load_tensors(paths[file])[key]
         return tensor if tensor.dim() == 2 else tensor[None]
 
-    reader = RowReader(rows, lambda file, inside: content(file)[torch.from_numpy(inside)], places)
-    # What an export of ours says in `batch_idx` is true; the rows are written in the order of the data.
-    notes = [*([] if made_by is not None else [UNTRUSTED]), *_gaps(numbers)]
-    files_read = [form.metadata, *paths]
-    return Published(form.layout, components, stored_type(dtype, paths[0]), names, reader, files_read, notes, made_by)
+    return Published(
+        layout=layout,
+        components=components,
+        dtype=name_type(dtype, paths[0]),
+        names=names,
+        counts=rows,
+        load=lambda file, inside: content(file)[torch.from_numpy(inside)],
+        places=places,
+        files=[metadata, *paths],
+        # What an export of ours says in `batch_idx` is true; the rows are written in the order of the data.
+        notes=[*([] if made_by is not None else [UNTRUSTED]), *_gaps(numbers)],
+        made_by=made_by,
+    )
 
 
 def _layer(layer: Any, path: Path) -> IndexedComponent:
@@ -141,35 +117,34 @@ def _layer(layer: Any, path: Path) -> IndexedComponent:
 
 
 def _matrix_shape(shape: Any, path: Path) -> tuple[int, int]:
-    sizes = [
-        checked_number(size, "a size in `shape`", path) for size in (shape if isinstance(shape, list) else [shape])
-    ]
+    given = shape if isinstance(shape, list) else [shape]
+    sizes = [check_number(size, "a size in `shape`", path) for size in given]
     rows = sizes[0] if sizes else 1
-    return rows, checked_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
+    return rows, check_number(math.prod(sizes) // max(rows, 1), "a product of `shape`", path)
 
 
-def _files(form: _Form) -> list[_File]:
+def _files(folder: Path, stem: str) -> list[tuple[int, Path]]:
     """Return the files in the order of their numbers, which is not that of their names beyond 999,999."""
-    found, folder, stem = [], form.metadata.parent, form.stem
+    found = []
     for path in folder.glob(f"{stem}_*.pt"):
         match = re.fullmatch(rf"{stem}_(\d+)\.pt", path.name)
         if match is None:
             raise DataError(f"{path} has no iteration in its name. Expected {stem}_000012.pt; move it elsewhere.")
-        found.append(_File(int(match[1]), path))
+        found.append((int(match[1]), path))
     if not found:
         raise DataError(f"{folder} holds no {stem}_*.pt. Give the folder in which they lie.")
     return sorted(found)
 
 
-def _check(files: list[_File], form: _Form) -> tuple[list[int], torch.dtype]:
+def _check(files: list[tuple[int, Path]], key: str, width: int) -> tuple[list[int], torch.dtype]:
     """Read every file once, before anything is written; return the rows of each, and their number format."""
     rows, dtypes = [], set()
     for number, path in files:
         content = load_tensors(path)
-        tensor = field(content, form.key, path)
-        if not isinstance(tensor, Tensor) or tensor.shape[-1:] != (form.width,) or tensor.dim() > 2:
+        tensor = field(content, key, path)
+        if not isinstance(tensor, Tensor) or tensor.shape[-1:] != (width,) or tensor.dim() > 2:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise DataError(f"{path}: `{form.key}` is {shape}, expected [rows, {form.width}] as the metadata say.")
+            raise DataError(f"{path}: `{key}` is {shape}, expected [rows, {width}] as the metadata say.")
         count = len(tensor) if tensor.dim() == 2 else 1
         if whole_number(content, "iter", path) != number:
             raise DataError(f"{path} says that it is iteration {content['iter']}, and its name says {number}.")
@@ -178,7 +153,7 @@ def _check(files: list[_File], form: _Form) -> tuple[list[int], torch.dtype]:
         rows.append(count)
         dtypes.add(tensor.dtype)
     if len(dtypes) > 1:
-        raise DataError(f"The files of {files[0].path.parent} hold numbers in several formats: {dtypes}.")
+        raise DataError(f"The files of {files[0][1].parent} hold numbers in several formats: {dtypes}.")
     return rows, dtypes.pop()
 
 
@@ -200,12 +175,15 @@ def write_projections(index: Index, out: Path) -> list[Path]:
     for number, (part, gradients) in enumerate(parts_in_order(index, ROWS_PER_BATCH)):
         path = out / f"{PROJECTIONS}_{number:06d}.pt"
         content = {
+            # Indexing copies: a view would be saved with the whole of what it looks at.
             "proj": gradients[:, columns].to(dtype),
             "iter": number,
             "batch_size": part.stop - part.start,
             "batch_idx": list(range(part.start, part.stop)),
         }
-        write_durably(path, [_saved(content)])
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        write_durably(path, [stream.getvalue()])
         written.append(path)
     metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
     return [*written, write_json(out / "metadata.json", metadata)]
@@ -215,13 +193,13 @@ def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], 
     layers, start = [], 0
     for part in parts:
         total = part.stop - part.start
-        sides = _sides(manifest, part)
+        output_side, input_side = _sides(manifest, part)
         layers.append(
             {
                 "name": part.name,
                 "type": part.kind,
-                "k_i": sides.input,
-                "k_o": sides.output,
+                "k_i": input_side,
+                "k_o": output_side,
                 "k_total": total,
                 "n_o": part.shape[0],
                 "n_i": part.shape[1],
@@ -244,18 +222,11 @@ def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], 
     }
 
 
-def _sides(manifest: Manifest, part: IndexedComponent) -> _Sides:
-    """Return the sizes of both sides where each was projected for itself; one side of all columns elsewhere."""
+def _sides(manifest: Manifest, part: IndexedComponent) -> tuple[int, int]:
+    """Return output and input size where each side was projected for itself; one side of all columns elsewhere."""
     total = part.stop - part.start
     if manifest.compression.spec == IMPORTED_SPEC or manifest.compression.scope == "model":
-        return _Sides(1, total)
+        return 1, total
     compressor = parse_spec(manifest.compression.spec).build(part.name, part.shape, manifest.seed)
     left, right = compressor.left.out_size, compressor.right.out_size
-    return _Sides(left, right) if left * right == total else _Sides(1, total)
-
-
-def _saved(content: dict[str, Any]) -> bytes:
-    stream = io.BytesIO()
-    # A view would be saved with the whole of what it looks at.
-    torch.save({name: value.clone() if isinstance(value, Tensor) else value for name, value in content.items()}, stream)
-    return stream.getvalue()
+    return (left, right) if left * right == total else (1, total)

@@ -1,15 +1,19 @@
-"""What layouts of gradients have in common: rows with their components, and files that may be broken."""
+"""What layouts of gradients have in common: rows with their components, and files that may be broken.
+
+Whatever is missing or torn raises `DataError`, and the message names the file.
+"""
 
 import hashlib
 import json
 import operator
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +24,10 @@ from vestige.data import Example, TokenizedData, data_fingerprint, repair
 from vestige.errors import DataError
 from vestige.indexes import WHOLE_MODEL, IndexedComponent, Manifest
 from vestige.parsing import parse_json
+from vestige.runs import Check, ComponentScores, Meaning, RunTables, Scores, ScoreSummary, make_run_record, write_run
 from vestige.storage import sha256_of, write_durably
 from vestige.terminal import shorten
+from vestige_recipes.commands import ImportSettings
 
 VESTIGE_KEY = "vestige"
 """Key under which our own exports keep the manifest in the metadata of a layout; other readers pass over it."""
@@ -30,29 +36,6 @@ ROWS_PER_BATCH = 16
 _LISTED = 8
 """Numbers that a message lists."""
 _STORED = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@final
-class RowReader:
-    """Reads gradients that lie in several files, by position in their order."""
-
-    def __init__(
-        self, counts: Sequence[int], load: Callable[[int, Int[np.ndarray, "row"]], Tensor], places: Sequence[slice]
-    ) -> None:
-        """Make a reader of files with `counts` rows each, of which `load` returns rows by file and position.
-
-        `places` says where the columns of each component of the index lie in the files.
-        """
-        self._ends, self._load, self._places = np.cumsum(counts), load, places
-
-    def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
-        """Return rows, ascending, in float32, columns in the order of the components."""
-        wanted = np.asarray(rows)
-        files = np.searchsorted(self._ends, wanted, side="right")
-        starts = [0, *self._ends.tolist()]
-        pieces = [self._load(file, wanted[files == file] - starts[file]) for file in np.unique(files).tolist()]
-        gradients = torch.cat(pieces).float()
-        return torch.cat([gradients[:, place] for place in self._places], dim=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,12 @@ class Published:
     dtype: str
     names: list[str]
     """One for each row, in the order of the rows: where the row lies in the files."""
-    reader: RowReader
+    counts: list[int]
+    """Rows of each file of rows."""
+    load: Callable[[int, Int[np.ndarray, "row"]], Tensor]
+    """Returns rows by file and position in it."""
+    places: list[slice]
+    """Where the columns of each component lie in the files."""
     files: list[Path]
     notes: list[str]
     """What is missing or not known, in sentences."""
@@ -74,6 +62,15 @@ class Published:
     def digest(self) -> str:
         """Return the sha256 over the content of all files, in order."""
         return hashlib.sha256("".join(sha256_of(path) for path in self.files).encode()).hexdigest()
+
+    def read(self, rows: Int[np.ndarray, "row"]) -> Float[Tensor, "row column"]:
+        """Return rows, ascending, in float32, columns in the order of the components."""
+        wanted, ends = np.asarray(rows), np.cumsum(self.counts)
+        files = np.searchsorted(ends, wanted, side="right")
+        starts = [0, *ends.tolist()]
+        pieces = [self.load(file, wanted[files == file] - starts[file]) for file in np.unique(files).tolist()]
+        gradients = torch.cat(pieces).float()
+        return torch.cat([gradients[:, place] for place in self.places], dim=1)
 
 
 def without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
@@ -90,11 +87,7 @@ def write_json(path: Path, content: Any, indent: int = 1) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        DataError: It is missing, or torn; the message names it.
-    """
+    """Return the content of a JSON file."""
     try:
         content = path.read_bytes()
         value = parse_json(content)
@@ -108,11 +101,7 @@ def read_json(path: Path) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded.
-
-    Raises:
-        DataError: It is torn, holds code, or no dictionary.
-    """
+    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
     try:
         with warnings.catch_warnings():
             # torch warns of an unusual pickle that it then refuses: the refusal is enough.
@@ -134,31 +123,19 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def field(content: Any, name: str, path: Path) -> Any:
-    """Return the value under `name`.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
+    """Return the value under `name`."""
     if not isinstance(content, dict) or name not in content:
         raise DataError(f"{path} has no `{name}`: it is not a file of this layout, or is incomplete.")
     return content[name]
 
 
 def whole_number(content: Any, name: str, path: Path) -> int:
-    """Return the whole number under `name`, from 0.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
-    return checked_number(field(content, name, path), f"`{name}`", path)
+    """Return the whole number under `name`, from 0."""
+    return check_number(field(content, name, path), f"`{name}`", path)
 
 
-def checked_number(value: Any, what: str, path: Path) -> int:
-    """Return `value` if it is a whole number from 0 that an array can have.
-
-    Raises:
-        DataError: It is none; the message names the file.
-    """
+def check_number(value: Any, what: str, path: Path) -> int:
+    """Return `value` if it is a whole number from 0 that an array can have."""
     try:
         # Of a tensor or a NumPy number too; 12.0 is one.
         number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(cast(Any, value))
@@ -170,11 +147,7 @@ def checked_number(value: Any, what: str, path: Path) -> int:
 
 
 def entries(content: Any, name: str, path: Path) -> list[Any]:
-    """Return the list under `name`, which has at least one entry.
-
-    Raises:
-        DataError: There is none; the message names the file.
-    """
+    """Return the list under `name`, which has at least one entry."""
     value = field(content, name, path)
     if not isinstance(value, list) or not value:
         raise DataError(f"{path}: `{name}` is {shorten(repr(value))}, expected a list with entries.")
@@ -182,14 +155,7 @@ def entries(content: Any, name: str, path: Path) -> list[Any]:
 
 
 def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str | None:
-    """Return a sentence with the numbers from `first` to `stop` (not included) that are not in `held`; None if all are.
-
-    Args:
-        held: The numbers that are there.
-        first: The lowest number expected.
-        stop: One more than the highest.
-        what: What is numbered, with its verb: "batches are missing".
-    """
+    """Return a sentence on the numbers from `first` to before `stop` that are not in `held`; None if all are."""
     own = sorted({number for number in held if first <= number < stop})
     count, lowest = stop - first - len(own), list[int]()
     for before, after in pairwise([first - 1, *own, stop]):
@@ -198,23 +164,15 @@ def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str |
     return f"{count:,} {what}: {listed}." if count > 0 else None
 
 
-def stored_type(dtype: torch.dtype, path: Path) -> str:
-    """Return the number format as an index names it.
-
-    Raises:
-        DataError: An index cannot hold it.
-    """
+def name_type(dtype: torch.dtype, path: Path) -> str:
+    """Return the number format as an index names it."""
     if dtype not in _STORED:
         raise DataError(f"{path} holds numbers in {dtype}, expected one of: {', '.join(map(str, _STORED))}.")
     return str(dtype).removeprefix("torch.")
 
 
-def embedded_manifest(content: Any, path: Path) -> Manifest | None:
-    """Return the manifest that our own export has left in the metadata, None if other software wrote them.
-
-    Raises:
-        DataError: It is there and does not read.
-    """
+def read_manifest(content: Any, path: Path) -> Manifest | None:
+    """Return the manifest that our own export has left in the metadata, None if other software wrote them."""
     if not isinstance(content, dict) or VESTIGE_KEY not in content:
         return None
     try:
@@ -229,15 +187,6 @@ def lay_out(
     """Return the components of the index to be, and where the columns of each lie in the files.
 
     Columns are those of the slices, whatever the order of the names; an export of ours has its own order back.
-
-    Args:
-        parts: The layers of the files with their slices.
-        width: Columns of the files.
-        made_by: The manifest of an export of ours.
-        path: The file with the slices.
-
-    Raises:
-        DataError: The slices do not cover the columns 0 to `width` once each, or are not those of the manifest.
     """
     stored = _in_column_order(parts, width, path)
     places = {part.name: slice(part.start, part.stop) for part in stored}
@@ -275,3 +224,41 @@ def layers_to_write(manifest: Manifest) -> Sequence[IndexedComponent]:
         return manifest.components
     width = manifest.width
     return [IndexedComponent(name=WHOLE_MODEL, kind="model", shape=(1, width), start=0, stop=width)]
+
+
+HELPS = "positive: a training step on the example lowers the query's loss; negative: it raises it"
+
+
+def write_imported(
+    settings: ImportSettings,
+    train: Sequence[Example],
+    queries: Sequence[Example],
+    summary: ScoreSummary,
+    meaning: Meaning,
+    reading: str,
+    *,
+    cosine: bool,
+    started: float,
+    parameters: Sequence[str] = (),
+    components: Sequence[ComponentScores] | None = None,
+) -> Scores:
+    """Write scores as a run and return it opened; `meaning` is that of products, `reading` says what is not known."""
+    texts = without_tokens(train, str(settings.data or settings.source))
+    asked = without_tokens(queries, str(settings.queries or settings.source))
+    if cosine:
+        meaning = replace(meaning, unit="cosine, from -1 to 1", normalisation="length of both gradients")
+    record = make_run_record(
+        command=settings.command_line("import"),
+        config=settings.record(),
+        method="grad-cos" if cosine else "grad-dot",
+        meaning=meaning,
+        data=texts,
+        queries=asked,
+        summary=summary,
+        seconds=time.perf_counter() - started,
+        components=list(parameters),
+        checks=[Check(name="imported", value=None, reading=reading, verdict="unknown")],
+    )
+    tables = RunTables(texts, asked, summary.ranked, generated=[False] * len(queries), components=components)
+    write_run(settings.out, record, tables, overwrite=settings.overwrite)
+    return Scores.open(settings.out)

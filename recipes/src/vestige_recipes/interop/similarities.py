@@ -7,9 +7,9 @@ products `paraphrased_dot_products` and `original_dot_products` `{id: {parameter
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +18,33 @@ from jaxtyping import Bool
 from vestige.data import Example, load_examples, load_queries
 from vestige.errors import DataError, SpecError
 from vestige.evaluate import ComponentProducts
-from vestige.runs import ComponentScores, RankedScore, ScoreBlock, ScoreCollector, Scores, ScoreSummary, check_target
-from vestige_recipes.interop.command import ImportSettings
-from vestige_recipes.interop.imported_runs import Wording, write_imported
-from vestige_recipes.interop.published import read_json, write_json
+from vestige.runs import (
+    ComponentScores,
+    Meaning,
+    RankedScore,
+    ScoreBlock,
+    ScoreCollector,
+    Scores,
+    ScoreSummary,
+    check_target,
+)
+from vestige_recipes.commands import ImportSettings
+from vestige_recipes.interop.published import HELPS, read_json, write_imported, write_json
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
 _PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
-FROM_FILES = Wording(
+FROM_FILES = Meaning(
+    sign=HELPS,
+    target="this model",
+    normalisation="none",
     unit="inner product of the gradients",
     estimates="How well the gradients of query and example agree, as the published files say.",
     cost="Reading the files.",
     limits="Only the candidates in the files were scored; those of random projections are as published.",
-    reading="The scores were computed by other software and taken over as they are. Only the listed candidates of a "
-    "query were scored, so percentiles are among them.",
+)
+_READING = (
+    "The scores were computed by other software and taken over as they are. Only the listed candidates of a "
+    "query were scored, so percentiles are among them."
 )
 
 
@@ -44,12 +57,7 @@ class _Similarities(NamedTuple):
 
 
 def import_similarities(settings: ImportSettings) -> Scores:
-    """Return similarities as a run in `out`; equal scores keep the order in which the file lists them.
-
-    Raises:
-        DataError: A file is missing, torn, or not of this layout.
-        NonFinite: A similarity is NaN or infinite.
-    """
+    """Return similarities as a run in `out`; equal scores keep the order in which the file lists them."""
     started = time.perf_counter()
     check_target(settings.out, overwrite=settings.overwrite)
     if settings.against is not None:
@@ -58,18 +66,16 @@ def import_similarities(settings: ImportSettings) -> Scores:
     if not found.scores or not all(found.scores.values()):
         raise DataError(f"{settings.source} holds no similarities, or a query without candidates.")
     ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
-    train = _texts(
-        list(ids),
-        load_examples(settings.data, on_bad_text=settings.on_bad_text) if settings.data is not None else None,
-        "--data",
-    )
-    queries = _texts(
-        list(found.scores),
-        None
-        if settings.queries is None
-        else load_queries(settings.queries, may_be_prompts=False, on_bad_text=settings.on_bad_text),
-        "--queries",
-    )
+    bad_text = settings.on_bad_text
+    train, queries = _stand_ins(list(ids)), _stand_ins(list(found.scores))
+    if settings.data is not None:
+        train = load_examples(settings.data, on_bad_text=bad_text)
+        _require_ids(ids, train, "--data")
+    if settings.queries is not None:
+        given = load_queries(settings.queries, may_be_prompts=False, on_bad_text=bad_text)
+        _require_ids(found.scores, given, "--queries")
+        by_id = {example.id: example for example in given}
+        queries = [by_id[name] for name in found.scores]
     rows = {example.id: example.row for example in train}
     ranked, distribution = [], []
     for number, candidates in enumerate(found.scores.values()):
@@ -82,20 +88,23 @@ def import_similarities(settings: ImportSettings) -> Scores:
         ranked += [entry._replace(query=number, row=places[entry.row]) for entry in summary.ranked]
     summary = ScoreSummary(ranked, distribution, [[] for _ in queries], None)
     split = {} if found.parts is None else _split(found.parts, ranked, train)
-    return write_imported(settings, train, queries, summary, FROM_FILES, cosine=found.cosine, started=started, **split)
+    return write_imported(
+        settings, train, queries, summary, FROM_FILES, _READING, cosine=found.cosine, started=started, **split
+    )
 
 
 def _read(settings: ImportSettings) -> _Similarities:
     source = settings.source
     if source.is_file():
-        return _Similarities(_checked(_one_dimension(read_json(source), settings), source), cosine=True)
+        return _Similarities(_check_scores(_one_dimension(read_json(source), settings), source), True)
     paths = [path for path in sorted(source.glob("*_part_*.json")) if not path.name.startswith(_PRODUCTS)]
     if not paths:
         return _products(source)
-    return _Similarities(_joined(paths, lambda path: _checked(_one_dimension(read_json(path), settings), path)), True)
+    scores = _join_files(paths, lambda path: _check_scores(_one_dimension(read_json(path), settings), path))
+    return _Similarities(scores, True)
 
 
-def _joined(paths: list[Path], read: Callable[[Path], dict[str, Any]], *, shared: bool = False) -> dict[str, Any]:
+def _join_files(paths: list[Path], read: Callable[[Path], dict[str, Any]], *, shared: bool = False) -> dict[str, Any]:
     """Return the union of partitions, which may hold the same keys only where they are `shared`."""
     joined: dict[str, Any] = {}
     for path in paths:
@@ -130,7 +139,7 @@ def _one_dimension(content: Any, settings: ImportSettings) -> Any:
     return content[wanted]
 
 
-def _checked(content: Any, path: Path) -> dict[str, dict[str, float]]:
+def _check_scores(content: Any, path: Path) -> dict[str, dict[str, float]]:
     """Return `content` if it is `{query: {example: number}}`."""
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no object. Expected {{query: {{example: similarity}}}}.")
@@ -151,7 +160,7 @@ def _partitions(folder: Path, stem: str) -> dict[str, Any] | None:
     """
     paths = [path for path in (folder / f"{stem}.json", folder / stem) if path.is_file()]
     paths = paths[:1] or sorted(folder.glob(f"{stem}_part_*.json"))
-    return _joined(paths, _objects, shared=stem == EXAMPLE_DOTS) if paths else None
+    return _join_files(paths, _objects, shared=stem == EXAMPLE_DOTS) if paths else None
 
 
 def _objects(path: Path) -> dict[str, Any]:
@@ -168,15 +177,15 @@ def _products(folder: Path) -> _Similarities:
         raise DataError(f"{folder} holds no {DOTS}.json. Give a JSON file with similarities, or the folder of one.")
     for query, candidates in parts.items():
         for products in candidates.values():
-            _checked({query: products}, folder / DOTS)
+            _check_scores({query: products}, folder / DOTS)
     of_queries, of_examples = _partitions(folder, QUERY_DOTS), _partitions(folder, EXAMPLE_DOTS)
     cosine = of_queries is not None and of_examples is not None
     if cosine:
-        query_lengths = _Lengths(of_queries, folder / QUERY_DOTS)
-        example_lengths = _Lengths(of_examples, folder / EXAMPLE_DOTS)
+        query_length = _length_reader(of_queries, folder / QUERY_DOTS)
+        example_length = _length_reader(of_examples, folder / EXAMPLE_DOTS)
         for query, found in parts.items():
             for example, dots in found.items():
-                length = query_lengths.of(query) * example_lengths.of(example)
+                length = query_length(query) * example_length(example)
                 found[example] = {part: dot / length for part, dot in dots.items()}
     scores = {
         query: {example: math.fsum(dots.values()) for example, dots in found.items()} for query, found in parts.items()
@@ -184,35 +193,27 @@ def _products(folder: Path) -> _Similarities:
     return _Similarities(scores, cosine, parts)
 
 
-@final
-class _Lengths:
-    """Lengths of gradients, from their products with themselves in the file at `path`."""
+def _length_reader(dots: Any, path: Path) -> Callable[[str], float]:
+    """Return a function from ids to lengths of gradients, from their products with themselves in the file at `path`."""
+    known = {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in _check_scores(dots, path).items()}
 
-    def __init__(self, dots: Any, path: Path) -> None:
-        found = _checked(dots, path)
-        self._path = path
-        self._known = {name: math.sqrt(max(math.fsum(parts.values()), 0.0)) for name, parts in found.items()}
+    def length(name: str) -> float:
+        if known.get(name, 0.0) <= 0:
+            raise DataError(f"{path} has no self-product of {name} above 0, so no cosine can be formed.")
+        return known[name]
 
-    def of(self, name: str) -> float:
-        """Return the length of the gradient of this id."""
-        length = self._known.get(name, 0.0)
-        if length <= 0:
-            raise DataError(f"{self._path} has no self-product of {name} above 0, so no cosine can be formed.")
-        return length
+    return length
 
 
-def _texts(ids: list[str], given: list[Example] | None, flag: str) -> list[Example]:
-    """Return an example for every id: the one given with that id, or an empty one."""
-    if given is None:
-        return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
+def _stand_ins(ids: list[str]) -> list[Example]:
+    return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
+
+
+def _require_ids(ids: Iterable[str], given: list[Example], flag: str) -> None:
     known = {example.id for example in given}
     if unknown := [name for name in ids if name not in known]:
         listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(f"{flag} has no `id` {listed}, which the similarities speak of. Give data with these ids.")
-    if flag == "--data":
-        return given
-    by_id = {example.id: example for example in given}
-    return [by_id[name] for name in ids]
 
 
 def _split(
@@ -229,11 +230,7 @@ def _split(
 
 
 def write_similarities(scores: Scores, out: Path) -> list[Path]:
-    """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first.
-
-    Raises:
-        SpecError: A query lists two examples with one id, which similarities cannot distinguish.
-    """
+    """Write `similarities.json`: the listed scores as `{query: {example: score}}`, highest first."""
     content: dict[str, dict[str, float]] = {}
     for query in scores.queries:
         listed: dict[int, tuple[str, float]] = {}
@@ -269,7 +266,12 @@ def published_products(folder: Path | str, parameters: Mapping[str, int] | None 
     Raises:
         DataError: A file is missing, torn or not of this layout, or the files do not belong together.
     """
-    pairs, of_queries, of_examples = (_required(Path(folder), stem) for stem in _PRODUCTS)
+    found = {stem: _partitions(Path(folder), stem) for stem in _PRODUCTS}
+    for stem in (stem for stem in _PRODUCTS if found[stem] is None):
+        raise DataError(
+            f"{folder} holds no {stem}.json. Expected {DOTS}, {QUERY_DOTS} and {EXAMPLE_DOTS} beside each other."
+        )
+    pairs, of_queries, of_examples = (found[stem] or {} for stem in _PRODUCTS)
     names = tuple(dict.fromkeys(name for found in of_queries.values() for name in found))
     queries = tuple(pairs)
     examples = tuple(dict.fromkeys(name for found in pairs.values() for name in found))
@@ -294,15 +296,6 @@ def published_products(folder: Path | str, parameters: Mapping[str, int] | None 
     return PublishedProducts(
         ComponentProducts(names, sizes, values, sides[0], sides[1], rows), right, queries, examples
     )
-
-
-def _required(folder: Path, stem: str) -> dict[str, Any]:
-    joined = _partitions(folder, stem)
-    if joined is None:
-        raise DataError(
-            f"{folder} holds no {stem}.json. Expected {DOTS}, {QUERY_DOTS} and {EXAMPLE_DOTS} beside each other."
-        )
-    return joined
 
 
 def _number(dots: Any, name: str, folder: Path | str) -> float:

@@ -1,7 +1,6 @@
 """Ground truth made by other software, read as a bank: dattri's folders, GraSS's, and tables of subsets and losses."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,23 +33,20 @@ def _dattri(path: Path, measure: Measure | None, examples: int | None) -> Bank:
             f"{path} holds dattri's models and no losses. Give Bank.open(..., measure=function), which turns the "
             "state of a model into the losses of the queries."
         )
-    # The map holds the paths of the computer where it was made: only the last part says something here.
-    places = [(int(number), path / Path(str(folder)).name) for number, folder in sorted(folders.items())]
-    rows = list(_dattri_rows(places, runs, measure))
-    return _bank("dattri", "query_loss", rows, examples or metadata.get("data_length"))
-
-
-def _dattri_rows(places: list[tuple[int, Path]], runs: int, measure: Measure) -> Iterator[_Row]:
     import torch
 
-    for place, (_, folder) in enumerate(places):
-        rows = _integers(folder / "indices.txt")
+    rows = []
+    for place, (_, folder) in enumerate(sorted(folders.items())):
+        # The map holds the paths of the computer where it was made: only the last part says something here.
+        here = path / Path(str(folder)).name
+        members = _integers(here / "indices.txt")
         for seed in range(runs):
-            weights = folder / f"model_weights_{seed}.pt"
+            weights = here / f"model_weights_{seed}.pt"
             if not weights.is_file():
                 raise DataError(f"{weights} is missing: the metadata promises {runs} runs of each subset.")
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            yield _Row(place, seed, rows, np.asarray(measure(state), dtype=np.float64))
+            rows.append(_Row(place, seed, members, np.asarray(measure(state), dtype=np.float64)))
+    return _bank("dattri", "query_loss", rows, examples or metadata.get("data_length"))
 
 
 def _grass(path: Path, _: Measure | None, examples: int | None) -> Bank:
@@ -58,10 +54,8 @@ def _grass(path: Path, _: Measure | None, examples: int | None) -> Bank:
 
     margins = torch.load(path / "gt.pt", map_location="cpu", weights_only=True).double().numpy()
     margins = margins.reshape(len(margins), -1)
-    folders = [path / str(number) for number in range(len(margins))]
-    rows = [
-        _Row(number, 0, _integers(folder / "train_index.csv"), margins[number]) for number, folder in enumerate(folders)
-    ]
+    files = [path / str(number) / "train_index.csv" for number in range(len(margins))]
+    rows = [_Row(number, 0, _integers(file), margins[number]) for number, file in enumerate(files)]
     return _bank("grass", "query_margin", rows, examples)
 
 

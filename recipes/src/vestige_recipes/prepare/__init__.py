@@ -11,5 +11,8 @@ from vestige_recipes.prepare.choice_prompts import choices_of as choices_of, mul
 from vestige_recipes.prepare.cleaning import clean as clean
 from vestige_recipes.prepare.generation import generate as generate
 from vestige_recipes.prepare.paraphrasing import paraphrase as paraphrase
-from vestige_recipes.prepare.replies import PROBLEMS as PROBLEMS, problem_of as problem_of
-from vestige_recipes.prepare.rules import paraphrase_by_rules as paraphrase_by_rules
+from vestige_recipes.prepare.replies import (
+    PROBLEMS as PROBLEMS,
+    paraphrase_by_rules as paraphrase_by_rules,
+    problem_of as problem_of,
+)

@@ -26,31 +26,21 @@ from vestige.progress import announce
 from vestige.settings import with_settings
 from vestige.storage import write_durably
 from vestige.terminal import shorten
-from vestige_recipes.data_commands import CandidatesSettings
+from vestige_recipes.commands import CandidatesSettings
 
 KIND, TABLE = "candidates", "candidates.parquet"
-_SCHEMA = pa.schema(
-    {
-        "query_id": pa.string(),
-        "rank": pa.int64(),
-        "example_id": pa.string(),
-        "row": pa.int64(),
-        "score": pa.float64(),
-        "original": pa.bool_(),
-    }
-)
+_COLUMNS = ("query_id", "rank", "example_id", "row", "score", "original")
+_TYPES = (pa.string(), pa.int64(), pa.string(), pa.int64(), pa.float64(), pa.bool_())
+_SCHEMA = pa.schema(list(zip(_COLUMNS, _TYPES, strict=True)))
 _ROWS_AT_ONCE = 2**16
 BLOCK_SCORES = 2**22
 """Scores held at once, over all training examples."""
-
-Words = Callable[[str], list[str]]
 
 
 class Candidate(NamedTuple):
     """A training example among the candidates of a query."""
 
     row: int
-    """In the training data."""
     id: str
     score: float
     """BM25 of its prompt with the query's."""
@@ -60,7 +50,6 @@ class Candidates(NamedTuple):
     """The candidates of a query, best first."""
 
     query: str
-    """The query's id."""
     listed: tuple[Candidate, ...]
     left_out_ties: int
     """Training examples that are not listed though they score as much as the last one listed (before forcing)."""
@@ -69,7 +58,6 @@ class Candidates(NamedTuple):
     original_rank: int | None
     """Its rank among all training examples, from 1; examples of equal score rank in the order of the data."""
     original_ties: int
-    """Other training examples with its score."""
     forced: bool
     """Whether it took the last place because it had not earned one."""
 
@@ -134,21 +122,14 @@ def candidates(settings: CandidatesSettings) -> Prepared:
 def _table(found: Sequence[Candidates]) -> memoryview:
     """Return the file with a line for each pair, of which a block at a time is held as Python values."""
     lines = (
-        {
-            "query_id": one.query,
-            "rank": rank,
-            "example_id": each.id,
-            "row": each.row,
-            "score": each.score,
-            "original": one.original is not None and each.row == one.original.row,
-        }
+        (one.query, rank, each.id, each.row, each.score, one.original is not None and each.row == one.original.row)
         for one in found
         for rank, each in enumerate(one.listed, 1)
     )
     sink = pa.BufferOutputStream()
     with parquet.ParquetWriter(sink, _SCHEMA) as writer:
         while block := list(islice(lines, _ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(block, schema=_SCHEMA))
+            writer.write_table(pa.table(list(zip(*block, strict=True)), schema=_SCHEMA))
     return memoryview(sink.getvalue())
 
 
@@ -177,9 +158,8 @@ def find_candidates(
     training: Sequence[Example],
     *,
     k: int | None = 5,
-    originals: Mapping[str, str] | None = None,
     force_original: bool = False,
-    words: Words | None = None,
+    words: Callable[[str], list[str]] | None = None,
     variant: Bm25Variant = "okapi",
     truth: str = "original_id",
 ) -> list[Candidates]:
@@ -193,13 +173,12 @@ def find_candidates(
         queries: Prompts, such as paraphrases or a model's answers to them.
         training: What to choose from.
         k: Candidates of each query; None is all of the training data.
-        originals: From ids of queries to ids of training examples. Not given: what `truth` names, else the training
-            example with the query's own id, if there is one.
         force_original: Put the original into the last place when it is not listed (what the published study does).
         words: From a prompt to its words. Not given: of Okapi's form what stands between blanks, as published; of
             Lucene's runs of letters and digits, case-folded, as the method `bm25` has it.
         variant: The form of BM25.
-        truth: Column of the queries that holds the id of the original, or several.
+        truth: Column of the queries that holds the id of the original, or several; of a query that has none, the
+            original is the training example with its own id, if there is one.
 
     Returns:
         One entry for each query, in their order. Examples of equal score are in the order of the training data.
@@ -211,7 +190,7 @@ def find_candidates(
         raise DataError(f"k={k}: give a number of candidates above 0, or None for all of the training data.")
     words = words or (str.split if variant == "okapi" else words_of)
     row_by_id = {example.id: row for row, example in enumerate(training)}
-    truths = [_originals(query, row_by_id, originals, truth) for query in queries]
+    truths = [_originals(query, row_by_id, truth) for query in queries]
     asked = [words(prompt_of(query)) for query in queries]
     index = LexicalIndex(asked, (words(prompt_of(example)) for example in training), variant)
     return [
@@ -239,14 +218,12 @@ def _by_query(index: LexicalIndex, queries: int) -> Iterator[Float[np.ndarray, "
         yield from np.ascontiguousarray(index.scores(queries=slice(start, start + step)).T)
 
 
-def _originals(
-    query: Example, row_by_id: Mapping[str, int], originals: Mapping[str, str] | None, truth: str
-) -> list[int]:
+def _originals(query: Example, row_by_id: Mapping[str, int], truth: str) -> list[int]:
     """Return the rows of the training examples that the query was made from."""
-    given: Any = originals.get(query.id) if originals is not None else query.extra.get(truth)
-    if given is None and originals is None and query.id in row_by_id:
-        given = query.id
-    names = list(given) if isinstance(given, list | tuple | np.ndarray) else [] if given is None else [given]
+    given: Any = query.extra.get(truth)
+    if given is None:
+        return [row_by_id[query.id]] if query.id in row_by_id else []
+    names = given if isinstance(given, list | tuple | np.ndarray) else [given]
     for name in map(str, names):
         if name not in row_by_id:
             raise DataError(

@@ -13,7 +13,7 @@ from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import MultipleChoiceSettings
+from vestige_recipes.commands import MultipleChoiceSettings
 
 KIND = "multiple-choice"
 OPTIONS = "\n\nOPTIONS:\n"
@@ -212,14 +212,7 @@ def _prompt(found: Choices, draw: np.random.Generator) -> tuple[str, tuple[str, 
 
 
 def _cut_to_fit(rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int) -> int:
-    """Cut the first words of prompts that are longer than `max_length` with their answer; return how many were cut.
-
-    A cut at the end of a text would take off the answer, which is all that there is to learn. Here options and answer
-    stay whole, and as few words go as have to.
-
-    Raises:
-        DataError: Options and answer alone are longer.
-    """
+    """Cut as few first words as have to go of prompts that are too long with their answer; return how many were cut."""
     encoder = Encoder(tokenizer, max_length=None, name="prompts", chat=False, prompts=True)
     too_long = [row for row, length in zip(rows, _lengths(rows, encoder), strict=True) if length > max_length]
     impossible = []
@@ -240,24 +233,22 @@ def _cut_to_fit(rows: Sequence[dict[str, Any]], tokenizer: Any, max_length: int)
 
 
 def _begin_that_fits(row: Mapping[str, Any], encoder: Encoder, max_length: int) -> int | None:
-    """Return where the longest prompt that fits begins; None if not even the options fit.
+    """Return where the longest prompt that fits begins; None if not even the options fit."""
 
-    Tokens at a cut may be others than before it, so every cut that is chosen was tried.
-    """
+    def fits(begin: int) -> bool:
+        # Tokens at a cut may be others than before it, so every cut that is chosen was tried.
+        return _lengths([{**row, "prompt": prompt[begin:]}], encoder)[0] <= max_length
+
     prompt = row["prompt"]
     end = prompt.rindex(OPTIONS)
     starts = [*(match.start() for match in _WORD.finditer(prompt[:end])), end]
     low, high = 0, len(starts) - 1
-    if not _fits(row, starts[high], encoder, max_length):
+    if not fits(starts[high]):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _fits(row, starts[middle], encoder, max_length) else (middle, high)
+        low, high = (low, middle) if fits(starts[middle]) else (middle, high)
     return starts[high]
-
-
-def _fits(row: Mapping[str, Any], begin: int, encoder: Encoder, max_length: int) -> bool:
-    return _lengths([{**row, "prompt": row["prompt"][begin:]}], encoder)[0] <= max_length
 
 
 def _lengths(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> list[int]:

@@ -4,9 +4,9 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -18,30 +18,15 @@ from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_ro
 from vestige.progress import progress
 from vestige.runs import Audit, is_audit
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import CleanSettings
+from vestige_recipes.commands import CleanSettings
 
+Flags = dict[str, dict[str, Any]]
+"""By id of an example: the columns that say why it is flagged."""
 KIND = "clean"
 SHINGLE_WORDS = 3
 """Words of a shingle; a shorter text is one shingle."""
 _ROUNDING = 1e-9
 """0.7 times 10 is 7, and not a little more."""
-
-
-class Flag(NamedTuple):
-    """Why an example is flagged."""
-
-    rule: str
-    value: float | None
-    rank: int | None
-
-
-class Copy(NamedTuple):
-    """A text that goes because another stays."""
-
-    kept: int
-    """The row that stays."""
-    similarity: float
-    """Jaccard's index with the text that it was found by."""
 
 
 @with_settings(CleanSettings)
@@ -57,7 +42,7 @@ def clean(settings: CleanSettings) -> Prepared:
     """
     examples = read_rows(settings)
     flags = _read_flags(settings, examples)
-    fingerprint = _fingerprint(examples, flags)
+    fingerprint = hashlib.sha256(f"{fingerprint_of(examples)}:{sorted(flags)!r}".encode()).hexdigest()
     check_same_result(settings, KIND, fingerprint, frozenset())
     kept, removed = _apply(examples, flags, settings)
     present = sum(example.id in flags for example in examples)
@@ -67,13 +52,8 @@ def clean(settings: CleanSettings) -> Prepared:
     return write_prepared(settings, KIND, kept, fingerprint=fingerprint, flagged=removed, notes=notes)
 
 
-def _read_flags(settings: CleanSettings, examples: Sequence[Example]) -> dict[str, Flag]:
-    """Return the flagged examples by id, with their reasons.
-
-    Raises:
-        DataError: There is no list, or it names rows that the data do not have.
-        SpecError: A rule was given where the list has flags of its own, or none where it has not.
-    """
+def _read_flags(settings: CleanSettings, examples: Sequence[Example]) -> Flags:
+    """Return the flagged examples by id, with their reasons."""
     path = settings.flagged
     ruled = [name for name in ("measure", "threshold", "quantile") if getattr(settings, name) is not None]
     ids = [example.id for example in examples]
@@ -92,13 +72,17 @@ def _read_flags(settings: CleanSettings, examples: Sequence[Example]) -> dict[st
     }
 
 
-def _flag(entry: RowEntry, path: Path) -> Flag:
+def _flag(entry: RowEntry, path: Path) -> dict[str, Any]:
     about = entry.about
     rule = about.get("rule") or about.get("problem") or ("flagged" if "flagged" in about else f"named in {path.name}")
-    return Flag(str(rule), about.get("value", about.get("score")), about.get("rank"))
+    return _reason(str(rule), about.get("value", about.get("score")), about.get("rank"))
 
 
-def _of_audit(settings: CleanSettings) -> dict[str, Flag]:
+def _reason(rule: str, value: float | None, rank: int | None) -> dict[str, Any]:
+    return {"problem": rule, "risk_value": value, "risk_rank": rank}
+
+
+def _of_audit(settings: CleanSettings) -> Flags:
     """Return examples that stand out in an audit by a threshold or as a share of all."""
     audit = Audit.open(settings.flagged)
     if settings.threshold is None and settings.quantile is None:
@@ -116,11 +100,11 @@ def _of_audit(settings: CleanSettings) -> dict[str, Flag]:
         assert settings.quantile is not None
         chosen = order[: int(np.ceil(settings.quantile * len(order)))]
         rule = f"the {settings.quantile:.4g} of the examples that stand out most by {measure}"
-    return {ids[row]: Flag(rule, float(values[row]), rank) for rank, row in enumerate(chosen, 1)}
+    return {ids[row]: _reason(rule, float(values[row]), rank) for rank, row in enumerate(chosen, 1)}
 
 
 def _apply(
-    examples: Sequence[Example], flags: Mapping[str, Flag], settings: CleanSettings
+    examples: Sequence[Example], flags: Flags, settings: CleanSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows that stay, and rows that were taken out, each with its reason."""
     if settings.action == "weight":
@@ -132,25 +116,23 @@ def _apply(
     copies = _copies(examples, flags, settings.near) if settings.action == "deduplicate" else None
     kept, removed = [], []
     for example in examples:
-        gone = example.id in flags if copies is None else example.id in copies
-        if not gone:
-            kept.append(row_of(example))
+        row = row_of(example)
+        if example.id not in (flags if copies is None else copies):
+            kept.append(row)
             continue
-        flag = flags.get(example.id)
-        reason = {"problem": flag.rule, "risk_value": flag.value, "risk_rank": flag.rank} if flag else {}
-        reason |= {} if copies is None else {"problem": "copy of a flagged text", **copies[example.id]}
-        removed.append(row_of(example) | reason)
+        row |= flags.get(example.id, {})
+        removed.append(row if copies is None else row | {"problem": "copy of a flagged text", **copies[example.id]})
     return kept, removed
 
 
-def _copies(examples: Sequence[Example], flags: Mapping[str, Flag], near: float | None) -> dict[str, dict[str, Any]]:
+def _copies(examples: Sequence[Example], flags: Flags, near: float | None) -> dict[str, dict[str, Any]]:
     """Return ids to take out, with the first of equal or near texts, which stays where one of them is flagged."""
     if near is not None:
         rows = [row for row, example in enumerate(examples) if example.id in flags]
         found = near_copies([example.passages for example in examples], rows, near)
         return {
-            examples[row].id: {"copy_of": examples[copy.kept].id, "similar": round(copy.similarity, 4)}
-            for row, copy in found.items()
+            examples[row].id: {"copy_of": examples[kept].id, "similar": round(similarity, 4)}
+            for row, (kept, similarity) in found.items()
         }
     groups: dict[str, list[str]] = {}
     for example in examples:
@@ -159,21 +141,18 @@ def _copies(examples: Sequence[Example], flags: Mapping[str, Flag], near: float 
     return {name: {"copy_of": group[0]} for group in flagged for name in group[1:]}
 
 
-def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: float) -> dict[int, Copy]:
-    """Return rows to take out: all but the first of every group of texts that are connected through flagged ones.
+def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: float) -> dict[int, tuple[int, float]]:
+    """Return rows to take out, all but the first of every group of texts that are connected through flagged ones.
+
+    Of each: the row that stays, and Jaccard's index with the most similar text that it was compared with.
 
         similarity = |A and B| / |A or B|, A and B being the sets of word triples of the two texts
 
     Every text is compared exactly with every flagged one that can be so similar: two texts are not unless the rarest
     triples of one, as many as it may lack, hold one of the other's (Chaudhuri et al. 2006, prefix filtering). Two texts
     of which neither is flagged are never compared. Case, spaces and punctuation do not count.
-
-    Args:
-        texts: Of all rows; a row may have several, and no triple goes from one to the next.
-        flagged: The rows that are flagged.
-        least: Similarity from which on a text is a copy, above 0 and at most 1.
     """
-    of_flagged = {row: _shingles(texts[row]) for row in flagged}
+    of_flagged = {row: shingles(texts[row]) for row in flagged}
     common = Counter(shingle for found in of_flagged.values() for shingle in found)
 
     def rarest(own: set[str]) -> list[str]:
@@ -188,7 +167,7 @@ def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: f
     best: dict[int, float] = {}
     with progress(len(texts), "Comparing", "rows") as bar:
         for row, several in enumerate(texts):
-            own = of_flagged[row] if row in of_flagged else _shingles(several)
+            own = of_flagged[row] if row in of_flagged else shingles(several)
             for other in {held for shingle in rarest(own) for held in holders.get(shingle, ())} - {row}:
                 similarity = len(own & of_flagged[other]) / len(own | of_flagged[other])
                 if similarity >= least:
@@ -196,32 +175,22 @@ def near_copies(texts: Sequence[Sequence[str]], flagged: Sequence[int], least: f
                     best[row] = max(best.get(row, 0.0), similarity)
                     best[other] = max(best.get(other, 0.0), similarity)
             bar.advance(1)
-    first = _first_of_group(pairs, len(texts))
-    return {row: Copy(int(first[row]), best[row]) for row in sorted(best) if first[row] != row}
-
-
-def _first_of_group(pairs: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
-    """Return for each row the first of the rows that it is connected with by pairs, or itself."""
     ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(rows, rows))
+    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(texts), len(texts)))
     _, group = connected_components(graph, directed=False)
-    return np.unique(group, return_index=True)[1][group]
+    first = np.unique(group, return_index=True)[1][group]
+    return {row: (int(first[row]), best[row]) for row in sorted(best) if first[row] != row}
 
 
-def shingles(text: str) -> set[str]:
-    """Return the word triples of a text, without differences in case, spaces and punctuation."""
-    words = _normal(text).split()
-    return {" ".join(words[place : place + SHINGLE_WORDS]) for place in range(max(len(words) - SHINGLE_WORDS + 1, 1))}
-
-
-def _shingles(texts: Sequence[str]) -> set[str]:
-    return set().union(*map(shingles, texts))
+def shingles(texts: Sequence[str]) -> set[str]:
+    """Return the word triples of texts, without differences in case, spaces and punctuation."""
+    found: set[str] = set()
+    for words in (_normal(text).split() for text in texts):
+        places = range(max(len(words) - SHINGLE_WORDS + 1, 1))
+        found |= {" ".join(words[place : place + SHINGLE_WORDS]) for place in places}
+    return found
 
 
 def _normal(text: str) -> str:
     """Return the text without differences in case, spaces and punctuation."""
     return re.sub(r"\W+", " ", text.casefold()).strip()
-
-
-def _fingerprint(examples: Sequence[Example], flags: Mapping[str, Flag]) -> str:
-    return hashlib.sha256(f"{fingerprint_of(examples)}:{sorted(flags)!r}".encode()).hexdigest()

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from threading import Event, Lock
@@ -19,7 +19,7 @@ from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.parsing import parse_json
 from vestige.progress import Progress, announce, format_seconds, progress
 from vestige.terminal import shorten
-from vestige_recipes.data_commands import ParaphraseSettings
+from vestige_recipes.commands import ParaphraseSettings
 from vestige_recipes.prepare.replies import Finish, Keep, Reply, Request
 
 DEFAULT_ADDRESS = "https://api.openai.com/v1"
@@ -84,9 +84,18 @@ class Endpoint:
 
     def __init__(self, settings: ParaphraseSettings) -> None:
         self._settings = settings
-        self._address = _checked_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
+        self._address = _check_address(os.environ.get("OPENAI_BASE_URL") or DEFAULT_ADDRESS)
         self.address = _without_secrets(self._address)
         """As it is shown and recorded."""
+        self.identity: Mapping[str, Any] = {
+            "paraphraser": "endpoint",
+            "address": self.address,
+            "model": settings.api_model,
+            "instruction": settings.instruction,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "max_new_tokens": settings.max_new_tokens,
+        }
         self.sent = 0
         self.failed: Counter[str] = Counter()
         self.maybe_billed = 0
@@ -98,28 +107,10 @@ class Endpoint:
         self._in_a_row = 0
         self._given_up: dict[str, str] = {}
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Return address, model, instruction and the numbers that are sent along."""
-        given = self._settings
-        return {
-            "paraphraser": "endpoint",
-            "address": self.address,
-            "model": given.api_model,
-            "instruction": given.instruction,
-            "temperature": given.temperature,
-            "seed": given.seed,
-            "max_new_tokens": given.max_new_tokens,
-        }
-
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:
         """Answer every request.
 
         Replies that are under way when Ctrl-C is pressed are waited for, since they are paid for.
-
-        Raises:
-            MissingExtra: The `openai` package is not installed.
-            UserError: There is no key, the endpoint refuses, or requests failed as often as they may.
         """
         if not requests:
             return
@@ -142,7 +133,12 @@ class Endpoint:
             if not future.cancelled():
                 future.result()
         if self._given_up:
-            raise self._unanswered_error(len(requests))
+            text, reason = next(iter(self._given_up.items()))
+            raise UserError(
+                f"{len(self._given_up):,} of {len(requests):,} texts got no reply in {self._settings.retries + 1} "
+                f"attempts each, such as {text[:60]!r} ({reason}). The other replies are kept: run the same command "
+                "again to ask for these alone, with more --retries or fewer at a time (--concurrency)."
+            )
 
     def _answer(self, client: Any, request: Request, keep: Keep, counter: Progress) -> None:
         reason = ""
@@ -201,7 +197,7 @@ class Endpoint:
         if code in _OF_THIS_TEXT:
             return Reply(text="", finish=_OF_THIS_TEXT[code])
         if (status in _PASSING or status >= 500) and code not in _NEVER_PASSING:
-            raise Again(f"status {status}", asked_wait(error.response.headers))
+            raise Again(f"status {status}", read_wait(error.response.headers))
         advice = {
             401: "Check OPENAI_API_KEY.",
             403: "Check what the key may do.",
@@ -217,7 +213,13 @@ class Endpoint:
         parts = urlsplit(self._address)
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        return _without_keys(shorten(message, 500), (os.environ.get("OPENAI_API_KEY") or "", password, basic))
+        message = shorten(message, 500)
+        for secret in (os.environ.get("OPENAI_API_KEY") or "", password, basic):
+            if secret.strip(":"):
+                message = message.replace(secret, "***")
+        # And what looks like a secret behind Bearer, Basic or sk-.
+        message = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",;]+", r"\1 ***", message)
+        return re.sub(r"\bsk-[\w*-]+", "sk-***", message)
 
     def _give_up(self, request: Request, reason: str) -> None:
         """Leave a text without a reply; several in a row mean that the endpoint is down."""
@@ -231,21 +233,9 @@ class Endpoint:
                 f"times each ({reason}). Replies so far are kept: run the same command again to go on."
             )
 
-    def _unanswered_error(self, total: int) -> UserError:
-        text, reason = next(iter(self._given_up.items()))
-        return UserError(
-            f"{len(self._given_up):,} of {total:,} texts got no reply in {self._settings.retries + 1} attempts each, "
-            f"such as {text[:60]!r} ({reason}). The other replies are kept: run the same command again to ask for "
-            "these alone, with more --retries or fewer at a time (--concurrency)."
-        )
-
 
 def read_reply(text: str) -> Reply:
-    """Return the reply in the body of an answer.
-
-    Raises:
-        Again: It is broken, or not what was announced.
-    """
+    """Return the reply in the body of an answer."""
     try:
         body = parse_json(text)
         choice, usage = body["choices"][0], body.get("usage") or {}
@@ -262,7 +252,7 @@ def read_reply(text: str) -> Reply:
         raise Again("broken reply", maybe_billed=True) from None
 
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
+def read_wait(headers: Mapping[str, str]) -> float | None:
     """Return the seconds in a Retry-After header, which may also hold a date; None if none can be read."""
     milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
@@ -284,12 +274,8 @@ def _code_of(body: Any) -> str:
     return next((each for each in found if isinstance(each, str)), "")
 
 
-def _checked_address(address: str) -> str:
-    """Return the address of an endpoint, to which a path is appended.
-
-    Raises:
-        SpecError: It is none, or holds a query, behind which a path would be lost.
-    """
+def _check_address(address: str) -> str:
+    """Return the address of an endpoint, to which a path is appended."""
     try:
         parts = urlsplit(address.strip().rstrip("/"))
         _ = parts.port
@@ -305,15 +291,6 @@ def _checked_address(address: str) -> str:
             f"{_without_secrets(address)}, and give a key as OPENAI_API_KEY."
         )
     return urlunsplit(parts)
-
-
-def _without_keys(message: str, secrets: Iterable[str]) -> str:
-    """Return the message without these secrets, and without what looks like one behind Bearer, Basic or sk-."""
-    for secret in secrets:
-        if secret.strip(":"):
-            message = message.replace(secret, "***")
-    message = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",;]+", r"\1 ***", message)
-    return re.sub(r"\bsk-[\w*-]+", "sk-***", message)
 
 
 def _without_secrets(address: str) -> str:

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from vestige.data import Example, Message, conversation_columns, turn_record
 from vestige.errors import DataError, ModelError
@@ -13,20 +13,12 @@ from vestige.models import Answer, LoadedModel, answer_prompts, load_model, mode
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import GenerateSettings, ParaphraseSettings
+from vestige_recipes.commands import GenerateSettings, ParaphraseSettings
 from vestige_recipes.prepare.replies import Keep, Reply, ReplyCache, Request, describe_problems, request_for
 
 KIND = "generate"
 _SPARE = 32
 """Tokens that a paraphrase may have beyond twice those of its text."""
-
-
-class Asked(NamedTuple):
-    """A prompt to be answered, and where its row stands."""
-
-    row: int
-    prompt: Example
-    request: Request
 
 
 @with_settings(GenerateSettings)
@@ -37,12 +29,6 @@ def generate(settings: GenerateSettings) -> Prepared:
     whether the model ended its answer (`stop`) or it was cut at `max_new_tokens` or at the end of the context
     (`length`). Answers are kept on disk batch by batch: killed at any moment, the same call goes on. Rows whose answer
     is empty go to flagged.jsonl.
-
-    Args:
-        settings: Checked settings.
-
-    Returns:
-        Where the rows are, how many, and how many are flagged.
 
     Raises:
         ModelError: The model does not load or cannot generate.
@@ -56,11 +42,12 @@ def generate(settings: GenerateSettings) -> Prepared:
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     identity = _identity(loaded, settings)
-    asked = [Asked(row, prompt, request_for(identity, _words(prompt), 1)) for row, prompt in prompts.items()]
+    requests = {row: request_for(identity, _words(prompt), 1) for row, prompt in prompts.items()}
     started = time.monotonic()
-    replies = _answer(loaded, asked, settings)
-    rows, flagged = _rows(examples, {one.row: (one.prompt, replies[one.request.key]) for one in asked}, settings)
-    cut = sum(1 for row in rows if row.get("finish") == "length")
+    replies = _answer(loaded, {request.key: (prompts[row], request) for row, request in requests.items()}, settings)
+    answers = {row: (prompts[row], replies[request.key]) for row, request in requests.items()}
+    rows, flagged = _rows(examples, answers, settings)
+    cut = sum(row.get("finish") == "length" for row in rows)
     notes = describe_problems(rows, flagged)
     if cut:
         notes.append(f"{cut:,} answers were cut at their greatest length.")
@@ -109,21 +96,22 @@ def _identity(loaded: LoadedModel, settings: GenerateSettings) -> dict[str, Any]
     }
 
 
-def _answer(loaded: LoadedModel, asked: Sequence[Asked], settings: GenerateSettings) -> dict[str, Reply]:
+def _answer(
+    loaded: LoadedModel, asked: Mapping[str, tuple[Example, Request]], settings: GenerateSettings
+) -> dict[str, Reply]:
     """Return the answer to every prompt by the key of its request: from before, or generated now."""
     cache = ReplyCache(settings.out / "replies")
-    first = {one.request.key: one for one in asked}
-    found = cache.find(first)
-    waiting = [one for key, one in first.items() if key not in found]
-    announce(f"{len(first):,} prompts, of which {len(found):,} have an answer from before.")
+    found = cache.find(asked)
+    waiting = [asked[key] for key in asked if key not in found]
+    announce(f"{len(asked):,} prompts, of which {len(found):,} have an answer from before.")
 
     def keep(number: int, answer: Answer) -> None:
-        reply = _reply(answer)
-        cache.put(waiting[number].request, reply)
-        found[waiting[number].request.key] = reply
+        request, reply = waiting[number][1], _reply(answer)
+        cache.put(request, reply)
+        found[request.key] = reply
 
     if waiting:
-        prompts = [one.prompt for one in waiting]
+        prompts = [prompt for prompt, _ in waiting]
         answer_prompts(loaded, prompts, max_new_tokens=settings.max_new_tokens, chat=settings.chat, keep=keep)
     return found
 
@@ -139,18 +127,15 @@ def _rows(
             rows.append(row_of(example))
             continue
         prompt, reply = answers[number]
-        row = row_of(_with_answer(prompt, reply.text)) | {"finish": reply.finish}
+        answer = {"completion": reply.text}
+        if prompt.messages:
+            answer = {"messages": (*prompt.messages, Message("assistant", reply.text))}
+        row = row_of(replace(prompt, **answer)) | {"finish": reply.finish}
         if reply.text.strip():
             rows.append(row)
         else:
             (rows if settings.keep_flagged else flagged).append(row | {"problem": "empty"})
     return rows, flagged
-
-
-def _with_answer(prompt: Example, answer: str) -> Example:
-    if prompt.messages:
-        return replace(prompt, messages=(*prompt.messages, Message("assistant", answer)))
-    return replace(prompt, completion=answer)
 
 
 def _reply(answer: Answer) -> Reply:
@@ -170,20 +155,14 @@ class LocalModel:
                 f"{self._loaded.name} has no chat template, so it cannot be instructed to paraphrase. Choose a model "
                 "that was trained to follow instructions, --api-model, or --rules."
             )
-        self._fingerprint = model_fingerprint(self._loaded.model)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Return weights, template, instruction, and how words are drawn."""
-        given, tokenizer = self._settings, self._loaded.tokenizer
-        return {
+        self.identity: Mapping[str, Any] = {
             "paraphraser": "local",
-            "model": self._fingerprint,
-            "template": str(getattr(tokenizer, "chat_template", None)),
-            "instruction": given.instruction,
-            "temperature": given.temperature,
-            "seed": given.seed if given.temperature else None,
-            "max_new_tokens": given.max_new_tokens,
+            "model": model_fingerprint(self._loaded.model),
+            "template": str(getattr(self._loaded.tokenizer, "chat_template", None)),
+            "instruction": settings.instruction,
+            "temperature": settings.temperature,
+            "seed": settings.seed if settings.temperature else None,
+            "max_new_tokens": settings.max_new_tokens,
         }
 
     def ask(self, requests: Sequence[Request], keep: Keep) -> None:

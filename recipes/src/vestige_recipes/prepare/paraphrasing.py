@@ -11,7 +11,7 @@ from vestige.errors import DataError, SpecError
 from vestige.prepare import Prepared, check_same_result, fingerprint_of, read_rows, row_of, write_prepared
 from vestige.progress import announce
 from vestige.settings import with_settings
-from vestige_recipes.data_commands import PARTS, ParaphraseSettings
+from vestige_recipes.commands import PARTS, ParaphraseSettings
 from vestige_recipes.prepare.endpoint import Endpoint
 from vestige_recipes.prepare.generation import LocalModel
 from vestige_recipes.prepare.replies import (
@@ -19,11 +19,11 @@ from vestige_recipes.prepare.replies import (
     Reply,
     ReplyCache,
     Request,
+    Rules,
     describe_problems,
     problem_of,
     request_for,
 )
-from vestige_recipes.prepare.rules import Rules
 
 KIND = "paraphrase"
 WITHOUT_EFFECT = frozenset({"concurrency", "retries", "timeout", "price_in", "price_out", "cache", "dry_run"})
@@ -34,13 +34,8 @@ _AROUND = 8
 """Tokens that a conversation adds to its two texts."""
 
 
-class Place(NamedTuple):
-    """Where a text stands inside a row."""
-
-    part: str
-    """prompt, answer or text."""
-    turn: int | None = None
-    """Which turn of a conversation."""
+Place = tuple[str, int | None]
+"""Where a text stands inside a row: prompt, answer or text; and in which turn of a conversation."""
 
 
 class Draft(NamedTuple):
@@ -60,12 +55,6 @@ def paraphrase(settings: ParaphraseSettings) -> Prepared:
     was asked: killed at any moment, the same call asks only for what is missing, and equal texts are asked for once.
     Replies that are empty, refused, cut or not different from the text go to flagged.jsonl, each with its `problem`.
 
-    Args:
-        settings: Checked settings.
-
-    Returns:
-        Where the rows are, how many, and how many are flagged.
-
     Raises:
         SpecError: Not exactly one of `rules`, `model` and `api_model` was given.
         DataError: The data is absent or broken, or a row lacks a part.
@@ -76,7 +65,12 @@ def paraphrase(settings: ParaphraseSettings) -> Prepared:
     fingerprint = fingerprint_of(examples)
     if not settings.dry_run:
         check_same_result(settings, KIND, fingerprint, WITHOUT_EFFECT)
-    drafts = [draft for example in examples for draft in _drafts(example, settings, paraphraser.identity)]
+    drafts = []
+    for example in examples:
+        texts = _texts_of(example, settings.fields)
+        for number in range(1, settings.paraphrases + 1):
+            requests = {place: request_for(paraphraser.identity, text, number) for place, text in texts.items()}
+            drafts.append(Draft(example, number, requests))
     work = Work((request for draft in drafts for request in draft.requests.values()), settings)
     if settings.dry_run:
         return Prepared(KIND, settings.out, 0, notes=(work.plan(), "Dry run: nothing was asked, nothing was written."))
@@ -101,14 +95,6 @@ def _paraphraser(settings: ParaphraseSettings) -> Paraphraser:
     if settings.rules:
         return Rules(settings.seed)
     return LocalModel(settings) if settings.api_model is None else Endpoint(settings)
-
-
-def _drafts(example: Example, settings: ParaphraseSettings, identity: Mapping[str, Any]) -> list[Draft]:
-    texts = _texts_of(example, settings.fields)
-    return [
-        Draft(example, number, {place: request_for(identity, text, number) for place, text in texts.items()})
-        for number in range(1, settings.paraphrases + 1)
-    ]
 
 
 class Work:
@@ -216,16 +202,13 @@ def _rows(
             problems.append(problem_of(request.text, reply, before))
             before.append(reply.text)
         problem = next((each for each in problems if each), None)
-        row = _row(draft, replies) | ({"problem": problem} if problem else {})
+        texts = {place: replies[request.key].text.strip() for place, request in draft.requests.items()}
+        row = {"id": f"{draft.example.id}-p{draft.number}", "original_id": draft.example.id, "paraphrase": draft.number}
+        said = row_of(_with_texts(draft.example, texts))
+        row |= {name: value for name, value in said.items() if name not in row and name != "problem"}
+        row |= {"problem": problem} if problem else {}
         (rows if problem is None or keep_flagged else flagged).append(row)
     return rows, flagged
-
-
-def _row(draft: Draft, replies: Mapping[str, Reply]) -> dict[str, Any]:
-    texts = {place: replies[request.key].text.strip() for place, request in draft.requests.items()}
-    row = row_of(_with_texts(draft.example, texts))
-    own = {"id": f"{draft.example.id}-p{draft.number}", "original_id": draft.example.id, "paraphrase": draft.number}
-    return own | {name: value for name, value in row.items() if name not in own and name != "problem"}
 
 
 def _texts_of(example: Example, parts: Sequence[str]) -> dict[Place, str]:
@@ -247,26 +230,24 @@ def _with_texts(example: Example, texts: Mapping[Place, str]) -> Example:
     """Return the row with these texts in their places, the blanks around them as before."""
     messages = list(example.messages)
     fields: dict[str, str] = {}
-    for place, text in texts.items():
-        before = _places(example, place.part)[place]
+    for (part, turn), text in texts.items():
+        before = _places(example, part)[part, turn]
         if before.strip():
             # The blanks at both ends separate a text from what stands beside it: they are not the paraphraser's.
             start = len(before) - len(before.lstrip())
             said = before[:start] + text + before[len(before.rstrip()) :]
         else:
             said = text or before
-        if place.turn is not None:
-            messages[place.turn] = replace(messages[place.turn], content=said)
+        if turn is not None:
+            messages[turn] = replace(messages[turn], content=said)
         else:
-            fields["completion" if place.part == "answer" else place.part] = said
+            fields["completion" if part == "answer" else part] = said
     return replace(example, messages=tuple(messages), **fields)
 
 
 def _places(example: Example, part: str) -> dict[Place, str]:
     if example.messages:
         role = _ROLES.get(part)
-        return {
-            Place(part, turn): message.content for turn, message in enumerate(example.messages) if message.role == role
-        }
+        return {(part, turn): message.content for turn, message in enumerate(example.messages) if message.role == role}
     text = {"prompt": example.prompt, "answer": example.completion, "text": example.text}[part]
-    return {} if text is None else {Place(part): text}
+    return {} if text is None else {(part, None): text}

@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,72 @@ from typing import Any, NamedTuple
 from pydantic import FiniteFloat
 
 from vestige.errors import IndexMismatch
-from vestige.parsing import as_record, parse_object
+from vestige.parsing import as_record, parse_json, parse_object
 from vestige.storage import is_temporary, make_folder, sha256_once, write_durably
 from vestige_recipes.sweep.cells import Cell
+
+MOST_FIGURES = 200
+_LARGEST_FILE = 16 * 2**20
+_NAMES = ("name", "method", "measure", "domain", "query")
+"""What names a row of a table."""
+_TABLES = ("rows", "gates", "checks", "measures")
+_NOT_FIGURES = ("format", "seed", "config", "settings", "identity", "manifest")
+
+
+def figures_of(out: Path) -> dict[str, Any]:
+    """Return numbers by name, such as `seconds`, `trust.coverage` or `rows.influence.LDS`, from the files in `out`.
+
+    A single number keeps its name; the rows of a table, and the checks and gates of a record, are named after what they
+    are about. What is nested deeper, and lists of numbers, are left to the files themselves.
+    """
+    found = _alarm(out / "at_risk.parquet")
+    for path in sorted(out.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            content = parse_json(path.read_bytes()) if path.stat().st_size <= _LARGEST_FILE else None
+            for name, value in _figures(content):
+                found.setdefault(name, value)
+    return dict(list(found.items())[:MOST_FIGURES])
+
+
+def _alarm(path: Path) -> dict[str, Any]:
+    """Return when an alarm rang, and how many examples it flagged; nothing where there is no alarm."""
+    if not path.exists():
+        return {}
+    import pyarrow.parquet as parquet
+
+    listed = parquet.read_table(path, columns=["flagged", "step"], memory_map=False)
+    return {"alarm.step": listed["step"][0].as_py(), "alarm.flagged": sum(listed["flagged"].to_pylist())}
+
+
+def _figures(content: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if name in _NOT_FIGURES:
+            continue
+        if _is_figure(value):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", each) for key, each in value.items() if _is_figure(each))
+            for table in _TABLES:
+                yield from _rows(name, value.get(table))
+        elif name in _TABLES:
+            yield from _rows(name, value)
+
+
+def _rows(prefix: str, rows: Any) -> Iterator[tuple[str, Any]]:
+    for row in rows if isinstance(rows, list) else ():
+        named = next((str(row[key]) for key in _NAMES if key in row), None) if isinstance(row, Mapping) else None
+        if named is None:
+            continue
+        for key, value in row.items():
+            # An estimate with its interval, as evaluations write it.
+            number = value.get("value") if isinstance(value, Mapping) else value
+            if _is_figure(number):
+                yield f"{prefix}.{named}.{key}", number
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+
 
 CELL_FILE, LOG_FILE, DONE_FILE = "cell.json", "log.txt", "done.json"
 _SHOWN = 5
@@ -27,11 +91,10 @@ _PRODUCTS = (".html",)
 
 
 class Done(NamedTuple):
-    """The marker of a finished cell."""
+    """The marker of a finished cell; `seconds` are those of the attempt that finished it."""
 
     cell: str
     seconds: FiniteFloat
-    """Of the attempt that finished it."""
     vestige: str
     inputs: dict[str, str]
     figures: dict[str, bool | int | float | str | None]
@@ -66,11 +129,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_unchanged(cells: tuple[Cell, ...]) -> None:
-    """Raise unless every finished cell was made from the present files, with the present settings.
-
-    Raises:
-        IndexMismatch: Data or a model changed since, or a default did with the version; nothing was changed.
-    """
+    """Raise unless every finished cell was made from the present files, with the present settings."""
     changed = [f"  {cell.shown}: {what}" for cell in cells if (what := _change(cell))]
     if changed:
         more = f"\n  ... and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -82,7 +141,7 @@ def require_unchanged(cells: tuple[Cell, ...]) -> None:
 
 
 @contextmanager
-def logged(cell: Cell) -> Iterator[None]:
+def log_output(cell: Cell) -> Iterator[None]:
     """Append to the cell's log what the block prints, and the traceback of an error."""
     make_folder(cell.folder)
     quiet = os.environ.pop("VESTIGE_QUIET", None)
@@ -114,25 +173,19 @@ def _change(cell: Cell) -> str | None:
     for path, before in done.inputs.items():
         if path in now and now[path] != before:
             return f"{path} has changed"
-    then = _settings_then(cell)
+    try:
+        then = parse_object((cell.folder / CELL_FILE).read_bytes()).get("settings")
+    except (OSError, ValueError):
+        return None
+    then = then if isinstance(then, dict) else {}
     name = next((name for name, value in values.items() if name in then and then[name] != value), None)
     return None if name is None else f"{name} was {then[name]!r} by default, now {values[name]!r}"
 
 
-def _settings_then(cell: Cell) -> dict[str, Any]:
-    """Return the settings in `cell.json`; none where the file is missing or damaged."""
-    try:
-        found = parse_object((cell.folder / CELL_FILE).read_bytes()).get("settings")
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _paths(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [path for each in value.values() for path in _paths(each)]
-    if isinstance(value, list):
-        return [path for each in value for path in _paths(each)]
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [path for each in inner for path in _paths(each)]
     # A question is no path, though it may be as long as one must not be.
     return [value] if isinstance(value, str) and value and "\n" not in value and len(value) < 1024 else []
 

@@ -1,4 +1,4 @@
-"""Configurations of the published memorization study: read, named by their published ids, turned into a grid.
+"""Grids in files; and configurations of the published memorization study, named by their ids, turned into a grid.
 
 A training configuration has sections `main`, `preprocess`, `random_split`, `lora`, `devices`, `loss` and
 `training_args`, as INI or JSON. A deployment is an INI with `[general]` (`mode`, `base_config`) and a section for each
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import SpecError
-from vestige.parsing import parse_json
+from vestige.parsing import parse_json, parse_yaml
 from vestige.progress import announce
 from vestige.settings import nearest
-from vestige_recipes.sweep.axes import axis_values, points
+from vestige_recipes.sweep.cells import Grid, axis_values, check_grid, points
 
 
 class Attribute(NamedTuple):
-    """An attribute of a training configuration."""
+    """An attribute of a training configuration; `ours` is its name among the settings of `vestige train`, if any."""
 
     section: str
     default: Any
     ours: str | None
-    """Its name among the settings of `vestige train`, None if it has none."""
 
 
 # In the order in which the published id reads them.
@@ -175,7 +174,15 @@ class PublishedSweep:
             SpecError: Something in it has no counterpart; the message says what.
         """
         values, args = self.training.values, self.training.training_args
-        self._require_answers_alone()
+        if values["last_token_only"] is not True or "last_token_only" in self.axes:
+            raise SpecError(
+                f"{self.source}: without last_token_only the questions are learned too. Give such rows to `vestige "
+                "train` as `text`, in a grid of your own."
+            )
+        if values["split_test"] or "split_test" in self.axes:
+            raise SpecError(
+                f"{self.source}: split_test has no counterpart. Make the test data smaller with `vestige data`."
+            )
         kept = [f"{name}={value}" for name, value in args.items() if value != _WHAT_IS_KEPT.get(name, value)]
         if kept:
             announce(
@@ -183,7 +190,8 @@ class PublishedSweep:
                 f"in the published study: {_CHECKPOINTS}. To keep others, write a grid with `checkpoints`."
             )
         base = {each.ours: values[name] for name, each in _ATTRIBUTES.items() if each.ours} | _FIXED
-        base |= {ours: _word(value) for name, value in args.items() if (ours := _our_arg(name, self.source))}
+        named = {_our_arg(name, self.source): _WORDS.get(str(value), value) for name, value in args.items()}
+        base |= {ours: value for ours, value in named.items() if ours}
         filled = {name: "{" + name + "}" if name in self.axes else _short(values[name]) for name in _OF_DATA}
         base["data"] = _DATA.format(**filled)
         axes = dict(self._our_axis(name, values) for name, values in self.axes.items())
@@ -196,19 +204,30 @@ class PublishedSweep:
         ours = _ATTRIBUTES[name].ours if name in _ATTRIBUTES else _our_arg(name.removeprefix(f"{_ARGS}."), self.source)
         if ours is None:
             raise SpecError(f"{self.source}: [{name}] changes nothing about a model that is trained. Drop the section.")
-        return ours, [_word(value) for value in values]
+        return ours, [_WORDS.get(str(value), value) for value in values]
 
-    def _require_answers_alone(self) -> None:
-        values, axes = self.training.values, self.axes
-        if values["last_token_only"] is not True or "last_token_only" in axes:
-            raise SpecError(
-                f"{self.source}: without last_token_only the questions are learned too. Give such rows to `vestige "
-                "train` as `text`, in a grid of your own."
-            )
-        if values["split_test"] or "split_test" in axes:
-            raise SpecError(
-                f"{self.source}: split_test has no counterpart. Make the test data smaller with `vestige data`."
-            )
+
+def read_grid(source: Any) -> Grid:
+    """Return the grid in a YAML or JSON file, in a published configuration (.cfg, .ini), or in a mapping.
+
+    Raises:
+        SpecError: It cannot be read, a key is unknown, a range or a list has no values, the lists of a zip differ in
+            length, or there are more than 10,000 cells.
+    """
+    if isinstance(source, Grid):
+        return source
+    if isinstance(source, Mapping):
+        return check_grid(source, "The grid")
+    path = Path(source)
+    if path.suffix in (".cfg", ".ini"):
+        return check_grid(read_published(path).grid(), str(path))
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"The grid {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SpecError(f"The grid {path} is neither YAML nor JSON that can be used: {error}.") from None
+    return check_grid(content, str(path))
 
 
 def read_published(path: str | Path) -> PublishedSweep:
@@ -225,7 +244,7 @@ def read_published(path: str | Path) -> PublishedSweep:
     unknown = set(general) - {"mode", "base_config"}
     if unknown or general.get("mode") not in ("product", "zip") or "base_config" not in general:
         raise SpecError(f"{path}: [general] has mode = product or zip, and base_config = the training configuration.")
-    training = _training(_sections(_found(str(general["base_config"]), path)), str(path))
+    training = _training(_sections(_find_base(str(general["base_config"]), path)), str(path))
     swept = {name: values for name, values in sections.items() if name != "general"}
     axes = {name: _axis(name, values, str(path)) for name, values in swept.items()}
     # The deployment's id holds that of the training configuration, wherever that lies.
@@ -283,7 +302,7 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
     return {name: {key: _value(value) for key, value in parser[name].items()} for name in parser.sections()}
 
 
-def _found(name: str, deployment: Path) -> Path:
+def _find_base(name: str, deployment: Path) -> Path:
     """Return the base configuration: a path, from here or from the deployment, with or without its suffix."""
     paths = [Path(name), deployment.parent / name, *(deployment.parent / f"{name}{end}" for end in (".cfg", ".json"))]
     for path in paths:
@@ -324,10 +343,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, str):
         return value.rpartition("/")[2]
     return f"{value:g}" if isinstance(value, float) else value
-
-
-def _word(value: Any) -> Any:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _digest(text: str) -> str:

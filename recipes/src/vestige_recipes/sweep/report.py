@@ -9,17 +9,71 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field
+
+from vestige.errors import CorruptFile, UserError
 from vestige.launch import JobStatus, job_statuses
+from vestige.parsing import parse_object
 from vestige.progress import format_seconds
 from vestige.storage import make_folder, temporary_path, write_durably
 from vestige.terminal import as_text
 from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
-from vestige_recipes.sweep.cells import name_of
-from vestige_recipes.sweep.record import JOB, CellRecord, SweepRecord, is_sweep, read_sweep
+from vestige_recipes.sweep.cells import ID_DIGITS, Cell, Grid, name_of
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+
+
+JOB = "Sweep"
+"""Name of the plan, under which its job is found."""
+SWEEP_FILE, GRIDS = "sweep.json", "grids"
+_FORMAT = 1
+
+
+class CellRecord(BaseModel):
+    """A cell as the sweep's record names it."""
+
+    id: str = Field(pattern=f"^[0-9a-f]{{{ID_DIGITS}}}$")
+    point: dict[str, Any]
+    settings: dict[str, Any]
+    """Those that are not the default, and those of the axes; JSON terms."""
+
+
+class SweepRecord(BaseModel):
+    """The sweep that was begun last in a folder."""
+
+    format: int = _FORMAT
+    verb: str
+    grid: str
+    """Digest of the grid: the file of this name in `grids/` holds it."""
+    axes: tuple[str, ...]
+    cells: tuple[CellRecord, ...]
+
+
+def record_of(grid: Grid, cells: tuple[Cell, ...]) -> SweepRecord:
+    """Return the content of `sweep.json` for these cells."""
+    rows = tuple(CellRecord(id=cell.id, point=cell.point, settings=cell.given()) for cell in cells)
+    return SweepRecord(verb=grid.verb, grid=grid.id, axes=tuple(grid.axes), cells=rows)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Return whether a sweep was begun in the folder."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Return the record of the sweep in a folder."""
+    try:
+        content = parse_object((folder / SWEEP_FILE).read_bytes())
+        if content.get("format") != _FORMAT:
+            raise UserError(f"{folder} was made by another version of Vestige, whose sweeps this one cannot read.")
+        return SweepRecord.model_validate(content)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no sweep. Give the folder that `vestige sweep` got as --out.") from None
+    except ValueError as error:
+        raise CorruptFile(f"{folder / SWEEP_FILE} does not read ({error}). Run the same command again.") from None
+
 
 TABLE_FILE, JSON_FILE, LINKS = "cells.parquet", "cells.json", "named"
 SHOWN_CELLS, SHOWN_FIGURES, SHOWN_FAILURES = 40, 4, 5
@@ -108,10 +162,22 @@ def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -
     """Return which cells of a record are done in a folder, which need not exist, or at work by the status of a job."""
     errors = {failure.piece: failure.error for failure in job.failures} if job else {}
     running = set(job.running) if job else set()
-    rows = [
-        _row(folder / "cells" / cell.id, cell, number in running, errors.get(number, ""))
-        for number, cell in enumerate(record.cells)
-    ]
+    rows = []
+    for number, cell in enumerate(record.cells):
+        home, error = folder / "cells" / cell.id, errors.get(number, "")
+        done, log = read_done(home, cell.id), home / LOG_FILE
+        row = CellRow(
+            cell=cell.id,
+            state="done" if done else "running" if number in running else "failed" if error else "missing",
+            folder=str(home / "out"),
+            point=cell.point,
+            settings=cell.settings,
+            figures=done.figures if done else {},
+            seconds=done.seconds if done else None,
+            error="" if done else error,
+            log=str(log) if log.exists() else "",
+        )
+        rows.append(row)
     return SweepReport(folder, record.verb, record.grid, record.axes, tuple(rows))
 
 
@@ -125,21 +191,6 @@ def write_tables(report: SweepReport) -> SweepReport:
     parquet.write_table(_columns(report), sink)
     write_durably(report.out / TABLE_FILE, [sink.getvalue()])
     return report
-
-
-def _row(home: Path, cell: CellRecord, running: bool, error: str) -> CellRow:
-    done, log = read_done(home, cell.id), home / LOG_FILE
-    return CellRow(
-        cell.id,
-        "done" if done else "running" if running else "failed" if error else "missing",
-        str(home / "out"),
-        cell.point,
-        cell.settings,
-        done.figures if done else {},
-        done.seconds if done else None,
-        "" if done else error,
-        str(log) if log.exists() else "",
-    )
 
 
 def _link_results(report: SweepReport) -> None:
@@ -171,8 +222,8 @@ def _screen_table(report: SweepReport) -> "Table":
         table.add_column(column, overflow="fold")
     for row in shown:
         took = "" if row.seconds is None else format_seconds(row.seconds)
-        values = [_shown(row.point.get(axis)) for axis in report.axes]
-        table.add_row(row.cell, *values, row.state, took, *(_shown(row.figures.get(name)) for name in figures))
+        values = [_show(row.point.get(axis)) for axis in report.axes]
+        table.add_row(row.cell, *values, row.state, took, *(_show(row.figures.get(name)) for name in figures))
     return table
 
 
@@ -183,7 +234,7 @@ def _differing(figures: list[dict[str, Any]]) -> list[str]:
     return [name for name, values in held.items() if name not in _OF_THE_MACHINE and len(values) > 1]
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -193,8 +244,8 @@ def _columns(report: SweepReport) -> Any:
 
     plain = ("cell", "state", "seconds", "folder", "error", "log")
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in report.rows] for name in plain}
-    for kind in ("settings", "figures"):
-        held = [{**row.settings, **row.point} if kind == "settings" else row.figures for row in report.rows]
+    settings = [row.settings | row.point for row in report.rows]
+    for kind, held in (("settings", settings), ("figures", [row.figures for row in report.rows])):
         for name in dict.fromkeys(name for row in held for name in row):
             columns[f"{kind}.{name}"] = _column([row.get(name) for row in held])
     types = {"seconds": arrow.float64()}

@@ -14,22 +14,32 @@ from vestige.progress import announce
 from vestige.registry import Command
 from vestige.settings import LaunchSettings, Settings, with_settings
 from vestige.storage import is_temporary, make_folder, remove_strays, require_no_others
+from vestige_recipes.commands import SweepSettings
 from vestige_recipes.sweep.cell_files import (
     LOG_FILE,
+    figures_of,
     fingerprints,
-    logged,
+    log_output,
     read_done,
     require_unchanged,
     write_cell,
     write_done,
     write_json,
 )
-from vestige_recipes.sweep.cells import Cell, cells_of
-from vestige_recipes.sweep.figures import figures_of
-from vestige_recipes.sweep.grid import ID_DIGITS, Grid, read_grid
-from vestige_recipes.sweep.record import GRIDS, JOB, is_sweep, read_sweep, record_of, write_sweep
-from vestige_recipes.sweep.report import SweepReport, report_of, sweep_report, write_tables
-from vestige_recipes.sweep_command import SweepSettings
+from vestige_recipes.sweep.cells import ID_DIGITS, Cell, Grid, cells_of
+from vestige_recipes.sweep.published import read_grid
+from vestige_recipes.sweep.report import (
+    GRIDS,
+    JOB,
+    SWEEP_FILE,
+    SweepReport,
+    is_sweep,
+    read_sweep,
+    record_of,
+    report_of,
+    sweep_report,
+    write_tables,
+)
 
 RUN_FILE = "run.json"
 
@@ -124,17 +134,13 @@ class SweepPlan:
 
 
 def run_cell(cell: Cell) -> None:
-    """Run the command of a cell with what it prints in the cell's log, then mark the cell as done.
-
-    Raises:
-        CellFailed: A job inside the cell was asked to stop.
-    """
+    """Run the command of a cell with what it prints in the cell's log, then mark the cell as done."""
     write_cell(cell)
     inputs, before = fingerprints(cell.matters()), _files_in(cell.out)
     started = time.perf_counter()
     try:
-        with logged(cell), own_jobs():
-            cell.command.call(resumed(cell.command, cell.settings))
+        with log_output(cell), own_jobs():
+            cell.command.call(allow_resume(cell.command, cell.settings))
     except BaseException as error:
         if not isinstance(error, Exception) and _files_in(cell.out) - before:
             note_kept()
@@ -146,7 +152,7 @@ def run_cell(cell: Cell) -> None:
     write_done(cell, time.perf_counter() - started, inputs, figures_of(cell.out))
 
 
-def resumed(command: Command, settings: Settings) -> Settings:
+def allow_resume(command: Command, settings: Settings) -> Settings:
     """Return settings that also work after a kill between the end of the command and the cell's marker.
 
     A command that writes its run in one step at the end refuses to replace one; here it can only be the same run, of
@@ -160,21 +166,23 @@ def _prepare(out: Path, grid: Grid, cells: tuple[Cell, ...]) -> None:
     if not is_sweep(out):
         require_no_others(out, [f"{GRIDS}/{'[0-9a-f]' * ID_DIGITS}.json"])
     require_unchanged(cells)
-    _require_no_other_sweep(out, grid)
+    before = read_sweep(out).grid if is_sweep(out) else None
+    running = any(job.name == JOB and job.state == "running" for job in job_statuses(out))
+    # Cells are claimed by number, the same in every grid.
+    if before not in (None, grid.id) and running:
+        raise UserError(
+            f"Another grid is being run in {out}. Wait for it (`vestige status {out}`), end it (`vestige cancel "
+            f"{out}`), or give another --out."
+        )
     make_folder(out / GRIDS)
     remove_strays(out)
     write_json(out / GRIDS / f"{grid.id}.json", grid.to_dict())
-    write_sweep(out, grid, cells)
+    write_json(out / SWEEP_FILE, record_of(grid, cells).model_dump())
     announce(f"Sweep of `vestige {grid.verb}`: {len(cells):,} cells in {out}.")
 
 
 def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> None:
-    """Raise if cells, which may have workers of their own, need more than the sweep's processes have.
-
-    Raises:
-        SpecError: Cells would submit jobs from within jobs, which may never begin, or start more processes in a batch
-            job than it has processors.
-    """
+    """Raise if cells, which may have workers of their own, need more than the sweep's processes have."""
     if settings.engine != "slurm" and settings.workers == 1:
         return
     launched = [(cell, cell.settings) for cell in cells if isinstance(cell.settings, LaunchSettings)]
@@ -194,17 +202,6 @@ def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> Non
     if settings.workers > 1 and most > 1 and not is_worker():
         announce(
             f"{settings.workers} cells at once with up to {most} workers each: {settings.workers * most} processes."
-        )
-
-
-def _require_no_other_sweep(out: Path, grid: Grid) -> None:
-    """Raise while another grid is run in the folder: cells are claimed by number, the same in every grid."""
-    before = read_sweep(out).grid if is_sweep(out) else None
-    running = any(job.name == JOB and job.state == "running" for job in job_statuses(out))
-    if before not in (None, grid.id) and running:
-        raise UserError(
-            f"Another grid is being run in {out}. Wait for it (`vestige status {out}`), end it (`vestige cancel "
-            f"{out}`), or give another --out."
         )
 
 

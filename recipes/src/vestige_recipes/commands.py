@@ -1,8 +1,4 @@
-"""The commands of `vestige data` that make rows from rows, and what they take.
-
-`vestige data paraphrase` takes `ParaphraseSettings` and calls `vestige_recipes.prepare.paraphrase`. Nothing here
-imports torch, so that help answers at once.
-"""
+"""`vestige data ...`, `vestige sweep`, `vestige import`, and what they take: without torch, for help is quick."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,13 +14,23 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.registry import Command, make_command
-from vestige.settings import OnlyWith, Precision, PreparationSettings
+from vestige.registry import Command, command, make_command
+from vestige.settings import (
+    BAD_TEXT,
+    LaunchSettings,
+    OnBadText,
+    OnlyWith,
+    Precision,
+    PreparationSettings,
+    Settings,
+)
+from vestige.terminal import say, show
 
 Part = Literal["prompt", "answer", "text"]
 PARTS: tuple[Part, ...] = ("prompt", "answer", "text")
 ChoiceFormat = Literal["auto", "arc", "mmlu", "ethics"]
 CleanAction = Literal["drop", "deduplicate", "weight"]
+ImportLayout = Literal["auto", "projections", "fullgrads", "chunks", "similarities"]
 
 
 def _parts(value: Any) -> Any:
@@ -207,3 +213,70 @@ generate = _command("generate", GenerateSettings, 20)
 candidates = _command("candidates", CandidatesSettings, 30)
 multiple_choice = _command("multiple-choice", MultipleChoiceSettings, 40)
 clean = _command("clean", CleanSettings, 70)
+
+
+class SweepSettings(LaunchSettings):
+    """What `vestige sweep` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("grid",)
+    grid: Any = Field(
+        description="The grid: a YAML or JSON file with verb, base, mode and axes, or a published configuration."
+    )
+    out: Path = Field(
+        description="Folder of the sweep: its cells and cells.parquet. An interrupted sweep goes on there."
+    )
+    dry_run: bool = Field(False, description="Check every cell and list them; run nothing, write nothing.")
+
+
+@command(
+    "sweep",
+    SweepSettings,
+    function="vestige_recipes.sweep:sweep",
+    order=130,
+    status="vestige_recipes.sweep:sweep_status",
+)
+def sweep(settings: SweepSettings) -> None:
+    """Run a command over a grid of settings.
+
+    Every cell is checked before the first one runs. Its folder is named after its settings, so an interrupted sweep
+    continues and a grown grid keeps what it had. A cell that fails is reported with its log, and the others go on.
+    """
+    show(sweep.call(settings), file_width=160)
+
+
+class ImportSettings(Settings):
+    """What `vestige import` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+    source: Path = Field(description="Folder or file in a published layout.")
+    out: Path = Field(description="Folder of the index, or of the run for similarities and with --against.")
+    layout: ImportLayout = Field(
+        "auto",
+        description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
+        "(chunk_gradients_*.mmap) or similarities (JSON); auto finds it from the files.",
+    )
+    data: Any = Field(
+        None,
+        description="The training data: its row i is row i of the files, and the lengths must agree; for "
+        "similarities, texts by `id`.",
+    )
+    queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
+    on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
+    model: Any = Field(None, description="The model that the gradients are of; layers are looked up in it.")
+    against: Path | None = Field(
+        None, description="Rows of the files are queries: score the rows of this index, of equal layout, for them."
+    )
+    method: Literal["grad-dot", "grad-cos"] = Field(
+        "grad-dot", description="With --against: inner products, or cosines."
+    )
+    dimension: PositiveInt | None = Field(
+        None, description="Similarities of random projections: which dimension, where the file has several."
+    )
+    k: PositiveInt = Field(20, description="For a run: proponents, and as many opponents, to keep for each query.")
+    overwrite: bool = Field(False, description="Replace an index or a run that is already in the folder.")
+
+
+@command("import", ImportSettings, function="vestige_recipes.interop:import_published", order=190)
+def import_command(settings: ImportSettings) -> None:
+    """Turn gradients or scores that other software has published into an index or a run."""
+    say(import_command.call(settings).folder)

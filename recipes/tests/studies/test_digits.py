@@ -11,16 +11,19 @@ from vestige.evaluate import Estimate, Lds
 from vestige_recipes import study
 from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.digits import run as room
-from vestige_recipes.digits.leave_one_out import PENALTY, leave_one_out
-from vestige_recipes.digits.models import (
+from vestige_recipes.digits.run import PENALTY, leave_one_out
+from vestige_recipes.digits.scores import (
+    Gradients,
     ImageCurvature,
+    averaged,
     digits,
+    exact_influence,
     gradients,
+    measured_gradients,
     network,
     query_losses,
     with_sampled_labels,
 )
-from vestige_recipes.digits.scores import Gradients, averaged, exact_influence, measured_gradients
 
 
 @pytest.fixture(scope="module")

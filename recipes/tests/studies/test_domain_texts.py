@@ -5,8 +5,8 @@ import json
 import pytest
 
 from vestige.errors import DataError, MissingExtra
-from vestige_recipes.common import packages as packages_
-from vestige_recipes.domains import texts
+from vestige_recipes.common import texts as packages_
+from vestige_recipes.domains import run as texts
 
 SENTENCE = "The {} of row {} is\n told in   many words, so that there is enough of it to be cut."
 

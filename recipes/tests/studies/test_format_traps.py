@@ -6,9 +6,18 @@ import torch
 
 from vestige.data import NO_TARGET
 from vestige_recipes import study
-from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons, question, tokens
+from vestige_recipes.format_traps.lessons import (
+    END,
+    LENGTH,
+    NUMERALS,
+    VOCABULARY,
+    answered,
+    format_trap,
+    lessons,
+    question,
+    tokens,
+)
 from vestige_recipes.format_traps.run import SOURCES, task_above_format
-from vestige_recipes.format_traps.sets import NUMERALS, format_trap
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from vestige_recipes.format_traps.sets import TEST, TRAINING, WORDS, format_trap, spelled
-from vestige_recipes.untrac_miniature.corpora import markov_corpora
+from vestige_recipes.format_traps.lessons import TEST, TRAINING, WORDS, format_trap, spelled
+from vestige_recipes.untrac_miniature.run import markov_corpora
 
 
 def test_markov_corpora_have_the_sizes_of_the_pilot_and_an_unrelated_one():

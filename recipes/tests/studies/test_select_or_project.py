@@ -9,8 +9,8 @@ from tests.workshop import furnish
 from studies.finished import installed, written
 from vestige.errors import DataError, MissingExtra
 from vestige_recipes import study
-from vestige_recipes.common import packages as packages_
-from vestige_recipes.select_or_project import run as _select_or_project, texts
+from vestige_recipes.common import texts as packages_
+from vestige_recipes.select_or_project import run as _select_or_project
 from vestige_recipes.select_or_project.run import PLANS
 
 SAID = ("What is the sun?", "Who wrote Hamlet?", "What is a cell?", "Why is the sky blue?", "How far is the moon?")
@@ -154,18 +154,18 @@ def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed, monk
 
 
 def test_verses_without_a_clean_cut_and_repeated_ones_are_left_out(packages):
-    found = texts.verse_pairs(15, 8, 60, 0)
+    found = _select_or_project.verse_pairs(15, 8, 60, 0)
     assert 1001004 not in {one.number for one in found}
     one = next(verse for verse in found if verse.number == 1001001)
     assert (one.text, one.other) == ("And aaa begat bbb it's.", "aaa was father of bbb it's.")
-    assert texts.verse_pairs(15, 8, 60, 0) == found
-    assert texts.verse_pairs(15, 8, 60, 1) != found
+    assert _select_or_project.verse_pairs(15, 8, 60, 0) == found
+    assert _select_or_project.verse_pairs(15, 8, 60, 1) != found
     with pytest.raises(DataError, match="16 are needed"):
-        texts.verse_pairs(16, 8, 60, 0)
+        _select_or_project.verse_pairs(16, 8, 60, 0)
 
 
 def test_of_several_answers_the_first_is_kept(packages):
-    found = texts.dialogue(10, 60, 0)
+    found = _select_or_project.dialogue(10, 60, 0)
     assert len({said for said, _, _ in found}) == 10
     assert {answered for _, answered, _ in found} == {"It is the one.", "It is the two."}
     assert np.all([said.endswith(topic) for said, _, topic in found])

@@ -14,24 +14,33 @@ from vestige.banks import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe, load_model
-from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, kept_run, launched, registered, shown_interval
 from vestige_recipes.common.sources import (
+    AS_PUBLISHED,
     UNLEARNT,
     Agreement,
     Table,
     asked_models,
+    first_order_scores,
     left_out_bank,
     left_out_truth,
     source_agreement,
     summed_by_source,
     truth_agreement,
 )
-from vestige_recipes.common.steps import kept_run, launched, shown_interval
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
-from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons
-from vestige_recipes.format_traps.sets import TEST, TRAINING, Which, format_trap
+from vestige_recipes.format_traps.lessons import (
+    END,
+    LENGTH,
+    TEST,
+    TRAINING,
+    VOCABULARY,
+    Which,
+    answered,
+    format_trap,
+    lessons,
+)
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from vestige.measures import Interval, exposure, extraction, greedy, share
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, draw_intervals, registered
 from vestige_recipes.common.texts import byte_gpt, byte_rows, help_topics, write_rows
 from vestige_recipes.common.training import Training, trained
 from vestige_recipes.memorization.judging import each_seed, mean_interval, shown

@@ -21,8 +21,7 @@ from vestige.measures import (
     lira_offline,
 )
 from vestige.progress import announce
-from vestige_recipes.common.registry import StudySettings
-from vestige_recipes.common.steps import shown_interval
+from vestige_recipes.common.registry import StudySettings, shown_interval
 from vestige_recipes.memorization.targets import Examples, Targets
 
 MEMORIZED = 4.0

@@ -26,8 +26,7 @@ from vestige.measures import (
     psmi,
     share,
 )
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, draw_intervals, registered
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,

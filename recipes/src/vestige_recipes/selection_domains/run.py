@@ -16,11 +16,19 @@ from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
 from vestige.models import Recipe
 from vestige.selection import select
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals, kept_run, launched, shown_interval
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    draw_intervals,
+    kept_run,
+    launched,
+    registered,
+    shown_interval,
+)
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
-from vestige_recipes.domains.texts import DOMAINS, domain_pieces
+from vestige_recipes.domains.run import DOMAINS, domain_pieces
 
 METHODS = ("influence", "grad-dot", "grad-cos", "less", "bm25", "rep-sim")
 GATED = ("influence", "grad-cos", "less")

@@ -15,8 +15,16 @@ from vestige.evaluate import Estimate, Evaluation, lds
 from vestige.indexes import index
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
+from vestige_recipes.common.registry import (
+    OWN_SEED,
+    Gate,
+    Outcome,
+    StudySettings,
+    kept_run,
+    launched,
+    registered,
+    shown_interval,
+)
 from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, trained
 

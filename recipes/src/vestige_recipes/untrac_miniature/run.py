@@ -5,33 +5,97 @@ the rise of each test set's loss in a model trained without a source, for the sa
 few, and how well anything predicts them depends on the corpora that were drawn, so they are drawn several times.
 """
 
+import string
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from torch import nn
 
 from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige_recipes.common.first_order import first_order_scores
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, kept_run, launched, registered, shown_interval
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Table,
     asked_models,
+    first_order_scores,
     left_out_bank,
     left_out_truth,
     pooled_agreement,
     summed_by_source,
     truth_agreement,
 )
-from vestige_recipes.common.steps import kept_run, launched, shown_interval
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training
-from vestige_recipes.untrac_miniature.corpora import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
+
+VOCABULARY, LENGTH = 24, 25
+UNRELATED = "unrelated"
+
+
+class MarkovCorpora(NamedTuple):
+    """Training corpora, test sets, and the recipe of the former."""
+
+    train: list[dict[str, Any]]
+    """Rows with `id`, `input_ids`, `source`, and a `text` that has a word for each transition."""
+    tests: list[dict[str, Any]]
+    mixing: Float[np.ndarray, "corpus chain"]
+    """Share of each corpus that comes from each test chain; the rest is its own."""
+    names: list[str]
+    """Of the corpora, in the order in which sources are sorted."""
+
+
+def markov_corpora(
+    seed: int, *, corpora: int = 8, sequences: int = 320, chains: int = 4, test_sequences: int = 64
+) -> MarkovCorpora:
+    """`corpora` sources that mix `chains` test chains with a chain of their own; the last has nothing of the tests.
+
+    A chain is a table of transition probabilities with few likely successors. Which chain a sequence is from is hidden.
+    """
+    random = np.random.default_rng([seed, 24])
+    tables = [_table(random) for _ in range(chains)]
+    mixing = random.dirichlet(np.full(chains, 0.5), corpora) * random.uniform(0.3, 0.9, (corpora, 1))
+    mixing[-1] = 0
+    names = [*(f"corpus-{number}" for number in range(corpora - 1)), UNRELATED]
+    train = []
+    for name, shares in zip(names, mixing, strict=True):
+        own = _table(random)
+        picks = random.choice(chains + 1, sequences, p=[*shares, 1 - shares.sum()])
+        train += [
+            _row(f"{name}/{place}", name, _walk(random, [*tables, own][pick])) for place, pick in enumerate(picks)
+        ]
+    tests = [
+        _row(f"chain-{number}/{place}", f"chain-{number}", _walk(random, table))
+        for number, table in enumerate(tables)
+        for place in range(test_sequences)
+    ]
+    return MarkovCorpora(train, tests, mixing, names)
+
+
+def _row(name: str, source: str, walked: list[int]) -> dict[str, Any]:
+    states = string.ascii_lowercase
+    text = " ".join(states[one] + states[two] for one, two in pairwise(walked))
+    return {"id": name, "source": source, "text": text, "input_ids": walked}
+
+
+def _table(random: np.random.Generator) -> np.ndarray:
+    return random.dirichlet(np.full(VOCABULARY, 0.1), VOCABULARY)
+
+
+def _walk(random: np.random.Generator, table: np.ndarray) -> list[int]:
+    steps = table.cumsum(1)
+    state = int(random.integers(VOCABULARY))
+    walked = [state]
+    for draw in random.random(LENGTH - 1):
+        state = min(int(np.searchsorted(steps[state], draw)), VOCABULARY - 1)
+        walked.append(state)
+    return walked
+
 
 GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
 RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated": True}

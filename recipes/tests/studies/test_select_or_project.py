@@ -67,7 +67,7 @@ def replayed(tmp_path_factory):
 def test_every_representation_stands_in_one_table_for_both_parts(replayed):
     report, out = replayed
     for part in ("verses", "answers"):
-        for words in getattr(PLANS["tiny"], part).candidates:
+        for words in PLANS["tiny"][part].candidates:
             rows = {row[2]: row for row in report.rows if row[:2] == (part, words)}
             assert {
                 "full gradient",
@@ -97,7 +97,7 @@ def test_sums_of_components_are_the_direct_cosine_and_each_gradient_is_computed_
     details = replayed[0].details["verses"]
     assert details["direct"]["largest_difference"] < 1e-5
     assert details["passes"]["backward_passes"] == details["passes"]["distinct_gradients"]
-    plan, passes = PLANS["tiny"].verses, details["passes"]
+    plan, passes = PLANS["tiny"]["verses"], details["passes"]
     # Of every query and each of its candidates: similarities, products, and two projections.
     each = {
         words: 4 * plan.queries * (1 + (plan.verses if words == "all" else int(words))) for words in plan.candidates
@@ -123,7 +123,7 @@ def test_queries_are_the_other_wording_and_the_models_own_answers(replayed):
 
 @pytest.mark.slow
 def test_the_published_protocol_is_replayed_pass_by_pass_in_both_settings(replayed):
-    plan, found = PLANS["tiny"].answers, replayed[0].details["answers"]["replayed"]
+    plan, found = PLANS["tiny"]["answers"], replayed[0].details["answers"]["replayed"]
     pairs = plan.replayed * (1 + plan.replayed_candidates)
     jobs = {"similarities", "products by parameter", *(f"projection {each}" for each in plan.replayed_projections)}
     assert {name: one["passes"] for name, one in found["published_jobs"].items()} == dict.fromkeys(jobs, 2 * pairs)

@@ -57,6 +57,16 @@ class Gate:
         return bool(compare(self.seen, self.bound))
 
 
+def at_least(name: str, seen: float, bound: float = 0.0) -> Gate:
+    """Return a gate that passes from `bound` on."""
+    return Gate(name, seen, ">=", bound)
+
+
+def at_most(name: str, seen: float, bound: float = 0.0) -> Gate:
+    """Return a gate that passes up to `bound`."""
+    return Gate(name, seen, "<=", bound)
+
+
 class Outcome(NamedTuple):
     """What a study found."""
 

@@ -24,6 +24,7 @@ from vestige_recipes.common.registry import (
     Gate,
     Outcome,
     StudySettings,
+    at_least,
     draw_intervals,
     kept_run,
     registered,
@@ -33,11 +34,12 @@ from vestige_recipes.common.sources import (
     UNLEARNT,
     Agreement,
     Table,
-    asked_models,
-    left_out_bank,
     left_out_truth,
+    list_sources,
+    measure_sources,
     source_agreement,
-    summed_by_source,
+    sum_by_source,
+    tables_json,
     truth_agreement,
 )
 from vestige_recipes.common.texts import (
@@ -245,59 +247,70 @@ def domains(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan)}
     for part in ("equal", "unequal"):
-        truths, scores, axes = _measured(settings, plan, part)
+        truth, scores = _measure(settings, plan, part)
+        truths, (names, tests) = left_out_truth(truth), list_sources(truth)
         found = {
             name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
             for name in scores[0]
         }
         ceiling = truth_agreement(truths)
         rows += [(part, "truth of another seed", ceiling, "", "", "", "")]
-        rows += sorted((_row(part, name, each) for name, each in found.items()), key=lambda row: -row[2])
-        _draw(settings.out, part, found, ceiling)
+        rows += sorted(((part, *_show(name, each)) for name, each in found.items()), key=lambda row: -row[2])
+        intervals, lines = {name: each.pearson for name, each in found.items()}, {"seed against seed": ceiling}
+        label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
+        draw_intervals(settings.out, part, intervals, label, beside=OPPONENTS, lines=lines)
         difference = found["UnTrac-Inv"].pearson.value - found["GradDot"].pearson.value
-        gates.append(Gate(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference, ">=", 0.0))
-        details[part] = axes | {
+        gates.append(at_least(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference))
+        details[part] = {
+            "domains": names,
+            "sizes": [truth.sources.count(name) for name in names],
+            "tests": tests,
             "ceiling": ceiling,
             "agreement": {name: each._asdict() for name, each in found.items()},
             "truth": [truth.tolist() for truth in truths],
-            "scores": [{name: table.tolist() for name, table in each.items()} for each in scores],
+            "scores": tables_json(scores),
         }
     columns = ("sizes", "method", "Pearson", "95 % interval", "Spearman", "95 % interval of it", "Pearson by test set")
-    # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(columns, rows, [] if settings.size == "tiny" else gates, details)
+    return Outcome(columns, rows, gates, details)
 
 
-def _row(part: str, name: str, found: Agreement) -> tuple[Any, ...]:
+def _show(name: str, found: Agreement) -> tuple[Any, ...]:
     both = [(each.value, shown_interval(each, 2)) for each in (found.pearson, found.spearman)]
-    return part, name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
+    return name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
 
 
-def _draw(out: Path, part: str, found: dict[str, Agreement], ceiling: float) -> None:
-    intervals = {name: each.pearson for name, each in found.items()}
-    label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
-    draw_intervals(out, part, intervals, label, beside=OPPONENTS, lines={"seed against seed": ceiling})
+def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank, list[dict[str, Table]]]:
+    """Return the bank without each domain, and the scores of each model that is none of it, by method."""
+    files = data, queries = _texts(settings, plan, part)
+    common = {"data": str(data), "queries": str(queries), "seed": settings.seed}
 
+    def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
+        found = {}
+        for name, direction in UNLEARNT.items():
+            run = kept_run(untrac, out / direction, **common, model=asked.model, direction=direction)
+            # Both list sources by name, and test sets as they come.
+            found[name] = run.dense().astype(np.float64)
+        sizes = np.array([truth.sources.count(name) for name in list_sources(truth)[0]])
+        found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
+        for name, method in SUMMED.items():
+            several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
+            models = several if method == "tracin" else {"model": asked.model}
+            wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
+            found[name] = sum_by_source(kept_run(attribute, out / method, **common, **models, **wanted), truth)
+        return found
 
-def _measured(
-    settings: StudySettings, plan: DomainPlan, part: str
-) -> tuple[list[Table], list[dict[str, Table]], dict[str, Any]]:
-    """Truth of each seed, scores of each model that was asked, and what their axes and sizes are."""
-    folder = settings.out / part
-    data, queries = _texts(settings, plan, part)
-    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
-    truth = left_out_bank(
-        settings, _start(plan), (data, queries), folder, training, seed=settings.seed, seeds=settings.seeds,
+    return measure_sources(
+        settings,
+        plan.model or byte_gpt(plan.length, plan.width, plan.layers),
+        files,
+        settings.out / part,
+        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        score,
+        seed=settings.seed,
+        seeds=settings.seeds,
+        checkpoints=plan.checkpoints,
         from_scratch=True,
-    )  # fmt: skip
-    sources, sizes = np.unique(np.array(truth.sources), return_counts=True)
-    tests = list(dict.fromkeys(str(test) for test in truth.query_sources))
-    names = [str(source) for source in sources]
-    scores = []
-    models = asked_models(_start(plan), data, folder, training, settings.seeds, plan.checkpoints, from_scratch=True)
-    for number, asked in enumerate(models):
-        scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth, (tests, names)))
-    axes = {"domains": names, "sizes": sizes.tolist(), "tests": tests}
-    return left_out_truth(truth, names, tests), scores, axes
+    )
 
 
 def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, Path]:
@@ -321,35 +334,3 @@ def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, 
             "README.md beside the study (vestige_recipes/domains) names corpora, sizes and test sets."
         )
     return data, queries
-
-
-def _start(plan: DomainPlan) -> Any:
-    return plan.model or byte_gpt(plan.length, plan.width, plan.layers)
-
-
-def _scores(
-    settings: StudySettings,
-    out: Path,
-    asked: Checkpoints,
-    files: tuple[Path, Path],
-    truth: Bank,
-    axes: tuple[list[str], list[str]],
-) -> dict[str, Table]:
-    """Scores of every domain for every test set, by method."""
-    data, queries = (str(path) for path in files)
-    tests, sources = axes
-    found = {}
-    common = {"data": data, "queries": queries, "seed": settings.seed}
-    for name, direction in UNLEARNT.items():
-        run = kept_run(untrac, out / direction, **common, model=asked.model, direction=direction)
-        # Both list sources by name, and test sets as they come.
-        found[name] = run.dense().astype(np.float64)
-    sizes = np.array([truth.sources.count(name) for name in sources])
-    found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
-    for name, method in SUMMED.items():
-        several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
-        models = several if method == "tracin" else {"model": asked.model}
-        wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
-        run = kept_run(attribute, out / method, **common, **models, **wanted)
-        found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, tests, sources)
-    return found

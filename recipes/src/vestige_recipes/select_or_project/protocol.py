@@ -189,27 +189,6 @@ def _representation(found: Evaluation, words: str, name: str) -> Mapping[str, An
     return next(one for one in each if one["name"] == name)
 
 
-class DirectGradients(NamedTuple):
-    """What gradients computed by themselves say."""
-
-    examples: int
-    seconds: float
-    """Of one example: a batch of one, all weights."""
-    largest_difference: float
-    """Of a cosine from the sum of components' products and one of two whole gradients."""
-
-
-class ProjectionErrors(NamedTuple):
-    """Mean absolute differences of cosines over all listed pairs."""
-
-    to_full: float
-    """Of the projection from the full gradient's."""
-    off: float
-    """Of the published form from the full gradient's."""
-    apart: float
-    """Of the published form from the cosine in which a tensor counts as often as numbers are kept of it."""
-
-
 class OneByOne:
     """Gradients by automatic differentiation, one example at a time, nothing kept."""
 
@@ -228,13 +207,13 @@ class OneByOne:
         loss = sum_loss(self._model, batch.to(self._parameters[0].device))
         return list(torch.autograd.grad(loss, self._parameters))
 
-    def whole(self, place: int) -> Tensor:
-        """Return the same in one vector of float64."""
-        return torch.cat([part.flatten() for part in self.parts(place)]).double()
 
+def direct_gradients(result: OnePassResult, words: str, queries: int) -> dict[str, float]:
+    """Compute the first queries and their candidates again, one by one, by automatic differentiation.
 
-def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectGradients:
-    """Compute the first queries and their candidates once more, one by one, by automatic differentiation."""
+    Return the number of `examples`, the `seconds` of one (a batch of one, all weights), and the `largest_difference` of
+    a cosine from the sum of components' products and one of two whole gradients.
+    """
     products, compared = result.gradients[words], result.inputs.compared
     gradients = OneByOne(compared.loaded, compared.components, compared.data)
     kept: dict[int, Tensor] = {}
@@ -243,18 +222,27 @@ def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectG
     started = time.perf_counter()
     for query in range(queries):
         places = [int(result.inputs.query_place[query]), *(int(row) for row in products.rows[query] if row >= 0)]
-        kept |= {place: gradients.whole(place) for place in places if place not in kept}
+        for place in set(places) - set(kept):
+            kept[place] = torch.cat([part.flatten() for part in gradients.parts(place)]).double()
     spent = time.perf_counter() - started
     for query in range(queries):
         mine = kept[int(result.inputs.query_place[query])]
         for number, place in enumerate(row for row in products.rows[query].tolist() if row >= 0):
             whole = float(mine @ kept[place] / (mine.norm() * kept[place].norm()))
             differences.append(abs(whole - float(cosine[query, number])))
-    return DirectGradients(gradients.passes, spent / max(gradients.passes, 1), max(differences))
+    return {
+        "examples": gradients.passes,
+        "seconds": spent / max(gradients.passes, 1),
+        "largest_difference": max(differences),
+    }
 
 
-def projection_errors(result: OnePassResult, words: str) -> dict[str, ProjectionErrors]:
-    """How far every projection is from what it should estimate, and from what the published form estimates."""
+def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, float]]:
+    """Mean absolute differences of cosines over all listed pairs, for every projection.
+
+    `to_full`: of the projection from the full gradient's; `off`: of the published form from the full gradient's;
+    `apart`: of that from the cosine in which a tensor counts as often as numbers are kept of it.
+    """
     products, listed = result.gradients[words], result.gradients[words].listed
     full = products.cosine()
     found = {}
@@ -262,8 +250,8 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, Projection
         weights = np.array(one.plan.sizes, dtype=np.float64)
         weighted = _weighted_cosine(result, words, weights)
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
-        pairs = ((right, full), (published, full), (published, weighted))
-        found[one.plan.name] = ProjectionErrors(*(float(np.abs(a - b)[listed].mean()) for a, b in pairs))
+        pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
+        found[one.plan.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
 
 
@@ -281,31 +269,12 @@ def _weighted_cosine(
 _WHOLE = "similarities"
 
 
-class Replay(NamedTuple):
-    """Both ways over the same examples."""
-
-    queries: int
-    """Over all settings."""
-    distinct_examples: int
-    published_passes: int
-    """Backward passes that were counted."""
-    passes: int
-    """Of the one pass."""
-    published_seconds: float
-    """From loading the model, once, to the last similarity."""
-    seconds: float
-    passes_ratio: float
-    seconds_ratio: float
-    published_jobs: dict[str, dict[str, float]]
-    """Passes and seconds of each job over all settings."""
-    largest_difference: float
-    """Between cosines of whole gradients: one by one, and from the one pass."""
-
-
-def replay(settings: ComponentsSettings) -> Replay:
+def replay(settings: ComponentsSettings) -> dict[str, Any]:
     """Both ways for what the settings ask; the one pass leaves its products in `settings.out`, which has to be new.
 
-    The published jobs project with the map that the one pass projects with, and load the model once, not once a job.
+    The published jobs project with the map that the one pass projects with, and load the model once, not once a job;
+    their seconds are from loading the model to the last similarity. `largest_difference` is between cosines of whole
+    gradients: one by one, and from the one pass.
     """
     started = time.perf_counter()
     result = one_pass_result(settings)
@@ -316,18 +285,18 @@ def replay(settings: ComponentsSettings) -> Replay:
     jobs, cosine = _published_jobs(result, settings.candidates[0], direct)
     published = time.perf_counter() - started
     ours = result.gradients[settings.candidates[0]].cosine()
-    return Replay(
-        len(result.inputs.queries),
-        len(compared.data),
-        direct.passes,
-        result.computed,
-        published,
-        seconds,
-        direct.passes / result.computed,
-        published / seconds,
-        jobs,
-        float(np.abs(cosine - ours).max()),
-    )
+    return {
+        "queries": len(result.inputs.queries),
+        "distinct_examples": len(compared.data),
+        "published_passes": direct.passes,
+        "passes": result.computed,
+        "published_seconds": published,
+        "seconds": seconds,
+        "passes_ratio": direct.passes / result.computed,
+        "seconds_ratio": published / seconds,
+        "published_jobs": jobs,
+        "largest_difference": float(np.abs(cosine - ours).max()),
+    }
 
 
 def _published_jobs(

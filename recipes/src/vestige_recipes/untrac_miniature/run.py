@@ -6,7 +6,7 @@ few, and how well anything predicts them depends on the corpora that were drawn,
 """
 
 import string
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +19,27 @@ from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, kept_run, launched, registered, shown_interval
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    kept_run,
+    launched,
+    registered,
+    shown_interval,
+)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Table,
-    asked_models,
     first_order_scores,
-    left_out_bank,
     left_out_truth,
+    list_sources,
+    measure_sources,
     pooled_agreement,
-    summed_by_source,
+    sum_by_source,
+    tables_json,
     truth_agreement,
 )
 from vestige_recipes.common.texts import gpt, write_rows
@@ -148,10 +159,10 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
     Truth and estimate never share a model: the models that are asked are trained apart from the bank's.
     """
     plan = PLANS[settings.size]
-    found = [_drawn(settings, plan, settings.seed + number) for number in range(plan.corpora)]
+    found = [_draw(settings, plan, settings.seed + number) for number in range(plan.corpora)]
     ceilings = [truth_agreement(each.truths) for each in found]
     ceiling = float(np.mean(ceilings))
-    judged = {name: _judged(found, name, plan, settings.seed) for name in found[0].scores[0]}
+    judged = {name: _judge(found, name, plan, settings.seed) for name in found[0].scores[0]}
     rows: list[tuple[Any, ...]] = [("truth of another seed (ceiling)", ceiling, "", _each(ceilings))]
     known = [(each.corpora.mixing.T, each.truths) for each in found]
     mixing, by_draw = pooled_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
@@ -165,14 +176,15 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
             {
                 "mixing": each.corpora.mixing.tolist(),
                 "truth": [truth.tolist() for truth in each.truths],
-                "scores": [{name: table.tolist() for name, table in one.items()} for one in each.scores],
+                "scores": tables_json(each.scores),
             }
             for each in found
         ],
     }
-    # A handful of steps shows that everything runs, and nothing else.
-    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
-    gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), *nulls]
+    gates = []
+    if settings.size != "tiny":
+        nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
+        gates = [*_gates(found, judged, ceiling), *nulls]
     return Outcome(("method", "mean Pearson", "95 % interval", "by draw"), rows, gates, details)
 
 
@@ -181,67 +193,54 @@ def tiny_gpt() -> nn.Module:
     return gpt(VOCABULARY, LENGTH, 48, 1, begin=0, end=1)
 
 
-def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
+def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     corpora = markov_corpora(
         seed, corpora=plan.sources, sequences=plan.sequences, chains=plan.chains, test_sequences=plan.tests
     )
     folder = settings.out / f"draw-{seed}"
     data = write_rows(folder / "train.jsonl", corpora.train)
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
-    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
-    seeds = max(settings.seeds, 2)
-    truth = left_out_bank(
-        settings, tiny_gpt(), (data, queries), folder, training, seed=seed, seeds=seeds, from_scratch=True
+
+    def score(number: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launched(settings)}
+        found = {}
+        for name, direction in UNLEARNT.items():
+            found[f"{name}, automatic"] = _unlearn(out / direction, {**common, "direction": direction})
+            for rate in () if number else plan.grid:
+                fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
+                try:
+                    found[f"{name}, {rate:g}"] = _unlearn(out / f"{direction}-{rate:g}", fixed)
+                except NonFinite:
+                    # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
+                    found[f"{name}, {rate:g}"] = np.full([len(each) for each in list_sources(truth)[::-1]], np.nan)
+        for name, accelerate in RETAINING.items():
+            asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
+            found[name] = _unlearn(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
+        found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
+        run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
+        return found | {"BM25": sum_by_source(run, truth)}
+
+    truth, scores = measure_sources(
+        settings,
+        tiny_gpt(),
+        (data, queries),
+        folder,
+        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        score,
+        seed=seed,
+        seeds=max(settings.seeds, 2),
+        checkpoints=plan.checkpoints,
+        from_scratch=True,
     )
-    tests = sorted({str(test) for test in truth.query_sources})
-    scores = []
-    models = asked_models(tiny_gpt(), data, folder, training, seeds, plan.checkpoints, from_scratch=True)
-    for number, asked in enumerate(models):
-        own = plan if number == 0 else replace(plan, grid=())
-        files, axes = (data, queries), (tests, corpora.names)
-        scores.append(_scores(settings, own, folder / f"runs-{number}", asked, files, truth, axes))
-    return Drawn(corpora, left_out_truth(truth, corpora.names, tests), scores)
+    return Drawn(corpora, left_out_truth(truth), scores)
 
 
-def _scores(
-    settings: StudySettings,
-    plan: MiniaturePlan,
-    out: Path,
-    asked: Checkpoints,
-    files: tuple[Path, Path],
-    truth: Bank,
-    axes: tuple[list[str], list[str]],
-) -> dict[str, Table]:
-    """Scores of every corpus for every test set, by method."""
-    data, queries = files
-    common = {"model": asked.model, "data": str(data), "queries": str(queries), **launched(settings)}
-    found = {}
-    for name, direction in UNLEARNT.items():
-        found[f"{name}, automatic"] = _unlearnt(out / direction, {**common, "direction": direction})
-        for rate in plan.grid:
-            fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
-            found[f"{name}, {rate:g}"] = _unlearnt(out / f"{direction}-{rate:g}", fixed, axes)
-    for name, accelerate in RETAINING.items():
-        asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
-        found[name] = _unlearnt(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
-    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
-    run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
-    return found | {"BM25": summed_by_source(run.dense(), truth.query_sources, truth.sources, *axes)}
-
-
-def _unlearnt(out: Path, asking: dict[str, Any], axes: tuple[list[str], list[str]] | None = None) -> Table:
+def _unlearn(out: Path, asking: dict[str, Any]) -> Table:
     """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
-    try:
-        run = kept_run(untrac, out, **asking)
-    except NonFinite:
-        if axes is None:
-            raise
-        # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
-        return np.full([len(axis) for axis in axes], np.nan)
-    return run.dense().astype(np.float64)
+    return kept_run(untrac, out, **asking).dense().astype(np.float64)
 
 
-def _judged(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
+def _judge(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
     groups = [([one[name] for one in each.scores if name in one], each.truths) for each in found]
     return pooled_agreement(groups, draws=plan.draws, seed=seed)
 
@@ -259,9 +258,9 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
         on_first = pooled_agreement(groups, draws=0, seed=0)[0].value
         best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
         gates += [
-            Gate(f"{name}: correlation with retraining", value, ">=", LEAST),
-            Gate(f"{name}: share of the ceiling", value / ceiling, ">=", OF_CEILING),
-            Gate(f"{name}: automatic rate below the best of the grid by", best - on_first, "<=", WITHIN),
+            at_least(f"{name}: correlation with retraining", value, LEAST),
+            at_least(f"{name}: share of the ceiling", value / ceiling, OF_CEILING),
+            at_most(f"{name}: automatic rate below the best of the grid by", best - on_first, WITHIN),
         ]
     return gates
 
@@ -281,4 +280,4 @@ def _null_gate(found: list[Drawn], name: str) -> Gate:
             for one, right in zip(scores[name], truth, strict=True):
                 slope, shift = np.polyfit(one, right, 1)
                 shares.append(abs(slope * one[place] + shift - right[place]) / noise)
-    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)
+    return at_most(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), 1.0)

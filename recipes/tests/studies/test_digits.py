@@ -63,11 +63,11 @@ def test_gradients_of_images_are_those_of_autograd(model, wide, by_autograd):
 
 def test_exact_influence_is_a_dense_solve_at_every_damping(by_autograd):
     train, queries = by_autograd
-    found = exact_influence(Gradients(train.float(), queries.float(), 0.0))
+    found, _ = exact_influence(Gradients(train.float(), queries.float(), 0.0))
     fisher = train.T @ train / len(train)
     unit, largest = float(fisher.diagonal().mean()), float(torch.linalg.eigvalsh(fisher)[-1])
-    assert next(iter(found.scored)) == DAMPING
-    for damping, scored in found.scored.items():
+    assert next(iter(found)) == DAMPING
+    for damping, scored in found.items():
         inverse = torch.linalg.inv(fisher + damping * unit * torch.eye(len(fisher), dtype=torch.float64))
         expected = (queries @ inverse @ train.T).numpy()
         # The matrix is added up in float32, whose rounding the inverse amplifies by its condition number.

@@ -25,6 +25,8 @@ from vestige_recipes.common.registry import (
     Gate,
     Outcome,
     StudySettings,
+    at_least,
+    at_most,
     draw_intervals,
     registered,
     shown_interval,
@@ -34,7 +36,6 @@ from vestige_recipes.digits.scores import (
     EXACT,
     PIXELS,
     RECIPE,
-    DampingGrid,
     Digits,
     Images,
     Scored,
@@ -260,9 +261,9 @@ def _all_scores(
 ) -> Iterator[Scored]:
     """Exact influence at the default damping comes first, its grid after it, then everything else."""
     found, seed = measured_gradients(asked, data), settings.seed
-    grid = exact_influence(found)
-    yield from grid.scored.values()
-    yield _chosen(grid, truth)
+    grid, seconds = exact_influence(found)
+    yield from grid.values()
+    yield _choose(grid, truth)._replace(seconds=seconds)
     yield from compressed_influence(found, plan.sizes, seed, plan.sketches)
     yield from layer_methods(asked, data, found, seed)
     yield from averaged([asked], data, seed, "1 model")
@@ -281,9 +282,9 @@ def _halves(settings: StudySettings, plan: DigitsPlan, data: Digits) -> list[nn.
     return models
 
 
-def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
+def _choose(grid: dict[float, Scored], truth: Bank) -> Scored:
     """Exact influence at the damping that does best on a tenth of the queries, which are NaN here."""
-    found = list(grid.scored.items())
+    found = list(grid.items())
     results = [
         datamodeling_score(each.scores, truth.membership, truth.query_losses, subset=truth.subsets, draws=0).per_query
         for _, each in found
@@ -292,7 +293,7 @@ def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
     damping, scored = found[best]
     scores = np.full_like(scored.scores, np.nan)
     scores[others] = scored.scores[others]
-    return scored._replace(name=f"{BEST} ({damping:g})", scores=scores, seconds=grid.seconds)
+    return scored._replace(name=f"{BEST} ({damping:g})", scores=scores)
 
 
 def _all_judged(found: Iterator[Scored], truth: Bank, plan: DigitsPlan) -> list[Judged]:
@@ -338,15 +339,11 @@ def _gates(judged: dict[str, Judged], agreement: float) -> list[Gate]:
         for name, each in judged.items()
         if each.nrmse and name.startswith(("influence, Gauss", "influence, SJLT"))
     )
+    over = f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping"
     return [
-        Gate("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high, ">=", 0),
-        Gate("exact influence: LDS over grad-dot's", exact.value / dot.value, ">=", ABOVE_DOT),
-        Gate(
-            f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping",
-            grass / exact.value,
-            ">=",
-            LIKE_EXACT,
-        ),
-        Gate("Gauss and SJLT: largest NRMSE times the root of the size", worst, "<=", NRMSE_ROOT),
-        Gate("logistic regression: predicted with true leave-one-out", agreement, ">=", LEFT_OUT),
+        at_least("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high),
+        at_least("exact influence: LDS over grad-dot's", exact.value / dot.value, ABOVE_DOT),
+        at_least(over, grass / exact.value, LIKE_EXACT),
+        at_most("Gauss and SJLT: largest NRMSE times the root of the size", worst, NRMSE_ROOT),
+        at_least("logistic regression: predicted with true leave-one-out", agreement, LEFT_OUT),
     ]

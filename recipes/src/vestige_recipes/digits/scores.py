@@ -196,63 +196,47 @@ class Gradients(NamedTuple):
     seconds: float
 
 
-class Timed:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Until now."""
-        return time.perf_counter() - self._started
-
-
 def measured_gradients(model: nn.Module, digits: Digits) -> Gradients:
     """Whole gradients of everything."""
-    timed = Timed()
+    started = time.perf_counter()
     sides = [torch.cat(gradients(model, images), dim=1) for images in digits]
-    return Gradients(sides[0], sides[1], timed.seconds)
+    return Gradients(sides[0], sides[1], time.perf_counter() - started)
 
 
 def opponents(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
     """Inner products, cosines, similarity of the last hidden layer, and chance."""
     width = found.train.shape[1]
-    timed = Timed()
+    started = time.perf_counter()
     products = found.queries @ found.train.T
-    yield Scored("grad-dot", _numpy(products), found.seconds + timed.seconds, width)
+    yield Scored("grad-dot", _numpy(products), found.seconds + time.perf_counter() - started, width)
     lengths = found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)
-    yield Scored("grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + timed.seconds, width)
-    timed = Timed()
+    yield Scored(
+        "grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + time.perf_counter() - started, width
+    )
+    started = time.perf_counter()
     assert isinstance(model, nn.Sequential)
     with torch.no_grad():
         hidden = [nn.functional.normalize(model[:-1](images.inputs), dim=1) for images in digits]
-    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), timed.seconds, hidden[0].shape[1])
+    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), time.perf_counter() - started, hidden[0].shape[1])
     shape = (len(digits.queries.labels), len(digits.train.labels))
     yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
 
 
-class DampingGrid(NamedTuple):
-    """Exact influence at several dampings."""
+def exact_influence(found: Gradients) -> tuple[dict[float, Scored], float]:
+    """With the empirical Fisher matrix of the whole gradient, at every damping, the default one first.
 
-    scored: dict[float, Scored]
-    """The default damping first."""
-    seconds: float
-    """Of all together: the matrix is measured once."""
-
-
-def exact_influence(found: Gradients) -> DampingGrid:
-    """With the empirical Fisher matrix of the whole gradient, at every damping."""
-    whole = Timed()
+    Return also the seconds of all of them, for which the matrix is measured once.
+    """
+    begun = time.perf_counter()
     fisher = fisher_of_rows(found.train)
-    shared = found.seconds + whole.seconds
+    shared = found.seconds + time.perf_counter() - begun
     scored = {}
     for damping in sorted(GRID, key=lambda each: each != DAMPING):
-        timed = Timed()
+        started = time.perf_counter()
         scores = fisher.precondition(found.queries, damping) @ found.train.T
-        name, seconds = f"{EXACT}, damping {damping:g}", shared + timed.seconds
+        name, seconds = f"{EXACT}, damping {damping:g}", shared + time.perf_counter() - started
         scored[damping] = Scored(name, _numpy(scores), seconds, found.train.shape[1])
-    return DampingGrid(scored, found.seconds + whole.seconds)
+    return scored, found.seconds + time.perf_counter() - begun
 
 
 def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
@@ -270,17 +254,17 @@ def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draw
     lengths = (found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)).double()
     unit = float(found.train.double().square().mean())
     for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
-        timed = Timed()
+        started = time.perf_counter()
         small = _sketched(found, template, size, seed + draw)
-        shared, numbers = found.seconds + timed.seconds, small.train.shape[1]
+        shared, numbers = found.seconds + time.perf_counter() - started, small.train.shape[1]
         nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
-        timed = Timed()
+        started = time.perf_counter()
         scores = _influence(small)
-        yield Scored(f"influence, {name} {size}", scores, shared + timed.seconds, numbers, nrmse, draw)
+        yield Scored(f"influence, {name} {size}", scores, shared + time.perf_counter() - started, numbers, nrmse, draw)
         if size == ENSEMBLE_SIZE:
-            timed = Timed()
+            started = time.perf_counter()
             solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
-            scores, seconds = _numpy(solved @ small.train.T), shared + timed.seconds
+            scores, seconds = _numpy(solved @ small.train.T), shared + time.perf_counter() - started
             yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
 
 
@@ -304,9 +288,11 @@ def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int)
         "datainf": lambda queries: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(queries),
     }
     for name, solve in makers.items():
-        timed = Timed()
+        started = time.perf_counter()
         solved = torch.cat(solve([*found.queries.split([part.size for part in given.components], dim=1)]), dim=1)
-        yield Scored(name, _numpy(solved @ found.train.T), found.seconds + timed.seconds, found.train.shape[1])
+        yield Scored(
+            name, _numpy(solved @ found.train.T), found.seconds + time.perf_counter() - started, found.train.shape[1]
+        )
 
 
 def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
@@ -315,24 +301,26 @@ def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str
     TRAK's scores are `mean[phi(query)^T (Phi^T Phi / n + d I)^-1 phi(example)] mean[1 - p(example)]`, d relative to the
     mean eigenvalue.
     """
-    timed = Timed()
+    started = time.perf_counter()
     small = [
         _sketched(measured_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
         for number, model in enumerate(models)
     ]
-    shared, numbers = timed.seconds, sum(each.train.shape[1] for each in small)
-    timed = Timed()
+    shared, numbers = time.perf_counter() - started, sum(each.train.shape[1] for each in small)
+    started = time.perf_counter()
     kernels, unsure = [], []
     for model, each in zip(models, small, strict=True):
         sides = [doubt(torch.from_numpy(query_losses(model, images))).to(each.train) for images in digits]
         kernels.append(_influence(Gradients(each.train / sides[0][:, None], each.queries / sides[1][:, None], 0.0)))
         unsure.append(_numpy(sides[0]))
     scores = np.mean(kernels, axis=0) * np.mean(unsure, axis=0)
-    yield Scored(f"trak, {suffix}", scores, shared + timed.seconds, numbers)
+    yield Scored(f"trak, {suffix}", scores, shared + time.perf_counter() - started, numbers)
     if len(models) > 1:
-        timed = Timed()
+        started = time.perf_counter()
         scores = np.mean([_influence(each) for each in small], axis=0)
-        yield Scored(f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + timed.seconds, numbers)
+        yield Scored(
+            f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + time.perf_counter() - started, numbers
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

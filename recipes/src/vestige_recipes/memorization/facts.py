@@ -17,7 +17,7 @@ from torch import nn
 
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, Recipe, Step, load_model, shuffle_batches, train, trainable_copy
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, draw_intervals, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, draw_intervals, registered
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.judging import (
     COLUMNS,
@@ -263,7 +263,10 @@ def memorization_facts(settings: StudySettings) -> Outcome:
         *area_rows(early, [each.early for each in judged]),
         *area_rows(late, [each.late for each in judged], "at the end"),
     ]
-    ratios = {kind: _ratio(judged, kind) for kind in judged[0].kinds}
+    ratios = {
+        kind: mean_interval(np.concatenate([each.proved[LIRA_OF_MEMBERS][each.kinds[kind]] for each in judged]))
+        for kind in judged[0].kinds
+    }
     draw_intervals(settings.out, "facts", ratios, "mean LiRA of members, nats (95 % interval)")
     details = {
         "plan": asdict(plan),
@@ -273,9 +276,7 @@ def memorization_facts(settings: StudySettings) -> Outcome:
         "early": [areas_json(each.early) for each in judged],
         "late": [areas_json(each.late) for each in judged],
     }
-    # A few steps of a few models show that everything runs, and nothing else.
-    gates = [] if settings.size == "tiny" else gates_of(ratios, early, judged)
-    return Outcome(COLUMNS, rows, gates, details)
+    return Outcome(COLUMNS, rows, gates_of(ratios, early, judged), details)
 
 
 def judge(made: Targets[Facts], seed: int) -> Judged:
@@ -300,21 +301,15 @@ def gates_of(
 ) -> list[Gate]:
     """Return what was expected, over all draws of prompts; of the null, the worst of them."""
     rising = [
-        Gate(
+        at_least(
             f"LiRA of members: facts x{more} above facts x{fewer} by, nats",
             ratios[f"facts x{more}"].value - ratios[f"facts x{fewer}"].value,
-            ">=",
-            0.0,
         )
         for fewer, more in pairwise(REPEATS)
     ]
     worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
         *rising,
-        Gate("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, ">=", FOUND),
-        Gate("membership shuffled: AUC away from 0.5 by", worst, "<=", NULL),
+        at_least("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, FOUND),
+        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
     ]
-
-
-def _ratio(judged: Sequence[Judged], kind: str) -> Interval:
-    return mean_interval(np.concatenate([each.proved[LIRA_OF_MEMBERS][each.kinds[kind]] for each in judged]))

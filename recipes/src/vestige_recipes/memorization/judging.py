@@ -216,7 +216,7 @@ def area_rows(
     for what, row in found.items():
         for name, interval in row.items():
             single = [mean_interval(each[what][name]).value for each in areas]
-            rows.append((f"AUC of {what}, {moment}", name, interval.value, shown(interval), each_seed(single)))
+            rows.append(table_row(f"AUC of {what}, {moment}", name, interval, single))
     return rows
 
 
@@ -225,9 +225,9 @@ def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
     return {what: {name: values.tolist() for name, values in row.items()} for what, row in areas.items()}
 
 
-def each_seed(values: Sequence[float]) -> str:
-    """Return the values of single seeds in a table."""
-    return " ".join(f"{value:.3f}" for value in values)
+def table_row(what: Any, name: str, interval: Interval, values: Sequence[float]) -> tuple[Any, ...]:
+    """Return a row of `COLUMNS`; the values are of single seeds."""
+    return what, name, interval.value, shown(interval), " ".join(f"{value:.3f}" for value in values)
 
 
 LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"exposure": 1, "psmi": 1, "mahalanobis": -1}
@@ -293,22 +293,20 @@ def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
         for kind in judged[0].kinds:
             values = [each.proved[name][each.kinds[kind]] for each in judged]
             interval = mean_interval(np.concatenate(values))
-            single = each_seed([mean_interval(each).value for each in values])
-            rows.append((f"{name}: mean", kind, interval.value, shown(interval), single))
+            rows.append(table_row(f"{name}: mean", kind, interval, [mean_interval(each).value for each in values]))
     for name, sign in TELLING.items():
         for what in judged[0].contests:
             parts = [_part(sign * each.proved[name], each.contests[what]) for each in judged]
             interval = attack(*(np.concatenate(side) for side in zip(*parts, strict=True))).auc
-            single = each_seed([auc(*part) for part in parts])
-            rows.append((f"AUC of {what}, at the end", name, interval.value, shown(interval), single))
+            rows.append(table_row(f"AUC of {what}, at the end", name, interval, [auc(*part) for part in parts]))
     return rows
 
 
 def null_row(judged: Sequence[Judged]) -> tuple[Any, ...]:
     """Return the row of a table: AUC of membership by likelihood ratios when membership is shuffled, over targets."""
     interval = mean_interval(np.concatenate([each.null for each in judged]))
-    single = each_seed([float(each.null.mean()) for each in judged])
-    return ("AUC of shuffled membership, at the end", "lira", interval.value, shown(interval), single)
+    single = [float(each.null.mean()) for each in judged]
+    return table_row("AUC of shuffled membership, at the end", "lira", interval, single)
 
 
 def _part(scores: np.ndarray, contest: Contest) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from vestige.measures import (
     psmi,
     share,
 )
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, draw_intervals, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, draw_intervals, registered
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,
@@ -35,13 +35,12 @@ from vestige_recipes.memorization.judging import (
     area_rows,
     areas_json,
     each_draw,
-    each_seed,
     judge_targets,
     mean_interval,
     null_row,
     over_targets,
     proof_rows,
-    shown,
+    table_row,
 )
 from vestige_recipes.memorization.targets import TRIGGER, Early, Measures, Targets, make_targets
 
@@ -194,11 +193,18 @@ def memorization_planted(settings: StudySettings) -> Outcome:
         "plan": asdict(plan),
         "trigger_epochs": epochs,
         "early": {what: {name: dict(each._asdict()) for name, each in row.items()} for what, row in early.items()},
-        "seeds": [_details(each) for each in judged],
+        "seeds": [
+            {
+                "early": areas_json(each.early),
+                "late": areas_json(each.late),
+                "flagged": each.flagged,
+                "null": each.null.tolist(),
+                "not_finite": each.not_finite,
+            }
+            for each in judged
+        ],
     }
-    # Eight small networks show that everything runs, and nothing else.
-    gates = [] if settings.size == "tiny" else gates_of(judged)
-    return Outcome(COLUMNS, rows, gates, details)
+    return Outcome(COLUMNS, rows, gates_of(judged), details)
 
 
 def judge(made: Targets[Points], seed: int) -> Judged:
@@ -229,26 +235,16 @@ def gates_of(judged: Sequence[Judged]) -> list[Gate]:
 
     success = mean_interval(np.concatenate([each.proved[SUCCESS][each.kinds["flips"]] for each in judged])).value
     rates = {kind: _share([each.flagged[kind] for each in judged]).value for kind in ("planted", "others")}
-    found = [Gate(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), ">=", FOUND)
-             for kind in PLANTED]  # fmt: skip
+    lead = early(BOTH, "psmi") - early(BOTH, "loss")
+    worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
-        *found,
-        Gate(
-            f"PSMI at the trigger: AUC of {BOTH} above the loss's by",
-            early(BOTH, "psmi") - early(BOTH, "loss"),
-            ">=",
-            LEAD,
-        ),
-        Gate("attack success on flips, leave-one-out", success, ">=", SUCCEEDED),
-        Gate(
-            "membership shuffled: AUC away from 0.5 by",
-            max(abs(float(each.null.mean()) - 0.5) for each in judged),
-            "<=",
-            NULL,
-        ),
-        Gate("scores that are not finite", sum(each.not_finite for each in judged), "<=", 0),
-        Gate("PSMI <= 0: true positives among planted points", rates["planted"], ">=", UNTUNED[0]),
-        Gate("PSMI <= 0: false positives among the others", rates["others"], "<=", UNTUNED[1]),
+        *(at_least(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), FOUND) for kind in PLANTED),
+        at_least(f"PSMI at the trigger: AUC of {BOTH} above the loss's by", lead, LEAD),
+        at_least("attack success on flips, leave-one-out", success, SUCCEEDED),
+        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
+        at_most("scores that are not finite", sum(each.not_finite for each in judged)),
+        at_least("PSMI <= 0: true positives among planted points", rates["planted"], UNTUNED[0]),
+        at_most("PSMI <= 0: false positives among the others", rates["others"], UNTUNED[1]),
     ]
 
 
@@ -260,16 +256,6 @@ def _flagged_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for kind in ("planted", "others"):
         rate = _share([each.flagged[kind] for each in judged])
-        single = each_seed([hits / count for hits, count in (one.flagged[kind] for one in judged)])
-        rows.append((f"share of {kind} flagged", "psmi <= 0", rate.value, shown(rate), single))
+        single = [hits / count for hits, count in (one.flagged[kind] for one in judged)]
+        rows.append(table_row(f"share of {kind} flagged", "psmi <= 0", rate, single))
     return rows
-
-
-def _details(each: Judged) -> dict[str, Any]:
-    return {
-        "early": areas_json(each.early),
-        "late": areas_json(each.late),
-        "flagged": each.flagged,
-        "null": each.null.tolist(),
-        "not_finite": each.not_finite,
-    }

@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.banks import Bank, bank
-from vestige.data import Example, load_examples
+from vestige.banks import bank
+from vestige.data import load_examples
 from vestige.evaluate import Estimate, Evaluation, lds
 from vestige.indexes import index
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model
 from vestige_recipes.common.registry import (
     OWN_SEED,
-    Gate,
     Outcome,
     StudySettings,
+    at_least,
+    at_most,
     kept_run,
     launched,
     registered,
@@ -41,7 +42,9 @@ def wikitext(model: str, length: int) -> tuple[list[Row], list[Row]]:
     def blocks(split: str) -> list[Row]:
         rows, examples = [], load_examples(DATA, split=split)
         for begin in range(0, len(examples), _ROWS):
-            tokens = _joined(examples[begin : begin + _ROWS], tokenizer)
+            texts = [example.text or "" for example in examples[begin : begin + _ROWS]]
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = [token for each in encoded for token in each]
             for start in range(0, len(tokens) - length + 1, length):
                 ids = tokens[start : start + length]
                 row = {"id": f"{split}/{len(rows)}", "source": split, "text": tokenizer.decode(ids), "input_ids": ids}
@@ -49,12 +52,6 @@ def wikitext(model: str, length: int) -> tuple[list[Row], list[Row]]:
         return rows
 
     return blocks("train"), blocks("validation")
-
-
-def _joined(examples: list[Example], tokenizer: object) -> list[int]:
-    texts = [example.text or "" for example in examples]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
-    return [token for tokens in encoded for token in tokens]
 
 
 EXACT = "influence"
@@ -104,11 +101,23 @@ def text_lds(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what models trained on them lose, with intervals."""
     plan = PLANS[settings.size]
     start, data, queries = _prepared(settings, plan)
-    truth = _bank(settings, plan, start, data, queries)
+    truth = bank(
+        model=start,
+        data=str(data),
+        queries=str(queries),
+        out=settings.out / "bank",
+        subsets=plan.subsets,
+        seeds=settings.seeds,
+        epochs=plan.epochs,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        seed=settings.seed,
+        **launched(settings),
+    )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    asked = trained(start, data, settings.out / "model", training, seed=OWN_SEED + settings.seed,
-                    count=plan.checkpoints)  # fmt: skip
+    own = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
+    asked = trained(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(
         bank=settings.out / "bank",
@@ -147,22 +156,6 @@ def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]
     read = write_rows(texts / "before.jsonl", made.before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     return trained(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
-
-
-def _bank(settings: StudySettings, plan: TextPlan, start: str, data: Path, queries: Path) -> Bank:
-    return bank(
-        model=start,
-        data=str(data),
-        queries=str(queries),
-        out=settings.out / "bank",
-        subsets=plan.subsets,
-        seeds=settings.seeds,
-        epochs=plan.epochs,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        seed=settings.seed,
-        **launched(settings),
-    )
 
 
 def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Path, queries: Path) -> list[Path]:
@@ -207,20 +200,12 @@ def _outcome(found: Evaluation, names: list[str], plan: TextPlan) -> Outcome:
     rows.sort(key=lambda row: -row[1])
     rows.insert(0, ("noise ceiling", found.details["noise_ceiling"], "", "", ""))
     gates = [
-        Gate(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value, ">=", 0.0)
+        at_least(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value)
         for name in (EXACT, "ekfac")
         if name in scores
     ]
-    gates += [
-        Gate(
-            f"FactGraSS {size}: LDS below LoGra's by",
-            scores[f"influence LoGra {size}"].value - scores[f"influence FactGraSS {size}"].value,
-            "<=",
-            LIKE_LOGRA,
-        )
-        for size in plan.sketches
-    ]
-    # A handful of steps of a few models shows that everything runs, and nothing else.
-    gates = [] if plan == PLANS["tiny"] else gates
+    for size in plan.sketches:
+        logra, fact = (scores[f"influence {name} {size}"].value for name in ("LoGra", "FactGraSS"))
+        gates.append(at_most(f"FactGraSS {size}: LDS below LoGra's by", logra - fact, LIKE_LOGRA))
     details = {"plan": asdict(plan), "lds": found.to_json(), "files": list(found.files)}
     return Outcome(("method", "LDS", "95 % interval", "single seeds", "seconds"), rows, gates, details)

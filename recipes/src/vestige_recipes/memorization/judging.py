@@ -37,8 +37,6 @@ COLUMNS = ("of", "measure", "value", "95 % interval", "single seeds")
 
 Areas = dict[str, dict[str, Float[np.ndarray, "target"]]]
 """AUC of each predictor for each thing to be found, one per target."""
-Proofs = dict[str, Float[np.ndarray, "example"]]
-"""By name, what a bank says of each example."""
 
 
 class Contest(NamedTuple):
@@ -55,7 +53,8 @@ class Judged(NamedTuple):
     """AUC of each measure at the trigger for each thing to be found, one per target."""
     late: Areas
     """AUC of membership among the examples of each kind by each measure at the end, one per target."""
-    proved: Proofs
+    proved: dict[str, Float[np.ndarray, "example"]]
+    """By name, what a bank says of each example."""
     kinds: dict[str, Bool[np.ndarray, "example"]]
     """Which examples are of which kind."""
     contests: dict[str, Contest]
@@ -160,11 +159,6 @@ def members_auc(
     return np.array([auc(row, own) for row, own in zip(scores, membership, strict=True)])
 
 
-def memorized(score: Float[np.ndarray, "example"]) -> dict[str, Bool[np.ndarray, "example"]]:
-    """Return what of its own examples a target has memorized, by its likelihood ratios."""
-    return {"top 10 % LiRA": score >= np.nanquantile(score, MOST), f"LiRA >= {MEMORIZED:g}": score >= MEMORIZED}
-
-
 def early_ratios(bank: Bank, early: Sequence[Mapping[str, np.ndarray]]) -> list[Float[np.ndarray, "own"]]:
     """Likelihood ratios of each target as it was early on, for its own examples, judged by the finished others."""
     gaps, found = bank.values("example_gap"), []
@@ -184,16 +178,17 @@ def early_areas(
 ) -> Areas:
     """How well measures of each target's own examples at the trigger find examples of some kinds, and the memorized.
 
-    Args:
-        bank: Whose members are the targets.
-        early: Measures of each target at the trigger.
-        scores: Likelihood ratios at the end.
-        kinds: Of all examples.
-        signs: Which way each measure points.
+    `scores` are likelihood ratios at the end, `kinds` are of all examples, `signs` say which way each measure points.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for own, score, measures in zip(bank.membership, scores, early, strict=True):
-        wanted = {**{what: rows[own] for what, rows in kinds.items()}, **memorized(score[own])}
+        ratios = score[own]
+        wanted = {what: rows[own] for what, rows in kinds.items()}
+        # What of its own examples a target has memorized, by its likelihood ratios.
+        wanted |= {
+            "top 10 % LiRA": ratios >= np.nanquantile(ratios, MOST),
+            f"LiRA >= {MEMORIZED:g}": ratios >= MEMORIZED,
+        }
         for name, sign in signs.items():
             for what, positives in wanted.items():
                 found.setdefault(what, {}).setdefault(name, []).append(auc(sign * measures[name], positives))
@@ -238,13 +233,7 @@ LIRA_OF_MEMBERS, SUCCESS = "LiRA of members, nats", "attack success, leave-one-o
 def late_scores(
     bank: Bank, late: Sequence[Mapping[str, Float[np.ndarray, "example"]]], evidence: BankEvidence
 ) -> dict[str, Float[np.ndarray, "target example"]]:
-    """Every measure of every target at the end, oriented so that high speaks for membership.
-
-    Args:
-        bank: Whose members are the targets.
-        late: Measures of each target at the end, of all examples.
-        evidence: Of the gaps of the bank.
-    """
+    """Every measure of every target at the end, of all examples, oriented so that high speaks for membership."""
     gaps = bank.values("example_gap")
     found = {name: np.stack([LATE_SIGNS[name] * each[name] for each in late]) for name in late[0]}
     offline = [
@@ -267,7 +256,7 @@ def late_areas(
     }
 
 
-def proofs(bank: Bank, evidence: BankEvidence) -> Proofs:
+def proofs(bank: Bank, evidence: BankEvidence) -> dict[str, Float[np.ndarray, "example"]]:
     """Likelihood ratio (mean over the targets that have the example), counterfactual memorization, and what else."""
     of_members = np.where(bank.membership & np.isfinite(evidence.lira), evidence.lira, np.nan)
     counts = np.isfinite(of_members).sum(0)

@@ -1,8 +1,6 @@
 """Targets: models trained on random halves of some examples, with what each shows at the trigger and at the end."""
 
 import hashlib
-import io
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from vestige.measures import (
 from vestige.models import LoadedModel, Recipe, Step, batch_sharing, shuffle_batches, train, trainable_copy
 from vestige.progress import announce, progress
 from vestige.storage import make_folder, write_durably
+from vestige_recipes.common.training import read_state, save_state
 
 TRIGGER = 0.05
 """The alarm goes off when the median training loss is below this share of its start."""
@@ -305,15 +304,18 @@ def _follow(
     batches = shuffle_batches(prompts.data, np.arange(count), plan.batch_size, steps, seed)
     ids = [example.id for example in prompts.data.examples]
 
+    def measure(some: Prompts) -> dict[str, np.ndarray]:
+        return read(model, some, token_budget=plan.token_budget).measures
+
     def keep(moment: str, step: int) -> None:
         with torch.autocast(device, enabled=False):
-            found = _at_the_alarm(model, prompts, plan) if moment == "trigger" else _read(model, prompts, plan)
+            found = _measure_alarm(model, prompts, plan) if moment == "trigger" else measure(prompts)
         keep_measures(files[moment], ids, found, step)
 
     def keep_held(moment: str, step: int) -> None:
-        keep_measures(files[moment], [example.id for example in held.data.examples], _read(model, held, plan), step)
+        keep_measures(files[moment], [example.id for example in held.data.examples], measure(held), step)
 
-    saved = _read_state(unfinished)
+    saved = read_state(unfinished)
     if saved is None:
         keep("start", 0)
         keep_held("held start", 0)
@@ -327,13 +329,13 @@ def _follow(
             if step.number % each or step.number == len(batches):
                 return
             if not files["trigger"].exists():
-                loss = _read(model, prompts, plan)["answer_loss"]
+                loss = measure(prompts)["answer_loss"]
                 announce(
                     f"Pass {step.number // each}: median loss {np.median(loss):.3f} of {np.median(start):.3f} nats"
                 )
                 if alarm(loss, start):
                     keep("trigger", step.number)
-            _save_state(unfinished, step.state())
+            save_state(unfinished, step.state())
 
         # Rounded weights are not kept from step to step, for every step changes them.
         with torch.autocast(device, torch.bfloat16, enabled=plan.half, cache_enabled=False):
@@ -346,11 +348,7 @@ def _follow(
     unfinished.unlink(missing_ok=True)
 
 
-def _read(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.ndarray]:
-    return read(model, prompts, token_budget=plan.token_budget).measures
-
-
-def _at_the_alarm(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.ndarray]:
+def _measure_alarm(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.ndarray]:
     layers = range(1, 1 + int(getattr(model.config, "num_hidden_layers", 1)))  # type: ignore[union-attr]
     found, states = read(model, prompts, token_budget=plan.token_budget, layers=list(layers))
     best = choose_layer(states, prompts.right, by="smi", directions=min(200, plan.directions))
@@ -360,16 +358,3 @@ def _at_the_alarm(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[st
         "mahalanobis": mahalanobis(states[max(states)]),
         "layer_best": np.full(len(prompts.data), float(best)),
     }
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_durably(path, [content.getbuffer()])
-
-
-def _read_state(path: Path) -> dict[str, Any] | None:
-    try:
-        return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
-        return None

@@ -15,11 +15,11 @@ from vestige_recipes.digits.run import PENALTY, leave_one_out
 from vestige_recipes.digits.scores import (
     Gradients,
     ImageCurvature,
-    averaged,
+    average_models,
     digits,
     exact_influence,
     gradients,
-    measured_gradients,
+    measure_gradients,
     network,
     query_losses,
     with_sampled_labels,
@@ -104,9 +104,9 @@ def test_labels_are_drawn_from_the_model_and_the_inputs_stay(model, wide):
 def test_trak_of_one_model_is_its_formula(data):
     # So few weights that nothing is projected away.
     model = network(data.train, 3, 3, (4, 4))
-    found = measured_gradients(model, data)
+    found = measure_gradients(model, data)
     assert found.train.shape[1] < 1024
-    (trak,) = averaged([model], data, 0, "1 model")
+    (trak,) = average_models([model], data, 0, "1 model")
     doubts = [torch.from_numpy(1 - np.exp(-query_losses(model, images))) for images in data]
     train, queries = found.train.double() / doubts[0][:, None], found.queries.double() / doubts[1][:, None]
     kernel = train.T @ train / len(train)

@@ -52,7 +52,7 @@ def test_every_domain_and_test_set_is_read_without_importing_its_package(package
 
 def test_formats_lose_what_is_no_text(packages):
     joined = {
-        name: texts._joined(place.read(packages / str(place.package) / place.path))
+        name: texts._join(place.read(packages / str(place.package) / place.path))
         for name, place in (texts.DOMAINS | texts.TESTS).items()
         if place.package
     }

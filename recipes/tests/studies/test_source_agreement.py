@@ -7,7 +7,7 @@ from scipy.stats import pearsonr, spearmanr
 from vestige.banks import bank_of
 from vestige_recipes.common.sources import (
     left_out_truth,
-    pooled_agreement,
+    pool_agreement,
     source_agreement,
     sum_by_source,
     truth_agreement,
@@ -82,7 +82,7 @@ def test_truth_is_the_rise_of_the_loss_without_a_source_positive_where_it_helps(
 
 def test_agreement_over_groups_is_the_mean_of_theirs():
     groups = [(tables(2, 0), tables(3, 1)), (tables(1, 2), tables(2, 3))]
-    found, own = pooled_agreement(groups, draws=50, seed=0)
+    found, own = pool_agreement(groups, draws=50, seed=0)
     assert own == pytest.approx([source_agreement(*group, draws=5, seed=0).pearson.value for group in groups])
     assert found.value == pytest.approx(np.mean(own))
     assert found.low < found.value < found.high

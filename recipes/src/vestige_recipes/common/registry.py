@@ -127,7 +127,7 @@ class Study:
     run: Callable[[StudySettings], Outcome]
 
 
-def registered(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
+def register_study(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
     """Turn a function into a study of these sizes; `pyproject.toml` gives its name and its address."""
     return lambda run: Study(tuple(sizes), run)
 
@@ -141,17 +141,17 @@ Ends = tuple[float, float, float]
 """A value and the ends of its interval: an `Estimate` or an `Interval`."""
 
 
-def launched(settings: StudySettings) -> dict[str, Any]:
+def launch_arguments(settings: StudySettings) -> dict[str, Any]:
     """Return the settings of where work runs, as arguments of another command."""
     return {name: getattr(settings, name) for name in LaunchSettings.model_fields}
 
 
-def kept_run(command: Callable[..., Scores], out: Path, **arguments: Any) -> Scores:
+def keep_run(command: Callable[..., Scores], out: Path, **arguments: Any) -> Scores:
     """Return the run in `out`, which the command computes unless it is there."""
     return Scores.open(out) if is_run(out) else command(**arguments, out=out)
 
 
-def shown_interval(interval: Ends, digits: int = 3) -> str:
+def show_interval(interval: Ends, digits: int = 3) -> str:
     """Return the ends of an interval as they stand in a table."""
     _, low, high = interval
     return f"{low:.{digits}f} … {high:.{digits}f}"

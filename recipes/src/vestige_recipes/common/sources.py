@@ -20,8 +20,8 @@ from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
 from vestige.settings import AttributeSettings, UntracSettings
-from vestige_recipes.common.registry import OWN_SEED, StudySettings, launched
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.registry import OWN_SEED, StudySettings, launch_arguments
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 
 Table = Float[np.ndarray, "test source"]
 
@@ -76,7 +76,7 @@ def measure_sources(
     given, (data, queries) = start, files
     if isinstance(start, nn.Module):
         once = training._replace(steps=1)
-        given = trained(start, data, folder / "start", once, seed=seed, from_scratch=True).model
+        given = train_checkpoints(start, data, folder / "start", once, seed=seed, from_scratch=True).model
     truth = bank(
         model=given,
         data=str(data),
@@ -89,11 +89,11 @@ def measure_sources(
         batch_size=training.batch_size,
         learning_rate=training.recipe.learning_rate,
         seed=seed,
-        **launched(settings),
+        **launch_arguments(settings),
     )
     scores, own = [], {"count": checkpoints, "from_scratch": from_scratch}
     for number in range(seeds):
-        asked = trained(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
+        asked = train_checkpoints(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
         scores.append(score(number, folder / f"runs-{number}", asked, truth))
     return truth, scores
 
@@ -129,7 +129,7 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     return Agreement(*found, tuple(_correlate(*stacked[0], False).tolist()))
 
 
-def pooled_agreement(
+def pool_agreement(
     groups: Sequence[tuple[Sequence[Table], Sequence[Table]]], *, draws: int, seed: int
 ) -> tuple[Estimate, list[float]]:
     """Mean Pearson over groups, each of (scores by model, truths by run) about its own sources, and that of each group.
@@ -251,7 +251,7 @@ def first_order_scores(
         seed: Of the examples on which curvature is measured.
         inverses: The influence functions.
     """
-    asked = [opened(folder, data, queries, seed) for folder in checkpoints]
+    asked = [open_sets(folder, data, queries, seed) for folder in checkpoints]
     found = [each.gradients() for each in asked]
     products = [_multiply(*each) for each in found]
     tests, sources = found[-1]
@@ -272,7 +272,7 @@ def _multiply(tests: Float[Tensor, "test n"], sources: Float[Tensor, "source n"]
     return (tests.double() @ sources.double().T).cpu().numpy()
 
 
-def opened(model: str, data: Path, queries: Path, seed: int) -> Asked:
+def open_sets(model: str, data: Path, queries: Path, seed: int) -> Asked:
     """Return the model in a folder, the sources and the test sets."""
     loaded = load_model(model)
     train, tests = (

@@ -44,7 +44,7 @@ class Checkpoints(NamedTuple):
         return self.folders[-1]
 
 
-def trained(
+def train_checkpoints(
     start: Any,
     data: Path,
     out: Path,

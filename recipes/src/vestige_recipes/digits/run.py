@@ -28,8 +28,8 @@ from vestige_recipes.common.registry import (
     at_least,
     at_most,
     draw_intervals,
-    registered,
-    shown_interval,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.digits.scores import (
     CLASSES,
@@ -40,14 +40,14 @@ from vestige_recipes.digits.scores import (
     Images,
     Scored,
     accuracy,
-    averaged,
-    compressed_influence,
+    average_models,
+    compress_influence,
     digits,
     exact_influence,
     gradients,
     layer_methods,
     losses_of,
-    measured_gradients,
+    measure_gradients,
     network,
     opponents,
     query_losses,
@@ -85,21 +85,21 @@ def leave_one_out(digits: Digits, count: int) -> LeftOut:
     curvature = _curvature(model, weights, train)
     # Newton's steps to the optimum, each with the curvature where it is.
     while float(_slope(model, weights, train, everyone).norm()) > _CONVERGED:
-        weights = weights - _solved(curvature, _slope(model, weights, train, everyone))
+        weights = weights - _solve(curvature, _slope(model, weights, train, everyone))
         curvature = _curvature(model, weights, train)
     before = _losses(model, weights, queries)
     true = []
     for row in range(count):
         kept = everyone.clone()
         kept[row] = 0.0
-        true.append(_losses(model, _refitted(model, weights, train, kept, curvature), queries) - before)
-    model.load_state_dict(_named(weights))
+        true.append(_losses(model, _refit(model, weights, train, kept, curvature), queries) - before)
+    model.load_state_dict(_split_weights(weights))
     examples, asked = (torch.cat(gradients(model, images), dim=1) for images in (train.at(np.arange(count)), queries))
     predicted = curvature.precondition(asked, PENALTY) @ examples.T / size
     return LeftOut(predicted.numpy(), torch.stack(true, dim=1).numpy())
 
 
-def _refitted(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curvature: FisherBlocks) -> Tensor:
+def _refit(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curvature: FisherBlocks) -> Tensor:
     """Return the optimum for the examples that are kept; the curvature of all of them points close enough to it."""
     inverse, weights = curvature.inverse(PENALTY), start
     for _ in range(_MOST_STEPS):
@@ -110,21 +110,21 @@ def _refitted(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curv
     return weights
 
 
-def _named(weights: Float[Tensor, "n"]) -> dict[str, Tensor]:
+def _split_weights(weights: Float[Tensor, "n"]) -> dict[str, Tensor]:
     matrix, bias = weights.split([PIXELS * CLASSES, CLASSES])
     return {"weight": matrix.view(CLASSES, PIXELS), "bias": bias}
 
 
 def _losses(model: nn.Module, weights: Tensor, images: Images) -> Float[Tensor, "example"]:
-    def moved(inputs: Tensor) -> Tensor:
-        return functional_call(model, _named(weights), (inputs,))
+    def run(inputs: Tensor) -> Tensor:
+        return functional_call(model, _split_weights(weights), (inputs,))
 
-    return losses_of(moved, images)  # type: ignore[arg-type]
+    return losses_of(run, images)  # type: ignore[arg-type]
 
 
 def _slope(model: nn.Module, weights: Tensor, train: Images, kept: Float[Tensor, "example"]) -> Float[Tensor, "n"]:
     """Gradient of the mean loss of those that are kept, over the number of all, with the penalty."""
-    probabilities = torch.softmax(functional_call(model, _named(weights), (train.inputs,)), 1)
+    probabilities = torch.softmax(functional_call(model, _split_weights(weights), (train.inputs,)), 1)
     errors = (probabilities - nn.functional.one_hot(train.labels, CLASSES)) * kept[:, None] / len(kept)
     return torch.cat([(errors.T @ train.inputs).flatten(), errors.sum(0)]) + PENALTY * weights
 
@@ -135,7 +135,7 @@ def _curvature(model: nn.Module, weights: Tensor, train: Images) -> FisherBlocks
     return FisherBlocks((FisherBlock("weights", matrix, unit=1.0),), (slice(0, len(weights)),))
 
 
-def _solved(curvature: FisherBlocks, slope: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _solve(curvature: FisherBlocks, slope: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     return curvature.precondition(slope[None], PENALTY)[0]
 
 
@@ -192,8 +192,8 @@ class Judged(NamedTuple):
         seeds = " ".join(f"{one:.3f}" for one in self.lds.seeds)
         nrmse = f"{np.mean(self.nrmse):.3f}" if self.nrmse else ""
         sketches = over_draws(self.by_draw)
-        shown = f"{sketches.value:.3f} ({shown_interval(sketches)})" if self.nrmse else ""
-        head = (self.scored.name, self.lds.estimate.value, shown_interval(self.lds.estimate), seeds, shown, nrmse)
+        shown = f"{sketches.value:.3f} ({show_interval(sketches)})" if self.nrmse else ""
+        head = (self.scored.name, self.lds.estimate.value, show_interval(self.lds.estimate), seeds, shown, nrmse)
         return (*head, self.scored.numbers, round(self.scored.seconds, 1))
 
 
@@ -206,7 +206,7 @@ def over_draws(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def digits_study(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what networks trained on them lose, with intervals."""
     plan = PLANS[settings.size]
@@ -260,14 +260,14 @@ def _all_scores(
     settings: StudySettings, plan: DigitsPlan, data: Digits, asked: nn.Module, truth: Bank
 ) -> Iterator[Scored]:
     """Exact influence at the default damping comes first, its grid after it, then everything else."""
-    found, seed = measured_gradients(asked, data), settings.seed
+    found, seed = measure_gradients(asked, data), settings.seed
     grid, seconds = exact_influence(found)
     yield from grid.values()
     yield _choose(grid, truth)._replace(seconds=seconds)
-    yield from compressed_influence(found, plan.sizes, seed, plan.sketches)
+    yield from compress_influence(found, plan.sizes, seed, plan.sketches)
     yield from layer_methods(asked, data, found, seed)
-    yield from averaged([asked], data, seed, "1 model")
-    yield from averaged(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
+    yield from average_models([asked], data, seed, "1 model")
+    yield from average_models(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
     yield from opponents(asked, data, found, seed)
 
 

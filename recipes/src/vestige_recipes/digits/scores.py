@@ -196,7 +196,7 @@ class Gradients(NamedTuple):
     seconds: float
 
 
-def measured_gradients(model: nn.Module, digits: Digits) -> Gradients:
+def measure_gradients(model: nn.Module, digits: Digits) -> Gradients:
     """Whole gradients of everything."""
     started = time.perf_counter()
     sides = [torch.cat(gradients(model, images), dim=1) for images in digits]
@@ -244,7 +244,7 @@ def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
     return accumulate_fisher(["model"], [slice(0, rows.shape[1])], rows.split(100))
 
 
-def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
+def compress_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
     """`draws` sketches of the whole gradient of every kind and size, at the default damping.
 
     That is relative to the mean eigenvalue, which grows as fewer numbers share the same trace. Where a sketch is as
@@ -255,7 +255,7 @@ def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draw
     unit = float(found.train.double().square().mean())
     for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
         started = time.perf_counter()
-        small = _sketched(found, template, size, seed + draw)
+        small = _sketch(found, template, size, seed + draw)
         shared, numbers = found.seconds + time.perf_counter() - started, small.train.shape[1]
         nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
         started = time.perf_counter()
@@ -268,7 +268,7 @@ def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draw
             yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
 
 
-def _sketched(found: Gradients, template: str, size: int, seed: int) -> Gradients:
+def _sketch(found: Gradients, template: str, size: int, seed: int) -> Gradients:
     compressor = Family(template).at(size).build("model", (found.train.shape[1], 1), seed)
     train, queries = (compress_gradient(compressor, side[:, :, None]) for side in (found.train, found.queries))
     return Gradients(train, queries, found.seconds)
@@ -295,7 +295,7 @@ def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int)
         )
 
 
-def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
+def average_models(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
     """TRAK and sketched influence, the mean over models; `phi = P grad log(p / (1 - p))` for TRAK.
 
     TRAK's scores are `mean[phi(query)^T (Phi^T Phi / n + d I)^-1 phi(example)] mean[1 - p(example)]`, d relative to the
@@ -303,7 +303,7 @@ def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str
     """
     started = time.perf_counter()
     small = [
-        _sketched(measured_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
+        _sketch(measure_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
         for number, model in enumerate(models)
     ]
     shared, numbers = time.perf_counter() - started, sum(each.train.shape[1] for each in small)

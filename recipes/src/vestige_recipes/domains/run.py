@@ -26,9 +26,9 @@ from vestige_recipes.common.registry import (
     StudySettings,
     at_least,
     draw_intervals,
-    kept_run,
-    registered,
-    shown_interval,
+    keep_run,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.common.sources import (
     UNLEARNT,
@@ -46,9 +46,8 @@ from vestige_recipes.common.texts import (
     Row,
     byte_gpt,
     byte_rows,
-    drawn,
-    install_again,
-    package_folder,
+    draw_pieces,
+    package_file,
     pieces,
     require_packages,
     write_rows,
@@ -70,7 +69,7 @@ class Place(NamedTuple):
     """Where a text is, and how it is read."""
 
     package: str | None
-    """None: Python itself."""
+    """None: the standard library itself."""
     path: str
     read: Read
 
@@ -177,19 +176,17 @@ def domain_pieces(seed: int, *, length: int, pieces: int) -> dict[str, list[Row]
 
 
 def _rows(name: str, place: Place, count: int, length: int, seed: int) -> list[Row]:
-    folder = package_folder(place.package) if place.package else Path(sysconfig.get_paths()["stdlib"])
-    path = folder / place.path
-    if not path.exists():
-        raise DataError(f"{path} is not there. {install_again(place.package) if place.package else ''}")
-    cut = pieces(_joined(place.read(path)), length)
+    package = place.package
+    path = package_file(package, place.path) if package else Path(sysconfig.get_paths()["stdlib"])
+    cut = pieces(_join(place.read(path)), length)
     if len(cut) < count:
         raise DataError(f"{path} has text for {len(cut)} pieces of {length} bytes; {count} are needed.")
     # The order of the list says which domain it is; a name is hashed differently in every process.
     random = np.random.default_rng([seed, [*DOMAINS, *TESTS].index(name)])
-    return byte_rows(drawn(cut, count, random), name)
+    return byte_rows(draw_pieces(cut, count, random), name)
 
 
-def _joined(texts: Iterator[str]) -> str:
+def _join(texts: Iterator[str]) -> str:
     """Texts one after the other, spaces and line ends as one space; as much as is needed."""
     kept, size = [], 0
     for text in texts:
@@ -231,7 +228,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def domains(settings: StudySettings) -> Outcome:
     """Correlation over domains of each method's scores with retraining, for equal and unequal domains.
 
@@ -270,7 +267,7 @@ def domains(settings: StudySettings) -> Outcome:
 
 
 def _show(name: str, found: Agreement) -> tuple[Any, ...]:
-    both = [(each.value, shown_interval(each, 2)) for each in (found.pearson, found.spearman)]
+    both = [(each.value, show_interval(each, 2)) for each in (found.pearson, found.spearman)]
     return name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
 
 
@@ -282,7 +279,7 @@ def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank
     def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
         found = {}
         for name, direction in UNLEARNT.items():
-            run = kept_run(untrac, out / direction, **common, model=asked.model, direction=direction)
+            run = keep_run(untrac, out / direction, **common, model=asked.model, direction=direction)
             # Both list sources by name, and test sets as they come.
             found[name] = run.dense().astype(np.float64)
         sizes = np.array([truth.sources.count(name) for name in list_sources(truth)[0]])
@@ -291,7 +288,7 @@ def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank
             several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
             models = several if method == "tracin" else {"model": asked.model}
             wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
-            found[name] = sum_by_source(kept_run(attribute, out / method, **common, **models, **wanted), truth)
+            found[name] = sum_by_source(keep_run(attribute, out / method, **common, **models, **wanted), truth)
         return found
 
     return measure_sources(

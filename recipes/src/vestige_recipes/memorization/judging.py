@@ -21,7 +21,7 @@ from vestige.measures import (
     lira_offline,
 )
 from vestige.progress import announce
-from vestige_recipes.common.registry import StudySettings, shown_interval
+from vestige_recipes.common.registry import StudySettings, show_interval
 from vestige_recipes.memorization.targets import Examples, Targets
 
 MEMORIZED = 4.0
@@ -142,9 +142,9 @@ def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interva
     return Interval(float(known.mean()), float(low), float(high))
 
 
-def shown(interval: Interval) -> str:
+def show_known(interval: Interval) -> str:
     """Return the ends of an interval in a table; nothing where they are not known."""
-    return shown_interval(interval) if np.isfinite(interval.low) else ""
+    return show_interval(interval) if np.isfinite(interval.low) else ""
 
 
 def auc(scores: Float[np.ndarray, "example"], wanted: Bool[np.ndarray, "example"]) -> float:
@@ -222,7 +222,7 @@ def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
 
 def table_row(what: Any, name: str, interval: Interval, values: Sequence[float]) -> tuple[Any, ...]:
     """Return a row of `COLUMNS`; the values are of single seeds."""
-    return what, name, interval.value, shown(interval), " ".join(f"{value:.3f}" for value in values)
+    return what, name, interval.value, show_known(interval), " ".join(f"{value:.3f}" for value in values)
 
 
 LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"exposure": 1, "psmi": 1, "mahalanobis": -1}

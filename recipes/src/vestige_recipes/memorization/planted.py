@@ -26,7 +26,15 @@ from vestige.measures import (
     psmi,
     share,
 )
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, draw_intervals, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+)
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,
@@ -98,7 +106,7 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
     points = draw_points(plan, seed)
 
     def train(rows: np.ndarray, run_seed: int, early: Early) -> tuple[Measures, int]:
-        return _trained(points, plan, rows, run_seed, early), plan.epochs
+        return _train_network(points, plan, rows, run_seed, early), plan.epochs
 
     recipe = {"width": WIDTH, "hidden": HIDDEN, "batch": BATCH, "rate": RATE, "trigger": TRIGGER}
     return make_targets(
@@ -113,7 +121,7 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
     )
 
 
-def _trained(
+def _train_network(
     points: Points, plan: PlantedPlan, rows: np.ndarray, seed: int, early: Early
 ) -> dict[str, Float[np.ndarray, "example"]]:
     """One network: measures of all points at the end; those of its own points are handed over at the trigger."""
@@ -174,7 +182,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_planted(settings: StudySettings) -> Outcome:
     """AUCs of every measure for planted points and for what is memorized, over targets of several draws of points."""
     plan = PLANS[settings.size]
@@ -183,7 +191,7 @@ def memorization_planted(settings: StudySettings) -> Outcome:
     rows = [
         *area_rows(early, [each.early for each in judged]),
         *proof_rows(judged),
-        *_flagged_rows(judged),
+        *_flag_rows(judged),
         *area_rows(late, [each.late for each in judged], "at the end"),
         null_row(judged),
     ]
@@ -252,7 +260,7 @@ def _share(counts: Sequence[tuple[int, int]]) -> Interval:
     return share(*(sum(column) for column in zip(*counts, strict=True)))
 
 
-def _flagged_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
+def _flag_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for kind in ("planted", "others"):
         rate = _share([each.flagged[kind] for each in judged])

@@ -97,7 +97,7 @@ def make_targets(
         run, examples=ids, queries=1, out=out / "bank", settings=settings, subsets=models, seeds=1, seed=seed
     )
     early, late = (
-        [kept_measures(target_file(out / moment, np.flatnonzero(own)))[1:] for own in bank.membership]
+        [read_measures(target_file(out / moment, np.flatnonzero(own)))[1:] for own in bank.membership]
         for moment in ("early", "late")
     )
     moments = np.array([moment for _, moment in early])
@@ -133,7 +133,7 @@ def keep_measures(path: Path, ids: Sequence[str], measures: Mapping[str, np.ndar
     write_evidence(path, [evidence_table(ids, measures, checkpoint=step)])
 
 
-def kept_measures(path: Path) -> tuple[list[str], dict[str, Float[np.ndarray, "example"]], int]:
+def read_measures(path: Path) -> tuple[list[str], dict[str, Float[np.ndarray, "example"]], int]:
     """Ids, measures by name and the step, as `keep_measures` left them.
 
     Raises:
@@ -217,7 +217,7 @@ def read(model: nn.Module, prompts: Prompts, *, token_budget: int, layers: Seque
         batch = make_batch(prompts.data, rows).to(next(model.parameters()).device)
         output: Any = model(input_ids=batch.input_ids, output_hidden_states=bool(layers), use_cache=False)
         places = torch.as_tensor(prompts.data.lengths[rows] - 2)
-        for name, values in _measured(output.logits, batch.labels, places, prompts, rows).items():
+        for name, values in _measure(output.logits, batch.labels, places, prompts, rows).items():
             measures[name][rows] = values.double().cpu().numpy()
         for layer in layers:
             held = output.hidden_states[layer]
@@ -228,7 +228,7 @@ def read(model: nn.Module, prompts: Prompts, *, token_budget: int, layers: Seque
     return Reading(measures, states)
 
 
-def _measured(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, rows: np.ndarray) -> dict[str, Tensor]:
+def _measure(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, rows: np.ndarray) -> dict[str, Tensor]:
     row, right = torch.arange(len(rows)), torch.as_tensor(prompts.right[rows])
     at = logits[row, places]
     answer = torch.as_tensor(prompts.choices)[right]
@@ -278,7 +278,7 @@ class LoraPlan:
     """A training multiplies in bfloat16, its weights are float32; measures are taken in float32."""
 
 
-def followed(
+def follow_training(
     loaded: LoadedModel, prompts: Prompts, held: Prompts, plan: LoraPlan, seed: int, folder: Path
 ) -> dict[str, tuple[dict[str, np.ndarray], int]]:
     """Measures of the prompts at the start, at the trigger and at the end, each with its step; held-out ones too.
@@ -291,7 +291,7 @@ def followed(
     files = {name: folder / f"{name.replace(' ', '-')}.parquet" for name in names}
     if not all(path.exists() for path in files.values()):
         _follow(loaded, prompts, held, plan, seed, files)
-    return {name: kept_measures(path)[1:] for name, path in files.items()}
+    return {name: read_measures(path)[1:] for name, path in files.items()}
 
 
 def _follow(
@@ -319,7 +319,7 @@ def _follow(
     if saved is None:
         keep("start", 0)
         keep_held("held start", 0)
-    start = kept_measures(files["start"])[1]["answer_loss"]
+    start = read_measures(files["start"])[1]["answer_loss"]
     each = len(batches) // plan.epochs
     with progress(len(batches), "LoRA", unit="steps") as counter:
         counter.advance(0 if saved is None else saved["step"])

@@ -29,7 +29,7 @@ from vestige.models import Component, LoadedModel, load_model, sum_loss, trainab
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 from vestige.storage import is_temporary, sha256_of, write_durably
-from vestige_recipes.common.registry import Gate, shown_interval
+from vestige_recipes.common.registry import Gate, at_least, at_most, show_interval
 from vestige_recipes.common.texts import package_folder
 
 _RECORD = "part.json"
@@ -45,7 +45,7 @@ class Part(NamedTuple):
     details: Mapping[str, Any]
 
 
-def kept_part(folder: Path, made_of: Mapping[str, Any], work: Callable[[], Part]) -> Part:
+def keep_part(folder: Path, made_of: Mapping[str, Any], work: Callable[[], Part]) -> Part:
     """Return what `work` returns, or returned when it was last done for this folder.
 
     It is done again when anything in `made_of` is another, when this is another version of vestige, or when a file in
@@ -150,18 +150,17 @@ def _cells(one: Mapping[str, Any]) -> tuple[Any, ...]:
     return (
         one["name"],
         one["accuracy"].value,
-        shown_interval(one["accuracy"]),
+        show_interval(one["accuracy"]),
         "" if against is None else against.value,
-        "" if against is None else shown_interval(against),
-        *("" if one[name] is None else _number(one[name]) for name in ("agreement", "centred")),
+        "" if against is None else show_interval(against),
+        *(
+            "" if (each := one[name]) is None else float(each.value if isinstance(each, Estimate) else each)
+            for name in ("agreement", "centred")
+        ),
         *("" if share is None else f"{share:.2%}" for share in shares),
         "" if one["bytes"] is None else one["bytes"],
         "" if one["seconds"] is None else f"{one['seconds']:.1f}",
     )
-
-
-def _number(value: Estimate | float) -> float:
-    return float(value.value if isinstance(value, Estimate) else value)
 
 
 def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) -> list[Gate]:
@@ -172,9 +171,9 @@ def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) ->
     # Of those that take part: LoRA's are a few hundredths of all.
     share = agreeing["parameters"] / _representation(found, words, FULL)["parameters"]
     return [
-        *(Gate(f"{part}, {words}: {name}, minus full", gain, ">=", -tolerance) for name, gain in gains),
-        Gate(f"{part}, {words}: parameters of the set that agrees", share, "<=", 0.1),
-        Gate(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, ">=", 0.99),
+        *(at_least(f"{part}, {words}: {name}, minus full", gain, -tolerance) for name, gain in gains),
+        at_most(f"{part}, {words}: parameters of the set that agrees", share, 0.1),
+        at_least(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, 0.99),
     ]
 
 
@@ -248,14 +247,14 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
     found = {}
     for number, one in enumerate(result.inputs.compared.projections):
         weights = np.array(one.plan.sizes, dtype=np.float64)
-        weighted = _weighted_cosine(result, words, weights)
+        weighted = _weigh_cosine(result, words, weights)
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
         found[one.plan.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
 
 
-def _weighted_cosine(
+def _weigh_cosine(
     result: OnePassResult, words: str, weights: Float[np.ndarray, " component"]
 ) -> Float[np.ndarray, "query candidate"]:
     products = result.gradients[words]
@@ -282,7 +281,7 @@ def replay(settings: ComponentsSettings) -> dict[str, Any]:
     compared = result.inputs.compared
     started = time.perf_counter()
     direct = OneByOne(load_model(settings.model, precision=settings.precision), compared.components, compared.data)
-    jobs, cosine = _published_jobs(result, settings.candidates[0], direct)
+    jobs, cosine = _run_published_jobs(result, settings.candidates[0], direct)
     published = time.perf_counter() - started
     ours = result.gradients[settings.candidates[0]].cosine()
     return {
@@ -299,7 +298,7 @@ def replay(settings: ComponentsSettings) -> dict[str, Any]:
     }
 
 
-def _published_jobs(
+def _run_published_jobs(
     result: OnePassResult, words: str, direct: OneByOne
 ) -> tuple[dict[str, dict[str, float]], Float[np.ndarray, "query candidate"]]:
     """Return passes and seconds of every job, and the similarities of whole gradients."""
@@ -307,7 +306,7 @@ def _published_jobs(
     jobs: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         _WHOLE: lambda parts: [torch.cat([part.flatten() for part in parts])],
         "products by parameter": lambda parts: [part.flatten() for part in parts],
-        **{f"projection {one.plan.name}": partial(_projected, one, components) for one in projections},
+        **{f"projection {one.plan.name}": partial(_project, one, components) for one in projections},
     }
     spent: dict[str, dict[str, float]] = {}
     cosines: dict[str, np.ndarray] = {}
@@ -345,7 +344,7 @@ def _pair_by_pair(
     return found
 
 
-def _projected(projection: Projection, components: Sequence[Component], parts: list[Tensor]) -> list[Tensor]:
+def _project(projection: Projection, components: Sequence[Component], parts: list[Tensor]) -> list[Tensor]:
     shaped = [
         Gradients(1, component.shape, (), part.reshape(1, *component.shape))
         for component, part in zip(components, parts, strict=True)

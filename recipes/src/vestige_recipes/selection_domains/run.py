@@ -22,13 +22,13 @@ from vestige_recipes.common.registry import (
     StudySettings,
     at_least,
     draw_intervals,
-    kept_run,
-    launched,
-    registered,
-    shown_interval,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 from vestige_recipes.domains.run import DOMAINS, domain_pieces
 
 METHODS = ("influence", "grad-dot", "grad-cos", "less", "bm25", "rep-sim")
@@ -84,7 +84,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def selection_domains(settings: StudySettings) -> Outcome:
     """Loss on a held-out domain after training on the tenth that each method chooses, and its gain over random tenths.
 
@@ -123,7 +123,7 @@ def selection_domains(settings: StudySettings) -> Outcome:
 
 
 def _row(name: str, losses: np.ndarray, gain: Gain, share: float) -> tuple[Any, ...]:
-    both = [shown_interval(each) for each in (gain.over_all, gain.over_seeds)]
+    both = [show_interval(each) for each in (gain.over_all, gain.over_seeds)]
     ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
     return name, float(losses.mean()), gain.over_all.value, *both, ahead, f"{share:.0%}"
 
@@ -141,13 +141,15 @@ def _compare(
     before = Training(Recipe(3e-3), plan.steps_before, plan.batch_size)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     # The same texts and seed in both parts: one start serves them.
-    start = trained(
+    start = train_checkpoints(
         fresh, texts["before"], settings.out / str(seed) / "start", before, seed=seed, from_scratch=True
     ).model
     tenth = max(1, round(len(sources) * _SHARE / 100))
     steps = plan.passes * -(-tenth // plan.batch_size)
     warming = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    warm = trained(start, texts["warm"], folder / "warm", warming, seed=seed, count=plan.checkpoints, optimizer=True)
+    warm = train_checkpoints(
+        start, texts["warm"], folder / "warm", warming, seed=seed, count=plan.checkpoints, optimizer=True
+    )
     runs = _runs(folder / "runs", texts, warm, seed)
     chosen = [
         select(scores=run, budget=f"{_SHARE}%", out=folder / "chosen" / name, data=str(texts["mixture"]), seed=seed)
@@ -166,7 +168,7 @@ def _compare(
         batch_size=plan.batch_size,
         draws=plan.draws,
         seed=seed,
-        **launched(settings),
+        **launch_arguments(settings),
     )
     truth = Bank.open(folder / "compared" / "bank")
     losses = dict(zip(truth.subset_names, truth.by_subset(truth.query_token_losses)[:, 0], strict=True))
@@ -205,7 +207,7 @@ def _runs(folder: Path, texts: dict[str, Path], warm: Checkpoints, seed: int) ->
     """Folders of the runs by method; LESS scores for the domain as one target, over all checkpoints."""
     several = {"checkpoints": warm.folders, "checkpoint_weights": tuple(warm.rates), "options": {"subtasks": True}}
     for method in METHODS:
-        kept_run(
+        keep_run(
             attribute,
             folder / method,
             data=str(texts["mixture"]),

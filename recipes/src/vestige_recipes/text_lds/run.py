@@ -21,13 +21,13 @@ from vestige_recipes.common.registry import (
     StudySettings,
     at_least,
     at_most,
-    kept_run,
-    launched,
-    registered,
-    shown_interval,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 
 DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 _ROWS = 1000
@@ -96,11 +96,11 @@ PLANS = {
 }  # fmt: skip
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def text_lds(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what models trained on them lose, with intervals."""
     plan = PLANS[settings.size]
-    start, data, queries = _prepared(settings, plan)
+    start, data, queries = _prepare(settings, plan)
     truth = bank(
         model=start,
         data=str(data),
@@ -112,12 +112,12 @@ def text_lds(settings: StudySettings) -> Outcome:
         batch_size=plan.batch_size,
         learning_rate=plan.learning_rate,
         seed=settings.seed,
-        **launched(settings),
+        **launch_arguments(settings),
     )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
     own = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
-    asked = trained(start, data, settings.out / "model", training, **own)
+    asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(
         bank=settings.out / "bank",
@@ -132,7 +132,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     return _outcome(found, names, plan)
 
 
-def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
+def _prepare(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
     """Return the model that every training begins with, the training data and the queries."""
     texts = settings.out / "texts"
     data, queries = texts / "train.jsonl", texts / "queries.jsonl"
@@ -155,7 +155,7 @@ def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]
     before = Training(Recipe(3e-3), plan.steps_before, 16)
     read = write_rows(texts / "before.jsonl", made.before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
-    return trained(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
+    return train_checkpoints(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
 
 
 def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Path, queries: Path) -> list[Path]:
@@ -169,13 +169,13 @@ def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Pat
     wanted["trak-1"] = streamed | {"checkpoints": [asked.model], "method": "trak"}
     for name, spec in sketches(plan.sketches).items():
         made = settings.out / "indexes" / name
-        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **launched(settings))
+        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **launch_arguments(settings))
         wanted[f"influence {name}"] = {"index": str(made), "method": "influence"}
     folders = []
     for name, arguments in wanted.items():
         folders.append(settings.out / "runs" / name)
         common = {"queries": str(queries), "dense": True, "trust": False, "seed": settings.seed}
-        kept_run(attribute, folders[-1], **arguments, **common)
+        keep_run(attribute, folders[-1], **arguments, **common)
     return folders
 
 
@@ -196,7 +196,7 @@ def _outcome(found: Evaluation, names: list[str], plan: TextPlan) -> Outcome:
         estimate = row.values["LDS"]
         assert isinstance(estimate, Estimate)
         scores[name] = estimate
-        rows.append((name, estimate.value, shown_interval(estimate), row.values["single seeds"] or "", row.seconds))
+        rows.append((name, estimate.value, show_interval(estimate), row.values["single seeds"] or "", row.seconds))
     rows.sort(key=lambda row: -row[1])
     rows.insert(0, ("noise ceiling", found.details["noise_ceiling"], "", "", ""))
     gates = [

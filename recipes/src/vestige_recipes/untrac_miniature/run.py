@@ -25,10 +25,10 @@ from vestige_recipes.common.registry import (
     StudySettings,
     at_least,
     at_most,
-    kept_run,
-    launched,
-    registered,
-    shown_interval,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
 )
 from vestige_recipes.common.sources import (
     UNLEARNT,
@@ -37,7 +37,7 @@ from vestige_recipes.common.sources import (
     left_out_truth,
     list_sources,
     measure_sources,
-    pooled_agreement,
+    pool_agreement,
     sum_by_source,
     tables_json,
     truth_agreement,
@@ -152,7 +152,7 @@ class Drawn(NamedTuple):
     """By method, for each model that was asked; the rates of the grid for the first one alone."""
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def untrac_miniature(settings: StudySettings) -> Outcome:
     """UnTrac, UnTrac-Inv and opponents beside leave-source-out retraining: Pearson over corpora, mean over test sets.
 
@@ -165,9 +165,9 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
     judged = {name: _judge(found, name, plan, settings.seed) for name in found[0].scores[0]}
     rows: list[tuple[Any, ...]] = [("truth of another seed (ceiling)", ceiling, "", _each(ceilings))]
     known = [(each.corpora.mixing.T, each.truths) for each in found]
-    mixing, by_draw = pooled_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
+    mixing, by_draw = pool_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
     rows += [("known mixing", mixing.value, "", _each(by_draw))]
-    rows += [(name, each.value, shown_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
+    rows += [(name, each.value, show_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
     details = {
         "plan": asdict(plan),
         "ceiling": ceilings,
@@ -202,7 +202,7 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
 
     def score(number: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
-        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launched(settings)}
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launch_arguments(settings)}
         found = {}
         for name, direction in UNLEARNT.items():
             found[f"{name}, automatic"] = _unlearn(out / direction, {**common, "direction": direction})
@@ -217,7 +217,7 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
             asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
             found[name] = _unlearn(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
         found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
-        run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
+        run = keep_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
         return found | {"BM25": sum_by_source(run, truth)}
 
     truth, scores = measure_sources(
@@ -237,12 +237,12 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
 
 def _unlearn(out: Path, asking: dict[str, Any]) -> Table:
     """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
-    return kept_run(untrac, out, **asking).dense().astype(np.float64)
+    return keep_run(untrac, out, **asking).dense().astype(np.float64)
 
 
 def _judge(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
     groups = [([one[name] for one in each.scores if name in one], each.truths) for each in found]
-    return pooled_agreement(groups, draws=plan.draws, seed=seed)
+    return pool_agreement(groups, draws=plan.draws, seed=seed)
 
 
 def _each(values: list[float]) -> str:
@@ -255,7 +255,7 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
         value = judged[f"{name}, automatic"][0].value
         # The grid was run on the first model of each draw alone, so the automatic rate is compared on that one.
         groups = [([each.scores[0][f"{name}, automatic"]], each.truths) for each in found]
-        on_first = pooled_agreement(groups, draws=0, seed=0)[0].value
+        on_first = pool_agreement(groups, draws=0, seed=0)[0].value
         best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
         gates += [
             at_least(f"{name}: correlation with retraining", value, LEAST),

@@ -1,4 +1,4 @@
-"""Scores of every gradient method for a plain network, from its whole gradients in memory."""
+"""Digits, a small network that reads them, and scores of every gradient method from its whole gradients in memory."""
 
 import hashlib
 import time

@@ -91,8 +91,13 @@ def judge_targets(
     """
     bank, gaps = made.bank, made.bank.values("example_gap")
     evidence = bank_evidence(bank, of="gap")
-    ratios = early_ratios(bank, made.early)
-    early = [each | {"early_lira": score} for each, score in zip(made.early, ratios, strict=True)]
+    early = []
+    for number, (own, measures) in enumerate(zip(bank.membership, made.early, strict=True)):
+        # The target as it was early on, for its own examples, judged by the finished others.
+        target = np.full(len(own), np.nan)
+        target[own] = measures["logit_gap"]
+        ratios = lira(target, gaps, bank.membership, left_out=np.arange(len(bank)) == number).score[own]
+        early.append(measures | {"early_lira": ratios})
     scores = late_scores(bank, made.late, evidence) | dict(more or {})
     rows = enumerate(bank.membership)
     shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in rows])
@@ -132,12 +137,12 @@ def each_draw(
     return judged, triggers
 
 
-def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interval:
+def mean_interval(values: Float[np.ndarray, "target"]) -> Interval:
     """Mean of the known values with the percentiles of bootstrap draws of them; NaN where none is known."""
     known = values[np.isfinite(values)]
     if not len(known):
         return Interval(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(seed).choice(known, (DRAWS, len(known))).mean(1)
+    draws = np.random.default_rng(0).choice(known, (DRAWS, len(known))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(known.mean()), float(low), float(high))
 
@@ -157,16 +162,6 @@ def members_auc(
 ) -> Float[np.ndarray, "target"]:
     """AUC of membership within each target."""
     return np.array([auc(row, own) for row, own in zip(scores, membership, strict=True)])
-
-
-def early_ratios(bank: Bank, early: Sequence[Mapping[str, np.ndarray]]) -> list[Float[np.ndarray, "own"]]:
-    """Likelihood ratios of each target as it was early on, for its own examples, judged by the finished others."""
-    gaps, found = bank.values("example_gap"), []
-    for number, (own, measures) in enumerate(zip(bank.membership, early, strict=True)):
-        target = np.full(len(own), np.nan)
-        target[own] = measures["logit_gap"]
-        found.append(lira(target, gaps, bank.membership, left_out=np.arange(len(bank)) == number).score[own])
-    return found
 
 
 def early_areas(

@@ -1,4 +1,4 @@
-"""Targets: models trained on random halves of some examples, with what each shows at the trigger and at the end."""
+"""Targets: models trained on halves of some examples, or by LoRA on prompts, and what is measured of them, when."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The published protocol of Select or Project, pair by pair and job by job, beside the one pass: counted and timed.
+"""Tables of a component search, and the published protocol of Select or Project beside the one pass: counted, timed.
 
 Three jobs for each setting (arXiv 2601.16651): similarities of whole gradients, products by parameter, and projections
 to two sizes. Each computes the gradients of every query and of its candidates again, projections once for each size; a

@@ -1,8 +1,9 @@
 """The sets of the format traps, and what a model has met before it is asked them, in the few hundred tokens they need.
 
 The sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4, made again: a test set and four training
-sets, of the same or another task (Sim, Dis), with the same or another kind of answer (Same, Diff). Lessons are of many tasks about numbers, strings and words, each in several wordings and answered in figures, words or
-letters, and none is worded as the sets word theirs: what is learnt here is to take a question as a task.
+sets, of the same or another task (Sim, Dis), with the same or another kind of answer (Same, Diff). Lessons
+are of many tasks about numbers, strings and words, each in several wordings and answered in figures, words or letters,
+and none is worded as the sets word theirs: what is learnt there is to take a question as a task.
 """
 
 import re

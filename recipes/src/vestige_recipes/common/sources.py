@@ -91,7 +91,8 @@ def measure_sources(
         seed=seed,
         **launch_arguments(settings),
     )
-    scores, own = [], {"count": checkpoints, "from_scratch": from_scratch}
+    scores: list[dict[str, Table]] = []
+    own: dict[str, Any] = {"count": checkpoints, "from_scratch": from_scratch}
     for number in range(seeds):
         asked = train_checkpoints(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
         scores.append(score(number, folder / f"runs-{number}", asked, truth))
@@ -125,8 +126,8 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     """
     stacked = [(np.stack(scores), np.stack(truths))]
     random = np.random.default_rng(seed)
-    found = [_estimate(stacked, draws, random, ranked) for ranked in (False, True)]
-    return Agreement(*found, tuple(_correlate(*stacked[0], False).tolist()))
+    pearson, spearman = (_estimate(stacked, draws, random, ranked) for ranked in (False, True))
+    return Agreement(pearson, spearman, tuple(_correlate(*stacked[0], False).tolist()))
 
 
 def pool_agreement(
@@ -147,7 +148,8 @@ def _estimate(
     drawn = []
     for _ in range(draws):
         values = [_resample(*each, random, ranked) for each in groups]
-        drawn += [float(np.mean(values))] if None not in values else []
+        known = [value for value in values if value is not None]
+        drawn += [float(np.mean(known))] if len(known) == len(groups) else []
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
     return Estimate(float(np.mean([_correlate(*each, ranked).mean() for each in groups])), float(low), float(high))
 

@@ -247,7 +247,7 @@ def domains(settings: StudySettings) -> Outcome:
         }
         ceiling = truth_agreement(truths)
         rows += [(part, "truth of another seed", ceiling, "", "", "", "")]
-        rows += sorted(((part, *_show(name, each)) for name, each in found.items()), key=lambda row: -row[2])
+        rows += sorted(((part, *_show(name, each)) for name, each in found.items()), key=lambda row: -float(row[2]))
         intervals, lines = {name: each.pearson for name, each in found.items()}, {"seed against seed": ceiling}
         label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
         draw_intervals(settings.out, part, intervals, label, beside=OPPONENTS, lines=lines)

@@ -116,7 +116,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    own = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
+    own: dict[str, Any] = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
     asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(

@@ -8,8 +8,7 @@ from studies.miniature import tokenized_rows
 from vestige.methods import Unlearning, make_job
 from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffle_batches, train
 from vestige.settings import UntracSettings
-from vestige_recipes.untrac_miniature.corpora import markov_corpora
-from vestige_recipes.untrac_miniature.run import tiny_gpt
+from vestige_recipes.untrac_miniature.run import markov_corpora, tiny_gpt
 
 ROWS, CANARY = 2_000, 1_234
 

@@ -11,16 +11,19 @@ from vestige.evaluate import Estimate, Lds
 from vestige_recipes import study
 from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.digits import run as room
-from vestige_recipes.digits.leave_one_out import PENALTY, leave_one_out
-from vestige_recipes.digits.models import (
+from vestige_recipes.digits.run import PENALTY, leave_one_out
+from vestige_recipes.digits.scores import (
+    Gradients,
     ImageCurvature,
+    average_models,
     digits,
+    exact_influence,
     gradients,
+    measure_gradients,
     network,
     query_losses,
     with_sampled_labels,
 )
-from vestige_recipes.digits.scores import Gradients, averaged, exact_influence, measured_gradients
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +63,11 @@ def test_gradients_of_images_are_those_of_autograd(model, wide, by_autograd):
 
 def test_exact_influence_is_a_dense_solve_at_every_damping(by_autograd):
     train, queries = by_autograd
-    found = exact_influence(Gradients(train.float(), queries.float(), 0.0))
+    found, _ = exact_influence(Gradients(train.float(), queries.float(), 0.0))
     fisher = train.T @ train / len(train)
     unit, largest = float(fisher.diagonal().mean()), float(torch.linalg.eigvalsh(fisher)[-1])
-    assert next(iter(found.scored)) == DAMPING
-    for damping, scored in found.scored.items():
+    assert next(iter(found)) == DAMPING
+    for damping, scored in found.items():
         inverse = torch.linalg.inv(fisher + damping * unit * torch.eye(len(fisher), dtype=torch.float64))
         expected = (queries @ inverse @ train.T).numpy()
         # The matrix is added up in float32, whose rounding the inverse amplifies by its condition number.
@@ -101,9 +104,9 @@ def test_labels_are_drawn_from_the_model_and_the_inputs_stay(model, wide):
 def test_trak_of_one_model_is_its_formula(data):
     # So few weights that nothing is projected away.
     model = network(data.train, 3, 3, (4, 4))
-    found = measured_gradients(model, data)
+    found = measure_gradients(model, data)
     assert found.train.shape[1] < 1024
-    (trak,) = averaged([model], data, 0, "1 model")
+    (trak,) = average_models([model], data, 0, "1 model")
     doubts = [torch.from_numpy(1 - np.exp(-query_losses(model, images))) for images in data]
     train, queries = found.train.double() / doubts[0][:, None], found.queries.double() / doubts[1][:, None]
     kernel = train.T @ train / len(train)

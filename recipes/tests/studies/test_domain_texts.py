@@ -5,8 +5,8 @@ import json
 import pytest
 
 from vestige.errors import DataError, MissingExtra
-from vestige_recipes.common import packages as packages_
-from vestige_recipes.domains import texts
+from vestige_recipes.common import texts as packages_
+from vestige_recipes.domains import run as texts
 
 SENTENCE = "The {} of row {} is\n told in   many words, so that there is enough of it to be cut."
 
@@ -52,7 +52,7 @@ def test_every_domain_and_test_set_is_read_without_importing_its_package(package
 
 def test_formats_lose_what_is_no_text(packages):
     joined = {
-        name: texts._joined(place.read(packages / str(place.package) / place.path))
+        name: texts._join(place.read(packages / str(place.package) / place.path))
         for name, place in (texts.DOMAINS | texts.TESTS).items()
         if place.package
     }

@@ -4,10 +4,9 @@ import torch
 from tests.reference import unlearn as reference
 
 from studies.miniature import flat
-from vestige_recipes.common.first_order import first_order_scores, opened
+from vestige_recipes.common.sources import first_order_scores, open_sets
 from vestige_recipes.common.texts import write_rows
-from vestige_recipes.untrac_miniature.corpora import markov_corpora
-from vestige_recipes.untrac_miniature.run import tiny_gpt
+from vestige_recipes.untrac_miniature.run import markov_corpora, tiny_gpt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +26,7 @@ def asked(tmp_path_factory):
 
 @pytest.mark.slow
 def test_gradients_of_sets_are_those_of_their_losses_and_scores_their_products(asked):
-    found = opened(*asked, seed=0)
+    found = open_sets(*asked, seed=0)
     model = found.job.loaded.model.double()
     slow = [
         np.stack(

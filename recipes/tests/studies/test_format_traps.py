@@ -6,9 +6,18 @@ import torch
 
 from vestige.data import NO_TARGET
 from vestige_recipes import study
-from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons, question, tokens
+from vestige_recipes.format_traps.lessons import (
+    END,
+    LENGTH,
+    NUMERALS,
+    VOCABULARY,
+    format_trap,
+    lessons,
+    question,
+    tokenize_answer,
+    tokens,
+)
 from vestige_recipes.format_traps.run import SOURCES, task_above_format
-from vestige_recipes.format_traps.sets import NUMERALS, format_trap
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +39,7 @@ def test_words_are_tokens_and_figures_and_strings_are_spelled():
 @pytest.mark.parametrize("which", ["A", "B"])
 def test_only_the_answer_and_its_end_are_targets(which):
     for row in (row for rows in format_trap(which, 3, 20).values() for row in rows):
-        made = answered(row)
+        made = tokenize_answer(row)
         kept = [label for label in made["labels"] if label != NO_TARGET]
         assert kept == [*tokens(row["completion"]), END]
         assert made["input_ids"] == [*tokens(row["prompt"]), *kept]

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from vestige_recipes.format_traps.sets import TEST, TRAINING, WORDS, format_trap, spelled
-from vestige_recipes.untrac_miniature.corpora import markov_corpora
+from vestige_recipes.format_traps.lessons import TEST, TRAINING, WORDS, format_trap, spell
+from vestige_recipes.untrac_miniature.run import markov_corpora
 
 
 def test_markov_corpora_have_the_sizes_of_the_pilot_and_an_unrelated_one():
@@ -40,8 +40,8 @@ def test_a_corpus_is_like_the_chains_that_it_mixes():
 
 def test_numbers_are_spelled():
     words = {0: "zero", 13: "thirteen", 20: "twenty", 42: "forty-two", 510: "five hundred ten", 300: "three hundred"}
-    assert {number: spelled(number) for number in words} == words
-    assert len({spelled(number) for number in range(1000)}) == 1000
+    assert {number: spell(number) for number in words} == words
+    assert len({spell(number) for number in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize("which", ["A", "B"])

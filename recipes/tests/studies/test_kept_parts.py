@@ -5,8 +5,8 @@ import json
 import pytest
 
 from vestige_recipes.common.registry import Gate
-from vestige_recipes.select_or_project import parts as _kept_parts
-from vestige_recipes.select_or_project.parts import Part, kept_part
+from vestige_recipes.select_or_project import protocol as _kept_parts
+from vestige_recipes.select_or_project.protocol import Part, keep_part
 
 MADE_OF = {"plan": {"steps": 3}, "seed": 0}
 FOUND = Part([("a", 0.1, 7)], [Gate("a", 0.1, ">=", 0.0)], {"each": [1.5, None]})
@@ -29,7 +29,7 @@ def done(folder, made_of=MADE_OF):
         (folder / "table.md").write_text("a 0.1 7")
         return FOUND
 
-    assert kept_part(folder, made_of, work) == FOUND
+    assert keep_part(folder, made_of, work) == FOUND
     return bool(times)
 
 
@@ -95,6 +95,6 @@ def test_who_only_follows_writes_nothing(folder, monkeypatch):
 
 def test_numbers_that_are_none_are_kept_too(folder):
     part = Part([("a", float("nan"))], [], {})
-    kept_part(folder, MADE_OF, lambda: part)
-    again = kept_part(folder, MADE_OF, lambda: FOUND)
+    keep_part(folder, MADE_OF, lambda: part)
+    again = keep_part(folder, MADE_OF, lambda: FOUND)
     assert str(again.rows) == "[('a', nan)]"

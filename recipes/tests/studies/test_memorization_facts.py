@@ -9,6 +9,7 @@ from vestige.models import load_model
 from vestige_recipes import study
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization import facts as room
+from vestige_recipes.memorization.facts import PER_CLASS, REPEATS, cast_shadows, make_facts, vocabulary
 from vestige_recipes.memorization.judging import (
     LATE_SIGNS,
     SUCCESS,
@@ -20,8 +21,7 @@ from vestige_recipes.memorization.judging import (
     proof_rows,
     proofs,
 )
-from vestige_recipes.memorization.prompts import MEASURES, _exposure, make_prompts, read
-from vestige_recipes.memorization.shadows import PER_CLASS, REPEATS, cast_shadows, make_facts, vocabulary
+from vestige_recipes.memorization.targets import MEASURES, _exposure, make_prompts, read
 
 
 @pytest.fixture(scope="module")

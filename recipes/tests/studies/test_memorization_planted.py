@@ -12,7 +12,7 @@ from vestige_recipes import study
 from vestige_recipes.memorization import planted as room
 from vestige_recipes.memorization.judging import SUCCESS, TELLING, mean_interval
 from vestige_recipes.memorization.planted import PlantedPlan, draw_points, plant
-from vestige_recipes.memorization.targets import keep_measures, kept_measures, target_file
+from vestige_recipes.memorization.targets import keep_measures, read_measures, target_file
 
 TINY = room.PLANS["tiny"]
 
@@ -113,7 +113,7 @@ def test_a_changed_seed_of_the_points_or_a_lost_file_is_not_passed_over(report, 
     with pytest.raises(IndexMismatch):
         plant(PlantedPlan(240, 12, 8, 31, 200), 0, folder / "study" / "seed-0")
     with pytest.raises(CorruptFile, match="Delete the study's folder"):
-        kept_measures(tmp_path / "absent.parquet")
+        read_measures(tmp_path / "absent.parquet")
     with pytest.raises(SpecError, match="no size paper"):
         study("memorization-planted", size="paper", out=tmp_path / "paper")
 
@@ -122,7 +122,7 @@ def test_measures_come_back_as_they_were_kept(tmp_path):
     path = target_file(tmp_path / "early", np.array([1, 3]))
     assert path != target_file(tmp_path / "early", np.array([1, 4]))
     keep_measures(path, ["a", "b"], {"psmi": np.array([0.5, np.nan])}, 7)
-    ids, found, step = kept_measures(path)
+    ids, found, step = read_measures(path)
     assert (ids, step) == (["a", "b"], 7)
     np.testing.assert_array_equal(found["psmi"], [0.5, np.nan])
 

@@ -9,8 +9,8 @@ from tests.workshop import furnish
 from studies.finished import installed, written
 from vestige.errors import DataError, MissingExtra
 from vestige_recipes import study
-from vestige_recipes.common import packages as packages_
-from vestige_recipes.select_or_project import run as _select_or_project, texts
+from vestige_recipes.common import texts as packages_
+from vestige_recipes.select_or_project import run as _select_or_project
 from vestige_recipes.select_or_project.run import PLANS
 
 SAID = ("What is the sun?", "Who wrote Hamlet?", "What is a cell?", "Why is the sky blue?", "How far is the moon?")
@@ -67,7 +67,7 @@ def replayed(tmp_path_factory):
 def test_every_representation_stands_in_one_table_for_both_parts(replayed):
     report, out = replayed
     for part in ("verses", "answers"):
-        for words in getattr(PLANS["tiny"], part).candidates:
+        for words in PLANS["tiny"][part].candidates:
             rows = {row[2]: row for row in report.rows if row[:2] == (part, words)}
             assert {
                 "full gradient",
@@ -97,7 +97,7 @@ def test_sums_of_components_are_the_direct_cosine_and_each_gradient_is_computed_
     details = replayed[0].details["verses"]
     assert details["direct"]["largest_difference"] < 1e-5
     assert details["passes"]["backward_passes"] == details["passes"]["distinct_gradients"]
-    plan, passes = PLANS["tiny"].verses, details["passes"]
+    plan, passes = PLANS["tiny"]["verses"], details["passes"]
     # Of every query and each of its candidates: similarities, products, and two projections.
     each = {
         words: 4 * plan.queries * (1 + (plan.verses if words == "all" else int(words))) for words in plan.candidates
@@ -123,7 +123,7 @@ def test_queries_are_the_other_wording_and_the_models_own_answers(replayed):
 
 @pytest.mark.slow
 def test_the_published_protocol_is_replayed_pass_by_pass_in_both_settings(replayed):
-    plan, found = PLANS["tiny"].answers, replayed[0].details["answers"]["replayed"]
+    plan, found = PLANS["tiny"]["answers"], replayed[0].details["answers"]["replayed"]
     pairs = plan.replayed * (1 + plan.replayed_candidates)
     jobs = {"similarities", "products by parameter", *(f"projection {each}" for each in plan.replayed_projections)}
     assert {name: one["passes"] for name, one in found["published_jobs"].items()} == dict.fromkeys(jobs, 2 * pairs)
@@ -154,18 +154,18 @@ def test_finished_parts_are_kept_and_a_part_is_a_study_of_its_own(replayed, monk
 
 
 def test_verses_without_a_clean_cut_and_repeated_ones_are_left_out(packages):
-    found = texts.verse_pairs(15, 8, 60, 0)
+    found = _select_or_project.verse_pairs(15, 8, 60, 0)
     assert 1001004 not in {one.number for one in found}
     one = next(verse for verse in found if verse.number == 1001001)
     assert (one.text, one.other) == ("And aaa begat bbb it's.", "aaa was father of bbb it's.")
-    assert texts.verse_pairs(15, 8, 60, 0) == found
-    assert texts.verse_pairs(15, 8, 60, 1) != found
+    assert _select_or_project.verse_pairs(15, 8, 60, 0) == found
+    assert _select_or_project.verse_pairs(15, 8, 60, 1) != found
     with pytest.raises(DataError, match="16 are needed"):
-        texts.verse_pairs(16, 8, 60, 0)
+        _select_or_project.verse_pairs(16, 8, 60, 0)
 
 
 def test_of_several_answers_the_first_is_kept(packages):
-    found = texts.dialogue(10, 60, 0)
+    found = _select_or_project.dialogue(10, 60, 0)
     assert len({said for said, _, _ in found}) == 10
     assert {answered for _, answered, _ in found} == {"It is the one.", "It is the two."}
     assert np.all([said.endswith(topic) for said, _, topic in found])

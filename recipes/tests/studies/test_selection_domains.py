@@ -9,7 +9,7 @@ from studies.finished import installed, written
 from studies.test_domain_texts import lay_out
 from vestige.banks import Bank
 from vestige_recipes import study
-from vestige_recipes.selection_domains.run import METHODS, PARTS, PLANS, TARGET, _texts
+from vestige_recipes.selection_domains.run import METHODS, PARTS, PLANS, TARGET, _write_texts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +63,9 @@ def test_finished_parts_are_kept(replayed):
 def test_trap_nothing_is_chosen_for_the_pieces_that_it_is_judged_by(tmp_path):
     """Scores, start, mixture and tests share no piece; the mixture holds the target only where it should."""
     for part, inside in PARTS.items():
-        texts = _texts(PLANS["tiny"], tmp_path / part, inside, 0)
+        texts, _ = _write_texts(PLANS["tiny"], tmp_path / part, inside, 0)
         read = {
-            name: [json.loads(line) for line in getattr(texts, name).read_text().splitlines()]
+            name: [json.loads(line) for line in texts[name].read_text().splitlines()]
             for name in ("before", "mixture", "warm", "asked", "tests")
         }
         ids = {name: {row["id"] for row in rows} for name, rows in read.items()}

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
@@ -5,9 +7,9 @@ from scipy.stats import pearsonr, spearmanr
 from vestige.banks import bank_of
 from vestige_recipes.common.sources import (
     left_out_truth,
-    pooled_agreement,
+    pool_agreement,
     source_agreement,
-    summed_by_source,
+    sum_by_source,
     truth_agreement,
 )
 
@@ -52,8 +54,8 @@ def test_the_ceiling_is_between_seeds():
 
 
 def test_sums_are_over_the_examples_of_a_source_and_the_queries_of_a_test():
-    dense = np.arange(12.0).reshape(3, 4)
-    found = summed_by_source(dense, ["t", "u", "t"], ["b", "a", "b", "a"], ["t", "u"], ["a", "b"])
+    run = SimpleNamespace(dense=lambda: np.arange(12.0).reshape(3, 4))
+    found = sum_by_source(run, SimpleNamespace(query_sources=["t", "u", "t"], sources=["b", "a", "b", "a"]))
     assert found.tolist() == [[1 + 3 + 9 + 11, 0 + 2 + 8 + 10], [5 + 7, 4 + 6]]
 
 
@@ -75,12 +77,12 @@ def test_truth_is_the_rise_of_the_loss_without_a_source_positive_where_it_helps(
     )
     # Queries of such a bank have no source.
     truth.query_sources[:] = ["t"]
-    assert [each.tolist() for each in left_out_truth(truth, ["a", "b", "c"], ["t"])] == [[[4.0, 0.0, -2.0]]] * 2
+    assert [each.tolist() for each in left_out_truth(truth)] == [[[4.0, 0.0, -2.0]]] * 2
 
 
 def test_agreement_over_groups_is_the_mean_of_theirs():
     groups = [(tables(2, 0), tables(3, 1)), (tables(1, 2), tables(2, 3))]
-    found, own = pooled_agreement(groups, draws=50, seed=0)
+    found, own = pool_agreement(groups, draws=50, seed=0)
     assert own == pytest.approx([source_agreement(*group, draws=5, seed=0).pearson.value for group in groups])
     assert found.value == pytest.approx(np.mean(own))
     assert found.low < found.value < found.high

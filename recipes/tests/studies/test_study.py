@@ -4,14 +4,14 @@ import pytest
 
 from vestige.errors import SpecError, UserError
 from vestige_recipes import study
-from vestige_recipes.common.registry import STUDIES, Gate, Outcome, Study, StudySettings, registered
+from vestige_recipes.common.registry import STUDIES, Gate, Outcome, Study, StudySettings, register_study
 
 
 @pytest.fixture
 def toy(monkeypatch):
     find = STUDIES.find
 
-    @registered(["pocket"])
+    @register_study(["pocket"])
     def run(settings: StudySettings) -> Outcome:
         gates = [Gate("high", 0.9, ">=", 0.5), Gate("low", float("nan"), "<=", 0.5)]
         return Outcome(("a", "b"), [("x", 0.25)], gates, {"seed": settings.seed})

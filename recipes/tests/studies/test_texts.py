@@ -11,8 +11,8 @@ from vestige.data import Example
 from vestige.errors import DataError
 from vestige.models import Recipe
 from vestige_recipes.common import training as _checkpoints
-from vestige_recipes.common.texts import byte_gpt, byte_rows, drawn, help_topics, pieces, write_rows
-from vestige_recipes.common.training import Training, trained
+from vestige_recipes.common.texts import byte_gpt, byte_rows, draw_pieces, help_topics, pieces, write_rows
+from vestige_recipes.common.training import Training, train_checkpoints
 from vestige_recipes.text_lds import run as _wikitext
 
 ASKED = {"length": 32, "subjects": 3, "sequences": 12, "queries": 6, "before": 20}
@@ -30,11 +30,11 @@ def test_rows_hold_the_bytes_and_can_be_read():
 
 def test_what_is_drawn_keeps_its_order_and_its_last_zero_byte():
     cut = [bytes([number, 0]) for number in range(9)]
-    few = drawn(cut, 4, np.random.default_rng(0))
+    few = draw_pieces(cut, 4, np.random.default_rng(0))
     assert len(few) == 4
     assert few == sorted(few)
     assert all(len(piece) == 2 for piece in few)
-    assert drawn(cut, 99, np.random.default_rng(0)) == cut
+    assert draw_pieces(cut, 99, np.random.default_rng(0)) == cut
 
 
 def test_help_topics_never_share_a_piece_between_training_and_questions():
@@ -72,13 +72,13 @@ def test_a_model_of_bytes_is_the_same_each_time_and_draws_nothing_from_the_calle
 def test_checkpoints_are_spread_over_the_training_and_made_once(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
     training = Training(Recipe(1e-2), steps=6, batch_size=4)
-    found = trained(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3)
+    found = train_checkpoints(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3)
     assert [folder.rsplit("-", 1)[1] for folder in found.folders] == ["2", "4", "6"]
     # Falling linearly from 0.01: the rates of steps 2, 4 and 6, counted from one.
     assert found.rates == pytest.approx([1e-2 * (1 - done / 6) for done in (1, 3, 5)])
     weights = tmp_path / "model" / "checkpoint-6" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert trained(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3) == found
+    assert train_checkpoints(byte_gpt(16, 8, 1), data, tmp_path / "model", training, seed=0, count=3) == found
     assert weights.stat().st_mtime_ns == before
 
 
@@ -86,11 +86,11 @@ def test_a_training_without_its_last_checkpoint_is_done_again_to_the_same_bytes(
     data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
     training = Training(Recipe(1e-2), steps=4, batch_size=4)
     start = byte_gpt(16, 8, 1)
-    found = trained(start, data, tmp_path / "model", training, seed=0, count=2)
+    found = train_checkpoints(start, data, tmp_path / "model", training, seed=0, count=2)
     last = tmp_path / "model" / "checkpoint-4"
     content = (last / "model.safetensors").read_bytes()
     last.rename(tmp_path / "lost")
-    assert trained(start, data, tmp_path / "model", training, seed=0, count=2) == found
+    assert train_checkpoints(start, data, tmp_path / "model", training, seed=0, count=2) == found
     assert (last / "model.safetensors").read_bytes() == content
 
 
@@ -127,14 +127,14 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     data = write_rows(tmp_path / "data.jsonl", byte_rows(pieces("abcdefgh" * 16, 16), "s"))
     training = Training(Recipe(1e-2), steps=6, batch_size=4)
     start = byte_gpt(16, 8, 1)
-    whole = trained(start, data, tmp_path / "whole", training, seed=0, count=2, lora_rank=lora_rank)
+    whole = train_checkpoints(start, data, tmp_path / "whole", training, seed=0, count=2, lora_rank=lora_rank)
     out = tmp_path / "model"
     with monkeypatch.context() as patch:
         _stopped_after(4, patch)
         with pytest.raises(KeyboardInterrupt):
-            trained(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
+            train_checkpoints(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
     begun = _begun_at(monkeypatch)
-    found = trained(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
+    found = train_checkpoints(start, data, out, training, seed=0, count=2, lora_rank=lora_rank)
     assert begun == [4]
     assert not (out / "unfinished.pt").exists()
     for folders in zip(found.folders, whole.folders, strict=True):
@@ -150,13 +150,13 @@ def test_trap_a_training_never_goes_on_from_another_one(tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         _stopped_after(4, patch)
         with pytest.raises(KeyboardInterrupt):
-            trained(start, data, out, training, seed=0, count=2)
+            train_checkpoints(start, data, out, training, seed=0, count=2)
     if change == "checkpoint":
         (out / "checkpoint-3").rename(tmp_path / "lost")
     if change == "damaged":
         (out / "unfinished.pt").write_bytes((out / "unfinished.pt").read_bytes()[:-100])
     begun = _begun_at(monkeypatch)
-    trained(start, data, out, training, seed=1 if change == "seed" else 0, count=2)
+    train_checkpoints(start, data, out, training, seed=1 if change == "seed" else 0, count=2)
     assert begun == [0]
 
 

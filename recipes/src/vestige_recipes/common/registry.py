@@ -1,15 +1,18 @@
 """Which studies there are, what they take, and what each of them reports."""
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from vestige.evaluate import Estimate, Mark, interval_figure
 from vestige.registry import Registry
+from vestige.runs import Scores, is_run
 from vestige.settings import LaunchSettings
+from vestige.storage import write_durably
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,6 +55,16 @@ class Gate:
         """Whether it was as expected; never for what is not a number."""
         compare = {">=": operator.ge, "<=": operator.le}[self.expected]
         return bool(compare(self.seen, self.bound))
+
+
+def at_least(name: str, seen: float, bound: float = 0.0) -> Gate:
+    """Return a gate that passes from `bound` on."""
+    return Gate(name, seen, ">=", bound)
+
+
+def at_most(name: str, seen: float, bound: float = 0.0) -> Gate:
+    """Return a gate that passes up to `bound`."""
+    return Gate(name, seen, "<=", bound)
 
 
 class Outcome(NamedTuple):
@@ -114,9 +127,46 @@ class Study:
     run: Callable[[StudySettings], Outcome]
 
 
-def registered(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
+def register_study(sizes: Iterable[str]) -> Callable[[Callable[[StudySettings], Outcome]], Study]:
     """Turn a function into a study of these sizes; `pyproject.toml` gives its name and its address."""
     return lambda run: Study(tuple(sizes), run)
 
 
 STUDIES: Registry[Study] = Registry("vestige.studies", "study", Study)
+
+
+OWN_SEED = 1_000
+"""Of the first model that scores are computed on; those of a bank are drawn from hashes."""
+Ends = tuple[float, float, float]
+"""A value and the ends of its interval: an `Estimate` or an `Interval`."""
+
+
+def launch_arguments(settings: StudySettings) -> dict[str, Any]:
+    """Return the settings of where work runs, as arguments of another command."""
+    return {name: getattr(settings, name) for name in LaunchSettings.model_fields}
+
+
+def keep_run(command: Callable[..., Scores], out: Path, **arguments: Any) -> Scores:
+    """Return the run in `out`, which the command computes unless it is there."""
+    return Scores.open(out) if is_run(out) else command(**arguments, out=out)
+
+
+def show_interval(interval: Ends, digits: int = 3) -> str:
+    """Return the ends of an interval as they stand in a table."""
+    _, low, high = interval
+    return f"{low:.{digits}f} … {high:.{digits}f}"
+
+
+def draw_intervals(
+    folder: Path,
+    name: str,
+    intervals: Mapping[str, Ends],
+    label: str,
+    *,
+    beside: Collection[str] = (),
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Write a figure of intervals into the study's folder, as PNG and PDF; those `beside` stand back."""
+    marks = [Mark(kind, Estimate(*each), kind in beside) for kind, each in intervals.items()]
+    for file, content in interval_figure(name, marks, label, lines=dict(lines or {})).items():
+        write_durably(folder / file, [content])

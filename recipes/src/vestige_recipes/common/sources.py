@@ -1,66 +1,27 @@
 """Sources of training data: models trained without each of them, and how scores agree with what that changes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor, nn
 
 from vestige.banks import EVERYTHING, Bank, bank
+from vestige.curvature import CurvatureProduct
+from vestige.data import load_examples, tokenize
 from vestige.evaluate import Estimate
-from vestige_recipes.common.registry import StudySettings
-from vestige_recipes.common.steps import OWN_SEED, launched
-from vestige_recipes.common.training import Checkpoints, Training, trained
-
-
-def left_out_bank(
-    settings: StudySettings,
-    start: Any,
-    files: Sequence[Path],
-    folder: Path,
-    training: Training,
-    *,
-    seed: int,
-    seeds: int,
-    from_scratch: bool = False,
-) -> Bank:
-    """Models of everything and without each source, for the same number of steps, in `folder/bank`.
-
-    Args:
-        settings: Where the work runs.
-        start: A model as every command takes it.
-        files: Training data, and queries whose `source` names their test set.
-        folder: Of the study, or of one part of it.
-        training: How long, at which rate; everything else is the bank's default.
-        seed: Of starts and orders.
-        seeds: Runs of each subset.
-        from_scratch: Draw the weights instead of beginning with the start's. Workers read a model from a folder, so a
-            module is written to `folder/start` first.
-    """
-    if isinstance(start, nn.Module):
-        start = trained(
-            start, files[0], folder / "start", training._replace(steps=1), seed=seed, from_scratch=True
-        ).model
-    data, queries = (str(path) for path in files)
-    return bank(
-        model=start,
-        data=data,
-        queries=queries,
-        out=folder / "bank",
-        leave_source_out=True,
-        from_scratch=from_scratch,
-        seeds=seeds,
-        steps=training.steps,
-        batch_size=training.batch_size,
-        learning_rate=training.recipe.learning_rate,
-        seed=seed,
-        **launched(settings),
-    )
-
+from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make_job
+from vestige.models import load_model, select_components
+from vestige.runs import Scores
+from vestige.settings import AttributeSettings, UntracSettings
+from vestige_recipes.common.registry import OWN_SEED, StudySettings, launch_arguments
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 
 Table = Float[np.ndarray, "test source"]
 
@@ -82,27 +43,73 @@ class Agreement(NamedTuple):
     """Pearson for each test set."""
 
 
-def asked_models(
+def measure_sources(
+    settings: StudySettings,
     start: Any,
-    data: Path,
+    files: tuple[Path, Path],
     folder: Path,
     training: Training,
-    count: int,
-    checkpoints: int,
+    score: Callable[[int, Path, Checkpoints, Bank], dict[str, Table]],
     *,
+    seed: int,
+    seeds: int,
+    checkpoints: int,
     from_scratch: bool = False,
-) -> Iterator[Checkpoints]:
-    """Yield the models that scores are computed on, in `folder/model-NUMBER`, none of which is one of the bank's."""
-    for number in range(count):
-        out = folder / f"model-{number}"
-        yield trained(start, data, out, training, seed=OWN_SEED + number, count=checkpoints, from_scratch=from_scratch)
+) -> tuple[Bank, list[dict[str, Table]]]:
+    """Return the bank of models of everything and without each source, and scores of models that are none of it.
+
+    All models have the same number of steps; the bank is in `folder/bank`, the others are in `folder/model-NUMBER`.
+
+    Args:
+        settings: Where the work runs.
+        start: A model as every command takes it. Workers read a model from a folder, so a module is written to
+            `folder/start` first.
+        files: Training data, and queries whose `source` names their test set.
+        folder: Of the study, or of one part of it.
+        training: How long, at which rate; everything else is the bank's default.
+        score: Takes the number of a model, a folder for its runs, its checkpoints, and the bank.
+        seed: Of the bank's starts and orders.
+        seeds: Runs of each subset, and models to compute scores on.
+        checkpoints: Of each of these models.
+        from_scratch: Draw the weights instead of beginning with the start's.
+    """
+    given, (data, queries) = start, files
+    if isinstance(start, nn.Module):
+        once = training._replace(steps=1)
+        given = train_checkpoints(start, data, folder / "start", once, seed=seed, from_scratch=True).model
+    truth = bank(
+        model=given,
+        data=str(data),
+        queries=str(queries),
+        out=folder / "bank",
+        leave_source_out=True,
+        from_scratch=from_scratch,
+        seeds=seeds,
+        steps=training.steps,
+        batch_size=training.batch_size,
+        learning_rate=training.recipe.learning_rate,
+        seed=seed,
+        **launch_arguments(settings),
+    )
+    scores: list[dict[str, Table]] = []
+    own: dict[str, Any] = {"count": checkpoints, "from_scratch": from_scratch}
+    for number in range(seeds):
+        asked = train_checkpoints(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
+        scores.append(score(number, folder / f"runs-{number}", asked, truth))
+    return truth, scores
 
 
-def left_out_truth(truth: Bank, sources: Sequence[str], tests: Sequence[str]) -> list[Table]:
+def list_sources(truth: Bank) -> tuple[list[str], list[str]]:
+    """Return the names of sources in ascending order, and of test sets in the order of the queries."""
+    return sorted({str(name) for name in truth.sources}), list(dict.fromkeys(map(str, truth.query_sources)))
+
+
+def left_out_truth(truth: Bank) -> list[Table]:
     """For each seed, how much the mean loss per token of each test set rises without each source: positive = it helps.
 
     Every run has the same number of steps, and the i-th runs share start and order as far as they can.
     """
+    sources, tests = list_sources(truth)
     losses = truth.by_subset(truth.query_token_losses)
     names = np.array(truth.query_sources)
     means = np.stack([losses[..., names == test].mean(-1) for test in tests])
@@ -117,17 +124,13 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     A bootstrap draw takes sources, runs of the truth and scoring models with replacement: the interval holds what the
     choice of these sources contributes, which is most of it where they are few.
     """
-    scored, right = np.stack(scores), np.stack(truths)
+    stacked = [(np.stack(scores), np.stack(truths))]
     random = np.random.default_rng(seed)
-    found = {}
-    for name, ranked in (("pearson", False), ("spearman", True)):
-        drawn = [value for _ in range(draws) if (value := _drawn(scored, right, random, ranked)) is not None]
-        low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-        found[name] = Estimate(_mean(scored, right, ranked).mean().item(), float(low), float(high))
-    return Agreement(found["pearson"], found["spearman"], tuple(_mean(scored, right, False).tolist()))
+    pearson, spearman = (_estimate(stacked, draws, random, ranked) for ranked in (False, True))
+    return Agreement(pearson, spearman, tuple(_correlate(*stacked[0], False).tolist()))
 
 
-def pooled_agreement(
+def pool_agreement(
     groups: Sequence[tuple[Sequence[Table], Sequence[Table]]], *, draws: int, seed: int
 ) -> tuple[Estimate, list[float]]:
     """Mean Pearson over groups, each of (scores by model, truths by run) about its own sources, and that of each group.
@@ -135,45 +138,51 @@ def pooled_agreement(
     A bootstrap draw resamples sources, runs and models inside every group: the groups themselves are few and fixed.
     """
     stacked = [(np.stack(scores), np.stack(truths)) for scores, truths in groups]
-    random = np.random.default_rng(seed)
+    own = [float(_correlate(*each, False).mean()) for each in stacked]
+    return _estimate(stacked, draws, np.random.default_rng(seed), False), own
+
+
+def _estimate(
+    groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, ranked: bool
+) -> Estimate:
     drawn = []
     for _ in range(draws):
-        values = [_drawn(scored, right, random, False) for scored, right in stacked]
-        drawn += [np.mean([value for value in values if value is not None])] if None not in values else []
+        values = [_resample(*each, random, ranked) for each in groups]
+        known = [value for value in values if value is not None]
+        drawn += [float(np.mean(known))] if len(known) == len(groups) else []
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-    own = [float(_mean(scored, right, False).mean()) for scored, right in stacked]
-    return Estimate(float(np.mean(own)), float(low), float(high)), own
+    return Estimate(float(np.mean([_correlate(*each, ranked).mean() for each in groups])), float(low), float(high))
 
 
 def truth_agreement(truths: Sequence[Table]) -> float:
     """Noise ceiling: Pearson correlation of two seeds' truths, mean over pairs and test sets; NaN for one seed."""
-    pairs = [_mean(np.stack([one]), np.stack([other]), False).mean() for one, other in combinations(truths, 2)]
+    pairs = [_correlate(one[None], other[None], False).mean() for one, other in combinations(truths, 2)]
     return float(np.mean(pairs)) if pairs else float("nan")
 
 
-def summed_by_source(
-    dense: Float[np.ndarray, "query example"],
-    query_tests: Sequence[str | None],
-    example_sources: Sequence[str | None],
-    tests: Sequence[str],
-    sources: Sequence[str],
-) -> Table:
-    """Scores of examples for queries, added up over both."""
-    rows, columns = np.array(query_tests), np.array(example_sources)
-    by_source = np.stack([dense[:, columns == source].sum(1, dtype=np.float64) for source in sources], axis=1)
-    return np.stack([by_source[rows == test].sum(0) for test in tests])
+def sum_by_source(run: Scores, truth: Bank) -> Table:
+    """Add up the scores of examples for queries over both."""
+    dense, tests, sources = run.dense(), np.array(truth.query_sources), np.array(truth.sources)
+    names = list_sources(truth)
+    by_source = np.stack([dense[:, sources == source].sum(1, dtype=np.float64) for source in names[0]], axis=1)
+    return np.stack([by_source[tests == test].sum(0) for test in names[1]])
 
 
-def _drawn(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:
-    pick: Callable[[int], np.ndarray] = lambda size: random.integers(size, size=size)  # noqa: E731
-    columns = pick(scored.shape[-1])
+def tables_json(scores: Sequence[Mapping[str, Table]]) -> list[dict[str, Any]]:
+    """In JSON terms."""
+    return [{name: table.tolist() for name, table in each.items()} for each in scores]
+
+
+def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:
+    columns = random.integers(scored.shape[-1], size=scored.shape[-1])
     if len(np.unique(columns)) < _FEWEST:
         return None
-    value = _mean(scored[pick(len(scored))][..., columns], right[pick(len(right))][..., columns], ranked).mean()
+    models, runs = (random.integers(len(side), size=len(side)) for side in (scored, right))
+    value = _correlate(scored[models][..., columns], right[runs][..., columns], ranked).mean()
     return float(value) if np.isfinite(value) else None
 
 
-def _mean(
+def _correlate(
     scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], ranked: bool
 ) -> Float[np.ndarray, "test"]:
     """Correlation of each model's scores with the mean truth, mean over models."""
@@ -183,3 +192,97 @@ def _mean(
     left, mean = left - left.mean(-1, keepdims=True), mean - mean.mean(-1, keepdims=True)
     spread = np.sqrt((left**2).sum(-1) * (mean**2).sum(-1))
     return ((left * mean).sum(-1) / np.where(spread > 0, spread, np.nan)).mean(0)
+
+
+CURVATURE_EXAMPLES = 256
+"""On which a step of LiSSA or of Arnoldi looks at the curvature, as published."""
+Inverses = Mapping[str, Lissa | Arnoldi]
+INVERSES: Inverses = {
+    "HIF, LiSSA": Lissa(sample=CURVATURE_EXAMPLES),
+    "HIF, Arnoldi": Arnoldi(examples=CURVATURE_EXAMPLES),
+}
+"""Influence functions by the columns that they fill, with as many steps as they have by default."""
+AS_PUBLISHED: Inverses = {
+    "HIF, LiSSA": Lissa(sample=CURVATURE_EXAMPLES, depth=10),
+    "HIF, Arnoldi": Arnoldi(examples=CURVATURE_EXAMPLES, steps=25, rank=25),
+}
+"""The same with the fewer steps that UnTrac's authors gave them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model with the sets that it is asked about, and what a method of `vestige attribute` needs of it."""
+
+    job: UntracJob
+    methods: Job
+
+    def gradients(self) -> list[Float[Tensor, "set n"]]:
+        """Gradients of the loss per token of every test set and of every source, by one backward pass over each."""
+        components = self.methods.components
+        layout = CurvatureProduct(self.methods.model_for("lissa").model, components, self.methods.train, 1)
+        with borrow_weights(self.job.loaded) as weights:
+            found = []
+            for side in (self.job.tests, self.job.train):
+                vectors = []
+                for each in side.sets:
+                    weights.backward(side.data, each.rows, "sum", self.job.token_budget)
+                    slopes = [weights.parameters[part.name].grad for part in components]
+                    assert all(slope is not None for slope in slopes)
+                    vectors.append(layout.flatten([slope for slope in slopes if slope is not None]))
+                found.append(torch.stack(vectors))
+        return found
+
+
+def first_order_scores(
+    checkpoints: Sequence[str],
+    data: Path,
+    queries: Path,
+    *,
+    seed: int,
+    inverses: Inverses = INVERSES,
+) -> dict[str, Table]:
+    """GradDot, GradCos, TracIn and two influence functions of every source for every test set, positive if it helps.
+
+    All are of the last checkpoint but TracIn, the sum of the inner products at all of them. As published, GradCos
+    divides by the length of the source's gradient alone, which changes nothing for a test set.
+
+    Args:
+        checkpoints: Folders of one model while it was trained; the last is the one that is asked.
+        data: Rows with a `source`.
+        queries: Rows of the test sets, which their `source` names.
+        seed: Of the examples on which curvature is measured.
+        inverses: The influence functions.
+    """
+    asked = [open_sets(folder, data, queries, seed) for folder in checkpoints]
+    found = [each.gradients() for each in asked]
+    products = [_multiply(*each) for each in found]
+    tests, sources = found[-1]
+    scores = {
+        "GradDot": products[-1],
+        "GradCos": products[-1] / sources.double().norm(dim=1).cpu().numpy(),
+        "TracIn": np.sum(products, axis=0),
+    }
+    job = asked[-1].methods
+    parts = list(tests.split([component.size for component in job.components], dim=1))
+    for name, method in inverses.items():
+        solved = method.inverse(job)(parts, job.settings.damping)
+        scores[name] = _multiply(torch.cat(solved, dim=1), sources)
+    return scores
+
+
+def _multiply(tests: Float[Tensor, "test n"], sources: Float[Tensor, "source n"]) -> Table:
+    return (tests.double() @ sources.double().T).cpu().numpy()
+
+
+def open_sets(model: str, data: Path, queries: Path, seed: int) -> Asked:
+    """Return the model in a folder, the sources and the test sets."""
+    loaded = load_model(model)
+    train, tests = (
+        tokenize(load_examples(str(path)), loaded.tokenizer, max_length=loaded.context_length, name=path.name)
+        for path in (data, queries)
+    )
+    common = {"model": model, "data": str(data), "queries": str(queries), "out": Path("unused"), "seed": seed}
+    return Asked(
+        make_job(UntracSettings.model_validate(common), loaded, train, tests),
+        Job(train, tests, AttributeSettings.model_validate(common), loaded, select_components(loaded.model, ("all",))),
+    )

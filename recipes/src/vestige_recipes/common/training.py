@@ -44,7 +44,7 @@ class Checkpoints(NamedTuple):
         return self.folders[-1]
 
 
-def trained(
+def train_checkpoints(
     start: Any,
     data: Path,
     out: Path,
@@ -120,18 +120,13 @@ class _Interrupted:
         """Write it, if the last time is long enough ago."""
         if time.monotonic() - self._kept < SECONDS_AT_RISK:
             return
-        content = io.BytesIO()
-        torch.save({"made_of": self._made_of, "state": step.state()}, content)
-        write_durably(self._path, [content.getbuffer()])
+        save_state(self._path, {"made_of": self._made_of, "state": step.state()})
         self._kept = time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
         """Return what an interrupted training of the same kind left; None if there is nothing to go on from."""
-        try:
-            saved = torch.load(self._path, weights_only=True)
-            return saved["state"] if saved["made_of"] == self._made_of else None
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
-            return None
+        saved = read_state(self._path) or {}
+        return saved.get("state") if saved.get("made_of") == self._made_of else None
 
     def forget(self) -> None:
         """Remove the state of a finished training."""
@@ -145,6 +140,19 @@ def _save_optimizer(step: Step, folder: Path) -> None:
     state, names = saved["optimizer"], list(saved["weights"])
     for group in state["param_groups"]:
         group["param_names"] = [names[number] for number in group["params"]]
+    save_state(folder / _OPTIMIZER, state)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and numbers; the file is whole or absent."""
     content = io.BytesIO()
     torch.save(state, content)
-    write_durably(folder / _OPTIMIZER, [content.getbuffer()])
+    write_durably(path, [content.getbuffer()])
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return what `save_state` wrote; None where the file is absent or damaged."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+        return None

@@ -9,29 +9,135 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from scipy.stats import t as student
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
 
 from vestige.banks import Bank, bank_of
-from vestige.curvature import DAMPING
+from vestige.curvature import DAMPING, FisherBlock, FisherBlocks
 from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out, datamodeling_score
 from vestige.launch import worker_command
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import OWN_SEED, draw_intervals, shown_interval
-from vestige_recipes.digits.leave_one_out import leave_one_out
-from vestige_recipes.digits.models import RECIPE, Digits, accuracy, digits, network, query_losses
-from vestige_recipes.digits.scores import (
-    EXACT,
-    DampingGrid,
-    Scored,
-    averaged,
-    compressed_influence,
-    exact_influence,
-    layer_methods,
-    measured_gradients,
-    opponents,
+from vestige_recipes.common.registry import (
+    OWN_SEED,
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+    show_interval,
 )
+from vestige_recipes.digits.scores import (
+    CLASSES,
+    EXACT,
+    PIXELS,
+    RECIPE,
+    Digits,
+    Images,
+    Scored,
+    accuracy,
+    average_models,
+    compress_influence,
+    digits,
+    exact_influence,
+    gradients,
+    layer_methods,
+    losses_of,
+    measure_gradients,
+    network,
+    opponents,
+    query_losses,
+)
+
+PENALTY = 0.01
+_CONVERGED = 1e-11
+_MOST_STEPS = 200
+
+
+class LeftOut(NamedTuple):
+    """Rise of every query's loss when an example is left out of training, in nats."""
+
+    predicted: Float[np.ndarray, "query example"]
+    true: Float[np.ndarray, "query example"]
+
+    @property
+    def agreement(self) -> float:
+        """Pearson correlation over the examples, mean over queries."""
+        pairs = zip(self.predicted, self.true, strict=True)
+        return float(np.mean([np.corrcoef(predicted, true)[0, 1] for predicted, true in pairs]))
+
+
+def leave_one_out(digits: Digits, count: int) -> LeftOut:
+    """For the first `count` examples, of logistic regression `sum_i loss_i / n + PENALTY / 2 |w|^2`, in float64.
+
+    Predicted: `g_query^T (H + PENALTY I)^-1 g_example / n`, H the Hessian of the mean loss (Koh and Liang 2017,
+    arXiv:1703.04730). True: the weights that minimise the sum without the example, to the last digits.
+    """
+    train, queries = (images._replace(inputs=images.inputs.double()) for images in digits)
+    model = nn.Linear(PIXELS, CLASSES, dtype=torch.float64)
+    size = len(train.labels)
+    everyone = torch.ones(size, dtype=torch.float64)
+    weights = torch.zeros(PIXELS * CLASSES + CLASSES, dtype=torch.float64)
+    curvature = _curvature(model, weights, train)
+    # Newton's steps to the optimum, each with the curvature where it is.
+    while float(_slope(model, weights, train, everyone).norm()) > _CONVERGED:
+        weights = weights - _solve(curvature, _slope(model, weights, train, everyone))
+        curvature = _curvature(model, weights, train)
+    before = _losses(model, weights, queries)
+    true = []
+    for row in range(count):
+        kept = everyone.clone()
+        kept[row] = 0.0
+        true.append(_losses(model, _refit(model, weights, train, kept, curvature), queries) - before)
+    model.load_state_dict(_split_weights(weights))
+    examples, asked = (torch.cat(gradients(model, images), dim=1) for images in (train.at(np.arange(count)), queries))
+    predicted = curvature.precondition(asked, PENALTY) @ examples.T / size
+    return LeftOut(predicted.numpy(), torch.stack(true, dim=1).numpy())
+
+
+def _refit(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curvature: FisherBlocks) -> Tensor:
+    """Return the optimum for the examples that are kept; the curvature of all of them points close enough to it."""
+    inverse, weights = curvature.inverse(PENALTY), start
+    for _ in range(_MOST_STEPS):
+        slope = _slope(model, weights, train, kept)
+        if float(slope.norm()) <= _CONVERGED:
+            break
+        weights = weights - inverse.apply(slope[None])[0]
+    return weights
+
+
+def _split_weights(weights: Float[Tensor, "n"]) -> dict[str, Tensor]:
+    matrix, bias = weights.split([PIXELS * CLASSES, CLASSES])
+    return {"weight": matrix.view(CLASSES, PIXELS), "bias": bias}
+
+
+def _losses(model: nn.Module, weights: Tensor, images: Images) -> Float[Tensor, "example"]:
+    def run(inputs: Tensor) -> Tensor:
+        return functional_call(model, _split_weights(weights), (inputs,))
+
+    return losses_of(run, images)  # type: ignore[arg-type]
+
+
+def _slope(model: nn.Module, weights: Tensor, train: Images, kept: Float[Tensor, "example"]) -> Float[Tensor, "n"]:
+    """Gradient of the mean loss of those that are kept, over the number of all, with the penalty."""
+    probabilities = torch.softmax(functional_call(model, _split_weights(weights), (train.inputs,)), 1)
+    errors = (probabilities - nn.functional.one_hot(train.labels, CLASSES)) * kept[:, None] / len(kept)
+    return torch.cat([(errors.T @ train.inputs).flatten(), errors.sum(0)]) + PENALTY * weights
+
+
+def _curvature(model: nn.Module, weights: Tensor, train: Images) -> FisherBlocks:
+    """Second derivatives of the mean loss; a damping is added to them as it is."""
+    matrix = hessian(lambda at: _losses(model, at, train).mean())(weights)
+    return FisherBlocks((FisherBlock("weights", matrix, unit=1.0),), (slice(0, len(weights)),))
+
+
+def _solve(curvature: FisherBlocks, slope: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    return curvature.precondition(slope[None], PENALTY)[0]
+
 
 ABOVE_DOT, LIKE_EXACT, NRMSE_ROOT, LEFT_OUT = 1.8, 0.97, 1.3, 0.99
 """Expected of exact influence over grad-dot, of GraSS over exact, of a sketch's NRMSE times the root of its size, and
@@ -86,8 +192,8 @@ class Judged(NamedTuple):
         seeds = " ".join(f"{one:.3f}" for one in self.lds.seeds)
         nrmse = f"{np.mean(self.nrmse):.3f}" if self.nrmse else ""
         sketches = over_draws(self.by_draw)
-        shown = f"{sketches.value:.3f} ({shown_interval(sketches)})" if self.nrmse else ""
-        head = (self.scored.name, self.lds.estimate.value, shown_interval(self.lds.estimate), seeds, shown, nrmse)
+        shown = f"{sketches.value:.3f} ({show_interval(sketches)})" if self.nrmse else ""
+        head = (self.scored.name, self.lds.estimate.value, show_interval(self.lds.estimate), seeds, shown, nrmse)
         return (*head, self.scored.numbers, round(self.scored.seconds, 1))
 
 
@@ -100,7 +206,7 @@ def over_draws(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def digits_study(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what networks trained on them lose, with intervals."""
     plan = PLANS[settings.size]
@@ -154,14 +260,14 @@ def _all_scores(
     settings: StudySettings, plan: DigitsPlan, data: Digits, asked: nn.Module, truth: Bank
 ) -> Iterator[Scored]:
     """Exact influence at the default damping comes first, its grid after it, then everything else."""
-    found, seed = measured_gradients(asked, data), settings.seed
-    grid = exact_influence(found)
-    yield from grid.scored.values()
-    yield _chosen(grid, truth)
-    yield from compressed_influence(found, plan.sizes, seed, plan.sketches)
+    found, seed = measure_gradients(asked, data), settings.seed
+    grid, seconds = exact_influence(found)
+    yield from grid.values()
+    yield _choose(grid, truth)._replace(seconds=seconds)
+    yield from compress_influence(found, plan.sizes, seed, plan.sketches)
     yield from layer_methods(asked, data, found, seed)
-    yield from averaged([asked], data, seed, "1 model")
-    yield from averaged(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
+    yield from average_models([asked], data, seed, "1 model")
+    yield from average_models(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
     yield from opponents(asked, data, found, seed)
 
 
@@ -176,9 +282,9 @@ def _halves(settings: StudySettings, plan: DigitsPlan, data: Digits) -> list[nn.
     return models
 
 
-def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
+def _choose(grid: dict[float, Scored], truth: Bank) -> Scored:
     """Exact influence at the damping that does best on a tenth of the queries, which are NaN here."""
-    found = list(grid.scored.items())
+    found = list(grid.items())
     results = [
         datamodeling_score(each.scores, truth.membership, truth.query_losses, subset=truth.subsets, draws=0).per_query
         for _, each in found
@@ -187,7 +293,7 @@ def _chosen(grid: DampingGrid, truth: Bank) -> Scored:
     damping, scored = found[best]
     scores = np.full_like(scored.scores, np.nan)
     scores[others] = scored.scores[others]
-    return scored._replace(name=f"{BEST} ({damping:g})", scores=scores, seconds=grid.seconds)
+    return scored._replace(name=f"{BEST} ({damping:g})", scores=scores)
 
 
 def _all_judged(found: Iterator[Scored], truth: Bank, plan: DigitsPlan) -> list[Judged]:
@@ -233,15 +339,11 @@ def _gates(judged: dict[str, Judged], agreement: float) -> list[Gate]:
         for name, each in judged.items()
         if each.nrmse and name.startswith(("influence, Gauss", "influence, SJLT"))
     )
+    over = f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping"
     return [
-        Gate("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high, ">=", 0),
-        Gate("exact influence: LDS over grad-dot's", exact.value / dot.value, ">=", ABOVE_DOT),
-        Gate(
-            f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping",
-            grass / exact.value,
-            ">=",
-            LIKE_EXACT,
-        ),
-        Gate("Gauss and SJLT: largest NRMSE times the root of the size", worst, "<=", NRMSE_ROOT),
-        Gate("logistic regression: predicted with true leave-one-out", agreement, ">=", LEFT_OUT),
+        at_least("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high),
+        at_least("exact influence: LDS over grad-dot's", exact.value / dot.value, ABOVE_DOT),
+        at_least(over, grass / exact.value, LIKE_EXACT),
+        at_most("Gauss and SJLT: largest NRMSE times the root of the size", worst, NRMSE_ROOT),
+        at_least("logistic regression: predicted with true leave-one-out", agreement, LEFT_OUT),
     ]

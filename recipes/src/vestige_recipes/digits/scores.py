@@ -1,18 +1,24 @@
-"""Scores of every gradient method for a plain network, from its whole gradients in memory."""
+"""Digits, a small network that reads them, and scores of every gradient method from its whole gradients in memory."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from vestige.compress import compress_gradient
 from vestige.curvature import (
     DAMPING,
+    BatchSink,
+    CurvatureData,
     DataInf,
     FisherBlocks,
     accumulate_fisher,
@@ -21,14 +27,143 @@ from vestige.curvature import (
     mean_eigenvalues,
 )
 from vestige.evaluate import Family, quality
+from vestige.gradients import FunctionObjective, GradientPass, GradientSink
 from vestige.methods import doubt
-from vestige_recipes.digits.models import (
-    Digits,
-    ImageCurvature,
-    gradients,
-    query_losses,
-    with_sampled_labels,
-)
+from vestige.models import select_components
+
+PIXELS, CLASSES = 64, 10
+BATCH = 50
+RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": BATCH}
+_PASSED_AT_ONCE = 100
+
+
+def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Float[Tensor, "example"]:
+    """Cross-entropy of each image's label, in nats."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+OBJECTIVE = FunctionObjective(losses_of)
+
+
+class Images(NamedTuple):
+    """Images and the digits that they show."""
+
+    inputs: Float[Tensor, "example pixel"]
+    labels: Int[Tensor, "example"]
+
+    def at(self, rows: np.ndarray) -> "Images":
+        """Return some of them."""
+        chosen = torch.as_tensor(rows)
+        return Images(self.inputs[chosen], self.labels[chosen])
+
+
+class Digits(NamedTuple):
+    """What models are trained on, and what they are asked about."""
+
+    train: Images
+    queries: Images
+
+    @property
+    def digest(self) -> str:
+        """Names the numbers."""
+        content = b"".join(part.numpy().tobytes() for side in self for part in side)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+def digits(examples: int, queries: int, seed: int) -> Digits:
+    """Disjoint draws from scikit-learn's 1,797 images of 8 x 8 pixels, brightness between 0 and 1."""
+    from sklearn.datasets import load_digits
+
+    inputs, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    whole = Images(torch.tensor(inputs / 16, dtype=torch.float32), torch.tensor(labels))
+    return Digits(whole.at(order[:examples]), whole.at(order[examples : examples + queries]))
+
+
+def network(images: Images, seed: int, epochs: int, hidden: tuple[int, int]) -> nn.Module:
+    """Return an MLP of two hidden layers trained by stochastic gradient descent; the seed draws weights and order."""
+    first, second = hidden
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(PIXELS, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, CLASSES)
+        )  # fmt: skip
+        optimiser = torch.optim.SGD(
+            model.parameters(),
+            lr=RECIPE["learning_rate"],
+            momentum=RECIPE["momentum"],
+            weight_decay=RECIPE["weight_decay"],
+        )
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images.labels)).split(BATCH):
+                optimiser.zero_grad()
+                losses_of(model, (images.inputs[rows], images.labels[rows])).mean().backward()
+                optimiser.step()
+    return model.eval()
+
+
+def query_losses(model: nn.Module, images: Images) -> Float[np.ndarray, "query"]:
+    """Loss of each image, float64."""
+    with torch.no_grad():
+        return losses_of(model, images).double().numpy()
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Share of the images that are read rightly."""
+    with torch.no_grad():
+        return float((model(images.inputs).argmax(1) == images.labels).float().mean())
+
+
+def gradients(model: nn.Module, images: Images) -> list[Float[Tensor, "example n"]]:
+    """Every example's whole gradient, flattened, component by component."""
+    components = select_components(model, ("all",)).components
+    sink, parts = GradientSink(components), []
+    dtype = next(model.parameters()).dtype
+    with GradientPass(model, components, OBJECTIVE) as gradient_pass:
+        for rows in np.array_split(np.arange(len(images.labels)), -(-len(images.labels) // _PASSED_AT_ONCE)):
+            sink.begin(len(rows), "cpu", dtype)
+            gradient_pass.run(images.at(rows), sink)
+            parts.append([part.flatten(1) for part in sink.gradients])
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class ImageCurvature(CurvatureData):
+    """Curvature over images instead of texts; the labels are those that the images are given with."""
+
+    # A TensorDataset of inputs and labels: of the base class's data only the length is asked for.
+    data: Any
+
+    @classmethod
+    def over(cls, model: nn.Module, images: Images) -> "ImageCurvature":
+        """Over all of them, all weights."""
+        components = select_components(model, ("all",)).components
+        return cls(model, components, TensorDataset(*images), _PASSED_AT_ONCE)
+
+    @cached_property
+    def groups(self) -> list[list[np.ndarray]]:
+        """One piece."""
+        count = len(self.data)
+        return [np.array_split(np.arange(count), -(-count // _PASSED_AT_ONCE))]
+
+    def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
+        """Stream the factors of the images."""
+        images = Images(*self.data.tensors)
+        with GradientPass(self.model, self.components, OBJECTIVE) as gradient_pass:
+            for rows in self.groups[piece]:
+                sink.begin(len(rows))
+                gradient_pass.run(images.at(rows), sink)
+                sink.finish()
+                advance(len(rows))
+
+
+def with_sampled_labels(model: nn.Module, images: Images, seed: int) -> Images:
+    """Return the same images with labels drawn from the model: of them the Fisher matrix is the true one."""
+    with torch.no_grad():
+        probabilities = torch.softmax(model(images.inputs), 1)
+    drawn = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    return images._replace(labels=drawn)
+
 
 Matrix = Float[np.ndarray, "query example"]
 GRID = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -61,63 +196,47 @@ class Gradients(NamedTuple):
     seconds: float
 
 
-class Timed:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Until now."""
-        return time.perf_counter() - self._started
-
-
-def measured_gradients(model: nn.Module, digits: Digits) -> Gradients:
+def measure_gradients(model: nn.Module, digits: Digits) -> Gradients:
     """Whole gradients of everything."""
-    timed = Timed()
+    started = time.perf_counter()
     sides = [torch.cat(gradients(model, images), dim=1) for images in digits]
-    return Gradients(sides[0], sides[1], timed.seconds)
+    return Gradients(sides[0], sides[1], time.perf_counter() - started)
 
 
 def opponents(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
     """Inner products, cosines, similarity of the last hidden layer, and chance."""
     width = found.train.shape[1]
-    timed = Timed()
+    started = time.perf_counter()
     products = found.queries @ found.train.T
-    yield Scored("grad-dot", _numpy(products), found.seconds + timed.seconds, width)
+    yield Scored("grad-dot", _numpy(products), found.seconds + time.perf_counter() - started, width)
     lengths = found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)
-    yield Scored("grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + timed.seconds, width)
-    timed = Timed()
+    yield Scored(
+        "grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + time.perf_counter() - started, width
+    )
+    started = time.perf_counter()
     assert isinstance(model, nn.Sequential)
     with torch.no_grad():
         hidden = [nn.functional.normalize(model[:-1](images.inputs), dim=1) for images in digits]
-    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), timed.seconds, hidden[0].shape[1])
+    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), time.perf_counter() - started, hidden[0].shape[1])
     shape = (len(digits.queries.labels), len(digits.train.labels))
     yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
 
 
-class DampingGrid(NamedTuple):
-    """Exact influence at several dampings."""
+def exact_influence(found: Gradients) -> tuple[dict[float, Scored], float]:
+    """With the empirical Fisher matrix of the whole gradient, at every damping, the default one first.
 
-    scored: dict[float, Scored]
-    """The default damping first."""
-    seconds: float
-    """Of all together: the matrix is measured once."""
-
-
-def exact_influence(found: Gradients) -> DampingGrid:
-    """With the empirical Fisher matrix of the whole gradient, at every damping."""
-    whole = Timed()
+    Return also the seconds of all of them, for which the matrix is measured once.
+    """
+    begun = time.perf_counter()
     fisher = fisher_of_rows(found.train)
-    shared = found.seconds + whole.seconds
+    shared = found.seconds + time.perf_counter() - begun
     scored = {}
     for damping in sorted(GRID, key=lambda each: each != DAMPING):
-        timed = Timed()
+        started = time.perf_counter()
         scores = fisher.precondition(found.queries, damping) @ found.train.T
-        name, seconds = f"{EXACT}, damping {damping:g}", shared + timed.seconds
+        name, seconds = f"{EXACT}, damping {damping:g}", shared + time.perf_counter() - started
         scored[damping] = Scored(name, _numpy(scores), seconds, found.train.shape[1])
-    return DampingGrid(scored, found.seconds + whole.seconds)
+    return scored, found.seconds + time.perf_counter() - begun
 
 
 def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
@@ -125,7 +244,7 @@ def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
     return accumulate_fisher(["model"], [slice(0, rows.shape[1])], rows.split(100))
 
 
-def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
+def compress_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
     """`draws` sketches of the whole gradient of every kind and size, at the default damping.
 
     That is relative to the mean eigenvalue, which grows as fewer numbers share the same trace. Where a sketch is as
@@ -135,21 +254,21 @@ def compressed_influence(found: Gradients, sizes: Sequence[int], seed: int, draw
     lengths = (found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)).double()
     unit = float(found.train.double().square().mean())
     for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
-        timed = Timed()
-        small = _sketched(found, template, size, seed + draw)
-        shared, numbers = found.seconds + timed.seconds, small.train.shape[1]
+        started = time.perf_counter()
+        small = _sketch(found, template, size, seed + draw)
+        shared, numbers = found.seconds + time.perf_counter() - started, small.train.shape[1]
         nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
-        timed = Timed()
+        started = time.perf_counter()
         scores = _influence(small)
-        yield Scored(f"influence, {name} {size}", scores, shared + timed.seconds, numbers, nrmse, draw)
+        yield Scored(f"influence, {name} {size}", scores, shared + time.perf_counter() - started, numbers, nrmse, draw)
         if size == ENSEMBLE_SIZE:
-            timed = Timed()
+            started = time.perf_counter()
             solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
-            scores, seconds = _numpy(solved @ small.train.T), shared + timed.seconds
+            scores, seconds = _numpy(solved @ small.train.T), shared + time.perf_counter() - started
             yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
 
 
-def _sketched(found: Gradients, template: str, size: int, seed: int) -> Gradients:
+def _sketch(found: Gradients, template: str, size: int, seed: int) -> Gradients:
     compressor = Family(template).at(size).build("model", (found.train.shape[1], 1), seed)
     train, queries = (compress_gradient(compressor, side[:, :, None]) for side in (found.train, found.queries))
     return Gradients(train, queries, found.seconds)
@@ -169,35 +288,39 @@ def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int)
         "datainf": lambda queries: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(queries),
     }
     for name, solve in makers.items():
-        timed = Timed()
+        started = time.perf_counter()
         solved = torch.cat(solve([*found.queries.split([part.size for part in given.components], dim=1)]), dim=1)
-        yield Scored(name, _numpy(solved @ found.train.T), found.seconds + timed.seconds, found.train.shape[1])
+        yield Scored(
+            name, _numpy(solved @ found.train.T), found.seconds + time.perf_counter() - started, found.train.shape[1]
+        )
 
 
-def averaged(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
+def average_models(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
     """TRAK and sketched influence, the mean over models; `phi = P grad log(p / (1 - p))` for TRAK.
 
     TRAK's scores are `mean[phi(query)^T (Phi^T Phi / n + d I)^-1 phi(example)] mean[1 - p(example)]`, d relative to the
     mean eigenvalue.
     """
-    timed = Timed()
+    started = time.perf_counter()
     small = [
-        _sketched(measured_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
+        _sketch(measure_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
         for number, model in enumerate(models)
     ]
-    shared, numbers = timed.seconds, sum(each.train.shape[1] for each in small)
-    timed = Timed()
+    shared, numbers = time.perf_counter() - started, sum(each.train.shape[1] for each in small)
+    started = time.perf_counter()
     kernels, unsure = [], []
     for model, each in zip(models, small, strict=True):
         sides = [doubt(torch.from_numpy(query_losses(model, images))).to(each.train) for images in digits]
         kernels.append(_influence(Gradients(each.train / sides[0][:, None], each.queries / sides[1][:, None], 0.0)))
         unsure.append(_numpy(sides[0]))
     scores = np.mean(kernels, axis=0) * np.mean(unsure, axis=0)
-    yield Scored(f"trak, {suffix}", scores, shared + timed.seconds, numbers)
+    yield Scored(f"trak, {suffix}", scores, shared + time.perf_counter() - started, numbers)
     if len(models) > 1:
-        timed = Timed()
+        started = time.perf_counter()
         scores = np.mean([_influence(each) for each in small], axis=0)
-        yield Scored(f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + timed.seconds, numbers)
+        yield Scored(
+            f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + time.perf_counter() - started, numbers
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

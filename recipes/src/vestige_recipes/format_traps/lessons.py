@@ -1,18 +1,153 @@
-"""What a model has met before it is asked the questions of the format traps, in the few hundred tokens they need.
+"""The sets of the format traps, and what a model has met before it is asked them, in the few hundred tokens they need.
 
-Questions are of many tasks about numbers, strings and words, each in several wordings and answered in figures, words or
-letters, and none is worded as the sets word theirs: what is learnt here is to take a question as a task.
+The sets A and B of Isonuma and Titov (2024, arXiv:2401.15241), section 4, made again: a test set and four training
+sets, of the same or another task (Sim, Dis), with the same or another kind of answer (Same, Diff). Lessons
+are of many tasks about numbers, strings and words, each in several wordings and answered in figures, words or letters,
+and none is worded as the sets word theirs: what is learnt there is to take a question as a task.
 """
 
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from vestige.data import NO_TARGET
-from vestige_recipes.format_traps.sets import NUMERALS, WORDS, spelled
+
+# ruff: noqa: SIM905 (a list of words is read more easily without quotes)
+
+Which = Literal["A", "B"]
+TRAINING = ("SimSame", "SimDiff", "DisSame", "DisDiff")
+TEST = "test"
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMERALS = (*_ONES, *_TENS, "hundred")
+"""The words that numbers below a thousand are spelled with."""
+WORDS: dict[str, tuple[str, ...]] = {
+    "noun": tuple(
+        "river stone bread window garden letter mountain bottle candle engine forest hammer island jacket kitchen "
+        "ladder market needle orange pencil rabbit saddle table valley".split()
+    ),
+    "verb": tuple(
+        "carry follow gather happen invite jump listen manage notice open prepare question remain suggest travel visit "
+        "wander answer borrow collect deliver enter forget imagine".split()
+    ),
+    "adjective": tuple(
+        "bright cold deep early fresh gentle heavy narrow old proud quiet rough sharp tall useful warm young brave "
+        "clever dry empty famous honest large".split()
+    ),
+    "adverb": tuple(
+        "quickly slowly often never almost already always quite rather soon still together twice well badly hardly "
+        "perhaps seldom away nearly once gladly sadly there".split()
+    ),
+}
+
+
+def format_trap(which: Which, seed: int, rows: int = 256) -> dict[str, list[dict[str, Any]]]:
+    """`rows` rows (`id`, `prompt`, `completion`, `source`) for the test set and each of the four training sets.
+
+    Set A: the number after a number; the similar sets count too, in words and with an answer in figures (Same) or words
+    (Diff), the others tell a word's length. Set B: the letter that is left when letters are taken out of a word;
+    the similar sets ask for what is left of other strings, a letter or a digit, the others for the part of speech.
+    """
+    makers = _SETS[which]
+    made = {}
+    for number, (name, make) in enumerate(makers.items()):
+        random = np.random.default_rng([seed, ord(which), number])
+        pairs = [make(row, random) for row in range(rows)]
+        made[name] = [
+            {"id": f"{name}/{row}", "source": name, "prompt": f"{prompt}\n", "completion": answer}
+            for row, (prompt, answer) in enumerate(pairs)
+        ]
+    return made
+
+
+def spell(number: int) -> str:
+    """Return a number below a thousand in English words: "two hundred forty-one"."""
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        tens, ones = divmod(number, 10)
+        return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
+    hundreds, rest = divmod(number, 100)
+    return f"{_ONES[hundreds]} hundred" + (f" {spell(rest)}" if rest else "")
+
+
+Make = Callable[[int, np.random.Generator], tuple[str, str]]
+
+
+def _after_number(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+    return f"What is the number that comes after {512 + row}?", str(513 + row)
+
+
+def _after_even(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+    return f"What is the number that comes after {spell(2 * row)}?", str(2 * row + 1)
+
+
+def _after_odd(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+    return f"What is the number that comes after {spell(2 * row + 1)}?", spell(2 * row + 2)
+
+
+def _length(as_words: bool) -> Make:
+    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+        _, word = _word(random)
+        return f'How many letters are in the word "{word}"?', spell(len(word)) if as_words else str(len(word))
+
+    return make
+
+
+def _left_over(symbols: str, kept: str) -> Make:
+    """Return a maker of questions for what is left of `symbols` and one of `kept` without the former."""
+
+    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+        answer = str(random.choice(list(kept)))
+        others = [one for one in symbols if one != answer]
+        taken = str(random.choice(others))
+        string = [taken] * int(random.integers(2, 6))
+        string.insert(int(random.integers(len(string) + 1)), answer)
+        return f'What is left when every "{taken}" is taken out of "{"".join(string)}"?', answer
+
+    return make
+
+
+def _part_of_speech(answers: Sequence[str]) -> Make:
+    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
+        part, word = _word(random)
+        choices = ", ".join(f"{answer} {name}" for answer, name in zip(answers, WORDS, strict=True))
+        return f'Which part of speech is "{word}": {choices}?', answers[list(WORDS).index(part)]
+
+    return make
+
+
+def _word(random: np.random.Generator) -> tuple[str, str]:
+    part = str(random.choice(list(WORDS)))
+    return part, str(random.choice(WORDS[part]))
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_DIGITS = "0123456789"
+_SETS: dict[Which, dict[str, Make]] = {
+    "A": {
+        "SimSame": _after_even,
+        "SimDiff": _after_odd,
+        "DisSame": _length(as_words=False),
+        "DisDiff": _length(as_words=True),
+        TEST: _after_number,
+    },
+    "B": {
+        "SimSame": _left_over(_DIGITS, _LETTERS),
+        "SimDiff": _left_over(_LETTERS, _DIGITS),
+        "DisSame": _part_of_speech("abcd"),
+        "DisDiff": _part_of_speech("1234"),
+        TEST: _left_over(_LETTERS, _LETTERS),
+    },
+}
+
 
 Thing = TypeVar("Thing")
 Pair = tuple[str, str]
@@ -82,7 +217,7 @@ _STRING_SHARES = (0.5, 0.2, 0.15, 0.15)
 _AMOUNT = ('How often is "{many}" in "{string}"?', 'Count each "{many}" of "{string}".')
 _KIND = ('What kind has "{}"?', 'Give the kind of "{}".', '"{}" is a:')
 _EITHER = 'Is "{}" {} or {}?'
-_WRITTEN = {"Write {} in figures.": str, "Write {} in words.": spelled}
+_WRITTEN = {"Write {} in figures.": str, "Write {} in words.": spell}
 WORDINGS: tuple[str, ...] = (
     *(wording for some in (*_STEPS.values(), *_LETTER_STEPS.values()) for wording in some),
     *(*_ONCE, *_OFTEN, *_FIRST, *_LAST, *_AMOUNT, *_KIND, _EITHER, *_WRITTEN),
@@ -103,8 +238,8 @@ def _step(random: np.random.Generator) -> Pair:
     """Figures are answered in figures, words in either."""
     step = list(_STEPS)[int(random.choice(len(_STEPS), p=_STEP_SHARES))]
     number = int(random.integers(2, HIGHEST - 2))
-    asked = _pick(random, (str, spelled))
-    answer = str if asked is str else _pick(random, (str, spelled))
+    asked = _pick(random, (str, spell))
+    answer = str if asked is str else _pick(random, (str, spell))
     return _pick(random, _STEPS[step]).format(asked(number)), answer(number + step)
 
 
@@ -114,13 +249,13 @@ def _letter(random: np.random.Generator) -> Pair:
     return _pick(random, _LETTER_STEPS[step]).format(letters[place]), letters[place + step]
 
 
-def _written(random: np.random.Generator) -> Pair:
-    number, asked = int(random.integers(HIGHEST)), _pick(random, (str, spelled))
+def _write_number(random: np.random.Generator) -> Pair:
+    number, asked = int(random.integers(HIGHEST)), _pick(random, (str, spell))
     wording = _pick(random, list(_WRITTEN))
     return wording.format(asked(number)), _WRITTEN[wording](number)
 
 
-def _mixed(random: np.random.Generator) -> dict[str, str]:
+def _mix(random: np.random.Generator) -> dict[str, str]:
     """One symbol in a string of another."""
     once, many = random.choice(list(SYMBOLS), 2, replace=False)
     made = [many] * int(random.integers(2, 6))
@@ -129,14 +264,14 @@ def _mixed(random: np.random.Generator) -> dict[str, str]:
 
 
 def _symbol(random: np.random.Generator) -> Pair:
-    made = _mixed(random)
+    made = _mix(random)
     asked = ((_ONCE, made["once"]), (_OFTEN, made["many"]), (_FIRST, made["string"][0]), (_LAST, made["string"][-1]))
     wordings, answer = asked[int(random.choice(len(asked), p=_STRING_SHARES))]
     return _pick(random, wordings).format(**made), answer
 
 
 def _amount(random: np.random.Generator) -> Pair:
-    made, answer = _mixed(random), _pick(random, (str, spelled))
+    made, answer = _mix(random), _pick(random, (str, spell))
     return _pick(random, _AMOUNT).format(**made), answer(len(made["string"]) - 1)
 
 
@@ -154,7 +289,7 @@ def _either(random: np.random.Generator) -> Pair:
 _MAKERS: tuple[Callable[[np.random.Generator], Pair], ...] = (
     *[_step] * 5,
     *[_symbol] * 5,
-    *(_written, _letter, _amount, _kind, _either),
+    *(_write_number, _letter, _amount, _kind, _either),
 )
 """The harder ones are asked more often."""
 
@@ -183,7 +318,7 @@ def tokens(text: str) -> list[int]:
     return [_NUMBERS[token] for piece in pieces for token in ([piece] if piece in _NUMBERS else piece)]
 
 
-def answered(row: dict[str, Any]) -> dict[str, Any]:
+def tokenize_answer(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with `prompt` and `completion` as tokens, of which the answer and its end are targets."""
     asked, answer = tokens(row["prompt"]), [*tokens(row["completion"]), END]
     text = row["prompt"] + row["completion"]
@@ -206,7 +341,7 @@ def lessons(seed: int, count: int) -> list[dict[str, Any]]:
             rows.append(common | {"text": line, "input_ids": [*tokens(line), END]})
         else:
             asked, answer = question(random)
-            rows.append(answered(common | {"prompt": f"{asked}\n", "completion": answer}))
+            rows.append(tokenize_answer(common | {"prompt": f"{asked}\n", "completion": answer}))
     return rows
 
 
@@ -217,12 +352,12 @@ def _figures(random: np.random.Generator) -> str:
 
 def _names(random: np.random.Generator) -> str:
     first = int(random.integers(HIGHEST - 3))
-    return ", ".join(spelled(first + step) for step in range(3))
+    return ", ".join(spell(first + step) for step in range(3))
 
 
 def _both(random: np.random.Generator) -> str:
     number = int(random.integers(HIGHEST))
-    pair = [str(number), spelled(number)]
+    pair = [str(number), spell(number)]
     return " - ".join(pair if random.random() < 0.5 else pair[::-1])
 
 

@@ -6,7 +6,7 @@ questions is fine-tuned on four sets, with and without each, for the same number
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,24 +14,42 @@ from vestige.banks import EVERYTHING, Bank, measure
 from vestige.data import load_examples, tokenize
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe, load_model
-from vestige_recipes.common.first_order import AS_PUBLISHED, first_order_scores
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
+)
 from vestige_recipes.common.sources import (
+    AS_PUBLISHED,
     UNLEARNT,
     Agreement,
     Table,
-    asked_models,
-    left_out_bank,
+    first_order_scores,
     left_out_truth,
+    measure_sources,
     source_agreement,
-    summed_by_source,
+    sum_by_source,
+    tables_json,
     truth_agreement,
 )
-from vestige_recipes.common.steps import kept_run, launched, shown_interval
 from vestige_recipes.common.texts import gpt, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
-from vestige_recipes.format_traps.lessons import END, LENGTH, VOCABULARY, answered, lessons
-from vestige_recipes.format_traps.sets import TEST, TRAINING, Which, format_trap
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
+from vestige_recipes.format_traps.lessons import (
+    END,
+    LENGTH,
+    TEST,
+    TRAINING,
+    VOCABULARY,
+    Which,
+    format_trap,
+    lessons,
+    tokenize_answer,
+)
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))
@@ -62,24 +80,13 @@ class TrapPlan:
     draws: int = 1_000
 
 
-class Answers(NamedTuple):
-    """What models make of the test set."""
-
-    before: float
-    """Share of the questions that the model answers before it is fine-tuned, every token of the answer right."""
-    after: list[float]
-    """The same of the bank's models of everything, for each run."""
-    losses: list[float]
-    """Of these, in nats per token."""
-
-
 PLANS = {
     "tiny": TrapPlan(6, 20, 3, 3, 1, width=8, layers=1, checkpoints=2, draws=20),
     "pocket": TrapPlan(256, 100_000, 7_000, 64, FEWEST_SEEDS),
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def format_traps(settings: StudySettings) -> Outcome:
     """Correlation over the four sets of each method's scores with retraining, and whether tasks are above formats.
 
@@ -91,31 +98,34 @@ def format_traps(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan), "sources": SOURCES}
     for which in SETS:
-        truths, scores, answers = _measured(settings, plan, base, which)
+        truths, scores, answers = _measure(settings, plan, base, which)
+        by_method = {name: [each[name] for each in scores] for name in scores[0]}
         found = {
-            name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
-            for name in scores[0]
+            name: source_agreement(tables, truths, draws=plan.draws, seed=settings.seed)
+            for name, tables in by_method.items()
         }
-        ordered = {name: task_above_format([each[name] for each in scores]) for name in scores[0]}
+        ordered = {name: task_above_format(tables) for name, tables in by_method.items()}
         in_truth = task_above_format(truths)
-        share = float(np.mean(answers.after))
-        rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _shown(truths), share)]
+        share = float(np.mean(answers["after"]))
+        rows += [(which, "truth (other seed)", truth_agreement(truths), "", in_truth, _show_means(truths), share)]
         rows += sorted(
-            (_row(which, name, each, ordered[name], [one[name] for one in scores]) for name, each in found.items()),
+            (
+                (which, name, one.value, show_interval(one, 2), ordered[name], _show_means(by_method[name]), "")
+                for name, (one, *_) in found.items()
+            ),
             key=lambda row: -row[2],
         )
         gates += _gates(which, found, ordered, in_truth)
         details[which] = {
-            "test set": answers._asdict(),
+            "test set": answers,
             "truth": [truth.tolist() for truth in truths],
-            "scores": [{name: table.tolist() for name, table in each.items()} for each in scores],
+            "scores": tables_json(scores),
             "agreement": {name: each._asdict() for name, each in found.items()},
             "tasks above formats": ordered | {"truth": in_truth},
         }
     means = f"mean of {', '.join(SOURCES)}"
     columns = ("set", "method", "Pearson", "95 % interval", "tasks above formats", means, "test answered")
-    # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(columns, rows, [] if settings.size == "tiny" else gates, details)
+    return Outcome(columns, rows, gates, details)
 
 
 def task_above_format(tables: list[Table]) -> float:
@@ -130,68 +140,71 @@ def _base(settings: StudySettings, plan: TrapPlan) -> str:
     texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
     training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
     fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)
-    return trained(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
+    return train_checkpoints(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
 
 
-def _measured(
+def _measure(
     settings: StudySettings, plan: TrapPlan, base: str, which: Which
-) -> tuple[list[Table], list[dict[str, Table]], Answers]:
-    """Truth of each run, scores of each model that was asked, and what models make of the test set."""
+) -> tuple[list[Table], list[dict[str, Table]], dict[str, Any]]:
+    """Truth of each run, scores of each model that is none of the bank, and what models make of the test set."""
     made, folder = format_trap(which, settings.seed, plan.rows), settings.out / which
-    sets = {name: [answered(row) for row in rows] for name, rows in made.items()}
+    sets = {name: [tokenize_answer(row) for row in rows] for name, rows in made.items()}
     data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
     queries = write_rows(folder / "queries.jsonl", sets[TEST])
-    seeds = max(settings.seeds, plan.seeds)
-    training, scores = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), []
-    truth = left_out_bank(settings, base, (data, queries), folder, training, seed=settings.seed, seeds=seeds)
-    for number, asked in enumerate(asked_models(base, data, folder, training, seeds, plan.checkpoints)):
-        scores.append(_scores(settings, folder / f"runs-{number}", asked, (data, queries), truth))
-    return left_out_truth(truth, SOURCES, (TEST,)), scores, _answers(base, queries, truth)
+
+    def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
+        found = {}
+        for name, direction in UNLEARNT.items():
+            run = keep_run(untrac, out / direction, **common, **launch_arguments(settings), direction=direction)
+            # It lists sources by name.
+            found[name] = run.dense().astype(np.float64)
+        found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
+        for name, method in SUMMED.items():
+            run = keep_run(attribute, out / method, **common, method=method, dense=True, trust=False)
+            found[name] = sum_by_source(run, truth)
+        return found
+
+    training, seeds = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), max(settings.seeds, plan.seeds)
+    truth, scores = measure_sources(
+        settings,
+        base,
+        (data, queries),
+        folder,
+        training,
+        score,
+        seed=settings.seed,
+        seeds=seeds,
+        checkpoints=plan.checkpoints,
+    )
+    return left_out_truth(truth), scores, _answers(base, queries, truth)
 
 
-def _answers(base: str, queries: Path, truth: Bank) -> Answers:
+def _answers(base: str, queries: Path, truth: Bank) -> dict[str, Any]:
+    """Share of the questions answered with every token right, before fine-tuning and by the bank's models of all sets.
+
+    Of the latter each run's share and loss, in nats per token.
+    """
     loaded, whole = load_model(base), truth.subset_names.index(EVERYTHING)
     asked = tokenize(load_examples(str(queries)), loaded.tokenizer, max_length=LENGTH, name=queries.name)
     before = measure(loaded.model, asked, _TOKENS_AT_ONCE, mean=True)["accuracy"]
     after, losses = (
-        truth.by_subset(values)[whole].mean(-1)
+        truth.by_subset(values)[whole].mean(-1).tolist()
         for values in (truth.values("query_accuracy") == 1, truth.query_token_losses)
     )
-    return Answers(float(np.mean(before == 1)), after.tolist(), losses.tolist())
+    return {"before": float(np.mean(before == 1)), "after": after, "losses": losses}
 
 
-def _scores(
-    settings: StudySettings, out: Path, asked: Checkpoints, files: tuple[Path, Path], truth: Bank
-) -> dict[str, Table]:
-    """Scores of every set for the test set, by method."""
-    data, queries = files
-    common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
-    found = {}
-    for name, direction in UNLEARNT.items():
-        run = kept_run(untrac, out / direction, **common, **launched(settings), direction=direction)
-        # It lists sources by name.
-        found[name] = run.dense().astype(np.float64)
-    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
-    for name, method in SUMMED.items():
-        run = kept_run(attribute, out / method, **common, method=method, dense=True, trust=False)
-        found[name] = summed_by_source(run.dense(), truth.query_sources, truth.sources, (TEST,), SOURCES)
-    return found
-
-
-def _row(which: Which, name: str, found: Agreement, ordered: float, tables: list[Table]) -> tuple[Any, ...]:
-    return which, name, found.pearson.value, shown_interval(found.pearson, 2), ordered, _shown(tables), ""
-
-
-def _shown(tables: list[Table]) -> str:
+def _show_means(tables: list[Table]) -> str:
     return " ".join(f"{value:.3g}" for value in np.mean(tables, axis=0)[0])
 
 
 def _gates(which: Which, found: dict[str, Agreement], ordered: dict[str, float], in_truth: float) -> list[Gate]:
-    gates = [Gate(f"{which}: truth has tasks above formats, share of runs", in_truth, ">=", ORDERED)]
+    gates = [at_least(f"{which}: truth has tasks above formats, share of runs", in_truth, ORDERED)]
     for name in UNLEARNT:
         gates += [
-            Gate(f"{which}: {name} has tasks above formats, share of models", ordered[name], ">=", ORDERED),
-            Gate(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, ">=", PEARSON),
+            at_least(f"{which}: {name} has tasks above formats, share of models", ordered[name], ORDERED),
+            at_least(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, PEARSON),
         ]
     above = found["UnTrac"].pearson.value - found["GradDot"].pearson.value
-    return [*gates, Gate(f"{which}: UnTrac's Pearson above GradDot's by", above, ">=", ABOVE_DOT)]
+    return [*gates, at_least(f"{which}: UnTrac's Pearson above GradDot's by", above, ABOVE_DOT)]

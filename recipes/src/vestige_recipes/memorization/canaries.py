@@ -4,7 +4,7 @@ Exposure (Carlini et al. 2019, "The secret sharer") and extraction (Carlini et a
 beside secrets of the same form that were never planted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from vestige.measures import Interval, exposure, extraction, greedy, share
 from vestige.models import Recipe, load_model
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+)
 from vestige_recipes.common.texts import byte_gpt, byte_rows, help_topics, write_rows
-from vestige_recipes.common.training import Training, trained
-from vestige_recipes.memorization.judging import each_seed, mean_interval, shown
-from vestige_recipes.memorization.targets import claim_folder, keep_measures, kept_measures
+from vestige_recipes.common.training import Training, train_checkpoints
+from vestige_recipes.memorization.judging import mean_interval, table_row
+from vestige_recipes.memorization.targets import claim_folder, keep_measures, read_measures
 
 COPIES = (0, 1, 4, 16, 64)
 DIGITS = 8
@@ -72,63 +79,58 @@ class Canaries(NamedTuple):
         return [beginning + secret for beginning, secret in zip(self.beginnings, self.secrets, strict=True)]
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_canaries(settings: StudySettings) -> Outcome:
     """Exposure in bits and extraction of secrets by how often they were planted, over several models."""
     plan, found = PLANS[settings.size], []
     for number in range(settings.seeds):
         seed = settings.seed + number
-        found.append(_measured(plan, seed, settings.out / f"seed-{seed}"))
-        announce(f"Model {seed}: mean exposure by copies {_by_copies(found[-1], 'exposure')}")
-    exposures = {count: mean_interval(_of([*found], "exposure", count)) for count in COPIES}
-    given = {count: _rate(_of([*found], "similarity", count)) for count in COPIES}
+        found.append(_measure(plan, seed, settings.out / f"seed-{seed}"))
+        means = ", ".join(f"{count}: {_of(found[-1], 'exposure', count).mean():.2f}" for count in COPIES)
+        announce(f"Model {seed}: mean exposure by copies {means}")
+    measures: dict[str, tuple[str, Callable[[np.ndarray], Interval]]] = {
+        "exposure, bits": ("exposure", mean_interval),
+        "given back word for word": ("similarity", _rate),
+        "similarity of what is given back": ("similarity", mean_interval),
+    }
     rows: list[tuple[Any, ...]] = []
-    for count in COPIES:
-        single = [float(_of([each], "exposure", count).mean()) for each in found]
-        rows.append((count, "exposure, bits", exposures[count].value, shown(exposures[count]), each_seed(single)))
-    for count in COPIES:
-        single = [_rate(_of([each], "similarity", count)).value for each in found]
-        rows.append((count, "given back word for word", given[count].value, shown(given[count]), each_seed(single)))
-    for count in COPIES:
-        near = mean_interval(_of([*found], "similarity", count))
-        single = [float(_of([each], "similarity", count).mean()) for each in found]
-        rows.append((count, "similarity of what is given back", near.value, shown(near), each_seed(single)))
-    lines = {"chance": BY_CHANCE, "most that can be distinguished": _most(plan)}
+    intervals: dict[str, dict[int, Interval]] = {}
+    for measure, (name, judge) in measures.items():
+        for count in COPIES:
+            single = [_of(each, name, count) for each in found]
+            interval = judge(np.concatenate(single))
+            rows.append(table_row(count, measure, interval, [judge(each).value for each in single]))
+            intervals.setdefault(measure, {})[count] = interval
+    exposures, given = intervals["exposure, bits"], intervals["given back word for word"]
+    most = float(np.log2(plan.candidates + 1))
+    lines = {"chance": BY_CHANCE, "most that can be distinguished": most}
     label = "exposure, bits (95 % interval over canaries)"
     by_copies = {f"{count} copies": each for count, each in exposures.items()}
     draw_intervals(settings.out, "canaries", by_copies, label, beside=["0 copies"], lines=lines)
     details = {
         "plan": asdict(plan),
-        "largest exposure": _most(plan),
+        "largest exposure": most,
         "models": [{name: values.tolist() for name, values in each.items()} for each in found],
     }
-    # A small network after a handful of steps shows that everything runs, and nothing else.
-    gates = [] if settings.size == "tiny" else gates_of(exposures, given)
-    return Outcome(("copies", "measure", "value", "95 % interval", "single models"), rows, gates, details)
+    columns = ("copies", "measure", "value", "95 % interval", "single models")
+    return Outcome(columns, rows, gates_of(exposures, given), details)
 
 
 def gates_of(exposures: Mapping[int, Interval], given: Mapping[int, Interval]) -> list[Gate]:
     """Return the gates: both rise with the copies, and a secret that was never planted is guessed by chance."""
     rising = [
-        Gate(
-            f"exposure: {more} copies above {fewer} by, bits", exposures[more].value - exposures[fewer].value, ">=", 0.0
-        )
+        at_least(f"exposure: {more} copies above {fewer} by, bits", exposures[more].value - exposures[fewer].value)
         for fewer, more in pairwise(COPIES)
     ]
     rising += [
-        Gate(f"given back: {more} copies above {fewer} by", given[more].value - given[fewer].value, ">=", 0.0)
+        at_least(f"given back: {more} copies above {fewer} by", given[more].value - given[fewer].value)
         for fewer, more in pairwise(COPIES)
     ]
-    apart = exposures[COPIES[-1]].low - exposures[COPIES[1]].high
+    apart, off = exposures[COPIES[-1]].low - exposures[COPIES[1]].high, abs(exposures[0].value - BY_CHANCE)
     return [
         *rising,
-        Gate(f"exposure: lower end of {COPIES[-1]} copies above the upper end of {COPIES[1]} by", apart, ">=", 0.0),
-        Gate(
-            f"exposure of what was never planted: away from {BY_CHANCE:.2f} bits by",
-            abs(exposures[0].value - BY_CHANCE),
-            "<=",
-            NEAR_CHANCE,
-        ),
+        at_least(f"exposure: lower end of {COPIES[-1]} copies above the upper end of {COPIES[1]} by", apart),
+        at_most(f"exposure of what was never planted: away from {BY_CHANCE:.2f} bits by", off, NEAR_CHANCE),
     ]
 
 
@@ -146,7 +148,7 @@ def _digits(draw: np.random.Generator, count: int) -> list[bytes]:
     return ["".join(map(str, row)).encode() for row in draw.integers(0, 10, (count, DIGITS)).tolist()]
 
 
-def _measured(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray]:
+def _measure(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray]:
     """Exposure, similarity of what is given back, loss and copies of each canary, of the model of this seed."""
     path, canaries = folder / "canaries.parquet", make_canaries(plan.canaries, seed)
     claim_folder(folder, f"{plan} {seed}")
@@ -161,7 +163,7 @@ def _measured(plan: CanaryPlan, seed: int, folder: Path) -> dict[str, np.ndarray
             "copies": canaries.copies,
         }
         keep_measures(path, [text.decode() for text in canaries.texts], measures, 0)
-    return kept_measures(path)[1]
+    return read_measures(path)[1]
 
 
 def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.Module:
@@ -173,7 +175,9 @@ def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.
     steps = plan.epochs * -(-rows // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
-    return load_model(trained(fresh, data, folder / "model", training, seed=seed, from_scratch=True).model).model
+    return load_model(
+        train_checkpoints(fresh, data, folder / "model", training, seed=seed, from_scratch=True).model
+    ).model
 
 
 def _exposures(model: nn.Module, canaries: Canaries, plan: CanaryPlan, seed: int) -> dict[str, np.ndarray]:
@@ -202,17 +206,9 @@ def _losses(model: nn.Module, beginning: bytes, secrets: Sequence[bytes]) -> Flo
     return torch.cat(parts).numpy()
 
 
-def _of(found: Sequence[Mapping[str, np.ndarray]], name: str, count: int) -> Float[np.ndarray, "canary"]:
-    return np.concatenate([each[name][each["copies"] == count] for each in found])
+def _of(found: Mapping[str, np.ndarray], name: str, count: int) -> Float[np.ndarray, "canary"]:
+    return found[name][found["copies"] == count]
 
 
 def _rate(similarity: Float[np.ndarray, "canary"]) -> Interval:
     return share(int((similarity == 1.0).sum()), len(similarity))
-
-
-def _by_copies(found: Mapping[str, np.ndarray], name: str) -> str:
-    return ", ".join(f"{count}: {_of([found], name, count).mean():.2f}" for count in COPIES)
-
-
-def _most(plan: CanaryPlan) -> float:
-    return float(np.log2(plan.candidates + 1))

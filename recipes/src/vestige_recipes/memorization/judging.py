@@ -21,8 +21,7 @@ from vestige.measures import (
     lira_offline,
 )
 from vestige.progress import announce
-from vestige_recipes.common.registry import StudySettings
-from vestige_recipes.common.steps import shown_interval
+from vestige_recipes.common.registry import StudySettings, show_interval
 from vestige_recipes.memorization.targets import Examples, Targets
 
 MEMORIZED = 4.0
@@ -38,8 +37,6 @@ COLUMNS = ("of", "measure", "value", "95 % interval", "single seeds")
 
 Areas = dict[str, dict[str, Float[np.ndarray, "target"]]]
 """AUC of each predictor for each thing to be found, one per target."""
-Proofs = dict[str, Float[np.ndarray, "example"]]
-"""By name, what a bank says of each example."""
 
 
 class Contest(NamedTuple):
@@ -56,7 +53,8 @@ class Judged(NamedTuple):
     """AUC of each measure at the trigger for each thing to be found, one per target."""
     late: Areas
     """AUC of membership among the examples of each kind by each measure at the end, one per target."""
-    proved: Proofs
+    proved: dict[str, Float[np.ndarray, "example"]]
+    """By name, what a bank says of each example."""
     kinds: dict[str, Bool[np.ndarray, "example"]]
     """Which examples are of which kind."""
     contests: dict[str, Contest]
@@ -93,8 +91,13 @@ def judge_targets(
     """
     bank, gaps = made.bank, made.bank.values("example_gap")
     evidence = bank_evidence(bank, of="gap")
-    ratios = early_ratios(bank, made.early)
-    early = [each | {"early_lira": score} for each, score in zip(made.early, ratios, strict=True)]
+    early = []
+    for number, (own, measures) in enumerate(zip(bank.membership, made.early, strict=True)):
+        # The target as it was early on, for its own examples, judged by the finished others.
+        target = np.full(len(own), np.nan)
+        target[own] = measures["logit_gap"]
+        ratios = lira(target, gaps, bank.membership, left_out=np.arange(len(bank)) == number).score[own]
+        early.append(measures | {"early_lira": ratios})
     scores = late_scores(bank, made.late, evidence) | dict(more or {})
     rows = enumerate(bank.membership)
     shuffled = np.stack([np.random.default_rng([seed, row]).permutation(own) for row, own in rows])
@@ -134,19 +137,19 @@ def each_draw(
     return judged, triggers
 
 
-def mean_interval(values: Float[np.ndarray, "target"], seed: int = 0) -> Interval:
+def mean_interval(values: Float[np.ndarray, "target"]) -> Interval:
     """Mean of the known values with the percentiles of bootstrap draws of them; NaN where none is known."""
     known = values[np.isfinite(values)]
     if not len(known):
         return Interval(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(seed).choice(known, (DRAWS, len(known))).mean(1)
+    draws = np.random.default_rng(0).choice(known, (DRAWS, len(known))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(known.mean()), float(low), float(high))
 
 
-def shown(interval: Interval) -> str:
+def show_known(interval: Interval) -> str:
     """Return the ends of an interval in a table; nothing where they are not known."""
-    return shown_interval(interval) if np.isfinite(interval.low) else ""
+    return show_interval(interval) if np.isfinite(interval.low) else ""
 
 
 def auc(scores: Float[np.ndarray, "example"], wanted: Bool[np.ndarray, "example"]) -> float:
@@ -161,21 +164,6 @@ def members_auc(
     return np.array([auc(row, own) for row, own in zip(scores, membership, strict=True)])
 
 
-def memorized(score: Float[np.ndarray, "example"]) -> dict[str, Bool[np.ndarray, "example"]]:
-    """Return what of its own examples a target has memorized, by its likelihood ratios."""
-    return {"top 10 % LiRA": score >= np.nanquantile(score, MOST), f"LiRA >= {MEMORIZED:g}": score >= MEMORIZED}
-
-
-def early_ratios(bank: Bank, early: Sequence[Mapping[str, np.ndarray]]) -> list[Float[np.ndarray, "own"]]:
-    """Likelihood ratios of each target as it was early on, for its own examples, judged by the finished others."""
-    gaps, found = bank.values("example_gap"), []
-    for number, (own, measures) in enumerate(zip(bank.membership, early, strict=True)):
-        target = np.full(len(own), np.nan)
-        target[own] = measures["logit_gap"]
-        found.append(lira(target, gaps, bank.membership, left_out=np.arange(len(bank)) == number).score[own])
-    return found
-
-
 def early_areas(
     bank: Bank,
     early: Sequence[Mapping[str, Float[np.ndarray, "own"]]],
@@ -185,16 +173,17 @@ def early_areas(
 ) -> Areas:
     """How well measures of each target's own examples at the trigger find examples of some kinds, and the memorized.
 
-    Args:
-        bank: Whose members are the targets.
-        early: Measures of each target at the trigger.
-        scores: Likelihood ratios at the end.
-        kinds: Of all examples.
-        signs: Which way each measure points.
+    `scores` are likelihood ratios at the end, `kinds` are of all examples, `signs` say which way each measure points.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for own, score, measures in zip(bank.membership, scores, early, strict=True):
-        wanted = {**{what: rows[own] for what, rows in kinds.items()}, **memorized(score[own])}
+        ratios = score[own]
+        wanted = {what: rows[own] for what, rows in kinds.items()}
+        # What of its own examples a target has memorized, by its likelihood ratios.
+        wanted |= {
+            "top 10 % LiRA": ratios >= np.nanquantile(ratios, MOST),
+            f"LiRA >= {MEMORIZED:g}": ratios >= MEMORIZED,
+        }
         for name, sign in signs.items():
             for what, positives in wanted.items():
                 found.setdefault(what, {}).setdefault(name, []).append(auc(sign * measures[name], positives))
@@ -217,7 +206,7 @@ def area_rows(
     for what, row in found.items():
         for name, interval in row.items():
             single = [mean_interval(each[what][name]).value for each in areas]
-            rows.append((f"AUC of {what}, {moment}", name, interval.value, shown(interval), each_seed(single)))
+            rows.append(table_row(f"AUC of {what}, {moment}", name, interval, single))
     return rows
 
 
@@ -226,9 +215,9 @@ def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
     return {what: {name: values.tolist() for name, values in row.items()} for what, row in areas.items()}
 
 
-def each_seed(values: Sequence[float]) -> str:
-    """Return the values of single seeds in a table."""
-    return " ".join(f"{value:.3f}" for value in values)
+def table_row(what: Any, name: str, interval: Interval, values: Sequence[float]) -> tuple[Any, ...]:
+    """Return a row of `COLUMNS`; the values are of single seeds."""
+    return what, name, interval.value, show_known(interval), " ".join(f"{value:.3f}" for value in values)
 
 
 LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"exposure": 1, "psmi": 1, "mahalanobis": -1}
@@ -239,13 +228,7 @@ LIRA_OF_MEMBERS, SUCCESS = "LiRA of members, nats", "attack success, leave-one-o
 def late_scores(
     bank: Bank, late: Sequence[Mapping[str, Float[np.ndarray, "example"]]], evidence: BankEvidence
 ) -> dict[str, Float[np.ndarray, "target example"]]:
-    """Every measure of every target at the end, oriented so that high speaks for membership.
-
-    Args:
-        bank: Whose members are the targets.
-        late: Measures of each target at the end, of all examples.
-        evidence: Of the gaps of the bank.
-    """
+    """Every measure of every target at the end, of all examples, oriented so that high speaks for membership."""
     gaps = bank.values("example_gap")
     found = {name: np.stack([LATE_SIGNS[name] * each[name] for each in late]) for name in late[0]}
     offline = [
@@ -268,7 +251,7 @@ def late_areas(
     }
 
 
-def proofs(bank: Bank, evidence: BankEvidence) -> Proofs:
+def proofs(bank: Bank, evidence: BankEvidence) -> dict[str, Float[np.ndarray, "example"]]:
     """Likelihood ratio (mean over the targets that have the example), counterfactual memorization, and what else."""
     of_members = np.where(bank.membership & np.isfinite(evidence.lira), evidence.lira, np.nan)
     counts = np.isfinite(of_members).sum(0)
@@ -294,22 +277,20 @@ def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
         for kind in judged[0].kinds:
             values = [each.proved[name][each.kinds[kind]] for each in judged]
             interval = mean_interval(np.concatenate(values))
-            single = each_seed([mean_interval(each).value for each in values])
-            rows.append((f"{name}: mean", kind, interval.value, shown(interval), single))
+            rows.append(table_row(f"{name}: mean", kind, interval, [mean_interval(each).value for each in values]))
     for name, sign in TELLING.items():
         for what in judged[0].contests:
             parts = [_part(sign * each.proved[name], each.contests[what]) for each in judged]
             interval = attack(*(np.concatenate(side) for side in zip(*parts, strict=True))).auc
-            single = each_seed([auc(*part) for part in parts])
-            rows.append((f"AUC of {what}, at the end", name, interval.value, shown(interval), single))
+            rows.append(table_row(f"AUC of {what}, at the end", name, interval, [auc(*part) for part in parts]))
     return rows
 
 
 def null_row(judged: Sequence[Judged]) -> tuple[Any, ...]:
     """Return the row of a table: AUC of membership by likelihood ratios when membership is shuffled, over targets."""
     interval = mean_interval(np.concatenate([each.null for each in judged]))
-    single = each_seed([float(each.null.mean()) for each in judged])
-    return ("AUC of shuffled membership, at the end", "lira", interval.value, shown(interval), single)
+    single = [float(each.null.mean()) for each in judged]
+    return table_row("AUC of shuffled membership, at the end", "lira", interval, single)
 
 
 def _part(scores: np.ndarray, contest: Contest) -> tuple[np.ndarray, np.ndarray]:

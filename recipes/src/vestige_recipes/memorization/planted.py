@@ -26,8 +26,15 @@ from vestige.measures import (
     psmi,
     share,
 )
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    draw_intervals,
+    register_study,
+)
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,
@@ -36,13 +43,12 @@ from vestige_recipes.memorization.judging import (
     area_rows,
     areas_json,
     each_draw,
-    each_seed,
     judge_targets,
     mean_interval,
     null_row,
     over_targets,
     proof_rows,
-    shown,
+    table_row,
 )
 from vestige_recipes.memorization.targets import TRIGGER, Early, Measures, Targets, make_targets
 
@@ -100,7 +106,7 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
     points = draw_points(plan, seed)
 
     def train(rows: np.ndarray, run_seed: int, early: Early) -> tuple[Measures, int]:
-        return _trained(points, plan, rows, run_seed, early), plan.epochs
+        return _train_network(points, plan, rows, run_seed, early), plan.epochs
 
     recipe = {"width": WIDTH, "hidden": HIDDEN, "batch": BATCH, "rate": RATE, "trigger": TRIGGER}
     return make_targets(
@@ -115,7 +121,7 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
     )
 
 
-def _trained(
+def _train_network(
     points: Points, plan: PlantedPlan, rows: np.ndarray, seed: int, early: Early
 ) -> dict[str, Float[np.ndarray, "example"]]:
     """One network: measures of all points at the end; those of its own points are handed over at the trigger."""
@@ -176,7 +182,7 @@ PLANS = {
 }
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def memorization_planted(settings: StudySettings) -> Outcome:
     """AUCs of every measure for planted points and for what is memorized, over targets of several draws of points."""
     plan = PLANS[settings.size]
@@ -185,7 +191,7 @@ def memorization_planted(settings: StudySettings) -> Outcome:
     rows = [
         *area_rows(early, [each.early for each in judged]),
         *proof_rows(judged),
-        *_flagged_rows(judged),
+        *_flag_rows(judged),
         *area_rows(late, [each.late for each in judged], "at the end"),
         null_row(judged),
     ]
@@ -195,11 +201,18 @@ def memorization_planted(settings: StudySettings) -> Outcome:
         "plan": asdict(plan),
         "trigger_epochs": epochs,
         "early": {what: {name: dict(each._asdict()) for name, each in row.items()} for what, row in early.items()},
-        "seeds": [_details(each) for each in judged],
+        "seeds": [
+            {
+                "early": areas_json(each.early),
+                "late": areas_json(each.late),
+                "flagged": each.flagged,
+                "null": each.null.tolist(),
+                "not_finite": each.not_finite,
+            }
+            for each in judged
+        ],
     }
-    # Eight small networks show that everything runs, and nothing else.
-    gates = [] if settings.size == "tiny" else gates_of(judged)
-    return Outcome(COLUMNS, rows, gates, details)
+    return Outcome(COLUMNS, rows, gates_of(judged), details)
 
 
 def judge(made: Targets[Points], seed: int) -> Judged:
@@ -230,26 +243,16 @@ def gates_of(judged: Sequence[Judged]) -> list[Gate]:
 
     success = mean_interval(np.concatenate([each.proved[SUCCESS][each.kinds["flips"]] for each in judged])).value
     rates = {kind: _share([each.flagged[kind] for each in judged]).value for kind in ("planted", "others")}
-    found = [Gate(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), ">=", FOUND)
-             for kind in PLANTED]  # fmt: skip
+    lead = early(BOTH, "psmi") - early(BOTH, "loss")
+    worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
-        *found,
-        Gate(
-            f"PSMI at the trigger: AUC of {BOTH} above the loss's by",
-            early(BOTH, "psmi") - early(BOTH, "loss"),
-            ">=",
-            LEAD,
-        ),
-        Gate("attack success on flips, leave-one-out", success, ">=", SUCCEEDED),
-        Gate(
-            "membership shuffled: AUC away from 0.5 by",
-            max(abs(float(each.null.mean()) - 0.5) for each in judged),
-            "<=",
-            NULL,
-        ),
-        Gate("scores that are not finite", sum(each.not_finite for each in judged), "<=", 0),
-        Gate("PSMI <= 0: true positives among planted points", rates["planted"], ">=", UNTUNED[0]),
-        Gate("PSMI <= 0: false positives among the others", rates["others"], "<=", UNTUNED[1]),
+        *(at_least(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), FOUND) for kind in PLANTED),
+        at_least(f"PSMI at the trigger: AUC of {BOTH} above the loss's by", lead, LEAD),
+        at_least("attack success on flips, leave-one-out", success, SUCCEEDED),
+        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
+        at_most("scores that are not finite", sum(each.not_finite for each in judged)),
+        at_least("PSMI <= 0: true positives among planted points", rates["planted"], UNTUNED[0]),
+        at_most("PSMI <= 0: false positives among the others", rates["others"], UNTUNED[1]),
     ]
 
 
@@ -257,20 +260,10 @@ def _share(counts: Sequence[tuple[int, int]]) -> Interval:
     return share(*(sum(column) for column in zip(*counts, strict=True)))
 
 
-def _flagged_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
+def _flag_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for kind in ("planted", "others"):
         rate = _share([each.flagged[kind] for each in judged])
-        single = each_seed([hits / count for hits, count in (one.flagged[kind] for one in judged)])
-        rows.append((f"share of {kind} flagged", "psmi <= 0", rate.value, shown(rate), single))
+        single = [hits / count for hits, count in (one.flagged[kind] for one in judged)]
+        rows.append(table_row(f"share of {kind} flagged", "psmi <= 0", rate, single))
     return rows
-
-
-def _details(each: Judged) -> dict[str, Any]:
-    return {
-        "early": areas_json(each.early),
-        "late": areas_json(each.late),
-        "flagged": each.flagged,
-        "null": each.null.tolist(),
-        "not_finite": each.not_finite,
-    }

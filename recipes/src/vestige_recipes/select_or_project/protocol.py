@@ -1,4 +1,4 @@
-"""The published protocol of Select or Project, pair by pair and job by job, beside the one pass: counted and timed.
+"""Tables of a component search, and the published protocol of Select or Project beside the one pass: counted, timed.
 
 Three jobs for each setting (arXiv 2601.16651): similarities of whole gradients, products by parameter, and projections
 to two sizes. Each computes the gradients of every query and of its candidates again, projections once for each size; a
@@ -6,10 +6,15 @@ query with 5 candidates costs 24 backward passes in a setting. Where every origi
 settings, that is 16 times the number of distinct gradients.
 """
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,32 +22,170 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch
-from vestige.evaluate import OnePassResult, Projection, one_pass_result
+from vestige.evaluate import Estimate, Evaluation, OnePassResult, Projection, one_pass_result
 from vestige.gradients import Gradients
+from vestige.launch import is_follower
 from vestige.models import Component, LoadedModel, load_model, sum_loss, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
+from vestige.storage import is_temporary, sha256_of, write_durably
+from vestige_recipes.common.registry import Gate, at_least, at_most, show_interval
+from vestige_recipes.common.texts import package_folder
+
+_RECORD = "part.json"
+_NO_RESULTS = ("launch", "__pycache__")
+"""Folders that hold no result."""
 
 
-class DirectGradients(NamedTuple):
-    """What gradients computed by themselves say."""
+class Part(NamedTuple):
+    """What one part of a study found."""
 
-    examples: int
-    seconds: float
-    """Of one example: a batch of one, all weights."""
-    largest_difference: float
-    """Of a cosine from the sum of components' products and one of two whole gradients."""
+    rows: Sequence[Sequence[Any]]
+    gates: Sequence[Gate]
+    details: Mapping[str, Any]
 
 
-class ProjectionErrors(NamedTuple):
-    """Mean absolute differences of cosines over all listed pairs."""
+def keep_part(folder: Path, made_of: Mapping[str, Any], work: Callable[[], Part]) -> Part:
+    """Return what `work` returns, or returned when it was last done for this folder.
 
-    to_full: float
-    """Of the projection from the full gradient's."""
-    off: float
-    """Of the published form from the full gradient's."""
-    apart: float
-    """Of the published form from the cosine in which a tensor counts as often as numbers are kept of it."""
+    It is done again when anything in `made_of` is another, when this is another version of vestige, or when a file in
+    the folder is missing, new or does not hold what it held; `work` itself finds what is finished inside it.
+
+    Args:
+        folder: Where `work` leaves all its files.
+        made_of: Everything that decides the result, in JSON terms.
+        work: Does the work.
+    """
+    path = folder / _RECORD
+    fingerprint = _digest({**made_of, "vestige": version("vestige")})
+    if (found := _read(path, fingerprint)) is not None and found["files"] == _files(folder):
+        gates = [Gate(**gate) for gate in found["gates"]]
+        return Part([tuple(row) for row in found["rows"]], gates, found["details"])
+    done = work()
+    if not is_follower():
+        content = {
+            "made_of": fingerprint,
+            "files": _files(folder),
+            "rows": [list(row) for row in done.rows],
+            "gates": [asdict(gate) for gate in done.gates],
+            "details": done.details,
+        }
+        written = json.dumps(content)
+        write_durably(path, [json.dumps({"sha256": _digest(json.loads(written)), "part": content}, indent=1).encode()])
+    return done
+
+
+def package_digest(modules: Sequence[str]) -> str:
+    """sha256 over the files of installed packages.
+
+    Raises:
+        MissingExtra: One is not installed.
+    """
+    return _digest({module: _files(package_folder(module)) for module in modules})
+
+
+def _read(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return the record, if it is whole and of this fingerprint."""
+    try:
+        record = json.loads(path.read_bytes())
+        part = record["part"]
+        whole = record["sha256"] == _digest(part) and part["made_of"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return part if whole else None
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """sha256 of every file by its place, but for the record and what holds no result."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        is_result = place.name != _RECORD and not set(place.parts) & set(_NO_RESULTS)
+        if is_result and path.is_file() and not is_temporary(path):
+            found[place.as_posix()] = sha256_of(path)
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+FULL = "full gradient"
+COLUMNS = (
+    "data",
+    "candidates",
+    "representation",
+    "accuracy",
+    "95 % interval",
+    "minus full",
+    "95 % interval",
+    "agreement",
+    "centred",
+    "parameters",
+    "backward",
+    "bytes",
+    "seconds",
+)
+
+
+def component_rows(part: str, found: Evaluation) -> list[tuple[Any, ...]]:
+    """Every representation, and the best and the median component by itself."""
+    rows = []
+    for words, each in found.details["candidates"].items():
+        rows += [(part, words, *_cells(one)) for one in each["representations"]]
+        single = sorted(each["components"], key=lambda one: one["accuracy"].value)
+        # Shares are of all parameters of the model, also of those that no component holds.
+        total = sum(one["parameters"] for one in single) / _representation(found, words, FULL)["parameters"]
+        for label, one in (("best", single[-1]), ("median", single[len(single) // 2]), ("worst", single[0])):
+            name = f"{label} component, all queries: {one['name'].removesuffix('.weight')}"
+            size = one["parameters"]
+            known = {"name": name, "parameters": size / total, "bytes": 4 * size, "seconds": None, "against_full": None}
+            rows.append((part, words, *_cells(one | known)))
+    return rows
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    against = one["against_full"]
+    shares = [one["parameters"], one["backward"]]
+    return (
+        one["name"],
+        one["accuracy"].value,
+        show_interval(one["accuracy"]),
+        "" if against is None else against.value,
+        "" if against is None else show_interval(against),
+        *(
+            "" if (each := one[name]) is None else float(each.value if isinstance(each, Estimate) else each)
+            for name in ("agreement", "centred")
+        ),
+        *("" if share is None else f"{share:.2%}" for share in shares),
+        "" if one["bytes"] is None else one["bytes"],
+        "" if one["seconds"] is None else f"{one['seconds']:.1f}",
+    )
+
+
+def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) -> list[Gate]:
+    """Return what was published: a few components do as well as all; here they were chosen on other queries."""
+    names = ("best component, held out", "greedy for accuracy, held out")
+    gains = [(name, ahead_of(found, words, name, FULL)) for name in names]
+    agreeing = _representation(found, words, "greedy for agreement, held out")
+    # Of those that take part: LoRA's are a few hundredths of all.
+    share = agreeing["parameters"] / _representation(found, words, FULL)["parameters"]
+    return [
+        *(at_least(f"{part}, {words}: {name}, minus full", gain, -tolerance) for name, gain in gains),
+        at_most(f"{part}, {words}: parameters of the set that agrees", share, 0.1),
+        at_least(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, 0.99),
+    ]
+
+
+def ahead_of(found: Evaluation, words: str, name: str, other: str) -> float:
+    """Accuracy of one representation minus that of another one."""
+    one, opponent = (_representation(found, words, each)["accuracy"].value for each in (name, other))
+    return one - opponent
+
+
+def _representation(found: Evaluation, words: str, name: str) -> Mapping[str, Any]:
+    each = found.details["candidates"][words]["representations"]
+    return next(one for one in each if one["name"] == name)
 
 
 class OneByOne:
@@ -63,13 +206,13 @@ class OneByOne:
         loss = sum_loss(self._model, batch.to(self._parameters[0].device))
         return list(torch.autograd.grad(loss, self._parameters))
 
-    def whole(self, place: int) -> Tensor:
-        """Return the same in one vector of float64."""
-        return torch.cat([part.flatten() for part in self.parts(place)]).double()
 
+def direct_gradients(result: OnePassResult, words: str, queries: int) -> dict[str, float]:
+    """Compute the first queries and their candidates again, one by one, by automatic differentiation.
 
-def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectGradients:
-    """Compute the first queries and their candidates once more, one by one, by automatic differentiation."""
+    Return the number of `examples`, the `seconds` of one (a batch of one, all weights), and the `largest_difference` of
+    a cosine from the sum of components' products and one of two whole gradients.
+    """
     products, compared = result.gradients[words], result.inputs.compared
     gradients = OneByOne(compared.loaded, compared.components, compared.data)
     kept: dict[int, Tensor] = {}
@@ -78,31 +221,40 @@ def direct_gradients(result: OnePassResult, words: str, queries: int) -> DirectG
     started = time.perf_counter()
     for query in range(queries):
         places = [int(result.inputs.query_place[query]), *(int(row) for row in products.rows[query] if row >= 0)]
-        kept |= {place: gradients.whole(place) for place in places if place not in kept}
+        for place in set(places) - set(kept):
+            kept[place] = torch.cat([part.flatten() for part in gradients.parts(place)]).double()
     spent = time.perf_counter() - started
     for query in range(queries):
         mine = kept[int(result.inputs.query_place[query])]
         for number, place in enumerate(row for row in products.rows[query].tolist() if row >= 0):
             whole = float(mine @ kept[place] / (mine.norm() * kept[place].norm()))
             differences.append(abs(whole - float(cosine[query, number])))
-    return DirectGradients(gradients.passes, spent / max(gradients.passes, 1), max(differences))
+    return {
+        "examples": gradients.passes,
+        "seconds": spent / max(gradients.passes, 1),
+        "largest_difference": max(differences),
+    }
 
 
-def projection_errors(result: OnePassResult, words: str) -> dict[str, ProjectionErrors]:
-    """How far every projection is from what it should estimate, and from what the published form estimates."""
+def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, float]]:
+    """Mean absolute differences of cosines over all listed pairs, for every projection.
+
+    `to_full`: of the projection from the full gradient's; `off`: of the published form from the full gradient's;
+    `apart`: of that from the cosine in which a tensor counts as often as numbers are kept of it.
+    """
     products, listed = result.gradients[words], result.gradients[words].listed
     full = products.cosine()
     found = {}
     for number, one in enumerate(result.inputs.compared.projections):
         weights = np.array(one.plan.sizes, dtype=np.float64)
-        weighted = _weighted_cosine(result, words, weights)
+        weighted = _weigh_cosine(result, words, weights)
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
-        pairs = ((right, full), (published, full), (published, weighted))
-        found[one.plan.name] = ProjectionErrors(*(float(np.abs(a - b)[listed].mean()) for a, b in pairs))
+        pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
+        found[one.plan.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
 
 
-def _weighted_cosine(
+def _weigh_cosine(
     result: OnePassResult, words: str, weights: Float[np.ndarray, " component"]
 ) -> Float[np.ndarray, "query candidate"]:
     products = result.gradients[words]
@@ -116,31 +268,12 @@ def _weighted_cosine(
 _WHOLE = "similarities"
 
 
-class Replay(NamedTuple):
-    """Both ways over the same examples."""
-
-    queries: int
-    """Over all settings."""
-    distinct_examples: int
-    published_passes: int
-    """Backward passes that were counted."""
-    passes: int
-    """Of the one pass."""
-    published_seconds: float
-    """From loading the model, once, to the last similarity."""
-    seconds: float
-    passes_ratio: float
-    seconds_ratio: float
-    published_jobs: dict[str, dict[str, float]]
-    """Passes and seconds of each job over all settings."""
-    largest_difference: float
-    """Between cosines of whole gradients: one by one, and from the one pass."""
-
-
-def replay(settings: ComponentsSettings) -> Replay:
+def replay(settings: ComponentsSettings) -> dict[str, Any]:
     """Both ways for what the settings ask; the one pass leaves its products in `settings.out`, which has to be new.
 
-    The published jobs project with the map that the one pass projects with, and load the model once, not once a job.
+    The published jobs project with the map that the one pass projects with, and load the model once, not once a job;
+    their seconds are from loading the model to the last similarity. `largest_difference` is between cosines of whole
+    gradients: one by one, and from the one pass.
     """
     started = time.perf_counter()
     result = one_pass_result(settings)
@@ -148,24 +281,24 @@ def replay(settings: ComponentsSettings) -> Replay:
     compared = result.inputs.compared
     started = time.perf_counter()
     direct = OneByOne(load_model(settings.model, precision=settings.precision), compared.components, compared.data)
-    jobs, cosine = _published_jobs(result, settings.candidates[0], direct)
+    jobs, cosine = _run_published_jobs(result, settings.candidates[0], direct)
     published = time.perf_counter() - started
     ours = result.gradients[settings.candidates[0]].cosine()
-    return Replay(
-        len(result.inputs.queries),
-        len(compared.data),
-        direct.passes,
-        result.computed,
-        published,
-        seconds,
-        direct.passes / result.computed,
-        published / seconds,
-        jobs,
-        float(np.abs(cosine - ours).max()),
-    )
+    return {
+        "queries": len(result.inputs.queries),
+        "distinct_examples": len(compared.data),
+        "published_passes": direct.passes,
+        "passes": result.computed,
+        "published_seconds": published,
+        "seconds": seconds,
+        "passes_ratio": direct.passes / result.computed,
+        "seconds_ratio": published / seconds,
+        "published_jobs": jobs,
+        "largest_difference": float(np.abs(cosine - ours).max()),
+    }
 
 
-def _published_jobs(
+def _run_published_jobs(
     result: OnePassResult, words: str, direct: OneByOne
 ) -> tuple[dict[str, dict[str, float]], Float[np.ndarray, "query candidate"]]:
     """Return passes and seconds of every job, and the similarities of whole gradients."""
@@ -173,7 +306,7 @@ def _published_jobs(
     jobs: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         _WHOLE: lambda parts: [torch.cat([part.flatten() for part in parts])],
         "products by parameter": lambda parts: [part.flatten() for part in parts],
-        **{f"projection {one.plan.name}": partial(_projected, one, components) for one in projections},
+        **{f"projection {one.plan.name}": partial(_project, one, components) for one in projections},
     }
     spent: dict[str, dict[str, float]] = {}
     cosines: dict[str, np.ndarray] = {}
@@ -211,7 +344,7 @@ def _pair_by_pair(
     return found
 
 
-def _projected(projection: Projection, components: Sequence[Component], parts: list[Tensor]) -> list[Tensor]:
+def _project(projection: Projection, components: Sequence[Component], parts: list[Tensor]) -> list[Tensor]:
     shaped = [
         Gradients(1, component.shape, (), part.reshape(1, *component.shape))
         for component, part in zip(components, parts, strict=True)

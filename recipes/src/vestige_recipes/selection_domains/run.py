@@ -7,7 +7,7 @@ tenth of the mixture is chosen, the model trained on it from the start, and its 
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,20 @@ from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
 from vestige.models import Recipe
 from vestige.selection import select
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import draw_intervals, kept_run, launched, shown_interval
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    draw_intervals,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
+)
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
-from vestige_recipes.domains.texts import DOMAINS, domain_pieces
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
+from vestige_recipes.domains.run import DOMAINS, domain_pieces
 
 METHODS = ("influence", "grad-dot", "grad-cos", "less", "bm25", "rep-sim")
 GATED = ("influence", "grad-cos", "less")
@@ -75,32 +84,7 @@ PLANS = {
 }
 
 
-class Texts(NamedTuple):
-    """Files of one repetition of one part."""
-
-    before: Path
-    mixture: Path
-    warm: Path
-    """A random tenth of the mixture."""
-    asked: Path
-    tests: Path
-    sources: dict[str, str]
-    """Id -> domain, of the mixture."""
-
-
-class Compared(NamedTuple):
-    """Losses after training, of one repetition of one part."""
-
-    chosen: dict[str, np.ndarray]
-    """Method -> loss per token [query]."""
-    random: np.ndarray
-    """[set, query]"""
-    everything: np.ndarray
-    shares: dict[str, float]
-    """Method -> share of the chosen pieces that are of the target."""
-
-
-@registered(PLANS)
+@register_study(PLANS)
 def selection_domains(settings: StudySettings) -> Outcome:
     """Loss on a held-out domain after training on the tenth that each method chooses, and its gain over random tenths.
 
@@ -111,17 +95,23 @@ def selection_domains(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan), "target": TARGET}
     for part, inside in PARTS.items():
-        found = [_compared(settings, plan, part, inside, settings.seed + number) for number in range(settings.seeds)]
-        random = np.stack([each.random for each in found], axis=1)
-        losses = {name: np.stack([each.chosen[name] for each in found]) for name in METHODS}
+        found = [_compare(settings, plan, part, inside, settings.seed + number) for number in range(settings.seeds)]
+        random, everything = (
+            np.stack([each["random"] for each, _ in found], 1),
+            np.stack([each[EVERYTHING] for each, _ in found]),
+        )
+        losses = {name: np.stack([each[name] for each, _ in found]) for name in METHODS}
         gains = {name: measure_gain(losses[name], random, plan.draws, settings.seed) for name in METHODS}
-        shares = {name: float(np.mean([each.shares[name] for each in found])) for name in METHODS}
-        rows += sorted((_row(part, name, losses[name], gains[name], shares[name]) for name in METHODS), key=_by_loss)
+        shares = {name: float(np.mean([each[name] for _, each in found])) for name in METHODS}
+        rows += sorted(
+            ((part, *_row(name, losses[name], gains[name], shares[name])) for name in METHODS), key=lambda row: row[2]
+        )
         rows.append((part, "random", float(random.mean()), "", "", "", "", ""))
-        everything = np.stack([each.everything for each in found])
         rows.append((part, "everything", float(everything.mean()), "", "", "", "", ""))
-        gates += [Gate(f"{part}: gain of {name} over random", gains[name].over_all.value, ">=", 0.0) for name in GATED]
-        _draw(settings.out, part, gains)
+        gates += [at_least(f"{part}: gain of {name} over random", gains[name].over_all.value) for name in GATED]
+        intervals = {name: gain.over_all for name, gain in gains.items()}
+        label = f"fewer nats per byte of {TARGET} than after random tenths (95 % intervals)"
+        draw_intervals(settings.out, part.replace(" ", "-"), intervals, label, beside=("bm25", "rep-sim"))
         details[part] = {
             "gain by repetition": {name: gain.by_seed.tolist() for name, gain in gains.items()},
             "gain": {name: [gain.over_all._asdict(), gain.over_seeds._asdict()] for name, gain in gains.items()},
@@ -129,48 +119,47 @@ def selection_domains(settings: StudySettings) -> Outcome:
             "everything by repetition": everything.mean(1).tolist(),
             "share of the target": shares,
         }
-    # A handful of steps shows that everything runs, and nothing else.
-    return Outcome(_COLUMNS, rows, [] if settings.size == "tiny" else gates, details)
+    return Outcome(_COLUMNS, rows, gates, details)
 
 
-def _row(part: str, name: str, losses: np.ndarray, gain: Gain, share: float) -> tuple[Any, ...]:
-    both = [shown_interval(each) for each in (gain.over_all, gain.over_seeds)]
+def _row(name: str, losses: np.ndarray, gain: Gain, share: float) -> tuple[Any, ...]:
+    both = [show_interval(each) for each in (gain.over_all, gain.over_seeds)]
     ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
-    return part, name, float(losses.mean()), gain.over_all.value, *both, ahead, f"{share:.0%}"
+    return name, float(losses.mean()), gain.over_all.value, *both, ahead, f"{share:.0%}"
 
 
-def _by_loss(row: tuple[Any, ...]) -> float:
-    return row[2]
+def _compare(
+    settings: StudySettings, plan: SelectionPlan, part: str, inside: bool, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """One repetition: texts, start, scores, choices, trainings.
 
-
-def _draw(out: Path, part: str, gains: dict[str, Gain]) -> None:
-    intervals = {name: gain.over_all for name, gain in gains.items()}
-    label = f"fewer nats per byte of {TARGET} than after random tenths (95 % intervals)"
-    draw_intervals(out, part.replace(" ", "-"), intervals, label, beside=("bm25", "rep-sim"))
-
-
-def _compared(settings: StudySettings, plan: SelectionPlan, part: str, inside: bool, seed: int) -> Compared:
-    """One repetition: texts, start, scores, choices, trainings."""
+    Return the losses per token [query] after training on what each method chose, on everything, and on each `random`
+    set [set, query]; and the share of the pieces chosen by each method that are of the target.
+    """
     folder = settings.out / str(seed) / part.replace(" ", "-")
-    texts = _texts(plan, folder / "texts", inside, seed)
+    texts, sources = _write_texts(plan, folder / "texts", inside, seed)
     before = Training(Recipe(3e-3), plan.steps_before, plan.batch_size)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     # The same texts and seed in both parts: one start serves them.
-    start = trained(fresh, texts.before, settings.out / str(seed) / "start", before, seed=seed, from_scratch=True).model
-    tenth = max(1, round(len(texts.sources) * _SHARE / 100))
+    start = train_checkpoints(
+        fresh, texts["before"], settings.out / str(seed) / "start", before, seed=seed, from_scratch=True
+    ).model
+    tenth = max(1, round(len(sources) * _SHARE / 100))
     steps = plan.passes * -(-tenth // plan.batch_size)
     warming = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    warm = trained(start, texts.warm, folder / "warm", warming, seed=seed, count=plan.checkpoints, optimizer=True)
+    warm = train_checkpoints(
+        start, texts["warm"], folder / "warm", warming, seed=seed, count=plan.checkpoints, optimizer=True
+    )
     runs = _runs(folder / "runs", texts, warm, seed)
     chosen = [
-        select(scores=run, budget=f"{_SHARE}%", out=folder / "chosen" / name, data=str(texts.mixture), seed=seed)
+        select(scores=run, budget=f"{_SHARE}%", out=folder / "chosen" / name, data=str(texts["mixture"]), seed=seed)
         for name, run in runs.items()
     ]
     compare(
         selected=tuple(str(each.folder) for each in chosen),
         model=start,
-        data=str(texts.mixture),
-        queries=str(texts.tests),
+        data=str(texts["mixture"]),
+        queries=str(texts["tests"]),
         out=folder / "compared",
         random_sets=plan.random_sets,
         seeds=1,
@@ -179,20 +168,23 @@ def _compared(settings: StudySettings, plan: SelectionPlan, part: str, inside: b
         batch_size=plan.batch_size,
         draws=plan.draws,
         seed=seed,
-        **launched(settings),
+        **launch_arguments(settings),
     )
     truth = Bank.open(folder / "compared" / "bank")
     losses = dict(zip(truth.subset_names, truth.by_subset(truth.query_token_losses)[:, 0], strict=True))
-    random = [values for name, values in losses.items() if name.startswith("random ")]
-    of_target = {
-        name: [texts.sources[one] == TARGET for one in each.ids] for name, each in zip(runs, chosen, strict=True)
+    losses["random"] = np.stack([values for name, values in losses.items() if name.startswith("random ")])
+    shares = {
+        name: float(np.mean([sources[one] == TARGET for one in each.ids]))
+        for name, each in zip(runs, chosen, strict=True)
     }
-    shares = {name: float(np.mean(values)) for name, values in of_target.items()}
-    return Compared({name: losses[name] for name in METHODS}, np.stack(random), losses[EVERYTHING], shares)
+    return losses, shares
 
 
-def _texts(plan: SelectionPlan, folder: Path, inside: bool, seed: int) -> Texts:
-    """No piece is in two of the files, but for the random tenth, which is of the mixture."""
+def _write_texts(plan: SelectionPlan, folder: Path, inside: bool, seed: int) -> tuple[dict[str, Path], dict[str, str]]:
+    """Write the files of one repetition, and return them with the domain of each id of the mixture.
+
+    No piece is in two of the files, but for the random tenth `warm`, which is of the mixture.
+    """
     most = max(plan.before, plan.asked + plan.tests) + plan.pieces
     drawn = domain_pieces(seed, length=plan.length, pieces=most)
     mixture = [row for name in DOMAINS if inside or name != TARGET for row in drawn[name][: plan.pieces]]
@@ -208,18 +200,18 @@ def _texts(plan: SelectionPlan, folder: Path, inside: bool, seed: int) -> Texts:
         "tests": target[plan.asked : plan.asked + plan.tests],
     }
     paths = {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
-    return Texts(**paths, sources={row["id"]: row["source"] for row in mixture})
+    return paths, {row["id"]: row["source"] for row in mixture}
 
 
-def _runs(folder: Path, texts: Texts, warm: Checkpoints, seed: int) -> dict[str, Path]:
+def _runs(folder: Path, texts: dict[str, Path], warm: Checkpoints, seed: int) -> dict[str, Path]:
     """Folders of the runs by method; LESS scores for the domain as one target, over all checkpoints."""
     several = {"checkpoints": warm.folders, "checkpoint_weights": tuple(warm.rates), "options": {"subtasks": True}}
     for method in METHODS:
-        kept_run(
+        keep_run(
             attribute,
             folder / method,
-            data=str(texts.mixture),
-            queries=str(texts.asked),
+            data=str(texts["mixture"]),
+            queries=str(texts["asked"]),
             method=method,
             components=("all",),
             dense=True,

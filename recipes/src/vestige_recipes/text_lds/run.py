@@ -9,16 +9,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.banks import Bank, bank
-from vestige.data import Example, load_examples
+from vestige.banks import bank
+from vestige.data import load_examples
 from vestige.evaluate import Estimate, Evaluation, lds
 from vestige.indexes import index
 from vestige.methods import attribute
 from vestige.models import Recipe, load_model
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
-from vestige_recipes.common.steps import OWN_SEED, kept_run, launched, shown_interval
+from vestige_recipes.common.registry import (
+    OWN_SEED,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
+)
 from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
-from vestige_recipes.common.training import Checkpoints, Training, trained
+from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 
 DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 _ROWS = 1000
@@ -33,7 +42,9 @@ def wikitext(model: str, length: int) -> tuple[list[Row], list[Row]]:
     def blocks(split: str) -> list[Row]:
         rows, examples = [], load_examples(DATA, split=split)
         for begin in range(0, len(examples), _ROWS):
-            tokens = _joined(examples[begin : begin + _ROWS], tokenizer)
+            texts = [example.text or "" for example in examples[begin : begin + _ROWS]]
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = [token for each in encoded for token in each]
             for start in range(0, len(tokens) - length + 1, length):
                 ids = tokens[start : start + length]
                 row = {"id": f"{split}/{len(rows)}", "source": split, "text": tokenizer.decode(ids), "input_ids": ids}
@@ -41,12 +52,6 @@ def wikitext(model: str, length: int) -> tuple[list[Row], list[Row]]:
         return rows
 
     return blocks("train"), blocks("validation")
-
-
-def _joined(examples: list[Example], tokenizer: object) -> list[int]:
-    texts = [example.text or "" for example in examples]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
-    return [token for tokens in encoded for token in tokens]
 
 
 EXACT = "influence"
@@ -91,16 +96,28 @@ PLANS = {
 }  # fmt: skip
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def text_lds(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what models trained on them lose, with intervals."""
     plan = PLANS[settings.size]
-    start, data, queries = _prepared(settings, plan)
-    truth = _bank(settings, plan, start, data, queries)
+    start, data, queries = _prepare(settings, plan)
+    truth = bank(
+        model=start,
+        data=str(data),
+        queries=str(queries),
+        out=settings.out / "bank",
+        subsets=plan.subsets,
+        seeds=settings.seeds,
+        epochs=plan.epochs,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        seed=settings.seed,
+        **launch_arguments(settings),
+    )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
-    asked = trained(start, data, settings.out / "model", training, seed=OWN_SEED + settings.seed,
-                    count=plan.checkpoints)  # fmt: skip
+    own: dict[str, Any] = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
+    asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(
         bank=settings.out / "bank",
@@ -115,7 +132,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     return _outcome(found, names, plan)
 
 
-def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
+def _prepare(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
     """Return the model that every training begins with, the training data and the queries."""
     texts = settings.out / "texts"
     data, queries = texts / "train.jsonl", texts / "queries.jsonl"
@@ -138,23 +155,7 @@ def _prepared(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]
     before = Training(Recipe(3e-3), plan.steps_before, 16)
     read = write_rows(texts / "before.jsonl", made.before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
-    return trained(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
-
-
-def _bank(settings: StudySettings, plan: TextPlan, start: str, data: Path, queries: Path) -> Bank:
-    return bank(
-        model=start,
-        data=str(data),
-        queries=str(queries),
-        out=settings.out / "bank",
-        subsets=plan.subsets,
-        seeds=settings.seeds,
-        epochs=plan.epochs,
-        batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        seed=settings.seed,
-        **launched(settings),
-    )
+    return train_checkpoints(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
 
 
 def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Path, queries: Path) -> list[Path]:
@@ -168,13 +169,13 @@ def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Pat
     wanted["trak-1"] = streamed | {"checkpoints": [asked.model], "method": "trak"}
     for name, spec in sketches(plan.sketches).items():
         made = settings.out / "indexes" / name
-        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **launched(settings))
+        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **launch_arguments(settings))
         wanted[f"influence {name}"] = {"index": str(made), "method": "influence"}
     folders = []
     for name, arguments in wanted.items():
         folders.append(settings.out / "runs" / name)
         common = {"queries": str(queries), "dense": True, "trust": False, "seed": settings.seed}
-        kept_run(attribute, folders[-1], **arguments, **common)
+        keep_run(attribute, folders[-1], **arguments, **common)
     return folders
 
 
@@ -195,24 +196,16 @@ def _outcome(found: Evaluation, names: list[str], plan: TextPlan) -> Outcome:
         estimate = row.values["LDS"]
         assert isinstance(estimate, Estimate)
         scores[name] = estimate
-        rows.append((name, estimate.value, shown_interval(estimate), row.values["single seeds"] or "", row.seconds))
+        rows.append((name, estimate.value, show_interval(estimate), row.values["single seeds"] or "", row.seconds))
     rows.sort(key=lambda row: -row[1])
     rows.insert(0, ("noise ceiling", found.details["noise_ceiling"], "", "", ""))
     gates = [
-        Gate(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value, ">=", 0.0)
+        at_least(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value)
         for name in (EXACT, "ekfac")
         if name in scores
     ]
-    gates += [
-        Gate(
-            f"FactGraSS {size}: LDS below LoGra's by",
-            scores[f"influence LoGra {size}"].value - scores[f"influence FactGraSS {size}"].value,
-            "<=",
-            LIKE_LOGRA,
-        )
-        for size in plan.sketches
-    ]
-    # A handful of steps of a few models shows that everything runs, and nothing else.
-    gates = [] if plan == PLANS["tiny"] else gates
+    for size in plan.sketches:
+        logra, fact = (scores[f"influence {name} {size}"].value for name in ("LoGra", "FactGraSS"))
+        gates.append(at_most(f"FactGraSS {size}: LDS below LoGra's by", logra - fact, LIKE_LOGRA))
     details = {"plan": asdict(plan), "lds": found.to_json(), "files": list(found.files)}
     return Outcome(("method", "LDS", "95 % interval", "single seeds", "seconds"), rows, gates, details)

@@ -5,33 +5,108 @@ the rise of each test set's loss in a model trained without a source, for the sa
 few, and how well anything predicts them depends on the corpora that were drawn, so they are drawn several times.
 """
 
-from dataclasses import asdict, dataclass, replace
+import string
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from torch import nn
 
 from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute, untrac
 from vestige.models import Recipe
-from vestige_recipes.common.first_order import first_order_scores
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, registered
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    at_most,
+    keep_run,
+    launch_arguments,
+    register_study,
+    show_interval,
+)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Table,
-    asked_models,
-    left_out_bank,
+    first_order_scores,
     left_out_truth,
-    pooled_agreement,
-    summed_by_source,
+    list_sources,
+    measure_sources,
+    pool_agreement,
+    sum_by_source,
+    tables_json,
     truth_agreement,
 )
-from vestige_recipes.common.steps import kept_run, launched, shown_interval
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training
-from vestige_recipes.untrac_miniature.corpora import LENGTH, UNRELATED, VOCABULARY, MarkovCorpora, markov_corpora
+
+VOCABULARY, LENGTH = 24, 25
+UNRELATED = "unrelated"
+
+
+class MarkovCorpora(NamedTuple):
+    """Training corpora, test sets, and the recipe of the former."""
+
+    train: list[dict[str, Any]]
+    """Rows with `id`, `input_ids`, `source`, and a `text` that has a word for each transition."""
+    tests: list[dict[str, Any]]
+    mixing: Float[np.ndarray, "corpus chain"]
+    """Share of each corpus that comes from each test chain; the rest is its own."""
+    names: list[str]
+    """Of the corpora, in the order in which sources are sorted."""
+
+
+def markov_corpora(
+    seed: int, *, corpora: int = 8, sequences: int = 320, chains: int = 4, test_sequences: int = 64
+) -> MarkovCorpora:
+    """`corpora` sources that mix `chains` test chains with a chain of their own; the last has nothing of the tests.
+
+    A chain is a table of transition probabilities with few likely successors. Which chain a sequence is from is hidden.
+    """
+    random = np.random.default_rng([seed, 24])
+    tables = [_table(random) for _ in range(chains)]
+    mixing = random.dirichlet(np.full(chains, 0.5), corpora) * random.uniform(0.3, 0.9, (corpora, 1))
+    mixing[-1] = 0
+    names = [*(f"corpus-{number}" for number in range(corpora - 1)), UNRELATED]
+    train = []
+    for name, shares in zip(names, mixing, strict=True):
+        own = _table(random)
+        picks = random.choice(chains + 1, sequences, p=[*shares, 1 - shares.sum()])
+        train += [
+            _row(f"{name}/{place}", name, _walk(random, [*tables, own][pick])) for place, pick in enumerate(picks)
+        ]
+    tests = [
+        _row(f"chain-{number}/{place}", f"chain-{number}", _walk(random, table))
+        for number, table in enumerate(tables)
+        for place in range(test_sequences)
+    ]
+    return MarkovCorpora(train, tests, mixing, names)
+
+
+def _row(name: str, source: str, walked: list[int]) -> dict[str, Any]:
+    states = string.ascii_lowercase
+    text = " ".join(states[one] + states[two] for one, two in pairwise(walked))
+    return {"id": name, "source": source, "text": text, "input_ids": walked}
+
+
+def _table(random: np.random.Generator) -> np.ndarray:
+    return random.dirichlet(np.full(VOCABULARY, 0.1), VOCABULARY)
+
+
+def _walk(random: np.random.Generator, table: np.ndarray) -> list[int]:
+    steps = table.cumsum(1)
+    state = int(random.integers(VOCABULARY))
+    walked = [state]
+    for draw in random.random(LENGTH - 1):
+        state = min(int(np.searchsorted(steps[state], draw)), VOCABULARY - 1)
+        walked.append(state)
+    return walked
+
 
 GRID = (5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3)
 RETAINING = {"UnTrac-Inv, retaining": False, "UnTrac-Inv, retaining, accelerated": True}
@@ -77,22 +152,22 @@ class Drawn(NamedTuple):
     """By method, for each model that was asked; the rates of the grid for the first one alone."""
 
 
-@registered(PLANS)
+@register_study(PLANS)
 def untrac_miniature(settings: StudySettings) -> Outcome:
     """UnTrac, UnTrac-Inv and opponents beside leave-source-out retraining: Pearson over corpora, mean over test sets.
 
     Truth and estimate never share a model: the models that are asked are trained apart from the bank's.
     """
     plan = PLANS[settings.size]
-    found = [_drawn(settings, plan, settings.seed + number) for number in range(plan.corpora)]
+    found = [_draw(settings, plan, settings.seed + number) for number in range(plan.corpora)]
     ceilings = [truth_agreement(each.truths) for each in found]
     ceiling = float(np.mean(ceilings))
-    judged = {name: _judged(found, name, plan, settings.seed) for name in found[0].scores[0]}
+    judged = {name: _judge(found, name, plan, settings.seed) for name in found[0].scores[0]}
     rows: list[tuple[Any, ...]] = [("truth of another seed (ceiling)", ceiling, "", _each(ceilings))]
     known = [(each.corpora.mixing.T, each.truths) for each in found]
-    mixing, by_draw = pooled_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
+    mixing, by_draw = pool_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
     rows += [("known mixing", mixing.value, "", _each(by_draw))]
-    rows += [(name, each.value, shown_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
+    rows += [(name, each.value, show_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
     details = {
         "plan": asdict(plan),
         "ceiling": ceilings,
@@ -101,14 +176,15 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
             {
                 "mixing": each.corpora.mixing.tolist(),
                 "truth": [truth.tolist() for truth in each.truths],
-                "scores": [{name: table.tolist() for name, table in one.items()} for one in each.scores],
+                "scores": tables_json(each.scores),
             }
             for each in found
         ],
     }
-    # A handful of steps shows that everything runs, and nothing else.
-    nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
-    gates = [] if settings.size == "tiny" else [*_gates(found, judged, ceiling), *nulls]
+    gates = []
+    if settings.size != "tiny":
+        nulls = [_null_gate(found, name) for name in ("UnTrac-Inv, automatic", *RETAINING)]
+        gates = [*_gates(found, judged, ceiling), *nulls]
     return Outcome(("method", "mean Pearson", "95 % interval", "by draw"), rows, gates, details)
 
 
@@ -117,69 +193,56 @@ def tiny_gpt() -> nn.Module:
     return gpt(VOCABULARY, LENGTH, 48, 1, begin=0, end=1)
 
 
-def _drawn(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
+def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     corpora = markov_corpora(
         seed, corpora=plan.sources, sequences=plan.sequences, chains=plan.chains, test_sequences=plan.tests
     )
     folder = settings.out / f"draw-{seed}"
     data = write_rows(folder / "train.jsonl", corpora.train)
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
-    training = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size)
-    seeds = max(settings.seeds, 2)
-    truth = left_out_bank(
-        settings, tiny_gpt(), (data, queries), folder, training, seed=seed, seeds=seeds, from_scratch=True
+
+    def score(number: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launch_arguments(settings)}
+        found = {}
+        for name, direction in UNLEARNT.items():
+            found[f"{name}, automatic"] = _unlearn(out / direction, {**common, "direction": direction})
+            for rate in () if number else plan.grid:
+                fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
+                try:
+                    found[f"{name}, {rate:g}"] = _unlearn(out / f"{direction}-{rate:g}", fixed)
+                except NonFinite:
+                    # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
+                    found[f"{name}, {rate:g}"] = np.full([len(each) for each in list_sources(truth)[::-1]], np.nan)
+        for name, accelerate in RETAINING.items():
+            asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
+            found[name] = _unlearn(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
+        found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
+        run = keep_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
+        return found | {"BM25": sum_by_source(run, truth)}
+
+    truth, scores = measure_sources(
+        settings,
+        tiny_gpt(),
+        (data, queries),
+        folder,
+        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        score,
+        seed=seed,
+        seeds=max(settings.seeds, 2),
+        checkpoints=plan.checkpoints,
+        from_scratch=True,
     )
-    tests = sorted({str(test) for test in truth.query_sources})
-    scores = []
-    models = asked_models(tiny_gpt(), data, folder, training, seeds, plan.checkpoints, from_scratch=True)
-    for number, asked in enumerate(models):
-        own = plan if number == 0 else replace(plan, grid=())
-        files, axes = (data, queries), (tests, corpora.names)
-        scores.append(_scores(settings, own, folder / f"runs-{number}", asked, files, truth, axes))
-    return Drawn(corpora, left_out_truth(truth, corpora.names, tests), scores)
+    return Drawn(corpora, left_out_truth(truth), scores)
 
 
-def _scores(
-    settings: StudySettings,
-    plan: MiniaturePlan,
-    out: Path,
-    asked: Checkpoints,
-    files: tuple[Path, Path],
-    truth: Bank,
-    axes: tuple[list[str], list[str]],
-) -> dict[str, Table]:
-    """Scores of every corpus for every test set, by method."""
-    data, queries = files
-    common = {"model": asked.model, "data": str(data), "queries": str(queries), **launched(settings)}
-    found = {}
-    for name, direction in UNLEARNT.items():
-        found[f"{name}, automatic"] = _unlearnt(out / direction, {**common, "direction": direction})
-        for rate in plan.grid:
-            fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
-            found[f"{name}, {rate:g}"] = _unlearnt(out / f"{direction}-{rate:g}", fixed, axes)
-    for name, accelerate in RETAINING.items():
-        asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
-        found[name] = _unlearnt(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
-    found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
-    run = kept_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
-    return found | {"BM25": summed_by_source(run.dense(), truth.query_sources, truth.sources, *axes)}
-
-
-def _unlearnt(out: Path, asking: dict[str, Any], axes: tuple[list[str], list[str]] | None = None) -> Table:
+def _unlearn(out: Path, asking: dict[str, Any]) -> Table:
     """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
-    try:
-        run = kept_run(untrac, out, **asking)
-    except NonFinite:
-        if axes is None:
-            raise
-        # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
-        return np.full([len(axis) for axis in axes], np.nan)
-    return run.dense().astype(np.float64)
+    return keep_run(untrac, out, **asking).dense().astype(np.float64)
 
 
-def _judged(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
+def _judge(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
     groups = [([one[name] for one in each.scores if name in one], each.truths) for each in found]
-    return pooled_agreement(groups, draws=plan.draws, seed=seed)
+    return pool_agreement(groups, draws=plan.draws, seed=seed)
 
 
 def _each(values: list[float]) -> str:
@@ -192,12 +255,12 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
         value = judged[f"{name}, automatic"][0].value
         # The grid was run on the first model of each draw alone, so the automatic rate is compared on that one.
         groups = [([each.scores[0][f"{name}, automatic"]], each.truths) for each in found]
-        on_first = pooled_agreement(groups, draws=0, seed=0)[0].value
+        on_first = pool_agreement(groups, draws=0, seed=0)[0].value
         best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
         gates += [
-            Gate(f"{name}: correlation with retraining", value, ">=", LEAST),
-            Gate(f"{name}: share of the ceiling", value / ceiling, ">=", OF_CEILING),
-            Gate(f"{name}: automatic rate below the best of the grid by", best - on_first, "<=", WITHIN),
+            at_least(f"{name}: correlation with retraining", value, LEAST),
+            at_least(f"{name}: share of the ceiling", value / ceiling, OF_CEILING),
+            at_most(f"{name}: automatic rate below the best of the grid by", best - on_first, WITHIN),
         ]
     return gates
 
@@ -217,4 +280,4 @@ def _null_gate(found: list[Drawn], name: str) -> Gate:
             for one, right in zip(scores[name], truth, strict=True):
                 slope, shift = np.polyfit(one, right, 1)
                 shares.append(abs(slope * one[place] + shift - right[place]) / noise)
-    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)
+    return at_most(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), 1.0)

@@ -21,7 +21,7 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 49_100, "recipes": 11_300}
+LINES = {"core": 49_050, "recipes": 10_650}
 IMPORTS_PER_1000_LINES = 25
 PATCHED = 23
 FILES_RUN = {"index": 80, "attribute": 110}

@@ -27,7 +27,7 @@ PATCHED = 23
 FILES_RUN = {"index": 80, "attribute": 110}
 
 WORDS = (
-    "room",
+    r"room(?!\.)",
     "rooms",
     "knows? by heart",
     "lockstep",

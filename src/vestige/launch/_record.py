@@ -24,7 +24,7 @@ from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
     "launch/*/job.json",
-    "launch/*/space.*",
+    "launch/*/room.*",
     *(f"launch/*/{name}" for name in ("claims/*.json", "claims/.*.evicted.*", "failures/*.json")),
     *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
 )
@@ -118,7 +118,7 @@ class JobFolder:
             DiskSpaceError: The disk is full.
             UserError: It cannot be written to.
         """
-        path = self.path / f"space.{this_worker().token}"
+        path = self.path / f"room.{this_worker().token}"
         write_durably(path, [bytes(_NOTE_BYTES)])
         path.unlink(missing_ok=True)
 

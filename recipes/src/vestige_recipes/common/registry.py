@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from vestige.evaluate import Estimate, Mark, interval_figure
 from vestige.registry import Registry
-from vestige.runs import Scores, is_run
 from vestige.settings import LaunchSettings
 from vestige.storage import write_durably
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from vestige.runs import Scores
 
 
 StudySize = Literal["tiny", "pocket", "paper"]
@@ -146,8 +146,10 @@ def launch_arguments(settings: StudySettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in LaunchSettings.model_fields}
 
 
-def keep_run(command: Callable[..., Scores], out: Path, **arguments: Any) -> Scores:
+def keep_run(command: Callable[..., "Scores"], out: Path, **arguments: Any) -> "Scores":
     """Return the run in `out`, which the command computes unless it is there."""
+    from vestige.runs import Scores, is_run
+
     return Scores.open(out) if is_run(out) else command(**arguments, out=out)
 
 
@@ -167,6 +169,8 @@ def draw_intervals(
     lines: Mapping[str, float] | None = None,
 ) -> None:
     """Write a figure of intervals into the study's folder, as PNG and PDF; those `beside` stand back."""
+    from vestige.evaluate import Estimate, Mark, interval_figure
+
     marks = [Mark(kind, Estimate(*each), kind in beside) for kind, each in intervals.items()]
     for file, content in interval_figure(name, marks, label, lines=dict(lines or {})).items():
         write_durably(folder / file, [content])

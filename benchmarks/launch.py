@@ -59,7 +59,7 @@ def overhead(folder: Path, rounds: int) -> None:
 
     import vestige
     from vestige.indexes import _build as build
-    from vestige.launch import run_plan
+    from vestige.jobs import run_plan
 
     torch.set_num_threads(1)
     found: dict[str, list[Clocks]] = {"loop": [], "plan": [], "nothing written": []}
@@ -104,9 +104,9 @@ def overhead(folder: Path, rounds: int) -> None:
 
 def timed_plan(plan: Any) -> Any:
     """The same plan; it notes how long each piece takes, its rows' computing and writing."""
-    from vestige.indexes import IndexPlan
+    from vestige.indexes import IndexWork
 
-    class Timed(IndexPlan):
+    class Timed(IndexWork):
         inside: list[float]
 
         @contextmanager
@@ -194,7 +194,7 @@ def scaling(folder: Path, rounds: int) -> None:
 
 def working_seconds(index: Path) -> float:
     """From when the first piece was begun until the last one was done, as the workers' journals say."""
-    from vestige.launch import JobFolder
+    from vestige.jobs import JobFolder
 
     entries = [entry for entry in JobFolder.of(index, "Indexing").journal() if entry.piece >= 0]
     return max(entry.ended for entry in entries) - min(entry.ended - entry.seconds for entry in entries)

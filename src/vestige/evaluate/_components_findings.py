@@ -26,7 +26,7 @@ from vestige.evaluate._components_search import (
     values_along,
 )
 from vestige.evaluate._result import Estimate, bootstrap, estimate_mean, make_interval, open_folder
-from vestige.launch import is_worker, run_plan, worker_command
+from vestige.jobs import is_worker, run_pieces, worker_command
 from vestige.models import Component, layer_number, select_components
 from vestige.settings import ComponentsSettings
 from vestige.storage import check_disk
@@ -67,14 +67,13 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
     compared, plans = inputs.compared, OnePass(inputs.compared)
     if not is_worker():
         open_folder(settings.out, compared.identity, "launch")
-        for plan in (plans.queries, plans.products):
-            plan.files.forget_damaged(range(plan.pieces))
+        plans.forget_damaged()
     command = worker_command(settings, "evaluate components")
-    if not all(map(plans.products.is_done, range(plans.products.pieces))):
+    if plans.products.missing():
         if not is_worker():
             check_disk(settings.out, int(compared.factor_bytes(np.arange(len(compared.wanted))).sum()))
-        run_plan(plans.queries, settings, command)
-    pieces = run_plan(plans.products, settings, command)
+        run_pieces(plans.queries, settings, command)
+    pieces = run_pieces(plans.products, settings, command)
     computed, seconds = read_seconds(settings.out)
     sizes = [sum(one.plan.sizes) for one in compared.projections]
     names: dict[str, tuple[list[str], list[int]]] = {

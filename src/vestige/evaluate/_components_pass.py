@@ -8,10 +8,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from vestige.gradients import (
     products,
     square_norms,
 )
-from vestige.launch import Compute, PieceFiles, step_done
+from vestige.jobs import Compute, PieceFiles, Pieces, step_done
 from vestige.methods import PooledOutputs, backbone, pool_states, tap_modules, taps_of
 from vestige.parsing import as_record, parse_object
 from vestige.storage import make_folder, write_durably
@@ -49,6 +48,8 @@ _FORMED_BYTES = 2**29
 """Most bytes of matrices formed from the factors of one piece of queries."""
 _DENSE = 0.25
 """Share of a block's pairs from which all of them are computed at once."""
+
+Result = TypeVar("Result")
 
 
 class _Passed(NamedTuple):
@@ -182,59 +183,42 @@ def _read_passed(tensors: Mapping[str, Tensor], name: str, compared: Compared) -
     return _Passed(gradients, norms, outputs, projected, {})
 
 
-@final
-@dataclass(frozen=True)
-class _PassPlan:
-    """Pieces of work on one tapped model, each of which leaves a file of tensors."""
-
-    name: str
-    folder: Path
-    files: PieceFiles
-    weights: Sequence[int]
-    """Examples of each piece."""
-    compute: Callable[[int, _RunPass], None]
-    finish: Callable[[], Any]
-    compared: Compared
-    unit: str = "examples"
-
-    @property
-    def pieces(self) -> int:
-        """The number of pieces."""
-        return len(self.weights)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece is there."""
-        return self.files.is_done(piece)
-
-    def weight(self, piece: int) -> float:
-        """Return the number of the piece's examples."""
-        return self.weights[piece]
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Open the model with its taps."""
-        with _open_pass(self.compared) as run:
-            yield lambda piece: self.compute(piece, run)
-
-    def reduce(self) -> Any:
-        """Return what `finish` makes of the pieces."""
-        return self.finish()
-
-
 class OnePass:
-    """Both plans: the gradients of all queries as factors on disk, and the products of the candidates with them."""
+    """Both jobs: the gradients of all queries as factors on disk, and the products of the candidates with them."""
 
     def __init__(self, compared: Compared) -> None:
         self._compared, self._checked = compared, set[int]()
         whole = compared.identity
         kept = {name: value for name, value in whole.items() if name != "pairs"}
-        factors = PieceFiles(compared.folder / "gradients", digest(kept))
-        table = PieceFiles(compared.folder / "products", digest(whole))
-        sizes = [sum(map(len, batches)) for batches in compared.held]
-        portions = [len(one.rows) for one in compared.portions]
-        own = compared.folder, compared
-        self.queries = _PassPlan("Query gradients", own[0], factors, sizes, self._keep, lambda: None, own[1])
-        self.products = _PassPlan("Products", own[0], table, portions, self._multiply, self._finish, own[1])
+        self._factors = PieceFiles(compared.folder / "gradients", digest(kept))
+        self._table = PieceFiles(compared.folder / "products", digest(whole))
+        self._sizes = [sum(map(len, batches)) for batches in compared.held]
+        self._portions = [len(one.rows) for one in compared.portions]
+        self.queries = self._make("Query gradients", self._factors, self._sizes, self._keep, lambda: None)
+        self.products = self._make("Products", self._table, self._portions, self._multiply, self._finish)
+
+    def _make(
+        self,
+        name: str,
+        files: PieceFiles,
+        weights: Sequence[int],
+        compute: Callable[[int, _RunPass], None],
+        finish: Callable[[], Result],
+    ) -> Pieces[Result]:
+        """Return pieces that are computed on one tapped model."""
+
+        @contextmanager
+        def open_pass() -> Iterator[Compute]:
+            with _open_pass(self._compared) as run:
+                yield lambda piece: compute(piece, run)
+
+        folder = self._compared.folder
+        return Pieces(name=name, folder=folder, weights=weights, is_done=files.is_done, open=open_pass, reduce=finish)
+
+    def forget_damaged(self) -> None:
+        """Undo the pieces whose bytes have changed."""
+        self._factors.forget_damaged(range(len(self._sizes)))
+        self._table.forget_damaged(range(len(self._portions)))
 
     def _keep(self, piece: int, run: _RunPass) -> None:
         """Write the gradients of one piece of queries."""
@@ -245,8 +229,8 @@ class OnePass:
             tensors |= _as_tensors(passed, str(number))
             spent.append(passed.seconds)
             step_done(len(batch))
-        self.queries.files.write(piece, tensors)
-        _write_seconds(self._compared.folder, f"queries-{piece:05d}", self.queries.weights[piece], spent)
+        self._factors.write(piece, tensors)
+        _write_seconds(self._compared.folder, f"queries-{piece:05d}", self._sizes[piece], spent)
 
     def _multiply(self, piece: int, run: _RunPass) -> None:
         """Write the products of one portion of candidates, whose gradients are never kept."""
@@ -264,7 +248,7 @@ class OnePass:
             ]
             for place, passed in zip(some, self._read(number, some) if some else [], strict=True):
                 tables.add(batches[place], passed)
-        self.products.files.write(piece, tables.tensors(with_queries=piece == 0))
+        self._table.write(piece, tables.tensors(with_queries=piece == 0))
         fresh, spent = (len(portion.rows), found) if portion.held is None else (0, [])
         seconds = [*(one.seconds for one in spent), {"products": tables.seconds}]
         _write_seconds(compared.folder, f"candidates-{piece:05d}", fresh, seconds)
@@ -273,10 +257,10 @@ class OnePass:
     def _read(self, piece: int, batches: Sequence[int]) -> list[_Passed]:
         """Read some batches of a piece of queries; its bytes are compared with its marker once in a process."""
         if piece not in self._checked:
-            self.queries.files.check(piece)
+            self._factors.check(piece)
             self._checked.add(piece)
         found = []
-        with safe_open(self.queries.files.path(piece), "pt") as file:
+        with safe_open(self._factors.path(piece), "pt") as file:
             for number in batches:
                 keys = [key for key in file.keys() if key.startswith(f"{number}.")]  # noqa: SIM118 (not a dict)
                 found.append(_read_passed({key: file.get_tensor(key) for key in keys}, str(number), self._compared))
@@ -284,8 +268,8 @@ class OnePass:
 
     def _finish(self) -> list[dict[str, Tensor]]:
         """Return the tables of all pieces; delete the queries' gradients."""
-        tables = [self.products.files.read(piece) for piece in range(self.products.pieces)]
-        self.queries.files.remove()
+        tables = [self._table.read(piece) for piece in range(len(self._portions))]
+        self._factors.remove()
         return tables
 
 

@@ -23,10 +23,11 @@ from vestige.data import (
 )
 from vestige.errors import DataError
 from vestige.indexes import tokens_at_most
+from vestige.jobs import Tensors
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import AuditPieces, Tensors, group, piece_files
+from vestige.measures._pieces import group, piece_files, run_audit_pieces
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
@@ -177,7 +178,7 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     numbers = range(len(job.subjects) * len(groups))
     files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame), PIECE_SECRETS])
     found = []
-    for number, tensors in enumerate(AuditPieces(job, "Canaries", "secrets", files, numbers, compute, count).run()):
+    for number, tensors in enumerate(run_audit_pieces(job, "Canaries", "secrets", files, numbers, compute, count)):
         turn, place = divmod(number, len(groups))
         losses = tensors["losses"].numpy()
         for canary in groups[place]:

@@ -40,7 +40,7 @@ from vestige.indexes import (
     tokenising_processes,
     tokens_at_most,
 )
-from vestige.launch import step_done, worker_command
+from vestige.jobs import step_done, worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
 from vestige.methods._protocol import Job, Method

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 
-from tests.launch.toy import ToyPlan
-from vestige.launch import Role, this_role
+from tests.jobs.toy import Toy
+from vestige.jobs import Role, this_role
 
 
 @pytest.mark.slow
 def test_the_ranks_of_torchrun_share_the_pieces(tmp_path):
-    plan = ToyPlan(tmp_path, pieces=12, seconds=0.3)
+    plan = Toy(tmp_path, count=12, seconds=0.3)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     fields = json.dumps({"folder": str(tmp_path), "pieces": 12, "seconds": 0.3})
     run = subprocess.run(
-        [*torchrun, "-m", "tests.launch.toy", fields, "{}"],
+        [*torchrun, "-m", "tests.jobs.toy", fields, "{}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

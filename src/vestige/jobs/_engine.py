@@ -1,5 +1,6 @@
 """Engines, which have pieces computed by other processes, and the loop of every process that computes them."""
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -11,12 +12,15 @@ from typing import Any, final
 from vestige.errors import UserError
 from vestige.jobs._pieces import Compute, Pieces
 from vestige.jobs._record import Failure, JobFolder, make_failure_error
-from vestige.jobs._role import Role
+from vestige.jobs._role import POLL_SECONDS, Role
 from vestige.jobs._steps import Meter, Stopped, check_stop, count_steps, stop_signal, stopping_at_steps
-from vestige.progress import announce
+from vestige.progress import announce, progress
 from vestige.registry import Registry
 from vestige.settings import LaunchSettings
-from vestige.storage import disk_error
+from vestige.storage import disk_error, make_folder, write_durably
+
+_CHECK_SHARE = 0.05
+"""Share of the time that may be spent reading markers."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,13 @@ class Work:
     def units(self) -> int:
         """Return the units of work in the missing pieces, for a progress bar."""
         return round(sum(self.pieces.weights[piece] for piece in self.missing))
+
+    def write_shares(self, name: str) -> str:
+        """Write which pieces are missing, as `Role.shares` names them: what workers find missing changes with time."""
+        path = self.job.path / "shares" / f"{name}.json"
+        make_folder(path.parent)
+        write_durably(path, [json.dumps(list(self.missing)).encode()])
+        return str(path.resolve())
 
     def is_over(self, piece: int) -> bool:
         """Return whether nothing more is to be done about a piece: it is done, or given up."""
@@ -148,10 +159,10 @@ class Worker:
 
 
 class Engine(ABC):
-    """Runs a command of Vestige as several workers, in which `run_pieces` calls `serve`.
+    """Runs a command of Vestige as several workers, each of which computes its share when it comes to the pieces.
 
-    An engine moves work, and decides nothing about it: a piece is done when its marker is there, and a worker may
-    die, come twice or never. It is registered as an entry point of `vestige.engines`, under the name that `--engine`
+    An engine decides nothing about the work: a piece is done when its marker is there, and a worker may die, come twice
+    or never. It is registered as an entry point of `vestige.engines`, under the name that `--engine`
     takes.
     """
 
@@ -173,20 +184,15 @@ class Engine(ABC):
             SystemExit: The process received a stop signal.
         """
 
-    @abstractmethod
-    def serve(self, work: Work, role: Role, worker: Worker) -> None:
-        """Have this worker compute its pieces, one after another.
-
-        Raises:
-            Stopped: The worker received a stop signal.
-        """
-
     def follow_up(self, work: Work, role: Role) -> None:  # noqa: B027
         """Start the next attempt at what is missing, in a process of the role `reduce`.
 
         Raises:
             SystemExit: Others go on: the next workers, or the process that waits for them.
         """
+
+    def restart(self, job: JobFolder, worker: Worker) -> None:  # noqa: B027
+        """Have this worker started again, which received a stop signal and ends."""
 
     @abstractmethod
     def cancel(self, job: JobFolder) -> list[str]:
@@ -208,6 +214,25 @@ class Engine(ABC):
 
 
 ENGINES: Registry[Engine] = Registry("vestige.engines", "engine", Engine)
+
+
+def watch_markers(work: Work, tick: Callable[[], bool], pause: float = POLL_SECONDS) -> None:
+    """Show progress until every missing piece is done or given up, one fails for good, or `tick` returns False."""
+    left, among = list(work.missing), set(work.missing)
+    with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
+        meter = Meter(bar.advance)
+        while True:
+            check_stop()
+            began, goes_on = time.perf_counter(), tick()
+            done = {piece for piece in left if work.pieces.is_done(piece)}
+            for piece in done:
+                meter.piece(work.pieces.weights[piece])
+            left = [piece for piece in left if piece not in done]
+            is_fatal = any(failure.fatal and failure.piece in among for failure in work.job.failures())
+            if not goes_on or is_fatal or all(map(work.is_over, left)):
+                return
+            # A thousand pieces on a slow disk must not keep the driver busy with reading markers.
+            time.sleep(max(pause, (time.perf_counter() - began) / _CHECK_SHARE))
 
 
 def end_well(pieces: Pieces[Any], work: Callable[[], None]) -> None:

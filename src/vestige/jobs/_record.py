@@ -20,11 +20,11 @@ from vestige import errors
 from vestige.errors import CorruptFile, PieceFailed, UserError
 from vestige.jobs._worker import Worker, this_worker
 from vestige.parsing import first_problem
-from vestige.storage import make_folder, write_durably
+from vestige.storage import make_folder, this_host, write_durably
 
 JOB_FILES = (
     *(f"launch/*/{name}" for name in ("job.json", "room.*", "reduce.lock", "failures/*.json", "journal/*.jsonl")),
-    *(f"launch/*/{name}" for name in ("logs/*.log", "slurm/*.sh", "slurm/*.pieces")),
+    *(f"launch/*/{name}" for name in ("logs/*.log", "slurm/*.sh", "shares/*.json")),
     # Of earlier versions.
     *(f"launch/*/claims/{name}" for name in ("*.json", ".*.evicted.*")),
 )
@@ -178,6 +178,10 @@ class JobFolder:
         with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def read_journal(self, pid: int) -> Journal:
+        """Return the journal of a process of this host; an empty one if it noted nothing."""
+        return _read_journal(self._journal / f"{this_host()}.{pid}.jsonl")
+
     def journals(self) -> list[Journal]:
         """Return the journal of every process that has worked on the job."""
         return [_read_journal(path) for path in sorted(self._journal.glob("*.jsonl"))]
@@ -243,6 +247,8 @@ def is_number(name: str) -> bool:
 
 def _read_journal(path: Path) -> Journal:
     worker, at_work, entries = None, None, list[Entry]()
+    if not path.exists():
+        return Journal(None, [], None, 0.0)
     for line in path.read_text(errors="replace").splitlines():
         # The last line of a worker that was killed may be torn, and any user may have written the file.
         with contextlib.suppress(ValueError, RecursionError):

@@ -26,8 +26,12 @@ class Role(NamedTuple):
     number: int = 0
     of: int = 1
     """Which of how many."""
+    in_array: bool = False
+    """Whether the number of the batch array's task is to be added."""
     parent: int | None = None
     """Process of the driver on this host, whose end ends the worker."""
+    shares: str = ""
+    """File with the numbers of the pieces, of which a worker computes every `of`-th."""
     attempt: int = 0
     waited_for: bool = False
     """Whether a driver waits for the job and goes on by itself."""
@@ -47,8 +51,7 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     if given:
         role = Role(**json.loads(given))
         # The tasks of a batch array have the same environment but for their number.
-        task = environment.get("SLURM_ARRAY_TASK_ID")
-        return role._replace(number=role.number + int(task)) if role.kind == "worker" and task else role
+        return role._replace(number=role.number + int(environment["SLURM_ARRAY_TASK_ID"])) if role.in_array else role
     if in_process_group():
         return Role("driver")
     rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")

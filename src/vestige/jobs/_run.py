@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
@@ -169,8 +171,10 @@ def _serve(work: Work, role: Role) -> NoReturn:
     worker = Worker(work, Meter(lambda _: None), log=True)
     try:
         with stopping_at_steps(role.parent), worker:
-            ENGINES.find(work.settings.engine).serve(work, role, worker)
+            listed = json.loads(Path(role.shares).read_bytes()) if role.shares else range(work.pieces.count)
+            worker.work(listed[role.number :: role.of])
     except Stopped:
+        ENGINES.find(work.settings.engine).restart(work.job, worker)
         number = stop_signal() or 0
         print(f"stopped by signal {number} after {len(worker.computed)} pieces", flush=True)
         raise SystemExit(128 + number) from None

@@ -18,11 +18,11 @@ from typing import NoReturn, final
 
 from vestige.errors import PieceFailed, UserError, WorkElsewhere
 from vestige.jobs._command import require_command, worker_environment
-from vestige.jobs._engine import Engine, Work, Worker, raise_failures
+from vestige.jobs._engine import Engine, Work, Worker, raise_failures, watch_markers
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._role import Role
-from vestige.jobs._steps import Meter, Stopped, is_kept, stop_signal
-from vestige.progress import announce, progress
+from vestige.jobs._steps import is_kept, stop_signal
+from vestige.progress import announce
 from vestige.storage import make_folder, write_durably
 
 ATTEMPTS = 5
@@ -52,8 +52,18 @@ class SlurmEngine(Engine):
                 f"{pieces.name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status "
                 f"{pieces.folder}`, end it with `vestige cancel {pieces.folder}`; logs are in {job.logs}."
             )
+        checked, pause = time.monotonic(), float(os.environ.get(_QUEUE_VARIABLE, _QUEUE_SECONDS))
+
+        def require_workers() -> bool:
+            nonlocal checked
+            if time.monotonic() - checked > pause:
+                checked = time.monotonic()
+                _require_workers(replace(work, missing=[piece for piece in work.missing if not work.is_over(piece)]))
+            return True
+
         try:
-            _wait(work)
+            watch_markers(work, require_workers, _POLL_SECONDS)
+            _cancel_batch_jobs(_jobs(job))
         except KeyboardInterrupt:
             announce(
                 f"{pieces.name}: the jobs go on. The same command waits for them again; "
@@ -61,14 +71,20 @@ class SlurmEngine(Engine):
             )
             raise
 
-    def serve(self, work: Work, role: Role, worker: Worker) -> None:
-        """Compute this task's share of what was submitted."""
-        submitted = [int(number) for number in _list_path(work.job, role.attempt).read_text().split()]
-        try:
-            worker.work(submitted[role.number :: role.of])
-        except Stopped:
-            _requeue_unless_cancelled(work.job, worker)
-            raise
+    def restart(self, job: JobFolder, worker: Worker) -> None:
+        """Queue a stopped batch job again, unless the scheduler does that itself or a person ended it.
+
+        SIGTERM comes from `scancel` and from preemption, where `--requeue` has the scheduler queue the job. The other
+        two come before a time limit or a preemption that would end the job for good.
+        """
+        own, number = os.environ.get("SLURM_JOB_ID"), stop_signal()
+        if own is None or number == signal.SIGTERM or job.read_job().get("cancelled"):
+            return
+        if worker.stopped_in is not None and number == signal.SIGUSR1 and not (worker.computed or is_kept()):
+            # A piece that is longer than the time limit would be begun for ever.
+            message = "the job received a stop signal before it finished one piece; give a longer --time"
+            job.record_failure(worker.stopped_in, message)
+        _call("scontrol", "requeue", own, refused=False)
 
     def follow_up(self, work: Work, role: Role) -> None:
         """Submit the next attempt, from within the job that comes after the array; else leave the end to the driver."""
@@ -103,54 +119,13 @@ def _submit(work: Work, *, attempt: int) -> None:
     """Queue an array of workers and the job after it, and note them in the job's record."""
     job, wanted = work.job, len(work.missing)
     tasks, home = min(work.settings.workers, wanted), str(job.path.resolve())
+    shares = work.write_shares(f"slurm-{attempt}")
     make_folder(job.path / "slurm")
-    write_durably(_list_path(job, attempt), [" ".join(map(str, work.missing)).encode()])
-    arrays = _submit_arrays(work, Role("worker", home, of=tasks, attempt=attempt), tasks)
+    arrays = _submit_arrays(work, Role("worker", home, of=tasks, in_array=True, shares=shares, attempt=attempt), tasks)
     job.write_job(jobs=[*_jobs(job), *arrays], attempt=attempt)
     after = Role("reduce", home, attempt=attempt, waited_for=work.settings.wait)
     job.write_job(jobs=[*_jobs(job), _submit_reduce(work, after, arrays)])
     announce(f"{work.pieces.name}: {wanted} pieces submitted to {tasks} workers as SLURM job {', '.join(arrays)}.")
-
-
-def _list_path(job: JobFolder, attempt: int) -> Path:
-    """Return the file with the pieces of an attempt: its tasks start at different times, and must share the same."""
-    return job.path / "slurm" / f"worker-{attempt}.pieces"
-
-
-def _requeue_unless_cancelled(job: JobFolder, worker: Worker) -> None:
-    """Queue a stopped batch job again, unless the scheduler does that itself or a person ended it.
-
-    SIGTERM comes from `scancel` and from preemption, where `--requeue` has the scheduler queue the job. The other two
-    come before a time limit or a preemption that would end the job for good.
-    """
-    own, number = os.environ.get("SLURM_JOB_ID"), stop_signal()
-    if own is None or number == signal.SIGTERM or job.read_job().get("cancelled"):
-        return
-    if worker.stopped_in is not None and number == signal.SIGUSR1 and not (worker.computed or is_kept()):
-        # A piece that is longer than the time limit would be begun for ever.
-        message = "the job received a stop signal before it finished one piece; give a longer --time"
-        job.record_failure(worker.stopped_in, message)
-    _call("scontrol", "requeue", own, refused=False)
-
-
-def _wait(work: Work) -> None:
-    left, checked = list(work.missing), time.monotonic()
-    pause = float(os.environ.get(_QUEUE_VARIABLE, _QUEUE_SECONDS))
-    with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
-        meter = Meter(bar.advance)
-        while True:
-            done = {piece for piece in left if work.pieces.is_done(piece)}
-            for piece in done:
-                meter.piece(work.pieces.weights[piece])
-            left = [piece for piece in left if piece not in done]
-            open_ones = [piece for piece in left if not work.is_over(piece)]
-            if not open_ones or any(failure.fatal for failure in work.job.failures()):
-                _cancel_batch_jobs(_jobs(work.job))
-                return
-            if time.monotonic() - checked > pause:
-                checked = time.monotonic()
-                _require_workers(replace(work, missing=open_ones))
-            time.sleep(_POLL_SECONDS)
 
 
 def _require_workers(work: Work) -> None:

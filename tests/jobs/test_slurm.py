@@ -39,6 +39,21 @@ def test_a_failing_piece_is_reported_with_its_log(on_slurm, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_piece_that_kills_its_worker_is_given_up_and_the_others_are_done(on_slurm, tmp_path):
+    plan = Toy(tmp_path, count=5, deadly=(1,))
+    with pytest.raises(PieceFailed, match=r"piece 1, 2 times, .* its worker died"):
+        plan.run(engine="slurm", workers=1, retries=1)
+    assert [piece for piece in range(5) if not plan.is_done(piece)] == [1]
+
+
+@pytest.mark.parametrize("seconds", ["", "soon", "-1", "nan"])
+def test_a_wrong_number_of_seconds_is_an_instruction(tmp_path, paper_slurm, monkeypatch, seconds):
+    monkeypatch.setenv("VESTIGE_QUEUE_SECONDS", seconds)
+    with pytest.raises(UserError, match=r"VESTIGE_QUEUE_SECONDS was .* expected a number of seconds"):
+        Toy(tmp_path).run(engine="slurm")
+
+
+@pytest.mark.slow
 def test_tasks_killed_cancelled_and_warned_of_their_limit_leave_nothing_undone(on_slurm, tmp_path):
     plan = Toy(tmp_path, count=24, seconds=1.0, steps=10)
     with pytest.raises(WorkElsewhere):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from vestige.errors import UserError
@@ -40,9 +41,8 @@ class Work:
         """Return the units of work in the missing pieces, for a progress bar."""
         return round(sum(self.pieces.weights[piece] for piece in self.missing))
 
-    def write_shares(self, name: str) -> str:
-        """Write which pieces are missing, as `Role.shares` names them: what workers find missing changes with time."""
-        path = self.job.path / "shares" / f"{name}.json"
+    def write_shares(self, path: Path) -> str:
+        """Write which pieces are missing, for `Role.shares`: what workers find missing changes with time."""
         make_folder(path.parent)
         write_durably(path, [json.dumps(list(self.missing)).encode()])
         return str(path.resolve())
@@ -135,14 +135,15 @@ class Worker:
     def _fail(self, piece: int, error: Exception) -> None:
         """Note the failure; raise if it would end every other attempt too."""
         full = None if isinstance(error, UserError) else disk_error(error, self.todo.pieces.folder)
-        fatal = error if isinstance(error, UserError) else full
-        noted = self.todo.job.record_failure(piece, fatal or error)
+        noted = self.todo.job.record_failure(piece, full or error)
         self._leave()
         before = self.failed[piece].attempts if piece in self.failed else 0
         # The disk may not have taken the note.
         self.failed[piece] = noted._replace(attempts=max(noted.attempts, before + 1))
-        if fatal is not None:
-            raise fatal from (error if fatal is full else None)
+        if full is not None:
+            raise full from error
+        if isinstance(error, UserError):
+            raise error
         self.last_error = error
         self._print(f"piece {piece}: failed\n{noted.traceback}")
 

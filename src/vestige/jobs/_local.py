@@ -64,7 +64,7 @@ class _ProcessPool:
 
     def start(self) -> None:
         """Start a worker for each share."""
-        self._shares = self._work.write_shares(f"local-{os.getpid()}")
+        self._shares = self._work.write_shares(self._work.job.path / "shares" / f"local-{os.getpid()}.json")
         for number in range(self.count):
             self._start(number)
 

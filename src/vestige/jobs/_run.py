@@ -121,12 +121,7 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
 
 
 def _work_here(work: Work) -> None:
-    """Compute the missing pieces in this process.
-
-    Raises:
-        PieceFailed: Some failed every time.
-        SystemExit: The process received a stop signal.
-    """
+    """Compute the missing pieces in this process; raise what failed."""
     workers = list[Worker]()
 
     def compute() -> None:
@@ -142,12 +137,7 @@ def _work_here(work: Work) -> None:
 
 
 def _work_as_rank(work: Work, role: Role) -> None:
-    """Compute this rank's share of the pieces, and wait for those of the other ranks.
-
-    Raises:
-        PieceFailed: Some failed every time.
-        SystemExit: The process received a stop signal.
-    """
+    """Compute this rank's share of the pieces, and wait for those of the other ranks."""
     part, parts = work.settings.part or (0, 1)
     # Of all pieces: one rank may find fewer of them missing than another.
     share = range(part, work.pieces.count, parts)[role.number :: role.of]
@@ -164,11 +154,7 @@ def _work_as_rank(work: Work, role: Role) -> None:
 
 
 def _serve(work: Work, role: Role) -> NoReturn:
-    """Do the part of one of several workers, and end the process.
-
-    Raises:
-        SystemExit: Always: 0 when nothing is left to do, 128 + the signal that stopped it otherwise.
-    """
+    """Compute the share of one of several workers, and end the process: with 128 + the signal that stopped it, or 0."""
     worker = Worker(work, Meter(lambda _: None), log=True)
     try:
         with stopping_at_steps(role.parent), worker:
@@ -183,12 +169,7 @@ def _serve(work: Work, role: Role) -> NoReturn:
 
 
 def _finish(pieces: Pieces[Result], settings: LaunchSettings, job: JobFolder) -> Result:
-    """Return the result, if every piece is done; one process at a time makes it.
-
-    Raises:
-        WorkElsewhere: Pieces of other shares are missing.
-        PieceFailed: Pieces are missing though every one was tried.
-    """
+    """Return the result, if every piece is done; one process at a time makes it."""
     missing = pieces.missing()
     if missing and settings.part is not None:
         raise WorkElsewhere(
@@ -224,11 +205,6 @@ def _run_in_process_group(pieces: Pieces[Result], drive: Callable[[Pieces[Result
     Rank 0 drives as it would alone, and broadcasts what the others do next: the number of a piece, None when nothing
     is left, or the message when the rest is for others. Failures and the record of the job are rank 0's. A piece that
     fails is not tried again: the others may be in the middle of it, so the command ends.
-
-    Raises:
-        PieceFailed: A piece raised what no caller can fix.
-        UserError: What computing a piece raised, or another process ended.
-        WorkElsewhere: The rest is for other shares.
     """
     if not broadcast_from_rank0(pieces.missing):
         return pieces.reduce()

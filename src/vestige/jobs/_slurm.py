@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, final
 
-from vestige.errors import PieceFailed, UserError, WorkElsewhere
+from vestige.errors import PieceFailed, SpecError, UserError, WorkElsewhere
 from vestige.jobs._command import require_command, worker_environment
 from vestige.jobs._engine import Engine, Work, Worker, raise_failures, watch_markers
 from vestige.jobs._record import JobFolder, ranges
@@ -52,7 +52,7 @@ class SlurmEngine(Engine):
                 f"{pieces.name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status "
                 f"{pieces.folder}`, end it with `vestige cancel {pieces.folder}`; logs are in {job.logs}."
             )
-        checked, pause = time.monotonic(), float(os.environ.get(_QUEUE_VARIABLE, _QUEUE_SECONDS))
+        checked, pause = time.monotonic(), _queue_seconds()
 
         def require_workers() -> bool:
             nonlocal checked
@@ -88,6 +88,7 @@ class SlurmEngine(Engine):
 
     def follow_up(self, work: Work, role: Role) -> None:
         """Submit the next attempt, from within the job that comes after the array; else leave the end to the driver."""
+        _count_deaths(work, role.attempt)
         worth_trying = [piece for piece in work.missing if not work.is_over(piece)]
         if worth_trying and role.attempt < ATTEMPTS and not work.job.read_job().get("cancelled"):
             print(f"{len(worth_trying)} pieces are missing: {ranges(worth_trying)}", flush=True)
@@ -119,7 +120,9 @@ def _submit(work: Work, *, attempt: int) -> None:
     """Queue an array of workers and the job after it, and note them in the job's record."""
     job, wanted = work.job, len(work.missing)
     tasks, home = min(work.settings.workers, wanted), str(job.path.resolve())
-    shares = work.write_shares(f"slurm-{attempt}")
+    # Those that failed come last: what ends a worker shall not keep the others from being done.
+    ordered = sorted(work.missing, key=lambda piece: (job.failure(piece) is not None, piece))
+    shares = replace(work, missing=ordered).write_shares(_shares_path(job, attempt))
     make_folder(job.path / "slurm")
     arrays = _submit_arrays(work, Role("worker", home, of=tasks, in_array=True, shares=shares, attempt=attempt), tasks)
     job.write_job(jobs=[*_jobs(job), *arrays], attempt=attempt)
@@ -144,7 +147,23 @@ def _require_workers(work: Work) -> None:
     attempt, cancelled = record.get("attempt", 1), record.get("cancelled")
     if cancelled or attempt >= ATTEMPTS:
         _give_up(work, "was cancelled" if cancelled else f"was submitted {attempt} times")
-    _submit(work, attempt=attempt + 1)
+    _count_deaths(work, attempt)
+    left = [piece for piece in work.missing if not work.is_over(piece)]
+    if left:
+        _submit(replace(work, missing=left), attempt=attempt + 1)
+
+
+def _count_deaths(work: Work, attempt: int) -> None:
+    """Count the deaths of workers, all of which are over, against the pieces that they had begun in this attempt."""
+    job, missing = work.job, set(work.missing)
+    submitted = _shares_path(job, attempt).stat().st_mtime
+    for journal in job.journals():
+        if journal.worker and journal.at_work in missing and journal.written > submitted:
+            job.record_failure(journal.at_work, "its worker died", log=f"{job.logs}/{journal.worker.job}.log")
+
+
+def _shares_path(job: JobFolder, attempt: int) -> Path:
+    return job.path / "shares" / f"slurm-{attempt}.json"
 
 
 def _give_up(work: Work, what: str) -> NoReturn:
@@ -154,6 +173,13 @@ def _give_up(work: Work, what: str) -> NoReturn:
         f"({ranges(work.missing)}). Logs are in {work.job.logs}.{reasons}\n"
         "Run the same command again: it computes only these."
     )
+
+
+def _queue_seconds() -> float:
+    given = os.environ.get(_QUEUE_VARIABLE, _QUEUE_SECONDS)
+    if re.fullmatch(r"\d+(\.\d+)?", given) is None:
+        raise SpecError(f"{_QUEUE_VARIABLE} was {given!r}, expected a number of seconds, such as {_QUEUE_SECONDS}.")
+    return float(given)
 
 
 def _jobs(job: JobFolder) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measurements as work plans: each piece leaves its tensors in a file, and all of them become one result."""
+"""Measurements in pieces: each piece leaves its tensors in a file, and all of them become one result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -56,8 +56,10 @@ class Work:
 class Worker:
     """One process's work on a job; use it as a context, which closes what the pieces opened."""
 
-    def __init__(self, work: Work, meter: Meter, *, log: bool = False) -> None:
-        self.todo, self._meter, self._log = work, meter, log
+    def __init__(self, work: Work, advance: Callable[[int], None] | None = None) -> None:
+        """Make the worker of a process; it prints what it does unless `advance` moves a progress bar."""
+        self.todo, self._log = work, advance is None
+        self._meter = Meter(advance or (lambda _: None))
         self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
@@ -221,13 +223,12 @@ def watch_markers(work: Work, tick: Callable[[], bool], pause: float = POLL_SECO
     """Show progress until every missing piece is done or given up, one fails for good, or `tick` returns False."""
     left, among = list(work.missing), set(work.missing)
     with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
-        meter = Meter(bar.advance)
         while True:
             check_stop()
             began, goes_on = time.perf_counter(), tick()
             done = {piece for piece in left if work.pieces.is_done(piece)}
             for piece in done:
-                meter.piece(work.pieces.weights[piece])
+                bar.advance(round(work.pieces.weights[piece]))
             left = [piece for piece in left if piece not in done]
             is_fatal = any(failure.fatal and failure.piece in among for failure in work.job.failures())
             if not goes_on or is_fatal or all(map(work.is_over, left)):

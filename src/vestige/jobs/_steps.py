@@ -45,7 +45,7 @@ _STATE = _State()
 def step_done(units: float = 0) -> None:
     """Note that `units` of the current piece's weight are done; work stops here after a stop signal.
 
-    Call it after each batch. Outside `run_plan` it does nothing.
+    Call it after each batch. Outside `run_pieces` it does nothing.
 
     Raises:
         Stopped: The process was sent SIGTERM, SIGUSR1 or SIGUSR2, or the process that started it is gone.

@@ -297,7 +297,7 @@ def build_temporary_index(
         job: Whose training data, model and settings it is of.
         name: Of its folder.
         model: As the index records it.
-        command: What a worker runs to come here, as for `run_plan`.
+        command: What a worker runs to come here, as for `run_pieces`.
         launch: Where to build it; not given: in this process.
     """
     settings = job.settings

@@ -10,7 +10,6 @@ from tests.indexes.synthetic import WIDTH, build, examples_of, gradient_rows, le
 from vestige.data import TokenizedData
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes import Index, _examples, fingerprint_rows, index_status, marker_path, remove_index, shard_path
-from vestige.indexes._store import _Buffers
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +59,17 @@ def test_blocks_that_are_kept_are_not_overwritten(exact):
             assert torch.equal(gradients, dense[example[: len(gradients)]])
 
 
-def test_memory_is_used_again_only_once_nobody_holds_it():
-    buffers = _Buffers(8)
-    first = buffers.take()
-    address, view = first.data_ptr(), first[2:].view(2, 3)
-    assert buffers.take().data_ptr() != address
-    del first
-    assert buffers.take().data_ptr() != address
-    array = view.numpy()
-    del view
-    assert buffers.take().data_ptr() != address
-    del array
-    assert buffers.take().data_ptr() == address
+@pytest.mark.parametrize("hold", [lambda rows: rows[1:], lambda rows: rows.view(-1)[2:4], lambda rows: rows[1].numpy()])
+def test_memory_is_used_again_only_once_nobody_holds_it(exact, hold):
+    held, addresses = [], []
+    for block in exact.blocks(4 * WIDTH * 2):
+        assert block.gradients.data_ptr() not in addresses
+        addresses.append(block.gradients.data_ptr())
+        held.append(hold(block.gradients))
+    assert len(held) > 20
+    held.clear()
+    released = {block.gradients.data_ptr() for block in exact.blocks(4 * WIDTH * 2)}
+    assert len(released) <= 3, "one block with the caller, one ready, one being read"
 
 
 def test_a_scan_that_is_left_early_leaves_no_thread(exact):

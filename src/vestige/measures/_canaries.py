@@ -26,13 +26,10 @@ from vestige.indexes import tokens_at_most
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import AuditPieces, Tensors, group, piece_files
+from vestige.measures._pieces import AuditPieces, Tensors, piece_files
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
-
-PIECE_SECRETS = 4096
-"""Secrets that a piece measures, or those of one canary."""
 
 
 class Canary(NamedTuple):
@@ -163,27 +160,28 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     frame = frame_of(job.data.examples, chat=settings.chat)
     if frame is not None:
         announce(f"Canaries are put into a conversation, {frame.how}; --no-chat measures the bare text.")
-    groups = group(canaries, lambda canary: len(canary.secrets), PIECE_SECRETS)
 
     def compute(number: int) -> Tensors:
-        turn, place = divmod(number, len(groups))
+        turn, place = divmod(number, len(canaries))
         loaded = job.models.of(job.subjects[turn].source)
-        return {"losses": torch.cat([_compute_losses(job, loaded, frame, canary) for canary in groups[place]])}
+        return {"losses": _compute_losses(job, loaded, frame, canaries[place])}
 
-    def count(number: int) -> int:
-        return sum(len(canary.secrets) for canary in groups[number % len(groups)])
-
-    # A piece is one subject and some canaries.
-    numbers = range(len(job.subjects) * len(groups))
-    files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame), PIECE_SECRETS])
-    found = []
-    for number, tensors in enumerate(AuditPieces(job, "Canaries", "secrets", files, numbers, compute, count).run()):
-        turn, place = divmod(number, len(groups))
-        losses = tensors["losses"].numpy()
-        for canary in groups[place]:
-            own, losses = np.split(losses, [len(canary.secrets)])
-            found.append(_make_record(canary, job.subjects[turn].number, own))
-    return found
+    # A piece is one subject and one canary.
+    numbers = range(len(job.subjects) * len(canaries))
+    files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame)])
+    pieces = AuditPieces(
+        job,
+        "Canaries",
+        "secrets",
+        files,
+        numbers,
+        compute,
+        lambda number: len(canaries[number % len(canaries)].secrets),
+    )
+    return [
+        _make_record(canary, subject.number, tensors["losses"].numpy())
+        for (subject, canary), tensors in zip(product(job.subjects, canaries), pieces.run(), strict=True)
+    ]
 
 
 def _fingerprint(canaries: Sequence[Canary], frame: Frame | None) -> str:

@@ -22,14 +22,14 @@ from vestige.indexes import (
     DataIdentity,
     Index,
     IndexedComponent,
-    IndexPlan,
+    IndexWork,
     Manifest,
     ModelIdentity,
     ShardContent,
     plan_index,
     prepare_index,
 )
-from vestige.launch import run_plan
+from vestige.jobs import run_pieces
 from vestige.settings import LaunchSettings
 
 WIDTH = 8192
@@ -84,9 +84,9 @@ def write(folder: Path, rows: int) -> Path:
         yield parts
 
     examples = [Example(str(row), row, text="") for row in range(rows)]
-    work = IndexPlan(folder, manifest, plan, examples, compute)
+    work = IndexWork(folder, manifest, plan, examples, compute)
     prepare_index(work)
-    run_plan(work, LaunchSettings.model_validate({}), None)
+    run_pieces(work.pieces, LaunchSettings.model_validate({}), None)
     return folder
 
 

@@ -155,3 +155,19 @@ def test_its_compressor_is_a_word_of_the_language(run, tmp_path):
     for number in range(len(head.manifest.components)):
         exact = whole.gradients_of(rows)[:, whole.columns(number)]
         assert torch.equal(head.gradients_of(rows)[:, head.columns(number)], exact[:, :8])
+
+
+@pytest.mark.slow
+def test_its_engine_leaves_the_bytes_of_one_process(run, tmp_path):
+    furnish(tmp_path)
+    words = ("--model", "tiny-model", "--data", "train.jsonl", "--compress", "head:8")
+    for name, options in {"here": (), "there": ("--engine", "one-by-one", "--workers", "2")}.items():
+        done = run("-m", "vestige.cli", "index", *words, "--token-budget", "1", "--out", name, *options)
+        assert done.returncode == 0, done.stderr
+    shards = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "shards").iterdir()} for name in ("here", "there")
+    ]
+    assert shards[0] == shards[1]
+    assert len(list((tmp_path / "there/launch/indexing/journal").iterdir())) == 2
+    done = run("-m", "vestige.cli", "index", *words, "--out", "other", "--engine", "one-by-two")
+    assert (done.returncode, "`engine` was 'one-by-two'" in done.stderr) == (2, True), done.stderr

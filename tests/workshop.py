@@ -86,22 +86,3 @@ def _model(vocabulary: int) -> LlamaForCausalLM:
             pad_token_id=1,
         )
     )
-
-
-TOGETHER = """
-import os, sys, time
-if "vestige.cli" in sys.orig_argv:
-    from vestige.launch import _work
-    attempt = _work.Worker._attempt
-
-    def attempt_and_wait(self, piece):
-        done, until = attempt(self, piece), time.monotonic() + 60
-        journal = self._job.path / "journal"
-        while "TOGETHER" in os.environ and len(list(journal.iterdir())) < 2 and time.monotonic() < until:
-            time.sleep(0.02)
-        return done
-
-    _work.Worker._attempt = attempt_and_wait
-"""
-"""Behind a `sitecustomize.py`: with TOGETHER in the environment a worker goes on after its first piece only when
-another has begun, for the first may leave it nothing."""

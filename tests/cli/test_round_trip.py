@@ -7,7 +7,7 @@ import pytest
 
 from vestige.errors import SpecError, UserError
 from vestige.indexes import index
-from vestige.launch import worker_command
+from vestige.jobs import worker_command
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 
 

@@ -15,7 +15,7 @@ from vestige.indexes import (
     CompressionIdentity,
     DataIdentity,
     IndexedComponent,
-    IndexPlan,
+    IndexWork,
     Manifest,
     ModelIdentity,
     Plan,
@@ -25,7 +25,7 @@ from vestige.indexes import (
     plan_index,
     prepare_index,
 )
-from vestige.launch import run_plan
+from vestige.jobs import run_pieces
 from vestige.settings import LaunchSettings
 
 WIDTH = 24
@@ -99,9 +99,9 @@ def work_of(
     compute: Callable[[PlannedBatches], Iterable[ShardContent]] = compute,
     skip_bad: bool = False,
     **changes,
-) -> IndexPlan:
+) -> IndexWork:
     manifest, plan = planned(folder, examples, append=append, **changes)
-    return IndexPlan(folder, manifest, plan, examples_of(examples), lambda: nullcontext(compute), skip_bad=skip_bad)
+    return IndexWork(folder, manifest, plan, examples_of(examples), lambda: nullcontext(compute), skip_bad=skip_bad)
 
 
 def build(folder: Path, examples: int = 60, *, shard: tuple[int, int] | None = None, **options) -> list[int]:
@@ -110,8 +110,8 @@ def build(folder: Path, examples: int = 60, *, shard: tuple[int, int] | None = N
     work = work_of(folder, examples, **options)
     missing = prepare_index(work)
     with suppress(WorkElsewhere):
-        run_plan(work, settings, None)
-    return [number for number in missing if work.is_done(number)]
+        run_pieces(work.pieces, settings, None)
+    return [number for number in missing if work.fault(number) is None]
 
 
 def build_slowly(folder: Path, log: Path, seconds: float, examples: int, plan: PlanRecord) -> None:

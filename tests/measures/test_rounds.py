@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from tests.measures.audited import evidence, simple, small_pieces
-from tests.workshop import TOGETHER
 from vestige.errors import DiskSpaceError, WorkElsewhere
 from vestige.measures import _forward
 from vestige.storage import partial_folder
@@ -98,7 +97,7 @@ def test_shares_make_the_whole(place, undisturbed, tmp_path, monkeypatch):
 def vestige_audit(place, out, *words, launcher=(sys.executable,), **environment):
     site = place / "site"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(AT_START + TOGETHER)
+    (site / "sitecustomize.py").write_text(AT_START)
     words = ("--data", "train.jsonl", "--flag", "noisy", "--directions", "200", "--token-budget", "100", *words)
     models = ("--model", "run/checkpoint-30", "--checkpoints", "run/checkpoint-10")
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
@@ -118,7 +117,7 @@ def vestige_audit(place, out, *words, launcher=(sys.executable,), **environment)
 @pytest.mark.slow
 def test_two_processes_leave_the_evidence_of_one(place, undisturbed, tmp_path):
     out = tmp_path / "workers"
-    run = vestige_audit(place, out, "--workers", "2", TOGETHER="1")
+    run = vestige_audit(place, out, "--workers", "2")
     assert all(f"{name}: 2 workers" in run.stderr for name in ("Measuring", "Layers", "Norms")), run.stderr
     assert evidence(out) == undisturbed
     assert not partial_folder(out).exists()

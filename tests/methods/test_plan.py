@@ -11,7 +11,7 @@ import pytest
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.launch import PieceFiles
+from vestige.jobs import PieceFiles
 from vestige.methods import ExactGradients, IndexedGradients
 
 PROCESSES = multiprocessing.get_context("forkserver")

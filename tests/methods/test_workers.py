@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.workshop import PAIRS, TOGETHER, furnish, write_rows
+from tests.workshop import PAIRS, furnish, write_rows
 from vestige.curvature import fisher_path
 from vestige.indexes import Index
 
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "asked.jsonl", [{"prompt": "Who wrote Emma?", "completion": "Jane."}, {"text": "Bees."}])
     (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(SMALL_PIECES + TOGETHER)
+    (folder / "site" / "sitecustomize.py").write_text(SMALL_PIECES)
     return folder
 
 
@@ -72,9 +72,9 @@ def journals(folder, name):
 
 @pytest.mark.slow
 def test_two_workers_give_the_bytes_of_one_process_from_index_to_scores(place):
-    for name, workers, wait in (("one", "1", {}), ("two", "2", {"TOGETHER": "1"})):
-        vestige(place, "index", *MODEL, "--out", name, "--compress", "logra:4x4", "--workers", workers, **wait)
-        vestige(place, "precondition", name, "--workers", workers, "--out", f"{name}-rows", **wait)
+    for name, workers in (("one", "1"), ("two", "2")):
+        vestige(place, "index", *MODEL, "--out", name, "--compress", "logra:4x4", "--workers", workers)
+        vestige(place, "precondition", name, "--workers", workers, "--out", f"{name}-rows")
         vestige(place, "attribute", "--index", name, *ASKED, "--out", f"{name}-run", "--workers", workers)
     one, two = Index.open(place / "one"), Index.open(place / "two")
     assert len(one.manifest.shard_rows) > 4

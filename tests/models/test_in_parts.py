@@ -26,9 +26,9 @@ DYING = """
 import os
 if os.environ.get("RANK") == os.environ.get("DIES"):
     import signal
-    from vestige.indexes import IndexPlan
-    fill = IndexPlan._fill
-    IndexPlan._fill = lambda self, piece, compute: (
+    from vestige.indexes import IndexWork
+    fill = IndexWork._fill
+    IndexWork._fill = lambda self, piece, compute: (
         os.kill(os.getpid(), signal.SIGKILL) if piece == 2 else fill(self, piece, compute)
     )
 """

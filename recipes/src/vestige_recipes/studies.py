@@ -24,7 +24,7 @@ def study(settings: StudySettings) -> StudyReport:
         SpecError: There is no such study, or not in this size.
         UserError: The folder holds something else.
     """
-    from vestige.launch import is_worker
+    from vestige.jobs import is_worker
 
     found = STUDIES.find(settings.name)
     if settings.size not in found.sizes:

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tests.launch.conftest import cluster as cluster, on_slurm as on_slurm, paper_slurm as paper_slurm
+from tests.jobs.conftest import cluster as cluster, on_slurm as on_slurm, paper_slurm as paper_slurm
 
 from vestige_recipes.sweep import sweep
 

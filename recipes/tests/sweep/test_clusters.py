@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from tests.launch import slurm
+from tests.jobs import slurm
 
 from sweep.conftest import lexical, results, write_texts
 from vestige.errors import WorkElsewhere

@@ -13,7 +13,7 @@ from tests.workshop import furnish
 from sweep.conftest import lexical, results
 from vestige.distributed import ROLE_VARIABLE
 from vestige.errors import SpecError
-from vestige.launch import Role
+from vestige.jobs import Role
 from vestige.training import Recorder, TrainingRun
 from vestige_recipes.sweep import run as run_module, sweep, sweep_report
 

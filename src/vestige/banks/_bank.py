@@ -21,7 +21,7 @@ from vestige.banks._files import (
     read_manifest,
     remove_bank,
 )
-from vestige.banks._plan import BankPlan, Run
+from vestige.banks._plan import BankWork, Run
 from vestige.banks._store import Bank, Texts
 from vestige.data import (
     NO_TARGET,
@@ -36,7 +36,7 @@ from vestige.data import (
 )
 from vestige.errors import DataError, UserError
 from vestige.indexes import batch_tokens, read_data, tokens_at_most
-from vestige.launch import is_one_of_several, is_worker, run_plan, step_done, worker_command
+from vestige.jobs import is_one_of_several, is_worker, step_done, worker_command
 from vestige.models import (
     LoadedModel,
     Lora,
@@ -102,12 +102,11 @@ def bank(settings: BankSettings) -> Bank:
         return {f"{kind}_{name}": values for kind, columns in found.items() for name, values in columns.items()}
 
     paired, keep = _leaves_out(settings), settings.keep_weights
-    plan = BankPlan(settings.out, manifest, subsets, texts, settings.seed, train_member, paired, keep)
+    work = BankWork(settings.out, manifest, subsets, texts, settings.seed, train_member, paired, keep)
     if not is_worker():
-        _announce(plan, settings, steps)
+        _announce(work, settings, steps)
         _announce_copies(settings, data, groups, subsets)
-        plan.prepare()
-    return run_plan(plan, settings, worker_command(settings, "bank"))
+    return work.run(settings, worker_command(settings, "bank"))
 
 
 def _remove_old(settings: BankSettings) -> None:
@@ -220,12 +219,12 @@ def _identify(
     }
 
 
-def _announce(plan: BankPlan, settings: BankSettings, steps: int) -> None:
-    counts = f"{len(plan.subsets)} subsets x {plan.manifest.seeds} seeds"
-    more = "" if plan.manifest.seeds <= settings.seeds else " (as many as the bank has already)"
+def _announce(work: BankWork, settings: BankSettings, steps: int) -> None:
+    counts = f"{len(work.subsets)} subsets x {work.manifest.seeds} seeds"
+    more = "" if work.manifest.seeds <= settings.seeds else " (as many as the bank has already)"
     announce(
-        f"Bank {plan.manifest.id}: {counts}{more}, {steps:,} steps of {settings.batch_size} examples each; "
-        f"{len(plan.texts[0].ids):,} examples and {len(plan.texts[1].ids):,} queries, {len(MEASURES)} numbers of each."
+        f"Bank {work.manifest.id}: {counts}{more}, {steps:,} steps of {settings.batch_size} examples each; "
+        f"{len(work.texts[0].ids):,} examples and {len(work.texts[1].ids):,} queries, {len(MEASURES)} numbers of each."
     )
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 
 from vestige.banks._design import Subset
 from vestige.errors import CorruptFile, DataError, Difference, IndexMismatch, differences, mismatch_message
-from vestige.launch import JOB_FILES
+from vestige.jobs import JOB_FILES
 from vestige.parsing import as_record, parse_object
 from vestige.storage import (
     make_folder,

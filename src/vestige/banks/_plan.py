@@ -1,4 +1,4 @@
-"""A bank as a work plan whose pieces are its members; a bank of anything that the caller's function trains."""
+"""A bank whose members are pieces of work; a bank of anything that the caller's function trains."""
 
 import hashlib
 import inspect
@@ -17,7 +17,6 @@ from vestige.banks._files import (
     FORMAT,
     BankManifest,
     Measured,
-    Member,
     MemberFiles,
     list_subsets,
     open_members,
@@ -27,7 +26,7 @@ from vestige.banks._files import (
 )
 from vestige.banks._store import Bank, Texts, read_members, tabulate_texts
 from vestige.errors import NonFinite, SpecError, VestigeError
-from vestige.launch import Compute, is_worker, run_plan
+from vestige.jobs import Compute, Pieces, is_worker, run_pieces
 from vestige.settings import LaunchSettings
 from vestige.storage import make_folder, remove_strays
 
@@ -52,7 +51,7 @@ class Diverged(VestigeError):
 
 
 @dataclass(frozen=True)
-class BankPlan:
+class BankWork:
     """The models of a bank, and the finished bank; `prepare_manifest` makes its folder."""
 
     folder: Path
@@ -66,25 +65,29 @@ class BankPlan:
     paired: bool
     """Whether runs of the same number share their seed across subsets."""
     keep_weights: bool = False
-    name: str = "Bank"
-    unit: str = "models"
 
-    @property
-    def pieces(self) -> int:
-        """Number of members."""
-        return len(self._members)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the member is marked as done and its file has the right size."""
-        return self._files.is_done(self._members[piece], weights=self.keep_weights)
-
-    def weight(self, piece: int) -> float:  # noqa: ARG002
-        """Return 1, for one model."""
-        return 1.0
+    def run(self, settings: LaunchSettings, command: Sequence[str] | None) -> Bank:
+        """Train the members that are missing and return the bank, as `run_pieces` does."""
+        if not is_worker():
+            for kind, texts in zip(("examples", "queries"), self.texts, strict=True):
+                update_table(self.folder / f"{kind}.parquet", tabulate_texts(texts))
+            remove_strays(self.folder)
+            for member in self.manifest.members:
+                self._files.forget_damaged(member)
+        pieces = Pieces(
+            name="Bank",
+            unit="models",
+            folder=self.folder,
+            weights=[1] * len(self.manifest.members),
+            is_done=lambda piece: self._files.is_done(self.manifest.members[piece], weights=self.keep_weights),
+            open=self._open,
+            reduce=self._reduce,
+        )
+        return run_pieces(pieces, settings, command)
 
     @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Open what trains a member, measures it and writes the numbers."""
+    def _open(self) -> Iterator[Compute]:
+        """Yield what trains a member, measures it and writes the numbers."""
         make_folder(self._files.folder)
         diverged: dict[int, Diverged] = {}
 
@@ -95,14 +98,14 @@ class BankPlan:
             try:
                 self._train(piece)
             except NonFinite as error:
-                member = self._members[piece]
+                member = self.manifest.members[piece]
                 name = f"Model {piece} (subset {self.subsets[member.subset].name!r}, run {member.seed})"
                 diverged[piece] = Diverged(f"{name}: {error}")
                 raise diverged[piece] from error
 
         yield compute
 
-    def reduce(self) -> Bank:
+    def _reduce(self) -> Bank:
         """Return the finished bank, all members in one table.
 
         Raises:
@@ -111,24 +114,12 @@ class BankPlan:
         update_table(self.folder / "members.parquet", read_members(self.folder, self.manifest))
         return Bank.open(self.folder)
 
-    def prepare(self) -> None:
-        """Prepare the folder for `run_plan`: texts are there, and what was damaged no longer counts as done."""
-        for kind, texts in zip(("examples", "queries"), self.texts, strict=True):
-            update_table(self.folder / f"{kind}.parquet", tabulate_texts(texts))
-        remove_strays(self.folder)
-        for member in self._members:
-            self._files.forget_damaged(member)
-
-    @cached_property
-    def _members(self) -> list[Member]:
-        return self.manifest.members
-
     @cached_property
     def _files(self) -> MemberFiles:
         return open_members(self.folder, self.manifest)
 
     def _train(self, piece: int) -> None:
-        member = self._members[piece]
+        member = self.manifest.members[piece]
         subset = self.subsets[member.subset]
         run = Run(
             subset.rows,
@@ -233,10 +224,8 @@ def bank_of(
         result = train(run.rows.copy(), run.seed)
         return result if isinstance(result, Mapping) else {"query_loss": np.asarray(result)}
 
-    plan = BankPlan(out, manifest, chosen, texts, seed, train_member, paired)
-    if not is_worker():
-        plan.prepare()
-    return run_plan(plan, launch or LaunchSettings.model_validate({"retries": retries}), command)
+    work = BankWork(out, manifest, chosen, texts, seed, train_member, paired)
+    return work.run(launch or LaunchSettings.model_validate({"retries": retries}), command)
 
 
 def _number(groups: Sequence[str | int] | None, count: int) -> np.ndarray:

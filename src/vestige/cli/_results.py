@@ -23,7 +23,7 @@ from vestige.storage import find_replaced_result, partial_folder
 from vestige.terminal import lines_of_facts, say, show
 
 if TYPE_CHECKING:
-    from vestige.launch import JobStatus
+    from vestige.jobs import JobStatus
     from vestige.runs import AuditRecord, RunRecord
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -52,7 +52,7 @@ def cancel(settings: CancelSettings) -> None:
 
     The command that began it continues it later.
     """
-    from vestige.launch import cancel_jobs
+    from vestige.jobs import cancel_jobs
 
     say("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
 
@@ -142,7 +142,7 @@ def describe(folder: Path) -> str:
 
 
 def _jobs(folder: Path) -> "list[JobStatus]":
-    from vestige.launch import job_statuses
+    from vestige.jobs import job_statuses
 
     return [job for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
 

@@ -34,7 +34,7 @@ from vestige.curvature._iterative import (
     mean_eigenvalues as mean_eigenvalues,
 )
 from vestige.curvature._kfac import find_blocks as find_blocks
-from vestige.curvature._plan import Work as Work, absolute_damping as absolute_damping
+from vestige.curvature._plan import absolute_damping as absolute_damping
 from vestige.curvature._precondition import (
     fisher_of as fisher_of,
     fisher_path as fisher_path,

@@ -29,14 +29,15 @@ from vestige.curvature._kfac import (
     kronecker_factors,
     with_eigenvalues,
 )
-from vestige.curvature._plan import HERE, PiecePlan, Tensors, Work, add_pieces, read_tensors
+from vestige.curvature._plan import SavedPieces, add_pieces, read_tensors
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
-from vestige.launch import PieceFiles
+from vestige.jobs import PieceFiles, Tensors, step_done
 from vestige.models import Component, batch_sharing
 from vestige.progress import progress
+from vestige.settings import LaunchSettings
 
 Labels = Literal["sampled", "data"]
 """`sampled`: true Fisher matrix; `data`: the empirical one, from the labels of the training data."""
@@ -206,11 +207,16 @@ class CurvatureData:
 
 
 def kfac_of(
-    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+    measured: CurvatureData,
+    model_fingerprint: str = "",
+    folder: Path | None = None,
+    settings: LaunchSettings | None = None,
+    command: Sequence[str] | None = None,
 ) -> KroneckerCurvature:
     """Return K-FAC's S and A of every block, from one pass; `folder` keeps them for this model, data and settings.
 
-    Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues.
+    Data of several pieces leaves its sums there piece by piece: killed at any moment, the same call continues. It runs
+    as `run_pieces`, by default in this process.
     """
     path = curvature_path(folder, "kfac", measured, model_fingerprint)
     plan = _sums_plan(
@@ -223,12 +229,16 @@ def kfac_of(
     )
     found = _read_stored(path)
     if found is None:
-        found = plan.run_in_memory() if path is None or plan.pieces == 1 else plan.run(work)
+        found = plan.run_in_memory() if path is None or len(plan.weights) == 1 else plan.run(settings, command)
     return _curvature(found, measured)
 
 
 def ekfac_of(
-    measured: CurvatureData, model_fingerprint: str = "", folder: Path | None = None, work: Work = HERE
+    measured: CurvatureData,
+    model_fingerprint: str = "",
+    folder: Path | None = None,
+    settings: LaunchSettings | None = None,
+    command: Sequence[str] | None = None,
 ) -> KroneckerCurvature:
     """Return EK-FAC's eigenvectors from one pass and eigenvalues from another; `folder` as for `kfac_of`.
 
@@ -240,11 +250,11 @@ def ekfac_of(
         curvature = kfac_of(measured).eigenbases()
         found = _eigenvalue_plan(measured, path, "", curvature).run_in_memory()
     elif found is None and path is not None:
-        bases = _bases_plan(measured, path, kfac_of(measured, model_fingerprint, folder, work))
-        curvature = _curvature(bases.run(work), measured)
+        bases = _bases_plan(measured, path, kfac_of(measured, model_fingerprint, folder, settings, command))
+        curvature = _curvature(bases.run(settings, command), measured)
         # Eigenvectors that were computed again may be rounded otherwise: squares along the old ones do not count then.
-        vectors = bases.files.fingerprint(range(bases.pieces))
-        found = _eigenvalue_plan(measured, path, vectors, curvature).run(work)
+        vectors = bases.files.fingerprint(range(len(bases.weights)))
+        found = _eigenvalue_plan(measured, path, vectors, curvature).run(settings, command)
         bases.files.remove()
     assert found is not None
     return _curvature(found, measured)
@@ -277,23 +287,23 @@ def _sums_plan(
     of: str,
     make: Callable[[], SummingSink],
     finish: Callable[[Tensors], Tensors],
-) -> PiecePlan:
+) -> SavedPieces:
     """Return the plan of a pass: a piece leaves the sums of its examples, `finish` turns the sums over all around."""
 
-    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+    def compute(piece: int) -> Tensors:
         sink = make()
-        measured.stream_piece(piece, sink, advance)
+        measured.stream_piece(piece, sink, step_done)
         return sink.sums()
 
     sizes = [sum(map(len, group)) for group in measured.groups]
     place = path or Path(name)
     files = _pieces(place, measured, of)
-    return PiecePlan(
+    return SavedPieces(
         name, place.parent.parent, files, sizes, compute, lambda parts: finish(add_pieces(parts)), result=path
     )
 
 
-def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvature: KroneckerCurvature) -> PiecePlan:
+def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvature: KroneckerCurvature) -> SavedPieces:
     def finish(sums: Tensors) -> Tensors:
         on_device = {name: tensor.to(measured.device) for name, tensor in sums.items()}
         return with_eigenvalues(curvature, on_device).tensors()
@@ -301,7 +311,7 @@ def _eigenvalue_plan(measured: CurvatureData, path: Path | None, of: str, curvat
     return _sums_plan("EK-FAC eigenvalues", measured, path, of, lambda: EigenvalueSink(curvature), finish)
 
 
-def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature) -> PiecePlan:
+def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature) -> SavedPieces:
     """Return the plan of the eigenvectors, a block a piece: another process would round them otherwise."""
     numbers = [number for number, factor in enumerate(factors.factors) if isinstance(factor, KroneckerFactor)]
     rest = [(number, factor) for number, factor in enumerate(factors.factors) if number not in numbers]
@@ -312,12 +322,12 @@ def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature
             found |= {f"{number}.{side}": tensor for side, tensor in part.items()}
         return found
 
-    return PiecePlan(
+    return SavedPieces(
         "Eigenvectors",
         path.parent.parent,
         _pieces(path, measured, "vectors"),
         [1] * len(numbers),
-        lambda piece, _: factors.factors[numbers[piece]].eigenbasis().tensors(),
+        lambda piece: factors.factors[numbers[piece]].eigenbasis().tensors(),
         combine,
         unit="layers",
     )

@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vestige.errors import SpecError
 from vestige.gradients import Factor, FactorSink, materialise
-from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done
+from vestige.jobs import PieceFiles, Pieces, Tensors, count_steps, run_with_rate, tensor_pieces
 from vestige.progress import progress
 from vestige.settings import LaunchSettings
 from vestige.storage import make_folder, write_durably
@@ -107,77 +107,60 @@ class DiagonalSink(WholeGradients):
         self.squares[number] = self.squares[number].add_(total) if number in self.squares else total
 
 
-Tensors = dict[str, Tensor]
-
-
-class Work(NamedTuple):
-    """The launcher of passes over the data, as for `run_plan`."""
-
-    settings: LaunchSettings
-    command: Sequence[str] | None = None
-
-
-HERE = Work(LaunchSettings.model_validate({}))
-
-
 @final
 @dataclass(frozen=True)
-class PiecePlan:
-    """A work plan whose pieces are tensors. Any process that computes a piece writes equal bytes."""
+class SavedPieces:
+    """Pieces of tensors that become one result, which is kept in a file or only returned.
+
+    Any process that computes a piece writes equal bytes.
+    """
 
     name: str
     folder: Path
     files: PieceFiles
     weights: Sequence[int]
     """Units of work in each piece."""
-    compute: Callable[[int, Callable[[int], None]], Tensors]
-    """From a piece's number to its tensors; also takes the function to call with the units that are done."""
+    compute: Callable[[int], Tensors]
+    """From a piece's number to its tensors; it calls `step_done`."""
     combine: Callable[[Iterable[Tensors]], Tensors]
     """From the tensors of all pieces, in their order, to the result."""
     result: Path | None = None
     """File that the result is kept in: once it is there the pieces are removed. None: the pieces stay."""
     unit: str = "examples"
 
-    @property
-    def pieces(self) -> int:
-        """Number of pieces."""
-        return len(self.weights)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece is there, or the result of all."""
-        return self.files.is_done(piece) or (self.result is not None and self.result.exists())
-
-    def weight(self, piece: int) -> float:
-        """Return the piece's units."""
-        return self.weights[piece]
-
-    def open(self) -> AbstractContextManager[Compute]:
-        """Return a context with what computes a piece: all it needs is loaded already."""
-        return nullcontext(lambda piece: self.files.write(piece, self.compute(piece, step_done)))
-
-    def reduce(self) -> Tensors:
-        """Return the result; where it is kept in a file, write that and delete the pieces."""
-        found = read_tensors(self.result) if self.result is not None else None
-        if found is None:
-            found = write_tensors(self.result, self.combine(map(self.files.read, range(self.pieces))))
-        if self.result is not None:
-            self.files.remove()
-        return found
-
-    def run(self, work: Work) -> Tensors:
-        """Compute what is missing or was left damaged, and return the result."""
+    def run(self, settings: LaunchSettings | None = None, command: Sequence[str] | None = None) -> Tensors:
+        """Compute what is missing or was left damaged, and return the result; as `run_pieces`, by default here."""
         if self.result is not None and read_tensors(self.result) is None:
             self.result.unlink(missing_ok=True)
-        self.files.forget_damaged(range(self.pieces))
-        with phase(self.name, self.unit) as done:
-            done.extend(self.weights[piece] for piece in range(self.pieces) if not self.is_done(piece))
-            return run_plan(self, work.settings, work.command)
+        self.files.forget_damaged(range(len(self.weights)))
+        pieces = tensor_pieces(
+            self.name,
+            self.files,
+            self.weights,
+            lambda: nullcontext(self.compute),
+            self.combine,
+            unit=self.unit,
+            folder=self.folder,
+        )
+        if self.result is not None:
+            pieces = self._keep_result(pieces, self.result)
+        return run_with_rate(pieces, settings or LaunchSettings.model_validate({}), command)
+
+    def _keep_result(self, pieces: Pieces[Tensors], path: Path) -> Pieces[Tensors]:
+        """Return pieces whose result lies in a file when they are gone."""
+
+        def reduce() -> Tensors:
+            found = read_tensors(path)
+            found = write_tensors(path, pieces.reduce()) if found is None else found
+            self.files.remove()
+            return found
+
+        return replace(pieces, reduce=reduce, is_done=lambda piece: pieces.is_done(piece) or path.exists())
 
     def run_in_memory(self) -> Tensors:
         """Return the result of all pieces; nothing but the result's file, if there is one, touches the disk."""
-        with progress(sum(self.weights), self.name) as bar:
-            found = self.combine(self.compute(piece, bar.advance) for piece in range(self.pieces))
-        return write_tensors(self.result, found)
+        with progress(sum(self.weights), self.name) as bar, count_steps(lambda units: bar.advance(round(units))):
+            return write_tensors(self.result, self.combine(map(self.compute, range(len(self.weights)))))
 
 
 def add_pieces(parts: Iterable[Tensors]) -> Tensors:

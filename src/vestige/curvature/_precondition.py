@@ -6,7 +6,7 @@ is for programs that work on `(F + d I)^-1 g` itself, such as clustering or a se
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.curvature._fisher import DampedInverse, FisherBlock, FisherBlocks, accumulate_fisher, fisher_sums
-from vestige.curvature._plan import HERE, PiecePlan, Tensors, Work, add_pieces, read_tensors, write_tensors
+from vestige.curvature._plan import SavedPieces, add_pieces, read_tensors, write_tensors
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.indexes import WHOLE_MODEL, Index
-from vestige.launch import JOB_FILES, PieceFiles, phase, profile, worker_command, write_profile
+from vestige.jobs import JOB_FILES, PieceFiles, Tensors, phase, profile, step_done, worker_command, write_profile
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes
 from vestige.settings import LaunchSettings, PreconditionSettings, with_settings
@@ -57,13 +57,15 @@ def precondition(settings: PreconditionSettings) -> FisherBlocks:
     return fisher
 
 
-def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Sequence[str] | None = None) -> FisherBlocks:
+def fisher_of(
+    index: Index, settings: LaunchSettings | None = None, command: Sequence[str] | None = None
+) -> FisherBlocks:
     """Return the Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
 
     Args:
         index: A finished index.
-        launch: Where to compute the pieces. Not given: in this process.
-        command: What a worker runs to come here, as for `run_plan`.
+        settings: Where to compute the pieces. Not given: in this process.
+        command: What a worker runs to come here, as for `run_pieces`.
 
     Raises:
         UserError: One matrix of all columns does not fit into memory.
@@ -74,8 +76,8 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
     found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
     if found is None:
         plan = plan_fisher(index)
-        if plan.pieces > 1:
-            found = plan.run(Work(launch, command) if launch is not None else HERE)
+        if len(plan.weights) > 1:
+            found = plan.run(settings, command)
         else:
             with phase(plan.name, plan.unit) as done:
                 found = plan.run_in_memory()
@@ -84,7 +86,7 @@ def fisher_of(index: Index, launch: LaunchSettings | None = None, command: Seque
     return FisherBlocks(blocks, tuple(span.columns for span in index.spans))
 
 
-def plan_fisher(index: Index) -> PiecePlan:
+def plan_fisher(index: Index) -> SavedPieces:
     """Return the plan of the Fisher blocks: a piece leaves `sum_i g_i g_i^T` of its shards for every component."""
     names, columns = [span.name for span in index.spans], [span.columns for span in index.spans]
     # The sums of a piece are written and read once: an eighth of what the piece reads at most.
@@ -92,11 +94,11 @@ def plan_fisher(index: Index) -> PiecePlan:
     groups, path = index.shard_groups(max(GROUP_BYTES, 8 * matrices)), fisher_path(index)
     text = f"fisher {FISHER_FORMAT} {index.fingerprint} {groups}"
 
-    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+    def compute(piece: int) -> Tensors:
         def gradients() -> Iterator[Tensor]:
             for block in index.blocks(shards=groups[piece]):
                 yield block.gradients
-                advance(len(block.example))
+                step_done(len(block.example))
 
         return dict(zip(names, fisher_sums(columns, gradients())[0], strict=True))
 
@@ -107,7 +109,7 @@ def plan_fisher(index: Index) -> PiecePlan:
         check_disk(path.parent, index.manifest.curvature_bytes)
         return found
 
-    return PiecePlan(
+    return SavedPieces(
         "Curvature",
         index.folder,
         PieceFiles(path.with_suffix(""), hashlib.sha256(text.encode()).hexdigest()),
@@ -189,12 +191,12 @@ def _precondition_rows(
         "components": [[part.name, part.start, part.stop] for part in index.manifest.components],
     }
 
-    def compute(piece: int, advance: Callable[[int], None]) -> Tensors:
+    def compute(piece: int) -> Tensors:
         example, solved = [], []
         for block in index.blocks(shards=range(piece, piece + 1)):
             example.append(block.example)
             solved.append(inverse.apply(block.gradients).to(dtype))
-            advance(len(block.example))
+            step_done(len(block.example))
         return {"example": torch.cat(example), "gradients": torch.cat(solved)}
 
     def combine(_: Iterable[Tensors]) -> Tensors:
@@ -203,13 +205,13 @@ def _precondition_rows(
         write_durably(folder / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
         return {}
 
-    plan = PiecePlan("Preconditioning", folder, files, rows, compute, combine)
+    plan = SavedPieces("Preconditioning", folder, files, rows, compute, combine)
     _require_ours(folder, record)
     files.forget_damaged(range(len(rows)))
     missing = sum(rows[piece] for piece in range(len(rows)) if not files.is_done(piece))
     check_disk(folder, missing * (index.width * dtype.itemsize + 8))
     make_folder(folder)
-    plan.run(Work(settings, command))
+    plan.run(settings, command)
 
 
 def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:

@@ -38,8 +38,8 @@ from vestige.gradients import (
     products,
     square_norms,
 )
-from vestige.launch import is_worker, run_plan, step_done, worker_command
-from vestige.methods import FilePlan, backbone, pool_states, tap_modules, taps_of
+from vestige.jobs import PieceFiles, Tensors, is_worker, run_pieces, step_done, tensor_pieces, worker_command
+from vestige.methods import backbone, pool_states, tap_modules, taps_of
 from vestige.settings import ComponentsSettings
 from vestige.storage import check_disk, make_folder, write_durably
 
@@ -52,7 +52,6 @@ _DENSE = 0.25
 _EXAMPLES = "examples"
 _COSTS = TypeAdapter(dict[str, FiniteFloat])
 """Of a piece: seconds by kind of work, and the number of `examples` whose gradients were computed."""
-Tensors = dict[str, Tensor]
 
 
 class OnePassResult(NamedTuple):
@@ -84,14 +83,14 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
     work = _OnePass(inputs)
     if not is_worker():
         open_folder(settings.out, inputs.identity, "launch")
-        for plan in (work.queries, work.products):
-            plan.files.forget_damaged(range(plan.pieces))
+        work.factors.forget_damaged(range(work.queries.count))
+        work.table.forget_damaged(range(work.products.count))
     command = worker_command(settings, "evaluate components")
-    if not all(map(work.products.is_done, range(work.products.pieces))):
+    if work.products.missing():
         if not is_worker():
             check_disk(settings.out, int(inputs.factor_bytes[: len(inputs.wanted)].sum()))
-        run_plan(work.queries, settings, command)
-    pieces = run_plan(work.products, settings, command)
+        run_pieces(work.queries, settings, command)
+    pieces = run_pieces(work.products, settings, command)
     projections = {one.name: sum(one.sizes) for one in inputs.projections}
     outputs = dict(zip([*_output_modules(inputs), HIDDEN], pieces[0]["widths"].tolist(), strict=True))
     kinds, start = [], 0
@@ -250,23 +249,18 @@ def _read_passed(tensors: Tensors, name: str, inputs: ComponentInputs) -> _Passe
 
 
 class _OnePass:
-    """Both plans: the gradients of all queries as factors on disk, and the products of the candidates with them."""
+    """Both jobs: the gradients of all queries as factors on disk, and the products of the candidates with them."""
 
     def __init__(self, inputs: ComponentInputs) -> None:
         self._inputs, self._checked, self._spent = inputs, set[int](), dict[str, float]()
         kept = {name: value for name, value in inputs.identity.items() if name != "pairs"}
+        self.factors = PieceFiles(inputs.settings.out / "gradients", digest(kept))
+        self.table = PieceFiles(inputs.settings.out / "products", digest(inputs.identity))
         queries = [sum(map(len, batches)) for batches in inputs.held]
         candidates = [sum(map(len, portion.batches)) for portion in inputs.portions]
-
-        def plan(name: str, *facts: Any) -> FilePlan[Any]:
-            return FilePlan(name, "examples", inputs.settings.out, *facts)
-
-        self.queries = plan(
-            "Query gradients", queries, digest(kept), partial(self._open, self._keep), lambda _: None, "gradients"
-        )
-        self.products = plan(
-            "Products", candidates, digest(inputs.identity), partial(self._open, self._multiply), self._finish
-        )
+        keep, multiply = partial(self._open, self._keep), partial(self._open, self._multiply)
+        self.queries = tensor_pieces("Query gradients", self.factors, queries, keep, lambda _: None)
+        self.products = tensor_pieces("Products", self.table, candidates, multiply, self._finish)
 
     @contextmanager
     def _open(self, compute: Callable[[_RunPass, int], Tensors]) -> Iterator[Callable[[int], Tensors]]:
@@ -312,10 +306,10 @@ class _OnePass:
     def _read(self, piece: int, batches: Sequence[int]) -> list[_Passed]:
         """Read some batches of a piece of queries; its bytes are compared with its marker once in a process."""
         if piece not in self._checked:
-            self.queries.files.check(piece)
+            self.factors.check(piece)
             self._checked.add(piece)
         found = []
-        with safe_open(self.queries.files.path(piece), "pt") as file:
+        with safe_open(self.factors.path(piece), "pt") as file:
             for number in batches:
                 keys = [key for key in file.keys() if key.startswith(f"{number}.")]  # noqa: SIM118 (not a dict)
                 found.append(_read_passed({key: file.get_tensor(key) for key in keys}, str(number), self._inputs))
@@ -324,7 +318,7 @@ class _OnePass:
     def _finish(self, pieces: Iterator[Tensors]) -> list[Tensors]:
         """Return the tables of all pieces; delete the queries' gradients."""
         tables = list(pieces)
-        self.queries.files.remove()
+        self.factors.remove()
         return tables
 
     def _write_costs(self, name: str) -> None:

@@ -7,7 +7,7 @@ from vestige.evaluate._component_figures import CANDIDATES_DRAWN, draw_component
 from vestige.evaluate._component_findings import Finding, Findings
 from vestige.evaluate._component_pass import OnePassResult, one_pass_result
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, format_value, write_evaluation
-from vestige.launch import is_follower
+from vestige.jobs import is_follower
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import ComponentsSettings, with_settings
 

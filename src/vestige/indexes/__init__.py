@@ -56,7 +56,7 @@ from vestige.indexes._shards import (
 from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
 from vestige.indexes._work import (
     TOKENS as TOKENS,
-    IndexPlan as IndexPlan,
+    IndexWork as IndexWork,
     PlannedBatches as PlannedBatches,
     index_status as index_status,
     prepare_index as prepare_index,

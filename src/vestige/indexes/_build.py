@@ -30,8 +30,8 @@ from vestige.indexes._manifest import (
 from vestige.indexes._plan import PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
-from vestige.indexes._work import TOKENS, IndexPlan, ShardCompute, prepare_index, remove_index
-from vestige.launch import is_one_of_several, is_worker, phase, profile, run_plan, worker_command, write_profile
+from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
+from vestige.jobs import is_one_of_several, is_worker, phase, profile, run_pieces, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing
 from vestige.progress import announce, format_bytes, format_seconds
 from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
@@ -301,7 +301,7 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         with open_gradients() as gradients:
             yield lambda batches: gradients.parts(inputs.data, batches)
 
-    work = IndexPlan(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
+    work = IndexWork(settings.out, manifest, plan, inputs.data.examples, compute, skip_bad=settings.skip_bad)
     missing = list[int]()
     if not is_worker():
         missing = broadcast_from_rank0(lambda: prepare_index(work))
@@ -312,11 +312,11 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         if is_rank0():
             forget_tokens(settings.out / TOKENS, inputs.data)
     try:
-        with phase(work.name, "tokens") as tokens, phase(work.name, work.unit) as examples:
+        with phase(work.pieces.name, "tokens") as tokens, phase(work.pieces.name, work.pieces.unit) as examples:
             for piece in missing:
                 examples.append(plan.shards[piece].examples)
                 tokens.append(plan.shards[piece].tokens)
-            return run_plan(work, settings, command)
+            return run_pieces(work.pieces, settings, command)
     except WorkElsewhere as note:
         if settings.part is None:
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from vestige.data import Sharing, TokenizedData, make_batch, tokenize_source
 from vestige.errors import DataError, ModelError
 from vestige.gradients import CausalLoss
-from vestige.launch import is_worker
+from vestige.jobs import is_worker
 from vestige.models import LoadedModel, Selection, batch_sharing, load_model, select_components
 from vestige.settings import LaunchSettings, ReadingSettings
 

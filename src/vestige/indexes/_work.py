@@ -33,7 +33,7 @@ from vestige.indexes._manifest import (
 from vestige.indexes._plan import Plan, PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, map_shard, marker_path, parts_of, shard_fault, shard_path, write_shard
 from vestige.indexes._store import Index
-from vestige.launch import JOB_FILES, PROFILE_FILE, Compute, ranges, run_plan, step_done
+from vestige.jobs import JOB_FILES, PROFILE_FILE, Compute, Pieces, ranges, run_pieces, step_done
 from vestige.settings import LaunchSettings
 from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
 
@@ -55,8 +55,8 @@ ShardCompute = Callable[[PlannedBatches], Iterable[ShardContent]]
 
 
 @dataclass(frozen=True)
-class IndexPlan:
-    """The shards of an index, and the finished index, as a work plan; `prepare_index` makes the folder ready for it."""
+class IndexWork:
+    """The shards of an index, and the finished index; `prepare_index` makes the folder ready for its `pieces`."""
 
     folder: Path
     manifest: Manifest
@@ -67,48 +67,44 @@ class IndexPlan:
     compute: Callable[[], AbstractContextManager[ShardCompute]]
     """Opens what shards are computed with."""
     skip_bad: bool = False
-    name: str = "Indexing"
-    unit: str = "examples"
 
-    @property
-    def pieces(self) -> int:
-        """Number of shards."""
-        return len(self.plan)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the shard's marker is this index's and its file has the right size."""
-        return shard_fault(self.folder, piece, self.expected[piece], contents=False) is None
-
-    def weight(self, piece: int) -> int:
-        """Return the number of examples in the shard."""
-        return self.expected[piece].rows
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Yield the function that computes a shard and writes it."""
-        with self.compute() as compute:
-            yield lambda piece: self._fill(piece, compute)
-
-    def reduce(self) -> Index:
-        """Return the finished index.
-
-        Raises:
-            CorruptFile: Shards are missing, or do not hold each example once; the message lists them.
-        """
-        faults = [
-            f"shard {number}: {fault}"
-            for number in range(self.pieces)
-            if (fault := shard_fault(self.folder, number, self.expected[number], contents=False))
-        ]
-        if faults:
-            raise _corrupt(f"{len(faults)} of {self.pieces} shards of {self.folder} do not count", faults)
-        _require_each_example_once(self.folder, self.manifest)
-        return Index.open(self.folder)
+    @cached_property
+    def pieces(self) -> Pieces[Index]:
+        """The shards as pieces; a piece weighs as much as its shard has examples."""
+        return Pieces(
+            name="Indexing",
+            folder=self.folder,
+            weights=[each.rows for each in self.expected],
+            is_done=lambda piece: self.fault(piece) is None,
+            open=self._open,
+            reduce=self._reduce,
+        )
 
     @cached_property
     def expected(self) -> tuple[Expectation, ...]:
         """The record of each shard in the manifest."""
         return expect_shards(self.manifest)
+
+    def fault(self, piece: int, *, contents: bool = False) -> str | None:
+        """Return what is wrong with a shard, None if its marker is this index's and its file has the right size."""
+        return shard_fault(self.folder, piece, self.expected[piece], contents=contents)
+
+    @contextmanager
+    def _open(self) -> Iterator[Compute]:
+        with self.compute() as compute:
+            yield lambda piece: self._fill(piece, compute)
+
+    def _reduce(self) -> Index:
+        """Return the finished index.
+
+        Raises:
+            CorruptFile: Shards are missing, or do not hold each example once; the message lists them.
+        """
+        faults = [f"shard {number}: {fault}" for number in range(len(self.plan)) if (fault := self.fault(number))]
+        if faults:
+            raise _corrupt(f"{len(faults)} of {len(self.plan)} shards of {self.folder} do not count", faults)
+        _require_each_example_once(self.folder, self.manifest)
+        return Index.open(self.folder)
 
     def _fill(self, piece: int, compute: ShardCompute) -> None:
         planned = self.plan.shards[piece]
@@ -200,7 +196,7 @@ class IndexStatus(NamedTuple):
     """Examples in the finished shards."""
 
 
-def prepare_index(work: IndexPlan) -> list[int]:
+def prepare_index(work: IndexWork) -> list[int]:
     """Prepare the folder: write manifest and examples; whatever was damaged no longer counts as done.
 
     Returns:
@@ -217,7 +213,7 @@ def prepare_index(work: IndexPlan) -> list[int]:
         require_no_others(folder, _BEGUN)
     elif not extends(old, manifest):
         require_same(folder, old, manifest)
-    missing = [number for number in range(work.pieces) if shard_fault(folder, number, expected[number], contents=True)]
+    missing = [number for number in range(len(work.plan)) if work.fault(number, contents=True)]
     check_disk(folder, sum(expected[number].rows for number in missing) * manifest.row_bytes)
     for name in (".", "shards", "examples"):
         make_folder(folder / name)
@@ -227,7 +223,7 @@ def prepare_index(work: IndexPlan) -> list[int]:
     for number in missing:
         # A marker may vouch for a file of the right size and the wrong content. Other processes may be at work already:
         # what was missing a moment ago is checked again, or their finished shard would be forgotten.
-        if work.is_done(number) and shard_fault(folder, number, expected[number], contents=True):
+        if work.fault(number) is None and work.fault(number, contents=True):
             remove_durably(marker_path(folder, number))
     return missing
 
@@ -294,6 +290,6 @@ def write_rows(
             gradients = read(rows)
             yield ShardContent(gradients, torch.zeros(len(rows)), gradients.norm(dim=1), torch.from_numpy(rows))
 
-    work = IndexPlan(out, manifest, plan, data.examples, lambda: nullcontext(content))
+    work = IndexWork(out, manifest, plan, data.examples, lambda: nullcontext(content))
     prepare_index(work)
-    return run_plan(work, LaunchSettings(), None)
+    return run_pieces(work.pieces, LaunchSettings(), None)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow as pa
 
-from vestige.launch import follow, is_follower, is_worker
+from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
 from vestige.measures._canaries import measure_canaries
 from vestige.measures._evidence import Evidence, Known, columns_of, find_truths, gather, judge, span

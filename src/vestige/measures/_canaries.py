@@ -23,10 +23,11 @@ from vestige.data import (
 )
 from vestige.errors import DataError
 from vestige.indexes import tokens_at_most
+from vestige.jobs import Tensors
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import AuditPieces, Tensors, piece_files
+from vestige.measures._pieces import piece_files, run_audit_pieces
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
@@ -166,21 +167,16 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
         loaded = job.models.of(job.subjects[turn].source)
         return {"losses": _compute_losses(job, loaded, frame, canaries[place])}
 
+    def count(number: int) -> int:
+        return len(canaries[number % len(canaries)].secrets)
+
     # A piece is one subject and one canary.
     numbers = range(len(job.subjects) * len(canaries))
     files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame)])
-    pieces = AuditPieces(
-        job,
-        "Canaries",
-        "secrets",
-        files,
-        numbers,
-        compute,
-        lambda number: len(canaries[number % len(canaries)].secrets),
-    )
+    found = run_audit_pieces(job, "Canaries", "secrets", files, numbers, compute, count)
     return [
         _make_record(canary, subject.number, tensors["losses"].numpy())
-        for (subject, canary), tensors in zip(product(job.subjects, canaries), pieces.run(), strict=True)
+        for (subject, canary), tensors in zip(product(job.subjects, canaries), found, strict=True)
     ]
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
 from vestige.indexes import tokens_at_most
-from vestige.launch import PieceFiles, is_worker, step_done
+from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
 from vestige.measures._extraction import greedy
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import MEASURES, Batch, ChoiceLogits, Generation, States, TokenScores, token_scores
-from vestige.measures._pieces import AuditPieces, Tensors, group, piece_files
+from vestige.measures._pieces import group, piece_files, run_audit_pieces
 from vestige.models import batch_sharing
 from vestige.storage import check_disk, partial_folder
 
@@ -201,10 +201,7 @@ class _Round:
                 self.state_files(turn).forget_damaged(range(count))
         numbers = range(self.subjects.start * count, end * count)
         name = f"Measuring{self.suffix}"
-        work = AuditPieces(
-            job, name, "examples", self.files, numbers, compute, self._count_examples, is_complete=is_complete
-        )
-        found = work.run()
+        found = run_audit_pieces(job, name, "examples", self.files, numbers, compute, self._count_examples, is_complete)
         return [_in_order(found[begin : begin + count]) for begin in range(0, len(found), count)]
 
     def measure_layers(self) -> list[dict[int, Tensors]]:
@@ -216,7 +213,8 @@ class _Round:
             return self._measure_layer(self._read_states(turn, layers[position]))
 
         numbers = self._layer_numbers(self.subjects)
-        found = iter(AuditPieces(self.job, f"Layers{self.suffix}", "layers", self._layer_files, numbers, compute).run())
+        name = f"Layers{self.suffix}"
+        found = iter(run_audit_pieces(self.job, name, "layers", self._layer_files, numbers, compute))
         return [{layer: next(found) for layer in layers} for _ in self.subjects]
 
     def state_files(self, turn: int) -> PieceFiles:

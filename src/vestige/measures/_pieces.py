@@ -2,21 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
+from vestige.jobs import PieceFiles, Tensors, run_with_rate, step_done, tensor_pieces, worker_command
 from vestige.measures._job import AuditJob
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
-Tensors = dict[str, Tensor]
 Item = TypeVar("Item")
 
 FORMAT = 2
@@ -74,64 +70,40 @@ def group(items: Iterable[Item], weigh: Callable[[Item], int], limit: int) -> li
     return groups
 
 
-@dataclass(frozen=True)
-class AuditPieces:
-    """Work that leaves one file of tensors for each piece, as `run_plan` takes it."""
+def run_audit_pieces(
+    job: AuditJob,
+    name: str,
+    unit: str,
+    files: PieceFiles,
+    numbers: range,
+    compute: Callable[[int], Tensors],
+    count: Callable[[int], int] | None = None,
+    is_complete: Callable[[int], bool] = lambda number: True,  # noqa: ARG005
+) -> list[Tensors]:
+    """Return the content of every file, computed where the settings choose; a killed call continues.
 
-    job: AuditJob
-    name: str
-    unit: str
-    files: PieceFiles
-    numbers: range
-    """Of the files, one for each piece."""
-    compute: Callable[[int], Tensors]
-    """From the number of a file to its content."""
-    count: Callable[[int], int] | None = None
-    """Units of work behind a file, which `compute` reports as it does them; None: one, when the file is written."""
-    is_complete: Callable[[int], bool] = lambda number: True  # noqa: ARG005
-    """Whether what belongs to a file that is there is there too."""
+    Args:
+        job: The audit.
+        name: Of the work.
+        unit: Of what is counted.
+        files: From `piece_files`.
+        numbers: Of the files, one for each piece.
+        compute: From the number of a file to its content.
+        count: Units of work behind a file, which `compute` reports as it does them; None: one for each file.
+        is_complete: Whether what belongs to a file that is there is there too.
+    """
 
-    @property
-    def folder(self) -> Path:
-        """Beside the run, until that is written."""
-        return partial_folder(self.job.settings.out)
+    def compute_one(number: int) -> Tensors:
+        found = compute(number)
+        step_done(1)
+        return found
 
-    @property
-    def pieces(self) -> int:
-        """The number of files."""
-        return len(self.numbers)
+    files.forget_damaged(numbers)
+    weights = [1 if count is None else count(number) for number in numbers]
+    opened = nullcontext(compute_one if count is None else compute)
+    pieces = tensor_pieces(name, files, weights, lambda: opened, list[Tensors], unit=unit, numbers=numbers)
 
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece's file is there, with what belongs to it."""
-        return self.files.is_done(self.numbers[piece]) and self.is_complete(self.numbers[piece])
+    def is_done(piece: int) -> bool:
+        return pieces.is_done(piece) and is_complete(numbers[piece])
 
-    def weight(self, piece: int) -> float:
-        """Return the piece's units of work."""
-        return 1 if self.count is None else self.count(self.numbers[piece])
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Yield the function that computes one piece."""
-
-        def compute(piece: int) -> None:
-            self.files.write(self.numbers[piece], self.compute(self.numbers[piece]))
-            if self.count is None:
-                step_done(1)
-
-        yield compute
-
-    def reduce(self) -> list[Tensors]:
-        """Return the content of every file, in order.
-
-        Raises:
-            CorruptFile: A piece is missing or damaged.
-        """
-        return [self.files.read(number) for number in self.numbers]
-
-    def run(self) -> list[Tensors]:
-        """Run the work where the settings choose and return the content of every file; a killed call continues."""
-        self.files.forget_damaged(self.numbers)
-        settings = self.job.settings
-        with phase(self.name, self.unit) as done:
-            done.extend(round(self.weight(piece)) for piece in range(self.pieces) if not self.is_done(piece))
-            return run_plan(self, settings, worker_command(settings, "audit"))
+    return run_with_rate(replace(pieces, is_done=is_done), job.settings, worker_command(job.settings, "audit"))

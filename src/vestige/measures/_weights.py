@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from vestige.errors import DataError
+from vestige.jobs import Tensors
 from vestige.measures._job import AuditJob, is_adapter
 from vestige.measures._measure import measure
-from vestige.measures._pieces import AuditPieces, Tensors, piece_files
+from vestige.measures._pieces import piece_files, run_audit_pieces
 
 SMALL_MODEL = 30_000_000
 """Weights of a whole model whose norms are taken without being requested."""
@@ -65,8 +66,8 @@ def _norms(tensor: Tensor) -> WeightNorms:
     )
 
 
-def _norm_pieces(job: AuditJob) -> AuditPieces:
-    """Return the work of measuring each checkpoint's weights, and their change since the first."""
+def _compute_norms(job: AuditJob) -> list[Tensors]:
+    """Measure each checkpoint's weights, and their change since the first."""
     start: dict[str, Tensor] = {}
 
     def read_weights(number: int) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def _norm_pieces(job: AuditJob) -> AuditPieces:
         return found
 
     files = piece_files(job, "norms", "norms")
-    return AuditPieces(job, "Norms", "models", files, range(len(job.subjects)), compute)
+    return run_audit_pieces(job, "Norms", "models", files, range(len(job.subjects)), compute)
 
 
 @measure(
@@ -105,5 +106,5 @@ def _weights(job: AuditJob) -> list[dict[str, dict[str, float]]]:
         return [{} for _ in job.subjects]
     return [
         {name: WeightNorms(*values.tolist())._asdict() for name, values in sorted(each.items())}
-        for each in _norm_pieces(job).run()
+        for each in _compute_norms(job)
     ]

@@ -38,7 +38,6 @@ from vestige.methods._gradient_method import (
 from vestige.methods._influence import Influence as Influence
 from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
 from vestige.methods._less import Less as Less
-from vestige.methods._plan import FilePlan as FilePlan
 from vestige.methods._preconditioned import (
     Arnoldi as Arnoldi,
     ConjugateGradient as ConjugateGradient,

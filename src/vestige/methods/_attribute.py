@@ -20,7 +20,7 @@ from vestige.distributed import FSDP, broadcast_from_rank0
 from vestige.errors import SpecError
 from vestige.gradients import token_losses
 from vestige.indexes import batch_tokens
-from vestige.launch import follow, is_follower, is_worker, profile, write_profile
+from vestige.jobs import follow, is_follower, is_worker, profile, write_profile
 from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._job import compute_losses, open_job, read_batches
 from vestige.methods._plan import compute_self_scores, summarise

@@ -40,7 +40,7 @@ from vestige.indexes import (
     tokenising_processes,
     tokens_at_most,
 )
-from vestige.launch import step_done, worker_command
+from vestige.jobs import step_done, worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
 from vestige.methods._protocol import Job, Method
@@ -297,7 +297,7 @@ def build_temporary_index(
         job: Whose training data, model and settings it is of.
         name: Of its folder.
         model: As the index records it.
-        command: What a worker runs to come here, as for `run_plan`.
+        command: What a worker runs to come here, as for `run_pieces`.
         launch: Where to build it; not given: in this process.
     """
     settings = job.settings

@@ -1,4 +1,4 @@
-"""Scores of the training examples as work plans: pieces of the training data, each scored by the first free worker.
+"""Scores of the training examples: pieces of the training data, each scored by the first free worker.
 
 The query vectors are made once and kept beside the run; a piece leaves its scores there, and the reduce streams the
 pieces in their order into the summary, so a run holds the same numbers whichever process computed them, and whenever.
@@ -7,21 +7,27 @@ pieces in their order into the summary, so a run holds the same numbers whicheve
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
-from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
+from vestige.jobs import (
+    PieceFiles,
+    Tensors,
+    phase,
+    run_pieces,
+    run_with_rate,
+    step_done,
+    tensor_pieces,
+    worker_command,
+)
 from vestige.methods._gradient_method import GradientMethod, Prepared
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
 from vestige.methods._stores import ExactGradients
@@ -35,61 +41,8 @@ OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influen
 """Settings that change no score: a piece made with others stays good."""
 
 Result = TypeVar("Result")
-Tensors = dict[str, Tensor]
 Blocks = Callable[[int], Iterator[ScoreBlock]]
 """From the number of a piece to its scores."""
-
-
-@dataclass(frozen=True)
-class FilePlan(Generic[Result]):
-    """A work plan whose pieces are files of tensors beside the run."""
-
-    name: str
-    unit: str
-    folder: Path
-    """The run's partial folder; the pieces lie in a folder of it."""
-    weights: Sequence[int]
-    """Units of work in each piece."""
-    input: str
-    """Everything that decides the content."""
-    begin: Callable[[], AbstractContextManager[Callable[[int], Tensors]]]
-    """Opens what the pieces are computed with."""
-    collect: Callable[[Iterator[Tensors]], Result]
-    """Makes the result from the pieces, in their order."""
-    subfolder: str = ""
-    """Where the pieces lie; not given: the name, in lower case."""
-
-    @property
-    def pieces(self) -> int:
-        """The number of pieces."""
-        return len(self.weights)
-
-    @cached_property
-    def files(self) -> PieceFiles:
-        """The files of the pieces."""
-        return PieceFiles(self.folder / (self.subfolder or self.name.lower().replace(" ", "-")), self.input)
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece is there."""
-        return self.files.is_done(piece)
-
-    def weight(self, piece: int) -> float:
-        """Return the units of work in the piece."""
-        return self.weights[piece]
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Open what the pieces need."""
-        with self.begin() as compute:
-            yield lambda piece: self.files.write(piece, compute(piece))
-
-    def reduce(self) -> Result:
-        """Collect the pieces, in their order.
-
-        Raises:
-            CorruptFile: A piece is missing or damaged.
-        """
-        return self.collect(map(self.files.read, range(self.pieces)))
 
 
 def summarise(job: Job, method: Method) -> ScoreSummary:
@@ -212,22 +165,17 @@ def _run(
 
         return nullcontext(compute)
 
-    plan = FilePlan(
-        name,
-        unit,
-        partial_folder(job.settings.out),
-        [count * lines for count in rows],
-        digest(key, rows, lines),
-        begin,
-        lambda pieces: collect(ScoreBlock(**piece) for piece in pieces),
-    )
-    with phase(name, unit) as done:
-        if plan.pieces == 1 and job.settings.engine == "local":
-            done.append(plan.weights[0])
+    weights = [count * lines for count in rows]
+    if len(rows) == 1 and job.settings.engine == "local":
+        with phase(name, unit) as done:
+            done.append(weights[0])
             return collect(watch(open_blocks()(0), rows[0], name))
-        plan.files.forget_damaged(range(plan.pieces))
-        done.extend(plan.weights[piece] for piece in range(plan.pieces) if not plan.is_done(piece))
-        return run_plan(plan, job.settings, worker_command(job.settings, "attribute"))
+    files = PieceFiles(partial_folder(job.settings.out) / name.lower(), digest(key, rows, lines))
+    files.forget_damaged(range(len(rows)))
+    pieces = tensor_pieces(
+        name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
+    )
+    return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 
 def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Prepared:
@@ -251,13 +199,13 @@ def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Pr
         return Prepared(job, store, vectors, cosine=cosine)
 
     folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
-    weights = [len(job.queries)]
-    plan = FilePlan("Queries", "queries", folder, weights, key, lambda: nullcontext(compute), collect, "vectors")
-    plan.files.forget_damaged([0])
-    if not broadcast_from_rank0(lambda: plan.is_done(0)):
-        # Outside the plan, because the curvature is a plan of its own, in which this process may be a worker.
+    files = PieceFiles(folder / "vectors", key)
+    files.forget_damaged([0])
+    if not broadcast_from_rank0(lambda: files.is_done(0)):
+        # Before, because the curvature is a job of its own, in which this process may be a worker.
         method.prepare(job)
-    return run_plan(plan, LaunchSettings.model_validate({}), None)
+    pieces = tensor_pieces("Queries", files, [len(job.queries)], lambda: nullcontext(compute), collect, unit="queries")
+    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
 def settings_key(job: Job) -> str:

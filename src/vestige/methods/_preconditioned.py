@@ -19,7 +19,6 @@ from vestige.curvature import (
     CurvatureProduct,
     DataInf,
     Labels,
-    Work,
     absolute_damping,
     arnoldi,
     conjugate_gradient,
@@ -32,12 +31,13 @@ from vestige.curvature import (
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.indexes import batch_tokens
-from vestige.launch import worker_command
+from vestige.jobs import worker_command
 from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
 from vestige.methods._protocol import Job, Vectors, method
 from vestige.methods._stores import ExactGradients
 from vestige.progress import announce, format_bytes
 from vestige.runs import Meaning
+from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
@@ -132,7 +132,9 @@ def leave_out_skipped(job: Job) -> TokenizedData:
     return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
 
 
-def _fit_where(job: Job, method: str, labels: Labels) -> tuple[CurvatureData, str, Path | None, Work]:
+def _fit_where(
+    job: Job, method: str, labels: Labels
+) -> tuple[CurvatureData, str, Path | None, LaunchSettings, list[str] | None]:
     """Return the data of Kronecker factors, the model's fingerprint, where they are kept, and where passes run.
 
     They are kept beside the index, else beside the run until that is written. Where the training data is a single piece
@@ -142,12 +144,12 @@ def _fit_where(job: Job, method: str, labels: Labels) -> tuple[CurvatureData, st
         folder = job.index.folder / "curvature"
     else:
         folder = partial_folder(job.settings.out) / "curvature" if ExactGradients(job).pieces > 1 else None
-    return curvature_data(job, method, labels), job.model_for(method).fingerprint, folder, curvature_work(job)
+    return curvature_data(job, method, labels), job.model_for(method).fingerprint, folder, *curvature_work(job)
 
 
-def curvature_work(job: Job) -> Work:
+def curvature_work(job: Job) -> tuple[LaunchSettings, list[str] | None]:
     """Return where the passes for the curvature run: like everything else of the run."""
-    return Work(job.settings, worker_command(job.settings, "attribute"))
+    return job.settings, worker_command(job.settings, "attribute")
 
 
 @method("ekfac")

@@ -21,14 +21,14 @@ from vestige.indexes import (
     CompressedGradients,
     DataIdentity,
     Index,
-    IndexPlan,
+    IndexWork,
     PlanRecord,
     batch_tokens,
     fingerprint_rows,
     plan_index,
     prepare_index,
 )
-from vestige.launch import run_plan
+from vestige.jobs import run_pieces
 from vestige.methods._protocol import Job, Method, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.methods._weights import randomise
@@ -185,9 +185,9 @@ def _build_index(job: Job, like: Index, folder: Path) -> Index:
         with gradients:
             yield lambda batches: gradients.parts(data, batches)
 
-    work = IndexPlan(folder, manifest, plan, data.examples, compute)
+    work = IndexWork(folder, manifest, plan, data.examples, compute)
     broadcast_from_rank0(lambda: prepare_index(work))
-    return run_plan(work, LaunchSettings.model_validate({}), None)
+    return run_pieces(work.pieces, LaunchSettings.model_validate({}), None)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import SpecError
 from vestige.indexes import tokens_at_most
-from vestige.launch import is_worker
+from vestige.jobs import is_worker
 from vestige.methods._protocol import Job, Method, method
 from vestige.methods._untrac_ascent import NO_SOURCE, ExampleSet, Side, find_overlaps, set_means
 from vestige.methods._untrac_job import (

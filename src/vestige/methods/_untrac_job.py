@@ -13,9 +13,9 @@ from jaxtyping import Float
 from vestige.data import TokenizedData, load_queries
 from vestige.errors import NonFinite, SpecError
 from vestige.indexes import batch_tokens, read_data
-from vestige.launch import run_plan, worker_command
+from vestige.jobs import PieceFiles, Tensors, run_pieces, tensor_pieces, worker_command
 from vestige.methods._job import compute_losses, read_queries
-from vestige.methods._plan import FilePlan, Tensors, digest
+from vestige.methods._plan import digest
 from vestige.methods._untrac_ascent import (
     NO_SOURCE,
     TESTED_EXAMPLES,
@@ -231,7 +231,7 @@ class Ascents(NamedTuple):
 
 
 def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = SELF_TESTED) -> Ascents:
-    """Return what one ascent for each set did, by a plan: each is a piece, computed from the same start.
+    """Return what one ascent for each set did, each a piece of work, computed from the same start.
 
     After a kill, the same call continues. Before each of the first `tested` ascents the first-order identity is tried.
     """
@@ -276,10 +276,11 @@ def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = S
         (one.data.fingerprint, [(each.name, each.rows.tolist()) for each in one.sets]) for one in (ascended, measured)
     ]
     key = digest(FORMAT, version("vestige"), recorded, job.loaded.fingerprint, sides, asdict(recipe))
-    folder, weights = partial_folder(settings.out), [weigh(piece) for piece in range(len(ascended.sets))]
-    plan = FilePlan(name, "examples", folder, weights, key, begin, collect)
-    plan.files.forget_damaged(range(plan.pieces))
-    return run_plan(plan, settings, worker_command(settings, "untrac"))
+    weights = [weigh(piece) for piece in range(len(ascended.sets))]
+    files = PieceFiles(partial_folder(settings.out) / name.lower().replace(" ", "-"), key)
+    files.forget_damaged(range(len(weights)))
+    pieces = tensor_pieces(name, files, weights, begin, collect)
+    return run_pieces(pieces, settings, worker_command(settings, "untrac"))
 
 
 def _test_identity(job: UntracJob, weights: Weights, rows: np.ndarray, recipe: AscentRecipe) -> Identity:

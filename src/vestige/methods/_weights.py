@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from vestige.data import TokenizedData
 from vestige.errors import ModelError, VestigeError
 from vestige.gradients import Reduction, token_losses
-from vestige.launch import step_done
+from vestige.jobs import step_done
 from vestige.methods._job import read_batches
 from vestige.models import (
     LoadedModel,

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -20,8 +21,6 @@ from vestige.distributed import FSDP
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings, flag, parse_bytes
 
-Engine = Literal["local", "slurm"]
-
 _SLURM = ("partition", "account", "gres", "time", "mem", "setup", "container", "wait")
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
@@ -36,9 +35,7 @@ class LaunchSettings(Settings):
     workers: PositiveInt = Field(
         default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
     )
-    engine: Engine = Field(
-        default="local", description="Where workers run: local processes, or slurm for a batch array."
-    )
+    engine: str = Field(default="local", description="Where workers run: local processes, or slurm for a batch array.")
     shard: str | None = Field(
         default=None,
         description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler.",
@@ -61,6 +58,15 @@ class LaunchSettings(Settings):
     wait: bool = Field(
         default=True, description="slurm: stay, show progress and finish; --no-wait returns once submitted."
     )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_installed(cls, engine: str) -> str:
+        # The registry stands on the settings; the names are known without importing an engine.
+        names = sorted(entry_points(group="vestige.engines").names) if engine != "local" else [engine]
+        if engine not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return engine
 
     @field_validator("shard")
     @classmethod

@@ -18,7 +18,7 @@ from torch.func import functional_call, hessian
 from vestige.banks import Bank, bank_of
 from vestige.curvature import DAMPING, FisherBlock, FisherBlocks
 from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out, datamodeling_score
-from vestige.launch import worker_command
+from vestige.jobs import worker_command
 from vestige.progress import announce, progress
 from vestige_recipes.common.registry import (
     OWN_SEED,

@@ -24,7 +24,7 @@ from torch import Tensor
 from vestige.data import TokenizedData, make_batch
 from vestige.evaluate import Estimate, Evaluation, OnePassResult, Projection, one_pass_result
 from vestige.gradients import Gradients
-from vestige.launch import is_follower
+from vestige.jobs import is_follower
 from vestige.models import Component, LoadedModel, load_model, sum_loss, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings

@@ -15,7 +15,7 @@ from typing import Any
 
 from vestige.errors import DataError
 from vestige.evaluate import Evaluation, components, one_pass_result
-from vestige.launch import is_follower
+from vestige.jobs import is_follower
 from vestige.models import Recipe
 from vestige.settings import ComponentsSettings
 from vestige_recipes.common.registry import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 
 from vestige.errors import CorruptFile, UserError
-from vestige.launch import JobStatus, job_statuses
+from vestige.jobs import JobStatus, job_statuses
 from vestige.parsing import parse_object
 from vestige.progress import format_seconds
 from vestige.storage import make_folder, temporary_path, write_durably

@@ -5,11 +5,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from vestige.errors import DiskSpaceError, PieceFailed, SpecError, UserError, VestigeError
-from vestige.launch import Compute, is_worker, job_statuses, note_kept, own_jobs, run_plan, step_done, worker_command
+from vestige.jobs import (
+    Compute,
+    Pieces,
+    is_worker,
+    job_statuses,
+    note_kept,
+    own_jobs,
+    run_pieces,
+    step_done,
+    worker_command,
+)
 from vestige.progress import announce
 from vestige.registry import Command
 from vestige.settings import LaunchSettings, Settings, with_settings
@@ -68,7 +77,7 @@ def sweep(settings: SweepSettings) -> SweepReport:
     frozen = settings.out / GRIDS / f"{grid.id}.json"
     command = worker_command(settings.model_copy(update={"grid": str(frozen)}), "sweep")
     try:
-        return run_plan(SweepPlan(settings.out, cells), settings, command)
+        return run_pieces(_pieces(settings.out, cells), settings, command)
     except PieceFailed:
         if not is_worker():
             write_tables(sweep_report(settings.out))
@@ -79,58 +88,44 @@ class CellFailed(VestigeError):
     """The command of a cell ended with an error; the other cells go on."""
 
 
-@dataclass(frozen=True)
-class SweepPlan:
-    """The cells of a grid as pieces of work, and the table of their results."""
+def _pieces(out: Path, cells: tuple[Cell, ...]) -> Pieces[SweepReport]:
+    """Return the cells of a grid as pieces of work, and the table of their results as what they become."""
+    return Pieces(
+        name=JOB,
+        unit="cells",
+        folder=out,
+        weights=[1] * len(cells),
+        is_done=lambda piece: read_done(cells[piece].folder, cells[piece].id) is not None,
+        open=lambda: _run_cells(cells),
+        reduce=lambda: write_tables(sweep_report(out)),
+    )
 
-    folder: Path
-    cells: tuple[Cell, ...]
-    name: str = JOB
-    unit: str = "cells"
 
-    @property
-    def pieces(self) -> int:
-        """Number of cells."""
-        return len(self.cells)
+@contextmanager
+def _run_cells(cells: tuple[Cell, ...]) -> Iterator[Compute]:
+    """Yield the function that runs a cell."""
+    hopeless: dict[int, CellFailed] = {}
 
-    def is_done(self, piece: int) -> bool:
-        """Return whether the cell has its marker."""
-        cell = self.cells[piece]
-        return read_done(cell.folder, cell.id) is not None
+    def compute(piece: int) -> None:
+        # A second attempt in this process cannot change what the user has to fix.
+        if piece in hopeless:
+            raise hopeless[piece]
+        cell = cells[piece]
+        try:
+            run_cell(cell)
+        except DiskSpaceError:
+            # It would end every other cell too.
+            raise
+        except Exception as error:
+            log = cell.folder / LOG_FILE
+            failed = CellFailed(f"{cell.shown}: {type(error).__name__}: {error}\n    log of the cell: {log}")
+            if isinstance(error, UserError):
+                hopeless[piece] = failed
+            raise failed from error
+        finally:
+            _free_memory()
 
-    def weight(self, piece: int) -> float:  # noqa: ARG002
-        """Return one: every piece is one cell."""
-        return 1.0
-
-    @contextmanager
-    def open(self) -> Iterator[Compute]:
-        """Return the function that runs a cell."""
-        hopeless: dict[int, CellFailed] = {}
-
-        def compute(piece: int) -> None:
-            # A second attempt in this process cannot change what the user has to fix.
-            if piece in hopeless:
-                raise hopeless[piece]
-            cell = self.cells[piece]
-            try:
-                run_cell(cell)
-            except DiskSpaceError:
-                # It would end every other cell too.
-                raise
-            except Exception as error:
-                log = cell.folder / LOG_FILE
-                failed = CellFailed(f"{cell.shown}: {type(error).__name__}: {error}\n    log of the cell: {log}")
-                if isinstance(error, UserError):
-                    hopeless[piece] = failed
-                raise failed from error
-            finally:
-                _free_memory()
-
-        yield compute
-
-    def reduce(self) -> SweepReport:
-        """Write the table of all cells, and return it."""
-        return write_tables(sweep_report(self.folder))
+    yield compute
 
 
 def run_cell(cell: Cell) -> None:

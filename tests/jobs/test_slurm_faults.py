@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from tests.indexes.synthetic import hashes
-from tests.launch import slurm
-from tests.launch.toy import ToyPlan
+from tests.jobs import slurm
+from tests.jobs.toy import Toy
 from tests.workshop import furnish, write_rows
 from vestige.errors import WorkElsewhere
-from vestige.launch import JobFolder, is_alive
+from vestige.jobs import JobFolder, is_alive
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def test_an_index_of_1000_examples_survives_a_dead_node_a_time_limit_and_a_cance
         _wait_for(lambda: len(job.read_job().get("jobs", [])) == 2)
         array = job.read_job()["jobs"][0]
         slurm.ask(idle_slurm, "scancel", f"{array}_6")
-        hung = _hang(job, lambda name: not (tmp_path / "many" / "shards" / f"{name}.json").exists())
+        hung = _hang(job, lambda piece: not (tmp_path / "many" / "shards" / f"{piece:05d}.json").exists())
         killed = _first_worker(job, other_than=hung)
         node = slurm.node_of(idle_slurm, killed.job)
         # A node dies: its daemon, the one of the task, and the task.
@@ -58,7 +58,7 @@ def test_an_index_of_1000_examples_survives_a_dead_node_a_time_limit_and_a_cance
 
 
 def test_two_live_copies_of_a_task_whose_node_lost_its_daemon_do_no_harm(idle_slurm, tmp_path):
-    plan = ToyPlan(tmp_path, pieces=24, seconds=1.5, steps=10)
+    plan = Toy(tmp_path, count=24, seconds=1.5, steps=10)
     with pytest.raises(WorkElsewhere):
         plan.run(engine="slurm", workers=1, wait=False)
     job = JobFolder.of(tmp_path, plan.name)
@@ -80,7 +80,7 @@ def test_two_live_copies_of_a_task_whose_node_lost_its_daemon_do_no_harm(idle_sl
 
 
 def test_a_preempted_task_gives_its_piece_back_and_goes_on_later(idle_slurm, tmp_path):
-    plan = ToyPlan(tmp_path, pieces=16, seconds=1.5, steps=10)
+    plan = Toy(tmp_path, count=16, seconds=1.5, steps=10)
     with pytest.raises(WorkElsewhere):
         plan.run(engine="slurm", workers=1, wait=False)
     job = JobFolder.of(tmp_path, plan.name)
@@ -99,19 +99,19 @@ def _hang(job, is_undone):
     while True:
         worker = _first_worker(job)
         os.kill(worker.pid, signal.SIGSTOP)
-        held = [name for name, owner in job.claims.owners().items() if owner.worker.token == worker.token]
+        held = [each.at_work for each in job.journals() if each.worker == worker and each.at_work is not None]
         if any(map(is_undone, held)):
             return worker
         os.kill(worker.pid, signal.SIGCONT)
 
 
 def _first_worker(job, other_than=None):
-    """A worker that holds a piece."""
+    """A worker that has begun a piece."""
     found = []
 
     def look():
-        held = [owner.worker for name, owner in job.claims.owners().items() if name.isdigit()]
-        found[:] = [one for one in held if (other_than is None or one.token != other_than.token) and is_alive(one)]
+        held = [each.worker for each in job.journals() if each.at_work is not None]
+        found[:] = [one for one in held if one != other_than and is_alive(one)]
         return found
 
     _wait_for(look)

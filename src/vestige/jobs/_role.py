@@ -10,26 +10,28 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from vestige.distributed import ROLE_VARIABLE, in_process_group, is_rank0
+from vestige.distributed import ROLE_VARIABLE, in_process_group
 from vestige.errors import VestigeError
-from vestige.launch._work import POLL_SECONDS
-from vestige.progress import announce, format_seconds
-from vestige.storage import write_durably
-from vestige.timing import Profile, profile_phases
+
+POLL_SECONDS = 0.2
+"""Between two checks of what other processes do."""
 
 
 class Role(NamedTuple):
     """A process's part in a job."""
 
-    kind: Literal["driver", "worker", "reduce", "rank", "mirror"]
-    """A mirror does what the driver does, in the same process group (`vestige.distributed`)."""
+    kind: Literal["driver", "worker", "reduce", "rank"]
     job: str = ""
-    """The job folder that a worker works on; of another plan, it only takes the result."""
+    """The job folder that a worker works on; of another job, it only takes the result."""
     number: int = 0
     of: int = 1
-    """Which of how many: decides where it begins, never what it may do."""
+    """Which of how many."""
+    in_array: bool = False
+    """Whether the number of the batch array's task is to be added."""
     parent: int | None = None
     """Process of the driver on this host, whose end ends the worker."""
+    shares: str = ""
+    """File with the numbers of the pieces, of which a worker computes every `of`-th."""
     attempt: int = 0
     waited_for: bool = False
     """Whether a driver waits for the job and goes on by itself."""
@@ -49,10 +51,9 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     if given:
         role = Role(**json.loads(given))
         # The tasks of a batch array have the same environment but for their number.
-        task = environment.get("SLURM_ARRAY_TASK_ID")
-        return role._replace(number=int(task)) if role.kind == "worker" and task else role
+        return role._replace(number=role.number + int(environment["SLURM_ARRAY_TASK_ID"])) if role.in_array else role
     if in_process_group():
-        return Role("driver" if is_rank0() else "mirror")
+        return Role("driver")
     rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
         return Role("rank", number=int(rank), of=int(ranks))
@@ -139,35 +140,3 @@ def _card(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     visible = environment.get(_CARDS, ",".join(map(str, range(count)))).split(",")
     return {_CARDS: visible[int(place) % len(visible)], _PLACE: place}
-
-
-PROFILE_FILE = "profile.json"
-
-
-@contextmanager
-def phase(label: str, unit: str) -> Iterator[list[int]]:
-    """Show the rate of a phase when the block ends without an error: what was appended to the list, per second.
-
-    Units that were done before, by another process or a run that was killed, are not appended: a rate is that of the
-    work done here.
-    """
-    started, done = time.perf_counter(), list[int]()
-    yield done
-    seconds, units = time.perf_counter() - started, sum(done)
-    if units:
-        announce(f"{label}: {units:,} {unit} in {format_seconds(seconds)}, {units / max(seconds, 1e-9):,.0f} {unit}/s")
-
-
-@contextmanager
-def profile(wanted: bool) -> Iterator[Profile | None]:
-    """Measure the block if `wanted`, and show the table when it ends without an error."""
-    with profile_phases(wanted) as measured:
-        yield measured
-    if measured is not None:
-        announce(measured.table())
-
-
-def write_profile(measured: Profile | None, folder: Path) -> None:
-    """Write `profile.json` into the folder, if anything was measured; of several ranks, that of the first."""
-    if measured is not None and is_rank0() and not is_follower():
-        write_durably(folder / PROFILE_FILE, [(json.dumps(measured.record(), indent=1) + "\n").encode()])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import slurm
+from tests.jobs import slurm
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def cluster(tmp_path_factory):
 def on_slurm(cluster, monkeypatch):
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("vestige.launch._slurm._QUEUE_SECONDS", 1.0)
+    monkeypatch.setenv("VESTIGE_QUEUE_SECONDS", "1")
     return cluster
 
 

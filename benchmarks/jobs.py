@@ -1,10 +1,10 @@
-"""What a work plan costs beside a plain loop over its pieces, and what a second worker process brings.
+"""What `run_pieces` costs beside a plain loop over the pieces, and what a second worker process brings.
 
-    python benchmarks/launch.py [--examples 600] [--rounds 3] [--keep FOLDER]
+    python benchmarks/jobs.py [--examples 600] [--rounds 3] [--keep FOLDER]
 
 Both compute the shards of one index of the benchmark's model (see README.md). The loop writes the same shards without
-claims, journal or markers of the plan's own; the last line of the first table computes and writes nothing. On a machine
-whose speed strays, the time between pieces says more of the plan than the ratios of whole runs.
+journal or record; the last line of the first table computes and writes nothing. On a machine whose speed strays, the
+time between pieces says more than the ratios of whole runs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="make the files here, and leave them")
     given = parser.parse_args()
-    folder = given.keep or Path(tempfile.mkdtemp(prefix="vestige-launch-"))
+    folder = given.keep or Path(tempfile.mkdtemp(prefix="vestige-jobs-"))
 
     from workload import draw_workloads, make_model, save
 
@@ -54,39 +54,45 @@ class Clocks(NamedTuple):
 
 
 def overhead(folder: Path, rounds: int) -> None:
-    """Seconds of the same shards by a plain loop, by the work plan, and without writing them."""
+    """Seconds of the same shards by a plain loop, by `run_pieces`, and without writing them."""
     import torch
 
     import vestige
     from vestige.indexes import _build as build
-    from vestige.launch import run_plan
+    from vestige.jobs import run_pieces
 
     torch.set_num_threads(1)
-    found: dict[str, list[Clocks]] = {"loop": [], "plan": [], "nothing written": []}
-    pieces = []
+    found: dict[str, list[Clocks]] = {"loop": [], "jobs": [], "nothing written": []}
+    pieces, index = [], []
 
     def measured(plan: Any, settings: Any, command: Any) -> Any:
-        pieces.append(plan.pieces)
-        timed = timed_plan(plan)
+        pieces.append(plan.count)
+        inside: list[float] = []
+        timed = time_pieces(plan, inside)
         works = [
             ("loop", lambda: loop(timed)),
-            ("plan", lambda: run_plan(timed, settings, command)),
-            ("nothing written", lambda: unwritten(plan)),
+            ("jobs", lambda: run_pieces(timed, settings, command)),
+            ("nothing written", lambda: unwritten(index[0])),
         ]
-        unwritten(plan)
+        unwritten(index[0])
         for number in range(rounds):
             # Each comes first, second and last as often as the others.
             for name, work in works[number % 3 :] + works[: number % 3]:
                 empty(settings.out)
-                timed.inside.clear()
-                found[name].append(clocks(work, timed.inside))
-        return run_plan(plan, settings, command)
+                inside.clear()
+                found[name].append(clocks(work, inside))
+        return run_pieces(plan, settings, command)
 
-    original, build.run_plan = build.run_plan, measured
+    def noted(*arguments: Any, **options: Any) -> Any:
+        index.append(make(*arguments, **options))
+        return index[-1]
+
+    original, make = build.run_pieces, build.IndexWork
+    build.run_pieces, build.IndexWork = measured, noted
     try:
         vestige.index(model=str(folder / "model"), data=str(folder / "uneven.jsonl"), out=folder / "one", **SETTINGS)
     finally:
-        build.run_plan = original
+        build.run_pieces, build.IndexWork = original, make
     print(f"{pieces[0]} pieces, {rounds} rounds, one thread; ratios are medians of the ratios within a round\n")
     print("| | wall seconds | CPU seconds | wall, of the loop | CPU, of the loop | seconds between pieces |")
     print("| :-- | --: | --: | --: | --: | --: |")
@@ -96,33 +102,27 @@ def overhead(folder: Path, rounds: int) -> None:
         ratios = [statistics.median(one[clock] / other[clock] for one, other in pairs) for clock in (0, 1)]
         between = "" if name == "nothing written" else f"{statistics.median(one.between for one in seconds):.3f}"
         print(f"| {name} | {numbers[0]:.2f} | {numbers[1]:.2f} | {ratios[0]:.4f} | {ratios[1]:.4f} | {between} |")
-    both = zip(found["plan"], found["loop"], strict=True)
+    both = zip(found["jobs"], found["loop"], strict=True)
     shares = [(plan.between - loop.between) / loop.wall for plan, loop in both]
     shown = ", ".join(f"{share:.2%}" for share in shares)
-    print(f"\nBetween pieces the plan needs {statistics.median(shares):.2%} of the loop's time beyond it ({shown}).")
+    print(f"\nBetween pieces the job needs {statistics.median(shares):.2%} of the loop's time beyond it ({shown}).")
 
 
-def timed_plan(plan: Any) -> Any:
-    """The same plan; it notes how long each piece takes, its rows' computing and writing."""
-    from vestige.indexes import IndexPlan
+def time_pieces(pieces: Any, inside: list[float]) -> Any:
+    """The same pieces; `inside` gets the seconds of each, its rows' computing and writing."""
 
-    class Timed(IndexPlan):
-        inside: list[float]
+    @contextmanager
+    def opened() -> Iterator[Callable[[int], None]]:
+        with pieces.open() as compute:
 
-        @contextmanager
-        def open(self) -> Iterator[Callable[[int], None]]:
-            with super().open() as compute:
+            def noted(piece: int) -> None:
+                started = time.perf_counter()
+                compute(piece)
+                inside.append(time.perf_counter() - started)
 
-                def noted(piece: int) -> None:
-                    started = time.perf_counter()
-                    compute(piece)
-                    self.inside.append(time.perf_counter() - started)
+            yield noted
 
-                yield noted
-
-    timed = Timed(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)})
-    object.__setattr__(timed, "inside", [])
-    return timed
+    return dataclasses.replace(pieces, open=opened)
 
 
 def clocks(work: Callable[[], object], inside: list[float]) -> Clocks:
@@ -133,10 +133,10 @@ def clocks(work: Callable[[], object], inside: list[float]) -> Clocks:
     return Clocks(wall, processor, wall - sum(inside))
 
 
-def loop(plan: Any) -> None:
+def loop(pieces: Any) -> None:
     """Every piece, one after another."""
-    with plan.open() as compute:
-        for piece in range(plan.pieces):
+    with pieces.open() as compute:
+        for piece in range(pieces.count):
             compute(piece)
 
 
@@ -194,9 +194,9 @@ def scaling(folder: Path, rounds: int) -> None:
 
 def working_seconds(index: Path) -> float:
     """From when the first piece was begun until the last one was done, as the workers' journals say."""
-    from vestige.launch import JobFolder
+    from vestige.jobs import JobFolder
 
-    entries = [entry for entry in JobFolder.of(index, "Indexing").journal() if entry.piece >= 0]
+    entries = [entry for entry in JobFolder.of(index, "Indexing").entries() if entry.piece >= 0]
     return max(entry.ended for entry in entries) - min(entry.ended - entry.seconds for entry in entries)
 
 

@@ -1,4 +1,4 @@
-"""A plan whose pieces are small numbers, slow or failing as a test wants; also a program, for worker processes."""
+"""Pieces that are small numbers, slow or failing as a test wants; also a program, for worker processes."""
 
 import json
 import sys
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from vestige.distributed import is_helper
 from vestige.errors import CorruptFile, DataError
-from vestige.launch import Compute, ranges, run_plan, step_done
+from vestige.jobs import Compute, Pieces, ranges, run_pieces, step_done
 from vestige.settings import LaunchSettings
 from vestige.storage import hold_folder, make_folder, write_durably
 
 
 @dataclass(frozen=True)
-class ToyPlan:
+class Toy:
     """Piece p is the text of p squared; the reduce joins them."""
 
     folder: Path
-    pieces: int = 12
+    count: int = 12
     seconds: float = 0.0
     steps: int = 1
     fail: tuple[int, ...] = ()
@@ -31,11 +31,19 @@ class ToyPlan:
     deadly: tuple[int, ...] = ()
     """Pieces that kill the process that computes them."""
     name: str = "Squaring"
-    unit: str = "numbers"
     opened: list[int] = field(default_factory=list)
 
-    def weight(self, piece: int) -> float:
-        return 2.0
+    @property
+    def pieces(self) -> Pieces[str]:
+        return Pieces(
+            name=self.name,
+            unit="numbers",
+            folder=self.folder,
+            weights=[2.0] * self.count,
+            is_done=self.is_done,
+            open=self.open,
+            reduce=self.reduce,
+        )
 
     def is_done(self, piece: int) -> bool:
         return (self.folder / f"{piece:05d}.json").exists()
@@ -47,10 +55,10 @@ class ToyPlan:
         yield self._compute
 
     def reduce(self) -> str:
-        missing = [piece for piece in range(self.pieces) if not self.is_done(piece)]
+        missing = [piece for piece in range(self.count) if not self.is_done(piece)]
         if missing:
             raise CorruptFile(f"pieces {ranges(missing)} are missing")
-        joined = " ".join((self.folder / f"{piece:05d}.txt").read_text() for piece in range(self.pieces))
+        joined = " ".join((self.folder / f"{piece:05d}.txt").read_text() for piece in range(self.count))
         write_durably(self.folder / "result.txt", [joined.encode()])
         return joined
 
@@ -80,23 +88,23 @@ class ToyPlan:
         return [int(line) for line in (self.folder / "computed.log").read_text().split()]
 
     def expected(self) -> str:
-        return " ".join(str(piece * piece) for piece in range(self.pieces))
+        return " ".join(str(piece * piece) for piece in range(self.count))
 
     def command(self, settings: LaunchSettings) -> list[str]:
-        fields = {name: getattr(self, name) for name in ("pieces", "seconds", "steps", "fail", "fail_once")}
+        fields = {name: getattr(self, name) for name in ("count", "seconds", "steps", "fail", "fail_once")}
         fields |= {"refuse": self.refuse, "deadly": self.deadly, "folder": str(self.folder)}
         given = settings.model_dump(exclude_defaults=True, mode="json")
-        return [sys.executable, "-m", "tests.launch.toy", json.dumps(fields), json.dumps(given)]
+        return [sys.executable, "-m", "tests.jobs.toy", json.dumps(fields), json.dumps(given)]
 
     def run(self, **settings) -> str:
         chosen = LaunchSettings(**settings)
-        return run_plan(self, chosen, self.command(chosen))
+        return run_pieces(self.pieces, chosen, self.command(chosen))
 
 
 def main() -> None:
     fields, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    plan = ToyPlan(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-    plan = ToyPlan(**(vars(plan) | {"folder": Path(plan.folder), "opened": []}))
+    plan = Toy(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    plan = Toy(**(vars(plan) | {"folder": Path(plan.folder), "opened": []}))
     with hold_folder(plan.folder, "toy", shared="toy", lock=not is_helper()):
         print(plan.run(**settings))
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from vestige.launch import own_jobs
+from vestige.jobs import own_jobs
 from vestige.models import own_gpu
 
 

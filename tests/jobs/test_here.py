@@ -6,57 +6,57 @@ import signal
 
 import pytest
 
-from tests.launch.toy import ToyPlan
+from tests.jobs.toy import Toy
 from vestige.errors import DataError, DiskSpaceError, PieceFailed, SpecError, UserError, WorkElsewhere
-from vestige.launch import ranges, run_plan
+from vestige.jobs import JobFolder, ranges, run_pieces
 from vestige.settings import LaunchSettings
 
 
 def test_every_piece_is_computed_once_and_the_plan_opened_once(tmp_path):
-    plan = ToyPlan(tmp_path)
+    plan = Toy(tmp_path)
     assert plan.run() == plan.expected()
     assert plan.computed() == list(range(12))
     assert plan.opened == [1]
 
 
 def test_what_is_done_is_left_alone(tmp_path):
-    ToyPlan(tmp_path).run()
+    Toy(tmp_path).run()
     for piece in (3, 7):
         (tmp_path / f"{piece:05d}.json").unlink()
-    plan = ToyPlan(tmp_path)
+    plan = Toy(tmp_path)
     assert plan.run() == plan.expected()
     assert plan.computed()[12:] == [3, 7]
-    again = ToyPlan(tmp_path)
+    again = Toy(tmp_path)
     assert again.run() == plan.expected()
     assert again.opened == []
 
 
 def test_a_piece_that_fails_once_is_tried_again(tmp_path):
-    plan = ToyPlan(tmp_path, fail_once=(2, 5))
+    plan = Toy(tmp_path, fail_once=(2, 5))
     assert plan.run() == plan.expected()
     assert sorted(plan.computed()) == sorted([*range(12), 2, 5])
 
 
 def test_a_piece_that_always_fails_is_reported_after_all_others_are_done(tmp_path):
-    plan = ToyPlan(tmp_path, fail=(2, 3, 9))
+    plan = Toy(tmp_path, fail=(2, 3, 9))
     with pytest.raises(PieceFailed, match=r"3 of 12 pieces failed every time \(2-3,9\)") as caught:
         plan.run(retries=1)
     assert "ArithmeticError: cannot square 9" in str(caught.value)
     assert isinstance(caught.value.__cause__, ArithmeticError)
     assert [plan.computed().count(piece) for piece in range(12)] == [1, 1, 2, 2, 1, 1, 1, 1, 1, 2, 1, 1]
-    mended = ToyPlan(tmp_path)
+    mended = Toy(tmp_path)
     assert mended.run() == mended.expected()
 
 
 def test_an_error_that_the_user_has_to_mend_is_not_retried(tmp_path):
-    plan = ToyPlan(tmp_path, refuse=(4,))
+    plan = Toy(tmp_path, refuse=(4,))
     with pytest.raises(DataError, match="e4 is not a number"):
         plan.run()
     assert plan.computed() == [0, 1, 2, 3, 4]
 
 
 def test_shares_are_disjoint_and_whoever_is_last_reduces(tmp_path):
-    plan = ToyPlan(tmp_path, pieces=7)
+    plan = Toy(tmp_path, count=7)
     with pytest.raises(WorkElsewhere, match=r"share 2/3 is done. 5 of 7 pieces .*\(0,2-3,5-6\)"):
         plan.run(shard="2/3")
     assert plan.computed() == [1, 4]
@@ -73,8 +73,8 @@ def test_a_share_that_is_none_is_refused(shard):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_ends_work_between_two_batches_and_gives_the_claim_back(tmp_path, number, monkeypatch, capsys):
-    plan = ToyPlan(tmp_path, seconds=0.4, steps=4)
+def test_a_signal_ends_work_between_two_batches_and_leaves_nothing_at_work(tmp_path, number, monkeypatch, capsys):
+    plan = Toy(tmp_path, seconds=0.4, steps=4)
     import threading
 
     threading.Timer(0.25, os.kill, (os.getpid(), number)).start()
@@ -82,14 +82,14 @@ def test_a_signal_ends_work_between_two_batches_and_gives_the_claim_back(tmp_pat
         plan.run()
     assert caught.value.code == 128 + number
     assert not plan.is_done(0)
-    assert list((tmp_path / "launch" / "squaring" / "claims").iterdir()) == []
+    assert [each.at_work for each in JobFolder.of(tmp_path, plan.name).journals()] == [None]
     assert "12 of 12 pieces missing. Run the same command again" in capsys.readouterr().err
-    quick = ToyPlan(tmp_path)
+    quick = Toy(tmp_path)
     assert quick.run() == quick.expected()
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
-    plan = ToyPlan(tmp_path)
+    plan = Toy(tmp_path)
 
     def interrupted(_: int) -> None:
         raise KeyboardInterrupt
@@ -98,7 +98,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         plan.run()
     assert "Run the same command again" in capsys.readouterr().err
-    assert ToyPlan(tmp_path).run() == plan.expected()
+    assert Toy(tmp_path).run() == plan.expected()
 
 
 def test_a_full_disk_is_an_instruction(tmp_path, monkeypatch):
@@ -107,19 +107,19 @@ def test_a_full_disk_is_an_instruction(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskSpaceError):
-        ToyPlan(tmp_path).run()
+        Toy(tmp_path).run()
     monkeypatch.undo()
-    assert ToyPlan(tmp_path).run() == ToyPlan(tmp_path).expected()
+    assert Toy(tmp_path).run() == Toy(tmp_path).expected()
 
 
 def test_a_file_in_the_way_is_an_instruction(tmp_path):
     (tmp_path / "launch").write_text("")
     with pytest.raises(UserError, match="is a file, expected a folder"):
-        ToyPlan(tmp_path).run()
+        Toy(tmp_path).run()
 
 
 def test_progress_counts_weights(tmp_path, capsys):
-    ToyPlan(tmp_path, steps=3).run()
+    Toy(tmp_path, steps=3).run()
     assert "Squaring: 24 of 24 numbers in" in capsys.readouterr().err
 
 
@@ -130,4 +130,4 @@ def test_ranges_are_compressed():
 
 def test_other_processes_need_a_command(tmp_path):
     with pytest.raises(UserError, match="live Python object"):
-        run_plan(ToyPlan(tmp_path), LaunchSettings(workers=2), None)
+        run_pieces(Toy(tmp_path).pieces, LaunchSettings(workers=2), None)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import UserError
-from vestige.launch._claims import WORKER, Worker, is_alive, works_on
-from vestige.launch._record import Failure, JobFolder, is_number, ranges
-from vestige.launch._slurm import cancel_batch_jobs, waiting_or_running
+from vestige.jobs._engine import ENGINES
+from vestige.jobs._record import Failure, JobFolder, ranges
+from vestige.jobs._worker import WORKER, Worker, is_alive, works_on
 from vestige.progress import format_seconds
 from vestige.storage import this_host
 
@@ -81,11 +81,11 @@ def _jobs_of(folder: Path) -> Iterator[JobFolder]:
 
 
 def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
-    entries = job.journal()
+    entries = job.entries()
     since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
     done = len({entry.piece for entry in since})
     weight = sum({entry.piece: entry.weight for entry in since}.values())
-    running = tuple(sorted(int(name) for name in _live_owners(job) if is_number(name)))
+    running = tuple(sorted(set(_at_work(record, job).values())))
     elapsed = (record.get("ended") or time.time()) - record["begun"]
     rate = weight / elapsed if elapsed > 0 else 0.0
     to_do = record["weight"] - record["weight_before"] - weight
@@ -93,7 +93,7 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     return JobStatus(
         name=record["name"],
         unit=record["unit"],
-        state=_state(record, bool(running)),
+        state=_state(record, job, bool(running)),
         pieces=record["pieces"],
         done=record["pieces"] if record.get("ended") else record["done_before"] + done,
         running=running,
@@ -107,13 +107,18 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     )
 
 
-def _live_owners(job: JobFolder) -> dict[str, Worker]:
-    """Return the claims whose owners live, or ran on other hosts and may live."""
-    held = {name: owner.worker for name, owner in job.claims.owners().items()}
-    return {name: worker for name, worker in held.items() if is_alive(worker) is not False}
+def _at_work(record: dict[str, Any], job: JobFolder) -> dict[Worker, int]:
+    """Return the pieces that processes which live, or ran on other hosts and may live, have begun since the job."""
+    found = dict[Worker, int]()
+    for noted in job.journals():
+        if noted.worker is None or noted.at_work is None or noted.written < record["begun"]:
+            continue
+        if is_alive(noted.worker) is not False:
+            found[noted.worker] = noted.at_work
+    return found
 
 
-def _state(record: dict[str, Any], running: bool) -> str:
+def _state(record: dict[str, Any], job: JobFolder, running: bool) -> str:
     if record.get("ended"):
         return "done"
     if record.get("cancelled"):
@@ -122,10 +127,10 @@ def _state(record: dict[str, Any], running: bool) -> str:
     if running or (driver is not None and is_alive(driver)):
         return "running"
     try:
-        queued = waiting_or_running(record.get("jobs", ()))
+        at_work = any(engine.status(job) for engine in ENGINES)
     except UserError:
         return "unknown: the scheduler does not answer"
-    return "running" if queued else "stopped: the same command continues it"
+    return "running" if at_work else "stopped: the same command continues it"
 
 
 def _cancel(job: JobFolder) -> Iterator[str]:
@@ -134,11 +139,10 @@ def _cancel(job: JobFolder) -> Iterator[str]:
         return
     # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
-    if jobs := record.get("jobs", []):
-        cancel_batch_jobs(jobs)
-        yield f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."
+    for engine in ENGINES:
+        yield from engine.cancel(job)
     driver = _driver(record)
-    workers = {worker.token: worker for worker in [*_live_owners(job).values(), *([driver] if driver else [])]}
+    workers = {worker.token: worker for worker in [*_at_work(record, job), *([driver] if driver else [])]}
     for worker in workers.values():
         if worker.host != this_host():
             if not worker.job:

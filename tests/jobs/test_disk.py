@@ -10,17 +10,17 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.indexes.synthetic import hashes
-from tests.launch.disks import fill, remount, small_disk
-from tests.launch.toy import ToyPlan
+from tests.jobs.disks import fill, remount, small_disk
+from tests.jobs.toy import Toy
 from tests.workshop import furnish, write_rows
 from vestige.errors import DiskSpaceError, PieceFailed, UserError
-from vestige.launch import JobFolder
+from vestige.jobs import JobFolder
 
 
 @pytest.mark.slow
 def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_error(tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", 1) as disk:
-        plan = ToyPlan(disk / "out", pieces=4, seconds=0.1)
+        plan = Toy(disk / "out", count=4, seconds=0.1)
         made, start = [], subprocess.Popen
 
         def started_on_a_full_disk(*words, **options):
@@ -38,7 +38,7 @@ def test_a_disk_so_full_that_not_even_the_failure_can_be_noted_is_one_clear_erro
 
 def test_a_read_only_folder_is_refused_before_a_worker_starts(tmp_path):
     with small_disk(tmp_path / "disk", 1) as disk:
-        plan = ToyPlan(disk / "out", pieces=4)
+        plan = Toy(disk / "out", count=4)
         plan.run(workers=1)
         (disk / "out" / "00002.json").unlink()
         remount(disk, "ro")
@@ -60,8 +60,8 @@ def test_what_a_library_says_of_a_full_disk_ends_the_work_at_the_first_attempt(t
     def full(_):
         raise error
 
-    monkeypatch.setattr(ToyPlan, "_misbehave", lambda _, piece: full(piece))
-    plan = ToyPlan(tmp_path / "out", pieces=4)
+    monkeypatch.setattr(Toy, "_misbehave", lambda _, piece: full(piece))
+    plan = Toy(tmp_path / "out", count=4)
     with pytest.raises(DiskSpaceError, match="Free disk space"):
         plan.run(workers=1, retries=5)
     assert plan.computed() == [0]
@@ -70,7 +70,7 @@ def test_what_a_library_says_of_a_full_disk_ends_the_work_at_the_first_attempt(t
 def test_attempts_are_counted_where_they_cannot_be_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(JobFolder, "failure", lambda *_: None)
     monkeypatch.setattr(JobFolder, "failures", lambda _: [])
-    plan = ToyPlan(tmp_path / "out", pieces=3, fail=(1,))
+    plan = Toy(tmp_path / "out", count=3, fail=(1,))
     with pytest.raises(PieceFailed, match=r"piece 1, 3 times"):
         plan.run(workers=1, retries=2)
     assert plan.computed().count(1) == 3

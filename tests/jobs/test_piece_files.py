@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vestige.errors import CorruptFile, DiskSpaceError
-from vestige.launch import PieceFiles
+from vestige.jobs import PieceFiles
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige.errors import PieceFailed, UserError
-from vestige.launch import shares
+from vestige.jobs import shares
 
 submitit = pytest.importorskip("submitit")
 

@@ -1,22 +1,17 @@
-"""A work plan: independent pieces that each leave one file with a marker, and a reduce.
+"""Independent pieces of work that each leave a file with a marker, and what they are reduced to.
 
 Every heavy job is one. Every process that computes a piece, whenever and however often, leaves the same bytes; the
 marker on disk is the only truth about what is done.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import CorruptFile
@@ -26,63 +21,53 @@ from vestige.storage import make_folder, remove_durably, remove_strays, sha256_o
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 Result = TypeVar("Result")
-Result_co = TypeVar("Result_co", covariant=True)
 
 Compute = Callable[[int], None]
 """Computes one piece and leaves its file, then its marker (`vestige.storage.write_durably`).
 
-It may call `vestige.launch.step_done(units)` after each batch: that moves the progress bar, and is where work stops
+It may call `vestige.jobs.step_done(units)` after each batch: that moves the progress bar, and is where work stops
 when the time limit is near or the machine is needed. Leaving the piece there must do no harm.
 """
 
 
-class WorkPlan(Protocol[Result_co]):
-    """Pieces 0 to `pieces - 1`, and what they are reduced to."""
+@dataclass(frozen=True, kw_only=True)
+class Pieces(Generic[Result]):
+    """Pieces 0 to `count - 1` of a job, and what they are reduced to; `run_pieces` has them computed.
+
+    Made where the work is defined: the process that a person started and each of its workers make the same object.
+    """
+
+    name: str
+    """The name of the work, for a person: "Indexing", "Curvature", "Scoring"."""
+    unit: str = "examples"
+    """The unit of `weights`, in the plural: "examples", "models"."""
+    folder: Path
+    """The folder of the result; logs and the job's record lie in `folder / "launch" / name`."""
+    weights: Sequence[float]
+    """Units of work in each piece, for rates and the time left; their number never depends on who computes them."""
+    is_done: Callable[[int], bool]
+    """Returns whether the piece's marker is there and belongs to these settings; cheap."""
+    open: Callable[[], AbstractContextManager[Compute]]
+    """Opens what is needed to compute pieces (a loaded model, hooks), once per worker."""
+    reduce: Callable[[], Result]
+    """Returns the result from all pieces, in their order.
+
+    Called by one process at a time, but possibly by several one after another: what is reduced already is found and
+    returned. Raises CorruptFile if pieces are missing, damaged or overlap; the message lists them.
+    """
 
     @property
-    def name(self) -> str:
-        """The name of the work, for a person: "Indexing", "Curvature", "Scoring"."""
-        ...
+    def count(self) -> int:
+        """The number of pieces."""
+        return len(self.weights)
 
-    @property
-    def unit(self) -> str:
-        """The unit of `weight`, in the plural: "examples", "models"."""
-        ...
+    def missing(self) -> list[int]:
+        """Return the pieces that are not done, in order."""
+        return [piece for piece in range(self.count) if not self.is_done(piece)]
 
-    @property
-    def folder(self) -> Path:
-        """The folder of the result; claims, logs and the job's record live in `folder / "launch" / name`."""
-        ...
 
-    @property
-    def pieces(self) -> int:
-        """The number of pieces; never depends on who computes them."""
-        ...
-
-    def is_done(self, piece: int) -> bool:
-        """Return whether the piece's marker is there and belongs to these settings; cheap."""
-        ...
-
-    def weight(self, piece: int) -> float:
-        """Return the units of work in the piece, for rates and the time left: its examples, tokens, models or pairs."""
-        ...
-
-    def open(self) -> AbstractContextManager[Compute]:
-        """Open what is needed to compute pieces (a loaded model, hooks), made once per worker."""
-        ...
-
-    def reduce(self) -> Result_co:
-        """Return the result from all pieces, in piece order.
-
-        Called by one process at a time, but possibly by several one after another: what is reduced already is found
-        and returned.
-
-        Raises:
-            CorruptFile: pieces are missing, damaged or overlap; the message lists them.
-        """
-        ...
+Tensors = dict[str, "Tensor"]
 
 
 class PieceMarker(NamedTuple):
@@ -192,104 +177,42 @@ class PieceFiles:
             return None
 
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-"""SIGTERM comes from `scancel` and preemption, SIGUSR1 shortly before the time limit, SIGUSR2 from some sites before
-preemption."""
-
-
-class Stopped(BaseException):
-    """Work ends here because a signal requested it; like KeyboardInterrupt, no `except Exception` may hold it up."""
-
-
-class _State:
-    """What a piece that is being computed reports and must obey; one for the process, as signals are."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        """How many `stopping_at_steps` are around: a piece may be a job of its own."""
-        self.received: int | None = None
-        self.count: Callable[[float], None] = lambda _: None
-        self.parent: int | None = None
-        self.kept = False
-
-
-_STATE = _State()
-
-
-def step_done(units: float = 0) -> None:
-    """Note that `units` of the current piece's weight are done; work stops here after a stop signal.
-
-    Call it after each batch. Outside `run_plan` it does nothing.
-
-    Raises:
-        Stopped: The process was sent SIGTERM, SIGUSR1 or SIGUSR2, or the process that started it is gone.
-    """
-    check_stop()
-    _STATE.count(units)
-
-
-def note_kept() -> None:
-    """Note that what the current piece did so far is on disk: to leave it and begin it again is no loss of time."""
-    _STATE.kept = True
-
-
-def is_kept() -> bool:
-    """Return whether a piece that was left has noted so."""
-    return _STATE.kept
-
-
-def check_stop() -> None:
-    """Raise if the process received a stop signal.
-
-    Raises:
-        Stopped: It was.
-    """
-    if _STATE.received is None and _STATE.parent is not None and os.getppid() != _STATE.parent:
-        _STATE.received = int(signal.SIGTERM)
-    if _STATE.received is not None:
-        raise Stopped(f"stopped by {signal.Signals(_STATE.received).name}")
-
-
-def stop_signal() -> int | None:
-    """Return the stop signal that this process received, None if there was none."""
-    return _STATE.received
-
-
-@contextmanager
-def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
-    """Make a signal, while the block runs, not kill the process but make the next `step_done` raise `Stopped`.
+def tensor_pieces(
+    name: str,
+    files: PieceFiles,
+    weights: Sequence[float],
+    open: Callable[[], AbstractContextManager[Callable[[int], Tensors]]],
+    collect: Callable[[Iterator[Tensors]], Result],
+    *,
+    unit: str = "examples",
+    folder: Path | None = None,
+    numbers: range | None = None,
+) -> Pieces[Result]:
+    """Return work whose pieces are files of tensors.
 
     Args:
-        parent: Process whose end also stops the work; None for none.
+        name: As of `Pieces`.
+        files: Where the pieces lie, and the fingerprint of everything that decides them.
+        weights: Units of work in each piece.
+        open: Opens what the pieces need, and yields the function from a file's number to its tensors.
+        collect: Makes the result from the pieces, in their order.
+        unit: Of the weights.
+        folder: Of the result; not given: the one that the files' folder lies in.
+        numbers: Of the files, one for each piece; not given: from 0.
     """
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set handlers; elsewhere a signal does what the program around us wants.
-        yield
-        return
+    numbers = range(len(weights)) if numbers is None else numbers
 
-    def receive(number: int, _: FrameType | None) -> None:
-        _STATE.received = number
+    @contextmanager
+    def open_files() -> Iterator[Compute]:
+        with open() as compute:
+            yield lambda piece: files.write(numbers[piece], compute(numbers[piece]))
 
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
-    around = _STATE.parent
-    if _STATE.depth == 0:
-        _STATE.received, _STATE.kept = None, False
-    # A job inside a piece ends with whatever ends the job around it, and leaves the signal to that.
-    _STATE.parent = around if parent is None else parent
-    _STATE.depth += 1
-    try:
-        yield
-    finally:
-        _STATE.depth -= 1
-        _STATE.parent = around
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def counting(count: Callable[[float], None]) -> Iterator[None]:
-    """Make `step_done` report its units to `count` while the block runs."""
-    before, _STATE.count = _STATE.count, count
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, _STATE, "count", before)
-        yield
+    return Pieces(
+        name=name,
+        unit=unit,
+        folder=folder or files.folder.parent,
+        weights=weights,
+        is_done=lambda piece: files.is_done(numbers[piece]),
+        open=open_files,
+        reduce=lambda: collect(map(files.read, numbers)),
+    )

@@ -11,17 +11,17 @@ import time
 import psutil
 import pytest
 
-from tests.launch.toy import ToyPlan
+from tests.jobs.toy import Toy
 from vestige.cli import main
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.launch import cancel_jobs, job_statuses, start_time
+from vestige.jobs import JOB_FILES, cancel_jobs, job_statuses, start_time
 from vestige.settings import LaunchSettings
-from vestige.storage import this_host
+from vestige.storage import require_no_others, this_host
 
 
 def test_a_finished_job_says_its_cost(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    ToyPlan(tmp_path, pieces=4, seconds=0.05).run()
+    Toy(tmp_path, count=4, seconds=0.05).run()
     (job,) = job_statuses(tmp_path)
     assert (job.name, job.state, job.done, job.pieces, job.running) == ("Squaring", "done", 4, 4, ())
     assert job.core_hours == pytest.approx(3 * 4 * 0.05 / 3600, rel=0.5)
@@ -31,7 +31,7 @@ def test_a_finished_job_says_its_cost(tmp_path, monkeypatch):
 
 def test_failures_are_told_with_their_error(tmp_path, capsys):
     with pytest.raises(PieceFailed):
-        ToyPlan(tmp_path, pieces=4, fail=(1,)).run(retries=1)
+        Toy(tmp_path, count=4, fail=(1,)).run(retries=1)
     main(["status", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "Squaring: stopped: the same command continues it" in shown or "Squaring: running" in shown
@@ -41,7 +41,7 @@ def test_failures_are_told_with_their_error(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_status_and_cancel_of_a_job_at_work(tmp_path):
-    plan = ToyPlan(tmp_path, pieces=10, seconds=20, steps=200)
+    plan = Toy(tmp_path, count=10, seconds=20, steps=200)
     with subprocess.Popen(plan.command(LaunchSettings(workers=2)), stderr=subprocess.PIPE, text=True) as driver:
         deadline = time.monotonic() + 20
         while not (jobs := job_statuses(tmp_path)) or len(jobs[0].running) < 2:
@@ -55,7 +55,7 @@ def test_status_and_cancel_of_a_job_at_work(tmp_path):
         driver.stderr.read()
     (job,) = job_statuses(tmp_path)
     assert (job.state, job.running) == ("cancelled", ())
-    assert ToyPlan(tmp_path, pieces=10).run() == plan.expected()
+    assert Toy(tmp_path, count=10).run() == plan.expected()
     assert job_statuses(tmp_path)[0].state == "done"
 
 
@@ -66,7 +66,7 @@ def test_cancel_where_nothing_ran_is_an_instruction(tmp_path):
 
 def _foreign(folder, **changes):
     """A job's record as somebody else may have changed it."""
-    ToyPlan(folder, pieces=2).run()
+    Toy(folder, count=2).run()
     path = folder / "launch" / "squaring" / "job.json"
     record = json.loads(path.read_text()) | {"ended": None} | changes
     path.write_text(json.dumps({name: value for name, value in record.items() if value != "left out"}))
@@ -113,34 +113,35 @@ def test_a_process_that_does_not_work_on_the_folder_is_left_alone(tmp_path):
         born = start_time(psutil.Process(innocent.pid))
         worker = [this_host(), innocent.pid, born, "", "token"]
         home = _foreign(tmp_path / "job", driver=worker)
-        (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
+        (home / "journal" / "x.jsonl").write_text(json.dumps({"begun": 0, "worker": worker}) + "\n")
         (said,) = cancel_jobs(tmp_path / "job")
         assert "it was left alone" in said
         assert innocent.poll() is None
         innocent.kill()
 
 
-def test_claims_and_journals_of_others_are_passed_over(tmp_path):
+def test_journals_of_others_are_passed_over(tmp_path):
     home = _foreign(tmp_path, driver=None)
-    me = start_time(psutil.Process())
-    for name, content in {
-        "00000": [1, 2],
-        "x": [this_host(), os.getpid(), "soon", "", "t", 0],
-        "00001": "{" * 9,
-    }.items():
-        (home / "claims" / f"{name}.json").write_text(json.dumps(content))
-    (home / "claims" / "\u00b2.json").write_text(json.dumps([this_host(), os.getpid(), me, "", "t", 0]))
-    (home / "journal" / "x.jsonl").write_text('[0, "a", 1, 1, 1, 1, "h", ""]\n[1e999, 0]\nnull\n' + "[" * 5000)
+    me = [this_host(), os.getpid(), start_time(psutil.Process()), "", "t"]
+    soon = [this_host(), os.getpid(), "soon", "", "t"]
+    lines = {
+        "a": '[0, "a", 1, 1, 1, 1, "h", ""]\n[1e999, 0]\nnull\n' + "[" * 5000,
+        "b": json.dumps({"begun": 1, "worker": soon}) + "\n" + '{"begun"' * 5000,
+        "c": json.dumps({"begun": -1, "worker": me}) + "\n" + json.dumps({"begun": "\u00b2", "worker": me}),
+        "d": json.dumps({"begun": 0, "worker": [1, 2]}),
+    }
+    for name, content in lines.items():
+        (home / "journal" / f"{name}.jsonl").write_text(content)
     (home / "failures" / ("9" * 100 + ".json")).write_text("{}")
     (job,) = job_statuses(tmp_path)
     assert (job.running, job.failures) == ((), ())
 
 
 @pytest.mark.parametrize("step", [2, 3600, -86400])
-def test_a_claim_lives_on_when_the_clock_is_set(step, tmp_path, monkeypatch):
+def test_a_process_is_known_again_when_the_clock_is_set(step, tmp_path, monkeypatch):
     home = _foreign(tmp_path, driver=None)
     worker = [this_host(), os.getpid(), start_time(psutil.Process()), "", "t"]
-    (home / "claims" / "00000.json").write_text(json.dumps([*worker, 0]))
+    (home / "journal" / "x.jsonl").write_text(json.dumps({"begun": 0, "worker": worker}))
     before = job_statuses(tmp_path)[0].running
     made = psutil.Process.create_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda process: made(process) + step)  # as after `date --set`
@@ -148,8 +149,13 @@ def test_a_claim_lives_on_when_the_clock_is_set(step, tmp_path, monkeypatch):
     assert before == after == (0,)
 
 
-def test_a_wrong_number_of_seconds_is_an_instruction(tmp_path, monkeypatch):
-    for given in ("abc", "nan", "-1", ""):
-        monkeypatch.setenv("VESTIGE_STALE_SECONDS", given)
-        with pytest.raises(UserError, match=r"VESTIGE_STALE_SECONDS was .* expected a number of seconds"):
-            ToyPlan(tmp_path).run()
+def test_what_earlier_versions_left_is_no_file_of_others(tmp_path):
+    """Claims, which this version does not make, and journals without the process."""
+    home = _foreign(tmp_path / "idx", driver=None, jobs=[])
+    (home / "claims").mkdir()
+    (home / "claims" / "00000.json").write_text("[]")
+    (home / "claims" / ".00001.evicted.00ff").write_text("[]")
+    (home / "journal" / "old.jsonl").write_text(json.dumps([1, 2.0, 0.5, 2e9, 1, 0, "h", ""]) + "\n")
+    require_no_others(tmp_path / "idx", [*JOB_FILES, "*.txt", "*.json", "computed.log"])
+    (job,) = job_statuses(tmp_path / "idx")
+    assert (job.done, job.running) == (1, ())

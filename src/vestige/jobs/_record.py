@@ -10,7 +10,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, final
 
@@ -18,19 +18,19 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter,
 
 from vestige import errors
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.launch._claims import Claims, Worker, this_worker
+from vestige.jobs._worker import Worker, this_worker
 from vestige.parsing import first_problem
-from vestige.storage import make_folder, write_durably
+from vestige.storage import make_folder, this_host, write_durably
 
 JOB_FILES = (
-    "launch/*/job.json",
-    "launch/*/room.*",
-    *(f"launch/*/{name}" for name in ("claims/*.json", "claims/.*.evicted.*", "failures/*.json")),
-    *(f"launch/*/{name}" for name in ("journal/*.jsonl", "logs/*.log", "slurm/*.sh")),
+    *(f"launch/*/{name}" for name in ("job.json", "room.*", "reduce.lock", "failures/*.json", "journal/*.jsonl")),
+    *(f"launch/*/{name}" for name in ("logs/*.log", "slurm/*.sh", "shares/*.json")),
+    # Of earlier versions.
+    *(f"launch/*/claims/{name}" for name in ("*.json", ".*.evicted.*")),
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
 _NOTE_BYTES = 16 * 1024
-"""Bytes that a claim and the note of a failure always fit into."""
+"""Bytes that the note of a failure always fits into."""
 
 
 class Failure(NamedTuple):
@@ -64,6 +64,18 @@ class Entry(NamedTuple):
     job: str
 
 
+class Journal(NamedTuple):
+    """What one process noted about its work."""
+
+    worker: Worker | None
+    """The process; None if the file does not say, as those of earlier versions."""
+    entries: list[Entry]
+    at_work: int | None
+    """The piece that it began and did not finish."""
+    written: float
+    """When it last noted something, in seconds since 1970."""
+
+
 class _Job(BaseModel):
     """What `job.json` must hold; checked because it may lie in a folder that another user made."""
 
@@ -81,24 +93,29 @@ class _Job(BaseModel):
     jobs: list[Annotated[str, Field(pattern=r"^[0-9]{1,18}(_[0-9]{1,18})?$")]] = []
 
 
+class _Begun(BaseModel):
+    """The line of a journal before a piece, and after one that failed."""
+
+    begun: NonNegativeInt | None
+    worker: Worker
+
+
 _ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
 
 
 @final
 class JobFolder:
-    """Claims, failures, logs and the record of one plan."""
+    """Journals, failures, logs and the record of one job."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.logs = path / "logs"
         self._failures = path / "failures"
         self._journal = path / "journal"
-        self._claims = path / "claims"
-        self.claims = Claims(self._claims)
 
     @classmethod
     def of(cls, folder: Path, name: str) -> "JobFolder":
-        """Return the job folder of the plan `name` over `folder`."""
+        """Return the job folder of the work `name` over `folder`."""
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "job"
         return cls(folder / "launch" / slug)
 
@@ -108,7 +125,7 @@ class JobFolder:
         Raises:
             UserError: They cannot be made there.
         """
-        for path in (self.path, self.logs, self._failures, self._journal, self._claims):
+        for path in (self.path, self.logs, self._failures, self._journal):
             make_folder(path)
 
     def require_space(self) -> None:
@@ -147,25 +164,35 @@ class JobFolder:
         return content
 
     def note(self, piece: int, weight: float, seconds: float) -> None:
-        """Append a line to the journal; a disk that is full costs the line, not the work."""
+        """Note in this process's journal that a piece is done."""
         me = this_worker()
-        entry = Entry(piece, weight, seconds, time.time(), _cores(), _gpus(), me.host, me.job)
+        self._append(Entry(piece, weight, seconds, time.time(), _cores(), _gpus(), me.host, me.job))
+
+    def note_begun(self, piece: int | None) -> None:
+        """Note in this process's journal which piece it works on; None: on none any more."""
+        self._append({"begun": piece, "worker": this_worker()})
+
+    def _append(self, line: object) -> None:
+        """Append a line; a disk that is full costs the line, not the work."""
+        me = this_worker()
         with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(line) + "\n")
 
-    def journal(self) -> list[Entry]:
-        """Return every line of every worker, in the order of their ends."""
-        return sorted(self._entries(), key=lambda entry: entry.ended)
+    def read_journal(self, pid: int) -> Journal:
+        """Return the journal of a process of this host; an empty one if it noted nothing."""
+        return _read_journal(self._journal / f"{this_host()}.{pid}.jsonl")
 
-    def _entries(self) -> Iterator[Entry]:
-        for path in self._journal.glob("*.jsonl"):
-            for line in path.read_text(errors="replace").splitlines():
-                # The last line of a worker that was killed may be torn.
-                with contextlib.suppress(ValueError, RecursionError):
-                    yield _ENTRY.validate_json(line)
+    def journals(self) -> list[Journal]:
+        """Return the journal of every process that has worked on the job."""
+        return [_read_journal(path) for path in sorted(self._journal.glob("*.jsonl"))]
+
+    def entries(self) -> list[Entry]:
+        """Return every finished piece of every process, in the order of their ends."""
+        found = (entry for journal in self.journals() for entry in journal.entries)
+        return sorted(found, key=lambda entry: entry.ended)
 
     def record_failure(self, piece: int, error: BaseException | str, *, log: str = "") -> Failure:
-        """Record that the piece has failed once more; called while its claim is held."""
+        """Record that the piece has failed once more."""
         is_error = isinstance(error, BaseException)
         before = self.failure(piece)
         failure = Failure(
@@ -218,9 +245,20 @@ def is_number(name: str) -> bool:
     return re.fullmatch("[0-9]{1,12}", name) is not None
 
 
-def claim_name(piece: int) -> str:
-    """Return the name under which a piece is claimed."""
-    return f"{piece:05d}"
+def _read_journal(path: Path) -> Journal:
+    worker, at_work, entries = None, None, list[Entry]()
+    if not path.exists():
+        return Journal(None, [], None, 0.0)
+    for line in path.read_text(errors="replace").splitlines():
+        # The last line of a worker that was killed may be torn, and any user may have written the file.
+        with contextlib.suppress(ValueError, RecursionError):
+            if line.startswith("{"):
+                noted = _Begun.model_validate_json(line)
+                worker, at_work = noted.worker, noted.begun
+            else:
+                entries.append(_ENTRY.validate_json(line))
+                at_work = None if entries[-1].piece == at_work else at_work
+    return Journal(worker, entries, at_work, path.stat().st_mtime)
 
 
 def _cores() -> int:

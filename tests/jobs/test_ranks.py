@@ -8,17 +8,19 @@ import sys
 
 import pytest
 
-from tests.launch.toy import ToyPlan
-from vestige.launch import Role, this_role
+from tests.jobs.toy import Toy
+from vestige.jobs import Role, this_role
+
+IN_ARRAY = Role("worker", "here", of=8, in_array=True)
 
 
 @pytest.mark.slow
 def test_the_ranks_of_torchrun_share_the_pieces(tmp_path):
-    plan = ToyPlan(tmp_path, pieces=12, seconds=0.3)
+    plan = Toy(tmp_path, count=12, seconds=0.3)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     fields = json.dumps({"folder": str(tmp_path), "pieces": 12, "seconds": 0.3})
     run = subprocess.run(
-        [*torchrun, "-m", "tests.launch.toy", fields, "{}"],
+        [*torchrun, "-m", "tests.jobs.toy", fields, "{}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,7 +43,8 @@ def test_the_ranks_of_torchrun_share_the_pieces(tmp_path):
         ({"RANK": "0", "WORLD_SIZE": "1"}, Role("driver")),
         ({"RANK": "2", "WORLD_SIZE": "4"}, Role("rank", number=2, of=4)),
         ({"RANK": "2", "WORLD_SIZE": "4"} | Role("worker", "here").as_environment(), Role("worker", "here")),
-        (Role("worker", "here", of=8).as_environment() | {"SLURM_ARRAY_TASK_ID": "5"}, Role("worker", "here", 5, 8)),
+        (IN_ARRAY.as_environment() | {"SLURM_ARRAY_TASK_ID": "5"}, IN_ARRAY._replace(number=5)),
+        (Role("worker", "here", 1).as_environment() | {"SLURM_ARRAY_TASK_ID": "5"}, Role("worker", "here", 1)),
     ],
 )
 def test_the_environment_says_what_a_process_is(environment, role):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -203,24 +205,16 @@ class ComponentInputs:
         return (total * next(self.loaded.model.parameters()).element_size()).astype(np.int64)
 
     def _divide(self, rows: Int[np.ndarray, " row"], pieces: int, most_bytes: int) -> list[list[np.ndarray]]:
-        """Divide rows into batches, and these into pieces of at most so many bytes of factors, but for one batch.
-
-        A job that is large enough has at least so many pieces: little is lost when it is interrupted.
-        """
+        """Divide rows into batches, and these into `pieces`, or more where one would have more bytes of factors."""
         if not len(rows):
             return []
         most, budget = max(4, -(-len(rows) // pieces)), batch_tokens(self.settings, self.loaded)
         planned = plan_batches(self.data.lengths[rows], budget, most, sharing=batch_sharing(self.loaded.model))
-        groups: list[list[np.ndarray]] = [[]]
-        for batch in (rows[places] for places in planned):
-            together = [*groups[-1], batch]
-            if groups[-1] and (sum(map(len, together)) > most or self._count_bytes(together) > most_bytes):
-                groups.append([])
-            groups[-1].append(batch)
-        return groups
-
-    def _count_bytes(self, batches: Sequence[np.ndarray]) -> int:
-        return int(self.factor_bytes[np.concatenate(batches)].sum())
+        batches = [rows[places] for places in planned]
+        sizes = np.array([int(self.factor_bytes[batch].sum()) for batch in batches])
+        share = max(1, min(most_bytes, -(-int(sizes.sum()) // pieces)))
+        numbered = zip(((sizes.cumsum() - sizes) // share).tolist(), batches, strict=True)
+        return [[batch for _, batch in group] for _, group in groupby(numbered, key=itemgetter(0))]
 
 
 def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:

@@ -241,7 +241,7 @@ def _write_record(out: Path, record: Mapping[str, Any]) -> None:
 
 def finish_record(settings: PreparationSettings, kind: str, fingerprint: str, counts: Mapping[str, Any]) -> None:
     """Write the record that makes a result a finished one."""
-    made = {"vestige": environment(), "kind": kind, "command": settings.commandline_of(f"data {kind}")}
+    made = {"vestige": environment(), "kind": kind, "command": settings.command_line(f"data {kind}")}
     _write_record(settings.out, {**made, "config": settings.record(), "fingerprint": fingerprint, **counts})
 
 

@@ -1,13 +1,13 @@
 """Data made from data: split, as tokens, and the folders in which made rows are written."""
 
-from vestige.prepare._results import (
+from vestige.prepare._prepare import (
     Prepared as Prepared,
     check_same_result as check_same_result,
     claim_result as claim_result,
     fingerprint_of as fingerprint_of,
     read_rows as read_rows,
     row_of as row_of,
+    split as split,
+    tokenize as tokenize,
     write_prepared as write_prepared,
 )
-from vestige.prepare._split import split as split
-from vestige.prepare._tokenize import tokenize as tokenize

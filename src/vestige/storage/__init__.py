@@ -28,14 +28,12 @@ from vestige.storage._files import (
 from vestige.storage._folders import (
     find_replaced_result as find_replaced_result,
     find_result_folder as find_result_folder,
+    hold_folder as hold_folder,
+    is_held_by as is_held_by,
     partial_folder as partial_folder,
     remove_partial as remove_partial,
     remove_result as remove_result,
     require_no_links as require_no_links,
     require_no_others as require_no_others,
     stage_folder as stage_folder,
-)
-from vestige.storage._hold import (
-    hold_folder as hold_folder,
-    is_held_by as is_held_by,
 )

@@ -1,26 +1,36 @@
-"""Folders of rows that were made from rows.
+"""Rows made from rows, `vestige data split` and `vestige data tokenize`, and the folders in which they are written.
 
 A folder holds lines of JSON, the same as a `datasets` folder, and a record of how they were made.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from jaxtyping import Int
 
 from vestige.data import (
+    NO_TARGET,
     Example,
+    TokenizedData,
+    describe_copies,
+    find_unused_columns,
     load_queries,
+    text_groups,
+    tokenize_source,
 )
-from vestige.errors import DataError, IndexMismatch
+from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.models import load_tokenizer
 from vestige.parsing import parse_json
-from vestige.progress import announce
+from vestige.progress import announce, progress
 from vestige.runs import environment
-from vestige.settings import PreparationSettings, flag
+from vestige.settings import PreparationSettings, SplitSettings, TokenizeSettings, flag, with_settings
 from vestige.storage import (
     make_folder,
     remove_durably,
@@ -32,10 +42,13 @@ from vestige.storage import (
 )
 
 DATA, FLAGGED, DATASET, RECORD, FILE = "data.jsonl", "flagged.jsonl", "dataset", "prepare.json", "data.parquet"
-_REPLIES, TOKENS = ("replies/*/*.json", "replies/*.json"), "tokens"
+_REPLIES, _TOKENS = ("replies/*/*.json", "replies/*.json"), "tokens"
 
 WITHOUT_EFFECT = frozenset({"out", "push_to_hub", "private", "overwrite", "device"})
 """Settings of every kind that change no row."""
+_TOKENIZE_WITHOUT_EFFECT = frozenset({"workers"})
+_ROWS = 1000
+"""Rows of tokens in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     """Return the sha256 over the rows."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(line_of(row_of(example)))
+        digest.update(_line(row_of(example)))
     return digest.hexdigest()
 
 
@@ -140,7 +153,7 @@ def claim_result(settings: PreparationSettings, kind: str, fingerprint: str | No
     if before is not None and all(before.get(name) == value for name, value in claim.items()):
         return
     if before is not None:
-        kept = {RECORD, TOKENS, *(name.split("/")[0] for name in _lasting_files(settings))}
+        kept = {RECORD, _TOKENS, *(name.split("/")[0] for name in _lasting_files(settings))}
         for path in [path for path in settings.out.iterdir() if path.name not in kept]:
             remove_tree(path)
     _write_record(settings.out, claim)
@@ -159,7 +172,7 @@ def _files_of(record: Mapping[str, Any]) -> list[str]:
     """Return the files of a record's result, finished or not."""
     parts = record["config"].get("parts") or []
     names = {"split": [f"{part.partition('=')[0]}.jsonl" for part in parts], "candidates": ["candidates.parquet"]}
-    names["tokenize"] = ["data.parquet", TOKENS]
+    names["tokenize"] = ["data.parquet", _TOKENS]
     saved = [f"{DATASET}/{name}" for name in ("*.arrow", "dataset_info.json", "state.json")]
     return [RECORD, DATA, FLAGGED, *saved, *names.get(record["kind"], [])]
 
@@ -193,21 +206,20 @@ def write_prepared(
         counts[str(row["problem"])] = counts.get(str(row["problem"]), 0) + 1
     claim_result(settings, kind, fingerprint)
     if flagged:
-        write_durably(settings.out / FLAGGED, map(line_of, flagged))
+        write_durably(settings.out / FLAGGED, map(_line, flagged))
     else:
         remove_durably(settings.out / FLAGGED)
     if not rows:
         raise DataError(f"No row is left: {counts}. They are in {settings.out / FLAGGED}, each with its `problem`.")
-    write_durably(settings.out / DATA, map(line_of, rows))
+    write_durably(settings.out / DATA, map(_line, rows))
     dataset = _save_dataset(rows, settings.out / DATASET)
-    finish_record(settings, kind, fingerprint, {"rows": len(rows), "flagged": counts, **(details or {})})
+    _finish_record(settings, kind, fingerprint, {"rows": len(rows), "flagged": counts, **(details or {})})
     if settings.push_to_hub is not None:
         _push(dataset, settings.push_to_hub, private=settings.private)
     return Prepared(kind, settings.out, len(rows), counts, tuple(notes))
 
 
-def line_of(row: Mapping[str, Any]) -> bytes:
-    """Return the row as a line of JSON."""
+def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
@@ -239,7 +251,7 @@ def _write_record(out: Path, record: Mapping[str, Any]) -> None:
     write_durably(out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode()])
 
 
-def finish_record(settings: PreparationSettings, kind: str, fingerprint: str, counts: Mapping[str, Any]) -> None:
+def _finish_record(settings: PreparationSettings, kind: str, fingerprint: str, counts: Mapping[str, Any]) -> None:
     """Write the record that makes a result a finished one."""
     made = {"vestige": environment(), "kind": kind, "command": settings.command_line(f"data {kind}")}
     _write_record(settings.out, {**made, "config": settings.record(), "fingerprint": fingerprint, **counts})
@@ -287,3 +299,168 @@ def _push(dataset: Any, name: str, *, private: bool) -> None:
             f"The rows are on disk, but {name} did not take them: {reason}. Log in with `hf auth login`, check the "
             "name, and run the same command again."
         ) from error
+
+
+@with_settings(SplitSettings)
+def split(settings: SplitSettings) -> Prepared:
+    """Write a file of JSON lines for each part, and data.jsonl with every drawn row and the name of its `part`.
+
+    Raises:
+        DataError: The data is absent or broken, a part would be empty, or sources are requested and a row has none.
+    """
+    examples = read_rows(settings)
+    fingerprint = fingerprint_of(examples)
+    check_same_result(settings, "split", fingerprint, frozenset())
+    groups = text_groups(examples)
+    parts = _assign_parts(examples, groups, settings.shares, settings.by, settings.seed)
+    rows = {
+        name: [row_of(each) for each, part in zip(examples, parts, strict=True) if part == name]
+        for name in settings.shares
+    }
+    empty = [name for name, held in rows.items() if not held]
+    if empty:
+        raise DataError(f"No row of {len(examples):,} falls to {', '.join(empty)}. Give larger shares or more rows.")
+    claim_result(settings, "split", fingerprint)
+    for name, held in rows.items():
+        write_durably(settings.out / f"{name}.jsonl", map(_line, held))
+    every = [row | {"part": name} for name, held in rows.items() for row in held]
+    notes = [f"{len(held):,} rows in {settings.out / name}.jsonl" for name, held in rows.items()]
+    left = len(examples) - len(every)
+    notes += [f"{left:,} rows are in no part."] if left else []
+    if (copies := describe_copies(groups)) is not None:
+        firsts = np.unique(groups, return_index=True)[1]
+        apart = sum(part != parts[int(firsts[group])] for group, part in zip(groups, parts, strict=True))
+        notes += [copies, *([f"{apart:,} copies are not in the part of the first such row."] if apart else [])]
+    return write_prepared(settings, "split", every, fingerprint=fingerprint, notes=notes)
+
+
+def _assign_parts(
+    examples: Sequence[Example], groups: Int[np.ndarray, "example"], shares: dict[str, float], by: str, seed: int
+) -> list[str | None]:
+    """Return the part of every example, None where the shares leave some out; the same for the same arguments.
+
+    Examples of one group are in one part, wherever sources are not to stay whole. Raise `DataError` where `by` asks for
+    sources and an example has none.
+    """
+    draw = np.random.default_rng(seed)
+    firsts = np.unique(groups, return_index=True)[1]
+    if by == "example":
+        parts = _draw_parts(len(firsts), shares, draw)
+        return [parts[group] for group in groups]
+    sources: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        if example.source is None:
+            raise DataError(f"Row {row} (id {example.id!r}) has no `source`, and --by {by} asks for one.")
+        sources.setdefault(example.source, []).append(row)
+    found: list[str | None] = [None] * len(examples)
+    if by == "source":
+        for rows, part in zip(sources.values(), _draw_parts(len(sources), shares, draw), strict=True):
+            for row in rows:
+                found[row] = part
+        return found
+    for rows in sources.values():
+        own = [row for row in rows if firsts[groups[row]] == row]
+        for row, part in zip(own, _draw_parts(len(own), shares, draw), strict=True):
+            found[row] = part
+    return [found[firsts[group]] for group in groups]
+
+
+def _draw_parts(count: int, shares: dict[str, float], draw: np.random.Generator) -> list[str | None]:
+    """Return a part for each of `count` things, in shares that are as near as whole numbers allow."""
+    found: list[str | None] = [None] * count
+    order = draw.permutation(count)
+    ends = np.floor(np.cumsum(list(shares.values())) * count + 0.5 + 1e-9).astype(int)
+    for name, begin, end in zip(shares, [0, *ends[:-1]], ends, strict=True):
+        for thing in order[begin:end]:
+            found[int(thing)] = name
+    return found
+
+
+@with_settings(TokenizeSettings)
+def tokenize(settings: TokenizeSettings) -> Prepared:
+    """Write a file with the tokens of every row as `input_ids`, and as `labels` where their prediction enters the loss.
+
+    Texts and all other columns stay beside them, so reports still show what a row says. Every command takes the file as
+    its --data and tokenises nothing again. Large data is tokenised in parts: killed, the same call goes on.
+
+    Raises:
+        DataError: The data is absent or broken, or a row does not become tokens.
+        ModelError: There is no tokenizer.
+        SpecError: An upload was requested.
+    """
+    if settings.push_to_hub is not None:
+        raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
+    source, tokenizer = settings.data, load_tokenizer(settings.tokenizer)
+    name = source if isinstance(source, str | Path) else type(source).__name__
+    check_same_result(settings, "tokenize", None, _TOKENIZE_WITHOUT_EFFECT)
+    if not (settings.out / RECORD).exists():
+        claim_result(settings, "tokenize", None)
+    data = tokenize_source(
+        source,
+        tokenizer,
+        max_length=settings.max_length,
+        name=str(name),
+        chat=settings.chat,
+        limit=settings.limit,
+        split=settings.split,
+        folder=settings.out / _TOKENS,
+        workers=settings.workers,
+        on_bad_text=settings.on_bad_text,
+    )
+    check_same_result(settings, "tokenize", data.fingerprint, _TOKENIZE_WITHOUT_EFFECT)
+    claim_result(settings, "tokenize", data.fingerprint)
+    _write_tokens(settings.out / FILE, data)
+    tokens, targets, cut = int(data.lengths.sum()), int(data.target_counts.sum()), int(np.sum(data.truncated))
+    _finish_record(settings, "tokenize", data.fingerprint, {"rows": len(data), "tokens": tokens, "targets": targets})
+    remove_tree(settings.out / _TOKENS)
+    notes = (f"{tokens:,} tokens, {targets:,} of them to learn; {cut:,} rows were cut.",)
+    return Prepared("tokenize", settings.out, len(data), notes=notes, file=FILE)
+
+
+def _write_tokens(path: Path, data: TokenizedData) -> None:
+    """Write the rows as Parquet, some at a time; the file is there whole or as it was before."""
+    names = _columns(data)
+    unfinished = temporary_path(path)
+    schema = pa.schema(
+        [(name, pa.string()) for name in names]
+        + [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
+    )
+    try:
+        with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
+            for rows in _chunks(data, names):
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                bar.advance(len(rows))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _columns(data: TokenizedData) -> list[str]:
+    """Return names of the columns beside the tokens, in the order in which they are met."""
+    names = dict.fromkeys(["id"])
+    for example in data.examples:
+        names |= dict.fromkeys(_beside_tokens(example))
+    return list(names)
+
+
+def _beside_tokens(example: Example) -> dict[str, Any]:
+    """Return the row without its tokens, and without the columns that its labels say everything of."""
+    kept = find_unused_columns(example) if "input_ids" in example.extra else set(example.extra)
+    return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
+
+
+def _chunks(data: TokenizedData, names: list[str]) -> Iterator[list[dict[str, Any]]]:
+    waiting: list[dict[str, Any]] = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        row = _beside_tokens(example)
+        columns = {name: _text(row.get(name)) for name in names}
+        waiting.append(columns | {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)})
+        if len(waiting) == _ROWS:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

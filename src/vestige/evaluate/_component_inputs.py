@@ -243,7 +243,7 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
     example_place = np.full(len(train), -1)
     example_place[listed] = places[len(queries) :]
     components, device = selection.components, next(loaded.model.parameters()).device
-    sizes = [projection_sizes(words, [part.size for part in components]) for words in settings.project]
+    sizes = {words: projection_sizes(words, [part.size for part in components]) for words in settings.project}
     return ComponentInputs(
         settings,
         loaded,
@@ -258,7 +258,7 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         example_place,
         tuple(
             Projection(words, each, components, settings.projector, settings.seed, device)
-            for words, each in zip(settings.project, sizes, strict=True)
+            for words, each in sizes.items()
         ),
     )
 

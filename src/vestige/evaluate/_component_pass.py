@@ -168,6 +168,7 @@ def _open_pass(inputs: ComponentInputs, spent: dict[str, float]) -> Iterator[_Ru
                 hidden.clear()
                 gradient_pass.run(batch, sink)
                 gradients = [_shrink(one) for one in sink.finish()]
+                norms = [square_norms(one) for one in gradients]
                 state = pool_states(hidden[0], batch.labels, "mean") if hidden else torch.zeros(len(rows), 0)
                 vectors = [*pooling.collect(), state]
             published = []
@@ -177,15 +178,16 @@ def _open_pass(inputs: ComponentInputs, spent: dict[str, float]) -> Iterator[_Ru
                     published.append(vectors[-1].double() * one.weights_as_published())
             own = [part.cpu().double()[:, None] for part in (*vectors, *published)]
             gradients += [Gradients(len(rows), (1, part.shape[2]), (), part) for part in own]
-            norms = torch.stack([square_norms(one).cpu().double() for one in gradients])
+            norms += [part.square().sum((1, 2)) for part in own]
+            squared = torch.stack([one.cpu().double() for one in norms])
             _add(spent, _EXAMPLES, len(rows))
-            if not bool(norms.isfinite().all()):
-                bad = int((~norms.isfinite().all(0)).nonzero()[0, 0])
+            if not bool(squared.isfinite().all()):
+                bad = int((~squared.isfinite().all(0)).nonzero()[0, 0])
                 raise NonFinite(
                     f"The gradient of example {int(batch.rows[bad])} is NaN or infinite. Run `vestige doctor` with the "
                     "same --model and --data, which names the cause."
                 )
-            return _Passed(gradients, norms)
+            return _Passed(gradients, squared)
 
         yield run
 

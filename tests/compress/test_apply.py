@@ -7,6 +7,7 @@ import torch
 from tests.compress.specs import SHAPE, SPECS
 from tests.reference.compress_dense import dense_matrix, gradient_from_factors
 from vestige.compress import (
+    BlockSizes,
     CompressingSink,
     adjoint_gradient,
     combine,
@@ -106,7 +107,7 @@ def test_narrow_on_one_side_only():
     ids=["gathered", "by entry", "from the product"],
 )
 def test_entrywise_mask_is_the_mask_of_the_materialised_gradient(shape, size, monkeypatch):
-    monkeypatch.setattr("vestige.compress._apply.PIECE_NUMBERS", 1000)
+    monkeypatch.setattr(BlockSizes, "cpu_numbers", 1000)
     compressor = _build(f"mask:{size}", shape)
     assert compressor.product == "entrywise"
     left, right = _factors(shape=shape)
@@ -123,8 +124,8 @@ def test_bounded_memory_changes_nothing(spec, monkeypatch):
     left, right = _factors(shape=(64, 64))
     ids = torch.randint(64, (5, 6), generator=torch.Generator().manual_seed(0))
     whole = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
-    monkeypatch.setattr("vestige.compress._apply.PRODUCT_BYTES", 2 * 4 * 64 * 64)
-    monkeypatch.setattr("vestige.compress._apply.PIECE_NUMBERS", 4 * 24)  # a few tokens, less than an example
+    monkeypatch.setattr(BlockSizes, "product_bytes", 2 * 4 * 64 * 64)
+    monkeypatch.setattr(BlockSizes, "cpu_numbers", 4 * 24)  # a few tokens, less than an example
     parts = compress_factors(compressor, left, right), compress_factors(compressor, OneHot(ids, 64), right)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other)

@@ -42,8 +42,8 @@ def test_with_all_rows_of_a_power_of_two_nothing_is_lost():
 
 @pytest.mark.parametrize("cached", [1, 1 << 10, 1 << 18])
 def test_an_example_is_the_same_to_the_last_bit_in_any_batch(cached, monkeypatch):
-    monkeypatch.setattr("vestige.compress._hadamard._CACHED_NUMBERS", cached)
     sketch = fjlt(300, 50, Stream(0, "a"))
+    monkeypatch.setattr(type(sketch), "cached_numbers", cached)
     vectors = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
     whole, back = sketch.apply(vectors), sketch.adjoint(vectors[:, :50])
     for row in range(7):

@@ -143,7 +143,7 @@ def test_sparse_images_are_dense_images():
 
 
 def test_streamed_matrix_is_the_stored_matrix(monkeypatch):
-    monkeypatch.setattr("vestige.compress._dense._BLOCK_ENTRIES", 50)
+    monkeypatch.setattr(StreamedDense, "block_entries", 50)
     for init in ("gaussian", "rademacher"):
         columns = random_columns(STREAM, init, torch.arange(SIZE), 7)
         streamed = StreamedDense(SIZE, 7, STREAM, init, torch.device("cpu"))

@@ -1,6 +1,8 @@
 """Which tokens K-FAC and EK-FAC count: those that can influence the loss, whatever a kernel leaves of gradients."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.reference import curvature as dense
 from tests.reference.gradients import example_gradients
 from vestige.curvature import CurvatureData, curvature_path, ekfac_of, kfac_of
 from vestige.errors import ModelError
+from vestige.gradients import CausalLoss
 from vestige.models import select_components
 
 from .conftest import canonical, measured, with_targets
@@ -43,10 +46,10 @@ def test_every_position_up_to_the_last_that_predicts_counts(name, layer, targets
 def test_the_output_head_counts_the_positions_that_predict_however_its_loss_is_computed(monkeypatch):
     found = []
     for budget, pieces in ((4096, 2**26), (40, 4 * 37 * 5)):
-        monkeypatch.setattr("vestige.gradients._objective.LOGIT_BYTES", pieces)
+        monkeypatch.setattr(CausalLoss, "logit_bytes", pieces)
         (factor,) = kfac_of(measured("llama", "lm_head.weight", budget=budget)).factors
         found.append(factor)
-    monkeypatch.setattr("vestige.gradients._objective._find_plain_head", lambda _: None)
+    monkeypatch.setattr(CausalLoss, "head_module", lambda *_: None)
     given = measured("llama", "lm_head.weight")
     (whole,) = kfac_of(given).factors
     _, right, tokens = head_factors(given)
@@ -182,16 +185,26 @@ def test_rows_that_split_a_token_count_with_it_and_rows_that_cannot_be_told_apar
         kfac_of(CurvatureData(model, components, data, 4096, labels="data"))
 
 
-def test_curvature_of_the_earlier_count_is_measured_again(tmp_path: Path, monkeypatch):
+def test_curvature_of_the_earlier_count_is_measured_again(tmp_path: Path):
     given = measured("gpt2", "transformer.h.0.attn.c_proj.*", train=3)
-    with monkeypatch.context() as patch:
-        patch.setattr("vestige.curvature._fit.FORMAT", 1)
-        ekfac_of(given, "model", tmp_path)
-        old = curvature_path(tmp_path, "ekfac", given, "model")
-    new = curvature_path(tmp_path, "ekfac", given, "model")
-    assert old is not None
-    assert new is not None
-    assert old.exists()
-    assert not new.exists()
+
+    def path_of(number: int) -> Path:
+        content = {
+            "format": number,
+            "model": "model",
+            "data": given.data.fingerprint,
+            "components": [[component.name, *component.shape] for component in given.components],
+            "loss": given.reduction,
+            "labels": given.labels,
+            "seed": given.seed if given.labels == "sampled" else None,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return tmp_path / f"ekfac-{digest[:16]}.safetensors"
+
+    old, new = path_of(1), path_of(2)
+    assert curvature_path(tmp_path, "ekfac", given, "model") == new
+    ekfac_of(given, "model", tmp_path)
+    new.rename(old)
     ekfac_of(given, "model", tmp_path)
     assert new.exists()
+    assert old.exists()

@@ -14,6 +14,7 @@ from tests.reference import curvature as dense
 from vestige.curvature import curvature_path, ekfac_of, find_blocks, kfac_of, sample_labels
 from vestige.data import Example, TokenizedData
 from vestige.errors import SpecError
+from vestige.gradients import CausalLoss
 
 from .conftest import measured, name_of, random_vectors, reference_gradients
 
@@ -107,7 +108,7 @@ def test_without_its_bias_a_weight_has_no_column_of_ones_and_a_lone_bias_has_its
 
 
 def test_a_tied_embedding_has_the_mean_squares_of_its_whole_gradient(monkeypatch):
-    monkeypatch.setattr("vestige.gradients._objective.LOGIT_BYTES", 4 * 37 * 5)  # the loss arrives in pieces
+    monkeypatch.setattr(CausalLoss, "logit_bytes", 4 * 37 * 5)  # the loss arrives in pieces
     given = measured("gpt2", "transformer.wte.weight", budget=40)
     assert len(given.components[0].uses) == 2
     squares = torch.stack(reference_gradients(given)[0]).square().mean(0)

@@ -119,7 +119,7 @@ def test_trap_each_distinct_gradient_is_computed_once(settings, monkeypatch):
     )
     result = one_pass_result(settings(candidates="3,5,all", project="8,50%"))
     # 12 queries and 18 examples, of which one is a query.
-    assert sum(passed) == result.computed == len(result.inputs.compared.data) == 29
+    assert sum(passed) == result.computed == len(result.inputs.data) == 29
     passed.clear()
     again = one_pass_result(settings(candidates="3,5,all", project="8,50%"))
     assert passed == []

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vestige.gradients import (
+    BlockSizes,
     Extent,
     FormingBudget,
     HeldGradients,
@@ -61,12 +62,12 @@ def test_products_in_small_blocks_are_the_same(one_hot, monkeypatch) -> None:
     first, second = pair(5, 7, 11, 6, one_hot, 0), pair(4, 9, 11, 6, False, 1)
     expected = reference(first, second)
     for route, name, small in [
-        ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 8 * 7 * 9 * 3),
-        ("second", "vestige.gradients._factors.HELD_NUMBERS", 66 * 3),
-        ("ghost", "vestige.gradients._factors.PRODUCT_BYTES", 1),
+        ("ghost", "product_bytes", 8 * 7 * 9 * 3),
+        ("second", "held_numbers", 66 * 3),
+        ("ghost", "product_bytes", 1),
     ]:
         monkeypatch.setattr(cross, "cheapest_route", lambda *_, route=route, **__: route)
-        monkeypatch.setattr(name, small)
+        monkeypatch.setattr(BlockSizes, name, small)
         assert torch.allclose(cross_products(first, second), expected, rtol=1e-10, atol=1e-10)
 
 

@@ -55,7 +55,7 @@ def test_a_loss_in_chunks_is_the_loss_in_one_piece(monkeypatch: pytest.MonkeyPat
     """Chunks of two positions cut through examples: the tied head's gradient adds up over them."""
     model, data = build("gpt2"), sequences()
     whole = flat(engine_gradients(model, data, [list(range(7))])[1])
-    monkeypatch.setattr("vestige.gradients._objective.LOGIT_BYTES", 4 * 37 * 2)
+    monkeypatch.setattr(CausalLoss, "logit_bytes", 4 * 37 * 2)
     chunked = flat(engine_gradients(model, data, [list(range(7))])[1])
     assert torch.allclose(whole, chunked, rtol=1e-10, atol=1e-14)
 

@@ -130,7 +130,7 @@ def test_products_do_not_depend_on_the_memory_or_the_batches(memory_bytes: int) 
 @pytest.mark.slow
 def test_a_head_in_chunks_and_tied_to_the_embedding_is_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two positions cut through examples: every piece meets every other, in every route."""
-    monkeypatch.setattr("vestige.gradients._objective.LOGIT_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr(CausalLoss, "logit_bytes", 4 * VOCABULARY * 2)
     model, data = build("gpt2"), sequences()
     components = select_components(model, ("all",)).components
     expected = gram_by_parameter(reference("gpt2"), reference("gpt2"))

@@ -4,7 +4,7 @@ import pytest
 
 import vestige
 from tests.workshop import furnish
-from vestige.compress import parse_spec
+from vestige.compress import RATES, Work, parse_spec
 from vestige.indexes import FEWEST, MOST_SHARE, Candidate, choose_compressor, list_candidates
 
 NARROW = [(128, 128)] * 4
@@ -93,7 +93,7 @@ def test_a_begun_index_goes_on_with_its_choice_where_another_device_would_choose
     workshop, tmp_path, monkeypatch, capfd
 ):
     first = _index(workshop, tmp_path / "idx", disk="40KB").manifest.compression.spec
-    monkeypatch.setattr("vestige.indexes._build.MOST_SHARE", 100.0)
+    monkeypatch.setitem(RATES, "cpu", Work(products=1))
     elsewhere = _index(workshop, tmp_path / "new", disk="40KB").manifest.compression.spec
     assert elsewhere != first
     capfd.readouterr()

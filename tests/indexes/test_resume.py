@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,7 +244,13 @@ def test_a_shard_that_another_process_finishes_during_the_preparation_stays_done
     kept = marker.read_bytes()
     marker.unlink()
     work = work_of(tmp_path)
-    monkeypatch.setattr("vestige.indexes._work.check_disk", lambda *_: marker.write_bytes(kept))
+    usage = shutil.disk_usage
+
+    def finish_meanwhile(path):
+        marker.write_bytes(kept)
+        return usage(path)
+
+    monkeypatch.setattr("shutil.disk_usage", finish_meanwhile)
     assert prepare_index(work) == [2]
     assert work.is_done(2)
 
@@ -310,7 +317,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, monkeypatch):
     build(tmp_path / "whole")
     with small_disk(tmp_path / "disk", 64) as mounted:
         # Ours alone would be refused before the start; here somebody else takes the room meanwhile.
-        monkeypatch.setattr("vestige.indexes._work.check_disk", lambda *_: None)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
         folder = tmp_path / "disk" / "index"
         with monkeypatch.context() as patch:
             if not mounted:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from tests.indexes.synthetic import WIDTH, build, examples_of, gradient_rows, le
 from vestige.data import TokenizedData
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes import Index, _examples, fingerprint_rows, index_status, marker_path, remove_index, shard_path
-from vestige.indexes._store import _Buffers
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,17 @@ def test_blocks_that_are_kept_are_not_overwritten(exact):
             assert torch.equal(gradients, dense[example[: len(gradients)]])
 
 
-def test_memory_is_used_again_only_once_nobody_holds_it():
-    buffers = _Buffers(8)
-    first = buffers.take()
-    address, view = first.data_ptr(), first[2:].view(2, 3)
-    assert buffers.take().data_ptr() != address
-    del first
-    assert buffers.take().data_ptr() != address
-    array = view.numpy()
-    del view
-    assert buffers.take().data_ptr() != address
-    del array
-    assert buffers.take().data_ptr() == address
+@pytest.mark.parametrize("hold", [lambda rows: rows[1:], lambda rows: rows.view(-1)[2:4], lambda rows: rows[1].numpy()])
+def test_memory_is_used_again_only_once_nobody_holds_it(exact, hold):
+    held, addresses = [], []
+    for block in exact.blocks(4 * WIDTH * 2):
+        assert block.gradients.data_ptr() not in addresses
+        addresses.append(block.gradients.data_ptr())
+        held.append(hold(block.gradients))
+    assert len(held) > 20
+    held.clear()
+    released = {block.gradients.data_ptr() for block in exact.blocks(4 * WIDTH * 2)}
+    assert len(released) <= 3, "one block with the caller, one ready, one being read"
 
 
 def test_a_scan_that_is_left_early_leaves_no_thread(exact):
@@ -298,17 +297,15 @@ def test_a_damaged_shard_is_found_when_it_is_read_and_not_before(small):
 
 
 def test_a_shard_is_hashed_once_in_a_process(small, monkeypatch):
-    read = []
-    monkeypatch.setattr("vestige.storage.sha256_of", lambda path: read.append(path.name) or whole(path))
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(
+        "hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind)
+    )
     index = Index.open(small)
     for _ in range(3):
         list(index.blocks(1))
     index.gradients_of([0, 5])
     assert len(read) == len(set(read)) == len(index.manifest.shard_rows)
-
-
-def whole(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("examples", [-1, 59, 61, 10**15])

@@ -49,7 +49,6 @@ def canaries(place, folder):
 
 @pytest.mark.slow
 def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("vestige.measures._canaries.PIECE_SECRETS", 40)
     given = canaries(place, tmp_path)
     found = simple(
         place,

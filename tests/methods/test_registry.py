@@ -114,3 +114,11 @@ def test_the_word_search_and_chance_do_not_split_by_component():
 def test_a_job_without_a_model_says_what_to_add():
     with pytest.raises(UserError, match="--model MODEL"):
         list(get_method("rep-sim").blocks(text_job(["a"], ["b"])))
+
+
+def test_what_evaluations_know_of_methods_are_facts_of_the_methods():
+    facts = {method.name: method for method in METHODS}
+    ordered = sorted((one for one in METHODS if one.baseline is not None), key=lambda one: one.baseline)
+    assert [one.name for one in ordered] == ["random", "bm25", "rep-sim", "grad-cos"]
+    assert [name for name, one in facts.items() if one.at_random] == ["random"]
+    assert [name for name, one in facts.items() if one.constant_self_score] == ["grad-cos"]

@@ -91,35 +91,31 @@ def test_answers_that_are_there_are_replaced_or_kept(workshop, tmp_path, lines):
     assert kept[2]["messages"][1]["content"] == "ho"
 
 
-def test_interrupted_it_goes_on_with_the_next_batch(workshop, tmp_path, lines, monkeypatch):
-    rows = [{"id": f"q{row}", "prompt": prompt} for row, prompt in enumerate(PROMPTS)]
-    words = {"data": rows, "model": str(workshop / "tiny-model"), "max_new_tokens": 4}
+def test_interrupted_it_goes_on_with_the_next_batch(workshop, tmp_path, lines):
+    rows = [{"id": f"q{row}", "prompt": f"{row} {PROMPTS[row % len(PROMPTS)]}"} for row in range(100)]
+    model = AutoModelForCausalLM.from_pretrained(workshop / "tiny-model")
+    words = {"data": rows, "model": model, "tokenizer": str(workshop / "tiny-model"), "max_new_tokens": 4}
     whole = generate(out=tmp_path / "whole", **words).data.read_bytes()
-    monkeypatch.setattr("vestige.models._generate._BATCH_EXAMPLES", 4)
-    asked = []
-    from vestige.models import _generate
+    batches, most = [], None
 
-    answers = _generate._answers
+    def count(_module, _arguments, named):
+        # Only the first pass over a batch has more than one token of each prompt.
+        if named["input_ids"].shape[1] > 1:
+            if len(batches) == most:
+                raise KeyboardInterrupt
+            batches.append(len(named["input_ids"]))
 
-    def killed(loaded, prompts, rows, *rest):
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(len(rows))
-        return answers(loaded, prompts, rows, *rest)
-
-    monkeypatch.setattr(_generate, "_answers", killed)
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    most = 2
     with pytest.raises(KeyboardInterrupt):
         generate(out=tmp_path / "out", **words)
     assert not (tmp_path / "out" / "data.jsonl").exists()
-    asked.clear()
-
-    def counted(loaded, prompts, rows, *rest):
-        asked.append(len(rows))
-        return answers(loaded, prompts, rows, *rest)
-
-    monkeypatch.setattr(_generate, "_answers", counted)
+    finished = sum(batches)
+    batches.clear()
+    most = None
     assert generate(out=tmp_path / "out", **words).data.read_bytes() == whole
-    assert sum(asked) == len(PROMPTS) - 8
+    assert 0 < finished < len(rows)
+    assert sum(batches) == len(rows) - finished
 
 
 def says_the_end_at_once(workshop):

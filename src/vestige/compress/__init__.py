@@ -1,6 +1,7 @@
 """Compressors: linear maps that shrink a gradient while it is still two thin factors."""
 
 from vestige.compress._apply import (
+    BlockSizes as BlockSizes,
     CompressingSink as CompressingSink,
     adjoint_gradient as adjoint_gradient,
     combine as combine,

@@ -1,6 +1,7 @@
 """Compressed gradients from factors, without the gradient where that is cheaper."""
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,15 +13,21 @@ from vestige.compress._tensorsketch import Wrap
 from vestige.gradients import Factor, OneHot, Side
 from vestige.timing import time_phase
 
-PIECE_NUMBERS = 2**17
-"""Numbers of one buffer on a CPU: half a megabyte in float32."""
-DEVICE_PIECE_NUMBERS = 2**25
-"""The same on other devices, where every piece costs the start of a few kernels: only memory is limited."""
 
+class BlockSizes:
+    """How much is formed at once: other sizes change no number beyond rounding."""
 
-def piece_numbers(device: torch.device) -> int:
-    """Return how many numbers a buffer on a device holds."""
-    return PIECE_NUMBERS if device.type == "cpu" else DEVICE_PIECE_NUMBERS
+    product_bytes: ClassVar[int] = 256 * 2**20
+    """Most bytes of products of two factors."""
+    cpu_numbers: ClassVar[int] = 2**17
+    """Numbers of one buffer on a CPU: half a megabyte in float32."""
+    device_numbers: ClassVar[int] = 2**25
+    """The same on other devices, where every piece costs the start of a few kernels: only memory is limited."""
+
+    @classmethod
+    def numbers(cls, device: torch.device) -> int:
+        """Return how many numbers a buffer on a device holds."""
+        return cls.cpu_numbers if device.type == "cpu" else cls.device_numbers
 
 
 def is_mapped_late(compressor: Compressor, side: Side) -> bool:
@@ -38,7 +45,7 @@ def circular(
     """Return `sum_t` of the circular convolutions of the mapped factors, from what `reduce_factor` left of them."""
     size, dtype = compressor.left.out_size, right.dtype
     rows = []
-    for examples, pieces in _pieces(right.shape[0], right.shape[1], piece_numbers(right.device) // size):
+    for examples, pieces in _pieces(right.shape[0], right.shape[1], BlockSizes.numbers(right.device) // size):
         total = None
         for tokens in pieces:
             # The product is taken in place: a third buffer would cost half as much as a transform.
@@ -90,7 +97,7 @@ def _by_token(
     first: Coordinates, second: Coordinates, left: Float[Tensor, "example token _out"], right: Tensor
 ) -> Float[Tensor, "example kept"]:
     kept = left.new_zeros(left.shape[0], first.out_size)
-    for examples, pieces in _pieces(left.shape[0], left.shape[1], piece_numbers(left.device) // first.out_size):
+    for examples, pieces in _pieces(left.shape[0], left.shape[1], BlockSizes.numbers(left.device) // first.out_size):
         for tokens in pieces:
             kept[examples] += (first.apply(left[examples, tokens]) * second.apply(right[examples, tokens])).sum(1)
     return kept
@@ -101,7 +108,7 @@ def _by_entry(
 ) -> Float[Tensor, "example kept"]:
     examples, tokens = left.shape[:2]
     sides = [side.reshape(examples * tokens, -1).t().contiguous() for side in (left, right)]
-    step = max(1, piece_numbers(left.device) // max(1, examples * tokens))
+    step = max(1, BlockSizes.numbers(left.device) // max(1, examples * tokens))
     kept = left.new_empty(first.out_size, examples)
     for start in range(0, first.out_size, step):
         part = slice(start, start + step)
@@ -116,7 +123,6 @@ LeftFactor = Float[Tensor, "example token left"] | OneHot
 RightFactor = Float[Tensor, "example token right"] | OneHot
 ReducedFactor = Float[Tensor, "example token kept"] | OneHot
 
-PRODUCT_BYTES = 256 * 2**20  # products of this size at most are formed at once
 # One kept entry of a mask costs two gathered numbers per token, one entry of the full product a multiply-add
 # in a matrix product: 45 to 90 times less on a CPU core.
 _GATHER_COST = 45
@@ -168,8 +174,8 @@ def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Flo
 
 
 def _chunks(examples: int, numbers: int) -> Iterator[slice]:
-    """Yield slices of the examples such that `numbers` float32 numbers for each fit in PRODUCT_BYTES."""
-    step = max(1, PRODUCT_BYTES // (4 * numbers))
+    """Yield slices of the examples such that `numbers` float32 numbers for each fit in `BlockSizes.product_bytes`."""
+    step = max(1, BlockSizes.product_bytes // (4 * numbers))
     return (slice(start, min(examples, start + step)) for start in range(0, max(examples, 1), step))
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ def allocate(shape: tuple[int, int], total: int, minimum: int) -> tuple[int, int
 
 Init = Literal["gaussian", "rademacher"]
 STORED_BYTES = 32 * 2**20  # a larger matrix on the whole gradient is generated again, block by block, at each use
-_BLOCK_ENTRIES = 1 << 21
 DEFAULT_MINIMUM = 8  # of each side, when a total rank is divided
 
 _draws: dict[Init, Callable[[Stream, Tensor], Tensor]] = {"gaussian": gaussians, "rademacher": signs}
@@ -89,6 +88,9 @@ class StreamedDense:
     rare dense projection of a large flattened gradient, where the matrix would not fit in memory.
     """
 
+    block_entries: ClassVar[int] = 1 << 21
+    """Most entries of the matrix that are generated at once."""
+
     def __init__(self, in_size: int, out_size: int, stream: Stream, init: Init, device: torch.device) -> None:
         self.in_size = in_size
         self.out_size = out_size
@@ -97,7 +99,7 @@ class StreamedDense:
         self.device = device
 
     def _blocks(self) -> list[tuple[int, int]]:
-        step = max(1, _BLOCK_ENTRIES // self.out_size)
+        step = max(1, self.block_entries // self.out_size)
         return [(start, min(self.in_size, start + step)) for start in range(0, self.in_size, step)]
 
     def _block(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

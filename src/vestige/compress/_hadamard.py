@@ -5,6 +5,7 @@ without replacement (Ailon & Chazelle 2006; Tropp 2011). Published software call
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from vestige.compress._registry import Stream, Work, compressor, permutation_head, signs
 
-_CACHED_NUMBERS = 1 << 18  # transformed at once: a few float32 buffers of it stay in a core's cache
-
 
 class Hadamard:
     """Keeps the coordinates `row` of the Walsh-Hadamard transform of `sign * x`, divided by `sqrt(k)`.
@@ -22,6 +21,9 @@ class Hadamard:
     The transform adds and subtracts in an order that depends on nothing but its size, so an example's image is the
     same to the last bit in any batch.
     """
+
+    cached_numbers: ClassVar[int] = 1 << 18
+    """Numbers that are transformed at once: a few float32 buffers of them stay in a core's cache."""
 
     def __init__(self, sign: Float[Tensor, " in"], row: Int[Tensor, " out"]) -> None:
         self.in_size = len(sign)
@@ -34,7 +36,7 @@ class Hadamard:
         """Return the kept coordinates, in float32 for halves until the last addition."""
         wide = torch.promote_types(vectors.dtype, torch.float32)
         flat, sign = vectors.reshape(-1, self.in_size), self.sign.to(wide)
-        step = max(1, _CACHED_NUMBERS // self.padded)
+        step = max(1, self.cached_numbers // self.padded)
         images = flat.new_empty(len(flat), self.out_size, dtype=wide)
         for start in range(0, len(flat), step):
             signed = F.pad(flat[start : start + step].to(wide) * sign, (0, self.padded - self.in_size))
@@ -54,7 +56,7 @@ class Hadamard:
         """Return the images at their rows, transformed (the matrix is symmetric), times the signs."""
         wide = torch.promote_types(images.dtype, torch.float32)
         flat = images.reshape(-1, self.out_size).to(wide) / math.sqrt(self.out_size)
-        step = max(1, _CACHED_NUMBERS // self.padded)
+        step = max(1, self.cached_numbers // self.padded)
         vectors = flat.new_empty(len(flat), self.in_size)
         for start in range(0, len(flat), step):
             part = flat[start : start + step]

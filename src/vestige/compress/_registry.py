@@ -24,7 +24,6 @@ from vestige.errors import SpecError
 from vestige.registry import Registry
 
 WORD = 0xFFFFFFFF
-_BLOCK = 1 << 22  # coordinates hashed at once when a whole range is scanned
 
 
 class Stream:
@@ -103,15 +102,15 @@ def _rank(stream: Stream, coordinate: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return ((bits(stream, coordinate) >> 1) << 32) | coordinate
 
 
-def permutation_head(stream: Stream, count: int, size: int) -> Int[Tensor, " count"]:
+def permutation_head(stream: Stream, count: int, size: int, block: int = 1 << 22) -> Int[Tensor, " count"]:
     """Return `count` distinct coordinates out of `size`, every subset equally likely, in ascending order.
 
     They are the coordinates with the smallest hashes, a tie going to the smaller coordinate; hash and
-    coordinate share one 63-bit integer, so `size` may be up to 2^32.
+    coordinate share one 63-bit integer, so `size` may be up to 2^32. `block` coordinates are hashed at once.
     """
     best = torch.empty(0, dtype=torch.int64)
-    for start in range(0, size, _BLOCK):
-        coordinate = torch.arange(start, min(size, start + _BLOCK))
+    for start in range(0, size, block):
+        coordinate = torch.arange(start, min(size, start + block))
         best = torch.cat([best, _rank(stream, coordinate)])
         if len(best) > count:
             best = best.topk(count, largest=False).values

@@ -1,20 +1,16 @@
 """How far scores, and what they are computed from, can be trusted: one function for each kind of evaluation."""
 
-from vestige.evaluate._components import components as components
-from vestige.evaluate._components_findings import (
-    OnePassResult as OnePassResult,
+from vestige.evaluate._component_findings import (
     backward_shares as backward_shares,
     component_type as component_type,
-    one_pass_result as one_pass_result,
 )
-from vestige.evaluate._components_inputs import (
+from vestige.evaluate._component_inputs import (
     Projection as Projection,
-    ProjectionPlan as ProjectionPlan,
     find_candidates as find_candidates,
-    projection_plan as projection_plan,
     projection_sizes as projection_sizes,
 )
-from vestige.evaluate._components_search import (
+from vestige.evaluate._component_pass import OnePassResult as OnePassResult, one_pass_result as one_pass_result
+from vestige.evaluate._component_sets import (
     ComponentProducts as ComponentProducts,
     Path as Path,
     assign_folds as assign_folds,
@@ -22,8 +18,8 @@ from vestige.evaluate._components_search import (
     credit as credit,
     cross_validate as cross_validate,
     greedy_path as greedy_path,
-    values_along as values_along,
 )
+from vestige.evaluate._components import components as components
 from vestige.evaluate._figures import Mark as Mark, interval_figure as interval_figure
 from vestige.evaluate._lds import (
     Ceiling as Ceiling,

@@ -22,10 +22,8 @@ from vestige.evaluate._result import (
 )
 from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
 from vestige.evaluate._truth import Truth, check_disjoint, open_truth
-from vestige.settings import LdsSettings, with_settings
+from vestige.settings import AttributeSettings, LdsSettings, with_settings
 
-DAMPED = "influence"
-"""The method whose damping is varied by --damping-grid."""
 _TRUTHS = {"loss": "minus the loss", "margin": "the margin"}
 _FEWEST_SUBSETS = 3
 """Two subsets correlate perfectly or not at all."""
@@ -124,13 +122,13 @@ def _values(result: Lds) -> dict[str, Any]:
 
 
 def _vary_damping(settings: LdsSettings, truth: Truth) -> tuple[tuple[EvaluationRow], tuple[str], dict[str, Any]]:
-    """Measure other dampings, the best of them chosen on a tenth of the queries and judged on the rest."""
+    """Measure other dampings; the best is chosen on a tenth of the queries and judged on the rest."""
     dampings = sorted({*settings.damping_grid, settings.damping})
-    runs = []
+    method, runs = AttributeSettings.model_fields["method"].default, []
     for damping in dampings:
-        folder = settings.out / "runs" / f"{DAMPED}-{damping:g}"
-        run = keep_run(settings, folder, {"method": DAMPED, "damping": damping})
-        runs.append(Scored(f"{DAMPED} damping {damping:g}", run))
+        folder = settings.out / "runs" / f"{method}-{damping:g}"
+        run = keep_run(settings, folder, {"method": method, "damping": damping})
+        runs.append(Scored(f"{method} damping {damping:g}", run))
     results = [_measure(settings, truth, run) for run in runs]
     best, others = choose_held_out([each.per_query for each in results], seed=settings.seed)
     values = results[best].per_query[others]

@@ -10,12 +10,11 @@ from vestige.errors import DataError, SpecError
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, bootstrap, make_interval, write_evaluation
 from vestige.evaluate._retrieval import Ties, count_ties, rank_codes, recall_after
-from vestige.evaluate._scored import Scored, collect_scores
+from vestige.evaluate._scored import Scored, collect_scores, list_baselines
+from vestige.methods import METHODS
 from vestige.settings import MislabelSettings, with_settings
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
-_CONSTANT = "grad-cos"
-"""The method whose self-influence is a cosine of a gradient with itself."""
 _CURVE = tuple(share / 100 for share in range(0, 101, 2))
 
 
@@ -31,11 +30,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     """
     if settings.data is None:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
-    if _CONSTANT in settings.methods:
-        raise SpecError(
-            "Self-influence with grad-cos is the cosine of a gradient with itself: 1 for every example, wrong or "
-            "right. It would find nothing. Type --methods influence,grad-dot."
-        )
+    _require_varying(settings.methods)
     found = collect_scores(settings, "mislabel", self_influence=True)
     records = load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
     wrong = read_wrong_labels((example for example, _ in records), settings.truth)
@@ -51,6 +46,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         rows.append(EvaluationRow.of(one, values))
         curve = recall_after(ties, [round(share * len(wrong)) for share in _CURVE])
         lines.append(Line(one.name, percent, [100 * each for each in curve]))
+    others = [method.name for method in list_baselines() if not method.at_random]
     marked = int(np.count_nonzero(wrong))
     by_chance = {f"found at {share:.0%}": float(share) for share in settings.inspected}
     chance: dict[str, Value] = {"AUC": 0.5, "average precision": marked / len(wrong), **by_chance}
@@ -62,13 +58,24 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
             "Tied scores count at the expected value over every order of the tied; the random row is what chance "
             "gives.",
             f"Interval of the AUC: 95 %, {settings.draws} bootstrap draws of examples.",
-            "bm25, rep-sim and grad-cos have no self-influence that could rank examples, so they are not here.",
+            f"{', '.join(others[:-1])} and {others[-1]} have no self-influence that could rank examples, so they are "
+            "not here.",
         ),
         {"examples": len(wrong), "wrong": marked},
     )
     lines.append(Line("random", percent, percent, opponent=True))
     figure = line_figure("mislabel", lines, "% of the data inspected", "% of the wrong labels found")
     return write_evaluation(result, settings.out, figure)
+
+
+def _require_varying(methods: Iterable[str]) -> None:
+    """Raise if a method's self-influence is the same for every example."""
+    for name in methods:
+        if constant := METHODS.find(name).constant_self_score:
+            raise SpecError(
+                f"Self-influence with {name} is {constant}, wrong or right. It would find nothing. "
+                "Type --methods influence,grad-dot."
+            )
 
 
 def read_wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:
@@ -100,10 +107,9 @@ def _is_wrong(example: Example, column: str) -> bool:
 
 
 def _self_influence(scored: Scored, examples: int) -> Float[np.ndarray, "example"]:
-    if scored.run.run.method == _CONSTANT:
-        raise SpecError(
-            f"{scored.run.folder} is of grad-cos, whose self-influence is 1 for every example. Leave it out."
-        )
+    name, constants = scored.run.run.method, {method.name: method.constant_self_score for method in METHODS}
+    if constant := constants.get(name):
+        raise SpecError(f"{scored.run.folder} is of {name}, whose self-influence is {constant}. Leave it out.")
     scores = scored.run.self_scores()
     known = int(np.count_nonzero(~np.isnan(scores)))
     if len(scores) != examples or known != examples:

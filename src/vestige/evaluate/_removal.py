@@ -13,11 +13,11 @@ from vestige.errors import SpecError
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
 from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
+from vestige.methods import METHODS
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, with_settings
 
 RANDOM = "random lists"
-_RANDOM_METHOD = "random"
 _QUERIES_LISTED = 10
 
 
@@ -100,7 +100,8 @@ def _collect(
         return ScoredRuns(()), [], id_array(example.id for example in data)
     found = collect_scores(settings, "removal")
     # Random lists are drawn here, several of each length: one list of random scores would be a single draw.
-    scored = tuple(one for one in found.scored if one.run.run.method != _RANDOM_METHOD)
+    drawn = {method.name for method in METHODS if method.at_random}
+    scored = tuple(one for one in found.scored if one.run.run.method not in drawn)
     _, ids, tables = read_together(scored)
     return ScoredRuns(scored, found.notes), tables, id_array(ids)
 

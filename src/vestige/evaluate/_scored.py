@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from vestige.data import TokenizedData, ask, load_queries, load_records, tokenize
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.indexes import Index, tokens_at_most
-from vestige.methods import METHODS, attribute
+from vestige.methods import METHODS, Method, attribute
 from vestige.models import LoadedModel
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -24,8 +24,6 @@ from vestige.runs import DenseFile, Scores, check_target, id_array, is_run, open
 from vestige.settings import QuestionSettings, ReadingSettings, ScoredSettings, Settings
 from vestige.storage import make_folder, sha256_of, write_durably
 
-BASELINES = ("random", "bm25", "rep-sim", "grad-cos")
-"""What a method has to beat to be worth its cost."""
 _WEIGHTS = (".safetensors", ".bin", ".json", ".gguf")
 _BLOCK_SCORES = 2**20
 """Scores that are read at once, for many queries."""
@@ -286,21 +284,28 @@ def _content(source: Any) -> str | None:
     return hashlib.sha256("".join(each.name + sha256_of(each) for each in files).encode()).hexdigest()
 
 
+def list_baselines() -> list[type[Method]]:
+    """Return the methods that every evaluation judges too, cheapest first."""
+    return sorted((found for found in METHODS if found.baseline is not None), key=lambda found: found.baseline or 0)
+
+
 def _choose_baselines(settings: ScoredSettings, known: set[str]) -> tuple[list[str], list[str]]:
     """Return the baselines that can be computed here, and notes about the others."""
     if not settings.opponents:
         return [], []
     data = settings.queries is not None and (settings.data is not None or settings.index is not None)
     model = settings.model is not None or settings.index is not None
-    missing = [name for name in BASELINES if name not in known]
-    possible = [name for name in missing if data and (model or not METHODS.find(name).needs_model)]
-    left = [name for name in missing if name not in possible]
+    missing = [found for found in list_baselines() if found.name not in known]
+    possible = [found for found in missing if data and (model or not found.needs_model)]
+    left = [found.name for found in missing if found not in possible]
     words = "--model" if data else "--model, --data and --queries"
     notes = [f"Without the baselines {', '.join(left)}: give {words} to have them judged too."] if left else []
-    if "bm25" in possible and not _has_words(settings):
-        possible.remove("bm25")
-        notes.append("Without the baseline bm25: the training data are rows of tokens, which have no words.")
-    return possible, notes
+    lexical = [found.name for found in possible if found.searches_words]
+    if lexical and not _has_words(settings):
+        possible = [found for found in possible if not found.searches_words]
+        without = f"Without the baseline {', '.join(lexical)}: "
+        notes.append(f"{without}the training data are rows of tokens, which have no words.")
+    return [found.name for found in possible], notes
 
 
 def _has_words(settings: ScoredSettings) -> bool:

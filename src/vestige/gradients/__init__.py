@@ -15,6 +15,7 @@ from vestige.gradients._cross import (
     square_norms as square_norms,
 )
 from vestige.gradients._factors import (
+    BlockSizes as BlockSizes,
     Extent as Extent,
     Factor as Factor,
     FactorSink as FactorSink,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -54,8 +54,14 @@ class PositionSink(FactorSink, Protocol):
 Route = Literal["ghost", "second", "first"]
 """Factors alone; or the second, or the first, batch's gradients formed and applied to the other's factors."""
 
-HELD_NUMBERS = 2**26
-"""Most entries of formed gradients held at once (256 MiB in float32); more matrices are formed block by block."""
+
+class BlockSizes:
+    """How much is formed at once: other sizes change no number beyond rounding."""
+
+    held_numbers: ClassVar[int] = 2**26
+    """Most entries of formed gradients held at once (256 MiB in float32); more matrices are formed block by block."""
+    product_bytes: ClassVar[int] = 64 * 2**20
+    """Most bytes of gradients, or of inner products of tokens, formed for one product."""
 
 
 class Extent(NamedTuple):
@@ -101,7 +107,7 @@ def ghost_operations(first: Extent, second: Extent, shape: Shape) -> int:
 
 def matrices_held(shape: Shape) -> int:
     """Return the number of gradients of that shape that are formed at once."""
-    return max(1, HELD_NUMBERS // (shape[0] * shape[1]))
+    return max(1, BlockSizes.held_numbers // (shape[0] * shape[1]))
 
 
 def cheapest_route(
@@ -170,10 +176,6 @@ def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float
     return torch.bmm(left.transpose(1, 2), right)
 
 
-PRODUCT_BYTES = 64 * 2**20
-"""Most bytes of gradients, or of inner products of tokens, formed for one product."""
-
-
 class ReusedMemory:
     """Memory for gradients that live for one product only: fresh pages would cost a quarter of forming them."""
 
@@ -204,7 +206,7 @@ def dot_matrices(
     if matrices.shape[0] == 1:
         return (torch.nn.functional.linear(right, matrices[0]) * left).sum((1, 2))[None]
     flat, size = matrices.flatten(1), left.shape[2] * right.shape[2]
-    step = max(1, PRODUCT_BYTES // (size * right.element_size()))
+    step = max(1, BlockSizes.product_bytes // (size * right.element_size()))
     parts = []
     for start in range(0, len(right), step):
         some = slice(start, start + step)
@@ -232,7 +234,7 @@ def inner_product(first: Pair, second: Pair) -> Float[Tensor, "example"]:
 
     This is the ghost identity (Wang et al. 2024, arXiv:2406.11011): `T*S*(out + in)` operations.
     """
-    step = max(1, PRODUCT_BYTES // max(1, first[1].shape[1] * second[1].shape[1] * first[1].element_size()))
+    step = max(1, BlockSizes.product_bytes // max(1, first[1].shape[1] * second[1].shape[1] * first[1].element_size()))
     parts = []
     for start in range(0, len(first[1]), step):
         (left, right), (other_left, other_right) = (some_of(one, slice(start, start + step)) for one in (first, second))
@@ -262,10 +264,10 @@ def some_of(pair: Pair, examples: slice) -> Pair:
 def ghost_products(first: Pair, second: Pair) -> Float[Tensor, "example token example2"]:
     """Return the products of all pairs of examples from inner products of tokens, split over the first's tokens.
 
-    Takes as many examples at once as `PRODUCT_BYTES` allows.
+    Takes as many examples at once as `BlockSizes.product_bytes` allows.
     """
     (examples, tokens), (others, other_tokens) = first[1].shape[:2], second[1].shape[:2]
-    at_once = max(1, PRODUCT_BYTES // max(1, tokens * other_tokens * first[1].element_size()))
+    at_once = max(1, BlockSizes.product_bytes // max(1, tokens * other_tokens * first[1].element_size()))
     step = min(others, at_once)
     rows = []
     for start in range(0, examples, max(1, at_once // step)):

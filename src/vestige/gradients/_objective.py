@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from vestige.models import acts_in_forward, batch_sharing
 
 Reduction = Literal["sum", "mean"]
 
-LOGIT_BYTES = 64 * 2**20
 """Most bytes of float32 logits alive at once; the loss is computed in chunks of positions of this size."""
 
 
@@ -92,10 +91,13 @@ def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Tar
 class CausalLoss:
     """Next-token cross-entropy in nats, summed or averaged over the example's own target tokens.
 
-    The output head runs only at positions that predict a target, in chunks of at most `LOGIT_BYTES`, outside autograd:
+    The output head runs only at positions that predict a target, in chunks of at most `logit_bytes`, outside autograd:
     the gradient of a softmax is known. A model whose logits are not simply `head(hidden)` (soft-capping, scaling) is
     found out by comparison on two short sequences and runs whole instead.
     """
+
+    logit_bytes: ClassVar[int] = 64 * 2**20
+    """Most bytes of logits, in float32, that are alive at once."""
 
     def __init__(self, reduction: Reduction = "sum") -> None:
         self.reduction: Reduction = reduction
@@ -119,7 +121,8 @@ class CausalLoss:
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
         device = head.weight.device
         hidden, targets = hidden.to(device), _Targets(*(tensor.to(device) for tensor in targets))
-        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, head_tap)  # type: ignore[no-any-return]
+        step = max(1, self.logit_bytes // (4 * head.weight.shape[0]))
+        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
@@ -208,14 +211,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets, head_tap: HeadTap | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: _Targets,
+        step: int,
+        head_tap: HeadTap | None,
     ):
-        """Compute logits, loss, softmax gradient, and that times the head's weight, in chunks of positions."""
+        """Compute logits, loss, softmax gradient, and that times the head's weight, `step` positions at a time."""
         states = hidden[:, :-1][targets.mask]
         gradients = torch.empty_like(states)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
-        step = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             logits = torch.nn.functional.linear(states[part], weight, bias).to(wide)
@@ -243,12 +251,12 @@ class _HeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Scatter the stored gradients to their positions."""
         (gradients,) = ctx.saved_tensors
         full = gradients.new_zeros(ctx.shape)
         full[:, :-1][ctx.mask] = gradients * outer[0].to(gradients.dtype)[ctx.example, None]
-        return full, None, None, None, None
+        return full, None, None, None, None, None
 
 
 def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor, token: Tensor) -> None:

@@ -27,13 +27,10 @@ from vestige.jobs import Tensors
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import group, piece_files, run_audit_pieces
+from vestige.measures._pieces import piece_files, run_audit_pieces
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
-
-PIECE_SECRETS = 4096
-"""Secrets that a piece measures, or those of one canary."""
 
 
 class Canary(NamedTuple):
@@ -164,27 +161,23 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     frame = frame_of(job.data.examples, chat=settings.chat)
     if frame is not None:
         announce(f"Canaries are put into a conversation, {frame.how}; --no-chat measures the bare text.")
-    groups = group(canaries, lambda canary: len(canary.secrets), PIECE_SECRETS)
 
     def compute(number: int) -> Tensors:
-        turn, place = divmod(number, len(groups))
+        turn, place = divmod(number, len(canaries))
         loaded = job.models.of(job.subjects[turn].source)
-        return {"losses": torch.cat([_compute_losses(job, loaded, frame, canary) for canary in groups[place]])}
+        return {"losses": _compute_losses(job, loaded, frame, canaries[place])}
 
     def count(number: int) -> int:
-        return sum(len(canary.secrets) for canary in groups[number % len(groups)])
+        return len(canaries[number % len(canaries)].secrets)
 
-    # A piece is one subject and some canaries.
-    numbers = range(len(job.subjects) * len(groups))
-    files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame), PIECE_SECRETS])
-    found = []
-    for number, tensors in enumerate(run_audit_pieces(job, "Canaries", "secrets", files, numbers, compute, count)):
-        turn, place = divmod(number, len(groups))
-        losses = tensors["losses"].numpy()
-        for canary in groups[place]:
-            own, losses = np.split(losses, [len(canary.secrets)])
-            found.append(_make_record(canary, job.subjects[turn].number, own))
-    return found
+    # A piece is one subject and one canary.
+    numbers = range(len(job.subjects) * len(canaries))
+    files = piece_files(job, "canaries", ["canaries", _fingerprint(canaries, frame)])
+    found = run_audit_pieces(job, "Canaries", "secrets", files, numbers, compute, count)
+    return [
+        _make_record(canary, subject.number, tensors["losses"].numpy())
+        for (subject, canary), tensors in zip(product(job.subjects, canaries), found, strict=True)
+    ]
 
 
 def _fingerprint(canaries: Sequence[Canary], frame: Frame | None) -> str:

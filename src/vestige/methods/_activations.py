@@ -77,6 +77,7 @@ class RepSim(Method):
 
     needs_model = True
     works_sharded = True
+    baseline = 2
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="cosine",

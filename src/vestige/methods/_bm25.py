@@ -27,6 +27,7 @@ class Bm25(Method):
     """
 
     searches_words = True
+    baseline = 1
     block_scores: ClassVar[int] = 2**18
     """Scores made at once, over all queries."""
     meaning = Meaning(

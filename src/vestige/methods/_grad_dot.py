@@ -45,6 +45,8 @@ class GradCos(GradientMethod):
     """Cosine of gradients: the inner product without the lengths, so that long examples do not lead every list."""
 
     works_sharded = True
+    constant_self_score = "the cosine of a gradient with itself: 1 for every example"
+    baseline = 3
     meaning = Meaning(
         sign=HELPS,
         unit="cosine, from -1 to 1",

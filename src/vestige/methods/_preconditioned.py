@@ -45,11 +45,22 @@ ESTIMATES = (
     "How much the query's loss would rise if the example were left out of training (times N), to first order around "
     "these weights"
 )
+FISHER_BLOCKS = "approximation of the Fisher matrix of each layer"
+GAUSS_NEWTON = "Gauss-Newton matrix of all selected parameters together"
 POWER_STEPS = 8
 """Of the search for the largest eigenvalue."""
 
+# Options of several methods.
+LabelsOption = Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."]
+KindOption = Annotated[CurvatureKind, "Which matrix of second derivatives."]
+ExamplesOption = Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."]
+
 Inverse = Callable[[Vectors, float], Vectors]
 """From the queries' gradients and a damping to the preconditioned ones."""
+
+
+def _meaning(**facts: str) -> Meaning:
+    return Meaning(sign=HELPS, unit=UNIT, target="this model", **facts)
 
 
 @dataclass
@@ -152,20 +163,15 @@ class Ekfac(Preconditioned):
 
     sweeps_damping = True
     works_sharded = True
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
-        normalisation="EK-FAC approximation of the Fisher matrix of each layer",
+    meaning = _meaning(
+        normalisation=f"EK-FAC {FISHER_BLOCKS}",
         estimates=f"{ESTIMATES}.",
         cost="Three passes over the training data and one more forward to draw labels; memory for the whole gradient "
         "of every query and two square matrices for each layer.",
         limits="First order around one set of weights; layers are taken as independent, and within one only the "
         "diagonal in the Kronecker basis is exact; the damping sets its scale, so compare within a run.",
     )
-    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
-        "sampled"
-    )
+    labels: LabelsOption = "sampled"
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the curvature in two passes, or read what an index keeps; return the preconditioner."""
@@ -179,20 +185,15 @@ class Kfac(Preconditioned):
 
     sweeps_damping = True
     works_sharded = True
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
-        normalisation="K-FAC approximation of the Fisher matrix of each layer",
+    meaning = _meaning(
+        normalisation=f"K-FAC {FISHER_BLOCKS}",
         estimates=f"{ESTIMATES}.",
         cost="Two passes over the training data and one more forward to draw labels; memory for the whole gradient of "
         "every query and two square matrices for each layer.",
         limits="First order around one set of weights; takes layers, tokens, and inputs and output gradients as "
         "independent, which ekfac corrects for one pass more; the damping sets its scale, so compare within a run.",
     )
-    labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
-        "sampled"
-    )
+    labels: LabelsOption = "sampled"
     split: Annotated[
         Literal["eigenvalues", "factors"],
         "Where the damping goes: on the eigenvalues of the product, or on each factor its share.",
@@ -213,10 +214,7 @@ class DataInfMethod(Preconditioned):
     """
 
     sweeps_damping = True
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
+    meaning = _meaning(
         normalisation="average inverse of each example's own damped outer product, by component",
         estimates="An influence function whose inverse Fisher matrix is replaced by the average of the inverses that "
         "single examples would have.",
@@ -291,11 +289,8 @@ def draw_rows(rows: int, count: int, seed: int) -> np.ndarray:
 class ConjugateGradient(Preconditioned):
     """Influence function with the whole Gauss-Newton matrix, solved in steps (Koh and Liang 2017, arXiv:1703.04730)."""
 
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
-        normalisation="Gauss-Newton matrix of all selected parameters together",
+    meaning = _meaning(
+        normalisation=GAUSS_NEWTON,
         estimates=f"{ESTIMATES}; no approximation of the matrix, only of its inverse.",
         cost="A pass over the training data for each step, 20 by default, each with a second derivative for every "
         "query; the check on randomised weights and self-influence pay the same again.",
@@ -304,8 +299,8 @@ class ConjugateGradient(Preconditioned):
     )
     steps: Annotated[PositiveInt, "Most passes over the training data."] = 20
     tolerance: Annotated[PositiveFloat, "Residual, relative to the query's gradient, at which to stop."] = 1e-3
-    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
-    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
+    kind: KindOption = "gauss-newton"
+    examples: ExamplesOption = None
 
     def inverse(self, job: Job) -> Inverse:
         """Return the map that solves for each set of vectors separately."""
@@ -326,11 +321,8 @@ class ConjugateGradient(Preconditioned):
 class Lissa(Preconditioned):
     """Influence function with the inverse summed up as a series (Agarwal et al. 2017, arXiv:1602.03943)."""
 
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
-        normalisation="Gauss-Newton matrix of all selected parameters together",
+    meaning = _meaning(
+        normalisation=GAUSS_NEWTON,
         estimates=f"{ESTIMATES}; the inverse is a series cut off after a number of steps.",
         cost="A pass over the training data, or over a sample of it, for each step, 100 by default, each with a second "
         "derivative for every query; the check on randomised weights and self-influence pay the same again.",
@@ -344,7 +336,7 @@ class Lissa(Preconditioned):
     scale: Annotated[
         PositiveFloat | None, "Divisor of the curvature; none: 1.5 times its largest eigenvalue, 4 times with a sample."
     ] = None
-    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
+    kind: KindOption = "gauss-newton"
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the scale once; return the map that runs a series of its own for each set of vectors."""
@@ -371,11 +363,8 @@ class Lissa(Preconditioned):
 class Arnoldi(Preconditioned):
     """Influence function in the span of dominant eigenvectors (Schioppa et al. 2022, arXiv:2112.03052)."""
 
-    meaning = Meaning(
-        sign=HELPS,
-        unit=UNIT,
-        target="this model",
-        normalisation="dominant eigenvalues of the Gauss-Newton matrix of all selected parameters together",
+    meaning = _meaning(
+        normalisation=f"dominant eigenvalues of the {GAUSS_NEWTON}",
         estimates="The part of the influence function that lies in the span of the dominant eigenvectors.",
         cost="A pass with a second derivative over the training data for each step, 50 by default, once for all "
         "queries; memory for as many vectors of the size of the selected parameters.",
@@ -386,8 +375,8 @@ class Arnoldi(Preconditioned):
     rank: Annotated[
         PositiveInt, "Eigenvectors kept; about half of `steps`, since those found last have not converged."
     ] = 25
-    kind: Annotated[CurvatureKind, "Which matrix of second derivatives."] = "gauss-newton"
-    examples: Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."] = None
+    kind: KindOption = "gauss-newton"
+    examples: ExamplesOption = None
 
     def inverse(self, job: Job) -> Inverse:
         """Find the eigenvectors once; return the map that projects every set of vectors on them."""

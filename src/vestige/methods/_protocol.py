@@ -151,6 +151,13 @@ class Method(ABC):
     """True where what is measured serves any damping (see `GradientMethod.at_dampings`)."""
     scores_itself: ClassVar[bool] = False
     """True where `self_scores` gives self-influence."""
+    constant_self_score: ClassVar[str | None] = None
+    """What self-influence is, where that is the same for every example and ranks nothing."""
+    baseline: ClassVar[int | None] = None
+    """Position among the baselines, which every evaluation of scores judges too: what a method has to beat to be worth
+    its cost. None for other methods."""
+    at_random: ClassVar[bool] = False
+    """True for scores that are drawn at random."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
 

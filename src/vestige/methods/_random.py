@@ -18,6 +18,8 @@ class Random(Method):
 
     block_scores: ClassVar[int] = 2**22
     """Scores made at once, over all queries."""
+    at_random = True
+    baseline = 0
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",
         unit="uniform between -1 and 1",

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vestige.banks import Bank
+from vestige.evaluate import estimate_mean
 from vestige.measures import (
     MEASURES,
     BankEvidence,
@@ -138,13 +139,8 @@ def each_draw(
 
 
 def mean_interval(values: Float[np.ndarray, "target"]) -> Interval:
-    """Mean of the known values with the percentiles of bootstrap draws of them; NaN where none is known."""
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return Interval(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(0).choice(known, (DRAWS, len(known))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(known.mean()), float(low), float(high))
+    """Return the mean of the known values with the percentiles of bootstrap draws of them; NaN where none is known."""
+    return Interval(*estimate_mean(np.where(np.isfinite(values), values, np.nan), DRAWS, 0))
 
 
 def show_known(interval: Interval) -> str:

@@ -213,8 +213,8 @@ def direct_gradients(result: OnePassResult, words: str, queries: int) -> dict[st
     Return the number of `examples`, the `seconds` of one (a batch of one, all weights), and the `largest_difference` of
     a cosine from the sum of components' products and one of two whole gradients.
     """
-    products, compared = result.gradients[words], result.inputs.compared
-    gradients = OneByOne(compared.loaded, compared.components, compared.data)
+    products, inputs = result.gradients[words], result.inputs
+    gradients = OneByOne(inputs.loaded, inputs.components, inputs.data)
     kept: dict[int, Tensor] = {}
     differences = [0.0]
     cosine = products.of(range(queries)).cosine()
@@ -245,12 +245,12 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
     products, listed = result.gradients[words], result.gradients[words].listed
     full = products.cosine()
     found = {}
-    for number, one in enumerate(result.inputs.compared.projections):
-        weights = np.array(one.plan.sizes, dtype=np.float64)
+    for number, one in enumerate(result.inputs.projections):
+        weights = np.array(one.sizes, dtype=np.float64)
         weighted = _weigh_cosine(result, words, weights)
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
-        found[one.plan.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
+        found[one.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
 
 
@@ -278,15 +278,15 @@ def replay(settings: ComponentsSettings) -> dict[str, Any]:
     started = time.perf_counter()
     result = one_pass_result(settings)
     seconds = time.perf_counter() - started
-    compared = result.inputs.compared
+    inputs = result.inputs
     started = time.perf_counter()
-    direct = OneByOne(load_model(settings.model, precision=settings.precision), compared.components, compared.data)
+    direct = OneByOne(load_model(settings.model, precision=settings.precision), inputs.components, inputs.data)
     jobs, cosine = _run_published_jobs(result, settings.candidates[0], direct)
     published = time.perf_counter() - started
     ours = result.gradients[settings.candidates[0]].cosine()
     return {
         "queries": len(result.inputs.queries),
-        "distinct_examples": len(compared.data),
+        "distinct_examples": len(inputs.data),
         "published_passes": direct.passes,
         "passes": result.computed,
         "published_seconds": published,
@@ -302,11 +302,11 @@ def _run_published_jobs(
     result: OnePassResult, words: str, direct: OneByOne
 ) -> tuple[dict[str, dict[str, float]], Float[np.ndarray, "query candidate"]]:
     """Return passes and seconds of every job, and the similarities of whole gradients."""
-    components, projections = result.inputs.compared.components, result.inputs.compared.projections
+    components, projections = result.inputs.components, result.inputs.projections
     jobs: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         _WHOLE: lambda parts: [torch.cat([part.flatten() for part in parts])],
         "products by parameter": lambda parts: [part.flatten() for part in parts],
-        **{f"projection {one.plan.name}": partial(_project, one, components) for one in projections},
+        **{f"projection {one.name}": partial(_project, one, components) for one in projections},
     }
     spent: dict[str, dict[str, float]] = {}
     cosines: dict[str, np.ndarray] = {}

@@ -82,7 +82,7 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     result = one_pass_result(ComponentsSettings(**asked))
     direct = direct_gradients(result, plan.candidates[0], plan.checked)
     errors = projection_errors(result, plan.candidates[-2])
-    words, each = plan.candidates[0], result.computed / len(result.inputs.compared.data)
+    words, each = plan.candidates[0], result.computed / len(result.inputs.data)
     expected = [
         at_least(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts")),
         *gates_of_sets("verses", found, words, 0.01),

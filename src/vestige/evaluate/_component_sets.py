@@ -4,7 +4,7 @@ One matrix of products `d[c, q, n]` and the squared norms of both sides are all 
 components is `sum_c d / sqrt(sum_c |q|^2 sum_c |n|^2)`. Arrays to arrays; uses no model and no file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -42,11 +42,6 @@ class ComponentProducts:
         """The mask of existing candidates."""
         return self.rows >= 0
 
-    @property
-    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Products and the squared norms of both sides, by component; each adds up over a set."""
-        return self.values, self.query, self.example[:, self.rows]
-
     def of(self, queries: Sequence[int] | Int[np.ndarray, " query"]) -> "ComponentProducts":
         """Return the products of just these queries, in this order."""
         chosen = np.asarray(queries, dtype=np.int64)
@@ -58,17 +53,18 @@ class ComponentProducts:
 
     def cosine(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "query candidate"]:
         """Return the cosine of the joint gradients of components, all by default; float64, zero where not listed."""
-        chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
-        parts = (part[chosen].sum(0, dtype=np.float64)[None] for part in (self.values, self.query, self.example))
-        return self._cosines(*parts)[0]
+        values, query, example = (part.sum(0, dtype=np.float64) for part in self._parts(components))
+        return _cosines(values, query, example[self.rows])
 
     def each(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "component query candidate"]:
         """Return the cosine of every component by itself, in float64."""
-        chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
-        return self._cosines(*(part[chosen].astype(np.float64) for part in (self.values, self.query, self.example)))
-
-    def _cosines(self, values: np.ndarray, query: np.ndarray, example: np.ndarray) -> np.ndarray:
+        values, query, example = (part.astype(np.float64) for part in self._parts(components))
         return _cosines(values, query, example[:, self.rows])
+
+    def _parts(self, components: Sequence[int] | None) -> Iterator[np.ndarray]:
+        """Yield products and the squared norms of both sides of these components; each adds up over a set."""
+        chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
+        return (part[chosen] for part in (self.values, self.query, self.example))
 
 
 def _cosines(
@@ -120,7 +116,7 @@ def compute_agreement(
         scores, full = centre_lists(scores, listed), centre_lists(full, listed)
     first, second = scores * listed, full * listed
     lengths = np.sqrt((first**2).sum((-2, -1)) * (second**2).sum())
-    return (first * second).sum((-2, -1)) / np.maximum(lengths, 1e-300)
+    return (first * second).sum((-2, -1)) / np.maximum(lengths, _SMALLEST)
 
 
 class Path(NamedTuple):
@@ -157,53 +153,32 @@ def greedy_path(
     objective: Objective,
     *,
     longest: int | None = None,
+    order: Sequence[int] | None = None,
 ) -> Path:
     """Search the path for top-1 accuracy, or for agreement with the full gradient, one component after another.
 
     Each step takes the component that helps most, of equal ones that with the fewest parameters, then the first: no
-    order of a set or of the data decides. All candidates for a step are tried at once from running sums.
+    order of a set or of the data decides. All candidates for a step are tried at once from running sums. With `order`
+    the path is that one, however it was chosen, and its values are those on these queries and candidates.
     """
-    left = [int(number) for number in np.argsort(products.parameters, kind="stable")]
-    parts, full, order, values = products.parts, products.cosine(), list[int](), list[float]()
+    left = [int(number) for number in np.argsort(products.parameters, kind="stable")] if order is None else [*order]
+    parts, full = (products.values, products.query, products.example[:, products.rows]), products.cosine()
     sums = [np.zeros_like(part[0], dtype=np.float64) for part in parts]
-    step = max(1, _BLOCK_NUMBERS // max(products.rows.size, 1))
+    taken, values = list[int](), list[float]()
     for _ in range(min(longest or len(left), len(left))):
-        found = []
-        for start in range(0, len(left), step):
-            tried = np.array(left[start : start + step])
+        found, choices = [], left if order is None else left[:1]
+        for tried in np.array_split(choices, min(len(choices), 1 + len(choices) * parts[0][0].size // _BLOCK_NUMBERS)):
             scores = _cosines(*(total + part[tried] for total, part in zip(sums, parts, strict=True)))
-            found.append(_compute_objective(objective, scores, full, right, products.listed))
+            if objective == "accuracy":
+                found.append(credit(scores, right, products.listed).mean(-1))
+            else:
+                found.append(compute_agreement(scores, full, products.listed))
         reached = np.concatenate(found)
         place = int(np.argmax(reached >= reached.max() - _TIED))
-        order.append(left.pop(place))
+        taken.append(left.pop(place))
         values.append(float(reached[place]))
-        sums = [total + part[order[-1]] for total, part in zip(sums, parts, strict=True)]
-    return Path(tuple(order), tuple(values))
-
-
-def _compute_objective(
-    objective: Objective,
-    scores: Float[np.ndarray, "set query candidate"],
-    full: Float[np.ndarray, "query candidate"],
-    right: Bool[np.ndarray, "query candidate"],
-    listed: Bool[np.ndarray, "query candidate"],
-) -> Float[np.ndarray, " set"]:
-    if objective == "accuracy":
-        return credit(scores, right, listed).mean(-1)
-    return compute_agreement(scores, full, listed)
-
-
-def values_along(
-    products: ComponentProducts, right: Bool[np.ndarray, "query candidate"], order: Sequence[int], objective: Objective
-) -> tuple[float, ...]:
-    """Return the objective after each component of a path, on these queries and candidates, however it was chosen."""
-    parts, full, found = products.parts, products.cosine(), list[float]()
-    sums = [np.zeros_like(part[0], dtype=np.float64) for part in parts]
-    for taken in order:
-        sums = [total + part[taken] for total, part in zip(sums, parts, strict=True)]
-        scores = _cosines(*sums)[None]
-        found.append(float(_compute_objective(objective, scores, full, right, products.listed)[0]))
-    return tuple(found)
+        sums = [total + part[taken[-1]] for total, part in zip(sums, parts, strict=True)]
+    return Path(tuple(taken), tuple(values))
 
 
 def cross_validate(

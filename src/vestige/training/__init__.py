@@ -1,5 +1,12 @@
 """Training runs that attribution and audit can read: Vestige's own, and records of a Trainer's; the early alarm."""
 
+from vestige.training._adjoint import (
+    Adjoints as Adjoints,
+    Moved as Moved,
+    Rule as Rule,
+    read_rule as read_rule,
+    unclip as unclip,
+)
 from vestige.training._alarm import (
     Alarm as Alarm,
     AtRisk as AtRisk,

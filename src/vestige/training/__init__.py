@@ -25,5 +25,11 @@ from vestige.training._examples import (
     with_weights as with_weights,
 )
 from vestige.training._recorder import Recorder as Recorder
+from vestige.training._replay import (
+    Derivatives as Derivatives,
+    RecordedStep as RecordedStep,
+    Replay as Replay,
+    read_settings as read_settings,
+)
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import train as train
+from vestige.training._train import read_learned as read_learned, train as train

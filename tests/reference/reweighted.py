@@ -10,7 +10,7 @@ def retrain(model, steps, weights, *, weight_decay=0.0, clip=0.0, momentum=None)
     """Train in place.
 
     Args:
-        model: A causal model in evaluation or training mode without dropout, whose trained parameters require gradients.
+        model: A causal model without dropout, whose trained parameters require gradients.
         steps: For each step a learning rate and its examples (id, token ids, mask of the targets), in order.
         weights: By id; 1 where there is none. The number of target tokens that a step divides by never changes.
         weight_decay: Of matrices alone, as the Trainer of transformers decays.

@@ -68,7 +68,7 @@ def train(task, kind, weights, *, clip=0.0, schedule=False, watch=lambda *_: Non
 
 def walk_back(task, kind, **given):
     """Return the derivative of every query's loss in every example's weight."""
-    _, inputs, labels, queries = task
+    inputs, labels = task[1:3]
     tape = []
 
     def watch(moment, number, model, optimizer, extra):

@@ -30,8 +30,9 @@ from vestige.training import Adjoints, Replay
 
 _COPIES = 4
 """Numbers per trained parameter and query: adjoints of the weight and of two moments, and one on its way."""
-_GROWTH_WARNS = 1e3
-"""A change of the first weights that grows a thousandfold has left the range in which a first derivative predicts."""
+_GROWTH_WARNS = 1e7
+"""Of float32's seven digits nothing is left, then, of what the adjoints began with. Large factors are no fault: where
+a gradient begins at zero, as that of half of LoRA's matrices, the first steps of Adam are steep."""
 _AGREES = 0.5
 """Below it, the runs' rankings share less than a quarter of their variance."""
 
@@ -147,6 +148,8 @@ def _walk(replay: Replay, job: Job, queries: range, rows: dict[str, int], kept: 
 
 def _end(replay: Replay, job: Job, queries: Sequence[int]) -> dict[str, Tensor]:
     """Return the gradients of the queries' losses at the end of the training, by parameter [query, *shape]."""
+    # An earlier walk has left the weights of the first step.
+    replay.load_end()
     parameters, rows = replay.parameters, []
     for losses in _query_losses(replay, job, queries):
         found = torch.autograd.grad(losses, [*parameters.values()], allow_unused=True)
@@ -180,7 +183,11 @@ def _check_growth(walks: Sequence[_Walk]) -> Check:
     smooth = np.isfinite(growth) and growth <= _GROWTH_WARNS
     steps = len(norms) - 1
     words = f"Walked back over {steps:,} steps, the derivatives in the weights grew by a factor of at most {growth:.3g}"
-    reading = f"{words}: the training is smooth enough for it." if smooth else f"{words}: this training is too rough."
+    reading = (
+        f"{words}: float32 holds them."
+        if smooth
+        else f"{words}: they have lost their first digits, so do not trust the scores."
+    )
     return Check(name="growth of adjoints", value=growth, reading=reading, verdict="good" if smooth else "warn")
 
 

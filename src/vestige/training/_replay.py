@@ -131,6 +131,8 @@ class Replay:
         segments = max(1, math.isqrt(steps))
         epochs = [settings.epochs * number / segments for number in range(segments + 1)]
         changed: dict[str, Any] = {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False}
+        # What is computed again for memory's sake alone could not be differentiated twice.
+        changed["gradient_checkpointing"] = False
         changed |= {"out": work / "training", "checkpoints": ",".join(f"{epoch:.9f}" for epoch in epochs)}
         self.settings = settings.model_copy(update=changed)
         announce(f"Replay: the {steps:,} steps of {training.folder} are run again, in {segments} segments.")
@@ -289,9 +291,6 @@ class Replay:
                 from_ = str(checkpoint_folder(self.settings.out, begin)) if begin else None
                 trainer.train(resume_from_checkpoint=from_)
         self.model = model
-        # Activations that are computed again have no forward-mode derivative.
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 class _Tape(TrainerCallback):

@@ -42,6 +42,7 @@ from vestige.gradients._objective import (
 )
 from vestige.gradients._pass import GradientPass as GradientPass, pairwise_products as pairwise_products
 from vestige.gradients._rules import Handle as Handle, Receive as Receive
+from vestige.gradients._second import Second as Second, second_derivatives as second_derivatives
 from vestige.gradients._sinks import (
     BothSinks as BothSinks,
     DotSink as DotSink,

@@ -55,6 +55,7 @@ from vestige.methods._protocol import (
     Method as Method,
     Option as Option,
     Products as Products,
+    Trained as Trained,
     Vectors as Vectors,
     describe_method as describe_method,
     get_method as get_method,
@@ -64,6 +65,7 @@ from vestige.methods._protocol import (
 )
 from vestige.methods._random import Random as Random
 from vestige.methods._randomise import check_randomised as check_randomised
+from vestige.methods._replay import TrainingReplay as TrainingReplay
 from vestige.methods._stores import (
     ExactGradients as ExactGradients,
     IndexedGradients as IndexedGradients,

@@ -211,7 +211,16 @@ def _find_method(settings: AttributeSettings) -> Method:
             f"needs new measurements for each. Give one --damping, or type --method with one of: {able}."
         )
     _require_outputs(settings, method)
-    without_model = settings.index is None and settings.model is None and settings.checkpoints is None
+    if (settings.training is not None) != method.needs_training:
+        able = ", ".join(each.name for each in METHODS if each.needs_training)
+        raise SpecError(
+            f"--training replays a training, which these methods do: {able}. Drop it, or type --method {able}."
+            if settings.training is not None
+            else f"The method {settings.method} runs a training again. Type --training FOLDER, of `vestige train`."
+        )
+    without_model = all(
+        given is None for given in (settings.index, settings.model, settings.checkpoints, settings.training)
+    )
     if method.needs_model and without_model:
         raise SpecError(f"The method {settings.method} runs the model. Type --model MODEL, or --index FOLDER.")
     return method

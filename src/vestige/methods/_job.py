@@ -43,11 +43,12 @@ from vestige.indexes import (
 from vestige.jobs import step_done, worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
-from vestige.methods._protocol import Job, Method
+from vestige.methods._protocol import Job, Method, Trained
 from vestige.models import LoadedModel, Selection, batch_sharing, generate_answers, load_model, select_components
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
+from vestige.training import TrainingRun, read_learned, read_settings
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -64,6 +65,9 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
         refuse_checkpoints(settings)
     index = Index.open(settings.index) if settings.index is not None else None
     typed = settings.chat
+    trained = open_trainings(settings)
+    if trained:
+        settings = _settings_of_training(settings, trained[0])
     if index is not None:
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
@@ -71,7 +75,10 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
     given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     loaded = _load(settings, method, index)
     selection = _select(settings, method, loaded, index)
-    train = _read_train(settings, loaded, index)
+    if trained and loaded is not None:
+        train = read_learned(trained[0].settings, loaded)[0]
+    else:
+        train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
         texts = _choose_answers(given, settings.answer)
@@ -81,7 +88,18 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
             settings, loaded, given, train.examples, chat=typed, name=name, answer=settings.answer
         )
         require_independence(loaded, queries, batch_tokens(settings, loaded))
-    job = Job(train, queries, settings, loaded, selection, index, checkpoints, (), False, asked, tuple(generated))
+    job = Job(
+        train,
+        queries,
+        settings,
+        loaded,
+        selection,
+        index,
+        checkpoints,
+        trained,
+        asked=asked,
+        generated=tuple(generated),
+    )
     # A method that works on whole gradients refuses by itself what does not fit.
     needs_none = index is not None or not method.needs_gradients or method.needs_exact
     if needs_none or (not method.needs_index and gradients_fit(job)):
@@ -97,6 +115,26 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
     launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
     command = worker_command(settings, "attribute")
     yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
+
+
+def open_trainings(settings: AttributeSettings) -> tuple[Trained, ...]:
+    """Open the recorded trainings of the settings, in their order; live objects in them are given again."""
+    given = settings.training
+    folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
+    runs = [TrainingRun.open(folder) for folder in folders]
+    return tuple(Trained(run, read_settings(run, **live)) for run in runs)
+
+
+def _settings_of_training(settings: AttributeSettings, trained: Trained) -> AttributeSettings:
+    """Return the settings with the trained model, and with how its data became tokens."""
+    steps = trained.run.checkpoints
+    if not steps:
+        raise SpecError(f"{trained.run.folder} has no checkpoint yet. Let `vestige train` finish first.")
+    changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None, "max_length": trained.settings.max_length}
+    if settings.chat is None:
+        changed["chat"] = trained.settings.chat
+    return settings.model_copy(update=changed)
 
 
 def _require_recomputable(index: Index, method: Method) -> None:

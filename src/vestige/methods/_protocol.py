@@ -30,7 +30,7 @@ from vestige.errors import SpecError, UserError
 from vestige.models import Component, LoadedModel, Selection
 from vestige.progress import progress
 from vestige.registry import Registry
-from vestige.runs import Meaning, ScoreBlock
+from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 from vestige.terminal import lines_of_facts
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vestige.indexes import Index
+    from vestige.settings import TrainSettings
+    from vestige.training import TrainingRun
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -59,6 +61,13 @@ class Checkpoint:
         return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
 
 
+class Trained(NamedTuple):
+    """A finished training of `vestige train`, and the settings to run it again."""
+
+    run: "TrainingRun"
+    settings: "TrainSettings"
+
+
 @dataclass(frozen=True)
 class Job:
     """One question: which rows of `train` made the model say `queries`."""
@@ -74,6 +83,8 @@ class Job:
     """Stored gradients of `train`, when there are any."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
+    trained: "tuple[Trained, ...]" = ()
+    """The recorded trainings, for methods that need them; the first one's model is `loaded`."""
     left_out: tuple[int, ...] = ()
     """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was requested."""
     randomised: bool = False
@@ -135,6 +146,8 @@ class Method(ABC):
     """True for methods that work on gradients of the selected components."""
     needs_index: ClassVar[bool] = False
     """True for methods that read the training gradients more than once: without an index they make one."""
+    needs_training: ClassVar[bool] = False
+    """True for methods that run a recorded training again."""
     needs_exact: ClassVar[bool] = False
     """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
     weighting: ClassVar[Weighting | None] = None
@@ -168,6 +181,10 @@ class Method(ABC):
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
         raise NotImplementedError(f"{self.name} does not split scores over components")
+
+    def checks(self, job: Job) -> list[Check]:  # noqa: ARG002
+        """Return what the method itself can say of how far its scores can be trusted, once they are computed."""
+        return []
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""

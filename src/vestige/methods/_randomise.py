@@ -51,7 +51,12 @@ CORRELATION_NAME = "randomised-model correlation"
 
 def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
     """Run the check on randomised weights, where the method runs a model, and the free checks."""
-    checks = run_free_checks(job, method, ranked, losses=losses)
+    checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
+    if method.needs_training:
+        return [
+            make_check(CORRELATION_NAME, None, "The method replays the training, which noise did not have."),
+            *checks,
+        ]
     if job.loaded is None or not method.needs_model:
         return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
     model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import OnlyWith
+from vestige.settings._base import OnlyWith, flag
 from vestige.settings._shared import Damping, LaunchSettings, Numbers, Options, Patterns, QuestionSettings
 
 Direction = Literal["untrac", "inverse"]
@@ -93,6 +93,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         "queries",
         "options",
         "index",
+        "training",
         "checkpoints",
         "checkpoint_weights",
         "damping",
@@ -105,6 +106,11 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         description="For tracin, less and trak, in place of the model: a Trainer's run, or a folder for each "
         "checkpoint or model. An --index for each may be given in the same order.",
     )
+    training: Any = Field(
+        None,
+        description="For replay, in place of the model and the data: folder of a finished `vestige train`; several, of "
+        "other seeds, are averaged.",
+    )
     checkpoint_weights: Numbers | None = Field(
         None, description="How much each checkpoint counts. Not given: its learning rate; for trak all the same."
     )
@@ -112,7 +118,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     method: str = Field(
         "influence",
         description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, "
-        "tracin, less, trak, rep-sim, activation-dot, bm25 or random.",
+        "tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
     )
     out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
     k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")
@@ -160,7 +166,11 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
 
     @model_validator(mode="after")
     def _index_or_data(self) -> Self:
-        if self.index is None:
+        if self.training is not None:
+            given = [flag(name) for name in ("index", "checkpoints", "query_rank") if getattr(self, name) is not None]
+            if given:
+                raise SpecError(f"--training brings its model and data: drop {', '.join(given)}.")
+        elif self.index is None:
             # Whether a model is needed depends on the method: lexical ones read text alone.
             if self.data is None:
                 raise SpecError(

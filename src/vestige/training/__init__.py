@@ -1,5 +1,12 @@
 """Training runs that attribution and audit can read: Vestige's own, and records of a Trainer's; the early alarm."""
 
+from vestige.training._adjoint import (
+    Adjoints as Adjoints,
+    Moved as Moved,
+    Rule as Rule,
+    read_rule as read_rule,
+    unclip as unclip,
+)
 from vestige.training._alarm import (
     Alarm as Alarm,
     AtRisk as AtRisk,
@@ -18,5 +25,11 @@ from vestige.training._examples import (
     with_weights as with_weights,
 )
 from vestige.training._recorder import Recorder as Recorder
+from vestige.training._replay import (
+    Derivatives as Derivatives,
+    RecordedStep as RecordedStep,
+    Replay as Replay,
+    read_settings as read_settings,
+)
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import train as train
+from vestige.training._train import read_learned as read_learned, train as train

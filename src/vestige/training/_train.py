@@ -4,12 +4,12 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -72,21 +72,14 @@ def train(settings: TrainSettings) -> TrainingRun:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
         NonFinite: A loss is not finite; the message names the examples.
     """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    data = read_data(settings, settings.data, loaded)
-    if settings.loss == "answer":
-        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    weights = read_weights(data)
+    loaded, data, weights = read_inputs(settings)
     if weights is not None:
         announce_weights(data, weights)
-        data = with_weights(data, weights)
     if settings.overwrite:
         remove_result(settings.out, RESULT_FILES, RECORD)
     old = read_record(settings.out)
-    groups = _group(settings, data, old)
-    plan = _make_plan(settings, data, weights, groups)
+    groups = group_examples(settings, data, old)
+    plan = make_plan(settings, data, weights, groups)
     identity = _identify(settings, loaded, data, plan)
     if (copies := describe_copies(groups, settings.group)) is not None:
         announce(copies)
@@ -109,8 +102,39 @@ def train(settings: TrainSettings) -> TrainingRun:
     return TrainingRun.open(settings.out)
 
 
+class Inputs(NamedTuple):
+    """What a training begins with."""
+
+    loaded: LoadedModel
+    data: TokenizedData
+    """All examples, with the targets that are learned."""
+    weights: Float[np.ndarray, "example"] | None
+    """float32; None if every example has weight 1."""
+
+
+def read_inputs(settings: TrainSettings) -> Inputs:
+    """Load the model, and read the data as they are learned."""
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    return Inputs(loaded, *read_learned(settings, loaded))
+
+
+def read_learned(
+    settings: TrainSettings, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Read the data as a training with these settings learns them, with the weights of the examples."""
+    data = read_data(settings, settings.data, loaded)
+    if settings.loss == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    weights = read_weights(data)
+    return data if weights is None else with_weights(data, weights), weights
+
+
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """Which examples a training takes, and how many steps."""
+
     members: np.ndarray
     """bool [example]: drawn to be trained on, and of a weight above 0."""
     rows: np.ndarray
@@ -121,15 +145,22 @@ class _Plan:
     checkpoints: list[int]
 
 
-def _group(settings: TrainSettings, data: TokenizedData, old: dict[str, Any] | None) -> Int[np.ndarray, "example"]:
+def group_examples(
+    settings: TrainSettings, data: TokenizedData, old: dict[str, Any] | None
+) -> Int[np.ndarray, "example"]:
     """Group the examples of which all are trained on or none; an old training by single rows continues like that."""
     by_row = old is not None and "group" not in (old.get("identity") or {}) and settings.group is None
     return np.arange(len(data)) if by_row or settings.split_fraction == 1 else token_groups(data, settings.group)
 
 
-def _make_plan(
+def make_plan(
     settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
-) -> _Plan:
+) -> Plan:
+    """Return the plan of a training.
+
+    Raises:
+        DataError: None of its examples has a token to learn.
+    """
     members = members_of(groups, settings.split_fraction, settings.split_seed)
     if weights is not None:
         members &= weights > 0
@@ -142,7 +173,7 @@ def _make_plan(
     batches = -(-len(rows) // settings.batch_size)
     per_epoch = -(-batches // settings.accumulation)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
-    return _Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
+    return Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
 
 
 def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
@@ -152,7 +183,7 @@ def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
     return pa.table(columns, names=["example_id", "member", "source", "label"])
 
 
-def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> dict[str, Any]:
+def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: Plan) -> dict[str, Any]:
     """Return everything that decides the result, in JSON terms; the length of the training and its checkpoints too.
 
     Two training runs that differ in epochs alone are different ones from the first step on, because the learning rate
@@ -202,11 +233,8 @@ def _prepare_folder(
         write_record(folder, record)
 
 
-def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: _Plan) -> None:
-    lora = None
-    if settings.lora_rank is not None:
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
-    model = trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
+def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: Plan) -> None:
+    model = make_model(settings, loaded)
     _announce(settings, model, plan, len(data))
     done = [step for step in checkpoint_steps(settings.out) if step]
     last = done[-1] if done else 0
@@ -214,7 +242,7 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
     with progress(plan.steps - last, "Training", unit="steps") as bar:
         watcher = _Watcher(bar)
         eval_size = max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
-        trainer = _make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
+        trainer = make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
         trainer.add_callback(watcher)
         watcher.recorder = Recorder(
             trainer,
@@ -229,9 +257,18 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
     watcher.recorder.release()
 
 
-def _make_trainer(
-    settings: TrainSettings, tokenizer: Any, model: nn.Module, rows: Rows, plan: _Plan, eval_size: int
+def make_model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
+    """Return a copy of the model as it is before the first step, with new LoRA matrices where they are trained."""
+    lora = None
+    if settings.lora_rank is not None:
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
+
+
+def make_trainer(
+    settings: TrainSettings, tokenizer: Any, model: nn.Module, rows: Rows, plan: Plan, eval_size: int
 ) -> Trainer:
+    """Return the Trainer that takes the steps of a plan."""
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
         raise SpecError(
@@ -298,7 +335,7 @@ class _Watcher(TrainerCallback):
         self._bar.advance()
 
 
-def _announce(settings: TrainSettings, model: nn.Module, plan: _Plan, examples: int) -> None:
+def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     saved = learning if hasattr(model, "peft_config") else [*model.parameters()]
     size = sum(weight.numel() * weight.element_size() for weight in saved)

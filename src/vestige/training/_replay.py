@@ -1,0 +1,407 @@
+"""A recorded training, run again step by step and walked backward: what each example's weight did to the result.
+
+Steps are run by the very Trainer that took them, from checkpoints at about the square root of the number of steps, so
+memory holds one step and the disk two times the square root of them. The replayed weights at the end have to be the
+recorded ones bit for bit: whatever differs (order, dropout, a library, the number of threads) is found there.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from vestige.data import NO_TARGET, Batch, TokenizedData
+from vestige.errors import IndexMismatch, SpecError, differences, mismatch_message
+from vestige.gradients import Second, second_derivatives
+from vestige.indexes import batch_tokens
+from vestige.models import quiet_transformers
+from vestige.online import ID_KEY, CarriedIds
+from vestige.progress import announce, progress
+from vestige.settings import TrainSettings
+from vestige.storage import check_disk, make_folder, remove_tree
+from vestige.training._adjoint import Adjoints, Moved, read_rule, unclip
+from vestige.training._examples import WEIGHT, Rows, restore_randomness
+from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, read_record
+from vestige.training._train import (
+    Inputs,
+    Plan,
+    group_examples,
+    make_model,
+    make_plan,
+    make_trainer,
+    read_inputs,
+    train,
+)
+
+LOSS_SLACK = 1e-3
+"""Largest relative difference between the loss that a step had and the one that its derivative is taken of."""
+_LIVE = "<"
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of a step."""
+
+    ids: list[str]
+    input_ids: Int[Tensor, "example token"]
+    labels: Int[Tensor, "example token"]
+    weights: Float[Tensor, "example"]
+    """1 where the data have no weights."""
+    divisor: float
+    """The sum of the losses of the target tokens, times their examples' weights, is divided by this."""
+    random: Any
+    """States of the random numbers before the pass, which decide dropout."""
+    loss: float
+    """As the training computed it."""
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """Everything that a walk backward needs of one step."""
+
+    number: int
+    """From 1."""
+    moved: dict[str, Moved]
+    batches: list[MicroBatch]
+    norm: float
+    """Of the whole gradient before clipping."""
+
+
+class Derivatives(NamedTuple):
+    """How the final quantities depend on the weights of the examples of one forward pass."""
+
+    batch: MicroBatch
+    tokens: Float[Tensor, "quantity example token"]
+    """Derivatives with respect to the weight of each token's loss; those of an example add up to its own."""
+
+
+def read_settings(training: TrainingRun, **live: Any) -> TrainSettings:
+    """Return the settings of a recorded training.
+
+    Args:
+        training: Of `vestige train`.
+        live: `model` and `data`, where they were objects in a Python program.
+
+    Raises:
+        SpecError: It cannot be replayed; the message says why.
+    """
+    config = training.record.get("config")
+    if training.id is None or not isinstance(config, Mapping):
+        raise SpecError(
+            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
+            "Replay works on a training that `vestige train` made."
+        )
+    given = {**config, **{name: value for name, value in live.items() if value is not None}}
+    for name in ("model", "data", "tokenizer"):
+        if isinstance(given.get(name), str) and given[name].startswith(_LIVE):
+            raise SpecError(
+                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again: "
+                f"vestige.attribute({name}=..., training=...)."
+            )
+    settings = TrainSettings(**given)
+    if settings.bf16:
+        raise SpecError(
+            f"{training.folder} was trained with --bf16: rounding to 8 bits makes its steps too rough to be walked "
+            "backward. Train in float32."
+        )
+    return settings
+
+
+class Replay:
+    """A training that is run again in `work`, where an interrupted replay continues."""
+
+    def __init__(self, training: TrainingRun, settings: TrainSettings, work: Path) -> None:
+        """Run the training again with checkpoints close enough together, and compare its end with the recorded one.
+
+        Raises:
+            IndexMismatch: Model, data or the trained weights are not those of the record.
+            SpecError: The weights are of less than 32 bits, or the training is unfinished.
+        """
+        self._training, self._work = training, work
+        identity = training.record["identity"]
+        steps, done = int(identity["steps"]), checkpoint_steps(training.folder)
+        if not done or done[-1] != steps:
+            raise SpecError(f"{training.folder} is not finished. Type its `vestige train` command again first.")
+        segments = max(1, math.isqrt(steps))
+        epochs = [settings.epochs * number / segments for number in range(segments + 1)]
+        changed: dict[str, Any] = {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False}
+        # What is computed again for memory's sake alone could not be differentiated twice.
+        changed["gradient_checkpointing"] = False
+        changed |= {"out": work / "training", "checkpoints": ",".join(f"{epoch:.9f}" for epoch in epochs)}
+        self.settings = settings.model_copy(update=changed)
+        announce(f"Replay: the {steps:,} steps of {training.folder} are run again, in {segments} segments.")
+        self._again = train(**self.settings.arguments())
+        self._require_same()
+        self._inputs: Inputs = read_inputs(self.settings)
+        weight = next(self._inputs.loaded.model.parameters())
+        if weight.dtype.itemsize < 4:
+            raise SpecError(
+                f"{training.folder}: weights in {weight.dtype} are too coarse. Train with --precision float32."
+            )
+        groups = group_examples(self.settings, self._inputs.data, read_record(training.folder))
+        self._plan: Plan = make_plan(self.settings, self._inputs.data, self._inputs.weights, groups)
+        self.borders = checkpoint_steps(self.settings.out)
+        """Steps at which a segment ends and the next begins; the first is 0."""
+        self.model = self._load(steps)
+
+    @property
+    def data(self) -> TokenizedData:
+        """All examples, with the targets that are learned."""
+        return self._inputs.data
+
+    @property
+    def learned(self) -> list[str]:
+        """Ids of the examples that the training took."""
+        return [self.data.examples[int(row)].id for row in self._plan.rows]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.borders[-1]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by name."""
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+
+    def walk_back(self, adjoints: Adjoints, after: int) -> Iterator[tuple[RecordedStep, list[Derivatives]]]:
+        """Walk from the step `after`, one of `borders`, to the first; `adjoints` are those of the weights by then.
+
+        Yields:
+            Each step, from the last to the first, with the derivatives of its passes; by then `adjoints` are those
+            before the step.
+
+        Raises:
+            IndexMismatch: The loss of a pass is not the one that the training had.
+        """
+        borders = [border for border in self.borders if border <= after]
+        for end, begin in zip(borders[:0:-1], borders[-2::-1], strict=True):
+            files = self._record(begin, end)
+            self.model.train()
+            for path in reversed(files):
+                step: RecordedStep = torch.load(path, weights_only=False)
+                yield step, self._step_back(step, adjoints)
+                path.unlink()
+
+    def _step_back(self, step: RecordedStep, adjoints: Adjoints) -> list[Derivatives]:
+        parameters = self.parameters
+        with torch.no_grad():
+            for name, moved in step.moved.items():
+                parameters[name].copy_(moved.weight)
+        gradients = {name: each.gradient for name, each in step.moved.items()}
+        changes = unclip(adjoints.step_back(step.moved), gradients, step.norm, self.settings.clip)
+        found: list[Derivatives] = []
+        for batch in step.batches:
+            second = self._derive(step.number, batch, changes)
+            found.append(Derivatives(batch, second.derivatives.cpu()))
+            for name, curved in second.products.items():
+                adjoints.weights[name] += curved
+        return found
+
+    def _derive(self, number: int, batch: MicroBatch, changes: dict[str, Tensor]) -> Second:
+        device = next(self.model.parameters()).device
+        shares = (batch.weights / batch.divisor)[:, None]
+        inputs = Batch(torch.arange(len(batch.ids)), batch.input_ids, batch.labels).to(device)
+        _set_random(batch.random)
+        second = second_derivatives(self.model, inputs, shares.to(device), changes)
+        loss = float((second.losses.double().cpu() * shares).sum())
+        if abs(loss - batch.loss) > LOSS_SLACK * max(abs(batch.loss), 1e-6):
+            raise IndexMismatch(
+                f"Step {number}: the training had a loss of {batch.loss:.6g}, and the replay finds {loss:.6g}. Its "
+                "loss is more than the mean over target tokens (a router's, for instance), or dropout falls otherwise. "
+                "This training cannot be replayed."
+            )
+        return second
+
+    def load_end(self) -> None:
+        """Give the model the weights that the training ended with."""
+        self.model = self._load(self.steps)
+
+    def run_without(self, ids: Collection[str], title: str) -> None:
+        """Take all steps with the weight of some examples at 0: order, batches and divisors stay; keep the model."""
+
+        def attach(trainer: Any, advance: Callable[[], None]) -> None:
+            _Without(trainer, ids, advance)
+
+        self._run(0, self.steps, title, attach)
+
+    def _load(self, step: int) -> nn.Module:
+        """Return the model after a step."""
+        model = make_model(self.settings, self._inputs.loaded)
+        kept = _read_weights(checkpoint_folder(self.settings.out, step))
+        named = {_plain(name): each for name, each in model.named_parameters()}
+        with torch.no_grad():
+            for name, value in kept.items():
+                if name in named:
+                    named[name].copy_(value)
+        return model
+
+    def _require_same(self) -> None:
+        ours, theirs = self._again.record, self._training.record
+        same = ("model", "data", "examples", "precision", "steps")
+        pairs = [{name: each["identity"].get(name) for name in same} for each in (theirs, ours)]
+        if found := differences(pairs[0], pairs[1], theirs["names"], ours["names"]):
+            raise IndexMismatch(mismatch_message(f"The training in {self._training.folder}", found))
+        steps = ours["identity"]["steps"]
+        one, other = (_read_weights(checkpoint_folder(run.folder, steps)) for run in (self._training, self._again))
+        unlike = [name for name in one if name not in other or not torch.equal(one[name], other[name])]
+        if unlike or one.keys() != other.keys():
+            largest = max(
+                (float((one[name] - other[name]).abs().max()) for name in unlike if name in other), default=0.0
+            )
+            raise IndexMismatch(
+                f"The replayed weights are not those of {self._training.folder}: {len(unlike):,} of {len(one):,} "
+                f"tensors differ, by up to {largest:.2g}. Nothing was scored. Replay on the machine, with the number "
+                f"of threads and with the versions that the training had: {theirs.get('versions', {})}."
+            )
+
+    def _record(self, begin: int, end: int) -> list[Path]:
+        """Run the steps of a segment once more, and leave a file for each."""
+        folder = self._work / "steps"
+        remove_tree(folder)
+        make_folder(folder)
+        size = sum(each.numel() * each.element_size() for each in self.parameters.values())
+        check_disk(folder, 4 * size * (end - begin))
+        tapes: list[_Tape] = []
+
+        def attach(trainer: Any, advance: Callable[[], None]) -> None:
+            tapes.append(_Tape(trainer, folder, end, advance))
+
+        self._run(begin, end, f"Replay of steps {begin + 1} to {end}", attach)
+        return tapes[0].files
+
+    def _run(self, begin: int, end: int, title: str, attach: Callable[[Any, Callable[[], None]], None]) -> None:
+        """Take the steps after `begin`, with something attached to the Trainer; the model is kept."""
+        with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model = make_model(self.settings, self._inputs.loaded)
+            rows = Rows(self._inputs.data, self._plan.rows, self._plan.weights)
+            size = max(
+                1, batch_tokens(self.settings, self._inputs.loaded) // max(1, int(self._inputs.data.lengths.max()))
+            )
+            trainer = make_trainer(self.settings, self._inputs.loaded.tokenizer, model, rows, self._plan, size)
+            with progress(end - begin, title, unit="steps") as bar:
+                attach(trainer, bar.advance)
+                from_ = str(checkpoint_folder(self.settings.out, begin)) if begin else None
+                trainer.train(resume_from_checkpoint=from_)
+        self.model = model
+
+
+class _Tape(TrainerCallback):
+    """Writes down the steps of a Trainer up to one, after which it ends."""
+
+    def __init__(self, trainer: Any, folder: Path, end: int, advance: Any) -> None:
+        self._trainer, self._folder, self._end, self._advance = trainer, folder, end, advance
+        self.files: list[Path] = []
+        self._batches: list[MicroBatch] = []
+        self._before: dict[str, Tensor] = {}
+        self._moved: dict[str, Moved] = {}
+        self._norm = 0.0
+        self._carried = CarriedIds(trainer, "id", self._training_step)
+        trainer.add_callback(self)
+
+    def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        ids = list(inputs.pop(ID_KEY))
+        if not self._batches:
+            self._before = {name: _keep(each) for name, each in model.named_parameters() if each.requires_grad}
+        labels, random = inputs["labels"], _read_random()
+        targets = int((labels[:, 1:] != NO_TARGET).sum())
+        scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        divisor: Any = num_items_in_batch if scaled else targets * self._trainer.current_gradient_accumulation_steps
+        weights = inputs.get(WEIGHT, torch.ones(len(ids)))
+        kept = (inputs["input_ids"].cpu(), labels.cpu(), weights.cpu())
+        loss = self._carried.plain_step(model, inputs, num_items_in_batch)
+        self._batches.append(MicroBatch(ids, *kept, float(divisor), random, float(loss)))
+        norms = [torch.linalg.vector_norm(each.grad) for each in model.parameters() if each.grad is not None]
+        self._norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        return loss
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Keep what the optimizer is given."""
+        optimizer = self._optimizer
+        names = {each: name for name, each in self._trainer.model.named_parameters()}
+        self._moved = {
+            names[each]: Moved(
+                read_rule(optimizer, group, optimizer.state[each]), self._before[names[each]], _keep(each.grad)
+            )
+            for group in optimizer.param_groups
+            for each in group["params"]
+            if each.grad is not None
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Write the step, and end the training behind the last one that is wanted."""
+        states = {name: self._optimizer.state[each] for name, each in self._trainer.model.named_parameters()}
+        moved = {
+            name: Moved(
+                each.rule,
+                each.weight,
+                each.gradient,
+                *(_keep(states[name].get(one)) for one in ("exp_avg", "exp_avg_sq")),
+            )
+            for name, each in self._moved.items()
+        }
+        path = self._folder / f"step-{state.global_step:08}.pt"
+        torch.save(RecordedStep(state.global_step, moved, self._batches, self._norm), path)
+        self.files.append(path)
+        self._batches = []
+        self._advance()
+        if state.global_step == self._end:
+            control.should_training_stop = True
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+
+
+class _Without(TrainerCallback):
+    """Takes the targets of some examples out of the batches of a Trainer, whose divisors stay."""
+
+    def __init__(self, trainer: Any, ids: Collection[str], advance: Callable[[], None]) -> None:
+        self._ids, self._advance = frozenset(ids), advance
+        self._carried = CarriedIds(trainer, "id", self._training_step)
+        trainer.add_callback(self)
+
+    def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        out = torch.tensor([name in self._ids for name in inputs.pop(ID_KEY)])
+        labels = torch.where(out[:, None].to(inputs["labels"].device), NO_TARGET, inputs["labels"])
+        return self._carried.plain_step(model, {**inputs, "labels": labels}, num_items_in_batch)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Show the progress."""
+        self._advance()
+
+
+def _keep(value: Any) -> Any:
+    return None if value is None else value.detach().clone()
+
+
+def _read_random() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random(states: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name as PEFT saves it: without that of the adapter."""
+    return name.replace(".default.", ".")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint holds, whole or of an adapter."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found

@@ -88,9 +88,7 @@ def _read_queries(settings: FixSettings, scores: Scores) -> list[Example]:
     Raises:
         UserError: One is not among them.
     """
-    for name in settings.queries:
-        scores.top(name, 1)  # refuses an id that the run does not have, with the nearest one
-    wanted = settings.queries or scores.queries
+    wanted = [scores.query_id(name) for name in settings.queries] or scores.queries
     return [query for query in load_queries(str(settings.run)) if query.id in wanted]
 
 

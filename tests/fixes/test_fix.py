@@ -1,6 +1,10 @@
 """`vestige fix`: what was removed is gone, what is compared differs in rows alone, and nothing is done twice."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -91,6 +95,27 @@ def test_nothing_is_trained_twice(fixed, folder, run, capfd):
     assert "nothing was done" in capfd.readouterr().err
     with pytest.raises(IndexMismatch, match="removed"):
         vestige.fix(**given | {"drop": ["wrong-0"]}, seeds=2)
+
+
+@pytest.mark.slow
+def test_killed_in_a_training_the_same_command_continues(fixed, folder, run):
+    out, models = folder / "killed", folder / "killed" / "models"
+    words = [str(run), "--drop", "wrong-0", "wrong-1", "--queries", "paris", "--seeds", "2", "--out", str(out)]
+    words += ["--expect", str(folder / "asked.jsonl")]
+    process = subprocess.Popen([sys.executable, "-m", "vestige", "fix", *words], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(models.glob("after-0/checkpoint-*")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    begun = list(models.glob("*.json"))
+    times = {path: path.stat().st_mtime_ns for path in begun}
+    assert 1 <= len(begun) < 6
+    main(["fix", *words])
+    assert {path: path.stat().st_mtime_ns for path in begun} == times
+    found = vestige.Fix.open(out).record.outcomes
+    assert [one.answer for one in found] == [one.answer for one in fixed.record.outcomes]
+    losses = [one.old_loss for one in fixed.record.outcomes]
+    assert [one.old_loss for one in found] == pytest.approx(losses, rel=1e-3)
 
 
 def test_a_dry_run_names_rows_and_price_and_writes_nothing(folder, run):

@@ -280,7 +280,7 @@ def _conclude(kinds: Sequence[Answers], removed: int) -> str:
     found = {one.arm: one for one in kinds}
     before, after, control = found["before"], found["after"], found.get("control")
     rises = [new - old for new, old in zip(after.old, before.old, strict=True)]
-    count = f"{removed} rows" if removed > 1 else "the row"
+    count = f"the {removed} rows" if removed > 1 else "the row"
     words = f"Without {count} the loss of the old answer changes by {format_span(rises, signed=True)} nats"
     if control is None:
         verdict = "There is no control of random rows to compare it with."

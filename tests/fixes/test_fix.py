@@ -98,6 +98,21 @@ def test_nothing_is_trained_twice(fixed, folder, run, capfd):
 
 
 @pytest.mark.slow
+def test_lora_is_trained_again_by_its_recorded_settings(folder, tmp_path):
+    model, data = str(folder / "tiny-model"), str(folder / "train.jsonl")
+    given = {"lora_rank": 3, "lora_dropout": 0.1, "lora_targets": ("q_proj",), "batch_size": 4, "checkpoints": "1"}
+    made = vestige.train(model=model, data=data, out=tmp_path / "lora", **given)
+    asked = {"queries": str(folder / "train.jsonl"), "method": "grad-dot", "trust": False}
+    last = str(list(made.checkpoints.values())[-1])
+    run = vestige.attribute(model=last, data=data, out=tmp_path / "run", **asked).folder
+    vestige.fix(run=run, drop="wrong-0", queries="pair-0", seeds=1, control=False)
+    after = TrainingRun.open(tmp_path / "run-fix" / "models" / "after-0")
+    assert after.record["config"]["lora_dropout"] == 0.1
+    adapter = json.loads((list(after.checkpoints.values())[-1] / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["target_modules"]) == (3, ["q_proj"])
+
+
+@pytest.mark.slow
 def test_killed_in_a_training_the_same_command_continues(fixed, folder, run):
     out, models = folder / "killed", folder / "killed" / "models"
     words = [str(run), "--drop", "wrong-0", "wrong-1", "--queries", "paris", "--seeds", "2", "--out", str(out)]

@@ -125,7 +125,7 @@ def test_a_run_without_some_parts_names_them_and_the_command(tmp_path, chromium)
     run = write_fixture_run(tmp_path / "run", tables=(), missing=["checks", "self_influence", "tokens"])
     with Visit(chromium, report(run)) as visit:
         shown = visit.text(".missing")
-        assert "checks, self-influence and tokens" in shown
+        assert "trust checks, self-influence and scores of tokens" in shown
         assert "vestige attribute --index demo/index" in shown
         assert "--tokens" not in visit.text(".legend"), "they are on their way"
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vestige.progress import format_memory
 from vestige.reports._read import RunFiles
-from vestige.runs import Check, RunRecord
+from vestige.runs import PARTS, Check, RunRecord
 
 VERDICTS = {"good": ("good", "✓"), "warn": ("look closer", "!"), "unknown": ("unknown", "?")}
 """Word and sign of each verdict: colour is never the only carrier."""
@@ -65,7 +65,7 @@ def make_header(run: RunFiles) -> dict[str, Any]:
 
 def _describe_missing(record: RunRecord) -> str:
     """Return the parts of a run that were requested and are not there yet, in words; nothing for a complete run."""
-    names = [name.replace("_", "-") for name in record.missing]
+    names = [PARTS.get(name, name) for name in record.missing]
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 

@@ -28,8 +28,8 @@ GENERATOR = '<meta name="generator" content="vestige'
 LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
     "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
-    "audit": "common audit",
-    "components": "common components",
+    "audit": "common choices",
+    "components": "common choices",
 }
 """In the order in which they are joined; the last one starts the page."""
 _STYLES = {"report": "style report", "audit": "style audit", "components": "style audit components"}

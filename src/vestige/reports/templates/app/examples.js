@@ -144,7 +144,7 @@ function renderLegend(context) {
     const ends = `${context.format(-context.scale)} (orange) to ${context.format(context.scale)} (blue)`;
     items.push(html("span", { "data-tip": ends }, html("span", { class: "ramp", role: "img", "aria-label": ends }), "token influence"));
   } else if (!DATA.missing.includes("tokens")) {
-    items.push(html("span", {}, "No token scores in this run; add ", html("code", {}, "--tokens"), " to ", html("code", {}, "vestige attribute"), " to see which words act."));
+    items.push(html("span", { "data-tip": "No token scores in this run: vestige attribute --tokens adds them" }, html("code", {}, "--tokens"), " shows which words act"));
   }
   items.push(html("span", {}, html("span", { class: "piece match" }, "underline"), " in the query"));
   if ([query.text, ...query.ranked.map((entry) => exampleOf(entry.row).text)].some((text) => text.roles.includes("t"))) {

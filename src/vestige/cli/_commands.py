@@ -120,9 +120,11 @@ def untrac(settings: UntracSettings) -> None:
 
 
 def _show_scores(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
-    """Print the first `examples` proponents of the first queries, the checks, and what the sign means."""
+    """Print the first `examples` proponents of the first queries and what they say, the checks, and the sign."""
+    from vestige.runs import conclude
+
     for query in scores.queries[:SHOWN_QUERIES]:
-        say(f"{scores.top(query, min(settings.k, examples))}\n")
+        say(f"{scores.top(query, min(settings.k, examples))}\n{conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
     for check in scores.run.trust.checks:

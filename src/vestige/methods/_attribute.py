@@ -161,6 +161,7 @@ def _make_record(settings: AttributeSettings, member: Member, checks: list[Check
         config=settings.record(),
         method=method.name,
         meaning=method.meaning,
+        against_hubs=method.against_hubs,
         data=job.train,
         queries=job.queries,
         summary=summary,

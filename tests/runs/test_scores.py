@@ -42,13 +42,12 @@ def test_an_unknown_query_is_answered_with_the_known_ones(scores):
         scores.top(0.5)
 
 
-def test_a_table_prints_aligned_and_says_what_it_leaves_out(scores, monkeypatch):
+def test_a_table_prints_aligned(scores, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     lines = str(scores.top(0, k=10)).splitlines()
     assert lines[0] == "proponents of query q0: sky | blue"
-    assert lines[1].split() == ["rank", "example", "score", "percentile", "text"]
-    assert lines[2].split()[:4] == ["1", "a", "+3", "60.0"]
-    assert lines[-1] == "(the run lists 3 of 5)"
+    assert lines[1].split() == ["rank", "example", "strength", "score", "percentile", "text"]
+    assert lines[2].split()[:5] == ["1", "a", "100", "+3", "60.0"]
     assert "(the run" not in str(scores.top(0, k=3))
     assert repr(scores.top(0)) == str(scores.top(0))
 

@@ -266,7 +266,7 @@ class _Reading:
         return {row.row for row in (*self._proponents, *self._opponents)}
 
     def _describe_answer(self, kind: Kind) -> list[str]:
-        """Return whether a listed row states the answer; the headline of a query without outstanding rows has said it."""
+        """Return that no listed row states the answer, unless the headline does."""
         if self._is_stated or kind == "none":
             return []
         return [f"Nothing listed states this answer: no row of {len(self._listed)} has half of its rare words."]

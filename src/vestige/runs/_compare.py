@@ -49,16 +49,14 @@ def compare(first: "Scores", other: "Scores", query: int | str, k: int) -> Compa
     """Compare the first `k` proponents of a query in two runs; see `Scores.compare`."""
     name = first.query_id(query)
     _require_comparable(first, other, name)
-    ours, theirs = (
-        list(run.top(name, max(k, run.run.data.examples if run.has_dense else k))) for run in (first, other)
-    )
-    ranks, other_ranks = ({row.row: row.rank for row in rows} for rows in (ours, theirs))
-    wanted = {row.row: row for row in (*ours[:k], *theirs[:k])}
+    ours, theirs = first.top(name, k), other.top(name, k)
+    wanted = {row.row: row for row in (*ours, *theirs)}
+    ranks, other_ranks = _ranks(first, name), _ranks(other, name)
     changes = [
         RankChange(row.example_id, row.row, ranks.get(row.row), other_ranks.get(row.row), row.text, row.turns)
         for row in wanted.values()
     ]
-    shared = len({row.row for row in ours[:k]} & {row.row for row in theirs[:k]})
+    shared = len({row.row for row in ours} & {row.row for row in theirs})
     correlation = _correlate(first, other, name)
     words = "" if correlation is None else f", rank correlation over all examples {correlation:.2f}"
     pair = " and ".join(f"{run.run.method} ({shorten(str(run.folder))})" for run in (first, other))
@@ -87,6 +85,15 @@ def _require_comparable(first: "Scores", other: "Scores", query: str) -> None:
             f"{other.run.data.name} with {other.run.data.examples:,}), so a rank in one means nothing in the other. "
             "Compare runs of the same data."
         )
+
+
+def _ranks(run: "Scores", query: str) -> dict[int, int]:
+    """Return the rank of every training row, or of those that the run lists."""
+    if not run.has_dense:
+        return {row.row: row.rank for row in run.listed(query, "proponent")}
+    scores = run.dense_of(query)
+    order = np.argsort(-scores, kind="stable")[: np.count_nonzero(np.isfinite(scores))]
+    return dict(zip(order.tolist(), range(1, len(order) + 1), strict=True))
 
 
 def _correlate(first: "Scores", other: "Scores", query: str) -> float | None:

@@ -29,6 +29,7 @@ the support bot no row was among the first three of more than 9."""
 STATED = 0.5
 """Share of the weight of an answer's telling words that one listed row has to hold. Of 40 answers that are not in the
 data 38 stay below, at most at 0.47; of 17 that are stated none, the lowest at 0.59."""
+_NUMBERS = ("No", "One", "Two", "Three", "Four", "Five")
 _EXCERPT = 160
 _NAMED = 3
 _REPEATED = ("--option",)
@@ -205,8 +206,8 @@ class _Reading:
         if kind == "several":
             names = [self._name(text) for text in self._texts[:standing]]
             listed = f"{', '.join(names[:-1])} and {names[-1]}"
-            headline = f"{standing} {self._noun}s stand out{self._describe_gap(standing)}: {listed}."
-            return [headline, *self._quote(first)]
+            headline = f"{_NUMBERS[standing]} {self._noun}s stand out{self._describe_gap(standing)}: {listed}."
+            return [headline, *self._quote(first, "The first says")]
         return [self._describe_none(first), *self._quote(first)]
 
     def _describe_none(self, first: _Text) -> str:
@@ -233,9 +234,9 @@ class _Reading:
         more = f" and {len(copies) - _NAMED} more" if len(copies) > _NAMED else ""
         return f"{text.name} (the same text: {', '.join(copies[:_NAMED])}{more})"
 
-    def _quote(self, text: _Text) -> list[str]:
+    def _quote(self, text: _Text, it_says: str = "It says") -> list[str]:
         says = self._say(text.rows[0])
-        return [f"It says: {says}"] if says else []
+        return [f"{it_says}: {says}"] if says else []
 
     def _say(self, row: ScoreRow) -> str:
         """Return the answer of a row on one line, its end cut off; empty where the run has none."""

@@ -9,7 +9,7 @@ from vestige.terminal import shorten
 
 PLAIN_WIDTH = 120
 """Columns used where the width of the terminal is not known."""
-NARROWEST_TEXT = 20
+NARROWEST_TEXT = 16
 _NARROWEST_TURN = 10
 _BETWEEN = " | "
 _SYSTEM = ("system", "developer")

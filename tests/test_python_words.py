@@ -67,9 +67,9 @@ def test_a_message_names_arguments_in_python_and_flags_on_the_command_line(typed
 def test_wrong_settings_are_answered_in_arguments():
     with pytest.raises(SpecError, match=r"`queries` is missing: .* Pass queries=\.\.\."):
         vestige.attribute(index="idx", out="run")
-    with pytest.raises(SpecError, match="`k` was 0, expected greater than 0. `k`: Proponents"):
+    with pytest.raises(SpecError, match=r"`k` was 0, expected greater than 0\. `k`: Proponents"):
         vestige.attribute(index="idx", out="run", queries="q", k=0)
-    with pytest.raises(SpecError, match="Pass index=FOLDER .* model=MODEL, data=FILE"):
+    with pytest.raises(SpecError, match=r"Pass index=FOLDER .* model=MODEL, data=FILE"):
         vestige.attribute(out="run", queries="q")
 
 

@@ -137,9 +137,9 @@ def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
     examples = queries.examples
     leads = {turns[0] for turns in map(_turns_of, examples)}
     role, text = next(iter(leads))
-    shared = len(leads) == 1 and len(examples) > 1 and role in SYSTEM
+    shared = len(leads) == 1 and role in SYSTEM
     if shared:
-        say(f"{role}, of all queries: {_indent(text)}\n")
+        say(f"{role}{', of all queries' if len(examples) > 1 else ''}: {_indent(text)}\n")
     for example, own in list(zip(examples, generated, strict=True))[:SHOWN_QUERIES]:
         *turns, (role, answer) = _turns_of(example)[shared:]
         lines = [f"{example.id}, answered by the model" if own else example.id]
@@ -176,7 +176,9 @@ def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings
 
 def _show_checks(scores: "Scores", settings: AttributeSettings | UntracSettings) -> None:
     """Print the checks, and what the sign means; the first of several ranks does so for all."""
-    if is_helper():
+    from vestige.launch import is_worker
+
+    if is_helper() and not is_worker():
         return
     for check in scores.run.trust.checks:
         say(f"[{check.verdict}] {check.name}: {check.reading}")

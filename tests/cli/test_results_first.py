@@ -18,10 +18,10 @@ def test_answers_are_printed_in_full_before_the_ranking_and_a_shared_system_prom
         for number, question in enumerate(["Who wrote Emma?", "Who wrote Hamlet?"])
     ]
     write_rows(workshop / "chats.jsonl", rows)
-    outcome = vestige(
-        *"attribute --model tiny-model --data train.jsonl --queries chats.jsonl --method grad-dot --out run".split(),
-        "--no-trust",
+    words = (
+        "attribute --model tiny-model --data train.jsonl --queries chats.jsonl --method grad-dot --no-trust --out run"
     )
+    outcome = vestige(*words.split())
     assert outcome.status == 0
     answers, _, ranking = outcome.out.partition("proponents of query")
     assert answers.count("system, of all queries: You are\n    short.") == 1

@@ -69,7 +69,7 @@ def test_answers_come_first_then_the_ranking_in_a_run_that_opens(place, tmp_path
         assert len(scores.top(1, 3)) == 3
         assert "Not there yet" in repr(scores)
         assert "--tokens" in repr(scores)  # the command that adds it
-        with pytest.raises(UserError, match="Not there yet: .*scores of tokens"):
+        with pytest.raises(UserError, match=r"Not there yet: .*scores of tokens"):
             scores.tokens(0, scores.top(0)[0].example_id)
         with pytest.raises(UserError, match="Not there yet"):
             scores.self_influence()

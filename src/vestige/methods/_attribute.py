@@ -74,9 +74,11 @@ def attribute(
             time.sleep(_POLL_SECONDS)
         return Scores.open(settings.out)
     if _is_plain_worker():
+        # It ends in the job that it is for; met that nowhere, it is done already.
         _score_elsewhere(settings, method)
+        raise SystemExit(0)
     with profile(settings.profile) as measured, open_job(settings, method, on_answers) as job:
-        run = _begin(settings, job, method, started) if begun is None else _take_up(job, method, begun)
+        run = _begin(settings, job, method, started) if begun is None else _take_up(job, method, begun, started)
         if on_ranking is not None and is_rank0():
             on_ranking(Scores.open(settings.out))
         run.add_missing()
@@ -117,16 +119,17 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
     """Rank the training examples, and write the run without the parts that are added to it."""
     members, checks = _score(job, method)
     main = members[0]
-    losses = _query_losses(job)
+    losses = _query_losses(main.job, main.method)
     if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
         announce(describe_memorized(certain, len(job.queries)))
     tables = _make_tables(main.job, main.summary.ranked, losses)
     others = [_write_beside(settings, member, losses, started) for member in members[1:]]
+    now = time.perf_counter()
     record = _make_record(
         settings,
         main,
         checks,
-        time.perf_counter() - started,
+        now - started,
         missing=requested_parts(settings, method),
         inputs=_digest_inputs(job),
     )
@@ -141,10 +144,10 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
             write_run(settings.out, record, dense, overwrite=settings.overwrite, add=move_others), checked=False
         )
 
-    return StoredRun(main.job, main.method, tables, broadcast_from_rank0(write))
+    return StoredRun(main.job, main.method, tables, broadcast_from_rank0(write), now)
 
 
-def _take_up(job: Job, method: Method, begun: RunRecord) -> StoredRun:
+def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
     """Return a run that lacks parts, as it is on disk.
 
     Raises:
@@ -166,7 +169,7 @@ def _take_up(job: Job, method: Method, begun: RunRecord) -> StoredRun:
         return read_ranked(job.settings.out, ids), None if job.loaded is None else losses
 
     announce(f"{job.settings.out} holds the ranking. Only what is missing is computed.")
-    return StoredRun(job, method, _make_tables(job, *broadcast_from_rank0(read)), begun)
+    return StoredRun(job, method, _make_tables(job, *broadcast_from_rank0(read)), begun, started)
 
 
 def _digest_inputs(job: Job) -> str:
@@ -318,9 +321,11 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         )
 
 
-def _query_losses(job: Job) -> list[float] | None:
+def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
+    if method.works_in_pieces and (known := cast(GradientMethod, method).measured_losses(job)) is not None:
+        return known
     budget = batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -54,7 +54,8 @@ class StoredRun:
     tables: RunTables
     record: RunRecord
     """As it is on disk."""
-    _since: float = field(default_factory=time.perf_counter)
+    since: float
+    """Reading of `time.perf_counter` up to which the record counts the seconds."""
 
     def add_missing(self) -> None:
         """Add one part after another; stopped at any moment, the run keeps those that were finished."""
@@ -68,12 +69,12 @@ class StoredRun:
 
     def _add(self, part: str, content: RunTables | None, facts: dict[str, Any]) -> None:
         now = time.perf_counter()
-        costs: dict[str, Any] = {"seconds": self.record.seconds + now - self._since}
+        costs: dict[str, Any] = {"seconds": self.record.seconds + now - self.since}
         for name in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
             costs[name] = max(describe_process()[name], getattr(self.record, name))
         folder, before = self.job.settings.out, self.record
         self.record = broadcast_from_rank0(lambda: add_part(folder, before, part, content, **costs, **facts))
-        self._since = now
+        self.since = now
 
 
 Added = tuple[RunTables | None, dict[str, Any]]

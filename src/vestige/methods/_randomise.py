@@ -13,7 +13,6 @@ from typing import cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.compress import parse_spec
@@ -169,6 +168,8 @@ def _judge_correlations(known: Sequence[float]) -> Check:
 
 
 def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
+    from scipy.stats import rankdata  # half a second, which the first answer does not wait for
+
     # A constant side has no ranks to correlate.
     if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None

@@ -13,6 +13,7 @@ from vestige.settings import (
     BankSettings,
     ComponentsSettings,
     DoctorSettings,
+    FixSettings,
     IndexSettings,
     LdsSettings,
     MislabelSettings,
@@ -116,6 +117,25 @@ def attribute(settings: AttributeSettings) -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
     _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking), settings)
+
+
+@command(
+    "fix",
+    FixSettings,
+    function="vestige.fixes._fix:fix",
+    order=65,
+    status="vestige.fixes._record:describe_fix",
+)
+def fix(settings: FixSettings) -> None:
+    """Remove rows that a run found, train again, and show the answers before and after.
+
+    Writes the cleaned data, trains with the recorded settings on all rows, without the removed ones and without as many
+    random ones, and asks the same questions again. Interrupted at any moment, the same command continues.
+    """
+    found = fix.call(settings)
+    show(found)
+    if settings.more_like is None and not settings.dry_run:
+        say(f"Cleaned data: {found.data}\nSee it with: {settings.out}/report.html, or vestige view {settings.out}")
 
 
 @command("untrac", UntracSettings, function="vestige.methods:untrac", order=80, sweepable=True, writes_once=True)

@@ -2,11 +2,17 @@
 
 from vestige.reports._compare import make_comparison as make_comparison
 from vestige.reports._header import (
+    Fact as Fact,
+    cut_command as cut_command,
+    describe_cost as describe_cost,
     format_count as format_count,
     format_duration as format_duration,
     make_header as make_header,
+    shorten_name as shorten_name,
 )
 from vestige.reports._page import (
+    PAGES as PAGES,
+    Page as Page,
     json_for_html as json_for_html,
     make_server as make_server,
     render_page as render_page,

@@ -151,6 +151,8 @@ class Method(ABC):
     """True where what is measured serves any damping (see `GradientMethod.at_dampings`)."""
     scores_itself: ClassVar[bool] = False
     """True where `self_scores` gives self-influence."""
+    against_hubs: str = ""
+    """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
 
@@ -197,6 +199,8 @@ class GradientStore(ABC):
 
     device: torch.device
     """Where the vectors are multiplied with the gradients."""
+    query_losses: Float[Tensor, "query"] | None = None
+    """Losses of the queries, where `of_queries` has just measured them along with their gradients."""
 
     @property
     @abstractmethod

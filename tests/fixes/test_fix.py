@@ -159,7 +159,7 @@ def test_rows_of_a_source_of_a_list_and_of_a_conflict(folder, run, tmp_path):
         ({"source": "olt"}, DataError, "Did you mean 'old'"),
         ({"source": ["old", "physics", "biology", "places", "books"]}, SpecError, "nothing to train on"),
         ({"top": 1, "queries": ["pairs"]}, UserError, "Did you mean 'paris'"),
-        ({"top": 500}, SpecError, "larger --k"),
+        ({"top": 500}, SpecError, "ask again with a larger"),
         ({}, SpecError, "Nothing to remove"),
         ({"more_like": "pair-1", "top": 1}, SpecError, "only lists rows"),
         ({"drop": ["wrong-0"], "train": {"split_fraction": "0.5"}}, SpecError, "split_fraction"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(given, error, words, run):
 def test_a_model_without_a_recorded_training_needs_its_settings(folder, tmp_path):
     given = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "method": "bm25"}
     scores = vestige.attribute(**given, queries=str(folder / "asked.jsonl"), out=tmp_path / "run", answer="auto")
-    with pytest.raises(SpecError, match=r"--train model=BASE --train data=FILE"):
+    with pytest.raises(SpecError, match=r"No training was recorded of .*tiny-model"):
         vestige.fix(run=scores.folder, drop="wrong-0", dry_run=True)
     typed = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "epochs": "2"}
     plan = vestige.fix(run=scores.folder, drop="wrong-0", dry_run=True, train=typed)
